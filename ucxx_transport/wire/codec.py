@@ -1,0 +1,286 @@
+"""Bytes to frames and back. Every word of a peer is range-checked as an unsigned number before it is used.
+
+Encoders return immutable bytes or write into memory the caller owns; decoders raise `ProtocolError` and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from ucxx_transport.errors import ProtocolError
+from ucxx_transport.wire.frames import (
+    END_MARK,
+    ERROR_TEXT_BYTES,
+    FLAG_CHECKSUM,
+    FLAG_TOKEN_REQUIRED,
+    HEADER_BYTES,
+    MAC_BYTES,
+    MAX_BODY_BYTES,
+    NONCE_BYTES,
+    REPLY_MAGIC,
+    REQUEST_BYTES,
+    REQUEST_MAGIC,
+    RING_ID_BYTES,
+    TRAILER_BYTES,
+    TRAILER_MAGIC,
+    VERSION,
+    Ack,
+    Auth,
+    Bye,
+    Confirm,
+    Describe,
+    Hello,
+    Kind,
+    ReadReply,
+    ReadRequest,
+    Request,
+    Status,
+    message_bytes,
+    padded,
+)
+
+_REQUEST: Final = struct.Struct("<IHH16sQQQII32s32xQ")
+_HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
+_TRAILER: Final = struct.Struct("<QQ")
+_NO_RING: Final = bytes(RING_ID_BYTES)
+_NO_NONCE: Final = bytes(NONCE_BYTES)
+_U64: Final = (1 << 64) - 1
+_STATUSES: Final = {int(status): status for status in Status}
+assert _REQUEST.size == REQUEST_BYTES
+assert _HEADER.size == HEADER_BYTES
+assert _TRAILER.size == TRAILER_BYTES
+
+_Words = tuple[bytes, int, int, int, int, int, bytes]
+
+
+def _pack(
+    kind: Kind,
+    *,
+    ring_id: bytes = _NO_RING,
+    generation: int = 0,
+    attempt: int = 0,
+    word: int = 0,
+    slot: int = 0,
+    flag: int = 0,
+    secret: bytes = _NO_NONCE,
+) -> bytes:
+    return _REQUEST.pack(
+        REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, word, slot, flag, secret, END_MARK
+    )
+
+
+def encode_read(request: ReadRequest, kind: Kind = Kind.READ) -> bytes:
+    """A READ (or CONFIRM) frame of 128 bytes."""
+    return _pack(
+        kind,
+        ring_id=request.ring_id,
+        generation=request.generation,
+        attempt=request.attempt,
+        word=request.nbytes,
+        slot=request.slot,
+    )
+
+
+def encode_request(frame: Request) -> bytes:
+    """Any client frame as its 128 bytes."""
+    match frame:
+        case ReadRequest():
+            return encode_read(frame)
+        case Ack(slot=slot, generation=generation, attempt=attempt, delivered=delivered):
+            return _pack(Kind.ACK, generation=generation, attempt=attempt, slot=slot, flag=int(delivered))
+        case Hello(reader=reader, nonce=nonce):
+            return _pack(Kind.HELLO, word=reader, secret=nonce)
+        case Auth(mac=mac):
+            return _pack(Kind.AUTH, secret=mac)
+        case Describe(ring_id=ring_id):
+            return _pack(Kind.DESCRIBE, ring_id=ring_id)
+        case Confirm(request=request):
+            return encode_read(request, Kind.CONFIRM)
+        case Bye():
+            return _pack(Kind.BYE)
+
+
+def _read_request(words: _Words) -> ReadRequest:
+    ring_id, generation, attempt, nbytes, slot, _, _ = words
+    if generation == 0:
+        raise ProtocolError("a read names generation 0, which no payload has; send a reference a ring made", slot=slot)
+    if nbytes > MAX_BODY_BYTES:
+        raise ProtocolError("a read names more bytes than a payload can have", nbytes=nbytes, limit=MAX_BODY_BYTES)
+    return ReadRequest(ring_id=ring_id, slot=slot, generation=generation, attempt=attempt, nbytes=nbytes)
+
+
+def _hello(words: _Words) -> Hello:
+    if words[3] == 0:
+        raise ProtocolError("a HELLO names reader 0; a client chooses a random id")
+    return Hello(reader=words[3], nonce=words[6])
+
+
+def _ack(words: _Words) -> Ack:
+    if words[5] > 1:
+        raise ProtocolError("an ACK is delivered (1) or not (0)", delivered=words[5])
+    return Ack(slot=words[4], generation=words[1], attempt=words[2], delivered=words[5] == 1)
+
+
+_DECODERS: Final[dict[int, Callable[[_Words], Request]]] = {
+    Kind.READ: _read_request,
+    Kind.ACK: _ack,
+    Kind.HELLO: _hello,
+    Kind.AUTH: lambda words: Auth(mac=words[6]),
+    Kind.DESCRIBE: lambda words: Describe(ring_id=words[0]),
+    Kind.CONFIRM: lambda words: Confirm(request=_read_request(words)),
+    Kind.BYE: lambda _: Bye(),
+}
+
+
+def decode_request(buffer: bytes | bytearray | memoryview) -> Request:
+    """The frame in the first 128 bytes of `buffer`.
+
+    Raises:
+        ProtocolError: wrong length, magic, version, kind or end mark, or a field out of its range.
+    """
+    if len(buffer) < REQUEST_BYTES:
+        raise ProtocolError("a request is shorter than a frame", nbytes=len(buffer), expected=REQUEST_BYTES)
+    magic, version, kind, *words, end = _REQUEST.unpack_from(buffer)
+    if magic != REQUEST_MAGIC:
+        raise ProtocolError("not a ucxx_transport request", magic=f"{magic:#010x}")
+    if version != VERSION:
+        raise ProtocolError(
+            f"the client speaks protocol version {version}, this side {VERSION}; install one release on both",
+            version=version,
+        )
+    if end != END_MARK:
+        raise ProtocolError("a request was cut short", kind=kind)
+    decode = _DECODERS.get(kind)
+    if decode is None:
+        raise ProtocolError("unknown kind of request", kind=kind)
+    return decode((words[0], words[1], words[2], words[3], words[4], words[5], words[6]))
+
+
+def encode_header_into(buffer: memoryview | bytearray, reply: ReadReply) -> None:
+    """Write the 64 bytes of `reply` at the start of `buffer`."""
+    flags = (FLAG_CHECKSUM if reply.checksum is not None else 0) | (FLAG_TOKEN_REQUIRED if reply.token_required else 0)
+    _HEADER.pack_into(
+        buffer,
+        0,
+        REPLY_MAGIC,
+        VERSION,
+        reply.status,
+        reply.generation,
+        reply.nbytes,
+        reply.checksum or 0,
+        reply.ring_id,
+        reply.slot,
+        flags,
+        reply.fingerprint,
+    )
+
+
+def seal(message: memoryview | bytearray, reply: ReadReply) -> int:
+    """Put header, padding and trailer round the body that already lies at offset 64 of `message`.
+
+    Returns:
+        The length of the whole message in bytes.
+    """
+    encode_header_into(message, reply)
+    end = HEADER_BYTES + reply.nbytes
+    pad = padded(reply.nbytes) - reply.nbytes
+    if pad:
+        message[end : end + pad] = bytes(pad)
+    _TRAILER.pack_into(message, end + pad, (TRAILER_MAGIC ^ reply.generation) & _U64, reply.nbytes)
+    return end + pad + TRAILER_BYTES
+
+
+def encode_reply(reply: ReadReply, body: bytes = b"") -> bytes:
+    """A whole OK reply with a small body."""
+    message = bytearray(message_bytes(len(body)))
+    message[HEADER_BYTES : HEADER_BYTES + len(body)] = body
+    seal(message, reply)
+    return bytes(message)
+
+
+def encode_error(status: Status, text: str, *, slot: int = 0, generation: int = 0) -> bytes:
+    """A reply that carries no body: the header and at most 1024 bytes of text."""
+    words = text.encode("utf-8", "replace")[:ERROR_TEXT_BYTES]
+    message = bytearray(HEADER_BYTES + len(words))
+    encode_header_into(message, ReadReply(status=status, nbytes=len(words), slot=slot, generation=generation))
+    message[HEADER_BYTES:] = words
+    return bytes(message)
+
+
+def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
+    """The header in the first 64 bytes of `buffer`.
+
+    Raises:
+        ProtocolError: wrong magic, version or status, or a length beyond its limit.
+    """
+    if len(buffer) < HEADER_BYTES:
+        raise ProtocolError("a reply is shorter than its header", nbytes=len(buffer), expected=HEADER_BYTES)
+    magic, version, code, generation, nbytes, checksum, ring_id, slot, flags, fingerprint = _HEADER.unpack_from(buffer)
+    if magic != REPLY_MAGIC:
+        raise ProtocolError("not a ucxx_transport reply", magic=f"{magic:#010x}")
+    if version != VERSION:
+        raise ProtocolError(
+            f"the server speaks protocol version {version}, this side {VERSION}; install one release on both",
+            version=version,
+        )
+    status = _STATUSES.get(code)
+    if status is None:
+        raise ProtocolError("unknown status in a reply", status=code)
+    limit = MAX_BODY_BYTES if status is Status.OK else ERROR_TEXT_BYTES
+    if nbytes > limit:
+        raise ProtocolError("a reply claims more bytes than its kind may have", nbytes=nbytes, limit=limit)
+    return ReadReply(
+        status=status,
+        nbytes=nbytes,
+        ring_id=ring_id,
+        slot=slot,
+        generation=generation,
+        checksum=checksum if flags & FLAG_CHECKSUM else None,
+        fingerprint=fingerprint,
+        token_required=bool(flags & FLAG_TOKEN_REQUIRED),
+    )
+
+
+def error_text(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> str:
+    """The text after the header of a reply that is not OK; printable, at most 1024 bytes of it."""
+    raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + reply.nbytes])
+    text = raw.decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def clear_ends(buffer: memoryview, nbytes: int) -> None:
+    """Before a receive is posted: forget the header and trailer an earlier reply left in a pooled buffer."""
+    buffer[:HEADER_BYTES] = bytes(HEADER_BYTES)
+    end = HEADER_BYTES + padded(nbytes)
+    buffer[end : end + TRAILER_BYTES] = bytes(TRAILER_BYTES)
+
+
+def check_trailer(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> None:
+    """Verify that the body arrived to its end.
+
+    Raises:
+        ProtocolError: the trailer is not there: the message was shorter than its header says.
+    """
+    end = HEADER_BYTES + padded(reply.nbytes)
+    if len(buffer) < end + TRAILER_BYTES:
+        raise ProtocolError("a reply claims more bytes than were posted for it", nbytes=reply.nbytes)
+    mark, nbytes = _TRAILER.unpack_from(buffer, end)
+    if mark != (TRAILER_MAGIC ^ reply.generation) & _U64 or nbytes != reply.nbytes:
+        raise ProtocolError("a reply was cut short: its trailer is missing", nbytes=reply.nbytes)
+
+
+def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    """HMAC-SHA256 over the role ("client" or "server") and both nonces; each side proves the token to the other."""
+    text = b"ucxx_transport/1 " + role.encode() + b"\0" + client_nonce + server_nonce
+    mac = hmac.new(token, text, hashlib.sha256).digest()
+    assert len(mac) == MAC_BYTES
+    return mac
+
+
+def macs_equal(left: bytes, right: bytes) -> bool:
+    """Constant-time comparison of two macs."""
+    return hmac.compare_digest(left, right)
