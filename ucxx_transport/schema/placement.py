@@ -1,0 +1,122 @@
+"""Where the fields of one payload lie, given its actual lengths.
+
+```
+offset 0                 64-aligned            64-aligned
+| lengths: u64 × varlen  | field 0, its bytes  | field 1, its bytes | …      a payload with varlen fields
+| field 0, its bytes     | field 1, its bytes  | …                           a payload without
+```
+Little-endian. A varlen field takes only the rows it has, so the next field moves up. The bytes between two fields are
+unspecified. `nbytes` ends with the last field's last byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Protocol
+
+from ucxx_transport.schema.dtypes import DType
+from ucxx_transport.schema.tensor_spec import TensorSpec
+
+ALIGNMENT_BYTES = 64
+"""A cache line and the widest vector register; also what an aligned device copy wants."""
+
+LENGTH_BYTES = 8
+_CACHED_PLACEMENTS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedField:
+    """One field of one payload: `shape` is the actual one, `offset` counts bytes from the payload's start."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: DType
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The byte map of one payload.
+
+    Attributes:
+        specs: the schema's fields, in order.
+        lengths: actual leading length of each varlen field, in order.
+        offsets: each field's first byte.
+        shapes: each field's actual shape.
+        table_bytes: size of the table of lengths at offset 0; 0 without varlen fields.
+        nbytes: size of the payload.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    table_bytes: int
+    nbytes: int
+
+    @property
+    def fields(self) -> tuple[PlacedField, ...]:
+        """Each field with its place, in order."""
+        return tuple(
+            PlacedField(
+                name=spec.name, offset=offset, shape=shape, dtype=spec.dtype, nbytes=prod(shape) * spec.dtype.itemsize
+            )
+            for spec, offset, shape in zip(self.specs, self.offsets, self.shapes, strict=True)
+        )
+
+
+class Placer(Protocol):
+    """Lengths in, placement out; the lengths must have been checked against the maxima."""
+
+    def __call__(self, lengths: tuple[int, ...], /) -> Placement:
+        """The byte map for these lengths of the varlen fields."""
+
+
+def make_placer(specs: Sequence[TensorSpec]) -> Placer:
+    """A function from actual lengths to a `Placement`, remembering the last 256.
+
+    A placement costs about 2 µs for 8 fields, a remembered one 0.1: trajectories that end early have many lengths, so
+    both count, and `PlacedField` objects are made only when asked for.
+    """
+    fields = tuple(specs)
+    table_bytes = _aligned(LENGTH_BYTES * sum(spec.varlen for spec in fields))
+    # (varlen?, bytes of a row or of the whole field, the fixed part of the shape)
+    plan = tuple(
+        (True, prod(spec.shape[1:]) * spec.dtype.itemsize, spec.shape[1:])
+        if spec.varlen
+        else (False, spec.nbytes, spec.shape)
+        for spec in fields
+    )
+
+    def place(lengths: tuple[int, ...], /) -> Placement:
+        remaining = iter(lengths)
+        offsets, shapes = [], []
+        end = table_bytes
+        for varlen, fixed_bytes, fixed_shape in plan:
+            offset = (end + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
+            offsets.append(offset)
+            if varlen:
+                length = next(remaining)
+                shapes.append((length, *fixed_shape))
+                end = offset + length * fixed_bytes
+            else:
+                shapes.append(fixed_shape)
+                end = offset + fixed_bytes
+        return Placement(
+            specs=fields,
+            lengths=lengths,
+            offsets=tuple(offsets),
+            shapes=tuple(shapes),
+            table_bytes=table_bytes,
+            nbytes=end,
+        )
+
+    return lru_cache(maxsize=_CACHED_PLACEMENTS)(place)
+
+
+def _aligned(nbytes: int) -> int:
+    return (nbytes + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES

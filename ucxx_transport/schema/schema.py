@@ -1,0 +1,279 @@
+"""Schema: the fields of a payload, their places in memory, and the identity that both sides compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.packing import Packer, byte_view, read_lengths, view_fields
+from ucxx_transport.schema.placement import Placement, make_placer
+from ucxx_transport.schema.tensor_spec import TensorSpec
+from ucxx_transport.schema.tensors import Array, as_array, fit
+from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
+from ucxx_transport.schema.wire_form import (
+    WIRE_VERSION,
+    check_version,
+    describe,
+    is_unsigned,
+    pack,
+    take_fields,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_FIELDS = 4096
+MAX_SCHEMA_BYTES = 4 << 20
+"""Bound on the msgpack form: 4096 fields with names of 255 four-byte characters would pass it; nothing sensible does."""
+
+MAX_PAYLOAD_BYTES = 1 << 48
+
+
+class Schema:
+    """What a ring's payloads look like. Immutable; equal schemas have equal fingerprints.
+
+    >>> schema = Schema([TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True), TensorSpec("reward", (), "float32")])
+    >>> memory = bytearray(schema.nbytes)
+    >>> schema.pack_into(memory, {"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
+    14212
+    >>> schema.views(memory)["obs"]["image"].shape
+    (2, 84, 84)
+    """
+
+    __slots__ = ("_by_name", "_fields", "_fingerprint", "_full", "_place", "_tree", "_varlen", "_varlen_maxima")
+
+    def __init__(self, fields: Iterable[TensorSpec]) -> None:
+        """Lay out the fields in the order given.
+
+        Args:
+            fields: 1 to 4096 of them, with names that make one tree.
+
+        Raises:
+            ConfigError: no field or too many, names that collide or leave gaps in a list, or more than 2**48 bytes.
+        """
+        self._fields = tuple(fields)
+        if not all(isinstance(field, TensorSpec) for field in self._fields):
+            raise ConfigError("a Schema is made of TensorSpec objects", field="fields")
+        if not 1 <= len(self._fields) <= MAX_FIELDS:
+            raise ConfigError(f"a Schema has 1 to {MAX_FIELDS} fields, not {len(self._fields)}", field="fields")
+        self._tree = TreeShape([field.name for field in self._fields])
+        self._by_name = {field.name: field for field in self._fields}
+        self._varlen = tuple(index for index, field in enumerate(self._fields) if field.varlen)
+        self._varlen_maxima = tuple(self._fields[index].shape[0] for index in self._varlen)
+        self._place = make_placer(self._fields)
+        self._full = self._place(self._varlen_maxima)
+        if self._full.nbytes > MAX_PAYLOAD_BYTES:
+            raise ConfigError(f"a payload of {self._full.nbytes} bytes is over {MAX_PAYLOAD_BYTES}", field="fields")
+        # 0 stands for "raw, no schema" on the wire and in a SlotRef
+        self._fingerprint = xxhash.xxh3_64_intdigest(self.to_bytes()) or 1
+
+    @property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        """The fields, in payload order."""
+        return self._fields
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a payload at full size: what a slot must hold."""
+        return self._full.nbytes
+
+    @property
+    def offsets(self) -> Mapping[str, int]:
+        """Each field's first byte in a payload at full size."""
+        return MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
+
+    @property
+    def fingerprint(self) -> int:
+        """64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        """Number of fields."""
+        return len(self._fields)
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        """The fields, in payload order."""
+        return iter(self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        """Same fields in the same order."""
+        return self._fields == other._fields if isinstance(other, Schema) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Consistent with equality, in every process."""
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        """Size and identity; the fields would fill pages."""
+        return f"<Schema {len(self._fields)} fields, {self.nbytes} bytes, fingerprint {self._fingerprint:016x}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Rebuilt from its fields: the caches stay behind."""
+        return (Schema, (self._fields,))
+
+    @classmethod
+    def from_example(cls, tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int] = ()) -> Schema:
+        """The schema that `tree` fits.
+
+        Args:
+            tree: nested mappings, lists and tuples of arrays; Python numbers become 0-d int64, float64, complex128, bool.
+            varlen: names of the fields whose leading dimension varies, either with their maximum lengths, or without:
+                then the example has the maximum.
+
+        Raises:
+            ConfigError: an array cannot be a payload, or `varlen` names no field.
+        """
+        leaves = flatten(tree)
+        unknown = [name for name in varlen if name not in leaves]
+        if unknown:
+            raise ConfigError(
+                f"varlen names {describe(unknown[0])}, which the example lacks", field=describe(unknown[0])
+            )
+        specs = []
+        for name, leaf in leaves.items():
+            array = as_array(leaf, name)
+            spec = TensorSpec(name, array.shape, array.dtype)
+            if name in varlen:
+                rows = [varlen[name]] if isinstance(varlen, Mapping) else spec.shape[:1]
+                spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
+            specs.append(spec)
+        return cls(specs)
+
+    def to_dict(self) -> dict[str, object]:
+        """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
+        return {"version": WIRE_VERSION, "fields": [field.to_dict() for field in self._fields]}
+
+    def to_bytes(self) -> bytes:
+        """`to_dict` in msgpack: what the segment holds and what the fingerprint is taken of."""
+        return pack(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: object) -> Schema:
+        """Rebuild a schema from `to_dict`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: the form is malformed or of another version; the message names the field.
+        """
+        form = take_fields(data, "schema", required=("version", "fields"))
+        check_version(form["version"], "schema")
+        fields = form["fields"]
+        if not isinstance(fields, (list, tuple)) or not 1 <= len(fields) <= MAX_FIELDS:
+            raise ProtocolError(
+                f"a schema has a list of 1 to {MAX_FIELDS} fields, not {describe(fields)}", field="fields"
+            )
+        try:
+            return cls([TensorSpec.from_dict(field) for field in fields])
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, **exc.facts) from exc
+
+    @classmethod
+    def from_bytes(cls, raw: Buffer) -> Schema:
+        """Rebuild a schema from `to_bytes`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: the form is malformed, over 4 MiB or of another version; the message names the field.
+        """
+        return cls.from_dict(unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
+
+    def layout(self, lengths: Mapping[str, int] | None = None) -> Placement:
+        """Where the fields lie in a payload of these lengths.
+
+        Args:
+            lengths: rows of each varlen field; one left out has its maximum.
+
+        Raises:
+            ConfigError: a length is not 0 to its maximum, or names no varlen field.
+        """
+        if not lengths:
+            return self._full
+        for name, length in lengths.items():
+            field = self._by_name.get(name)
+            if field is None or not field.varlen:
+                raise ConfigError(f"{describe(name)} is not a varlen field of the schema", field=describe(name))
+            if not is_unsigned(length, 64) or length > field.shape[0]:
+                raise ConfigError(
+                    f"field {name!r}: a length is 0 to {field.shape[0]}, not {describe(length)}", field=name
+                )
+        return self._place(tuple(lengths.get(self._fields[i].name, self._fields[i].shape[0]) for i in self._varlen))
+
+    def lengths_of(self, tree: Mapping[str, object]) -> dict[str, int]:
+        """Rows of each varlen field in `tree`.
+
+        Raises:
+            ConfigError: the tree does not fit the schema; the message names the field and the remedy.
+        """
+        _, placement = self.arrange(tree)
+        return {self._fields[i].name: length for i, length in zip(self._varlen, placement.lengths, strict=True)}
+
+    def arrange(self, tree: Mapping[str, object]) -> tuple[list[Array], Placement]:
+        """The arrays of `tree` in field order, each fitting its field, and where they go.
+
+        Raises:
+            ConfigError: the tree does not fit the schema; the message names the field and the remedy.
+        """
+        arrays = [
+            # the common case inline: it saves a call a field
+            leaf
+            if type(leaf) is np.ndarray and leaf.dtype is field.dtype and leaf.shape == field.shape
+            else fit(leaf, field)
+            for leaf, field in zip(self._tree.gather(tree), self._fields, strict=True)
+        ]
+        return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
+
+    def nest(self, arrays: Sequence[Array]) -> ArrayTree:
+        """A tree of these arrays, given in field order."""
+        return self._tree.build(arrays)
+
+    def packer(self, buffer: Buffer) -> Packer:
+        """A writer of payloads into `buffer` that keeps its views; see `Packer`."""
+        return Packer(self, buffer)
+
+    def pack_into(self, buffer: Buffer, tree: Mapping[str, object]) -> int:
+        """Copy a tree of arrays into `buffer`, each field straight to its place.
+
+        Args:
+            buffer: contiguous writable bytes, `nbytes` of them for any payload.
+            tree: a value for every field of the schema; a varlen field's array has the rows it has.
+
+        Returns:
+            Bytes of the payload, from the buffer's start.
+
+        Raises:
+            ConfigError: the tree does not fit the schema or the buffer; the message names the field and the remedy.
+        """
+        return Packer(self, buffer).pack(tree)
+
+    def views(self, buffer: Buffer, *, writable: bool = False) -> ArrayTree:
+        """The arrays of a payload, without a copy: they share and keep alive the memory of `buffer`.
+
+        Args:
+            buffer: contiguous bytes that begin with a payload of this schema.
+            writable: whether the arrays may be written to; the buffer must then be writable.
+
+        Raises:
+            ProtocolError: the payload is too short or names a length over the maximum.
+            ConfigError: `buffer` is not a contiguous buffer, or not writable when asked for.
+        """
+        memory = byte_view(buffer, writable=writable)
+        placement = self._full
+        if self._varlen:
+            lengths = read_lengths(memory, len(self._varlen))
+            for index, length, maximum in zip(self._varlen, lengths, self._varlen_maxima, strict=True):
+                if length > maximum:
+                    name = self._fields[index].name
+                    raise ProtocolError(f"field {name!r} claims {length} rows of at most {maximum}", field=name)
+            placement = self._place(lengths)
+        if placement.nbytes > len(memory):
+            raise ProtocolError(
+                f"a payload of {len(memory)} bytes is shorter than its {placement.nbytes}",
+                nbytes=len(memory),
+                expected_nbytes=placement.nbytes,
+            )
+        return self._tree.build(view_fields(memory, placement))

@@ -1,0 +1,255 @@
+"""SlotRef: the name of one payload and where to fetch it, small enough for any queue.
+
+| field       | msgpack array index | bounds                                                            |
+|-------------|---------------------|-------------------------------------------------------------------|
+| version     | 0                   | 1                                                                 |
+| ring_id     | 1                   | 16 bytes (32 hex digits in a dict)                                |
+| ring_name   | 2                   | 1-200 printable characters, no "/", not "." or ".."               |
+| slot        | 3                   | u32                                                               |
+| generation  | 4                   | u64                                                               |
+| nbytes      | 5                   | u64                                                               |
+| host_id     | 6                   | 1-128 printable characters                                        |
+| host        | 7                   | nil, or 1-255 printable characters                                |
+| ports       | 8                   | at most 64, each 1-65535                                          |
+| fingerprint | 9                   | u64, 0 for a raw ring                                             |
+| checksum    | 10                  | nil, or u64                                                       |
+| meta        | 11                  | 64 KiB of msgpack, 16 deep: nil, bool, finite numbers, text, lists, maps |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.wire_form import (
+    WIRE_VERSION,
+    check_version,
+    describe,
+    is_plain_text,
+    is_unsigned,
+    pack,
+    take_fields,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+RING_ID_BYTES = 16
+MAX_RING_NAME_CHARS = 200
+MAX_HOST_ID_CHARS = 128
+MAX_HOST_CHARS = 255
+MAX_PORTS = 64
+MAX_META_BYTES = 64 << 10
+MAX_META_DEPTH = 16
+MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
+
+_REQUIRED = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
+_OPTIONAL = ("host", "ports", "fingerprint", "checksum", "meta")
+_IN_BYTES = (*_REQUIRED, *_OPTIONAL)
+_NO_META: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRef:
+    """Names one payload for ever, and says where it can be fetched.
+
+    Hashed by `name`; equal when every field is. Pickles, and travels as `to_bytes` (≈ 200 bytes) or `to_dict` (JSON).
+
+    Attributes:
+        ring_id: the ring's random id, new for every created segment.
+        ring_name: the segment's name on its own host.
+        slot: the slot's index.
+        generation: which write to that slot.
+        nbytes: bytes of the payload.
+        host_id: which machine and namespace the segment is on; equal to the reader's own means: read it in place.
+        host: address of the ring's server, None as long as there is none.
+        ports: its ports.
+        fingerprint: the schema's, 0 for a raw ring.
+        checksum: xxh3_64 of the payload, None when the ring takes none.
+        meta: what the writer said about the payload. The mapping is read-only and its content the reference's own copy.
+    """
+
+    ring_id: bytes
+    ring_name: str
+    slot: int
+    generation: int
+    nbytes: int
+    host_id: str
+    host: str | None = None
+    ports: tuple[int, ...] = ()
+    fingerprint: int = 0
+    checksum: int | None = None
+    meta: Mapping[str, object] = field(default_factory=lambda: _NO_META)
+
+    def __post_init__(self) -> None:
+        """Check every field against its bounds.
+
+        Raises:
+            ConfigError: one is out of them; `facts["field"]` names it.
+        """
+        if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
+            _refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
+        if (
+            not is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)
+            or "/" in self.ring_name
+            or self.ring_name in (".", "..")
+        ):
+            _refuse("ring_name", self.ring_name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
+        if not is_unsigned(self.slot, 32):
+            _refuse("slot", self.slot, "an integer of 32 bits, not negative")
+        for name in ("generation", "nbytes", "fingerprint"):
+            if not is_unsigned(value := getattr(self, name), 64):
+                _refuse(name, value, "an integer of 64 bits, not negative")
+        if not is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
+            _refuse("host_id", self.host_id, f"1 to {MAX_HOST_ID_CHARS} printable characters")
+        if self.host is not None and not is_plain_text(self.host, MAX_HOST_CHARS):
+            _refuse("host", self.host, f"1 to {MAX_HOST_CHARS} printable characters, or None")
+        if self.checksum is not None and not is_unsigned(self.checksum, 64):
+            _refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
+        object.__setattr__(self, "ports", _checked_ports(self.ports))
+        object.__setattr__(self, "meta", _checked_meta(self.meta))
+
+    @property
+    def name(self) -> tuple[bytes, int, int]:
+        """(ring_id, slot, generation): two references with this in common name the same payload."""
+        return (self.ring_id, self.slot, self.generation)
+
+    def __hash__(self) -> int:
+        """By name: `meta` need not be hashable."""
+        return hash((self.ring_id, self.slot, self.generation))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as its msgpack form, which is smaller than the default and checked on arrival."""
+        return (SlotRef.from_bytes, (self.to_bytes(),))
+
+    def to_dict(self) -> dict[str, object]:
+        """The reference as plain JSON- and msgpack-safe values."""
+        return {
+            "version": WIRE_VERSION,
+            "ring_id": self.ring_id.hex(),
+            "ring_name": self.ring_name,
+            "slot": self.slot,
+            "generation": self.generation,
+            "nbytes": self.nbytes,
+            "host_id": self.host_id,
+            "host": self.host,
+            "ports": list(self.ports),
+            "fingerprint": self.fingerprint,
+            "checksum": self.checksum,
+            "meta": _plain(self.meta, 0),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The reference as one msgpack array, in the order of the module's table."""
+        return pack(
+            (
+                *(WIRE_VERSION, self.ring_id, self.ring_name, self.slot, self.generation, self.nbytes, self.host_id),
+                *(self.host, self.ports, self.fingerprint, self.checksum, dict(self.meta)),
+            )
+        )
+
+    @classmethod
+    def from_dict(cls, data: object) -> SlotRef:
+        """Rebuild a reference from `to_dict`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
+        """
+        form = dict(take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL))
+        ring_id = form["ring_id"]
+        if (
+            not isinstance(ring_id, str)
+            or len(ring_id) != 2 * RING_ID_BYTES
+            or not set(ring_id) <= set("0123456789abcdef")
+        ):
+            raise ProtocolError(
+                f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(ring_id)}", field="ring_id"
+            )
+        form["ring_id"] = bytes.fromhex(ring_id)
+        return cls._rebuild(form)
+
+    @classmethod
+    def from_bytes(cls, raw: Buffer) -> SlotRef:
+        """Rebuild a reference from `to_bytes`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: the form is malformed, too long or of another version; the message names the field.
+        """
+        values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
+        if not isinstance(values, list) or not values:
+            raise ProtocolError(f"a slot reference must be an array, not {describe(values)}", field="slot reference")
+        check_version(values[0], "slot reference")
+        if len(values) != len(_IN_BYTES):
+            raise ProtocolError(
+                f"a slot reference of {len(values)} values, not {len(_IN_BYTES)}", field="slot reference"
+            )
+        return cls._rebuild(dict(zip(_IN_BYTES, values, strict=True)))
+
+    @classmethod
+    def _rebuild(cls, form: dict[str, object]) -> SlotRef:
+        check_version(form.pop("version"), "slot reference")
+        try:
+            return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+def _refuse(name: str, value: object, expected: str) -> NoReturn:
+    raise ConfigError(f"{name} must be {expected}, not {describe(value)}", field=name)
+
+
+def _checked_ports(ports: object) -> tuple[int, ...]:
+    if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS:
+        _refuse("ports", ports, f"at most {MAX_PORTS} port numbers")
+    for port in ports:
+        if not is_unsigned(port, 16) or port == 0:
+            _refuse("ports", port, "numbers from 1 to 65535")
+    return tuple(ports)
+
+
+def _checked_meta(meta: object) -> Mapping[str, object]:
+    if not isinstance(meta, Mapping):
+        _refuse("meta", meta, "a mapping")
+    if not meta:
+        return _NO_META
+    plain = _plain(meta, 0)
+    try:
+        nbytes = len(pack(plain))
+    except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
+        raise ConfigError(f"meta cannot be written as msgpack: {exc}", field="meta") from exc
+    if nbytes > MAX_META_BYTES:
+        raise ConfigError(
+            f"meta takes {nbytes} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
+            field="meta",
+            nbytes=nbytes,
+        )
+    return MappingProxyType(plain)  # type: ignore[arg-type]  # a Mapping's plain form is a dict
+
+
+def _plain(value: object, depth: int) -> object:
+    """A copy of `value` in types that both JSON and msgpack have."""
+    if depth > MAX_META_DEPTH:
+        raise ConfigError(f"meta is deeper than {MAX_META_DEPTH}", field="meta")
+    if isinstance(value, np.generic):  # rewards.mean() and the like
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not isfinite(value):
+            _refuse("meta", value, "made of finite numbers (JSON has no others; use None)")
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                _refuse("meta", key, "keyed by text")
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    _refuse("meta", value, "made of None, bools, numbers, text, lists and mappings")

@@ -1,0 +1,127 @@
+"""TensorSpec: one field of a payload."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import SupportsIndex
+
+import numpy.typing as npt
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.dtypes import DTYPES, DType, canonical_dtype
+from ucxx_transport.schema.wire_form import describe, is_plain_text, is_unsigned, take_fields
+
+MAX_NAME_CHARS = 255
+MAX_NAME_DEPTH = 32
+MAX_DIMENSIONS = 32
+MAX_FIELD_BYTES = 1 << 48
+"""Far above any memory, far below where a product of sizes could leave 64 bits."""
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class TensorSpec:
+    """Name, shape and element type of one array in a payload.
+
+    Attributes:
+        name: the field's path in the payload's tree, segments joined by "/": "obs/image", "layers/0/w". A segment of
+            decimal digits is a position in a list.
+        shape: sizes of the dimensions; for a `varlen` field the first is the maximum.
+        dtype: the element type (always little-endian).
+        varlen: whether the leading dimension varies from payload to payload, between 0 and `shape[0]`.
+
+    >>> TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True).nbytes
+    3528000
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    varlen: bool
+
+    def __init__(
+        self, name: str, shape: SupportsIndex | Iterable[SupportsIndex], dtype: npt.DTypeLike, varlen: bool = False
+    ) -> None:
+        """Describe a field.
+
+        Args:
+            name: its path, at most 255 printable characters and 32 segments, none of them empty.
+            shape: sizes ≥ 0, at most 32 of them; one integer stands for one dimension; () is a scalar.
+            dtype: anything numpy takes as a numeric, bool or complex dtype, or a bfloat16/float8 of ml_dtypes or its name.
+            varlen: let the leading dimension vary up to `shape[0]`.
+
+        Raises:
+            ConfigError: one of them is not so; the message names the field.
+        """
+        _check_name(name)
+        object.__setattr__(self, "name", str(name))
+        object.__setattr__(self, "shape", _checked_shape(shape, name))
+        object.__setattr__(self, "dtype", canonical_dtype(dtype, name))
+        object.__setattr__(self, "varlen", varlen)
+        if not isinstance(varlen, bool):
+            raise ConfigError(f"field {name!r}: varlen must be True or False, not {describe(varlen)}", field=name)
+        if varlen and (not self.shape or self.shape[0] == 0):
+            raise ConfigError(f"field {name!r}: varlen needs a leading dimension, its maximum length ≥ 1", field=name)
+        # A zero size elsewhere must not hide an absurd one: numpy refuses such shapes when a view is made.
+        if prod(max(size, 1) for size in self.shape) * self.dtype.itemsize > MAX_FIELD_BYTES:
+            raise ConfigError(f"field {name!r}: shape {self.shape} is over {MAX_FIELD_BYTES} bytes", field=name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the field at its full size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, object]:
+        """The field as plain JSON- and msgpack-safe values, in a fixed order of keys."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name, "varlen": self.varlen}
+
+    @classmethod
+    def from_dict(cls, data: object) -> TensorSpec:
+        """Rebuild a field from `to_dict`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: the form is malformed; the message names the field.
+        """
+        fields = take_fields(data, "tensor spec", required=("name", "shape", "dtype", "varlen"))
+        name, shape, dtype, varlen = fields["name"], fields["shape"], fields["dtype"], fields["varlen"]
+        if not isinstance(name, str):
+            raise ProtocolError(f"a field's name must be text, not {describe(name)}", field="name")
+        where = describe(name)
+        if not isinstance(shape, (list, tuple)) or not all(is_unsigned(size, 64) for size in shape):
+            raise ProtocolError(f"field {where}: shape must be a list of sizes, not {describe(shape)}", field="shape")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ProtocolError(f"field {where}: {describe(dtype)} is not a dtype known here", field="dtype")
+        if not isinstance(varlen, bool):
+            raise ProtocolError(f"field {where}: varlen must be a bool, not {describe(varlen)}", field="varlen")
+        try:
+            return cls(name, shape, dtype, varlen)
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, field=where) from exc
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"a field's name must be text, not {describe(name)}", field="name")
+    if not is_plain_text(name, MAX_NAME_CHARS):
+        raise ConfigError(
+            f"field {describe(name)}: a name is 1 to {MAX_NAME_CHARS} printable characters", field=describe(name)
+        )
+    segments = name.split("/")
+    if "" in segments or len(segments) > MAX_NAME_DEPTH:
+        raise ConfigError(
+            f"field {name!r}: a path is 1 to {MAX_NAME_DEPTH} segments joined by '/', none of them empty", field=name
+        )
+
+
+def _checked_shape(shape: object, name: str) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)) else (shape,)
+    if len(sizes) > MAX_DIMENSIONS:
+        raise ConfigError(f"field {name!r}: {len(sizes)} dimensions; at most {MAX_DIMENSIONS}", field=name)
+    checked = []
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, SupportsIndex) or operator.index(size) < 0:
+            raise ConfigError(f"field {name!r}: {describe(size)} is not a size of a dimension", field=name)
+        checked.append(operator.index(size))
+    return tuple(checked)

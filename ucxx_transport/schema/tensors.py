@@ -1,0 +1,142 @@
+"""A value that a caller gives, as a numpy array that fits its field, or an error that says what to do.
+
+| given                                     | becomes                                                    |
+|-------------------------------------------|------------------------------------------------------------|
+| numpy array                               | itself                                                     |
+| buffer, `__array__`, `__array_interface__`| `np.asarray`: no copy where the object allows it           |
+| `__dlpack__` on the CPU                   | `np.from_dlpack`, no copy                                  |
+| bytes                                     | uint8                                                      |
+| Python number, list of numbers            | the field's dtype: integers exactly, floats to the nearest |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.dtypes import DType, casts_exactly
+from ucxx_transport.schema.tensor_spec import TensorSpec
+from ucxx_transport.schema.wire_form import describe
+
+Array: TypeAlias = np.ndarray[Any, DType]
+
+_NUMBERS = (bool, int, float, complex)
+# What numpy and the array libraries raise when a value cannot be seen as an array of the host's memory.
+_CONVERSION_ERRORS = (TypeError, ValueError, RuntimeError, BufferError, AttributeError, OverflowError)
+
+
+def as_array(value: object, field: str) -> Array:
+    """`value` as a numpy array, without a copy where the object allows it.
+
+    Raises:
+        ConfigError: it is not an array in host memory.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, bytes):
+        return np.frombuffer(value, np.uint8)
+    try:
+        if (
+            hasattr(value, "__dlpack__")
+            and not hasattr(value, "__array__")
+            and not hasattr(value, "__array_interface__")
+        ):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except _CONVERSION_ERRORS as exc:
+        raise ConfigError(
+            f"field {field!r}: {describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); "
+            "copy it to the host, or view it as a dtype that numpy knows",
+            field=field,
+        ) from exc
+
+
+def fit(value: object, spec: TensorSpec) -> Array:
+    """`value` as an array of the rank of `spec` whose every element keeps its value in the field's dtype.
+
+    Args:
+        value: what the caller gave for the field.
+        spec: the field. A varlen field takes any leading length up to its maximum.
+
+    Raises:
+        ConfigError: another shape, too long, or a dtype that would narrow; the message names field, both, and the remedy.
+    """
+    array = as_array(value, spec.name)
+    if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
+        if array.dtype.kind not in "biufc" or not _is_weak(value):
+            raise ConfigError(
+                f"field {spec.name!r}: dtype {array.dtype.name} would not keep its values in {spec.dtype.name}; "
+                f"convert it first (array.astype({spec.dtype.name!r})) or give the schema the other dtype",
+                field=spec.name,
+                given=array.dtype.name,
+                expected=spec.dtype.name,
+            )
+        array = _cast_numbers(array, spec)
+    if array.shape != spec.shape and not _fits_varlen(array, spec):
+        expected = f"(≤{spec.shape[0]}, {', '.join(map(str, spec.shape[1:]))})" if spec.varlen else str(spec.shape)
+        raise ConfigError(
+            f"field {spec.name!r}: shape {array.shape} is not {expected}; reshape it, or change the schema",
+            field=spec.name,
+            given=array.shape,
+            expected=expected,
+        )
+    return array
+
+
+def copy_exactly(target: Array, source: Array) -> None:
+    """Copy a fitted array into its place, converting elements where the dtypes differ."""
+    if source.dtype is target.dtype:
+        np.copyto(target, source)
+        return
+    with np.errstate(all="ignore"):  # widening a signalling NaN is reported as an invalid value; it stays a NaN
+        np.copyto(target, source, casting="unsafe")
+
+
+def _fits_varlen(array: Array, spec: TensorSpec) -> bool:
+    return (
+        spec.varlen
+        and array.ndim == len(spec.shape)
+        and array.shape[1:] == spec.shape[1:]
+        and array.shape[0] <= spec.shape[0]
+    )
+
+
+def _is_weak(value: object) -> bool:
+    """Whether `value` is a Python number or nested lists of only these: they carry no dtype of their own."""
+    return all(type(number) in _NUMBERS for number in _numbers(value))
+
+
+def _numbers(value: object) -> Iterator[object]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    else:
+        yield value
+
+
+def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
+    """Give Python numbers the field's dtype: same kind or wider, integers exactly, floats without overflow."""
+    if array.size == 0 or _kind_order(array.dtype) <= _kind_order(spec.dtype):
+        with np.errstate(all="ignore"):
+            cast = array.astype(spec.dtype)
+            back = cast.astype(array.dtype)
+        exact = back == array
+        if array.dtype.kind in "fc":
+            exact |= np.isfinite(back) == np.isfinite(array)
+        if exact.all():
+            return cast
+    raise ConfigError(
+        f"field {spec.name!r}: these Python numbers ({array.dtype.name}) do not fit {spec.dtype.name}; "
+        "convert them first, or give the schema the other dtype",
+        field=spec.name,
+        given=array.dtype.name,
+        expected=spec.dtype.name,
+    )
+
+
+def _kind_order(dtype: DType) -> int:
+    # those of ml_dtypes are floats, whatever kind they register as
+    return {"b": 0, "u": 1, "i": 1, "c": 3}.get(dtype.kind, 2)

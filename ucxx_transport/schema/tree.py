@@ -1,0 +1,202 @@
+"""Nested dicts and lists of arrays, as flat paths and back.
+
+| in a tree             | in a path                    | comes back as |
+|-----------------------|------------------------------|---------------|
+| a mapping's key       | itself ("obs")               | dict          |
+| a list's, a tuple's   | its position ("layers/0/w")  | list          |
+
+The root is a mapping. A key may itself be a path ({"obs/image": …} is {"obs": {"image": …}}). A key of decimal digits
+is refused, since it would come back as a list; so is an empty container, since it would not come back at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH
+from ucxx_transport.schema.wire_form import describe
+
+ArrayTree: TypeAlias = dict[str, Any]
+"""Arrays by name; a value is an array, or again a dict or a list of these. `Any`, so that callers may index freely."""
+
+
+class _Branch(NamedTuple):
+    """A container of the tree: `keys` is None for a list. A child is a branch, or the index of a leaf."""
+
+    keys: tuple[str, ...] | None
+    children: tuple[_Branch | int, ...]
+
+
+class _MisfitError(Exception):
+    """The fast walk met another structure than it was made for."""
+
+
+class TreeShape:
+    """The nesting that a sequence of paths stands for."""
+
+    __slots__ = ("_flat", "_root", "paths")
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Check that the paths make one tree.
+
+        Args:
+            paths: well-formed field names, in field order.
+
+        Raises:
+            ConfigError: a path occurs twice or is a prefix of another, or the positions of a list have gaps.
+        """
+        self.paths = tuple(paths)
+        nested: dict[str, Any] = {}
+        for index, path in enumerate(self.paths):
+            _insert(nested, path, index)
+        if any(key.isdecimal() for key in nested):
+            raise ConfigError(
+                "the root of a tree is a mapping: a field's name may not begin with a list position",
+                field=self.paths[0],
+            )
+        self._root = _branch(nested, "")
+        self._flat = all(isinstance(child, int) for child in self._root.children)
+
+    def gather(self, tree: object) -> list[object]:
+        """The leaves of `tree`, in field order.
+
+        Raises:
+            ConfigError: fields are missing or unknown; the message names them.
+        """
+        if self._flat and type(tree) is dict and len(tree) == len(self.paths):
+            try:
+                return [tree[path] for path in self.paths]
+            except KeyError:
+                return self._gather_any(tree)
+        leaves: list[object] = [None] * len(self.paths)
+        try:
+            _collect(self._root, tree, leaves)
+        except _MisfitError:
+            return self._gather_any(tree)
+        return leaves
+
+    def build(self, leaves: Sequence[object]) -> ArrayTree:
+        """A new tree of these leaves, given in field order."""
+        if self._flat:
+            return dict(zip(self.paths, leaves, strict=True))
+        built: ArrayTree = _grow(self._root, leaves)
+        return built
+
+    def _gather_any(self, tree: object) -> list[object]:
+        """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
+        found = flatten(tree, leaf_paths=frozenset(self.paths))
+        missing = [path for path in self.paths if path not in found]
+        unknown = [path for path in found if path not in set(self.paths)]
+        if missing or unknown:
+            words = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unknown: {_listed(unknown)}"] * bool(unknown)
+            raise ConfigError(
+                f"the data does not fit the schema; {'; '.join(words)}. Give every field of the schema and no other",
+                field=(missing or unknown)[0],
+            )
+        return [found[path] for path in self.paths]
+
+
+def flatten(tree: object, *, leaf_paths: Collection[str] = ()) -> dict[str, object]:
+    """Leaves by path, in the order of the tree.
+
+    Args:
+        tree: a mapping of arrays, mappings, lists and tuples.
+        leaf_paths: where these paths lead to a list, the list is a leaf (numbers for one array) and not a container.
+
+    Raises:
+        ConfigError: not a mapping, a key that is not text or is all digits, an empty container, a path that occurs
+            twice, nesting deeper than 32.
+
+    >>> flatten({"obs": {"image": 1}, "layers": [{"w": 2}, {"w": 3}]})
+    {'obs/image': 1, 'layers/0/w': 2, 'layers/1/w': 3}
+    """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"data must be a mapping of names to arrays, not {describe(tree)}", field="data")
+    leaves: dict[str, object] = {}
+    for path, leaf in _walk(tree, "", 0, leaf_paths):
+        if path in leaves:
+            raise ConfigError(f"the tree names {path!r} twice", field=path)
+        leaves[path] = leaf
+    return leaves
+
+
+def _walk(node: object, path: str, depth: int, leaf_paths: Collection[str]) -> Iterator[tuple[str, object]]:
+    if not isinstance(node, (Mapping, list, tuple)) or path in leaf_paths:
+        yield path, node
+        return
+    if depth >= MAX_NAME_DEPTH:
+        raise ConfigError(f"the tree is deeper than {MAX_NAME_DEPTH} at {describe(path)}", field=describe(path))
+    if not node:
+        raise ConfigError(f"an empty container at {path!r} would not come back: leave it out", field=path)
+    for key, child in node.items() if isinstance(node, Mapping) else ((str(i), item) for i, item in enumerate(node)):
+        if isinstance(node, Mapping):
+            _check_key(key, path)
+        yield from _walk(child, f"{path}/{key}" if path else key, depth + 1, leaf_paths)
+
+
+def _check_key(key: object, path: str) -> None:
+    if not isinstance(key, str):
+        raise ConfigError(f"a key under {path!r} is {describe(key)}: keys must be text", field=path)
+    if key.isdecimal():
+        raise ConfigError(
+            f"the key {key!r} under {path!r} reads as a list position: name it, as in 'agent_{key}'", field=path
+        )
+
+
+def _insert(nested: dict[str, Any], path: str, index: int) -> None:
+    *parents, last = path.split("/")
+    for segment in parents:
+        nested = nested.setdefault(segment, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{path!r} lies below another field of the schema", field=path)
+    if last in nested:
+        raise ConfigError(f"{path!r} is in the schema twice, or is the parent of another field", field=path)
+    nested[last] = index
+
+
+def _branch(nested: dict[str, Any], path: str) -> _Branch:
+    children = {
+        key: _branch(child, f"{path}/{key}" if path else key) if isinstance(child, dict) else child
+        for key, child in nested.items()
+    }
+    if not any(key.isdecimal() for key in children):
+        return _Branch(tuple(children), tuple(children.values()))
+    positions = [str(i) for i in range(len(children))]
+    if set(children) != set(positions):
+        raise ConfigError(
+            f"the segments under {path!r} must be all names, or all positions 0 to {len(children) - 1}", field=path
+        )
+    return _Branch(None, tuple(children[key] for key in positions))
+
+
+def _collect(branch: _Branch, node: object, leaves: list[object]) -> None:
+    keys, children = branch
+    if keys is None:
+        if not isinstance(node, (list, tuple)) or len(node) != len(children):
+            raise _MisfitError
+        items: Sequence[object] = node
+    else:
+        if not isinstance(node, Mapping) or len(node) != len(keys):
+            raise _MisfitError
+        try:
+            items = [node[key] for key in keys]
+        except KeyError as exc:
+            raise _MisfitError from exc
+    for child, item in zip(children, items, strict=True):
+        if isinstance(child, int):
+            leaves[child] = item
+        else:
+            _collect(child, item, leaves)
+
+
+def _grow(branch: _Branch, leaves: Sequence[object]) -> Any:
+    keys, children = branch
+    grown = [leaves[child] if isinstance(child, int) else _grow(child, leaves) for child in children]
+    return grown if keys is None else dict(zip(keys, grown, strict=True))
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(describe(path) for path in paths[:5])
+    return shown if len(paths) <= 5 else f"{shown} and {len(paths) - 5} more"

@@ -1,0 +1,126 @@
+"""Refusal of malformed dict and msgpack forms: what a peer, a queue or a file hands to `from_dict` and `from_bytes`.
+
+Nothing here trusts its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value
+quoted in an error is cut short first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TypeGuard
+
+import msgpack  # type: ignore[import-untyped]  # ships no types
+
+from ucxx_transport.errors import ProtocolError
+
+WIRE_VERSION = 1
+"""Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
+
+_QUOTED_CHARS = 80
+_QUOTED_INT_BITS = 256
+
+
+def describe(value: object) -> str:
+    """Words for an untrusted value in an error: short whatever its size, and never failing.
+
+    >>> describe("slot"), describe(True), describe(1 << 5000), describe([1, 2])
+    ("'slot'", 'True', 'an integer of 5001 bits', 'a list of 2')
+    """
+    if isinstance(value, int) and abs(value).bit_length() > _QUOTED_INT_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or type(value) in (bool, int, float):
+        return repr(value)
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= _QUOTED_CHARS else f"{value[:_QUOTED_CHARS]!r}… ({len(value)} long)"
+    if isinstance(value, (list, tuple, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def is_unsigned(value: object, bits: int) -> TypeGuard[int]:
+    """Whether `value` is an int (and not a bool) of at most `bits` bits, not negative."""
+    return type(value) is int and 0 <= value < 1 << bits
+
+
+def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
+    """Whether `value` is a non-empty printable str of at most `max_chars`: no control characters, no lone surrogates."""
+    return isinstance(value, str) and 0 < len(value) <= max_chars and value.isprintable()
+
+
+def take_fields(
+    data: object, what: str, *, required: Collection[str], optional: Collection[str] = ()
+) -> Mapping[str, object]:
+    """`data` as a mapping that has exactly the expected keys.
+
+    Args:
+        data: the decoded form, of any type.
+        what: the form's name for the error.
+        required: keys that must be there.
+        optional: keys that may be there.
+
+    Raises:
+        ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.
+    """
+    if not isinstance(data, Mapping):
+        raise ProtocolError(f"a {what} must be a mapping, not {describe(data)}", field=what)
+    for key in required:
+        if key not in data:
+            raise ProtocolError(f"a {what} without the field {key!r}", field=key)
+    for key in data:
+        if not isinstance(key, str) or (key not in required and key not in optional):
+            raise ProtocolError(f"a {what} with the unknown field {describe(key)}", field=describe(key))
+    return data
+
+
+def check_version(version: object, what: str) -> None:
+    """Refuse a form that was written by another version of its format.
+
+    Raises:
+        ProtocolError: `version` is not `WIRE_VERSION`.
+    """
+    if type(version) is not int or version != WIRE_VERSION:
+        raise ProtocolError(
+            f"a {what} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "
+            "run the same release of ucxx_transport on both sides",
+            field="version",
+        )
+
+
+def pack(form: object) -> bytes:
+    """Encode plain values as msgpack; equal forms with keys in the same order give equal bytes.
+
+    Raises:
+        ValueError: text with a lone surrogate, or nesting without end.
+        OverflowError: an integer of more than 64 bits.
+    """
+    packed: bytes = msgpack.packb(form)
+    return packed
+
+
+def unpack(raw: object, what: str, *, max_bytes: int) -> object:
+    """Decode one msgpack object of bounded size, without extension types.
+
+    Args:
+        raw: bytes-like msgpack.
+        what: the form's name for the error.
+        max_bytes: more than this is refused unread.
+
+    Raises:
+        ProtocolError: not bytes, too long, or not exactly one msgpack object.
+    """
+    if not isinstance(raw, (bytes, bytearray, memoryview)):
+        raise ProtocolError(f"a {what} must be bytes, not {describe(raw)}", field=what)
+    nbytes = raw.nbytes if isinstance(raw, memoryview) else len(raw)
+    if nbytes > max_bytes:
+        raise ProtocolError(f"a {what} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
+    try:
+        decoded: object = msgpack.unpackb(
+            raw, raw=False, strict_map_key=True, use_list=True, ext_hook=_refuse_extension
+        )
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise ProtocolError(f"a {what} that is not msgpack: {type(exc).__name__}", field=what) from exc
+    return decoded
+
+
+def _refuse_extension(code: int, data: bytes) -> object:
+    raise ValueError(f"msgpack extension type {code}")
