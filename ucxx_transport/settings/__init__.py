@@ -1,0 +1,1 @@
+"""Where settings come from, what they may hold, and how they become a frozen section."""
