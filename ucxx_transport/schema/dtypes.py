@@ -10,6 +10,7 @@ A long double is named after its size (`float128`), so a platform without that s
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -41,7 +42,8 @@ _REMEDIES = {
 def _table() -> dict[str, DType]:
     table: dict[str, DType] = {}
     for text in _BUILTIN:
-        dtype = np.dtype(text).newbyteorder("<")
+        # numpy's own object on a little-endian machine, so that arrays can be compared by identity: newbyteorder() copies
+        dtype = np.dtype(text) if sys.byteorder == "little" else np.dtype(text).newbyteorder("<")
         table.setdefault(dtype.name, dtype)
     for text in _EXTENSION:
         table[text] = np.dtype(getattr(ml_dtypes, text))
@@ -91,7 +93,7 @@ def casts_exactly(source: DType, target: DType) -> bool:
 
     Stricter than numpy's "safe", which lets 64-bit integers into float64 and one float8 format into another.
     """
-    if source.newbyteorder("=") == target:
+    if source.newbyteorder("<") == target:
         return True
     if target.name in _EXTENSION or source.name not in DTYPES or not np.can_cast(source, target, "safe"):
         return False
