@@ -68,9 +68,7 @@ def _pack(
     flag: int = 0,
     secret: bytes = _NO_NONCE,
 ) -> bytes:
-    return _REQUEST.pack(
-        REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, word, slot, flag, secret, END_MARK
-    )
+    return _REQUEST.pack(REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, word, slot, flag, secret, END_MARK)
 
 
 def encode_read(request: ReadRequest, kind: Kind = Kind.READ) -> bytes:

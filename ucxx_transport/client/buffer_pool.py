@@ -1,0 +1,137 @@
+"""Receive buffers that come back by themselves.
+
+A buffer is lent as a numpy array that owns the loan: every view derived from it (a payload's arrays, a torch tensor over
+one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no later
+payload ever appears in an array that somebody still holds.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+# Fields lie at multiples of 64 bytes behind a 64-byte header, so the buffer itself starts at one.
+_ALIGNMENT = 64
+_SMALLEST_BYTES = 4096
+
+
+def size_class(nbytes: int) -> int:
+    """The buffer length lent for `nbytes`: four sizes an octave, at least 4 KiB; so at most a quarter is slack."""
+    if nbytes <= _SMALLEST_BYTES:
+        return _SMALLEST_BYTES
+    step = 1 << max(0, (nbytes - 1).bit_length() - 3)
+    return -(-nbytes // step) * step
+
+
+class _Loan:
+    """What a lent array is based on; its death is the end of the loan."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "memory")
+
+    def __init__(self, memory: Bytes, nbytes: int) -> None:
+        self.memory = memory
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (nbytes,),
+            "data": (memory.ctypes.data, False),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferPoolStatistics:
+    """Attributes: lent: buffers out now. idle_bytes: kept for reuse. allocations: ever made. reuses: loans served without."""
+
+    lent: int
+    idle_bytes: int
+    allocations: int
+    reuses: int
+
+
+class BufferPool:
+    """Lends byte buffers and takes them back when nothing refers to them any more. Thread-safe.
+
+    Args:
+        keep_bytes: idle buffers beyond this total are given back to the system.
+    """
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._lock = threading.Lock()
+        self._idle: dict[int, list[Bytes]] = {}
+        self._idle_bytes = 0
+        self._allocations = 0
+        self._reuses = 0
+        self._loans: dict[weakref.ref[_Loan], Bytes] = {}
+        # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
+        self._returned: deque[weakref.ref[_Loan]] = deque()
+
+    def lend(self, nbytes: int) -> Bytes:
+        """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined.
+
+        Raises:
+            MemoryError: the system has no memory of this size.
+        """
+        with self._lock:
+            self._take_back()
+            wanted = size_class(nbytes)
+            stack = self._idle.get(wanted)
+            if stack:
+                memory = stack.pop()
+                self._idle_bytes -= len(memory)
+                self._reuses += 1
+            else:
+                memory = _allocate(wanted)
+                self._allocations += 1
+            loan = _Loan(memory, nbytes)
+            self._loans[weakref.ref(loan, self._returned.append)] = memory
+        return np.asarray(loan)
+
+    def abandon(self, lent: Bytes) -> None:
+        """Never lend this memory again: UCX may still write into it. It stays allocated."""
+        loan = lent.base
+        with self._lock:
+            _ABANDONED.append(loan)
+
+    def statistics(self) -> BufferPoolStatistics:
+        """Counts now."""
+        with self._lock:
+            self._take_back()
+            return BufferPoolStatistics(
+                lent=len(self._loans),
+                idle_bytes=self._idle_bytes,
+                allocations=self._allocations,
+                reuses=self._reuses,
+            )
+
+    def _take_back(self) -> None:
+        while self._returned:
+            memory = self._loans.pop(self._returned.popleft())
+            if self._idle_bytes + len(memory) > self._keep_bytes and not self._make_room(len(memory)):
+                continue
+            self._idle.setdefault(len(memory), []).append(memory)
+            self._idle_bytes += len(memory)
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drop idle buffers of other sizes, which the work no longer asks for, until `nbytes` more fit."""
+        for other in sorted(self._idle, reverse=True):
+            while other != nbytes and self._idle[other] and self._idle_bytes + nbytes > self._keep_bytes:
+                self._idle_bytes -= len(self._idle[other].pop())
+        return self._idle_bytes + nbytes <= self._keep_bytes
+
+
+# Loans that UCX never gave back; referenced for the life of the process.
+_ABANDONED: list[object] = []
+
+
+def _allocate(nbytes: int) -> Bytes:
+    raw = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes]

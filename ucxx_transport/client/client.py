@@ -1,0 +1,131 @@
+"""UCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from ucxx_transport.client.core import ClientCore, Into, LinkFactory
+from ucxx_transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.payload import Payload
+    from ucxx_transport.client.remote import RemoteReader
+    from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.schema import SlotRef
+
+_log = structlog.get_logger(__name__)
+
+# Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
+INLINE_BYTES = 1 << 20
+
+
+class UCXXClient:
+    """Reads payloads. Belongs to the event loop it is first used in; close it with `aclose()` or `async with`.
+
+    One client is one reader: of a payload meant for several readers (`RingConfig(readers=N)`) it gets one share, and a
+    payload it has delivered once is `StaleSlotError` ever after.
+
+    Args:
+        config: settings; the default reads local rings in place and everything else over UCX.
+        link_factory: opens the link on the first read that needs one; the default is UCX.
+    """
+
+    def __init__(self, config: ClientConfig | None = None, *, link_factory: LinkFactory | None = None) -> None:
+        self._core = ClientCore(config, link_factory)
+        self._remote: RemoteReader | None = None
+
+    @property
+    def config(self) -> ClientConfig:
+        """The settings in force."""
+        return self._core.config
+
+    @property
+    def reader_id(self) -> int:
+        """This client's random id, u64, as servers and rings see it."""
+        return self._core.reader
+
+    async def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | None = None) -> Payload:
+        """Read one payload.
+
+        Args:
+            ref: names it and says where it is.
+            into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it stays
+                in a pooled buffer, or in the slot itself.
+            deadline_s: seconds this call may take in all, retries included; default `ClientConfig.deadline_s`.
+
+        Returns:
+            The payload. Release it when its data is used up.
+
+        Raises:
+            StaleSlotError: it is gone (recycled, overwritten, its ring closed) or was delivered to this client before.
+            DeadlineExceededError: not in time. PeerLostError, BusyError, NotReadyError: not after all retries.
+            ChecksumError: the bytes differ from what was written. ProtocolError, AuthenticationError: the peer.
+            ConfigError: the reference has no address, is too large, or `into` is unfit.
+        """
+        core = self._core
+        try:
+            ring = core.admit(ref, into)
+            if ring is None:
+                limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+                return await self._read_remote(ref, into, asyncio.get_running_loop().time() + limit_s)
+            if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
+                return await asyncio.to_thread(core.read_local, ring, ref, into)
+            return core.read_local(ring, ref, into)
+        except TransportError as error:
+            core.count_failure(error)
+            raise
+
+    async def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
+    ) -> list[Payload | TransportError]:
+        """Read payloads concurrently, fairly across sources; one that fails costs none of the others.
+
+        Args:
+            refs: what to read. deadline_s: seconds for all of them together.
+
+        Returns:
+            A list as long as `refs`: the payload, or the error that `read` would have raised.
+        """
+
+        async def outcome(ref: SlotRef) -> Payload | TransportError:
+            try:
+                return await self.read(ref, deadline_s=deadline_s)
+            except TransportError as error:
+                return error
+
+        async with asyncio.TaskGroup() as tasks:
+            reads = [tasks.create_task(outcome(ref)) for ref in refs]
+        return [read.result() for read in reads]
+
+    def statistics(self) -> ClientStatistics:
+        """Counts since this client was made."""
+        return self._core.statistics(self._remote)
+
+    async def aclose(self) -> None:
+        """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
+        remote = self._remote
+        if remote is not None:
+            await remote.aclose()
+        self._core.local.close()
+
+    async def __aenter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        await self.aclose()
+
+    async def _read_remote(self, ref: SlotRef, into: Into | None, deadline_s: float) -> Payload:
+        if self._remote is None:
+            self._remote = self._core.remote()
+        content, schema = await self._remote.read(ref, deadline_s)
+        return self._core.deliver_remote(ref, content, schema, into)

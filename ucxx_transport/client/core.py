@@ -1,0 +1,137 @@
+"""What the async and the sync client share: identity, settings, local reads, delivery by name, counts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from typing_extensions import Buffer
+
+from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.client.delivered import DeliveredNames
+from ucxx_transport.client.local import LocalReader
+from ucxx_transport.client.payload import Payload, writable_bytes
+from ucxx_transport.client.remote import RemoteReader
+from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
+from ucxx_transport.config import ClientConfig
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.link.base import Link
+    from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.schema import Schema, SlotRef
+
+LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+Into = Buffer
+
+
+class ClientCore:
+    """The part of a client that needs no event loop. Thread-safe.
+
+    Args:
+        config: settings. link_factory: opens the link when one is needed; the default is UCX.
+    """
+
+    def __init__(self, config: ClientConfig | None, link_factory: LinkFactory | None) -> None:
+        self.config = config if config is not None else ClientConfig()
+        self.reader = secrets.randbits(63) + 1
+        self.counters = ClientCounters()
+        self.pool = BufferPool(self.config.buffer_pool_bytes)
+        self._delivered = DeliveredNames(self.config.max_attached_rings)
+        self._link_factory = link_factory or _ucxx_links(self.config)
+        self._pid = os.getpid()
+        self.local = LocalReader(
+            self.config.local,
+            reader=self.reader,
+            pool=self.pool,
+            max_rings=self.config.max_attached_rings,
+            verify=self.config.verify_checksum,
+            on_fallback=partial(self.counters.add, "fallbacks"),
+        )
+
+    def remote(self) -> RemoteReader:
+        """A reader over UCX for the running event loop."""
+        return RemoteReader(self.config, self._link_factory, reader=self.reader, pool=self.pool, counters=self.counters)
+
+    def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
+        """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
+
+        Raises:
+            StaleSlotError: delivered before, or its ring on this host is gone.
+            ConfigError: the payload is larger than `max_payload_bytes` or does not fit `into`, or this is a forked
+                copy of the client.
+        """
+        if os.getpid() != self._pid:
+            raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
+        if ref.nbytes > self.config.max_payload_bytes:
+            raise ConfigError(
+                f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
+                f"{self.config.max_payload_bytes}; raise the setting if such payloads are real",
+                field="max_payload_bytes",
+                value=self.config.max_payload_bytes,
+            )
+        if into is not None:
+            writable_bytes(into, ref.nbytes)
+        self._delivered.check(ref)
+        return self.local.ring_of(ref)
+
+    def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None) -> Payload:
+        """Read from an attached ring, counted."""
+        return self.deliver(self.local.read(ring, ref), into)
+
+    def deliver_remote(self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None) -> Payload:
+        """Hand over what came over UCX, counted."""
+        return self.deliver(Payload(ref, content, schema, "ucx"), into)
+
+    def deliver(self, payload: Payload, into: Into | None) -> Payload:
+        """Count a payload as delivered, unless another read of this client was faster.
+
+        Raises:
+            StaleSlotError: it was delivered in the meantime; this copy is dropped.
+        """
+        ref = payload.ref
+        try:
+            self._delivered.check(ref)
+        except StaleSlotError:
+            payload.release()
+            raise
+        self._delivered.add(ref)
+        count = self.counters.add
+        count("reads")
+        count({"view": "views", "copy": "copies", "ucx": "ucx"}[payload.transport])
+        count("bytes_read", ref.nbytes)
+        return payload if into is None else payload.copied_into(into)
+
+    def count_failure(self, error: TransportError) -> None:
+        """Count a read that raised."""
+        count = self.counters.add
+        count("failed")
+        if isinstance(error, StaleSlotError):
+            count("duplicates" if "delivered" in error.facts else "stale")
+        elif isinstance(error, DeadlineExceededError):
+            count("deadlines")
+
+    def statistics(self, remote: RemoteReader | None) -> ClientStatistics:
+        """The counts now."""
+        pool = self.pool.statistics()
+        link = remote.link if remote is not None else None
+        return self.counters.snapshot(
+            pooled_endpoints=remote.pooled_endpoints if remote is not None else 0,
+            lent_buffers=pool.lent,
+            idle_buffer_bytes=pool.idle_bytes,
+            transports=link.transports() if link is not None else (),
+        )
+
+
+def _ucxx_links(config: ClientConfig) -> LinkFactory:
+    def open_link() -> AbstractAsyncContextManager[Link]:
+        from ucxx_transport.link.ucxx import UCXXLink
+
+        return UCXXLink.open(shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)
+
+    return open_link

@@ -1,0 +1,49 @@
+"""What this client has already delivered, by name: the duplicates that a lost acknowledgement allows are dropped here.
+
+A generation only grows, so the newest delivered generation of each slot is all there is to remember.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from ucxx_transport.errors import StaleSlotError
+from ucxx_transport.schema import SlotRef
+
+
+class DeliveredNames:
+    """The newest delivered generation per ring and slot.
+
+    Args:
+        max_rings: rings remembered; the one longest unused is forgotten first.
+    """
+
+    def __init__(self, max_rings: int) -> None:
+        self._max_rings = max_rings
+        self._rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+
+    def check(self, ref: SlotRef) -> None:
+        """Refuse a payload that was delivered before.
+
+        Raises:
+            StaleSlotError: this payload, or a newer one of its slot, was delivered to this client already.
+        """
+        slots = self._rings.get(ref.ring_id)
+        if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            raise StaleSlotError(
+                "this client has already received this payload, or a newer one of its slot",
+                slot=ref.slot,
+                generation=ref.generation,
+                delivered=slots[ref.slot],
+            )
+
+    def add(self, ref: SlotRef) -> None:
+        """Remember a payload as delivered."""
+        slots = self._rings.get(ref.ring_id)
+        if slots is None:
+            slots = self._rings[ref.ring_id] = {}
+            while len(self._rings) > self._max_rings:
+                self._rings.popitem(last=False)
+        else:
+            self._rings.move_to_end(ref.ring_id)
+        slots[ref.slot] = max(ref.generation, slots.get(ref.slot, 0))

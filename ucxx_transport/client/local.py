@@ -1,0 +1,172 @@
+"""Reads of rings on this host: the slot itself, in place or copied out. No UCX."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import xxhash
+
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.ring.owner import host_id
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.schema import SlotRef
+
+# Rings whose worker died are let go this often: their memory is freed only when nobody maps it any more.
+PRUNE_INTERVAL_S = 5.0
+
+
+def verify_checksum(content: Bytes, ref: SlotRef) -> None:
+    """Compare the payload with the checksum its reference carries, if it carries one.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if ref.checksum is None:
+        return
+    found = xxhash.xxh3_64_intdigest(content)
+    if found != ref.checksum:
+        raise ChecksumError(
+            "the payload's bytes are not those that were written",
+            slot=ref.slot,
+            generation=ref.generation,
+            expected=f"{ref.checksum:#018x}",
+            found=f"{found:#018x}",
+        )
+
+
+class LocalReader:
+    """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
+
+    Args:
+        mode: "auto" and "view" read in place, "copy" copies out, "off" never reads locally.
+        reader: this client's id. pool: where copies go. max_rings: mappings kept.
+        verify: whether checksums are checked. on_fallback: called when "auto" gives a local read to UCX.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["auto", "view", "copy", "off"],
+        *,
+        reader: int,
+        pool: BufferPool,
+        max_rings: int,
+        verify: bool,
+        on_fallback: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mode = mode
+        self._reader = reader
+        self._pool = pool
+        self._max_rings = max_rings
+        self._verify = verify
+        self._on_fallback = on_fallback
+        self._clock = clock
+        self._host_id = host_id()
+        self._lock = threading.Lock()
+        self._rings: OrderedDict[bytes, SharedRingBuffer] = OrderedDict()
+        self._unreachable: set[bytes] = set()
+        self._prune_at_s = clock() + PRUNE_INTERVAL_S
+
+    def ring_of(self, ref: SlotRef) -> SharedRingBuffer | None:
+        """The attached ring of `ref`, or None when it is to be read over UCX.
+
+        Raises:
+            StaleSlotError: the ring was on this host and is gone.
+            ConfigError: it is on this host but cannot be attached, and the mode is not "auto".
+        """
+        if self._mode == "off" or ref.host_id != self._host_id:
+            return None
+        ring = self._rings.get(ref.ring_id)
+        if ring is not None and self._clock() < self._prune_at_s:
+            return ring
+        with self._lock:
+            self._prune()
+            return self._rings.get(ref.ring_id) or self._attach(ref)
+
+    def read(self, ring: SharedRingBuffer, ref: SlotRef) -> Payload:
+        """Read one payload from an attached ring.
+
+        Raises:
+            StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
+            ChecksumError: its bytes have changed since they were written.
+        """
+        lease = ring.acquire(ref, reader=self._reader)
+        if self._mode == "copy":
+            try:
+                root = self._pool.lend(lease.nbytes)
+                np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
+                if self._verify:
+                    verify_checksum(root, ref)
+            except BaseException:
+                lease.release_reading()
+                raise
+            lease.mark_consumed()
+            return Payload(ref, root, ring.schema, "copy")
+        if self._verify and ref.checksum is not None:
+            try:
+                verify_checksum(np.frombuffer(lease.buffer, dtype=np.uint8), ref)
+            except BaseException:
+                lease.release_reading()
+                raise
+        return Payload(ref, lease.detach(), ring.schema, "view")
+
+    def copies(self, ref: SlotRef) -> bool:
+        """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
+        return self._mode == "copy" or (self._verify and ref.checksum is not None)
+
+    def close(self) -> None:
+        """Let go of all rings. Views still held keep their mapping."""
+        with self._lock:
+            for ring in self._rings.values():
+                ring.close()
+            self._rings.clear()
+
+    def _attach(self, ref: SlotRef) -> SharedRingBuffer | None:
+        if ref.ring_id in self._unreachable:
+            return None
+        try:
+            ring = SharedRingBuffer.attach(ref.ring_name)
+        except FileNotFoundError:
+            raise _gone(ref) from None
+        except ConfigError:
+            if self._mode != "auto":
+                raise
+            self._unreachable.add(ref.ring_id)
+            self._on_fallback()
+            return None
+        if ring.ring_id != ref.ring_id:
+            ring.close()
+            raise _gone(ref)
+        self._rings[ref.ring_id] = ring
+        while len(self._rings) > self._max_rings:
+            self._rings.popitem(last=False)[1].close()
+        return ring
+
+    def _prune(self) -> None:
+        now = self._clock()
+        if now < self._prune_at_s:
+            return
+        self._prune_at_s = now + PRUNE_INTERVAL_S
+        self._unreachable.clear()
+        for ring_id, ring in tuple(self._rings.items()):
+            if not ring.creator_alive():
+                del self._rings[ring_id]
+                ring.close()
+
+
+def _gone(ref: SlotRef) -> StaleSlotError:
+    return StaleSlotError(
+        "the ring of this payload is gone: its worker closed it, or died and was swept",
+        ring=ref.ring_name,
+        slot=ref.slot,
+        generation=ref.generation,
+    )

@@ -1,0 +1,133 @@
+"""Payload: what a read delivers."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema.tree import ArrayTree
+
+Transport = Literal["view", "copy", "ucx"]
+
+
+class Payload:
+    """One delivered payload: its bytes, and its arrays as views of them.
+
+    The memory behind it (a pooled buffer, or the ring's slot itself after a read in place) is recycled only when neither
+    the payload nor any array, slice or tensor made from it is left. `release()` drops the payload's own hold; call it, or
+    use `with`, as soon as the data is used up: an unreleased view keeps its slot from being written.
+
+    Attributes:
+        ref: the reference it was read by.
+        transport: "view" (the slot, in place), "copy" (copied out of the slot), "ucx".
+    """
+
+    __slots__ = ("_arrays", "_root", "_schema", "ref", "transport")
+
+    def __init__(self, ref: SlotRef, root: npt.NDArray[np.uint8], schema: Schema | None, transport: Transport) -> None:
+        self.ref = ref
+        self.transport: Transport = transport
+        self._root: npt.NDArray[np.uint8] | None = root
+        self._schema = schema
+        self._arrays: ArrayTree | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the payload in bytes."""
+        return self.ref.nbytes
+
+    @property
+    def buffer(self) -> memoryview:
+        """The payload's bytes, without a copy; read-only when it lies in the slot itself.
+
+        Raises:
+            SlotError: it has been released.
+        """
+        return memoryview(self._held())
+
+    @property
+    def arrays(self) -> ArrayTree:
+        """The payload's fields as nested dicts and lists of arrays, without a copy; `{"data": bytes}` for a raw ring.
+
+        Read-only when they lie in the slot itself (`transport == "view"`), writable otherwise.
+
+        Raises:
+            SlotError: the payload has been released.
+            ProtocolError: the bytes are not a payload of the schema.
+        """
+        root = self._held()
+        if self._arrays is None:
+            if self._schema is None:
+                self._arrays = {"data": root}
+            else:
+                self._arrays = self._schema.views(root, writable=root.flags.writeable)
+        return self._arrays
+
+    @property
+    def released(self) -> bool:
+        """Whether `release()` has been called."""
+        return self._root is None
+
+    def release(self) -> None:
+        """Give up this payload's hold on its memory. Arrays taken from it stay valid as long as they live. Idempotent."""
+        self._root = None
+        self._arrays = None
+
+    def copied_into(self, into: Buffer) -> Payload:
+        """This payload in memory of the caller's; its own memory is given back.
+
+        Args:
+            into: writable, contiguous, at least `nbytes` bytes.
+
+        Raises:
+            ConfigError: `into` is something else.
+        """
+        target = writable_bytes(into, self.nbytes)
+        np.copyto(target, self._held())
+        moved = Payload(self.ref, target, self._schema, self.transport)
+        self.release()
+        return moved
+
+    def __enter__(self) -> Self:
+        """The payload itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
+    def __repr__(self) -> str:
+        """Name, size and way of transport."""
+        state = " released" if self._root is None else ""
+        ref = self.ref
+        return f"<Payload {ref.ring_name} slot={ref.slot} generation={ref.generation} {ref.nbytes} B {self.transport}{state}>"
+
+    def _held(self) -> npt.NDArray[np.uint8]:
+        if self._root is None:
+            raise SlotError("the payload has been released; read its arrays before release()", slot=self.ref.slot)
+        return self._root
+
+
+def writable_bytes(into: Buffer, nbytes: int) -> npt.NDArray[np.uint8]:
+    """The first `nbytes` bytes of a caller's buffer, as a writable array.
+
+    Raises:
+        ConfigError: it is read-only, not contiguous, or shorter.
+    """
+    view = memoryview(into)
+    if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
+        raise ConfigError(
+            f"into must be a writable, contiguous buffer of at least {nbytes} bytes",
+            nbytes=view.nbytes,
+            readonly=view.readonly,
+            contiguous=view.c_contiguous,
+        )
+    return np.frombuffer(view.cast("B"), dtype=np.uint8)[:nbytes]

@@ -1,0 +1,343 @@
+"""Reads over UCX: the slot layer and the port layer of retry, under one deadline. Decisions live in `rotation`,
+`quarantine`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TYPE_CHECKING
+
+import structlog
+
+from ucxx_transport.client.channel import Channel
+from ucxx_transport.client.endpoint_pool import EndpointPool
+from ucxx_transport.client.exchange import ReadExchange
+from ucxx_transport.client.fair_gate import FairGate
+from ucxx_transport.client.local import verify_checksum
+from ucxx_transport.client.quarantine import PortKey, Quarantine
+from ucxx_transport.client.retry import PortVerdict, attempt_budget_s, backoff_s, judge_port, retries_slot
+from ucxx_transport.client.rotation import Rotation
+from ucxx_transport.errors import (
+    AuthenticationError,
+    BusyError,
+    ChecksumError,
+    ConfigError,
+    DeadlineExceededError,
+    NotReadyError,
+    PeerLostError,
+    ProtocolError,
+    TransportError,
+)
+from ucxx_transport.schema import Schema
+from ucxx_transport.wire.codec import clear_ends
+from ucxx_transport.wire.frames import HEADER_BYTES
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import Link
+    from ucxx_transport.schema import SlotRef
+
+_log = structlog.get_logger(__name__)
+
+LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+
+# Above this, hashing a payload would hold the event loop longer than a hop to a thread costs.
+HASH_INLINE_BYTES = 4 << 20
+# Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them.
+UNSETTLED_PER_RING = 64
+UNSETTLED_RINGS = 256
+GOODBYE_TIMEOUT_S = 0.5
+_REASONS: tuple[tuple[type[TransportError], str], ...] = (
+    (PeerLostError, "peers_lost"),
+    (DeadlineExceededError, "timeouts"),
+    (BusyError, "busy"),
+    (NotReadyError, "not_ready"),
+    (ProtocolError, "protocol_errors"),
+    (ChecksumError, "checksum_errors"),
+    (AuthenticationError, "unauthorized"),
+)
+
+
+class RemoteReader:
+    """Everything of a client that needs a link. Bound to the event loop that first reads with it.
+
+    Args:
+        config: the client's settings. link_factory: opens the link, on the first read.
+        reader: the client's id. pool: receive buffers. counters: shared with the client.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        link_factory: LinkFactory,
+        *,
+        reader: int,
+        pool: BufferPool,
+        counters: ClientCounters,
+    ) -> None:
+        self._config = config
+        self._link_factory = link_factory
+        self._reader = reader
+        self._pool = pool
+        self._counters = counters
+        self._stack = AsyncExitStack()
+        self._link: Link | None = None
+        self._opening = asyncio.Lock()
+        self._closed = False
+        self._gate = FairGate(config.max_concurrent_reads)
+        self._quarantine = Quarantine(config.port_quarantine_s)
+        self._rotation = Rotation()
+        self._idle: EndpointPool[Channel] = EndpointPool(
+            max_age_s=config.pool_endpoint_max_age_s, max_idle=config.max_pooled_endpoints
+        )
+        self._schemas: dict[int, Schema] = {}
+        self._attempts = itertools.count(1)
+        self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
+
+    async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
+        """The slot layer: fresh calls while failures are worth one.
+
+        Args:
+            ref: names the payload and where it is. deadline_s: absolute, on the event loop's clock.
+
+        Returns:
+            The payload's bytes in a pooled buffer, and its schema.
+
+        Raises:
+            StaleSlotError, ProtocolError, AuthenticationError: at once. DeadlineExceededError: the deadline passed.
+            PeerLostError, BusyError, NotReadyError, ChecksumError: still failing after the last attempt.
+        """
+        if self._closed:
+            raise ConfigError("the client is closed")
+        if not ref.ports or not ref.host:
+            raise ConfigError(
+                "this reference carries no address to read from; start the UCXXServer before writing",
+                ring=ref.ring_name,
+            )
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await self._gate.acquire((ref.host, ref.ports))
+        except TimeoutError:
+            raise self._too_late(ref) from None
+        try:
+            for attempt in itertools.count(1):
+                try:
+                    return await self._call(ref, deadline_s, attempt)
+                except TransportError as error:
+                    remaining_s = deadline_s - loop.time()
+                    again = retries_slot(
+                        error, attempt=attempt, read_attempts=self._config.read_attempts, remaining_s=remaining_s
+                    )
+                    if not again:
+                        if remaining_s <= 0 and error.retryable:
+                            raise self._too_late(ref) from error
+                        raise
+                    self._counters.add("retries")
+                    await asyncio.sleep(backoff_s(error, attempt))
+            raise AssertionError("unreachable")  # the loop above only leaves by return or raise
+        finally:
+            self._gate.release()
+
+    async def aclose(self) -> None:
+        """Take leave of every server, close every connection and the link. Bounded; idempotent."""
+        self._closed = True
+        channels = self._idle.drain()
+        try:
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await asyncio.gather(*(channel.say_goodbye() for channel in channels), return_exceptions=True)
+        except TimeoutError:
+            pass  # a server that does not answer finds out by itself
+        for channel in channels:
+            await channel.close()
+        self._link = None
+        await self._stack.aclose()
+
+    @property
+    def link(self) -> Link | None:
+        """The link, once a read has opened it."""
+        return self._link
+
+    @property
+    def pooled_endpoints(self) -> int:
+        """Idle connections now."""
+        return len(self._idle)
+
+    async def _call(self, ref: SlotRef, deadline_s: float, attempt: int) -> tuple[Bytes, Schema | None]:
+        """The port layer: the port that is due and, after a transport-class failure, the next one."""
+        loop = asyncio.get_running_loop()
+        assert ref.host is not None
+        keys = self._rotation.ports_for_call(ref.host, ref.ports, self._quarantine, loop.time())
+        later = (self._config.read_attempts - attempt) * len(keys)
+        for position, key in enumerate(keys):
+            now = loop.time()
+            budget_s = attempt_budget_s(deadline_s - now, later + len(keys) - position)
+            try:
+                return await self._attempt(ref, key, now + budget_s)
+            except TransportError as error:
+                self._count(error)
+                verdict = judge_port(error)
+                if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
+                    await self._quarantine_port(key, error)
+                last = position + 1 == len(keys) or loop.time() >= deadline_s
+                if verdict is PortVerdict.PROPAGATE or last:
+                    raise
+                self._counters.add("rotations")
+        raise AssertionError("unreachable")  # keys is never empty and the loop only leaves by return or raise
+
+    async def _attempt(self, ref: SlotRef, key: PortKey, until_s: float) -> tuple[Bytes, Schema | None]:
+        exchange = ReadExchange(ref, next(self._attempts))
+        lent = self._pool.lend(exchange.receive_nbytes)
+        message = memoryview(lent)
+        clear_ends(message, ref.nbytes)
+        channel: Channel | None = None
+        try:
+            async with asyncio.timeout_at(until_s):
+                channel = await self._checkout(key, until_s)
+                await self._settle(channel, ref.ring_id)
+                schema = await self._schema_of(channel, ref)
+                await channel.fetch(exchange, message)
+        except BaseException as error:
+            if channel is not None and not await self._discard(channel, ref.ring_id):
+                self._pool.abandon(lent)
+                self._counters.add("parked_buffers")
+            if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
+                raise self._too_late(ref, port=key[1]) from None
+            raise
+        try:
+            exchange.verify(message)
+            payload = lent[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+            await self._check(payload, ref)
+        except BaseException as error:
+            await self._refuse(channel, exchange, ref.ring_id, error)
+            raise
+        await self._deliver(channel, exchange, ref.ring_id)
+        return payload, schema
+
+    async def _deliver(self, channel: Channel, exchange: ReadExchange, ring_id: bytes) -> None:
+        try:
+            channel.acknowledge(exchange, delivered=True)
+        except PeerLostError:  # the payload is here and whole; the acknowledgement is said again later
+            await self._discard(channel, ring_id)
+            return
+        await self._checkin(channel)
+
+    async def _refuse(self, channel: Channel, exchange: ReadExchange, ring_id: bytes, error: BaseException) -> None:
+        """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
+        if isinstance(error, ChecksumError):
+            try:
+                channel.acknowledge(exchange, delivered=False)
+            except PeerLostError:
+                await self._discard(channel, ring_id)
+                return
+        elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
+            await self._discard(channel, ring_id)
+            return
+        await self._checkin(channel)
+
+    async def _check(self, payload: Bytes, ref: SlotRef) -> None:
+        if not self._config.verify_checksum or ref.checksum is None:
+            return
+        if ref.nbytes > HASH_INLINE_BYTES:
+            await asyncio.to_thread(verify_checksum, payload, ref)
+        else:
+            verify_checksum(payload, ref)
+
+    async def _checkout(self, key: PortKey, until_s: float) -> Channel:
+        loop = asyncio.get_running_loop()
+        while True:
+            checkout = self._idle.checkout(key, loop.time())
+            for expired in checkout.expired:
+                self._counters.add("aged_out")
+                await expired.close()
+            channel = checkout.endpoint
+            if channel is None:
+                return await self._connect(key, until_s)
+            if channel.alive:
+                return channel
+            await channel.close()  # the server closed it while it lay idle: no reason to distrust the port
+
+    async def _connect(self, key: PortKey, until_s: float) -> Channel:
+        link = await self._opened_link()
+        limit_s = asyncio.get_running_loop().time() + self._config.connect_timeout_s
+        try:
+            async with asyncio.timeout_at(min(limit_s, until_s)):
+                channel = await Channel.open(link, key, reader=self._reader, token=self._config.token_bytes)
+        except TimeoutError as error:
+            if isinstance(error, TransportError):
+                raise
+            message = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
+            raise PeerLostError(message, host=key[0], port=key[1], reason="unreachable") from None
+        self._counters.add("connections")
+        return channel
+
+    async def _opened_link(self) -> Link:
+        async with self._opening:
+            if self._link is None:
+                self._link = await self._stack.enter_async_context(self._link_factory())
+            return self._link
+
+    async def _checkin(self, channel: Channel) -> None:
+        for surplus in self._idle.checkin(channel.key, channel, asyncio.get_running_loop().time()):
+            await surplus.close()
+
+    async def _discard(self, channel: Channel, ring_id: bytes) -> bool:
+        unsettled = channel.unsettled
+        if unsettled is not None:
+            waiting = self._unsettled.setdefault(ring_id, deque(maxlen=UNSETTLED_PER_RING))
+            waiting.append(unsettled)
+            while len(self._unsettled) > UNSETTLED_RINGS:
+                self._unsettled.popitem(last=False)
+        return await channel.close()
+
+    async def _settle(self, channel: Channel, ring_id: bytes) -> None:
+        """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""
+        waiting = self._unsettled.get(ring_id)
+        while waiting:
+            exchange = waiting[0]
+            try:
+                await channel.confirm(exchange)
+                self._counters.add("confirms")
+            except PeerLostError:
+                raise
+            except TransportError:
+                pass  # settled already, or overwritten: nothing is left to say
+            waiting.popleft()
+        self._unsettled.pop(ring_id, None)
+
+    async def _schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
+        if ref.fingerprint == 0:
+            return None
+        schema = self._schemas.get(ref.fingerprint)
+        if schema is None:
+            schema = Schema.from_bytes(await channel.describe(ref.ring_id))
+            if schema.fingerprint != ref.fingerprint:
+                raise ProtocolError(
+                    "the server's schema is not the one the reference names",
+                    expected=f"{ref.fingerprint:#018x}",
+                    found=f"{schema.fingerprint:#018x}",
+                )
+            self._schemas[schema.fingerprint] = schema
+        return schema
+
+    async def _quarantine_port(self, key: PortKey, error: TransportError) -> None:
+        self._counters.add("quarantined")
+        self._quarantine.add(key, asyncio.get_running_loop().time())
+        _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
+        for idle in self._idle.evict(key):
+            await idle.close()
+
+    def _count(self, error: TransportError) -> None:
+        for cls, reason in _REASONS:
+            if isinstance(error, cls):
+                self._counters.add(reason)
+                return
+
+    def _too_late(self, ref: SlotRef, **facts: object) -> DeadlineExceededError:
+        message = "the payload did not arrive in time"
+        return DeadlineExceededError(message, host=ref.host, slot=ref.slot, nbytes=ref.nbytes, **facts)

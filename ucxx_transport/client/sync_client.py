@@ -1,0 +1,133 @@
+"""SyncUCXXClient: the same calls, blocking."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ucxx_transport.client.core import ClientCore, Into, LinkFactory
+from ucxx_transport.client.loop_thread import LoopThread
+from ucxx_transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.payload import Payload
+    from ucxx_transport.client.remote import RemoteReader
+    from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.schema import SlotRef
+
+
+class SyncUCXXClient:
+    """Reads payloads from code without an event loop. Thread-safe; close it with `close()` or `with`.
+
+    Rings of this host are read in the calling thread. A thread with an event loop is started by the first read that
+    needs UCX, and serves all of them.
+
+    Args:
+        config: settings, as for `UCXXClient`. link_factory: opens the link when one is needed; the default is UCX.
+    """
+
+    def __init__(self, config: ClientConfig | None = None, *, link_factory: LinkFactory | None = None) -> None:
+        self._core = ClientCore(config, link_factory)
+        self._starting = threading.Lock()
+        self._loop: LoopThread | None = None
+        self._remote: RemoteReader | None = None
+
+    @property
+    def config(self) -> ClientConfig:
+        """The settings in force."""
+        return self._core.config
+
+    @property
+    def reader_id(self) -> int:
+        """This client's random id, u64, as servers and rings see it."""
+        return self._core.reader
+
+    def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | None = None) -> Payload:
+        """Read one payload; arguments, result and errors as `UCXXClient.read`."""
+        core = self._core
+        try:
+            ring = core.admit(ref, into)
+            if ring is not None:
+                return core.read_local(ring, ref, into)
+            limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+            return self._loop_thread().call(lambda: self._read_remote(ref, into, limit_s))
+        except TransportError as error:
+            core.count_failure(error)
+            raise
+
+    def read_many(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> list[Payload | TransportError]:
+        """Read payloads, those over UCX concurrently; arguments and result as `UCXXClient.read_many`."""
+        core = self._core
+        limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+        outcomes: list[Payload | TransportError | None] = [None] * len(refs)
+        remote: list[int] = []
+        for index, ref in enumerate(refs):
+            try:
+                ring = core.admit(ref, None)
+                if ring is None:
+                    remote.append(index)
+                else:
+                    outcomes[index] = core.read_local(ring, ref, None)
+            except TransportError as error:
+                core.count_failure(error)
+                outcomes[index] = error
+        if remote:
+            wanted = [refs[index] for index in remote]
+            fetched = self._loop_thread().call(lambda: self._fetch_all(wanted, limit_s))
+            for index, outcome in zip(remote, fetched, strict=True):
+                outcomes[index] = outcome
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def statistics(self) -> ClientStatistics:
+        """Counts since this client was made."""
+        return self._core.statistics(self._remote)
+
+    def close(self) -> None:
+        """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
+        atexit.unregister(self.close)
+        with self._starting:
+            loop, remote = self._loop, self._remote
+            self._loop = None
+        if loop is not None:
+            if remote is not None:
+                loop.call(remote.aclose)
+            loop.stop()
+        self._core.local.close()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _loop_thread(self) -> LoopThread:
+        with self._starting:
+            if self._loop is None:
+                self._loop = LoopThread("ucxx-client")
+                atexit.register(self.close)  # registered after the loop's own, so run before it
+            return self._loop
+
+    async def _read_remote(self, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
+        if self._remote is None:
+            self._remote = self._core.remote()
+        content, schema = await self._remote.read(ref, asyncio.get_running_loop().time() + limit_s)
+        return self._core.deliver_remote(ref, content, schema, into)
+
+    async def _fetch_all(self, refs: Sequence[SlotRef], limit_s: float) -> list[Payload | TransportError]:
+        async def outcome(ref: SlotRef) -> Payload | TransportError:
+            try:
+                return await self._read_remote(ref, None, limit_s)
+            except TransportError as error:
+                self._core.count_failure(error)
+                return error
+
+        return await asyncio.gather(*(outcome(ref) for ref in refs))

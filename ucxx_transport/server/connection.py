@@ -1,0 +1,218 @@
+"""One connection carried out: frames in, the session's actions done on the ring, replies out.
+
+Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only after
+UCX has let go of the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is closed and
+its send has completed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.link.base import Endpoint, Pending
+from ucxx_transport.ring.lease import ReadLease
+from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.session import Action, Finish, Phase, Reply, Serve, Session, Settle
+from ucxx_transport.wire.codec import seal
+from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
+
+_log = structlog.get_logger(__name__)
+_BLANK = bytes(REQUEST_BYTES)
+_COUNTED = {
+    Status.STALE: "stale",
+    Status.BUSY: "busy",
+    Status.BAD_REQUEST: "bad_requests",
+    Status.UNAUTHORIZED: "unauthorized",
+    Status.INTERNAL: "internal",
+}
+_TIMEOUT_COUNTERS = {
+    Phase.GREETING: "handshake_timeouts",
+    Phase.CHALLENGED: "handshake_timeouts",
+    Phase.IDLE: "idle_evictions",
+    Phase.SERVING: "delivery_timeouts",
+}
+
+
+class ReadableRing(Protocol):
+    """What a connection needs of a ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+
+    @property
+    def fingerprint(self) -> int: ...
+
+    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
+
+    def reclaim_dead(self) -> int: ...
+
+
+class Connection:
+    """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit.
+
+    Args:
+        endpoint: owned by this object from now on.
+        session: its protocol state.
+        ring: where payloads come from.
+        counters: of the port.
+        park: takes a send that never completed together with its lease, which must live as long as it.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        session: Session,
+        ring: ReadableRing,
+        counters: PortCounters,
+        park: Callable[[Pending, ReadLease], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._session = session
+        self._ring = ring
+        self._counters = counters
+        self._park = park
+        self._frame = bytearray(REQUEST_BYTES)
+        self._lease: ReadLease | None = None
+        self._send: Pending | None = None
+        self._delivered = False
+        self._expired = False
+
+    async def serve(self) -> None:
+        """Run the connection to its end; returns with everything released."""
+        try:
+            await self._exchange_frames()
+        except PeerLostError:
+            pass  # the ordinary end: the client closed, died, or a limit closed the endpoint under us
+        except TransportError as error:
+            _log.warning("connection failed", peer=self._endpoint.peer, reason=str(error))
+        finally:
+            await self._release()
+
+    def expire(self, now: float) -> bool:
+        """Called by the port's sweep: whether this connection's time is up (it is counted, the sweep closes it)."""
+        session = self._session
+        if self._send is not None and self._send.completed:
+            session.sent(now)
+        if self._expired or now < session.deadline_s:
+            return False
+        self._expired = True
+        counter = _TIMEOUT_COUNTERS.get(session.phase)
+        if counter is not None:
+            self._counters.add(counter)
+        return True
+
+    async def close(self) -> None:
+        """Break the connection; `serve()` then ends by itself."""
+        await self._endpoint.close()
+
+    async def _exchange_frames(self) -> None:
+        endpoint, session, frame = self._endpoint, self._session, self._frame
+        arriving = endpoint.post_receive(frame)
+        while True:
+            await arriving.wait()
+            action = session.receive(frame, time.monotonic())
+            # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
+            frame[:] = _BLANK
+            arriving = endpoint.post_receive(frame)  # before the reply leaves: its answer finds it posted
+            await self._carry_out(action)
+            if session.phase is Phase.CLOSING:
+                await arriving.wait()  # the client closes, or the sweep does
+                return
+
+    async def _carry_out(self, action: Action) -> None:
+        match action:
+            case Serve(request=request):
+                self._serve_slot(request)
+            case Finish(delivered=delivered):
+                await self._finish(delivered)
+            case Reply():
+                self._reply(action)
+            case Settle(request=request):
+                self._reply(self._session.settled(self._settle(request)))
+
+    def _serve_slot(self, request: ReadRequest) -> None:
+        self._counters.add("requests")
+        try:
+            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
+        except TransportError as error:
+            self._reply(self._session.refused(_status_of(error), error.message, time.monotonic()))
+            return
+        if lease.nbytes != request.nbytes:
+            lease.release_reading()
+            text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
+            self._reply(self._session.refused(Status.BAD_REQUEST, text, time.monotonic()))
+            return
+        self._lease = lease
+        frame = lease.frame()
+        reply = ReadReply(
+            status=Status.OK,
+            nbytes=lease.nbytes,
+            ring_id=self._ring.ring_id,
+            slot=request.slot,
+            generation=request.generation,
+            checksum=lease.checksum,
+            fingerprint=self._ring.fingerprint,
+        )
+        seal(frame, reply)
+        self._send = self._endpoint.post_send(frame[: message_bytes(lease.nbytes)])
+
+    async def _finish(self, delivered: bool) -> None:
+        send = self._send
+        assert send is not None
+        self._delivered = delivered
+        if not send.completed:
+            await send.wait()
+        self._finalise()
+
+    def _finalise(self) -> None:
+        lease, delivered = self._lease, self._delivered
+        self._lease, self._send, self._delivered = None, None, False
+        if lease is None:
+            return
+        if delivered:
+            lease.mark_consumed()
+            self._counters.add("delivered")
+            self._counters.add("bytes_sent", lease.nbytes)
+        else:
+            lease.release_reading()
+            self._counters.add("released")
+
+    def _settle(self, request: ReadRequest) -> bool:
+        try:
+            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
+        except TransportError:
+            return False
+        consumed = lease.mark_consumed()
+        self._counters.add("confirms", int(consumed))
+        return consumed
+
+    def _reply(self, reply: Reply) -> None:
+        counter = _COUNTED.get(reply.status)
+        if counter is not None:
+            self._counters.add(counter)
+        self._endpoint.post_send(reply.message)
+
+    async def _release(self) -> None:
+        ended = await self._endpoint.close()
+        lease, send = self._lease, self._send
+        if ended or send is None or lease is None or send.completed:
+            self._finalise()
+            return
+        self._lease = self._send = None
+        self._counters.add("parked")
+        self._park(send, lease)
+
+
+def _status_of(error: TransportError) -> Status:
+    if isinstance(error, StaleSlotError):
+        return Status.STALE
+    if isinstance(error, BusyError):
+        return Status.BUSY
+    if isinstance(error, SlotError):
+        return Status.BAD_REQUEST
+    return Status.INTERNAL if not error.retryable else Status.BUSY

@@ -1,0 +1,100 @@
+"""The server's shared statistics: words in the ring's segment, so that they outlive a server process.
+
+`ring.server_words` holds 64 port blocks of 32 words and one general block of 64 words, all u64. Every word has one
+writer at a time (the thread that owns the port; the supervisor for the general block), so no lock is taken; a reader
+may see a count that is a moment old.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+MAX_PORTS: Final = 64
+PORT_WORDS: Final = 32
+GENERAL_OFFSET: Final = MAX_PORTS * PORT_WORDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortStatistics:
+    """What one port has done since its ring was created; server restarts do not reset it.
+
+    Attributes:
+        port: TCP port, 0 while not listening. connections: open now. accepted: ever.
+        refused: over the cap. requests: READ frames. delivered: acknowledged payloads. bytes_sent: their bytes.
+        released: attempts that ended without an acknowledgement. stale, busy, bad_requests, unauthorized, internal:
+        answers of that status. handshake_timeouts, idle_evictions, delivery_timeouts: connections closed by a limit.
+        parked: sends whose completion UCX never reported; their slots stay READING until the process ends.
+        confirms: late confirmations that still freed a slot.
+    """
+
+    port: int = 0
+    connections: int = 0
+    accepted: int = 0
+    refused: int = 0
+    requests: int = 0
+    delivered: int = 0
+    bytes_sent: int = 0
+    released: int = 0
+    stale: int = 0
+    busy: int = 0
+    bad_requests: int = 0
+    unauthorized: int = 0
+    internal: int = 0
+    handshake_timeouts: int = 0
+    idle_evictions: int = 0
+    delivery_timeouts: int = 0
+    parked: int = 0
+    confirms: int = 0
+
+
+PORT_FIELDS: Final = tuple(spec.name for spec in fields(PortStatistics))
+assert len(PORT_FIELDS) <= PORT_WORDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStatistics:
+    """The whole server.
+
+    Attributes:
+        host: published address. pid: of the process that serves, None when stopped. restarts: of that process.
+        ports: one entry a port.
+    """
+
+    host: str | None
+    pid: int | None
+    restarts: int
+    ports: tuple[PortStatistics, ...] = field(default=())
+
+    def total(self, name: str) -> int:
+        """The sum of one counter over all ports."""
+        return sum(int(getattr(port, name)) for port in self.ports)
+
+
+class PortCounters:
+    """The block of one port, as its single writer sees it.
+
+    Args:
+        words: the ring's `server_words`. index: which port, 0..63.
+    """
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: memoryview, index: int) -> None:
+        self._words = words[index * PORT_WORDS : (index + 1) * PORT_WORDS]
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count `amount` more of `name` (a field of `PortStatistics`)."""
+        position = _POSITIONS[name]
+        self._words[position] += amount
+
+    def set(self, name: str, value: int) -> None:
+        """State a gauge such as `port` or `connections`."""
+        self._words[_POSITIONS[name]] = value
+
+    def snapshot(self) -> PortStatistics:
+        """The counts now."""
+        return PortStatistics(**{name: int(self._words[position]) for name, position in _POSITIONS.items()})
+
+
+_POSITIONS: Final = {name: position for position, name in enumerate(PORT_FIELDS)}

@@ -1,0 +1,155 @@
+"""All ports of a server in this process: one thread, one event loop and one link each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractAsyncContextManager
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.port_server import PortServer
+from ucxx_transport.server.session import SessionSource
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import ServerConfig
+    from ucxx_transport.link.base import Link
+    from ucxx_transport.ring import SharedRingBuffer
+
+_log = structlog.get_logger(__name__)
+
+LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+
+
+class PortThread:
+    """Runs one `PortServer` in a thread of its own.
+
+    Args:
+        server: the port. link_factory: opens the link inside the thread's loop.
+        candidates: ports to try, in order; 0 is any free one.
+    """
+
+    def __init__(self, server: PortServer, link_factory: LinkFactory, candidates: Sequence[int], name: str) -> None:
+        self._server = server
+        self._link_factory = link_factory
+        self._candidates = candidates
+        self._listening: Future[int] = Future()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        # A daemon: an embedding worker that forgets stop() must still be able to exit.
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+
+    def start(self, deadline_s: float) -> int:
+        """Start and wait until the port listens; returns it.
+
+        Raises:
+            ConfigError: no candidate can be bound, or UCX is not installed.
+            DeadlineExceededError: not listening by `deadline_s` (monotonic clock).
+        """
+        self._thread.start()
+        try:
+            return self._listening.result(max(0.0, deadline_s - time.monotonic()))
+        except FutureTimeoutError:
+            raise DeadlineExceededError(
+                "a server port did not come up in time; see ServerConfig(start_timeout_s=…)"
+            ) from None
+
+    def stop(self, deadline_s: float) -> bool:
+        """Stop; returns whether the thread had ended by `deadline_s` (monotonic clock)."""
+        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(self._stop.set)
+            except RuntimeError:
+                pass  # the loop closed between the look and the call: it is stopping already
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            anyio.run(self._main)
+        except BaseException as error:  # the edge of a thread: whoever waits for the port must hear of it
+            if not self._listening.done():
+                self._listening.set_exception(error)
+            else:
+                _log.exception("a server port died", thread=self._thread.name)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        async with self._link_factory() as link, self._server.listening(link, self._candidates) as port:
+            self._listening.set_result(port)
+            await self._stop.wait()
+
+
+class PortGroup:
+    """N ports over one ring, in this process.
+
+    Args:
+        ring: the ring, created or attached here. config: its `ports` and `base_port` say what to bind.
+        link_factory: opens one link a port.
+    """
+
+    def __init__(self, ring: SharedRingBuffer, config: ServerConfig, link_factory: LinkFactory) -> None:
+        self._ring = ring
+        self._config = config
+        self._link_factory = link_factory
+        self._threads: list[PortThread] = []
+
+    def start(self, deadline_s: float) -> tuple[int, ...]:
+        """Bring all ports up, or none.
+
+        Returns:
+            The bound ports.
+
+        Raises:
+            ConfigError, DeadlineExceededError: see `PortThread.start`.
+        """
+        ports: list[int] = []
+        try:
+            for index, wanted in enumerate(self._wanted()):
+                candidates = self._candidates(wanted, ports)
+                thread = PortThread(self._port_server(index), self._link_factory, candidates, f"ucxx-port-{index}")
+                self._threads.append(thread)
+                ports.append(thread.start(deadline_s))
+        except BaseException:
+            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            raise
+        return tuple(ports)
+
+    def stop(self, deadline_s: float) -> bool:
+        """Stop all ports at once; returns whether every thread had ended by `deadline_s`."""
+        for thread in self._threads:
+            thread.stop(0.0)
+        ended = [thread.stop(deadline_s) for thread in self._threads]
+        self._threads = []
+        return all(ended)
+
+    def _wanted(self) -> tuple[int, ...]:
+        ports = self._config.ports
+        return (0,) * ports if isinstance(ports, int) else tuple(ports)
+
+    def _candidates(self, wanted: int, bound: Sequence[int]) -> Sequence[int]:
+        base = self._config.base_port
+        if wanted or base is None:
+            return (wanted,)
+        first = bound[-1] + 1 if bound else base
+        return range(first, min(65536, base + self._config.port_attempts))
+
+    def _port_server(self, index: int) -> PortServer:
+        source = SessionSource(
+            ring_id=self._ring.ring_id,
+            fingerprint=self._ring.fingerprint,
+            schema_bytes=self._ring.schema_bytes,
+            token=self._config.token_bytes,
+        )
+        counters = PortCounters(self._ring.server_words, index)
+        return PortServer(self._ring, source, self._config, counters, reclaims=index == 0)

@@ -1,0 +1,187 @@
+"""One port: a listener, its connections, the sweep of their time limits. Lives in one event loop."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.server.connection import Connection, ReadableRing
+from ucxx_transport.server.session import Session, SessionLimits, SessionSource
+from ucxx_transport.wire.frames import NONCE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from ucxx_transport.config import ServerConfig
+    from ucxx_transport.link.base import Endpoint, Link, Listener, Pending
+    from ucxx_transport.ring.lease import ReadLease
+    from ucxx_transport.server.counters import PortCounters
+
+_log = structlog.get_logger(__name__)
+
+# How often the time limits of connections are looked at: four wake-ups a second cost nothing that can be measured,
+# and no limit needs to be kept more exactly.
+SWEEP_INTERVAL_S = 0.25
+# A killed reader's slot is back this soon even if no writer asks for it.
+RECLAIM_INTERVAL_S = 1.0
+# Connections above the cap that are still answered BUSY; beyond them a newcomer is closed without a word.
+BUSY_ANSWERS = 16
+
+
+class PortServer:
+    """Serves one port of a ring over one link.
+
+    Args:
+        ring: where payloads come from. source: its identity, schema and token.
+        config: limits. counters: this port's block.
+        reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
+    """
+
+    def __init__(
+        self,
+        ring: ReadableRing,
+        source: SessionSource,
+        config: ServerConfig,
+        counters: PortCounters,
+        *,
+        reclaims: bool = False,
+    ) -> None:
+        self._ring = ring
+        self._reclaims = reclaims
+        self._source = source
+        self._config = config
+        self._limits = SessionLimits(
+            first_frame_timeout_s=config.first_frame_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+            send_timeout_s=config.send_timeout_s,
+            ack_timeout_s=config.ack_timeout_s,
+        )
+        self._counters = counters
+        self._connections: set[Connection] = set()
+        self._parked: list[tuple[Pending, ReadLease]] = []
+        self._tasks: TaskGroup | None = None
+
+    @asynccontextmanager
+    async def listening(self, link: Link, candidates: Sequence[int]) -> AsyncIterator[int]:
+        """Listen on the first of `candidates` that is free; yields the port, and closes everything on the way out.
+
+        Raises:
+            ConfigError: none of them can be bound.
+        """
+        listener = await listen_on_first_free(link, candidates, self._admit)
+        self._counters.set("port", listener.port)
+        self._counters.set("connections", 0)
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                tasks.start_soon(self._sweep)
+                try:
+                    yield listener.port
+                finally:
+                    self._tasks = None
+                    with anyio.CancelScope(shield=True):
+                        await listener.close()
+                    tasks.cancel_scope.cancel()
+        finally:
+            self._counters.set("port", 0)
+            self._release_parked()
+
+    def _admit(self, endpoint: Endpoint) -> None:
+        tasks = self._tasks
+        if tasks is None:
+            return
+        self._counters.add("accepted")
+        excess = len(self._connections) - self._config.max_connections
+        if excess >= 0:
+            self._counters.add("refused")
+        if excess >= BUSY_ANSWERS:
+            tasks.start_soon(endpoint.close)
+            return
+        session = Session(
+            self._source,
+            self._limits,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            now=time.monotonic(),
+            admitted=excess < 0,
+        )
+        connection = Connection(endpoint, session, self._ring, self._counters, self._park)
+        self._connections.add(connection)
+        self._counters.set("connections", len(self._connections))
+        tasks.start_soon(self._serve, connection)
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            await connection.serve()
+        except Exception:  # the edge of a task: one connection's bug must not take the port down
+            _log.exception("connection crashed")
+        finally:
+            self._connections.discard(connection)
+            self._counters.set("connections", len(self._connections))
+
+    async def _sweep(self) -> None:
+        next_reclaim_s = time.monotonic()
+        while True:
+            await anyio.sleep(SWEEP_INTERVAL_S)
+            now = time.monotonic()
+            overdue = [connection for connection in self._connections if connection.expire(now)]
+            for connection in overdue:
+                self._start_closing(connection)
+            self._release_parked()
+            if now >= next_reclaim_s:
+                next_reclaim_s = now + RECLAIM_INTERVAL_S
+                self._reclaim()
+
+    def _start_closing(self, connection: Connection) -> None:
+        if self._tasks is not None:
+            self._tasks.start_soon(connection.close)
+
+    def _reclaim(self) -> None:
+        if not self._reclaims:
+            return
+        try:
+            self._ring.reclaim_dead()
+        except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
+            _log.warning("reclaim failed", reason=str(error))
+
+    def _park(self, send: Pending, lease: ReadLease) -> None:
+        _log.warning("a cancelled send never completed", slot=lease.slot, nbytes=lease.nbytes)
+        self._parked.append((send, lease))
+
+    def _release_parked(self) -> None:
+        still = []
+        for send, lease in self._parked:
+            if send.completed:
+                lease.release_reading()
+            else:
+                still.append((send, lease))
+        self._parked = still
+
+
+async def listen_on_first_free(
+    link: Link, candidates: Sequence[int], on_endpoint: Callable[[Endpoint], None]
+) -> Listener:
+    """Bind the first port of `candidates` that is not in use.
+
+    Raises:
+        ConfigError: every one is in use.
+    """
+    last: TransportError | None = None
+    for port in candidates:
+        try:
+            return await link.listen(port, on_endpoint)
+        except ConfigError as error:
+            last = error
+    raise ConfigError(
+        f"no free port among {list(candidates)[:4]}… ({len(candidates)} tried); choose others with "
+        "ServerConfig(ports=…) or 0 for any free one",
+        errno=errno.EADDRINUSE,
+    ) from last

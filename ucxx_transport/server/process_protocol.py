@@ -1,0 +1,80 @@
+"""What a worker and its server process say to each other: one JSON line each way at the start, then only silence.
+
+The worker writes a `ServerOrder` to the child's standard input and keeps that pipe open: its end of file is the worker's
+death, or its wish to stop. The child answers on a pipe of its own with a `ServerReport`. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+
+from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+
+_CLASSES: dict[str, type[TransportError]] = {
+    "ConfigError": ConfigError,
+    "DeadlineExceededError": DeadlineExceededError,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOrder:
+    """Which ring to serve, and how.
+
+    Attributes:
+        ring_name: segment to attach. worker_pid: the process whose death ends the server.
+        config: settings; `ports` names the very ports after a restart.
+    """
+
+    ring_name: str
+    worker_pid: int
+    config: ServerConfig
+
+    def to_line(self) -> bytes:
+        """The order as one line of JSON; the token travels here and nowhere else."""
+        settings = {spec.name: getattr(self.config, spec.name) for spec in fields(self.config)}
+        token = self.config.token_bytes
+        settings["token"] = token.hex() if token is not None else None
+        settings["ucx"] = dict(self.config.ucx)
+        order = {"ring_name": self.ring_name, "worker_pid": self.worker_pid, "config": settings}
+        return json.dumps(order).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> ServerOrder:
+        """Rebuild the order in the child."""
+        order = json.loads(line)
+        settings = order["config"]
+        if settings["token"] is not None:
+            settings["token"] = bytes.fromhex(settings["token"])
+        return ServerOrder(
+            ring_name=order["ring_name"], worker_pid=order["worker_pid"], config=ServerConfig(**settings)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerReport:
+    """The child's answer: its ports, or why it has none."""
+
+    ports: tuple[int, ...] = ()
+    error_class: str = ""
+    error: str = ""
+
+    def to_line(self) -> bytes:
+        """The report as one line of JSON."""
+        return json.dumps({name: getattr(self, name) for name in ("ports", "error_class", "error")}).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> ServerReport:
+        """Rebuild the report in the worker."""
+        report = json.loads(line)
+        return ServerReport(ports=tuple(report["ports"]), error_class=report["error_class"], error=report["error"])
+
+    def raise_error(self) -> None:
+        """Raise what stopped the child from serving, if anything did.
+
+        Raises:
+            ConfigError, DeadlineExceededError, TransportError: as it was raised there.
+        """
+        if self.error_class:
+            raise _CLASSES.get(self.error_class, TransportError)(self.error)

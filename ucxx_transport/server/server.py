@@ -1,0 +1,175 @@
+"""UCXXServer: a ring's payloads on N ports, from a process of its own or from threads of this one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import anyio.to_thread
+import structlog
+
+from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import TransportError
+from ucxx_transport.link.address import choose_address
+from ucxx_transport.server.counters import PortCounters, ServerStatistics
+from ucxx_transport.server.port_group import LinkFactory, PortGroup
+from ucxx_transport.server.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from ucxx_transport.ring import SharedRingBuffer
+
+_log = structlog.get_logger(__name__)
+
+
+class UCXXServer:
+    """Serves a ring to trainers on other hosts (or to those that will not read in place).
+
+    Its address and ports are written into the segment once it listens; a `SlotRef` made after that carries them.
+    Use it as `async with UCXXServer(ring, config)`, as `with`, or by `start()` and `stop()`.
+
+    Args:
+        ring: the ring to serve; its creator keeps and closes it.
+        config: settings; the default is 4 ports served by a supervised process.
+        link_factory: opens one link a port, for `mode="thread"` only; the default is UCX.
+    """
+
+    def __init__(
+        self, ring: SharedRingBuffer, config: ServerConfig | None = None, *, link_factory: LinkFactory | None = None
+    ) -> None:
+        self._ring = ring
+        self._config = config if config is not None else ServerConfig()
+        self._link_factory = link_factory
+        self._supervisor: Supervisor | None = None
+        self._group: PortGroup | None = None
+        self._address: str | None = None
+        self._ports: tuple[int, ...] = ()
+        self._restarts = 0
+        self._pid = os.getpid()
+
+    @property
+    def address(self) -> str | None:
+        """The published address; None while not serving."""
+        return self._address
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The ports that listen; empty while not serving."""
+        return self._ports
+
+    def start(self) -> None:
+        """Listen on all ports and publish them in the segment; returns when clients can connect.
+
+        Raises:
+            ConfigError: a port is taken, the address is not this host's, or UCX is not installed.
+            DeadlineExceededError: not up within `start_timeout_s`.
+            TransportError: the server is running already, or its process died at its start.
+        """
+        if self._ports:
+            raise TransportError("the server is running already; stop() it first")
+        address = choose_address(self._config.host)
+        deadline_s = time.monotonic() + self._config.start_timeout_s
+        self._address = address
+        try:
+            if self._config.mode == "process":
+                ports = self._start_process(deadline_s)
+            else:
+                ports = self._start_threads(deadline_s)
+        except BaseException:
+            self._address = None
+            raise
+        self._publish(ports)
+        atexit.register(self.stop)
+        _log.info("server up", ring=self._ring.name, address=address, ports=ports, mode=self._config.mode)
+
+    def stop(self) -> None:
+        """Stop listening, end every connection, withdraw the address. Bounded by `stop_timeout_s`; idempotent."""
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the server is its parent's
+        atexit.unregister(self.stop)
+        deadline_s = time.monotonic() + self._config.stop_timeout_s
+        supervisor, group = self._supervisor, self._group
+        self._supervisor = self._group = None
+        if supervisor is not None:
+            supervisor.stop(deadline_s)
+            self._restarts += supervisor.restarts
+        if group is not None and not group.stop(deadline_s):
+            _log.warning("a server port did not stop in time", ring=self._ring.name)
+        if self._ports:
+            self._publish(())
+            self._address = None
+        if supervisor is not None:
+            self._reclaim()
+
+    def statistics(self) -> ServerStatistics:
+        """Counts of all ports since the ring was created, and what runs now."""
+        supervisor = self._supervisor
+        words = self._ring.server_words
+        running = os.getpid() if self._group is not None else None
+        return ServerStatistics(
+            host=self._address,
+            pid=supervisor.pid if supervisor is not None else running,
+            restarts=self._restarts + (supervisor.restarts if supervisor is not None else 0),
+            ports=tuple(PortCounters(words, index).snapshot() for index in range(len(self._ports))),
+        )
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Start, without blocking the event loop."""
+        await anyio.to_thread.run_sync(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.stop)
+
+    def _start_process(self, deadline_s: float) -> tuple[int, ...]:
+        supervisor = Supervisor(
+            self._ring.name, self._config, on_death=self._reclaim, on_ports=self._ports_of_replacement
+        )
+        ports = supervisor.start(deadline_s)
+        self._supervisor = supervisor
+        return ports
+
+    def _start_threads(self, deadline_s: float) -> tuple[int, ...]:
+        group = PortGroup(self._ring, self._config, self._link_factory or _ucxx_links(self._config))
+        ports = group.start(deadline_s)
+        self._group = group
+        return ports
+
+    def _ports_of_replacement(self, ports: tuple[int, ...]) -> None:
+        if self._supervisor is not None and ports != self._ports:
+            self._publish(ports)
+
+    def _publish(self, ports: tuple[int, ...]) -> None:
+        self._ports = ports
+        self._ring.publish_address(self._address or "", ports) if ports else self._ring.publish_address("", ())
+
+    def _reclaim(self) -> None:
+        try:
+            self._ring.reclaim_dead()
+        except TransportError as error:  # the new process's sweep does it
+            _log.warning("reclaim failed", ring=self._ring.name, reason=str(error))
+
+
+def _ucxx_links(config: ServerConfig) -> Callable[[], object]:
+    from ucxx_transport.link.ucxx import UCXXLink
+
+    return partial(UCXXLink.open, shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)

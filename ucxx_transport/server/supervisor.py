@@ -1,0 +1,225 @@
+"""Keeps one server process alive beside a worker.
+
+A thread starts the child, waits on its pidfd, and starts it again when it dies: at once the first time, with a growing
+pause (at most `RESTART_PAUSE_LIMIT_S`) while it keeps dying young. The same thread starts every child, because the kernel
+ties a child's parent-death signal to the thread that made it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+
+import structlog
+
+import ucxx_transport
+from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import DeadlineExceededError, TransportError
+from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
+
+_log = structlog.get_logger(__name__)
+
+RESTART_PAUSE_S = 0.05
+RESTART_PAUSE_LIMIT_S = 1.0
+# A child that served this long died of something else than its start.
+HEALTHY_AFTER_S = 5.0
+_REPORT_LIMIT_BYTES = 65536
+
+
+@dataclass(slots=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    started_s: float
+
+    def reap(self) -> int:
+        code = self.process.wait()
+        os.close(self.pidfd)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        return code
+
+
+class Supervisor:
+    """Runs `ucxx_transport.server.child` for one ring.
+
+    Args:
+        ring_name: segment the child attaches. config: the server's settings.
+        on_death: called in the supervising thread when a child has died unasked, before it is replaced.
+        on_ports: called there with the ports of every child that came up.
+    """
+
+    def __init__(
+        self,
+        ring_name: str,
+        config: ServerConfig,
+        *,
+        on_death: Callable[[], None],
+        on_ports: Callable[[tuple[int, ...]], None],
+    ) -> None:
+        self._ring_name = ring_name
+        self._config = config
+        self._on_death = on_death
+        self._on_ports = on_ports
+        self._up: Future[tuple[int, ...]] = Future()
+        self._wake_read, self._wake_write = os.pipe()
+        self._stopping = False
+        self._stop_by_s = 0.0
+        self._thread = Thread(target=self._run, name="ucxx-supervisor", daemon=True)
+        self.restarts = 0
+        self.pid: int | None = None
+
+    def start(self, deadline_s: float) -> tuple[int, ...]:
+        """Start the child and wait for its ports.
+
+        Raises:
+            ConfigError, DeadlineExceededError: the child could not serve, and is gone.
+        """
+        self._thread.start()
+        try:
+            return self._up.result(max(0.0, deadline_s - time.monotonic()))
+        except FutureTimeoutError:
+            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            message = "the server process did not come up in time; see ServerConfig(start_timeout_s=…)"
+            raise DeadlineExceededError(message) from None
+        except BaseException:
+            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            raise
+
+    def stop(self, deadline_s: float) -> None:
+        """End the child: politely, and by SIGKILL once `deadline_s` (monotonic clock) has passed. Idempotent."""
+        if not self._stopping:
+            self._stop_by_s = deadline_s
+            self._stopping = True
+            os.write(self._wake_write, b"s")
+        if self._thread.ident is not None:
+            # SIGKILL is sent at the deadline; the thread ends as soon as the kernel has reaped the child.
+            self._thread.join(max(0.0, deadline_s - time.monotonic()) + self._config.stop_timeout_s)
+        if not self._thread.is_alive() and self._wake_write >= 0:
+            os.close(self._wake_write)
+            os.close(self._wake_read)
+            self._wake_write = self._wake_read = -1
+
+    def _run(self) -> None:
+        pause_s = RESTART_PAUSE_S
+        config = self._config
+        while not self._stopping:
+            child = self._spawn(config)
+            try:
+                ports = self._await_report(child, config)
+            except (TransportError, ValueError) as error:
+                self._end(child)
+                if not self._up.done():
+                    self._up.set_exception(error)
+                    return
+                _log.warning("server process did not come up; trying again", ring=self._ring_name, reason=str(error))
+            else:
+                config = replace(config, ports=ports, base_port=None)
+                self._serve(child, ports)
+            if self._stopping:
+                return
+            if time.monotonic() - child.started_s > HEALTHY_AFTER_S:
+                pause_s = RESTART_PAUSE_S
+            self._pause(pause_s)
+            pause_s = min(2 * pause_s, RESTART_PAUSE_LIMIT_S)
+
+    def _serve(self, child: _Child, ports: tuple[int, ...]) -> None:
+        self.pid = child.process.pid
+        self._on_ports(ports)
+        if not self._up.done():
+            self._up.set_result(ports)
+        self._wait(child.pidfd, None)
+        if self._stopping:
+            self._end(child)
+            self.pid = None
+            return
+        code = child.reap()
+        self.pid = None
+        self.restarts += 1
+        _log.warning("server process died; restarting", ring=self._ring_name, reason=_how(code), restarts=self.restarts)
+        self._on_death()
+
+    def _spawn(self, config: ServerConfig) -> _Child:
+        ready_read, ready_write = os.pipe()
+        root = str(Path(ucxx_transport.__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            process = subprocess.Popen(
+                # -P: a file of the worker's folder that is named like a standard module must not be imported.
+                [sys.executable, "-P", "-m", "ucxx_transport.server.child", str(ready_write)],
+                stdin=subprocess.PIPE,
+                pass_fds=(ready_write,),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+        finally:
+            os.close(ready_write)
+        self._ready_fd = ready_read
+        child = _Child(process, os.pidfd_open(process.pid), time.monotonic())
+        order = ServerOrder(ring_name=self._ring_name, worker_pid=os.getpid(), config=config)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(order.to_line())
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died already; its missing report says so
+        return child
+
+    def _await_report(self, child: _Child, config: ServerConfig) -> tuple[int, ...]:
+        line = b""
+        deadline_s = child.started_s + config.start_timeout_s
+        try:
+            while not line.endswith(b"\n"):
+                if not self._wait(self._ready_fd, deadline_s - time.monotonic()) or self._stopping:
+                    raise DeadlineExceededError("the server process did not report in time")
+                part = os.read(self._ready_fd, _REPORT_LIMIT_BYTES)
+                if not part:
+                    raise TransportError("the server process died at its start; its standard error says why")
+                line += part
+        finally:
+            os.close(self._ready_fd)
+        report = ServerReport.from_line(line)
+        report.raise_error()
+        return report.ports
+
+    def _wait(self, descriptor: int, timeout_s: float | None) -> bool:
+        """Wait until `descriptor` is readable (True), or the time is up or a stop is asked for (False)."""
+        watched = select.poll()
+        watched.register(descriptor, select.POLLIN | select.POLLHUP)
+        watched.register(self._wake_read, select.POLLIN)
+        ready = watched.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        return any(number == descriptor for number, _ in ready)
+
+    def _pause(self, seconds: float) -> None:
+        watched = select.poll()
+        watched.register(self._wake_read, select.POLLIN)
+        watched.poll(seconds * 1000)
+
+    def _end(self, child: _Child) -> None:
+        if child.process.stdin is not None:
+            child.process.stdin.close()  # end of file: the child stops by itself
+        limit_s = self._stop_by_s if self._stopping else time.monotonic() + self._config.stop_timeout_s
+        watched = select.poll()
+        watched.register(child.pidfd, select.POLLIN)
+        if not watched.poll(max(0.0, limit_s - time.monotonic()) * 1000):
+            _log.warning("server process did not stop in time; killing it", pid=child.process.pid)
+            child.process.kill()
+        child.reap()
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
