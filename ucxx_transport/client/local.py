@@ -32,7 +32,7 @@ def verify_checksum(content: Bytes, ref: SlotRef) -> None:
     """
     if ref.checksum is None:
         return
-    found = xxhash.xxh3_64_intdigest(content)
+    found = xxhash.xxh3_64_intdigest(content.data)
     if found != ref.checksum:
         raise ChecksumError(
             "the payload's bytes are not those that were written",

@@ -60,6 +60,6 @@ class LoopThread:
 
         try:
             anyio.run(main)
-        except BaseException as error:  # the edge of a thread: whoever waits for the portal must hear of it
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits for the portal must hear of it
             if not self._up.done():
                 self._up.set_exception(error)

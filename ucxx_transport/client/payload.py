@@ -49,7 +49,7 @@ class Payload:
         Raises:
             SlotError: it has been released.
         """
-        return memoryview(self._held())
+        return self._held().data
 
     @property
     def arrays(self) -> ArrayTree:
@@ -66,7 +66,7 @@ class Payload:
             if self._schema is None:
                 self._arrays = {"data": root}
             else:
-                self._arrays = self._schema.views(root, writable=root.flags.writeable)
+                self._arrays = self._schema.views(root.data, writable=root.flags.writeable)
         return self._arrays
 
     @property

@@ -193,7 +193,7 @@ class RemoteReader:
     async def _attempt(self, ref: SlotRef, key: PortKey, until_s: float) -> tuple[Bytes, Schema | None]:
         exchange = ReadExchange(ref, next(self._attempts))
         lent = self._pool.lend(exchange.receive_nbytes)
-        message = memoryview(lent)
+        message = lent.data
         clear_ends(message, ref.nbytes)
         channel: Channel | None = None
         try:

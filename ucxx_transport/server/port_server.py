@@ -121,7 +121,7 @@ class PortServer:
     async def _serve(self, connection: Connection) -> None:
         try:
             await connection.serve()
-        except Exception:  # the edge of a task: one connection's bug must not take the port down
+        except Exception:  # noqa: BLE001 - the edge of a task: one connection's bug must not take the port down
             _log.exception("connection crashed")
         finally:
             self._connections.discard(connection)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -169,7 +168,7 @@ class UCXXServer:
             _log.warning("reclaim failed", ring=self._ring.name, reason=str(error))
 
 
-def _ucxx_links(config: ServerConfig) -> Callable[[], object]:
+def _ucxx_links(config: ServerConfig) -> LinkFactory:
     from ucxx_transport.link.ucxx import UCXXLink
 
     return partial(UCXXLink.open, shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)
