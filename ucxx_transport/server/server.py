@@ -48,6 +48,7 @@ class UCXXServer:
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
         self._restarts = 0
+        self._port_count = 0
         self._pid = os.getpid()
 
     @property
@@ -113,7 +114,7 @@ class UCXXServer:
             host=self._address,
             pid=supervisor.pid if supervisor is not None else running,
             restarts=self._restarts + (supervisor.restarts if supervisor is not None else 0),
-            ports=tuple(PortCounters(words, index).snapshot() for index in range(len(self._ports))),
+            ports=tuple(PortCounters(words, index).snapshot() for index in range(self._port_count)),
         )
 
     def __enter__(self) -> Self:
@@ -159,6 +160,7 @@ class UCXXServer:
 
     def _publish(self, ports: tuple[int, ...]) -> None:
         self._ports = ports
+        self._port_count = max(self._port_count, len(ports))
         self._ring.publish_address(self._address or "", ports) if ports else self._ring.publish_address("", ())
 
     def _reclaim(self) -> None:

@@ -31,6 +31,8 @@ _log = structlog.get_logger(__name__)
 
 RESTART_PAUSE_S = 0.05
 RESTART_PAUSE_LIMIT_S = 1.0
+# A port that something else took while the server was down is waited for this long; then any free ports do, published anew.
+SAME_PORTS_FOR_S = 10.0
 # A child that served this long died of something else than its start.
 HEALTHY_AFTER_S = 5.0
 _REPORT_LIMIT_BYTES = 65536
@@ -113,6 +115,7 @@ class Supervisor:
     def _run(self) -> None:
         pause_s = RESTART_PAUSE_S
         config = self._config
+        last_up_s = time.monotonic()
         while not self._stopping:
             child = self._spawn(config)
             try:
@@ -123,9 +126,12 @@ class Supervisor:
                     self._up.set_exception(error)
                     return
                 _log.warning("server process did not come up; trying again", ring=self._ring_name, reason=str(error))
+                if time.monotonic() - last_up_s > SAME_PORTS_FOR_S and isinstance(self._config.ports, int):
+                    config = self._config
             else:
                 config = replace(config, ports=ports, base_port=None)
                 self._serve(child, ports)
+                last_up_s = time.monotonic()
             if self._stopping:
                 return
             if time.monotonic() - child.started_s > HEALTHY_AFTER_S:
