@@ -1,0 +1,201 @@
+"""The one place that imports ucxx, and the typed shape of what is used of it.
+
+`ucxx._lib` is private API: extras pin its minor version, and a test names every symbol below.
+
+Importing ucxx writes `UCX_*` defaults into `os.environ`, from where child processes would take them for the user's. They are
+removed again here; those that matter are passed to each context by `settings`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from ucxx_transport.errors import ConfigError
+
+__all__ = [
+    "SYMBOLS",
+    "Binding",
+    "UcxArray",
+    "UcxEndpoint",
+    "UcxListener",
+    "UcxRequest",
+    "UcxTag",
+    "UcxWorker",
+    "load_binding",
+]
+
+SYMBOLS = MappingProxyType(
+    {
+        "ucxx._lib.arr": ("Array",),
+        "ucxx._lib.libucxx": (
+            "Feature.STREAM",
+            "Feature.TAG",
+            "Feature.WAKEUP",
+            "UCXBusyError",
+            "UCXCanceledError",
+            "UCXConfigError",
+            "UCXConnectionResetError",
+            "UCXContext.config",
+            "UCXContext.handle",
+            "UCXEndpoint.alive",
+            "UCXEndpoint.close",
+            "UCXEndpoint.close_blocking",
+            "UCXEndpoint.create",
+            "UCXEndpoint.handle",
+            "UCXEndpoint.raise_on_error",
+            "UCXEndpoint.set_close_callback",
+            "UCXEndpoint.stream_recv",
+            "UCXEndpoint.stream_send",
+            "UCXEndpoint.tag_recv",
+            "UCXEndpoint.tag_send",
+            "UCXEndpointTimeoutError",
+            "UCXError",
+            "UCXExceedsLimitError",
+            "UCXInvalidAddrError",
+            "UCXInvalidParamError",
+            "UCXListener.create",
+            "UCXListener.ip",
+            "UCXListener.port",
+            "UCXMessageTruncatedError",
+            "UCXNoDeviceError",
+            "UCXNoMemoryError",
+            "UCXNoResourceError",
+            "UCXNotConnectedError",
+            "UCXNotImplementedError",
+            "UCXRejectedError",
+            "UCXRequest.check_error",
+            "UCXRequest.completed",
+            "UCXTimedOutError",
+            "UCXUnreachableError",
+            "UCXUnsupportedError",
+            "UCXWorker.arm",
+            "UCXWorker.cancel_inflight_requests",
+            "UCXWorker.epoll_file_descriptor",
+            "UCXWorker.init_blocking_progress_mode",
+            "UCXWorker.progress_once",
+            "UCXXTag",
+            "get_ucx_version",
+        ),
+    }
+)
+"""Every private symbol that this package uses, by module."""
+
+
+class UcxArray(Protocol):
+    """`ucxx._lib.arr.Array`: address and size of a buffer, with a reference to it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class UcxTag(Protocol):
+    """`UCXXTag`: what a tagged send and receive are matched by, in the whole worker of the receiver."""
+
+    @property
+    def value(self) -> int: ...
+
+
+class UcxRequest(Protocol):
+    """`UCXRequest`. Dropping one that is not completed cancels it; dropping its buffer then is a crash."""
+
+    @property
+    def completed(self) -> bool: ...
+    def check_error(self) -> None: ...
+
+
+class UcxEndpoint(Protocol):
+    """`UCXEndpoint`. `close()` on one that is not alive is a null pointer: ask `alive` first."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def handle(self) -> int: ...
+    def close(self) -> UcxRequest: ...
+    def raise_on_error(self) -> None: ...
+    def close_blocking(self) -> None: ...
+    def set_close_callback(self, cb_func: Callable[[], None]) -> None: ...
+    def stream_recv(self, arr: UcxArray) -> UcxRequest: ...
+    def stream_send(self, arr: UcxArray) -> UcxRequest: ...
+    def tag_recv(self, arr: UcxArray, tag: UcxTag) -> UcxRequest: ...
+    def tag_send(self, arr: UcxArray, tag: UcxTag) -> UcxRequest: ...
+
+
+class UcxListener(Protocol):
+    """`UCXListener`. UCX keeps a raw pointer into it until every endpoint it accepted is gone."""
+
+    @property
+    def ip(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+
+
+class UcxWorker(Protocol):
+    """`UCXWorker`."""
+
+    @property
+    def epoll_file_descriptor(self) -> int: ...
+    def init_blocking_progress_mode(self) -> None: ...
+    def progress_once(self) -> bool: ...
+    def cancel_inflight_requests(self) -> int: ...
+    def arm(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """The imported modules, and the environment as it was before they were imported."""
+
+    lib: Any  # ucxx._lib.libucxx, which has no stubs
+    make_array: Callable[[object], UcxArray]
+    user_environment: MappingProxyType[str, str]
+
+
+_lock = threading.Lock()
+_binding: Binding | None = None
+
+
+def load_binding() -> Binding:
+    """Import ucxx once, leaving `os.environ` as it was.
+
+    Raises:
+        ConfigError: ucxx is not installed, or is of a version that lacks what is used; says what to install.
+    """
+    global _binding
+    with _lock:
+        if _binding is None:
+            _binding = _import_binding()
+        return _binding
+
+
+def _import_binding() -> Binding:
+    before = {name: value for name, value in os.environ.items() if name.startswith("UCX")}
+    try:
+        lib = importlib.import_module("ucxx._lib.libucxx")
+        arr = importlib.import_module("ucxx._lib.arr")
+    except ImportError as exc:
+        raise ConfigError(
+            'UCX is not installed; run pip install "ucxx_transport[cu12]" (or [cu13] with CUDA 13)', missing=exc.name
+        ) from exc
+    finally:
+        for name in [name for name in os.environ if name.startswith("UCX") and name not in before]:
+            del os.environ[name]
+    missing = [name for name in SYMBOLS["ucxx._lib.libucxx"] if not _has(lib, name)]
+    if missing:
+        raise ConfigError(
+            'this ucxx lacks what the link uses; run pip install "ucxx_transport[cu12]" (or [cu13] with CUDA 13)',
+            missing=", ".join(missing),
+            ucxx=getattr(importlib.import_module("ucxx"), "__version__", "unknown"),
+        )
+    return Binding(lib=lib, make_array=arr.Array, user_environment=MappingProxyType(before))
+
+
+def _has(lib: Any, dotted: str) -> bool:
+    found = lib
+    for part in dotted.split("."):
+        found = getattr(found, part, None)
+    return found is not None

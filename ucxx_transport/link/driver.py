@@ -1,0 +1,205 @@
+"""Progress of one UCX worker from one asyncio event loop.
+
+```
+ post ──► spin_for(): poll inside the waiting task ──completed──► task goes on, no loop turn
+              │ inline_s is over                                     │ turn_s is over: one loop turn
+              ▼                                                      ▼
+          _turn(): progress ≤ burst ──► scan what is pending ──► wake waiters
+              │ nothing moved for spin_s
+              ▼
+          arm() ──► sleep in the loop's selector ──event fd──► _turn()
+```
+
+Whenever control is with the loop, either a turn is scheduled or the worker is armed: otherwise an event would be missed.
+A scan costs O(pending), so it happens only after progress was made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ucxx_transport.link.binding import UcxRequest, UcxWorker
+from ucxx_transport.link.counters import Counters
+
+__all__ = ["ProgressDriver", "Watched"]
+
+BURST = 32
+"""Progress calls in one turn: at 512 KiB a segment some 2 ms, so that other tasks are not kept out for a whole transfer."""
+
+TURN_S = 300e-6
+"""How long inline completions may keep the task that profits from them on the loop: ten 64 KiB reads."""
+
+RETRY_S = 0.05
+"""Pause after an error of UCX itself in a turn, so that a lasting one does not burn a core."""
+
+
+class Watched(Protocol):
+    """An operation, as the driver sees it."""
+
+    request: UcxRequest | None
+
+    def poll(self) -> bool:
+        """Ask UCX; ends the operation if it is over."""
+        ...
+
+
+class ProgressDriver:
+    """Owns the worker's event descriptor in the loop.
+
+    Args:
+        worker: in blocking progress mode.
+        loop: the running loop.
+        spin_s: how long to poll after the last progress before sleeping.
+        counters: of the link.
+        ucx_error: root class of UCX's errors.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: UcxWorker,
+        loop: asyncio.AbstractEventLoop,
+        spin_s: float,
+        counters: Counters,
+        ucx_error: type[Exception],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.loop = loop
+        self.between_turns: Callable[[], None] | None = None
+        self._worker = worker
+        self._progress_once = worker.progress_once
+        self._spin_s = spin_s
+        self._counters = counters
+        self._ucx_error = ucx_error
+        self._clock = clock
+        self._watched: list[Watched] = []
+        self._scheduled = False
+        self._scan_due = False
+        self._cancel_due = False
+        self._stopped = False
+        self._last_progress = clock()
+        self._turn_began = self._last_progress
+        self._descriptor = worker.epoll_file_descriptor
+        loop.add_reader(self._descriptor, self._on_event)
+        self.kick()
+
+    def watch(self, operation: Watched) -> None:
+        """Wake the operation's waiters when it ends."""
+        self._watched.append(operation)
+        self.kick()
+
+    def kick(self) -> None:
+        """Make sure that a turn follows."""
+        if not self._scheduled and not self._stopped:
+            self._scheduled = True
+            self.loop.call_soon(self._turn)
+
+    def cancel_soon(self) -> None:
+        """An endpoint was lost: end what is in flight on it, at the end of this turn. Safe inside UCX's callbacks."""
+        self._cancel_due = True
+
+    def turn_is_over(self) -> bool:
+        """Whether the running task has had the loop long enough."""
+        return self._clock() - self._turn_began > TURN_S
+
+    def spin_for(self, operation: Watched) -> bool:
+        """Poll for one operation inside the task that waits for it.
+
+        Returns:
+            True when it is over; False when the task should sleep: the time is up, or others have something to do.
+        """
+        request = operation.request
+        if request is None or self._stopped:
+            return operation.poll()
+        progress_once, clock = self._progress_once, self._clock
+        began = now = clock()
+        moved = False
+        while now - began < self._spin_s and not self._cancel_due:
+            if progress_once():
+                moved = self._scan_due = True
+            elif moved and len(self._watched) > 1 and self._scan() > 0 and request is operation.request:
+                break  # others have work now
+            else:
+                moved = False
+            if request.completed:
+                self._last_progress = clock()
+                self._counters.inline_completions += 1
+                self.kick()  # the worker is no longer armed, and others may be done too
+                return operation.poll()
+            now = clock()
+        self._last_progress = now if moved else self._last_progress
+        return operation.poll()
+
+    def stop(self) -> None:
+        """Leave the loop. What is pending stays so."""
+        if not self._stopped:
+            self._stopped = True
+            if not self.loop.is_closed():
+                self.loop.remove_reader(self._descriptor)
+
+    def progress_now(self, turns: int = BURST) -> int:
+        """Progress outside the loop's turns, for clean-up; returns how many calls moved something."""
+        moved = 0
+        while moved < turns and self._progress_once():
+            moved += 1
+        if self._cancel_due:
+            self._cancel_due = False
+            self._worker.cancel_inflight_requests()
+            moved += 1
+        self._scan()
+        return moved
+
+    def _on_event(self) -> None:
+        if not self._scheduled:
+            self._counters.wakeups += 1
+            self._turn()
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        if self._stopped:
+            return
+        try:
+            self._advance()
+        except self._ucx_error:
+            self._counters.swallowed_errors += 1
+            self._scheduled = True
+            self.loop.call_later(RETRY_S, self._turn)
+
+    def _advance(self) -> None:
+        self._counters.progress_turns += 1
+        progress_once = self._progress_once
+        moved = 0
+        while moved < BURST and progress_once():
+            moved += 1
+        if self._cancel_due and moved < BURST:
+            # What had arrived has been taken in; the rest of a lost endpoint's operations will never come.
+            self._cancel_due = False
+            self._worker.cancel_inflight_requests()
+            moved += 1
+        if moved or self._scan_due:
+            self._scan()
+        if self.between_turns is not None:
+            self.between_turns()
+        now = self._turn_began = self._clock()
+        if moved:
+            self._last_progress = now
+        if moved >= BURST or (self._watched and now - self._last_progress < self._spin_s) or self._cancel_due:
+            self.kick()
+        elif self._worker.arm():
+            self._counters.sleeps += 1
+        else:
+            self.kick()  # an event slipped in between the last progress and arming
+
+    def _scan(self) -> int:
+        self._scan_due = False
+        ended = 0
+        for operation in self._watched:
+            if operation.poll():
+                ended += 1
+        if ended:
+            self._watched = [operation for operation in self._watched if operation.request is not None]
+        return ended

@@ -1,0 +1,138 @@
+"""Operations in flight over UCX."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.link.binding import UcxRequest
+from ucxx_transport.link.counters import Counters
+from ucxx_transport.link.driver import ProgressDriver
+
+__all__ = ["Operation", "OperationOwner", "UCXXPending"]
+
+
+class OperationOwner(Protocol):
+    """The endpoint, as its operations see it."""
+
+    driver: ProgressDriver
+    counters: Counters
+    ucx_error: type[Exception]
+
+    def explain(self, exc: Exception) -> TransportError:
+        """The error to raise for one of UCX's."""
+        ...
+
+    def operation_ended(self, operation: Operation) -> None:
+        """UCX is done with the operation and its buffer."""
+        ...
+
+
+class Operation:
+    """Something that UCX was asked to do for an endpoint.
+
+    Args:
+        owner: told when it ends.
+        view: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
+    """
+
+    __slots__ = ("_owner", "_waiters", "done", "error", "nbytes", "request", "view")
+
+    def __init__(self, owner: OperationOwner, view: memoryview | None = None) -> None:
+        self._owner = owner
+        self._waiters: list[asyncio.Future[None]] = []
+        self.done = False
+        self.error: TransportError | None = None
+        self.nbytes = 0 if view is None else view.nbytes
+        self.request: UcxRequest | None = None
+        self.view = view
+
+    def poll(self) -> bool:
+        """Ask UCX; ends the operation if it is over. Returns whether it is."""
+        request = self.request
+        if request is None or not request.completed:
+            return self.done
+        self.request = None
+        try:
+            request.check_error()
+        except self._owner.ucx_error as exc:
+            self.error = self._owner.explain(exc)
+            self.error.__cause__ = exc
+        self._end()
+        return True
+
+    def fail(self, error: TransportError) -> None:
+        """End an operation that UCX was never given."""
+        if not self.done and self.request is None:
+            self.error = error
+            self._end()
+
+    def waiter(self) -> asyncio.Future[None]:
+        """A future that is resolved when the operation ends, well or badly."""
+        waiter = self._owner.driver.loop.create_future()
+        self._waiters.append(waiter)
+        return waiter
+
+    def ended(self) -> None:
+        """What a kind of operation does when it is over. Must not raise."""
+
+    def _end(self) -> None:
+        self.done = True
+        self.ended()
+        view, self.view = self.view, None
+        if view is not None:
+            view.release()
+        self._owner.operation_ended(self)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+
+class UCXXPending(Operation):
+    """One send or receive. See `base.Pending`."""
+
+    __slots__ = ("sending",)
+
+    view: memoryview | None
+
+    def __init__(self, owner: OperationOwner, view: memoryview, *, sending: bool) -> None:
+        super().__init__(owner, view)
+        self.sending = sending
+        counters = owner.counters
+        counters.in_flight += 1
+        if sending:
+            counters.sends += 1
+        else:
+            counters.receives += 1
+
+    @property
+    def completed(self) -> bool:
+        """See `base.Pending.completed`."""
+        return self.done or self.poll()
+
+    async def wait(self) -> None:
+        """See `base.Pending.wait`."""
+        driver = self._owner.driver
+        if not self.done and not driver.spin_for(self):
+            driver.kick()
+            await self.waiter()
+        elif driver.turn_is_over():
+            await asyncio.sleep(0)  # inline completions must not keep the other tasks out
+        if self.error is not None:
+            raise self.error
+
+    def ended(self) -> None:
+        """Count it."""
+        counters = self._owner.counters
+        counters.in_flight -= 1
+        error = self.error
+        if error is not None:
+            counters.failed += 1
+            if isinstance(error, PeerLostError) and error.facts["reason"] == "truncated":
+                counters.truncated += 1
+        elif self.sending:
+            counters.sent_bytes += self.nbytes
+        else:
+            counters.posted_receive_bytes += self.nbytes

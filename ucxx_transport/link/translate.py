@@ -1,0 +1,92 @@
+"""UCX's errors into ours, by class.
+
+| UCX                                                     | ours                          |
+|---------------------------------------------------------|-------------------------------|
+| MessageTruncated                                        | PeerLostError `truncated`     |
+| ConnectionReset, EndpointTimeout, TimedOut              | PeerLostError `reset`         |
+| NotConnected, Rejected                                  | PeerLostError `refused`, or `reset` once it was connected |
+| Unreachable, InvalidAddr                                | PeerLostError `unreachable`   |
+| Canceled                                                | PeerLostError `cancelled`     |
+| NoMemory, NoResource, Busy, ExceedsLimit                | BusyError                     |
+| Config, InvalidParam, Unsupported, NotImplemented, NoDevice | ConfigError               |
+| any other                                               | PeerLostError `aborted`       |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
+from ucxx_transport.link.base import LostReason
+
+__all__ = ["Translator", "lost"]
+
+
+class Translator:
+    """Maps exceptions of one imported ucxx.
+
+    Args:
+        lib: `ucxx._lib.libucxx`, whose exception classes exist only once it is imported.
+    """
+
+    def __init__(self, lib: Any) -> None:
+        self.root: type[Exception] = lib.UCXError
+        self._truncated: type[Exception] = lib.UCXMessageTruncatedError
+        self._cancelled: type[Exception] = lib.UCXCanceledError
+        self._reset = (lib.UCXConnectionResetError, lib.UCXEndpointTimeoutError, lib.UCXTimedOutError)
+        self._refused = (lib.UCXNotConnectedError, lib.UCXRejectedError)
+        self._unreachable = (lib.UCXUnreachableError, lib.UCXInvalidAddrError)
+        self._busy = (lib.UCXNoMemoryError, lib.UCXNoResourceError, lib.UCXBusyError, lib.UCXExceedsLimitError)
+        self._config = (
+            lib.UCXConfigError,
+            lib.UCXInvalidParamError,
+            lib.UCXUnsupportedError,
+            lib.UCXNotImplementedError,
+            lib.UCXNoDeviceError,
+        )
+
+    def error(self, exc: Exception, *, peer: str, connected: bool) -> TransportError:
+        """Our error for one of UCX's; raise it `from exc`.
+
+        Args:
+            exc: of ucxx's root class.
+            peer: for the facts.
+            connected: whether the connection had ever been up.
+        """
+        words = f"{type(exc).__name__}: {exc}"
+        if isinstance(exc, self._busy):
+            return BusyError("UCX is out of a resource for now; try again", peer=peer, ucx=words)
+        if isinstance(exc, self._config):
+            return ConfigError("UCX refuses this setting or operation", peer=peer, ucx=words)
+        reason = self.reason(exc, connected=connected)
+        return PeerLostError(_MESSAGES[reason], reason=reason, peer=peer, ucx=words)
+
+    def reason(self, exc: Exception, *, connected: bool) -> LostReason:
+        """Which `LostReason` a connection's error is."""
+        if isinstance(exc, self._truncated):
+            return "truncated"
+        if isinstance(exc, self._cancelled):
+            return "cancelled"
+        if isinstance(exc, self._reset):
+            return "reset"
+        if isinstance(exc, self._refused):
+            return "reset" if connected else "refused"
+        if isinstance(exc, self._unreachable):
+            return "unreachable"
+        return "aborted"
+
+
+_MESSAGES: dict[LostReason, str] = {
+    "aborted": "the connection broke",
+    "cancelled": "the operation was cut short",
+    "closed": "the endpoint is closed",
+    "refused": "nothing accepts connections there",
+    "reset": "the peer closed the connection or died",
+    "truncated": "the message is longer than the buffer posted for it",
+    "unreachable": "the address cannot be reached",
+}
+
+
+def lost(reason: LostReason, *, peer: str) -> PeerLostError:
+    """A `PeerLostError` that does not come from an error of UCX."""
+    return PeerLostError(_MESSAGES[reason], reason=reason, peer=peer)

@@ -1,0 +1,229 @@
+"""The link over UCX: one context and one worker per event loop.
+
+Nothing here changes `os.environ`; `settings` says which settings a context gets and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import threading
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.link import lifetime
+from ucxx_transport.link.base import LinkStatistics, OnEndpoint
+from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
+from ucxx_transport.link.counters import Counters
+from ucxx_transport.link.driver import ProgressDriver
+from ucxx_transport.link.pending import Operation
+from ucxx_transport.link.settings import context_settings
+from ucxx_transport.link.translate import Translator, lost
+from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
+from ucxx_transport.link.ucxx_listener import UCXXListener
+
+__all__ = ["UCXXLink"]
+
+
+class UCXXLink:
+    """See `base.Link`. Bound to the thread and running loop it is made in; made by `open()` or `create()`."""
+
+    def __init__(self, *, shm_lanes: bool, spin_s: float, ucx: Mapping[str, str]) -> None:
+        lifetime.check_not_forked()
+        self.binding = load_binding()
+        lib = self.binding.lib
+        self.translator = Translator(lib)
+        self.counters = Counters()
+        settings = context_settings(shm_lanes=shm_lanes, ucx=ucx, environment=self.binding.user_environment)
+        features = (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP)
+        try:
+            self._context: Any = lib.UCXContext(settings, features)
+            self.worker: UcxWorker = lib.UCXWorker(
+                self._context, enable_delayed_submission=False, enable_python_future=False
+            )
+            self.worker.init_blocking_progress_mode()
+        except self.translator.root as exc:
+            raise ConfigError(
+                "UCX does not start with these settings", settings=settings, ucx=f"{type(exc).__name__}: {exc}"
+            ) from exc
+        self.driver = ProgressDriver(
+            worker=self.worker,
+            loop=asyncio.get_running_loop(),
+            spin_s=spin_s,
+            counters=self.counters,
+            ucx_error=self.translator.root,
+        )
+        self.driver.between_turns = self._hand_over
+        self._thread = threading.get_ident()
+        self._closed = False
+        self._endpoints: set[UCXXEndpoint] = set()
+        self._listeners: set[UCXXListener] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Task[None] | None = None
+        lifetime.register(self)
+
+    @classmethod
+    def create(cls, *, shm_lanes: bool = False, spin_s: float = 50e-6, ucx: Mapping[str, str] | None = None) -> Self:
+        """A link for the running loop; `aclose()` it.
+
+        Args:
+            shm_lanes: let same-host connections use shared memory instead of TCP; both sides must.
+            spin_s: how long to poll after the last progress before sleeping.
+            ucx: further UCX settings, such as `{"TLS": "tcp"}`.
+
+        Raises:
+            ConfigError: ucxx is missing, UCX refuses a setting, or this is a fork of a process that used UCX.
+        """
+        return cls(shm_lanes=shm_lanes, spin_s=spin_s, ucx=ucx or {})
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, *, shm_lanes: bool = False, spin_s: float = 50e-6, ucx: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Self]:
+        """`create()` and `aclose()` as a context manager; the same arguments."""
+        link = cls.create(shm_lanes=shm_lanes, spin_s=spin_s, ucx=ucx)
+        try:
+            yield link
+        finally:
+            await link.aclose()
+
+    async def connect(self, host: str, port: int) -> UCXXEndpoint:
+        """See `base.Link.connect`. Returns when the peer has said hello."""
+        self.check_owner()
+        peer = f"{host}:{port}"
+        if not 0 < port < 65536:
+            raise ConfigError("port is not one to connect to", port=port)
+        address = await self._resolve(host, port, peer)
+        try:
+            ucx: UcxEndpoint = self.binding.lib.UCXEndpoint.create(self.worker, address, port, True)
+        except self.translator.root as exc:
+            raise self.translator.error(exc, peer=peer, connected=False) from exc
+        endpoint = UCXXEndpoint(self, ucx, peer)
+        self.adopt(endpoint)
+        self.counters.endpoints_connected += 1
+        try:
+            await endpoint.connected()
+        except BaseException:
+            await endpoint.close()
+            raise
+        return endpoint
+
+    async def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
+        """See `base.Link.listen`. Binds 0.0.0.0: UCX's Python API takes no address."""
+        self.check_owner()
+        if not 0 <= port < 65536:
+            raise ConfigError("port is not one to listen on", port=port)
+        try:
+            listener = UCXXListener(self, port, on_endpoint)
+        except self.binding.lib.UCXBusyError as exc:
+            raise ConfigError("port is in use; choose another, or 0 for any free one", port=port) from exc
+        except self.translator.root as exc:
+            raise ConfigError("UCX cannot listen on this port", port=port, ucx=f"{type(exc).__name__}: {exc}") from exc
+        self._listeners.add(listener)
+        return listener
+
+    def statistics(self) -> LinkStatistics:
+        """See `base.Link.statistics`."""
+        self.counters.endpoints_open = len(self._endpoints)
+        return self.counters.snapshot()
+
+    def transports(self) -> tuple[str, ...]:
+        """See `base.Link.transports`."""
+        return ("unknown",)
+
+    async def aclose(self) -> None:
+        """See `base.Link.aclose`: cancel, drain, stop, destroy."""
+        self.check_thread()
+        if self._closing is None:
+            self._closing = self.driver.loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._closed = True
+        for listener in list(self._listeners):
+            listener.close_now()
+        await asyncio.gather(*(endpoint.close() for endpoint in list(self._endpoints)))
+        self._destroy()
+
+    def close_now(self) -> None:
+        """The same without a loop, for the end of the interpreter."""
+        self._closed = True
+        for listener in list(self._listeners):
+            listener.close_now()
+        closing = [(endpoint, endpoint.begin_close()) for endpoint in list(self._endpoints)]
+        lifetime.drain(self.driver, [operation for _, operation in closing])
+        for endpoint, _ in closing:
+            endpoint.end_close()
+        self._destroy()
+
+    def _destroy(self) -> None:
+        self.driver.stop()
+        self.driver.progress_now()
+        lifetime.unregister(self)
+        del self.worker, self._context
+
+    def check_thread(self) -> None:
+        """Refuse another thread than the owner's, and a forked child.
+
+        Raises:
+            ConfigError: this is one of these.
+        """
+        if threading.get_ident() != self._thread:
+            lifetime.check_not_forked()
+            raise ConfigError("this link belongs to another thread; open one per event loop")
+
+    def check_owner(self) -> None:
+        """The same, and refuse a closed link."""
+        self.check_thread()
+        if self._closed:
+            raise ConfigError("this link is closed; open another")
+
+    def owned_by(self, thread: int) -> bool:
+        """Whether a thread may touch this link."""
+        return thread == self._thread
+
+    def ucx_objects(self) -> list[object]:
+        """What must never be destroyed in a forked child."""
+        return [self.worker, self._context, *self._endpoints, *self._listeners]
+
+    def adopt(self, endpoint: UCXXEndpoint) -> None:
+        """Count an endpoint among the open ones."""
+        self._endpoints.add(endpoint)
+
+    def forget(self, endpoint: UCXXEndpoint) -> None:
+        """An endpoint is closed."""
+        self._endpoints.discard(endpoint)
+
+    def forget_listener(self, listener: UCXXListener) -> None:
+        """A listener is closed."""
+        self._listeners.discard(listener)
+
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Hold a task of clean-up until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def park(self, operation: Operation, ucx: UcxEndpoint | None) -> None:
+        """Keep the buffer of an operation that never ends, for good."""
+        self.counters.parked_buffers += 1
+        self.counters.parked_bytes += operation.nbytes
+        lifetime.PARKED.append((operation, ucx))
+
+    def _hand_over(self) -> None:
+        for listener in tuple(self._listeners):
+            listener.hand_over()
+
+    async def _resolve(self, host: str, port: int, peer: str) -> str:
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            pass
+        try:
+            found = await self.driver.loop.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+        except OSError as exc:
+            raise lost("unreachable", peer=peer) from exc
+        return str(found[0][4][0])
