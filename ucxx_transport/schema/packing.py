@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.placement import LENGTH_BYTES, Placement
-from ucxx_transport.schema.tensors import Array, copy_exactly
+from ucxx_transport.schema.tensors import Array, copy_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -59,8 +60,7 @@ class Packer:
                 too small; the message names the field and the remedy.
         """
         arrays, placement = self._schema.arrange(tree)
-        for view, array in zip(self._views_at(placement), arrays, strict=True):
-            copy_exactly(view, array)
+        copy_fields(self._views_at(placement), arrays)
         return placement.nbytes
 
     def views(self, lengths: Mapping[str, int] | None = None) -> ArrayTree:
@@ -115,10 +115,9 @@ def byte_view(buffer: Buffer, *, writable: bool) -> memoryview:
 
 def view_fields(memory: memoryview, placement: Placement) -> list[Array]:
     """One array per field over `memory`, which must hold `placement.nbytes`."""
-    return [
-        np.ndarray(shape, spec.dtype, memory, offset)
-        for shape, spec, offset in zip(placement.shapes, placement.specs, placement.offsets, strict=True)
-    ]
+    make: Callable[..., Array] = np.ndarray
+    # map() over C callables: faster than a comprehension, and this is most of a decode
+    return list(map(make, placement.shapes, placement.dtypes, repeat(memory), placement.offsets))
 
 
 def read_lengths(memory: memoryview, count: int) -> tuple[int, ...]:

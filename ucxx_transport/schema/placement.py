@@ -47,6 +47,7 @@ class Placement:
         lengths: actual leading length of each varlen field, in order.
         offsets: each field's first byte.
         shapes: each field's actual shape.
+        dtypes: each field's dtype.
         table_bytes: size of the table of lengths at offset 0; 0 without varlen fields.
         nbytes: size of the payload.
     """
@@ -55,6 +56,7 @@ class Placement:
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[DType, ...]
     table_bytes: int
     nbytes: int
 
@@ -83,6 +85,7 @@ def make_placer(specs: Sequence[TensorSpec]) -> Placer:
     both count, and `PlacedField` objects are made only when asked for.
     """
     fields = tuple(specs)
+    dtypes = tuple(spec.dtype for spec in fields)
     table_bytes = _aligned(LENGTH_BYTES * sum(spec.varlen for spec in fields))
     # (varlen?, bytes of a row or of the whole field, the fixed part of the shape)
     plan = tuple(
@@ -111,6 +114,7 @@ def make_placer(specs: Sequence[TensorSpec]) -> Placer:
             lengths=lengths,
             offsets=tuple(offsets),
             shapes=tuple(shapes),
+            dtypes=dtypes,
             table_bytes=table_bytes,
             nbytes=end,
         )

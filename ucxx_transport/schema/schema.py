@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import xxhash
 
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.example import specs_of_example
 from ucxx_transport.schema.packing import Packer, byte_view, read_lengths, view_fields
 from ucxx_transport.schema.placement import Placement, make_placer
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.tensors import Array, as_array, fit
-from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
+from ucxx_transport.schema.tensors import Array, fit
+from ucxx_transport.schema.tree import ArrayTree, TreeShape
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MAX_FIELDS = 4096
-MAX_SCHEMA_BYTES = 4 << 20
-"""Bound on the msgpack form: 4096 fields with names of 255 four-byte characters would pass it; nothing sensible does."""
+MAX_SCHEMA_BYTES = 1 << 20
+"""Bound on the msgpack form; 4096 fields with names of 150 characters stay below it."""
 
 MAX_PAYLOAD_BYTES = 1 << 48
 
@@ -47,7 +48,17 @@ class Schema:
     (2, 84, 84)
     """
 
-    __slots__ = ("_by_name", "_fields", "_fingerprint", "_full", "_place", "_tree", "_varlen", "_varlen_maxima")
+    __slots__ = (
+        "_by_name",
+        "_fields",
+        "_fingerprint",
+        "_full",
+        "_offsets",
+        "_place",
+        "_tree",
+        "_varlen",
+        "_varlen_maxima",
+    )
 
     def __init__(self, fields: Iterable[TensorSpec]) -> None:
         """Lay out the fields in the order given.
@@ -56,7 +67,8 @@ class Schema:
             fields: 1 to 4096 of them, with names that make one tree.
 
         Raises:
-            ConfigError: no field or too many, names that collide or leave gaps in a list, or more than 2**48 bytes.
+            ConfigError: no field or too many, names that collide or leave gaps in a list, more than 2**48 bytes of
+                payload or 1 MiB of description.
         """
         self._fields = tuple(fields)
         if not all(isinstance(field, TensorSpec) for field in self._fields):
@@ -71,8 +83,14 @@ class Schema:
         self._full = self._place(self._varlen_maxima)
         if self._full.nbytes > MAX_PAYLOAD_BYTES:
             raise ConfigError(f"a payload of {self._full.nbytes} bytes is over {MAX_PAYLOAD_BYTES}", field="fields")
+        self._offsets = MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
+        packed = self.to_bytes()
+        if len(packed) > MAX_SCHEMA_BYTES:
+            raise ConfigError(
+                f"a Schema of {len(packed)} bytes is over {MAX_SCHEMA_BYTES}: shorten names", field="fields"
+            )
         # 0 stands for "raw, no schema" on the wire and in a SlotRef
-        self._fingerprint = xxhash.xxh3_64_intdigest(self.to_bytes()) or 1
+        self._fingerprint = xxhash.xxh3_64_intdigest(packed) or 1
 
     @property
     def fields(self) -> tuple[TensorSpec, ...]:
@@ -87,7 +105,12 @@ class Schema:
     @property
     def offsets(self) -> Mapping[str, int]:
         """Each field's first byte in a payload at full size."""
-        return MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
+        return self._offsets
+
+    @property
+    def varlen(self) -> tuple[str, ...]:
+        """Names of the fields whose leading dimension varies, in payload order."""
+        return tuple(self._fields[index].name for index in self._varlen)
 
     @property
     def fingerprint(self) -> int:
@@ -128,23 +151,9 @@ class Schema:
                 then the example has the maximum.
 
         Raises:
-            ConfigError: an array cannot be a payload, or `varlen` names no field.
+            ConfigError: an array cannot be a payload, or `varlen` names no field, or a maximum that the example exceeds.
         """
-        leaves = flatten(tree)
-        unknown = [name for name in varlen if name not in leaves]
-        if unknown:
-            raise ConfigError(
-                f"varlen names {describe(unknown[0])}, which the example lacks", field=describe(unknown[0])
-            )
-        specs = []
-        for name, leaf in leaves.items():
-            array = as_array(leaf, name)
-            spec = TensorSpec(name, array.shape, array.dtype)
-            if name in varlen:
-                rows = [varlen[name]] if isinstance(varlen, Mapping) else spec.shape[:1]
-                spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
-            specs.append(spec)
-        return cls(specs)
+        return cls(specs_of_example(tree, varlen))
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
@@ -178,7 +187,7 @@ class Schema:
         """Rebuild a schema from `to_bytes`'s form, whoever wrote it.
 
         Raises:
-            ProtocolError: the form is malformed, over 4 MiB or of another version; the message names the field.
+            ProtocolError: the form is malformed, over 1 MiB or of another version; the message names the field.
         """
         return cls.from_dict(unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
 
@@ -265,10 +274,8 @@ class Schema:
         placement = self._full
         if self._varlen:
             lengths = read_lengths(memory, len(self._varlen))
-            for index, length, maximum in zip(self._varlen, lengths, self._varlen_maxima, strict=True):
-                if length > maximum:
-                    name = self._fields[index].name
-                    raise ProtocolError(f"field {name!r} claims {length} rows of at most {maximum}", field=name)
+            if any(map(operator.gt, lengths, self._varlen_maxima)):
+                self._refuse_lengths(lengths)
             placement = self._place(lengths)
         if placement.nbytes > len(memory):
             raise ProtocolError(
@@ -277,3 +284,9 @@ class Schema:
                 expected_nbytes=placement.nbytes,
             )
         return self._tree.build(view_fields(memory, placement))
+
+    def _refuse_lengths(self, lengths: tuple[int, ...]) -> NoReturn:
+        name, length, maximum = next(
+            claim for claim in zip(self.varlen, lengths, self._varlen_maxima, strict=True) if claim[1] > claim[2]
+        )
+        raise ProtocolError(f"field {name!r} claims {length} rows of at most {maximum}", field=name, length=length)

@@ -119,9 +119,10 @@ def _checked_shape(shape: object, name: str) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)) else (shape,)
     if len(sizes) > MAX_DIMENSIONS:
         raise ConfigError(f"field {name!r}: {len(sizes)} dimensions; at most {MAX_DIMENSIONS}", field=name)
-    checked = []
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, SupportsIndex) or operator.index(size) < 0:
-            raise ConfigError(f"field {name!r}: {describe(size)} is not a size of a dimension", field=name)
-        checked.append(operator.index(size))
-    return tuple(checked)
+    try:
+        checked = tuple(operator.index(size) for size in sizes if not isinstance(size, bool))
+    except TypeError:
+        checked = ()
+    if len(checked) != len(sizes) or any(size < 0 for size in checked):
+        raise ConfigError(f"field {name!r}: {describe(shape)} is not a shape: sizes must be integers ≥ 0", field=name)
+    return checked

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,7 +64,7 @@ def fit(value: object, spec: TensorSpec) -> Array:
     Raises:
         ConfigError: another shape, too long, or a dtype that would narrow; the message names field, both, and the remedy.
     """
-    array = as_array(value, spec.name)
+    array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
         if array.dtype.kind not in "biufc" or not _is_weak(value):
             raise ConfigError(
@@ -75,33 +75,29 @@ def fit(value: object, spec: TensorSpec) -> Array:
                 expected=spec.dtype.name,
             )
         array = _cast_numbers(array, spec)
-    if array.shape != spec.shape and not _fits_varlen(array, spec):
-        expected = f"(≤{spec.shape[0]}, {', '.join(map(str, spec.shape[1:]))})" if spec.varlen else str(spec.shape)
+    given, full = array.shape, spec.shape
+    if given != full and not (
+        spec.varlen and len(given) == len(full) and given[0] <= full[0] and given[1:] == full[1:]
+    ):
+        expected = f"(≤{full[0]}, {', '.join(map(str, full[1:]))})" if spec.varlen else str(full)
         raise ConfigError(
-            f"field {spec.name!r}: shape {array.shape} is not {expected}; reshape it, or change the schema",
+            f"field {spec.name!r}: shape {given} is not {expected}; reshape it, or change the schema",
             field=spec.name,
-            given=array.shape,
+            given=given,
             expected=expected,
         )
     return array
 
 
-def copy_exactly(target: Array, source: Array) -> None:
-    """Copy a fitted array into its place, converting elements where the dtypes differ."""
-    if source.dtype is target.dtype:
-        np.copyto(target, source)
-        return
-    with np.errstate(all="ignore"):  # widening a signalling NaN is reported as an invalid value; it stays a NaN
-        np.copyto(target, source, casting="unsafe")
-
-
-def _fits_varlen(array: Array, spec: TensorSpec) -> bool:
-    return (
-        spec.varlen
-        and array.ndim == len(spec.shape)
-        and array.shape[1:] == spec.shape[1:]
-        and array.shape[0] <= spec.shape[0]
-    )
+def copy_fields(targets: Iterable[Array], sources: Iterable[Array]) -> None:
+    """Copy fitted arrays into their places, converting elements where the dtypes differ."""
+    for target, source in zip(targets, sources, strict=True):
+        if source.dtype is target.dtype:
+            target[...] = source  # 0.1 to 0.4 µs less a field than np.copyto, which goes through a dispatcher
+        else:
+            # widening a signalling NaN is reported as an invalid value; it stays a NaN
+            with np.errstate(all="ignore"):
+                np.copyto(target, source, casting="unsafe")
 
 
 def _is_weak(value: object) -> bool:

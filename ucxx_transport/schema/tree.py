@@ -86,9 +86,10 @@ class TreeShape:
 
     def _gather_any(self, tree: object) -> list[object]:
         """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
-        found = flatten(tree, leaf_paths=frozenset(self.paths))
+        known = frozenset(self.paths)
+        found = flatten(tree, leaf_paths=known)
         missing = [path for path in self.paths if path not in found]
-        unknown = [path for path in found if path not in set(self.paths)]
+        unknown = [path for path in found if path not in known]
         if missing or unknown:
             words = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unknown: {_listed(unknown)}"] * bool(unknown)
             raise ConfigError(
@@ -137,8 +138,8 @@ def _walk(node: object, path: str, depth: int, leaf_paths: Collection[str]) -> I
 
 
 def _check_key(key: object, path: str) -> None:
-    if not isinstance(key, str):
-        raise ConfigError(f"a key under {path!r} is {describe(key)}: keys must be text", field=path)
+    if not isinstance(key, str) or not key:
+        raise ConfigError(f"a key under {path!r} is {describe(key)}: keys must be text, and not empty", field=path)
     if key.isdecimal():
         raise ConfigError(
             f"the key {key!r} under {path!r} reads as a list position: name it, as in 'agent_{key}'", field=path
