@@ -42,7 +42,7 @@ _REMEDIES = {
 def _table() -> dict[str, DType]:
     table: dict[str, DType] = {}
     for text in _BUILTIN:
-        # numpy's own object on a little-endian machine, so that arrays can be compared by identity: newbyteorder() copies
+        # On a little-endian machine numpy's own object, so that identity tells equality: newbyteorder() makes another.
         dtype = np.dtype(text) if sys.byteorder == "little" else np.dtype(text).newbyteorder("<")
         table.setdefault(dtype.name, dtype)
     for text in _EXTENSION:
@@ -54,7 +54,7 @@ DTYPES: dict[str, DType] = _table()
 """Every supported dtype by its canonical name."""
 
 
-def canonical_dtype(dtype: npt.DTypeLike, field: str) -> DType:
+def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
     """The supported dtype that `dtype` names, in the payload's byte order.
 
     Args:

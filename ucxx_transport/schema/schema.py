@@ -40,7 +40,8 @@ MAX_PAYLOAD_BYTES = 1 << 48
 class Schema:
     """What a ring's payloads look like. Immutable; equal schemas have equal fingerprints.
 
-    >>> schema = Schema([TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True), TensorSpec("reward", (), "float32")])
+    >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
+    >>> schema = Schema([image, TensorSpec("reward", (), "float32")])
     >>> memory = bytearray(schema.nbytes)
     >>> schema.pack_into(memory, {"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
     14212
@@ -146,12 +147,13 @@ class Schema:
         """The schema that `tree` fits.
 
         Args:
-            tree: nested mappings, lists and tuples of arrays; Python numbers become 0-d int64, float64, complex128, bool.
+            tree: nested mappings, lists and tuples of arrays; a Python number becomes a 0-d bool, int64, float64 or
+                complex128.
             varlen: names of the fields whose leading dimension varies, either with their maximum lengths, or without:
                 then the example has the maximum.
 
         Raises:
-            ConfigError: an array cannot be a payload, or `varlen` names no field, or a maximum that the example exceeds.
+            ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
         """
         return cls(specs_of_example(tree, varlen))
 

@@ -42,14 +42,18 @@ class TensorSpec:
     varlen: bool
 
     def __init__(
-        self, name: str, shape: SupportsIndex | Iterable[SupportsIndex], dtype: npt.DTypeLike, varlen: bool = False
+        self,
+        name: str,
+        shape: SupportsIndex | Iterable[SupportsIndex],
+        dtype: npt.DTypeLike,
+        varlen: bool = False,  # noqa: FBT001, FBT002  # a field reads as one row: name, shape, dtype, varlen
     ) -> None:
         """Describe a field.
 
         Args:
             name: its path, at most 255 printable characters and 32 segments, none of them empty.
             shape: sizes ≥ 0, at most 32 of them; one integer stands for one dimension; () is a scalar.
-            dtype: anything numpy takes as a numeric, bool or complex dtype, or a bfloat16/float8 of ml_dtypes or its name.
+            dtype: what numpy takes as a numeric, bool or complex dtype, or a bfloat16/float8 of ml_dtypes or its name.
             varlen: let the leading dimension vary up to `shape[0]`.
 
         Raises:

@@ -62,7 +62,8 @@ def fit(value: object, spec: TensorSpec) -> Array:
         spec: the field. A varlen field takes any leading length up to its maximum.
 
     Raises:
-        ConfigError: another shape, too long, or a dtype that would narrow; the message names field, both, and the remedy.
+        ConfigError: another shape, too long, or a dtype that would narrow; the message names the field, what was given,
+            what is expected, and the remedy.
     """
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):

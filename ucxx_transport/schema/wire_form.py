@@ -43,7 +43,7 @@ def is_unsigned(value: object, bits: int) -> TypeGuard[int]:
 
 
 def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
-    """Whether `value` is a non-empty printable str of at most `max_chars`: no control characters, no lone surrogates."""
+    """Whether `value` is 1 to `max_chars` printable characters: no control characters, no lone surrogates."""
     return isinstance(value, str) and 0 < len(value) <= max_chars and value.isprintable()
 
 
@@ -122,5 +122,5 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     return decoded
 
 
-def _refuse_extension(code: int, data: bytes) -> object:
+def _refuse_extension(code: int, _data: bytes) -> object:
     raise ValueError(f"msgpack extension type {code}")
