@@ -1,0 +1,100 @@
+"""The benchmarks measure what they say: tiny runs of the real commands, and a verification that sees a wrong byte."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucxx_transport.cli.bench.payloads import PayloadPattern
+from ucxx_transport.cli.bench.results import FIGURES
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = [4096, 65536]
+OWN_SUBJECTS = {
+    "view_async": "view",
+    "view_sync": "view",
+    "view_read_sync": "view",
+    "copy_async": "copy",
+    "copy_sync": "copy",
+    "ucx_shm_async": "ucx",
+    "ucx_shm_sync": "ucx",
+    "ucx_tcp_async": "ucx",
+    "ucx_tcp_sync": "ucx",
+    "memcpy": "memcpy",
+}
+TINY = ["--sizes", "4KiB,64KiB", "--rounds", "1", "--turn-s", "0"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def assert_measured(document: dict[str, Any], subjects: dict[str, str]) -> None:
+    assert document["sizes_bytes"] == SIZES
+    assert {subject["name"] for subject in document["subjects"]} == set(subjects)
+    assert {"cpu", "cores", "kernel", "python", "versions", "date"} <= set(document["host"])
+    assert set(FIGURES) <= set(document["units"])
+    assert {"server", "client"} <= set(document["settings"])
+    measured = {(result["subject"], result["size_bytes"]): result for result in document["results"]}
+    assert set(measured) == {(name, size) for name in subjects for size in SIZES}
+    for (name, size), result in measured.items():
+        (entry,) = result["rounds"]
+        assert entry["transport"] == subjects[name]
+        assert entry["verified"] == entry["reads"] == document["slots"][str(size)]
+        assert 0 < entry["p50_us"] <= entry["p99_us"]
+        assert result["summary"]["gb_per_s"]["median"] == entry["gb_per_s"] > 0
+
+
+def test_short_form_measures_every_subject_and_verifies_every_byte() -> None:
+    done = run("-m", "ucxx_transport", "bench", "--json", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert_measured(json.loads(done.stdout), OWN_SUBJECTS)
+
+
+def test_throughput_adds_baseline_ceiling_idle_and_busy_worker(tmp_path: Path) -> None:
+    done = run("bench/throughput.py", *TINY, "--idle-s", "0.2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "throughput.json").read_text())
+    peers = {"naive": "ucxx, stock endpoints", "socket": "socket"}
+    assert_measured(document, OWN_SUBJECTS | peers)
+    assert (document["idle_cpu"]["ports"], document["idle_cpu"]["connections"]) == (4, 16)
+    assert [entry["mode"] for entry in document["busy_worker"]] == ["process", "thread"]
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_fails_when_a_target_was_not_measured(tmp_path: Path) -> None:
+    tiny = ["--sizes", "4KiB", "--rounds", "1", "--turn-s", "0", "--no-idle", "--no-busy"]
+    done = run("bench/throughput.py", *tiny, "--check", "--out", str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not measured" in done.stdout
+    targets = json.loads((tmp_path / "throughput.json").read_text())["targets"]
+    assert {target["met"] for target in targets if target["figure"] is None} == {False}
+
+
+def test_a_size_that_is_none_is_a_usage_or_settings_error() -> None:
+    done = run("-m", "ucxx_transport", "bench", "--sizes", "4KiB,banana")
+    assert done.returncode in (1, 2)
+    assert "banana" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["flipped", "neighbour", "short"])
+def test_verification_sees_a_payload_that_is_not_the_one_written(wrong: str) -> None:
+    pattern = PayloadPattern(4096)
+    came = bytearray(pattern.payload(7))
+    pattern.check(7, memoryview(came))
+    if wrong == "flipped":
+        came[4000] ^= 1
+    elif wrong == "neighbour":
+        came = bytearray(pattern.payload(8))
+    else:
+        came = came[:-1]
+    with pytest.raises(ValueError, match="payload 7"):
+        pattern.check(7, memoryview(came))

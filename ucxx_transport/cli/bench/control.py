@@ -1,0 +1,152 @@
+"""Orders from the measuring process to its sources and readers: msgpack over a pipe, one answer an order.
+
+| order    | `{"verb": …, "arguments": {…}}`                              |
+| answer   | `{"answer": …}`, or `{"failure": traceback text}` and the end |
+
+The process ends when the pipe does, so it cannot outlive whoever gives the orders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import msgpack  # type: ignore[import-untyped]  # ships no types
+
+from ucxx_transport.cli.bench.cpu_time import process_tree, tree_cpu_s
+from ucxx_transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from types import TracebackType
+
+__all__ = ["AsyncHandlers", "BenchError", "ControlledProcess", "Handlers", "serve_orders", "serve_orders_async"]
+
+ORDER_TIMEOUT_S: Final = 300.0
+STOP_TIMEOUT_S: Final = 20.0
+
+Handlers = Mapping[str, Callable[..., object]]
+AsyncHandlers = Mapping[str, Callable[..., Awaitable[object]]]
+
+
+class BenchError(TransportError):
+    """A measurement could not be made; the message says which process failed and how."""
+
+
+def serve_orders(
+    connection: Connection, handlers: Handlers, *, before_order: Callable[[Connection], None] | None = None
+) -> None:
+    """Carry out orders until the pipe closes.
+
+    Args:
+        connection: the process's end of the pipe.
+        handlers: what each verb calls, with the order's arguments as keywords; the result is the answer.
+        before_order: runs before each order is waited for, on this thread.
+    """
+    while True:
+        if before_order is not None:
+            before_order(connection)
+        order = _receive(connection)
+        if order is None:
+            return
+        try:
+            answer = handlers[order["verb"]](**order["arguments"])
+        except Exception:
+            _answer(connection, {"failure": traceback.format_exc()})
+            raise
+        _answer(connection, {"answer": answer})
+
+
+async def serve_orders_async(connection: Connection, handlers: AsyncHandlers) -> None:
+    """The same for coroutines; the event loop stays free while an order is waited for."""
+    while True:
+        order = await asyncio.to_thread(_receive, connection)
+        if order is None:
+            return
+        try:
+            answer = await handlers[order["verb"]](**order["arguments"])
+        except Exception:
+            _answer(connection, {"failure": traceback.format_exc()})
+            raise
+        _answer(connection, {"answer": answer})
+
+
+def _receive(connection: Connection) -> dict[str, Any] | None:
+    try:
+        order: dict[str, Any] = msgpack.unpackb(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return None
+    return order
+
+
+def _answer(connection: Connection, answer: Mapping[str, object]) -> None:
+    try:
+        connection.send_bytes(msgpack.packb(answer))
+    except (BrokenPipeError, ConnectionResetError):
+        return  # nobody is left to hear it; the next receive ends the process
+
+
+class ControlledProcess:
+    """A process that takes orders: spawned fresh (UCX does not survive a fork), gone when this object is closed.
+
+    Args:
+        name: what failures call it.
+        main: a module-level function; gets its end of the pipe, then `arguments`.
+        arguments: further arguments of `main`.
+    """
+
+    def __init__(self, name: str, main: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=main, args=(theirs, *arguments), name=name)
+        self._process.start()
+        theirs.close()
+        self._tree: tuple[int, ...] = ()
+
+    def call(self, verb: str, *, timeout_s: float = ORDER_TIMEOUT_S, **arguments: object) -> Any:
+        """Give an order and return its answer (plain values; `Any` because each verb has its own).
+
+        Raises:
+            BenchError: the process failed, ended, or did not answer within `timeout_s`.
+        """
+        try:
+            self._connection.send_bytes(msgpack.packb({"verb": verb, "arguments": arguments}))
+            if not self._connection.poll(timeout_s):
+                raise BenchError(f"{self.name} did not answer `{verb}` within {timeout_s:g} s")
+            reply = msgpack.unpackb(self._connection.recv_bytes())
+        except (EOFError, ConnectionResetError, BrokenPipeError) as error:
+            self._process.join(STOP_TIMEOUT_S)
+            raise BenchError(f"{self.name} ended during `{verb}`, exit code {self._process.exitcode}") from error
+        if "failure" in reply:
+            raise BenchError(f"{self.name} failed at `{verb}`:\n{reply['failure']}")
+        return reply["answer"]
+
+    def watch_cpu(self) -> None:
+        """Take note of the processes under this one, whose CPU time counts as its own from now on."""
+        assert self._process.pid is not None, "started in __init__"
+        self._tree = process_tree(self._process.pid)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds used so far by the processes seen at the last `watch_cpu()`."""
+        return tree_cpu_s(self._tree)
+
+    def close(self) -> None:
+        """End the process: by its pipe, and by force where that is not enough."""
+        self._connection.close()
+        self._process.join(STOP_TIMEOUT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> Self:
+        """The process itself; it is closed on leaving."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
