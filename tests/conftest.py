@@ -1,0 +1,61 @@
+"""What every test gets: a guard that fails it for what it leaves behind, and warnings that are errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from tests.support.leaks import KINDS, leaks_since, mark_own_processes, own_segments, snapshot
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """UCX needs asyncio futures, so asyncio is the one backend."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_at_the_end() -> Iterator[None]:
+    mark_own_processes()
+    before = set(own_segments())
+    yield
+    left = sorted(set(own_segments()) - before)
+    assert not left, f"left in /dev/shm at the end of the run: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_by_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    allowed = {kind for mark in request.node.iter_markers("may_leave") for kind in mark.args}
+    for mark in request.node.iter_markers("may_leave"):
+        assert allowed <= set(KINDS), f"may_leave knows {KINDS}"
+        assert mark.kwargs.get("reason"), "may_leave needs a reason"
+    before = snapshot()
+    yield
+    left = leaks_since(before, allowed=allowed)
+    assert not left, f"the test left behind: {left}"
+
+
+@pytest.fixture
+def log_events() -> Iterator[list[MutableMapping[str, Any]]]:
+    """The structlog events of the test, each a dict with `event`, `log_level` and its keys, in order."""
+    with capture_logs() as events:
+        yield events
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's environment decides nothing about a test."""
+    for name in list(os.environ):
+        if name.startswith("UCXX_TRANSPORT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _logging_left_alone() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()

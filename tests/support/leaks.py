@@ -1,0 +1,142 @@
+"""What a test may not leave behind: segments, processes, threads and file descriptors.
+
+A snapshot is taken around every test. What is new afterwards gets a bounded time to go away (a worker that is just
+exiting, a loop that is just closing) and garbage is collected; what is still there then fails the test.
+
+UCX needs no exception: a context, its worker and its endpoints close every pipe, epoll, socket and `/dev/shm/ucx_shm_*`
+descriptor of theirs when the last reference goes (seen with ucxx 0.52, UCX 1.21).
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ucxx_transport.ring.layout import CREATOR_PID_WORD, WORD_BYTES
+
+__all__ = ["KINDS", "Resources", "leaks_since", "mark_own_processes", "own_segments", "snapshot"]
+
+KINDS = ("segments", "processes", "threads", "descriptors")
+SHARED_MEMORY_FOLDER = Path("/dev/shm")
+SEGMENT_PREFIX = "ucxx_transport"
+SETTLE_S = 5.0
+
+# Started on purpose by `multiprocessing` once for a whole process, and ended by its exit.
+_HELPERS_OF_MULTIPROCESSING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+_MARKER = "TESTS_LEAK_GUARD"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What exists at one moment; each item is worded so that it tells what leaked."""
+
+    segments: frozenset[str]
+    processes: frozenset[str]
+    threads: frozenset[str]
+    descriptors: frozenset[str]
+
+
+def mark_own_processes() -> None:
+    """Mark the environment, so that a descendant is known for one of ours even when its parent is gone."""
+    os.environ[_MARKER] = uuid.uuid4().hex
+
+
+def snapshot() -> Resources:
+    """What this process and its descendants hold now."""
+    processes = dict(_own_processes())
+    return Resources(
+        segments=frozenset(own_segments(processes)),
+        processes=frozenset(processes.values()),
+        threads=frozenset(_own_threads()),
+        descriptors=frozenset(_own_descriptors()),
+    )
+
+
+def leaks_since(before: Resources, *, allowed: Collection[str] = ()) -> dict[str, list[str]]:
+    """What is there now and was not before, by kind; empty when all of it went away in time.
+
+    Args:
+        before: the snapshot to compare with.
+        allowed: kinds that are not looked at.
+    """
+    return _settled(lambda: _difference(before, allowed))
+
+
+def own_segments(processes: Collection[int] | None = None) -> list[str]:
+    """Names in /dev/shm of segments that this process, a descendant or a dead process made.
+
+    A segment of another live process belongs to a neighbour on this machine.
+    """
+    names = [entry.name for entry in os.scandir(SHARED_MEMORY_FOLDER) if entry.name.startswith(SEGMENT_PREFIX)]
+    if not names:
+        return []
+    own = {os.getpid(), *(processes if processes is not None else dict(_own_processes()))}
+    return sorted(name for name in names if (creator := _creator(name)) in own or not psutil.pid_exists(creator))
+
+
+def _difference(before: Resources, allowed: Collection[str]) -> dict[str, list[str]]:
+    after = snapshot()
+    new = {kind: sorted(getattr(after, kind) - getattr(before, kind)) for kind in KINDS if kind not in allowed}
+    return {kind: items for kind, items in new.items() if items}
+
+
+def _settled(leaks: Callable[[], dict[str, list[str]]]) -> dict[str, list[str]]:
+    found = leaks()
+    end = time.monotonic() + SETTLE_S
+    while found and time.monotonic() < end:
+        gc.collect()
+        multiprocessing.active_children()  # reaps what has ended
+        time.sleep(0.01)
+        found = leaks()
+    return found
+
+
+def _own_processes() -> Iterator[tuple[int, str]]:
+    mark = f"{_MARKER}={os.environ.get(_MARKER, '')}".encode()
+    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        process = Path("/proc", name)
+        try:
+            if int(name) not in descendants and mark not in (process / "environ").read_bytes():
+                continue
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            started = (process / "stat").read_text().rpartition(")")[2].split()[19]
+        except (OSError, IndexError):
+            continue  # gone between the listing and the look, or not ours to look at
+        if not any(helper in command for helper in _HELPERS_OF_MULTIPROCESSING):
+            yield int(name), f"pid {name} (start {started}): {command or 'ended, not reaped'}"
+
+
+def _creator(name: str) -> int:
+    """The pid that the segment's identity names; 0 while it is being made or when it is gone again."""
+    try:
+        with (SHARED_MEMORY_FOLDER / name).open("rb") as file:
+            file.seek(CREATOR_PID_WORD * WORD_BYTES)
+            return int.from_bytes(file.read(WORD_BYTES), "little")
+    except OSError:
+        return 0
+
+
+def _own_threads() -> Iterator[str]:
+    for thread in threading.enumerate():
+        yield f"{thread.name} ({thread.ident})"
+
+
+def _own_descriptors() -> Iterator[str]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            yield f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}"
+        except OSError:
+            continue  # the listing's own descriptor
