@@ -1,0 +1,247 @@
+"""RingCore: one handle's view of a segment, below leases and the public class. All access to the headers goes through it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar, TypeVarTuple, Unpack
+
+import structlog
+
+from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.ring import claims
+from ucxx_transport.ring.claims import Claim, ClaimGuard
+from ucxx_transport.ring.identity import Identity
+from ucxx_transport.ring.layout import Counter
+from ucxx_transport.ring.locking import ReenteredError, SegmentLock
+from ucxx_transport.ring.owner import Owner, current_owner, owner_alive
+from ucxx_transport.ring.segment import Segment
+from ucxx_transport.ring.slot_search import SlotSearch
+from ucxx_transport.ring.slot_table import Hold, SlotTable
+from ucxx_transport.ring.states import SlotState
+
+ArgumentTs = TypeVarTuple("ArgumentTs")
+ResultT = TypeVar("ResultT")
+
+_CHORE_WAIT_S: Final = 0.05
+"""A lost claim is ended in a finaliser: it waits this long for the lock, then leaves the rest to the next transition."""
+
+_log = structlog.get_logger(__name__)
+
+
+class RingCore:
+    """Segment, lock and slot table of one handle, and the policy of who may end which hold.
+
+    Attributes:
+        segment: the mapped memory.
+        identity: what the segment says of itself.
+        words: the segment as 64-bit words.
+        table: transitions; call them through `transact` only.
+        search: which slots are in which state.
+        clock: monotonic seconds.
+        lock_wait_s: how long one transition waits for the lock.
+    """
+
+    __slots__ = (
+        "_alive",
+        "_lock",
+        "_owner",
+        "_warned_late",
+        "clock",
+        "identity",
+        "lock_wait_s",
+        "search",
+        "segment",
+        "table",
+        "words",
+    )
+
+    def __init__(
+        self,
+        segment: Segment,
+        identity: Identity,
+        *,
+        owner: Owner | None = None,
+        alive: Callable[[int, int], bool] = owner_alive,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Bind to a complete segment.
+
+        Args:
+            segment: the mapped memory.
+            identity: what it says of itself.
+            owner: in whose name holds are taken; None for this process.
+            alive: whether the process (pid, start) lives.
+            clock: monotonic seconds.
+        """
+        self.segment = segment
+        self.identity = identity
+        self.words = segment.words
+        self.table = SlotTable(segment.words, identity.geometry)
+        self.search = SlotSearch(segment.words, identity.geometry)
+        self.clock = clock
+        self.lock_wait_s = identity.lock_timeout_ns / 1e9
+        self._owner = owner
+        self._alive = alive
+        self._warned_late = False
+        self._lock = SegmentLock(segment.words, key=identity.ring_id, repair=self._repair, clock=clock)
+
+    def owner(self) -> Owner:
+        """In whose name this handle takes holds."""
+        return self._owner or current_owner()
+
+    def payload_address(self, slot: int) -> int:
+        """Where a slot's payload is in this process's memory."""
+        return self.segment.address + self.identity.geometry.payload_byte(slot)
+
+    def transact(self, body: Callable[[Unpack[ArgumentTs]], ResultT], *args: Unpack[ArgumentTs]) -> ResultT:
+        """Call `body(*args)` in the critical section, then do what finalisers left queued.
+
+        Raises:
+            DeadlineExceededError: the lock was not to be had within the ring's `lock_timeout_s`.
+            ReenteredError: called from inside the section, by a finaliser or signal handler.
+        """
+        try:
+            return self._lock.run(self.lock_wait_s, body, *args)
+        finally:
+            if claims.has_chores():
+                claims.run_chores()
+
+    def transact_within(
+        self, wait_s: float, body: Callable[[Unpack[ArgumentTs]], ResultT], *args: Unpack[ArgumentTs]
+    ) -> ResultT:
+        """`transact`, waiting for the lock no longer than `wait_s`."""
+        try:
+            return self._lock.run(min(wait_s, self.lock_wait_s), body, *args)
+        finally:
+            if claims.has_chores():
+                claims.run_chores()
+
+    def count(self, counter: Counter) -> None:
+        """Add one to a counter, when it can be."""
+        try:
+            self.transact(self.table.count, counter)
+        except ReenteredError:
+            claims.defer(lambda: self._count_later(counter))
+
+    def end_read(self, claim: Claim, consumed: bool) -> bool:
+        """End a read attempt by its lease.
+
+        Returns:
+            Whether this call ended it. False changes nothing: it had ended, was reclaimed, or is another process's.
+        """
+        hold = claim.hold
+        ended = False
+        if claim.is_live:
+            try:
+                ended = self.transact(self._end_read, hold, consumed)
+            except ReenteredError:
+                claims.defer(lambda: self._end_later(hold, consumed))
+                ended = True
+            claim.forget()
+        if not ended:
+            self.note_late(hold)
+        return ended
+
+    def end_write(self, claim: Claim) -> bool:
+        """Abort a write by its lease; False when there was nothing to abort."""
+        hold = claim.hold
+        aborted = False
+        if claim.is_live:
+            try:
+                aborted = self.transact(self.table.abort, hold, Counter.ABORTED)
+            except ReenteredError:
+                claims.defer(lambda: self._end_later(hold, False))
+                aborted = True
+            claim.forget()
+        return aborted
+
+    def note_late(self, hold: Hold) -> None:
+        """Count a finalise that came too late, and say so once for this handle."""
+        self.count(Counter.LATE_FINALISE)
+        if not self._warned_late:
+            self._warned_late = True
+            _log.warning(
+                "late finalise ignored: the lease had ended; counted from here on",
+                ring=self.segment.name,
+                slot=hold.slot,
+                generation=hold.generation,
+                attempt=hold.lease_id,
+                pid=os.getpid(),
+            )
+
+    def settle_lost(self, guard: ClaimGuard) -> bool:
+        """End the hold of a claim that nobody refers to any more; False when the lock is not to be had now."""
+        if guard.placed:
+            return self._end_later(guard.hold, guard.consumes)
+        try:
+            self.reclaim_dead(wait_s=_CHORE_WAIT_S)
+        except (ReenteredError, DeadlineExceededError):
+            return False
+        return True
+
+    def reclaim_dead(self, *, wait_s: float | None = None) -> int:
+        """End every hold whose process is dead, and those of this process that no claim stands for.
+
+        Returns:
+            How many holds were ended.
+
+        Raises:
+            DeadlineExceededError: the lock was not to be had in time.
+        """
+        wait_s = self.lock_wait_s if wait_s is None else wait_s
+        if not self.search.slots_in(SlotState.WRITING, SlotState.READING):
+            return 0
+        mine = self.owner()
+        verdicts: dict[Owner, bool] = {}
+        reclaimed = 0
+        # Looking at a process takes long (20 µs in /proc), so it is done between two sections: the hold is compared again.
+        for hold in self._lock.run(wait_s, self._all_holds):
+            if hold.owner == mine:
+                alive = claims.is_live(hold.lease_id)
+            else:
+                if hold.owner not in verdicts:
+                    verdicts[hold.owner] = self._alive(*hold.owner)
+                alive = verdicts[hold.owner]
+            if not alive:
+                reclaimed += self._lock.run(wait_s, self._reclaim, hold)
+        return reclaimed
+
+    def _repair(self, died: bool) -> None:
+        if died:
+            self.table.count(Counter.LOCK_RECOVERIES)
+        self.table.repair()
+
+    def _end_read(self, hold: Hold, consumed: bool) -> bool:
+        return self.table.finalise(hold, consumed, Counter.CONSUMED if consumed else Counter.RELEASED)
+
+    def _end_any(self, hold: Hold, consumed: bool) -> bool:
+        return self.table.abort(hold, Counter.ABORTED) if hold.is_write else self._end_read(hold, consumed)
+
+    def _end_later(self, hold: Hold, consumed: bool) -> bool:
+        """A chore: it must not raise, since nobody is there to be told."""
+        if sys.is_finalizing():
+            return True
+        try:
+            self._lock.run(_CHORE_WAIT_S, self._end_any, hold, consumed)
+        except (ReenteredError, DeadlineExceededError):
+            return False
+        return True
+
+    def _count_later(self, counter: Counter) -> bool:
+        try:
+            self._lock.run(_CHORE_WAIT_S, self.table.count, counter)
+        except (ReenteredError, DeadlineExceededError):
+            return False
+        return True
+
+    def _all_holds(self) -> list[Hold]:
+        slots = self.search.slots_in(SlotState.WRITING, SlotState.READING)
+        return [hold for slot in slots for hold in self.table.holds(slot)]
+
+    def _reclaim(self, hold: Hold) -> bool:
+        if hold.is_write:
+            return self.table.abort(hold, Counter.RECLAIMED_WRITES)
+        return self.table.finalise(hold, False, Counter.RECLAIMED_READS)

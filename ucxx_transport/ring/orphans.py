@@ -1,0 +1,154 @@
+"""Segments on this host: which there are, whose creators are dead, and the removal of those."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ucxx_transport.errors import ProtocolError
+from ucxx_transport.ring.identity import Identity
+from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, WORD_BYTES
+from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, boot_id, owner_alive, pid_namespace
+
+NAME_PREFIX: Final = "ucxx_transport-"
+
+_LOCK_PATIENCE_S: Final = 0.1
+"""The kernel lets go of a killed process's flock 0.2 to 2 ms after the kill (measured), so a dead creator's is waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentInfo:
+    """A segment as found in the folder.
+
+    Attributes:
+        name: without the common prefix; `SharedRingBuffer.attach` takes it.
+        path: the file.
+        nbytes: its size.
+        identity: what it says of itself; None when it is half-made or damaged.
+        problem: what is wrong with it, "" when nothing is.
+        creator_alive: whether the process that made it lives.
+    """
+
+    name: str
+    path: Path
+    nbytes: int
+    identity: Identity | None
+    problem: str
+    creator_alive: bool
+
+
+def list_segments(folder: Path = SHARED_MEMORY_FOLDER) -> list[SegmentInfo]:
+    """All segments in the folder that this user may open, by name."""
+    found = [inspect_segment(path) for path in sorted(folder.glob(NAME_PREFIX + "*"))]
+    return [info for info in found if info is not None]
+
+
+def inspect_segment(path: Path) -> SegmentInfo | None:
+    """What a file is; None when it is gone or not this user's to open."""
+    fd = _open_plain(path)
+    if fd is None:
+        return None
+    try:
+        return _inspect(fd, path)
+    finally:
+        os.close(fd)
+
+
+def sweep_orphans(folder: Path = SHARED_MEMORY_FOLDER) -> list[str]:
+    """Remove the segments of dead creators.
+
+    Returns:
+        The names removed, without the common prefix. Processes that have one mapped keep it.
+    """
+    return [
+        path.name.removeprefix(NAME_PREFIX) for path in sorted(folder.glob(NAME_PREFIX + "*")) if remove_orphan(path)
+    ]
+
+
+def remove_orphan(path: Path) -> bool:
+    """Remove a segment if its creator is dead.
+
+    Returns:
+        Whether the name is free now, as far as this process is concerned. False: the creator lives, or may.
+    """
+    fd = _open_plain(path)
+    if fd is None:
+        return not os.path.lexists(path)
+    try:
+        info = _inspect(fd, path)
+        if info.creator_alive:
+            return False
+        # Two sweeps at once: the lock decides. A lock that stays taken is a forked child's copy, its creator being dead.
+        locked = _lock(fd, _LOCK_PATIENCE_S)
+        if not locked and info.identity is None:
+            return False
+        try:
+            current = os.stat(path, follow_symlinks=False)
+            if current.st_ino != os.fstat(fd).st_ino:
+                return False
+            os.unlink(path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+    finally:
+        os.close(fd)
+
+
+def _inspect(fd: int, path: Path) -> SegmentInfo:
+    nbytes = os.fstat(fd).st_size
+    identity, problem = _read_identity(fd, nbytes)
+    alive = True
+    if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
+        alive = owner_alive(identity.creator_pid, identity.creator_start)
+    if alive and _lock(fd, 0.0):
+        # a pid of elsewhere says nothing, and a process may have become another program: its creator has the lock, or is gone
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        alive = False
+    return SegmentInfo(
+        name=path.name.removeprefix(NAME_PREFIX),
+        path=path,
+        nbytes=nbytes,
+        identity=identity,
+        problem=problem,
+        creator_alive=alive,
+    )
+
+
+def _read_identity(fd: int, nbytes: int) -> tuple[Identity | None, str]:
+    head = os.pread(fd, IDENTITY_WORDS * WORD_BYTES, 0)
+    if len(head) < IDENTITY_WORDS * WORD_BYTES:
+        return None, "half-made"
+    words = struct.unpack(f"<{IDENTITY_WORDS}Q", head)
+    if not words[COMPLETE_WORD]:
+        return None, "half-made"
+    try:
+        return Identity.from_words(words, nbytes), ""
+    except ProtocolError as exc:
+        return None, exc.message
+
+
+def _open_plain(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def _lock(fd: int, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.001)
+        else:
+            return True

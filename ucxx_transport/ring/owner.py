@@ -1,0 +1,100 @@
+"""Who holds what: a process as (pid, start time), whether it still lives, and which host it lives on."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import xxhash
+
+SHARED_MEMORY_FOLDER: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory, not a temporary file
+
+
+class Owner(NamedTuple):
+    """A process, for ever: a pid alone is given to another process some day.
+
+    Attributes:
+        pid: its id in the pid namespace that all users of a segment share.
+        start: its start time in clock ticks since boot, field 22 of `/proc/<pid>/stat` (proc(5)).
+    """
+
+    pid: int
+    start: int
+
+
+def current_owner() -> Owner:
+    """This process. Right in a forked child too."""
+    global _current
+    if _current.pid != os.getpid():
+        _current = Owner(os.getpid(), _read_stat(os.getpid())[1])
+    return _current
+
+
+def owner_alive(pid: int, start: int) -> bool:
+    """Whether the process (pid, start) still runs.
+
+    A zombie is dead: it runs nothing more, though its parent has not reaped it. A zombie with threads left is alive: its
+    main thread ended and others go on. A process that is stopped, or that this one may not look at, is alive.
+    """
+    try:
+        state, started, threads = _read_stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return _exists_unseen(pid)
+    except (OSError, ValueError):
+        return True
+    return started == start and not (state in "ZX" and threads <= 1)
+
+
+def boot_id() -> bytes:
+    """16 bytes that are new at each boot of the machine."""
+    return _boot_id()
+
+
+def pid_namespace() -> int:
+    """Inode of this process's pid namespace: pids mean the same in two processes exactly when this is equal."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def host_id() -> str:
+    """32 hex digits that are equal exactly where a segment of this process can be attached.
+
+    Made of the boot id, the pid namespace and the device of /dev/shm: two containers on one machine differ unless they
+    share both.
+    """
+    device = os.stat(SHARED_MEMORY_FOLDER).st_dev
+    return _host_id(boot_id(), pid_namespace(), device)
+
+
+@cache
+def _host_id(boot: bytes, namespace: int, device: int) -> str:
+    return xxhash.xxh3_128_hexdigest(boot + namespace.to_bytes(8, "little") + device.to_bytes(8, "little"))
+
+
+@cache
+def _boot_id() -> bytes:
+    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def _read_stat(pid: int) -> tuple[str, int, int]:
+    """State, start time in ticks, and number of threads of a process (proc(5), fields 3, 22 and 20)."""
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        # the name in parentheses may hold anything, even ") Z 1 "
+        fields = stat.read().rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[19]), int(fields[17])
+
+
+def _exists_unseen(pid: int) -> bool:
+    """Whether a process that /proc does not show exists nevertheless (mounted with hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return Path(f"/proc/{pid}").exists()
+
+
+_current = Owner(0, 0)

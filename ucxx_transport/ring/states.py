@@ -1,0 +1,117 @@
+"""The life of a slot: states, events, one table, and the one function that makes a new state.
+
+| from    | event       | to      | generation | meaning                                                              |
+|---------|-------------|---------|------------|----------------------------------------------------------------------|
+| FREE    | `RESERVE`   | WRITING | + 1        | a writer has the slot                                                |
+| READY   | `OVERWRITE` | WRITING | + 1        | the oldest unread payload is dropped for a new one (policy, counted) |
+| WRITING | `COMMIT`    | READY   |            | the payload is complete                                              |
+| WRITING | `ABORT`     | FREE    |            | the writer failed, gave up, or died                                  |
+| READY   | `ACQUIRE`   | READING |            | the first read attempt enters                                        |
+| READING | `JOIN`      | READING |            | a further attempt enters                                             |
+| READING | `LEAVE`     | READING |            | an attempt ends, others are in flight                                |
+| READING | `CONSUME`   | FREE    |            | the last attempt in flight ends, all readers have had the payload    |
+| READING | `RELEASE`   | READY   |            | the last attempt in flight ends, a reader still wants the payload    |
+| READY   | `DISCARD`   | FREE    |            | the payload is dropped on request                                    |
+
+A *state word* is one unsigned 64-bit integer, `generation << 8 | state`. Every transition of a slot in shared memory is
+one store of its state word, so that a process killed at any instruction leaves the slot either before or after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Final
+
+from ucxx_transport.errors import SlotError
+
+__all__ = ["TRANSITIONS", "SlotEvent", "SlotState", "advance", "generation_of", "state_of"]
+
+
+class SlotState(IntEnum):
+    """What a slot holds. The numbers are part of the segment's layout."""
+
+    FREE = 0
+    WRITING = 1
+    READY = 2
+    READING = 3
+
+
+class SlotEvent(IntEnum):
+    """What can happen to a slot."""
+
+    RESERVE = 0
+    OVERWRITE = 1
+    COMMIT = 2
+    ABORT = 3
+    ACQUIRE = 4
+    JOIN = 5
+    LEAVE = 6
+    CONSUME = 7
+    RELEASE = 8
+    DISCARD = 9
+
+
+TRANSITIONS: Final[Mapping[tuple[SlotState, SlotEvent], SlotState]] = MappingProxyType(
+    {
+        (SlotState.FREE, SlotEvent.RESERVE): SlotState.WRITING,
+        (SlotState.READY, SlotEvent.OVERWRITE): SlotState.WRITING,
+        (SlotState.WRITING, SlotEvent.COMMIT): SlotState.READY,
+        (SlotState.WRITING, SlotEvent.ABORT): SlotState.FREE,
+        (SlotState.READY, SlotEvent.ACQUIRE): SlotState.READING,
+        (SlotState.READING, SlotEvent.JOIN): SlotState.READING,
+        (SlotState.READING, SlotEvent.LEAVE): SlotState.READING,
+        (SlotState.READING, SlotEvent.CONSUME): SlotState.FREE,
+        (SlotState.READING, SlotEvent.RELEASE): SlotState.READY,
+        (SlotState.READY, SlotEvent.DISCARD): SlotState.FREE,
+    }
+)
+
+STATE_BITS: Final = 8
+STATE_MASK: Final = (1 << STATE_BITS) - 1
+MAX_GENERATION: Final = (1 << (64 - STATE_BITS)) - 1
+
+# The table again, as event → state → what to add to the word: one lookup of plain integers on the hot path.
+_STEP: Final[dict[int, dict[int, int]]] = {}
+for (_source, _event), _target in TRANSITIONS.items():
+    _new_generation = 1 << STATE_BITS if _target is SlotState.WRITING else 0
+    _STEP.setdefault(int(_event), {})[int(_source)] = int(_target) - int(_source) + _new_generation
+
+
+def state_of(word: int) -> SlotState:
+    """The state in a state word.
+
+    Raises:
+        SlotError: the word holds no state: the memory is not a slot's, or damaged.
+    """
+    try:
+        return SlotState(word & STATE_MASK)
+    except ValueError:
+        raise SlotError("a state word holds no known state", word=word) from None
+
+
+def generation_of(word: int) -> int:
+    """The generation in a state word: how many writes the slot has seen, 0 before the first."""
+    return word >> STATE_BITS
+
+
+def advance(word: int, event: SlotEvent) -> int:
+    """The state word after `event`: the only maker of state words.
+
+    Args:
+        word: the slot's present state word.
+        event: what happens to it.
+
+    Raises:
+        SlotError: the table has no such transition; nothing has changed.
+    """
+    step = _STEP[event].get(word & STATE_MASK)
+    if step is None:
+        raise SlotError(
+            f"a slot cannot {event.name} while {state_of(word).name}",
+            state=state_of(word).name,
+            event=event.name,
+            generation=generation_of(word),
+        )
+    return word + step
