@@ -79,8 +79,8 @@ def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
         ) from exc
     known = DTYPES.get(found.name)
     if known is None or known != found.newbyteorder("<"):
-        remedy = "" if found.name in DTYPES else _REMEDIES.get(found.kind, "")
-        remedy = remedy or f"supported are {', '.join(DTYPES)}"
+        kind = found.kind if found.kind != "V" or found.type is np.void else ""  # extension types are V too
+        remedy = _REMEDIES.get(kind) or f"supported are {', '.join(DTYPES)}"
         raise ConfigError(
             f"field {field!r}: dtype {found.name} cannot be a payload; {remedy}", field=field, dtype=found.name
         )

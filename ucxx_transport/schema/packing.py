@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,10 +14,15 @@ from ucxx_transport.schema.placement import LENGTH_BYTES, Placement
 from ucxx_transport.schema.tensors import Array, copy_fields
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from typing_extensions import Buffer
 
     from ucxx_transport.schema.schema import Schema
     from ucxx_transport.schema.tree import ArrayTree
+
+    # numpy tells type checkers of its buffers from Python 3.12 on
+    Memory: TypeAlias = Buffer | Array
 
 
 class Packer:
@@ -29,7 +34,7 @@ class Packer:
 
     __slots__ = ("_memory", "_placement", "_schema", "_views")
 
-    def __init__(self, schema: Schema, buffer: Buffer) -> None:
+    def __init__(self, schema: Schema, buffer: Memory) -> None:
         """Bind `schema` to writable memory.
 
         Args:
@@ -92,15 +97,16 @@ class Packer:
         return self._views
 
 
-def byte_view(buffer: Buffer, *, writable: bool) -> memoryview:
+def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
     """The memory of `buffer` as plain bytes, writable or not writable as asked.
 
     Raises:
         ConfigError: not a contiguous buffer, or read-only where writable was asked for.
     """
     try:
-        memory = memoryview(buffer)
-        if memory.ndim != 1 or memory.format != "B":
+        memory = memoryview(cast("Buffer", buffer))
+        # cast() refuses memory with gaps
+        if memory.ndim != 1 or memory.format != "B" or not memory.contiguous:
             memory = memory.cast("B")
     except (TypeError, ValueError, BufferError) as exc:
         raise ConfigError(

@@ -30,6 +30,8 @@ from ucxx_transport.schema.wire_form import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from ucxx_transport.schema.packing import Memory
+
 MAX_FIELDS = 4096
 MAX_SCHEMA_BYTES = 1 << 20
 """Bound on the msgpack form; 4096 fields with names of 150 characters stay below it."""
@@ -71,7 +73,12 @@ class Schema:
             ConfigError: no field or too many, names that collide or leave gaps in a list, more than 2**48 bytes of
                 payload or 1 MiB of description.
         """
-        self._fields = tuple(fields)
+        try:
+            self._fields = tuple(fields)
+        except TypeError as exc:
+            raise ConfigError(
+                f"a Schema is made of TensorSpec objects, not of {describe(fields)}", field="fields"
+            ) from exc
         if not all(isinstance(field, TensorSpec) for field in self._fields):
             raise ConfigError("a Schema is made of TensorSpec objects", field="fields")
         if not 1 <= len(self._fields) <= MAX_FIELDS:
@@ -242,11 +249,11 @@ class Schema:
         """A tree of these arrays, given in field order."""
         return self._tree.build(arrays)
 
-    def packer(self, buffer: Buffer) -> Packer:
+    def packer(self, buffer: Memory) -> Packer:
         """A writer of payloads into `buffer` that keeps its views; see `Packer`."""
         return Packer(self, buffer)
 
-    def pack_into(self, buffer: Buffer, tree: Mapping[str, object]) -> int:
+    def pack_into(self, buffer: Memory, tree: Mapping[str, object]) -> int:
         """Copy a tree of arrays into `buffer`, each field straight to its place.
 
         Args:
@@ -261,7 +268,7 @@ class Schema:
         """
         return Packer(self, buffer).pack(tree)
 
-    def views(self, buffer: Buffer, *, writable: bool = False) -> ArrayTree:
+    def views(self, buffer: Memory, *, writable: bool = False) -> ArrayTree:
         """The arrays of a payload, without a copy: they share and keep alive the memory of `buffer`.
 
         Args:
