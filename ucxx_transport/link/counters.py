@@ -10,7 +10,7 @@ __all__ = ["Counters"]
 class Counters:
     """Written by one thread; a snapshot may be taken from any."""
 
-    __slots__ = tuple(LinkStatistics.__dataclass_fields__)
+    __slots__ = ("ended", *(name for name in LinkStatistics.__dataclass_fields__ if name != "in_flight"))
 
     endpoints_connected: int
     endpoints_accepted: int
@@ -19,7 +19,7 @@ class Counters:
     receives: int
     sent_bytes: int
     posted_receive_bytes: int
-    in_flight: int
+    ended: int
     failed: int
     truncated: int
     peers_lost: int
@@ -37,4 +37,5 @@ class Counters:
 
     def snapshot(self) -> LinkStatistics:
         """The counters as they are now."""
-        return LinkStatistics(**{name: getattr(self, name) for name in self.__slots__})
+        counted = {name: getattr(self, name) for name in self.__slots__ if name != "ended"}
+        return LinkStatistics(in_flight=self.sends + self.receives - self.ended, **counted)

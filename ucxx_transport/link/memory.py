@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -220,7 +219,7 @@ class MemoryEndpoint:
 
 def _altered(pending: MemoryPending, faults: Faults) -> bytes | memoryview:
     view = pending.view
-    assert view is not None  # noqa: S101  # just made by the caller
+    assert view is not None  # just made by the caller
     content: bytes | memoryview = bytes(view) if pending.nbytes <= EAGER_BYTES else view
     if faults.truncate_to is not None:
         content, faults.truncate_to = bytes(content[: faults.truncate_to]), None

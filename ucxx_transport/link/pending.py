@@ -18,14 +18,11 @@ class OperationOwner(Protocol):
 
     driver: ProgressDriver
     counters: Counters
+    in_flight: set[Operation]
     ucx_error: type[Exception]
 
     def explain(self, exc: Exception) -> TransportError:
         """The error to raise for one of UCX's."""
-        ...
-
-    def operation_ended(self, operation: Operation) -> None:
-        """UCX is done with the operation and its buffer."""
         ...
 
 
@@ -33,7 +30,7 @@ class Operation:
     """Something that UCX was asked to do for an endpoint.
 
     Args:
-        owner: told when it ends.
+        owner: whose `in_flight` it is in from `start()` until it ends.
         view: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
     """
 
@@ -41,12 +38,21 @@ class Operation:
 
     def __init__(self, owner: OperationOwner, view: memoryview | None = None) -> None:
         self._owner = owner
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: list[asyncio.Future[None]] | None = None
         self.done = False
         self.error: TransportError | None = None
         self.nbytes = 0 if view is None else view.nbytes
         self.request: UcxRequest | None = None
         self.view = view
+
+    def start(self, request: UcxRequest) -> None:
+        """UCX has been asked; the operation ends now, or later in a turn of the driver."""
+        self.request = request
+        if request.completed:
+            self.poll()
+        else:
+            self._owner.in_flight.add(self)
+            self._owner.driver.watch(self)
 
     def poll(self) -> bool:
         """Ask UCX; ends the operation if it is over. Returns whether it is."""
@@ -71,6 +77,8 @@ class Operation:
     def waiter(self) -> asyncio.Future[None]:
         """A future that is resolved when the operation ends, well or badly."""
         waiter = self._owner.driver.loop.create_future()
+        if self._waiters is None:
+            self._waiters = []
         self._waiters.append(waiter)
         return waiter
 
@@ -83,11 +91,12 @@ class Operation:
         view, self.view = self.view, None
         if view is not None:
             view.release()
-        self._owner.operation_ended(self)
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
+        self._owner.in_flight.discard(self)
+        if self._waiters is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters = None
 
 
 class UCXXPending(Operation):
@@ -95,17 +104,9 @@ class UCXXPending(Operation):
 
     __slots__ = ("sending",)
 
-    view: memoryview | None
-
     def __init__(self, owner: OperationOwner, view: memoryview, *, sending: bool) -> None:
         super().__init__(owner, view)
         self.sending = sending
-        counters = owner.counters
-        counters.in_flight += 1
-        if sending:
-            counters.sends += 1
-        else:
-            counters.receives += 1
 
     @property
     def completed(self) -> bool:
@@ -119,15 +120,14 @@ class UCXXPending(Operation):
             driver.kick()
             await self.waiter()
         elif driver.turn_is_over():
-            await asyncio.sleep(0)  # inline completions must not keep the other tasks out
+            await driver.take_turn()  # inline completions must not keep the other tasks out
         if self.error is not None:
             raise self.error
 
     def ended(self) -> None:
         """Count it."""
-        counters = self._owner.counters
-        counters.in_flight -= 1
-        error = self.error
+        counters, error = self._owner.counters, self.error
+        counters.ended += 1
         if error is not None:
             counters.failed += 1
             if isinstance(error, PeerLostError) and error.facts["reason"] == "truncated":

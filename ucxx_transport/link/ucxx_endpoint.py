@@ -6,11 +6,12 @@ import asyncio
 import secrets
 import weakref
 from collections import deque
+from threading import get_ident
 from typing import TYPE_CHECKING
 
-from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.errors import TransportError
 from ucxx_transport.link.base import LostReason
-from ucxx_transport.link.binding import UcxEndpoint, UcxRequest, UcxTag
+from ucxx_transport.link.binding import UcxEndpoint, UcxTag
 from ucxx_transport.link.buffers import byte_view
 from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
 from ucxx_transport.link.pending import Operation, UCXXPending
@@ -47,7 +48,8 @@ class UCXXEndpoint:
         self._listener = listener
         self._make_array = link.binding.make_array
         self._lost = False
-        self._in_flight: set[Operation] = set()
+        self._thread = get_ident()
+        self.in_flight: set[Operation] = set()
         self._deferred: deque[UCXXPending] = deque()
         self._receive_tag: UcxTag = link.binding.lib.UCXXTag(secrets.randbits(64))
         self._send_tag: UcxTag | None = None
@@ -55,9 +57,9 @@ class UCXXEndpoint:
         here = weakref.ref(self)
         ucx.set_close_callback(lambda: _note_loss(here))
         out = memoryview(encode_hello(self._receive_tag.value))
-        self._start(Operation(self, out), ucx.stream_send(self._make_array(out)))
+        Operation(self, out).start(ucx.stream_send(self._make_array(out)))
         self._hello = _HelloReceive(self)
-        self._start(self._hello, ucx.stream_recv(self._make_array(self._hello.buffer)))
+        self._hello.start(ucx.stream_recv(self._make_array(self._hello.buffer)))
 
     @property
     def alive(self) -> bool:
@@ -69,7 +71,8 @@ class UCXXEndpoint:
         ucx = self._usable()
         view = byte_view(buffer, writable=True)
         pending = UCXXPending(self, view, sending=False)
-        self._start(pending, ucx.tag_recv(self._make_array(view), self._receive_tag))
+        self.counters.receives += 1
+        pending.start(ucx.tag_recv(self._make_array(view), self._receive_tag))
         return pending
 
     def post_send(self, buffer: object) -> UCXXPending:
@@ -77,11 +80,13 @@ class UCXXEndpoint:
         ucx = self._usable()
         view = byte_view(buffer, writable=False)
         pending = UCXXPending(self, view, sending=True)
-        if self._send_tag is None:
-            self._in_flight.add(pending)
+        self.counters.sends += 1
+        tag = self._send_tag
+        if tag is None:
+            self.in_flight.add(pending)
             self._deferred.append(pending)
         else:
-            self._start(pending, ucx.tag_send(self._make_array(view), self._send_tag))
+            pending.start(ucx.tag_send(self._make_array(view), tag))
         return pending
 
     async def close(self) -> bool:
@@ -113,19 +118,19 @@ class UCXXEndpoint:
         if ucx is None or not ucx.alive:  # closing it once more would be a null pointer inside ucxx
             self.driver.cancel_soon()
             operation.done = True
-        elif self._in_flight:
+        elif self.in_flight:
             # The other way to close ends no receive that nothing has matched; this one cancels. It holds the loop for 0.3-2 ms.
             ucx.close_blocking()
             self.driver.kick()
             operation.done = True
         else:
-            self._start(operation, ucx.close())
+            operation.start(ucx.close())
         return operation
 
     def end_close(self) -> bool:
         """Let go of UCX's endpoint; parks what has not ended. Returns whether nothing was parked."""
-        clean = not self._in_flight
-        for operation in self._in_flight:
+        clean = not self.in_flight
+        for operation in self.in_flight:
             self.link.park(operation, self._ucx)
         self._ucx = None
         self._listener = None
@@ -145,10 +150,6 @@ class UCXXEndpoint:
             return self._why_lost()
         return self.link.translator.error(exc, peer=self.peer, connected=self._send_tag is not None)
 
-    def operation_ended(self, operation: Operation) -> None:
-        """See `pending.OperationOwner`."""
-        self._in_flight.discard(operation)
-
     def hello_ended(self, hello: _HelloReceive) -> None:
         """The peer's hello has come, or never will."""
         if hello.error is None:
@@ -163,12 +164,11 @@ class UCXXEndpoint:
             self._fail_deferred(hello.error)
 
     def _usable(self) -> UcxEndpoint:
-        self.link.check_owner()
-        if self._ucx is None or self.closed or self._lost:
-            raise self._why_lost()
-        if self._hello.error is not None:
-            raise self._hello.error
-        return self._ucx
+        ucx = self._ucx
+        if ucx is None or self.closed or self._lost or self._hello.error is not None or get_ident() != self._thread:
+            self.link.check_owner()
+            raise self._hello.error if self._hello.error is not None and self.alive else self._why_lost()
+        return ucx
 
     def _why_lost(self) -> TransportError:
         reason: LostReason = "closed" if self.closed else "reset"
@@ -181,24 +181,18 @@ class UCXXEndpoint:
                 return error
         return lost(reason, peer=self.peer)
 
-    def _start(self, operation: Operation, request: UcxRequest) -> None:
-        operation.request = request
-        self._in_flight.add(operation)
-        if not operation.poll():
-            self.driver.watch(operation)
-
     def _send_deferred(self, tag: UcxTag) -> None:
         while self._deferred and self._ucx is not None:
             pending = self._deferred.popleft()
             if pending.view is not None:
-                self._start(pending, self._ucx.tag_send(self._make_array(pending.view), tag))
+                pending.start(self._ucx.tag_send(self._make_array(pending.view), tag))
 
     def _fail_deferred(self, error: TransportError) -> None:
         while self._deferred:
             self._deferred.popleft().fail(error)
 
     async def _finish_close(self, closing: Operation) -> bool:
-        waiters = [operation.waiter() for operation in (closing, *self._in_flight) if not operation.poll()]
+        waiters = [operation.waiter() for operation in (closing, *self.in_flight) if not operation.poll()]
         if waiters:
             self.driver.kick()
             await asyncio.wait(waiters, timeout=CLOSE_TIMEOUT_S)
