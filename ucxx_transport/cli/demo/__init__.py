@@ -1,0 +1,1 @@
+"""The demo: rollout workers and a trainer that learn a real environment through the transport."""

@@ -1,0 +1,55 @@
+"""The learning curve as a PNG."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+
+from ucxx_transport.cli.demo.books import Books
+from ucxx_transport.cli.demo.director import WINDOW
+from ucxx_transport.cli.demo.plan import DemoPlan
+from ucxx_transport.errors import ConfigError
+
+__all__ = ["draw_curve"]
+
+
+def draw_curve(plan: DemoPlan, books: Books) -> Path:
+    """Draw the episodes' returns, their running mean, the goal and the kill; returns the file written.
+
+    Raises:
+        ConfigError: Matplotlib is missing; the message says which extra to install.
+    """
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError as exc:
+        raise ConfigError(
+            "the learning curve needs Matplotlib: pip install 'ucxx_transport[examples]'", field="--out"
+        ) from exc
+    figure = figures.Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    returns = np.array([episode.total_reward for episode in books.finished])
+    times = np.array([episode.at_s for episode in books.finished])
+    steps = np.cumsum([episode.steps for episode in books.finished])
+    for seat, book in books.seats.items():
+        mine = np.array([episode.seat == seat for episode in books.finished], dtype=bool)
+        label = f"worker {book.worker}, pid {book.pid}, read {book.way}"
+        axes.plot(times[mine], returns[mine], ".", markersize=3, alpha=0.35, label=label)
+    if len(returns) >= WINDOW:
+        means = np.convolve(returns, np.full(WINDOW, 1.0 / WINDOW), mode="valid")
+        axes.plot(times[WINDOW - 1 :], means, color="black", linewidth=1.8, label=f"mean of {WINDOW}")
+    if plan.goal is not None:
+        axes.axhline(plan.goal, color="green", linestyle="--", linewidth=1, label=f"goal {plan.goal:.0f}")
+    if books.kill is not None and 0 < books.kill.episode <= len(times):
+        axes.axvline(times[books.kill.episode - 1], color="red", linestyle=":", label="SIGKILL")
+    total = int(steps[-1]) if len(steps) else 0
+    axes.set(
+        title=f"{plan.facts.env_id}: {len(returns)} episodes, {total} steps, seed {plan.seed}",
+        xlabel="seconds of training",
+        ylabel="return of an episode",
+    )
+    axes.legend(loc="best", fontsize=8, markerscale=3)
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(plan.out, format="png")
+    return plan.out

@@ -1,0 +1,221 @@
+"""The run itself: starts the processes, listens to them, kills one, starts another, ends them all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+
+from ucxx_transport.cli.demo.books import Books, KillRecord, SeatBook
+from ucxx_transport.cli.demo.director import Limits, Situation, decide
+from ucxx_transport.cli.demo.messages import SeatOrder, TrainerStatus, WorkerStatus
+from ucxx_transport.cli.demo.plan import DemoPlan
+from ucxx_transport.cli.demo.processes import end_processes, start_process
+from ucxx_transport.cli.demo.queues import SeatQueues, TrainerQueues
+from ucxx_transport.cli.demo.trainer import run_trainer
+from ucxx_transport.cli.demo.worker import run_worker
+
+__all__ = ["Orchestrator", "StopSignals"]
+
+_TURN_S = 0.1
+_END_S = 8.0
+_ORDER_WAIT_S = 1.0
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP as a flag: nothing is ever interrupted half-way, so that nothing is left behind."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch the signals within."""
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            self.number = number
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Orchestrator:
+    """One run of the demo, from the first process to the last.
+
+    Attributes:
+        books: what is known, for the view and the report.
+        reason: why the run ended: a stop reason, "interrupted", or "failed".
+        failure: what failed, when something did.
+        ended_after_s: seconds from the start to the decision to stop.
+    """
+
+    def __init__(self, plan: DemoPlan, signals: StopSignals, show: Callable[[Orchestrator], None]) -> None:
+        """Make the queues; no process starts before `run`.
+
+        Args:
+            plan: the run.
+            signals: looked at every turn.
+            show: called every turn, to draw.
+        """
+        self.plan = plan
+        self.books = Books()
+        self.reason = ""
+        self.failure = ""
+        self.ended_after_s = 0.0
+        self._signals = signals
+        self._show = show
+        self._context = multiprocessing.get_context("spawn")
+        self._trainer_queues = TrainerQueues.open(self._context)
+        self._seat_queues = [SeatQueues.open(self._context, slots=plan.size.slots) for _ in range(plan.seats)]
+        self._trainer: SpawnProcess | None = None
+        self._workers: dict[int, SpawnProcess] = {}
+        self._limits = Limits(goal=plan.goal, episodes=plan.episodes, seconds=plan.seconds, kill=plan.kill)
+        self._started_s = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run was set up."""
+        return time.monotonic() - self._started_s
+
+    def run(self) -> None:
+        """Start everything, take turns until there is a reason to stop, end everything. Never leaves a child behind."""
+        try:
+            self._start()
+            while not self.reason:
+                self._turn()
+                time.sleep(_TURN_S)
+        finally:
+            self.ended_after_s = self.elapsed_s
+            self._end()
+
+    def _start(self) -> None:
+        plan = self.plan
+        arguments = (plan, self._trainer_queues, self._seat_queues, os.getpid())
+        self._trainer = start_process(self._context, "trainer", plan.run_id, run_trainer, arguments)
+        for worker in range(plan.workers):
+            if self._signals.number is None:
+                self._start_worker(worker, worker)
+
+    def _start_worker(self, seat: int, worker: int) -> SeatBook:
+        plan = self.plan
+        arguments = (plan, seat, self._seat_queues[seat], os.getpid())
+        process = start_process(self._context, f"worker-{seat}", plan.run_id, run_worker, arguments)
+        self._workers[seat] = process
+        way = "over UCX" if plan.local_of(worker) == "off" else "in place"
+        book = SeatBook(seat=seat, worker=worker, pid=process.pid or 0, way=way)
+        self.books.seats[seat] = book
+        return book
+
+    def _turn(self) -> None:
+        self._listen()
+        self._look_after_processes()
+        books = self.books
+        situation = Situation(
+            elapsed_s=self.elapsed_s,
+            episodes=len(books.finished),
+            window_mean=books.window_mean,
+            killed=books.kill is not None,
+            replacement_episodes=books.replacement_episodes,
+        )
+        goal = self._limits.goal
+        if books.goal_at_s is None and goal is not None and (situation.window_mean or 0.0) >= goal:
+            books.goal_at_s = situation.elapsed_s
+            books.note(situation.elapsed_s, f"goal reached: mean return {situation.window_mean:.0f}")
+        decision = decide(self._limits, situation)
+        if self._signals.number is not None:
+            self.reason = "interrupted"
+        elif decision.stop is not None:
+            self.reason = self.reason or decision.stop
+        elif decision.kill and not self.reason:
+            self._kill_one()
+        self._show(self)
+
+    def _listen(self) -> None:
+        for blob in self._trainer_queues.status.take_all():
+            self.books.hear_trainer(TrainerStatus.from_bytes(blob), self.elapsed_s)
+        for seat in self.books.seats:
+            for blob in self._seat_queues[seat].status.take_all():
+                self.books.hear_worker(seat, WorkerStatus.from_bytes(blob))
+
+    def _look_after_processes(self) -> None:
+        if self._trainer is not None and not self._trainer.is_alive():
+            self._listen()
+            said = self.books.trainer.error if self.books.trainer is not None else ""
+            self._fail(f"the trainer ended: {said or f'exit status {self._trainer.exitcode}'}")
+            return
+        for seat, process in tuple(self._workers.items()):
+            book = self.books.seats[seat]
+            if process.is_alive() or book.state == "killed":
+                continue
+            self._listen()
+            said = book.status.error if book.status is not None else ""
+            what = f"worker {book.worker} (pid {book.pid}) ended: {said or f'exit status {process.exitcode}'}"
+            book.state = "killed"
+            if book.delivered == 0:
+                self._fail(what)  # it never worked: a further one would end the same way
+                return
+            self._replace(book, what)
+
+    def _kill_one(self) -> None:
+        """SIGKILL the last worker that runs, and start another in its place."""
+        running = [book for book in self.books.seats.values() if book.state == "running"]
+        if not running:
+            return
+        victim = running[-1]
+        self._workers[victim.seat].kill()
+        victim.state = "killed"
+        at_s, episode = self.elapsed_s, len(self.books.finished)
+        book = self._replace(victim, f"worker {victim.worker} (pid {victim.pid}) killed by SIGKILL")
+        if book is not None:
+            self.books.kill = KillRecord(
+                at_s=at_s,
+                episode=episode,
+                worker=victim.worker,
+                pid=victim.pid,
+                seat=victim.seat,
+                replacement_seat=book.seat,
+                replacement_pid=book.pid,
+            )
+
+    def _replace(self, gone: SeatBook, what: str) -> SeatBook | None:
+        """Give the dead worker's place to a new process, on the next free seat."""
+        self.books.note(self.elapsed_s, what)
+        self._order(SeatOrder(seat=gone.seat, worker=gone.worker, occupied=False))
+        seat = len(self.books.seats)
+        if seat >= self.plan.seats:
+            self._fail("so many workers ended that there are no seats left")
+            return None
+        book = self._start_worker(seat, gone.worker)
+        self._order(SeatOrder(seat=seat, worker=gone.worker, occupied=True))
+        self.books.note(self.elapsed_s, f"worker {gone.worker} started again as pid {book.pid}")
+        return book
+
+    def _order(self, order: SeatOrder) -> None:
+        if not self._trainer_queues.orders.offer(order.to_bytes(), wait_s=_ORDER_WAIT_S):
+            self._fail("the trainer takes no orders")
+
+    def _fail(self, what: str) -> None:
+        self.reason, self.failure = "failed", what
+        self.books.note(self.elapsed_s, what)
+
+    def _end(self) -> None:
+        """End the trainer first, so that what it was about to read is still there; then the workers."""
+        trainer = [self._trainer] if self._trainer is not None else []
+        if end_processes(trainer, limit_s=_END_S, meanwhile=self._listen):
+            self.books.note(self.elapsed_s, "the trainer did not stop in time and was killed")
+        killed = end_processes(list(self._workers.values()), limit_s=_END_S, meanwhile=self._listen)
+        if killed:
+            self.books.note(self.elapsed_s, f"{killed} workers did not stop in time and were killed")
+        self._trainer_queues.abandon()
+        for queues in self._seat_queues:
+            queues.abandon()

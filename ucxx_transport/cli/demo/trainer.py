@@ -1,0 +1,183 @@
+"""The trainer process: references in, weights out, and its own books for the orchestrator."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+
+import numpy as np
+
+from ucxx_transport import Payload, SlotRef
+from ucxx_transport.cli.demo.learner import Learner, LearnerSettings, UpdateReport
+from ucxx_transport.cli.demo.lesson import Lesson
+from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
+from ucxx_transport.cli.demo.messages import FinishedEpisode, SeatOrder, TrainerStatus, Weights
+from ucxx_transport.cli.demo.plan import DemoPlan
+from ucxx_transport.cli.demo.queues import SeatQueues, TrainerQueues
+from ucxx_transport.cli.demo.receiver import Receiver
+from ucxx_transport.cli.demo.trajectory import Episode
+
+__all__ = ["run_trainer"]
+
+_STATUS_EVERY_S = 0.2
+_AGAIN_EVERY_S = 0.5
+_IDLE_WAIT_S = 0.01
+_FINAL_WAIT_S = 3.0
+_REFS_A_TURN = 32
+
+
+def run_trainer(plan: DemoPlan, queues: TrainerQueues, seats: list[SeatQueues], orchestrator_pid: int) -> None:
+    """Learn until told to stop; the whole life of the trainer process.
+
+    Args:
+        plan: the run.
+        queues: to and from the orchestrator.
+        seats: the queues of every seat there will ever be.
+        orchestrator_pid: the process that spawned this one.
+    """
+    stop = begin_child(orchestrator_pid, plan.log)
+    error = ""
+    trainer = _Trainer(plan, queues, seats, stop)
+    try:
+        trainer.learn()
+    except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
+        traceback.print_exc()
+        error = f"{type(exc).__name__}: {exc}"[:1000]
+    trainer.finish(error)
+    for seat in seats:
+        seat.abandon()
+    raise SystemExit(1 if error else 0)
+
+
+class _Trainer:
+    """Learner and receiver, and the turns they take."""
+
+    def __init__(self, plan: DemoPlan, queues: TrainerQueues, seats: list[SeatQueues], stop: StopFlag) -> None:
+        self._plan = plan
+        self._queues = queues
+        self._seats = seats
+        self._stop = stop
+        self._settings = LearnerSettings()
+        self._learner = Learner(plan.facts, self._settings, seed=plan.seed)
+        self._receiver = Receiver(plan, self._accept)
+        self._occupied: set[int] = set()
+        self._lessons: list[Lesson] = []
+        self._waiting_steps = 0
+        self._finished: list[FinishedEpisode] = []
+        self._episodes = 0
+        self._steps = 0
+        self._bytes = 0
+        self._first_s = self._last_s = 0.0
+        self._update: UpdateReport | None = None
+        self._update_s = 0.0
+        self._started_s = time.monotonic()
+        self._reported_s = self._again_s = self._started_s
+        for seat in range(plan.workers):
+            self._occupy(seat, seat)
+
+    def learn(self) -> None:
+        """Take turns at reading and learning until told to stop."""
+        while not self._stop:
+            self._follow_orders()
+            busy = self._read_waiting()
+            now_s = time.monotonic()
+            if now_s - self._again_s > _AGAIN_EVERY_S:
+                self._again_s = now_s
+                self._receiver.read_again()
+            if self._waiting_steps >= self._settings.batch_steps:
+                self._learn_from_waiting()
+            if now_s - self._reported_s > _STATUS_EVERY_S:
+                self._report()
+            if not busy:
+                self._stop.wait(_IDLE_WAIT_S)
+
+    def finish(self, error: str) -> None:
+        """Send the final books and close the clients."""
+        self._receiver.read_again()
+        self._queues.status.offer(self._status(final=True, error=error).to_bytes(), wait_s=_FINAL_WAIT_S)
+        self._receiver.close()
+
+    def _follow_orders(self) -> None:
+        for blob in self._queues.orders.take_all():
+            order = SeatOrder.from_bytes(blob)
+            if order.occupied:
+                self._occupy(order.seat, order.worker)
+            else:
+                self._occupied.discard(order.seat)  # its references are still read: some may be there
+
+    def _occupy(self, seat: int, worker: int) -> None:
+        self._receiver.admit(seat, worker)
+        self._occupied.add(seat)
+        self._seats[seat].weights.offer_latest(self._weights())
+
+    def _read_waiting(self) -> bool:
+        """Read what is waiting, a bounded share of every seat in turn; whether there was anything."""
+        busy = False
+        for seat, queues in enumerate(self._seats):
+            for _ in range(_REFS_A_TURN):
+                blob = queues.refs.take()
+                if blob is None or self._stop:
+                    break
+                busy = True
+                self._receiver.read(seat, SlotRef.from_bytes(blob))
+        return busy
+
+    def _accept(self, seat: int, payload: Payload) -> None:
+        episode = Episode.from_arrays(payload.arrays)
+        now_s = time.monotonic() - self._started_s
+        lesson = Lesson.of(episode, self._plan.facts.features)
+        self._lessons.append(lesson)
+        self._waiting_steps += lesson.steps
+        self._finished.append(
+            FinishedEpisode(at_s=now_s, total_reward=float(np.sum(lesson.rewards)), seat=seat, steps=lesson.steps)
+        )
+        self._first_s = self._first_s or now_s
+        self._last_s = now_s
+        self._episodes += 1
+        self._steps += lesson.steps
+        self._bytes += payload.nbytes
+
+    def _learn_from_waiting(self) -> None:
+        started_s = time.perf_counter()
+        self._update = self._learner.update(self._lessons)
+        self._update_s += time.perf_counter() - started_s
+        self._lessons.clear()
+        self._waiting_steps = 0
+        weights = self._weights()
+        for seat in self._occupied:
+            self._seats[seat].weights.offer_latest(weights)
+
+    def _weights(self) -> bytes:
+        return Weights(version=self._learner.version, parameters=self._learner.policy.to_bytes()).to_bytes()
+
+    def _report(self) -> None:
+        if self._queues.status.offer(self._status(final=False, error="").to_bytes(), wait_s=0.0):
+            self._finished = []
+        self._reported_s = time.monotonic()
+
+    def _status(self, *, final: bool, error: str) -> TrainerStatus:
+        receiver, update = self._receiver, self._update
+        return TrainerStatus(
+            pid=os.getpid(),
+            episodes=self._episodes,
+            steps=self._steps,
+            payload_bytes=self._bytes,
+            first_s=self._first_s,
+            last_s=self._last_s,
+            finished=tuple(self._finished),
+            version=self._learner.version,
+            entropy=update.entropy if update else 0.0,
+            divergence=update.divergence if update else 0.0,
+            update_s=self._update_s,
+            ways=receiver.ways(),
+            seat_transports=dict(receiver.seat_transports),
+            lost=dict(receiver.lost),
+            retried=receiver.retried,
+            verified=receiver.verified,
+            mismatched=receiver.mismatched,
+            clients=receiver.client_counters(),
+            ucx_lanes=receiver.ucx_lanes(),
+            final=final,
+            error=error,
+        )

@@ -1,0 +1,192 @@
+"""A rollout worker process: environments, a ring, and the server beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from dataclasses import asdict
+
+import numpy as np
+
+from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, SlotRef, UCXXServer
+from ucxx_transport.cli.demo.environment import make_environment
+from ucxx_transport.cli.demo.learner import LearnerSettings, policy_network
+from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
+from ucxx_transport.cli.demo.messages import Weights, WorkerStatus
+from ucxx_transport.cli.demo.plan import DemoPlan
+from ucxx_transport.cli.demo.queues import SeatQueues
+from ucxx_transport.cli.demo.rollout import RolloutLanes
+from ucxx_transport.cli.demo.sizing import episode_schema
+from ucxx_transport.cli.demo.trajectory import Episode
+from ucxx_transport.errors import DeadlineExceededError, RingFullError, StaleSlotError
+
+__all__ = ["run_worker"]
+
+_FIRST_WEIGHTS_S = 60.0
+_WEIGHTS_EVERY_STEPS = 8
+_STATUS_EVERY_S = 0.4
+_WRITE_WAIT_S = 0.5
+_FULL_WAITS_BEFORE_DISCARD = 20
+
+
+def run_worker(plan: DemoPlan, seat: int, queues: SeatQueues, orchestrator_pid: int) -> None:
+    """Act until told to stop; the whole life of the process on `seat`."""
+    stop = begin_child(orchestrator_pid, plan.log)
+    queues.status.offer(WorkerStatus(pid=os.getpid(), state="starting").to_bytes(), wait_s=1.0)
+    try:
+        schema = episode_schema(plan.facts, plan.size.max_steps)
+        config = RingConfig(
+            slots=plan.size.slots, schema=schema, name=plan.ring_name(seat), checksum=True, on_full="block"
+        )
+        ring = SharedRingBuffer.create(config)
+        try:
+            with UCXXServer(ring, ServerConfig(ports=plan.ports, shm_lanes=plan.shm_lanes)) as server:
+                worker = _Worker(plan=plan, seat=seat, queues=queues, stop=stop, ring=ring, server=server)
+                worker.act()
+                worker.report("stopped")
+        finally:
+            ring.close()
+            ring.unlink()
+    except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
+        traceback.print_exc()
+        reason = f"{type(exc).__name__}: {exc}"[:1000]
+        queues.status.offer(WorkerStatus(pid=os.getpid(), state="failed", error=reason).to_bytes(), wait_s=1.0)
+        raise SystemExit(1) from None
+    finally:
+        queues.refs.abandon()
+        queues.weights.abandon()
+
+
+class _Worker:
+    """One policy, a few environments, and the way of their episodes into the ring."""
+
+    def __init__(
+        self,
+        *,
+        plan: DemoPlan,
+        seat: int,
+        queues: SeatQueues,
+        stop: StopFlag,
+        ring: SharedRingBuffer,
+        server: UCXXServer,
+    ) -> None:
+        self._plan = plan
+        self._seat = seat
+        self._queues = queues
+        self._stop = stop
+        self._ring = ring
+        self._server = server
+        self._policy = policy_network(plan.facts, LearnerSettings(), np.random.default_rng(0))
+        self._version = 0
+        self._episodes = 0
+        self._steps = 0
+        self._full_waits = 0
+        self._given_up = 0
+        self._reported_s = 0.0
+
+    def act(self) -> None:
+        """Step, ship what ended, take over new weights; until told to stop."""
+        plan = self._plan
+        if not self._await_weights():
+            return
+        environments = [make_environment(plan.facts.env_id) for _ in range(plan.size.lanes)]
+        try:
+            lanes = RolloutLanes(
+                environments, plan.facts, max_steps=plan.size.max_steps, seed=plan.seed * 100 + self._seat
+            )
+            turn = 0
+            while not self._stop:
+                for episode in lanes.step(self._policy, self._version):
+                    self._ship(episode)
+                turn += 1
+                if turn % _WEIGHTS_EVERY_STEPS == 0:
+                    self._refresh()
+        finally:
+            for environment in environments:
+                environment.close()
+
+    def report(self, state: str) -> None:
+        """Tell the orchestrator how things are."""
+        statistics = self._ring.statistics()
+        server = self._server.statistics()
+        status = WorkerStatus(
+            pid=os.getpid(),
+            state=state,
+            version=self._version,
+            episodes=self._episodes,
+            steps=self._steps,
+            full_waits=self._full_waits,
+            given_up=self._given_up,
+            ready=self._ring.get_ready_count(),
+            ring={name: value for name, value in asdict(statistics).items() if isinstance(value, int)},
+            server={name: server.total(name) for name in ("requests", "delivered", "bytes_sent", "released", "stale")},
+            server_pid=server.pid,
+            ports=self._server.ports,
+        )
+        self._queues.status.offer_latest(status.to_bytes())
+        self._reported_s = time.monotonic()
+
+    def _await_weights(self) -> bool:
+        deadline_s = time.monotonic() + _FIRST_WEIGHTS_S
+        self.report("starting")
+        while not self._stop:
+            blob = self._queues.weights.take(wait_s=0.1)
+            if blob is not None:
+                self._adopt(blob)
+                return True
+            if time.monotonic() > deadline_s:
+                raise DeadlineExceededError("the trainer sent no weights", elapsed_s=_FIRST_WEIGHTS_S)
+        return False
+
+    def _refresh(self) -> None:
+        blob = self._queues.weights.take()
+        if blob is not None:
+            self._adopt(blob)
+        if time.monotonic() - self._reported_s > _STATUS_EVERY_S:
+            self.report("running")
+
+    def _adopt(self, blob: bytes) -> None:
+        weights = Weights.from_bytes(blob)
+        self._policy.load_bytes(weights.parameters)
+        self._version = weights.version
+
+    def _ship(self, episode: Episode) -> None:
+        """Write one episode into the ring and its reference into the queue."""
+        meta: dict[str, object] = {
+            "seat": self._seat,
+            "version": self._version,
+            "return": episode.total_reward,
+            "steps": episode.steps,
+        }
+        ref = self._write(episode, meta)
+        if ref is None:
+            return
+        self._episodes += 1
+        self._steps += episode.steps
+        while not self._queues.refs.offer(ref.to_bytes(), wait_s=_WRITE_WAIT_S):
+            if self._stop:
+                return
+
+    def _write(self, episode: Episode, meta: dict[str, object]) -> SlotRef | None:
+        """Write, waiting for a free slot; None when told to stop meanwhile."""
+        waits = 0
+        while not self._stop:
+            try:
+                return self._ring.write(episode.to_arrays(), meta=meta, deadline_s=_WRITE_WAIT_S)
+            except (DeadlineExceededError, RingFullError):
+                waits += 1
+                self._full_waits += 1
+                self._refresh()
+                if waits % _FULL_WAITS_BEFORE_DISCARD == 0:
+                    self._discard_oldest()
+        return None
+
+    def _discard_oldest(self) -> None:
+        """Give up an episode that nobody has fetched in all this time: a lost reference must not block for ever."""
+        for ref in self._ring.ready_refs()[:1]:
+            try:
+                self._ring.discard(ref)
+                self._given_up += 1
+            except StaleSlotError:
+                pass  # fetched in this very moment: there is room now
