@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
+from ucxx_transport.errors import ChecksumError, ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id
 
@@ -135,9 +135,9 @@ class LocalReader:
             return None
         try:
             ring = SharedRingBuffer.attach(ref.ring_name)
-        except FileNotFoundError:
-            raise _gone(ref) from None
-        except ConfigError:
+        except (ConfigError, ProtocolError) as error:
+            if error.facts.get("reason") == "missing":
+                raise _gone(ref) from None
             if self._mode != "auto":
                 raise
             self._unreachable.add(ref.ring_id)

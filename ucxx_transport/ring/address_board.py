@@ -33,12 +33,12 @@ class AddressBoard:
         self._last: Address = (None, ())
         self._last_version = 0
 
-    def publish(self, host: str, ports: Sequence[int]) -> None:
+    def publish(self, host: str | None, ports: Sequence[int]) -> None:
         """Store an address. To be called with the lock held, after `check_address`."""
         words = self._words
         version = words[ADDRESS_VERSION_WORD] + 1
         bank = ADDRESS_WORD + (version & 1) * ADDRESS_BANK_WORDS
-        name = host.encode()
+        name = (host or "").encode()
         packed_ports = b"".join(port.to_bytes(2, "little") for port in ports).ljust(8 * _PORT_WORDS, b"\0")
         packed_host = name.ljust(8 * _HOST_WORDS, b"\0")
         words[bank] = len(ports)
@@ -63,13 +63,15 @@ class AddressBoard:
         return self._last
 
 
-def check_address(host: str, ports: Sequence[int]) -> None:
-    """Refuse what does not fit.
+def check_address(host: str | None, ports: Sequence[int]) -> None:
+    """Refuse what does not fit; None and no ports withdraw an address.
 
     Raises:
         ConfigError: a host of no or over 255 bytes, no port or over 64, or a port that is none.
     """
-    if not 1 <= len(host.encode()) <= MAX_HOST_BYTES:
+    if host is None and not ports:
+        return
+    if host is None or not 1 <= len(host.encode()) <= MAX_HOST_BYTES:
         raise ConfigError(f"a host has 1 to {MAX_HOST_BYTES} bytes", field="host", value=host)
     if not 1 <= len(ports) <= MAX_PORTS or not all(1 <= port <= 65535 for port in ports):
         raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
@@ -79,5 +81,7 @@ def _decode(content: list[int]) -> Address:
     raw = b"".join(word.to_bytes(8, "little") for word in content[2 : 2 + _PORT_WORDS + _HOST_WORDS])
     count = min(content[0], MAX_PORTS)
     ports = tuple(int.from_bytes(raw[2 * index : 2 * index + 2], "little") for index in range(count))
+    if not count:
+        return None, ()
     host = raw[8 * _PORT_WORDS :][: min(content[1], MAX_HOST_BYTES)]
     return host.decode(errors="replace"), ports

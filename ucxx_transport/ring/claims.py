@@ -21,7 +21,8 @@ _NOWHERE: Final = -1
 
 _next_lease_id = itertools.count(1).__next__
 _live: dict[int, ClaimGuard] = {}
-_chores: deque[Callable[[], bool]] = deque()
+chores: deque[Callable[[], bool]] = deque()
+"""What is queued by `defer`: run it when this is not empty."""
 
 
 class ClaimHome(Protocol):
@@ -61,10 +62,9 @@ class Claim:
     Attributes:
         guard: its entry in this module's registry.
         nbytes: bytes of the slot that it gives access to.
-        process_id: pid of the process that made it; a forked child inherits the object but not the hold.
     """
 
-    __slots__ = ("__weakref__", "_home", "guard", "nbytes", "process_id")
+    __slots__ = ("__weakref__", "_home", "guard", "nbytes")
 
     def __init__(self, home: ClaimHome, owner: Owner, *, slot: int = _NOWHERE, generation: int = 0) -> None:
         """Make and register a claim; a read names its slot and generation, a write is given them later."""
@@ -75,7 +75,6 @@ class Claim:
         self._home = home
         self.guard = guard
         self.nbytes = 0
-        self.process_id = os.getpid()
         _live[guard.hold.lease_id] = guard
 
     @property
@@ -85,8 +84,8 @@ class Claim:
 
     @property
     def is_live(self) -> bool:
-        """Whether the hold has not been ended by this process, which is the one that made it."""
-        return self.process_id == os.getpid() and self.guard.hold.lease_id in _live
+        """Whether this process made the claim and has not ended its hold. A forked child inherits the object only."""
+        return self.guard.hold.lease_id in _live
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -112,36 +111,31 @@ def is_live(lease_id: int) -> bool:
 
 def defer(chore: Callable[[], bool]) -> None:
     """Queue what cannot be done inside a critical section of the same thread; it returns False to be queued again."""
-    _chores.append(chore)
-
-
-def has_chores() -> bool:
-    """Whether anything is queued."""
-    return bool(_chores)
+    chores.append(chore)
 
 
 def run_chores() -> None:
     """Do what is queued, each at most once. Safe from any thread, and from within a chore."""
-    for _ in range(len(_chores)):
+    for _ in range(len(chores)):
         try:
-            chore = _chores.popleft()
+            chore = chores.popleft()
         except IndexError:  # another thread took it
             return
         if not chore():
-            _chores.append(chore)
+            chores.append(chore)
 
 
 def _lost(guard: weakref.ref[Claim]) -> None:
     """Callback of a claim's last reference going. It may run anywhere, so also inside a critical section."""
     if not isinstance(guard, ClaimGuard) or _live.pop(guard.hold.lease_id, None) is None:
         return
-    _chores.append(lambda: guard.home.settle_lost(guard))
+    chores.append(lambda: guard.home.settle_lost(guard))
     run_chores()
 
 
 def _forget_inherited() -> None:
     _live.clear()
-    _chores.clear()
+    chores.clear()
 
 
 os.register_at_fork(after_in_child=_forget_inherited)

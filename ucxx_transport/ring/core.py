@@ -106,7 +106,7 @@ class RingCore:
         try:
             return self._lock.run(self.lock_wait_s, body, *args)
         finally:
-            if claims.has_chores():
+            if claims.chores:
                 claims.run_chores()
 
     def transact_within(
@@ -116,7 +116,7 @@ class RingCore:
         try:
             return self._lock.run(min(wait_s, self.lock_wait_s), body, *args)
         finally:
-            if claims.has_chores():
+            if claims.chores:
                 claims.run_chores()
 
     def count(self, counter: Counter) -> None:

@@ -26,10 +26,7 @@ class Owner(NamedTuple):
 
 def current_owner() -> Owner:
     """This process. Right in a forked child too."""
-    global _current
-    if _current.pid != os.getpid():
-        _current = Owner(os.getpid(), _read_stat(os.getpid())[1])
-    return _current
+    return _current()
 
 
 def owner_alive(pid: int, start: int) -> bool:
@@ -97,4 +94,9 @@ def _exists_unseen(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-_current = Owner(0, 0)
+@cache
+def _current() -> Owner:
+    return Owner(os.getpid(), _read_stat(os.getpid())[1])
+
+
+os.register_at_fork(after_in_child=_current.cache_clear)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ucxx_transport.ring.layout import (
     ENTRY_LEASE,
@@ -35,25 +34,25 @@ class Survey(NamedTuple):
 class ReadEntries:
     """Looks up and clears the entries of the slot whose header begins at word `base`."""
 
-    __slots__ = ("_offsets", "_words")
+    __slots__ = ("_count", "_words")
 
-    def __init__(self, words: MutableSequence[int], entries: int) -> None:
+    def __init__(self, words: Any, entries: int) -> None:
         """Bind to memory.
 
         Args:
-            words: the segment as 64-bit words.
+            words: the segment as 64-bit words; `Any` as for `SlotTable`.
             entries: how many a slot has.
         """
         self._words = words
-        self._offsets = range(FIRST_ENTRY, FIRST_ENTRY + ENTRY_WORDS * entries, ENTRY_WORDS)
+        self._count = entries
 
     def find(self, base: int, lease_id: int, owner: Owner) -> int:
         """The word of an attempt in flight, 0 when it is not."""
         words = self._words
         sought = lease_id << 1
-        for offset in self._offsets:
-            if words[base + offset + ENTRY_LEASE] == sought:
-                entry = base + offset
+        for index, lease in enumerate(self._leases(base)):
+            if lease == sought:
+                entry = base + FIRST_ENTRY + ENTRY_WORDS * index
                 # lease ids are unique in a process only
                 if words[entry + ENTRY_PID] == owner.pid and words[entry + ENTRY_START] == owner.start:
                     return entry
@@ -61,26 +60,32 @@ class ReadEntries:
 
     def survey(self, base: int, reader: int) -> Survey:
         """Count the entries; `reader` 0 is nobody in particular."""
-        words = self._words
-        first_empty = in_flight = reads = 0
-        had_by_reader = False
-        for offset in self._offsets:
-            lease = words[base + offset + ENTRY_LEASE]
-            if lease == 0:
-                if first_empty == 0:
-                    first_empty = base + offset
-            elif lease & 1:
-                reads += 1
-                if reader and words[base + offset + ENTRY_READER] == reader:
-                    had_by_reader = True
-            else:
-                in_flight += 1
-        return Survey(first_empty, in_flight, reads, had_by_reader)
+        leases = self._leases(base)
+        empty = leases.count(0)
+        first = base + FIRST_ENTRY
+        if empty == self._count:
+            return Survey(first, 0, 0, had_by_reader=False)
+        reads = sum(lease & 1 for lease in leases)
+        return Survey(
+            first + ENTRY_WORDS * leases.index(0) if empty else 0,
+            self._count - empty - reads,
+            reads,
+            had_by_reader=reads > 0
+            and reader != 0
+            and any(
+                lease & 1 and self._words[first + ENTRY_WORDS * index + ENTRY_READER] == reader
+                for index, lease in enumerate(leases)
+            ),
+        )
 
     def in_flight(self, base: int) -> list[int]:
         """The words of the attempts in flight."""
-        words = self._words
-        return [base + offset for offset in self._offsets if words[base + offset] and not words[base + offset] & 1]
+        first = base + FIRST_ENTRY
+        return [
+            first + ENTRY_WORDS * index
+            for index, lease in enumerate(self._leases(base))
+            if lease and not lease & 1
+        ]
 
     def owner(self, entry: int) -> Owner:
         """Whose attempt an entry is."""
@@ -88,7 +93,11 @@ class ReadEntries:
 
     def clear(self, base: int) -> None:
         """Forget attempts and reads."""
-        words = self._words
-        for offset in self._offsets:
-            if words[base + offset + ENTRY_LEASE]:
-                words[base + offset + ENTRY_LEASE] = 0
+        for index, lease in enumerate(self._leases(base)):
+            if lease:
+                self._words[base + FIRST_ENTRY + ENTRY_WORDS * index + ENTRY_LEASE] = 0
+
+    def _leases(self, base: int) -> list[int]:
+        """The first word of each entry: one slice costs as much as four single loads."""
+        start = base + FIRST_ENTRY + ENTRY_LEASE
+        return list(self._words[start : start + ENTRY_WORDS * self._count : ENTRY_WORDS])

@@ -311,8 +311,10 @@ class SharedRingBuffer:
         """Whether the process that made the ring lives."""
         return owner_alive(self._core.identity.creator_pid, self._core.identity.creator_start)
 
-    def publish_address(self, host: str, ports: Sequence[int]) -> None:
+    def publish_address(self, host: str | None, ports: Sequence[int]) -> None:
         """Store where the ring's server listens; every SlotRef made after that, in any process, carries it.
+
+        None and no ports withdraw it: the server has stopped.
 
         Raises:
             ConfigError: no host of 1 to 255 bytes, or not 1 to 64 ports.
@@ -322,7 +324,7 @@ class SharedRingBuffer:
         self._core.transact(self._board.publish, host, tuple(ports))
 
     def address(self) -> tuple[str | None, tuple[int, ...]]:
-        """Host and ports as published last; (None, ()) before."""
+        """Host and ports as published last; (None, ()) before, and after a withdrawal."""
         self._require_open()
         return self._board.read()
 

@@ -11,13 +11,26 @@ from ucxx_transport.ring.states import STATE_MASK, SlotState
 _NEAR = 4
 """Slots looked at one by one before all are scanned with numpy; in a ring that is read in order the first one is free."""
 
-_NEVER = np.uint64(2**64 - 1)
+_NEVER = 2**64 - 1
+_FREE = int(SlotState.FREE)
+_READY = np.uint64(SlotState.READY)
+_MASK = np.uint64(STATE_MASK)
 
 
 class SlotSearch:
     """Finds slots by their state. Its answers hold as long as the lock is held, and are hints without it."""
 
-    __slots__ = ("_first", "_per_slot", "_sequences", "_slots", "_states", "_words")
+    __slots__ = (
+        "_first",
+        "_per_slot",
+        "_scratch_ready",
+        "_scratch_sequences",
+        "_scratch_states",
+        "_sequences",
+        "_slots",
+        "_states",
+        "_words",
+    )
 
     def __init__(self, words: memoryview, geometry: Geometry) -> None:
         """Bind to memory.
@@ -35,10 +48,18 @@ class SlotSearch:
         ).reshape(geometry.slots, geometry.slot_words)
         self._states = headers[:, STATE]
         self._sequences = headers[:, SEQUENCE]
+        # only used with the lock held
+        self._scratch_states = np.empty(geometry.slots, np.uint64)
+        self._scratch_sequences = np.empty(geometry.slots, np.uint64)
+        self._scratch_ready = np.empty(geometry.slots, np.bool_)
 
     def states(self) -> npt.NDArray[np.uint64]:
         """The state of every slot, shape (slots,), a copy."""
-        return self._states & np.uint64(STATE_MASK)
+        return self._states & _MASK
+
+    def any_free(self) -> bool:
+        """Whether a slot is FREE; safe without the lock."""
+        return bool((self.states() == _FREE).any())
 
     def slots_in(self, *states: SlotState) -> list[int]:
         """The slots in one of these states, in order."""
@@ -51,7 +72,7 @@ class SlotSearch:
         ordered: list[int] = ready[np.argsort(self._sequences[ready], kind="stable")].tolist()
         return ordered
 
-    def for_write(self, may_overwrite: bool) -> int | None:
+    def for_write(self, *, may_overwrite: bool) -> int | None:
         """The slot that a write should take, None when there is none.
 
         Args:
@@ -60,13 +81,19 @@ class SlotSearch:
         words = self._words
         cursor = words[CURSOR_WORD] % self._slots
         for slot in range(cursor, min(cursor + _NEAR, self._slots)):
-            if words[self._first + slot * self._per_slot] & STATE_MASK == SlotState.FREE:
+            if words[self._first + slot * self._per_slot] & STATE_MASK == _FREE:
                 return slot
-        states = self.states()
-        free = np.flatnonzero(states == SlotState.FREE)
-        if free.size:
-            return int(free[np.searchsorted(free, cursor) % free.size])
-        if not may_overwrite:
-            return None
-        oldest = int(np.where(states == SlotState.READY, self._sequences, _NEVER).argmin())
-        return oldest if states[oldest] == SlotState.READY else None
+        states = self._scratch_states
+        np.bitwise_and(self._states, _MASK, out=states)
+        lowest = int(states.argmin())
+        if states.item(lowest) == _FREE:  # FREE is the lowest of all states
+            return lowest
+        return self._oldest_ready() if may_overwrite else None
+
+    def _oldest_ready(self) -> int | None:
+        """The slot that `_scratch_states` says is READY and whose write sequence is the lowest."""
+        sequences = self._scratch_sequences
+        sequences.fill(_NEVER)
+        np.copyto(sequences, self._sequences, where=np.equal(self._scratch_states, _READY, out=self._scratch_ready))
+        oldest = int(sequences.argmin())
+        return oldest if self._scratch_ready.item(oldest) else None

@@ -166,7 +166,7 @@ class SlotWriter:
     def _try_reserve(self, claim: Claim) -> bool:
         """In the critical section: take the best slot, if there is any."""
         core = self._core
-        slot = core.search.for_write(core.identity.on_full == "overwrite")
+        slot = core.search.for_write(may_overwrite=core.identity.on_full == "overwrite")
         if slot is None:
             return False
         hold = claim.guard.hold
@@ -207,7 +207,7 @@ class SlotWriter:
             if now >= next_reclaim:
                 next_reclaim = now + _RECLAIM_EVERY_S
                 core.reclaim_dead()
-            if core.search.for_write(False) is not None and core.transact(self._try_reserve, claim):
+            if core.search.any_free() and core.transact(self._try_reserve, claim):
                 return
 
     def _undo(self, claim: Claim) -> None:

@@ -19,7 +19,7 @@ import structlog
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.ucxx import UCXXLink
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.segment import sweep_orphans
+from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.server.port_group import PortGroup
 from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
 

@@ -175,9 +175,10 @@ class Connection:
         if lease is None:
             return
         if delivered:
+            nbytes = lease.nbytes
             lease.mark_consumed()
             self._counters.add("delivered")
-            self._counters.add("bytes_sent", lease.nbytes)
+            self._counters.add("bytes_sent", nbytes)
         else:
             lease.release_reading()
             self._counters.add("released")

@@ -161,7 +161,7 @@ class UCXXServer:
     def _publish(self, ports: tuple[int, ...]) -> None:
         self._ports = ports
         self._port_count = max(self._port_count, len(ports))
-        self._ring.publish_address(self._address or "", ports) if ports else self._ring.publish_address("", ())
+        self._ring.publish_address(self._address if ports else None, ports)
 
     def _reclaim(self) -> None:
         try:
