@@ -1,0 +1,58 @@
+"""The shared statistics: one block a port, single words, outliving whoever counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from ucxx_transport.server.counters import (
+    GENERAL_OFFSET,
+    MAX_PORTS,
+    PORT_FIELDS,
+    PORT_WORDS,
+    PortCounters,
+    PortStatistics,
+    ServerStatistics,
+)
+
+
+@pytest.fixture
+def words() -> memoryview:
+    return memoryview(bytearray(8 * (GENERAL_OFFSET + 64))).cast("Q")
+
+
+def test_every_counter_is_a_word_of_its_own(words: memoryview) -> None:
+    counters = PortCounters(words, 3)
+    for amount, name in enumerate(PORT_FIELDS, start=1):
+        counters.add(name, amount)
+    snapshot = counters.snapshot()
+    assert [getattr(snapshot, name) for name in PORT_FIELDS] == list(range(1, len(PORT_FIELDS) + 1))
+
+
+def test_ports_do_not_share_words(words: memoryview) -> None:
+    for index in range(MAX_PORTS):
+        PortCounters(words, index).set("port", 5000 + index)
+    assert [PortCounters(words, index).snapshot().port for index in range(MAX_PORTS)] == list(range(5000, 5064))
+    assert not any(words[GENERAL_OFFSET:])
+    assert sum(word != 0 for word in words) == MAX_PORTS
+
+
+def test_counts_outlive_the_object_that_counted(words: memoryview) -> None:
+    PortCounters(words, 0).add("delivered", 2)
+    PortCounters(words, 0).add("delivered")
+    assert PortCounters(words, 0).snapshot() == PortStatistics(delivered=3)
+
+
+def test_a_block_holds_every_counter() -> None:
+    assert len(PORT_FIELDS) <= PORT_WORDS
+
+
+def test_an_unknown_counter_is_an_error_not_a_loss(words: memoryview) -> None:
+    with pytest.raises(KeyError):
+        PortCounters(words, 0).add("no_such_counter")
+
+
+def test_the_server_sums_its_ports() -> None:
+    ports = (PortStatistics(delivered=2, stale=1), PortStatistics(delivered=3))
+    statistics = ServerStatistics(host="h", pid=1, restarts=0, ports=ports)
+    assert statistics.total("delivered") == 5
+    assert statistics.total("stale") == 1

@@ -1,0 +1,64 @@
+"""The line a worker gives its server process, and the one it gets back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
+
+
+@pytest.mark.parametrize("token", [None, "plain", b"\x00\xffbytes"], ids=["none", "text", "bytes"])
+@pytest.mark.parametrize("ports", [4, [5001, 5002]], ids=["count", "numbers"])
+def test_an_order_survives_the_trip_with_every_setting(token: str | bytes | None, ports: int | list[int]) -> None:
+    config = ServerConfig(
+        host="10.0.0.7", ports=ports, token=token, idle_timeout_s=7.0, max_connections=3, ucx={"TLS": "tcp"}
+    )
+    order = ServerOrder(ring_name="ucxx_transport-x", worker_pid=42, config=config)
+    line = order.to_line()
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    back = ServerOrder.from_line(line)
+    assert (back.ring_name, back.worker_pid) == ("ucxx_transport-x", 42)
+    assert back.config == config
+    assert back.config.token_bytes == config.token_bytes
+
+
+def test_the_child_takes_its_settings_from_the_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ServerConfig(ports=2, idle_timeout_s=7.0)
+    line = ServerOrder(ring_name="r", worker_pid=1, config=config).to_line()
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__IDLE_TIMEOUT_S", "99")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__BASE_PORT", "5000")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__TOKEN", "other")
+    assert ServerOrder.from_line(line).config == config
+
+
+def test_a_report_survives_the_trip() -> None:
+    report = ServerReport(ports=(5001, 5002))
+    assert ServerReport.from_line(report.to_line()) == report
+    report.raise_error()
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("ConfigError", ConfigError),
+        ("DeadlineExceededError", DeadlineExceededError),
+        ("PeerLostError", TransportError),
+        ("SystemExit", TransportError),
+    ],
+)
+def test_what_stopped_the_child_is_raised_in_the_worker(name: str, cls: type[TransportError]) -> None:
+    report = ServerReport.from_line(ServerReport(error_class=name, error="the words").to_line())
+    with pytest.raises(cls, match="the words") as caught:
+        report.raise_error()
+    assert type(caught.value) is cls
+
+
+def test_both_lines_are_plain_json() -> None:
+    order = ServerOrder(ring_name="r", worker_pid=1, config=ServerConfig(token="t"))
+    assert json.loads(order.to_line())["ring_name"] == "r"
+    assert json.loads(ServerReport(ports=(1,)).to_line())["ports"] == [1]
