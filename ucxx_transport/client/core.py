@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 Into = Buffer
 
+_WAYS = {"view": "views", "copy": "copies", "ucx": "ucx"}
+
 
 class ClientCore:
     """The part of a client that needs no event loop. Thread-safe.
@@ -101,10 +103,7 @@ class ClientCore:
             payload.release()
             raise
         self._delivered.add(ref)
-        count = self.counters.add
-        count("reads")
-        count({"view": "views", "copy": "copies", "ucx": "ucx"}[payload.transport])
-        count("bytes_read", ref.nbytes)
+        self.counters.delivered(_WAYS[payload.transport], ref.nbytes)
         return payload if into is None else payload.copied_into(into)
 
     def count_failure(self, error: TransportError) -> None:

@@ -69,6 +69,14 @@ class ClientCounters:
         with self._lock:  # the sync client counts in its caller's threads and in its loop's
             self._counts[name] += amount
 
+    def delivered(self, way: str, nbytes: int) -> None:
+        """Count one delivered payload: `way` is "views", "copies" or "ucx"."""
+        counts = self._counts
+        with self._lock:
+            counts["reads"] += 1
+            counts[way] += 1
+            counts["bytes_read"] += nbytes
+
     def snapshot(self, **gauges: object) -> ClientStatistics:
         """The counts now, with what is measured rather than counted filled in."""
         return replace(ClientStatistics(**self._counts), **gauges)  # type: ignore[arg-type]  # gauges are its own fields

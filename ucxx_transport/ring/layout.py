@@ -28,7 +28,7 @@ one store: it turns the one into the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
@@ -140,12 +140,16 @@ class Geometry:
         slot_bytes: largest payload of a slot.
         readers: reads that free a payload, unless a write asks for fewer.
         schema_bytes: size of the schema's msgpack form, 0 for a raw ring.
+        header_bytes: bytes before slot 0's memory.
+        stride_bytes: bytes from one slot's memory to the next's.
     """
 
     slots: int
     slot_bytes: int
     readers: int
     schema_bytes: int
+    header_bytes: int = field(init=False)
+    stride_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the bounds before anything is sized by them.
@@ -153,14 +157,19 @@ class Geometry:
         Raises:
             ConfigError: a number is out of its bounds; `facts["field"]` names it.
         """
-        for field, value, low, high in (
+        for name, value, low, high in (
             ("slots", self.slots, 1, MAX_SLOTS),
             ("slot_bytes", self.slot_bytes, 1, MAX_SLOT_BYTES),
             ("readers", self.readers, 1, MAX_READERS),
             ("schema_bytes", self.schema_bytes, 0, MAX_SCHEMA_BYTES),
         ):
             if not low <= value <= high:
-                raise ConfigError(f"{field} must be {low} to {high}, not {value}", field=field, value=value)
+                raise ConfigError(f"{name} must be {low} to {high}, not {value}", field=name, value=value)
+        # Both are asked for at every read and write, so they are worked out once.
+        words = self.first_slot_word + self.slots * self.slot_words
+        object.__setattr__(self, "header_bytes", _round_up(words * WORD_BYTES, PAGE_BYTES))
+        stride_bytes = HEADROOM_BYTES + _round_up(self.slot_bytes, 64) + TAILROOM_BYTES
+        object.__setattr__(self, "stride_bytes", stride_bytes)
 
     @property
     def max_attempts(self) -> int:
@@ -181,16 +190,6 @@ class Geometry:
     def first_slot_word(self) -> int:
         """Word of slot 0's header."""
         return _round_up(SCHEMA_BYTE + self.schema_bytes, 64) // WORD_BYTES
-
-    @property
-    def header_bytes(self) -> int:
-        """Bytes before slot 0's memory."""
-        return _round_up((self.first_slot_word + self.slots * self.slot_words) * WORD_BYTES, PAGE_BYTES)
-
-    @property
-    def stride_bytes(self) -> int:
-        """Bytes from one slot's memory to the next's."""
-        return HEADROOM_BYTES + _round_up(self.slot_bytes, 64) + TAILROOM_BYTES
 
     @property
     def total_bytes(self) -> int:
