@@ -34,6 +34,8 @@ class Rotation:
         self._positions[source] = position + 1
         while len(self._positions) > REMEMBERED_SOURCES:
             self._positions.popitem(last=False)
-        keys = [(host, ports[(position + step) % len(ports)]) for step in range(len(ports))]
-        healthy = [key for key in keys if not quarantine.holds(key, now)]
-        return tuple((healthy or keys)[:PORTS_PER_CALL])
+        keys = [(host, port) for port in ports]
+        # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
+        candidates = [key for key in keys if not quarantine.holds(key, now)] or keys
+        first = position % len(candidates)
+        return tuple((candidates[first:] + candidates[:first])[:PORTS_PER_CALL])
