@@ -75,7 +75,7 @@ def _token(value: object) -> object:
 
 def _whole(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("expected a whole number")
+        raise ValueError("expected a whole number")  # noqa: TRY004 - what pydantic collects and words
     return value
 
 
@@ -84,7 +84,7 @@ def _ports(value: object) -> object:
         words = [word.strip() for word in value.strip().strip("[]").split(",")]
         value = int(words[0]) if len(words) == 1 and "[" not in value else [int(word) for word in words]
     if isinstance(value, bool):
-        raise ValueError("expected a number of ports, or a list of port numbers")
+        raise ValueError("expected a number of ports, or a list of them")  # noqa: TRY004 - as above
     if isinstance(value, int) and not 1 <= value <= MAX_PORTS:
         raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{value}]")
     if isinstance(value, Sequence):
@@ -116,13 +116,13 @@ def _ucx_settings(value: object) -> object:
 
 if TYPE_CHECKING:
     GotT = TypeVar("GotT")
-    GivenT = TypeVar("GivenT", contravariant=True)
+    GivenT_contra = TypeVar("GivenT_contra", contravariant=True)
 
-    class _Field(Generic[GotT, GivenT]):
+    class _Field(Generic[GotT, GivenT_contra]):
         """A field whose constructor takes more types than the field then holds, as type checkers can be told it."""
 
         def __get__(self, instance: object, owner: type) -> GotT: ...
-        def __set__(self, instance: object, value: GivenT) -> None: ...
+        def __set__(self, instance: object, value: GivenT_contra) -> None: ...
 
     Count = int
     Bytes = _Field[int, int | str]

@@ -14,7 +14,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings.fields import setting
 from ucxx_transport.settings.sources import SectionValues, gather, unknown_name
 
-__all__ = ["section"]
+__all__ = ["outside_values", "section"]
 
 _KNOWN: dict[str, frozenset[str]] = {}
 _NOT_IN_TEXT: Final = frozenset({"schema"})
@@ -58,6 +58,15 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
         return cast("type[SectionT]", made)
 
     return decorate
+
+
+def outside_values(name: str) -> SectionValues:
+    """What the environment and TOML say about the section `name`, not validated.
+
+    Raises:
+        ConfigError: an unknown name there, or a file that cannot be read.
+    """
+    return gather(name, {}, known=_KNOWN, mappings=_MAPPINGS)
 
 
 def _chosen(

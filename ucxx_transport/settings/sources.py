@@ -7,8 +7,8 @@
 | a key of a mapping field        | `UCXX_TRANSPORT_SERVER__UCX__TLS=tcp`    |
 | `./ucxx_transport.toml`         | `[server]`, `ports = 8`                  |
 
-Mapping fields are merged key by key, every other value is replaced as a whole. A name that is unknown in any section is an
-error wherever it stands: a misspelt setting never passes in silence.
+Mapping fields are merged key by key, every other value is replaced as a whole. A name that is unknown in any section is
+an error wherever it stands: a misspelt setting never passes in silence.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ _cache: tuple[_Stamp, dict[str, dict[str, object]]] | None = None
 
 def _toml_document() -> dict[str, dict[str, object]]:
     """The parsed file of the working directory; parsed again only when it is another file or has changed."""
-    global _cache
+    global _cache  # noqa: PLW0603 - one file, one parse of it a process
     try:
         status = os.stat(TOML_NAME)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,0 +1,1 @@
+"""The command `ucxx-transport`: one file or folder a verb."""

@@ -1,0 +1,70 @@
+"""What verbs print: one JSON document a line for programs, tables for people, complaints on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["AsJson", "console", "logs_to_stderr", "print_error", "print_json"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one document a line.")]
+"""The option that every verb has."""
+
+
+def print_json(document: object) -> None:
+    """Write `document` to stdout as one line of JSON; bytes go as hex, dataclasses as objects."""
+    sys.stdout.write(json.dumps(document, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_error(message: str, facts: Mapping[str, object]) -> None:
+    """Write what went wrong to stderr, its facts indented below."""
+    lines = [f"error: {message}", *(f"  {name} = {value}" for name, value in facts.items())]
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A terminal, or plain text of 120 columns or more where stdout is none."""
+    from rich.console import Console
+
+    terminal = Console(stderr=stderr, highlight=False)
+    return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=max(terminal.width, 160))
+
+
+def logs_to_stderr(level: str = "warning") -> None:
+    """Send this program's log events of `level` and above to stderr; the library itself configures no logging."""
+    import logging
+
+    import structlog
+
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=False),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

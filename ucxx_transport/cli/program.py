@@ -1,0 +1,138 @@
+"""The program: which verbs there are, and how what goes wrong ends it.
+
+| exit code | meaning                                                              |
+|-----------|----------------------------------------------------------------------|
+| 0         | done; for `serve`, ended by SIGTERM                                  |
+| 1         | failed: the message on stderr says why, with `--json` also on stdout |
+| 2         | wrong use: unknown verb, option or value                             |
+| 130       | interrupted                                                          |
+
+Only the verb that is called is imported, so that `version` costs no more than it must.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from ucxx_transport.cli.output import print_error, print_json
+from ucxx_transport.errors import TransportError
+
+__all__ = ["EXTRA_OF", "VERBS", "main"]
+
+VERBS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "demo": "ucxx_transport.cli.demo.command:demo",
+        "serve": "ucxx_transport.cli.serve:serve",
+        "doctor": "ucxx_transport.cli.doctor.command:doctor",
+        "inspect": "ucxx_transport.cli.inspect:inspect",
+        "top": "ucxx_transport.cli.top:top",
+        "bench": "ucxx_transport.cli.bench.command:bench",
+        "clean": "ucxx_transport.cli.clean:clean",
+        "config": "ucxx_transport.cli.config:config",
+        "version": "ucxx_transport.cli.version:version",
+    }
+)
+
+EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "ucxx": "cpu",
+        "gymnasium": "examples",
+        "matplotlib": "examples",
+        "ale_py": "atari",
+        "cupy": "cu12",
+        "torch": "torch",
+    }
+)
+"""Which extra brings a module that a verb may find missing."""
+
+_INTERRUPTED: Final = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit.
+
+    Args:
+        arguments: what stands behind the command's name; None for this process's own.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    called = [words[0]] if words and words[0] in VERBS else list(VERBS)
+    try:
+        _program(called)(args=words, prog_name="ucxx-transport")
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except TransportError as error:
+        _fail(words, type(error).__name__, error.message, error.facts)
+    except ModuleNotFoundError as error:
+        extra = _extra_for(error)
+        if extra is None:
+            raise
+        remedy = f"{error.name} is not installed: pip install 'ucxx_transport[{extra}]'"
+        _fail(words, "ModuleNotFoundError", remedy, {"module": error.name, "extra": extra})
+    sys.exit(0)
+
+
+def _program(verbs: Iterable[str]) -> typer.Typer:
+    program = typer.Typer(
+        name="ucxx-transport",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    program.callback()(_options_of_all)
+    for verb in verbs:
+        program.command(verb)(_load(verb))
+    return program
+
+
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - the signature of an option's callback
+    if asked:
+        from ucxx_transport import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _options_of_all(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """RL trajectories from rollout workers' shared memory to trainers, over UCX."""
+
+
+def _load(verb: str) -> Callable[..., object]:
+    module, _, function = VERBS[verb].partition(":")
+    try:
+        command: Callable[..., object] = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if _extra_for(error) is None:
+            raise
+        missing = error
+
+        def without_its_extra() -> None:
+            raise missing
+
+        without_its_extra.__doc__ = f"Needs {missing.name}: pip install 'ucxx_transport[{_extra_for(missing)}]'"
+        return without_its_extra
+    return command
+
+
+def _extra_for(error: ModuleNotFoundError) -> str | None:
+    return EXTRA_OF.get((error.name or "").partition(".")[0])
+
+
+def _fail(words: Sequence[str], kind: str, message: str, facts: Mapping[str, object]) -> NoReturn:
+    if "--json" in words:
+        print_json({"error": {"kind": kind, "message": message, "facts": facts}})
+    else:
+        print_error(message, facts)
+    sys.exit(1)
