@@ -2,7 +2,8 @@
 
 One pooled endpoint; `send([slot])`, `recv(status)`, `recv(payload)`, each under its own `asyncio.wait_for`; the server
 answers with the status and then the payload, straight from the slot. It is given every advantage that leaves the
-protocol as it is: no ring to lock, one server loop that serves nothing else, a receive buffer that is allocated once and warm.
+protocol as it is: no ring to lock, one server loop that serves nothing else, a receive buffer that is allocated once
+and warm.
 """
 
 from __future__ import annotations

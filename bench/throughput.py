@@ -38,6 +38,7 @@ from ucxx_transport.cli.bench.results import Result
 from ucxx_transport.cli.bench.ring_source import SourceSettings
 from ucxx_transport.cli.bench.rounds import Lane, Plan, ProcessSource
 from ucxx_transport.cli.bench.subjects import Subject
+from ucxx_transport.cli.output import console
 
 SIZES: Final = "4KiB,64KiB,1MiB,16MiB,64MiB,256MiB"
 QUICK_SIZES: Final = "64KiB,1MiB,16MiB"
@@ -58,19 +59,20 @@ class Findings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, report, and say whether the targets were met where that was asked."""
     options = _parse(arguments)
-    console = Console()
+    sizes = parse_sizes(options.sizes)
+    terminal = console()
     plan = Plan(rounds=options.rounds, turn_s=options.turn_s, in_flight=options.in_flight)
     settings = SourceSettings(ports=options.ports)
     with ExitStack() as stack:
         lanes = [*transport_lanes(stack, settings), *_peer_lanes(stack)]
-        results = measure_sizes(lanes, parse_sizes(options.sizes), plan, console, baseline=NAIVE)
+        results = measure_sizes(lanes, sizes, plan, terminal, baseline=NAIVE)
     idle = None if options.no_idle else measure_idle_cpu(options.idle_s)
     busy = [] if options.no_busy else [measure_busy_worker(mode, plan) for mode in ("process", "thread")]
     findings = Findings(results=results, idle=idle, busy=busy, targets=check_targets(results, idle, busy))
     subjects = [lane.subject for lane in lanes]
-    _report(findings, console, with_targets=options.check)
+    _report(findings, terminal, with_targets=options.check)
     _write(options.out, as_document(results, subjects, plan, settings), findings, subjects)
-    console.print(f"wrote {options.out / 'throughput.json'} and {options.out / 'throughput.png'}")
+    terminal.print(f"wrote {options.out / 'throughput.json'} and {options.out / 'throughput.png'}")
     return 1 if options.check and not all(target.met for target in findings.targets) else 0
 
 
@@ -106,17 +108,17 @@ def _peer_lanes(stack: ExitStack) -> list[Lane]:
     ]
 
 
-def _report(findings: Findings, console: Console, *, with_targets: bool) -> None:
+def _report(findings: Findings, terminal: Console, *, with_targets: bool) -> None:
     if findings.idle is not None:
-        console.print(_idle_in_words(findings.idle))
+        terminal.print(_idle_in_words(findings.idle))
     for entry in findings.busy:
-        console.print(
+        terminal.print(
             f"worker's main thread spins, server in a {entry.mode}: p50 of 64 KiB "
             f"{entry.spinning_p50_us.median:.0f} µs instead of {entry.quiet_p50_us.median:.0f} µs, "
             f"added {entry.added_p50_us.median:.0f} µs"
         )
     if with_targets:
-        console.print(_target_table(findings.targets))
+        terminal.print(_target_table(findings.targets))
 
 
 def _idle_in_words(idle: IdleCpu) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench.targets import check_targets
 from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.cli.bench.results import FIGURES
+from ucxx_transport.cli.bench.results import FIGURES, Result, Round, paired_ratio, percentile_us
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [4096, 65536]
@@ -98,3 +99,43 @@ def test_verification_sees_a_payload_that_is_not_the_one_written(wrong: str) -> 
         came = came[:-1]
     with pytest.raises(ValueError, match="payload 7"):
         pattern.check(7, memoryview(came))
+
+
+def result(subject: str, size_bytes: int, rates: list[float], p50_us: float = 1.0) -> Result:
+    rounds = [
+        Round(
+            number=number,
+            reads=1,
+            verified=1,
+            gb_per_s=rate,
+            p50_us=p50_us,
+            p99_us=p50_us,
+            reader_cpu_s_per_gb=0.0,
+            source_cpu_s_per_gb=0.0,
+            reader_cpu_us_per_read=0.0,
+            source_cpu_us_per_read=0.0,
+            foreign_cores=0.0,
+            transport="",
+        )
+        for number, rate in enumerate(rates)
+    ]
+    return Result(subject=subject, size_bytes=size_bytes, rounds=tuple(rounds))
+
+
+def test_percentile_is_the_nearest_rank() -> None:
+    latencies_ns = [1000 * number for number in range(100, 0, -1)]
+    assert (percentile_us(latencies_ns, 0.5), percentile_us(latencies_ns, 0.99)) == (50.0, 99.0)
+    assert percentile_us([7000], 0.99) == 7.0
+
+
+def test_ratios_pair_neighbours_in_time_rather_than_medians() -> None:
+    slow_then_fast, beside = result("a", 1, [10.0, 40.0, 20.0]), result("b", 1, [1.0, 8.0, 1.0])
+    assert paired_ratio(slow_then_fast, beside, "gb_per_s").median == 10.0
+
+
+@pytest.mark.parametrize(("rate", "met"), [(8.0, True), (7.9, False)])
+def test_a_target_is_met_at_its_bound_and_not_below(rate: float, *, met: bool) -> None:
+    mebibyte = 1 << 20
+    targets = check_targets([result("ucx_tcp_async", mebibyte, [rate]), result("naive", mebibyte, [1.0])])
+    (target,) = [target for target in targets if "1 MiB" in target.what]
+    assert target.met is met

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import ExitStack
 from typing import Annotated, Final
 
@@ -17,6 +15,7 @@ from ucxx_transport.cli.bench.results import Result, Round
 from ucxx_transport.cli.bench.ring_source import SourceSettings
 from ucxx_transport.cli.bench.rounds import Lane, Plan, measure_size
 from ucxx_transport.cli.bench.table import disturbance, size_table
+from ucxx_transport.cli.output import AsJson, console
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.units import format_bytes, parse_bytes
 
@@ -32,19 +31,17 @@ def bench(
     turn_s: Annotated[float, typer.Option("--turn-s", min=0.0, help="seconds timed in one turn, at least")] = 0.1,
     in_flight: Annotated[int, typer.Option(min=1, help="reads kept in flight by the async client")] = 1,
     ports: Annotated[int, typer.Option(min=1, max=64, help="ports of the server")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure local reads and UCX between two processes of this machine, with memcpy beside them."""
     plan = Plan(rounds=rounds, turn_s=turn_s, in_flight=in_flight)
     settings = SourceSettings(ports=ports)
-    console = Console(stderr=as_json)
+    chosen = parse_sizes(sizes)
     with ExitStack() as stack:
         lanes = transport_lanes(stack, settings)
-        results = measure_sizes(lanes, parse_sizes(sizes), plan, console)
+        results = measure_sizes(lanes, chosen, plan, console(stderr=as_json))
     if as_json:
-        document = as_document(results, [lane.subject for lane in lanes], plan, settings)
-        json.dump(document, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print_json(as_document(results, [lane.subject for lane in lanes], plan, settings))
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -66,12 +63,12 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def measure_sizes(
-    lanes: list[Lane], sizes: list[int], plan: Plan, console: Console, *, baseline: str | None = None
+    lanes: list[Lane], sizes: list[int], plan: Plan, terminal: Console, *, baseline: str | None = None
 ) -> list[Result]:
     """Measure all sizes, showing progress and a table as each is done."""
     labels = {lane.subject.name: lane.subject.label for lane in lanes}
     results: list[Result] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("", total=len(sizes) * plan.rounds * len(lanes))
 
         for size_bytes in sizes:
@@ -84,5 +81,5 @@ def measure_sizes(
             progress.console.print(size_table(of_size, labels, baseline=baseline))
     warning = disturbance(results)
     if warning is not None:
-        console.print(f"[yellow]{warning}[/yellow]")
+        terminal.print(f"[yellow]{warning}[/yellow]")
     return results

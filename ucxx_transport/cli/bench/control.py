@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgpack  # type: ignore[import-untyped]  # ships no types
 
 from ucxx_transport.cli.bench.cpu_time import process_tree, tree_cpu_s
+from ucxx_transport.cli.output import logs_to_stderr
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def _answer(connection: Connection, answer: Mapping[str, object]) -> None:
         return  # nobody is left to hear it; the next receive ends the process
 
 
+def _run(main: Callable[..., None], *arguments: object) -> None:
+    logs_to_stderr()
+    main(*arguments)
+
+
 class ControlledProcess:
     """A process that takes orders: spawned fresh (UCX does not survive a fork), gone when this object is closed.
 
@@ -102,7 +108,7 @@ class ControlledProcess:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=main, args=(theirs, *arguments), name=name)
+        self._process = context.Process(target=_run, args=(main, theirs, *arguments), name=name)
         self._process.start()
         theirs.close()
         self._tree: tuple[int, ...] = ()

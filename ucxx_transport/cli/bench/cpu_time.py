@@ -10,7 +10,7 @@ import os
 import time
 from typing import Final
 
-import psutil  # type: ignore[import-untyped]  # ships no types
+import psutil
 
 __all__ = ["ForeignLoad", "process_tree", "tree_cpu_s"]
 

@@ -37,14 +37,12 @@ class SourceSettings:
         mode: a process of its own, or threads of the worker.
         ports: how many it listens on.
         shm_lanes: whether UCX may use shared memory.
-        spin_s: its `spin_s`; None leaves the default.
         ucx: further settings of UCX.
     """
 
     mode: Literal["process", "thread"] = "process"
     ports: int = 4
     shm_lanes: bool = False
-    spin_s: float | None = None
     ucx: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -57,9 +55,8 @@ def run_ring_source(connection: Connection, settings: SourceSettings) -> None:
 
 def server_config(settings: SourceSettings) -> ServerConfig:
     """The server's settings: its defaults on loopback, but for what is being measured."""
-    spin = {} if settings.spin_s is None else {"spin_s": settings.spin_s}
     return ServerConfig(
-        host=HOST, ports=settings.ports, mode=settings.mode, shm_lanes=settings.shm_lanes, ucx=settings.ucx, **spin
+        host=HOST, ports=settings.ports, mode=settings.mode, shm_lanes=settings.shm_lanes, ucx=settings.ucx
     )
 
 
