@@ -1,7 +1,7 @@
 """The server's address in the segment: written under the lock, read without it by everyone who makes a SlotRef.
 
-Two banks; the version's lowest bit says which one holds. A new address goes into the other bank and counts with one store of the
-version, so a writer killed half-way leaves the old address, and a reader sees either.
+Two banks; the version's lowest bit says which one holds. A new address goes into the other bank and counts with one
+store of the version, so a writer killed half-way leaves the old address, and a reader sees either.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ucxx_transport.ring.layout import ADDRESS_BANK_WORDS, ADDRESS_VERSION_WORD,
 MAX_PORTS: Final = 64
 MAX_HOST_BYTES: Final = 255
 
-# Words of a bank: number of ports, bytes of the host (1 too many: None), 16 words of 4 ports each, 32 words of the host.
+# Words of a bank: number of ports, bytes of the host, 16 words of 4 ports each, 32 words of the host.
 _PORT_WORDS: Final = MAX_PORTS // 4
 _HOST_WORDS: Final = (MAX_HOST_BYTES + 1) // 8
 

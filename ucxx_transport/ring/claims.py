@@ -1,8 +1,8 @@
 """Claims: this process's holds on slots as objects, and what becomes of one that is dropped without being ended.
 
-A claim is registered here *before* its transition happens in the segment. So for every hold in a segment that names this
-process, either its claim is alive here, or the hold is an orphan (its call was cut off by an exception between any two
-bytecodes, or its owner forgot it) and may be reclaimed. Arrays over a claim's memory keep it alive.
+A claim is registered here *before* its transition happens in the segment. So for every hold in a segment that names
+this process, either its claim is alive here, or the hold is an orphan (its call was cut off by an exception between any
+two bytecodes, or its owner forgot it) and may be reclaimed. Arrays over a claim's memory keep it alive.
 """
 
 from __future__ import annotations

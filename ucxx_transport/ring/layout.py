@@ -22,15 +22,16 @@ word 3    checksum                                 word 16-   read entries of 4 
 word 4    1 when the checksum counts                          lease id << 1 | consumed (0: empty), pid, start, reader
 ```
 
-A read entry is a read attempt in flight, or, once consumed, the record that its reader has had the payload. Consuming is
-one store: it turns the one into the other.
+A read entry is a read attempt in flight, or, once consumed, the record that its reader has had the payload. Consuming
+is one store: it turns the one into the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Final, Protocol, overload
 
 from ucxx_transport.errors import ConfigError
 
@@ -73,7 +74,7 @@ IDENTITY_WORDS: Final = 21
 SEQUENCE_WORD: Final = 64
 CURSOR_WORD: Final = 65
 IN_TRANSITION_WORD: Final = 66
-"""1 + the slot whose header is being changed, 0 between changes. Not 0 on entering the lock: its last holder was cut off."""
+"""1 + the slot whose header is being changed, 0 between changes. Not 0 on entering: the last holder was cut off."""
 ADDRESS_VERSION_WORD: Final = 67
 
 MUTEX_BYTE: Final = 1024
@@ -129,6 +130,16 @@ class Counter(IntEnum):
     BLOCKED = 17
     LOCK_RECOVERIES = 18
     REPAIRED_SLOTS = 19
+
+
+class Words(Protocol):
+    """A segment as unsigned 64-bit words: a `memoryview`, whose store of one aligned word is atomic."""
+
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Iterable[int]: ...
+    def __setitem__(self, index: int, word: int, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """WriteLease and ReadLease: the right to one slot for a while. Each finalises exactly once, whatever else happens.
 
-A lease is left in one of three ways: by its own call (`commit`, `mark_consumed` …), by leaving its `with` block, or by being
-dropped. Arrays and buffers made from a lease keep its slot even when the lease object is gone, but not beyond its finalise.
+A lease is left in one of three ways: by its own call (`commit`, `mark_consumed` …), by leaving its `with` block, or by
+being dropped. Arrays and buffers made from a lease keep its slot even when the lease object is gone, but not beyond its
+finalise.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class WriteLease:
     def buffer(self) -> memoryview:
         """The slot's memory, writable, `nbytes` long. Not to be written to after `commit`."""
         self._require_open()
-        return memoryview(np.asarray(self._claim))
+        return np.asarray(self._claim).data
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class ReadLease:
     @property
     def buffer(self) -> memoryview:
         """The payload, read-only."""
-        return memoryview(np.asarray(self._held()))
+        return np.asarray(self._held()).data
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class ReadLease:
         They are the slot's own memory: copy what must outlive `mark_consumed` or `release_reading`.
         """
         memory = np.asarray(self._held())
-        return {RAW_FIELD: memory} if self._schema is None else self._schema.views(memory)
+        return {RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
 
     def frame(self) -> memoryview:
         """[64 bytes headroom | payload | padding to 8 | 64 bytes tailroom], writable, for the server to send from.
@@ -206,7 +207,7 @@ class ReadLease:
         """
         claim = self._held()
         start = self._core.identity.geometry.payload_byte(claim.hold.slot) - HEADROOM_BYTES
-        return memoryview(self._core.segment.memory[start : start + frame_bytes(claim.nbytes)])
+        return self._core.segment.memory[start : start + frame_bytes(claim.nbytes)].data
 
     def mark_consumed(self) -> bool:
         """End the attempt: its reader has had the payload.
@@ -228,8 +229,8 @@ class ReadLease:
         """Hand the attempt over to an array.
 
         Returns:
-            The payload, read-only, shape (nbytes,), uint8. When it and every view derived from it are gone, in any thread
-            and at any time, the attempt is consumed. The lease itself has then ended.
+            The payload, read-only, shape (nbytes,), uint8. When it and every view derived from it are gone, in any
+            thread and at any time, the attempt is consumed. The lease itself ends with this call.
 
         Raises:
             SlotError: the lease has ended.
@@ -255,7 +256,7 @@ class ReadLease:
         if self._claim is None:
             self._core.note_late(self._detached.hold)
             return False
-        return self._core.end_read(self._claim, consumed)
+        return self._core.end_read(self._claim, consumed=consumed)
 
     def _held(self) -> Claim:
         if self._claim is None or not self._claim.is_live:

@@ -2,21 +2,23 @@
 
 What must hold, and what makes it hold:
 
-| threat                                       | answer                                                                     |
-|----------------------------------------------|----------------------------------------------------------------------------|
-| the holder is killed, at any instruction     | robust mutex: the kernel hands it on (`EOWNERDEAD`); `repair` tidies up    |
-| KeyboardInterrupt, at any bytecode           | lock and unlock are C functions called by the `with` statement itself, so  |
-|                                              | no bytecode lies between them and the block they protect; `repair` again   |
-| the holder is stopped (SIGSTOP)              | a bounded wait, then `DeadlineExceededError`; never a take-over            |
-| a finaliser or signal handler runs inside    | the mutex is recursive and counts: a section inside a section is refused   |
-| the section, in the same thread              | with `ReenteredError`, which finalisers answer by queueing                 |
+| threat                                    | answer                                                                   |
+|-------------------------------------------|--------------------------------------------------------------------------|
+| the holder is killed, at any instruction  | robust mutex: the kernel hands it on (`EOWNERDEAD`); `repair` tidies up  |
+| KeyboardInterrupt, at any bytecode        | lock and unlock are C functions called by the `with` statement itself,   |
+|                                           | with no bytecode between them and the block they protect; `repair` again |
+| the holder is stopped (SIGSTOP)           | a bounded wait, then `DeadlineExceededError`; never a take-over          |
+| a finaliser or signal handler runs inside | the mutex is recursive and counts: a section in a section is refused     |
+| the section, in the same thread           | with `ReenteredError`, which finalisers answer by queueing               |
 
 CPython handles signals at the start of a function, at a backward jump, and after a call that is a bytecode of its own.
-`with` calls `__enter__` within `BEFORE_WITH`, and on leaving a block nothing of the three lies before `__exit__`. Both are
-`functools.partial` over the ctypes function here, so neither is a Python function that could be interrupted at its start.
+`with` calls `__enter__` within `BEFORE_WITH`, and on leaving a block nothing of the three lies before `__exit__`. Both
+are `functools.partial` over the ctypes function here, so neither is a Python function that could be interrupted at its
+start.
 
 Waiting is polling: first 40 turns that only yield (a section takes a few µs), then sleeps of 50 µs doubling to 1 ms. A
-blocking `pthread_mutex_clocklock` would not notice Ctrl-C, and its `EOWNERDEAD` would come back through an interruptible call.
+blocking `pthread_mutex_clocklock` would not notice Ctrl-C, and its `EOWNERDEAD` would come back through a call that can
+be interrupted before the mutex is made consistent.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Final, Protocol, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Final, Protocol, TypeVar, TypeVarTuple, cast
 
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, SlotError
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE, MUTEX_BYTES
@@ -63,7 +65,7 @@ class ReenteredError(BusyError):
 
 
 class _Guard(Protocol):
-    """`with guard as code:` tries the lock: 0 taken, EOWNERDEAD taken from the dead, EBUSY not taken. Leaving unlocks."""
+    """`with guard as code:` tries the lock: 0 taken, EOWNERDEAD taken from the dead, EBUSY not. Leaving unlocks."""
 
     def __enter__(self) -> int: ...
     def __exit__(self, *exc_info: object) -> None: ...
@@ -79,7 +81,7 @@ class SegmentLock:
         words: memoryview,
         *,
         key: bytes,
-        repair: Callable[[bool], None],
+        repair: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Bind to the initialised mutex of a segment.
@@ -87,8 +89,8 @@ class SegmentLock:
         Args:
             words: the segment as 64-bit words; they keep the mapping alive.
             key: names the mutex whatever the mapping: two handles on one segment in one process share it.
-            repair: tidies up after a holder that was cut off in the middle of a transition, given whether it died. Called
-                with the lock held, and again when it is itself cut off.
+            repair: tidies up after a holder that was cut off in the middle of a transition; given 1 when that holder
+                died, 0 when it lives. Called with the lock held, and again when it is itself cut off.
             clock: monotonic seconds.
         """
         mutex = words.cast("B")[MUTEX_BYTE : MUTEX_BYTE + MUTEX_BYTES]
@@ -107,7 +109,7 @@ class SegmentLock:
         """Kernel id of the thread that holds the lock now, 0 when none does."""
         return self._mutex[_LOCK_INDEX] & _THREAD_ID_MASK
 
-    def run(self, wait_s: float, body: Callable[[Unpack[ArgumentTs]], ResultT], *args: Unpack[ArgumentTs]) -> ResultT:
+    def run(self, wait_s: float, body: Callable[[*ArgumentTs], ResultT], *args: *ArgumentTs) -> ResultT:
         """Call `body(*args)` inside the critical section and return what it returns.
 
         Args:
@@ -131,7 +133,7 @@ class SegmentLock:
                     if self._mutex[_COUNT_INDEX] != 1:
                         self._settle_nesting()
                     if died or self._words[IN_TRANSITION_WORD]:
-                        self._repair(died)
+                        self._repair(int(died))
                     return body(*args)
             if code != errno.EBUSY:
                 raise SlotError("the lock of the segment is damaged; recreate the ring", errno=code)
@@ -245,7 +247,8 @@ _trylock: Final = _libc["pthread_mutex_trylock"]
 _trylock.argtypes = [ctypes.c_void_p]
 _trylock.restype = ctypes.c_int
 _unlock: Final = _libc["pthread_mutex_unlock"]
-_unlock.argtypes = [ctypes.c_void_p, _ignored, _ignored, _ignored]
+# ctypes asks of an argument's type only that it has `from_param`; mypy expects one of ctypes' own
+_unlock.argtypes = [ctypes.c_void_p, *cast("list[type[ctypes.c_void_p]]", [_ignored] * 3)]
 _unlock.restype = None
 _consistent: Final = _libc["pthread_mutex_consistent"]
 _consistent.argtypes = [ctypes.c_void_p]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 
-import msgpack
+import numpy as np
 
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
@@ -28,7 +28,7 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
     schema = None
     if config.schema is not None:
         given = config.schema
-        schema = given if isinstance(given, Schema) else Schema.from_bytes(msgpack.packb(given.to_dict()))
+        schema = given if isinstance(given, Schema) else Schema.from_dict(given.to_dict())
     schema_bytes = b"" if schema is None else schema.to_bytes()
     creator = current_owner()
     identity = Identity(
@@ -79,8 +79,8 @@ def attach_ring(name: str, *, populate: bool) -> tuple[Segment, Identity, Schema
         raise NotReadyError("the ring is still being made; try again", name=segment.name)
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
         raise ConfigError(
-            "the ring was made in another pid namespace, so a dead owner cannot be told from a live one: share it between "
-            "the containers (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
+            "the ring was made in another pid namespace, so a dead owner cannot be told from a live one: share the "
+            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
             field="name",
             name=segment.name,
             reason="pid_namespace",
@@ -105,8 +105,7 @@ def schema_bytes(segment: Segment, identity: Identity) -> bytes:
 def _describe(segment: Segment, identity: Identity, schema: bytes) -> None:
     """Write what the segment says of itself; the word that makes it complete last."""
     initialise_mutex(segment.words)
-    for index, byte in enumerate(schema):
-        segment.memory[SCHEMA_BYTE + index] = byte
+    segment.memory[SCHEMA_BYTE : SCHEMA_BYTE + len(schema)] = np.frombuffer(schema, np.uint8)
     for index, word in enumerate(identity.to_words()):
         segment.words[index] = word
     segment.words[COMPLETE_WORD] = 1

@@ -18,7 +18,7 @@ from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, boot_id, owner_alive
 NAME_PREFIX: Final = "ucxx_transport-"
 
 _LOCK_PATIENCE_S: Final = 0.1
-"""The kernel lets go of a killed process's flock 0.2 to 2 ms after the kill (measured), so a dead creator's is waited for."""
+"""The kernel lets go of a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def remove_orphan(path: Path) -> bool:
         info = _inspect(fd, path)
         if info.creator_alive:
             return False
-        # Two sweeps at once: the lock decides. A lock that stays taken is a forked child's copy, its creator being dead.
+        # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
         locked = _lock(fd, _LOCK_PATIENCE_S)
         if not locked and info.identity is None:
             return False
@@ -108,7 +108,7 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
     if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
         alive = owner_alive(identity.creator_pid, identity.creator_start)
     if alive and _lock(fd, 0.0):
-        # a pid of elsewhere says nothing, and a process may have become another program: its creator has the lock, or is gone
+        # a pid of elsewhere says nothing, and a process may have become another program: who made it has the lock
         fcntl.flock(fd, fcntl.LOCK_UN)
         alive = False
     return SegmentInfo(

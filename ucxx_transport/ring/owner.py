@@ -32,8 +32,8 @@ def current_owner() -> Owner:
 def owner_alive(pid: int, start: int) -> bool:
     """Whether the process (pid, start) still runs.
 
-    A zombie is dead: it runs nothing more, though its parent has not reaped it. A zombie with threads left is alive: its
-    main thread ended and others go on. A process that is stopped, or that this one may not look at, is alive.
+    A zombie is dead: it runs nothing more, though its parent has not reaped it. A zombie with threads left is alive:
+    its main thread ended and others go on. A process that is stopped, or that this one may not look at, is alive.
     """
     try:
         state, started, threads = _read_stat(pid)

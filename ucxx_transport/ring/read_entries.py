@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ucxx_transport.ring.layout import (
     ENTRY_LEASE,
@@ -11,6 +11,7 @@ from ucxx_transport.ring.layout import (
     ENTRY_START,
     ENTRY_WORDS,
     FIRST_ENTRY,
+    Words,
 )
 from ucxx_transport.ring.owner import Owner
 
@@ -36,21 +37,28 @@ class ReadEntries:
 
     __slots__ = ("_count", "_words")
 
-    def __init__(self, words: Any, entries: int) -> None:
+    def __init__(self, words: Words, entries: int) -> None:
         """Bind to memory.
 
         Args:
-            words: the segment as 64-bit words; `Any` as for `SlotTable`.
+            words: the segment as 64-bit words.
             entries: how many a slot has.
         """
         self._words = words
         self._count = entries
 
-    def find(self, base: int, lease_id: int, owner: Owner) -> int:
+    def leases(self, base: int) -> list[int]:
+        """The first word of each entry, 0 where it is empty. One slice costs as much as four single loads."""
+        start = base + FIRST_ENTRY + ENTRY_LEASE
+        return list(self._words[start : start + ENTRY_WORDS * self._count : ENTRY_WORDS])
+
+    def find(self, base: int, leases: list[int], lease_id: int, owner: Owner) -> int:
         """The word of an attempt in flight, 0 when it is not."""
         words = self._words
         sought = lease_id << 1
-        for index, lease in enumerate(self._leases(base)):
+        if sought not in leases:
+            return 0
+        for index, lease in enumerate(leases):
             if lease == sought:
                 entry = base + FIRST_ENTRY + ENTRY_WORDS * index
                 # lease ids are unique in a process only
@@ -58,20 +66,16 @@ class ReadEntries:
                     return entry
         return 0
 
-    def survey(self, base: int, reader: int) -> Survey:
+    def survey(self, base: int, leases: list[int], reader: int) -> Survey:
         """Count the entries; `reader` 0 is nobody in particular."""
-        leases = self._leases(base)
-        empty = leases.count(0)
         first = base + FIRST_ENTRY
-        if empty == self._count:
-            return Survey(first, 0, 0, had_by_reader=False)
+        empty = leases.count(0)
         reads = sum(lease & 1 for lease in leases)
         return Survey(
             first + ENTRY_WORDS * leases.index(0) if empty else 0,
             self._count - empty - reads,
             reads,
-            had_by_reader=reads > 0
-            and reader != 0
+            had_by_reader=reader != 0
             and any(
                 lease & 1 and self._words[first + ENTRY_WORDS * index + ENTRY_READER] == reader
                 for index, lease in enumerate(leases)
@@ -81,11 +85,7 @@ class ReadEntries:
     def in_flight(self, base: int) -> list[int]:
         """The words of the attempts in flight."""
         first = base + FIRST_ENTRY
-        return [
-            first + ENTRY_WORDS * index
-            for index, lease in enumerate(self._leases(base))
-            if lease and not lease & 1
-        ]
+        return [first + ENTRY_WORDS * index for index, lease in enumerate(self.leases(base)) if lease and not lease & 1]
 
     def owner(self, entry: int) -> Owner:
         """Whose attempt an entry is."""
@@ -93,11 +93,6 @@ class ReadEntries:
 
     def clear(self, base: int) -> None:
         """Forget attempts and reads."""
-        for index, lease in enumerate(self._leases(base)):
+        for index, lease in enumerate(self.leases(base)):
             if lease:
                 self._words[base + FIRST_ENTRY + ENTRY_WORDS * index + ENTRY_LEASE] = 0
-
-    def _leases(self, base: int) -> list[int]:
-        """The first word of each entry: one slice costs as much as four single loads."""
-        start = base + FIRST_ENTRY + ENTRY_LEASE
-        return list(self._words[start : start + ENTRY_WORDS * self._count : ENTRY_WORDS])

@@ -61,13 +61,13 @@ class SlotReader:
         """See `SharedRingBuffer.read`."""
         with self.acquire_ref(ref, reader) as lease:
             copy = np.frombuffer(lease.buffer, np.uint8).copy()
-            if lease.checksum is not None and xxhash.xxh3_64_intdigest(memoryview(copy)) != lease.checksum:
+            if lease.checksum is not None and xxhash.xxh3_64_intdigest(copy.data) != lease.checksum:
                 raise ChecksumError(
                     "the payload in the ring is not the one that was written",
                     slot=ref.slot,
                     generation=ref.generation,
                     expected=lease.checksum,
                 )
-            arrays = {RAW_FIELD: copy} if self._schema is None else self._schema.views(copy, writable=True)
+            arrays = {RAW_FIELD: copy} if self._schema is None else self._schema.views(copy.data, writable=True)
             lease.mark_consumed()
         return arrays

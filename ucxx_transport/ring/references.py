@@ -48,8 +48,8 @@ class ReferenceMaker:
         template = self._template
         if meta:
             template = replace(template, meta=meta)
-        # A copy of a checked reference with the slot's own numbers, which cannot be out of bounds. Checking all of it again
-        # took 6 µs of the 15 of a small write.
+        # A copy of a checked reference with the slot's own numbers, which cannot be out of bounds. Checking all of it
+        # again took 6 µs of the 15 of a small write.
         ref = object.__new__(SlotRef)
         own = {"slot": slot, "generation": generation, "nbytes": nbytes, "checksum": checksum}
         for name in _FIELDS:

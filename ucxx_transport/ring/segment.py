@@ -1,8 +1,9 @@
 """The memory of a ring: one file in /dev/shm, mapped. Made, filled, attached to and removed here.
 
-A file of our own instead of `multiprocessing.shared_memory`: up to Python 3.12 the resource tracker of that module unlinks a
-segment when any process that attached to it exits. The creator holds `flock` on the file for life, through a descriptor of its
-own (not the mapping's, which forked children inherit), so that anyone can tell a half-made file from an abandoned one.
+A file of our own instead of `multiprocessing.shared_memory`: up to Python 3.12 the resource tracker of that module
+unlinks a segment when any process that attached to it exits. The creator holds `flock` on the file for life, through a
+descriptor of its own (not the mapping's, which forked children inherit), so that anyone can tell a half-made file from
+an abandoned one.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class _Removal:
         self._process_id = os.getpid()
         self._done = False
         _removals.add(self)
-        # multiprocessing's forked children leave by os._exit, without atexit: its own exit hook is run by all its children
+        # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
         self._at_exit = multiprocessing.util.Finalize(None, self, exitpriority=0)
 
     @property
@@ -263,7 +264,7 @@ def _allocate(fd: int, nbytes: int, path: Path) -> None:
 def _too_large(nbytes: int, free: int, path: Path) -> ConfigError:
     return ConfigError(
         f"a ring of {nbytes} bytes ({nbytes / 2**20:.1f} MiB) does not fit {path.parent}, which has {free} bytes "
-        f"({free / 2**20:.1f} MiB) free: lower ring.slots or the size of a slot, remove what is left of dead workers with "
+        f"({free / 2**20:.1f} MiB) free: lower ring.slots or the size of a slot, remove what dead workers left with "
         f"`ucxx-transport clean`, or enlarge it (docker: --shm-size; else: mount -o remount,size=… {path.parent})",
         field="slots",
         needed_bytes=nbytes,

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class SharedRingBuffer:
     """One process's handle on a ring. Every call is safe from any thread and any process that has a handle.
 
-    The handle that made the ring removes it from the host on `close`, on leaving `with`, and at exit; one that attached never
-    does. Closing does not end leases: arrays of theirs stay valid, and the memory goes with the last of them.
+    The handle that made the ring removes it from the host on `close`, on leaving `with`, and at exit; one that attached
+    never does. Closing does not end leases: arrays of theirs stay valid, and the memory goes with the last of them.
 
     >>> with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=64)) as ring:
     ...     ref = ring.write_raw(b"an episode")
@@ -236,7 +236,8 @@ class SharedRingBuffer:
 
         Args:
             ref: the payload's name.
-            reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: nobody in particular.
+            reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: nobody in
+                particular, who always counts.
 
         Raises:
             StaleSlotError: the payload is not in the ring any more, or never was.
@@ -294,7 +295,7 @@ class SharedRingBuffer:
         return len(self._core.search.slots_in(SlotState.READY))
 
     def ready_refs(self) -> list[SlotRef]:
-        """References of the payloads that wait to be read, oldest first. Their `meta` is empty: it is not in the ring."""
+        """References of the payloads that wait to be read, oldest first; without `meta`, which is not in the ring."""
         self._require_open()
         return self._core.transact(self._ready_refs)
 

@@ -9,7 +9,7 @@ from ucxx_transport.ring.layout import CURSOR_WORD, SEQUENCE, STATE, WORD_BYTES,
 from ucxx_transport.ring.states import STATE_MASK, SlotState
 
 _NEAR = 4
-"""Slots looked at one by one before all are scanned with numpy; in a ring that is read in order the first one is free."""
+"""Slots looked at one by one before all are scanned with numpy; in a ring read in order the first one is free."""
 
 _NEVER = 2**64 - 1
 _FREE = int(SlotState.FREE)

@@ -1,8 +1,8 @@
-"""The slot headers of a segment and every transition on them. The caller holds the lock; nothing here waits or does I/O.
+"""The slot headers of a segment and all transitions on them. The caller holds the lock; nothing here waits or does I/O.
 
-Each change is bracketed by the segment's in-transition word and commits by one store of a state word (or, within READING,
-of a read entry's first word). What is written before that store does not count while the old state stands, and what is
-written after it does not count under the new one:
+Each change is bracketed by the segment's in-transition word and commits by one store of a state word (or, within
+READING, of a read entry's first word). What is written before that store does not count while the old state stands, and
+what is written after it does not count under the new one:
 
 | state   | what counts of the header                                                                             |
 |---------|-------------------------------------------------------------------------------------------------------|
@@ -11,13 +11,13 @@ written after it does not count under the new one:
 | READY   | nbytes, sequence, checksum, required reads, entries of readers that have had the payload              |
 | READING | the same, and the entries in flight                                                                   |
 
-So `repair` of a slot is to clear what does not count and, for READING with nothing in flight, to take the transition that
-was cut off. It is idempotent, and complete wherever its predecessor was killed or interrupted.
+So `repair` of a slot is to clear what does not count and, for READING with nothing in flight, to take the transition
+that was cut off. It is idempotent, and complete wherever its predecessor was killed or interrupted.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
 from ucxx_transport.ring.layout import (
@@ -28,6 +28,7 @@ from ucxx_transport.ring.layout import (
     ENTRY_PID,
     ENTRY_READER,
     ENTRY_START,
+    FIRST_ENTRY,
     HAS_CHECKSUM,
     IN_TRANSITION_WORD,
     NBYTES,
@@ -40,6 +41,7 @@ from ucxx_transport.ring.layout import (
     WRITER_START,
     Counter,
     Geometry,
+    Words,
 )
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.read_entries import ReadEntries
@@ -54,6 +56,7 @@ _WRITTEN = COUNTER_WORD + Counter.WRITTEN
 _OVERWRITTEN = COUNTER_WORD + Counter.OVERWRITTEN
 _COMMITTED = COUNTER_WORD + Counter.COMMITTED
 _COMMITTED_BYTES = COUNTER_WORD + Counter.COMMITTED_BYTES
+_CONSUMED = int(Counter.CONSUMED)
 _ACQUIRED = COUNTER_WORD + Counter.ACQUIRED
 _FREED = COUNTER_WORD + Counter.FREED
 
@@ -78,17 +81,16 @@ class PayloadFacts(NamedTuple):
 class SlotTable:
     """Transitions of the slots of one segment.
 
-    Every method must be called with the segment's lock held, except `peek`, whose answer is of the past when it returns.
+    Call every method with the segment's lock held, except `peek`, whose answer is of the past when it returns.
     """
 
     __slots__ = ("_entries", "_first", "_geometry", "_per_slot", "_words")
 
-    def __init__(self, words: Any, geometry: Geometry) -> None:
+    def __init__(self, words: Words, geometry: Geometry) -> None:
         """Bind to memory.
 
         Args:
-            words: the segment as 64-bit words, a `memoryview`; a store of one must be atomic. `Any`, since no Protocol says
-                what it shares with the list that tests give, and a memoryview of words is no MutableSequence to mypy.
+            words: the segment as 64-bit words.
             geometry: where the headers lie.
         """
         self._words = words
@@ -222,15 +224,11 @@ class SlotTable:
         state = word & STATE_MASK
         if generation_of(word) != hold.generation or state < _READY:
             raise self._stale(hold, word, "the slot was recycled, or its payload was read, dropped or never written")
-        entries = self._entries.survey(base, reader)
-        if entries.had_by_reader or entries.reads >= words[base + REQUIRED_READS]:
-            raise self._stale(hold, word, "the payload was read already, though an attempt is still in flight")
-        if entries.in_flight >= self._geometry.max_attempts:
-            self.count(Counter.BUSY)
-            raise BusyError(
-                "the slot carries as many read attempts as it can", slot=hold.slot, attempts=entries.in_flight
-            )
-        entry = entries.first_empty
+        entry = (
+            base + FIRST_ENTRY
+        )  # of a payload with one reader, READY means that nobody has had it: all entries are empty
+        if state != _READY or words[base + REQUIRED_READS] != 1:
+            entry = self._entry_for(base, hold, reader, word)
         words[IN_TRANSITION_WORD] = hold.slot + 1
         words[_ACQUIRED] += 1
         words[entry + ENTRY_PID] = hold.owner.pid
@@ -241,13 +239,12 @@ class SlotTable:
         words[IN_TRANSITION_WORD] = 0
         return self._facts(base)
 
-    def finalise(self, hold: Hold, consumed: bool, reason: Counter) -> bool:
-        """End a read attempt. The last one in flight takes the slot to FREE, or back to READY while a reader is missing.
+    def finalise(self, hold: Hold, reason: Counter) -> bool:
+        """End a read attempt. The last one takes the slot to FREE, or back to READY while a reader is missing.
 
         Args:
             hold: the attempt.
-            consumed: whether its reader has had the payload.
-            reason: what is counted.
+            reason: why, which is counted. `CONSUMED`: its reader has had the payload.
 
         Returns:
             Whether the attempt was in flight; False changes nothing.
@@ -257,16 +254,21 @@ class SlotTable:
         word = words[base + STATE]
         if word & STATE_MASK != _READING or generation_of(word) != hold.generation:
             return False
-        entry = self._entries.find(base, hold.lease_id, hold.owner)
+        leases = self._entries.leases(base)
+        entry = self._entries.find(base, leases, hold.lease_id, hold.owner)
         if entry == 0:
             return False
         words[IN_TRANSITION_WORD] = hold.slot + 1
-        self.count(reason)
-        entries = self._entries.survey(base, words[entry + ENTRY_READER])
-        # A second read by one reader, or one more than asked for, is no record worth keeping.
-        counts = consumed and not entries.had_by_reader and entries.reads < words[base + REQUIRED_READS]
+        words[COUNTER_WORD + reason] += 1
+        required = words[base + REQUIRED_READS]
+        in_flight, reads, counts = 0, 0, reason == _CONSUMED
+        if required != 1 or len(leases) - leases.count(0) > 1:
+            entries = self._entries.survey(base, leases, words[entry + ENTRY_READER])
+            in_flight, reads = entries.in_flight - 1, entries.reads
+            # A second read by one reader, or one more than asked for, is no record worth keeping.
+            counts = counts and reads < required and not entries.had_by_reader
         words[entry + ENTRY_LEASE] = hold.lease_id << 1 | 1 if counts else 0
-        self._leave_reading(base, entries.in_flight - 1, entries.reads + counts)
+        self._leave_reading(base, in_flight, reads + counts)
         words[IN_TRANSITION_WORD] = 0
         return True
 
@@ -305,7 +307,7 @@ class SlotTable:
             for entry in self._entries.in_flight(base):
                 words[entry + ENTRY_LEASE] = 0
         else:
-            entries = self._entries.survey(base, 0)
+            entries = self._entries.survey(base, self._entries.leases(base), 0)
             self._leave_reading(base, entries.in_flight, entries.reads)
         self.count(Counter.REPAIRED_SLOTS)
         words[IN_TRANSITION_WORD] = 0
@@ -329,6 +331,23 @@ class SlotTable:
             and words[base + WRITER_PID] == hold.owner.pid
             and words[base + WRITER_START] == hold.owner.start
         )
+
+    def _entry_for(self, base: int, hold: Hold, reader: int, word: int) -> int:
+        """The entry that a read attempt may take.
+
+        Raises:
+            StaleSlotError: all readers, or this one, have had the payload.
+            BusyError: no more attempts go in.
+        """
+        entries = self._entries.survey(base, self._entries.leases(base), reader)
+        if entries.had_by_reader or entries.reads >= self._words[base + REQUIRED_READS]:
+            raise self._stale(hold, word, "the payload was read already, though an attempt is still in flight")
+        if entries.in_flight >= self._geometry.max_attempts:
+            self.count(Counter.BUSY)
+            raise BusyError(
+                "the slot carries as many read attempts as it can", slot=hold.slot, attempts=entries.in_flight
+            )
+        return entries.first_empty
 
     def _leave_reading(self, base: int, in_flight: int, reads: int) -> None:
         """Take a READING slot out of READING if nothing is in flight any more."""

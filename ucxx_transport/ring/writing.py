@@ -121,7 +121,7 @@ class SlotWriter:
         """Writable arrays over a slot's memory, as the schema says."""
         if self._schema is None or placement is None:
             return {RAW_FIELD: memory}
-        return self._schema.nest(view_fields(memoryview(memory), placement))
+        return self._schema.nest(view_fields(memory.data, placement))
 
     def commit(self, claim: Claim, nbytes: int, required: int, meta: Mapping[str, object] | None) -> SlotRef:
         """Make a filled slot readable.
@@ -133,7 +133,7 @@ class SlotWriter:
         hold = claim.hold
         checksum = None
         if self._core.identity.checksum:
-            checksum = xxhash.xxh3_64_intdigest(memoryview(self._memory(hold.slot, nbytes)))
+            checksum = xxhash.xxh3_64_intdigest(self._memory(hold.slot, nbytes).data)
         # made first: what can go wrong with it must not leave a payload that nobody knows of
         ref = self._references.make(hold.slot, hold.generation, nbytes, checksum, meta)
         self._core.transact(self._core.table.commit, hold, nbytes, checksum, required)
@@ -220,7 +220,7 @@ class SlotWriter:
         """The arrays of a slot, for this layout, with the lengths written."""
         placed, targets = self._targets.get(slot, (None, []))
         if placed is not placement:
-            targets = view_fields(memoryview(self._memory(slot, placement.nbytes)), placement)
+            targets = view_fields(self._memory(slot, placement.nbytes).data, placement)
             if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
                 self._targets[slot] = (placement, targets)
         if placement.lengths:
@@ -229,7 +229,7 @@ class SlotWriter:
 
     def _write_lengths(self, slot: int, placement: Placement) -> None:
         count = len(placement.lengths)
-        struct.pack_into(f"<{count}Q", self._memory(slot, placement.nbytes), 0, *placement.lengths)
+        struct.pack_into(f"<{count}Q", self._memory(slot, placement.nbytes).data, 0, *placement.lengths)
 
     def _memory(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
         start = self._core.identity.geometry.payload_byte(slot)
