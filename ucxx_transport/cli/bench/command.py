@@ -15,7 +15,7 @@ from ucxx_transport.cli.bench.results import Result, Round
 from ucxx_transport.cli.bench.ring_source import SourceSettings
 from ucxx_transport.cli.bench.rounds import Lane, Plan, measure_size
 from ucxx_transport.cli.bench.table import disturbance, size_table
-from ucxx_transport.cli.output import AsJson, console
+from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.units import format_bytes, parse_bytes
 
