@@ -33,11 +33,11 @@ def print_error(message: str, facts: Mapping[str, object]) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A terminal, or plain text of 120 columns or more where stdout is none."""
+    """A terminal, or plain text with unbroken rows where stdout is none."""
     from rich.console import Console
 
     terminal = Console(stderr=stderr, highlight=False)
-    return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=max(terminal.width, 160))
+    return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=max(terminal.width, 320))
 
 
 def logs_to_stderr(level: str = "warning") -> None:

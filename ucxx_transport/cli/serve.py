@@ -54,8 +54,8 @@ def serve(
 ) -> None:
     """Make a ring, serve it until SIGTERM or Ctrl-C, and leave nothing behind.
 
-    Other settings come from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds references of the
-    payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
+    Other settings come from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds references of
+    the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
     """
     from ucxx_transport.config import RingConfig, ServerConfig
     from ucxx_transport.ring import SharedRingBuffer

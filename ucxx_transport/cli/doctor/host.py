@@ -1,0 +1,116 @@
+"""The host: shared memory, what dead processes left in it, limits, and the address to publish."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+
+from ucxx_transport.cli.doctor.finding import Finding, Verdict
+from ucxx_transport.cli.doctor.ucx import rdma_devices
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.link.address import choose_address, list_interfaces
+from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id, pid_namespace
+from ucxx_transport.units import format_bytes
+
+__all__ = ["host_findings"]
+
+_SMALL_SHARED_MEMORY_BYTES = 1 << 30
+"""Docker gives 64 MiB unless told otherwise; a ring of a few large episodes needs more."""
+
+_FEW_DESCRIPTORS = 4096
+"""1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
+
+
+def host_findings() -> Iterator[Finding]:
+    """What the transport needs of this host."""
+    yield from _network_findings()
+    yield _shared_memory()
+    yield _segments()
+    yield _descriptors()
+    yield _locked_memory()
+    yield Finding(topic="host", name="cores", value=str(len(os.sched_getaffinity(0))))
+    yield Finding(
+        topic="host",
+        name="host id",
+        value=f"{host_id()} (pid namespace {pid_namespace()})",
+        remedy="containers read each other's rings in place where this is the same: share /dev/shm and the pid namespace",
+    )
+
+
+def _network_findings() -> Iterator[Finding]:
+    listed = [
+        f"{one.name} {one.address}{f' ({one.rdma_device})' if one.rdma_device else ''}{'' if one.up else ' down'}"
+        for one in list_interfaces()
+    ]
+    yield Finding(topic="network", name="interfaces", value=", ".join(listed) or "none")
+    try:
+        chosen = choose_address(None)
+    except ConfigError as error:
+        yield Finding(topic="network", name="published address", value=error.message, verdict="failure")
+        return
+    alone = chosen.startswith("127.")
+    yield Finding(
+        topic="network",
+        name="published address",
+        value=f"{chosen} (listening is on all interfaces)",
+        verdict="warning" if alone else "ok",
+        remedy="only this host reaches it; another: server.host or UCXX_TRANSPORT_SERVER__HOST" if alone else "",
+    )
+
+
+def _shared_memory() -> Finding:
+    size = os.statvfs(SHARED_MEMORY_FOLDER)
+    total, free = size.f_blocks * size.f_frsize, size.f_bavail * size.f_frsize
+    small = 0 < free < _SMALL_SHARED_MEMORY_BYTES
+    writable = os.access(SHARED_MEMORY_FOLDER, os.W_OK)
+    verdict: Verdict = "failure" if not writable else "warning" if small else "ok"
+    return Finding(
+        topic="host",
+        name=str(SHARED_MEMORY_FOLDER),
+        value=f"{format_bytes(free)} free of {format_bytes(total)}" + ("" if writable else ", not writable"),
+        verdict=verdict,
+        remedy="" if verdict == "ok" else "docker: --shm-size=8g; else: mount -o remount,size=8g /dev/shm",
+    )
+
+
+def _segments() -> Finding:
+    segments = list_segments()
+    orphans = [info for info in segments if not info.creator_alive]
+    held = format_bytes(sum(info.nbytes for info in orphans))
+    return Finding(
+        topic="host",
+        name="rings",
+        value=f"{len(segments) - len(orphans)} in use, {len(orphans)} left by dead processes",
+        verdict="warning" if orphans else "ok",
+        remedy=f"ucxx-transport clean frees {held}; so does the next ring made here" if orphans else "",
+    )
+
+
+def _descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft != resource.RLIM_INFINITY and soft < _FEW_DESCRIPTORS
+    return Finding(
+        topic="host",
+        name="open files",
+        value=f"{_limit(soft)} (at most {_limit(hard)})",
+        verdict="note" if few else "ok",
+        remedy="each connection takes one: ulimit -n 65536 for a server of many trainers" if few else "",
+    )
+
+
+def _locked_memory() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    matters = bool(rdma_devices()) and soft != resource.RLIM_INFINITY
+    return Finding(
+        topic="host",
+        name="locked memory",
+        value="unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft),
+        verdict="warning" if matters else "ok",
+        remedy="RDMA locks the memory it sends from: ulimit -l unlimited" if matters else "",
+    )
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)

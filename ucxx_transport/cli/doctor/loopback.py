@@ -1,0 +1,64 @@
+"""The whole way once, on this machine: a ring, its server in a process of its own, and a client."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from statistics import median
+
+from ucxx_transport.cli.doctor.finding import Finding
+from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.errors import TransportError
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.server import UCXXServer
+from ucxx_transport.units import format_bytes, format_duration
+
+__all__ = ["loopback_findings"]
+
+_PAYLOAD_BYTES = 1 << 20
+_READS = 32
+
+
+def loopback_findings() -> Iterator[Finding]:
+    """Read payloads in place and, where ucxx is installed, over UCX; bytes are compared."""
+    try:
+        with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, checksum=True)) as ring:
+            yield _reads(ring, ClientConfig(local="view"), "in place")
+            if find_spec("ucxx") is None:
+                return
+            with UCXXServer(ring, ServerConfig(ports=1, base_port=None, host="127.0.0.1", mode="process")):
+                yield _reads(ring, ClientConfig(local="off", deadline_s=10.0), "over UCX")
+    except TransportError as error:
+        yield Finding(topic="loopback", name="ring and server", value=str(error), verdict="failure")
+
+
+def _reads(ring: SharedRingBuffer, settings: ClientConfig, name: str) -> Finding:
+    took_s = []
+    with SyncUCXXClient(settings) as client:
+        for _ in range(_READS):
+            sent = os.urandom(_PAYLOAD_BYTES)
+            ref = ring.write_raw(sent)
+            start = time.perf_counter()
+            try:
+                with client.read(ref) as payload:
+                    took_s.append(time.perf_counter() - start)
+                    intact = bytes(payload.buffer) == sent
+            except TransportError as error:
+                return Finding(topic="loopback", name=name, value=str(error), verdict="failure")
+            if not intact:
+                return Finding(
+                    topic="loopback", name=name, value="other bytes came than were written", verdict="failure"
+                )
+        lanes = [lane for lane in client.statistics().transports if lane != "unknown"]
+    typical = median(took_s)
+    through = f" through {', '.join(lanes)}" if lanes else ""
+    speed = f"{_PAYLOAD_BYTES / typical / 1e9:.1f} GB/s" if name != "in place" else "nothing copied"
+    size = format_bytes(_PAYLOAD_BYTES)
+    return Finding(
+        topic="loopback",
+        name=name,
+        value=f"{_READS} × {size} intact, {format_duration(typical)} each, {speed}{through}",
+    )

@@ -1,0 +1,96 @@
+"""UCX: whether it starts, which transports it has, and what the user's UCX_* settings are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ucxx_transport.cli.doctor.finding import Finding
+
+__all__ = ["rdma_devices", "transport_findings", "ucx_findings"]
+
+_PROBE_LIMIT_S = 30.0
+_RDMA = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
+_PREFER_SYSTEM = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
+
+
+def ucx_findings() -> Iterator[Finding]:
+    """What UCX says of itself, asked in a process of its own; nothing where ucxx is not installed."""
+    if find_spec("ucxx") is None:
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ucxx_transport.cli.doctor.ucx_probe"],
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_LIMIT_S,
+            check=True,
+        )
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        yield _does_not_start(f"no answer within {_PROBE_LIMIT_S:g} s")
+    except subprocess.CalledProcessError as error:
+        yield _does_not_start((error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1])
+    except (ValueError, IndexError) as error:
+        yield _does_not_start(f"its answer makes no sense: {error}")
+    else:
+        yield Finding(topic="ucx", name="version", value=str(facts["version"]))
+        yield from transport_findings(facts, rdma_devices=rdma_devices(), environment=os.environ)
+    yield from _setting_findings(os.environ)
+
+
+def transport_findings(
+    facts: Mapping[str, Any], *, rdma_devices: list[str], environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Which ways UCX has, and whether RDMA is among them where there is hardware for it.
+
+    Args:
+        facts: the probe's answer.
+        rdma_devices: RDMA devices of this host, such as `mlx5_0`.
+        environment: the process's environment.
+    """
+    ways = sorted({f"{transport}/{device}" for transport, device in facts["resources"]})
+    yield Finding(topic="ucx", name="transports", value=", ".join(ways) or "none")
+    if _RDMA & {transport for transport, _ in facts["resources"]}:
+        yield Finding(topic="ucx", name="rdma", value="available")
+        return
+    is_asked_for = environment.get(_PREFER_SYSTEM, "").lower() == "true"
+    yield Finding(
+        topic="ucx",
+        name="rdma",
+        value=f"{', '.join(rdma_devices)} in this host, but not usable by this UCX"
+        if rdma_devices
+        else "no device here",
+        verdict="warning" if rdma_devices else "note",
+        remedy="the UCX of the wheel has no verbs: where there is RDMA install a UCX that has, and set "
+        f"{_PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}",
+    )
+
+
+def rdma_devices(sysfs: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """RDMA devices of this host, from sysfs."""
+    return sorted(device.name for device in sysfs.glob("*"))
+
+
+def _setting_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    own = {name: value for name, value in environment.items() if name.startswith(("UCX_", "UCXPY_", "RAPIDS_LIBUCX_"))}
+    for name, value in sorted(own.items()):
+        yield Finding(
+            topic="ucx", name=name, value=value, verdict="note", remedy="set by you; it wins over the transport's own"
+        )
+
+
+def _does_not_start(reason: str) -> Finding:
+    return Finding(
+        topic="ucx",
+        name="start",
+        value=reason,
+        verdict="failure",
+        remedy="UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info",
+    )
