@@ -1,8 +1,9 @@
 """Receive buffers that come back by themselves.
 
-A buffer is lent as a numpy array that owns the loan: every view derived from it (a payload's arrays, a torch tensor over
-one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no later
-payload ever appears in an array that somebody still holds.
+A buffer is lent as a numpy array that owns the loan: every view derived from it (a payload's arrays, a torch tensor
+over one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no
+later payload ever appears in an array that somebody still holds. The same keeps a buffer out of the pool while a
+receive into it is in flight: the link holds a view of it until UCX has let go, for good if UCX never does.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ class _Loan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPoolStatistics:
-    """Attributes: lent: buffers out now. idle_bytes: kept for reuse. allocations: ever made. reuses: loans served without."""
+    """What a pool holds and has done.
+
+    Attributes:
+        lent: buffers out now.
+        idle_bytes: kept for reuse.
+        allocations: ever made.
+        reuses: loans served without one.
+    """
 
     lent: int
     idle_bytes: int
@@ -94,12 +102,6 @@ class BufferPool:
             self._loans[weakref.ref(loan, self._returned.append)] = memory
         return np.asarray(loan)
 
-    def abandon(self, lent: Bytes) -> None:
-        """Never lend this memory again: UCX may still write into it. It stays allocated."""
-        loan = lent.base
-        with self._lock:
-            _ABANDONED.append(loan)
-
     def statistics(self) -> BufferPoolStatistics:
         """Counts now."""
         with self._lock:
@@ -125,10 +127,6 @@ class BufferPool:
             while other != nbytes and self._idle[other] and self._idle_bytes + nbytes > self._keep_bytes:
                 self._idle_bytes -= len(self._idle[other].pop())
         return self._idle_bytes + nbytes <= self._keep_bytes
-
-
-# Loans that UCX never gave back; referenced for the life of the process.
-_ABANDONED: list[object] = []
 
 
 def _allocate(nbytes: int) -> Bytes:

@@ -55,7 +55,8 @@ class UCXXClient:
 
         Args:
             ref: names it and says where it is.
-            into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it stays
+            into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it
+                stays
                 in a pooled buffer, or in the slot itself.
             deadline_s: seconds this call may take in all, retries included; default `ClientConfig.deadline_s`.
 
@@ -87,7 +88,8 @@ class UCXXClient:
         """Read payloads concurrently, fairly across sources; one that fails costs none of the others.
 
         Args:
-            refs: what to read. deadline_s: seconds for all of them together.
+            refs: what to read.
+            deadline_s: seconds for all of them together.
 
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
@@ -112,7 +114,7 @@ class UCXXClient:
         remote = self._remote
         if remote is not None:
             await remote.aclose()
-        self._core.local.close()
+        self._core.close()
 
     async def __aenter__(self) -> Self:
         """The client itself."""

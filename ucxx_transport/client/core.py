@@ -18,7 +18,7 @@ from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.remote import RemoteReader
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
 from ucxx_transport.config import ClientConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
@@ -47,6 +47,7 @@ class ClientCore:
         self._delivered = DeliveredNames(self.config.max_attached_rings)
         self._link_factory = link_factory or _ucxx_links(self.config)
         self._pid = os.getpid()
+        self._closed = False
         self.local = LocalReader(
             self.config.local,
             reader=self.reader,
@@ -65,9 +66,12 @@ class ClientCore:
 
         Raises:
             StaleSlotError: delivered before, or its ring on this host is gone.
-            ConfigError: the payload is larger than `max_payload_bytes` or does not fit `into`, or this is a forked
+            ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
+                or this is a forked
                 copy of the client.
         """
+        if self._closed:
+            raise ConfigError("the client is closed; make another")
         if os.getpid() != self._pid:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
         if ref.nbytes > self.config.max_payload_bytes:
@@ -84,7 +88,22 @@ class ClientCore:
 
     def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None) -> Payload:
         """Read from an attached ring, counted."""
-        return self.deliver(self.local.read(ring, ref), into)
+        try:
+            payload = self.local.read(ring, ref)
+        except SlotError:
+            if not ring.closed:
+                raise
+            # Another thread let go of this handle in the meantime, to make room or because its worker died.
+            replacement = self.local.ring_of(ref)
+            if replacement is None:
+                raise
+            payload = self.local.read(replacement, ref)
+        return self.deliver(payload, into)
+
+    def close(self) -> None:
+        """Refuse further reads and let go of all rings."""
+        self._closed = True
+        self.local.close()
 
     def deliver_remote(self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None) -> Payload:
         """Hand over what came over UCX, counted."""
@@ -123,6 +142,7 @@ class ClientCore:
             pooled_endpoints=remote.pooled_endpoints if remote is not None else 0,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
+            parked_buffers=link.statistics().parked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
 

@@ -1,4 +1,4 @@
-"""A limit on reads in flight that is fair across sources: a source with many waiting reads does not hold up the others."""
+"""A limit on reads in flight, fair across sources: one with many waiting reads does not hold up the others."""
 
 from __future__ import annotations
 
@@ -31,10 +31,16 @@ class FairGate:
         finally:
             self.release()
 
-    async def acquire(self, source: Hashable) -> None:
-        """Take a place, waiting for `source`'s turn. A cancelled wait takes none."""
+    def try_acquire(self) -> bool:
+        """Take a place if one is free now."""
         if self._free > 0:
             self._free -= 1
+            return True
+        return False
+
+    async def acquire(self, source: Hashable) -> None:
+        """Take a place, waiting for `source`'s turn. A cancelled wait takes none."""
+        if self.try_acquire():
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(turn)

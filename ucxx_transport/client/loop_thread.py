@@ -6,6 +6,7 @@ import atexit
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -19,8 +20,8 @@ _JOIN_TIMEOUT_S = 5.0
 class LoopThread:
     """Runs coroutines for threads that have no event loop.
 
-    anyio's own `start_blocking_portal` would keep the interpreter from exiting until it is stopped; a trainer that forgets
-    to close its client must still be able to end, so this thread is a daemon and stops at exit.
+    anyio's own `start_blocking_portal` would keep the interpreter from exiting until it is stopped; a trainer that
+    forgets to close its client must still be able to end, so this thread is a daemon and stops at exit.
 
     Args:
         name: of the thread. on_exit: run at interpreter exit, before the loop stops.
@@ -47,7 +48,7 @@ class LoopThread:
         atexit.unregister(self.stop)
         if self._thread.is_alive():
             try:
-                self._portal.start_task_soon(self._portal.stop, True)
+                self._portal.start_task_soon(partial(self._portal.stop, cancel_remaining=True))
             except RuntimeError:
                 return  # stopped already
             self._thread.join(_JOIN_TIMEOUT_S)

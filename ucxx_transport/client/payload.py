@@ -19,9 +19,9 @@ Transport = Literal["view", "copy", "ucx"]
 class Payload:
     """One delivered payload: its bytes, and its arrays as views of them.
 
-    The memory behind it (a pooled buffer, or the ring's slot itself after a read in place) is recycled only when neither
-    the payload nor any array, slice or tensor made from it is left. `release()` drops the payload's own hold; call it, or
-    use `with`, as soon as the data is used up: an unreleased view keeps its slot from being written.
+    The memory behind it (a pooled buffer, or the ring's slot itself after a read in place) is recycled only when
+    neither the payload nor any array, slice or tensor made from it is left. `release()` drops the payload's own hold;
+    call it, or use `with`, as soon as the data is used up: an unreleased view keeps its slot from being written.
 
     Attributes:
         ref: the reference it was read by.
@@ -75,7 +75,7 @@ class Payload:
         return self._root is None
 
     def release(self) -> None:
-        """Give up this payload's hold on its memory. Arrays taken from it stay valid as long as they live. Idempotent."""
+        """Give up this payload's hold on its memory; arrays taken from it stay valid while they live. Idempotent."""
         self._root = None
         self._arrays = None
 
@@ -108,7 +108,8 @@ class Payload:
         """Name, size and way of transport."""
         state = " released" if self._root is None else ""
         ref = self.ref
-        return f"<Payload {ref.ring_name} slot={ref.slot} generation={ref.generation} {ref.nbytes} B {self.transport}{state}>"
+        name = f"{ref.ring_name} slot={ref.slot} generation={ref.generation}"
+        return f"<Payload {name} {ref.nbytes} B {self.transport}{state}>"
 
     def _held(self) -> npt.NDArray[np.uint8]:
         if self._root is None:

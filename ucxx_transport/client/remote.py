@@ -1,5 +1,8 @@
-"""Reads over UCX: the slot layer and the port layer of retry, under one deadline. Decisions live in `rotation`,
-`quarantine`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one event loop."""
+"""Reads over UCX: the slot layer and the port layer of retry, under one deadline.
+
+Decisions live in `rotation`, `quarantine`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one
+event loop.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
+import anyio
 import structlog
 
 from ucxx_transport.client.channel import Channel
@@ -89,6 +93,7 @@ class RemoteReader:
         self._link: Link | None = None
         self._opening = asyncio.Lock()
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._gate = FairGate(config.max_concurrent_reads)
         self._quarantine = Quarantine(config.port_quarantine_s)
         self._rotation = Rotation()
@@ -103,7 +108,8 @@ class RemoteReader:
         """The slot layer: fresh calls while failures are worth one.
 
         Args:
-            ref: names the payload and where it is. deadline_s: absolute, on the event loop's clock.
+            ref: names the payload and where it is.
+            deadline_s: absolute, on the event loop's clock.
 
         Returns:
             The payload's bytes in a pooled buffer, and its schema.
@@ -112,19 +118,19 @@ class RemoteReader:
             StaleSlotError, ProtocolError, AuthenticationError: at once. DeadlineExceededError: the deadline passed.
             PeerLostError, BusyError, NotReadyError, ChecksumError: still failing after the last attempt.
         """
-        if self._closed:
-            raise ConfigError("the client is closed")
+        self._check_loop()
         if not ref.ports or not ref.host:
             raise ConfigError(
                 "this reference carries no address to read from; start the UCXXServer before writing",
                 ring=ref.ring_name,
             )
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                await self._gate.acquire((ref.host, ref.ports))
-        except TimeoutError:
-            raise self._too_late(ref) from None
+        if not self._gate.try_acquire():
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._gate.acquire((ref.host, ref.ports))
+            except TimeoutError:
+                raise self._too_late(ref) from None
         try:
             for attempt in itertools.count(1):
                 try:
@@ -143,6 +149,15 @@ class RemoteReader:
             raise AssertionError("unreachable")  # the loop above only leaves by return or raise
         finally:
             self._gate.release()
+
+    def _check_loop(self) -> None:
+        if self._closed:
+            raise ConfigError("the client is closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                raise ConfigError("this client belongs to another event loop; make one client a loop")
+            self._loop = loop
 
     async def aclose(self) -> None:
         """Take leave of every server, close every connection and the link. Bounded; idempotent."""
@@ -203,9 +218,8 @@ class RemoteReader:
                 schema = await self._schema_of(channel, ref)
                 await channel.fetch(exchange, message)
         except BaseException as error:
-            if channel is not None and not await self._discard(channel, ref.ring_id):
-                self._pool.abandon(lent)
-                self._counters.add("parked_buffers")
+            if channel is not None:
+                await self._discard(channel, ref.ring_id)
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
                 raise self._too_late(ref, port=key[1]) from None
             raise
@@ -286,14 +300,15 @@ class RemoteReader:
         for surplus in self._idle.checkin(channel.key, channel, asyncio.get_running_loop().time()):
             await surplus.close()
 
-    async def _discard(self, channel: Channel, ring_id: bytes) -> bool:
+    async def _discard(self, channel: Channel, ring_id: bytes) -> None:
         unsettled = channel.unsettled
         if unsettled is not None:
             waiting = self._unsettled.setdefault(ring_id, deque(maxlen=UNSETTLED_PER_RING))
             waiting.append(unsettled)
             while len(self._unsettled) > UNSETTLED_RINGS:
                 self._unsettled.popitem(last=False)
-        return await channel.close()
+        with anyio.CancelScope(shield=True):  # bounded by the link; a cancelled caller still gets its buffer back
+            await channel.close()
 
     async def _settle(self, channel: Channel, ring_id: bytes) -> None:
         """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""

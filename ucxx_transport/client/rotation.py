@@ -25,7 +25,8 @@ class Rotation:
         """The one or two ports this call may use, best first.
 
         Args:
-            host: the source's address. ports: its ports, at least one.
+            host: the source's address.
+            ports: its ports, at least one.
             quarantine: ports to avoid; when it holds all of them, all are candidates: never starve.
             now: the caller's clock, seconds.
         """

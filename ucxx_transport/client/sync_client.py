@@ -90,6 +90,7 @@ class SyncUCXXClient:
     def close(self) -> None:
         """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
         atexit.unregister(self.close)
+        self._core.close()
         with self._starting:
             loop, remote = self._loop, self._remote
             self._loop = None
@@ -97,7 +98,6 @@ class SyncUCXXClient:
             if remote is not None:
                 loop.call(remote.aclose)
             loop.stop()
-        self._core.local.close()
 
     def __enter__(self) -> Self:
         """The client itself."""

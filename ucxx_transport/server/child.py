@@ -1,7 +1,7 @@
 """The server process: `python -m ucxx_transport.server.child READY_FD`, started by `Supervisor` and by nothing else.
 
-It lives as long as its worker: the end of its standard input, SIGTERM, or the kernel's parent-death signal stops it. When
-the worker died without a word it also sweeps the segment the worker left in /dev/shm.
+It lives as long as its worker: the end of its standard input, SIGTERM, or the kernel's parent-death signal stops it.
+When the worker died without a word it also sweeps the segment the worker left in /dev/shm.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _PARENT_LOOK_S = 1.0
 
 
 def _log_to_stderr() -> None:
+    os.dup2(2, 1)  # UCX logs to standard output, which may be what the worker talks to somebody by
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 

@@ -1,8 +1,8 @@
 """One connection carried out: frames in, the session's actions done on the ring, replies out.
 
-Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only after
-UCX has let go of the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is closed and
-its send has completed.
+Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only
+    after UCX has let go of the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is
+    closed and its send has completed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import anyio
 import structlog
 
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
@@ -61,6 +62,7 @@ class Connection:
         ring: where payloads come from.
         counters: of the port.
         park: takes a send that never completed together with its lease, which must live as long as it.
+        clock: seconds, for the time limits.
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class Connection:
         ring: ReadableRing,
         counters: PortCounters,
         park: Callable[[Pending, ReadLease], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint = endpoint
+        self._clock = clock
         self._session = session
         self._ring = ring
         self._counters = counters
@@ -115,7 +120,7 @@ class Connection:
         arriving = endpoint.post_receive(frame)
         while True:
             await arriving.wait()
-            action = session.receive(frame, time.monotonic())
+            action = session.receive(frame, self._clock())
             # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
             frame[:] = _BLANK
             arriving = endpoint.post_receive(frame)  # before the reply leaves: its answer finds it posted
@@ -129,23 +134,23 @@ class Connection:
             case Serve(request=request):
                 self._serve_slot(request)
             case Finish(delivered=delivered):
-                await self._finish(delivered)
+                await self._finish(delivered=delivered)
             case Reply():
                 self._reply(action)
             case Settle(request=request):
-                self._reply(self._session.settled(self._settle(request)))
+                self._reply(self._session.settled(consumed=self._settle(request)))
 
     def _serve_slot(self, request: ReadRequest) -> None:
         self._counters.add("requests")
         try:
             lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
         except TransportError as error:
-            self._reply(self._session.refused(_status_of(error), error.message, time.monotonic()))
+            self._reply(self._session.refused(_status_of(error), error.message, self._clock()))
             return
         if lease.nbytes != request.nbytes:
             lease.release_reading()
             text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
-            self._reply(self._session.refused(Status.BAD_REQUEST, text, time.monotonic()))
+            self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
             return
         self._lease = lease
         frame = lease.frame()
@@ -161,7 +166,7 @@ class Connection:
         seal(frame, reply)
         self._send = self._endpoint.post_send(frame[: message_bytes(lease.nbytes)])
 
-    async def _finish(self, delivered: bool) -> None:
+    async def _finish(self, *, delivered: bool) -> None:
         send = self._send
         assert send is not None
         self._delivered = delivered
@@ -199,7 +204,8 @@ class Connection:
         self._endpoint.post_send(reply.message)
 
     async def _release(self) -> None:
-        ended = await self._endpoint.close()
+        with anyio.CancelScope(shield=True):  # bounded by the link; a stopping port still gives its slots back
+            ended = await self._endpoint.close()
         lease, send = self._lease, self._send
         if ended or send is None or lease is None or send.completed:
             self._finalise()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -65,10 +65,8 @@ class PortThread:
     def stop(self, deadline_s: float) -> bool:
         """Stop; returns whether the thread had ended by `deadline_s` (monotonic clock)."""
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
-            try:
+            with suppress(RuntimeError):  # the loop closed between the look and the call: it is stopping already
                 self._loop.call_soon_threadsafe(self._stop.set)
-            except RuntimeError:
-                pass  # the loop closed between the look and the call: it is stopping already
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline_s - time.monotonic()))
         return not self._thread.is_alive()

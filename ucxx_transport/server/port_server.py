@@ -44,6 +44,7 @@ class PortServer:
         ring: where payloads come from. source: its identity, schema and token.
         config: limits. counters: this port's block.
         reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
+        clock: seconds, for the time limits.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class PortServer:
         counters: PortCounters,
         *,
         reclaims: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ring = ring
         self._reclaims = reclaims
+        self._clock = clock
         self._source = source
         self._config = config
         self._limits = SessionLimits(
@@ -110,10 +113,10 @@ class PortServer:
             self._source,
             self._limits,
             nonce=secrets.token_bytes(NONCE_BYTES),
-            now=time.monotonic(),
+            now=self._clock(),
             admitted=excess < 0,
         )
-        connection = Connection(endpoint, session, self._ring, self._counters, self._park)
+        connection = Connection(endpoint, session, self._ring, self._counters, self._park, clock=self._clock)
         self._connections.add(connection)
         self._counters.set("connections", len(self._connections))
         tasks.start_soon(self._serve, connection)
@@ -128,10 +131,10 @@ class PortServer:
             self._counters.set("connections", len(self._connections))
 
     async def _sweep(self) -> None:
-        next_reclaim_s = time.monotonic()
+        next_reclaim_s = self._clock()
         while True:
             await anyio.sleep(SWEEP_INTERVAL_S)
-            now = time.monotonic()
+            now = self._clock()
             overdue = [connection for connection in self._connections if connection.expire(now)]
             for connection in overdue:
                 self._start_closing(connection)

@@ -1,7 +1,7 @@
 """What a worker and its server process say to each other: one JSON line each way at the start, then only silence.
 
-The worker writes a `ServerOrder` to the child's standard input and keeps that pipe open: its end of file is the worker's
-death, or its wish to stop. The child answers on a pipe of its own with a `ServerReport`. No pickle.
+The worker writes a `ServerOrder` to the child's standard input and keeps that pipe open: its end of file is the
+worker's death, or its wish to stop. The child answers on a pipe of its own with a `ServerReport`. No pickle.
 """
 
 from __future__ import annotations

@@ -149,6 +149,9 @@ class Session:
             return self._close(Status.BAD_REQUEST, str(error), now)
         if self.phase is not _PHASE_OF[type(request)]:
             return self._out_of_turn(request, now)
+        return self._obey(request, now)
+
+    def _obey(self, request: Request, now: float) -> Action:
         match request:
             case ReadRequest():
                 return self._read(request, now)
@@ -159,8 +162,7 @@ class Session:
             case Auth(mac=mac):
                 return self._auth(mac, now)
             case Confirm(request=named):
-                self.deadline_s = now + self._limits.idle_timeout_s
-                return self._mismatch(named) or Settle(request=named)
+                return self._confirm(named, now)
             case Describe(ring_id=ring_id):
                 return self._describe(ring_id, now)
             case Bye():
@@ -178,7 +180,7 @@ class Session:
         self._idle(now)
         return self._error(status, text, named)
 
-    def settled(self, consumed: bool) -> Reply:
+    def settled(self, *, consumed: bool) -> Reply:
         """The ring's answer to the last `Settle`."""
         if consumed:
             return Reply(message=self._ok(), status=Status.OK)
@@ -226,6 +228,10 @@ class Session:
         if len(self._source.schema_bytes) > MAX_SCHEMA_BYTES:
             return self._error(Status.INTERNAL, "the schema is larger than the wire allows", None)
         return Reply(message=self._ok(self._source.schema_bytes), status=Status.OK)
+
+    def _confirm(self, named: ReadRequest, now: float) -> Action:
+        self.deadline_s = now + self._limits.idle_timeout_s
+        return self._mismatch(named) or Settle(request=named)
 
     def _mismatch(self, request: ReadRequest) -> Reply | None:
         if request.ring_id == self._source.ring_id:

@@ -1,8 +1,8 @@
 """Keeps one server process alive beside a worker.
 
 A thread starts the child, waits on its pidfd, and starts it again when it dies: at once the first time, with a growing
-pause (at most `RESTART_PAUSE_LIMIT_S`) while it keeps dying young. The same thread starts every child, because the kernel
-ties a child's parent-death signal to the thread that made it.
+pause (at most `RESTART_PAUSE_LIMIT_S`) while it keeps dying young. The same thread starts every child, because the
+kernel ties a child's parent-death signal to the thread that made it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _log = structlog.get_logger(__name__)
 
 RESTART_PAUSE_S = 0.05
 RESTART_PAUSE_LIMIT_S = 1.0
-# A port that something else took while the server was down is waited for this long; then any free ports do, published anew.
+# A port that something else took while the server was down is waited for this long; then any free ports do, published
+# anew.
 SAME_PORTS_FOR_S = 10.0
 # A child that served this long died of something else than its start.
 HEALTHY_AFTER_S = 5.0
@@ -132,8 +133,6 @@ class Supervisor:
                 config = replace(config, ports=ports, base_port=None)
                 self._serve(child, ports)
                 last_up_s = time.monotonic()
-            if self._stopping:
-                return
             if time.monotonic() - child.started_s > HEALTHY_AFTER_S:
                 pause_s = RESTART_PAUSE_S
             self._pause(pause_s)

@@ -32,8 +32,8 @@ multiple of 8, and a trailer of `TRAILER_BYTES` (16); after any other status up 
 | 52     | u32  | flags: 1 checksum present, 2 token required   |
 | 56     | u64  | schema fingerprint (0: raw bytes)             |
 
-The trailer is u64 `TRAILER_MAGIC ^ generation`, u64 nbytes. In front of a payload the header lies in the slot itself, so
-a read is one message straight from the segment; every attempt on one payload writes the same bytes there.
+The trailer is u64 `TRAILER_MAGIC ^ generation`, u64 nbytes. In front of a payload the header lies in the slot itself,
+so a read is one message straight from the segment; every attempt on one payload writes the same bytes there.
 """
 
 from __future__ import annotations
