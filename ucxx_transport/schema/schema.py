@@ -287,11 +287,8 @@ class Schema:
                 self._refuse_lengths(lengths)
             placement = self._place(lengths)
         if placement.nbytes > len(memory):
-            raise ProtocolError(
-                f"a payload of {len(memory)} bytes is shorter than its {placement.nbytes}",
-                nbytes=len(memory),
-                expected_nbytes=placement.nbytes,
-            )
+            given, needed = len(memory), placement.nbytes
+            raise ProtocolError(f"a payload of {given} bytes is shorter than its {needed}", nbytes=given)
         return self._tree.build(view_fields(memory, placement))
 
     def _refuse_lengths(self, lengths: tuple[int, ...]) -> NoReturn:
