@@ -148,8 +148,8 @@ class Connection:
             self._reply(self._session.refused(_status_of(error), error.message, self._clock()))
             return
         if lease.nbytes != request.nbytes:
-            lease.release_reading()
             text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
+            lease.release_reading()
             self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
             return
         self._lease = lease
