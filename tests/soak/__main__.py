@@ -1,0 +1,49 @@
+"""The soak as a command: see `scripts/soak --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import structlog
+
+from tests.soak.kill_soak import KillSoak
+from tests.soak.summary import SoakSettings
+
+
+def main() -> int:
+    """Run, report, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="scripts/soak", description="kill -9 of writers, servers and clients, in cycles")
+    parser.add_argument("--cycles", type=int, default=500, help="rounds of killing")
+    parser.add_argument("--seed", type=int, default=None, help="of the victims and moments; drawn and printed if left out")
+    parser.add_argument("--shm-lanes", action="store_true", help="let UCX use shared memory between the processes")
+    parser.add_argument("--json", action="store_true", help="the summary as one JSON object on standard output")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    folder = Path(tempfile.mkdtemp(prefix="ucxx_transport-soak-"))
+    say(f"seed {seed}, logs in {folder}")
+    settings = SoakSettings(cycles=options.cycles, seed=seed, shm_lanes=options.shm_lanes)
+    soak = KillSoak(settings, folder, on_cycle=lambda number, victims: say(f"{number}/{options.cycles} {', '.join(victims)}"))
+    failure = ""
+    try:
+        soak.run()
+    except AssertionError as error:
+        failure = str(error)
+        say(f"FAILED: {failure}")
+    result = {"ok": not failure, "failure": failure.partition("\n")[0], **soak.summary.to_dict()}
+    print(json.dumps(result, indent=None if options.json else 2))  # noqa: T201 - the command's answer
+    return 1 if failure else 0
+
+
+def say(text: str) -> None:
+    """Progress, beside the answer."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the command's own words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

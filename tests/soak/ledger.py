@@ -1,0 +1,152 @@
+"""What has become of every payload of one ring. Decisions only: it is told what happened and says what must not have.
+
+| fate       | means                                                  | may also be found                                        |
+|------------|--------------------------------------------------------|----------------------------------------------------------|
+| waiting    | written, nobody reads it                               | gone, if a killed reader had been given it before        |
+| handed out | a reader has been asked to read it                     |                                                          |
+| delivered  | a reader has it, and every byte was right              | READY, if its acknowledgement died with reader or server |
+| gone       | stale, after a killed reader had been given it         |                                                          |
+
+The rings of the harness never overwrite, so nothing else can make a payload disappear.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ucxx_transport import SlotRef
+
+__all__ = ["AccountError", "Ledger"]
+
+Name = tuple[bytes, int, int]
+
+# What a read may end with while something is being killed; all of these are tried again.
+_RETRYABLE = frozenset({"PeerLostError", "DeadlineExceededError", "BusyError", "NotReadyError"})
+
+
+class AccountError(AssertionError):
+    """A payload was lost, doubled or changed without a kill that explains it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Handed:
+    ref: SlotRef
+    reader: object
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The books of one ring.
+
+    Attributes:
+        closed: the ring's worker was killed; from then on any error is an answer.
+        counts: outcomes by name.
+    """
+
+    closed: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    _waiting: OrderedDict[Name, SlotRef] = field(default_factory=OrderedDict)
+    _handed: dict[Name, _Handed] = field(default_factory=dict)
+    _delivered: dict[Name, object] = field(default_factory=dict)
+    _doubtful: set[Name] = field(default_factory=set)
+    _unacknowledged: set[Name] = field(default_factory=set)
+    _unreported_writes: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Payloads that nobody has been asked to read."""
+        return len(self._waiting)
+
+    @property
+    def handed_out(self) -> int:
+        """Reads without an answer."""
+        return len(self._handed)
+
+    def written(self, ref: SlotRef) -> None:
+        """A writer has reported a payload."""
+        self.counts["written"] += 1
+        self.counts["written_bytes"] += ref.nbytes
+        self._waiting[ref.name] = ref
+
+    def hand_out(self, reader: object) -> SlotRef:
+        """The next payload for a reader."""
+        name, ref = self._waiting.popitem(last=False)
+        self._handed[name] = _Handed(ref=ref, reader=reader)
+        return ref
+
+    def answered(self, ref: SlotRef, outcome: str, message: str) -> None:
+        """A reader's answer.
+
+        Raises:
+            AccountError: no kill explains it.
+        """
+        handed = self._handed.pop(ref.name)
+        self.counts[outcome] += 1
+        if outcome == "delivered":
+            self.counts["delivered_bytes"] += ref.nbytes
+            self._delivered[ref.name] = handed.reader
+        elif outcome == "corrupt":
+            raise AccountError(f"{ref.name}: {message}")
+        elif self.closed:
+            return
+        elif outcome == "StaleSlotError" and ref.name in self._doubtful:
+            self.counts["gone"] += 1
+        elif outcome in _RETRYABLE:
+            self._waiting[ref.name] = ref
+        else:
+            raise AccountError(f"{ref.name} of {ref.nbytes} bytes: {outcome}: {message}")
+
+    def writer_killed(self, unanswered: int) -> None:
+        """Up to `unanswered` payloads may be in the ring that nobody reported."""
+        self._unreported_writes += unanswered
+
+    def reader_killed(self, reader: object) -> None:
+        """What it was reading goes back; what it had, and its last acknowledgements, are in doubt."""
+        for name, handed in list(self._handed.items()):
+            if handed.reader is reader:
+                del self._handed[name]
+                self._waiting[name] = handed.ref
+                self._doubtful.add(name)
+        self._unacknowledged.update(name for name, by in self._delivered.items() if by is reader)
+
+    def server_killed(self) -> None:
+        """Acknowledgements may have died with the server: those since the last settlement."""
+        self._unacknowledged.update(self._delivered)
+
+    def settle(self, ready: Iterable[SlotRef]) -> list[SlotRef]:
+        """Compare the books with the ring while nothing is going on, and begin a new account.
+
+        Args:
+            ready: every payload that waits in the ring.
+
+        Returns:
+            Those to discard: they were delivered, and only their acknowledgement was lost.
+
+        Raises:
+            AccountError: a payload is missing, or there again, without a kill that explains it.
+        """
+        found = {ref.name: ref for ref in ready}
+        again = [ref for name, ref in found.items() if name in self._delivered]
+        unknown = [ref for name, ref in found.items() if name not in self._delivered and name not in self._waiting]
+        missing = [name for name in self._waiting if name not in found]
+        unexplained = {
+            "delivered and there again": [ref.name for ref in again if ref.name not in self._unacknowledged],
+            "lost": [name for name in missing if name not in self._doubtful],
+            "of unknown origin": [ref.name for ref in unknown][self._unreported_writes :],
+        }
+        if any(unexplained.values()):
+            raise AccountError(f"payloads that no kill explains: {unexplained}")
+        for name in missing:
+            del self._waiting[name]
+        for ref in unknown:
+            self._waiting[ref.name] = ref
+        self.counts["there_again"] += len(again)
+        self.counts["gone"] += len(missing)
+        self.counts["unreported"] += len(unknown)
+        self._delivered.clear()
+        self._doubtful &= set(self._waiting)
+        self._unacknowledged.clear()
+        self._unreported_writes = 0
+        return again

@@ -1,0 +1,122 @@
+"""The two kinds of rings that the harness reads from, and how each of their processes can die."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+
+import psutil
+
+from tests.soak.actors import Actor, Stage
+from tests.soak.ledger import Ledger
+from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
+
+__all__ = ["SLOTS", "SLOT_BYTES", "Source", "ring_settings"]
+
+SLOTS = 12
+SLOT_BYTES = 4 << 20
+WRITER = "tests.e2e.programs.writer"
+
+
+def ring_settings() -> dict[str, object]:
+    """Settings of every ring: nothing is ever overwritten, so whatever is lost was lost by a kill."""
+    return {"slots": SLOTS, "slot_bytes": SLOT_BYTES, "on_full": "raise", "lock_timeout_s": 20.0}
+
+
+@dataclass(slots=True)
+class Source:
+    """A ring, its writer and its server.
+
+    Attributes:
+        name: "home" (this process made the ring and supervises its server; the writer attaches) or "worker" (one process
+            is worker, writer and supervisor; this one only looks on).
+        streams: writers so far; each payload carries its writer's number.
+        server_pid: of a worker's server, as the worker has said. server_kills: how often the ring lost its server.
+    """
+
+    name: str
+    server: dict[str, object]
+    first_stream: int
+    writer: Actor | None = None
+    ring: SharedRingBuffer | None = None
+    home_server: UCXXServer | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    streams: int = 0
+    sequence: int = 0
+    server_pid: int = 0
+    server_kills: int = 0
+
+    def open(self, stage: Stage) -> None:
+        """Make the ring, or have it made, and start a writer."""
+        self.ledger = Ledger()
+        if self.name == "home":
+            self.ring = SharedRingBuffer.create(RingConfig(**ring_settings()))  # type: ignore[arg-type]  # plain settings
+            self.home_server = UCXXServer(self.ring, ServerConfig(**self.server))  # type: ignore[arg-type]  # likewise
+            self.home_server.start()
+        self.start_writer(stage)
+
+    def start_writer(self, stage: Stage) -> None:
+        """A writer in place of the one that was killed."""
+        self.streams += 1
+        stream = self.first_stream + self.streams
+        if self.name == "home":
+            assert self.ring is not None
+            settings = {"ring": self.ring.name, "stream": stream}
+        else:
+            settings = {"create": ring_settings(), "server": self.server, "stream": stream}
+        self.writer = stage.spawn(self.name, WRITER, settings)
+
+    def is_open(self) -> bool:
+        """Whether payloads can be written; attaches a worker's ring when it is there."""
+        if self.writer is None or not self.writer.ready:
+            return False
+        if self.ring is None:
+            self.ring = SharedRingBuffer.attach(self.writer.facts["ring"])
+        return True
+
+    def find_server(self) -> int:
+        """The process that serves now, 0 while there is none."""
+        if self.home_server is not None:
+            return self.home_server.statistics().pid or 0
+        return self.server_pid
+
+    def ports(self) -> tuple[int, ...]:
+        """Where the server listens."""
+        if self.home_server is not None:
+            return self.home_server.ports
+        return tuple(self.writer.facts["ports"]) if self.writer is not None and self.writer.ready else ()
+
+    def request_write(self, rng: random.Random) -> None:
+        """One more payload, of any size from 1 byte on, small and large ones alike often."""
+        assert self.writer is not None
+        self.sequence += 1
+        nbytes = min(SLOT_BYTES, int(2 ** rng.uniform(0, 22.2)))
+        how = rng.choice(("reserve", "write_raw"))
+        self.writer.request("write", sequence=self.sequence, nbytes=nbytes, how=how)
+
+    def close(self) -> None:
+        """Stop the server and let go of the ring."""
+        if self.home_server is not None:
+            self.home_server.stop()
+        if self.ring is not None:
+            self.ring.close()
+        self.ring = self.home_server = None
+
+
+def listening_ports() -> set[int]:
+    """TCP ports that anything on this machine listens on."""
+    return {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == "LISTEN"}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def segment_exists(name: str) -> bool:
+    """Whether a ring's file is in /dev/shm."""
+    return os.path.exists(f"/dev/shm/ucxx_transport-{name}")

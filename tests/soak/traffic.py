@@ -1,0 +1,142 @@
+"""Work for everybody: payloads written to both rings and read from them by all readers, with the books kept."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.soak.actors import Actor, Message, Stage
+from tests.soak.ledger import Ledger
+from tests.soak.sources import SLOTS, Source
+from tests.soak.summary import Summary
+from ucxx_transport import SlotRef
+
+__all__ = ["STEP_DEADLINE_S", "Traffic"]
+
+READER = "tests.e2e.programs.reader"
+READS_AT_ONCE = 4
+WRITES_AT_ONCE = 2
+READ_DEADLINE_S = 15.0
+STEP_DEADLINE_S = 90.0
+# A reader whose read failed gets the next one only then: while a server is away, failures come by the thousand.
+REST_S = 0.02
+
+
+class Traffic:
+    """Hands out writes and reads, takes their outcomes.
+
+    Args:
+        sources: the rings. rng: sizes and who reads what. folder: for logs. summary: counts go here.
+    """
+
+    def __init__(self, sources: Sequence[Source], rng: random.Random, folder: Path, summary: Summary) -> None:
+        self.stage = Stage(folder, hand_out=self._hand_out, on_answer=self._on_answer)
+        self.readers: dict[str, Actor] = {}
+        self.writing = True
+        self.reading = True
+        self.answered = 0
+        self.done: Counter[str] = Counter()
+        self._sources = sources
+        self._rng = rng
+        self._summary = summary
+        self._books: dict[bytes, tuple[Source, Ledger]] = {}
+        self._rest_until_s: dict[str, float] = {}
+
+    def start_reader(self, kind: str, client: Message) -> None:
+        """A reader, new or in place of the one that was killed."""
+        self.readers[kind] = self.stage.spawn(kind.replace(" ", "-"), READER, {"client": client})
+
+    def run_until(self, reached: Callable[[], object], what: str) -> None:
+        """Go on until `reached()`; fails after `STEP_DEADLINE_S`."""
+        self.stage.run_until(reached, STEP_DEADLINE_S, what)
+
+    def run_dry(self, *, empty: bool = False) -> None:
+        """Hand out nothing new (with `empty`: until all that was written is read) and wait for every answer."""
+        self.writing, self.reading = False, empty
+        self.run_until(lambda: self._is_dry(empty=empty), "every request is answered")
+
+    def go_on(self) -> None:
+        """Hand out work again."""
+        self.writing = self.reading = True
+
+    def find_server(self, source: Source) -> int:
+        """The process that serves a source, once there is one."""
+        while not (pid := source.find_server()):
+            if source.home_server is None and source.writer is not None:
+                source.writer.request("server")
+            self.run_until(lambda: source.find_server() or self._is_unasked(source), f"a server for {source.name}")
+        return pid
+
+    def _is_unasked(self, source: Source) -> bool:
+        waiting = source.writer.outstanding.values() if source.writer is not None else ()
+        return source.home_server is None and all(request["what"] != "server" for request in waiting)
+
+    def _is_dry(self, *, empty: bool) -> bool:
+        if any(actor.outstanding or not actor.ready for actor in self.stage.actors):
+            return False
+        return not empty or not any(source.ledger.waiting for source in self._sources)
+
+    def _hand_out(self) -> None:
+        now = time.monotonic()
+        opened = [source for source in self._sources if source.is_open()]
+        for source in opened:
+            assert source.ring is not None
+            assert source.writer is not None
+            self._books.setdefault(source.ring.ring_id, (source, source.ledger))
+            if self.writing and len(source.writer.outstanding) < WRITES_AT_ONCE and source.ledger.waiting < SLOTS:
+                source.request_write(self._rng)
+        if self.reading:
+            readers = list(self.readers.values())
+            self._rng.shuffle(readers)
+            for reader in readers:
+                if reader.ready and now >= self._rest_until_s.get(reader.name, 0.0):
+                    self._hand_reads(reader, opened)
+
+    def _hand_reads(self, reader: Actor, opened: Sequence[Source]) -> None:
+        while len(reader.outstanding) < READS_AT_ONCE:
+            offers = [source for source in opened if source.ledger.waiting]
+            if not offers:
+                return
+            source = self._rng.choice(offers)
+            ref = source.ledger.hand_out(reader.name)
+            reader.request("read", ref=ref.to_bytes().hex(), deadline_s=READ_DEADLINE_S, server_kills=source.server_kills)
+
+    def _on_answer(self, actor: Actor, request: Message, answer: Message) -> None:
+        self.answered += 1
+        match request["what"]:
+            case "write":
+                self._on_write(actor, answer)
+            case "read":
+                self._on_read(actor, request, answer)
+            case "server":
+                source = next(source for source in self._sources if source.writer is actor)
+                source.server_pid = answer["pid"] or 0
+
+    def _on_write(self, actor: Actor, answer: Message) -> None:
+        source = next(source for source in self._sources if source.writer is actor)
+        if answer["outcome"] == "written":
+            self.done[actor.name] += 1
+            source.ledger.written(SlotRef.from_bytes(bytes.fromhex(answer["ref"])))
+        elif answer["outcome"] == "RingFullError":
+            source.ledger.counts["ring_full"] += 1
+        else:
+            raise self.stage.failure(f"{actor.name} could not write: {answer}")
+
+    def _on_read(self, actor: Actor, request: Message, answer: Message) -> None:
+        ref = SlotRef.from_bytes(bytes.fromhex(request["ref"]))
+        source, ledger = self._books[ref.ring_id]
+        try:
+            ledger.answered(ref, answer["outcome"], answer.get("message", ""))
+        except AssertionError as error:
+            raise self.stage.failure(f"{actor.name}: {error}") from error
+        self._summary.slowest_read_s = max(self._summary.slowest_read_s, answer["seconds"])
+        if answer["outcome"] != "delivered":
+            self._rest_until_s[actor.name] = time.monotonic() + REST_S
+            return
+        self.done[actor.name] += 1
+        self._summary.transports[answer["transport"]] += 1
+        if answer["transport"] == "ucx" and request["server_kills"] == source.server_kills:
+            self.done[f"ucx from {source.name}"] += 1
