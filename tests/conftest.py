@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Generator, Iterator, MutableMapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
@@ -22,10 +23,23 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_at_the_end() -> Iterator[None]:
     mark_own_processes()
+    # multiprocessing starts it when it is first needed and keeps it, with its pipe, for the whole process.
+    resource_tracker.ensure_running()
     before = set(own_segments())
     yield
     left = sorted(set(own_segments()) - before)
     assert not left, f"left in /dev/shm at the end of the run: {left}"
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note that a test failed: its traceback keeps alive what it held, which is no leak of its own."""
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +50,9 @@ def _nothing_left_by_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
         assert mark.kwargs.get("reason"), "may_leave needs a reason"
     before = snapshot()
     yield
+    if request.node.stash.get(_FAILED, False):
+        return
+    request.node.funcargs.clear()  # of fixtures that have ended; pytest lets go of them only after this one
     left = leaks_since(before, allowed=allowed)
     assert not left, f"the test left behind: {left}"
 

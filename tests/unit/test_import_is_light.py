@@ -11,9 +11,10 @@ HEAVY = ["ucxx", "torch", "cupy", "matplotlib", "gymnasium", "cuda", "rmm"]
 
 
 def modules_after(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    """What the statement imports, beyond what a bare interpreter of this environment starts with."""
+    code = f"import sys\nbefore = set(sys.modules)\n{statement}\nprint('imported:', *set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    return {name.partition(".")[0] for name in done.stdout.rpartition("imported:")[2].split()}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -1,0 +1,70 @@
+"""What the doctor concludes from what it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.command_line import call
+from ucxx_transport.cli.doctor.finding import Finding
+from ucxx_transport.cli.doctor.ucx import transport_findings
+
+Capture = pytest.CaptureFixture[str]
+
+WHEEL: dict[str, Any] = {"version": "1.21.0", "resources": [["tcp", "eth0"], ["posix", "memory"]], "cuda": False}
+SYSTEM: dict[str, Any] = {**WHEEL, "resources": [*WHEEL["resources"], ["rc_mlx5", "mlx5_0:1"]]}
+
+
+def rdma(facts: dict[str, Any], devices: list[str], **environment: str) -> Finding:
+    findings = transport_findings(facts, rdma_devices=devices, environment=environment)
+    (found,) = (finding for finding in findings if finding.name == "rdma")
+    return found
+
+
+def test_rdma_hardware_that_ucx_cannot_use_is_a_warning_with_the_way_out() -> None:
+    found = rdma(WHEEL, ["mlx5_0"])
+    assert found.verdict == "warning"
+    assert "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true" in found.remedy
+    assert "is there such a UCX?" in rdma(WHEEL, ["mlx5_0"], RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY="true").remedy
+
+
+def test_rdma_that_works_needs_nothing() -> None:
+    assert (rdma(SYSTEM, ["mlx5_0"]).verdict, rdma(SYSTEM, ["mlx5_0"]).remedy) == ("ok", "")
+
+
+def test_a_host_without_rdma_is_only_told_so() -> None:
+    assert rdma(WHEEL, []).verdict == "note"
+
+
+def test_the_whole_way_is_tried_and_its_bytes_compared(capsys: Capture) -> None:
+    answer = call(capsys, "doctor", "--json")
+    found = {(finding["topic"], finding["name"]): finding for finding in answer.document["findings"]}
+    assert (answer.code, answer.document["ok"]) == (0, True), answer.out
+    assert "intact" in found["loopback", "in place"]["value"]
+    assert "intact" in found["loopback", "over UCX"]["value"]
+    assert "tcp/lo" in found["ucx", "transports"]["value"]
+    assert found["ucx", "version"]["verdict"] == "ok"
+
+
+def test_settings_of_ucx_are_shown_since_they_win(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    answer = call(capsys, "doctor", "--no-loopback")
+    assert answer.code == 0
+    assert "UCX_NET_DEVICES" in answer.out
+
+
+def test_a_ucx_that_does_not_start_is_a_failure_not_a_crash(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", "no_such_transport")
+    answer = call(capsys, "doctor", "--no-loopback", "--json")
+    (start,) = (finding for finding in answer.document["findings"] if finding["name"] == "start")
+    assert (answer.code, start["verdict"]) == (1, "failure")
+
+
+def test_memory_too_small_for_a_ring_is_said_before_it_hurts(capsys: Capture) -> None:
+    (memory,) = (
+        finding
+        for finding in call(capsys, "doctor", "--no-loopback", "--json").document["findings"]
+        if finding["name"] == "/dev/shm"
+    )
+    assert "free of" in memory["value"]
