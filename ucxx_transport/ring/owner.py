@@ -44,6 +44,15 @@ def owner_alive(pid: int, start: int) -> bool:
     return started == start and not (state in "ZX" and threads <= 1)
 
 
+def process_start(pid: int) -> int:
+    """Start time of a process in clock ticks since boot.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return _read_stat(pid)[1]
+
+
 def boot_id() -> bytes:
     """16 bytes that are new at each boot of the machine."""
     return _boot_id()
@@ -96,7 +105,7 @@ def _exists_unseen(pid: int) -> bool:
 
 @cache
 def _current() -> Owner:
-    return Owner(os.getpid(), _read_stat(os.getpid())[1])
+    return Owner(os.getpid(), process_start(os.getpid()))
 
 
 os.register_at_fork(after_in_child=_current.cache_clear)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy.typing as npt
+
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import SlotError
 from ucxx_transport.ring.address_board import AddressBoard, check_address
@@ -195,13 +197,13 @@ class SharedRingBuffer:
 
     def write_raw(
         self,
-        buffer: Buffer,
+        buffer: Buffer | npt.NDArray[Any],
         *,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
         deadline_s: float | None = None,
     ) -> SlotRef:
-        """Copy bytes into a slot of a raw ring. Arguments and errors as for `write`."""
+        """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
         self._require_open()
         return self._writer.write_raw(buffer, readers, meta, deadline_s)
 

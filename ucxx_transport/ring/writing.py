@@ -75,13 +75,19 @@ class SlotWriter:
             raise
 
     def write_raw(
-        self, buffer: Buffer, readers: int | None, meta: Mapping[str, object] | None, deadline_s: float | None
+        self,
+        buffer: Buffer | npt.NDArray[Any],
+        readers: int | None,
+        meta: Mapping[str, object] | None,
+        deadline_s: float | None,
     ) -> SlotRef:
         """See `SharedRingBuffer.write_raw`."""
         if self._schema is not None:
             raise ConfigError("this ring has a schema: write(data) takes its arrays", field="buffer")
         required = self._required_reads(readers)
-        source = np.frombuffer(byte_view(buffer, writable=False), np.uint8)
+        # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
+        data = buffer.data if isinstance(buffer, np.ndarray) else buffer
+        source = np.frombuffer(byte_view(data, writable=False), np.uint8)
         self._check_size(source.nbytes)
         claim = self._claim(source.nbytes, deadline_s)
         try:

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.ring import layout
+from ucxx_transport.ring.identity import Identity
+from ucxx_transport.ring.layout import Geometry, frame_bytes
+
+GEOMETRIES = [
+    Geometry(slots=slots, slot_bytes=slot_bytes, readers=readers, schema_bytes=schema_bytes)
+    for slots, slot_bytes, readers, schema_bytes in itertools.product(
+        [1, 3, 64, 65536], [1, 63, 64, 4096, 94_000_001], [1, 2, 64], [0, 1, 777]
+    )
+]
+
+
+def identity(geometry: Geometry) -> Identity:
+    return Identity(
+        geometry=geometry,
+        ring_id=bytes(range(16)),
+        fingerprint=2**64 - 1,
+        on_full="raise",
+        checksum=True,
+        block_timeout_ns=30 * 10**9,
+        lock_timeout_ns=5 * 10**9,
+        creator_pid=4242,
+        creator_start=987654,
+        boot_id=bytes(range(100, 116)),
+        pid_namespace=4026531836,
+    )
+
+
+def test_no_two_parts_of_a_segment_overlap() -> None:
+    for geometry in GEOMETRIES:
+        last = geometry.slots - 1
+        parts = [
+            (0, layout.IDENTITY_WORDS * 8),
+            (layout.SEQUENCE_WORD * 8, (layout.ADDRESS_VERSION_WORD + 1) * 8),
+            (layout.MUTEX_BYTE, layout.MUTEX_BYTE + layout.MUTEX_BYTES),
+            (layout.COUNTER_WORD * 8, (layout.COUNTER_WORD + len(layout.Counter)) * 8),
+            (layout.ADDRESS_WORD * 8, (layout.ADDRESS_WORD + 2 * layout.ADDRESS_BANK_WORDS) * 8),
+            (layout.SERVER_WORD * 8, (layout.SERVER_WORD + layout.SERVER_WORDS) * 8),
+            (layout.SCHEMA_BYTE, layout.SCHEMA_BYTE + geometry.schema_bytes),
+        ]
+        for slot in sorted({0, min(1, last), last}):
+            start = geometry.slot_word(slot) * 8
+            parts.append((start, start + (layout.FIRST_ENTRY + layout.ENTRY_WORDS * geometry.entries) * 8))
+        for slot in sorted({0, min(1, last), last}):
+            start = geometry.payload_byte(slot) - layout.HEADROOM_BYTES
+            parts.append((start, start + frame_bytes(geometry.slot_bytes)))
+        assert all(end <= following for (_, end), (following, _) in itertools.pairwise(parts))
+        assert parts[-1][1] <= geometry.total_bytes
+
+
+def test_payloads_are_aligned_to_cache_lines_and_the_segment_to_pages() -> None:
+    for geometry in GEOMETRIES:
+        for slot in {0, geometry.slots // 2, geometry.slots - 1}:
+            assert geometry.payload_byte(slot) % 64 == 0
+            assert geometry.slot_word(slot) * 8 % 64 == 0
+        assert geometry.total_bytes % layout.PAGE_BYTES == 0
+        assert layout.MUTEX_BYTE % 64 == 0
+
+
+def test_a_slot_has_room_for_all_attempts_and_all_records_of_its_readers() -> None:
+    for readers in (1, 3, 4, 64):
+        geometry = Geometry(slots=1, slot_bytes=1, readers=readers, schema_bytes=0)
+        assert geometry.max_attempts >= max(8, 2 * readers + 2)
+        assert geometry.entries >= geometry.max_attempts + readers
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("slots", 0),
+        ("slots", 65537),
+        ("slot_bytes", 0),
+        ("slot_bytes", 2**48 + 1),
+        ("readers", 0),
+        ("readers", 65),
+        ("schema_bytes", -1),
+        ("schema_bytes", (4 << 20) + 1),
+    ],
+)
+def test_numbers_out_of_bounds_size_nothing(field: str, value: int) -> None:
+    good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0)
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(good, **{field: value})
+    assert caught.value.facts["field"] == field
+
+
+def test_an_identity_comes_back_from_its_words() -> None:
+    for geometry in GEOMETRIES:
+        words = identity(geometry).to_words()
+        assert len(words) == layout.IDENTITY_WORDS
+        assert words[layout.COMPLETE_WORD] == 0
+        assert Identity.from_words(words, geometry.total_bytes) == identity(geometry)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "field"),
+    [
+        (layout.MAGIC_WORD, 0x1234, "magic"),
+        (layout.VERSION_WORD, 99, "layout_version"),
+        (layout.SLOTS_WORD, 2**60, "slots"),
+        (layout.SLOT_BYTES_WORD, 2**63, "slot_bytes"),
+        (layout.READERS_WORD, 0, "readers"),
+        (layout.SCHEMA_BYTES_WORD, 2**62, "schema_bytes"),
+        (layout.TOTAL_BYTES_WORD, 4096, "total_bytes"),
+        (layout.SLOTS_WORD, 50, "total_bytes"),
+        (layout.POLICY_WORD, 3, "on_full"),
+    ],
+)
+def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found(word: int, value: int, field: str) -> None:
+    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
+    words = identity(geometry).to_words()
+    words[word] = value
+    with pytest.raises(ProtocolError) as caught:
+        Identity.from_words(words, geometry.total_bytes)
+    assert caught.value.facts["field"] == field
+
+
+def test_an_identity_of_another_size_than_the_file_is_refused() -> None:
+    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
+    with pytest.raises(ProtocolError, match="contradict"):
+        Identity.from_words(identity(geometry).to_words(), geometry.total_bytes + 4096)
