@@ -63,6 +63,7 @@ class Books:
         finished: every delivered episode in order of arrival.
         best_mean: highest mean return over a full window so far.
         goal_at_s: when the window's mean first reached the goal, seconds since the run's start.
+        dead_rings_swept: rings of dead workers that somebody of the run has removed, before its end.
     """
 
     seats: dict[int, SeatBook] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Books:
     kill: KillRecord | None = None
     best_mean: float | None = None
     goal_at_s: float | None = None
+    dead_rings_swept: int = 0
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def note(self, at_s: float, text: str) -> None:

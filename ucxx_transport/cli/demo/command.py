@@ -1,29 +1,24 @@
-"""`ucxx-transport demo`: rollout workers and a trainer learn an environment through the transport, before your eyes."""
+"""`ucxx-transport demo`: rollout workers and a trainer learn an environment through the transport, before your eyes.
+
+What takes long to import is imported inside, with Ctrl-C caught already.
+"""
 
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from ucxx_transport.cli.demo.environment import EnvironmentFacts, probe_environment
-from ucxx_transport.cli.demo.orchestrator import StopSignals
-from ucxx_transport.cli.demo.plan import DemoPlan, LocalChoice
-from ucxx_transport.cli.demo.run import run_plan
-from ucxx_transport.cli.demo.sizing import plan_ring_size
+from ucxx_transport.cli.demo.signals import StopSignals
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.units import parse_bytes
 
 __all__ = ["demo"]
 
-_GOALS: Final = {"CartPole-v1": 450.0}
-_EPISODES_WITHOUT_GOAL: Final = 20
-_EXIT_USAGE: Final = 2
+_EXIT_USAGE = 2
+_EXIT_SIGNALLED = 128
 
 
 def demo(
@@ -40,7 +35,7 @@ def demo(
         str | None, typer.Option(help="Largest slot ('64MiB'); longer episodes are cut. Derived if not given.")
     ] = None,
     local: Annotated[
-        LocalChoice,
+        Literal["mixed", "auto", "view", "copy", "off"],
         typer.Option(help="mixed: every second worker over UCX, the others in place; off: UCX for all."),
     ] = "mixed",
     shm_lanes: Annotated[bool, typer.Option("--shm-lanes", help="Let UCX use shared memory.")] = False,
@@ -64,53 +59,34 @@ def demo(
     """
     signals = StopSignals()
     with signals.caught():
+        from rich.console import Console
+
+        from ucxx_transport.cli.demo.plan import make_plan
+        from ucxx_transport.cli.demo.run import run_plan
+
         try:
-            facts = probe_environment(env)
-            goal_value = _parse_goal(goal, facts)
-            size = plan_ring_size(facts, slots=slots, slot_bytes=_parse_slot_bytes(slot_bytes))
-            plan = DemoPlan(
-                run_id=secrets.token_hex(4),
-                facts=facts,
-                size=size,
+            plan = make_plan(
+                env=env,
                 workers=workers,
                 ports=ports,
+                slots=slots,
+                slot_bytes=slot_bytes,
                 local=local,
                 shm_lanes=shm_lanes,
                 seconds=seconds,
-                episodes=episodes if episodes is not None or goal_value is not None else _EPISODES_WITHOUT_GOAL,
-                goal=goal_value,
+                episodes=episodes,
+                goal=goal,
                 kill=kill,
                 seed=seed,
-                out=out.absolute(),
-                log=out.absolute().with_suffix(".log"),
+                out=out,
             )
-            plan.out.parent.mkdir(parents=True, exist_ok=True)
-        except (ConfigError, OSError) as exc:
+        except ConfigError as exc:
             Console(stderr=True).print(f"[bold red]error:[/] {exc}", highlight=False)
             raise typer.Exit(_EXIT_USAGE) from exc
-        console = Console(stderr=as_json)
-        summary, status = run_plan(plan, signals, console)
+        if signals.number is not None:  # nothing was started yet
+            raise typer.Exit(_EXIT_SIGNALLED + signals.number)
+        summary, status = run_plan(plan, signals, Console(stderr=as_json))
         if as_json:
             sys.stdout.write(json.dumps(summary) + "\n")
             sys.stdout.flush()
     raise typer.Exit(status)
-
-
-def _parse_goal(text: str, facts: EnvironmentFacts) -> float | None:
-    if text == "none":
-        return None
-    if text == "auto":
-        return _GOALS.get(facts.env_id)
-    try:
-        return float(text)
-    except ValueError as exc:
-        raise ConfigError("a goal is a number, 'none' or 'auto'", field="--goal", value=text) from exc
-
-
-def _parse_slot_bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_bytes(text)
-    except ValueError as exc:
-        raise ConfigError(str(exc), field="--slot-bytes", value=text) from exc

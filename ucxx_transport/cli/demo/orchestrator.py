@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
-from types import FrameType
 
 from ucxx_transport.cli.demo.books import Books, KillRecord, SeatBook
 from ucxx_transport.cli.demo.director import Limits, Situation, decide
+from ucxx_transport.cli.demo.leftovers import run_segments
 from ucxx_transport.cli.demo.messages import SeatOrder, TrainerStatus, WorkerStatus
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.cli.demo.processes import end_processes, start_process
 from ucxx_transport.cli.demo.queues import SeatQueues, TrainerQueues
+from ucxx_transport.cli.demo.signals import StopSignals
 from ucxx_transport.cli.demo.trainer import run_trainer
 from ucxx_transport.cli.demo.worker import run_worker
 
-__all__ = ["Orchestrator", "StopSignals"]
+__all__ = ["Orchestrator"]
 
 _TURN_S = 0.1
 _END_S = 8.0
 _ORDER_WAIT_S = 1.0
-
-
-class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP as a flag: nothing is ever interrupted half-way, so that nothing is left behind."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch the signals within."""
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.number = number
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Orchestrator:
@@ -79,6 +56,7 @@ class Orchestrator:
         self._seat_queues = [SeatQueues.open(self._context, slots=plan.size.slots) for _ in range(plan.seats)]
         self._trainer: SpawnProcess | None = None
         self._workers: dict[int, SpawnProcess] = {}
+        self._dead_rings: set[int] = set()
         self._limits = Limits(goal=plan.goal, episodes=plan.episodes, seconds=plan.seconds, kill=plan.kill)
         self._started_s = time.monotonic()
 
@@ -119,6 +97,7 @@ class Orchestrator:
     def _turn(self) -> None:
         self._listen()
         self._look_after_processes()
+        self._look_for_dead_rings()
         books = self.books
         situation = Situation(
             elapsed_s=self.elapsed_s,
@@ -166,6 +145,14 @@ class Orchestrator:
                 return
             self._replace(book, what)
 
+    def _look_for_dead_rings(self) -> None:
+        """Notice that a dead worker's segment is gone: its server process or the next worker's ring has swept it."""
+        for seat in tuple(self._dead_rings):
+            if not run_segments(self.plan.ring_name(seat)):
+                self._dead_rings.discard(seat)
+                self.books.dead_rings_swept += 1
+                self.books.note(self.elapsed_s, f"the ring that worker {self.books.seats[seat].worker} left was swept")
+
     def _kill_one(self) -> None:
         """SIGKILL the last worker that runs, and start another in its place."""
         running = [book for book in self.books.seats.values() if book.state == "running"]
@@ -190,6 +177,7 @@ class Orchestrator:
     def _replace(self, gone: SeatBook, what: str) -> SeatBook | None:
         """Give the dead worker's place to a new process, on the next free seat."""
         self.books.note(self.elapsed_s, what)
+        self._dead_rings.add(gone.seat)
         self._order(SeatOrder(seat=gone.seat, worker=gone.worker, occupied=False))
         seat = len(self.books.seats)
         if seat >= self.plan.seats:

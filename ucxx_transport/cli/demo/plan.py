@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from ucxx_transport.cli.demo.environment import EnvironmentFacts
-from ucxx_transport.cli.demo.sizing import RingSize
+from ucxx_transport.cli.demo.environment import EnvironmentFacts, probe_environment
+from ucxx_transport.cli.demo.sizing import RingSize, plan_ring_size
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.units import parse_bytes
 
-__all__ = ["ClientLocal", "DemoPlan", "LocalChoice"]
+__all__ = ["ClientLocal", "DemoPlan", "LocalChoice", "make_plan"]
 
 ClientLocal = Literal["auto", "view", "copy", "off"]
 LocalChoice = Literal["mixed", "auto", "view", "copy", "off"]
 
-_SPARE_SEATS = 3
+_SPARE_SEATS: Final = 3
+_GOALS: Final = {"CartPole-v1": 450.0}
+_EPISODES_WITHOUT_GOAL: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +74,69 @@ class DemoPlan:
         if self.local == "mixed":
             return "auto" if worker % 2 == 0 else "off"
         return self.local
+
+
+def make_plan(
+    *,
+    env: str,
+    workers: int,
+    ports: int,
+    slots: int | None,
+    slot_bytes: str | None,
+    local: LocalChoice,
+    shm_lanes: bool,
+    seconds: float,
+    episodes: int | None,
+    goal: str,
+    kill: bool,
+    seed: int,
+    out: Path,
+) -> DemoPlan:
+    """The plan for the command's options, as they were given; makes the folder that the learning curve goes to.
+
+    Raises:
+        ConfigError: an option cannot be followed; the message names it.
+    """
+    facts = probe_environment(env)
+    wanted = _parse_goal(goal, facts)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"the folder cannot be made: {exc}", field="--out", value=str(out)) from exc
+    return DemoPlan(
+        run_id=secrets.token_hex(4),
+        facts=facts,
+        size=plan_ring_size(facts, slots=slots, slot_bytes=_parse_slot_bytes(slot_bytes)),
+        workers=workers,
+        ports=ports,
+        local=local,
+        shm_lanes=shm_lanes,
+        seconds=seconds,
+        episodes=_EPISODES_WITHOUT_GOAL if episodes is None and wanted is None else episodes,
+        goal=wanted,
+        kill=kill,
+        seed=seed,
+        out=out,
+        log=out.with_suffix(".log"),
+    )
+
+
+def _parse_goal(text: str, facts: EnvironmentFacts) -> float | None:
+    if text == "none":
+        return None
+    if text == "auto":
+        return _GOALS.get(facts.env_id)
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise ConfigError("a goal is a number, 'none' or 'auto'", field="--goal", value=text) from exc
+
+
+def _parse_slot_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_bytes(text)
+    except ValueError as exc:
+        raise ConfigError(str(exc), field="--slot-bytes", value=text) from exc

@@ -17,7 +17,7 @@ from ucxx_transport.errors import TransportError
 __all__ = ["Receiver"]
 
 READ_DEADLINE_S = 5.0
-SECOND_READ_DEADLINE_S = 1.0
+DEAD_READ_DEADLINE_S = 1.0
 
 Accept = Callable[[int, Payload], None]
 
@@ -25,8 +25,9 @@ Accept = Callable[[int, Payload], None]
 class Receiver:
     """Reads payloads by reference, in place from some workers and over UCX from the others.
 
-    A reference that fails retryably is set aside and read once more with the others of its seat, all under one short
-    deadline: a dead worker costs the trainer about a second, not a deadline for each reference that it left behind.
+    A reference that fails retryably is set aside and read once more with the others of its seat, all under one deadline,
+    which is short when the worker is known to be dead: a death costs the trainer about a second, not a deadline for each
+    reference that was left behind.
 
     Attributes:
         lost: references given up, by the reason's class name.
@@ -45,8 +46,10 @@ class Receiver:
         self._accept = accept
         self._clients: dict[bool, SyncUCXXClient] = {}
         self._seat_local: dict[int, ClientLocal] = {}
+        self._dead: set[int] = set()
         self._set_aside: dict[int, list[SlotRef]] = {}
         self._ways: dict[str, ReadTally] = {}
+        self._lanes: set[str] = set()
         self.seat_transports: dict[int, str] = {}
         self.lost: Counter[str] = Counter()
         self.retried = 0
@@ -56,6 +59,10 @@ class Receiver:
     def admit(self, seat: int, worker: int) -> None:
         """Read from the process of `worker` on this seat from now on, the way the plan says."""
         self._seat_local[seat] = self._plan.local_of(worker)
+
+    def retire(self, seat: int) -> None:
+        """The process on this seat is dead: what it left is still read, but not waited for long."""
+        self._dead.add(seat)
 
     def read(self, seat: int, ref: SlotRef) -> None:
         """Read one payload, or set its reference aside, or count it as lost."""
@@ -79,7 +86,8 @@ class Receiver:
             refs = self._set_aside.pop(seat)
             self.retried += len(refs)
             started_s = time.perf_counter()
-            outcomes = self._client(seat).read_many(refs, deadline_s=SECOND_READ_DEADLINE_S)
+            deadline_s = DEAD_READ_DEADLINE_S if seat in self._dead else READ_DEADLINE_S
+            outcomes = self._client(seat).read_many(refs, deadline_s=deadline_s)
             elapsed_s = time.perf_counter() - started_s
             for outcome in outcomes:
                 if isinstance(outcome, TransportError):
@@ -100,8 +108,10 @@ class Receiver:
         return dict(total)
 
     def ucx_lanes(self) -> tuple[str, ...]:
-        """What the open UCX endpoints really use."""
-        return tuple(sorted({lane for client in self._clients.values() for lane in client.statistics().transports}))
+        """What UCX endpoints have really used so far, as the links tell."""
+        for client in self._clients.values():
+            self._lanes.update(client.statistics().transports)
+        return tuple(sorted(self._lanes))
 
     def close(self) -> None:
         """Close the clients. Bounded."""

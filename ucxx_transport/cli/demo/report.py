@@ -79,7 +79,8 @@ def summarise(plan: DemoPlan, books: Books, end: RunEnd) -> Summary:
 
 def print_report(console: Console, summary: Summary) -> None:
     """Print the summary as tables, and what was not as it should be."""
-    console.print(_reads_table(summary))
+    if summary["reads"]:
+        console.print(_reads_table(summary))
     console.print(_facts_table(summary))
     for problem in summary["problems"]:
         console.print(f"[bold red]✗[/] {problem}", highlight=False)
@@ -137,8 +138,9 @@ def _counts(books: Books) -> dict[str, int]:
         "quarantined": clients.get("quarantined", 0),
         "duplicates": clients.get("duplicates", 0),
         "reclaimed": ring["reclaimed_writes"] + ring["reclaimed_reads"],
-        "full_waits": books.worker_total("full_waits"),
+        "waited": ring["blocked"],
         "written": ring["committed"],
+        "dead_rings_swept": books.dead_rings_swept,
     }
 
 
@@ -160,15 +162,14 @@ def _workers(books: Books) -> list[dict[str, Any]]:
 def _reads_table(summary: Summary) -> Table:
     table = Table(title="Reads, by the transport really used", title_justify="left")
     table.add_column("transport")
-    for name in ("reads", "bytes", "while reading", "p50", "p95", "p99"):
-        table.add_column(name, justify="right")
-    lanes = ", ".join(summary["ucx_lanes"])
+    for name in ("reads", "bytes", "GB/s", "p50", "p95", "p99"):
+        table.add_column(name, justify="right", no_wrap=True)
     for way, numbers in summary["reads"].items():
         table.add_row(
-            f"{way} ({lanes})" if way == "ucx" and lanes else way,
+            way,
             f"{numbers['reads']:.0f}",
             format_bytes(numbers["bytes"]),
-            f"{numbers['gb_per_s']:.3g} GB/s",
+            f"{numbers['gb_per_s']:.3g}",
             *(format_duration(numbers[name] / 1e6) for name in ("p50_us", "p95_us", "p99_us")),
         )
     return table
@@ -195,17 +196,20 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
     if summary["goal"] is not None:
         rows.append((f"goal {summary['goal']:.0f} reached", "no" if reached is None else f"after {reached:.1f} s"))
+    if summary["ucx_lanes"]:
+        rows.append(("UCX lanes", ", ".join(summary["ucx_lanes"])))
     rows += [
         ("whole run", f"{summary['elapsed_s']:.1f} s"),
         ("checksum verified / wrong", f"{sums['verified']} / {sums['mismatched']}"),
         ("stale / dropped", f"{counts['stale']} / {counts['dropped']}"),
         ("retried / reclaimed", f"{counts['retried']} / {counts['reclaimed']}"),
         ("references lost", _reasons(summary["lost"])),
-        ("writes that waited for a slot", str(counts["full_waits"])),
+        ("writes that waited for a slot", str(counts["waited"])),
     ]
     if kill is not None:
         rows.append((f"worker {kill['worker']} killed", f"after {kill['at_s']:.1f} s, episode {kill['episode']}"))
         rows.append(("episodes of its replacement", str(kill["replacement_episodes"])))
+        rows.append(("dead workers' rings swept meanwhile", str(counts["dead_rings_swept"])))
     rows += [
         ("segments left in /dev/shm", str(len(summary["segments_left"]))),
         ("processes left", str(len(summary["processes_left"]))),

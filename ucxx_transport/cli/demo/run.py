@@ -6,9 +6,10 @@ from rich.console import Console
 
 from ucxx_transport.cli.demo.curve import draw_curve
 from ucxx_transport.cli.demo.leftovers import run_segments, wait_until_gone
-from ucxx_transport.cli.demo.orchestrator import Orchestrator, StopSignals
+from ucxx_transport.cli.demo.orchestrator import Orchestrator
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.cli.demo.report import Leftovers, RunEnd, Summary, print_report, summarise
+from ucxx_transport.cli.demo.signals import StopSignals
 from ucxx_transport.cli.demo.view import open_view
 from ucxx_transport.ring.orphans import sweep_orphans
 

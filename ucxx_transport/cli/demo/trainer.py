@@ -104,7 +104,8 @@ class _Trainer:
             if order.occupied:
                 self._occupy(order.seat, order.worker)
             else:
-                self._occupied.discard(order.seat)  # its references are still read: some may be there
+                self._occupied.discard(order.seat)
+                self._receiver.retire(order.seat)
 
     def _occupy(self, seat: int, worker: int) -> None:
         self._receiver.admit(seat, worker)

@@ -16,7 +16,7 @@ from rich.text import Text
 from ucxx_transport.cli.demo.books import Books, SeatBook
 from ucxx_transport.cli.demo.chart import block_chart, bucket_means
 from ucxx_transport.cli.demo.plan import DemoPlan
-from ucxx_transport.units import format_bytes
+from ucxx_transport.units import format_bytes, format_duration
 
 __all__ = ["LineView", "LiveView", "Scene", "View", "open_view"]
 
@@ -113,10 +113,10 @@ def _progress(books: Books) -> str:
 def _screen(scene: Scene) -> RenderableType:
     books = scene.books
     events = [Text(f"{event.at_s:6.1f} s  {event.text}", style="dim") for event in books.events[-_EVENTS_SHOWN:]]
-    body = Group(_curve(scene), Text(), Text(_progress(books)), _counters(books), Text(), _workers(books), *events)
+    body = Group(_curve(scene), Text(), _numbers(books), Text(), _workers(books), *events)
     goal = f"goal {scene.plan.goal:.0f}" if scene.plan.goal is not None else "no goal"
     title = f"{scene.plan.facts.env_id}   {scene.elapsed_s:.0f} s of {scene.plan.seconds:.0f} s   {goal}"
-    return Panel(body, title=title, title_align="left", expand=False, width=_CHART_WIDTH + 18)
+    return Panel(body, title=title, title_align="left", expand=False, width=_CHART_WIDTH + 14)
 
 
 def _curve(scene: Scene) -> Text:
@@ -135,18 +135,43 @@ def _curve(scene: Scene) -> Text:
     return text
 
 
-def _counters(books: Books) -> Text:
+def _numbers(books: Books) -> RenderableType:
     status = books.trainer
     if status is None:
-        return Text("trainer starting …", style="yellow")
-    lost = sum(status.lost.values())
+        return Text("the trainer is starting …", style="yellow")
+    episodes_per_s, bytes_per_s = books.rates()
     ring = books.ring_totals()
-    words = (
-        f"updates {status.version}   entropy {status.entropy:.2f}   checksums {status.verified} ok, "
-        f"{status.mismatched} wrong   lost {lost}   retried {status.retried}   "
-        f"full waits {books.worker_total('full_waits')}   overwritten {ring['overwritten']}"
-    )
-    return Text(words, style="dim")
+    mean, best = books.recent_mean, books.best_mean
+    rows: list[list[tuple[str, object]]] = [
+        [
+            ("episodes", len(books.finished)),
+            ("a second", f"{episodes_per_s:.0f}"),
+            ("mean of 50", "-" if mean is None else f"{mean:.0f}"),
+            ("best", "-" if best is None else f"{best:.0f}"),
+        ],
+        [
+            ("moved", format_bytes(status.payload_bytes)),
+            ("a second", format_bytes(bytes_per_s)),
+            ("checksums ok", status.verified),
+            ("wrong", status.mismatched),
+        ],
+        [
+            ("updates", status.version),
+            ("entropy", f"{status.entropy:.2f}"),
+            ("references lost", sum(status.lost.values())),
+            ("retried", status.retried),
+        ],
+        [
+            ("slot waits", ring["blocked"]),
+            ("overwritten", ring["overwritten"]),
+            *((f"p50 {way}", format_duration(numbers["p50_us"] / 1e6)) for way, numbers in sorted(status.ways.items())),
+        ],
+    ]
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        cells = [(Text(name, style="dim"), Text(str(value))) for name, value in row[:4]]
+        grid.add_row(*(part for cell in cells for part in cell))
+    return grid
 
 
 def _workers(books: Books) -> Table:
