@@ -35,7 +35,7 @@ def host_findings() -> Iterator[Finding]:
         topic="host",
         name="host id",
         value=f"{host_id()} (pid namespace {pid_namespace()})",
-        remedy="containers read each other's rings in place where this is the same: share /dev/shm and the pid namespace",
+        remedy="containers that show the same one read each other's rings in place: share /dev/shm and pids",
     )
 
 

@@ -39,7 +39,7 @@ def software_findings() -> Iterator[Finding]:
             name="ucxx",
             value="not installed",
             verdict="warning",
-            remedy="rings are read on this host only; for UCX: pip install 'ucxx_transport[cpu]' (with a GPU: cu12, cu13)",
+            remedy="only this host's rings can be read; else: pip install 'ucxx_transport[cpu]' (GPU: cu12, cu13)",
         )
     else:
         both = installed_version("ucxx-cu12") and installed_version("ucxx-cu13")
