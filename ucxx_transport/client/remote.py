@@ -22,7 +22,14 @@ from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.fair_gate import FairGate
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.quarantine import PortKey, Quarantine
-from ucxx_transport.client.retry import PortVerdict, attempt_budget_s, backoff_s, judge_port, retries_slot
+from ucxx_transport.client.retry import (
+    SHORTEST_ATTEMPT_S,
+    PortVerdict,
+    attempt_budget_s,
+    backoff_s,
+    judge_port,
+    retries_slot,
+)
 from ucxx_transport.client.rotation import Rotation
 from ucxx_transport.errors import (
     AuthenticationError,
@@ -132,6 +139,8 @@ class RemoteReader:
             except TimeoutError:
                 raise self._too_late(ref) from None
         try:
+            if deadline_s - loop.time() <= SHORTEST_ATTEMPT_S:
+                raise self._too_late(ref)  # before any port is blamed for it
             for attempt in itertools.count(1):
                 try:
                     return await self._call(ref, deadline_s, attempt)
@@ -219,7 +228,7 @@ class RemoteReader:
                 await channel.fetch(exchange, message)
         except BaseException as error:
             if channel is not None:
-                await self._discard(channel, ref.ring_id)
+                await self._discard(channel)
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
                 raise self._too_late(ref, port=key[1]) from None
             raise
@@ -228,29 +237,29 @@ class RemoteReader:
             payload = lent[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
             await self._check(payload, ref)
         except BaseException as error:
-            await self._refuse(channel, exchange, ref.ring_id, error)
+            await self._refuse(channel, exchange, error)
             raise
-        await self._deliver(channel, exchange, ref.ring_id)
+        await self._deliver(channel, exchange)
         return payload, schema
 
-    async def _deliver(self, channel: Channel, exchange: ReadExchange, ring_id: bytes) -> None:
+    async def _deliver(self, channel: Channel, exchange: ReadExchange) -> None:
         try:
             channel.acknowledge(exchange, delivered=True)
         except PeerLostError:  # the payload is here and whole; the acknowledgement is said again later
-            await self._discard(channel, ring_id)
+            await self._discard(channel)
             return
         await self._checkin(channel)
 
-    async def _refuse(self, channel: Channel, exchange: ReadExchange, ring_id: bytes, error: BaseException) -> None:
+    async def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
         """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
         if isinstance(error, ChecksumError):
             try:
                 channel.acknowledge(exchange, delivered=False)
             except PeerLostError:
-                await self._discard(channel, ring_id)
+                await self._discard(channel)
                 return
         elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
-            await self._discard(channel, ring_id)
+            await self._discard(channel)
             return
         await self._checkin(channel)
 
@@ -268,13 +277,13 @@ class RemoteReader:
             checkout = self._idle.checkout(key, loop.time())
             for expired in checkout.expired:
                 self._counters.add("aged_out")
-                await expired.close()
+                await self._discard(expired)
             channel = checkout.endpoint
             if channel is None:
                 return await self._connect(key, until_s)
             if channel.alive:
                 return channel
-            await channel.close()  # the server closed it while it lay idle: no reason to distrust the port
+            await self._discard(channel)  # the server closed it while it lay idle: no reason to distrust the port
 
     async def _connect(self, key: PortKey, until_s: float) -> Channel:
         link = await self._opened_link()
@@ -298,31 +307,32 @@ class RemoteReader:
 
     async def _checkin(self, channel: Channel) -> None:
         for surplus in self._idle.checkin(channel.key, channel, asyncio.get_running_loop().time()):
-            await surplus.close()
+            await self._discard(surplus)
 
-    async def _discard(self, channel: Channel, ring_id: bytes) -> None:
-        unsettled = channel.unsettled
-        if unsettled is not None:
-            waiting = self._unsettled.setdefault(ring_id, deque(maxlen=UNSETTLED_PER_RING))
-            waiting.append(unsettled)
-            while len(self._unsettled) > UNSETTLED_RINGS:
-                self._unsettled.popitem(last=False)
+    async def _discard(self, channel: Channel) -> None:
+        if channel.unsettled is not None:
+            self._owe(channel.unsettled)
         with anyio.CancelScope(shield=True):  # bounded by the link; a cancelled caller still gets its buffer back
             await channel.close()
 
+    def _owe(self, exchange: ReadExchange) -> None:
+        """Remember a delivery that the server may not know of."""
+        self._unsettled.setdefault(exchange.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(exchange)
+        while len(self._unsettled) > UNSETTLED_RINGS:
+            self._unsettled.popitem(last=False)
+
     async def _settle(self, channel: Channel, ring_id: bytes) -> None:
         """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""
-        waiting = self._unsettled.get(ring_id)
-        while waiting:
-            exchange = waiting[0]
+        while waiting := self._unsettled.get(ring_id):
+            exchange = waiting.popleft()  # nobody else's from here on: other reads of this ring settle at the same time
             try:
                 await channel.confirm(exchange)
                 self._counters.add("confirms")
-            except PeerLostError:
+            except (PeerLostError, asyncio.CancelledError):
+                self._owe(exchange)
                 raise
             except TransportError:
                 pass  # settled already, or overwritten: nothing is left to say
-            waiting.popleft()
         self._unsettled.pop(ring_id, None)
 
     async def _schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
@@ -345,7 +355,7 @@ class RemoteReader:
         self._quarantine.add(key, asyncio.get_running_loop().time())
         _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
         for idle in self._idle.evict(key):
-            await idle.close()
+            await self._discard(idle)
 
     def _count(self, error: TransportError) -> None:
         for cls, reason in _REASONS:

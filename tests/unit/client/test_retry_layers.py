@@ -1,0 +1,302 @@
+"""The port and slot layers of retry, carried out: rotation, quarantine, fresh calls, all under one deadline."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.support.exchange_rig import ExchangeRig, open_rig
+from tests.support.virtual_time import settle
+from ucxx_transport.config import RingConfig, ServerConfig
+from ucxx_transport.errors import (
+    AuthenticationError,
+    BusyError,
+    DeadlineExceededError,
+    PeerLostError,
+    ProtocolError,
+)
+from ucxx_transport.link.base import Endpoint
+from ucxx_transport.ring import SlotState
+
+pytestmark = pytest.mark.anyio
+
+EPISODE = bytes(range(256)) * 16
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def nothing_is_held(rig: ExchangeRig, *slots: int) -> bool:
+    """Whether, once both sides have come to rest, every slot is READY and none is held."""
+    await asyncio.sleep(30.0)  # virtual: beyond the server's acknowledgement limit and its sweep
+    return all(rig.ring.slot_state(slot) is SlotState.READY for slot in slots)
+
+
+async def test_a_dead_port_costs_one_rotation_and_is_avoided_from_then_on() -> None:
+    async with open_rig(ports=3) as rig:
+        client = rig.client()
+        refs = [rig.write(EPISODE) for _ in range(4)]
+        await rig.stop_port(1)
+        for ref in refs:
+            (await client.read(ref)).release()
+        statistics = client.statistics()
+        assert (statistics.quarantined, statistics.rotations, statistics.retries) == (1, 1, 0)
+        await settle()
+        assert rig.statistics(2).delivered + rig.statistics(3).delivered == 4
+
+
+async def test_a_port_that_dies_with_idle_connections_is_no_failure_of_the_others() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client()
+        for _ in range(4):
+            (await client.read(rig.write(EPISODE))).release()
+        assert client.statistics().pooled_endpoints == 2
+        refs = [rig.write(EPISODE) for _ in range(3)]
+        await rig.stop_port(2)
+        for ref in refs:
+            (await client.read(ref)).release()
+        await settle()
+        assert rig.statistics(1).delivered == 2 + 3
+
+
+async def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client(port_quarantine_s=30.0)
+        refs = [rig.write(EPISODE) for _ in range(4)]
+        await rig.stop_port(1)
+        (await client.read(refs[0])).release()
+        await rig.start_port(1)
+        (await client.read(refs[1])).release()
+        assert rig.statistics(1).delivered == 0
+        await asyncio.sleep(31.0)
+        (await client.read(refs[2])).release()
+        (await client.read(refs[3])).release()
+        assert rig.statistics(1).delivered == 1
+
+
+async def test_when_every_port_is_quarantined_they_are_still_tried() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client(read_attempts=1)
+        ref = rig.write(EPISODE)
+        await rig.stop_port(1)
+        await rig.stop_port(2)
+        with pytest.raises(PeerLostError):
+            await client.read(ref)
+        assert client.statistics().quarantined == 2
+        await rig.start_port(1)
+        await rig.start_port(2)
+        (await client.read(ref)).release()
+
+
+async def test_one_call_rotates_once_and_the_slot_layer_makes_as_many_calls_as_configured() -> None:
+    async with open_rig(ports=4) as rig:
+        client = rig.client(read_attempts=2)
+        ref = rig.write(EPISODE)
+        for port in (1, 2, 3, 4):
+            await rig.stop_port(port)
+        with pytest.raises(PeerLostError):
+            await client.read(ref)
+        statistics = client.statistics()
+        assert (statistics.peers_lost, statistics.rotations, statistics.retries) == (4, 2, 1)
+        assert statistics.failed == 1
+
+
+async def test_a_fresh_call_finds_what_the_first_one_lost() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=2)
+        ref = rig.write(EPISODE)
+        rig.faults.reset_after = 1  # HELLO passes, READ breaks the connection
+        (await client.read(ref)).release()
+        statistics = client.statistics()
+        assert (statistics.retries, statistics.rotations, statistics.peers_lost) == (1, 0, 1)
+
+
+async def test_a_single_attempt_means_a_single_attempt() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        ref = rig.write(EPISODE)
+        rig.faults.reset_after = 1
+        with pytest.raises(PeerLostError):
+            await client.read(ref)
+        assert client.statistics().retries == 0
+
+
+async def test_a_corrupted_payload_is_read_again_over_the_same_connection() -> None:
+    ring = RingConfig(slots=2, slot_bytes=8192, checksum=True, prefault=False)
+    async with open_rig(ports=1, ring=ring) as rig:
+        client = rig.client()
+        first = rig.write(EPISODE)
+        (await client.read(first)).release()
+        rig.faults_of(1).flip_byte = 64 + 17
+        with await client.read(rig.write(EPISODE)) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        statistics = client.statistics()
+        assert (statistics.checksum_errors, statistics.retries) == (1, 1)
+        assert (statistics.connections, statistics.quarantined) == (1, 0)
+
+
+async def test_a_truncated_payload_is_never_delivered_and_its_slot_is_ready_again() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        (await client.read(rig.write(EPISODE))).release()  # the pooled buffer now holds a whole message of this size
+        ref = rig.write(EPISODE)
+        rig.faults_of(1).truncate_to = 64 + 1000
+        with pytest.raises(ProtocolError, match="cut short"):
+            await client.read(ref)
+        assert client.statistics().pooled_endpoints == 0
+        await settle()
+        assert rig.ring.slot_state(ref.slot) is SlotState.READY
+        (await client.read(ref)).release()
+
+
+async def test_a_full_port_is_passed_over_without_quarantine() -> None:
+    async with open_rig(ports=2, server=ServerConfig(mode="thread", max_connections=1)) as rig:
+        occupant, client = rig.client(), rig.client()
+        for _ in range(2):
+            (await occupant.read(rig.write(EPISODE))).release()
+        await settle()
+        await rig.stop_port(2)
+        await rig.start_port(2)
+        refs = [rig.write(EPISODE) for _ in range(2)]
+        for ref in refs:
+            (await client.read(ref)).release()
+        statistics = client.statistics()
+        assert statistics.busy >= 1
+        assert statistics.quarantined == 0
+        await settle()
+        assert rig.statistics(2).delivered == 1 + 2
+
+
+async def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> None:
+    async with open_rig(ports=1, server=ServerConfig(mode="thread", max_connections=1)) as rig:
+        occupant, client = rig.client(), rig.client(read_attempts=3)
+        (await occupant.read(rig.write(EPISODE))).release()
+        ref, started = rig.write(EPISODE), now()
+        with pytest.raises(BusyError, match="limit of connections"):
+            await client.read(ref)
+        assert now() - started > 0.01
+        assert client.statistics().retries == 2
+        assert rig.statistics(1).refused == 3
+        assert rig.statistics(1).busy == 3
+        await occupant.aclose()
+        await asyncio.sleep(2.0)
+        (await client.read(ref)).release()
+
+
+async def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client()
+        warm = [rig.write(EPISODE) for _ in range(2)]
+        for ref in warm:
+            (await client.read(ref)).release()
+        ref, started = rig.write(EPISODE), now()
+        rig.faults_of(1).drop = rig.faults_of(2).drop = 1000
+        with pytest.raises(DeadlineExceededError) as caught:
+            await client.read(ref, deadline_s=3.0)
+        assert 3.0 <= now() - started < 3.001
+        assert isinstance(caught.value, TimeoutError)
+        statistics = client.statistics()
+        assert (statistics.deadlines, statistics.failed, statistics.pooled_endpoints) == (1, 1, 0)
+        assert await nothing_is_held(rig, ref.slot)
+        rig.faults_of(1).drop = rig.faults_of(2).drop = 0
+        (await client.read(ref)).release()
+
+
+async def test_one_silent_port_of_two_still_leaves_time_for_the_other() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client()
+        for _ in range(2):
+            (await client.read(rig.write(EPISODE))).release()
+        rig.faults_of(1).drop = 1000
+        started = now()
+        (await client.read(rig.write(EPISODE), deadline_s=4.0)).release()
+        assert now() - started < 4.0
+        assert client.statistics().timeouts == 1
+
+
+async def test_a_port_that_never_connects_costs_the_connect_limit_only() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client(connect_timeout_s=0.5)
+        rig.faults_of(1).drop = 1000  # it accepts, and says nothing
+        started = now()
+        (await client.read(rig.write(EPISODE), deadline_s=60.0)).release()
+        assert 0.5 <= now() - started < 0.6
+        assert client.statistics().quarantined == 1
+
+
+async def test_a_deadline_that_has_passed_fails_without_a_word_against_any_port() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        with pytest.raises(DeadlineExceededError):
+            await client.read(ref, deadline_s=0.0)
+        statistics = client.statistics()
+        assert (statistics.quarantined, statistics.deadlines) == (0, 1)
+        assert rig.requests() == 0
+
+
+async def test_waiting_for_a_place_counts_against_the_deadline_but_not_against_a_port() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client(max_concurrent_reads=1)
+        (await client.read(rig.write(EPISODE))).release()
+        slow, waiting = rig.write(EPISODE), rig.write(EPISODE)
+        hold = rig.faults_of(1).hold = asyncio.Event()
+        first = asyncio.create_task(client.read(slow, deadline_s=60.0))
+        await settle()
+        started = now()
+        with pytest.raises(DeadlineExceededError):
+            await client.read(waiting, deadline_s=2.0)
+        assert 2.0 <= now() - started < 2.001
+        hold.set()
+        (await first).release()
+        assert client.statistics().quarantined == 0
+        (await client.read(waiting)).release()
+
+
+async def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
+    def greet(endpoint: Endpoint) -> None:
+        endpoint.post_send(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    async with open_rig(ports=1) as rig:
+        client = rig.client()
+        await rig.impostor(9, greet)
+        rig.publish(9)
+        with pytest.raises(ProtocolError, match="not a ucxx_transport reply"):
+            await client.read(rig.write(EPISODE))
+        assert client.statistics().protocol_errors == 1
+        assert client.statistics().lent_buffers == 0
+
+
+async def test_nothing_behind_the_port_is_peer_lost() -> None:
+    async with open_rig(ports=1) as rig:
+        rig.publish(9)
+        with pytest.raises(PeerLostError):
+            await rig.client().read(rig.write(EPISODE))
+
+
+@pytest.mark.parametrize(
+    ("server_token", "client_token", "words"),
+    [("right", "wrong", "wrong token"), ("right", None, "ClientConfig"), (None, "right", "ServerConfig")],
+)
+async def test_a_wrong_or_missing_token_is_told_at_once_and_not_retried(
+    server_token: str | None, client_token: str | None, words: str
+) -> None:
+    async with open_rig(ports=2, server=ServerConfig(mode="thread", token=server_token)) as rig:
+        client = rig.client(token=client_token)
+        ref = rig.write(EPISODE)
+        with pytest.raises(AuthenticationError, match=words):
+            await client.read(ref)
+        statistics = client.statistics()
+        assert (statistics.unauthorized, statistics.retries, statistics.quarantined) == (1, 0, 0)
+        assert rig.requests() == 0
+        assert rig.ring.slot_state(ref.slot) is SlotState.READY
+
+
+async def test_with_the_same_token_on_both_sides_reads_work() -> None:
+    async with open_rig(ports=1, server=ServerConfig(mode="thread", token="secret")) as rig:
+        client = rig.client(token="secret")
+        for _ in range(3):
+            (await client.read(rig.write(EPISODE))).release()
+        assert client.statistics().connections == 1
