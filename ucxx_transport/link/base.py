@@ -9,10 +9,11 @@
 
 Rules that every link keeps, and that the conformance suite checks:
 
-- A message fills exactly one posted receive, in order. A shorter message than the buffer is a silent success that leaves the
-  tail as it was; a longer one fails that receive with `PeerLostError(reason="truncated")` and the endpoint lives on.
-- A buffer belongs to the link from the post until its `Pending` is `completed`. Cancelling `wait()` does not change that:
-  the only way to get the buffer back is `await endpoint.close()`, which returns True once nothing touches it any more.
+- A message fills exactly one posted receive, in order. A shorter message than the buffer is a silent success that
+  leaves the tail as it was; a longer one fails that receive with `PeerLostError(reason="truncated")` and the endpoint
+  lives on.
+- A buffer belongs to the link from the post until its `Pending` is `completed`. Cancelling `wait()` does not change
+  that: the way to get the buffer back is `await endpoint.close()`, which returns True once nothing touches it any more.
 - A send that is completed has left this side; only an answer of the peer proves that it arrived.
 - Objects are bound to the thread and event loop of their link.
 """

@@ -2,12 +2,14 @@
 
 `ucxx._lib` is private API: extras pin its minor version, and a test names every symbol below.
 
-Importing ucxx writes `UCX_*` defaults into `os.environ`, from where child processes would take them for the user's. They are
-removed again here; those that matter are passed to each context by `settings`.
+Importing ucxx writes `UCX_*` defaults into `os.environ`, from where child processes would take them for the user's.
+They are removed again here; those that matter are passed to each context by `settings`. Where the program has imported
+ucxx before, they are there already and count as the environment's.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import threading
@@ -148,15 +150,13 @@ class UcxWorker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """The imported modules, and the environment as it was before they were imported."""
+    """The imported modules."""
 
     lib: Any  # ucxx._lib.libucxx, which has no stubs
     make_array: Callable[[object], UcxArray]
-    user_environment: MappingProxyType[str, str]
 
 
 _lock = threading.Lock()
-_binding: Binding | None = None
 
 
 def load_binding() -> Binding:
@@ -165,15 +165,13 @@ def load_binding() -> Binding:
     Raises:
         ConfigError: ucxx is not installed, or is of a version that lacks what is used; says what to install.
     """
-    global _binding
-    with _lock:
-        if _binding is None:
-            _binding = _import_binding()
-        return _binding
+    with _lock:  # a race would take ucxx's own writes for the user's settings
+        return _import_binding()
 
 
+@functools.cache
 def _import_binding() -> Binding:
-    before = {name: value for name, value in os.environ.items() if name.startswith("UCX")}
+    before = {name for name in os.environ if name.startswith("UCX")}
     try:
         lib = importlib.import_module("ucxx._lib.libucxx")
         arr = importlib.import_module("ucxx._lib.arr")
@@ -191,7 +189,7 @@ def _import_binding() -> Binding:
             missing=", ".join(missing),
             ucxx=getattr(importlib.import_module("ucxx"), "__version__", "unknown"),
         )
-    return Binding(lib=lib, make_array=arr.Array, user_environment=MappingProxyType(before))
+    return Binding(lib=lib, make_array=arr.Array)
 
 
 def _has(lib: Any, dotted: str) -> bool:

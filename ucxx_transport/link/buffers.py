@@ -8,7 +8,7 @@ __all__ = ["byte_view"]
 
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:
-    """A flat view of the buffer's bytes, which pins it (a bytearray cannot be resized, an mmap not closed) until released.
+    """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
 
     Args:
         buffer: bytes (to send), bytearray, memoryview, mmap or array; C-contiguous.

@@ -10,7 +10,7 @@
           arm() ──► sleep in the loop's selector ──event fd──► _turn()
 ```
 
-Whenever control is with the loop, either a turn is scheduled or the worker is armed: otherwise an event would be missed.
+Whenever control is with the loop, either a turn is scheduled or the worker is armed: otherwise an event is missed.
 A scan costs O(pending), so it happens only after progress was made.
 """
 
@@ -27,13 +27,13 @@ from ucxx_transport.link.counters import Counters
 __all__ = ["ProgressDriver", "Watched"]
 
 BURST = 32
-"""Progress calls in one turn: at 512 KiB a segment some 2 ms, so that other tasks are not kept out for a whole transfer."""
+"""Progress calls in one turn: at 512 KiB a segment some 2 ms, so that other tasks need not wait for a transfer."""
 
 TURN_S = 1e-3
 """How long inline completions may keep a task on the loop when no other operation has ended: some ten 64 KiB reads."""
 
 STRETCH = 4
-"""A spin lasts this many times `spin_s` as long as that pays: where a 64 KiB read takes 110 us, 50 us would never do."""
+"""A spin lasts this many times `spin_s` as long as that pays: on a slow machine a 64 KiB read takes 110 us."""
 
 CREDIT = 8
 """Long spins that may fail in a row before they are given up."""

@@ -7,8 +7,8 @@
 | 6      | 2     | zero                                             |
 | 8      | 8     | tag, little-endian, that the sender receives by  |
 
-UCX matches tagged messages in the whole worker, not per connection, so each end draws a random tag per connection for what it
-receives: no connection can take, or forge, another one's message without guessing 64 bits.
+UCX matches tagged messages in the whole worker, not per connection, so each end draws a random tag per connection for
+what it receives: no connection can take, or forge, another one's message without guessing 64 bits.
 """
 
 from __future__ import annotations

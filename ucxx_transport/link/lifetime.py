@@ -1,7 +1,7 @@
 """What outlives a link: clean-up at the end of the interpreter, forked children, parked buffers.
 
-- At exit, links of the exiting thread that are still open are closed: an operation in flight whose buffer the interpreter
-  frees first would be a crash. A link of another thread is left as it is; that thread no longer runs.
+- At exit, links of the exiting thread that are still open are closed: an operation in flight whose buffer the
+  interpreter frees first would be a crash. A link of another thread is left as it is; that thread no longer runs.
 - UCX does not survive a fork. In the child, its objects are made immortal, so that nothing closes the parent's
   connections, and every use is an error that says so.
 """
@@ -32,13 +32,12 @@ PARKED: list[tuple[object, object]] = []
 """Operations that never ended, with what they point to."""
 
 _links: weakref.WeakSet[UCXXLink] = weakref.WeakSet()
-_used_by_pid: int | None = None
+_pids_that_used_ucx: set[int] = set()
 
 
 def register(link: UCXXLink) -> None:
     """A link was opened in this process."""
-    global _used_by_pid
-    _used_by_pid = os.getpid()
+    _pids_that_used_ucx.add(os.getpid())
     _links.add(link)
 
 
@@ -53,7 +52,7 @@ def check_not_forked() -> None:
     Raises:
         ConfigError: this is one.
     """
-    if _used_by_pid is not None and _used_by_pid != os.getpid():
+    if _pids_that_used_ucx - {os.getpid()}:
         raise ConfigError("UCX does not survive a fork; start the process by spawn, or fork before the first link")
 
 
@@ -66,7 +65,7 @@ def drain(driver: ProgressDriver, operations: Sequence[Operation]) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    if _used_by_pid != os.getpid():
+    if _pids_that_used_ucx - {os.getpid()}:
         return
     for link in list(_links):
         if link.owned_by(threading.get_ident()):

@@ -1,14 +1,20 @@
 """The UCX settings of a link's context: ours, then the configuration's, then what the user set in the environment.
 
-| setting                 | value | why                                                                                       |
-|-------------------------|-------|-------------------------------------------------------------------------------------------|
-| TCP_TX_SEG_SIZE         | 256K  | 1.7 -> 7.9 GB/s at 16 MiB over TCP; touches TCP alone                                     |
-| TCP_RX_SEG_SIZE         | 512K  | must not be smaller than the above                                                        |
-| TCP_CM_REUSEADDR        | y     | the port of a killed server can be listened on again at once                              |
-| MEMTYPE_CACHE           | n     | what ucxx itself sets: with the cache, UCX can take GPU memory for host memory            |
-| MM_ERROR_HANDLING       | y     | `shm_lanes` only: without it UCX never puts shared memory under such an endpoint          |
+| setting              | value | why                                                                                   |
+|----------------------|-------|---------------------------------------------------------------------------------------|
+| TCP_TX_SEG_SIZE      | 256K  | 1.7 -> 7.9 GB/s at 16 MiB over TCP; touches TCP alone                                 |
+| TCP_RX_SEG_SIZE      | 512K  | must not be smaller than the above                                                    |
+| TCP_CM_REUSEADDR     | y     | the port of a killed server can be listened on again at once                          |
+| MEMTYPE_CACHE        | n     | what ucxx itself sets: with the cache, UCX may take GPU memory for host memory        |
+| LOG_LEVEL            | fatal | UCX logs to stdout; what it would say comes as an exception here                      |
+| WARN_UNUSED_ENV_VARS | n     | a `UCX_IB_*` of the cluster is no news on a host without that fabric                  |
+| *_ERROR_HANDLING     | y     | `shm_lanes` only: without it UCX puts no shared memory under a connection by address  |
 
-A name in the environment (`UCX_TCP_TX_SEG_SIZE`) beats both: whoever sets it for one run means that run.
+`RNDV_THRESH` stays UCX's own: it would change RDMA and GPU memory too, and with `inf` a receive that its endpoint's
+close cuts off never ends (its buffer would be parked for good).
+
+Who wins: `UCX_*` in the environment, for whoever sets it for one run means that run; then the configuration's `ucx`;
+then the table.
 """
 
 from __future__ import annotations
@@ -26,13 +32,23 @@ TUNED: Mapping[str, str] = MappingProxyType(
         "TCP_RX_SEG_SIZE": "512K",
         "TCP_CM_REUSEADDR": "y",
         "MEMTYPE_CACHE": "n",
+        "LOG_LEVEL": "fatal",
+        "WARN_UNUSED_ENV_VARS": "n",
     }
 )
 
 SHM_LANES: Mapping[str, str] = MappingProxyType({"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"})
 
 
-def context_settings(*, shm_lanes: bool, ucx: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+_INHERITED_FROM = {
+    "POSIX_ERROR_HANDLING": "MM_ERROR_HANDLING",
+    "SYSV_ERROR_HANDLING": "MM_ERROR_HANDLING",
+    "TCP_CM_REUSEADDR": "CM_REUSEADDR",
+}
+"""The wider setting that UCX takes a default from: the user may have set that one."""
+
+
+def context_settings(*, shm_lanes: bool, ucx: Mapping[str, object], environment: Mapping[str, str]) -> dict[str, str]:
     """What to give to the context, names without the `UCX_` prefix.
 
     Args:
@@ -41,13 +57,18 @@ def context_settings(*, shm_lanes: bool, ucx: Mapping[str, str], environment: Ma
         environment: the process's; what it sets is left out of the result, for UCX reads it there by itself.
 
     Raises:
-        ConfigError: a name or value that is not a string.
+        ConfigError: a value that is not a string.
     """
-    merged = dict(TUNED)
+    merged: dict[str, str] = dict(TUNED)
     if shm_lanes:
         merged.update(SHM_LANES)
     for name, value in ucx.items():
-        if not isinstance(name, str) or not isinstance(value, str):
+        if not isinstance(value, str):
             raise ConfigError("ucx settings are strings, such as {'TLS': 'tcp'}", name=name, value=value)
         merged[name.removeprefix("UCX_")] = value
-    return {name: value for name, value in merged.items() if f"UCX_{name}" not in environment}
+    return {name: value for name, value in merged.items() if not _set_by_user(name, environment)}
+
+
+def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:
+    names = (name, _INHERITED_FROM.get(name, name))
+    return any(f"UCX_{name}" in environment for name in names)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -19,6 +20,7 @@ from ucxx_transport.link.base import LinkStatistics, OnEndpoint
 from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
 from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import ProgressDriver
+from ucxx_transport.link.native import quiet_ucxx_log
 from ucxx_transport.link.pending import Operation
 from ucxx_transport.link.settings import context_settings
 from ucxx_transport.link.translate import Translator, lost
@@ -34,10 +36,11 @@ class UCXXLink:
     def __init__(self, *, shm_lanes: bool, spin_s: float, ucx: Mapping[str, str]) -> None:
         lifetime.check_not_forked()
         self.binding = load_binding()
+        quiet_ucxx_log()
         lib = self.binding.lib
         self.translator = Translator(lib)
         self.counters = Counters()
-        settings = context_settings(shm_lanes=shm_lanes, ucx=ucx, environment=self.binding.user_environment)
+        settings = context_settings(shm_lanes=shm_lanes, ucx=ucx, environment=os.environ)
         features = (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP)
         try:
             self._context: Any = lib.UCXContext(settings, features)
@@ -99,7 +102,9 @@ class UCXXLink:
             raise ConfigError("port is not one to connect to", port=port)
         address = await self._resolve(host, port, peer)
         try:
-            ucx: UcxEndpoint = self.binding.lib.UCXEndpoint.create(self.worker, address, port, True)
+            ucx: UcxEndpoint = self.binding.lib.UCXEndpoint.create(
+                self.worker, address, port, endpoint_error_handling=True
+            )
         except self.translator.root as exc:
             raise self.translator.error(exc, peer=peer, connected=False) from exc
         endpoint = UCXXEndpoint(self, ucx, peer)
@@ -133,7 +138,9 @@ class UCXXLink:
 
     def transports(self) -> tuple[str, ...]:
         """See `base.Link.transports`."""
-        return ("unknown",)
+        lanes = [lane for endpoint in self._endpoints for lane in endpoint.lanes()]
+        names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
+        return tuple(names) or ("unknown",)
 
     async def aclose(self) -> None:
         """See `base.Link.aclose`: cancel, drain, stop, destroy."""

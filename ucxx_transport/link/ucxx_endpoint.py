@@ -14,6 +14,7 @@ from ucxx_transport.link.base import LostReason
 from ucxx_transport.link.binding import UcxEndpoint, UcxTag
 from ucxx_transport.link.buffers import byte_view
 from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
+from ucxx_transport.link.native import endpoint_lanes
 from ucxx_transport.link.pending import Operation, UCXXPending
 from ucxx_transport.link.translate import lost
 
@@ -109,6 +110,13 @@ class UCXXEndpoint:
         if self._hello.error is not None:
             raise self._hello.error
 
+    def lanes(self) -> tuple[tuple[str, str], ...]:
+        """(transport, device) of each lane; empty where it cannot be told, or before the connection is up."""
+        ucx = self._ucx
+        if ucx is None or not self.alive or self._send_tag is None:
+            return ()
+        return endpoint_lanes(ucx.handle)
+
     def begin_close(self) -> Operation:
         """Tell UCX to close, without waiting; returns the operation that ends when it has."""
         self.closed = True
@@ -119,7 +127,8 @@ class UCXXEndpoint:
             self.driver.cancel_soon()
             operation.done = True
         elif self.in_flight:
-            # The other way to close ends no receive that nothing has matched; this one cancels. It holds the loop for 0.3-2 ms.
+            # The other way to close never ends a receive that nothing has matched; this one cancels, and holds the
+            # loop for 0.3-2 ms.
             ucx.close_blocking()
             self.driver.kick()
             operation.done = True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ucxx_transport.link.base import OnEndpoint
 from ucxx_transport.link.binding import UcxEndpoint, UcxListener
+from ucxx_transport.link.native import endpoint_peer
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class UCXXListener:
             if self._closed:
                 ucx.close_blocking()
                 continue
-            endpoint = UCXXEndpoint(self._link, ucx, f"client of :{self.port}", self)
+            endpoint = UCXXEndpoint(self._link, ucx, endpoint_peer(ucx.handle) or f"a client of port {self.port}", self)
             self._link.adopt(endpoint)
             self._link.counters.endpoints_accepted += 1
             self._on_endpoint(endpoint)

@@ -1,0 +1,119 @@
+"""What ucxx's Python API does not reach, asked of the loaded libraries directly; everything here may answer "unknown".
+
+| call                        | of                 | for                                                            |
+|-----------------------------|--------------------|----------------------------------------------------------------|
+| `ucp_ep_query`              | libucp, public API | the lanes and the peer's address of one endpoint               |
+| `ucxx_log_component_config` | libucxx, a symbol  | ucxx's log, on stdout, which only `UCXX_LOG_LEVEL` sets else   |
+
+Structures are those of `ucp/api/ucp.h` and `ucs/config/types.h` of UCX 1.19 to 1.21; a field mask says which fields are
+known here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from pathlib import Path
+
+__all__ = ["endpoint_lanes", "endpoint_peer", "quiet_ucxx_log"]
+
+_REMOTE_SOCKADDR, _TRANSPORTS = 1 << 2, 1 << 3  # enum ucp_ep_attr_field
+_MAX_LANES = 32
+_SOCKADDR_BYTES = 128
+_FATAL = 0  # UCS_LOG_LEVEL_FATAL
+
+
+class _TransportEntry(ctypes.Structure):
+    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
+
+
+class _EndpointAttributes(ctypes.Structure):
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("name", ctypes.c_char * 32),
+        ("local_sockaddr", ctypes.c_uint64 * (_SOCKADDR_BYTES // 8)),
+        ("remote_sockaddr", ctypes.c_uint64 * (_SOCKADDR_BYTES // 8)),
+        ("entries", ctypes.POINTER(_TransportEntry)),
+        ("num_entries", ctypes.c_uint),
+        ("entry_size", ctypes.c_size_t),
+        ("user_data", ctypes.c_void_p),
+    )
+
+
+class _LogComponent(ctypes.Structure):
+    _fields_ = (("log_level", ctypes.c_int), ("name", ctypes.c_char * 16))
+
+
+def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
+    """(transport, device) of each lane, such as `("tcp", "lo")`; empty where it cannot be told.
+
+    Args:
+        handle: the `ucp_ep_h` of an endpoint that is alive.
+    """
+    entries = (_TransportEntry * _MAX_LANES)()
+    asked = _EndpointAttributes(
+        field_mask=_TRANSPORTS,
+        entries=ctypes.cast(entries, ctypes.POINTER(_TransportEntry)),
+        num_entries=_MAX_LANES,
+        entry_size=ctypes.sizeof(_TransportEntry),
+    )
+    if not _query(handle, asked):
+        return ()
+    lanes = ((entry.transport, entry.device) for entry in entries[: min(asked.num_entries, _MAX_LANES)])
+    return tuple((transport.decode(), (device or b"").decode()) for transport, device in lanes if transport)
+
+
+def endpoint_peer(handle: int) -> str | None:
+    """`host:port` of the other end, or None where it cannot be told."""
+    asked = _EndpointAttributes(field_mask=_REMOTE_SOCKADDR)
+    if not _query(handle, asked):
+        return None
+    raw = bytes(asked.remote_sockaddr)
+    family, port = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:4], "big")
+    if family == socket.AF_INET:
+        return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{port}"
+    if family == socket.AF_INET6:
+        return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{port}"
+    return None
+
+
+def quiet_ucxx_log() -> bool:
+    """Keep ucxx's log of ordinary events (a refused connection) off stdout, unless the user has chosen a level.
+
+    Returns:
+        Whether it is quiet now.
+    """
+    if "UCXX_LOG_LEVEL" in os.environ:
+        return False
+    try:
+        component = _LogComponent.in_dll(_loaded("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE")
+    except (OSError, ValueError):
+        return False
+    if component.name != b"UCXX":  # not the structure that we know
+        return False
+    component.log_level = _FATAL
+    return True
+
+
+def _query(handle: int, attributes: _EndpointAttributes) -> bool:
+    try:
+        query = _loaded("libucp.so").ucp_ep_query
+    except (OSError, AttributeError):
+        return False
+    query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    query.restype = ctypes.c_int
+    return int(query(handle, ctypes.byref(attributes))) == 0
+
+
+def _loaded(name: str) -> ctypes.CDLL:
+    """The library of that name which this process has loaded already; never loads another copy.
+
+    Raises:
+        OSError: there is none.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.partition("/")[2]
+        if path and Path(path).name.startswith(name):
+            return ctypes.CDLL(f"/{path}", mode=os.RTLD_NOLOAD)
+    raise OSError(f"{name} is not loaded")
