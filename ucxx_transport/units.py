@@ -11,7 +11,7 @@
 | `50us`, `50µs`   | 0.00005       |
 | `2m`, `2min`     | 120.0         |
 
-A bare prefix is binary (`4k` is 4096), as it is for UCX; the letters `iB` say so, and `KB` `MB` `GB` are the decimal ones.
+A bare prefix is binary (`4k` is 4096), as it is for UCX; `iB` says so, and `KB` `MB` `GB` are the decimal ones.
 """
 
 from __future__ import annotations
