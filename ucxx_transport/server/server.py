@@ -84,7 +84,6 @@ class UCXXServer:
             raise
         self._publish(ports)
         atexit.register(self.stop)
-        _log.info("server up", ring=self._ring.name, address=address, ports=ports, mode=self._config.mode)
 
     def stop(self) -> None:
         """Stop listening, end every connection, withdraw the address. Bounded by `stop_timeout_s`; idempotent."""

@@ -1,0 +1,40 @@
+"""docs/UCXX.md says what the code does, where the two can be compared."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+from tests.support import slot_diagram
+from ucxx_transport import errors
+from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.errors import TransportError
+from ucxx_transport.wire.frames import Status
+
+
+def test_the_slot_diagram_is_that_of_the_table() -> None:
+    assert slot_diagram.drawn() == slot_diagram.draw()
+
+
+def test_every_status_of_the_wire_has_its_row() -> None:
+    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| ([A-Z_]+) +\|", page, re.MULTILINE))
+    assert {status.name for status in Status} <= rows
+
+
+def test_every_setting_the_page_names_exists() -> None:
+    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    known = {spec.name for config in (RingConfig, ServerConfig, ClientConfig) for spec in fields(config)}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page))
+    assert named, "the page names no setting: the pattern is wrong"
+    assert named <= known
+
+
+def test_the_table_of_errors_says_what_the_classes_say() -> None:
+    assert errors.__doc__ is not None
+    rows = re.findall(r"^\| `(\w+)` +\| (yes|no) +\|", errors.__doc__, re.MULTILINE)
+    assert {name for name, _ in rows} == set(errors.__all__) - {"TransportError"}
+    for name, retried in rows:
+        cls = getattr(errors, name)
+        assert issubclass(cls, TransportError)
+        assert cls.retryable == (retried == "yes"), name
