@@ -59,8 +59,8 @@ class TreeShape:
         self._root = _branch(nested, "")
         self._flat = all(isinstance(child, int) for child in self._root.children)
 
-    def gather(self, tree: object) -> list[object]:
-        """The leaves of `tree`, in field order.
+    def gather(self, tree: object) -> list[Any]:
+        """The leaves of `tree`, in field order, whatever they are: a new list.
 
         Raises:
             ConfigError: fields are missing or unknown; the message names them.
