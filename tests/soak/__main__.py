@@ -17,9 +17,13 @@ from tests.soak.summary import SoakSettings
 
 def main() -> int:
     """Run, report, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="scripts/soak", description="kill -9 of writers, servers and clients, in cycles")
+    parser = argparse.ArgumentParser(
+        prog="scripts/soak", description="kill -9 of writers, servers and clients, in cycles"
+    )
     parser.add_argument("--cycles", type=int, default=500, help="rounds of killing")
-    parser.add_argument("--seed", type=int, default=None, help="of the victims and moments; drawn and printed if left out")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the victims and moments; drawn and printed if left out"
+    )
     parser.add_argument("--shm-lanes", action="store_true", help="let UCX use shared memory between the processes")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on standard output")
     options = parser.parse_args()
@@ -28,7 +32,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="ucxx_transport-soak-"))
     say(f"seed {seed}, logs in {folder}")
     settings = SoakSettings(cycles=options.cycles, seed=seed, shm_lanes=options.shm_lanes)
-    soak = KillSoak(settings, folder, on_cycle=lambda number, victims: say(f"{number}/{options.cycles} {', '.join(victims)}"))
+    soak = KillSoak(
+        settings, folder, on_cycle=lambda number, victims: say(f"{number}/{options.cycles} {', '.join(victims)}")
+    )
     failure = ""
     try:
         soak.run()

@@ -63,9 +63,9 @@ class Actor:
 
     def request(self, what: str, **facts: object) -> None:
         """Ask for something; `outstanding` holds it until it is answered."""
-        message = {"id": self._next_id, "what": what, **facts}
-        self._next_id += 1
-        self.outstanding[message["id"]] = message
+        number, self._next_id = self._next_id, self._next_id + 1
+        message: Message = {"id": number, "what": what, **facts}
+        self.outstanding[number] = message
         self._write(message)
 
     def take_answers(self) -> list[tuple[Message, Message]]:
@@ -107,7 +107,9 @@ class Actor:
 
     def stderr_tail(self) -> str:
         text = self.log.read_bytes()[-_STDERR_TAIL_BYTES:].decode(errors="replace")
-        return f"--- {self.name} (pid {self.pid}, exit {self.process.poll()}): {len(self.outstanding)} unanswered\n{text}"
+        return (
+            f"--- {self.name} (pid {self.pid}, exit {self.process.poll()}): {len(self.outstanding)} unanswered\n{text}"
+        )
 
     def _write(self, message: Message) -> None:
         assert self.process.stdin is not None

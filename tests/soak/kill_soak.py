@@ -7,8 +7,8 @@
 ```
 
 One cycle: everything is busy; after a random number of answers and a random moment one of them (at times two) gets
-SIGKILL; all the others go on; the dead are replaced; the work is let run dry; no slot of any ring is WRITING or READING,
-and every payload is accounted for (`ledger`). A killed worker leaves neither segment nor server process.
+SIGKILL; all the others go on; the dead are replaced; the work is let run dry; no slot of any ring is WRITING or
+READING, and every payload is accounted for (`ledger`). A killed worker leaves neither segment nor server process.
 
 `python -m tests.soak.kill_soak --cycles 500 --seed 7` runs it by itself (see `scripts/soak`).
 """
@@ -38,7 +38,15 @@ VICTIMS = ("writer", "home server", "ucx reader", "local reader", "worker", "wor
 ANSWERS_BEFORE_KILL = 40
 MOMENT_S = 0.02
 _HELD = (SlotState.WRITING, SlotState.READING)
-_TELLING = ("reclaimed_reads", "reclaimed_writes", "lock_recoveries", "repaired_slots", "released", "stale", "late_finalise")
+_TELLING = (
+    "reclaimed_reads",
+    "reclaimed_writes",
+    "lock_recoveries",
+    "repaired_slots",
+    "released",
+    "stale",
+    "late_finalise",
+)
 
 
 class KillSoak:
@@ -121,18 +129,30 @@ class KillSoak:
 
     def _cycle(self, victims: list[str]) -> None:
         traffic = self._traffic
-        traffic.go_on()
         servers = {source.name: traffic.find_server(source) for source in self._sources}
+        traffic.go_on()
+        self._everyone_works("all work, the replacements too")
         due = traffic.answered + self._rng.randrange(ANSWERS_BEFORE_KILL)
         traffic.run_until(lambda: traffic.answered >= due, "work goes on")
         time.sleep(self._rng.uniform(0, MOMENT_S))  # the random moment itself, not a wait for anything
+        survivors = [actor.name for actor in traffic.stage.actors]
         checks = [check for victim in victims for check in self._kill(victim, servers)]
-        marks = {actor.name: traffic.done[actor.name] + 2 for actor in traffic.stage.actors}
-        checks.append(lambda: all(traffic.done[name] >= mark for name, mark in marks.items()))
+        present = {actor.name for actor in traffic.stage.actors}
+        self._work_is_done_by([name for name in survivors if name in present], f"the others go on without {victims}")
+        traffic.run_dry()  # also waits until the replacements are there
         for check in checks:
-            traffic.run_until(check, f"the others go on after the kill of {victims}")
-        traffic.run_dry()
+            traffic.run_until(check, f"{victims}: killed, and what was theirs is gone or back")
         self._settle()
+
+    def _everyone_works(self, what: str) -> None:
+        """Each process, and UCX from each ring: a server that was killed has been replaced."""
+        over_ucx = [f"ucx from {source.name}" for source in self._sources]
+        self._work_is_done_by([*(actor.name for actor in self._traffic.stage.actors), *over_ucx], what)
+
+    def _work_is_done_by(self, names: list[str], what: str) -> None:
+        done = self._traffic.done
+        marks = {name: done[name] + 2 for name in names}
+        self._traffic.run_until(lambda: all(done[name] >= mark for name, mark in marks.items()), what)
 
     def _kill(self, victim: str, servers: dict[str, int]) -> list[Callable[[], bool]]:
         """Kill one, replace it; returns what must come true while the others work."""
@@ -173,18 +193,15 @@ class KillSoak:
         except ProcessLookupError:
             return []  # it went with its worker, the other victim of this cycle
         began = time.monotonic()
-        source.ledger.server_killed()
-        source.server_pid = 0
-        source.server_kills += 1
-        mark = self._traffic.done[f"ucx from {source.name}"]
+        source.server_killed(pid)
 
-        def serves_again() -> bool:
-            if self._traffic.done[f"ucx from {source.name}"] <= mark:
+        def is_back() -> bool:
+            if not self._traffic.server_of(source):
                 return False
             self.summary.server_back_s.append(time.monotonic() - began)
             return True
 
-        return [serves_again]
+        return [is_back]
 
     def _kill_worker(self, server_pid: int) -> list[Callable[[], bool]]:
         worker = self._worker
@@ -195,8 +212,7 @@ class KillSoak:
         self._count_ring(worker)
         worker.ledger.closed = True
         worker.close()
-        worker.server_pid = 0
-        worker.server_kills += 1
+        worker.server_killed(server_pid)
         worker.open(self._traffic.stage)
         self._ledgers.append(worker.ledger)
 

@@ -1,11 +1,11 @@
 """What has become of every payload of one ring. Decisions only: it is told what happened and says what must not have.
 
-| fate       | means                                                  | may also be found                                        |
-|------------|--------------------------------------------------------|----------------------------------------------------------|
-| waiting    | written, nobody reads it                               | gone, if a killed reader had been given it before        |
-| handed out | a reader has been asked to read it                     |                                                          |
-| delivered  | a reader has it, and every byte was right              | READY, if its acknowledgement died with reader or server |
-| gone       | stale, after a killed reader had been given it         |                                                          |
+| fate       | means                                        | may also be found                                        |
+|------------|----------------------------------------------|----------------------------------------------------------|
+| waiting    | written, nobody reads it                     | gone, if a killed reader had been given it               |
+| handed out | a reader has been asked to read it           |                                                          |
+| delivered  | a reader has it, every byte right            | READY, if its acknowledgement died with reader or server |
+| gone       | stale, and a killed reader had been given it |                                                          |
 
 The rings of the harness never overwrite, so nothing else can make a payload disappear.
 """

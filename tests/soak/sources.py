@@ -12,7 +12,7 @@ from tests.soak.actors import Actor, Stage
 from tests.soak.ledger import Ledger
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
 
-__all__ = ["SLOTS", "SLOT_BYTES", "Source", "ring_settings"]
+__all__ = ["SLOTS", "Source", "dwell_s", "is_running", "segment_exists"]
 
 SLOTS = 12
 SLOT_BYTES = 4 << 20
@@ -29,10 +29,10 @@ class Source:
     """A ring, its writer and its server.
 
     Attributes:
-        name: "home" (this process made the ring and supervises its server; the writer attaches) or "worker" (one process
-            is worker, writer and supervisor; this one only looks on).
+        name: "home" (this process made the ring and supervises its server; the writer attaches) or "worker" (one
+            process is worker, writer and supervisor; this one only looks on).
         streams: writers so far; each payload carries its writer's number.
-        server_pid: of a worker's server, as the worker has said. server_kills: how often the ring lost its server.
+        server_pid, dead_pid: the server, as far as is known, and the one killed last. server_kills: how often.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Source:
     streams: int = 0
     sequence: int = 0
     server_pid: int = 0
+    dead_pid: int = 0
     server_kills: int = 0
 
     def open(self, stage: Stage) -> None:
@@ -78,14 +79,15 @@ class Source:
     def find_server(self) -> int:
         """The process that serves now, 0 while there is none."""
         if self.home_server is not None:
-            return self.home_server.statistics().pid or 0
-        return self.server_pid
+            self.server_pid = self.home_server.statistics().pid or 0
+        return 0 if self.server_pid == self.dead_pid else self.server_pid
 
-    def ports(self) -> tuple[int, ...]:
-        """Where the server listens."""
-        if self.home_server is not None:
-            return self.home_server.ports
-        return tuple(self.writer.facts["ports"]) if self.writer is not None and self.writer.ready else ()
+    def server_killed(self, pid: int) -> None:
+        """Whoever asks from here on is told of the next one."""
+        self.dead_pid = pid
+        self.server_pid = 0
+        self.server_kills += 1
+        self.ledger.server_killed()
 
     def request_write(self, rng: random.Random) -> None:
         """One more payload, of any size from 1 byte on, small and large ones alike often."""
@@ -93,7 +95,7 @@ class Source:
         self.sequence += 1
         nbytes = min(SLOT_BYTES, int(2 ** rng.uniform(0, 22.2)))
         how = rng.choice(("reserve", "write_raw"))
-        self.writer.request("write", sequence=self.sequence, nbytes=nbytes, how=how)
+        self.writer.request("write", sequence=self.sequence, nbytes=nbytes, how=how, dwell_s=dwell_s(rng))
 
     def close(self) -> None:
         """Stop the server and let go of the ring."""
@@ -104,9 +106,9 @@ class Source:
         self.ring = self.home_server = None
 
 
-def listening_ports() -> set[int]:
-    """TCP ports that anything on this machine listens on."""
-    return {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == "LISTEN"}
+def dwell_s(rng: random.Random) -> float:
+    """How long a payload is being written or looked at: mostly a moment, so that kills come in the middle of it."""
+    return min(0.05, rng.expovariate(1 / 0.004))
 
 
 def is_running(pid: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.soak.actors import Actor, Message, Stage
 from tests.soak.ledger import Ledger
-from tests.soak.sources import SLOTS, Source
+from tests.soak.sources import SLOTS, Source, dwell_s
 from tests.soak.summary import Summary
 from ucxx_transport import SlotRef
 
@@ -64,15 +64,16 @@ class Traffic:
 
     def find_server(self, source: Source) -> int:
         """The process that serves a source, once there is one."""
-        while not (pid := source.find_server()):
-            if source.home_server is None and source.writer is not None:
-                source.writer.request("server")
-            self.run_until(lambda: source.find_server() or self._is_unasked(source), f"a server for {source.name}")
-        return pid
+        self.run_until(lambda: self.server_of(source), f"a server for {source.name}")
+        return self.server_of(source)
 
-    def _is_unasked(self, source: Source) -> bool:
-        waiting = source.writer.outstanding.values() if source.writer is not None else ()
-        return source.home_server is None and all(request["what"] != "server" for request in waiting)
+    def server_of(self, source: Source) -> int:
+        """The process that serves a source now, as far as is known; asks its worker when it is not."""
+        pid = source.find_server()
+        writer = source.writer if source.home_server is None else None
+        if not pid and writer is not None and all(asked["what"] != "server" for asked in writer.outstanding.values()):
+            writer.request("server")
+        return pid
 
     def _is_dry(self, *, empty: bool) -> bool:
         if any(actor.outstanding or not actor.ready for actor in self.stage.actors):
@@ -86,7 +87,8 @@ class Traffic:
             assert source.ring is not None
             assert source.writer is not None
             self._books.setdefault(source.ring.ring_id, (source, source.ledger))
-            if self.writing and len(source.writer.outstanding) < WRITES_AT_ONCE and source.ledger.waiting < SLOTS:
+            room = SLOTS - source.ledger.waiting - source.ledger.handed_out
+            if self.writing and len(source.writer.outstanding) < min(room, WRITES_AT_ONCE):
                 source.request_write(self._rng)
         if self.reading:
             readers = list(self.readers.values())
@@ -102,7 +104,13 @@ class Traffic:
                 return
             source = self._rng.choice(offers)
             ref = source.ledger.hand_out(reader.name)
-            reader.request("read", ref=ref.to_bytes().hex(), deadline_s=READ_DEADLINE_S, server_kills=source.server_kills)
+            reader.request(
+                "read",
+                ref=ref.to_bytes().hex(),
+                deadline_s=READ_DEADLINE_S,
+                dwell_s=dwell_s(self._rng),
+                server_kills=source.server_kills,
+            )
 
     def _on_answer(self, actor: Actor, request: Message, answer: Message) -> None:
         self.answered += 1

@@ -1,7 +1,7 @@
 """A trainer without learning: `python -m tests.e2e.programs.reader`.
 
-Settings: `client`, those of its `ClientConfig`. Requests: `read` (`ref`, `deadline_s`), any number at once; each payload is
-verified byte by byte, in place where it is read in place, and released.
+Settings: `client`, those of its `ClientConfig`. Requests: `read` (`ref`, `deadline_s`, `dwell_s` on the payload), any
+number at once; each payload is verified byte by byte, in place where it is read in place, and released.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ucxx_transport import ClientConfig, SlotRef, TransportError, UCXXClient
 
 
 def what_is_wrong(payload: content.Bytes, ref: SlotRef) -> str:
-    """Empty when every byte is right. A reference found in the ring has no `meta`: the payload itself says what it is."""
+    """Empty when every byte is right. A reference found in the ring has no `meta`: the payload names itself."""
     name = (ref.meta["stream"], ref.meta["sequence"]) if ref.meta else content.name_of(payload)
     match name:
         case (int(stream), int(sequence)):
@@ -38,6 +38,7 @@ async def read(client: UCXXClient, request: Message) -> Message:
         return {"outcome": type(error).__name__, "message": str(error), "seconds": time.monotonic() - began}
     seconds = time.monotonic() - began
     with payload:
+        await asyncio.sleep(request["dwell_s"])
         wrong = what_is_wrong(np.frombuffer(payload.buffer, dtype=np.uint8), ref)
         transport = payload.transport
     if wrong:

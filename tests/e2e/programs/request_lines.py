@@ -1,7 +1,7 @@
 """How the programs of the end-to-end tests talk: one JSON object a line, a request in, its answer out.
 
-The first line is the program's settings and its answer says that it is ready. End of standard input is the wish to stop,
-and also what ends a program whose test died. Standard error is for logs.
+The first line is the program's settings and its answer says that it is ready. End of standard input is the wish to
+stop, and also what ends a program whose test died. Standard error is for logs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Message", "answer", "answer_requests", "log_to_stderr", "requests"]
 Message = dict[str, Any]
 
 
-# Answers go where standard output went at the start; standard output itself becomes standard error, since UCX logs there.
+# Answers go where standard output went at the start; that itself becomes standard error, since UCX logs to it.
 _answers = os.dup(1)
 os.dup2(2, 1)
 

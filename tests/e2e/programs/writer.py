@@ -1,11 +1,12 @@
 """A rollout worker without an environment: `python -m tests.e2e.programs.writer`.
 
 Settings: `ring` (attach and write there) or `create` (make a ring, and serve it in a process of its own); `stream`, the
-number that its payloads carry. Requests: `write` (`sequence`, `nbytes`, `how`), `server`.
+number that its payloads carry. Requests: `write` (`sequence`, `nbytes`, `how`, `dwell_s` in the slot), `server`.
 """
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 
 import numpy as np
@@ -22,6 +23,7 @@ def write(ring: SharedRingBuffer, stream: int, request: Message) -> SlotRef:
     if request["how"] == "write_raw":
         return ring.write_raw(content.make(stream, sequence, nbytes), meta=meta)
     with ring.reserve(nbytes, meta=meta) as lease:
+        time.sleep(request["dwell_s"])
         content.fill(np.frombuffer(lease.buffer, dtype=np.uint8), stream, sequence)
     return lease.ref
 
