@@ -13,6 +13,7 @@ from typing_extensions import Buffer
 
 from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.delivered import DeliveredNames
+from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.remote import RemoteReader
@@ -55,6 +56,7 @@ class ClientCore:
             max_rings=self.config.max_attached_rings,
             verify=self.config.verify_checksum,
             on_fallback=partial(self.counters.add, "fallbacks"),
+            claim=self._delivered.claim,
         )
 
     def remote(self) -> RemoteReader:
@@ -98,7 +100,7 @@ class ClientCore:
             if replacement is None:
                 raise
             payload = self.local.read(replacement, ref)
-        return self.deliver(payload, into)
+        return self._counted(payload, into)
 
     def close(self) -> None:
         """Refuse further reads and let go of all rings."""
@@ -106,33 +108,27 @@ class ClientCore:
         self.local.close()
 
     def deliver_remote(self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None) -> Payload:
-        """Hand over what came over UCX, counted."""
-        return self.deliver(Payload(ref, content, schema, "ucx"), into)
-
-    def deliver(self, payload: Payload, into: Into | None) -> Payload:
-        """Count a payload as delivered, unless another read of this client was faster.
+        """Hand over what came over UCX, counted.
 
         Raises:
-            StaleSlotError: it was delivered in the meantime; this copy is dropped.
+            StaleSlotError: another read of this client was faster; this copy is dropped.
         """
-        ref = payload.ref
-        try:
-            self._delivered.check(ref)
-        except StaleSlotError:
-            payload.release()
-            raise
-        self._delivered.add(ref)
-        self.counters.delivered(_WAYS[payload.transport], ref.nbytes)
-        return payload if into is None else payload.copied_into(into)
+        self._delivered.claim(ref)
+        return self._counted(Payload(ref, content, schema, "ucx"), into)
 
     def count_failure(self, error: TransportError) -> None:
-        """Count a read that raised."""
+        """Count a read that raised; the error may be kept, its buffers are not."""
+        forget_frames(error)
         count = self.counters.add
         count("failed")
         if isinstance(error, StaleSlotError):
             count("duplicates" if "delivered" in error.facts else "stale")
         elif isinstance(error, DeadlineExceededError):
             count("deadlines")
+
+    def _counted(self, payload: Payload, into: Into | None) -> Payload:
+        self.counters.delivered(_WAYS[payload.transport], payload.nbytes)
+        return payload if into is None else payload.copied_into(into)
 
     def statistics(self, remote: RemoteReader | None) -> ClientStatistics:
         """The counts now."""

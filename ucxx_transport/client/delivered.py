@@ -5,6 +5,7 @@ A generation only grows, so the newest delivered generation of each slot is all 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from ucxx_transport.errors import StaleSlotError
@@ -12,7 +13,7 @@ from ucxx_transport.schema import SlotRef
 
 
 class DeliveredNames:
-    """The newest delivered generation per ring and slot.
+    """The newest delivered generation per ring and slot. Thread-safe.
 
     Args:
         max_rings: rings remembered; the one longest unused is forgotten first.
@@ -21,6 +22,7 @@ class DeliveredNames:
     def __init__(self, max_rings: int) -> None:
         self._max_rings = max_rings
         self._rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def check(self, ref: SlotRef) -> None:
         """Refuse a payload that was delivered before.
@@ -37,13 +39,21 @@ class DeliveredNames:
                 delivered=slots[ref.slot],
             )
 
-    def add(self, ref: SlotRef) -> None:
-        """Remember a payload as delivered."""
-        slots = self._rings.get(ref.ring_id)
-        if slots is None:
-            slots = self._rings[ref.ring_id] = {}
-            while len(self._rings) > self._max_rings:
-                self._rings.popitem(last=False)
-        else:
-            self._rings.move_to_end(ref.ring_id)
-        slots[ref.slot] = max(ref.generation, slots.get(ref.slot, 0))
+    def claim(self, ref: SlotRef) -> None:
+        """Deliver a payload, once: of several reads of it that came this far, one gets it.
+
+        Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
+
+        Raises:
+            StaleSlotError: as `check`.
+        """
+        with self._lock:
+            self.check(ref)
+            slots = self._rings.get(ref.ring_id)
+            if slots is None:
+                slots = self._rings[ref.ring_id] = {}
+                while len(self._rings) > self._max_rings:
+                    self._rings.popitem(last=False)
+            else:
+                self._rings.move_to_end(ref.ring_id)
+            slots[ref.slot] = ref.generation

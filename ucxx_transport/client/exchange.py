@@ -138,6 +138,11 @@ class ReadExchange:
         )
         self.receive_nbytes = receive_bytes(ref.nbytes)
 
+    @property
+    def ring_id(self) -> bytes:
+        """The ring that the payload is of."""
+        return self._named.ring_id
+
     def request(self) -> bytes:
         """The READ frame."""
         return encode_read(self._named)

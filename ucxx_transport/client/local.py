@@ -18,6 +18,7 @@ from ucxx_transport.ring.owner import host_id
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.ring.lease import ReadLease
     from ucxx_transport.schema import SlotRef
 
 # Rings whose worker died are let go this often: their memory is freed only when nobody maps it any more.
@@ -50,6 +51,7 @@ class LocalReader:
         mode: "auto" and "view" read in place, "copy" copies out, "off" never reads locally.
         reader: this client's id. pool: where copies go. max_rings: mappings kept.
         verify: whether checksums are checked. on_fallback: called when "auto" gives a local read to UCX.
+        claim: called with a reference whose payload is here and not consumed yet; raises when it is a duplicate.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LocalReader:
         max_rings: int,
         verify: bool,
         on_fallback: Callable[[], None],
+        claim: Callable[[SlotRef], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mode = mode
@@ -69,6 +72,7 @@ class LocalReader:
         self._max_rings = max_rings
         self._verify = verify
         self._on_fallback = on_fallback
+        self._claim = claim
         self._clock = clock
         self._host_id = host_id()
         self._lock = threading.Lock()
@@ -96,28 +100,26 @@ class LocalReader:
         """Read one payload from an attached ring.
 
         Raises:
-            StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
+            StaleSlotError: the slot no longer holds it, or it is a duplicate. BusyError: too many attempts on the slot.
             ChecksumError: its bytes have changed since they were written.
         """
         lease = ring.acquire(ref, reader=self._reader)
-        if self._mode == "copy":
-            try:
-                root = self._pool.lend(lease.nbytes)
-                np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
-                if self._verify:
-                    verify_checksum(root, ref)
-            except BaseException:
-                lease.release_reading()
-                raise
+        try:
+            root = self._copied(lease) if self._mode == "copy" else None
+            if self._verify and ref.checksum is not None:
+                verify_checksum(root if root is not None else np.frombuffer(lease.buffer, dtype=np.uint8), ref)
+        except BaseException:
+            lease.release_reading()
+            raise
+        try:
+            self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+        except StaleSlotError:
             lease.mark_consumed()
-            return Payload(ref, root, ring.schema, "copy")
-        if self._verify and ref.checksum is not None:
-            try:
-                verify_checksum(np.frombuffer(lease.buffer, dtype=np.uint8), ref)
-            except BaseException:
-                lease.release_reading()
-                raise
-        return Payload(ref, lease.detach(), ring.schema, "view")
+            raise
+        if root is None:
+            return Payload(ref, lease.detach(), ring.schema, "view")
+        lease.mark_consumed()
+        return Payload(ref, root, ring.schema, "copy")
 
     def copies(self, ref: SlotRef) -> bool:
         """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
@@ -129,6 +131,11 @@ class LocalReader:
             for ring in self._rings.values():
                 ring.close()
             self._rings.clear()
+
+    def _copied(self, lease: ReadLease) -> Bytes:
+        root = self._pool.lend(lease.nbytes)
+        np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
+        return root
 
     def _attach(self, ref: SlotRef) -> SharedRingBuffer | None:
         if ref.ring_id in self._unreachable:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,6 +20,7 @@ from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.endpoint_pool import EndpointPool
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.fair_gate import FairGate
+from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.quarantine import PortKey, Quarantine
 from ucxx_transport.client.retry import (
@@ -110,6 +111,7 @@ class RemoteReader:
         self._schemas: dict[int, Schema] = {}
         self._attempts = itertools.count(1)
         self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
         """The slot layer: fresh calls while failures are worth one.
@@ -156,6 +158,9 @@ class RemoteReader:
                     self._counters.add("retries")
                     await asyncio.sleep(backoff_s(error, attempt))
             raise AssertionError("unreachable")  # the loop above only leaves by return or raise
+        except asyncio.CancelledError as error:
+            forget_frames(error)
+            raise
         finally:
             self._gate.release()
 
@@ -179,8 +184,10 @@ class RemoteReader:
             pass  # a server that does not answer finds out by itself
         for channel in channels:
             await channel.close()
-        self._link = None
-        await self._stack.aclose()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        async with self._opening:  # a read that is just opening the link must not leave it behind
+            self._link = None
+            await self._stack.aclose()
 
     @property
     def link(self) -> Link | None:
@@ -207,7 +214,7 @@ class RemoteReader:
                 self._count(error)
                 verdict = judge_port(error)
                 if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
-                    await self._quarantine_port(key, error)
+                    self._quarantine_port(key, error)
                 last = position + 1 == len(keys) or loop.time() >= deadline_s
                 if verdict is PortVerdict.PROPAGATE or last:
                     raise
@@ -239,16 +246,16 @@ class RemoteReader:
         except BaseException as error:
             await self._refuse(channel, exchange, error)
             raise
-        await self._deliver(channel, exchange)
+        self._deliver(channel, exchange)
         return payload, schema
 
-    async def _deliver(self, channel: Channel, exchange: ReadExchange) -> None:
-        try:
+    def _deliver(self, channel: Channel, exchange: ReadExchange) -> None:
+        """Acknowledge. Nothing is awaited from here to the caller: a cancellation in between would lose the payload."""
+        with suppress(
+            PeerLostError
+        ):  # the payload is whole; the next checkout finds the connection dead and settles it
             channel.acknowledge(exchange, delivered=True)
-        except PeerLostError:  # the payload is here and whole; the acknowledgement is said again later
-            await self._discard(channel)
-            return
-        await self._checkin(channel)
+        self._checkin(channel)
 
     async def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
         """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
@@ -261,7 +268,7 @@ class RemoteReader:
         elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
             await self._discard(channel)
             return
-        await self._checkin(channel)
+        self._checkin(channel)
 
     async def _check(self, payload: Bytes, ref: SlotRef) -> None:
         if not self._config.verify_checksum or ref.checksum is None:
@@ -287,7 +294,9 @@ class RemoteReader:
 
     async def _connect(self, key: PortKey, until_s: float) -> Channel:
         link = await self._opened_link()
-        limit_s = asyncio.get_running_loop().time() + self._config.connect_timeout_s
+        now = asyncio.get_running_loop().time()
+        self._close_aside(self._idle.expired(now))  # also those to sources that nobody reads any more
+        limit_s = now + self._config.connect_timeout_s
         try:
             async with asyncio.timeout_at(min(limit_s, until_s)):
                 channel = await Channel.open(link, key, reader=self._reader, token=self._config.token_bytes)
@@ -301,13 +310,23 @@ class RemoteReader:
 
     async def _opened_link(self) -> Link:
         async with self._opening:
+            if self._closed:
+                raise ConfigError("the client is closed")
             if self._link is None:
                 self._link = await self._stack.enter_async_context(self._link_factory())
             return self._link
 
-    async def _checkin(self, channel: Channel) -> None:
-        for surplus in self._idle.checkin(channel.key, channel, asyncio.get_running_loop().time()):
-            await self._discard(surplus)
+    def _checkin(self, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
+        surplus = (channel,) if self._closed else self._idle.checkin(channel.key, channel, loop.time())
+        self._close_aside(surplus)
+
+    def _close_aside(self, channels: Iterable[Channel]) -> None:
+        """Close connections without letting a read wait for it; `aclose` does."""
+        for channel in channels:
+            closing = asyncio.get_running_loop().create_task(self._discard(channel))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _discard(self, channel: Channel) -> None:
         if channel.unsettled is not None:
@@ -350,12 +369,13 @@ class RemoteReader:
             self._schemas[schema.fingerprint] = schema
         return schema
 
-    async def _quarantine_port(self, key: PortKey, error: TransportError) -> None:
+    def _quarantine_port(self, key: PortKey, error: TransportError) -> None:
         self._counters.add("quarantined")
-        self._quarantine.add(key, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        self._quarantine.prune(now)
+        self._quarantine.add(key, now)
         _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
-        for idle in self._idle.evict(key):
-            await self._discard(idle)
+        self._close_aside(self._idle.evict(key))
 
     def _count(self, error: TransportError) -> None:
         for cls, reason in _REASONS:
