@@ -5,14 +5,13 @@ What takes long to import is imported inside, with Ctrl-C caught already.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ucxx_transport.cli.demo.signals import StopSignals
+from ucxx_transport.cli.output import AsJson, console, print_error, print_json
 from ucxx_transport.errors import ConfigError
 
 __all__ = ["demo"]
@@ -49,9 +48,7 @@ def demo(
     kill: Annotated[bool, typer.Option(help="Kill one worker by SIGKILL half-way and start another.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the environments.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the learning curve goes.")] = Path("out/learning_curve.png"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object at the end, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a policy with rollout workers in processes of their own, each episode through the transport.
 
@@ -59,8 +56,6 @@ def demo(
     """
     signals = StopSignals()
     with signals.caught():
-        from rich.console import Console
-
         from ucxx_transport.cli.demo.plan import make_plan
         from ucxx_transport.cli.demo.run import run_plan
 
@@ -81,12 +76,13 @@ def demo(
                 out=out,
             )
         except ConfigError as exc:
-            Console(stderr=True).print(f"[bold red]error:[/] {exc}", highlight=False)
+            print_error(exc.message, exc.facts)
+            if as_json:
+                print_json({"error": {"kind": "ConfigError", "message": exc.message, "facts": exc.facts}})
             raise typer.Exit(_EXIT_USAGE) from exc
         if signals.number is not None:  # nothing was started yet
             raise typer.Exit(_EXIT_SIGNALLED + signals.number)
-        summary, status = run_plan(plan, signals, Console(stderr=as_json))
+        summary, status = run_plan(plan, signals, console(stderr=as_json))
         if as_json:
-            sys.stdout.write(json.dumps(summary) + "\n")
-            sys.stdout.flush()
+            print_json(summary)
     raise typer.Exit(status)

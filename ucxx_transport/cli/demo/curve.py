@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +9,15 @@ import numpy as np
 from ucxx_transport.cli.demo.books import Books
 from ucxx_transport.cli.demo.director import WINDOW
 from ucxx_transport.cli.demo.plan import DemoPlan
-from ucxx_transport.errors import ConfigError
 
 __all__ = ["draw_curve"]
 
 
 def draw_curve(plan: DemoPlan, books: Books) -> Path:
-    """Draw the episodes' returns, their running mean, the goal and the kill; returns the file written.
+    """Draw the episodes' returns, their running mean, the goal and the kill; returns the file written."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ConfigError: Matplotlib is missing; the message says which extra to install.
-    """
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError as exc:
-        raise ConfigError(
-            "the learning curve needs Matplotlib: pip install 'ucxx_transport[examples]'", field="--out"
-        ) from exc
-    figure = figures.Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     returns = np.array([episode.total_reward for episode in books.finished])
     times = np.array([episode.at_s for episode in books.finished])

@@ -39,16 +39,12 @@ def make_environment(env_id: str) -> Any:  # a gymnasium.Env; the extra is optio
     """Make one environment.
 
     Raises:
-        ConfigError: Gymnasium or the environment is missing; the message says which extra to install.
+        ConfigError: Gymnasium cannot make it.
+        ModuleNotFoundError: Gymnasium or ale_py is not installed; each comes with an extra.
     """
-    try:
-        gymnasium = importlib.import_module("gymnasium")
-    except ImportError as exc:
-        raise ConfigError(
-            "the demo needs Gymnasium: pip install 'ucxx_transport[examples]'", field="--env", value=env_id
-        ) from exc
+    gymnasium = importlib.import_module("gymnasium")
     if env_id.startswith("ALE/"):
-        _register_atari(gymnasium)
+        gymnasium.register_envs(importlib.import_module("ale_py"))
     try:
         return gymnasium.make(env_id, disable_env_checker=True)
     except gymnasium.error.Error as exc:
@@ -59,6 +55,7 @@ def probe_environment(env_id: str) -> EnvironmentFacts:
     """Make the environment once and read its facts.
 
     Raises:
+        ModuleNotFoundError: Gymnasium or ale_py is not installed.
         ConfigError: it cannot be made, its actions are not discrete, or its observations are not arrays or numbers.
     """
     environment = make_environment(env_id)
@@ -96,12 +93,3 @@ def _feature_map(env_id: str, space: Any) -> FeatureMap:
         field="--env",
         value=f"{env_id} has {space}",
     )
-
-
-def _register_atari(gymnasium: Any) -> None:
-    try:
-        gymnasium.register_envs(importlib.import_module("ale_py"))
-    except ImportError as exc:
-        raise ConfigError(
-            "Atari environments need their own extra: pip install 'ucxx_transport[atari]'", field="--env", value="ALE/…"
-        ) from exc

@@ -23,6 +23,7 @@ __all__ = ["Orchestrator"]
 
 _TURN_S = 0.1
 _END_S = 8.0
+_INTERRUPTED_END_S = 4.0  # for each of trainer and workers; what is killed then is swept
 _ORDER_WAIT_S = 1.0
 
 
@@ -92,32 +93,41 @@ class Orchestrator:
         way = "over UCX" if plan.local_of(worker) == "off" else "in place"
         book = SeatBook(seat=seat, worker=worker, pid=process.pid or 0, way=way)
         self.books.seats[seat] = book
+        self.books.note(self.elapsed_s, f"worker {worker}: started as pid {book.pid}, read {way}")
         return book
 
     def _turn(self) -> None:
         self._listen()
+        if self._signals.number is not None:
+            self.reason = "interrupted"
+            return
         self._look_after_processes()
         self._look_for_dead_rings()
+        if not self.reason:
+            self._follow(self._situation())
+        self._show(self)
+
+    def _situation(self) -> Situation:
         books = self.books
-        situation = Situation(
+        return Situation(
             elapsed_s=self.elapsed_s,
             episodes=len(books.finished),
             window_mean=books.window_mean,
             killed=books.kill is not None,
             replacement_episodes=books.replacement_episodes,
         )
-        goal = self._limits.goal
-        if books.goal_at_s is None and goal is not None and (situation.window_mean or 0.0) >= goal:
+
+    def _follow(self, situation: Situation) -> None:
+        """Do what the situation calls for."""
+        goal, mean, books = self._limits.goal, situation.window_mean, self.books
+        if books.goal_at_s is None and goal is not None and mean is not None and mean >= goal:
             books.goal_at_s = situation.elapsed_s
-            books.note(situation.elapsed_s, f"goal reached: mean return {situation.window_mean:.0f}")
+            books.note(situation.elapsed_s, f"goal reached: mean return {mean:.0f}")
         decision = decide(self._limits, situation)
-        if self._signals.number is not None:
-            self.reason = "interrupted"
-        elif decision.stop is not None:
-            self.reason = self.reason or decision.stop
-        elif decision.kill and not self.reason:
+        if decision.stop is not None:
+            self.reason = decision.stop
+        elif decision.kill:
             self._kill_one()
-        self._show(self)
 
     def _listen(self) -> None:
         for blob in self._trainer_queues.status.take_all():
@@ -138,7 +148,7 @@ class Orchestrator:
                 continue
             self._listen()
             said = book.status.error if book.status is not None else ""
-            what = f"worker {book.worker} (pid {book.pid}) ended: {said or f'exit status {process.exitcode}'}"
+            what = f"worker {book.worker}: pid {book.pid} ended: {said or f'exit status {process.exitcode}'}"
             book.state = "killed"
             if book.delivered == 0:
                 self._fail(what)  # it never worked: a further one would end the same way
@@ -151,7 +161,9 @@ class Orchestrator:
             if not run_segments(self.plan.ring_name(seat)):
                 self._dead_rings.discard(seat)
                 self.books.dead_rings_swept += 1
-                self.books.note(self.elapsed_s, f"the ring that worker {self.books.seats[seat].worker} left was swept")
+                self.books.note(
+                    self.elapsed_s, f"worker {self.books.seats[seat].worker}: the dead one's ring was swept"
+                )
 
     def _kill_one(self) -> None:
         """SIGKILL the last worker that runs, and start another in its place."""
@@ -162,7 +174,7 @@ class Orchestrator:
         self._workers[victim.seat].kill()
         victim.state = "killed"
         at_s, episode = self.elapsed_s, len(self.books.finished)
-        book = self._replace(victim, f"worker {victim.worker} (pid {victim.pid}) killed by SIGKILL")
+        book = self._replace(victim, f"worker {victim.worker}: pid {victim.pid} killed by SIGKILL")
         if book is not None:
             self.books.kill = KillRecord(
                 at_s=at_s,
@@ -185,7 +197,6 @@ class Orchestrator:
             return None
         book = self._start_worker(seat, gone.worker)
         self._order(SeatOrder(seat=seat, worker=gone.worker, occupied=True))
-        self.books.note(self.elapsed_s, f"worker {gone.worker} started again as pid {book.pid}")
         return book
 
     def _order(self, order: SeatOrder) -> None:
@@ -198,10 +209,11 @@ class Orchestrator:
 
     def _end(self) -> None:
         """End the trainer first, so that what it was about to read is still there; then the workers."""
+        limit_s = _END_S if self._signals.number is None else _INTERRUPTED_END_S
         trainer = [self._trainer] if self._trainer is not None else []
-        if end_processes(trainer, limit_s=_END_S, meanwhile=self._listen):
+        if end_processes(trainer, limit_s=limit_s, meanwhile=self._listen):
             self.books.note(self.elapsed_s, "the trainer did not stop in time and was killed")
-        killed = end_processes(list(self._workers.values()), limit_s=_END_S, meanwhile=self._listen)
+        killed = end_processes(list(self._workers.values()), limit_s=limit_s, meanwhile=self._listen)
         if killed:
             self.books.note(self.elapsed_s, f"{killed} workers did not stop in time and were killed")
         self._trainer_queues.abandon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
@@ -96,7 +97,11 @@ def make_plan(
 
     Raises:
         ConfigError: an option cannot be followed; the message names it.
+        ModuleNotFoundError: a module that is needed sooner or later is not installed.
     """
+    for module in ("matplotlib", "ucxx"):
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     facts = probe_environment(env)
     wanted = _parse_goal(goal, facts)
     out = out.absolute()

@@ -25,9 +25,9 @@ Accept = Callable[[int, Payload], None]
 class Receiver:
     """Reads payloads by reference, in place from some workers and over UCX from the others.
 
-    A reference that fails retryably is set aside and read once more with the others of its seat, all under one deadline,
-    which is short when the worker is known to be dead: a death costs the trainer about a second, not a deadline for each
-    reference that was left behind.
+    A reference that fails retryably is set aside and read once more with the others of its seat, all under one
+    deadline, which is short when the worker is known to be dead: a death costs the trainer about a second, not a
+    deadline for each reference that was left behind.
 
     Attributes:
         lost: references given up, by the reason's class name.

@@ -1,0 +1,138 @@
+"""The demo command itself, at a reduced size: real processes, real UCX, a real SIGKILL, a real Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.support.waiting import wait_until
+from ucxx_transport.cli.demo.leftovers import run_processes, run_segments
+from ucxx_transport.ring.orphans import sweep_orphans
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 120.0
+_RUN_MARK = b"DEMO_RUN_ID="
+
+
+@contextmanager
+def demo(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a process group of its own; killed when the test leaves early."""
+    command = [sys.executable, "-m", "ucxx_transport", "demo", "--json", "--out", str(out), *options]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+    """Exit status, the one object on standard output, and standard error."""
+    output, errors = process.communicate(timeout=LIMIT_S)
+    assert output.count("\n") == 1, f"more or less than one line on stdout: {output!r}\n{errors}"
+    return process.returncode, json.loads(output), errors
+
+
+def read_until(stream: IO[str] | None, words: str) -> str:
+    """The first line that has `words` in it; the demo prints one every two seconds, and stops by its own time limit."""
+    assert stream is not None
+    for line in stream:
+        if words in line:
+            return line
+    raise AssertionError(f"the demo ended without a word of {words!r}")
+
+
+def children_of(process: subprocess.Popen[str]) -> dict[int, str]:
+    """Pids of the processes it started, by the run that their environment names."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    runs: dict[int, str] = {}
+    for pid in map(int, children):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        for entry in environment:
+            if entry.startswith(_RUN_MARK):
+                runs[pid] = entry.removeprefix(_RUN_MARK).decode()
+    return runs
+
+
+@pytest.mark.parametrize(("local", "transports"), [("mixed", {"view", "ucx"}), ("off", {"ucx"})])
+def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
+    tmp_path: Path, local: str, transports: set[str]
+) -> None:
+    out = tmp_path / "curve.png"
+    with demo(out, "--local", local, "--goal", "none", "--episodes", "80", "--seconds", str(LIMIT_S)) as process:
+        status, summary, errors = finish(process)
+    assert status == 0, f"{summary['problems']}\n{errors}"
+    assert summary["ok"]
+    assert summary["reason"] == "episodes"
+    assert summary["episodes"] >= 80
+    assert summary["checksums"] == {"verified": summary["episodes"], "mismatched": 0}
+    assert set(summary["reads"]) == transports
+    assert sum(numbers["reads"] for numbers in summary["reads"].values()) == summary["episodes"]
+    assert sum(numbers["bytes"] for numbers in summary["reads"].values()) == summary["payload_bytes"] > 0
+    assert summary["kill"]["replacement_episodes"] > 0
+    assert [worker["state"] for worker in summary["workers"]] == ["stopped", "killed", "stopped"]
+    assert summary["counts"]["written"] >= summary["episodes"]
+    assert summary["segments_left"] == summary["processes_left"] == []
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_goal_out_of_reach_is_said_and_fails(tmp_path: Path) -> None:
+    with demo(tmp_path / "curve.png", "--goal", "100000", "--seconds", "8", "--no-kill") as process:
+        status, summary, _ = finish(process)
+    assert status == 1
+    assert summary["reason"] == "time"
+    assert "the goal of 100000 was not reached within 8 s" in summary["problems"][0]
+    assert summary["segments_left"] == summary["processes_left"] == []
+
+
+@pytest.mark.parametrize("words", [": started", "mean return"], ids=["while starting", "while training"])
+def test_ctrl_c_exits_130_and_leaves_nothing_behind(tmp_path: Path, words: str) -> None:
+    with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "1000000") as process:
+        read_until(process.stderr, words)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
+        status, summary, errors = finish(process)
+    assert status == 130, errors
+    assert summary["reason"] == "interrupted", summary["problems"]
+    assert summary["segments_left"] == summary["processes_left"] == []
+
+
+def test_children_die_with_the_orchestrator_and_their_rings_are_swept(tmp_path: Path) -> None:
+    with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "1000000") as process:
+        read_until(process.stderr, "mean return")
+        children = children_of(process)
+        (run,) = set(children.values())
+        assert len(children) >= 3
+        assert len(run_segments(f"demo-{run}-")) >= 2
+        process.kill()
+        process.wait(LIMIT_S)
+        wait_until(lambda: not run_processes(run), 20.0, what="all processes of the run are gone")
+    sweep_orphans()
+    assert run_segments(f"demo-{run}-") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--env", "Pendulum-v1"], "discrete actions"),
+        (["--env", "NoSuchThing-v0"], "Gymnasium cannot make this environment"),
+        (["--slot-bytes", "many"], "--slot-bytes"),
+        (["--goal", "much"], "a number, 'none' or 'auto'"),
+    ],
+)
+def test_wrong_use_exits_2_and_says_what_is_wrong(tmp_path: Path, options: list[str], words: str) -> None:
+    with demo(tmp_path / "curve.png", *options) as process:
+        status, document, errors = finish(process)
+    assert status == 2
+    assert words in errors
+    assert document["error"]["kind"] == "ConfigError"
