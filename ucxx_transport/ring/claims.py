@@ -69,9 +69,9 @@ class Claim:
     def __init__(self, home: ClaimHome, owner: Owner, *, slot: int = _NOWHERE, generation: int = 0) -> None:
         """Make and register a claim; a read names its slot and generation, a write is given them later."""
         guard = ClaimGuard(self, _lost)
-        guard.hold = Hold(slot, generation, _next_lease_id(), owner, slot == _NOWHERE)
         guard.home = home
         guard.consumes = False
+        guard.hold = Hold(slot, generation, _next_lease_id(), owner, slot == _NOWHERE)
         self._home = home
         self.guard = guard
         self.nbytes = 0
@@ -127,8 +127,10 @@ def run_chores() -> None:
 
 def _lost(guard: weakref.ref[Claim]) -> None:
     """Callback of a claim's last reference going. It may run anywhere, so also inside a critical section."""
-    if not isinstance(guard, ClaimGuard) or _live.pop(guard.hold.lease_id, None) is None:
-        return
+    if not isinstance(guard, ClaimGuard) or not hasattr(guard, "hold"):
+        return  # cut off before it was registered
+    if _live.pop(guard.hold.lease_id, None) is None:
+        return  # ended
     chores.append(lambda: guard.home.settle_lost(guard))
     run_chores()
 

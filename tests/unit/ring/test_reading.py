@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import MutableMapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.ring.conftest import MakeRing
+from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, SlotError, StaleSlotError
+from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring.layout import HEADROOM_BYTES, TAILROOM_BYTES
+from ucxx_transport.schema import Schema, TensorSpec
+
+
+def test_a_payload_is_read_in_place_and_freed_by_its_reader(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    with ring.acquire(ref) as lease:
+        assert (lease.slot, lease.generation, lease.nbytes) == (ref.slot, ref.generation, 7)
+        assert ring.slot_state(ref.slot) is SlotState.READING
+        assert bytes(lease.buffer) == lease.arrays["data"].tobytes() == b"payload"
+        assert lease.mark_consumed()
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+    with pytest.raises(StaleSlotError):
+        ring.acquire(ref)
+
+
+def test_leaving_a_lease_without_a_word_makes_the_payload_ready_again(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    with ring.acquire(ref):
+        pass
+    with pytest.raises(KeyError), ring.acquire(ref):
+        raise KeyError
+    assert ring.slot_state(ref.slot) is SlotState.READY
+    assert ring.read(ref)["data"].tobytes() == b"payload"
+
+
+def test_nobody_can_write_through_a_read_lease(make_ring: MakeRing) -> None:
+    ring = make_ring(schema=Schema([TensorSpec("a", (3,), "float32")]))
+    with ring.acquire(ring.write({"a": np.ones(3, np.float32)})) as lease:
+        assert lease.buffer.readonly
+        array = lease.arrays["a"]
+        for attempt in (array, np.asarray(lease.buffer)):
+            assert not attempt.flags.writeable
+            with pytest.raises(ValueError, match=r"(?i)writeable"):
+                attempt.flags.writeable = True
+
+
+def test_two_attempts_on_one_payload_end_one_by_one(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    first, second = ring.acquire(ref), ring.acquire(ref)
+    assert first.attempt != second.attempt
+    assert first.release_reading()
+    assert ring.slot_state(ref.slot) is SlotState.READING
+    assert second.mark_consumed()
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+
+
+def test_a_payload_that_any_attempt_consumed_is_freed_when_the_last_ends(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    first, second = ring.acquire(ref), ring.acquire(ref)
+    assert first.mark_consumed()
+    # the second is mid-send: the writer must not have the slot yet
+    assert ring.slot_state(ref.slot) is SlotState.READING
+    for number in range(20):
+        assert ring.write_raw(bytes([number])).slot != ref.slot
+    assert bytes(second.buffer) == b"payload"
+    with pytest.raises(StaleSlotError):
+        ring.acquire(ref)
+    assert second.release_reading()
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+
+
+@pytest.mark.parametrize("finalise", ["mark_consumed", "release_reading"])
+def test_a_finished_lease_cannot_finalise_again(
+    ring: SharedRingBuffer, finalise: str, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    lease = ring.acquire(ring.write_raw(b"payload"))
+    assert getattr(lease, finalise)()
+    again = ring.slot_states()
+    for _ in range(3):
+        assert not lease.mark_consumed()
+        assert not lease.release_reading()
+    assert ring.slot_states() == again
+    assert ring.statistics().late_finalise == 6
+    late = [event for event in log_events if "late finalise" in event["event"]]
+    assert [(event["log_level"], event["slot"], event["ring"]) for event in late] == [("warning", 0, ring.name)]
+
+
+def test_a_stale_lease_cannot_free_a_recycled_slot(ring: SharedRingBuffer) -> None:
+    """The predecessor's: a handler that timed out freed the slot under another one, which sent two episodes mixed."""
+    ref = ring.write_raw(b"first")
+    late = ring.acquire(ref)
+    assert late.mark_consumed()
+    refs = [ring.write_raw(bytes([number])) for number in range(4)]
+    recycled = next(new for new in refs if new.slot == ref.slot)
+    with ring.acquire(recycled) as current:
+        assert not late.mark_consumed()
+        assert not late.release_reading()
+        assert ring.slot_state(ref.slot) is SlotState.READING
+        assert current.mark_consumed()
+
+
+def test_a_reference_to_an_earlier_episode_of_the_slot_is_stale(make_ring: MakeRing) -> None:
+    """The predecessor's references had no generation: another episode came back as OK."""
+    ring = make_ring(slots=1)
+    first = ring.write_raw(b"first")
+    ring.write_raw(b"second")
+    with pytest.raises(StaleSlotError) as caught:
+        ring.read(first)
+    assert caught.value.facts["found_generation"] == 2
+    assert not caught.value.retryable
+    with pytest.raises(StaleSlotError):
+        ring.acquire(replace(first, generation=3))
+
+
+def test_a_reference_to_another_ring_is_stale(make_ring: MakeRing) -> None:
+    one, other = make_ring(), make_ring()
+    ref, foreign = one.write_raw(b"mine"), other.write_raw(b"other")
+    with pytest.raises(StaleSlotError, match="another ring"):
+        one.acquire(foreign)
+    assert not one.discard(foreign)
+    assert one.statistics().stale == 1
+    assert one.read(ref)["data"].tobytes() == b"mine"
+
+
+@pytest.mark.parametrize("slot", [-1, -4, 4, 2**31])
+def test_a_slot_out_of_range_is_refused_and_discloses_nothing(ring: SharedRingBuffer, slot: int) -> None:
+    """The predecessor read slot -1 from the memory in front of the ring."""
+    ref = ring.write_raw(b"payload")
+    with pytest.raises(SlotError) as caught:
+        ring.acquire_slot(slot, ref.generation)
+    assert not isinstance(caught.value, StaleSlotError)
+    with pytest.raises(SlotError):
+        ring.slot_state(slot)
+    assert ring.statistics().out_of_range == 1
+    assert ring.read(ref)["data"].tobytes() == b"payload"
+
+
+def test_a_slot_never_written_is_stale(ring: SharedRingBuffer) -> None:
+    for generation in (0, 1, -1, 2**63):
+        with pytest.raises(StaleSlotError):
+            ring.acquire_slot(2, generation)
+    assert ring.statistics().stale == 4
+
+
+def test_a_slot_being_written_cannot_be_read(ring: SharedRingBuffer) -> None:
+    with ring.reserve(4) as lease, pytest.raises(StaleSlotError):
+        ring.acquire_slot(lease.slot, lease.generation)
+
+
+def test_attempts_beyond_a_slot_s_room_are_busy_and_may_come_back(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    leases = [ring.acquire(ref) for _ in range(8)]
+    with pytest.raises(BusyError) as caught:
+        ring.acquire(ref)
+    assert caught.value.retryable
+    assert leases.pop().release_reading()
+    assert ring.acquire(ref).release_reading()
+    for lease in leases:
+        assert lease.release_reading()
+
+
+@pytest.mark.parametrize("reader", [-1, 2**63])
+def test_a_reader_s_id_has_bounds(ring: SharedRingBuffer, reader: int) -> None:
+    with pytest.raises(ConfigError):
+        ring.acquire(ring.write_raw(b"payload"), reader=reader)
+
+
+def test_a_payload_for_three_readers_is_freed_by_the_third(make_ring: MakeRing) -> None:
+    ring = make_ring(readers=3)
+    ref = ring.write_raw(b"shared")
+    for reader in (11, 12):
+        assert ring.read(ref, reader=reader)["data"].tobytes() == b"shared"
+        with pytest.raises(StaleSlotError):
+            ring.acquire(ref, reader=reader)
+        assert ring.slot_state(ref.slot) is SlotState.READY
+    with ring.acquire(ref, reader=13):
+        pass
+    assert ring.slot_state(ref.slot) is SlotState.READY
+    ring.read(ref, reader=13)
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+    assert ring.statistics().freed == 1
+
+
+def test_a_write_may_ask_for_fewer_readers_than_the_ring_has(make_ring: MakeRing) -> None:
+    ring = make_ring(readers=3)
+    ref = ring.write_raw(b"one", readers=1)
+    ring.read(ref, reader=11)
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+
+
+def test_a_half_read_payload_that_is_overwritten_starts_with_no_readers(make_ring: MakeRing) -> None:
+    ring = make_ring(slots=1, readers=2)
+    ring.read(ring.write_raw(b"first"), reader=1)
+    second = ring.write_raw(b"second")
+    for reader in (1, 2):
+        assert ring.read(second, reader=reader)["data"].tobytes() == b"second"
+    assert ring.slot_state(0) is SlotState.FREE
+
+
+def test_discard_drops_what_nobody_reads(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    with ring.acquire(ref):
+        assert not ring.discard(ref)
+    assert not ring.discard(replace(ref, generation=ref.generation + 1))
+    assert ring.discard(ref)
+    assert not ring.discard(ref)
+    assert ring.statistics().discarded == 1
+
+
+def test_a_payload_damaged_in_memory_is_a_checksum_error_and_is_not_consumed(make_ring: MakeRing) -> None:
+    ring = make_ring(checksum=True)
+    ref = ring.write_raw(b"payload")
+    with ring.acquire(ref) as lease:
+        lease.frame()[HEADROOM_BYTES] ^= 1
+    with pytest.raises(ChecksumError):
+        ring.read(ref)
+    with ring.acquire(ref) as lease:
+        lease.frame()[HEADROOM_BYTES] ^= 1
+    assert ring.read(ref)["data"].tobytes() == b"payload"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 8, 61, 64])
+def test_a_frame_has_room_round_the_payload_and_touches_no_other_slot(make_ring: MakeRing, nbytes: int) -> None:
+    ring = make_ring(slots=3)
+    refs = [ring.write_raw(bytes([slot + 1]) * nbytes) for slot in range(3)]
+    padded = (nbytes + 7) // 8 * 8
+    with ring.acquire(refs[1]) as lease:
+        frame = lease.frame()
+        assert len(frame) == HEADROOM_BYTES + padded + TAILROOM_BYTES
+        assert bytes(frame[HEADROOM_BYTES : HEADROOM_BYTES + nbytes]) == bytes(lease.buffer)
+        frame[:HEADROOM_BYTES] = b"\xff" * HEADROOM_BYTES
+        frame[HEADROOM_BYTES + padded :] = b"\xee" * TAILROOM_BYTES
+    for slot, ref in enumerate(refs):
+        assert ring.read(ref)["data"].tobytes() == bytes([slot + 1]) * nbytes
+
+
+def test_a_detached_payload_is_consumed_when_its_last_view_goes(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    with ring.acquire(ref) as lease:
+        array = lease.detach()
+    assert not array.flags.writeable
+    view = array[2:].view()
+    other = array.data[:3]
+    for gone in ("array", "view"):
+        assert ring.slot_state(ref.slot) is SlotState.READING, gone
+        if gone == "array":
+            del array
+        else:
+            del view
+    assert bytes(other) == b"pay"
+    assert ring.slot_state(ref.slot) is SlotState.READING
+    del other
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+    found = ring.statistics()
+    assert (found.consumed, found.released, found.late_finalise) == (1, 0, 0)
+
+
+def test_a_lease_that_was_detached_has_ended(ring: SharedRingBuffer) -> None:
+    lease = ring.acquire(ring.write_raw(b"payload"))
+    array = lease.detach()
+    assert not lease.mark_consumed()
+    assert not lease.release_reading()
+    for call in (lease.detach, lease.frame):
+        with pytest.raises(SlotError):
+            call()
+    assert bytes(array) == b"payload"
+    assert ring.slot_states().count(SlotState.READING) == 1
+
+
+def test_a_detached_payload_may_go_in_another_thread_and_in_a_cycle(ring: SharedRingBuffer) -> None:
+    holder: list[Any] = [ring.acquire(ring.write_raw(b"payload")).detach()]
+    thread = threading.Thread(target=holder.clear)
+    thread.start()
+    thread.join()
+    assert ring.slot_states() == [SlotState.FREE] * 4
+    cycle: list[Any] = [ring.acquire(ring.write_raw(b"payload")).detach()]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert ring.slot_states() == [SlotState.FREE] * 4
+
+
+def test_arrays_of_a_forgotten_read_lease_keep_the_payload(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    array = ring.acquire(ref).arrays["data"]
+    for number in range(20):
+        ring.write_raw(bytes([number]) * 8)
+    assert bytes(array) == b"payload"
+    del array
+    assert ring.slot_state(ref.slot) is SlotState.READY
+    assert ring.statistics().released == 1
+
+
+def test_the_memory_lives_as_long_as_a_view_of_it(make_ring: MakeRing) -> None:
+    ring = make_ring()
+    array = ring.acquire(ring.write_raw(b"payload")).detach()
+    ring.close()
+    assert bytes(array) == b"payload"
+    reader = make_ring()
+    lease = reader.acquire(reader.write_raw(b"payload"))
+    reader.close()
+    assert bytes(lease.buffer) == b"payload"
+    assert lease.mark_consumed()
+
+
+def test_a_closed_handle_says_so(ring: SharedRingBuffer) -> None:
+    ref = ring.write_raw(b"payload")
+    ring.close()
+    ring.close()
+    assert ring.closed
+    for call in (
+        lambda: ring.read(ref),
+        lambda: ring.write_raw(b"x"),
+        ring.reserve,
+        ring.statistics,
+        ring.slot_states,
+        ring.reclaim_dead,
+        ring.address,
+    ):
+        with pytest.raises(SlotError, match="closed"):
+            call()
+    assert ring.name == ref.ring_name
