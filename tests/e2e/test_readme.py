@@ -1,0 +1,71 @@
+"""The README is true: its example runs and prints what it says, and what it points at exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ucxx_transport.cli.program import VERBS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE, SAID = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)[0]
+
+
+def run_to_the_end(command: list[str], folder: Path) -> tuple[int, str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its worker, which waits for a trainer that failed
+            out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("settings", "transport"), [("", "view"), ('ClientConfig(local="off")', "ucx")])
+def test_the_example_prints_what_the_readme_says(settings: str, transport: str, tmp_path: Path) -> None:
+    program = EXAMPLE.replace("SyncUCXXClient()", f"SyncUCXXClient({settings})")
+    program = program.replace("import RingConfig", "import ClientConfig, RingConfig")
+    (tmp_path / "example.py").write_text(program)
+    code, out, err = run_to_the_end([sys.executable, "-W", "error", "example.py"], tmp_path)
+    assert code == 0, err
+    printed = [line for line in out.splitlines() if line.startswith("(")]
+    assert printed == SAID.replace("view", transport).split("\n")[:-1]
+
+
+def test_the_scripts_it_names_are_there() -> None:
+    named = set(re.findall(r"scripts/\w+", README))
+    assert named >= {"scripts/demo", "scripts/test"}
+    assert all(os.access(ROOT / script, os.X_OK) for script in named)
+
+
+def test_the_verbs_it_names_are_there() -> None:
+    assert set(re.findall(r"ucxx-transport (\w+)", README)) <= set(VERBS)
+
+
+def test_the_extras_it_names_are_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set(re.findall(r"\[(\w+)\](?!\()", README)) - {"LICENSE"}
+    assert named
+    assert named <= set(extras)
+
+
+def test_the_files_it_points_at_are_there() -> None:
+    for path in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / path).exists(), path
