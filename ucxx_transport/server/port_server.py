@@ -70,6 +70,7 @@ class PortServer:
         )
         self._counters = counters
         self._connections: set[Connection] = set()
+        self._admitted = 0
         self._parked: list[tuple[Pending, ReadLease]] = []
         self._tasks: TaskGroup | None = None
 
@@ -103,31 +104,34 @@ class PortServer:
         if tasks is None:
             return
         self._counters.add("accepted")
-        excess = len(self._connections) - self._config.max_connections
-        if excess >= 0:
+        # Those that only wait to hear BUSY take nobody's place.
+        admitted = self._admitted < self._config.max_connections
+        if not admitted:
             self._counters.add("refused")
-        if excess >= BUSY_ANSWERS:
-            tasks.start_soon(endpoint.close)
-            return
+            if len(self._connections) - self._admitted >= BUSY_ANSWERS:
+                tasks.start_soon(endpoint.close)
+                return
         session = Session(
             self._source,
             self._limits,
             nonce=secrets.token_bytes(NONCE_BYTES),
             now=self._clock(),
-            admitted=excess < 0,
+            admitted=admitted,
         )
         connection = Connection(endpoint, session, self._ring, self._counters, self._park, clock=self._clock)
         self._connections.add(connection)
+        self._admitted += admitted
         self._counters.set("connections", len(self._connections))
-        tasks.start_soon(self._serve, connection)
+        tasks.start_soon(self._serve, connection, admitted)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, admitted: bool) -> None:  # noqa: FBT001 - start_soon passes no keywords
         try:
             await connection.serve()
         except Exception:  # noqa: BLE001 - the edge of a task: one connection's bug must not take the port down
             _log.exception("connection crashed")
         finally:
             self._connections.discard(connection)
+            self._admitted -= admitted
             self._counters.set("connections", len(self._connections))
 
     async def _sweep(self) -> None:
