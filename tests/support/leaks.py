@@ -102,21 +102,49 @@ def _settled(leaks: Callable[[], dict[str, list[str]]]) -> dict[str, list[str]]:
 
 
 def _own_processes() -> Iterator[tuple[int, str]]:
-    mark = f"{_MARKER}={os.environ.get(_MARKER, '')}".encode()
-    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    starts: dict[int, bytes] = {}
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) == os.getpid():
-            continue
-        process = Path("/proc", name)
-        try:
-            if int(name) not in descendants and mark not in (process / "environ").read_bytes():
-                continue
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            started = (process / "stat").read_text().rpartition(")")[2].split()[19]
-        except (OSError, IndexError):
-            continue  # gone between the listing and the look, or not ours to look at
+        if name.isdecimal() and (stat := _read(f"/proc/{name}/stat")):
+            words = stat.rpartition(b")")[2].split()
+            starts[int(name)] = words[19]
+            children.setdefault(int(words[1]), []).append(int(name))
+    for pid in {*_descendants(children), *_marked(starts)}:
+        command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
         if not any(helper in command for helper in _HELPERS_OF_MULTIPROCESSING):
-            yield int(name), f"pid {name} (start {started}): {command or 'ended, not reaped'}"
+            yield pid, f"pid {pid} (start {starts[pid].decode()}): {command or 'ended, not reaped'}"
+
+
+def _descendants(children: dict[int, list[int]]) -> Iterator[int]:
+    parents = [os.getpid()]
+    while parents:
+        found = children.get(parents.pop(), [])
+        yield from found
+        parents += found
+
+
+def _marked(starts: dict[int, bytes]) -> Iterator[int]:
+    """Processes with our mark in their environment: descendants whose parents are gone."""
+    mark = f"{_MARKER}={os.environ.get(_MARKER, '')}".encode()
+    for pid, start in starts.items():
+        if pid != os.getpid() and (pid, start) not in _strangers:
+            if mark in _read(f"/proc/{pid}/environ"):
+                yield pid
+            else:
+                _strangers.add((pid, start))
+
+
+_strangers: set[tuple[int, bytes]] = set()
+"""Processes that do not have our mark, and so never will: there are many, and looking takes time at every test."""
+
+
+def _read(path: str) -> bytes:
+    """The file's bytes; none where the process is gone by now or is not ours to look at."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _creator(name: str) -> int:
