@@ -20,11 +20,24 @@ Rules that every link keeps, and that the conformance suite checks:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-__all__ = ["Endpoint", "Link", "LinkStatistics", "Listener", "LostReason", "OnEndpoint", "Pending"]
+from ucxx_transport.errors import ConfigError
+
+__all__ = [
+    "Endpoint",
+    "Link",
+    "LinkStatistics",
+    "Listener",
+    "LostReason",
+    "OnEndpoint",
+    "Pending",
+    "checked_port",
+    "hand_over",
+]
 
 LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "reset", "truncated", "unreachable"]
 """`PeerLostError.facts["reason"]`.
@@ -206,3 +219,34 @@ class Link(Protocol):
     async def aclose(self) -> None:
         """Close listeners and endpoints, end what is in flight, give back the resources. Idempotent, bounded."""
         ...
+
+
+def checked_port(port: int, *, lowest: int) -> int:
+    """The port.
+
+    Raises:
+        ConfigError: it is none: below `lowest` (0 to listen on any, 1 to connect to), or above 65535.
+    """
+    if not lowest <= port <= 65535:
+        raise ConfigError(f"port is not between {lowest} and 65535", port=port)
+    return port
+
+
+def hand_over(
+    endpoint: Endpoint, on_endpoint: OnEndpoint, loop: asyncio.AbstractEventLoop
+) -> asyncio.Task[bool] | None:
+    """Give an accepted endpoint to its owner, at the edge between the link and foreign code.
+
+    Returns:
+        None; or, when the owner raised, which goes to the loop's exception handler, the task that closes the endpoint.
+    """
+    try:
+        on_endpoint(endpoint)
+    except Exception as exc:  # noqa: BLE001  # the edge to the owner's code; reported there
+        loop.call_exception_handler({"message": "on_endpoint failed; its endpoint is closed", "exception": exc})
+        return loop.create_task(_closed(endpoint))
+    return None
+
+
+async def _closed(endpoint: Endpoint) -> bool:
+    return await endpoint.close()

@@ -46,7 +46,6 @@ SYMBOLS = MappingProxyType(
             "UCXContext.config",
             "UCXContext.handle",
             "UCXEndpoint.alive",
-            "UCXEndpoint.close",
             "UCXEndpoint.close_blocking",
             "UCXEndpoint.create",
             "UCXEndpoint.handle",
@@ -56,6 +55,7 @@ SYMBOLS = MappingProxyType(
             "UCXEndpoint.stream_send",
             "UCXEndpoint.tag_recv",
             "UCXEndpoint.tag_send",
+            "UCXEndpoint.ucxx_ptr",
             "UCXEndpointTimeoutError",
             "UCXError",
             "UCXExceedsLimitError",
@@ -112,13 +112,14 @@ class UcxRequest(Protocol):
 
 
 class UcxEndpoint(Protocol):
-    """`UCXEndpoint`. `close()` on one that is not alive is a null pointer: ask `alive` first."""
+    """`UCXEndpoint`. Its `close()` is not used: see `UCXXEndpoint.begin_close`."""
 
     @property
     def alive(self) -> bool: ...
     @property
     def handle(self) -> int: ...
-    def close(self) -> UcxRequest: ...
+    @property
+    def ucxx_ptr(self) -> int: ...
     def raise_on_error(self) -> None: ...
     def close_blocking(self) -> None: ...
     def set_close_callback(self, cb_func: Callable[[], None]) -> None: ...

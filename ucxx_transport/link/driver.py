@@ -78,7 +78,6 @@ class ProgressDriver:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.loop = loop
-        self.between_turns: Callable[[], None] | None = None
         self._worker = worker
         self._progress_once = worker.progress_once
         self._spin_s = spin_s
@@ -110,6 +109,11 @@ class ProgressDriver:
         if not self._scheduled and not self._stopped:
             self._scheduled = True
             self.loop.call_soon(self._turn)
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Do this in the loop's next turn; safe inside UCX's callbacks, and nothing once stopped."""
+        if not self._stopped:
+            self.loop.call_soon(action)
 
     def cancel_soon(self) -> None:
         """An endpoint was lost: end what is in flight on it, at the end of this turn. Safe inside UCX's callbacks."""
@@ -183,6 +187,10 @@ class ProgressDriver:
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._descriptor)
 
+    def let_go(self) -> None:
+        """Drop the worker, once stopped: UCX gives its ports and descriptors back with the last reference to it."""
+        del self._worker, self._progress_once
+
     def progress_now(self, turns: int = BURST) -> int:
         """Progress outside the loop's turns, for clean-up; returns how many calls moved something."""
         moved = 0
@@ -224,8 +232,6 @@ class ProgressDriver:
             moved += 1
         if moved or self._scan_due:
             self._scan()
-        if self.between_turns is not None:
-            self.between_turns()
         now = self._turn_began = self.clock()
         if moved:
             self._last_progress = now

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import LinkStatistics, OnEndpoint
+from ucxx_transport.link.base import LinkStatistics, OnEndpoint, checked_port, hand_over
 from ucxx_transport.link.faults import Faults
 from ucxx_transport.link.memory_endpoint import MemoryEndpoint, MemoryPending
 from ucxx_transport.link.translate import lost
@@ -72,7 +72,7 @@ class MemoryLink:
     async def connect(self, host: str, port: int) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
         self.check_owner()
-        peer = f"{host}:{port}"
+        peer = f"{host}:{checked_port(port, lowest=1)}"
         if self.network.faults.hang_connect:
             await asyncio.get_running_loop().create_future()
         listener = self.network.listeners.get(port)
@@ -81,12 +81,15 @@ class MemoryLink:
         here = self.adopt(MemoryEndpoint(self, peer), "endpoints_connected")
         there = listener.link.adopt(MemoryEndpoint(listener.link, f"memory:{id(here):x}"), "endpoints_accepted")
         here.other, there.other = there, here
-        listener.on_endpoint(there)
+        failed = hand_over(there, listener.on_endpoint, asyncio.get_running_loop())
+        if failed is not None:
+            await failed
         return here
 
     async def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
         """See `base.Link.listen`."""
         self.check_owner()
+        checked_port(port, lowest=0)
         used = self.network.listeners
         chosen = port or next(number for number in self.network.free_ports if number not in used)
         if chosen in used:

@@ -3,6 +3,7 @@
 | call                        | of                 | for                                                            |
 |-----------------------------|--------------------|----------------------------------------------------------------|
 | `ucp_ep_query`              | libucp, public API | the lanes and the peer's address of one endpoint               |
+| `Endpoint.getCancelingSize` | libucxx, a symbol  | letting go of operations that a close has cancelled            |
 | `ucxx_log_component_config` | libucxx, a symbol  | ucxx's log, on stdout, which only `UCXX_LOG_LEVEL` sets else   |
 
 Structures are those of `ucp/api/ucp.h` and `ucs/config/types.h` of UCX 1.19 to 1.21; a field mask says which fields are
@@ -12,11 +13,12 @@ known here.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 from pathlib import Path
 
-__all__ = ["endpoint_lanes", "endpoint_peer", "quiet_ucxx_log"]
+__all__ = ["endpoint_lanes", "endpoint_peer", "quiet_ucxx_log", "release_cancelled"]
 
 _REMOTE_SOCKADDR, _TRANSPORTS = 1 << 2, 1 << 3  # enum ucp_ep_attr_field
 _MAX_LANES = 32
@@ -78,6 +80,27 @@ def endpoint_peer(handle: int) -> str | None:
     return None
 
 
+def release_cancelled(pointer: int) -> bool:
+    """Let a closed endpoint forget its cancelled operations once they have ended.
+
+    ucxx keeps them in a list of the endpoint, and they keep the endpoint: neither would ever be freed, nor the worker.
+    Counting that list drops the ended ones.
+
+    Args:
+        pointer: the `ucxx::Endpoint *`.
+
+    Returns:
+        Whether nothing keeps the endpoint any more, as far as can be told.
+    """
+    try:
+        count = _loaded("libucxx.so")["_ZNK4ucxx8Endpoint16getCancelingSizeEv"]
+    except (OSError, AttributeError):
+        return False
+    count.argtypes = (ctypes.c_void_p,)
+    count.restype = ctypes.c_size_t
+    return int(count(pointer)) == 0
+
+
 def quiet_ucxx_log() -> bool:
     """Keep ucxx's log of ordinary events (a refused connection) off stdout, unless the user has chosen a level.
 
@@ -106,6 +129,7 @@ def _query(handle: int, attributes: _EndpointAttributes) -> bool:
     return int(query(handle, ctypes.byref(attributes))) == 0
 
 
+@functools.cache
 def _loaded(name: str) -> ctypes.CDLL:
     """The library of that name which this process has loaded already; never loads another copy.
 

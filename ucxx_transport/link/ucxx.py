@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link import lifetime
-from ucxx_transport.link.base import LinkStatistics, OnEndpoint
+from ucxx_transport.link.base import LinkStatistics, OnEndpoint, checked_port
 from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
 from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import ProgressDriver
@@ -59,7 +59,6 @@ class UCXXLink:
             counters=self.counters,
             ucx_error=self.translator.root,
         )
-        self.driver.between_turns = self._hand_over
         self._thread = threading.get_ident()
         self._closed = False
         self._endpoints: set[UCXXEndpoint] = set()
@@ -97,9 +96,7 @@ class UCXXLink:
     async def connect(self, host: str, port: int) -> UCXXEndpoint:
         """See `base.Link.connect`. Returns when the peer has said hello."""
         self.check_owner()
-        peer = f"{host}:{port}"
-        if not 0 < port < 65536:
-            raise ConfigError("port is not one to connect to", port=port)
+        peer = f"{host}:{checked_port(port, lowest=1)}"
         address = await self._resolve(host, port, peer)
         try:
             ucx: UcxEndpoint = self.binding.lib.UCXEndpoint.create(
@@ -120,8 +117,7 @@ class UCXXLink:
     async def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
         """See `base.Link.listen`. Binds 0.0.0.0: UCX's Python API takes no address."""
         self.check_owner()
-        if not 0 <= port < 65536:
-            raise ConfigError("port is not one to listen on", port=port)
+        checked_port(port, lowest=0)
         try:
             listener = UCXXListener(self, port, on_endpoint)
         except self.binding.lib.UCXBusyError as exc:
@@ -161,16 +157,19 @@ class UCXXLink:
         self._closed = True
         for listener in list(self._listeners):
             listener.close_now()
-        closing = [(endpoint, endpoint.begin_close()) for endpoint in list(self._endpoints)]
-        lifetime.drain(self.driver, [operation for _, operation in closing])
-        for endpoint, _ in closing:
+        endpoints = list(self._endpoints)
+        for endpoint in endpoints:
+            endpoint.begin_close()
+        lifetime.drain(self.driver, [operation for endpoint in endpoints for operation in endpoint.in_flight])
+        for endpoint in endpoints:
             endpoint.end_close()
         self._destroy()
 
     def _destroy(self) -> None:
         self.driver.stop()
-        self.driver.progress_now()
+        self.worker.cancel_inflight_requests()  # also lets go of those that it has cancelled before
         lifetime.unregister(self)
+        self.driver.let_go()
         del self.worker, self._context
 
     def check_thread(self) -> None:
@@ -219,10 +218,6 @@ class UCXXLink:
         self.counters.parked_buffers += 1
         self.counters.parked_bytes += operation.nbytes
         lifetime.PARKED.append((operation, ucx))
-
-    def _hand_over(self) -> None:
-        for listener in tuple(self._listeners):
-            listener.hand_over()
 
     async def _resolve(self, host: str, port: int, peer: str) -> str:
         try:

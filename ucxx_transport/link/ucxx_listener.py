@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ucxx_transport.link.base import OnEndpoint
+from ucxx_transport.link.base import OnEndpoint, hand_over
 from ucxx_transport.link.binding import UcxEndpoint, UcxListener
 from ucxx_transport.link.native import endpoint_peer
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
@@ -39,6 +39,7 @@ class UCXXListener:
             link.worker, port, lambda ucx: _note_arrival(here, ucx), deliver_endpoint=True
         )
         self._closed = False
+        self._open_endpoints = 0
         self.port: int = self._ucx.port
 
     async def close(self) -> None:
@@ -51,11 +52,21 @@ class UCXXListener:
             self._closed = True
             self.hand_over()
             self._link.forget_listener(self)
+            self._let_go()
+
+    def endpoint_closed(self) -> None:
+        """One of the endpoints accepted here is closed."""
+        self._open_endpoints -= 1
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._closed and not self._open_endpoints:
+            self._ucx = None
 
     def note_arrival(self, ucx: UcxEndpoint) -> None:
         """A connection came. Called inside progress: takes note, no more."""
         self._arrived.append(ucx)
-        self._link.driver.kick()
+        self._link.driver.soon(self.hand_over)
 
     def hand_over(self) -> None:
         """Give the connections that came to their owner."""
@@ -67,9 +78,12 @@ class UCXXListener:
                 ucx.close_blocking()
                 continue
             endpoint = UCXXEndpoint(self._link, ucx, endpoint_peer(ucx.handle) or f"a client of port {self.port}", self)
+            self._open_endpoints += 1
             self._link.adopt(endpoint)
             self._link.counters.endpoints_accepted += 1
-            self._on_endpoint(endpoint)
+            failed = hand_over(endpoint, self._on_endpoint, self._link.driver.loop)
+            if failed is not None:
+                self._link.keep(failed)
 
 
 def _note_arrival(listener: weakref.ref[UCXXListener], ucx: UcxEndpoint) -> None:
