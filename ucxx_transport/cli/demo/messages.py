@@ -55,7 +55,6 @@ class WorkerStatus(Message):
     Attributes:
         state: "starting", "running", "stopped" or "failed"; the orchestrator knows better once the process is gone.
         version: of the weights it acts with.
-        full_waits: writes that had to wait because all slots were taken.
         given_up: own unread episodes discarded because nobody fetched them.
         ring: the ring's counters. ready: slots READY now.
         server: the server's counters. server_pid: its process.
@@ -66,7 +65,6 @@ class WorkerStatus(Message):
     version: int = 0
     episodes: int = 0
     steps: int = 0
-    full_waits: int = 0
     given_up: int = 0
     ready: int = 0
     ring: dict[str, int] = field(default_factory=dict)

@@ -110,7 +110,7 @@ class Receiver:
     def ucx_lanes(self) -> tuple[str, ...]:
         """What UCX endpoints have really used so far, as the links tell."""
         for client in self._clients.values():
-            self._lanes.update(client.statistics().transports)
+            self._lanes.update(lane for lane in client.statistics().transports if lane != "unknown")
         return tuple(sorted(self._lanes))
 
     def close(self) -> None:

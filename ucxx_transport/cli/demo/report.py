@@ -189,7 +189,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     mean = summary["mean_return_last_50"]
     reached = summary["goal_reached_s"]
     rows = [
-        ("episodes", f"{summary['episodes']} ({summary['episodes_per_s']:.0f} /s)"),
+        ("episodes", f"{summary['episodes']} ({summary['episodes_per_s']:.3g} /s)"),
         ("steps, updates", f"{summary['steps']}, {summary['updates']}"),
         ("payload bytes", f"{format_bytes(summary['payload_bytes'])} ({summary['bytes_per_s'] / 1e9:.3g} GB/s)"),
         ("mean return, last 50", "-" if mean is None else f"{mean:.1f}"),

@@ -107,7 +107,7 @@ def _progress(books: Books) -> str:
     mean = books.recent_mean
     episodes_per_s, bytes_per_s = books.rates()
     shown = "no episode yet" if mean is None else f"mean return {mean:.1f}"
-    return f"{len(books.finished)} episodes, {shown}, {episodes_per_s:.0f} episodes/s, {format_bytes(bytes_per_s)}/s"
+    return f"{len(books.finished)} episodes, {shown}, {episodes_per_s:.3g} episodes/s, {format_bytes(bytes_per_s)}/s"
 
 
 def _screen(scene: Scene) -> RenderableType:
@@ -145,7 +145,7 @@ def _numbers(books: Books) -> RenderableType:
     rows: list[list[tuple[str, object]]] = [
         [
             ("episodes", len(books.finished)),
-            ("a second", f"{episodes_per_s:.0f}"),
+            ("a second", f"{episodes_per_s:.3g}"),
             ("mean of 50", "-" if mean is None else f"{mean:.0f}"),
             ("best", "-" if best is None else f"{best:.0f}"),
         ],

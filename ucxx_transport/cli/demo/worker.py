@@ -81,7 +81,6 @@ class _Worker:
         self._version = 0
         self._episodes = 0
         self._steps = 0
-        self._full_waits = 0
         self._given_up = 0
         self._reported_s = 0.0
 
@@ -116,7 +115,6 @@ class _Worker:
             version=self._version,
             episodes=self._episodes,
             steps=self._steps,
-            full_waits=self._full_waits,
             given_up=self._given_up,
             ready=self._ring.get_ready_count(),
             ring={name: value for name, value in asdict(statistics).items() if isinstance(value, int)},
@@ -176,7 +174,6 @@ class _Worker:
                 return self._ring.write(episode.to_arrays(), meta=meta, deadline_s=_WRITE_WAIT_S)
             except (DeadlineExceededError, RingFullError):
                 waits += 1
-                self._full_waits += 1
                 self._refresh()
                 if waits % _FULL_WAITS_BEFORE_DISCARD == 0:
                     self._discard_oldest()
