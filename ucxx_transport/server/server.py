@@ -99,8 +99,7 @@ class UCXXServer:
         if group is not None and not group.stop(deadline_s):
             _log.warning("a server port did not stop in time", ring=self._ring.name)
         if self._ports:
-            self._publish(())
-            self._address = None
+            self._withdraw()
         if supervisor is not None:
             self._reclaim()
 
@@ -161,6 +160,15 @@ class UCXXServer:
         self._ports = ports
         self._port_count = max(self._port_count, len(ports))
         self._ring.publish_address(self._address if ports else None, ports)
+
+    def _withdraw(self) -> None:
+        self._address, self._ports = None, ()
+        if self._ring.closed:
+            return  # its creator was faster; nobody can attach any more
+        try:
+            self._ring.publish_address(None, ())
+        except TransportError as error:  # the server has stopped all the same
+            _log.warning("address not withdrawn", ring=self._ring.name, reason=str(error))
 
     def _reclaim(self) -> None:
         try:

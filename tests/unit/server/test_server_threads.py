@@ -1,0 +1,149 @@
+"""UCXXServer in thread mode over the in-memory link: what it binds, publishes, counts and takes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from ucxx_transport.config import RingConfig, ServerConfig
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.base import Link
+from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.server import UCXXServer
+
+LOOPBACK = "127.0.0.1"
+Factory = Callable[[], AbstractAsyncContextManager[Link]]
+
+
+@pytest.fixture
+def ring() -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096, prefault=False)) as made:
+        yield made
+
+
+@pytest.fixture
+def another_ring() -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=64, prefault=False)) as made:
+        yield made
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    return MemoryNetwork()
+
+
+@pytest.fixture
+def factory(network: MemoryNetwork) -> Factory:
+    """Opens links on the one network; each lives in its own port's thread."""
+
+    def open_link() -> AbstractAsyncContextManager[Link]:
+        return MemoryLink(network)
+
+    return open_link
+
+
+def server_of(ring: SharedRingBuffer, factory: Factory, **settings: object) -> UCXXServer:
+    values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
+    config = ServerConfig(**values)  # type: ignore[arg-type]  # checked by pydantic
+    return UCXXServer(ring, config, link_factory=factory)
+
+
+def test_references_carry_the_address_while_the_server_runs_and_not_after(
+    ring: SharedRingBuffer, factory: Factory
+) -> None:
+    assert ring.write_raw(b"before").ports == ()
+    with server_of(ring, factory) as server:
+        ref = ring.write_raw(b"while")
+        assert (ref.host, ref.ports) == (LOOPBACK, server.ports)
+        assert len(set(server.ports)) == 2
+        assert server.address == LOOPBACK
+    after = ring.write_raw(b"after")
+    assert (after.host, after.ports) == (None, ())
+    assert server.ports == ()
+    assert server.address is None
+
+
+def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuffer, factory: Factory) -> None:
+    def port_threads() -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ucxx-port"))
+
+    with server_of(ring, factory, ports=3):
+        assert port_threads() == ["ucxx-port-0", "ucxx-port-1", "ucxx-port-2"]
+    assert port_threads() == []
+
+
+def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: Factory) -> None:
+    with server_of(ring, factory, ports=[5001, 5003]) as server:
+        assert server.ports == (5001, 5003)
+        assert [port.port for port in server.statistics().ports] == [5001, 5003]
+    assert [port.port for port in server.statistics().ports] == [0, 0]
+
+
+def test_from_a_base_port_taken_ones_are_stepped_over(
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+) -> None:
+    with server_of(ring, factory, ports=[5001, 5002]):
+        with server_of(another_ring, factory, ports=3, base_port=5000) as second:
+            assert second.ports == (5000, 5003, 5004)
+        with pytest.raises(ConfigError, match="no free port"):
+            server_of(another_ring, factory, ports=3, base_port=5000, port_attempts=4).start()
+    assert network.listeners == {}
+
+
+def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+) -> None:
+    with server_of(ring, factory, ports=[5001]):
+        server = server_of(another_ring, factory, ports=[5000, 5001])
+        with pytest.raises(ConfigError, match="5001"):
+            server.start()
+        assert server.address is None
+        assert server.ports == ()
+        assert another_ring.address() == (None, ())
+        assert set(network.listeners) == {5001}
+
+
+def test_a_link_that_cannot_be_opened_is_told_by_start(ring: SharedRingBuffer) -> None:
+    def broken() -> AbstractAsyncContextManager[Link]:
+        raise ConfigError("pip install ucxx_transport[cu12]")
+
+    with pytest.raises(ConfigError, match="pip install"):
+        server_of(ring, broken).start()
+    assert ring.address() == (None, ())
+
+
+def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(ring: SharedRingBuffer, factory: Factory) -> None:
+    server = server_of(ring, factory)
+    server.stop()
+    server.start()
+    with pytest.raises(TransportError, match="running already"):
+        server.start()
+    server.stop()
+    server.stop()
+    server.start()
+    assert len(server.ports) == 2
+    server.stop()
+
+
+def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuffer, factory: Factory) -> None:
+    server = server_of(ring, factory)
+    server.start()
+    ring.close()
+    server.stop()
+    assert server.ports == ()
+
+
+@pytest.mark.anyio
+async def test_it_is_an_async_context_manager_too(ring: SharedRingBuffer, factory: Factory) -> None:
+    async with server_of(ring, factory) as server:
+        assert ring.address() == (LOOPBACK, server.ports)
+        statistics = server.statistics()
+        assert statistics.host == LOOPBACK
+        assert statistics.restarts == 0
+        assert statistics.pid is not None
+    assert ring.address() == (None, ())
+    assert server.statistics().pid is None
