@@ -227,3 +227,13 @@ def test_bytes_that_are_no_reference_are_refused(raw: Any) -> None:
 def test_a_reference_cut_short_is_refused(cut: int) -> None:
     with pytest.raises(ProtocolError):
         SlotRef.from_bytes(REF.to_bytes()[:cut])
+
+
+def test_bytes_too_long_are_refused_unread() -> None:
+    with pytest.raises(ProtocolError, match="at most"):
+        SlotRef.from_bytes(msgpack.packb([*VALUES, "x" * 100_000]))
+
+
+def test_extension_types_are_refused_while_decoding() -> None:
+    with pytest.raises(ProtocolError, match="not msgpack"):
+        SlotRef.from_bytes(msgpack.packb([*VALUES[:-1], {"a": msgpack.ExtType(5, b"x")}]))
