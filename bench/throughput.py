@@ -36,7 +36,7 @@ from ucxx_transport.cli.bench.host import commit_of
 from ucxx_transport.cli.bench.lineup import transport_lanes
 from ucxx_transport.cli.bench.results import Result
 from ucxx_transport.cli.bench.ring_source import SourceSettings
-from ucxx_transport.cli.bench.rounds import Lane, Plan, ProcessSource
+from ucxx_transport.cli.bench.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, ProcessSource
 from ucxx_transport.cli.bench.subjects import Subject
 from ucxx_transport.cli.output import console
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     sizes = parse_sizes(options.sizes)
     terminal = console()
-    plan = Plan(rounds=options.rounds, turn_s=options.turn_s, in_flight=options.in_flight)
+    plan = Plan(rounds=options.rounds, turn_s=options.turn_s, in_flight=options.in_flight, max_slots=options.max_slots)
     settings = SourceSettings(ports=options.ports)
     with ExitStack() as stack:
         lanes = [*transport_lanes(stack, settings), *_peer_lanes(stack)]
@@ -84,6 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn-s", type=float, help="seconds timed in one turn, at least (0.3; quick: 0.15)")
     parser.add_argument("--in-flight", type=int, default=1, help="reads kept in flight by async clients (1)")
     parser.add_argument("--ports", type=int, default=4, help="ports of the server (4)")
+    parser.add_argument("--max-slots", type=int, default=DEFAULT_MAX_SLOTS, help="slots, and so reads of a batch (512)")
     parser.add_argument("--idle-s", type=float, default=5.0, help="seconds over which idle CPU is taken (5)")
     parser.add_argument("--no-idle", action="store_true", help="leave out the idle server")
     parser.add_argument("--no-busy", action="store_true", help="leave out the worker that spins")

@@ -13,7 +13,7 @@ from ucxx_transport.cli.bench.document import as_document
 from ucxx_transport.cli.bench.lineup import transport_lanes
 from ucxx_transport.cli.bench.results import Result, Round
 from ucxx_transport.cli.bench.ring_source import SourceSettings
-from ucxx_transport.cli.bench.rounds import Lane, Plan, measure_size
+from ucxx_transport.cli.bench.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, measure_size
 from ucxx_transport.cli.bench.table import disturbance, size_table
 from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError
@@ -31,10 +31,11 @@ def bench(
     turn_s: Annotated[float, typer.Option("--turn-s", min=0.0, help="seconds timed in one turn, at least")] = 0.1,
     in_flight: Annotated[int, typer.Option(min=1, help="reads kept in flight by the async client")] = 1,
     ports: Annotated[int, typer.Option(min=1, max=64, help="ports of the server")] = 4,
+    max_slots: Annotated[int, typer.Option(min=4, help="slots of a ring, and so reads of a batch")] = DEFAULT_MAX_SLOTS,
     as_json: AsJson = False,
 ) -> None:
     """Measure local reads and UCX between two processes of this machine, with memcpy beside them."""
-    plan = Plan(rounds=rounds, turn_s=turn_s, in_flight=in_flight)
+    plan = Plan(rounds=rounds, turn_s=turn_s, in_flight=in_flight, max_slots=max_slots)
     settings = SourceSettings(ports=ports)
     chosen = parse_sizes(sizes)
     with ExitStack() as stack:

@@ -17,10 +17,10 @@ from ucxx_transport.cli.bench.reader import Offer, ReaderSettings
 from ucxx_transport.cli.bench.results import BYTES_PER_GB, Result, Round, percentile_us
 from ucxx_transport.cli.bench.subjects import Subject
 
-__all__ = ["Lane", "Plan", "ProcessSource", "Source", "measure_size", "open_sources", "take_turn"]
+__all__ = ["DEFAULT_MAX_SLOTS", "Lane", "Plan", "ProcessSource", "Source", "measure_size", "open_sources", "take_turn"]
 
 MIN_SLOTS: Final = 4
-MAX_SLOTS: Final = 512
+DEFAULT_MAX_SLOTS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +31,19 @@ class Plan:
         rounds: turns of every subject at every size.
         turn_s: how long one turn is timed at least, in batches of as many reads as there are slots.
         in_flight: reads kept in flight by async clients.
-        pool_bytes: payload bytes that a source holds at once, within 4 to 512 slots.
+        pool_bytes: payload bytes that a source holds at once, within 4 to `max_slots` slots.
+        max_slots: slots of a source, at most; also the reads of one batch.
     """
 
     rounds: int
     turn_s: float
     in_flight: int = 1
     pool_bytes: int = 128 * 1024 * 1024
+    max_slots: int = DEFAULT_MAX_SLOTS
 
     def slots(self, size_bytes: int) -> int:
         """Slots of a source at one size."""
-        return max(MIN_SLOTS, min(MAX_SLOTS, self.pool_bytes // size_bytes))
+        return max(MIN_SLOTS, min(self.max_slots, self.pool_bytes // size_bytes))
 
 
 class Source(Protocol):
