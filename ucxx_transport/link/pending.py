@@ -9,6 +9,7 @@ from ucxx_transport.errors import PeerLostError, TransportError
 from ucxx_transport.link.binding import UcxRequest
 from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import ProgressDriver
+from ucxx_transport.link.translate import raisable
 
 __all__ = ["Operation", "OperationOwner", "UCXXPending"]
 
@@ -64,7 +65,7 @@ class Operation:
             request.check_error()
         except self._owner.ucx_error as exc:
             self.error = self._owner.explain(exc)
-            self.error.__cause__ = exc
+            self.error.__cause__ = exc.with_traceback(None)
         self._end()
         return True
 
@@ -122,7 +123,7 @@ class UCXXPending(Operation):
         elif driver.turn_is_over():
             await driver.take_turn()  # inline completions must not keep the other tasks out
         if self.error is not None:
-            raise self.error
+            raise raisable(self.error)
 
     def ended(self) -> None:
         """Count it."""

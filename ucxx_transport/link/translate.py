@@ -14,12 +14,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import LostReason
 
-__all__ = ["Translator", "lost"]
+__all__ = ["Translator", "lost", "raisable"]
 
 
 class Translator:
@@ -85,6 +86,17 @@ _MESSAGES: dict[LostReason, str] = {
     "truncated": "the message is longer than the buffer posted for it",
     "unreachable": "the address cannot be reached",
 }
+
+
+def raisable(error: TransportError) -> TransportError:
+    """A copy of a stored error.
+
+    Raised itself, it would get a traceback, whose frames lead back to where it is stored: a cycle that keeps the
+    worker, and so its port, until garbage is collected.
+    """
+    fresh = copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def lost(reason: LostReason, *, peer: str) -> PeerLostError:

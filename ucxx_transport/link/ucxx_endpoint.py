@@ -16,7 +16,7 @@ from ucxx_transport.link.buffers import byte_view
 from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
 from ucxx_transport.link.native import endpoint_lanes, release_cancelled
 from ucxx_transport.link.pending import Operation, UCXXPending
-from ucxx_transport.link.translate import lost
+from ucxx_transport.link.translate import lost, raisable
 
 if TYPE_CHECKING:
     from ucxx_transport.link.ucxx import UCXXLink
@@ -109,7 +109,7 @@ class UCXXEndpoint:
         if not self._hello.poll():
             await self._hello.waiter()  # no polling here: it keeps UCX's own thread from making the connection
         if self._hello.error is not None:
-            raise self._hello.error
+            raise raisable(self._hello.error)
 
     def lanes(self) -> tuple[tuple[str, str], ...]:
         """(transport, device) of each lane; empty where it cannot be told, or before the connection is up."""
@@ -177,7 +177,7 @@ class UCXXEndpoint:
         ucx = self._ucx
         if ucx is None or self.closed or self._lost or self._hello.error is not None or get_ident() != self._thread:
             self.link.check_owner()
-            raise self._hello.error if self._hello.error is not None and self.alive else self._why_lost()
+            raise raisable(self._hello.error) if self._hello.error is not None and self.alive else self._why_lost()
         return ucx
 
     def _why_lost(self) -> TransportError:
@@ -187,7 +187,7 @@ class UCXXEndpoint:
                 self._ucx.raise_on_error()
             except self.ucx_error as exc:
                 error = self.link.translator.error(exc, peer=self.peer, connected=self._send_tag is not None)
-                error.__cause__ = exc
+                error.__cause__ = exc.with_traceback(None)
                 return error
         return lost(reason, peer=self.peer)
 
