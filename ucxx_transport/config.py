@@ -1,8 +1,8 @@
 """Frozen settings of the ring, the server and the client, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`). Sizes may
-be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that names the field,
-the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy, validated again.
+Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`). Sizes
+may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that names the
+field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy, validated again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_READERS: Final = 64
 _SETTINGS_OF_UCX = (
     "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
 )
-_TOKEN_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"  # noqa: S105 - it is the description
+_TOKEN_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"  # noqa: S105 - words
 _SHM_LANES_IN_WORDS = "let UCX use shared memory between processes of one host; both sides must agree"
 _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU and costs about 50 µs a read"
 
@@ -69,7 +69,7 @@ class RingConfig:
     )
     on_full: Literal["overwrite", "block", "raise"] = setting(
         default="overwrite",
-        description="when no slot is free: drop the oldest unread payload, wait, or raise RingFullError",
+        description="with no free slot: drop the oldest unread payload, wait, or raise RingFullError",
     )
     readers: Count = setting(default=1, ge=1, le=MAX_READERS, description="reads that free a payload")
     prefault: bool = setting(default=True, description="touch all pages at creation, so that the first lap is fast too")
