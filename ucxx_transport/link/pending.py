@@ -94,10 +94,10 @@ class Operation:
             view.release()
         self._owner.in_flight.discard(self)
         if self._waiters is not None:
-            for waiter in self._waiters:
-                if not waiter.done():
+            waiters, self._waiters = self._waiters, None
+            for waiter in waiters:
+                if not waiter.done() and not waiter.get_loop().is_closed():
                     waiter.set_result(None)
-            self._waiters = None
 
 
 class UCXXPending(Operation):

@@ -155,6 +155,7 @@ class UCXXLink:
     def close_now(self) -> None:
         """The same without a loop, for the end of the interpreter."""
         self._closed = True
+        self.driver.stop()
         for listener in list(self._listeners):
             listener.close_now()
         endpoints = list(self._endpoints)
