@@ -395,4 +395,7 @@ def test_statistics_of_both_sides_agree() -> None:
         assert server.total("connections") == server.total("accepted") == mine.connections
         assert (mine.reads, mine.ucx, mine.bytes_read, mine.stale) == (6, 6, 60_000, 1)
         assert (ring.written, ring.consumed, ring.freed) == (6, 6, 6)
-    assert served.server.statistics().pid is None
+        assert server.pid is not None
+        served.server.stop()
+        assert served.server.statistics().pid is None
+        assert served.server.statistics().total("delivered") == 6
