@@ -125,6 +125,13 @@ def run_chores() -> None:
             chores.append(chore)
 
 
+def settle_forgotten() -> None:
+    """Do what `_lost` should have done for claims whose callback was itself cut off by an interrupt."""
+    for guard in list(_live.values()):
+        if guard() is None:
+            _lost(guard)
+
+
 def _lost(guard: weakref.ref[Claim]) -> None:
     """Callback of a claim's last reference going. It may run anywhere, so also inside a critical section."""
     if not isinstance(guard, ClaimGuard) or not hasattr(guard, "hold"):

@@ -174,6 +174,7 @@ class RingCore:
         Raises:
             DeadlineExceededError: the lock was not to be had in time.
         """
+        claims.settle_forgotten()
         if not self.search.slots_in(SlotState.WRITING, SlotState.READING):
             return 0
         mine = self.owner()
