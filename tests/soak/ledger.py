@@ -112,8 +112,8 @@ class Ledger:
         self._unacknowledged.update(name for name, by in self._delivered.items() if by is reader)
 
     def server_killed(self) -> None:
-        """Acknowledgements may have died with the server: those since the last settlement."""
-        self._unacknowledged.update(self._delivered)
+        """Acknowledgements may have died with it: of what was delivered since the last settlement, or is being."""
+        self._unacknowledged.update(self._delivered, self._handed)
 
     def settle(self, ready: Iterable[SlotRef]) -> list[SlotRef]:
         """Compare the books with the ring while nothing is going on, and begin a new account.
