@@ -88,7 +88,7 @@ class ProgressDriver:
         self._scheduled = False
         self._scan_due = False
         self._cancel_due = False
-        self._stopped = False
+        self.stopped = False
         self._guests = 0
         self._window_s = spin_s * STRETCH
         self._credit = CREDIT
@@ -106,13 +106,13 @@ class ProgressDriver:
 
     def kick(self) -> None:
         """Make sure that a turn follows."""
-        if not self._scheduled and not self._stopped:
+        if not self._scheduled and not self.stopped:
             self._scheduled = True
             self.loop.call_soon(self._turn)
 
     def soon(self, action: Callable[[], None]) -> None:
         """Do this in the loop's next turn; safe inside UCX's callbacks, and nothing once stopped."""
-        if not self._stopped:
+        if not self.stopped:
             self.loop.call_soon(action)
 
     def cancel_soon(self) -> None:
@@ -130,7 +130,7 @@ class ProgressDriver:
             True when it is over; False when the task should sleep: the time is up, or others have something to do.
         """
         request = operation.request
-        if request is None or self._stopped or not self._spin_s:
+        if request is None or self.stopped or not self._spin_s:
             return operation.poll()
         progress_once, clock, window = self._progress_once, self.clock, self._window_s
         began = clock()
@@ -182,8 +182,8 @@ class ProgressDriver:
 
     def stop(self) -> None:
         """Leave the loop. What is pending stays so."""
-        if not self._stopped:
-            self._stopped = True
+        if not self.stopped:
+            self.stopped = True
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._descriptor)
 
@@ -210,7 +210,7 @@ class ProgressDriver:
 
     def _turn(self) -> None:
         self._scheduled = False
-        if self._stopped:
+        if self.stopped:
             return
         try:
             self._advance()

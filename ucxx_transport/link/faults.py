@@ -14,6 +14,7 @@ class Faults:
 
     Attributes:
         reset_after: this many further messages pass, then the connection of the next one breaks instead.
+        spare: this many further messages pass, then the next three faults are looked at.
         drop: this many messages vanish; their sends succeed.
         truncate_to: the next message loses what is beyond this many bytes.
         flip_byte: the next message arrives with the byte at this offset inverted.
@@ -24,6 +25,7 @@ class Faults:
     """
 
     reset_after: int | None = None
+    spare: int = 0
     drop: int = 0
     truncate_to: int | None = None
     flip_byte: int | None = None

@@ -1,8 +1,8 @@
 """What outlives a link: clean-up at the end of the interpreter, forked children, parked buffers.
 
-- At exit, links of the exiting thread that are still open are closed: an operation in flight whose buffer the
-  interpreter frees first would be a crash. A link of another thread is left as it is; that thread no longer runs.
-- UCX does not survive a fork. In the child, its objects are made immortal, so that nothing closes the parent's
+- A link that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer
+  the interpreter frees first would be a crash. A link whose thread still runs then (a daemon's) is left as it is.
+- UCX does not survive a fork. In the child, what the parent had is never freed, so that nothing closes the parent's
   connections, and every use is an error that says so.
 """
 
@@ -13,9 +13,8 @@ import ctypes
 import os
 import threading
 import time
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from ucxx_transport.errors import ConfigError
 
@@ -24,14 +23,12 @@ if TYPE_CHECKING:
     from ucxx_transport.link.pending import Operation
     from ucxx_transport.link.ucxx import UCXXLink
 
-__all__ = ["PARKED", "check_not_forked", "drain", "register", "unregister"]
+__all__ = ["check_not_forked", "drain", "park", "register", "unregister"]
 
 DRAIN_TIMEOUT_S = 1.0
 
-PARKED: list[tuple[object, object]] = []
-"""Operations that never ended, with what they point to."""
-
-_links: weakref.WeakSet[UCXXLink] = weakref.WeakSet()
+_links: set[UCXXLink] = set()
+_parked: list[object] = []
 _pids_that_used_ucx: set[int] = set()
 
 
@@ -46,6 +43,11 @@ def unregister(link: UCXXLink) -> None:
     _links.discard(link)
 
 
+def park(*things: object) -> None:
+    """Keep what UCX may still write to, for the life of the process."""
+    _parked.extend(things)
+
+
 def check_not_forked() -> None:
     """Refuse to use UCX in a fork of a process that has used it.
 
@@ -56,30 +58,36 @@ def check_not_forked() -> None:
         raise ConfigError("UCX does not survive a fork; start the process by spawn, or fork before the first link")
 
 
-def drain(driver: ProgressDriver, operations: Sequence[Operation]) -> None:
+def drain(driver: ProgressDriver, operations: Iterable[Operation]) -> None:
     """Progress until the operations have ended, for a second at most."""
+    left = list(operations)
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    while any(not operation.poll() for operation in operations) and time.monotonic() < deadline:
+    while left and time.monotonic() < deadline:
         driver.progress_now()
+        left = [operation for operation in left if not operation.poll()]
 
 
 @atexit.register
 def _close_all() -> None:
-    if _pids_that_used_ucx - {os.getpid()}:
-        return
+    running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     for link in list(_links):
-        if link.owned_by(threading.get_ident()):
+        if _pids_that_used_ucx - {os.getpid()} or link.thread in running:
+            _never_free(link)
+        else:
             link.close_now()
-
-
-def _abandon(thing: Any) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    for thing in _parked:
+        _never_free(thing)
 
 
 def _in_forked_child() -> None:
-    for link in list(_links):
-        for thing in link.ucx_objects():
-            _abandon(thing)
+    for thing in (*_links, *_parked):
+        _never_free(thing)
+    for link in _links:
+        link.disown()
+
+
+def _never_free(thing: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 os.register_at_fork(after_in_child=_in_forked_child)

@@ -93,12 +93,15 @@ class MemoryEndpoint:
                 pending.finish(lost("reset", peer=self.peer))
                 self.reset()
                 return pending
-        if faults.drop > 0:
+        spared = faults.spare > 0
+        if spared:
+            faults.spare -= 1
+        elif faults.drop > 0:
             faults.drop -= 1
             pending.finish()
             return pending
         self.sends.append(pending)
-        self._outbox.append((_altered(pending, faults), pending))
+        self._outbox.append((_content(pending) if spared else _altered(pending, faults), pending))
         if pending.nbytes <= EAGER_BYTES:
             pending.finish()
         self._deliver(faults.hold)
@@ -181,10 +184,14 @@ class MemoryEndpoint:
                 self.other.sends.remove(send)
 
 
-def _altered(pending: MemoryPending, faults: Faults) -> bytes | memoryview:
+def _content(pending: MemoryPending) -> bytes | memoryview:
     view = pending.view
     assert view is not None  # just made by the caller
-    content: bytes | memoryview = bytes(view) if pending.nbytes <= EAGER_BYTES else view
+    return bytes(view) if pending.nbytes <= EAGER_BYTES else view
+
+
+def _altered(pending: MemoryPending, faults: Faults) -> bytes | memoryview:
+    content = _content(pending)
     if faults.truncate_to is not None:
         content, faults.truncate_to = bytes(content[: faults.truncate_to]), None
     if faults.flip_byte is not None:

@@ -59,7 +59,7 @@ class UCXXLink:
             counters=self.counters,
             ucx_error=self.translator.root,
         )
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._closed = False
         self._endpoints: set[UCXXEndpoint] = set()
         self._listeners: set[UCXXListener] = set()
@@ -141,6 +141,9 @@ class UCXXLink:
     async def aclose(self) -> None:
         """See `base.Link.aclose`: cancel, drain, stop, destroy."""
         self.check_thread()
+        if self.driver.loop.is_closed():
+            self.close_now()
+            return
         if self._closing is None:
             self._closing = self.driver.loop.create_task(self._close())
         await asyncio.shield(self._closing)
@@ -153,7 +156,9 @@ class UCXXLink:
         self._destroy()
 
     def close_now(self) -> None:
-        """The same without a loop, for the end of the interpreter."""
+        """The same without a loop: for the end of the interpreter, or when the loop has been closed before."""
+        if self.driver.stopped:
+            return
         self._closed = True
         self.driver.stop()
         for listener in list(self._listeners):
@@ -179,23 +184,23 @@ class UCXXLink:
         Raises:
             ConfigError: this is one of these.
         """
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             lifetime.check_not_forked()
             raise ConfigError("this link belongs to another thread; open one per event loop")
 
     def check_owner(self) -> None:
-        """The same, and refuse a closed link."""
+        """The same, and refuse a closed link or loop."""
         self.check_thread()
         if self._closed:
             raise ConfigError("this link is closed; open another")
+        if self.driver.loop.is_closed():
+            raise ConfigError("the event loop of this link is closed; open one per event loop")
 
-    def owned_by(self, thread: int) -> bool:
-        """Whether a thread may touch this link."""
-        return thread == self._thread
-
-    def ucx_objects(self) -> list[object]:
-        """What must never be destroyed in a forked child."""
-        return [self.worker, self._context, *self._endpoints, *self._listeners]
+    def disown(self) -> None:
+        """This process is a fork of the one whose link it is: every use is an error from now on."""
+        self.thread = 0
+        for endpoint in self._endpoints:
+            endpoint.thread = 0
 
     def adopt(self, endpoint: UCXXEndpoint) -> None:
         """Count an endpoint among the open ones."""
@@ -218,7 +223,7 @@ class UCXXLink:
         """Keep the buffer of an operation that never ends, for good."""
         self.counters.parked_buffers += 1
         self.counters.parked_bytes += operation.nbytes
-        lifetime.PARKED.append((operation, ucx))
+        lifetime.park(operation, ucx)
 
     async def _resolve(self, host: str, port: int, peer: str) -> str:
         try:
