@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ucxx_transport.cli.demo.director import WINDOW
 from ucxx_transport.cli.demo.messages import FinishedEpisode, TrainerStatus, WorkerStatus
@@ -94,11 +94,17 @@ class Books:
             self._recent.popleft()
 
     def hear_worker(self, seat: int, status: WorkerStatus) -> None:
-        """Take in a worker's report; one that was killed stays so, whatever it said before."""
+        """Take in a worker's report; one that was killed stays so, whatever it had said before."""
         book = self.seats[seat]
-        book.status = status
         if book.state != "killed":
+            book.status = status
             book.state = status.state
+
+    def bury(self, seat: int, ring: dict[str, int]) -> None:
+        """Take in what a dead worker's ring counted up to the end, instead of what the worker last reported of it."""
+        book = self.seats[seat]
+        known = book.status if book.status is not None else WorkerStatus(pid=book.pid, state="killed")
+        book.status = replace(known, ring=ring)
 
     @property
     def window_mean(self) -> float | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 
+from ucxx_transport.cli.demo.autopsy import last_counters
 from ucxx_transport.cli.demo.books import Books, KillRecord, SeatBook
 from ucxx_transport.cli.demo.director import Limits, Situation, decide
 from ucxx_transport.cli.demo.leftovers import run_segments
@@ -18,6 +19,7 @@ from ucxx_transport.cli.demo.queues import SeatQueues, TrainerQueues
 from ucxx_transport.cli.demo.signals import StopSignals
 from ucxx_transport.cli.demo.trainer import run_trainer
 from ucxx_transport.cli.demo.worker import run_worker
+from ucxx_transport.errors import TransportError
 
 __all__ = ["Orchestrator"]
 
@@ -150,8 +152,8 @@ class Orchestrator:
             said = book.status.error if book.status is not None else ""
             what = f"worker {book.worker}: pid {book.pid} ended: {said or f'exit status {process.exitcode}'}"
             book.state = "killed"
-            if book.delivered == 0:
-                self._fail(what)  # it never worked: a further one would end the same way
+            if book.delivered == 0 and (process.exitcode or 0) >= 0:
+                self._fail(what)  # it gave up by itself before its first episode: a further one would do the same
                 return
             self._replace(book, what)
 
@@ -190,6 +192,10 @@ class Orchestrator:
         """Give the dead worker's place to a new process, on the next free seat."""
         self.books.note(self.elapsed_s, what)
         self._dead_rings.add(gone.seat)
+        try:
+            self.books.bury(gone.seat, last_counters(self.plan.ring_name(gone.seat)))
+        except TransportError:
+            pass  # swept already: its last report stands
         self._order(SeatOrder(seat=gone.seat, worker=gone.worker, occupied=False))
         seat = len(self.books.seats)
         if seat >= self.plan.seats:

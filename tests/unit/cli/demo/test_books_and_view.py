@@ -102,8 +102,10 @@ def test_books_know_the_window_and_who_delivered() -> None:
 def test_a_killed_worker_stays_killed_whatever_it_reported_before() -> None:
     books = _books()
     books.seats[1].state = "killed"
-    books.hear_worker(1, WorkerStatus(pid=101, state="running"))
+    books.bury(1, {"committed": 9})
+    books.hear_worker(1, WorkerStatus(pid=101, state="running", ring={"committed": 7}))
     assert books.seats[1].state == "killed"
+    assert books.ring_totals()["committed"] == 61 + 9
 
 
 def test_a_good_end_is_ok_and_json_safe() -> None:
