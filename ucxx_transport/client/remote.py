@@ -158,9 +158,6 @@ class RemoteReader:
                     self._counters.add("retries")
                     await asyncio.sleep(backoff_s(error, attempt))
             raise AssertionError("unreachable")  # the loop above only leaves by return or raise
-        except asyncio.CancelledError as error:
-            forget_frames(error)
-            raise
         finally:
             self._gate.release()
 
@@ -210,7 +207,11 @@ class RemoteReader:
             budget_s = attempt_budget_s(deadline_s - now, later + len(keys) - position)
             try:
                 return await self._attempt(ref, key, now + budget_s)
+            except asyncio.CancelledError as error:
+                forget_frames(error)
+                raise
             except TransportError as error:
+                forget_frames(error)  # the buffer goes back now, not when the garbage collector finds the error
                 self._count(error)
                 verdict = judge_port(error)
                 if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
