@@ -1,8 +1,9 @@
 """Frozen settings of the ring, the server and the client, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`). Sizes
-may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that names the
-field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy, validated again.
+Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`).
+Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
+names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy,
+validated again.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class RingConfig:
         if (self.schema is None) == (self.slot_bytes is None):
             given = "neither" if self.schema is None else "both"
             raise ConfigError(
-                f"A ring needs exactly one of ring.schema and ring.slot_bytes, got {given}: pass schema=Schema([...]) for "
-                "named arrays or slot_bytes='1MiB' for raw bytes",
+                f"A ring needs exactly one of ring.schema and ring.slot_bytes, got {given}: pass schema=Schema([...]) "
+                "for named arrays or slot_bytes='1MiB' for raw bytes",
                 field="slot_bytes",
             )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.command_line import call
 from ucxx_transport.cli.doctor.finding import Finding
+from ucxx_transport.cli.doctor.host import segments_finding
 from ucxx_transport.cli.doctor.ucx import transport_findings
+from ucxx_transport.ring.orphans import SegmentInfo
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,6 +38,18 @@ def test_rdma_that_works_needs_nothing() -> None:
 
 def test_a_host_without_rdma_is_only_told_so() -> None:
     assert rdma(WHEEL, []).verdict == "note"
+
+
+def segment(name: str, *, alive: bool) -> SegmentInfo:
+    path = Path("/dev/shm", f"ucxx_transport-{name}")
+    return SegmentInfo(name=name, path=path, nbytes=1 << 20, identity=None, problem="", creator_alive=alive)
+
+
+def test_what_dead_processes_left_is_counted_with_the_way_to_remove_it() -> None:
+    found = segments_finding([segment("a", alive=True), segment("b", alive=False), segment("c", alive=False)])
+    assert (found.verdict, found.value) == ("warning", "1 in use, 2 left by dead processes")
+    assert "ucxx-transport clean frees 2 MiB" in found.remedy
+    assert segments_finding([segment("a", alive=True)]).verdict == "ok"
 
 
 def test_the_whole_way_is_tried_and_its_bytes_compared(capsys: Capture) -> None:

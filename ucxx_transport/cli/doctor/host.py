@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ucxx_transport.cli.doctor.finding import Finding, Verdict
 from ucxx_transport.cli.doctor.ucx import rdma_devices
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
-from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id, pid_namespace
 from ucxx_transport.units import format_bytes
 
-__all__ = ["host_findings"]
+__all__ = ["host_findings", "segments_finding"]
 
 _SMALL_SHARED_MEMORY_BYTES = 1 << 30
 """Docker gives 64 MiB unless told otherwise; a ring of a few large episodes needs more."""
@@ -27,7 +27,7 @@ def host_findings() -> Iterator[Finding]:
     """What the transport needs of this host."""
     yield from _network_findings()
     yield _shared_memory()
-    yield _segments()
+    yield segments_finding(list_segments())
     yield _descriptors()
     yield _locked_memory()
     yield Finding(topic="host", name="cores", value=str(len(os.sched_getaffinity(0))))
@@ -75,8 +75,12 @@ def _shared_memory() -> Finding:
     )
 
 
-def _segments() -> Finding:
-    segments = list_segments()
+def segments_finding(segments: Sequence[SegmentInfo]) -> Finding:
+    """How many rings there are, and what dead processes left.
+
+    Args:
+        segments: those of this host.
+    """
     orphans = [info for info in segments if not info.creator_alive]
     held = format_bytes(sum(info.nbytes for info in orphans))
     return Finding(
