@@ -158,7 +158,7 @@ def _write(folder: Path, document: dict[str, Any], findings: Findings, subjects:
         "targets": [target.to_dict() for target in findings.targets],
     }
     (folder / "throughput.json").write_text(json.dumps(document, indent=2) + "\n")
-    plot_results(findings.results, {subject.name: subject.label for subject in subjects}, folder / "throughput.png")
+    plot_results(findings.results, subjects, folder / "throughput.png")
 
 
 if __name__ == "__main__":

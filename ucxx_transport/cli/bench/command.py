@@ -67,7 +67,7 @@ def measure_sizes(
     lanes: list[Lane], sizes: list[int], plan: Plan, terminal: Console, *, baseline: str | None = None
 ) -> list[Result]:
     """Measure all sizes, showing progress and a table as each is done."""
-    labels = {lane.subject.name: lane.subject.label for lane in lanes}
+    subjects = {lane.subject.name: lane.subject for lane in lanes}
     results: list[Result] = []
     with Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("", total=len(sizes) * plan.rounds * len(lanes))
@@ -79,7 +79,7 @@ def measure_sizes(
 
             of_size = measure_size(lanes, size_bytes, plan, on_round=show)
             results.extend(of_size)
-            progress.console.print(size_table(of_size, labels, baseline=baseline))
+            progress.console.print(size_table(of_size, subjects, baseline=baseline))
     warning = disturbance(results)
     if warning is not None:
         terminal.print(f"[yellow]{warning}[/yellow]")

@@ -28,6 +28,11 @@ class Subject:
     shm_lanes: bool = False
     touch: bool = False
 
+    @property
+    def brings_bytes(self) -> bool:
+        """Whether a read brings every byte to the reader's processor or memory; a view that nobody touches does not."""
+        return self.local != "view" or self.touch
+
 
 VIEW_SUBJECTS: Final = (
     Subject(name="view_async", label="local view, nothing touched (async)", client="async", local="view"),

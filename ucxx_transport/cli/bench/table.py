@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from rich.table import Table
 
 from ucxx_transport.cli.bench.results import Result, Spread, paired_ratio
+from ucxx_transport.cli.bench.subjects import Subject
 from ucxx_transport.units import format_bytes, format_duration
 
 __all__ = ["DISTURBED_CORES", "disturbance", "size_table"]
 
-DISTURBED_CORES = 0.15
+NO_BYTES: Final = "–"
+DISTURBED_CORES: Final = 0.15
 """More than this used by others in the median turn makes figures not worth quoting."""
 
 
-def size_table(results: Sequence[Result], labels: Mapping[str, str], *, baseline: str | None = None) -> Table:
+def size_table(results: Sequence[Result], subjects: Mapping[str, Subject], *, baseline: str | None = None) -> Table:
     """The results of one size.
 
     Args:
         results: of one size, in the order of the rows.
-        labels: subject names to what people read.
+        subjects: by name.
         baseline: name of the subject that the others are compared with, where it is among them.
     """
     beside = next((result for result in results if result.subject == baseline), None)
@@ -30,10 +33,13 @@ def size_table(results: Sequence[Result], labels: Mapping[str, str], *, baseline
     for heading in [*headings, "GB/s × baseline"] if beside is not None else headings:
         table.add_column(heading, justify="right")
     for result in results:
-        cells = _cells(result)
+        subject = subjects[result.subject]
+        rate, cost = _rate_cells(result), _cost_cells(result)
         if beside is not None:
-            cells.append(f"{paired_ratio(result, beside, 'gb_per_s').median:.1f}")
-        table.add_row(labels[result.subject], *cells)
+            cost.append(f"{paired_ratio(result, beside, 'gb_per_s').median:.1f}")
+        if not subject.brings_bytes:
+            rate, cost = [NO_BYTES] * len(rate), [NO_BYTES] * len(cost)
+        table.add_row(subject.label, *rate, *_latency_cells(result), *cost)
     return table
 
 
@@ -48,13 +54,14 @@ def disturbance(results: Sequence[Result]) -> str | None:
     )
 
 
-def _cells(result: Result) -> list[str]:
+def _rate_cells(result: Result) -> list[str]:
     rate = result.spread("gb_per_s")
-    return [
-        f"{rate.median:.3g}",
-        f"{rate.min:.3g} … {rate.max:.3g}",
-        format_duration(result.spread("p50_us").median / 1e6),
-        format_duration(result.spread("p99_us").median / 1e6),
-        f"{result.spread('reader_cpu_s_per_gb').median:.3g}",
-        f"{result.spread('source_cpu_s_per_gb').median:.3g}",
-    ]
+    return [f"{rate.median:.3g}", f"{rate.min:.3g} … {rate.max:.3g}"]
+
+
+def _latency_cells(result: Result) -> list[str]:
+    return [format_duration(result.spread(figure).median / 1e6) for figure in ("p50_us", "p99_us")]
+
+
+def _cost_cells(result: Result) -> list[str]:
+    return [f"{result.spread(figure).median:.3g}" for figure in ("reader_cpu_s_per_gb", "source_cpu_s_per_gb")]
