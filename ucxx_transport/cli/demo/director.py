@@ -38,6 +38,7 @@ class Situation:
         elapsed_s: since the run's start.
         episodes: delivered to the trainer.
         window_mean: mean return of the last `WINDOW` episodes, None before there are so many.
+        all_deliver: every worker has delivered an episode.
         killed: one worker was killed already.
         replacement_episodes: delivered by the worker that took its place.
     """
@@ -45,6 +46,7 @@ class Situation:
     elapsed_s: float
     episodes: int
     window_mean: float | None
+    all_deliver: bool
     killed: bool
     replacement_episodes: int
 
@@ -76,8 +78,11 @@ def _reached(limits: Limits, situation: Situation) -> StopReason | None:
 
 
 def _half_way(limits: Limits, situation: Situation) -> bool:
+    """Half of whichever limit comes first; before half the time only when no worker is still starting."""
     if 2.0 * situation.elapsed_s >= limits.seconds:
         return True
+    if not situation.all_deliver:
+        return False
     if limits.episodes is not None and 2 * situation.episodes >= limits.episodes:
         return True
     mean = situation.window_mean

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import SpawnProcess
 
 from ucxx_transport.cli.demo.autopsy import last_counters
@@ -115,6 +116,7 @@ class Orchestrator:
             elapsed_s=self.elapsed_s,
             episodes=len(books.finished),
             window_mean=books.window_mean,
+            all_deliver=all(book.delivered for book in books.seats.values()),
             killed=books.kill is not None,
             replacement_episodes=books.replacement_episodes,
         )
@@ -192,10 +194,8 @@ class Orchestrator:
         """Give the dead worker's place to a new process, on the next free seat."""
         self.books.note(self.elapsed_s, what)
         self._dead_rings.add(gone.seat)
-        try:
+        with suppress(TransportError):  # swept already: its last report stands
             self.books.bury(gone.seat, last_counters(self.plan.ring_name(gone.seat)))
-        except TransportError:
-            pass  # swept already: its last report stands
         self._order(SeatOrder(seat=gone.seat, worker=gone.worker, occupied=False))
         seat = len(self.books.seats)
         if seat >= self.plan.seats:

@@ -7,7 +7,7 @@ import pytest
 from ucxx_transport.cli.demo.director import Limits, Situation, StopReason, decide
 
 _LIMITS = Limits(goal=450.0, episodes=None, seconds=100.0, kill=True)
-_START = Situation(elapsed_s=3.0, episodes=80, window_mean=20.0, killed=False, replacement_episodes=0)
+_START = Situation(elapsed_s=3.0, episodes=80, window_mean=20.0, all_deliver=True, killed=False, replacement_episodes=0)
 
 
 def test_at_first_nothing_is_to_be_done() -> None:
@@ -28,6 +28,12 @@ def test_the_kill_comes_half_way(limits: Limits, situation: Situation) -> None:
     assert decide(limits, situation).kill
     assert not decide(limits, replace(situation, killed=True)).kill
     assert not decide(replace(limits, kill=False), situation).kill
+
+
+def test_no_kill_while_a_worker_is_still_starting_unless_half_the_time_is_gone() -> None:
+    starting = replace(_START, window_mean=300.0, all_deliver=False)
+    assert not decide(_LIMITS, starting).kill
+    assert decide(_LIMITS, replace(starting, elapsed_s=51.0)).kill
 
 
 def test_no_kill_before_the_first_episode() -> None:
