@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-__all__ = ["block_chart", "bucket_means"]
+__all__ = ["block_chart", "means_over_time"]
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-def bucket_means(values: Sequence[float], buckets: int) -> list[float]:
-    """At most `buckets` means of successive, nearly equal shares of `values`."""
-    count = min(len(values), buckets)
-    bounds = [index * len(values) // count for index in range(count + 1)] if count else []
-    return [sum(values[low:high]) / (high - low) for low, high in pairwise(bounds)]
+def means_over_time(points: Sequence[tuple[float, float]], buckets: int) -> list[float]:
+    """The means of (time, value) points in equal spans of time, from the first point to the last.
+
+    Args:
+        points: by ascending time.
+        buckets: how many spans; one without a point repeats the mean before it.
+    """
+    if not points:
+        return []
+    first, last = points[0][0], points[-1][0]
+    span = max((last - first) / buckets, 1e-12)
+    sums, counts = [0.0] * buckets, [0] * buckets
+    for time, value in points:
+        bucket = min(buckets - 1, int((time - first) / span))
+        sums[bucket] += value
+        counts[bucket] += 1
+    means: list[float] = []
+    for total, count in zip(sums, counts, strict=True):
+        means.append(total / count if count else means[-1])
+    return means
 
 
 def block_chart(values: Sequence[float], *, height: int, low: float, high: float) -> list[str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ucxx_transport.cli.demo.books import Books
+from ucxx_transport.cli.demo.director import WINDOW
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.units import format_bytes, format_duration
 
@@ -52,6 +53,7 @@ def summarise(plan: DemoPlan, books: Books, end: RunEnd) -> Summary:
         "goal": plan.goal,
         "goal_reached_s": books.goal_at_s,
         "mean_return_last_50": books.window_mean,
+        "recent_mean_return": books.recent_mean,
         "best_mean_return_50": books.best_mean,
         "episodes": episodes,
         "steps": status.steps if status is not None else 0,
@@ -186,13 +188,13 @@ def _facts_table(summary: Summary) -> Table:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     counts, sums, kill = summary["counts"], summary["checksums"], summary["kill"]
-    mean = summary["mean_return_last_50"]
+    mean = summary["recent_mean_return"]
     reached = summary["goal_reached_s"]
     rows = [
         ("episodes", f"{summary['episodes']} ({summary['episodes_per_s']:.3g} /s)"),
         ("steps, updates", f"{summary['steps']}, {summary['updates']}"),
-        ("payload bytes", f"{format_bytes(summary['payload_bytes'])} ({summary['bytes_per_s'] / 1e9:.3g} GB/s)"),
-        ("mean return, last 50", "-" if mean is None else f"{mean:.1f}"),
+        ("payload bytes", f"{format_bytes(summary['payload_bytes'])} ({format_bytes(summary['bytes_per_s'])}/s)"),
+        (f"mean return, last {min(WINDOW, summary['episodes'])}", "-" if mean is None else f"{mean:.1f}"),
     ]
     if summary["goal"] is not None:
         rows.append((f"goal {summary['goal']:.0f} reached", "no" if reached is None else f"after {reached:.1f} s"))

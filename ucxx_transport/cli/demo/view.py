@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ucxx_transport.cli.demo.books import Books, SeatBook
-from ucxx_transport.cli.demo.chart import block_chart, bucket_means
+from ucxx_transport.cli.demo.chart import block_chart, means_over_time
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.units import format_bytes, format_duration
 
@@ -120,9 +120,9 @@ def _screen(scene: Scene) -> RenderableType:
 
 
 def _curve(scene: Scene) -> Text:
-    returns = [episode.total_reward for episode in scene.books.finished]
+    points = [(episode.at_s, episode.total_reward) for episode in scene.books.finished]
     goal = scene.plan.goal
-    means = bucket_means(returns, _CHART_WIDTH)
+    means = means_over_time(points, _CHART_WIDTH)
     low = min([0.0, *means])
     high = max([*means, goal or low + 1.0])
     rows = block_chart(means, height=_CHART_HEIGHT, low=low, high=high)
@@ -158,7 +158,7 @@ def _numbers(books: Books) -> RenderableType:
         [
             ("updates", status.version),
             ("entropy", f"{status.entropy:.2f}"),
-            ("references lost", sum(status.lost.values())),
+            ("refs lost", sum(status.lost.values())),
             ("retried", status.retried),
         ],
         [
@@ -168,6 +168,8 @@ def _numbers(books: Books) -> RenderableType:
         ],
     ]
     grid = Table.grid(padding=(0, 2))
+    for _ in range(8):
+        grid.add_column(no_wrap=True)
     for row in rows:
         cells = [(Text(name, style="dim"), Text(str(value))) for name, value in row[:4]]
         grid.add_row(*(part for cell in cells for part in cell))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from ucxx_transport.cli.demo.books import Books, KillRecord, SeatBook
-from ucxx_transport.cli.demo.chart import block_chart, bucket_means
+from ucxx_transport.cli.demo.chart import block_chart, means_over_time
 from ucxx_transport.cli.demo.environment import EnvironmentFacts
 from ucxx_transport.cli.demo.features import FeatureMap
 from ucxx_transport.cli.demo.messages import FinishedEpisode, SeatOrder, TrainerStatus, WorkerStatus
@@ -166,10 +166,11 @@ def test_the_chart_fills_columns_from_the_bottom() -> None:
     assert block_chart([0.25], height=1, low=0.0, high=1.0) == ["▂"]
 
 
-def test_bucket_means_keep_the_order_and_never_exceed_the_width() -> None:
-    assert bucket_means([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
-    assert bucket_means([1.0], 5) == [1.0]
-    assert bucket_means([], 5) == []
+def test_means_over_time_fill_a_silent_span_with_the_mean_before_it() -> None:
+    points = [(10.0, 1.0), (10.5, 3.0), (13.0, 5.0), (14.0, 7.0)]
+    assert means_over_time(points, 4) == [2.0, 2.0, 2.0, 6.0]
+    assert means_over_time([(3.0, 9.0)], 2) == [9.0, 9.0]
+    assert means_over_time([], 5) == []
 
 
 def test_a_tally_keeps_counting_past_its_first_thousand() -> None:
