@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
     Payload,
@@ -62,19 +63,27 @@ def client_of(**settings: Any) -> SyncUCXXClient:
     return SyncUCXXClient(ClientConfig(**values))
 
 
-def read_retrying(client: SyncUCXXClient, ref: SlotRef, *, attempts: int = 500, deadline_s: float = 5.0) -> Payload:
-    """Read as a batch layer does: again and again while the failure is one that passes.
+def read_retrying(client: SyncUCXXClient, ref: SlotRef, *, deadline_s: float = 5.0) -> Payload:
+    """Read as a batch layer does: again and again, for a minute, while the failure is one that passes.
+
+    Args:
+        client: who reads. ref: what. deadline_s: of one read.
 
     Raises:
-        TransportError: the first that is not retryable, or the last of `attempts`.
+        TransportError: one that is not retryable.
     """
-    for attempt in range(attempts):
+
+    def attempt() -> Payload | None:
         try:
             return client.read(ref, deadline_s=deadline_s)
         except TransportError as error:
-            if not error.retryable or attempt + 1 == attempts:
+            if not error.retryable:
                 raise
-    raise AssertionError("unreachable")  # the loop only leaves by return or raise
+            return None
+
+    payload = wait_until(attempt, 60, what=f"a read of {ref.name} succeeds")
+    assert payload is not None
+    return payload
 
 
 def consecutive_free_ports(count: int) -> int:

@@ -1,0 +1,35 @@
+"""kill -9 at random moments of writers, servers and clients that are all busy. `scripts/soak` does the same for longer."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests.soak.kill_soak import VICTIMS, KillSoak
+from tests.soak.summary import SoakSettings, Summary
+
+log = structlog.get_logger(__name__)
+
+
+@pytest.mark.parametrize(("cycles", "shm_lanes"), [(24, False), (8, True)], ids=["tcp", "shm"])
+def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
+    cycles: int, shm_lanes: bool, tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    log.info("soak", seed=seed, repeat=f"scripts/soak --cycles {cycles} --seed {seed}{' --shm-lanes' * shm_lanes}")
+    summary = KillSoak(SoakSettings(cycles=cycles, seed=seed, shm_lanes=shm_lanes), tmp_path).run()
+    log.info("soak done", **summary.to_dict())
+    assert_everyone_was_killed_and_served(summary, cycles)
+
+
+def assert_everyone_was_killed_and_served(summary: Summary, cycles: int) -> None:
+    assert summary.cycles == cycles
+    assert summary.kills.total() >= cycles
+    assert set(summary.kills) == set(VICTIMS)
+    assert set(summary.transports) >= {"ucx"}
+    payloads = summary.payloads
+    assert payloads["corrupt"] == 0
+    assert payloads["delivered"] > 10 * cycles

@@ -1,0 +1,189 @@
+"""The server as a process of its own: its death, its worker's death, and what a stopped or busy one does to others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.programs import content
+from tests.support.programs import Program, program
+from tests.support.raw_peer import raw_peer
+from tests.support.served_ring import ServedRing, client_of, open_ring, read_retrying, served_ring
+from tests.support.waiting import wait_until
+from ucxx_transport import (
+    DeadlineExceededError,
+    Payload,
+    PeerLostError,
+    SharedRingBuffer,
+    SlotRef,
+    SlotState,
+    SyncUCXXClient,
+)
+
+MINUTE = 60
+
+
+def write(ring: SharedRingBuffer, sequence: int, nbytes: int = 1000) -> SlotRef:
+    return ring.write_raw(content.make(2, sequence, nbytes), meta={"sequence": sequence})
+
+
+def holds(payload: Payload, sequence: int) -> bool:
+    return content.mismatch(payload.arrays["data"], 2, sequence) == ""
+
+
+def pid_of_server(served: ServedRing) -> int:
+    return wait_until(lambda: served.server.statistics().pid, MINUTE, what="a server process") or 0
+
+
+def kill_server(served: ServedRing, number: signal.Signals = signal.SIGKILL) -> int:
+    pid = pid_of_server(served)
+    os.kill(pid, number)
+    return pid
+
+
+def wait_for_replacement(served: ServedRing, dead: int) -> None:
+    wait_until(lambda: served.server.statistics().pid not in {None, dead}, MINUTE, what="another server process")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
+def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
+    number: signal.Signals, log_events: list[MutableMapping[str, Any]], record_property: Callable[[str, object], None]
+) -> None:
+    with served_ring() as served, client_of(connect_timeout_s=1.0) as client:
+        ports = served.server.ports
+        with client.read(write(served.ring, 0)) as payload:
+            assert holds(payload, 0)
+        wait_until(lambda: served.server.statistics().total("delivered") == 1, MINUTE)
+        refs = [write(served.ring, sequence) for sequence in range(1, 4)]
+        began = time.monotonic()
+        dead = kill_server(served, number)
+        for sequence, ref in enumerate(refs, start=1):
+            with read_retrying(client, ref) as payload:
+                assert holds(payload, sequence)
+            if sequence == 1:
+                record_property("seconds_to_next_payload", round(time.monotonic() - began, 2))
+        wait_for_replacement(served, dead)
+        now = served.server.statistics()
+        assert (now.restarts, served.server.ports, served.ring.address()) == (1, ports, ("127.0.0.1", ports))
+        wait_until(lambda: served.server.statistics().total("delivered") == 4, MINUTE)  # counts outlive the process
+        deaths = [event for event in log_events if event["event"] == "server process died; restarting"]
+        assert [(event["reason"], event["restarts"]) for event in deaths] == [(number.name, 1)]
+
+
+def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
+    with served_ring() as served:
+        ref = write(served.ring, 0, 200_000)
+
+        async def read_and_say_nothing() -> None:
+            async with raw_peer(served.server.ports[0]) as peer:
+                await peer.greet()
+                reply, _ = await peer.read(ref)
+                assert reply.nbytes == ref.nbytes
+                assert served.ring.slot_state(ref.slot) is SlotState.READING
+                kill_server(served)
+                await asyncio.to_thread(wait_until, lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
+
+        asyncio.run(read_and_say_nothing())
+        assert served.ring.statistics().reclaimed_reads == 1
+        with client_of(connect_timeout_s=1.0) as client, read_retrying(client, ref) as payload:
+            assert holds(payload, 0)
+
+
+def test_server_dies_again_and_again_and_every_payload_arrives_once() -> None:
+    with served_ring(ring={"on_full": "raise"}) as served, client_of(connect_timeout_s=1.0) as client:
+        for sequence in range(4):
+            ref = write(served.ring, sequence)
+            dead = kill_server(served)
+            with read_retrying(client, ref) as payload:
+                assert holds(payload, sequence)
+            wait_for_replacement(served, dead)
+        assert served.server.statistics().restarts == 4
+        assert client.statistics().reads == 4
+        # The client says again what a dying server may not have heard, with its next read.
+        with read_retrying(client, write(served.ring, 9)) as payload:
+            assert holds(payload, 9)
+        wait_until(lambda: served.ring.slot_states().count(SlotState.FREE) == served.ring.slots, MINUTE)
+
+
+def test_stopped_server_costs_a_read_its_deadline_and_nothing_else() -> None:
+    with served_ring() as served, client_of(connect_timeout_s=0.5) as client, client_of(connect_timeout_s=0.5) as other:
+        with client.read(write(served.ring, 0)) as payload:  # a connection to find stopped
+            assert holds(payload, 0)
+        refs = [write(served.ring, sequence) for sequence in (1, 2)]
+        pid = kill_server(served, signal.SIGSTOP)
+        try:
+            for reader, ref in zip((client, other), refs, strict=True):
+                with pytest.raises((DeadlineExceededError, PeerLostError)):
+                    reader.read(ref, deadline_s=1.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        for reader, ref, sequence in zip((client, other), refs, (1, 2), strict=True):
+            with read_retrying(reader, ref) as payload:
+                assert holds(payload, sequence)
+        wait_until(lambda: not {SlotState.READING, SlotState.WRITING} & set(served.ring.slot_states()), MINUTE)
+        assert (pid_of_server(served), served.server.statistics().restarts) == (pid, 0)
+        assert client.statistics().lent_buffers == 0
+
+
+def segment(name: str) -> Path:
+    return Path(f"/dev/shm/ucxx_transport-{name}")
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def started_worker(worker: Program) -> tuple[str, int, SlotRef]:
+    facts = worker.hear()
+    return facts["ring"], facts["server"], SlotRef.from_bytes(bytes.fromhex(facts["ref"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals) -> None:
+    with program("forgetful", "worker-process") as worker, client_of(connect_timeout_s=1.0) as client:
+        ring, server, ref = started_worker(worker)
+        with client.read(ref) as payload:
+            assert bytes(payload.buffer) == bytes(1000)
+        worker.signal(number)
+        assert worker.wait() == -number
+        wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
+        assert not segment(ring).exists()
+        assert not any(is_listening(port) for port in ref.ports)
+        with pytest.raises((PeerLostError, DeadlineExceededError)):
+            client.read(SlotRef.from_dict({**ref.to_dict(), "generation": 2}), deadline_s=2.0)
+
+
+def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
+    with program("forgetful", "worker-process") as worker:
+        ring, server, _ = started_worker(worker)
+        os.kill(server, signal.SIGSTOP)
+        worker.signal(signal.SIGKILL)
+        worker.wait()
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(server), MINUTE)
+        with open_ring():  # or another process's creation on this host, before this one
+            assert not segment(ring).exists()
+
+
+def read_both_ways(client: SyncUCXXClient, local: SyncUCXXClient, refs: list[SlotRef]) -> list[int]:
+    return [reader.read(ref).nbytes for ref, reader in zip(refs, (client, local), strict=True)]
+
+
+def test_worker_that_holds_the_interpreter_lock_is_served_for() -> None:
+    with program("busy_worker") as worker, client_of() as client, client_of(local="view") as local:
+        refs = [SlotRef.from_bytes(bytes.fromhex(text)) for text in worker.hear()["refs"]]
+        # From here on the worker's only Python thread sits in a C call with the lock, until it gets a byte.
+        assert read_both_ways(client, local, refs) == [1000, 1000]
+        worker.tell(go="on")
+        assert worker.hear() == {"states": ["FREE", "FREE"]}
+        assert worker.wait() == 0
