@@ -19,8 +19,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from ucxx_transport.ring.layout import CREATOR_PID_WORD, WORD_BYTES
 
 __all__ = ["KINDS", "Resources", "leaks_since", "mark_own_processes", "own_segments", "snapshot"]
@@ -81,7 +79,10 @@ def own_segments(processes: Collection[int] | None = None) -> list[str]:
     if not names:
         return []
     own = {os.getpid(), *(processes if processes is not None else dict(_own_processes()))}
-    return sorted(name for name in names if (creator := _creator(name)) in own or not psutil.pid_exists(creator))
+    creators = {name: _creator(name) for name in names}
+    return sorted(
+        name for name, pid in creators.items() if pid is not None and (pid in own or not os.path.exists(f"/proc/{pid}"))
+    )
 
 
 def _difference(before: Resources, allowed: Collection[str]) -> dict[str, list[str]]:
@@ -147,14 +148,14 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def _creator(name: str) -> int:
-    """The pid that the segment's identity names; 0 while it is being made or when it is gone again."""
+def _creator(name: str) -> int | None:
+    """The pid that the segment names; 0 while it is being made; None when it is gone again, or of another user."""
     try:
         with (SHARED_MEMORY_FOLDER / name).open("rb") as file:
             file.seek(CREATOR_PID_WORD * WORD_BYTES)
             return int.from_bytes(file.read(WORD_BYTES), "little")
     except OSError:
-        return 0
+        return None
 
 
 def _own_threads() -> Iterator[str]:
