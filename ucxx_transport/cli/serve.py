@@ -33,18 +33,17 @@ def _size(text: str) -> int:
 
 def serve(
     *,
-    slots: Annotated[int, typer.Option(min=1, max=65536, help="Slots of the ring.")] = 16,
+    slots: Annotated[int | None, typer.Option(min=1, max=65536, help="Slots of the ring; 16 unless set.")] = None,
     slot_bytes: Annotated[
-        int, typer.Option(parser=_size, metavar="SIZE", help="Largest payload: 65536, 64KiB, 16MiB …")
-    ] = "1MiB",  # type: ignore[assignment]  # typer parses the default as it parses what is typed
-    ports: Annotated[int, typer.Option(min=1, max=64, help="Ports of the server.")] = 4,
-    base_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="First port to try; without it any free ones.")
+        int | None,
+        typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set."),
     ] = None,
+    ports: Annotated[int | None, typer.Option(min=1, max=64, help="Ports of the server.")] = None,
+    base_port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
     mode: Annotated[
-        Literal["process", "thread"], typer.Option(help="Server in a process of its own, or in this one.")
-    ] = "process",
+        Literal["process", "thread"] | None, typer.Option(help="Server in a process of its own, or in this one.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the ring; without it a random one.")] = None,
     fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
     log_level: Annotated[
@@ -54,25 +53,32 @@ def serve(
 ) -> None:
     """Make a ring, serve it until SIGTERM or Ctrl-C, and leave nothing behind.
 
-    Other settings come from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds references of
-    the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
+    What is not given comes from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds the
+    references of the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
     """
     from ucxx_transport.config import RingConfig, ServerConfig
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server import UCXXServer
+    from ucxx_transport.settings.section import outside_values
 
     logs_to_stderr(log_level)
     with _terminated_cleanly():
-        settings = RingConfig(slots=slots, slot_bytes=slot_bytes, name=name)
-        listening = ServerConfig(ports=ports, base_port=base_port, host=host, mode=mode)
-        with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, listening) as server:
+        set_outside = {"slots": 16, "slot_bytes": "1MiB", **outside_values("ring").values}
+        ring_options: dict[str, Any] = set_outside | _given(slots=slots, slot_bytes=slot_bytes, name=name)
+        server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
+        settings = RingConfig(**ring_options)
+        with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
             try:
-                refs = [ring.write_raw(os.urandom(slot_bytes)) for _ in range(min(fill, slots))]
+                refs = [ring.write_raw(os.urandom(ring.slot_bytes)) for _ in range(min(fill, ring.slots))]
                 _announce(ring, server, refs, as_json=as_json)
                 while True:
                     time.sleep(3600)
             finally:
                 _report(ring, server, as_json=as_json)
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @contextmanager

@@ -49,6 +49,17 @@ def test_a_client_reads_what_it_was_filled_with(mode: str) -> None:
     assert serving["ring"] not in rings()
 
 
+def test_what_is_not_given_comes_from_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCXX_TRANSPORT_RING__SLOT_BYTES", "8KiB")
+    monkeypatch.setenv("UCXX_TRANSPORT_RING__SLOTS", "3")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__PORTS", "2")
+    with running("serve", "--json", "--slots", "2") as process:
+        serving = announcement(process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert (serving["slots"], serving["slot_bytes"], len(serving["ports"])) == (2, 8192, 2)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_its_code_and_no_ring_left(number: signal.Signals, code: int) -> None:
     with running("serve", "--json", "--slots", "2", "--slot-bytes", "4KiB", "--ports", "1") as process:

@@ -25,12 +25,18 @@ _READS = 32
 def loopback_findings() -> Iterator[Finding]:
     """Read payloads in place and, where ucxx is installed, over UCX; bytes are compared."""
     try:
-        with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, checksum=True)) as ring:
-            yield _reads(ring, ClientConfig(local="view"), "in place")
+        # What is set for this machine's own rings, such as a name or a token for one side, is not what is tried here.
+        with SharedRingBuffer.create(
+            RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, name=None, readers=1, checksum=True)
+        ) as ring:
+            yield _reads(ring, ClientConfig(local="view", token=None), "in place")
             if find_spec("ucxx") is None:
                 return
-            with UCXXServer(ring, ServerConfig(ports=1, base_port=None, host="127.0.0.1", mode="process")):
-                yield _reads(ring, ClientConfig(local="off", deadline_s=10.0), "over UCX")
+            with UCXXServer(
+                ring,
+                ServerConfig(ports=1, base_port=None, host="127.0.0.1", mode="process", token=None, shm_lanes=False),
+            ):
+                yield _reads(ring, ClientConfig(local="off", token=None, shm_lanes=False, deadline_s=10.0), "over UCX")
     except TransportError as error:
         yield Finding(topic="loopback", name="ring and server", value=str(error), verdict="failure")
 
