@@ -187,6 +187,13 @@ class ProgressDriver:
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._descriptor)
 
+    def freeze(self) -> None:
+        """Never progress again, in a forked child: its turns would take messages out of the parent's memory.
+
+        The reader stays: the selector's epoll is shared with the parent, who would lose it too.
+        """
+        self.stopped = True
+
     def let_go(self) -> None:
         """Drop the worker, once stopped: UCX gives its ports and descriptors back with the last reference to it."""
         del self._worker, self._progress_once
@@ -204,7 +211,7 @@ class ProgressDriver:
         return moved
 
     def _on_event(self) -> None:
-        if not self._scheduled:
+        if not self._scheduled and not self.stopped:
             self._counters.wakeups += 1
             self._turn()
 

@@ -199,6 +199,7 @@ class UCXXLink:
     def disown(self) -> None:
         """This process is a fork of the one whose link it is: every use is an error from now on."""
         self.thread = 0
+        self.driver.freeze()
         for endpoint in self._endpoints:
             endpoint.thread = 0
 
