@@ -26,7 +26,7 @@ __all__ = ["Orchestrator"]
 
 _TURN_S = 0.1
 _END_S = 8.0
-_INTERRUPTED_END_S = 4.0  # for each of trainer and workers; what is killed then is swept
+_INTERRUPTED_END_S = 4.0  # what is killed then is swept
 _ORDER_WAIT_S = 1.0
 
 
@@ -214,14 +214,16 @@ class Orchestrator:
         self.books.note(self.elapsed_s, what)
 
     def _end(self) -> None:
-        """End the trainer first, so that what it was about to read is still there; then the workers."""
-        limit_s = _END_S if self._signals.number is None else _INTERRUPTED_END_S
+        """End the trainer first, so that what it was about to read is still there, then the workers; at Ctrl-C all."""
         trainer = [self._trainer] if self._trainer is not None else []
-        if end_processes(trainer, limit_s=limit_s, meanwhile=self._listen):
-            self.books.note(self.elapsed_s, "the trainer did not stop in time and was killed")
-        killed = end_processes(list(self._workers.values()), limit_s=limit_s, meanwhile=self._listen)
+        workers = list(self._workers.values())
+        if self._signals.number is not None:
+            killed = end_processes([*trainer, *workers], limit_s=_INTERRUPTED_END_S, meanwhile=self._listen)
+        else:
+            killed = end_processes(trainer, limit_s=_END_S, meanwhile=self._listen)
+            killed += end_processes(workers, limit_s=_END_S, meanwhile=self._listen)
         if killed:
-            self.books.note(self.elapsed_s, f"{killed} workers did not stop in time and were killed")
+            self.books.note(self.elapsed_s, f"{killed} processes did not stop in time and were killed")
         self._trainer_queues.abandon()
         for queues in self._seat_queues:
             queues.abandon()
