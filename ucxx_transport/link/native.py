@@ -18,7 +18,7 @@ import os
 import socket
 from pathlib import Path
 
-__all__ = ["endpoint_lanes", "endpoint_peer", "quiet_ucxx_log", "release_cancelled"]
+__all__ = ["endpoint_lanes", "endpoint_peer", "loaded_library", "quiet_ucxx_log", "release_cancelled"]
 
 _REMOTE_SOCKADDR, _TRANSPORTS = 1 << 2, 1 << 3  # enum ucp_ep_attr_field
 _MAX_LANES = 32
@@ -93,7 +93,7 @@ def release_cancelled(pointer: int) -> bool:
         Whether nothing keeps the endpoint any more, as far as can be told.
     """
     try:
-        count = _loaded("libucxx.so")["_ZNK4ucxx8Endpoint16getCancelingSizeEv"]
+        count = loaded_library("libucxx.so")["_ZNK4ucxx8Endpoint16getCancelingSizeEv"]
     except (OSError, AttributeError):
         return False
     count.argtypes = (ctypes.c_void_p,)
@@ -110,7 +110,7 @@ def quiet_ucxx_log() -> bool:
     if "UCXX_LOG_LEVEL" in os.environ:
         return False
     try:
-        component = _LogComponent.in_dll(_loaded("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE")
+        component = _LogComponent.in_dll(loaded_library("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE")
     except (OSError, ValueError):
         return False
     if component.name != b"UCXX":  # not the structure that we know
@@ -121,7 +121,7 @@ def quiet_ucxx_log() -> bool:
 
 def _query(handle: int, attributes: _EndpointAttributes) -> bool:
     try:
-        query = _loaded("libucp.so").ucp_ep_query
+        query = loaded_library("libucp.so").ucp_ep_query
     except (OSError, AttributeError):
         return False
     query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
@@ -130,7 +130,7 @@ def _query(handle: int, attributes: _EndpointAttributes) -> bool:
 
 
 @functools.cache
-def _loaded(name: str) -> ctypes.CDLL:
+def loaded_library(name: str) -> ctypes.CDLL:
     """The library of that name which this process has loaded already; never loads another copy.
 
     Raises:

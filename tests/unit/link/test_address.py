@@ -1,0 +1,98 @@
+"""Which address a server publishes: the decision, case by case."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import pytest
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.link.address import (
+    Interface,
+    choose_address,
+    decide_address,
+    default_route_source,
+    list_interfaces,
+)
+
+LO = Interface(name="lo", address="127.0.0.1")
+ETH = Interface(name="eth0", address="10.0.0.5")
+SECOND = Interface(name="eth1", address="10.1.0.5")
+DOCKER = Interface(name="docker0", address="172.17.0.1")
+RDMA = Interface(name="ib0", address="192.168.7.5", rdma_device="mlx5_0")
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "route_source", "expected"),
+    [
+        ([LO, ETH, RDMA], "10.0.0.5", "192.168.7.5"),
+        ([LO, ETH, SECOND], "10.1.0.5", "10.1.0.5"),
+        ([LO, ETH, SECOND], None, "10.0.0.5"),
+        ([LO, ETH], "10.9.9.9", "10.0.0.5"),
+        ([DOCKER, LO, SECOND], None, "10.1.0.5"),
+        ([DOCKER, LO], None, "172.17.0.1"),
+        ([LO], None, "127.0.0.1"),
+        ([LO], "127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_rdma_then_route_then_any_then_loopback(
+    interfaces: list[Interface], route_source: str | None, expected: str
+) -> None:
+    assert decide_address(None, interfaces=interfaces, route_source=route_source) == expected
+
+
+def test_interface_that_is_down_is_not_published() -> None:
+    down = Interface(name="ib0", address="192.168.7.5", rdma_device="mlx5_0", up=False)
+    assert decide_address(None, interfaces=[LO, ETH, down], route_source=None) == "10.0.0.5"
+
+
+@pytest.mark.parametrize(
+    ("net_devices", "expected"),
+    [
+        ("eth1", "10.1.0.5"),
+        ("mlx5_0:1", "192.168.7.5"),
+        ("mlx5_0:1,eth1", "192.168.7.5"),
+        ("lo", "127.0.0.1"),
+        ("all", "192.168.7.5"),
+        ("no_such", "192.168.7.5"),
+        ("", "192.168.7.5"),
+    ],
+)
+def test_devices_that_ucx_is_limited_to_limit_the_choice(net_devices: str, expected: str) -> None:
+    interfaces = [LO, ETH, SECOND, RDMA]
+    chosen = decide_address(None, interfaces=interfaces, route_source="10.0.0.5", net_devices=net_devices)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("eth1", "10.1.0.5"), ("lo", "127.0.0.1"), ("10.2.3.4", "10.2.3.4"), ("trainer.example", "trainer.example")],
+)
+def test_host_that_was_asked_for_wins(host: str, expected: str) -> None:
+    assert decide_address(host, interfaces=[LO, ETH, SECOND, RDMA], route_source="10.0.0.5") == expected
+
+
+@pytest.mark.parametrize("host", [str(ipaddress.IPv4Address(0)), "::", "", "  "])
+def test_wildcard_cannot_be_published(host: str) -> None:
+    with pytest.raises(ConfigError):
+        decide_address(host, interfaces=[LO, ETH], route_source=None)
+
+
+def test_machine_without_any_address_is_told_so() -> None:
+    with pytest.raises(ConfigError):
+        decide_address(None, interfaces=[], route_source=None)
+
+
+def test_this_machine_has_an_address_that_can_be_bound() -> None:
+    interfaces = list_interfaces()
+    assert any(interface.loopback for interface in interfaces)
+    with socket.create_server((choose_address(), 0)):
+        pass
+    assert choose_address("lo") == "127.0.0.1"
+    assert choose_address(interfaces=[ETH, RDMA]) == "192.168.7.5"
+
+
+def test_route_source_is_an_address_of_this_machine_or_none() -> None:
+    source = default_route_source()
+    assert source is None or source in {interface.address for interface in list_interfaces()}

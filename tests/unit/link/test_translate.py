@@ -1,0 +1,81 @@
+"""UCX's errors into ours: every class of ucxx has an answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
+from ucxx_transport.link.binding import load_binding
+from ucxx_transport.link.translate import Translator, raisable
+
+LIB = load_binding().lib
+
+
+@pytest.mark.parametrize(
+    ("name", "connected", "reason"),
+    [
+        ("UCXMessageTruncatedError", True, "truncated"),
+        ("UCXMsgTruncated", True, "truncated"),
+        ("UCXCanceledError", True, "cancelled"),
+        ("UCXCanceled", True, "cancelled"),
+        ("UCXConnectionResetError", True, "reset"),
+        ("UCXConnectionResetError", False, "reset"),
+        ("UCXEndpointTimeoutError", True, "reset"),
+        ("UCXTimedOutError", True, "reset"),
+        ("UCXNotConnectedError", True, "reset"),
+        ("UCXNotConnectedError", False, "refused"),
+        ("UCXRejectedError", False, "refused"),
+        ("UCXUnreachableError", False, "unreachable"),
+        ("UCXInvalidAddrError", False, "unreachable"),
+        ("UCXIOError", True, "aborted"),
+        ("UCXError", True, "aborted"),
+    ],
+)
+def test_connection_errors_are_a_lost_peer_with_a_reason(name: str, *, connected: bool, reason: str) -> None:
+    error = Translator(LIB).error(getattr(LIB, name)("words"), peer="host:1", connected=connected)
+    assert isinstance(error, PeerLostError)
+    assert error.facts["reason"] == reason
+    assert error.facts["peer"] == "host:1"
+    assert error.retryable
+
+
+@pytest.mark.parametrize("name", ["UCXNoMemoryError", "UCXNoResourceError", "UCXBusyError", "UCXExceedsLimitError"])
+def test_lack_of_a_resource_is_busy(name: str) -> None:
+    assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), BusyError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["UCXConfigError", "UCXInvalidParamError", "UCXUnsupportedError", "UCXNotImplementedError", "UCXNoDeviceError"],
+)
+def test_what_ucx_refuses_is_a_configuration_error(name: str) -> None:
+    assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), ConfigError)
+
+
+def test_every_class_of_ucxx_has_an_answer() -> None:
+    classes = [
+        found
+        for found in vars(LIB).values()
+        if isinstance(found, type) and issubclass(found, LIB.UCXError) and issubclass(found, Exception)
+    ]
+    assert len(classes) > 30
+    for found in classes:
+        assert isinstance(Translator(LIB).error(found(), peer="p", connected=True), TransportError)
+
+
+def test_translation_goes_by_class_not_by_name() -> None:
+    other = type("UCXXMessageTruncatedError", (LIB.UCXIOError,), {})
+    error = Translator(LIB).error(other("Message truncated"), peer="p", connected=True)
+    assert error.facts["reason"] == "aborted"
+
+
+def test_stored_error_is_raised_as_a_copy_without_the_frames_of_the_first_time() -> None:
+    stored = PeerLostError("gone", reason="reset")
+    stored.__cause__ = ValueError("why")
+    for _ in range(2):
+        with pytest.raises(PeerLostError) as caught:
+            raise raisable(stored)
+        assert caught.value is not stored
+        assert caught.value.facts == stored.facts
+        assert caught.value.__cause__ is stored.__cause__
+    assert stored.__traceback__ is None

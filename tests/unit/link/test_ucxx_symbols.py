@@ -1,0 +1,76 @@
+"""`ucxx._lib` is private: every symbol that is used is named, is used, and is there."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from ucxx_transport.link import binding
+from ucxx_transport.link.native import loaded_library
+
+LINK = Path(binding.__file__).parent
+NATIVE_SYMBOLS = {
+    "libucp.so": ("ucp_ep_query",),
+    "libucxx.so": ("_ZNK4ucxx8Endpoint16getCancelingSizeEv", "_ZN4ucxx25ucxx_log_component_configE"),
+}
+
+
+def symbols() -> list[tuple[str, str]]:
+    return [(module, name) for module, names in binding.SYMBOLS.items() for name in names]
+
+
+@pytest.mark.parametrize(("module", "dotted"), symbols())
+def test_symbol_exists(module: str, dotted: str) -> None:
+    binding.load_binding()
+    found: object = importlib.import_module(module)
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    assert found is not None
+
+
+@pytest.mark.parametrize(
+    ("dotted", "parameters"),
+    [
+        ("UCXContext", ["config_dict", "feature_flags"]),
+        ("UCXWorker", ["context", "enable_delayed_submission", "enable_python_future"]),
+        ("UCXEndpoint.create", ["worker", "ip_address", "port", "endpoint_error_handling"]),
+        ("UCXEndpoint.tag_send", ["arr", "tag"]),
+        ("UCXEndpoint.tag_recv", ["arr", "tag"]),
+        ("UCXListener.create", ["worker", "port", "cb_func", "cb_args", "cb_kwargs", "deliver_endpoint"]),
+    ],
+)
+def test_signature_is_the_one_the_link_calls(dotted: str, parameters: list[str]) -> None:
+    binding.load_binding()
+    found = importlib.import_module("ucxx._lib.libucxx")
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    signature = (inspect.getdoc(found) or "").partition("(")[2].partition(") ->")[0]  # embedded by Cython
+    names = [part.partition("=")[0].split()[-1] for part in re.sub(r"\(.*?\)", "", signature).split(",")]
+    assert [name for name in names if name in parameters] == parameters, signature
+
+
+@pytest.mark.parametrize(
+    ("library", "symbol"), [(lib, name) for lib, names in NATIVE_SYMBOLS.items() for name in names]
+)
+def test_native_symbol_exists(library: str, symbol: str) -> None:
+    binding.load_binding()
+    assert ctypes.c_char.in_dll(loaded_library(library), symbol) is not None
+
+
+def test_every_symbol_in_use_is_named() -> None:
+    """What the link's source takes from ucxx is in the list, and nothing else is."""
+    listed = {name for names in binding.SYMBOLS.values() for name in names}
+    tops = {name.partition(".")[0] for name in listed}
+    used = set()
+    for source in LINK.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Attribute) and re.fullmatch(r"lib|arr|.*\.lib", ast.unparse(node.value)):
+                used.add(node.attr)
+    assert used <= tops, used - tops
+    assert tops - used <= {"UCXRequest"}  # only ever got from others
