@@ -38,3 +38,14 @@ def test_the_table_of_errors_says_what_the_classes_say() -> None:
         cls = getattr(errors, name)
         assert issubclass(cls, TransportError)
         assert cls.retryable == (retried == "yes"), name
+
+
+def test_every_test_the_page_names_for_an_invariant_exists() -> None:
+    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    tests = slot_diagram.PAGE.parents[1] / "tests"
+    defined = {
+        name for path in tests.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    }
+    assert len(named) >= 12
+    assert named <= defined
