@@ -1,4 +1,4 @@
-"""kill -9 at random moments of writers, servers and clients that are all busy. `scripts/soak` does the same for longer."""
+"""kill -9 at random moments of writers, servers and clients that are all busy; for longer: `scripts/soak`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ log = structlog.get_logger(__name__)
 
 @pytest.mark.parametrize(("cycles", "shm_lanes"), [(24, False), (8, True)], ids=["tcp", "shm"])
 def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
-    cycles: int, shm_lanes: bool, tmp_path: Path
+    cycles: int,
+    shm_lanes: bool,  # noqa: FBT001 - pytest passes parameters by name
+    tmp_path: Path,
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     log.info("soak", seed=seed, repeat=f"scripts/soak --cycles {cycles} --seed {seed}{' --shm-lanes' * shm_lanes}")

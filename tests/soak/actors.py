@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tests.soak.nursery import Nursery
 
 __all__ = ["Actor", "Message", "Stage", "StageError"]
 
 Message = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
 _READ_BYTES = 1 << 20
 _LOOK_S = 0.01
 _STDERR_TAIL_BYTES = 4000
+KILL_LIMIT_S = 60.0
 
 
 class StageError(AssertionError):
@@ -31,35 +32,21 @@ class Actor:
 
     Args:
         name: for messages and the log file. module: what to run. settings: its first line.
-        folder: where its standard error goes.
+        folder: where its standard error goes. nursery: starts it.
     """
 
-    def __init__(self, name: str, module: str, settings: Message, folder: Path) -> None:
+    def __init__(self, name: str, module: str, settings: Message, folder: Path, nursery: Nursery) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         self.facts: Message = {}
         self.ready = False
-        self.killed = False
         self.outstanding: dict[int, Message] = {}
         self._next_id = 1
         self._partial = b""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
+            self.process = nursery.start(module, log)
+        os.set_blocking(self.process.stdout, False)
         self._write(settings)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def answers(self) -> int:
-        """The descriptor its answers come from."""
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
 
     def request(self, what: str, **facts: object) -> None:
         """Ask for something; `outstanding` holds it until it is answered."""
@@ -72,7 +59,7 @@ class Actor:
         """Pairs of request and answer that have come; a line cut short by a kill is dropped with its process."""
         while True:
             try:
-                part = os.read(self.answers, _READ_BYTES)
+                part = os.read(self.process.stdout, _READ_BYTES)
             except BlockingIOError:
                 break
             if not part:
@@ -88,36 +75,14 @@ class Actor:
                 self.ready, self.facts = True, message
         return pairs
 
-    def kill(self) -> None:
-        """SIGKILL, and reap."""
-        self.killed = True
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        """Ask it to end."""
-        if self.process.stdin is not None and not self.process.stdin.closed:
-            self.process.stdin.close()
-
-    def close(self) -> None:
-        """Let go of its pipes."""
-        self.stop()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
     def stderr_tail(self) -> str:
         text = self.log.read_bytes()[-_STDERR_TAIL_BYTES:].decode(errors="replace")
-        return (
-            f"--- {self.name} (pid {self.pid}, exit {self.process.poll()}): {len(self.outstanding)} unanswered\n{text}"
-        )
+        state = f"pid {self.process.pid}, exit {self.process.poll()}, {len(self.outstanding)} requests unanswered"
+        return f"--- {self.name}: {state}\n{text}"
 
     def _write(self, message: Message) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died: found out by whoever waits for its answers
+        with suppress(BrokenPipeError):  # it died: found out by whoever waits for its answers
+            os.write(self.process.stdin, json.dumps(message).encode() + b"\n")
 
 
 class Stage:
@@ -141,11 +106,12 @@ class Stage:
         self._hand_out = hand_out
         self._on_answer = on_answer
         self._spawned = 0
+        self._nursery = Nursery()
 
     def spawn(self, kind: str, module: str, settings: Message) -> Actor:
         """Start a program; it counts as present once it is `ready`."""
         self._spawned += 1
-        actor = Actor(f"{self._spawned:04}-{kind}", module, settings, self.folder)
+        actor = Actor(f"{self._spawned:04}-{kind}", module, settings, self.folder, self._nursery)
         self.actors.append(actor)
         return actor
 
@@ -167,9 +133,9 @@ class Stage:
 
     def kill(self, actor: Actor) -> None:
         """SIGKILL an actor; what it had said before still counts."""
-        actor.kill()
+        actor.process.kill(KILL_LIMIT_S)
         self._dispatch(actor)
-        actor.close()
+        actor.process.close()
         self.actors.remove(actor)
 
     def stop_all(self, deadline_s: float) -> None:
@@ -180,12 +146,11 @@ class Stage:
         """
         end = time.monotonic() + deadline_s
         for actor in self.actors:
-            actor.stop()
+            actor.process.end_input()
         for actor in self.actors:
-            try:
-                code = actor.process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise self.failure(f"{actor.name} did not end when asked to") from None
+            code = actor.process.wait(max(0.1, end - time.monotonic()))
+            if code is None:
+                raise self.failure(f"{actor.name} did not end when asked to")
             if code != 0:
                 raise self.failure(f"{actor.name} ended with status {code}")
         self.abandon()
@@ -193,9 +158,14 @@ class Stage:
     def abandon(self) -> None:
         """Leave nothing running, whatever happened."""
         for actor in self.actors:
-            actor.kill()
-            actor.close()
+            actor.process.kill(KILL_LIMIT_S)
+            actor.process.close()
         self.actors.clear()
+
+    def close(self) -> None:
+        """`abandon()`, and the end of the nursery."""
+        self.abandon()
+        self._nursery.close()
 
     def failure(self, what: str) -> StageError:
         """An error with everything the processes said last."""
@@ -203,7 +173,7 @@ class Stage:
         return StageError("\n".join([what, *tails]))
 
     def _take_answers(self, wait_s: float) -> None:
-        by_descriptor = {actor.answers: actor for actor in self.actors}
+        by_descriptor = {actor.process.stdout: actor for actor in self.actors}
         readable, _, _ = select.select(list(by_descriptor), [], [], wait_s)
         for descriptor in readable:
             self._dispatch(by_descriptor[descriptor])

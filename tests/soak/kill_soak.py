@@ -104,7 +104,7 @@ class KillSoak:
                 self._start_reader(kind)
             yield
         finally:
-            self._traffic.stage.abandon()
+            self._traffic.stage.close()
             for source in self._sources:
                 source.close()
 

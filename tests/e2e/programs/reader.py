@@ -46,9 +46,8 @@ async def read(client: UCXXClient, request: Message) -> Message:
     return {"outcome": "delivered", "transport": transport, "seconds": seconds}
 
 
-async def main() -> None:
+async def answer_reads() -> None:
     """Read on request until told to stop."""
-    log_to_stderr()
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=1 << 20)
     pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
@@ -64,5 +63,11 @@ async def main() -> None:
     pipe.close()
 
 
+def main() -> None:
+    """The program."""
+    log_to_stderr()
+    asyncio.run(answer_reads())
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -19,13 +19,17 @@ __all__ = ["Message", "answer", "answer_requests", "log_to_stderr", "requests"]
 Message = dict[str, Any]
 
 
-# Answers go where standard output went at the start; that itself becomes standard error, since UCX logs to it.
-_answers = os.dup(1)
-os.dup2(2, 1)
+_answers = 1
 
 
 def log_to_stderr() -> None:
-    """Keep the log away from the answers."""
+    """Keep logs away from the answers: they go where standard output went, and that becomes standard error.
+
+    UCX logs to standard output by itself.
+    """
+    global _answers  # noqa: PLW0603 - a process has one standard output
+    _answers = os.dup(1)
+    os.dup2(2, 1)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
