@@ -136,8 +136,9 @@ class ExchangeMachine(RuleBasedStateMachine):
             reads = (self.outcome(self.clients[who], ref, 5.0) for who, ref in zip(whos, refs, strict=True))
             return list(await asyncio.gather(*reads))
 
+        before = [set(given) for given in self.given]
         for who, ref, outcome in zip(whos, refs, self.run(all_of_them()), strict=True):
-            self.judge(who, ref, outcome)
+            self.judge(who, ref, outcome, given_before=before[who])
 
     @precondition(lambda self: self.refs)
     @rule(data=st.data(), who=st.integers(0, 1), turns=st.integers(0, 30))
@@ -210,10 +211,17 @@ class ExchangeMachine(RuleBasedStateMachine):
             self.run(settle())
             assert [client.statistics().lent_buffers for client in self.clients] == [0, 0]
 
-    def judge(self, who: int, ref: SlotRef, outcome: Payload | TransportError) -> None:
+    def judge(
+        self,
+        who: int,
+        ref: SlotRef,
+        outcome: Payload | TransportError,
+        *,
+        given_before: set[tuple[int, int]] | None = None,
+    ) -> None:
         name = (ref.slot, ref.generation)
         if isinstance(outcome, TransportError):
-            if name in self.given[who]:
+            if name in (self.given[who] if given_before is None else given_before):
                 assert isinstance(outcome, StaleSlotError), f"a duplicate is refused by name, not by {outcome!r}"
             return
         assert bytes(outcome.buffer) == self.contents[name], "never another episode, never a torn one"
