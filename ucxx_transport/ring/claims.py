@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.ring.slot_table import Hold
+from ucxx_transport.ring.slot_headers import Hold
 
 _NOWHERE: Final = -1
 

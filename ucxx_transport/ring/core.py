@@ -18,8 +18,9 @@ from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.locking import ReenteredError, SegmentLock
 from ucxx_transport.ring.owner import Owner, current_owner, owner_alive
 from ucxx_transport.ring.segment import Segment
+from ucxx_transport.ring.slot_headers import Hold
 from ucxx_transport.ring.slot_search import SlotSearch
-from ucxx_transport.ring.slot_table import Hold, SlotTable
+from ucxx_transport.ring.slot_table import SlotTable
 from ucxx_transport.ring.states import SlotState
 
 ArgumentTs = TypeVarTuple("ArgumentTs")

@@ -17,7 +17,7 @@ from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.lease import RAW_FIELD, WriteLease
 from ucxx_transport.ring.references import ReferenceMaker
-from ucxx_transport.ring.slot_table import Hold
+from ucxx_transport.ring.slot_headers import Hold
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.packing import byte_view, view_fields
 from ucxx_transport.schema.placement import Placement

@@ -12,7 +12,8 @@ from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import CURSOR_WORD, IN_TRANSITION_WORD, Counter, Geometry
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.ring.slot_table import Hold, PayloadFacts, SlotTable
+from ucxx_transport.ring.slot_headers import Hold, PayloadFacts
+from ucxx_transport.ring.slot_table import SlotTable
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 
 ME = Owner(100, 5)
