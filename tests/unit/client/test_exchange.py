@@ -166,7 +166,7 @@ def test_a_mutated_message_is_the_same_payload_or_a_transport_error(mask: int) -
         assert buffer[HEADER_BYTES : HEADER_BYTES + 100] == BODY
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=1088))
 def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
     with pytest.raises(ProtocolError):

@@ -255,6 +255,20 @@ async def test_waiting_for_a_place_counts_against_the_deadline_but_not_against_a
         (await client.read(waiting)).release()
 
 
+async def test_a_batch_has_one_deadline_however_many_of_its_reads_wait_for_a_place() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client(max_concurrent_reads=1)
+        (await client.read(rig.write(EPISODE))).release()
+        refs = [rig.write(EPISODE) for _ in range(4)]
+        rig.faults_of(1).drop = 1000
+        started = now()
+        outcomes = await client.read_many(refs, deadline_s=3.0)
+        assert 3.0 <= now() - started < 3.001
+        assert isinstance(outcomes[0], PeerLostError | DeadlineExceededError), "it had all the time there was"
+        assert [type(outcome) for outcome in outcomes[1:]] == [DeadlineExceededError] * 3
+        assert await nothing_is_held(rig, *(ref.slot for ref in refs))
+
+
 async def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
     def greet(endpoint: Endpoint) -> None:
         endpoint.post_send(b"SSH-2.0-OpenSSH_9.2\r\n")

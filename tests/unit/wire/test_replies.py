@@ -44,7 +44,7 @@ def sealed(body: bytes, generation: int = 5) -> bytearray:
     return message
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(HEADERS)
 def test_every_header_survives_the_trip(reply: ReadReply) -> None:
     buffer = bytearray(HEADER_BYTES)
@@ -79,7 +79,7 @@ def test_a_header_cut_short_is_refused(reply: ReadReply) -> None:
             decode_header(buffer[:length])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_no_header(garbage: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -121,7 +121,7 @@ def test_another_version_of_the_server_is_named() -> None:
         decode_header(buffer)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(NOT_OK), st.text(max_size=2000))
 def test_an_error_text_is_bounded_printable_and_fits_what_is_posted(status: Status, text: str) -> None:
     message = encode_error(status, text, slot=3, generation=4)

@@ -34,7 +34,7 @@ def patched(frame: bytes, offset: int, layout: str, value: int) -> bytes:
     return bytes(changed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(REQUESTS)
 def test_every_request_survives_the_trip_in_128_bytes(request: Request) -> None:
     frame = encode_request(request)
@@ -85,14 +85,14 @@ def test_a_frame_cut_anywhere_is_refused(request: Request) -> None:
             decode_request(frame[:length].ljust(REQUEST_BYTES, b"\0"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300))
 def test_garbage_is_refused(garbage: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_request(garbage)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(min_size=112, max_size=112), st.integers(0, 1 << 16))
 def test_garbage_inside_a_proper_frame_never_raises_anything_else(garbage: bytes, kind: int) -> None:
     proper = encode_request(Bye())
