@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 @pytest.mark.parametrize(("cycles", "shm_lanes"), [(24, False), (8, True)], ids=["tcp", "shm"])
 def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
     cycles: int,
-    shm_lanes: bool,  # noqa: FBT001 - pytest passes parameters by name
+    shm_lanes: bool,
     tmp_path: Path,
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
