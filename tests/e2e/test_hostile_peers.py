@@ -140,6 +140,23 @@ def test_mutated_handshakes_hurt_nobody_else(served: ServedRing) -> None:
         log.info("server process after mutated handshakes", restarts=served.server.statistics().restarts)
 
 
+def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(served: ServedRing) -> None:
+    # Seen with UCX 1.21: another version in the address ends the process by an assertion (`address.c`, `addr_version`).
+    # A UCX that has mended it passes as well.
+    handshake = bytearray(recorded_handshake())
+    handshake[25] ^= 8
+    with trainer_at_work(served) as trainer:
+        connection = connection_to(served.server.ports[0])
+        assert connection is not None
+        with connection:
+            say(connection, bytes(handshake))
+            connection.settimeout(MINUTE)
+            with suppress(ConnectionResetError):
+                connection.recv(4096)  # an answer, or the end of the process
+        trainer.must_get(20)
+        log.info("server process after that handshake", restarts=served.server.statistics().restarts)
+
+
 def test_silent_and_slow_connections_hurt_nobody_else(served: ServedRing) -> None:
     handshake = recorded_handshake()
     with trainer_at_work(served) as trainer, ExitStack() as stack:
