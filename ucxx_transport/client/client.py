@@ -76,7 +76,7 @@ class UCXXClient:
                 limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
                 return await self._read_remote(ref, into, asyncio.get_running_loop().time() + limit_s)
             if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                return await asyncio.to_thread(core.read_local, ring, ref, into)
+                return await core.read_local_aside(ring, ref, into)
             return core.read_local(ring, ref, into)
         except TransportError as error:
             core.count_failure(error)

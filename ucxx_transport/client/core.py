@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from collections.abc import Callable
@@ -69,8 +70,7 @@ class ClientCore:
         Raises:
             StaleSlotError: delivered before, or its ring on this host is gone.
             ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
-                or this is a forked
-                copy of the client.
+                or this is a forked copy of the client.
         """
         if self._closed:
             raise ConfigError("the client is closed; make another")
@@ -101,6 +101,11 @@ class ClientCore:
                 raise
             payload = self.local.read(replacement, ref)
         return self._counted(payload, into)
+
+    async def read_local_aside(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None) -> Payload:
+        """`read_local` with its copying in a thread: for many bytes. Cancelled, the payload stays in its slot."""
+        lease, root = await asyncio.to_thread(self.local.begin, ring, ref)
+        return self._counted(self.local.finish(ring, ref, lease, root), into)
 
     def close(self) -> None:
         """Refuse further reads and let go of all rings."""

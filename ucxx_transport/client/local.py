@@ -103,6 +103,14 @@ class LocalReader:
             StaleSlotError: the slot no longer holds it, or it is a duplicate. BusyError: too many attempts on the slot.
             ChecksumError: its bytes have changed since they were written.
         """
+        return self.finish(ring, ref, *self.begin(ring, ref))
+
+    def begin(self, ring: SharedRingBuffer, ref: SlotRef) -> tuple[ReadLease, Bytes | None]:
+        """The part of `read` that touches the bytes, and may run in another thread; dropped, it leaves no trace.
+
+        Returns:
+            The attempt in flight, and the copy if the mode asks for one; for `finish`.
+        """
         lease = ring.acquire(ref, reader=self._reader)
         try:
             root = self._copied(lease) if self._mode == "copy" else None
@@ -111,6 +119,14 @@ class LocalReader:
         except BaseException:
             lease.release_reading()
             raise
+        return lease, root
+
+    def finish(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease, root: Bytes | None) -> Payload:
+        """Deliver what `begin` has read.
+
+        Raises:
+            StaleSlotError: it is a duplicate.
+        """
         try:
             self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
         except StaleSlotError:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import anyio
 import structlog
 
 from ucxx_transport.client.channel import Channel
-from ucxx_transport.client.endpoint_pool import EndpointPool
+from ucxx_transport.client.connections import Connections, LinkFactory
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.fair_gate import FairGate
 from ucxx_transport.client.kept_errors import forget_frames
@@ -56,14 +53,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
-
 # Above this, hashing a payload would hold the event loop longer than a hop to a thread costs.
 HASH_INLINE_BYTES = 4 << 20
-# Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them.
-UNSETTLED_PER_RING = 64
-UNSETTLED_RINGS = 256
-GOODBYE_TIMEOUT_S = 0.5
 _REASONS: tuple[tuple[type[TransportError], str], ...] = (
     (PeerLostError, "peers_lost"),
     (DeadlineExceededError, "timeouts"),
@@ -93,25 +84,14 @@ class RemoteReader:
         counters: ClientCounters,
     ) -> None:
         self._config = config
-        self._link_factory = link_factory
-        self._reader = reader
         self._pool = pool
         self._counters = counters
-        self._stack = AsyncExitStack()
-        self._link: Link | None = None
-        self._opening = asyncio.Lock()
-        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._gate = FairGate(config.max_concurrent_reads)
         self._quarantine = Quarantine(config.port_quarantine_s)
         self._rotation = Rotation()
-        self._idle: EndpointPool[Channel] = EndpointPool(
-            max_age_s=config.pool_endpoint_max_age_s, max_idle=config.max_pooled_endpoints
-        )
-        self._schemas: dict[int, Schema] = {}
         self._attempts = itertools.count(1)
-        self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._connections = Connections(config, link_factory, reader=reader, counters=counters)
 
     async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
         """The slot layer: fresh calls while failures are worth one.
@@ -162,7 +142,7 @@ class RemoteReader:
             self._gate.release()
 
     def _check_loop(self) -> None:
-        if self._closed:
+        if self._connections.closed:
             raise ConfigError("the client is closed")
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
@@ -172,29 +152,17 @@ class RemoteReader:
 
     async def aclose(self) -> None:
         """Take leave of every server, close every connection and the link. Bounded; idempotent."""
-        self._closed = True
-        channels = self._idle.drain()
-        try:
-            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                await asyncio.gather(*(channel.say_goodbye() for channel in channels), return_exceptions=True)
-        except TimeoutError:
-            pass  # a server that does not answer finds out by itself
-        for channel in channels:
-            await channel.close()
-        await asyncio.gather(*self._closing, return_exceptions=True)
-        async with self._opening:  # a read that is just opening the link must not leave it behind
-            self._link = None
-            await self._stack.aclose()
+        await self._connections.aclose()
 
     @property
     def link(self) -> Link | None:
         """The link, once a read has opened it."""
-        return self._link
+        return self._connections.link
 
     @property
     def pooled_endpoints(self) -> int:
         """Idle connections now."""
-        return len(self._idle)
+        return self._connections.pooled_endpoints
 
     async def _call(self, ref: SlotRef, deadline_s: float, attempt: int) -> tuple[Bytes, Schema | None]:
         """The port layer: the port that is due and, after a transport-class failure, the next one."""
@@ -230,13 +198,13 @@ class RemoteReader:
         channel: Channel | None = None
         try:
             async with asyncio.timeout_at(until_s):
-                channel = await self._checkout(key, until_s)
-                await self._settle(channel, ref.ring_id)
-                schema = await self._schema_of(channel, ref)
+                channel = await self._connections.checkout(key, until_s)
+                await self._connections.settle(channel, ref.ring_id)
+                schema = await self._connections.schema_of(channel, ref)
                 await channel.fetch(exchange, message)
         except BaseException as error:
             if channel is not None:
-                await self._discard(channel)
+                await self._connections.discard(channel)
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
                 raise self._too_late(ref, port=key[1]) from None
             raise
@@ -252,11 +220,10 @@ class RemoteReader:
 
     def _deliver(self, channel: Channel, exchange: ReadExchange) -> None:
         """Acknowledge. Nothing is awaited from here to the caller: a cancellation in between would lose the payload."""
-        with suppress(
-            PeerLostError
-        ):  # the payload is whole; the next checkout finds the connection dead and settles it
+        # If the connection is gone the payload is whole all the same: the next checkout settles it.
+        with suppress(PeerLostError):
             channel.acknowledge(exchange, delivered=True)
-        self._checkin(channel)
+        self._connections.checkin(channel)
 
     async def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
         """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
@@ -264,12 +231,12 @@ class RemoteReader:
             try:
                 channel.acknowledge(exchange, delivered=False)
             except PeerLostError:
-                await self._discard(channel)
+                await self._connections.discard(channel)
                 return
         elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
-            await self._discard(channel)
+            await self._connections.discard(channel)
             return
-        self._checkin(channel)
+        self._connections.checkin(channel)
 
     async def _check(self, payload: Bytes, ref: SlotRef) -> None:
         if not self._config.verify_checksum or ref.checksum is None:
@@ -279,104 +246,13 @@ class RemoteReader:
         else:
             verify_checksum(payload, ref)
 
-    async def _checkout(self, key: PortKey, until_s: float) -> Channel:
-        loop = asyncio.get_running_loop()
-        while True:
-            checkout = self._idle.checkout(key, loop.time())
-            for expired in checkout.expired:
-                self._counters.add("aged_out")
-                await self._discard(expired)
-            channel = checkout.endpoint
-            if channel is None:
-                return await self._connect(key, until_s)
-            if channel.alive:
-                return channel
-            await self._discard(channel)  # the server closed it while it lay idle: no reason to distrust the port
-
-    async def _connect(self, key: PortKey, until_s: float) -> Channel:
-        link = await self._opened_link()
-        now = asyncio.get_running_loop().time()
-        self._close_aside(self._idle.expired(now))  # also those to sources that nobody reads any more
-        limit_s = now + self._config.connect_timeout_s
-        try:
-            async with asyncio.timeout_at(min(limit_s, until_s)):
-                channel = await Channel.open(link, key, reader=self._reader, token=self._config.token_bytes)
-        except TimeoutError as error:
-            if isinstance(error, TransportError):
-                raise
-            message = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
-            raise PeerLostError(message, host=key[0], port=key[1], reason="unreachable") from None
-        self._counters.add("connections")
-        return channel
-
-    async def _opened_link(self) -> Link:
-        async with self._opening:
-            if self._closed:
-                raise ConfigError("the client is closed")
-            if self._link is None:
-                self._link = await self._stack.enter_async_context(self._link_factory())
-            return self._link
-
-    def _checkin(self, channel: Channel) -> None:
-        loop = asyncio.get_running_loop()
-        surplus = (channel,) if self._closed else self._idle.checkin(channel.key, channel, loop.time())
-        self._close_aside(surplus)
-
-    def _close_aside(self, channels: Iterable[Channel]) -> None:
-        """Close connections without letting a read wait for it; `aclose` does."""
-        for channel in channels:
-            closing = asyncio.get_running_loop().create_task(self._discard(channel))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-
-    async def _discard(self, channel: Channel) -> None:
-        if channel.unsettled is not None:
-            self._owe(channel.unsettled)
-        with anyio.CancelScope(shield=True):  # bounded by the link; a cancelled caller still gets its buffer back
-            await channel.close()
-
-    def _owe(self, exchange: ReadExchange) -> None:
-        """Remember a delivery that the server may not know of."""
-        self._unsettled.setdefault(exchange.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(exchange)
-        while len(self._unsettled) > UNSETTLED_RINGS:
-            self._unsettled.popitem(last=False)
-
-    async def _settle(self, channel: Channel, ring_id: bytes) -> None:
-        """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""
-        while waiting := self._unsettled.get(ring_id):
-            exchange = waiting.popleft()  # nobody else's from here on: other reads of this ring settle at the same time
-            try:
-                await channel.confirm(exchange)
-                self._counters.add("confirms")
-            except (PeerLostError, asyncio.CancelledError):
-                self._owe(exchange)
-                raise
-            except TransportError:
-                pass  # settled already, or overwritten: nothing is left to say
-        self._unsettled.pop(ring_id, None)
-
-    async def _schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
-        if ref.fingerprint == 0:
-            return None
-        schema = self._schemas.get(ref.fingerprint)
-        if schema is None:
-            schema = Schema.from_bytes(await channel.describe(ref.ring_id))
-            if schema.fingerprint != ref.fingerprint:
-                raise ProtocolError(
-                    "the server's schema is not the one the reference names",
-                    expected=f"{ref.fingerprint:#018x}",
-                    found=f"{schema.fingerprint:#018x}",
-                )
-            self._schemas[schema.fingerprint] = schema
-        return schema
-
     def _quarantine_port(self, key: PortKey, error: TransportError) -> None:
         self._counters.add("quarantined")
         now = asyncio.get_running_loop().time()
         self._quarantine.prune(now)
         self._quarantine.add(key, now)
         _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
-        self._close_aside(self._idle.evict(key))
+        self._connections.evict(key)
 
     def _count(self, error: TransportError) -> None:
         for cls, reason in _REASONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -63,7 +64,7 @@ class SyncUCXXClient:
     def read_many(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> list[Payload | TransportError]:
         """Read payloads, those over UCX concurrently; arguments and result as `UCXXClient.read_many`."""
         core = self._core
-        limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+        until_s = time.monotonic() + (deadline_s if deadline_s is not None else core.config.deadline_s)
         outcomes: list[Payload | TransportError | None] = [None] * len(refs)
         remote: list[int] = []
         for index, ref in enumerate(refs):
@@ -78,7 +79,7 @@ class SyncUCXXClient:
                 outcomes[index] = error
         if remote:
             wanted = [refs[index] for index in remote]
-            fetched = self._loop_thread().call(lambda: self._fetch_all(wanted, limit_s))
+            fetched = self._loop_thread().call(lambda: self._fetch_all(wanted, until_s))
             for index, outcome in zip(remote, fetched, strict=True):
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
@@ -122,10 +123,10 @@ class SyncUCXXClient:
         content, schema = await self._remote.read(ref, asyncio.get_running_loop().time() + limit_s)
         return self._core.deliver_remote(ref, content, schema, into)
 
-    async def _fetch_all(self, refs: Sequence[SlotRef], limit_s: float) -> list[Payload | TransportError]:
+    async def _fetch_all(self, refs: Sequence[SlotRef], until_s: float) -> list[Payload | TransportError]:
         async def outcome(ref: SlotRef) -> Payload | TransportError:
             try:
-                return await self._read_remote(ref, None, limit_s)
+                return await self._read_remote(ref, None, until_s - time.monotonic())
             except TransportError as error:
                 self._core.count_failure(error)
                 return error

@@ -31,6 +31,8 @@ _log = structlog.get_logger(__name__)
 # How often the time limits of connections are looked at: four wake-ups a second cost nothing that can be measured,
 # and no limit needs to be kept more exactly.
 SWEEP_INTERVAL_S = 0.25
+# Sends that outlived their port: while UCX may read from a slot, its lease must not be dropped.
+_NEVER_ENDED: list[tuple[Pending, ReadLease]] = []
 # A killed reader's slot is back this soon even if no writer asks for it.
 RECLAIM_INTERVAL_S = 1.0
 # Connections above the cap that are still answered BUSY; beyond them a newcomer is closed without a word.
@@ -98,6 +100,7 @@ class PortServer:
         finally:
             self._counters.set("port", 0)
             self._release_parked()
+            _NEVER_ENDED.extend(self._parked)
 
     def _admit(self, endpoint: Endpoint) -> None:
         tasks = self._tasks

@@ -82,7 +82,11 @@ class UCXXServer:
         except BaseException:
             self._address = None
             raise
-        self._publish(ports)
+        try:
+            self._publish(ports)
+        except BaseException:
+            self.stop()
+            raise
         atexit.register(self.stop)
 
     def stop(self) -> None:

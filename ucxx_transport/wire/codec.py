@@ -20,6 +20,7 @@ from ucxx_transport.wire.frames import (
     HEADER_BYTES,
     MAC_BYTES,
     MAX_BODY_BYTES,
+    MAX_READER,
     NONCE_BYTES,
     REPLY_MAGIC,
     REQUEST_BYTES,
@@ -112,8 +113,8 @@ def _read_request(words: _Words) -> ReadRequest:
 
 
 def _hello(words: _Words) -> Hello:
-    if words[3] == 0:
-        raise ProtocolError("a HELLO names reader 0; a client chooses a random id")
+    if not 0 < words[3] <= MAX_READER:
+        raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=words[3])
     return Hello(reader=words[3], nonce=words[6])
 
 

@@ -56,6 +56,8 @@ MAC_BYTES = 32
 RING_ID_BYTES = 16
 # A schema of 4096 fields with paths of ordinary length stays below this.
 MAX_SCHEMA_BYTES = 1 << 20
+# A client's id; one bit below a word, so that a ring can keep it beside a mark.
+MAX_READER = (1 << 63) - 1
 # A body length beyond this is a lie whoever says it: no machine's segment is larger.
 MAX_BODY_BYTES = 1 << 46
 
@@ -92,7 +94,7 @@ class Hello:
     """First frame of a connection.
 
     Attributes:
-        reader: the client's random id, u64, not 0; one reader counts once among a payload's `readers`.
+        reader: the client's random id, 1 to 2**63 - 1; one reader counts once among a payload's `readers`.
         nonce: 32 random bytes, the client's half of the token challenge.
     """
 

@@ -1,0 +1,201 @@
+"""A client's connections: opened, pooled, aged out, closed; and what must be said over them again.
+
+One of these belongs to one event loop, like the link it opens on first need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ucxx_transport.client.channel import Channel
+from ucxx_transport.client.endpoint_pool import EndpointPool
+from ucxx_transport.client.exchange import ReadExchange
+from ucxx_transport.client.quarantine import PortKey
+from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from ucxx_transport.schema import Schema
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import Link
+    from ucxx_transport.schema import SlotRef
+
+LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+
+# Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them.
+UNSETTLED_PER_RING = 64
+UNSETTLED_RINGS = 256
+GOODBYE_TIMEOUT_S = 0.5
+
+
+class Connections:
+    """Channels to any port of any source.
+
+    Args:
+        config: the client's settings.
+        link_factory: opens the link, with the first connection.
+        reader: the client's id.
+        counters: shared with the client.
+    """
+
+    def __init__(
+        self, config: ClientConfig, link_factory: LinkFactory, *, reader: int, counters: ClientCounters
+    ) -> None:
+        self._config = config
+        self._link_factory = link_factory
+        self._reader = reader
+        self._counters = counters
+        self._stack = AsyncExitStack()
+        self._link: Link | None = None
+        self._opening = asyncio.Lock()
+        self._closed = False
+        self._idle: EndpointPool[Channel] = EndpointPool(
+            max_age_s=config.pool_endpoint_max_age_s, max_idle=config.max_pooled_endpoints
+        )
+        self._schemas: dict[int, Schema] = {}
+        self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` has been called."""
+        return self._closed
+
+    @property
+    def link(self) -> Link | None:
+        """The link, once a read has opened it."""
+        return self._link
+
+    @property
+    def pooled_endpoints(self) -> int:
+        """Idle connections now."""
+        return len(self._idle)
+
+    async def aclose(self) -> None:
+        """Take leave of every server, close every connection and the link. Bounded; idempotent."""
+        self._closed = True
+        channels = self._idle.drain()
+        try:
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await asyncio.gather(*(channel.say_goodbye() for channel in channels), return_exceptions=True)
+        except TimeoutError:
+            pass  # a server that does not answer finds out by itself
+        for channel in channels:
+            await channel.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        async with self._opening:  # a read that is just opening the link must not leave it behind
+            self._link = None
+            await self._stack.aclose()
+
+    def evict(self, key: PortKey) -> None:
+        """Close what lies idle at a port that has just proved unhealthy."""
+        self.close_aside(self._idle.evict(key))
+
+    async def checkout(self, key: PortKey, until_s: float) -> Channel:
+        """A connection to `key` for one exchange; give it to `checkin` or `discard`.
+
+        Raises:
+            PeerLostError: nothing answers there. BusyError, ProtocolError, AuthenticationError: as `Channel.open`.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            checkout = self._idle.checkout(key, loop.time())
+            for expired in checkout.expired:
+                self._counters.add("aged_out")
+                await self.discard(expired)
+            channel = checkout.endpoint
+            if channel is None:
+                return await self._connect(key, until_s)
+            if channel.alive:
+                return channel
+            await self.discard(channel)  # the server closed it while it lay idle: no reason to distrust the port
+
+    async def _connect(self, key: PortKey, until_s: float) -> Channel:
+        link = await self._opened_link()
+        now = asyncio.get_running_loop().time()
+        self.close_aside(self._idle.expired(now))  # also those to sources that nobody reads any more
+        limit_s = now + self._config.connect_timeout_s
+        try:
+            async with asyncio.timeout_at(min(limit_s, until_s)):
+                channel = await Channel.open(link, key, reader=self._reader, token=self._config.token_bytes)
+        except TimeoutError as error:
+            if isinstance(error, TransportError):
+                raise
+            message = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
+            raise PeerLostError(message, host=key[0], port=key[1], reason="unreachable") from None
+        self._counters.add("connections")
+        return channel
+
+    async def _opened_link(self) -> Link:
+        async with self._opening:
+            if self._closed:
+                raise ConfigError("the client is closed")
+            if self._link is None:
+                self._link = await self._stack.enter_async_context(self._link_factory())
+            return self._link
+
+    def checkin(self, channel: Channel) -> None:
+        """Keep a connection for the next call."""
+        loop = asyncio.get_running_loop()
+        surplus = (channel,) if self._closed else self._idle.checkin(channel.key, channel, loop.time())
+        self.close_aside(surplus)
+
+    def close_aside(self, channels: Iterable[Channel]) -> None:
+        """Close connections without letting a read wait for it; `aclose` does."""
+        for channel in channels:
+            closing = asyncio.get_running_loop().create_task(self.discard(channel))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def discard(self, channel: Channel) -> None:
+        """Close a connection; returns when no buffer of it is touched any more."""
+        if channel.unsettled is not None:
+            self._owe(channel.unsettled)
+        with anyio.CancelScope(shield=True):  # bounded by the link; a cancelled caller still gets its buffer back
+            await channel.close()
+
+    def _owe(self, exchange: ReadExchange) -> None:
+        """Remember a delivery that the server may not know of."""
+        self._unsettled.setdefault(exchange.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(exchange)
+        while len(self._unsettled) > UNSETTLED_RINGS:
+            self._unsettled.popitem(last=False)
+
+    async def settle(self, channel: Channel, ring_id: bytes) -> None:
+        """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""
+        while waiting := self._unsettled.get(ring_id):
+            exchange = waiting.popleft()  # nobody else's from here on: other reads of this ring settle at the same time
+            try:
+                await channel.confirm(exchange)
+                self._counters.add("confirms")
+            except (PeerLostError, asyncio.CancelledError):
+                self._owe(exchange)
+                raise
+            except TransportError:
+                pass  # settled already, or overwritten: nothing is left to say
+        self._unsettled.pop(ring_id, None)
+
+    async def schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
+        """The schema a reference names, asked for once; None for raw bytes.
+
+        Raises:
+            ProtocolError: the server's schema is another one.
+        """
+        if ref.fingerprint == 0:
+            return None
+        schema = self._schemas.get(ref.fingerprint)
+        if schema is None:
+            schema = Schema.from_bytes(await channel.describe(ref.ring_id))
+            if schema.fingerprint != ref.fingerprint:
+                raise ProtocolError(
+                    "the server's schema is not the one the reference names",
+                    expected=f"{ref.fingerprint:#018x}",
+                    found=f"{schema.fingerprint:#018x}",
+                )
+            self._schemas[schema.fingerprint] = schema
+        return schema
