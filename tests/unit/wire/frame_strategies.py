@@ -8,6 +8,7 @@ from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
     MAC_BYTES,
     MAX_BODY_BYTES,
+    MAX_READER,
     NONCE_BYTES,
     RING_ID_BYTES,
     Ack,
@@ -31,7 +32,7 @@ LENGTHS = st.integers(0, MAX_BODY_BYTES)
 READ_REQUESTS = st.builds(ReadRequest, ring_id=RING_IDS, slot=U32, generation=NOT_ZERO, attempt=U64, nbytes=LENGTHS)
 
 REQUESTS: st.SearchStrategy[Request] = st.one_of(
-    st.builds(Hello, reader=NOT_ZERO, nonce=st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)),
+    st.builds(Hello, reader=st.integers(1, MAX_READER), nonce=st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)),
     st.builds(Auth, mac=st.binary(min_size=MAC_BYTES, max_size=MAC_BYTES)),
     READ_REQUESTS,
     st.builds(Confirm, request=READ_REQUESTS),

@@ -133,10 +133,11 @@ def test_slot_and_generation_are_read_as_unsigned_numbers() -> None:
     assert decoded.generation == (1 << 64) - 1
 
 
-def test_reader_zero_is_refused() -> None:
+def test_a_reader_out_of_its_range_is_refused() -> None:
     frame = encode_request(Hello(reader=1, nonce=bytes(32)))
-    with pytest.raises(ProtocolError, match="reader 0"):
-        decode_request(patched(frame, 40, "<Q", 0))
+    for reader in (0, 1 << 63, (1 << 64) - 1):
+        with pytest.raises(ProtocolError, match="reader"):
+            decode_request(patched(frame, 40, "<Q", reader))
 
 
 @pytest.mark.parametrize("delivered", [2, 255, (1 << 32) - 1])
