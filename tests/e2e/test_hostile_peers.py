@@ -38,6 +38,13 @@ def served() -> Iterator[ServedRing]:
 
 
 @pytest.fixture
+def mortal() -> Iterator[ServedRing]:
+    """The same for one test alone: its process may be ended by what comes in, and replaced."""
+    with served_ring(ring={"slots": 16}, ports=1) as opened:
+        yield opened
+
+
+@pytest.fixture
 def ref(served: ServedRing) -> Iterator[SlotRef]:
     """A payload that must be there, whole and READY, whatever the test does to it."""
     written = served.ring.write_raw(bytes(range(200)))
@@ -91,11 +98,11 @@ def say(connection: socket.socket, words: bytes) -> None:
         connection.sendall(words)
 
 
-def test_garbage_on_every_port_hurts_nobody_else(served: ServedRing) -> None:
+def test_garbage_on_every_port_hurts_nobody_else(mortal: ServedRing) -> None:
     chance = seeded()
-    with trainer_at_work(served) as trainer, ExitStack() as stack:
+    with trainer_at_work(mortal) as trainer, ExitStack() as stack:
         for _ in range(120):
-            connection = connection_to(chance.choice(listening_ports(served)))
+            connection = connection_to(chance.choice(listening_ports(mortal)))
             if connection is None:
                 continue
             stack.enter_context(connection)
@@ -122,13 +129,13 @@ def recorded_handshake() -> bytes:
             return connection.recv(65536)
 
 
-def test_mutated_handshakes_hurt_nobody_else(served: ServedRing) -> None:
+def test_mutated_handshakes_hurt_nobody_else(mortal: ServedRing) -> None:
     chance = seeded()
     handshake = recorded_handshake()
     assert len(handshake) > 20
-    with trainer_at_work(served) as trainer, ExitStack() as stack:
+    with trainer_at_work(mortal) as trainer, ExitStack() as stack:
         for _ in range(100):
-            connection = connection_to(served.server.ports[0])
+            connection = connection_to(mortal.server.ports[0])
             if connection is None:
                 continue
             stack.enter_context(connection)
@@ -137,16 +144,16 @@ def test_mutated_handshakes_hurt_nobody_else(served: ServedRing) -> None:
                 changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
             say(connection, bytes(changed[: chance.choice((len(changed), chance.randrange(1, len(changed))))]))
         trainer.must_get(20)
-        log.info("server process after mutated handshakes", restarts=served.server.statistics().restarts)
+        log.info("server process after mutated handshakes", restarts=mortal.server.statistics().restarts)
 
 
-def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(served: ServedRing) -> None:
+def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(mortal: ServedRing) -> None:
     # Seen with UCX 1.21: another version in the address ends the process by an assertion (`address.c`, `addr_version`).
     # A UCX that has mended it passes as well.
     handshake = bytearray(recorded_handshake())
     handshake[25] ^= 8
-    with trainer_at_work(served) as trainer:
-        connection = connection_to(served.server.ports[0])
+    with trainer_at_work(mortal) as trainer:
+        connection = connection_to(mortal.server.ports[0])
         assert connection is not None
         with connection:
             say(connection, bytes(handshake))
@@ -154,7 +161,7 @@ def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(served: Serve
             with suppress(ConnectionResetError):
                 connection.recv(4096)  # an answer, or the end of the process
         trainer.must_get(20)
-        log.info("server process after that handshake", restarts=served.server.statistics().restarts)
+        log.info("server process after that handshake", restarts=mortal.server.statistics().restarts)
 
 
 def test_silent_and_slow_connections_hurt_nobody_else(served: ServedRing) -> None:
