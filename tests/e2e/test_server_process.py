@@ -41,7 +41,9 @@ def holds(payload: Payload, sequence: int) -> bool:
 
 
 def pid_of_server(served: ServedRing) -> int:
-    return wait_until(lambda: served.server.statistics().pid, MINUTE, what="a server process") or 0
+    pid = wait_until(lambda: served.server.statistics().pid, MINUTE, what="a server process")
+    assert pid is not None
+    return pid
 
 
 def kill_server(served: ServedRing, number: signal.Signals = signal.SIGKILL) -> int:
