@@ -194,7 +194,8 @@ FIRST_FRAMES = {
     "wrong version": (changed(HELLO, 4, "<H", 2), Status.BAD_REQUEST, "protocol version 2"),
     "unknown kind": (changed(HELLO, 6, "<H", 99), Status.BAD_REQUEST, "unknown kind"),
     "no end mark": (changed(HELLO, 120, "<Q", 0), Status.BAD_REQUEST, "cut short"),
-    "reader 0": (changed(HELLO, 40, "<Q", 0), Status.BAD_REQUEST, "reader 0"),
+    "reader 0": (changed(HELLO, 40, "<Q", 0), Status.BAD_REQUEST, "random id"),
+    "reader 2**63": (changed(HELLO, 40, "<Q", 2**63), Status.BAD_REQUEST, "random id"),
     "describe first": (encode_request(Describe(ring_id=bytes(16))), Status.UNAUTHORIZED, "before the handshake"),
     "auth unasked": (encode_request(Auth(mac=bytes(32))), Status.UNAUTHORIZED, "before the handshake"),
     "ack first": (
