@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from ucxx_transport.cli.bench.interpreter_speed import interpreter_speed
 from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
 
 __all__ = ["commit_of", "host_facts"]
@@ -25,6 +26,7 @@ def host_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "shm_free_bytes": shutil.disk_usage(SHARED_MEMORY_FOLDER).free,
+        "interpreter_speed": interpreter_speed(),
         "load_average_1min": os.getloadavg()[0],
         "kernel": platform.release(),
         "python": platform.python_version(),
