@@ -32,7 +32,7 @@ _libc.mmap.argtypes = [
 ]
 
 _cores: weakref.WeakSet[RingCore] = weakref.WeakSet()
-_forking_thread = 0
+_inside: list[RingCore] = []
 
 
 def watch(core: RingCore) -> None:
@@ -41,15 +41,20 @@ def watch(core: RingCore) -> None:
 
 
 def _before() -> None:
-    global _forking_thread  # noqa: PLW0603 - the hooks of a fork take no arguments
-    _forking_thread = threading.get_native_id()
+    # Asked before the fork: when the child runs, the parent may have left the section already.
+    thread_id = threading.get_native_id()
+    _inside[:] = [core for core in list(_cores) if core.holder_thread_id == thread_id]
+
+
+def _in_parent() -> None:
+    _inside.clear()
 
 
 def _in_child() -> None:
-    for core in list(_cores):
-        if core.holder_thread_id == _forking_thread:
-            _make_private(core)
-            core.severed = True
+    for core in _inside:
+        _make_private(core)
+        core.severed = True
+    _inside.clear()
 
 
 def _make_private(core: RingCore) -> None:
@@ -62,4 +67,4 @@ def _make_private(core: RingCore) -> None:
     core.segment.memory[:nbytes] = headers
 
 
-os.register_at_fork(before=_before, after_in_child=_in_child)
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
