@@ -11,7 +11,7 @@ from typing import Final, TypeVar, TypeVarTuple
 import structlog
 
 from ucxx_transport.errors import DeadlineExceededError
-from ucxx_transport.ring import claims, fork_guard
+from ucxx_transport.ring import claims
 from ucxx_transport.ring.claims import Claim, ClaimGuard
 from ucxx_transport.ring.identity import Identity
 from ucxx_transport.ring.layout import Counter
@@ -48,11 +48,9 @@ class RingCore:
         search: which slots are in which state.
         clock: monotonic seconds.
         lock_wait_s: how long one transition waits for the lock.
-        severed: whether this is the copy of a child that was forked inside the critical section; of no use.
     """
 
     __slots__ = (
-        "__weakref__",
         "_alive",
         "_lock",
         "_owner",
@@ -62,7 +60,6 @@ class RingCore:
         "lock_wait_s",
         "search",
         "segment",
-        "severed",
         "table",
         "words",
     )
@@ -95,15 +92,7 @@ class RingCore:
         self._owner = owner
         self._alive = alive
         self._warned_late = False
-        self.severed = False
         self._lock = SegmentLock(segment.words, key=identity.ring_id, repair=self._repair, clock=clock)
-
-        fork_guard.watch(self)
-
-    @property
-    def holder_thread_id(self) -> int:
-        """Kernel id of the thread that holds the lock now, 0 when none does."""
-        return self._lock.holder_thread_id
 
     def owner(self) -> Owner:
         """In whose name this handle takes holds."""

@@ -183,7 +183,3 @@ class RingHandle:
     def _require_open(self) -> None:
         if not self._open:
             raise SlotError("this handle of the ring is closed", name=self.name)
-        if self._core.severed:
-            raise SlotError(
-                "this process was forked in the middle of a transition: attach to the ring anew", name=self.name
-            )

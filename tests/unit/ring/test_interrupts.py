@@ -21,9 +21,6 @@ import pytest
 
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.layout import MUTEX_BYTE
-from ucxx_transport.ring.orphans import NAME_PREFIX
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
 
 CHECKING = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME", "JUMP_BACKWARD"}
 
@@ -147,13 +144,6 @@ def reclaim(ring: SharedRingBuffer) -> None:
     ring.statistics()
 
 
-def holder_of_the_lock(ring: SharedRingBuffer) -> int:
-    """Kernel id of the thread that holds it, as any process sees it: this thread itself would just take it over."""
-    with (SHARED_MEMORY_FOLDER / (NAME_PREFIX + ring.name)).open("rb") as file:
-        file.seek(MUTEX_BYTE)
-        return int.from_bytes(file.read(4), "little") & 0x3FFFFFFF
-
-
 @pytest.fixture
 def quick_collections() -> Iterator[None]:
     """A collection looks at what the test made, not at all that pytest has: 2 ms instead of 50."""
@@ -195,12 +185,11 @@ def test_an_interrupt_at_any_bytecode_wedges_nothing(
             ring.write_raw(bytes([slot]))
         for where in every_point(prepared):
             points += 1
-            assert holder_of_the_lock(ring) == 0, where
             gc.collect()
             ring.reclaim_dead()
             states = other.slot_states()
             assert not {SlotState.WRITING, SlotState.READING} & set(states), where
-            # the headers make sense, and the ring works
+            # the lock is free, the headers make sense, and the ring works in another process's eyes
             assert other.read(other.write_raw(b"next"))["data"].tobytes() == b"next", where
             for ref in other.ready_refs():
                 assert other.discard(ref), where

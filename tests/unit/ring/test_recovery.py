@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -13,8 +12,6 @@ from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import SlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.opening import attach_ring
 from ucxx_transport.ring.owner import Owner
 
 A, B = Owner(2**22 + 1, 1), Owner(2**22 + 2, 1)
@@ -154,35 +151,6 @@ def test_a_forked_child_s_holds_are_taken_back_when_it_dies(make_ring: MakeRing)
     assert [state.name for state in ring.slot_states()] == ["READING", "WRITING", "FREE"]
     assert ring.reclaim_dead() == 2
     assert [state.name for state in ring.slot_states()] == ["READY", "FREE", "FREE"]
-
-
-def test_a_child_forked_inside_a_transition_cannot_touch_the_ring(make_ring: MakeRing) -> None:
-    ring = make_ring(slots=3)
-    children: list[int] = []
-
-    def fork_once(signum: int, frame: object) -> None:
-        del signum, frame
-        children.append(os.fork())
-
-    def in_transition(core: RingCore) -> None:
-        signal.raise_signal(signal.SIGUSR1)
-        # both go on here; only the parent has the lock
-        core.table.reserve(children[-1] != 0, 77, A)
-
-    with SharedRingBuffer.attach(ring.name, owner=A, alive=lambda *_: True) as other:
-        core = RingCore(*attach_ring(ring.name, populate=False)[:2], owner=A)
-        before = signal.signal(signal.SIGUSR1, fork_once)
-        try:
-            core.transact(in_transition, core)
-            if children == [0]:
-                os._exit(0 if core.severed else 1)
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
-        assert not core.severed
-        # the child reserved slot 0 in its own copy, the parent slot 1 in the ring
-        assert [state.name for state in other.slot_states()] == ["FREE", "WRITING", "FREE"]
-        assert other.reclaim_dead() == 1
 
 
 def test_a_handle_of_another_process_does_not_reclaim_the_living(make_ring: MakeRing) -> None:

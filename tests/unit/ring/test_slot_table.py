@@ -231,9 +231,6 @@ def test_a_transition_cut_off_at_any_store_has_happened_or_has_not(name: str) ->
         memory.table.repair()
         assert meaning(memory) in (meaning(start), meaning(done)), f"cut after {cuts} stores"
         assert memory.words.content[IN_TRANSITION_WORD] == 0
-        if memory.state is not SlotState.READING:
-            in_flight = [entry for entry in entries(memory) if entry[0] and not entry[0] & 1]
-            assert in_flight == [], f"cut after {cuts} stores"
         if meaning(memory) == meaning(done):
             # counted before it happens: one kill may count once too often, and never hides what happened
             assert all(now >= then for now, then in zip(counters(memory), counters(done), strict=True))
