@@ -23,6 +23,7 @@ from ucxx_transport.server.session import SessionSource
 __all__ = ["HOST", "ExchangeRig", "open_rig"]
 
 HOST = "10.0.0.1"
+MANY_PORTS = 840  # divisible by any number of ports up to 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,9 +51,10 @@ class ExchangeRig:
     _clients: list[UCXXClient] = field(default_factory=list)
 
     def client(self, **settings: object) -> UCXXClient:
-        """A client that reads everything over the link; closed with the rig."""
+        """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values: Mapping[str, object] = {"local": "off", **settings}
         client = UCXXClient(ClientConfig(**values), link_factory=self.client_link)  # type: ignore[arg-type]  # checked by pydantic
+        client._core.reader = MANY_PORTS * (1 + len(self._clients))  # noqa: SLF001 - otherwise random, as is the first port
         self._clients.append(client)
         return client
 

@@ -74,7 +74,7 @@ def reply_to(ref: SlotRef, **changes: object) -> bytes:
         checksum=ref.checksum,
         fingerprint=ref.fingerprint,
     )
-    changed = replace(header, **changes)  # type: ignore[arg-type]  # fields of the header, by name
+    changed = header._replace(**changes)  # type: ignore[arg-type]  # fields of the header, by name
     return encode_reply(changed, payload_of(replace(ref, nbytes=changed.nbytes)))
 
 

@@ -31,19 +31,15 @@ def size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-class _Loan:
-    """What a lent array is based on; its death is the end of the loan."""
+class _Loan(weakref.ref[Bytes]):
+    """What outlives a lent array: the memory that comes back."""
 
-    __slots__ = ("__array_interface__", "__weakref__", "memory")
+    __slots__ = ("memory",)
+    memory: memoryview
 
-    def __init__(self, memory: Bytes, nbytes: int) -> None:
-        self.memory = memory
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (nbytes,),
-            "data": (memory.ctypes.data, False),
-        }
+    # By identity: a weak reference otherwise asks its referent, and arrays have no hash.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +69,13 @@ class BufferPool:
     def __init__(self, keep_bytes: int) -> None:
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
-        self._idle: dict[int, list[Bytes]] = {}
+        self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
         self._allocations = 0
         self._reuses = 0
-        self._loans: dict[weakref.ref[_Loan], Bytes] = {}
+        self._loans: set[_Loan] = set()
         # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
-        self._returned: deque[weakref.ref[_Loan]] = deque()
+        self._returned: deque[_Loan] = deque()
 
     def lend(self, nbytes: int) -> Bytes:
         """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined.
@@ -98,9 +94,12 @@ class BufferPool:
             else:
                 memory = _allocate(wanted)
                 self._allocations += 1
-            loan = _Loan(memory, nbytes)
-            self._loans[weakref.ref(loan, self._returned.append)] = memory
-        return np.asarray(loan)
+            # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
+            lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
+            loan = _Loan(lent, self._returned.append)
+            loan.memory = memory
+            self._loans.add(loan)
+        return lent
 
     def statistics(self) -> BufferPoolStatistics:
         """Counts now."""
@@ -115,7 +114,9 @@ class BufferPool:
 
     def _take_back(self) -> None:
         while self._returned:
-            memory = self._loans.pop(self._returned.popleft())
+            loan = self._returned.popleft()
+            self._loans.discard(loan)
+            memory = loan.memory
             if self._idle_bytes + len(memory) > self._keep_bytes and not self._make_room(len(memory)):
                 continue
             self._idle.setdefault(len(memory), []).append(memory)
@@ -129,7 +130,7 @@ class BufferPool:
         return self._idle_bytes + nbytes <= self._keep_bytes
 
 
-def _allocate(nbytes: int) -> Bytes:
+def _allocate(nbytes: int) -> memoryview:
     raw = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes]
+    return raw[start : start + nbytes].data

@@ -70,11 +70,15 @@ class Channel:
         await arriving.wait()
         return answer
 
-    async def fetch(self, exchange: ReadExchange, message: memoryview) -> None:
-        """Ask for a payload and wait until the whole answer lies in `message`, which was posted first."""
+    async def fetch(self, exchange: ReadExchange, message: memoryview, until_s: float) -> None:
+        """Ask for a payload and wait until the whole answer lies in `message`, which was posted first.
+
+        Raises:
+            PeerLostError: the connection broke. TimeoutError: nothing came until `until_s`, on the loop's clock.
+        """
         arriving = self._endpoint.post_receive(message)
         self._endpoint.post_send(exchange.request())
-        await arriving.wait()
+        await arriving.wait(until_s)
         self.unsettled = None  # the server answered, so it has handled every frame before
 
     def acknowledge(self, exchange: ReadExchange, *, delivered: bool) -> None:

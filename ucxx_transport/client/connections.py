@@ -97,6 +97,23 @@ class Connections:
         """Close what lies idle at a port that has just proved unhealthy."""
         self.close_aside(self._idle.evict(key))
 
+    def at_hand(self, key: PortKey, ref: SlotRef) -> Channel | None:
+        """A connection over which `ref` can be read at once; None when something has to be waited for first.
+
+        That is: opening one (`checkout`), what it owes (`settle`), or its ring's schema (`schema_of`).
+        """
+        if ref.ring_id in self._unsettled or (ref.fingerprint and ref.fingerprint not in self._schemas):
+            return None
+        channel = self._idle.take(key, asyncio.get_running_loop().time())
+        if channel is not None and not channel.alive:
+            self.close_aside((channel,))
+            return None
+        return channel
+
+    def known_schema(self, ref: SlotRef) -> Schema | None:
+        """The schema that `schema_of` has returned before; None for raw bytes."""
+        return self._schemas[ref.fingerprint] if ref.fingerprint else None
+
     async def checkout(self, key: PortKey, until_s: float) -> Channel:
         """A connection to `key` for one exchange; give it to `checkin` or `discard`.
 
@@ -144,7 +161,8 @@ class Connections:
         """Keep a connection for the next call."""
         loop = asyncio.get_running_loop()
         surplus = (channel,) if self._closed else self._idle.checkin(channel.key, channel, loop.time())
-        self.close_aside(surplus)
+        if surplus:
+            self.close_aside(surplus)
 
     def close_aside(self, channels: Iterable[Channel]) -> None:
         """Close connections without letting a read wait for it; `aclose` does."""

@@ -38,6 +38,13 @@ class EndpointPool(Generic[T]):
         self._max_idle = max_idle
         self._idle: dict[PortKey, deque[tuple[float, T]]] = {}
 
+    def take(self, key: PortKey, now: float) -> T | None:
+        """The most recently used endpoint of `key`, if none of its endpoints has expired; None: see `checkout`."""
+        idle = self._idle.get(key)
+        if not idle or now - idle[0][0] > self._max_age_s:
+            return None
+        return idle.pop()[1]
+
     def checkout(self, key: PortKey, now: float) -> Checkout[T]:
         """Take the most recently used endpoint of `key`, if one is young enough."""
         expired = self._expire(key, now)
@@ -50,8 +57,12 @@ class EndpointPool(Generic[T]):
 
     def checkin(self, key: PortKey, endpoint: T, now: float) -> tuple[T, ...]:
         """Give an endpoint back; returns those to close to stay below `max_idle`."""
-        idle = self._idle.setdefault(key, deque())
+        idle = self._idle.get(key)
+        if idle is None:
+            idle = self._idle[key] = deque()
         idle.append((now, endpoint))
+        if len(idle) <= self._max_idle:
+            return ()
         return tuple(idle.popleft()[1] for _ in range(len(idle) - self._max_idle))
 
     def expired(self, now: float) -> tuple[T, ...]:

@@ -17,9 +17,11 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.codec import (
     check_trailer,
     decode_header,
+    encode_ack,
     encode_read,
     encode_request,
     error_text,
+    is_sealed,
     macs_equal,
     token_mac,
 )
@@ -44,6 +46,8 @@ HANDSHAKE_RECEIVE_BYTES = receive_bytes(NONCE_BYTES)
 DESCRIBE_RECEIVE_BYTES = receive_bytes(MAX_SCHEMA_BYTES)
 
 Message = bytes | bytearray | memoryview
+
+_OK = Status.OK  # an enum's attribute costs 0.3 µs in Python 3.11
 
 _ERRORS: dict[Status, tuple[type[TransportError], str]] = {
     Status.STALE: (StaleSlotError, "the slot no longer holds this payload"),
@@ -154,9 +158,7 @@ class ReadExchange:
     def ack(self, *, delivered: bool) -> bytes:
         """The frame that ends the attempt."""
         named = self._named
-        return encode_request(
-            Ack(slot=named.slot, generation=named.generation, attempt=named.attempt, delivered=delivered)
-        )
+        return encode_ack(Ack(slot=named.slot, generation=named.generation, attempt=named.attempt, delivered=delivered))
 
     def verify(self, message: Message) -> ReadReply:
         """Check that `message` carries exactly the payload the reference names, whole.
@@ -169,6 +171,17 @@ class ReadExchange:
             ProtocolError: another name, another length, a missing trailer, or not our protocol.
         """
         ref = self._ref
+        promised = ReadReply(
+            status=_OK,
+            nbytes=ref.nbytes,
+            ring_id=ref.ring_id,
+            slot=ref.slot,
+            generation=ref.generation,
+            checksum=ref.checksum,
+            fingerprint=ref.fingerprint,
+        )
+        if is_sealed(message, promised):
+            return promised
         reply = _expect_body(message)
         if (reply.ring_id, reply.slot, reply.generation) != (ref.ring_id, ref.slot, ref.generation):
             raise ProtocolError(

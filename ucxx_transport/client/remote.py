@@ -89,7 +89,7 @@ class RemoteReader:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._gate = FairGate(config.max_concurrent_reads)
         self._quarantine = Quarantine(config.port_quarantine_s)
-        self._rotation = Rotation()
+        self._rotation = Rotation(reader)
         self._attempts = itertools.count(1)
         self._connections = Connections(config, link_factory, reader=reader, counters=counters)
 
@@ -168,55 +168,60 @@ class RemoteReader:
         """The port layer: the port that is due and, after a transport-class failure, the next one."""
         loop = asyncio.get_running_loop()
         assert ref.host is not None
-        keys = self._rotation.ports_for_call(ref.host, ref.ports, self._quarantine, loop.time())
-        later = (self._config.read_attempts - attempt) * len(keys)
-        for position, key in enumerate(keys):
-            now = loop.time()
-            budget_s = attempt_budget_s(deadline_s - now, later + len(keys) - position)
-            try:
-                return await self._attempt(ref, key, now + budget_s)
-            except asyncio.CancelledError as error:
-                forget_frames(error)
-                raise
-            except TransportError as error:
-                forget_frames(error)  # the buffer goes back now, not when the garbage collector finds the error
-                self._count(error)
-                verdict = judge_port(error)
-                if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
-                    self._quarantine_port(key, error)
-                last = position + 1 == len(keys) or loop.time() >= deadline_s
-                if verdict is PortVerdict.PROPAGATE or last:
+        with self._rotation.turn(ref.host, ref.ports) as turn:
+            keys = turn.ports(self._quarantine, loop.time())
+            later = (self._config.read_attempts - attempt) * len(keys)
+            for position, key in enumerate(keys):
+                now = loop.time()
+                budget_s = attempt_budget_s(deadline_s - now, later + len(keys) - position)
+                try:
+                    return await self._attempt(ref, key, now + budget_s)
+                except asyncio.CancelledError as error:
+                    forget_frames(error)
                     raise
-                self._counters.add("rotations")
-        raise AssertionError("unreachable")  # keys is never empty and the loop only leaves by return or raise
+                except TransportError as error:
+                    forget_frames(error)  # the buffer goes back now, not when the garbage collector finds the error
+                    self._count(error)
+                    turn.advance()
+                    verdict = judge_port(error)
+                    if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
+                        self._quarantine_port(key, error)
+                    last = position + 1 == len(keys) or loop.time() >= deadline_s
+                    if verdict is PortVerdict.PROPAGATE or last:
+                        raise
+                    self._counters.add("rotations")
+            raise AssertionError("unreachable")  # keys is never empty and the loop only leaves by return or raise
 
     async def _attempt(self, ref: SlotRef, key: PortKey, until_s: float) -> tuple[Bytes, Schema | None]:
         exchange = ReadExchange(ref, next(self._attempts))
         lent = self._pool.lend(exchange.receive_nbytes)
         message = lent.data
         clear_ends(message, ref.nbytes)
-        channel: Channel | None = None
+        connections = self._connections
+        channel = connections.at_hand(key, ref)
         try:
-            async with asyncio.timeout_at(until_s):
-                channel = await self._connections.checkout(key, until_s)
-                await self._connections.settle(channel, ref.ring_id)
-                schema = await self._connections.schema_of(channel, ref)
-                await channel.fetch(exchange, message)
+            if channel is None:
+                async with asyncio.timeout_at(until_s):
+                    channel = await connections.checkout(key, until_s)
+                    await connections.settle(channel, ref.ring_id)
+                    await connections.schema_of(channel, ref)
+            await channel.fetch(exchange, message, until_s)
         except BaseException as error:
             if channel is not None:
-                await self._connections.discard(channel)
+                await connections.discard(channel)
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
                 raise self._too_late(ref, port=key[1]) from None
             raise
         try:
             exchange.verify(message)
             payload = lent[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
-            await self._check(payload, ref)
+            if self._config.verify_checksum and ref.checksum is not None:
+                await self._check(payload, ref)
         except BaseException as error:
             await self._refuse(channel, exchange, error)
             raise
         self._deliver(channel, exchange)
-        return payload, schema
+        return payload, connections.known_schema(ref)
 
     def _deliver(self, channel: Channel, exchange: ReadExchange) -> None:
         """Acknowledge. Nothing is awaited from here to the caller: a cancellation in between would lose the payload."""
@@ -239,8 +244,6 @@ class RemoteReader:
         self._connections.checkin(channel)
 
     async def _check(self, payload: Bytes, ref: SlotRef) -> None:
-        if not self._config.verify_checksum or ref.checksum is None:
-            return
         if ref.nbytes > HASH_INLINE_BYTES:
             await asyncio.to_thread(verify_checksum, payload, ref)
         else:

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.link.rdma import RDMA_FOLDER
 
 __all__ = ["Interface", "choose_address", "decide_address", "default_route_source", "list_interfaces"]
 
@@ -153,7 +154,7 @@ def _allowed(interfaces: Sequence[Interface], net_devices: str | None) -> list[I
     return [interface for interface in interfaces if interface.name in names or interface.rdma_device in names]
 
 
-def _rdma_interfaces(sysfs: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
+def _rdma_interfaces(sysfs: Path = RDMA_FOLDER) -> dict[str, str]:
     return {
         interface.name: device.name
         for device in sorted(sysfs.glob("*"))

@@ -101,14 +101,19 @@ class Pending(Protocol):
         """Whether the operation is over, well or badly. From then on the link does not touch the buffer."""
         ...
 
-    async def wait(self) -> None:
+    async def wait(self, until_s: float | None = None) -> None:
         """Return when the operation has succeeded.
 
-        Cancelling this call leaves the operation in flight: close the endpoint before the buffer is used again.
+        Args:
+            until_s: how long to wait, on the event loop's clock; None: for ever. What is over soon needs no timer.
+
+        Cancelling this call, or its time running out, leaves the operation in flight: close the endpoint before the
+        buffer is used again.
 
         Raises:
             PeerLostError: the operation failed; `facts["reason"]` is a `LostReason`.
             BusyError: UCX is out of resources that will come back.
+            TimeoutError: not within `until_s`.
         """
         ...
 

@@ -49,12 +49,13 @@ class MemoryPending:
                 waiter.set_result(None)
         self._waiters.clear()
 
-    async def wait(self) -> None:
+    async def wait(self, until_s: float | None = None) -> None:
         """See `base.Pending.wait`."""
         if not self.completed:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
-            await waiter
+            async with asyncio.timeout_at(until_s):
+                await waiter
         if self._error is not None:
             raise self._error
 

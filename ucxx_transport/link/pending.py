@@ -114,12 +114,13 @@ class UCXXPending(Operation):
         """See `base.Pending.completed`."""
         return self.done or self.poll()
 
-    async def wait(self) -> None:
+    async def wait(self, until_s: float | None = None) -> None:
         """See `base.Pending.wait`."""
         driver = self._owner.driver
         if not self.done and not driver.spin_for(self):
             driver.kick()
-            await self.waiter()
+            async with asyncio.timeout_at(until_s):
+                await self.waiter()
         elif driver.turn_is_over():
             await driver.take_turn()  # inline completions must not keep the other tasks out
         if self.error is not None:

@@ -8,10 +8,12 @@
 | MEMTYPE_CACHE        | n     | what ucxx itself sets: with the cache, UCX may take GPU memory for host memory        |
 | LOG_LEVEL            | fatal | UCX logs to stdout; what it would say comes as an exception here                      |
 | WARN_UNUSED_ENV_VARS | n     | a `UCX_IB_*` of the cluster is no news on a host without that fabric                  |
+| RNDV_THRESH          | 512K  | without RDMA only: a rendezvous costs a round trip, 20 % of a read of 64 to 256 KiB   |
 | *_ERROR_HANDLING     | y     | `shm_lanes` only: without it UCX puts no shared memory under a connection by address  |
 
-`RNDV_THRESH` stays UCX's own: it would change RDMA and GPU memory too, and with `inf` a receive that its endpoint's
-close cuts off never ends (its buffer would be parked for good).
+Over RDMA the rendezvous is the point, so where a host has a device for it the threshold stays UCX's own. It is not
+raised beyond what a segment carries: with `inf` a receive that its endpoint's close cuts off never ends, and its buffer
+would be parked for good.
 
 Who wins: `UCX_*` in the environment, for whoever sets it for one run means that run; then the configuration's `ucx`;
 then the table.
@@ -24,7 +26,7 @@ from types import MappingProxyType
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["SHM_LANES", "TUNED", "context_settings"]
+__all__ = ["SHM_LANES", "TUNED", "WITHOUT_RDMA", "context_settings"]
 
 TUNED: Mapping[str, str] = MappingProxyType(
     {
@@ -37,6 +39,8 @@ TUNED: Mapping[str, str] = MappingProxyType(
     }
 )
 
+WITHOUT_RDMA: Mapping[str, str] = MappingProxyType({"RNDV_THRESH": "512K"})
+
 SHM_LANES: Mapping[str, str] = MappingProxyType({"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"})
 
 
@@ -48,11 +52,14 @@ _INHERITED_FROM = {
 """The wider setting that UCX takes a default from: the user may have set that one."""
 
 
-def context_settings(*, shm_lanes: bool, ucx: Mapping[str, object], environment: Mapping[str, str]) -> dict[str, str]:
+def context_settings(
+    *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, object], environment: Mapping[str, str]
+) -> dict[str, str]:
     """What to give to the context, names without the `UCX_` prefix.
 
     Args:
         shm_lanes: let same-host connections use shared memory instead of TCP; needed on both sides.
+        rdma: whether this host has a device for it.
         ucx: the configuration's own settings, with or without the prefix.
         environment: the process's; what it sets is left out of the result, for UCX reads it there by itself.
 
@@ -60,6 +67,8 @@ def context_settings(*, shm_lanes: bool, ucx: Mapping[str, object], environment:
         ConfigError: a value that is not a string.
     """
     merged: dict[str, str] = dict(TUNED)
+    if not rdma:
+        merged.update(WITHOUT_RDMA)
     if shm_lanes:
         merged.update(SHM_LANES)
     for name, value in ucx.items():

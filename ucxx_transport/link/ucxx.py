@@ -22,6 +22,7 @@ from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import ProgressDriver
 from ucxx_transport.link.native import quiet_ucxx_log
 from ucxx_transport.link.pending import Operation
+from ucxx_transport.link.rdma import rdma_devices
 from ucxx_transport.link.settings import context_settings
 from ucxx_transport.link.translate import Translator, lost
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
@@ -40,7 +41,7 @@ class UCXXLink:
         lib = self.binding.lib
         self.translator = Translator(lib)
         self.counters = Counters()
-        settings = context_settings(shm_lanes=shm_lanes, ucx=ucx, environment=os.environ)
+        settings = context_settings(shm_lanes=shm_lanes, rdma=bool(rdma_devices()), ucx=ucx, environment=os.environ)
         features = (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP)
         try:
             self._context: Any = lib.UCXContext(settings, features)

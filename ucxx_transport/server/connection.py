@@ -18,12 +18,15 @@ from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlot
 from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.ring.lease import ReadLease
 from ucxx_transport.server.counters import PortCounters
-from ucxx_transport.server.session import Action, Finish, Phase, Reply, Serve, Session, Settle
+from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
 from ucxx_transport.wire.codec import seal
 from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
 
 _log = structlog.get_logger(__name__)
 _BLANK = bytes(REQUEST_BYTES)
+# An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
+_CLOSING = Phase.CLOSING
+_OK = Status.OK
 _COUNTED = {
     Status.STALE: "stale",
     Status.BUSY: "busy",
@@ -123,18 +126,21 @@ class Connection:
             action = session.receive(frame, self._clock())
             # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
             frame[:] = _BLANK
-            arriving = endpoint.post_receive(frame)  # before the reply leaves: its answer finds it posted
-            await self._carry_out(action)
-            if session.phase is Phase.CLOSING:
+            if isinstance(action, Finish):
+                # The client's next frame is on its way already; and a send may have to be waited for.
+                arriving = endpoint.post_receive(frame)
+                await self._finish(delivered=action.delivered)
+                continue
+            self._answer(action)
+            arriving = endpoint.post_receive(frame)  # behind the reply: its answer is a round trip away
+            if session.phase is _CLOSING:
                 await arriving.wait()  # the client closes, or the sweep does
                 return
 
-    async def _carry_out(self, action: Action) -> None:
+    def _answer(self, action: Serve | Reply | Settle) -> None:
         match action:
             case Serve(request=request):
                 self._serve_slot(request)
-            case Finish(delivered=delivered):
-                await self._finish(delivered=delivered)
             case Reply():
                 self._reply(action)
             case Settle(request=request):
@@ -147,16 +153,17 @@ class Connection:
         except TransportError as error:
             self._reply(self._session.refused(_status_of(error), error.message, self._clock()))
             return
-        if lease.nbytes != request.nbytes:
-            text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
+        nbytes = lease.nbytes
+        if nbytes != request.nbytes:
+            text = f"the payload has {nbytes} bytes, the reference says {request.nbytes}"
             lease.release_reading()
             self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
             return
         self._lease = lease
         frame = lease.frame()
         reply = ReadReply(
-            status=Status.OK,
-            nbytes=lease.nbytes,
+            status=_OK,
+            nbytes=nbytes,
             ring_id=self._ring.ring_id,
             slot=request.slot,
             generation=request.generation,
@@ -164,7 +171,7 @@ class Connection:
             fingerprint=self._ring.fingerprint,
         )
         seal(frame, reply)
-        self._send = self._endpoint.post_send(frame[: message_bytes(lease.nbytes)])
+        self._send = self._endpoint.post_send(frame[: message_bytes(nbytes)])
 
     async def _finish(self, *, delivered: bool) -> None:
         send = self._send

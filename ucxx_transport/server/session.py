@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire.codec import decode_request, encode_error, encode_reply, macs_equal, token_mac
@@ -52,30 +52,31 @@ class Phase(Enum):
     CLOSING = "closing"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+# An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
+_IDLE: Final = Phase.IDLE
+_SERVING: Final = Phase.SERVING
+
+
+class Reply(NamedTuple):
     """Send these bytes. After the last reply (`Session.phase` is CLOSING) nothing more is read."""
 
     message: bytes
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serve:
+class Serve(NamedTuple):
     """Acquire the named slot and send it; tell the session `refused()` when the ring says no."""
 
     request: ReadRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finish:
+class Finish(NamedTuple):
     """The attempt in flight has ended: consume it if `delivered`, otherwise release it."""
 
     delivered: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settle:
+class Settle(NamedTuple):
     """The client says that this payload arrived: consume it if it is still there, then answer OK."""
 
     request: ReadRequest
@@ -171,7 +172,7 @@ class Session:
 
     def sent(self, now: float) -> None:
         """The payload has left: from here on the acknowledgement's own limit counts."""
-        if self.phase is Phase.SERVING:
+        if self.phase is _SERVING:
             self.deadline_s = min(self.deadline_s, now + self._limits.ack_timeout_s)
 
     def refused(self, status: Status, text: str, now: float) -> Reply:
@@ -209,7 +210,7 @@ class Session:
         if refusal is not None:
             self.deadline_s = now + self._limits.idle_timeout_s
             return refusal
-        self.phase = Phase.SERVING
+        self.phase = _SERVING
         self.deadline_s = now + self._limits.send_timeout_s
         return Serve(request=request)
 
@@ -245,7 +246,7 @@ class Session:
         return self._close(Status.BAD_REQUEST, f"{kind} out of turn, while {self.phase.value}", now)
 
     def _idle(self, now: float) -> None:
-        self.phase = Phase.IDLE
+        self.phase = _IDLE
         self.deadline_s = now + self._limits.idle_timeout_s
 
     def _ok(self, body: bytes = b"", *, token_required: bool = False) -> bytes:

@@ -47,10 +47,16 @@ from ucxx_transport.wire.frames import (
 _REQUEST: Final = struct.Struct("<IHH16sQQQII32s32xQ")
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
 _TRAILER: Final = struct.Struct("<QQ")
+_NO_HEADER: Final = struct.Struct(f"{HEADER_BYTES}x")
+_NO_TRAILER: Final = struct.Struct(f"{TRAILER_BYTES}x")
 _NO_RING: Final = bytes(RING_ID_BYTES)
 _NO_NONCE: Final = bytes(NONCE_BYTES)
 _U64: Final = (1 << 64) - 1
 _STATUSES: Final = {int(status): status for status in Status}
+# An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
+_READ: Final = Kind.READ
+_ACK: Final = Kind.ACK
+_OK: Final = Status.OK
 assert _REQUEST.size == REQUEST_BYTES
 assert _HEADER.size == HEADER_BYTES
 assert _TRAILER.size == TRAILER_BYTES
@@ -62,25 +68,25 @@ def _pack(
     kind: Kind,
     *,
     ring_id: bytes = _NO_RING,
-    generation: int = 0,
-    attempt: int = 0,
     word: int = 0,
-    slot: int = 0,
-    flag: int = 0,
     secret: bytes = _NO_NONCE,
 ) -> bytes:
-    return _REQUEST.pack(REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, word, slot, flag, secret, END_MARK)
+    return _REQUEST.pack(REQUEST_MAGIC, VERSION, kind, ring_id, 0, 0, word, 0, 0, secret, END_MARK)
 
 
-def encode_read(request: ReadRequest, kind: Kind = Kind.READ) -> bytes:
+def encode_read(request: ReadRequest, kind: Kind = _READ) -> bytes:
     """A READ (or CONFIRM) frame of 128 bytes."""
-    return _pack(
-        kind,
-        ring_id=request.ring_id,
-        generation=request.generation,
-        attempt=request.attempt,
-        word=request.nbytes,
-        slot=request.slot,
+    ring_id, slot, generation, attempt, nbytes = request
+    return _REQUEST.pack(
+        REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, nbytes, slot, 0, _NO_NONCE, END_MARK
+    )
+
+
+def encode_ack(ack: Ack) -> bytes:
+    """An ACK frame of 128 bytes."""
+    slot, generation, attempt, delivered = ack
+    return _REQUEST.pack(
+        REQUEST_MAGIC, VERSION, _ACK, _NO_RING, generation, attempt, 0, slot, delivered, _NO_NONCE, END_MARK
     )
 
 
@@ -89,8 +95,8 @@ def encode_request(frame: Request) -> bytes:
     match frame:
         case ReadRequest():
             return encode_read(frame)
-        case Ack(slot=slot, generation=generation, attempt=attempt, delivered=delivered):
-            return _pack(Kind.ACK, generation=generation, attempt=attempt, slot=slot, flag=int(delivered))
+        case Ack():
+            return encode_ack(frame)
         case Hello(reader=reader, nonce=nonce):
             return _pack(Kind.HELLO, word=reader, secret=nonce)
         case Auth(mac=mac):
@@ -161,20 +167,10 @@ def decode_request(buffer: bytes | bytearray | memoryview) -> Request:
 
 def encode_header_into(buffer: memoryview | bytearray, reply: ReadReply) -> None:
     """Write the 64 bytes of `reply` at the start of `buffer`."""
-    flags = (FLAG_CHECKSUM if reply.checksum is not None else 0) | (FLAG_TOKEN_REQUIRED if reply.token_required else 0)
+    status, nbytes, ring_id, slot, generation, checksum, fingerprint, token_required = reply
+    flags = (FLAG_CHECKSUM if checksum is not None else 0) | (FLAG_TOKEN_REQUIRED if token_required else 0)
     _HEADER.pack_into(
-        buffer,
-        0,
-        REPLY_MAGIC,
-        VERSION,
-        reply.status,
-        reply.generation,
-        reply.nbytes,
-        reply.checksum or 0,
-        reply.ring_id,
-        reply.slot,
-        flags,
-        reply.fingerprint,
+        buffer, 0, REPLY_MAGIC, VERSION, status, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
     )
 
 
@@ -229,7 +225,7 @@ def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
     status = _STATUSES.get(code)
     if status is None:
         raise ProtocolError("unknown status in a reply", status=code)
-    limit = MAX_BODY_BYTES if status is Status.OK else ERROR_TEXT_BYTES
+    limit = MAX_BODY_BYTES if status is _OK else ERROR_TEXT_BYTES
     if nbytes > limit:
         raise ProtocolError("a reply claims more bytes than its kind may have", nbytes=nbytes, limit=limit)
     return ReadReply(
@@ -244,6 +240,19 @@ def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
     )
 
 
+def is_sealed(message: bytes | bytearray | memoryview, reply: ReadReply) -> bool:
+    """Whether `message` begins and ends exactly as the OK reply `reply` does.
+
+    What `decode_header` and `check_trailer` verify, by two comparisons; where it says no, they say what is wrong.
+    """
+    end = HEADER_BYTES + padded(reply.nbytes)
+    head = bytearray(HEADER_BYTES)
+    encode_header_into(head, reply)
+    return message[:HEADER_BYTES] == head and message[end : end + TRAILER_BYTES] == _TRAILER.pack(
+        (TRAILER_MAGIC ^ reply.generation) & _U64, reply.nbytes
+    )
+
+
 def error_text(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> str:
     """The text after the header of a reply that is not OK; printable, at most 1024 bytes of it."""
     raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + reply.nbytes])
@@ -253,9 +262,8 @@ def error_text(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> str:
 
 def clear_ends(buffer: memoryview, nbytes: int) -> None:
     """Before a receive is posted: forget the header and trailer an earlier reply left in a pooled buffer."""
-    buffer[:HEADER_BYTES] = bytes(HEADER_BYTES)
-    end = HEADER_BYTES + padded(nbytes)
-    buffer[end : end + TRAILER_BYTES] = bytes(TRAILER_BYTES)
+    _NO_HEADER.pack_into(buffer, 0)
+    _NO_TRAILER.pack_into(buffer, HEADER_BYTES + padded(nbytes))
 
 
 def check_trailer(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> None:

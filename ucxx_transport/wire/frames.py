@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 VERSION = 1
 REQUEST_MAGIC = int.from_bytes(b"UXTQ", "little")
@@ -109,8 +110,7 @@ class Auth:
     mac: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadRequest:
+class ReadRequest(NamedTuple):
     """Asks for one payload by name (READ), or says that it arrived after all (CONFIRM).
 
     Attributes:
@@ -135,8 +135,7 @@ class Confirm:
     request: ReadRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ack:
+class Ack(NamedTuple):
     """Ends an attempt: `delivered` frees the slot, otherwise it is READY again."""
 
     slot: int
@@ -160,8 +159,7 @@ class Bye:
 Request = Hello | Auth | ReadRequest | Confirm | Ack | Describe | Bye
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadReply:
+class ReadReply(NamedTuple):
     """The header of a reply.
 
     Attributes:

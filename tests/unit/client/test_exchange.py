@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,13 +82,13 @@ def test_the_promised_payload_is_accepted() -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        replace(TRUTH, slot=4),
-        replace(TRUTH, generation=7),
-        replace(TRUTH, generation=9),
-        replace(TRUTH, generation=0),
-        replace(TRUTH, ring_id=b"S" * 16),
-        replace(TRUTH, fingerprint=0),
-        replace(TRUTH, fingerprint=56),
+        TRUTH._replace(slot=4),
+        TRUTH._replace(generation=7),
+        TRUTH._replace(generation=9),
+        TRUTH._replace(generation=0),
+        TRUTH._replace(ring_id=b"S" * 16),
+        TRUTH._replace(fingerprint=0),
+        TRUTH._replace(fingerprint=56),
     ],
     ids=["slot", "older", "newer", "generation_0", "ring", "no_schema", "schema"],
 )
@@ -103,7 +101,7 @@ def test_another_payload_than_the_one_asked_for_is_a_protocol_error(lie: ReadRep
 def test_another_length_is_a_protocol_error_even_if_the_message_is_whole(nbytes: int) -> None:
     body = bytes(nbytes)
     with pytest.raises(ProtocolError):
-        exchange().verify(received(encode_reply(replace(TRUTH, nbytes=nbytes), body)))
+        exchange().verify(received(encode_reply(TRUTH._replace(nbytes=nbytes), body)))
 
 
 @pytest.mark.parametrize("nbytes", [1025, 1 << 32, 1 << 46, (1 << 64) - 1])

@@ -55,7 +55,16 @@ async def test_arrays_arrive_under_the_schema_of_the_ring() -> None:
                 np.testing.assert_array_equal(np.asarray(arrays["done"]), done)
 
 
-async def test_many_payloads_one_after_the_other_use_few_connections() -> None:
+async def test_overlapping_reads_take_the_ports_in_turn() -> None:
+    async with open_rig(ports=2) as rig:
+        client = rig.client()
+        for _ in range(10):
+            await client.read_many([rig.write(EPISODE) for _ in range(4)])
+        await settle()
+        assert [rig.statistics(port).delivered for port in (1, 2)] == [20, 20]
+
+
+async def test_many_payloads_one_after_the_other_use_one_connection() -> None:
     async with open_rig(ports=2) as rig:
         client = rig.client()
         for number in range(40):
@@ -63,8 +72,8 @@ async def test_many_payloads_one_after_the_other_use_few_connections() -> None:
             with await client.read(rig.write(content)) as payload:
                 assert bytes(payload.buffer) == content
         await settle()
-        assert client.statistics().connections == 2
-        assert [rig.statistics(port).delivered for port in (1, 2)] == [20, 20]
+        assert client.statistics().connections == 1
+        assert [rig.statistics(port).delivered for port in (1, 2)] == [40, 0]
         assert rig.ring.slot_states() == [SlotState.FREE] * 4
 
 

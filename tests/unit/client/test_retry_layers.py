@@ -50,8 +50,8 @@ async def test_a_dead_port_costs_one_rotation_and_is_avoided_from_then_on() -> N
 async def test_a_port_that_dies_with_idle_connections_is_no_failure_of_the_others() -> None:
     async with open_rig(ports=2) as rig:
         client = rig.client()
-        for _ in range(4):
-            (await client.read(rig.write(EPISODE))).release()
+        for _ in range(2):
+            await client.read_many([rig.write(EPISODE) for _ in range(2)])
         assert client.statistics().pooled_endpoints == 2
         refs = [rig.write(EPISODE) for _ in range(3)]
         await rig.stop_port(2)
@@ -71,8 +71,8 @@ async def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
         (await client.read(refs[1])).release()
         assert rig.statistics(1).delivered == 0
         await asyncio.sleep(31.0)
-        (await client.read(refs[2])).release()
-        (await client.read(refs[3])).release()
+        await client.read_many(refs[2:])
+        await settle()
         assert rig.statistics(1).delivered == 1
 
 
@@ -154,8 +154,7 @@ async def test_a_truncated_payload_is_never_delivered_and_its_slot_is_ready_agai
 async def test_a_full_port_is_passed_over_without_quarantine() -> None:
     async with open_rig(ports=2, server=ServerConfig(mode="thread", max_connections=1)) as rig:
         occupant, client = rig.client(), rig.client()
-        for _ in range(2):
-            (await occupant.read(rig.write(EPISODE))).release()
+        await occupant.read_many([rig.write(EPISODE) for _ in range(2)])
         await settle()
         await rig.stop_port(2)
         await rig.start_port(2)

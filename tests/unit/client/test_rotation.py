@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
@@ -23,12 +24,19 @@ def quarantine_of(*ports: int) -> Quarantine:
 
 
 def calls(count: int, quarantine: Quarantine, rotation: Rotation | None = None) -> list[tuple[PortKey, ...]]:
-    """The ports of `count` calls in a row, at time 1."""
+    """The ports of `count` overlapping calls, at time 1."""
     rotation = rotation or Rotation()
-    return [rotation.ports_for_call(HOST, PORTS, quarantine, 1.0) for _ in range(count)]
+    with ExitStack() as under_way:
+        return [under_way.enter_context(rotation.turn(HOST, PORTS)).ports(quarantine, 1.0) for _ in range(count)]
 
 
-def test_calls_start_at_each_port_in_turn_and_have_the_next_in_reserve() -> None:
+def call(rotation: Rotation, quarantine: Quarantine, host: str = HOST, ports: tuple[int, ...] = PORTS) -> int:
+    """The port that one call, alone at its source, tries first at time 1."""
+    with rotation.turn(host, ports) as turn:
+        return turn.ports(quarantine, 1.0)[0][1]
+
+
+def test_overlapping_calls_start_at_each_port_in_turn_and_have_the_next_in_reserve() -> None:
     assert calls(5, quarantine_of()) == [
         ((HOST, 5001), (HOST, 5002)),
         ((HOST, 5002), (HOST, 5003)),
@@ -58,44 +66,68 @@ def test_when_all_are_avoided_all_are_tried_in_turn() -> None:
     assert all(len(keys) == PORTS_PER_CALL for keys in tried)
 
 
+def test_a_call_that_is_alone_stays_at_the_port_that_served_the_last() -> None:
+    rotation, quarantine = Rotation(), quarantine_of()
+    assert [call(rotation, quarantine) for _ in range(3)] == [5001, 5001, 5001]
+    with rotation.turn(HOST, PORTS):
+        assert [call(rotation, quarantine) for _ in range(3)] == [5002, 5003, 5004]
+    assert [call(rotation, quarantine) for _ in range(3)] == [5004, 5004, 5004]
+
+
+def test_a_failed_attempt_makes_the_next_port_due() -> None:
+    rotation, quarantine = Rotation(), quarantine_of()
+    with rotation.turn(HOST, PORTS) as turn:
+        turn.advance()
+    assert call(rotation, quarantine) == 5002
+
+
+def test_clients_differ_in_the_port_they_begin_with() -> None:
+    assert [call(Rotation(first), quarantine_of()) for first in range(5)] == [5001, 5002, 5003, 5004, 5001]
+    assert call(Rotation(2**63 - 1), quarantine_of()) == 5004
+
+
 def test_a_source_with_one_port_has_no_reserve() -> None:
-    rotation = Rotation()
-    assert rotation.ports_for_call(HOST, [5001], quarantine_of(), 0.0) == ((HOST, 5001),)
-    assert rotation.ports_for_call(HOST, [5001], quarantine_of(5001), 0.0) == ((HOST, 5001),)
+    with Rotation().turn(HOST, (5001,)) as turn:
+        assert turn.ports(quarantine_of(), 0.0) == ((HOST, 5001),)
+        assert turn.ports(quarantine_of(5001), 0.0) == ((HOST, 5001),)
 
 
 def test_sources_rotate_independently() -> None:
     rotation, quarantine = Rotation(), quarantine_of()
-    for _ in range(3):
-        rotation.ports_for_call("busy", PORTS, quarantine, 0.0)
-    assert rotation.ports_for_call("quiet", PORTS, quarantine, 0.0)[0] == ("quiet", 5001)
-    assert rotation.ports_for_call("busy", PORTS, quarantine, 0.0)[0] == ("busy", 5004)
+    with rotation.turn("busy", PORTS), rotation.turn("busy", PORTS), rotation.turn("busy", PORTS):
+        assert call(rotation, quarantine, "quiet") == 5001
+        assert call(rotation, quarantine, "busy") == 5004
 
 
 def test_sources_remembered_are_bounded_and_the_longest_unused_is_forgotten() -> None:
     rotation, quarantine = Rotation(), quarantine_of()
-    rotation.ports_for_call("first", PORTS, quarantine, 0.0)
-    rotation.ports_for_call("kept", PORTS, quarantine, 0.0)
+    for host in ("first", "kept"):
+        with rotation.turn(host, PORTS) as turn:
+            turn.advance()
     for number in range(REMEMBERED_SOURCES - 1):
-        rotation.ports_for_call(f"host-{number}", PORTS, quarantine, 0.0)
-    assert rotation.ports_for_call("kept", PORTS, quarantine, 0.0)[0] == ("kept", 5002)
-    assert rotation.ports_for_call("first", PORTS, quarantine, 0.0)[0] == ("first", 5001)
+        call(rotation, quarantine, f"host-{number}")
+    assert call(rotation, quarantine, "kept") == 5002
+    assert call(rotation, quarantine, "first") == 5001
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     ports=st.lists(st.integers(1, 65535), min_size=1, max_size=8, unique=True),
     sick=st.sets(st.integers(0, 7)),
-    count=st.integers(1, 30),
+    failures=st.lists(st.booleans(), max_size=30),
+    first=st.integers(0, 2**63),
 )
 def test_every_call_has_one_or_two_different_ports_and_healthy_ones_first(
-    ports: list[int], sick: set[int], count: int
+    ports: list[int], sick: set[int], failures: list[bool], first: int
 ) -> None:
     avoided = {ports[index] for index in sick if index < len(ports)}
-    quarantine, rotation = quarantine_of(*avoided), Rotation()
-    for _ in range(count):
-        keys = rotation.ports_for_call(HOST, ports, quarantine, 1.0)
-        tried = [port for _, port in keys]
-        assert 1 <= len(tried) <= PORTS_PER_CALL
+    quarantine, rotation = quarantine_of(*avoided), Rotation(first)
+    for fails in failures:
+        with rotation.turn(HOST, tuple(ports)) as turn:
+            tried = [port for _, port in turn.ports(quarantine, 1.0)]
+            if fails:
+                turn.advance()
+        candidates = len(set(ports) - avoided) or len(ports)
+        assert len(tried) == min(candidates, PORTS_PER_CALL)
         assert len(set(tried)) == len(tried)
         assert avoided == set(ports) or not avoided & set(tried)

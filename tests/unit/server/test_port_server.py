@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
@@ -211,7 +210,7 @@ async def test_a_slot_out_of_range_discloses_nothing(slot: int) -> None:
         ref = rig.write(EPISODE)
         peer = await RawPeer.greeted(rig)
         for nbytes in (0, 1, ref.nbytes, 1 << 40):
-            request = replace(request_of(ref), slot=slot, nbytes=nbytes)
+            request = request_of(ref)._replace(slot=slot, nbytes=nbytes)
             reply, body = await peer.ask(request)
             assert reply.status is Status.BAD_REQUEST
             assert b"no such slot" in body
@@ -225,7 +224,7 @@ async def test_another_generation_is_stale_however_large(generation: int) -> Non
     async with open_rig(ports=1) as rig:
         ref = rig.write(EPISODE)
         peer = await RawPeer.greeted(rig)
-        reply, _ = await peer.ask(replace(request_of(ref), generation=generation))
+        reply, _ = await peer.ask(request_of(ref)._replace(generation=generation))
         assert reply.status is Status.STALE
         reply, _ = await peer.ask(request_of(ref))
         assert reply.status is Status.OK

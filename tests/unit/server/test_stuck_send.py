@@ -42,8 +42,9 @@ class Operation:
         self.error = error
         self.over.set()
 
-    async def wait(self) -> None:
-        await self.over.wait()
+    async def wait(self, until_s: float | None = None) -> None:
+        async with asyncio.timeout_at(until_s):
+            await self.over.wait()
         if self.error is not None:
             raise self.error
 

@@ -56,7 +56,11 @@ ERROR_HEADERS = st.builds(
     ReadReply,
     status=st.sampled_from([status for status in Status if status is not Status.OK]),
     nbytes=st.integers(0, ERROR_TEXT_BYTES),
+    ring_id=RING_IDS,
     slot=U32,
     generation=U64,
+    checksum=st.none(),
+    fingerprint=U64,
+    token_required=st.just(value=False),
 )
 HEADERS = OK_HEADERS | ERROR_HEADERS

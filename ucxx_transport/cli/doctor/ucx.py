@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ucxx_transport.cli.doctor.finding import Finding
+from ucxx_transport.link.rdma import rdma_devices
 
-__all__ = ["rdma_devices", "transport_findings", "ucx_findings"]
+__all__ = ["transport_findings", "ucx_findings"]
 
 _PROBE_LIMIT_S = 30.0
 _RDMA = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
@@ -71,11 +71,6 @@ def transport_findings(
         remedy="the UCX of the wheel has no verbs: where there is RDMA install a UCX that has, and set "
         f"{_PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}",
     )
-
-
-def rdma_devices(sysfs: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """RDMA devices of this host, from sysfs."""
-    return sorted(device.name for device in sysfs.glob("*"))
 
 
 def _setting_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
