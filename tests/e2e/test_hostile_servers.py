@@ -22,6 +22,7 @@ from ucxx_transport import (
     ClientConfig,
     DeadlineExceededError,
     NotReadyError,
+    Payload,
     PeerLostError,
     ProtocolError,
     Schema,
@@ -388,11 +389,15 @@ def test_good_port_is_found_behind_a_bad_one(good: ServedRing) -> None:
         async with UCXXClient(ClientConfig(local="off", connect_timeout_s=SILENCE_S)) as client:
             with socket.socket() as held:
                 held.bind((LOOPBACK, 0))
-                for sequence in range(4):
-                    ref = good.ring.write_raw(bytes([sequence]) * 100)
-                    ports = (held.getsockname()[1], *ref.ports)
-                    with await client.read(replace(ref, ports=ports), deadline_s=60) as payload:
-                        assert bytes(payload.buffer) == bytes([sequence]) * 100
+                for sequence in (0, 2):
+                    refs = [
+                        good.ring.write_raw(bytes([sequence + n]) * 100) for n in range(2)
+                    ]  # overlapping: each port
+                    refs = [replace(ref, ports=(held.getsockname()[1], *ref.ports)) for ref in refs]
+                    for n, payload in enumerate(await client.read_many(refs, deadline_s=60)):
+                        assert isinstance(payload, Payload)
+                        assert bytes(payload.buffer) == bytes([sequence + n]) * 100
+                        payload.release()
             seen = client.statistics()
             assert (seen.reads, seen.failed, seen.quarantined, seen.rotations) == (4, 0, 1, 1)
 
