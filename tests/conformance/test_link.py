@@ -19,6 +19,7 @@ import pytest
 from tests.conformance.conftest import HOST, Sides
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import Endpoint, Pending
+from ucxx_transport.link.ucxx import UCXXLink
 
 pytestmark = pytest.mark.anyio
 
@@ -441,6 +442,23 @@ async def test_another_thread_is_refused(sides: Sides) -> None:
     thread.join()
     assert caught == [ConfigError, ConfigError]
     assert near.alive
+
+
+async def test_messages_that_nobody_received_do_not_outlive_their_endpoint(sides: Sides) -> None:
+    near, far = await sides.connect()
+    for _ in range(20):
+        near.post_send(bytes(1000))
+    receive = far.post_receive(bytearray(1000))
+    await ended(receive)
+    if isinstance(sides.server, UCXXLink):
+        tag, mask = sides.server.binding.lib.UCXXTag(0), sides.server.binding.lib.UCXXTagMask(0)
+        worker: Any = sides.server.worker
+        await until(lambda: worker.tag_probe(tag, mask).matched)
+        await far.close()
+        assert not worker.tag_probe(tag, mask).matched
+    else:
+        await far.close()
+    assert 0 < sides.server.statistics().stray_messages < 20
 
 
 async def test_statistics_count_exactly(sides: Sides) -> None:

@@ -1,16 +1,13 @@
-"""A daemon thread with an event loop and a portal into it, for blocking callers."""
+"""A daemon thread with an event loop, for blocking callers."""
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from functools import partial
-from typing import TypeVar
-
-import anyio
-from anyio.from_thread import BlockingPortal
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -20,23 +17,34 @@ _JOIN_TIMEOUT_S = 5.0
 class LoopThread:
     """Runs coroutines for threads that have no event loop.
 
-    anyio's own `start_blocking_portal` would keep the interpreter from exiting until it is stopped; a trainer that
-    forgets to close its client must still be able to end, so this thread is a daemon and stops at exit.
+    A daemon that stops at exit: a trainer that forgets to close its client must still be able to end. Not anyio's
+    blocking portal, which keeps the interpreter from exiting until it is stopped, and costs a call as much again as the
+    two hops between the threads.
 
     Args:
-        name: of the thread. on_exit: run at interpreter exit, before the loop stops.
+        name: of the thread.
     """
 
     def __init__(self, name: str) -> None:
-        self._up: Future[BlockingPortal] = Future()
+        self._up: Future[asyncio.AbstractEventLoop] = Future()
+        self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        self._portal = self._up.result()
+        self._loop = self._up.result()
         atexit.register(self.stop)
 
-    def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Run `function()` in the loop and return its result; interrupted, the task is cancelled there."""
-        future = self._portal.start_task_soon(function)
+    def call(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `function()` in the loop and return its result; interrupted, the task is cancelled there.
+
+        Raises:
+            RuntimeError: it has been stopped.
+        """
+        coroutine = function()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
         try:
             return future.result()
         except BaseException:
@@ -48,19 +56,18 @@ class LoopThread:
         atexit.unregister(self.stop)
         if self._thread.is_alive():
             try:
-                self._portal.start_task_soon(partial(self._portal.stop, cancel_remaining=True))
+                self._loop.call_soon_threadsafe(self._stopping.set)
             except RuntimeError:
                 return  # stopped already
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
         async def main() -> None:
-            async with BlockingPortal() as portal:
-                self._up.set_result(portal)
-                await portal.sleep_until_stopped()
+            self._up.set_result(asyncio.get_running_loop())
+            await self._stopping.wait()
 
         try:
-            anyio.run(main)
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits for the portal must hear of it
+            asyncio.run(main())  # cancels what still runs
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits for the loop must hear of it
             if not self._up.done():
                 self._up.set_exception(error)

@@ -67,9 +67,11 @@ class LinkStatistics:
         parked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
         parked_bytes: their size.
         progress_turns: turns of the progress driver.
-        inline_completions: waits that ended without leaving the waiting task.
+        spins: waits that polled before they slept.
+        inline_completions: of those, the ones whose operation ended meanwhile.
         sleeps: times the driver went to sleep on the event descriptor.
         wakeups: times that descriptor woke it.
+        stray_messages: messages that no receive had been posted for when their endpoint was closed.
         swallowed_errors: errors of clean-up that had nobody to go to.
     """
 
@@ -90,6 +92,8 @@ class LinkStatistics:
     inline_completions: int = 0
     sleeps: int = 0
     wakeups: int = 0
+    spins: int = 0
+    stray_messages: int = 0
     swallowed_errors: int = 0
 
 

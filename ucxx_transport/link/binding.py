@@ -26,6 +26,7 @@ __all__ = [
     "UcxArray",
     "UcxEndpoint",
     "UcxListener",
+    "UcxProbe",
     "UcxRequest",
     "UcxTag",
     "UcxWorker",
@@ -81,6 +82,8 @@ SYMBOLS = MappingProxyType(
             "UCXWorker.epoll_file_descriptor",
             "UCXWorker.init_blocking_progress_mode",
             "UCXWorker.progress_once",
+            "UCXWorker.tag_probe",
+            "UCXWorker.tag_recv",
             "UCXXTag",
         ),
     }
@@ -137,6 +140,13 @@ class UcxListener(Protocol):
     def port(self) -> int: ...
 
 
+class UcxProbe(Protocol):
+    """`TagProbeResult`."""
+
+    @property
+    def matched(self) -> bool: ...
+
+
 class UcxWorker(Protocol):
     """`UCXWorker`."""
 
@@ -146,6 +156,8 @@ class UcxWorker(Protocol):
     def progress_once(self) -> bool: ...
     def cancel_inflight_requests(self) -> int: ...
     def arm(self) -> bool: ...
+    def tag_probe(self, tag: UcxTag) -> UcxProbe: ...
+    def tag_recv(self, arr: UcxArray, tag: UcxTag) -> UcxRequest: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

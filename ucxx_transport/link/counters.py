@@ -29,6 +29,8 @@ class Counters:
     inline_completions: int
     sleeps: int
     wakeups: int
+    spins: int
+    stray_messages: int
     swallowed_errors: int
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ A scan costs O(pending), so it happens only after progress was made.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -115,6 +116,11 @@ class ProgressDriver:
         if not self.stopped:
             self.loop.call_soon(action)
 
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Do this after a while; safe inside UCX's callbacks, and nothing once stopped."""
+        if not self.stopped:
+            self.loop.call_later(delay_s, action)
+
     def cancel_soon(self) -> None:
         """An endpoint was lost: end what is in flight on it, at the end of this turn. Safe inside UCX's callbacks."""
         self._cancel_due = True
@@ -132,6 +138,7 @@ class ProgressDriver:
         request = operation.request
         if request is None or self.stopped or not self._spin_s:
             return operation.poll()
+        self._counters.spins += 1
         progress_once, clock, window = self._progress_once, self.clock, self._window_s
         began = clock()
         moved = False
@@ -146,7 +153,7 @@ class ProgressDriver:
                 moved = False
                 began = self._last_progress = now
                 if len(self._watched) > 1 and self._scan() > 0:
-                    self._turn_began = 0.0  # others have work now: let them have the loop
+                    self._turn_began = -math.inf  # others have work now: let them have the loop
                     break
             if now - began >= window or self._cancel_due:
                 break
@@ -154,7 +161,7 @@ class ProgressDriver:
         self._spun(paid=paid)
         if not paid:
             return False
-        self._watched.remove(operation)
+        self._forget(operation)
         self._last_progress = clock()
         self._counters.inline_completions += 1
         self.kick()  # the worker is no longer armed, and others may be done too
@@ -167,6 +174,12 @@ class ProgressDriver:
             await asyncio.sleep(0)
         finally:
             self._guests -= 1
+
+    def _forget(self, operation: Watched) -> None:
+        if self._watched and self._watched[-1] is operation:
+            self._watched.pop()
+        elif operation in self._watched:
+            self._watched.remove(operation)
 
     def _spun(self, *, paid: bool) -> None:
         """Learn whether long spins pay: they go on while they do, and are tried again now and then."""

@@ -135,6 +135,7 @@ class MemoryEndpoint:
         if self._delivery is not None:
             self._delivery.cancel()
         self._outbox.clear()
+        self.link.count(stray_messages=len(self.arrived))
         self.arrived.clear()
         for pending in (*self.sends, *self._receives):
             if not pending.immortal:

@@ -35,12 +35,13 @@ class Operation:
         view: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
     """
 
-    __slots__ = ("_owner", "_waiters", "done", "error", "nbytes", "request", "view")
+    __slots__ = ("_owner", "_waiters", "done", "error", "given_up", "nbytes", "request", "view")
 
     def __init__(self, owner: OperationOwner, view: memoryview | None = None) -> None:
         self._owner = owner
         self._waiters: list[asyncio.Future[None]] | None = None
         self.done = False
+        self.given_up = False
         self.error: TransportError | None = None
         self.nbytes = 0 if view is None else view.nbytes
         self.request: UcxRequest | None = None
@@ -61,6 +62,7 @@ class Operation:
         if request is None or not request.completed:
             return self.done
         self.request = None
+        self.error = None
         try:
             request.check_error()
         except self._owner.ucx_error as exc:
@@ -75,8 +77,15 @@ class Operation:
             self.error = error
             self._end()
 
+    def give_up(self, error: TransportError) -> None:
+        """Tell those who wait that it will not succeed. UCX still holds the buffer: the operation has not ended."""
+        if not self.done and not self.given_up:
+            self.given_up = True
+            self.error = error
+            self._wake()
+
     def waiter(self) -> asyncio.Future[None]:
-        """A future that is resolved when the operation ends, well or badly."""
+        """A future that is resolved when the operation ends, well or badly, or is given up."""
         waiter = self._owner.driver.loop.create_future()
         if self._waiters is None:
             self._waiters = []
@@ -93,6 +102,9 @@ class Operation:
         if view is not None:
             view.release()
         self._owner.in_flight.discard(self)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiters is not None:
             waiters, self._waiters = self._waiters, None
             for waiter in waiters:
@@ -117,7 +129,7 @@ class UCXXPending(Operation):
     async def wait(self, until_s: float | None = None) -> None:
         """See `base.Pending.wait`."""
         driver = self._owner.driver
-        if not self.done and not driver.spin_for(self):
+        if not self.done and not self.given_up and not driver.spin_for(self):
             driver.kick()
             async with asyncio.timeout_at(until_s):
                 await self.waiter()

@@ -14,6 +14,7 @@ from ucxx_transport.link.base import LostReason
 from ucxx_transport.link.binding import UcxEndpoint, UcxTag
 from ucxx_transport.link.buffers import byte_view
 from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
+from ucxx_transport.link.lifetime import park
 from ucxx_transport.link.native import endpoint_lanes, release_cancelled
 from ucxx_transport.link.pending import Operation, UCXXPending
 from ucxx_transport.link.translate import lost, raisable
@@ -26,6 +27,13 @@ __all__ = ["UCXXEndpoint"]
 
 CLOSE_TIMEOUT_S = 2.0
 """How long `close()` waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
+
+GRACE_S = 0.05
+"""How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
+(seen over shared-memory lanes): whoever waits for it is told, and its buffer is parked when the endpoint is closed."""
+
+STRAYS = 4096
+"""Messages without a receive that a close clears away at most, so that a flood cannot hold the loop."""
 
 
 class UCXXEndpoint:
@@ -132,7 +140,10 @@ class UCXXEndpoint:
         else:
             # Not `close()`: it loses its FORCE flag on the way to UCX, so it waits for a peer that may be stopped, and
             # it never ends a receive that nothing has matched. This one takes 20-80 us, some ms while connecting.
-            ucx.close_blocking()
+            try:
+                ucx.close_blocking()
+            except self.ucx_error:
+                self.counters.swallowed_errors += 1
         self.driver.kick()
 
     def end_close(self) -> bool:
@@ -142,12 +153,24 @@ class UCXXEndpoint:
             self.link.park(operation, self._ucx)
         if self._ucx is not None and clean:
             release_cancelled(self._ucx.ucxx_ptr)
+            self._clear_strays()
         self._ucx = None
         if self._listener is not None:
             self._listener.endpoint_closed()
             self._listener = None
         self.link.forget(self)
         return clean
+
+    def _clear_strays(self) -> None:
+        # UCX would keep what came without a receive until the worker's end. Nothing more comes by this tag.
+        worker, nowhere = self.link.worker, self._make_array(bytearray(1))
+        for _ in range(STRAYS):
+            if not worker.tag_probe(self._receive_tag).matched:
+                break
+            request = worker.tag_recv(nowhere, self._receive_tag)
+            self.counters.stray_messages += 1
+            if not request.completed:  # UCX still refers to it: dropping it, or the array, could be a crash
+                park(request, nowhere)
 
     def note_loss(self) -> None:
         """UCX found the peer gone. Called inside progress: takes note, no more."""
@@ -156,6 +179,11 @@ class UCXXEndpoint:
             self._usable_now = False
             self.counters.peers_lost += 1
             self.driver.cancel_soon()
+            self.driver.later(GRACE_S, self._give_up)
+
+    def _give_up(self) -> None:
+        for operation in tuple(self.in_flight):
+            operation.give_up(self._why_lost())
 
     def explain(self, exc: Exception) -> TransportError:
         """See `pending.OperationOwner`: a cut-off operation is told why its endpoint went."""
@@ -209,9 +237,9 @@ class UCXXEndpoint:
             self._deferred.popleft().fail(error)
 
     async def _finish_close(self) -> bool:
-        waiters = [operation.waiter() for operation in self.in_flight]
-        if waiters:
-            await asyncio.wait(waiters, timeout=CLOSE_TIMEOUT_S)
+        end = self.driver.loop.time() + CLOSE_TIMEOUT_S
+        while self.in_flight and (left := end - self.driver.loop.time()) > 0:
+            await asyncio.wait([operation.waiter() for operation in self.in_flight], timeout=left)
         return self.end_close()
 
 
