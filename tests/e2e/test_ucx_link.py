@@ -133,6 +133,27 @@ async def test_kill_in_the_middle_of_a_reply_ends_the_receive(lanes: str) -> Non
         assert link.statistics().parked_buffers == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_kill_in_a_stream_of_replies_ends_every_receive(lanes: str, seed: int) -> None:
+    nbytes = (64 << 10, 1 << 20, 16 << 20, 700 << 10)[seed]
+    async with connected(lanes) as (other, _link, endpoint):
+        into, replies = bytearray(nbytes), random.Random(seed).randrange(40)
+        ended = "ok"
+        while ended == "ok":
+            try:
+                receive = endpoint.post_receive(into)
+                endpoint.post_send(link_peer.request(link_peer.REPLY, nbytes))
+            except PeerLostError:
+                break
+            if replies == 0:
+                other.signal(signal.SIGKILL)
+            replies -= 1
+            ended = await outcome(receive)
+        assert ended in GONE | {"ok"}
+        await endpoint.close()
+        assert other.wait() == -signal.SIGKILL
+
+
 async def test_kill_after_the_reply_is_seen_by_the_next_operation(lanes: str) -> None:
     async with connected(lanes) as (other, _link, endpoint):
         receive = endpoint.post_receive(bytearray(4096))
