@@ -22,7 +22,7 @@ class Owner:
         self.driver = driver
         self.counters = counters
         self.in_flight: set[Operation] = set()
-        self.ucx_error = OSError
+        self.ucx_error: type[Exception] = OSError
 
     def explain(self, exc: Exception) -> TransportError:
         return PeerLostError("lost", reason="reset", ucx=str(exc))
