@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from tests.e2e.programs import link_exit, link_peer
@@ -364,6 +365,14 @@ async def test_foreign_server_costs_at_most_the_callers_own_timeout(answer: byte
             assert link.statistics().parked_buffers == 0
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, "no such host"])
+async def test_name_that_cannot_be_looked_up_is_unreachable(host: str) -> None:
+    async with UCXXLink.open() as link:
+        with pytest.raises(PeerLostError) as caught:
+            await link.connect(host, 5001)
+        assert caught.value.facts["reason"] == "unreachable"
+
+
 async def test_address_that_leads_nowhere_costs_at_most_the_callers_own_timeout() -> None:
     async with UCXXLink.open() as link:
         for host in ("203.0.113.1", "no-such-host.invalid"):
@@ -385,6 +394,28 @@ async def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
             receive = end.post_receive(bytearray(64))
             end.post_send(link_peer.request(link_peer.REPLY, 64))
             assert await outcome(receive) == "ok"
+
+
+async def test_messages_under_a_tag_that_is_nobodys_are_thrown_away(lanes: str) -> None:
+    shm = lanes == "shm"
+    accepted: list[Endpoint] = []
+    async with UCXXLink.open(shm_lanes=shm) as server, UCXXLink.open(shm_lanes=shm) as client:
+        listener = await server.listen(0, accepted.append)
+        endpoint = await client.connect(HOST, listener.port)
+        foreign, array = client.binding.lib.UCXXTag(7), client.binding.make_array(bytearray(64 << 10))
+        assert endpoint._ucx is not None  # noqa: SLF001 - a peer that does not keep to the protocol
+        sent, flood = 0, []
+        while server.statistics().stray_messages < 100:
+            flood.append(endpoint._ucx.tag_send(array, foreign))  # noqa: SLF001
+            sent += 1
+            assert sent < 10_000, "the server keeps them all"
+            await anyio.lowlevel.checkpoint()
+        await until(lambda: all(request.completed for request in flood))
+        into = bytearray(3)
+        receive = accepted[0].post_receive(into)
+        endpoint.post_send(b"own")
+        assert await outcome(receive) == "ok"
+        assert into == b"own"
 
 
 async def test_half_open_connections_cost_nobody_else() -> None:

@@ -106,7 +106,7 @@ class Pending(Protocol):
         ...
 
     async def wait(self, until_s: float | None = None) -> None:
-        """Return when the operation has succeeded.
+        """Return when the operation has succeeded. Ends with its endpoint's `close()` at the latest.
 
         Args:
             until_s: how long to wait, on the event loop's clock; None: for ever. What is over soon needs no timer.

@@ -42,6 +42,12 @@ CREDIT = 8
 PROBE_EVERY = 32
 """Failed short spins before a long one is tried again."""
 
+LONGEST_SPIN_S = 4e-3
+"""A spin ends after this even while something moves: timers and other tasks wait meanwhile. 16 MiB take as long."""
+
+STRAYS_EVERY = 8
+"""Turns with progress between two looks for messages that nobody waits for: at 64 KiB each some 16 MiB of them."""
+
 RETRY_S = 0.05
 """Pause after an error of UCX itself in a turn, so that a lasting one does not burn a core."""
 
@@ -66,6 +72,9 @@ class ProgressDriver:
         counters: of the link.
         ucx_error: root class of UCX's errors.
         clock: seconds.
+
+    Attributes:
+        on_turns: called now and then between turns in which something moved.
     """
 
     def __init__(
@@ -91,6 +100,8 @@ class ProgressDriver:
         self._cancel_due = False
         self.stopped = False
         self._guests = 0
+        self.on_turns: Callable[[], None] = lambda: None
+        self._moved_turns = 0
         self._window_s = spin_s * STRETCH
         self._credit = CREDIT
         self._misses = 0
@@ -141,16 +152,20 @@ class ProgressDriver:
         self._counters.spins += 1
         progress_once, clock, window = self._progress_once, self.clock, self._window_s
         began = clock()
-        moved = False
+        end = began + LONGEST_SPIN_S
+        moved = 0
         while True:
             if progress_once():  # only this can complete it, so an idle poll costs one call
-                moved = self._scan_due = True
-                if request.completed:
+                self._scan_due = True
+                moved += 1
+                if request.completed or (moved % BURST == 0 and clock() > end):
                     break
                 continue
             now = clock()
+            if now > end:
+                break
             if moved:
-                moved = False
+                moved = 0
                 began = self._last_progress = now
                 if len(self._watched) > 1 and self._scan() > 0:
                     self._turn_began = -math.inf  # others have work now: let them have the loop
@@ -209,7 +224,7 @@ class ProgressDriver:
 
     def let_go(self) -> None:
         """Drop the worker, once stopped: UCX gives its ports and descriptors back with the last reference to it."""
-        del self._worker, self._progress_once
+        del self._worker, self._progress_once, self.on_turns
 
     def progress_now(self, turns: int = BURST) -> int:
         """Progress outside the loop's turns, for clean-up; returns how many calls moved something."""
@@ -237,7 +252,13 @@ class ProgressDriver:
         except self._ucx_error:
             self._counters.swallowed_errors += 1
             self._scheduled = True
-            self.loop.call_later(RETRY_S, self._turn)
+            self.loop.remove_reader(self._descriptor)  # it stays readable, and would wake the loop without end
+            self.loop.call_later(RETRY_S, self._retry)
+
+    def _retry(self) -> None:
+        if not self.stopped:
+            self.loop.add_reader(self._descriptor, self._on_event)
+            self._turn()
 
     def _advance(self) -> None:
         self._counters.progress_turns += 1
@@ -252,6 +273,9 @@ class ProgressDriver:
             moved += 1
         if moved or self._scan_due:
             self._scan()
+            self._moved_turns += 1
+            if self._moved_turns % STRAYS_EVERY == 0:
+                self.on_turns()
         now = self._turn_began = self.clock()
         if moved:
             self._last_progress = now

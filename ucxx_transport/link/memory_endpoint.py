@@ -44,6 +44,15 @@ class MemoryPending:
         self._error = error
         self.view = None
         self._endpoint.link.count_end(self, error)
+        self._wake()
+
+    def give_up(self, error: PeerLostError) -> None:
+        """Tell those who wait that it never ends; the buffer is still in use."""
+        if not self.completed:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -51,7 +60,7 @@ class MemoryPending:
 
     async def wait(self, until_s: float | None = None) -> None:
         """See `base.Pending.wait`."""
-        if not self.completed:
+        if not self.completed and self._error is None:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             async with asyncio.timeout_at(until_s):
@@ -141,6 +150,7 @@ class MemoryEndpoint:
             if not pending.immortal:
                 pending.finish(lost(reason, peer=self.peer))
             elif itself:
+                pending.give_up(lost(reason, peer=self.peer))
                 self.link.count(parked_buffers=1, parked_bytes=pending.nbytes)
         self.sends.clear()
 

@@ -75,6 +75,9 @@ def context_settings(
         if not isinstance(value, str):
             raise ConfigError("ucx settings are strings, such as {'TLS': 'tcp'}", name=name, value=value)
         merged[name.removeprefix("UCX_")] = value
+    users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
+    if users_rx and merged["TCP_TX_SEG_SIZE"] == TUNED["TCP_TX_SEG_SIZE"]:
+        del merged["TCP_TX_SEG_SIZE"]  # UCX refuses one larger than the receive segment, as ours may be now
     return {name: value for name, value in merged.items() if not _set_by_user(name, environment)}
 
 

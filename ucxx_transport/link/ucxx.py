@@ -30,6 +30,9 @@ from ucxx_transport.link.ucxx_listener import UCXXListener
 
 __all__ = ["UCXXLink"]
 
+STRAYS = 4096
+"""Messages that nobody waits for are cleared away this many at a time, so that a flood cannot hold the loop."""
+
 
 class UCXXLink:
     """See `base.Link`. Bound to the thread and running loop it is made in; made by `open()` or `create()`."""
@@ -51,7 +54,10 @@ class UCXXLink:
             self.worker.init_blocking_progress_mode()
         except self.translator.root as exc:
             raise ConfigError(
-                "UCX does not start with these settings", settings=settings, ucx=f"{type(exc).__name__}: {exc}"
+                "UCX does not start with these settings",
+                settings=settings,
+                environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
+                ucx=f"{type(exc).__name__}: {exc}",
             ) from exc
         self.driver = ProgressDriver(
             worker=self.worker,
@@ -61,6 +67,8 @@ class UCXXLink:
             ucx_error=self.translator.root,
         )
         self.thread = threading.get_ident()
+        self._any_tag, self._any_mask = lib.UCXXTag(0), lib.UCXXTagMask(0)
+        self.driver.on_turns = self.clear_strays
         self._closed = False
         self._endpoints: set[UCXXEndpoint] = set()
         self._listeners: set[UCXXListener] = set()
@@ -99,6 +107,7 @@ class UCXXLink:
         self.check_owner()
         peer = f"{host}:{checked_port(port, lowest=1)}"
         address = await self._resolve(host, port, peer)
+        self.check_owner()  # it may have been closed meanwhile
         try:
             ucx: UcxEndpoint = self.binding.lib.UCXEndpoint.create(
                 self.worker, address, port, endpoint_error_handling=True
@@ -153,7 +162,8 @@ class UCXXLink:
         self._closed = True
         for listener in list(self._listeners):
             listener.close_now()
-        await asyncio.gather(*(endpoint.close() for endpoint in list(self._endpoints)))
+        while self._endpoints:  # one that is just being made is adopted late
+            await asyncio.gather(*(endpoint.close() for endpoint in list(self._endpoints)))
         self._destroy()
 
     def close_now(self) -> None:
@@ -211,6 +221,32 @@ class UCXXLink:
     def forget(self, endpoint: UCXXEndpoint) -> None:
         """An endpoint is closed."""
         self._endpoints.discard(endpoint)
+        self.clear_strays()
+
+    def clear_strays(self) -> None:
+        """Drop messages that no endpoint waits for, which UCX would keep until the worker's end.
+
+        They are what came to an endpoint that has been closed, or under a tag that never was one's: tags are matched in
+        the whole worker, so any peer may send such.
+        """
+        if self.driver.stopped:
+            return
+        found = self.worker.tag_probe(self._any_tag, self._any_mask)
+        if not found.matched:
+            return
+        nowhere = self.binding.make_array(bytearray(1))
+        awaited = {endpoint.receive_tag for endpoint in self._endpoints}
+        for _ in range(STRAYS):
+            tag = found.sender_tag
+            if tag.value in awaited:
+                return  # its receive is about to be posted; what lies behind it is seen to next time
+            request = self.worker.tag_recv(nowhere, tag)
+            self.counters.stray_messages += 1
+            if not request.completed:  # UCX still refers to it: dropping it, or the array, could be a crash
+                lifetime.park(request, nowhere)
+            found = self.worker.tag_probe(self._any_tag, self._any_mask)
+            if not found.matched:
+                return
 
     def forget_listener(self, listener: UCXXListener) -> None:
         """A listener is closed."""
@@ -234,6 +270,6 @@ class UCXXLink:
             pass
         try:
             found = await self.driver.loop.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:  # UnicodeError: no name that can be looked up, such as "a..b"
             raise lost("unreachable", peer=peer) from exc
         return str(found[0][4][0])

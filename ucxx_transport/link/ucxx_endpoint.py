@@ -14,7 +14,6 @@ from ucxx_transport.link.base import LostReason
 from ucxx_transport.link.binding import UcxEndpoint, UcxTag
 from ucxx_transport.link.buffers import byte_view
 from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
-from ucxx_transport.link.lifetime import park
 from ucxx_transport.link.native import endpoint_lanes, release_cancelled
 from ucxx_transport.link.pending import Operation, UCXXPending
 from ucxx_transport.link.translate import lost, raisable
@@ -31,9 +30,6 @@ CLOSE_TIMEOUT_S = 2.0
 GRACE_S = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
 (seen over shared-memory lanes): whoever waits for it is told, and its buffer is parked when the endpoint is closed."""
-
-STRAYS = 4096
-"""Messages without a receive that a close clears away at most, so that a flood cannot hold the loop."""
 
 
 class UCXXEndpoint:
@@ -149,11 +145,11 @@ class UCXXEndpoint:
     def end_close(self) -> bool:
         """Let go of UCX's endpoint; parks what has not ended. Returns whether nothing was parked."""
         clean = not self.in_flight
-        for operation in self.in_flight:
+        for operation in tuple(self.in_flight):
+            operation.give_up(self._why_lost())  # whoever waits for it must not wait for ever
             self.link.park(operation, self._ucx)
         if self._ucx is not None and clean:
             release_cancelled(self._ucx.ucxx_ptr)
-            self._clear_strays()
         self._ucx = None
         if self._listener is not None:
             self._listener.endpoint_closed()
@@ -161,16 +157,10 @@ class UCXXEndpoint:
         self.link.forget(self)
         return clean
 
-    def _clear_strays(self) -> None:
-        # UCX would keep what came without a receive until the worker's end. Nothing more comes by this tag.
-        worker, nowhere = self.link.worker, self._make_array(bytearray(1))
-        for _ in range(STRAYS):
-            if not worker.tag_probe(self._receive_tag).matched:
-                break
-            request = worker.tag_recv(nowhere, self._receive_tag)
-            self.counters.stray_messages += 1
-            if not request.completed:  # UCX still refers to it: dropping it, or the array, could be a crash
-                park(request, nowhere)
+    @property
+    def receive_tag(self) -> int:
+        """What the peer's messages to this endpoint are marked with."""
+        return self._receive_tag.value
 
     def note_loss(self) -> None:
         """UCX found the peer gone. Called inside progress: takes note, no more."""

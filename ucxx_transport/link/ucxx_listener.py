@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ucxx_transport.link.base import OnEndpoint, hand_over
@@ -75,7 +76,8 @@ class UCXXListener:
             if not ucx.alive:
                 continue
             if self._closed:
-                ucx.close_blocking()
+                with suppress(self._link.translator.root):
+                    ucx.close_blocking()
                 continue
             endpoint = UCXXEndpoint(self._link, ucx, endpoint_peer(ucx.handle) or f"a client of port {self.port}", self)
             self._open_endpoints += 1

@@ -93,7 +93,7 @@ class Worker:
             return False
         return True
 
-    def tag_probe(self, tag: UcxTag) -> UcxProbe:
+    def tag_probe(self, tag: UcxTag, tag_mask: object) -> UcxProbe:
         raise NotImplementedError
 
     def tag_recv(self, arr: UcxArray, tag: UcxTag) -> UcxRequest:
@@ -242,6 +242,15 @@ async def test_spin_ends_after_its_window_counted_from_the_last_progress() -> No
         assert worker.calls - calls >= idle + 7 - 1
 
 
+async def test_spin_ends_while_everything_moves_and_nothing_is_over() -> None:
+    async with driving() as (worker, driver, _counters):
+        operation = Operation()
+        driver.watch(operation)
+        worker.steps = 1_000_000
+        assert not driver.spin_for(operation)
+        assert worker.steps > 900_000
+
+
 async def test_long_spins_are_given_up_when_they_do_not_pay_and_tried_again_now_and_then() -> None:
     async with driving() as (worker, driver, _counters):
         operation = Operation()
@@ -305,6 +314,12 @@ async def test_error_of_ucx_in_a_turn_is_counted_and_progress_goes_on() -> None:
         driver.kick()
         await turns(2)
         assert counters.swallowed_errors == 1
+        worker.wake()  # and what is readable does not wake the loop without end meanwhile
+        calls = worker.calls
+        await turns(50)
+        assert worker.calls == calls
+        assert driver.loop.remove_reader(worker.epoll_file_descriptor) is False
+        worker.quiet()
         worker.completes[worker.calls + 1] = operation.fake
         end = anyio.current_time() + 10
         while operation.request is not None:
