@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import structlog
@@ -50,17 +51,22 @@ def _signal_pipe() -> int:
     return readable
 
 
-def _wait_for_end(worker_pid: int, signals: int) -> None:
+def _wait_for_end(worker_pid: int, signals: int, group: PortGroup) -> bool:
+    """Wait until asked to stop or orphaned (True), or a port has died (False): the worker then starts another child."""
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
     watched.register(signals, select.POLLIN)
     while os.getppid() == worker_pid:
         if watched.poll(_PARENT_LOOK_S * 1000):
-            return
+            return True
+        if not group.all_alive:
+            return False
+    return True
 
 
 def _report(ready_fd: int, report: ServerReport) -> None:
-    os.write(ready_fd, report.to_line())
+    with suppress(OSError):  # the worker died meanwhile: what follows notices
+        os.write(ready_fd, report.to_line())
     os.close(ready_fd)
 
 
@@ -80,13 +86,13 @@ def main(ready_fd: int) -> int:
         _report(ready_fd, ServerReport(error_class=type(error).__name__, error=str(error)))
         return 1
     _report(ready_fd, ServerReport(ports=ports))
-    _wait_for_end(order.worker_pid, signals)
+    asked = _wait_for_end(order.worker_pid, signals, group)
     signal.setitimer(signal.ITIMER_REAL, config.stop_timeout_s + _KILL_MARGIN_S)  # SIGALRM ends a hung stop
     ended = group.stop(time.monotonic() + config.stop_timeout_s)
     if os.getppid() != order.worker_pid:
         sweep_orphans()
     ring.close()
-    return 0 if ended else 1
+    return 0 if ended and asked else 1
 
 
 if __name__ == "__main__":

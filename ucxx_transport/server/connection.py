@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import anyio
 import structlog
@@ -56,6 +56,28 @@ class ReadableRing(Protocol):
     def reclaim_dead(self) -> int: ...
 
 
+class ParkedSend(NamedTuple):
+    """A send that outlived its connection, its slot, and whether the client has acknowledged the payload."""
+
+    send: Pending
+    lease: ReadLease
+    delivered: bool
+
+    def settle(self) -> bool:
+        """End the attempt if UCX has let go of the slot by now.
+
+        Returns:
+            Whether it had.
+        """
+        if not self.send.completed:
+            return False
+        if self.delivered:
+            self.lease.mark_consumed()
+        else:
+            self.lease.release_reading()
+        return True
+
+
 class Connection:
     """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit.
 
@@ -74,7 +96,7 @@ class Connection:
         session: Session,
         ring: ReadableRing,
         counters: PortCounters,
-        park: Callable[[Pending, ReadLease], None],
+        park: Callable[[ParkedSend], None],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,6 +109,7 @@ class Connection:
         self._frame = bytearray(REQUEST_BYTES)
         self._lease: ReadLease | None = None
         self._send: Pending | None = None
+        self._reply_pending: Pending | None = None
         self._delivered = False
         self._expired = False
 
@@ -131,6 +154,9 @@ class Connection:
                 arriving = endpoint.post_receive(frame)
                 await self._finish(delivered=action.delivered)
                 continue
+            reply = self._reply_pending
+            if reply is not None and not reply.completed:
+                await reply.wait()  # one at a time, within the session's limit: a peer that reads none piles up none
             self._answer(action)
             arriving = endpoint.post_receive(frame)  # behind the reply: its answer is a round trip away
             if session.phase is _CLOSING:
@@ -144,7 +170,7 @@ class Connection:
             case Reply():
                 self._reply(action)
             case Settle(request=request):
-                self._reply(self._session.settled(consumed=self._settle(request)))
+                self._reply(self._session.settled(self._settle(request)))
 
     def _serve_slot(self, request: ReadRequest) -> None:
         self._counters.add("requests")
@@ -195,20 +221,20 @@ class Connection:
             lease.release_reading()
             self._counters.add("released")
 
-    def _settle(self, request: ReadRequest) -> bool:
+    def _settle(self, request: ReadRequest) -> Status:
         try:
             lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
-        except TransportError:
-            return False
+        except TransportError as error:
+            return Status.BUSY if error.retryable else Status.STALE
         consumed = lease.mark_consumed()
         self._counters.add("confirms", int(consumed))
-        return consumed
+        return _OK if consumed else Status.STALE
 
     def _reply(self, reply: Reply) -> None:
         counter = _COUNTED.get(reply.status)
         if counter is not None:
             self._counters.add(counter)
-        self._endpoint.post_send(reply.message)
+        self._reply_pending = self._endpoint.post_send(reply.message)
 
     async def _release(self) -> None:
         with anyio.CancelScope(shield=True):  # bounded by the link; a stopping port still gives its slots back
@@ -219,7 +245,7 @@ class Connection:
             return
         self._lease = self._send = None
         self._counters.add("parked")
-        self._park(send, lease)
+        self._park(ParkedSend(send, lease, self._delivered))
 
 
 def _status_of(error: TransportError) -> Status:

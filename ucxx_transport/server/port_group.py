@@ -62,6 +62,11 @@ class PortThread:
                 "a server port did not come up in time; see ServerConfig(start_timeout_s=…)"
             ) from None
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def stop(self, deadline_s: float) -> bool:
         """Stop; returns whether the thread had ended by `deadline_s` (monotonic clock)."""
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
@@ -122,6 +127,11 @@ class PortGroup:
             self.stop(time.monotonic() + self._config.stop_timeout_s)
             raise
         return tuple(ports)
+
+    @property
+    def all_alive(self) -> bool:
+        """Whether every port that came up still runs."""
+        return all(thread.alive for thread in self._threads)
 
     def stop(self, deadline_s: float) -> bool:
         """Stop all ports at once; returns whether every thread had ended by `deadline_s`."""

@@ -14,7 +14,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.server.connection import Connection, ReadableRing
+from ucxx_transport.server.connection import Connection, ParkedSend, ReadableRing
 from ucxx_transport.server.session import Session, SessionLimits, SessionSource
 from ucxx_transport.wire.frames import NONCE_BYTES
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from ucxx_transport.config import ServerConfig
-    from ucxx_transport.link.base import Endpoint, Link, Listener, Pending
-    from ucxx_transport.ring.lease import ReadLease
+    from ucxx_transport.link.base import Endpoint, Link, Listener
     from ucxx_transport.server.counters import PortCounters
 
 _log = structlog.get_logger(__name__)
@@ -32,7 +31,7 @@ _log = structlog.get_logger(__name__)
 # and no limit needs to be kept more exactly.
 SWEEP_INTERVAL_S = 0.25
 # Sends that outlived their port: while UCX may read from a slot, its lease must not be dropped.
-_NEVER_ENDED: list[tuple[Pending, ReadLease]] = []
+_NEVER_ENDED: list[ParkedSend] = []
 # A killed reader's slot is back this soon even if no writer asks for it.
 RECLAIM_INTERVAL_S = 1.0
 # Connections above the cap that are still answered BUSY; beyond them a newcomer is closed without a word.
@@ -73,7 +72,7 @@ class PortServer:
         self._counters = counters
         self._connections: set[Connection] = set()
         self._admitted = 0
-        self._parked: list[tuple[Pending, ReadLease]] = []
+        self._parked: list[ParkedSend] = []
         self._tasks: TaskGroup | None = None
 
     @asynccontextmanager
@@ -162,17 +161,19 @@ class PortServer:
         except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
             _log.warning("reclaim failed", reason=str(error))
 
-    def _park(self, send: Pending, lease: ReadLease) -> None:
-        _log.warning("a cancelled send never completed", slot=lease.slot, nbytes=lease.nbytes)
-        self._parked.append((send, lease))
+    def _park(self, parked: ParkedSend) -> None:
+        _log.warning("a cancelled send never completed", slot=parked.lease.slot, nbytes=parked.lease.nbytes)
+        self._parked.append(parked)
 
     def _release_parked(self) -> None:
         still = []
-        for send, lease in self._parked:
-            if send.completed:
-                lease.release_reading()
-            else:
-                still.append((send, lease))
+        for parked in self._parked:
+            try:
+                if not parked.settle():
+                    still.append(parked)
+            except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
+                _log.warning("a slot is not given back yet", slot=parked.lease.slot, reason=str(error))
+                still.append(parked)
         self._parked = still
 
 

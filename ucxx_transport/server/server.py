@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import time
@@ -9,7 +10,6 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import anyio.to_thread
 import structlog
 
 from ucxx_transport.config import ServerConfig
@@ -71,6 +71,7 @@ class UCXXServer:
         """
         if self._ports:
             raise TransportError("the server is running already; stop() it first")
+        self._pid = os.getpid()
         address = choose_address(self._config.host)
         deadline_s = time.monotonic() + self._config.start_timeout_s
         self._address = address
@@ -132,15 +133,26 @@ class UCXXServer:
 
     async def __aenter__(self) -> Self:
         """Start, without blocking the event loop."""
-        await anyio.to_thread.run_sync(self.start)
+        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait([starting])  # bounded by start_timeout_s; what came up must not stay
+            if not starting.cancelled() and starting.exception() is None:
+                await asyncio.to_thread(self.stop)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.stop)
+        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            await asyncio.wait([stopping])
+            raise
 
     def _start_process(self, deadline_s: float) -> tuple[int, ...]:
         supervisor = Supervisor(

@@ -181,11 +181,12 @@ class Session:
         self._idle(now)
         return self._error(status, text, named)
 
-    def settled(self, *, consumed: bool) -> Reply:
-        """The ring's answer to the last `Settle`."""
-        if consumed:
-            return Reply(message=self._ok(), status=Status.OK)
-        return self._error(Status.STALE, "nothing left to confirm", None)
+    def settled(self, status: Status) -> Reply:
+        """The ring's answer to the last `Settle`: OK; STALE, nothing is left to confirm; BUSY, it cannot say now."""
+        if status is Status.OK:
+            return Reply(message=self._ok(), status=status)
+        text = "nothing left to confirm" if status is Status.STALE else "the ring is busy; confirm again later"
+        return self._error(status, text, None)
 
     def _hello(self, hello: Hello, now: float) -> Action:
         self.reader = hello.reader

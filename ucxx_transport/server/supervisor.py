@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -45,11 +46,16 @@ class _Child:
     pidfd: int
     started_s: float
 
+    def hang_up(self) -> None:
+        """End of file on its standard input: it stops by itself."""
+        if self.process.stdin is not None:
+            with suppress(OSError):  # an order that was never read is still to be flushed
+                self.process.stdin.close()
+
     def reap(self) -> int:
         code = self.process.wait()
         os.close(self.pidfd)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        self.hang_up()
         return code
 
 
@@ -118,22 +124,25 @@ class Supervisor:
         config = self._config
         last_up_s = time.monotonic()
         while not self._stopping:
-            child = self._spawn(config)
+            child: _Child | None = None
+            began_s = time.monotonic()
             try:
+                child = self._spawn(config)
                 ports = self._await_report(child, config)
-            except (TransportError, ValueError) as error:
-                self._end(child)
-                if not self._up.done():
-                    self._up.set_exception(error)
-                    return
-                _log.warning("server process did not come up; trying again", ring=self._ring_name, reason=str(error))
-                if time.monotonic() - last_up_s > SAME_PORTS_FOR_S and isinstance(self._config.ports, int):
-                    config = self._config
-            else:
                 config = replace(config, ports=ports, base_port=None)
                 self._serve(child, ports)
                 last_up_s = time.monotonic()
-            if time.monotonic() - child.started_s > HEALTHY_AFTER_S:
+            except Exception as error:  # noqa: BLE001 - whatever it was (no memory, no descriptors): go on supervising
+                if child is not None and child.process.returncode is None:
+                    self._end(child)
+                self.pid = None
+                if not self._up.done():
+                    self._up.set_exception(_told(error))
+                    return
+                _log.warning("server process did not come up; trying again", ring=self._ring_name, reason=str(error))
+                if time.monotonic() - last_up_s > SAME_PORTS_FOR_S and _any_port_will_do(self._config):
+                    config = self._config
+            if time.monotonic() - began_s > HEALTHY_AFTER_S:
                 pause_s = RESTART_PAUSE_S
             self._pause(pause_s)
             pause_s = min(2 * pause_s, RESTART_PAUSE_LIMIT_S)
@@ -143,7 +152,7 @@ class Supervisor:
         self._on_ports(ports)
         if not self._up.done():
             self._up.set_result(ports)
-        self._wait(child.pidfd, None)
+        self._wait((child.pidfd,), None)
         if self._stopping:
             self._end(child)
             self.pid = None
@@ -166,10 +175,14 @@ class Supervisor:
                 pass_fds=(ready_write,),
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
+            pidfd = _pidfd_of(process)
+        except BaseException:
+            os.close(ready_read)
+            raise
         finally:
             os.close(ready_write)
         self._ready_fd = ready_read
-        child = _Child(process, os.pidfd_open(process.pid), time.monotonic())
+        child = _Child(process, pidfd, time.monotonic())
         order = ServerOrder(ring_name=self._ring_name, worker_pid=os.getpid(), config=config)
         assert process.stdin is not None
         try:
@@ -184,9 +197,11 @@ class Supervisor:
         deadline_s = child.started_s + config.start_timeout_s
         try:
             while not line.endswith(b"\n"):
-                if not self._wait(self._ready_fd, deadline_s - time.monotonic()) or self._stopping:
+                # Its end is looked at too: another thread's fork may hold the pipe's other end open.
+                seen = self._wait((self._ready_fd, child.pidfd), deadline_s - time.monotonic())
+                if not seen or self._stopping:
                     raise DeadlineExceededError("the server process did not report in time")
-                part = os.read(self._ready_fd, _REPORT_LIMIT_BYTES)
+                part = os.read(self._ready_fd, _REPORT_LIMIT_BYTES) if self._ready_fd in seen else b""
                 if not part:
                     raise TransportError("the server process died at its start; its standard error says why")
                 line += part
@@ -196,13 +211,14 @@ class Supervisor:
         report.raise_error()
         return report.ports
 
-    def _wait(self, descriptor: int, timeout_s: float | None) -> bool:
-        """Wait until `descriptor` is readable (True), or the time is up or a stop is asked for (False)."""
+    def _wait(self, descriptors: tuple[int, ...], timeout_s: float | None) -> set[int]:
+        """Those of `descriptors` that are readable; none when the time is up or a stop is asked for."""
         watched = select.poll()
-        watched.register(descriptor, select.POLLIN | select.POLLHUP)
+        for descriptor in descriptors:
+            watched.register(descriptor, select.POLLIN | select.POLLHUP)
         watched.register(self._wake_read, select.POLLIN)
         ready = watched.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
-        return any(number == descriptor for number, _ in ready)
+        return {number for number, _ in ready} - {self._wake_read}
 
     def _pause(self, seconds: float) -> None:
         watched = select.poll()
@@ -210,8 +226,8 @@ class Supervisor:
         watched.poll(seconds * 1000)
 
     def _end(self, child: _Child) -> None:
-        if child.process.stdin is not None:
-            child.process.stdin.close()  # end of file: the child stops by itself
+        child.hang_up()
+        child.process.terminate()  # a process forked by the worker may hold its standard input open
         limit_s = self._stop_by_s if self._stopping else time.monotonic() + self._config.stop_timeout_s
         watched = select.poll()
         watched.register(child.pidfd, select.POLLIN)
@@ -219,6 +235,27 @@ class Supervisor:
             _log.warning("server process did not stop in time; killing it", pid=child.process.pid)
             child.process.kill()
         child.reap()
+
+
+def _told(error: Exception) -> TransportError:
+    if isinstance(error, TransportError):
+        return error
+    told = TransportError("the server process could not be started", reason=f"{type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
+
+
+def _any_port_will_do(config: ServerConfig) -> bool:
+    return isinstance(config.ports, int) or 0 in config.ports
+
+
+def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.communicate()
+        raise
 
 
 def _how(code: int) -> str:

@@ -235,8 +235,8 @@ def test_a_slot_the_ring_refuses_is_answered_by_name_and_the_session_goes_on(sta
 def test_settled_answers_ok_or_stale() -> None:
     session = at_phase(Phase.IDLE)
     assert session.receive(encode_request(Confirm(request=NAMED)), 1.0) == Settle(request=NAMED)
-    assert session.settled(consumed=True).status is Status.OK
-    assert session.settled(consumed=False).status is Status.STALE
+    assert session.settled(Status.OK).status is Status.OK
+    assert session.settled(Status.STALE).status is Status.STALE
     assert session.phase is Phase.IDLE
 
 

@@ -22,7 +22,7 @@ from ucxx_transport.server.counters import PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 from ucxx_transport.wire.codec import encode_request
-from ucxx_transport.wire.frames import Hello
+from ucxx_transport.wire.frames import Describe, Hello
 
 pytestmark = pytest.mark.anyio
 
@@ -31,20 +31,22 @@ pytestmark = pytest.mark.anyio
 class Operation:
     """A `Pending` that ends when the test says so."""
 
-    over: asyncio.Event = field(default_factory=asyncio.Event)
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    completed: bool = False
     error: PeerLostError | None = None
 
-    @property
-    def completed(self) -> bool:
-        return self.over.is_set()
-
     def end(self, error: PeerLostError | None = None) -> None:
-        self.error = error
-        self.over.set()
+        self.completed, self.error = True, error
+        self.told.set()
+
+    def give_up(self, error: PeerLostError) -> None:
+        if not self.completed:
+            self.error = error
+            self.told.set()
 
     async def wait(self, until_s: float | None = None) -> None:
         async with asyncio.timeout_at(until_s):
-            await self.over.wait()
+            await self.told.wait()
         if self.error is not None:
             raise self.error
 
@@ -88,6 +90,8 @@ class StuckEndpoint:
         if self.close_ends_sends:
             for operation in self.large_sends:
                 operation.end(PeerLostError("closed", reason="closed"))
+        for operation in self.large_sends:
+            operation.give_up(PeerLostError("closed", reason="closed"))
         return all(operation.completed for operation in self.large_sends)
 
 
@@ -119,11 +123,13 @@ class OneListener:
 
 
 @asynccontextmanager
-async def serving(endpoint: StuckEndpoint) -> AsyncIterator[tuple[SharedRingBuffer, SlotRef, PortCounters]]:
+async def serving(
+    endpoint: StuckEndpoint, *, schema_bytes: bytes = b""
+) -> AsyncIterator[tuple[SharedRingBuffer, SlotRef, PortCounters]]:
     """One port with `endpoint` connected, greeted, and one payload of 2000 bytes on its way to it."""
     with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=4096, prefault=False)) as ring:
         counters = PortCounters(ring.server_words, 0)
-        source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=b"")
+        source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
         clock = asyncio.get_running_loop().time
         server, link = PortServer(ring, source, ServerConfig(), counters, clock=clock), OneListener()
         async with server.listening(link, [1]):
@@ -185,6 +191,39 @@ async def test_a_send_that_outlives_its_connection_keeps_its_slot_until_it_ends(
         endpoint.large_sends[0].end()
         await asyncio.sleep(1.0)
         assert ring.slot_state(ref.slot) is SlotState.READY
+
+
+async def test_an_acknowledged_payload_whose_send_never_ends_frees_its_connection_and_in_the_end_its_slot() -> None:
+    endpoint = StuckEndpoint(close_ends_sends=False)
+    async with serving(endpoint) as (ring, ref, counters):
+        endpoint.hear(encode_request(ack_of(ref)))
+        await asyncio.sleep(3600.0)
+        assert (endpoint.closed, counters.snapshot().connections, counters.snapshot().parked) == (True, 0, 1)
+        assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
+        endpoint.large_sends[0].end()
+        await asyncio.sleep(1.0)
+        assert ring.slot_state(ref.slot) is SlotState.FREE, "it was delivered: nobody else may get it"
+
+
+async def test_a_peer_that_reads_no_reply_is_answered_once() -> None:
+    endpoint = StuckEndpoint(close_ends_sends=True)
+    schema = bytes(2000)
+    async with serving(endpoint, schema_bytes=schema) as (ring, ref, _):
+        endpoint.large_sends[0].end()
+        endpoint.hear(encode_request(ack_of(ref)))
+        await settle()
+        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
+        await settle()
+        assert len(endpoint.large_sends) == 2
+        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
+        await settle()
+        assert len(endpoint.large_sends) == 2, "the reply before has not left"
+        endpoint.large_sends[1].end()
+        await settle()
+        assert len(endpoint.large_sends) == 3
+        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
+        await asyncio.sleep(3600.0)
+        assert endpoint.closed, "and not for ever"
 
 
 @pytest.mark.may_leave("descriptors", reason="a send that never ends keeps its slot for the life of the process")
