@@ -10,7 +10,16 @@ import numpy as np
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, SCHEMA_BYTE, Geometry
+from ucxx_transport.ring.layout import (
+    COMPLETE_WORD,
+    IDENTITY_WORDS,
+    LAYOUT_VERSION,
+    MAGIC,
+    MAGIC_WORD,
+    SCHEMA_BYTE,
+    VERSION_WORD,
+    Geometry,
+)
 from ucxx_transport.ring.locking import initialise_mutex
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.ring.owner import boot_id, current_owner, pid_namespace
@@ -72,11 +81,11 @@ def attach_ring(name: str, *, populate: bool) -> tuple[Segment, Identity, Schema
     """
     segment = open_segment(name)
     words = segment.words[:IDENTITY_WORDS].tolist()
-    if not any(words[: COMPLETE_WORD + 1]):
+    blank = not any(words[: COMPLETE_WORD + 1])
+    of_ours = words[MAGIC_WORD] == MAGIC and words[VERSION_WORD] == LAYOUT_VERSION
+    if blank or (of_ours and not words[COMPLETE_WORD]):  # its sizes may not be there yet
         raise NotReadyError("the ring is still being made; try again", name=segment.name)
     identity = Identity.from_words(words, segment.nbytes)
-    if not words[COMPLETE_WORD]:
-        raise NotReadyError("the ring is still being made; try again", name=segment.name)
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
         raise ConfigError(
             "the ring was made in another pid namespace, so a dead owner cannot be told from a live one: share the "

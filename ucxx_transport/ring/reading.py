@@ -27,7 +27,7 @@ class SlotReader:
         self._core = core
         self._schema = schema
 
-    def acquire(self, slot: int, generation: int, reader: int) -> ReadLease:
+    def acquire(self, slot: int, generation: int, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire_slot`."""
         core = self._core
         if not 0 <= slot < core.identity.geometry.slots:
@@ -37,14 +37,17 @@ class SlotReader:
             raise ConfigError("a reader's id is 0 (nobody in particular) to 2**63 - 1", field="reader", value=reader)
         claim = Claim(core, core.owner(), slot=slot, generation=generation)
         try:
-            facts = core.transact(core.table.acquire, claim.hold, reader)
+            if wait_s is None:
+                facts = core.transact(core.table.acquire, claim.hold, reader)
+            else:
+                facts = core.transact_within(wait_s, core.table.acquire, claim.hold, reader)
         except TransportError:
             claim.forget()
             raise
         claim.nbytes = facts.nbytes
         return ReadLease(core, claim, facts.checksum, self._schema)
 
-    def acquire_ref(self, ref: SlotRef, reader: int) -> ReadLease:
+    def acquire_ref(self, ref: SlotRef, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire`."""
         if ref.ring_id != self._core.identity.ring_id:
             self._core.count(Counter.STALE)
@@ -55,7 +58,7 @@ class SlotReader:
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self._core.identity.ring_id.hex(),
             )
-        return self.acquire(ref.slot, ref.generation, reader)
+        return self.acquire(ref.slot, ref.generation, reader, wait_s)
 
     def read(self, ref: SlotRef, reader: int) -> dict[str, Any]:
         """See `SharedRingBuffer.read`."""

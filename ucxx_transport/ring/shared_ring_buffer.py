@@ -145,13 +145,14 @@ class SharedRingBuffer(RingHandle):
         self._require_open()
         return self._writer.reserve(nbytes, lengths, readers, meta, deadline_s)
 
-    def acquire(self, ref: SlotRef, *, reader: int = 0) -> ReadLease:
+    def acquire(self, ref: SlotRef, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
         """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
 
         Args:
             ref: the payload's name.
             reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: nobody in
                 particular, who always counts.
+            deadline_s: how long to wait for the ring's lock; None: as configured.
 
         Raises:
             StaleSlotError: the payload is not in the ring any more, or never was.
@@ -159,7 +160,7 @@ class SharedRingBuffer(RingHandle):
             BusyError: the slot carries as many read attempts as it can.
         """
         self._require_open()
-        return self._reader.acquire_ref(ref, reader)
+        return self._reader.acquire_ref(ref, reader, deadline_s)
 
     def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease:
         """`acquire` for the server: the ring's id has been checked, the numbers have not."""
