@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.payload import Payload
@@ -23,6 +23,8 @@ _log = structlog.get_logger(__name__)
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
 INLINE_BYTES = 1 << 20
+# So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
+INLINE_WAIT_S = 0.005
 
 
 class UCXXClient:
@@ -72,12 +74,15 @@ class UCXXClient:
         core = self._core
         try:
             ring = core.admit(ref, into)
+            limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
             if ring is None:
-                limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
                 return await self._read_remote(ref, into, asyncio.get_running_loop().time() + limit_s)
             if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                return await core.read_local_aside(ring, ref, into)
-            return core.read_local(ring, ref, into)
+                return await core.read_local_aside(ring, ref, into, limit_s)
+            try:
+                return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S))
+            except DeadlineExceededError:
+                return await core.read_local_aside(ring, ref, into, limit_s)  # somebody sits on the ring's lock
         except TransportError as error:
             core.count_failure(error)
             raise

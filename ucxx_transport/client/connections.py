@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
-import anyio
-
 from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.endpoint_pool import EndpointPool
 from ucxx_transport.client.exchange import ReadExchange
@@ -60,7 +58,7 @@ class Connections:
         )
         self._schemas: dict[int, Schema] = {}
         self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[bool]] = set()
 
     @property
     def closed(self) -> bool:
@@ -115,7 +113,7 @@ class Connections:
         return self._schemas[ref.fingerprint] if ref.fingerprint else None
 
     async def checkout(self, key: PortKey, until_s: float) -> Channel:
-        """A connection to `key` for one exchange; give it to `checkin` or `discard`.
+        """A connection to `key` for one exchange; give it to `checkin` or `close_aside`.
 
         Raises:
             PeerLostError: nothing answers there. BusyError, ProtocolError, AuthenticationError: as `Channel.open`.
@@ -123,15 +121,14 @@ class Connections:
         loop = asyncio.get_running_loop()
         while True:
             checkout = self._idle.checkout(key, loop.time())
-            for expired in checkout.expired:
-                self._counters.add("aged_out")
-                await self.discard(expired)
+            self._counters.add("aged_out", len(checkout.expired))
+            self.close_aside(checkout.expired)  # not awaited: a cancellation here would lose the others
             channel = checkout.endpoint
             if channel is None:
                 return await self._connect(key, until_s)
             if channel.alive:
                 return channel
-            await self.discard(channel)  # the server closed it while it lay idle: no reason to distrust the port
+            self.close_aside((channel,))  # the server closed it while it lay idle: no reason to distrust the port
 
     async def _connect(self, key: PortKey, until_s: float) -> Channel:
         link = await self._opened_link()
@@ -165,18 +162,16 @@ class Connections:
             self.close_aside(surplus)
 
     def close_aside(self, channels: Iterable[Channel]) -> None:
-        """Close connections without letting a read wait for it; `aclose` does."""
+        """Close connections without letting a read wait for it; `aclose` does.
+
+        What they owe is known at once. A buffer that UCX may still write into stays out of the pool until it may not.
+        """
         for channel in channels:
-            closing = asyncio.get_running_loop().create_task(self.discard(channel))
+            if channel.unsettled is not None:
+                self._owe(channel.unsettled)
+            closing = asyncio.get_running_loop().create_task(channel.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-
-    async def discard(self, channel: Channel) -> None:
-        """Close a connection; returns when no buffer of it is touched any more."""
-        if channel.unsettled is not None:
-            self._owe(channel.unsettled)
-        with anyio.CancelScope(shield=True):  # bounded by the link; a cancelled caller still gets its buffer back
-            await channel.close()
 
     def _owe(self, exchange: ReadExchange) -> None:
         """Remember a delivery that the server may not know of."""
@@ -194,8 +189,11 @@ class Connections:
             except (PeerLostError, asyncio.CancelledError):
                 self._owe(exchange)
                 raise
-            except TransportError:
-                pass  # settled already, or overwritten: nothing is left to say
+            except TransportError as error:
+                if error.retryable:
+                    self._owe(exchange)  # the ring cannot say just now: with the next read
+                    return
+                # settled already, or overwritten: nothing is left to say
         self._unsettled.pop(ring_id, None)
 
     async def schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.ring.lease import ReadLease
     from ucxx_transport.schema import Schema, SlotRef
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 Into = Buffer
+
+# Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time.
+REMEMBERED_RINGS = 1 << 16
 
 _WAYS = {"view": "views", "copy": "copies", "ucx": "ucx"}
 
@@ -46,7 +50,7 @@ class ClientCore:
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(self.config.buffer_pool_bytes)
-        self._delivered = DeliveredNames(self.config.max_attached_rings)
+        self._delivered = DeliveredNames(REMEMBERED_RINGS)
         self._link_factory = link_factory or _ucxx_links(self.config)
         self._pid = os.getpid()
         self._closed = False
@@ -74,7 +78,7 @@ class ClientCore:
         """
         if self._closed:
             raise ConfigError("the client is closed; make another")
-        if os.getpid() != self._pid:
+        if self.inherited:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
@@ -88,24 +92,40 @@ class ClientCore:
         self._delivered.check(ref)
         return self.local.ring_of(ref)
 
-    def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None) -> Payload:
-        """Read from an attached ring, counted."""
+    def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
+        """Read from an attached ring, counted; `limit_s` is how long to wait for the ring's lock."""
+        return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into)
+
+    async def read_local_aside(
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float
+    ) -> Payload:
+        """`read_local` with its copying and waiting in a thread. Cancelled, the payload stays in its slot."""
+        begun = await asyncio.to_thread(self._begin_local, ring, ref, limit_s)
+        return self._counted(self.local.finish(ref, *begun), into)
+
+    def _begin_local(
+        self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
+    ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
         try:
-            payload = self.local.read(ring, ref)
+            return ring, *self.local.begin(ring, ref, limit_s)
         except SlotError:
             if not ring.closed:
                 raise
-            # Another thread let go of this handle in the meantime, to make room or because its worker died.
+            # Another read let go of this handle in the meantime, to make room or because its worker died.
             replacement = self.local.ring_of(ref)
             if replacement is None:
                 raise
-            payload = self.local.read(replacement, ref)
-        return self._counted(payload, into)
+            return replacement, *self.local.begin(replacement, ref, limit_s)
 
-    async def read_local_aside(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None) -> Payload:
-        """`read_local` with its copying in a thread: for many bytes. Cancelled, the payload stays in its slot."""
-        lease, root = await asyncio.to_thread(self.local.begin, ring, ref)
-        return self._counted(self.local.finish(ring, ref, lease, root), into)
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: connections and threads are its parent's."""
+        return os.getpid() != self._pid
 
     def close(self) -> None:
         """Refuse further reads and let go of all rings."""

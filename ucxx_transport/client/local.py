@@ -96,22 +96,23 @@ class LocalReader:
             self._prune()
             return self._rings.get(ref.ring_id) or self._attach(ref)
 
-    def read(self, ring: SharedRingBuffer, ref: SlotRef) -> Payload:
-        """Read one payload from an attached ring.
+    def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> tuple[ReadLease, Bytes | None]:
+        """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace.
 
-        Raises:
-            StaleSlotError: the slot no longer holds it, or it is a duplicate. BusyError: too many attempts on the slot.
-            ChecksumError: its bytes have changed since they were written.
-        """
-        return self.finish(ring, ref, *self.begin(ring, ref))
-
-    def begin(self, ring: SharedRingBuffer, ref: SlotRef) -> tuple[ReadLease, Bytes | None]:
-        """The part of `read` that touches the bytes, and may run in another thread; dropped, it leaves no trace.
+        Args:
+            ring: attached.
+            ref: of one of its payloads.
+            limit_s: how long to wait for the ring's lock at most.
 
         Returns:
             The attempt in flight, and the copy if the mode asks for one; for `finish`.
+
+        Raises:
+            StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
+            ChecksumError: its bytes have changed since they were written.
+            DeadlineExceededError: the lock was not to be had in time.
         """
-        lease = ring.acquire(ref, reader=self._reader)
+        lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         try:
             root = self._copied(lease) if self._mode == "copy" else None
             if self._verify and ref.checksum is not None:
@@ -121,7 +122,7 @@ class LocalReader:
             raise
         return lease, root
 
-    def finish(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease, root: Bytes | None) -> Payload:
+    def finish(self, ref: SlotRef, ring: SharedRingBuffer, lease: ReadLease, root: Bytes | None) -> Payload:
         """Deliver what `begin` has read.
 
         Raises:

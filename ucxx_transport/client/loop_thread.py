@@ -6,12 +6,16 @@ import asyncio
 import atexit
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
+
+from ucxx_transport.errors import ConfigError
 
 T = TypeVar("T")
 
 _JOIN_TIMEOUT_S = 5.0
+# A caller looks this often whether the loop still runs: what is handed to it in its last moment is never done.
+_LOOK_S = 1.0
 
 
 class LoopThread:
@@ -37,16 +41,25 @@ class LoopThread:
         """Run `function()` in the loop and return its result; interrupted, the task is cancelled there.
 
         Raises:
-            RuntimeError: it has been stopped.
+            ConfigError: it has been stopped, before or meanwhile.
         """
         coroutine = function()
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError:
             coroutine.close()
-            raise
+            raise self._stopped() from None
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(_LOOK_S)
+                except TimeoutError:
+                    if future.done():
+                        raise  # its own
+                    if not self._thread.is_alive():
+                        raise self._stopped() from None
+        except CancelledError:
+            raise self._stopped() from None
         except BaseException:
             future.cancel()
             raise
@@ -60,6 +73,9 @@ class LoopThread:
             except RuntimeError:
                 return  # stopped already
             self._thread.join(_JOIN_TIMEOUT_S)
+
+    def _stopped(self) -> ConfigError:
+        return ConfigError("the client is closed; make another")
 
     def _run(self) -> None:
         async def main() -> None:

@@ -208,7 +208,7 @@ class RemoteReader:
             await channel.fetch(exchange, message, until_s)
         except BaseException as error:
             if channel is not None:
-                await connections.discard(channel)
+                connections.close_aside((channel,))
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
                 raise self._too_late(ref, port=key[1]) from None
             raise
@@ -218,7 +218,7 @@ class RemoteReader:
             if self._config.verify_checksum and ref.checksum is not None:
                 await self._check(payload, ref)
         except BaseException as error:
-            await self._refuse(channel, exchange, error)
+            self._refuse(channel, exchange, error)
             raise
         self._deliver(channel, exchange)
         return payload, connections.known_schema(ref)
@@ -230,16 +230,16 @@ class RemoteReader:
             channel.acknowledge(exchange, delivered=True)
         self._connections.checkin(channel)
 
-    async def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
+    def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
         """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
         if isinstance(error, ChecksumError):
             try:
                 channel.acknowledge(exchange, delivered=False)
             except PeerLostError:
-                await self._connections.discard(channel)
+                self._connections.close_aside((channel,))
                 return
         elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
-            await self._connections.discard(channel)
+            self._connections.close_aside((channel,))
             return
         self._connections.checkin(channel)
 

@@ -7,12 +7,13 @@ import atexit
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
 from ucxx_transport.client.loop_thread import LoopThread
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.payload import Payload
@@ -53,10 +54,11 @@ class SyncUCXXClient:
         core = self._core
         try:
             ring = core.admit(ref, into)
-            if ring is not None:
-                return core.read_local(ring, ref, into)
             limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
-            return self._loop_thread().call(lambda: self._read_remote(ref, into, limit_s))
+            if ring is not None:
+                return core.read_local(ring, ref, into, limit_s)
+            loop, remote = self._started()
+            return loop.call(lambda: self._read_remote(remote, ref, into, limit_s))
         except TransportError as error:
             core.count_failure(error)
             raise
@@ -73,23 +75,36 @@ class SyncUCXXClient:
                 if ring is None:
                     remote.append(index)
                 else:
-                    outcomes[index] = core.read_local(ring, ref, None)
+                    outcomes[index] = core.read_local(ring, ref, None, until_s - time.monotonic())
             except TransportError as error:
                 core.count_failure(error)
                 outcomes[index] = error
         if remote:
             wanted = [refs[index] for index in remote]
-            fetched = self._loop_thread().call(lambda: self._fetch_all(wanted, until_s))
+            loop, reader = self._started()
+            fetched = loop.call(lambda: self._fetch_all(reader, wanted, until_s))
             for index, outcome in zip(remote, fetched, strict=True):
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
-        return self._core.statistics(self._remote)
+        loop, remote = self._loop, self._remote
+        if loop is None or remote is None:
+            return self._core.statistics(remote)
+
+        async def seen() -> ClientStatistics:
+            return self._core.statistics(remote)
+
+        try:
+            return loop.call(seen)  # UCX's endpoints are that thread's alone
+        except ConfigError:  # closed meanwhile
+            return self._core.statistics(None)
 
     def close(self) -> None:
         """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
+        if self._core.inherited:
+            return  # a forked child's copy: thread and connections are its parent's
         atexit.unregister(self.close)
         self._core.close()
         with self._starting:
@@ -97,7 +112,8 @@ class SyncUCXXClient:
             self._loop = None
         if loop is not None:
             if remote is not None:
-                loop.call(remote.aclose)
+                with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
+                    loop.call(remote.aclose)
             loop.stop()
 
     def __enter__(self) -> Self:
@@ -110,23 +126,27 @@ class SyncUCXXClient:
         """Close."""
         self.close()
 
-    def _loop_thread(self) -> LoopThread:
+    def _started(self) -> tuple[LoopThread, RemoteReader]:
         with self._starting:
+            if self._core.closed:
+                raise ConfigError("the client is closed; make another")
             if self._loop is None:
+                self._remote = self._core.remote()
                 self._loop = LoopThread("ucxx-client")
                 atexit.register(self.close)  # registered after the loop's own, so run before it
-            return self._loop
+            assert self._remote is not None
+            return self._loop, self._remote
 
-    async def _read_remote(self, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
-        if self._remote is None:
-            self._remote = self._core.remote()
-        content, schema = await self._remote.read(ref, asyncio.get_running_loop().time() + limit_s)
+    async def _read_remote(self, remote: RemoteReader, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
+        content, schema = await remote.read(ref, asyncio.get_running_loop().time() + limit_s)
         return self._core.deliver_remote(ref, content, schema, into)
 
-    async def _fetch_all(self, refs: Sequence[SlotRef], until_s: float) -> list[Payload | TransportError]:
+    async def _fetch_all(
+        self, remote: RemoteReader, refs: Sequence[SlotRef], until_s: float
+    ) -> list[Payload | TransportError]:
         async def outcome(ref: SlotRef) -> Payload | TransportError:
             try:
-                return await self._read_remote(ref, None, until_s - time.monotonic())
+                return await self._read_remote(remote, ref, None, until_s - time.monotonic())
             except TransportError as error:
                 self._core.count_failure(error)
                 return error

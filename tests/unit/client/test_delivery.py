@@ -209,6 +209,7 @@ async def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
         with pytest.raises(DeadlineExceededError):
             await client.read(lost, deadline_s=1.0)
         rig.faults.never_complete = False
+        await settle()
         statistics = client.statistics()
         assert (statistics.lent_buffers, statistics.parked_buffers) == (1, 1)
         with await client.read(rig.write(EPISODE)) as payload:
