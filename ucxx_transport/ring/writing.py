@@ -182,7 +182,9 @@ class SlotWriter:
 
     def _wait_for_slot(self, claim: Claim, deadline_s: float | None) -> None:
         core = self._core
-        if core.reclaim_dead() and core.transact(self._try_reserve, claim):
+        core.reclaim_dead()
+        # whatever it found: another process may have been the one who took the dead's slots back
+        if core.transact(self._try_reserve, claim):
             return
         on_full = core.identity.on_full
         if on_full != "block":

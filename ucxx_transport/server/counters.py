@@ -24,7 +24,7 @@ class PortStatistics:
         refused: over the cap. requests: READ frames. delivered: acknowledged payloads. bytes_sent: their bytes.
         released: attempts that ended without an acknowledgement. stale, busy, bad_requests, unauthorized, internal:
         answers of that status. handshake_timeouts, idle_evictions, delivery_timeouts: connections closed by a limit.
-        parked: sends whose completion UCX never reported; their slots stay READING until the process ends.
+        parked: sends that UCX did not end when their connection closed; each keeps its slot in READING until it ends.
         confirms: late confirmations that still freed a slot.
     """
 

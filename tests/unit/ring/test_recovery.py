@@ -99,6 +99,22 @@ def test_a_full_ring_takes_back_what_the_dead_hold_before_it_refuses(cast_of: Ca
     assert len(held) == 2
 
 
+@pytest.mark.parametrize("on_full", ["overwrite", "raise", "block"])
+def test_a_writer_gets_the_slot_that_another_process_took_back_from_the_dead_first(cast_of: Cast, on_full: str) -> None:
+    ring = cast_of.create(A, slots=1, on_full=on_full)
+    held = cast_of.attach(ring, B).reserve()
+
+    def alive(pid: int, start: int) -> bool:
+        assert Owner(pid, start) == B
+        cast_of.living.discard(B)
+        ring.reclaim_dead()
+        return False
+
+    with SharedRingBuffer.attach(ring.name, owner=A, alive=alive) as slower:
+        assert slower.write_raw(b"fine", deadline_s=30).slot == held.slot
+    assert ring.statistics().full == 0
+
+
 def test_a_waiting_writer_notices_a_death_while_it_waits(cast_of: Cast) -> None:
     ring = cast_of.create(A, slots=1, on_full="block")
     other = cast_of.attach(ring, B)
