@@ -1,7 +1,7 @@
 """How fast does a payload get from a worker to a trainer, by each way there is, and what does that cost?
 
-    python bench/throughput.py            # all sizes, about 10 minutes
-    python bench/throughput.py --quick    # 3 sizes, about 2 minutes
+    python bench/throughput.py            # all sizes, 10 to 30 minutes
+    python bench/throughput.py --quick    # 3 sizes, 2 to 7 minutes
     python bench/throughput.py --check    # and hold the figures against the targets; exit 1 if one is not met
 
 Writes throughput.json and throughput.png under --out. bench/README.md says how to read them.

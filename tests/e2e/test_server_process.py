@@ -165,6 +165,41 @@ def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals
             client.read(SlotRef.from_dict({**ref.to_dict(), "generation": 2}), deadline_s=2.0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signals) -> None:
+    """As `timeout`, a shell's `kill -- -PGID`, and launchers of training jobs send it."""
+    with program("forgetful", "worker-process") as worker:
+        ring, server, ref = started_worker(worker)
+        os.killpg(worker.pid, number)
+        worker.wait()
+        wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
+        assert not segment(ring).exists()
+        assert not any(is_listening(port) for port in ref.ports)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_server_serves_as_long_as_its_worker_whoever_asks_it_to_end(number: signal.Signals) -> None:
+    """Slurm sends SIGTERM to every process of a job; the worker may still have payloads to hand out."""
+    with served_ring() as served, client_of() as client:
+        pid = kill_server(served, number)
+        with client.read(write(served.ring, 0)) as payload:
+            assert holds(payload, 0)
+        assert (pid_of_server(served), served.server.statistics().restarts) == (pid, 0)
+
+
+def test_server_of_a_worker_that_takes_long_to_die_still_sweeps() -> None:
+    """Descriptors close before a process is gone: unmapping a large ring takes a while."""
+    with program("long_dying_worker") as worker:
+        facts = worker.hear()
+        wait_until(lambda: not is_listening(facts["port"]), MINUTE, what="the server stops serving")
+        assert psutil.pid_exists(facts["server"])
+        assert segment(facts["ring"]).exists()
+        worker.signal(signal.SIGKILL)
+        worker.wait()
+        wait_until(lambda: not psutil.pid_exists(facts["server"]), MINUTE, what="the server process ends")
+        assert not segment(facts["ring"]).exists()
+
+
 def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
     with program("forgetful", "worker-process") as worker:
         ring, server, _ = started_worker(worker)

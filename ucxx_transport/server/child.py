@@ -1,12 +1,21 @@
 """The server process: `python -m ucxx_transport.server.child READY_FD`, started by `Supervisor` and by nothing else.
 
-It lives as long as its worker: the end of its standard input, SIGTERM, or the kernel's parent-death signal stops it.
-When the worker died without a word it also sweeps the segment the worker left in /dev/shm.
+It lives as long as its worker, whatever else it is told: signals that ask a whole job to end are the worker's affair,
+who may still have payloads to hand out. When the worker died without a word it also sweeps the segment the worker left
+in /dev/shm; for that it has a process group of its own, so that what kills the worker's does not kill it.
+
+| what it sees                                        | what it does                                             |
+|-----------------------------------------------------|----------------------------------------------------------|
+| `GOODBYE` on its standard input                     | stops serving, ends                                      |
+| end of file there without it: the worker is dying   | stops serving, waits for the worker's end, sweeps, ends  |
+| the worker's end, on its pidfd                      | stops serving, sweeps, ends                              |
+| SIGTERM, SIGINT, SIGHUP                             | nothing                                                  |
+| the thread of a port has died                       | stops serving, ends: the worker starts another child     |
 """
 
 from __future__ import annotations
 
-import ctypes
+import enum
 import os
 import select
 import signal
@@ -22,13 +31,43 @@ from ucxx_transport.link.ucxx import UCXXLink
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.server.port_group import PortGroup
-from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
+from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
 
-_PR_SET_PDEATHSIG = 1
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
 _KILL_MARGIN_S = 2
-# Parent looked at this often besides the two signals of its death: both are lost if it died before they were set.
-_PARENT_LOOK_S = 1.0
+# How often the ports' threads are looked at, and the worker besides its pidfd: that is lost if it died before.
+_LOOK_S = 1.0
+# From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
+_DYING_S = 60.0
+
+
+class _End(enum.Enum):
+    ASKED = "asked to stop"
+    ABANDONED = "the worker is dead or dying"
+    BROKEN = "a port has died"
+
+
+class _Worker:
+    """The process that this one serves for."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.pidfd = -1
+        with suppress(OSError):  # it is gone already, and then is_gone says so
+            self.pidfd = os.pidfd_open(pid)
+
+    @property
+    def is_gone(self) -> bool:
+        return os.getppid() != self._pid
+
+    def wait_until_gone(self, limit_s: float) -> bool:
+        watched = select.poll()
+        if self.pidfd >= 0:
+            watched.register(self.pidfd, select.POLLIN)
+        until_s = time.monotonic() + limit_s
+        while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
+            watched.poll(min(left_s, _LOOK_S) * 1000)
+        return self.is_gone
 
 
 def _log_to_stderr() -> None:
@@ -36,32 +75,29 @@ def _log_to_stderr() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _ignore_requests_to_end() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _signal_pipe() -> int:
-    """A descriptor that becomes readable when a signal to stop arrives."""
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    signal.set_wakeup_fd(writable)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    # Ctrl-C reaches the whole foreground group; the worker decides when its server stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return readable
+def _read_order() -> ServerOrder:
+    # unbuffered: a goodbye that follows at once must stay in the pipe
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:
+        return ServerOrder.from_line(pipe.readline())
 
 
-def _wait_for_end(worker_pid: int, signals: int, group: PortGroup) -> bool:
-    """Wait until asked to stop or orphaned (True), or a port has died (False): the worker then starts another child."""
+def _wait_for_end(worker: _Worker, group: PortGroup) -> _End:
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
-    watched.register(signals, select.POLLIN)
-    while os.getppid() == worker_pid:
-        if watched.poll(_PARENT_LOOK_S * 1000):
-            return True
-        if not group.all_alive:
-            return False
-    return True
+    if worker.pidfd >= 0:
+        watched.register(worker.pidfd, select.POLLIN)
+    while not worker.is_gone:
+        seen = {descriptor for descriptor, _ in watched.poll(_LOOK_S * 1000)}
+        if 0 in seen:
+            return _End.ASKED if os.read(0, len(GOODBYE)) else _End.ABANDONED
+        if not seen and not group.all_alive:
+            return _End.BROKEN
+    return _End.ABANDONED
 
 
 def _report(ready_fd: int, report: ServerReport) -> None:
@@ -72,10 +108,10 @@ def _report(ready_fd: int, report: ServerReport) -> None:
 
 def main(ready_fd: int) -> int:
     """Serve until told to stop or orphaned; returns the exit status."""
+    _ignore_requests_to_end()
     _log_to_stderr()
-    _die_with_parent()
-    signals = _signal_pipe()
-    order = ServerOrder.from_line(sys.stdin.buffer.readline())
+    order = _read_order()
+    worker = _Worker(order.worker_pid)
     config = order.config
     try:
         ring = SharedRingBuffer.attach(order.ring_name)
@@ -86,13 +122,14 @@ def main(ready_fd: int) -> int:
         _report(ready_fd, ServerReport(error_class=type(error).__name__, error=str(error)))
         return 1
     _report(ready_fd, ServerReport(ports=ports))
-    asked = _wait_for_end(order.worker_pid, signals, group)
+    end = _wait_for_end(worker, group)
     signal.setitimer(signal.ITIMER_REAL, config.stop_timeout_s + _KILL_MARGIN_S)  # SIGALRM ends a hung stop
     ended = group.stop(time.monotonic() + config.stop_timeout_s)
-    if os.getppid() != order.worker_pid:
-        sweep_orphans()
     ring.close()
-    return 0 if ended and asked else 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if end is _End.ABANDONED and worker.wait_until_gone(_DYING_S):
+        sweep_orphans()
+    return 0 if ended and end is not _End.BROKEN else 1
 
 
 if __name__ == "__main__":

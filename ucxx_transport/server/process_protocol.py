@@ -1,7 +1,7 @@
-"""What a worker and its server process say to each other: one JSON line each way at the start, then only silence.
+"""What a worker and its server process say to each other: one JSON line each way at the start, and a goodbye.
 
-The worker writes a `ServerOrder` to the child's standard input and keeps that pipe open: its end of file is the
-worker's death, or its wish to stop. The child answers on a pipe of its own with a `ServerReport`. No pickle.
+The worker writes a `ServerOrder` to the child's standard input and keeps that pipe open. `GOODBYE` there is its wish to
+stop; an end of file without it is its death. The child answers on a pipe of its own with a `ServerReport`. No pickle.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+
+GOODBYE = b"goodbye\n"
 
 _CLASSES: dict[str, type[TransportError]] = {
     "ConfigError": ConfigError,

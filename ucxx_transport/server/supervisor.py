@@ -1,8 +1,7 @@
 """Keeps one server process alive beside a worker.
 
 A thread starts the child, waits on its pidfd, and starts it again when it dies: at once the first time, with a growing
-pause (at most `RESTART_PAUSE_LIMIT_S`) while it keeps dying young. The same thread starts every child, because the
-kernel ties a child's parent-death signal to the thread that made it.
+pause (at most `RESTART_PAUSE_LIMIT_S`) while it keeps dying young.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import structlog
 import ucxx_transport
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
-from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
+from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
 
 _log = structlog.get_logger(__name__)
 
@@ -46,16 +45,19 @@ class _Child:
     pidfd: int
     started_s: float
 
-    def hang_up(self) -> None:
-        """End of file on its standard input: it stops by itself."""
-        if self.process.stdin is not None:
-            with suppress(OSError):  # an order that was never read is still to be flushed
-                self.process.stdin.close()
+    def say_goodbye(self) -> None:
+        """Told so, it stops by itself."""
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it is gone already
+            self.process.stdin.write(GOODBYE)
+            self.process.stdin.flush()
 
     def reap(self) -> int:
         code = self.process.wait()
         os.close(self.pidfd)
-        self.hang_up()
+        assert self.process.stdin is not None
+        with suppress(OSError):  # what it never read is still to be flushed
+            self.process.stdin.close()
         return code
 
 
@@ -173,6 +175,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "ucxx_transport.server.child", str(ready_write)],
                 stdin=subprocess.PIPE,
                 pass_fds=(ready_write,),
+                process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
             pidfd = _pidfd_of(process)
@@ -226,8 +229,8 @@ class Supervisor:
         watched.poll(seconds * 1000)
 
     def _end(self, child: _Child) -> None:
-        child.hang_up()
-        child.process.terminate()  # a process forked by the worker may hold its standard input open
+        child.say_goodbye()
+        child.process.terminate()  # while it is starting it does not listen yet, but dies of this; later it ignores it
         limit_s = self._stop_by_s if self._stopping else time.monotonic() + self._config.stop_timeout_s
         watched = select.poll()
         watched.register(child.pidfd, select.POLLIN)

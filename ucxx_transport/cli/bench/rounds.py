@@ -7,6 +7,7 @@ may be divided by each other, and the median of those ratios is what a compariso
 from __future__ import annotations
 
 import array
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
@@ -22,6 +23,9 @@ __all__ = ["DEFAULT_MAX_SLOTS", "Lane", "Plan", "ProcessSource", "Source", "meas
 MIN_SLOTS: Final = 4
 DEFAULT_MAX_SLOTS: Final = 512
 
+TURN_LIMIT_S: Final = 3.0
+"""A turn begins no batch after this: a view of 256 MiB takes 60 us, and refilling its slots for the next one 0.3 s."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -29,7 +33,8 @@ class Plan:
 
     Attributes:
         rounds: turns of every subject at every size.
-        turn_s: how long one turn is timed at least, in batches of as many reads as there are slots.
+        turn_s: how long one turn is timed at least, in batches of as many reads as there are slots; less where
+            refilling the slots takes too long for that (`TURN_LIMIT_S`).
         in_flight: reads kept in flight by async clients.
         pool_bytes: payload bytes that a source holds at once, within 4 to `max_slots` slots.
         max_slots: slots of a source, at most; also the reads of one batch.
@@ -132,14 +137,17 @@ def open_sources(lanes: Sequence[Lane], size_bytes: int, plan: Plan) -> None:
         source.watch_cpu()
 
 
-def take_turn(lane: Lane, size_bytes: int, plan: Plan, number: int) -> Round:
+def take_turn(
+    lane: Lane, size_bytes: int, plan: Plan, number: int, *, clock: Callable[[], float] = time.monotonic
+) -> Round:
     """One turn of one lane, whose source is open: connect and verify (which warms up), then time batches."""
     settings = _reader_settings(lane.subject, size_bytes, plan)
     lane.reader.call("open", **asdict(settings))
     verified = int(lane.reader.call("verify", offers=lane.source.fill()))
     foreign_load = ForeignLoad()
     tally = _Tally()
-    while not tally.latencies_ns or tally.wall_ns < plan.turn_s * 1e9:
+    last_batch_s = clock() + TURN_LIMIT_S
+    while not tally.latencies_ns or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
         offers = lane.source.fill()
         cpu_s = lane.source.cpu_s
         answer = lane.reader.call("time", offers=offers)
