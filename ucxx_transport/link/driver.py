@@ -34,8 +34,8 @@ TURN_S = 1e-3
 """How long inline completions may keep a task on the loop when no other operation has ended: some ten 64 KiB reads."""
 
 STRETCH = 10
-"""A spin lasts this many times `spin_s` as long as that pays. Too short for a slow machine is worst of all: where a
-read of 1 MiB took 850 us, a window of 200 us ended now and then in failed spins and sleeps by turns, 4 ms a read."""
+"""A spin lasts this many times `spin_s` as long as that pays: where system calls are slow, a read of 1 MiB over TCP
+takes 850 us, and a wait that is not over within the window costs a sleep and a wake-up besides."""
 
 CREDIT = 8
 """Long spins that may fail in a row before they are given up."""
