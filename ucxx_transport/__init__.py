@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
+    from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
     from ucxx_transport.server import ServerStatistics, UCXXServer
 
@@ -49,6 +50,7 @@ _HOMES = {
         "TransportError",
     ),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
+    "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
     "server": ("ServerStatistics", "UCXXServer"),
 }
@@ -81,6 +83,7 @@ __all__ = [
     "TensorSpec",
     "TransportError",
     "UCXXClient",
+    "UCXXRolloutMixin",
     "UCXXServer",
     "WriteLease",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import xxhash
@@ -230,6 +230,14 @@ class Schema:
         _, placement = self.arrange(tree)
         return {self._fields[i].name: length for i, length in zip(self._varlen, placement.lengths, strict=True)}
 
+    def gather(self, tree: Mapping[str, object]) -> list[Any]:
+        """The leaves of `tree` in field order, whatever they are: a new list, which `nest` undoes.
+
+        Raises:
+            ConfigError: fields are missing or unknown; the message names them.
+        """
+        return self._tree.gather(tree)
+
     def arrange(self, tree: Mapping[str, object]) -> tuple[list[Array], Placement]:
         """The arrays of `tree` in field order, each fitting its field, and where they go.
 
@@ -237,7 +245,7 @@ class Schema:
             ConfigError: the tree does not fit the schema; the message names the field and the remedy.
         """
         ndarray = np.ndarray
-        arrays: list[Array] = self._tree.gather(tree)
+        arrays: list[Array] = self.gather(tree)
         for index, field in enumerate(self._fields):
             array = arrays[index]
             # the common case inline: a call a field would double the time
@@ -245,7 +253,7 @@ class Schema:
                 arrays[index] = fit(array, field)
         return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
 
-    def nest(self, arrays: Sequence[Array]) -> ArrayTree:
+    def nest(self, arrays: Sequence[object]) -> ArrayTree:
         """A tree of these arrays, given in field order."""
         return self._tree.build(arrays)
 

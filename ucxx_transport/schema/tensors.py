@@ -3,7 +3,9 @@
 | given                                     | becomes                                                    |
 |-------------------------------------------|------------------------------------------------------------|
 | numpy array                               | itself                                                     |
-| buffer, `__array__`, `__array_interface__`| `np.asarray`: no copy where the object allows it           |
+| torch tensor on the CPU, with a gradient  | its own memory, no copy: bfloat16 and float8 too           |
+| or without                                |                                                            |
+| buffer, `__array__`, `__array_interface__`| `np.asarray`: no copy where the object allows it (jax too) |
 | `__dlpack__` on the CPU                   | `np.from_dlpack`, no copy                                  |
 | bytes                                     | uint8                                                      |
 | Python number, list of numbers            | the field's dtype: integers exactly, floats to the nearest |
@@ -11,9 +13,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
@@ -38,7 +42,11 @@ def as_array(value: object, field: str) -> Array:
         return value
     if isinstance(value, bytes):
         return np.frombuffer(value, np.uint8)
+    # not imported here: only a program that has loaded it can hold one of its tensors
+    torch: Any = sys.modules.get("torch")
     try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            return _of_tensor(value, torch)
         if (
             hasattr(value, "__dlpack__")
             and not hasattr(value, "__array__")
@@ -52,6 +60,18 @@ def as_array(value: object, field: str) -> Array:
             "copy it to the host, or view it as a dtype that numpy knows",
             field=field,
         ) from exc
+
+
+def _of_tensor(tensor: Any, torch: Any) -> Array:
+    """A torch tensor's memory; whatever cannot be one array in host memory raises what torch raises for it."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    name = str(plain.dtype).removeprefix("torch.")
+    if name != "bfloat16" and not name.startswith("float8_"):
+        array: Array = plain.numpy()
+        return array
+    bits = plain.view(torch.int16 if plain.dtype.itemsize == 2 else torch.uint8)
+    typed: Array = bits.numpy().view(getattr(ml_dtypes, name))
+    return typed
 
 
 def fit(value: object, spec: TensorSpec) -> Array:

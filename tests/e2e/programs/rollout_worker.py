@@ -1,0 +1,55 @@
+"""A rollout worker with the mixin: `python -m tests.e2e.programs.rollout_worker WORKER_ID`.
+
+| asked                       | does and answers                                                    |
+|-----------------------------|---------------------------------------------------------------------|
+| `{"steps": n, "version": v}`| plays an episode of n steps; `{"record": …}`, as the mixin gave it  |
+| `{"cleanup": true}`         | `cleanup_ucxx()`; `{"statistics": …}` of before it                  |
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
+from ucxx_transport import ServerConfig, UCXXRolloutMixin
+
+MAX_STEPS = 1000
+
+
+def play(steps: int) -> dict[str, Any]:
+    """An episode whose every value follows from its number of steps."""
+    return {
+        "obs": {"image": np.full((steps, 8, 8), steps % 251, np.uint8), "speed": np.arange(steps, dtype=np.float32)},
+        "reward": np.ones(steps, np.float32),
+    }
+
+
+class Worker(UCXXRolloutMixin):
+    """Plays what it is asked for."""
+
+    def run(self, worker_id: str) -> None:
+        """Answer until told to clean up, or until the end of the input."""
+        self.setup_ucxx(
+            worker_id,
+            varlen=dict.fromkeys(("obs/image", "obs/speed", "reward"), MAX_STEPS),
+            ring={"slots": 4, "on_full": "raise", "checksum": True},
+            server=ServerConfig(host="127.0.0.1", ports=2),
+            on_error="drop",
+            reward="reward",
+        )
+        for request in requests():
+            if "cleanup" in request:
+                assert self.ucxx_writer is not None
+                answer({"statistics": asdict(self.ucxx_writer.statistics())})
+                self.cleanup_ucxx()
+                return
+            answer({"record": self.write_to_buffer(play(request["steps"]), policy_version=request["version"])})
+
+
+if __name__ == "__main__":
+    log_to_stderr()
+    Worker().run(sys.argv[1])

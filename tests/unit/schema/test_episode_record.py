@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]  # ships no types
+import pytest
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, is_episode_record
+
+REF = SlotRef(ring_id=bytes(16), ring_name="r", slot=1, generation=2, nbytes=3, host_id="h", meta={"k": 1})
+FULL = EpisodeRecord(
+    worker_id="worker-0",
+    sequence=7,
+    ref=REF,
+    episode_length=500,
+    rewards=RewardSummary(total=10.0, mean=0.02, least=-1.0, most=1.0),
+    policy_version=-3,
+)
+DROPPED = EpisodeRecord(worker_id="w", sequence=0, dropped="RingFullError: no slot")
+
+MALFORMED: dict[str, list[Any]] = {
+    "worker_id": [None, "", 7, "a\n", "x" * 129],
+    "sequence": [None, -1, True, 1.0, 1 << 64],
+    "episode_length": [-1, True, 0.5, "1"],
+    "policy_version": [True, 0.5, "1", 1 << 63, -(1 << 63) - 1],
+    "ref": ["text", [], {"version": 1}],
+    "rewards": ["text", [], {"sum": 1.0}, {"sum": 1, "mean": 1.0, "min": 1.0, "max": 1.0}],
+}
+
+
+@pytest.mark.parametrize("record", [FULL, DROPPED])
+def test_a_record_travels_as_json_and_as_msgpack(record: EpisodeRecord) -> None:
+    assert EpisodeRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert EpisodeRecord.from_dict(msgpack.unpackb(msgpack.packb(record.to_dict()))) == record
+
+
+def test_a_record_is_known_among_other_values() -> None:
+    assert is_episode_record(FULL.to_dict())
+    others: list[object] = [{}, {"ref": 1}, [], "ucxx_transport", None, FULL]
+    assert not any(is_episode_record(other) for other in others)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in MALFORMED for value in MALFORMED[field]])
+def test_what_is_malformed_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        EpisodeRecord.from_dict({**FULL.to_dict(), field: value})
+    assert field in str(caught.value) or field in {"ref", "rewards"}
+
+
+@pytest.mark.parametrize("version", [0, 2, None, True, "1"])
+def test_another_version_is_refused(version: object) -> None:
+    with pytest.raises(ProtocolError, match="format version"):
+        EpisodeRecord.from_dict({**FULL.to_dict(), "ucxx_transport": version})
+
+
+@pytest.mark.parametrize("key", list(FULL.to_dict()))
+def test_a_field_that_is_missing_is_named(key: str) -> None:
+    form = FULL.to_dict()
+    del form[key]
+    with pytest.raises(ProtocolError, match=key):
+        EpisodeRecord.from_dict(form)
+
+
+def test_a_field_too_many_is_named() -> None:
+    with pytest.raises(ProtocolError, match="surprise"):
+        EpisodeRecord.from_dict({**FULL.to_dict(), "surprise": 1})
+
+
+@pytest.mark.parametrize("facts", [{}, {"ref": REF, "dropped": "why"}, {"dropped": ""}, {"dropped": "x" * 1001}])
+def test_a_record_has_a_reference_or_a_reason(facts: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="dropped"):
+        EpisodeRecord(worker_id="w", sequence=0, **facts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1, None])
+def test_a_summary_is_of_finite_floats(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rewards\.min"):
+        RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)

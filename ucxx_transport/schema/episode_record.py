@@ -1,0 +1,171 @@
+"""EpisodeRecord: what a rollout worker tells its control plane of one episode, as plain JSON- and msgpack-safe values.
+
+| key            | value                                                                         |
+|----------------|-------------------------------------------------------------------------------|
+| ucxx_transport | 1: this dict is one of ours, and its format's version                         |
+| worker_id      | 1-128 printable characters                                                    |
+| sequence       | u64: the worker's count of episodes, dropped ones too                         |
+| ref            | `SlotRef.to_dict()`, or null when the episode was dropped                     |
+| dropped        | null, or why: the error's class and words                                     |
+| episode_length | null, or steps                                                                |
+| rewards        | null, or {"sum", "mean", "min", "max"}: finite floats                         |
+| policy_version | null, or i64: the weights that it was played with                             |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.slot_ref import SlotRef
+from ucxx_transport.schema.wire_form import (
+    WIRE_VERSION,
+    check_version,
+    describe,
+    is_plain_text,
+    is_unsigned,
+    take_fields,
+)
+
+MARK = "ucxx_transport"
+"""The key by which a record is known among other dicts."""
+
+MAX_WORKER_ID_CHARS = 128
+MAX_REASON_CHARS = 1000
+
+_KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
+_REWARD_KEYS = ("sum", "mean", "min", "max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSummary:
+    """Rewards of one episode.
+
+    Attributes:
+        total: their sum. mean: total over their number. least, most: of one step.
+    """
+
+    total: float
+    mean: float
+    least: float
+    most: float
+
+    def __post_init__(self) -> None:
+        """Check that all are finite: JSON has no others.
+
+        Raises:
+            ConfigError: one is not; `facts["field"]` names it.
+        """
+        for name, value in zip(_REWARD_KEYS, (self.total, self.mean, self.least, self.most), strict=True):
+            if type(value) is not float or not isfinite(value):
+                raise ConfigError(f"rewards.{name} must be a finite float, not {describe(value)}", field="rewards")
+
+    def to_dict(self) -> dict[str, float]:
+        """Under the keys "sum", "mean", "min" and "max"."""
+        return dict(zip(_REWARD_KEYS, (self.total, self.mean, self.least, self.most), strict=True))
+
+    @classmethod
+    def from_dict(cls, data: object) -> RewardSummary:
+        """Rebuild from `to_dict`'s form.
+
+        Raises:
+            ProtocolError: it is malformed.
+        """
+        form = take_fields(data, "reward summary", required=_REWARD_KEYS)
+        try:
+            return cls(total=form["sum"], mean=form["mean"], least=form["min"], most=form["max"])  # type: ignore[arg-type]  # __post_init__ checks every type
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeRecord:
+    """One episode, as the control plane sees it.
+
+    Attributes:
+        worker_id: who played it.
+        sequence: the worker's count of episodes before it, dropped ones too: a gap is a loss on the way.
+        ref: where its payload is; None when it was dropped.
+        dropped: why there is no payload; None when there is one.
+        episode_length: its steps, None when the worker does not know them.
+        rewards: a summary, None without rewards.
+        policy_version: of the weights it was played with, None when unknown.
+    """
+
+    worker_id: str
+    sequence: int
+    ref: SlotRef | None = None
+    dropped: str | None = None
+    episode_length: int | None = None
+    rewards: RewardSummary | None = None
+    policy_version: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: one is out of its bounds; `facts["field"]` names it.
+        """
+        if not is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS):
+            raise ConfigError(
+                f"worker_id must be 1 to {MAX_WORKER_ID_CHARS} printable characters, not {describe(self.worker_id)}",
+                field="worker_id",
+            )
+        if not is_unsigned(self.sequence, 64):
+            raise ConfigError(f"sequence must be an u64, not {describe(self.sequence)}", field="sequence")
+        if (self.ref is None) == (self.dropped is None):
+            raise ConfigError("a record has either a ref, or the reason why it was dropped", field="dropped")
+        if self.ref is not None and not isinstance(self.ref, SlotRef):
+            raise ConfigError(f"ref must be a SlotRef, not {describe(self.ref)}", field="ref")
+        if self.rewards is not None and not isinstance(self.rewards, RewardSummary):
+            raise ConfigError(f"rewards must be a RewardSummary, not {describe(self.rewards)}", field="rewards")
+        if self.dropped is not None and (
+            type(self.dropped) is not str or not 0 < len(self.dropped) <= MAX_REASON_CHARS
+        ):
+            raise ConfigError(f"dropped must be 1 to {MAX_REASON_CHARS} characters", field="dropped")
+        if self.episode_length is not None and not is_unsigned(self.episode_length, 64):
+            raise ConfigError(
+                f"episode_length must be an u64, not {describe(self.episode_length)}", field="episode_length"
+            )
+        version = self.policy_version
+        if version is not None and (type(version) is not int or not -(1 << 63) <= version < 1 << 63):
+            raise ConfigError(f"policy_version must be an i64, not {describe(version)}", field="policy_version")
+
+    def to_dict(self) -> dict[str, object]:
+        """The record as plain values, for any queue."""
+        return {
+            MARK: WIRE_VERSION,
+            "worker_id": self.worker_id,
+            "sequence": self.sequence,
+            "ref": None if self.ref is None else self.ref.to_dict(),
+            "dropped": self.dropped,
+            "episode_length": self.episode_length,
+            "rewards": None if self.rewards is None else self.rewards.to_dict(),
+            "policy_version": self.policy_version,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> EpisodeRecord:
+        """Rebuild a record from `to_dict`'s form, whoever wrote it.
+
+        Raises:
+            ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
+        """
+        form = dict(take_fields(data, "episode record", required=_KEYS))
+        check_version(form.pop(MARK), "episode record")
+        ref, rewards = form.pop("ref"), form.pop("rewards")
+        try:
+            return cls(
+                ref=None if ref is None else SlotRef.from_dict(ref),
+                rewards=None if rewards is None else RewardSummary.from_dict(rewards),
+                **form,  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
+            )
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+def is_episode_record(value: object) -> bool:
+    """Whether `value` claims to be a record: `EpisodeRecord.from_dict` then takes it or says what is wrong with it."""
+    return isinstance(value, Mapping) and MARK in value
