@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
+from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class UCXXClient:
         Args:
             ref: names it and says where it is.
             into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it
-                stays
-                in a pooled buffer, or in the slot itself.
+                stays in a pooled buffer, or in the slot itself.
             deadline_s: seconds this call may take in all, retries included; default `ClientConfig.deadline_s`.
 
         Returns:
@@ -99,16 +99,7 @@ class UCXXClient:
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
         """
-
-        async def outcome(ref: SlotRef) -> Payload | TransportError:
-            try:
-                return await self.read(ref, deadline_s=deadline_s)
-            except TransportError as error:
-                return error
-
-        async with asyncio.TaskGroup() as tasks:
-            reads = [tasks.create_task(outcome(ref)) for ref in refs]
-        return [read.result() for read in reads]
+        return await read_all(lambda ref: self.read(ref, deadline_s=deadline_s), refs)
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""

@@ -37,18 +37,26 @@ class LoopThread:
         self._loop = self._up.result()
         atexit.register(self.stop)
 
+    def submit(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Run `function()` in the loop; cancelling the future cancels the task there.
+
+        Raises:
+            ConfigError: it has been stopped.
+        """
+        coroutine = function()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise self._stopped() from None
+
     def call(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `function()` in the loop and return its result; interrupted, the task is cancelled there.
 
         Raises:
             ConfigError: it has been stopped, before or meanwhile.
         """
-        coroutine = function()
-        try:
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError:
-            coroutine.close()
-            raise self._stopped() from None
+        future = self.submit(function)
         try:
             while True:
                 try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
 from ucxx_transport.client.loop_thread import LoopThread
+from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
@@ -144,11 +145,11 @@ class SyncUCXXClient:
     async def _fetch_all(
         self, remote: RemoteReader, refs: Sequence[SlotRef], until_s: float
     ) -> list[Payload | TransportError]:
-        async def outcome(ref: SlotRef) -> Payload | TransportError:
+        async def read(ref: SlotRef) -> Payload:
             try:
                 return await self._read_remote(remote, ref, None, until_s - time.monotonic())
             except TransportError as error:
                 self._core.count_failure(error)
-                return error
+                raise
 
-        return await asyncio.gather(*(outcome(ref) for ref in refs))
+        return await read_all(read, refs)

@@ -3,6 +3,7 @@
 | asked                       | does and answers                                                    |
 |-----------------------------|---------------------------------------------------------------------|
 | `{"steps": n, "version": v}`| plays an episode of n steps; `{"record": …}`, as the mixin gave it  |
+| `{"server": true}`          | `{"server": pid}` of the server process                             |
 | `{"cleanup": true}`         | `cleanup_ucxx()`; `{"statistics": …}` of before it                  |
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
+from tests.support.waiting import wait_until
 from ucxx_transport import ServerConfig, UCXXRolloutMixin
 
 MAX_STEPS = 1000
@@ -30,6 +32,13 @@ def play(steps: int) -> dict[str, Any]:
 
 class Worker(UCXXRolloutMixin):
     """Plays what it is asked for."""
+
+    def server_pid(self) -> int | None:
+        """The server process, once there is one and it is up."""
+        assert self.ucxx_writer is not None
+        server = self.ucxx_writer.server
+        assert server is not None
+        return wait_until(lambda: server.statistics().pid, 60, what="a server process")
 
     def run(self, worker_id: str) -> None:
         """Answer until told to clean up, or until the end of the input."""
@@ -47,6 +56,9 @@ class Worker(UCXXRolloutMixin):
                 answer({"statistics": asdict(self.ucxx_writer.statistics())})
                 self.cleanup_ucxx()
                 return
+            if "server" in request:
+                answer({"server": self.server_pid()})
+                continue
             answer({"record": self.write_to_buffer(play(request["steps"]), policy_version=request["version"])})
 
 

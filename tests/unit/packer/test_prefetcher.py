@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from tests.support.waiting import wait_until
+from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState
+from ucxx_transport.link.base import Link
+from ucxx_transport.packer import Batch, Loss, LossReason, Prefetcher
+from ucxx_transport.schema.episode_record import EpisodeRecord
+
+LOCAL = ClientConfig(local="view")
+
+
+class Worker:
+    """A rollout worker of this host, and what it looks like from another one that nobody can reach."""
+
+    def __init__(self, ring: SharedRingBuffer) -> None:
+        self.ring = ring
+        self._sequence = 0
+
+    def play(self, count: int, *, policy_version: int | None = None) -> list[EpisodeRecord]:
+        return [self._episode(policy_version) for _ in range(count)]
+
+    def play_far_away(self, count: int) -> list[EpisodeRecord]:
+        records = self.play(count)
+        return [
+            replace(record, ref=replace(record.ref, host_id="elsewhere", host="192.0.2.1", ports=(1,)))
+            for record in records
+            if record.ref is not None
+        ]
+
+    def _episode(self, policy_version: int | None) -> EpisodeRecord:
+        sequence, self._sequence = self._sequence, self._sequence + 1
+        ref = self.ring.write_raw(sequence.to_bytes(8, "little"))
+        return EpisodeRecord(worker_id="w", sequence=sequence, ref=ref, policy_version=policy_version)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with SharedRingBuffer.create(RingConfig(slots=32, slot_bytes=64, on_full="raise")) as ring:
+        yield Worker(ring)
+
+
+@asynccontextmanager
+async def silence() -> AsyncIterator[Link]:
+    """A link that never comes up."""
+    await asyncio.Event().wait()
+    yield  # type: ignore[misc]  # never reached
+
+
+def sequences(batch: Batch) -> list[int]:
+    return [int.from_bytes(payload.buffer, "little") for payload in batch.payloads.values()]
+
+
+def test_the_next_batch_comes_while_this_one_is_trained_on(worker: Worker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        cold = [prefetcher.is_cold_start]
+        prefetcher.start(worker.play(3))
+        cold.append(prefetcher.is_cold_start)
+        assert cold == [True, False]
+        assert prefetcher.wait()
+        first = prefetcher.collect()
+        assert prefetcher.batch is first
+        prefetcher.start(worker.play(2))
+        assert prefetcher.wait()
+        assert prefetcher.wait()
+        assert sequences(first) == [0, 1, 2]
+        second = prefetcher.collect()
+        assert all(payload.released for payload in first.payloads.values())
+        assert sequences(second) == [3, 4]
+        found = prefetcher.statistics()
+        assert (found.batches, found.episodes, found.nbytes, found.losses, found.given_up) == (2, 5, 40, {}, 0)
+    assert worker.ring.slot_states() == [SlotState.FREE] * 32
+
+
+def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(worker: Worker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        for count in (1, 2, 3):
+            prefetcher.defer(worker.play(count))
+        found = []
+        for _ in range(3):
+            assert prefetcher.wait()
+            found.append(sequences(prefetcher.collect()))
+        assert found == [[0], [1, 2], [3, 4, 5]]
+        assert prefetcher.is_cold_start
+
+
+def test_every_loss_is_reported_to_who_collects(worker: Worker) -> None:
+    losses: list[Loss] = []
+    with Prefetcher(LOCAL, max_staleness=1, on_loss=losses.append) as prefetcher:
+        old, new = worker.play(1, policy_version=1), worker.play(2, policy_version=5)
+        records = [*old, *new, new[0], EpisodeRecord(worker_id="w", sequence=9, dropped="why")]
+        prefetcher.start(records, policy_version=5)
+        assert prefetcher.wait()
+        assert losses == []
+        assert sequences(prefetcher.collect()) == [1, 2]
+        assert [(loss.index, loss.reason) for loss in losses] == [
+            (0, LossReason.TOO_OLD),
+            (3, LossReason.DUPLICATE),
+            (4, LossReason.DROPPED),
+        ]
+        assert prefetcher.statistics().losses == {"too_old": 1, "duplicate": 1, "dropped": 1}
+
+
+def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(worker: Worker) -> None:
+    losses: list[Loss] = []
+    with Prefetcher(
+        ClientConfig(local="auto"), deadline_s=600, on_loss=losses.append, link_factory=silence
+    ) as prefetcher:
+        prefetcher.start([*worker.play_far_away(2), *worker.play(1)])
+        prefetcher.defer(worker.play(1))
+        assert not prefetcher.wait(0.05)
+        assert [(loss.index, loss.reason) for loss in losses] == [(index, LossReason.TIMEOUT) for index in range(3)]
+        assert prefetcher.wait()
+        assert sequences(prefetcher.collect()) == [3]
+        found = prefetcher.statistics()
+        assert (found.given_up, found.losses, found.batches) == (1, {"timeout": 3}, 1)
+    # what was far away was never read; what had been read of the batch that was given up came back
+    wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 30, what="the payload is let go")
+
+
+def test_a_wrong_argument_is_raised_to_who_collects_and_the_next_batch_is_fine(worker: Worker) -> None:
+    with Prefetcher(LOCAL, max_staleness=1) as prefetcher:
+        prefetcher.start(worker.play(1))
+        assert prefetcher.wait()
+        with pytest.raises(ConfigError, match="policy_version"):
+            prefetcher.collect()
+        with pytest.raises(ConfigError, match="policy_version"):
+            prefetcher.fetch(worker.play(1))
+        prefetcher.start(worker.play(1, policy_version=1), policy_version=1)
+        assert prefetcher.wait()
+        assert sequences(prefetcher.collect()) == [2]
+
+
+def test_a_batch_may_be_fetched_beside_the_one_on_its_way(worker: Worker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        prefetcher.start(worker.play(1))
+        batch = prefetcher.fetch(worker.play(1))
+        assert sequences(batch) == [1]
+        batch.release()
+        assert prefetcher.wait()
+        assert sequences(prefetcher.collect()) == [0]
+
+
+def test_what_is_out_of_turn_is_refused(worker: Worker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        with pytest.raises(ConfigError, match="start_prefetch"):
+            prefetcher.wait()
+        with pytest.raises(ConfigError, match="start_prefetch"):
+            prefetcher.collect()
+        prefetcher.start(worker.play(1))
+        with pytest.raises(ConfigError, match="defer_prefetch"):
+            prefetcher.start(worker.play(1))
+
+
+def test_closing_ends_who_waits_and_what_is_on_its_way(worker: Worker) -> None:
+    prefetcher = Prefetcher(ClientConfig(local="off"), deadline_s=600, link_factory=silence)
+    prefetcher.start(worker.play_far_away(1))
+    told: list[str] = []
+
+    def wait() -> None:
+        try:
+            prefetcher.wait()
+        except ConfigError as error:
+            told.append(error.message)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    prefetcher.close()
+    prefetcher.close()
+    waiting.join()
+    assert told == ["the prefetcher is closed; make another"]
+    for call in (prefetcher.wait, prefetcher.collect, lambda: prefetcher.start([]), lambda: prefetcher.fetch([])):
+        with pytest.raises(ConfigError, match="closed"):
+            call()

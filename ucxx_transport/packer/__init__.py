@@ -1,0 +1,7 @@
+"""A trainer's end: batches of episodes fetched ahead, each episode once, each loss with its reason."""
+
+from ucxx_transport.packer.batch import Batch, fetch_batch
+from ucxx_transport.packer.prefetcher import Prefetcher, PrefetchStatistics
+from ucxx_transport.packer.triage import Loss, LossReason
+
+__all__ = ["Batch", "Loss", "LossReason", "PrefetchStatistics", "Prefetcher", "fetch_batch"]

@@ -1,0 +1,151 @@
+"""The double buffer: one batch is trained on while the next one is fetched, and batches are matched by id.
+
+| call                  | nothing under way  | a batch is being fetched      | a batch has been fetched       |
+|-----------------------|--------------------|-------------------------------|--------------------------------|
+| `start(rollouts)`     | an order to fetch  | refused: collect or defer     | refused: collect or defer      |
+| `defer(rollouts)`     | an order to fetch  | queued                        | queued                         |
+| `finished(id, batch)` | late: not taken    | taken if the id is its own    | late: not taken                |
+| `abandon(id)`         | nothing            | given up if the id is its own | nothing: it came in time       |
+| `collect()`           | refused: start it  | refused: wait first           | the batch; the one before goes |
+
+Whatever is "not taken" or "goes" is the caller's to release. After `collect` and `abandon` the oldest deferred rollouts
+are what is fetched next. No I/O, no clock, no lock: the caller brings them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ucxx_transport.errors import ConfigError
+
+RolloutsT = TypeVar("RolloutsT")
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOrder(Generic[RolloutsT]):
+    """What to fetch next.
+
+    Attributes:
+        batch_id: to say with its result. rollouts: what was asked for.
+    """
+
+    batch_id: int
+    rollouts: RolloutsT
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Generic[BatchT, RolloutsT]):
+    """What a `collect` gave.
+
+    Attributes:
+        batch: to train on now. done: the batch before it, to be released. order: what to fetch meanwhile.
+    """
+
+    batch: BatchT
+    done: BatchT | None
+    order: FetchOrder[RolloutsT] | None
+
+
+class DoubleBuffer(Generic[RolloutsT, BatchT]):
+    """Which batch is trained on, which one is on its way, and what waits behind it."""
+
+    __slots__ = ("_deferred", "_fetched", "_fetching", "_ids", "_in_use")
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._deferred: deque[RolloutsT] = deque()
+        self._fetching: int | None = None
+        self._fetched: BatchT | None = None
+        self._in_use: BatchT | None = None
+
+    @property
+    def is_cold_start(self) -> bool:
+        """Whether there is nothing to collect and nothing on its way: the trainer has to wait for a whole fetch."""
+        return self._fetching is None and self._fetched is None
+
+    @property
+    def in_use(self) -> BatchT | None:
+        """The batch that was collected last."""
+        return self._in_use
+
+    @property
+    def fetching(self) -> int | None:
+        """Id of the batch on its way."""
+        return self._fetching
+
+    @property
+    def fetched(self) -> bool:
+        """Whether a batch waits to be collected."""
+        return self._fetched is not None
+
+    @property
+    def deferred(self) -> int:
+        """Batches that wait for their turn to be fetched."""
+        return len(self._deferred)
+
+    def start(self, rollouts: RolloutsT) -> FetchOrder[RolloutsT]:
+        """Fetch these now.
+
+        Raises:
+            ConfigError: a batch is on its way or waits to be collected.
+        """
+        if not self.is_cold_start:
+            raise ConfigError(
+                "a batch is on its way or waits to be collected; collect_prefetch() first, or defer_prefetch(rollouts)"
+            )
+        return self._order(rollouts)
+
+    def defer(self, rollouts: RolloutsT) -> FetchOrder[RolloutsT] | None:
+        """Fetch these as soon as the batches before them are out of the way; an order when that is now."""
+        if self.is_cold_start:
+            return self._order(rollouts)
+        self._deferred.append(rollouts)
+        return None
+
+    def finished(self, batch_id: int, batch: BatchT) -> bool:
+        """A fetch has ended. False: it is not the one that is waited for, and the batch is the caller's to release."""
+        if batch_id != self._fetching:
+            return False
+        self._fetching = None
+        self._fetched = batch
+        return True
+
+    def abandon(self, batch_id: int) -> FetchOrder[RolloutsT] | None:
+        """Wait no longer for this batch: what still comes of it is late. What to fetch instead, if anything waits."""
+        if batch_id != self._fetching:
+            return None
+        self._fetching = None
+        return self._next()
+
+    def collect(self) -> Collected[BatchT, RolloutsT]:
+        """Take the fetched batch into use.
+
+        Raises:
+            ConfigError: there is none (yet).
+        """
+        if self._fetched is None:
+            raise ConfigError(
+                "the batch is still on its way: wait_prefetch() first"
+                if self._fetching is not None
+                else "nothing was prefetched: start_prefetch(rollouts) first"
+            )
+        done, self._in_use, self._fetched = self._in_use, self._fetched, None
+        return Collected(self._in_use, done, self._next())
+
+    def close(self) -> list[BatchT]:
+        """Forget everything; the batches held, to be released. What still comes is late."""
+        held = [batch for batch in (self._in_use, self._fetched) if batch is not None]
+        self._in_use = self._fetched = self._fetching = None
+        self._deferred.clear()
+        return held
+
+    def _next(self) -> FetchOrder[RolloutsT] | None:
+        return self._order(self._deferred.popleft()) if self._deferred else None
+
+    def _order(self, rollouts: RolloutsT) -> FetchOrder[RolloutsT]:
+        self._fetching = next(self._ids)
+        return FetchOrder(self._fetching, rollouts)

@@ -1,0 +1,282 @@
+"""Prefetcher: fetches a trainer's next batch while it trains on this one."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from ucxx_transport.client import UCXXClient
+from ucxx_transport.client.loop_thread import LoopThread
+from ucxx_transport.config import ClientConfig
+from ucxx_transport.errors import ConfigError, DeadlineExceededError
+from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, fetch_batch
+from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
+from ucxx_transport.packer.triage import Loss, LossReason
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.schema.episode_record import EpisodeRecord
+
+_log = structlog.get_logger(__name__)
+
+# A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost.
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchStatistics:
+    """What a prefetcher has handed out.
+
+    Attributes:
+        batches: collected or fetched. episodes: their payloads. nbytes: their bytes.
+        losses: episodes that are in no batch, by the reason's word.
+        given_up: batches that did not come in time; their episodes are lost by "timeout".
+    """
+
+    batches: int
+    episodes: int
+    nbytes: int
+    losses: Mapping[str, int]
+    given_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    records: tuple[EpisodeRecord, ...]
+    policy_version: int | None
+
+
+class Prefetcher:
+    """One background thread with one event loop and one client, for a trainer's life. Thread-safe.
+
+    Args:
+        config: settings of the client.
+        deadline_s: of one batch. max_fetch_rounds, max_staleness: as for `fetch_batch`.
+        on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
+        link_factory: as for `UCXXClient`.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | None = None,
+        *,
+        deadline_s: float = 30.0,
+        max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
+        max_staleness: int | None = None,
+        on_loss: Callable[[Loss], None] = lambda _: None,
+        link_factory: LinkFactory | None = None,
+    ) -> None:
+        self._client = UCXXClient(config, link_factory=link_factory)
+        self._deadline_s = deadline_s
+        self._max_fetch_rounds = max_fetch_rounds
+        self._max_staleness = max_staleness
+        self._on_loss = on_loss
+        self._changed = threading.Condition()
+        self._buffer: DoubleBuffer[_Request, Batch | Exception] = DoubleBuffer()
+        self._running: dict[int, tuple[Future[None], _Request]] = {}
+        self._losses: Counter[str] = Counter()
+        self._batches = self._episodes = self._nbytes = self._given_up = 0
+        self._closed = False
+        self._thread = LoopThread("ucxx-prefetch")
+        atexit.register(self.close)  # registered after the loop's own, so run before it
+
+    @property
+    def is_cold_start(self) -> bool:
+        """Whether nothing is on its way and nothing waits to be collected."""
+        with self._changed:
+            return self._buffer.is_cold_start
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch that was collected last; its payloads are released by the next `collect`."""
+        with self._changed:
+            in_use = self._buffer.in_use
+        return in_use if isinstance(in_use, Batch) else None
+
+    def start(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> None:
+        """Begin to fetch a batch, and return at once.
+
+        Raises:
+            ConfigError: a batch is on its way or waits to be collected; or the prefetcher is closed.
+        """
+        with self._changed:
+            self._require_open()
+            self._begin(self._buffer.start(_Request(tuple(records), policy_version)))
+
+    def defer(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> None:
+        """Fetch a batch as soon as those before it are out of the way: at once when there are none.
+
+        Raises:
+            ConfigError: the prefetcher is closed.
+        """
+        with self._changed:
+            self._require_open()
+            self._begin(self._buffer.defer(_Request(tuple(records), policy_version)))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the batch on its way can be collected.
+
+        Args:
+            timeout_s: how long at most; None: the batch's own deadline.
+
+        Returns:
+            False when it did not come: it is given up, its episodes are counted as lost, and whatever still comes of
+            it is released. The next deferred batch is then on its way.
+
+        Raises:
+            ConfigError: nothing is on its way, or the prefetcher is closed.
+        """
+        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else timeout_s
+        until_s = time.monotonic() + limit_s
+        with self._changed:
+            self._require_open()
+            batch_id = self._buffer.fetching
+            if batch_id is None:
+                if self._buffer.fetched:
+                    return True
+                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
+            while self._buffer.fetching == batch_id and (left_s := until_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
+            self._require_open()
+            if self._buffer.fetching != batch_id:
+                return True
+            losses = self._give_up(batch_id)
+        self._report(losses)
+        return False
+
+    def collect(self) -> Batch:
+        """Take the fetched batch into use: the one before it is released, and the next deferred one is on its way.
+
+        Raises:
+            ConfigError: there is none yet, or fetching it failed by a wrong argument.
+        """
+        with self._changed:
+            self._require_open()
+            collected = self._buffer.collect()
+            self._begin(collected.order)
+        if isinstance(collected.done, Batch):
+            collected.done.release()
+        if isinstance(collected.batch, Exception):
+            raise collected.batch
+        self._hand_out(collected.batch)
+        return collected.batch
+
+    def fetch(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> Batch:
+        """Fetch a batch and wait for it, beside whatever is on its way. The caller releases it.
+
+        Raises:
+            ConfigError: a wrong argument, or the prefetcher is closed.
+        """
+        self._require_open()
+        request = _Request(tuple(records), policy_version)
+        batch = self._thread.call(lambda: self._fetch(request))
+        self._hand_out(batch)
+        return batch
+
+    def statistics(self) -> PrefetchStatistics:
+        """Counts since this prefetcher was made."""
+        with self._changed:
+            return PrefetchStatistics(
+                batches=self._batches,
+                episodes=self._episodes,
+                nbytes=self._nbytes,
+                losses=dict(self._losses),
+                given_up=self._given_up,
+            )
+
+    def close(self) -> None:
+        """Give up what is on its way, release what is held, take leave of the servers, end the thread. Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            held = self._buffer.close()
+            running = [future for future, _ in self._running.values()]
+            self._running.clear()
+            self._changed.notify_all()
+        for future in running:
+            future.cancel()
+        for batch in held:
+            if isinstance(batch, Batch):
+                batch.release()
+        atexit.unregister(self.close)
+        with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
+            self._thread.call(self._client.aclose)
+        self._thread.stop()
+
+    def __enter__(self) -> Self:
+        """The prefetcher itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _begin(self, order: FetchOrder[_Request] | None) -> None:
+        if order is not None:
+            future = self._thread.submit(lambda: self._prefetch(order))
+            self._running[order.batch_id] = (future, order.rollouts)
+
+    async def _fetch(self, request: _Request) -> Batch:
+        return await fetch_batch(
+            self._client,
+            request.records,
+            deadline_s=self._deadline_s,
+            max_fetch_rounds=self._max_fetch_rounds,
+            policy_version=request.policy_version,
+            max_staleness=self._max_staleness,
+        )
+
+    async def _prefetch(self, order: FetchOrder[_Request]) -> None:
+        outcome: Batch | Exception
+        try:
+            outcome = await self._fetch(order.rollouts)
+        except Exception as error:  # noqa: BLE001 - the edge of a task: `collect` raises it to the trainer
+            outcome = error
+        with self._changed:
+            taken = self._buffer.finished(order.batch_id, outcome)
+            self._running.pop(order.batch_id, None)
+            self._changed.notify_all()
+        if not taken and isinstance(outcome, Batch):
+            outcome.release()  # its episodes were counted as lost when it was given up
+
+    def _give_up(self, batch_id: int) -> list[Loss]:
+        future, request = self._running.pop(batch_id)
+        future.cancel()
+        self._given_up += 1
+        self._begin(self._buffer.abandon(batch_id))
+        _log.warning("a batch was given up", batch=batch_id, episodes=len(request.records))
+        error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
+        return [
+            Loss(index=index, record=record, reason=LossReason.TIMEOUT, error=error)
+            for index, record in enumerate(request.records)
+        ]
+
+    def _hand_out(self, batch: Batch) -> None:
+        with self._changed:
+            self._batches += 1
+            self._episodes += len(batch.payloads)
+            self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
+        self._report(batch.losses)
+
+    def _report(self, losses: Sequence[Loss]) -> None:
+        with self._changed:
+            self._losses.update(loss.reason.value for loss in losses)
+        for loss in losses:
+            self._on_loss(loss)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the prefetcher is closed; make another")
