@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator, MutableMapping
 from multiprocessing import resource_tracker
 from typing import Any
@@ -12,6 +13,12 @@ import structlog
 from structlog.testing import capture_logs
 
 from tests.support.leaks import KINDS, leaks_since, mark_own_processes, own_segments, snapshot
+
+
+def pytest_configure() -> None:
+    """Hear SIGINT: a shell's background job is started with it ignored, and every child would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StaleSlotError,
         TransportError,
     )
+    from ucxx_transport.packer import UCXXDataPackerMixin
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
     from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
@@ -49,6 +50,7 @@ _HOMES = {
         "StaleSlotError",
         "TransportError",
     ),
+    "packer": ("UCXXDataPackerMixin",),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
     "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
@@ -83,6 +85,7 @@ __all__ = [
     "TensorSpec",
     "TransportError",
     "UCXXClient",
+    "UCXXDataPackerMixin",
     "UCXXRolloutMixin",
     "UCXXServer",
     "WriteLease",

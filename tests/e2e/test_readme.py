@@ -16,7 +16,8 @@ from ucxx_transport.cli.program import VERBS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE, SAID = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)[0]
+MIXINS, PIECES = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+UCX_ONLY = 'ClientConfig(local="off")'
 
 
 def run_to_the_end(command: list[str], folder: Path) -> tuple[int, str, str]:
@@ -38,15 +39,27 @@ def run_to_the_end(command: list[str], folder: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(("settings", "transport"), [("", "view"), ('ClientConfig(local="off")', "ucx")])
-def test_the_example_prints_what_the_readme_says(settings: str, transport: str, tmp_path: Path) -> None:
-    program = EXAMPLE.replace("SyncUCXXClient()", f"SyncUCXXClient({settings})")
-    program = program.replace("import RingConfig", "import ClientConfig, RingConfig")
-    (tmp_path / "example.py").write_text(program)
-    code, out, err = run_to_the_end([sys.executable, "-W", "error", "example.py"], tmp_path)
+def printed_by(program: str, folder: Path) -> str:
+    (folder / "example.py").write_text(program)
+    code, out, err = run_to_the_end([sys.executable, "-W", "error", "example.py"], folder)
     assert code == 0, err
-    printed = [line for line in out.splitlines() if line.startswith("(")]
-    assert printed == SAID.replace("view", transport).split("\n")[:-1]
+    return "".join(line + "\n" for line in out.splitlines() if line.startswith(("(", "0", "1", "2", "lost")))
+
+
+@pytest.mark.parametrize(("settings", "transport"), [("", "view"), (UCX_ONLY, "ucx")])
+def test_the_example_prints_what_the_readme_says(settings: str, transport: str, tmp_path: Path) -> None:
+    example, said = PIECES
+    program = example.replace("SyncUCXXClient()", f"SyncUCXXClient({settings})")
+    program = program.replace("import RingConfig", "import ClientConfig, RingConfig")
+    assert printed_by(program, tmp_path) == said.replace("view", transport)
+
+
+@pytest.mark.parametrize("settings", ["", f"client={UCX_ONLY}"])
+def test_the_example_of_the_mixins_prints_what_the_readme_says(settings: str, tmp_path: Path) -> None:
+    example, said = MIXINS
+    program = example.replace("setup_ucxx_data_packer()", f"setup_ucxx_data_packer({settings})")
+    program = program.replace("import UCXXData", "import ClientConfig, UCXXData")
+    assert printed_by(program, tmp_path) == said
 
 
 def test_the_scripts_it_names_are_there() -> None:

@@ -18,7 +18,7 @@ NAMES = {
     *("ClientConfig", "UCXXClient", "SyncUCXXClient", "Payload", "ClientStatistics"),
     *("TransportError", "SlotError", "StaleSlotError", "RingFullError", "ProtocolError", "AuthenticationError"),
     *("DeadlineExceededError", "PeerLostError", "ChecksumError", "ConfigError", "BusyError", "NotReadyError"),
-    "UCXXRolloutMixin",
+    *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
     "__version__",
 }
 

@@ -1,7 +1,18 @@
 """A trainer's end: batches of episodes fetched ahead, each episode once, each loss with its reason."""
 
 from ucxx_transport.packer.batch import Batch, fetch_batch
+from ucxx_transport.packer.mixin import UCXXDataPackerMixin
 from ucxx_transport.packer.prefetcher import Prefetcher, PrefetchStatistics
+from ucxx_transport.packer.rollout_feed import RolloutFeed
 from ucxx_transport.packer.triage import Loss, LossReason
 
-__all__ = ["Batch", "Loss", "LossReason", "PrefetchStatistics", "Prefetcher", "fetch_batch"]
+__all__ = [
+    "Batch",
+    "Loss",
+    "LossReason",
+    "PrefetchStatistics",
+    "Prefetcher",
+    "RolloutFeed",
+    "UCXXDataPackerMixin",
+    "fetch_batch",
+]

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.packer.triage import Loss, Wanted, loss_of, round_s, sort_out
+from ucxx_transport.packer.triage import AskedFor, Loss, Wanted, loss_of, round_s, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
     from ucxx_transport.errors import TransportError
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.schema.episode_record import EpisodeRecord
 
 __all__ = ["Batch", "BatchReader", "Loss", "fetch_batch"]
 
@@ -55,7 +54,7 @@ class Batch:
 
 async def fetch_batch(
     client: BatchReader,
-    records: Sequence[EpisodeRecord],
+    records: Sequence[AskedFor],
     *,
     deadline_s: float,
     max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
@@ -66,7 +65,7 @@ async def fetch_batch(
 
     Args:
         client: reads; `UCXXClient`.
-        records: the episodes, as their workers described them.
+        records: the episodes, as their workers described them; an error stands for a record that could not be read.
         deadline_s: seconds for the whole batch.
         max_fetch_rounds: how often an episode is asked for while its error is retryable, at least 1.
         policy_version: of the trainer's weights now; needed for `max_staleness`.
@@ -78,10 +77,7 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    if max_fetch_rounds < 1:
-        raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
-    if not deadline_s > 0:
-        raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+    check_limits(deadline_s, max_fetch_rounds)
     clock = asyncio.get_running_loop().time
     until_s = clock() + deadline_s
     wanted, losses = sort_out(records, policy_version=policy_version, max_staleness=max_staleness)
@@ -114,3 +110,15 @@ async def fetch_batch(
         losses=tuple(sorted(losses, key=lambda loss: loss.index)),
         rounds=rounds,
     )
+
+
+def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:
+    """Refuse limits under which nothing could be fetched.
+
+    Raises:
+        ConfigError: one is out of its bounds.
+    """
+    if max_fetch_rounds < 1:
+        raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
+    if not deadline_s > 0:
+        raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")

@@ -19,13 +19,12 @@ from ucxx_transport.client import UCXXClient
 from ucxx_transport.client.loop_thread import LoopThread
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
-from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, fetch_batch
+from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, check_limits, fetch_batch
 from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
-from ucxx_transport.packer.triage import Loss, LossReason
+from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client.core import LinkFactory
-    from ucxx_transport.schema.episode_record import EpisodeRecord
 
 _log = structlog.get_logger(__name__)
 
@@ -52,7 +51,7 @@ class PrefetchStatistics:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    records: tuple[EpisodeRecord, ...]
+    records: tuple[AskedFor, ...]
     policy_version: int | None
 
 
@@ -64,6 +63,9 @@ class Prefetcher:
         deadline_s: of one batch. max_fetch_rounds, max_staleness: as for `fetch_batch`.
         on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
         link_factory: as for `UCXXClient`.
+
+    Raises:
+        ConfigError: an argument is out of its bounds.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Prefetcher:
         on_loss: Callable[[Loss], None] = lambda _: None,
         link_factory: LinkFactory | None = None,
     ) -> None:
+        check_limits(deadline_s, max_fetch_rounds)
+        check_staleness(max_staleness, policy_version=0)
         self._client = UCXXClient(config, link_factory=link_factory)
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
@@ -103,25 +107,26 @@ class Prefetcher:
             in_use = self._buffer.in_use
         return in_use if isinstance(in_use, Batch) else None
 
-    def start(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> None:
+    def start(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> None:
         """Begin to fetch a batch, and return at once.
 
         Raises:
-            ConfigError: a batch is on its way or waits to be collected; or the prefetcher is closed.
+            ConfigError: a batch is on its way or waits to be collected; `policy_version` is missing; or the prefetcher
+                is closed.
         """
         with self._changed:
             self._require_open()
-            self._begin(self._buffer.start(_Request(tuple(records), policy_version)))
+            self._begin(self._buffer.start(self._request(records, policy_version)))
 
-    def defer(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> None:
+    def defer(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> None:
         """Fetch a batch as soon as those before it are out of the way: at once when there are none.
 
         Raises:
-            ConfigError: the prefetcher is closed.
+            ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
         with self._changed:
             self._require_open()
-            self._begin(self._buffer.defer(_Request(tuple(records), policy_version)))
+            self._begin(self._buffer.defer(self._request(records, policy_version)))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the batch on its way can be collected.
@@ -158,7 +163,8 @@ class Prefetcher:
         """Take the fetched batch into use: the one before it is released, and the next deferred one is on its way.
 
         Raises:
-            ConfigError: there is none yet, or fetching it failed by a wrong argument.
+            ConfigError: there is none yet.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._changed:
             self._require_open()
@@ -171,14 +177,14 @@ class Prefetcher:
         self._hand_out(collected.batch)
         return collected.batch
 
-    def fetch(self, records: Sequence[EpisodeRecord], *, policy_version: int | None = None) -> Batch:
+    def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
         """Fetch a batch and wait for it, beside whatever is on its way. The caller releases it.
 
         Raises:
-            ConfigError: a wrong argument, or the prefetcher is closed.
+            ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
         self._require_open()
-        request = _Request(tuple(records), policy_version)
+        request = self._request(records, policy_version)
         batch = self._thread.call(lambda: self._fetch(request))
         self._hand_out(batch)
         return batch
@@ -224,6 +230,10 @@ class Prefetcher:
         """Close."""
         self.close()
 
+    def _request(self, records: Sequence[AskedFor], policy_version: int | None) -> _Request:
+        check_staleness(self._max_staleness, policy_version)
+        return _Request(tuple(records), policy_version)
+
     def _begin(self, order: FetchOrder[_Request] | None) -> None:
         if order is not None:
             future = self._thread.submit(lambda: self._prefetch(order))
@@ -259,10 +269,13 @@ class Prefetcher:
         self._begin(self._buffer.abandon(batch_id))
         _log.warning("a batch was given up", batch=batch_id, episodes=len(request.records))
         error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
-        return [
-            Loss(index=index, record=record, reason=LossReason.TIMEOUT, error=error)
-            for index, record in enumerate(request.records)
+        wanted, losses = sort_out(
+            request.records, policy_version=request.policy_version, max_staleness=self._max_staleness
+        )
+        losses += [
+            Loss(index=entry.index, record=entry.record, reason=LossReason.TIMEOUT, error=error) for entry in wanted
         ]
+        return sorted(losses, key=lambda loss: loss.index)
 
     def _hand_out(self, batch: Batch) -> None:
         with self._changed:

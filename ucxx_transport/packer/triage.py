@@ -2,6 +2,7 @@
 
 | episode                                                     | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
+| a record that cannot be read                                | lost: `malformed`                |
 | dropped by its worker                                       | lost: `dropped`                  |
 | of weights more than `max_staleness` versions old           | lost: `too_old`                  |
 | a payload that the batch has already                        | lost: `duplicate`                |
@@ -9,7 +10,8 @@
 
 | a fetch that failed with                                    | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
-| `StaleSlotError`                                            | lost: `stale`, at once           |
+| `StaleSlotError`: this client has delivered it before       | lost: `duplicate`, at once       |
+| `StaleSlotError`: the slot was used again, or its ring gone | lost: `stale`, at once           |
 | another error that trying again cannot help                 | lost: `failed`, at once          |
 | a retryable error, while there are rounds and time          | is fetched again                 |
 | `DeadlineExceededError`, after that                         | lost: `timeout`                  |
@@ -23,15 +25,20 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
+AskedFor: TypeAlias = EpisodeRecord | TransportError
+"""One episode of a batch, or why its record could not be read."""
+
 
 class LossReason(enum.Enum):
     """Why an episode of a batch is not in it."""
 
+    MALFORMED = "malformed"
     DROPPED = "dropped"
     TOO_OLD = "too_old"
     DUPLICATE = "duplicate"
@@ -47,12 +54,13 @@ class Loss:
 
     Attributes:
         index: its place in what was asked for.
-        record: the episode. reason: why.
+        record: the episode; None when its record was malformed.
+        reason: why.
         error: what the last try raised; None when it was not fetched at all.
     """
 
     index: int
-    record: EpisodeRecord
+    record: EpisodeRecord | None
     reason: LossReason
     error: TransportError | None = None
 
@@ -67,7 +75,7 @@ class Wanted:
 
 
 def sort_out(
-    records: Sequence[EpisodeRecord], *, policy_version: int | None = None, max_staleness: int | None = None
+    records: Sequence[AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
     """What to fetch of a batch, and what not.
 
@@ -83,34 +91,43 @@ def sort_out(
     Raises:
         ConfigError: `max_staleness` is negative, or given without `policy_version`.
     """
-    if max_staleness is not None:
-        if policy_version is None:
-            raise ConfigError(
-                "max_staleness needs policy_version: how old is judged against it", field="policy_version"
-            )
-        if max_staleness < 0:
-            raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
+    check_staleness(max_staleness, policy_version)
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
     for index, record in enumerate(records):
-        reason: LossReason | None = None
-        if record.ref is None:
-            reason = LossReason.DROPPED
+        if not isinstance(record, EpisodeRecord):
+            losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
+        elif record.ref is None:
+            losses.append(Loss(index=index, record=record, reason=LossReason.DROPPED))
         elif record.ref.name in seen:
-            reason = LossReason.DUPLICATE
-        elif (
-            max_staleness is not None
-            and policy_version is not None
-            and (record.policy_version is None or policy_version - record.policy_version > max_staleness)
-        ):
-            reason = LossReason.TOO_OLD
-        if reason is not None or record.ref is None:
-            losses.append(Loss(index=index, record=record, reason=reason or LossReason.DROPPED))
-            continue
-        seen.add(record.ref.name)
-        wanted.append(Wanted(index=index, record=record, ref=record.ref))
+            losses.append(Loss(index=index, record=record, reason=LossReason.DUPLICATE))
+        elif _too_old(record, policy_version, max_staleness):
+            losses.append(Loss(index=index, record=record, reason=LossReason.TOO_OLD))
+        else:
+            seen.add(record.ref.name)
+            wanted.append(Wanted(index=index, record=record, ref=record.ref))
     return wanted, losses
+
+
+def check_staleness(max_staleness: int | None, policy_version: int | None) -> None:
+    """Refuse a bound that cannot be applied.
+
+    Raises:
+        ConfigError: `max_staleness` is negative, or given without `policy_version`.
+    """
+    if max_staleness is None:
+        return
+    if max_staleness < 0:
+        raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
+    if policy_version is None:
+        raise ConfigError("max_staleness needs policy_version: how old is judged against it", field="policy_version")
+
+
+def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: int | None) -> bool:
+    if max_staleness is None or policy_version is None:
+        return False
+    return record.policy_version is None or policy_version - record.policy_version > max_staleness
 
 
 def round_s(left_s: float, rounds_left: int) -> float:
@@ -129,7 +146,8 @@ def loss_of(wanted: Wanted, error: TransportError, *, again: bool) -> Loss | Non
     if error.retryable and again:
         return None
     if isinstance(error, StaleSlotError):
-        reason = LossReason.STALE
+        had_it = error.facts.get("delivered") == wanted.ref.generation
+        reason = LossReason.DUPLICATE if had_it else LossReason.STALE
     elif isinstance(error, DeadlineExceededError):
         reason = LossReason.TIMEOUT
     else:

@@ -1,64 +1,24 @@
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
+from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState
-from ucxx_transport.link.base import Link
+from ucxx_transport import ClientConfig, ConfigError, ProtocolError, SlotState
 from ucxx_transport.packer import Batch, Loss, LossReason, Prefetcher
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 LOCAL = ClientConfig(local="view")
 
 
-class Worker:
-    """A rollout worker of this host, and what it looks like from another one that nobody can reach."""
-
-    def __init__(self, ring: SharedRingBuffer) -> None:
-        self.ring = ring
-        self._sequence = 0
-
-    def play(self, count: int, *, policy_version: int | None = None) -> list[EpisodeRecord]:
-        return [self._episode(policy_version) for _ in range(count)]
-
-    def play_far_away(self, count: int) -> list[EpisodeRecord]:
-        records = self.play(count)
-        return [
-            replace(record, ref=replace(record.ref, host_id="elsewhere", host="192.0.2.1", ports=(1,)))
-            for record in records
-            if record.ref is not None
-        ]
-
-    def _episode(self, policy_version: int | None) -> EpisodeRecord:
-        sequence, self._sequence = self._sequence, self._sequence + 1
-        ref = self.ring.write_raw(sequence.to_bytes(8, "little"))
-        return EpisodeRecord(worker_id="w", sequence=sequence, ref=ref, policy_version=policy_version)
-
-
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    with SharedRingBuffer.create(RingConfig(slots=32, slot_bytes=64, on_full="raise")) as ring:
-        yield Worker(ring)
-
-
-@asynccontextmanager
-async def silence() -> AsyncIterator[Link]:
-    """A link that never comes up."""
-    await asyncio.Event().wait()
-    yield  # type: ignore[misc]  # never reached
-
-
 def sequences(batch: Batch) -> list[int]:
     return [int.from_bytes(payload.buffer, "little") for payload in batch.payloads.values()]
 
 
-def test_the_next_batch_comes_while_this_one_is_trained_on(worker: Worker) -> None:
+def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         cold = [prefetcher.is_cold_start]
         prefetcher.start(worker.play(3))
@@ -79,7 +39,7 @@ def test_the_next_batch_comes_while_this_one_is_trained_on(worker: Worker) -> No
     assert worker.ring.slot_states() == [SlotState.FREE] * 32
 
 
-def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(worker: Worker) -> None:
+def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         for count in (1, 2, 3):
             prefetcher.defer(worker.play(count))
@@ -91,7 +51,7 @@ def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(wo
         assert prefetcher.is_cold_start
 
 
-def test_every_loss_is_reported_to_who_collects(worker: Worker) -> None:
+def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with Prefetcher(LOCAL, max_staleness=1, on_loss=losses.append) as prefetcher:
         old, new = worker.play(1, policy_version=1), worker.play(2, policy_version=5)
@@ -108,7 +68,7 @@ def test_every_loss_is_reported_to_who_collects(worker: Worker) -> None:
         assert prefetcher.statistics().losses == {"too_old": 1, "duplicate": 1, "dropped": 1}
 
 
-def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(worker: Worker) -> None:
+def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with Prefetcher(
         ClientConfig(local="auto"), deadline_s=600, on_loss=losses.append, link_factory=silence
@@ -125,20 +85,50 @@ def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(w
     wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 30, what="the payload is let go")
 
 
-def test_a_wrong_argument_is_raised_to_who_collects_and_the_next_batch_is_fine(worker: Worker) -> None:
+def test_a_wrong_argument_is_refused_at_once() -> None:
+    for wrong, field in (({"deadline_s": 0.0}, "deadline_s"), ({"max_fetch_rounds": 0}, "max_fetch_rounds")):
+        with pytest.raises(ConfigError, match=field):
+            Prefetcher(LOCAL, **wrong)
+    with pytest.raises(ConfigError, match="max_staleness"):
+        Prefetcher(LOCAL, max_staleness=-1)
     with Prefetcher(LOCAL, max_staleness=1) as prefetcher:
+        for call in (prefetcher.start, prefetcher.defer, prefetcher.fetch):
+            with pytest.raises(ConfigError, match="policy_version"):
+                call([])
+        assert prefetcher.is_cold_start
+
+
+def test_what_ends_a_fetch_is_raised_to_who_collects_and_the_next_batch_is_fine(worker: LocalWorker) -> None:
+    def broken() -> NoReturn:
+        raise ZeroDivisionError
+
+    with Prefetcher(link_factory=broken) as prefetcher:
+        prefetcher.start(worker.play_far_away(1))
+        assert prefetcher.wait()
+        with pytest.raises(ExceptionGroup) as caught:
+            prefetcher.collect()
+        assert caught.group_contains(ZeroDivisionError)
         prefetcher.start(worker.play(1))
         assert prefetcher.wait()
-        with pytest.raises(ConfigError, match="policy_version"):
-            prefetcher.collect()
-        with pytest.raises(ConfigError, match="policy_version"):
-            prefetcher.fetch(worker.play(1))
-        prefetcher.start(worker.play(1, policy_version=1), policy_version=1)
-        assert prefetcher.wait()
-        assert sequences(prefetcher.collect()) == [2]
+        assert sequences(prefetcher.collect()) == [1]
 
 
-def test_a_batch_may_be_fetched_beside_the_one_on_its_way(worker: Worker) -> None:
+def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with Prefetcher(deadline_s=600, on_loss=losses.append, link_factory=silence) as prefetcher:
+        (away,) = worker.play_far_away(1)
+        prefetcher.start([EpisodeRecord(worker_id="w", sequence=9, dropped="why"), away, away, ProtocolError("what?")])
+        assert not prefetcher.wait(0.05)
+    assert [(loss.index, loss.reason) for loss in losses] == [
+        (0, LossReason.DROPPED),
+        (1, LossReason.TIMEOUT),
+        (2, LossReason.DUPLICATE),
+        (3, LossReason.MALFORMED),
+    ]
+    assert [loss.record is None for loss in losses] == [False, False, False, True]
+
+
+def test_a_batch_may_be_fetched_beside_the_one_on_its_way(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         prefetcher.start(worker.play(1))
         batch = prefetcher.fetch(worker.play(1))
@@ -148,7 +138,7 @@ def test_a_batch_may_be_fetched_beside_the_one_on_its_way(worker: Worker) -> Non
         assert sequences(prefetcher.collect()) == [0]
 
 
-def test_what_is_out_of_turn_is_refused(worker: Worker) -> None:
+def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         with pytest.raises(ConfigError, match="start_prefetch"):
             prefetcher.wait()
@@ -159,7 +149,7 @@ def test_what_is_out_of_turn_is_refused(worker: Worker) -> None:
             prefetcher.start(worker.play(1))
 
 
-def test_closing_ends_who_waits_and_what_is_on_its_way(worker: Worker) -> None:
+def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
     prefetcher = Prefetcher(ClientConfig(local="off"), deadline_s=600, link_factory=silence)
     prefetcher.start(worker.play_far_away(1))
     told: list[str] = []
