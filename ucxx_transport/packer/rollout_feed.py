@@ -159,6 +159,7 @@ class RolloutFeed:
             if self._in_use is not None:
                 known.append(self._in_use.asked)
             if any(asked.is_for(other) for other in known):
+                self._told(policy_version)
                 return
             self._prefetcher.defer(asked.records, policy_version=policy_version)
             self._begun(asked, policy_version)
@@ -260,6 +261,9 @@ class RolloutFeed:
 
     def _begun(self, asked: _Asked, policy_version: int | None) -> None:
         self._pending.append(asked)
+        self._told(policy_version)
+
+    def _told(self, policy_version: int | None) -> None:
         self._policy_version = policy_version if policy_version is not None else self._policy_version
 
     def _awaited(self, key: Hashable, seen: _InUse | None) -> bool:

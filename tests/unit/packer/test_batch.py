@@ -186,3 +186,13 @@ async def test_a_cancelled_fetch_leaves_no_payload_behind() -> None:
             await fetch_batch(Noting({0: [LOST] * 9}), [episode(0), episode(1)], deadline_s=10)
     gc.collect()
     assert [reference() for reference in memory] == [None]
+
+
+async def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_is_stale() -> None:
+    errors: dict[int, list[TransportError]] = {
+        0: [StaleSlotError("had it", delivered=1)],
+        1: [StaleSlotError("had a newer one of its slot", delivered=2)],
+    }
+    batch = await fetch_batch(Reader(errors), [episode(0), episode(1)], deadline_s=10)
+    assert reasons(batch) == {0: LossReason.DUPLICATE, 1: LossReason.STALE}
+    assert batch.rounds == 1

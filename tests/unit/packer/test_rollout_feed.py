@@ -142,6 +142,20 @@ def test_an_episode_that_was_not_fetched_ahead_is_fetched_when_it_is_asked_for(w
         assert [loss.reason for loss in losses] == [LossReason.STALE, LossReason.MALFORMED]
 
 
+def test_an_episode_that_is_asked_for_alone_is_judged_by_the_version_told_last(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, max_staleness=1, on_loss=losses.append) as feed:
+        (old, new), (new_enough,) = worker.play(2, policy_version=3), worker.play(1, policy_version=4)
+        with pytest.raises(ConfigError, match="policy_version"):
+            feed.resolve(old)
+        feed.defer([], policy_version=4)
+        assert number_in(feed.resolve(new)) == 1
+        feed.defer([], policy_version=5)
+        assert feed.resolve(old) is None
+        assert number_in(feed.resolve(new_enough)) == 2
+        assert [loss.reason for loss in losses] == [LossReason.TOO_OLD]
+
+
 def test_what_was_delivered_before_is_a_duplicate_whoever_asks_again(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
