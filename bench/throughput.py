@@ -26,7 +26,6 @@ from rich.table import Table
 from bench.busy_worker import BusyWorker, measure_busy_worker
 from bench.idle_cpu import IdleCpu, measure_idle_cpu
 from bench.naive_protocol import run_naive_reader, run_naive_source
-from bench.plot import plot_results
 from bench.targets import NAIVE, Target, check_targets
 from bench.tcp_socket import run_socket_reader, run_socket_source
 from ucxx_transport.cli.bench.command import measure_sizes, parse_sizes
@@ -150,6 +149,8 @@ def _target_table(targets: Sequence[Target]) -> Table:
 
 
 def _write(folder: Path, document: dict[str, Any], findings: Findings, subjects: Sequence[Subject]) -> None:
+    from bench.plot import plot_results  # every process imports this file anew, and none but this one draws
+
     folder.mkdir(parents=True, exist_ok=True)
     document |= {
         "commit": commit_of(Path(__file__).resolve().parent),

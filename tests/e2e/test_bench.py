@@ -37,14 +37,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_measured(document: dict[str, Any], subjects: dict[str, str]) -> None:
-    assert document["sizes_bytes"] == SIZES
+def assert_measured(document: dict[str, Any], subjects: dict[str, str], sizes: list[int]) -> None:
+    assert document["sizes_bytes"] == sizes
     assert {subject["name"] for subject in document["subjects"]} == set(subjects)
     assert {"cpu", "cores", "kernel", "python", "versions", "date"} <= set(document["host"])
     assert set(FIGURES) <= set(document["units"])
     assert {"server", "client"} <= set(document["settings"])
     measured = {(result["subject"], result["size_bytes"]): result for result in document["results"]}
-    assert set(measured) == {(name, size) for name in subjects for size in SIZES}
+    assert set(measured) == {(name, size) for name in subjects for size in sizes}
     for (name, size), result in measured.items():
         (entry,) = result["rounds"]
         assert entry["transport"] == subjects[name]
@@ -56,19 +56,36 @@ def assert_measured(document: dict[str, Any], subjects: dict[str, str]) -> None:
 def test_short_form_measures_every_subject_and_verifies_every_byte() -> None:
     done = run("-m", "ucxx_transport", "bench", "--json", *TINY)
     assert done.returncode == 0, done.stderr
-    assert_measured(json.loads(done.stdout), OWN_SUBJECTS)
+    assert_measured(json.loads(done.stdout), OWN_SUBJECTS, SIZES)
 
 
 def test_throughput_adds_its_peers_and_the_check_fails_where_a_target_was_not_measured(tmp_path: Path) -> None:
-    done = run("bench/throughput.py", *TINY, "--idle-s", "0.2", "--check", "--out", str(tmp_path))
+    done = run("bench/throughput.py", *TINY, "--sizes", "4KiB", "--idle-s", "0.2", "--check", "--out", str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "not measured" in done.stdout
     document = json.loads((tmp_path / "throughput.json").read_text())
-    assert_measured(document, OWN_SUBJECTS | {"naive": "ucxx, stock endpoints", "socket": "socket"})
+    assert_measured(document, OWN_SUBJECTS | {"naive": "ucxx, stock endpoints", "socket": "socket"}, SIZES[:1])
     assert (document["idle_cpu"]["ports"], document["idle_cpu"]["connections"]) == (4, 16)
     assert [entry["mode"] for entry in document["busy_worker"]] == ["process", "thread"]
     assert {target["met"] for target in document["targets"] if target["figure"] is None} == {False}
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trainer_takes_every_way_and_counts_what_it_could_not_measure_as_not_met(tmp_path: Path) -> None:
+    options = ("--sizes", "1MiB", "--rounds", "1", "--turn-s", "0", "--without-ray", "--check", "--out", str(tmp_path))
+    done = run("bench/trainer.py", *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    document = json.loads((tmp_path / "trainer.json").read_text())
+    ways = ["view_ahead", "view_on_demand", "ucx_ahead", "ucx_on_demand", "queue"]
+    assert [(result["way"], result["size_bytes"]) for result in document["results"]] == [(way, 1 << 20) for way in ways]
+    for result in document["results"]:
+        (turn,) = result["turns"]
+        assert turn["verified"] == 4 * document["batch"]
+        assert turn["episodes_per_s"] > 0
+        assert 0 < turn["waiting_share"] < 1
+    unmeasured = [target for target in document["targets"] if target["figure"] is None]
+    assert [target["met"] for target in unmeasured] == [False]
+    assert "Ray" in unmeasured[0]["what"]
 
 
 def test_a_size_that_is_none_is_a_usage_or_settings_error() -> None:

@@ -49,7 +49,7 @@ async def test_killed_worker_costs_the_batch_its_own_episodes_only() -> None:
             assert set(lost.values()) <= {LossReason.UNREACHABLE, LossReason.TIMEOUT}
             again = await fetch_batch(client, records, deadline_s=2, max_fetch_rounds=1)
             assert again.payloads == {}
-            assert {loss.reason for loss in again.losses if loss.index in {1, 3, 4}} == {LossReason.STALE}
+            assert {loss.reason for loss in again.losses if loss.index in {1, 3, 4}} == {LossReason.DUPLICATE}
         other.end_input()
         assert other.wait() == 0
 

@@ -62,10 +62,10 @@ class Program:
 
 
 @contextmanager
-def program(module: str, *words: str) -> Iterator[Program]:
-    """Run `python -m tests.e2e.programs.MODULE` in a process group of its own; killed at the end if it still runs."""
+def program(module: str, *words: str, package: str = "tests.e2e.programs") -> Iterator[Program]:
+    """Run `python -m PACKAGE.MODULE` in a process group of its own; killed at the end if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", f"tests.e2e.programs.{module}", *words],
+        [sys.executable, "-m", f"{package}.{module}", *words],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -56,7 +56,14 @@ class LoopThread:
         Raises:
             ConfigError: it has been stopped, before or meanwhile.
         """
-        future = self.submit(function)
+        return self.result(self.submit(function))
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for what was submitted; interrupted, the task is cancelled in the loop.
+
+        Raises:
+            ConfigError: the loop has been stopped meanwhile.
+        """
         try:
             while True:
                 try:

@@ -253,8 +253,9 @@ class RemoteReader:
         self._counters.add("quarantined")
         now = asyncio.get_running_loop().time()
         self._quarantine.prune(now)
+        if not self._quarantine.holds(key, now):  # each further failure prolongs it, and is counted
+            _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
         self._quarantine.add(key, now)
-        _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
         self._connections.evict(key)
 
     def _count(self, error: TransportError) -> None:

@@ -55,6 +55,32 @@ class _Request:
     policy_version: int | None
 
 
+class PendingBatch:
+    """A batch that was begun. Take its `result`, or `cancel` it."""
+
+    __slots__ = ("_future", "_hand_out", "_thread")
+
+    def __init__(self, thread: LoopThread, future: Future[Batch], hand_out: Callable[[Batch], None]) -> None:
+        self._thread = thread
+        self._future = future
+        self._hand_out = hand_out
+
+    def result(self) -> Batch:
+        """Wait for it: counted, its losses told of. The caller releases it.
+
+        Raises:
+            ConfigError: the prefetcher has been closed meanwhile.
+        """
+        batch = self._thread.result(self._future)
+        self._hand_out(batch)
+        return batch
+
+    def cancel(self) -> None:
+        """Give it up; what came of it is released."""
+        if not self._future.cancel() and self._future.exception() is None:
+            self._future.result().release()
+
+
 class Prefetcher:
     """One background thread with one event loop and one client, for a trainer's life. Thread-safe.
 
@@ -88,6 +114,7 @@ class Prefetcher:
         self._changed = threading.Condition()
         self._buffer: DoubleBuffer[_Request, Batch | Exception] = DoubleBuffer()
         self._running: dict[int, tuple[Future[None], _Request]] = {}
+        self._beside: set[Future[Batch]] = set()
         self._losses: Counter[str] = Counter()
         self._batches = self._episodes = self._nbytes = self._given_up = 0
         self._closed = False
@@ -183,11 +210,21 @@ class Prefetcher:
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        self._require_open()
+        return self.begin(records, policy_version=policy_version).result()
+
+    def begin(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
+        """Begin to fetch a batch beside whatever is on its way, and return at once.
+
+        Raises:
+            ConfigError: `policy_version` is missing, or the prefetcher is closed.
+        """
         request = self._request(records, policy_version)
-        batch = self._thread.call(lambda: self._fetch(request))
-        self._hand_out(batch)
-        return batch
+        with self._changed:
+            self._require_open()
+            future = self._thread.submit(lambda: self._fetch(request))
+            self._beside.add(future)
+        future.add_done_callback(self._beside.discard)  # outside the lock: it may be done, and then this calls it
+        return PendingBatch(self._thread, future, self._hand_out)
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
@@ -207,7 +244,7 @@ class Prefetcher:
                 return
             self._closed = True
             held = self._buffer.close()
-            running = [future for future, _ in self._running.values()]
+            running = [future for future, _ in self._running.values()] + list(self._beside)
             self._running.clear()
             self._changed.notify_all()
         for future in running:

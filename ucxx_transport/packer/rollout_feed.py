@@ -33,11 +33,12 @@ class _Asked:
     """Rollouts to fetch, or fetched.
 
     Attributes:
-        rollouts: as given. records: those of them that are ours, in order.
+        rollouts: as given. outputs: of those of them that are ours, in order. records: what these say.
         places: of these among the rollouts. keys: by what each is found again.
     """
 
     rollouts: tuple[object, ...]
+    outputs: tuple[object, ...]
     records: tuple[AskedFor, ...]
     places: tuple[int, ...]
     keys: tuple[Hashable, ...]
@@ -61,6 +62,8 @@ class _InUse:
         payloads = {} if batch is None else batch.payloads
         self.asked = asked
         self.payloads: dict[Hashable, Payload] = {asked.keys[index]: payload for index, payload in payloads.items()}
+        # the objects themselves, which live as long as this: who asks by one of them need not have it read again
+        self.by_output = {id(asked.outputs[index]): payload for index, payload in payloads.items()}
         self.lost = frozenset(asked.keys) - frozenset(self.payloads)
         lost_places = {place for index, place in enumerate(asked.places) if index not in payloads}
         self.rollouts = [rollout for place, rollout in enumerate(asked.rollouts) if place not in lost_places]
@@ -214,6 +217,9 @@ class RolloutFeed:
         """
         if not is_ours(output):
             raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
+        now = self._in_use
+        if now is not None and (payload := now.by_output.get(id(output))) is not None:
+            return self._unpack(payload)
         record = record_of(output)
         key = key_of(output, record)
         while True:
@@ -248,16 +254,18 @@ class RolloutFeed:
         self.close()
 
     def _sorted(self, rollouts: Sequence[object]) -> _Asked:
+        outputs: list[object] = []
         records: list[AskedFor] = []
         places: list[int] = []
         keys: list[Hashable] = []
         for place, rollout in enumerate(rollouts):
             output = self._output_of(rollout)
             if is_ours(output):
+                outputs.append(output)
                 records.append(record_of(output))
                 places.append(place)
                 keys.append(key_of(output, records[-1]))
-        return _Asked(tuple(rollouts), tuple(records), tuple(places), tuple(keys))
+        return _Asked(tuple(rollouts), tuple(outputs), tuple(records), tuple(places), tuple(keys))
 
     def _begun(self, asked: _Asked, policy_version: int | None) -> None:
         self._pending.append(asked)

@@ -1,14 +1,16 @@
-"""A rollout worker with the mixin: `python -m tests.e2e.programs.rollout_worker WORKER_ID`.
+"""A rollout worker with the mixin: `python -m tests.e2e.programs.rollout_worker WORKER_ID [RING_SETTINGS_AS_JSON]`.
 
 | asked                       | does and answers                                                    |
 |-----------------------------|---------------------------------------------------------------------|
 | `{"steps": n, "version": v}`| plays an episode of n steps; `{"record": …}`, as the mixin gave it  |
 | `{"server": true}`          | `{"server": pid}` of the server process                             |
+| `{"ring": true}`            | `{"ring": …}`, the ring's statistics                                |
 | `{"cleanup": true}`         | `cleanup_ucxx()`; `{"statistics": …}` of before it                  |
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -40,12 +42,19 @@ class Worker(UCXXRolloutMixin):
         assert server is not None
         return wait_until(lambda: server.statistics().pid, 60, what="a server process")
 
-    def run(self, worker_id: str) -> None:
+    def ring_statistics(self) -> dict[str, int]:
+        """Counts of the ring, which the first episode has made."""
+        assert self.ucxx_writer is not None
+        ring = self.ucxx_writer.ring
+        assert ring is not None
+        return asdict(ring.statistics())
+
+    def run(self, worker_id: str, ring_settings: dict[str, Any]) -> None:
         """Answer until told to clean up, or until the end of the input."""
         self.setup_ucxx(
             worker_id,
             varlen=dict.fromkeys(("obs/image", "obs/speed", "reward"), MAX_STEPS),
-            ring={"slots": 4, "on_full": "raise", "checksum": True},
+            ring={"slots": 4, "on_full": "raise", "checksum": True, **ring_settings},
             server=ServerConfig(host="127.0.0.1", ports=2),
             on_error="drop",
             reward="reward",
@@ -59,9 +68,12 @@ class Worker(UCXXRolloutMixin):
             if "server" in request:
                 answer({"server": self.server_pid()})
                 continue
+            if "ring" in request:
+                answer({"ring": self.ring_statistics()})
+                continue
             answer({"record": self.write_to_buffer(play(request["steps"]), policy_version=request["version"])})
 
 
 if __name__ == "__main__":
     log_to_stderr()
-    Worker().run(sys.argv[1])
+    Worker().run(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,26 @@ async def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
         await client.read_many(refs[2:])
         await settle()
         assert rig.statistics(1).delivered == 1
+
+
+async def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    def told() -> int:
+        return [event["event"] for event in log_events].count("port quarantined")
+
+    async with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1, port_quarantine_s=30.0)
+        ref = rig.write(EPISODE)
+        await rig.stop_port(1)
+        for _ in range(3):
+            with pytest.raises(PeerLostError):
+                await client.read(ref)
+        assert (client.statistics().peers_lost, told()) == (3, 1)
+        await asyncio.sleep(31.0)
+        with pytest.raises(PeerLostError):
+            await client.read(ref)
+        assert told() == 2
 
 
 async def test_when_every_port_is_quarantined_they_are_still_tried() -> None:

@@ -1,0 +1,137 @@
+"""Rollout actors and a trainer actor on a real Ray cluster of this host; runs where ray is installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+from tests.support.waiting import wait_until
+from ucxx_transport import ClientConfig, ConfigError, PeerLostError, UCXXRolloutMixin
+from ucxx_transport.packer import RolloutFeed
+
+ray: Any = pytest.importorskip("ray", exc_type=ImportError)
+
+from ucxx_transport.integrations.ray import ActorRollouts, server_config_of_node  # noqa: E402 - it needs ray
+
+PATH = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+pytestmark = pytest.mark.may_leave(
+    "processes", "threads", "descriptors", reason="the cluster keeps workers and connections until it is shut down"
+)
+
+
+class Rollouts(UCXXRolloutMixin):
+    """An actor that plays episodes whose every value follows from their number."""
+
+    def __init__(self, name: str) -> None:
+        server = server_config_of_node(ports=1)
+        self.setup_ucxx(name, ring={"slots": 32}, server=server, varlen={"obs": 1000}, reward="reward")
+        self._played = 0
+
+    def play(self) -> dict[str, object]:
+        number, self._played = self._played, self._played + 1
+        steps = 10 + number
+        return self.write_to_buffer({"obs": np.full((steps, 4), number, np.float32), "reward": np.ones(1, np.float32)})
+
+    def fail(self) -> None:
+        raise ZeroDivisionError
+
+
+class Trainer:
+    """An actor that reads what it is told of."""
+
+    def __init__(self, local: Any) -> None:
+        self._feed = RolloutFeed(ClientConfig(local=local), deadline_s=20.0)
+
+    def train(self, records: list[Any]) -> tuple[list[tuple[str, int]], dict[str, int]]:
+        """Which episodes were read, each as it was played; and how many were lost, by reason."""
+        self._feed.start(records)
+        seen = []
+        rollouts: list[Any] = self._feed.collect() or []
+        for record in rollouts:
+            tree: Any = self._feed.resolve(record)
+            assert tree["obs"].shape == (10 + record["sequence"], 4)
+            assert (tree["obs"] == record["sequence"]).all()
+            seen.append((record["worker_id"], record["sequence"]))
+        return seen, dict(self._feed.statistics().losses)
+
+    def close(self) -> None:
+        self._feed.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": PATH}})
+    yield
+    ray.shutdown()
+
+
+def actor(cls: type, *arguments: object) -> Any:
+    return ray.remote(num_cpus=0.5)(cls).remote(*arguments)
+
+
+def take_for_ever(rollouts: ActorRollouts) -> NoReturn:
+    while True:
+        rollouts.take(1)
+
+
+@pytest.mark.parametrize("local", ["view", "off"])
+def test_references_go_through_ray_and_payloads_through_us_also_when_an_actor_is_killed(local: str) -> None:
+    workers = [actor(Rollouts, f"worker-{number}") for number in range(2)]
+    trainer = actor(Trainer, local)
+    rollouts = ActorRollouts(workers, lambda worker: worker.play.remote(), timeout_s=60.0)
+    seen: list[tuple[str, int]] = []
+    for _ in range(3):
+        trained, lost = ray.get(trainer.train.remote(rollouts.take(4)), timeout=60)
+        assert lost == {}
+        seen += trained
+    ray.kill(workers[0])
+    wait_until(lambda: rollouts.take(1) and rollouts.statistics().lost_actors == 1, 60.0, what="its death is heard of")
+    before = rollouts.take(8)  # of the survivor
+    trained, lost = ray.get(trainer.train.remote(before), timeout=60)
+    of_survivor = [record for record in before if record["worker_id"] == "worker-1"]
+    assert len(of_survivor) >= 6  # the dead one had two rollouts in flight, and may have answered them
+    assert trained == [("worker-1", record["sequence"]) for record in of_survivor]
+    assert sum(lost.values()) == len(before) - len(of_survivor)
+    seen += trained
+    assert len(set(seen)) == len(seen)
+    counts = rollouts.statistics()
+    assert counts.asked == counts.received + counts.lost + 2  # two are always being played
+    ray.kill(workers[1])
+    with pytest.raises(PeerLostError, match="all rollout actors are dead"):
+        take_for_ever(rollouts)
+    assert rollouts.statistics().lost_actors == 2
+    ray.get(trainer.close.remote(), timeout=60)
+    ray.kill(trainer)
+
+
+def test_an_actor_that_died_is_replaced() -> None:
+    def replaced(_: Any) -> Any:
+        return actor(Rollouts, "second")
+
+    first = actor(Rollouts, "first")
+    rollouts = ActorRollouts([first], lambda worker: worker.play.remote(), replace=replaced)
+    assert next(rollouts)["worker_id"] == "first"
+    ray.kill(first)
+    wait_until(lambda: next(rollouts)["worker_id"] == "second", 60.0)
+
+
+def test_what_a_rollout_raises_is_raised_and_the_actor_goes_on() -> None:
+    asked = iter(["fail", "play", "play", "play"])
+    rollouts = ActorRollouts([actor(Rollouts, "w")], lambda worker: getattr(worker, next(asked)).remote(), in_flight=1)
+    with pytest.raises(ZeroDivisionError):
+        next(rollouts)
+    assert next(rollouts)["sequence"] == 0
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="actor"):
+        ActorRollouts([], lambda worker: worker)
+    with pytest.raises(ConfigError, match="in_flight"):
+        ActorRollouts([object()], lambda worker: worker, in_flight=0)

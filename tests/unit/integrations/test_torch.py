@@ -1,0 +1,64 @@
+"""Episodes as a torch dataset; runs where torch is installed (`pip install '.[torch]'`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ucxx_transport import ClientConfig, RingConfig, Schema, SharedRingBuffer, SlotState
+
+torch: Any = pytest.importorskip("torch", exc_type=ImportError)
+
+from ucxx_transport.integrations.torch import EpisodeDataset  # noqa: E402 - it needs torch
+
+EPISODE = {"obs": np.zeros((3, 2), np.float32), "reward": np.zeros(3, np.float32)}
+LOCAL = ClientConfig(local="view")
+
+
+def written(ring: SharedRingBuffer, count: int) -> list[Any]:
+    return [
+        ring.write({"obs": np.full((3, 2), number, np.float32), "reward": np.full(3, -number, np.float32)})
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def ring() -> Any:
+    config = RingConfig(slots=16, schema=Schema.from_example(EPISODE), on_full="raise")
+    with SharedRingBuffer.create(config) as ring:
+        yield ring
+
+
+def test_a_data_loader_gives_episodes_as_tensors(ring: SharedRingBuffer) -> None:
+    dataset: Any = EpisodeDataset(written(ring, 5), LOCAL)
+    found = []
+    for episode in torch.utils.data.DataLoader(dataset, batch_size=None):
+        assert episode["obs"].dtype == torch.float32
+        assert episode["obs"].shape == (3, 2)
+        found.append((float(episode["obs"][0, 0]), float(episode["reward"][0])))
+    assert found == [(number, -number) for number in range(5)]
+    del episode
+    assert ring.slot_states() == [SlotState.FREE] * 16
+
+
+def test_batches_are_torch_s_own(ring: SharedRingBuffer) -> None:
+    dataset: Any = EpisodeDataset(written(ring, 6), LOCAL)
+    batches = list(torch.utils.data.DataLoader(dataset, batch_size=3))
+    assert [tuple(batch["obs"].shape) for batch in batches] == [(3, 3, 2)] * 2
+    assert batches[1]["reward"][:, 0].tolist() == [-3, -4, -5]
+
+
+def test_an_item_is_what_the_caller_makes_of_an_episode(ring: SharedRingBuffer) -> None:
+    dataset: Any = EpisodeDataset(
+        written(ring, 2), LOCAL, item_of=lambda episode: (episode.record.worker_id, episode.arrays["obs"].mean().item())
+    )
+    assert list(dataset) == [(ring.name, 0.0), (ring.name, 1.0)]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_workers_of_a_data_loader_share_the_references_between_them(ring: SharedRingBuffer) -> None:
+    dataset: Any = EpisodeDataset(written(ring, 7), LOCAL)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    assert sorted(float(episode["obs"][0, 0]) for episode in loader) == list(range(7))

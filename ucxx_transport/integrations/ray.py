@@ -1,0 +1,187 @@
+"""ray: records of rollouts through Ray, their payloads through rings. Needs ray (`pip install 'ucxx_transport[ray]'`).
+
+A rollout actor is any actor class with `UCXXRolloutMixin`; its methods return what `write_to_buffer` gives, a record of
+some hundred bytes. A trainer takes the records of many actors from `ActorRollouts`, and their episodes from a
+`RolloutFeed` or a packer with `UCXXDataPackerMixin`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import structlog
+from ray.exceptions import RayActorError
+
+from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
+from ucxx_transport.packer.references import is_ours, record_of
+from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
+from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id
+from ucxx_transport.schema.episode_record import EpisodeRecord
+
+__all__ = ["ActorRollouts", "RolloutCounts", "server_config_of_node"]
+
+_log = structlog.get_logger(__name__)
+
+_DYING_S = 5.0
+_LOOK_S = 0.02
+
+
+def server_config_of_node(**settings: Any) -> ServerConfig:
+    """Settings of a rollout actor's server: it listens where Ray's other nodes reach this one.
+
+    Args:
+        **settings: as for `ServerConfig`, all but `host`.
+    """
+    return ServerConfig(host=ray.util.get_node_ip_address(), **settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutCounts:
+    """What came of the rollouts that were asked for.
+
+    Attributes:
+        asked: rollouts asked for. received: those that were answered.
+        lost: those of actors that died. lost_actors: how many did.
+    """
+
+    asked: int
+    received: int
+    lost: int
+    lost_actors: int
+
+
+class ActorRollouts(Iterator[Any]):
+    """What rollout actors answer, as it comes: each is asked again as soon as it has answered.
+
+    ```python
+    rollouts = ActorRollouts(actors, lambda actor: actor.play.remote(), in_flight=2)
+    for record in rollouts: ...
+    ```
+
+    An actor that dies costs the rollouts that it had not answered: they are counted, the ring that it left on this host
+    is removed, and the others go on. What a rollout itself raises is raised here, and the actor asked again.
+
+    Args:
+        actors: handles.
+        ask: asks an actor for one rollout.
+        in_flight: rollouts that each actor is asked for at a time.
+        timeout_s: how long an answer may take to come.
+        replace: called with the handle of an actor that died; gives another one in its place, or None.
+
+    Raises:
+        ConfigError: there is no actor, or `in_flight` is below 1.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        ask: Callable[[Any], Any],
+        *,
+        in_flight: int = 2,
+        timeout_s: float = 600.0,
+        replace: Callable[[Any], Any | None] = lambda _: None,
+    ) -> None:
+        if not actors:
+            raise ConfigError("there is no actor to ask", field="actors")
+        if in_flight < 1:
+            raise ConfigError(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
+        self._ask_actor = ask
+        self._in_flight = in_flight
+        self._timeout_s = timeout_s
+        self._replace = replace
+        self._actors: list[Any | None] = []
+        self._rings: dict[int, str] = {}
+        self._pending: dict[Any, int] = {}
+        self._counts: Counter[str] = Counter()
+        for actor in actors:
+            self._welcome(actor)
+
+    def __next__(self) -> Any:
+        """The next answer, whichever actor it is from.
+
+        Raises:
+            PeerLostError: all actors are dead.
+            DeadlineExceededError: no answer came for `timeout_s`.
+            ray.exceptions.RayTaskError: what the rollout raised.
+        """
+        while self._pending:
+            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=self._timeout_s)
+            if not ready:
+                raise DeadlineExceededError(f"no rollout came for {self._timeout_s:g} s", asked=len(self._pending))
+            number = self._pending.pop(ready[0])
+            try:
+                answer = ray.get(ready[0])
+            except RayActorError as error:
+                self._counts["lost"] += 1
+                self._bury(number, error)
+                continue
+            except Exception:
+                self._ask(number)
+                raise
+            self._counts["received"] += 1
+            self._note_ring(number, answer)
+            self._ask(number)
+            return answer
+        raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
+
+    def take(self, count: int) -> list[Any]:
+        """The next `count` answers, or as many as there still are; errors as for `next` when there are none."""
+        answers: list[Any] = []
+        while len(answers) < count:
+            try:
+                answers.append(next(self))
+            except (PeerLostError, DeadlineExceededError):
+                if not answers:
+                    raise
+                break
+        return answers
+
+    def statistics(self) -> RolloutCounts:
+        """Counts since this was made."""
+        counts: Mapping[str, int] = self._counts
+        return RolloutCounts(
+            asked=counts["asked"], received=counts["received"], lost=counts["lost"], lost_actors=counts["lost_actors"]
+        )
+
+    def _welcome(self, actor: Any) -> None:
+        self._actors.append(actor)
+        for _ in range(self._in_flight):
+            self._ask(len(self._actors) - 1)
+
+    def _ask(self, number: int) -> None:
+        actor = self._actors[number]
+        if actor is not None:  # it answered before it died
+            self._pending[self._ask_actor(actor)] = number
+            self._counts["asked"] += 1
+
+    def _note_ring(self, number: int, answer: object) -> None:
+        record = record_of(answer) if is_ours(answer) else None
+        if isinstance(record, EpisodeRecord) and record.ref is not None and record.ref.host_id == host_id():
+            self._rings[number] = record.ref.ring_name
+
+    def _bury(self, number: int, error: RayActorError) -> None:
+        dead, self._actors[number] = self._actors[number], None
+        if dead is None:
+            return  # by another of its rollouts
+        self._counts["lost_actors"] += 1
+        _log.warning("rollout actor died", reason=str(error).partition("\n")[0])
+        ring_name = self._rings.pop(number, None)
+        if ring_name is not None:
+            _sweep(ring_name)
+        replacement = self._replace(dead)
+        if replacement is not None:
+            self._welcome(replacement)
+
+
+def _sweep(ring_name: str) -> None:
+    """Remove a dead actor's ring. Ray ends an actor's children with it, so its server process does not."""
+    path = SHARED_MEMORY_FOLDER / f"{NAME_PREFIX}{ring_name}"
+    until_s = time.monotonic() + _DYING_S
+    while not remove_orphan(path) and time.monotonic() < until_s:
+        time.sleep(_LOOK_S)  # Ray tells of a death before the process is gone

@@ -1,0 +1,69 @@
+"""torch: an `IterableDataset` over a stream of references. Needs torch (`pip install 'ucxx_transport[torch]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ucxx_transport.packer.episode_stream import EpisodeStream, StreamedEpisode
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import ClientConfig
+
+__all__ = ["EpisodeDataset", "arrays_of"]
+
+T = TypeVar("T")
+
+
+def arrays_of(episode: StreamedEpisode) -> Any:
+    """An episode's tensors, nested as they were written: the dataset's default item."""
+    return episode.arrays
+
+
+class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torch is not always there to be looked at
+    """Episodes as tensors, fetched ahead, in the order of their references.
+
+    ```python
+    dataset = EpisodeDataset(iter(records.get, None))        # a queue of records, until None
+    for episode in DataLoader(dataset, batch_size=None):     # dicts of tensors
+        ...
+    ```
+
+    In a `DataLoader` with `num_workers=0` tensors lie in the payloads' own memory; workers copy them once more.
+
+    Args:
+        references: as for `EpisodeStream`. With workers every one of them iterates over its own copy.
+        config: settings of the client.
+        item_of: makes the dataset's item of an episode; the default gives its tensors.
+        shared: whether copies of `references` share their items (a queue): then every worker takes what it gets. Else
+            worker i of n takes every n-th, from the i-th.
+        **settings: as for `EpisodeStream`: `ahead`, `deadline_s`, `max_fetch_rounds`, `on_loss`; `device` is "cpu".
+    """
+
+    def __init__(
+        self,
+        references: Iterable[object],
+        config: ClientConfig | None = None,
+        *,
+        item_of: Callable[[StreamedEpisode], T] = arrays_of,
+        shared: bool = False,
+        **settings: Any,
+    ) -> None:
+        self._references = references
+        self._config = config
+        self._item_of = item_of
+        self._shared = shared
+        self._settings: dict[str, Any] = {"device": "cpu", **settings}
+
+    def __iter__(self) -> Iterator[T]:
+        """Iterate; a client of its own each time."""
+        worker = get_worker_info()
+        references = self._references
+        if worker is not None and not self._shared:
+            references = islice(references, worker.id, None, worker.num_workers)
+        with EpisodeStream(references, self._config, **self._settings) as stream:
+            for episode in stream:
+                yield self._item_of(episode)
