@@ -61,6 +61,9 @@ LABELS: Final = {
     "queue": "peer: multiprocessing.Queue",
     "ray": "peer: Ray's object store",
 }
+YARDSTICK: Final = "ucx_on_demand"
+"""Whose batches say how long a step computes; always among the ways."""
+
 PEERS: Final = ("queue", "ray")
 
 
@@ -109,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = parse_sizes(options.sizes)
     turns: Turns = {}
     with ExitStack() as stack:
-        contestants = _contestants(stack, with_ray=not options.without_ray)
+        contestants = _contestants(stack, options.ways)
         for size_bytes in sizes:
             compute_s = _compute_s(contestants, size_bytes, options.turn_s)
             for number in range(options.rounds):
@@ -135,17 +138,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="print every target with its figure; exit 1 unless all are met"
     )
-    parser.add_argument("--without-ray", action="store_true", help="leave Ray out although it is installed")
+    parser.add_argument("--ways", type=_ways, help=f"some of {','.join(LABELS)}; the default is all that are installed")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results (out/bench)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.ways = options.ways or [name for name in LABELS if name != "ray" or importlib.util.find_spec("ray")]
+    return options
 
 
-def _contestants(stack: ExitStack, *, with_ray: bool) -> list[Contestant]:
+def _ways(text: str) -> list[str]:
+    chosen = text.split(",")
+    unknown = sorted(set(chosen) - set(LABELS))
+    if unknown or YARDSTICK not in chosen:
+        raise argparse.ArgumentTypeError(f"{YARDSTICK} and others of {', '.join(LABELS)}, not {text!r}")
+    return chosen
+
+
+def _contestants(stack: ExitStack, ways: Sequence[str]) -> list[Contestant]:
     found = []
-    for name in LABELS:
+    for name in ways:
         if name == "ray":
-            if not with_ray or importlib.util.find_spec("ray") is None:
-                continue
             found.append(
                 Contestant(name, stack.enter_context(ControlledProcess(name, _run_trainer, name, None)), None, None)
             )
@@ -160,7 +171,7 @@ def _contestants(stack: ExitStack, *, with_ray: bool) -> list[Contestant]:
 
 def _compute_s(contestants: Sequence[Contestant], size_bytes: int, turn_s: float) -> float:
     """Longer than fetching a batch over UCX takes when nothing is fetched ahead."""
-    slowest = next(contestant for contestant in contestants if contestant.name == "ucx_on_demand")
+    slowest = next(contestant for contestant in contestants if contestant.name == YARDSTICK)
     fetch_s = _take_turn(slowest, size_bytes, turn_s, 0.0).fetch_s
     return max(LEAST_COMPUTE_S, COMPUTE_OVER_FETCH * fetch_s)
 
@@ -263,7 +274,7 @@ def _targets(turns: Turns, sizes: Sequence[int]) -> list[Target]:
             unit="",
             sense="≤",
             bound=WAITING_SHARE,
-            figure=Spread.of([turn.waiting_share for turn in turns[name, size]]),
+            figure=_waiting(turns, name, size),
         )
         for size in sizes
         for name in ("view_ahead", "ucx_ahead")
@@ -283,8 +294,13 @@ def _targets(turns: Turns, sizes: Sequence[int]) -> list[Target]:
     return [*waiting, *rates]
 
 
+def _waiting(turns: Turns, name: str, size_bytes: int) -> Spread | None:
+    taken = turns.get((name, size_bytes))
+    return None if taken is None else Spread.of([turn.waiting_share for turn in taken])
+
+
 def _ratio(turns: Turns, above: str, below: str, size_bytes: int) -> Spread | None:
-    if (below, size_bytes) not in turns:
+    if (above, size_bytes) not in turns or (below, size_bytes) not in turns:
         return None
     pairs = zip(turns[above, size_bytes], turns[below, size_bytes], strict=True)
     return Spread.of([one.episodes_per_s / other.episodes_per_s for one, other in pairs])

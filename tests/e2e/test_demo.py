@@ -88,14 +88,14 @@ def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
 
 
 def test_a_goal_out_of_reach_is_said_and_a_worker_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
-    with demo(tmp_path / "curve.png", "--goal", "100000", "--seconds", "18", "--no-kill") as process:
+    with demo(tmp_path / "curve.png", "--goal", "100000", "--seconds", "15", "--no-kill") as process:
         started = read_until(process.stderr, "started as pid")
         read_until(process.stderr, "mean return")
         os.kill(int(started.partition("started as pid ")[2].partition(",")[0]), signal.SIGKILL)
         status, summary, _ = finish(process)
     assert status == 1
     assert summary["reason"] == "time"
-    assert "the goal of 100000 was not reached within 18 s" in summary["problems"][0]
+    assert "the goal of 100000 was not reached within 15 s" in summary["problems"][0]
     assert [worker["state"] for worker in summary["workers"]] == ["killed", "stopped", "stopped"]
     assert [worker["worker"] for worker in summary["workers"]] == [0, 1, 0]
     assert summary["segments_left"] == summary["processes_left"] == []

@@ -14,7 +14,7 @@ from tests.soak.summary import SoakSettings, Summary
 log = structlog.get_logger(__name__)
 
 
-@pytest.mark.parametrize(("cycles", "shm_lanes"), [(16, False), (8, True)], ids=["tcp", "shm"])
+@pytest.mark.parametrize(("cycles", "shm_lanes"), [(24, False), (8, True)], ids=["tcp", "shm"])
 def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
     cycles: int,
     shm_lanes: bool,

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 
 MINUTE = 60
 
-LOCALS = pytest.mark.parametrize("local", ["off", "view", "copy"])
+LOCALS = pytest.mark.parametrize("local", ["off", "view"])
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""The examples of docs/examples, at reduced size."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(example: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"docs/examples/{example}.py", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def last_number(said: str) -> float:
+    found = re.findall(r"last (?:ten )?batches: (\d+\.\d+)", said)
+    assert found, said
+    return float(found[-1])
+
+
+def test_groups_of_completions_are_learnt_from_and_old_ones_dropped() -> None:
+    said = run("llm_groups", "--tensor-bytes", "256KiB", "--steps", "120", "--max-staleness", "3")
+    assert last_number(said) > 0.3  # at random: 0.03
+    assert "too_old" in set(re.findall(r"'(\w+)'", said)) <= {"too_old", "stale"}
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_a_torch_policy_learns() -> None:
+    said = run("torch_policy", "--env", "CartPole-v1", "--steps", "60", "--batch", "8")
+    assert last_number(said) > 60  # at random: 22
+    assert "lost {}" in said
