@@ -45,8 +45,8 @@ class Rollouts(UCXXRolloutMixin):
         self.setup_ucxx(
             f"worker-{seat}",
             varlen={"tokens": MAX_TOKENS, "logprobs": MAX_TOKENS, "reward": MAX_TOKENS},
-            # what the trainer finds too old is fetched by nobody: it makes room for what is new
-            ring={"slots": 6 * GROUP, "on_full": "overwrite"},
+            ring={"slots": 6 * GROUP, "on_full": "block", "block_timeout_s": 1.0},
+            on_error="drop",  # nobody fetches any more: the record says so, and the worker looks whether to stop
             reward="reward",
         )
         while not stopping.is_set():

@@ -15,6 +15,7 @@ import pytest
 
 from tests.e2e.programs.rollout_worker import play
 from tests.support.programs import Program, program
+from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXDataPackerMixin
 from ucxx_transport.packer import Loss
 
@@ -111,6 +112,18 @@ def test_killed_worker_costs_a_trainer_that_worker_s_episodes_only() -> None:
         assert len(packer.trained) == 6
         assert packer.ucxx_feed is not None
         assert sum(packer.ucxx_feed.statistics().losses.values()) == 3
+
+
+@pytest.mark.parametrize("local", ["off", "view"])
+def test_what_is_too_old_makes_room_in_a_ring_that_is_full(local: str) -> None:
+    with workers(1) as (worker,), packer_of(local=local, max_staleness=1) as packer:
+        for _ in range(2):
+            packer.start_prefetch(played(worker, 10, 200, 30, 40), policy_version=9)
+            assert packer.collect_prefetch() == []
+            wait_until(lambda: worker.ask(ring=True)["ring"]["free"] == 4, what="the worker has been told")
+        assert {loss.reason.value for loss in packer.lost} == {"too_old"}
+        assert len(packer.lost) == 8
+        assert worker.ask(ring=True)["ring"]["overwritten"] == 0
 
 
 def test_killed_server_process_costs_a_trainer_nothing() -> None:

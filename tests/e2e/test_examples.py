@@ -35,11 +35,11 @@ def last_number(said: str) -> float:
 def test_groups_of_completions_are_learnt_from_and_old_ones_dropped() -> None:
     said = run("llm_groups", "--tensor-bytes", "256KiB", "--steps", "120", "--max-staleness", "3")
     assert last_number(said) > 0.3  # at random: 0.03
-    assert "too_old" in set(re.findall(r"'(\w+)'", said)) <= {"too_old", "stale"}
+    assert set(re.findall(r"'(\w+)'", said)) == {"too_old"}
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_a_torch_policy_learns() -> None:
-    said = run("torch_policy", "--env", "CartPole-v1", "--steps", "60", "--batch", "8")
-    assert last_number(said) > 60  # at random: 22
+    said = run("torch_policy", "--env", "CartPole-v1", "--steps", "50", "--batch", "8")
+    assert last_number(said) > 40  # at random: 22
     assert "lost {}" in said

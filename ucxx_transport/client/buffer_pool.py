@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ucxx_transport.errors import ConfigError
+
 Bytes = npt.NDArray[np.uint8]
 
 # Fields lie at multiples of 64 bytes behind a 64-byte header, so the buffer itself starts at one.
@@ -81,7 +83,7 @@ class BufferPool:
         """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined.
 
         Raises:
-            MemoryError: the system has no memory of this size.
+            ConfigError: the system has no memory of this size.
         """
         with self._lock:
             self._take_back()
@@ -92,7 +94,10 @@ class BufferPool:
                 self._idle_bytes -= len(memory)
                 self._reuses += 1
             else:
-                memory = _allocate(wanted)
+                try:
+                    memory = _allocate(wanted)
+                except MemoryError as exc:  # a reference's size is somebody's word
+                    raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
                 self._allocations += 1
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
             lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)

@@ -101,6 +101,31 @@ class UCXXClient:
         """
         return await read_all(lambda ref: self.read(ref, deadline_s=deadline_s), refs)
 
+    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
+        """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
+
+        Args:
+            refs: payloads that nobody here wants any more; without it they would stay in their slots.
+            deadline_s: seconds for all of them together; default `ClientConfig.deadline_s`.
+
+        Returns:
+            How many were still there. Never raises for one that is not, nor for a worker that does not answer: it is
+            told with the next read from it (of the last 64 payloads a ring).
+
+        Raises:
+            ConfigError: the client is closed, or belongs to another event loop.
+        """
+        core = self._core
+        limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+        until_s = asyncio.get_running_loop().time() + limit_s
+        found, elsewhere = await asyncio.to_thread(core.discard_here, refs, limit_s)  # it may wait for rings' locks
+        if elsewhere:
+            if self._remote is None:
+                self._remote = self._core.remote()
+            found += sum(await asyncio.gather(*(self._remote.discard(group, until_s) for group in elsewhere)))
+        core.counters.add("discarded", found)
+        return found
+
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
         return self._core.statistics(self._remote)

@@ -15,7 +15,7 @@ from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.endpoint_pool import EndpointPool
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.quarantine import PortKey
-from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import Schema
 
 if TYPE_CHECKING:
@@ -195,6 +195,42 @@ class Connections:
                     return
                 # settled already, or overwritten: nothing is left to say
         self._unsettled.pop(ring_id, None)
+
+    async def let_go(self, key: PortKey, waiting: deque[ReadExchange], told: list[bool], until_s: float) -> None:
+        """Say of payloads of one ring that they arrived, although they were not fetched.
+
+        Args:
+            key: the port to say it to.
+            waiting: at least one; those that were said are taken out.
+            told: grows by one for each of these: whether its payload was still there.
+            until_s: on the loop's clock.
+
+        Raises:
+            TransportError, TimeoutError: the others could not be said.
+        """
+        channel: Channel | None = None
+        try:
+            async with asyncio.timeout_at(until_s):
+                channel = await self.checkout(key, until_s)
+                await self.settle(channel, waiting[0].ring_id)
+                while waiting:
+                    there = True
+                    try:
+                        await channel.confirm(waiting[0])
+                    except StaleSlotError:
+                        there = False
+                    waiting.popleft()
+                    told.append(there)
+        except BaseException:
+            if channel is not None:
+                self.close_aside((channel,))
+            raise
+        self.checkin(channel)
+
+    def owe(self, exchanges: Iterable[ReadExchange]) -> None:
+        """Say of these with the next read of their ring that they arrived."""
+        for exchange in exchanges:
+            self._owe(exchange)
 
     async def schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
         """The schema a reference names, asked for once; None for raw bytes.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -76,10 +77,7 @@ class ClientCore:
             ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
                 or this is a forked copy of the client.
         """
-        if self._closed:
-            raise ConfigError("the client is closed; make another")
-        if self.inherited:
-            raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
+        self._require_usable()
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
                 f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
@@ -92,9 +90,54 @@ class ClientCore:
         self._delivered.check(ref)
         return self.local.ring_of(ref)
 
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise ConfigError("the client is closed; make another")
+        if self.inherited:
+            raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
+
     def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
         """Read from an attached ring, counted; `limit_s` is how long to wait for the ring's lock."""
         return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into)
+
+    def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
+        """Let a payload of an attached ring go; whether it was still there."""
+        try:
+            lease = ring.acquire(ref, reader=self.reader, deadline_s=limit_s)
+            self.claim(ref)
+            return lease.mark_consumed()
+        except TransportError:
+            return False
+
+    def discard_here(self, refs: Sequence[SlotRef], limit_s: float) -> tuple[int, list[list[SlotRef]]]:
+        """Let those of rings on this host go.
+
+        Returns:
+            How many of these were still there; and the others, by ring, their names taken.
+        """
+        self._require_usable()
+        until_s = time.monotonic() + limit_s
+        found = 0
+        elsewhere: dict[bytes, list[SlotRef]] = {}
+        for ref in refs:
+            try:
+                self._delivered.check(ref)
+                ring = self.local.ring_of(ref)
+            except TransportError:
+                continue  # gone, delivered before, or out of this client's reach
+            if ring is not None:
+                found += self.discard_local(ring, ref, max(0.0, until_s - time.monotonic()))
+            elif self.claim(ref):
+                elsewhere.setdefault(ref.ring_id, []).append(ref)
+        return found, list(elsewhere.values())
+
+    def claim(self, ref: SlotRef) -> bool:
+        """Take a payload's name, so that this client never delivers it; whether it was not taken yet."""
+        try:
+            self._delivered.claim(ref)
+        except StaleSlotError:
+            return False
+        return True
 
     async def read_local_aside(
         self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float

@@ -70,7 +70,7 @@ class LoopThread:
                     return future.result(_LOOK_S)
                 except TimeoutError:
                     if future.done():
-                        raise  # its own
+                        return future.result()  # it came in this very moment; or it has a TimeoutError of its own
                     if not self._thread.is_alive():
                         raise self._stopped() from None
         except CancelledError:

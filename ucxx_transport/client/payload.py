@@ -62,12 +62,14 @@ class Payload:
             ProtocolError: the bytes are not a payload of the schema.
         """
         root = self._held()
-        if self._arrays is None:
+        arrays = self._arrays  # once: another thread may release meanwhile
+        if arrays is None:
             if self._schema is None:
-                self._arrays = {"data": root}
+                arrays = {"data": root}
             else:
-                self._arrays = self._schema.views(root.data, writable=root.flags.writeable)
-        return self._arrays
+                arrays = self._schema.views(root.data, writable=root.flags.writeable)
+            self._arrays = arrays
+        return arrays
 
     @property
     def released(self) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 # Above this, hashing a payload would hold the event loop longer than a hop to a thread costs.
+DISCARD_PAUSE_S = 0.25
+"""Between two tries to let payloads go: a server process that died is back after a second or two."""
+
 HASH_INLINE_BYTES = 4 << 20
 _REASONS: tuple[tuple[type[TransportError], str], ...] = (
     (PeerLostError, "peers_lost"),
@@ -140,6 +145,37 @@ class RemoteReader:
             raise AssertionError("unreachable")  # the loop above only leaves by return or raise
         finally:
             self._gate.release()
+
+    async def discard(self, refs: Sequence[SlotRef], deadline_s: float) -> int:
+        """Let payloads of one ring go without fetching them.
+
+        Args:
+            refs: at least one, all of one ring.
+            deadline_s: absolute, on the event loop's clock.
+
+        Returns:
+            How many were still there, as far as the server could be asked.
+        """
+        self._check_loop()
+        source = refs[0]
+        if not source.ports or not source.host:
+            return 0
+        waiting = deque(ReadExchange(ref, next(self._attempts)) for ref in refs)
+        told: list[bool] = []
+        loop = asyncio.get_running_loop()
+        try:
+            with self._rotation.turn(source.host, source.ports) as turn:
+                while waiting and loop.time() < deadline_s:
+                    key = turn.ports(self._quarantine, loop.time())[0]
+                    try:
+                        until_s = min(deadline_s, loop.time() + self._config.deadline_s)
+                        await self._connections.let_go(key, waiting, told, until_s)
+                    except (TransportError, TimeoutError):
+                        turn.advance()
+                        await asyncio.sleep(min(DISCARD_PAUSE_S, max(0.0, deadline_s - loop.time())))
+        finally:
+            self._connections.owe(waiting)
+        return sum(told)
 
     def _check_loop(self) -> None:
         if self._connections.closed:

@@ -16,7 +16,8 @@ class ClientStatistics:
         deadlines: reads whose deadline passed. timeouts, peers_lost, busy, not_ready, protocol_errors, checksum_errors,
         unauthorized: failed attempts by reason; one read may count several.
         rotations: calls that went on at a second port. retries: fresh calls of the slot layer.
-        quarantined: ports put into quarantine. connections: opened. aged_out: idle endpoints closed for their age.
+        quarantined: ports put into quarantine. discarded: payloads let go unread.
+        connections: opened. aged_out: idle endpoints closed for their age.
         confirms: late acknowledgements sent again. fallbacks: local reads that went over UCX instead.
         parked_buffers: buffers that UCX never gave back. pooled_endpoints: idle now. lent_buffers: out now.
         idle_buffer_bytes: kept for reuse now. transports: what open UCX endpoints really use.
@@ -41,6 +42,7 @@ class ClientStatistics:
     rotations: int = 0
     retries: int = 0
     quarantined: int = 0
+    discarded: int = 0
     connections: int = 0
     aged_out: int = 0
     confirms: int = 0

@@ -88,6 +88,23 @@ class SyncUCXXClient:
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
+    def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
+        """Let payloads go unread; arguments and result as `UCXXClient.discard`."""
+        core = self._core
+        limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
+        monotonic_until_s = time.monotonic() + limit_s
+        found, elsewhere = core.discard_here(refs, limit_s)
+        if elsewhere:
+            loop, remote = self._started()
+
+            async def discard_all() -> int:
+                until_s = asyncio.get_running_loop().time() + monotonic_until_s - time.monotonic()
+                return sum(await asyncio.gather(*(remote.discard(group, until_s) for group in elsewhere)))
+
+            found += loop.call(discard_all)
+        core.counters.add("discarded", found)
+        return found
+
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
         loop, remote = self._loop, self._remote

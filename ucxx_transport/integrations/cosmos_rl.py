@@ -7,6 +7,7 @@ A job switches by its configuration, in a program of which one module imports th
 payload_transfer = "ucxx_transport"
 
 [custom.ucxx_transport]          # all optional
+device = "cpu"                   # as for RolloutFeed; the default is torch tensors on the CPU
 deadline_s = 30.0                # of a batch
 max_fetch_rounds = 3
 client = { local = "auto" }      # as ClientConfig
@@ -18,12 +19,16 @@ client = { local = "auto" }      # as ClientConfig
 | trainer | cosmos-rl's own `PrefetchDataPackerMixin` | a `UCXXStrategy`, composed                      |
 | trainer | or `CosmosDataPackerMixin`                | its `setup_ucxx_data_packer`                    |
 
+cosmos-rl 0.4.7 fetches ahead for its own transports alone: with this one a job's trainer fetches an episode when it
+needs it, unless it calls `start_prefetch` and `wait_prefetch` itself.
+
 A payload may go to several ranks here (`setup_ucxx(ring={"readers": tp_size * cp_size * pp_size})`), so the check that
 cosmos-rl makes of its own point-to-point transports does not apply.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +64,8 @@ REFERENCE = "_ucxx_transport"
 
 REWARDS = "rewards"
 EPISODE_LENGTH = "episode_length"
-_SETTINGS = ("deadline_s", "max_fetch_rounds", "client")
+_SETTINGS = ("device", "deadline_s", "max_fetch_rounds", "client")
+_REMEMBERED_LOSSES = 1 << 16
 
 _log = structlog.get_logger(__name__)
 
@@ -78,9 +84,9 @@ class CosmosRolloutMixin(UCXXRolloutMixin):
             A completion: the record under `REFERENCE`, and beside it what the controller looks for: the rewards
             of every step (`trajectory["rewards"]`, a list of floats) and the episode's length.
         """
-        record = super().write_to_buffer(trajectory, **settings)
         rewards = trajectory.get(REWARDS)
         told = [] if rewards is None else as_array(rewards, REWARDS).astype(float).reshape(-1).tolist()
+        record = super().write_to_buffer(trajectory, **settings)
         length = record[EPISODE_LENGTH]
         return {REFERENCE: record, REWARDS: told, EPISODE_LENGTH: len(told) if length is None else length}
 
@@ -112,6 +118,7 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
     def __init__(self) -> None:
         self._prefetcher: Prefetcher | None = None
         self._unpack = unpacker_for(None)
+        self._lost: OrderedDict[str, None] = OrderedDict()
 
     def setup(
         self,
@@ -162,13 +169,21 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         for place, payload in batch.payloads.items():
             found[_key_of(records[place], tasks[place][1])] = self._unpack(payload)
             payload.release()  # the arrays hold its memory
+        for loss in batch.losses:
+            self._lost[_key_of(records[loss.index], tasks[loss.index][1])] = None
+        while len(self._lost) > _REMEMBERED_LOSSES:
+            self._lost.popitem(last=False)
         return found
 
     def sync_fetch(self, rollout_output: Any) -> Any | None:
-        """One episode, or None when it is lost; it has been logged and counted then."""
+        """One episode, or None when it is lost: logged and counted, and not tried again."""
+        key = self.cache_key(rollout_output)
+        if key in self._lost:
+            return None
         try:
-            return self.fetch_batch([(0, rollout_output)]).get(self.cache_key(rollout_output))
-        except ConfigError:  # shut down meanwhile: it must not raise here
+            return self.fetch_batch([(0, rollout_output)]).get(key)
+        except Exception as error:  # noqa: BLE001 - the interface's rule: it must not raise here
+            _log.warning("episode could not be fetched", reason=f"{type(error).__name__}: {error}")
             return None
 
     def statistics(self) -> PrefetchStatistics:
@@ -193,26 +208,26 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         Args:
             packer: with cosmos-rl's `PrefetchDataPackerMixin`, or `CosmosDataPackerMixin`.
             config: the job's; `config.custom["ucxx_transport"]` has the settings.
-            device: of the trainer.
+            device: of the trainer; episodes are given on the CPU where that is a GPU.
             redis_endpoint: not needed.
 
         Raises:
-            TransportSetupError: a setting is wrong or unknown, the device is not there, or the packer is neither.
+            TransportSetupError: a setting is wrong or unknown, or the device is not there.
         """
         del redis_endpoint
         settings = _settings_of(config)
+        # the trainer's own device is a GPU, which nothing is received on yet
+        where = settings.pop("device", "cpu" if str(device).startswith("cuda") else device)
         composes = callable(getattr(packer, "set_transport_strategy", None))
         if not composes and not isinstance(packer, UCXXDataPackerMixin):
-            raise TransportSetupError(
-                f"{type(packer).__name__} fetches nothing: give it cosmos-rl's PrefetchDataPackerMixin, or "
-                "CosmosDataPackerMixin, as its first base",
-                field="packer",
-            )
+            # as cosmos-rl's own transports do: a job without a validation packer gets a plain one, attached too
+            _log.warning("a data packer that fetches nothing was left as it is", packer=type(packer).__name__)
+            return
         try:
             if composes:
-                _compose(packer, device, settings)
+                _compose(packer, where, settings)
             else:
-                packer.setup_ucxx_data_packer(device, **settings)
+                packer.setup_ucxx_data_packer(where, **settings)
         except ConfigError as error:
             raise TransportSetupError(error.message, **error.facts) from error
 

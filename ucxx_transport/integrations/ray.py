@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import structlog
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
@@ -97,6 +97,7 @@ class ActorRollouts(Iterator[Any]):
         self._replace = replace
         self._actors: list[Any | None] = []
         self._rings: dict[int, str] = {}
+        self._kept: Exception | None = None
         self._pending: dict[Any, int] = {}
         self._counts: Counter[str] = Counter()
         for actor in actors:
@@ -110,6 +111,9 @@ class ActorRollouts(Iterator[Any]):
             DeadlineExceededError: no answer came for `timeout_s`.
             ray.exceptions.RayTaskError: what the rollout raised.
         """
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            raise kept
         while self._pending:
             ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=self._timeout_s)
             if not ready:
@@ -117,28 +121,35 @@ class ActorRollouts(Iterator[Any]):
             number = self._pending.pop(ready[0])
             try:
                 answer = ray.get(ready[0])
-            except RayActorError as error:
-                self._counts["lost"] += 1
-                self._bury(number, error)
-                continue
-            except Exception:
+            except RayTaskError:  # the rollout's own, whatever it raised
                 self._ask(number)
                 raise
+            except RayActorError as error:
+                self._counts["lost"] += 1
+                if isinstance(error, ActorDiedError):
+                    self._bury(number, error)
+                else:
+                    self._ask(number)  # out of reach for a while, Ray says
+                continue
             self._counts["received"] += 1
             self._note_ring(number, answer)
-            self._ask(number)
+            try:
+                self._ask(number)
+            except Exception as error:  # noqa: BLE001 - the answer is there: what the next one meets is raised after it
+                self._kept = error
             return answer
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
-        """The next `count` answers, or as many as there still are; errors as for `next` when there are none."""
+        """The next `count` answers, or those before an error, which then comes with the next call; errors as `next`."""
         answers: list[Any] = []
         while len(answers) < count:
             try:
                 answers.append(next(self))
-            except (PeerLostError, DeadlineExceededError):
+            except Exception as error:
                 if not answers:
                     raise
+                self._kept = error
                 break
         return answers
 

@@ -109,7 +109,11 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         return self._prefetcher.statistics()
 
     def close(self) -> None:
-        """Give up what is on its way and end the threads, but for one that waits for a reference. Idempotent."""
+        """Give up what is on its way and end the threads. Idempotent.
+
+        The thread that takes references cannot be called back from one that it waits for: it ends when that comes, and
+        does not hand it out. What was taken and not handed out is not counted as lost.
+        """
         with self._changed:
             self._closed = True
             begun = list(self._begun)
@@ -150,6 +154,9 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             self._finish(_END)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates
             self._finish(error)
+        except BaseException:
+            self._finish(_END)
+            raise
 
     def _begin(self, reference: Any) -> bool:
         if not is_ours(reference):

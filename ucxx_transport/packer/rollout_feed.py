@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, SlotError
 from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch
 from ucxx_transport.packer.prefetcher import Prefetcher, PrefetchStatistics
 from ucxx_transport.packer.references import is_ours, key_of, record_of
@@ -106,6 +106,9 @@ class RolloutFeed:
     ) -> None:
         self._unpack = unpacker_for(device)
         self._output_of = output_of
+        self._on_loss = on_loss
+        self._losses: deque[Loss] = deque()
+        self._closed = False
         self._state = threading.RLock()
         self._turn = threading.RLock()
         self._pending: deque[_Asked] = deque()
@@ -116,7 +119,7 @@ class RolloutFeed:
             deadline_s=deadline_s,
             max_fetch_rounds=max_fetch_rounds,
             max_staleness=max_staleness,
-            on_loss=on_loss,
+            on_loss=self._losses.append,
             link_factory=link_factory,
         )
 
@@ -178,17 +181,12 @@ class RolloutFeed:
 
         Raises:
             ConfigError: nothing is on its way, or the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
-            if not self._pending:
-                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
-            came = self._prefetcher.wait(timeout_s)
-            with self._state:
-                asked = self._pending.popleft()
-                self._in_use = _InUse(asked, None)  # also when `collect` raises: this batch is over
-                if came:
-                    self._in_use = _InUse(asked, self._prefetcher.collect())
-            return came
+            came = self._take_next(timeout_s)
+        self._report()
+        return came
 
     def collect(self, timeout_s: float | None = None) -> list[object] | None:
         """The rollouts to train on now: waits for the batch on its way, if one is.
@@ -199,38 +197,53 @@ class RolloutFeed:
 
         Raises:
             ConfigError: the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
             if self._pending:
-                self.wait(timeout_s)
-            return self.buffer
+                self._take_next(timeout_s)
+            elif self._closed:
+                raise ConfigError("the feed is closed; make another")
+            rollouts = self.buffer
+        self._report()
+        return rollouts
 
     def resolve(self, output: object) -> ArrayTree | None:
         """The episode that a rollout's output refers to: of the batch in use, or on its way, else fetched now.
 
         Returns:
             Its arrays, as nested as they were written, on the feed's device, valid while they live. None when it is
-            lost: then `on_loss` has been told.
+            lost: then `on_loss` has been told. An episode on its way is waited for, and its batch taken into use.
 
         Raises:
-            ConfigError: the output is not ours (see `is_ours`), or the feed is closed.
+            ConfigError: the output is not ours, `policy_version` was never told, or the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         if not is_ours(output):
             raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
-        now = self._in_use
-        if now is not None and (payload := now.by_output.get(id(output))) is not None:
-            return self._unpack(payload)
-        record = record_of(output)
-        key = key_of(output, record)
+        record: AskedFor | None = None
+        key: Hashable = None
         while True:
             in_use = self._in_use
-            if in_use is not None and key in in_use.payloads:
-                return self._unpack(in_use.payloads[key])
+            try:
+                if in_use is not None and (payload := in_use.by_output.get(id(output))) is not None:
+                    return self._unpack(payload)
+                if record is None:
+                    record = record_of(output)
+                    key = key_of(output, record)
+                if in_use is not None and key in in_use.payloads:
+                    return self._unpack(in_use.payloads[key])
+            except SlotError:
+                if self._in_use is in_use:
+                    raise
+                continue  # another thread took the next batch into use meanwhile
             if in_use is not None and key in in_use.lost:
                 return None
             if not self._awaited(key, in_use):
                 break
-        return self._fetched(record)
+        episode = self._fetched(record)
+        self._report()
+        return episode
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since the feed was made."""
@@ -238,6 +251,7 @@ class RolloutFeed:
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""
+        self._closed = True
         self._prefetcher.close()
         with self._state:
             self._pending.clear()
@@ -280,8 +294,29 @@ class RolloutFeed:
             with self._state:
                 is_pending = any(key in asked.keys for asked in self._pending)
             if is_pending:
-                self.wait()
-            return self._in_use is not seen
+                self._take_next(None)
+            changed = self._in_use is not seen
+        self._report()
+        return changed
+
+    def _take_next(self, timeout_s: float | None) -> bool:
+        """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
+        if not self._pending:
+            raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
+        came = self._prefetcher.wait(timeout_s)
+        with self._state:
+            asked = self._pending.popleft()
+            batch: Batch | None = None
+            try:
+                batch = self._prefetcher.collect() if came else None
+            finally:
+                self._in_use = _InUse(asked, batch)
+        return came
+
+    def _report(self) -> None:
+        """Tell of losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
+        while self._losses:
+            self._on_loss(self._losses.popleft())
 
     def _fetched(self, record: AskedFor) -> ArrayTree | None:
         batch = self._prefetcher.fetch([record], policy_version=self._policy_version)

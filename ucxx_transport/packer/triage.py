@@ -4,7 +4,7 @@
 |-------------------------------------------------------------|----------------------------------|
 | a record that cannot be read                                | lost: `malformed`                |
 | dropped by its worker                                       | lost: `dropped`                  |
-| of weights more than `max_staleness` versions old           | lost: `too_old`                  |
+| of weights more than `max_staleness` versions old           | lost: `too_old`, let go unread   |
 | a payload that the batch has already                        | lost: `duplicate`                |
 | any other                                                   | is fetched                       |
 
@@ -108,6 +108,15 @@ def sort_out(
             seen.add(record.ref.name)
             wanted.append(Wanted(index=index, record=record, ref=record.ref))
     return wanted, losses
+
+
+def unwanted_of(losses: Sequence[Loss]) -> list[SlotRef]:
+    """Payloads that are there and will not be fetched: their slots are to be told, or they would wait for ever."""
+    return [
+        loss.record.ref
+        for loss in losses
+        if loss.reason is LossReason.TOO_OLD and loss.record is not None and loss.record.ref is not None
+    ]
 
 
 def check_staleness(max_staleness: int | None, policy_version: int | None) -> None:

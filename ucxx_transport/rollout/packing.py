@@ -88,15 +88,20 @@ class TrajectoryPacker:
 
 
 def _fill(target: Any, source: Array, field: TensorSpec) -> None:
+    too_large = False
     try:
         with np.errstate(all="ignore", over="raise"):
             np.copyto(target, source, casting="unsafe")
-    except FloatingPointError as exc:
+    except FloatingPointError:
+        too_large = True
+    if target.dtype.kind not in "biufc" or target.dtype.name.startswith(("bfloat16", "float8")):
+        too_large = not np.array_equal(np.isfinite(target), np.isfinite(source))  # those of ml_dtypes raise no flag
+    if too_large:
         raise ConfigError(
             f"field {field.name!r}: a value of {source.dtype.name} is too large for {field.dtype.name}; "
             "scale it, or give the schema the other dtype",
             field=field.name,
-        ) from exc
+        )
 
 
 def _refuse_what_does_not_fit(array: Array, field: TensorSpec) -> None:

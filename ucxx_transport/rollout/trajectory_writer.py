@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -126,6 +127,7 @@ class TrajectoryWriter:
             RingFullError: no slot is to be had and the ring does not wait.
             DeadlineExceededError: no slot in time.
         """
+        policy_version = _as_version(policy_version)
         packer = self._ready_for(trajectory)
         sequence = next(self._sequence)
         ref: SlotRef | None = None
@@ -223,3 +225,19 @@ class TrajectoryWriter:
             count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
         if count == 1:
             _log.warning("an episode was dropped; counted from here on", reason=str(error), kind=kind)
+
+
+def _as_version(policy_version: int | None) -> int | None:
+    """A policy version as a record takes it, refused before anything is written rather than after.
+
+    Raises:
+        ConfigError: it is no integer of 64 bits.
+    """
+    if policy_version is None:
+        return None
+    try:
+        version = operator.index(policy_version)
+    except TypeError:
+        version = policy_version
+    EpisodeRecord(worker_id="w", sequence=0, dropped="never written", policy_version=version)
+    return version

@@ -151,8 +151,33 @@ def test_a_wrong_setting_is_an_error_that_cosmos_rl_does_not_swallow(
     with pytest.raises(RuntimeError, match=field) as caught:
         transport.attach_data_packer(packer_of(cosmos, "inherited"), config=config(**table))
     assert caught.value.facts["field"] == field  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="fetches nothing"):
-        transport.attach_data_packer(TensorPacker(), config=config())
+
+
+def test_a_packer_that_fetches_nothing_is_left_as_it_is(cosmos: Any) -> None:
+    cosmos.registry.get_optional("ucxx_transport").attach_data_packer(TensorPacker(), config=config())
+
+
+@pytest.mark.parametrize("kind", ["composed", "inherited"])
+def test_a_trainer_on_a_gpu_gets_its_episodes_on_the_cpu(cosmos: Any, rollout: Any, kind: str) -> None:
+    torch: Any = pytest.importorskip("torch", exc_type=ImportError)
+    transport = cosmos.registry.get_optional("ucxx_transport")
+    packer = packer_of(cosmos, kind)
+    transport.attach_data_packer(packer, config=config(deadline_s=20.0), device=torch.device("cuda", 0))
+    episode = packer.get_policy_input("s", rollout.write_to_buffer(trajectory(3)))[1]
+    assert torch.is_tensor(episode["observations"])
+    transport.close_data_packer(packer)
+
+
+def test_what_a_batch_has_lost_is_not_fetched_again(cosmos: Any, rollout: Any) -> None:
+    strategy = cosmos.ours.UCXXStrategy()
+    strategy.setup(deadline_s=20.0)
+    lost = rollout.write_to_buffer(trajectory(7))
+    for ref in rollout.ucxx_writer.ring.ready_refs():
+        rollout.ucxx_writer.ring.discard(ref)
+    assert strategy.fetch_batch([(0, lost)]) == {}
+    assert strategy.sync_fetch(lost) is None
+    assert strategy.statistics().losses == {"stale": 1}
+    strategy.shutdown()
 
 
 def test_the_recorded_contract_is_the_real_one() -> None:

@@ -43,6 +43,12 @@ class Reader:
         self._takes_s = takes_s
         self.asked: list[list[int]] = []
         self.limits_s: list[float] = []
+        self.discarded: list[int] = []
+
+    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
+        assert deadline_s is not None
+        self.discarded += [ref.slot for ref in refs]
+        return len(refs)
 
     async def read_many(
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
@@ -196,3 +202,12 @@ async def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_i
     batch = await fetch_batch(Reader(errors), [episode(0), episode(1)], deadline_s=10)
     assert reasons(batch) == {0: LossReason.DUPLICATE, 1: LossReason.STALE}
     assert batch.rounds == 1
+
+
+async def test_what_is_too_old_is_let_go_unread_and_nothing_else_is() -> None:
+    reader = Reader({2: [StaleSlotError("stale")]})
+    old, new, gone = episode(0, policy_version=1), episode(1, policy_version=9), episode(2, policy_version=9)
+    records = [old, new, new, gone, EpisodeRecord(worker_id="w", sequence=3, dropped="why")]
+    batch = await fetch_batch(reader, records, deadline_s=10, policy_version=9, max_staleness=1)
+    assert list(batch.payloads) == [1]
+    assert reader.discarded == [0]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.local_worker import LocalWorker, silence
+from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, SlotState
 from ucxx_transport.packer import Loss, LossReason, RolloutFeed
 from ucxx_transport.schema.episode_record import EpisodeRecord
@@ -125,6 +126,21 @@ def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) ->
         assert sum(feed.statistics().losses.values()) == len(told)
 
 
+def test_what_is_too_old_makes_room_in_its_ring(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, max_staleness=1) as feed:
+        for version in range(10, 20):  # ten times as much as the ring has slots, which raises when it is full
+            feed.start(
+                worker.play(31, policy_version=1) + worker.play(1, policy_version=version), policy_version=version
+            )
+            rollouts = feed.collect()
+            assert rollouts is not None
+            assert len(rollouts) == 1
+            feed.start([], policy_version=version)
+            feed.collect()
+            wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 32, what="all are let go")
+        assert feed.statistics().losses == {"too_old": 310}
+
+
 def test_an_episode_that_was_not_fetched_ahead_is_fetched_when_it_is_asked_for(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
@@ -220,6 +236,40 @@ def test_arrays_outlive_their_batch_and_hold_their_slot(worker: LocalWorker) -> 
         assert number_in(tree) == 0
         del tree
         assert worker.ring.slot_states().count(SlotState.READING) == 1
+
+
+def test_a_hook_that_raises_or_asks_hurts_neither_this_batch_nor_the_next(worker: LocalWorker) -> None:
+    def hook(loss: Loss) -> None:
+        asked = threading.Thread(target=lambda: seen.append((feed.is_cold_start, feed.buffer is not None)))
+        asked.start()
+        asked.join()  # no lock is held that another thread would wait for
+        raise ZeroDivisionError(loss.reason.value)
+
+    seen: list[tuple[bool, bool]] = []
+    with RolloutFeed(LOCAL, on_loss=hook) as feed:
+        first, second = worker.play(2), worker.play(3)
+        feed.start([*first, first[0]])
+        feed.defer(second)
+        with pytest.raises(ZeroDivisionError, match="duplicate"):
+            feed.collect()
+        assert feed.buffer == first
+        assert numbers(feed, feed.buffer) == [0, 1]
+        assert numbers(feed, feed.collect()) == [2, 3, 4]
+        assert seen == [(False, True)]
+
+
+def test_a_batch_that_is_given_up_is_not_taken_for_the_next_one_whatever_the_hook_does(worker: LocalWorker) -> None:
+    def hook(_: Loss) -> None:
+        raise ZeroDivisionError
+
+    with RolloutFeed(deadline_s=600, on_loss=hook, link_factory=silence) as feed:
+        late, next_one = worker.play_far_away(1), worker.play(1)
+        feed.start(late)
+        feed.defer(next_one)
+        with pytest.raises(ZeroDivisionError):
+            feed.collect(0.05)
+        assert feed.resolve(late[0]) is None
+        assert numbers(feed, feed.collect()) == [1]
 
 
 def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:

@@ -112,3 +112,18 @@ def test_an_infinite_value_stays_infinite() -> None:
 def test_a_name_that_is_no_field_is_refused() -> None:
     with pytest.raises(ConfigError, match="'rewards'"), packing("rewards"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "too_large"),
+    [("float8_e4m3fn", 448.0, 1000.0), ("float8_e5m2", 57344.0, 1e6), ("bfloat16", 3.38e38, 3.4e38)],
+)
+def test_a_value_too_large_for_a_short_float_is_refused(dtype: str, largest: float, too_large: float) -> None:
+    schema = Schema([TensorSpec("x", (2,), dtype)])
+    with SharedRingBuffer.create(RingConfig(slots=2, schema=schema)) as ring:
+        packer = TrajectoryPacker(ring, schema, narrow=["x"])
+        found = ring.read(packer.write({"x": np.array([largest, -1.0], np.float32)}))
+        assert np.isfinite(found["x"].astype(np.float32)).all()
+        with pytest.raises(ConfigError, match=f"too large for {dtype}"):
+            packer.write({"x": np.array([1.0, too_large], np.float32)})
+        assert ring.slot_states() == [SlotState.FREE] * 2

@@ -169,3 +169,15 @@ def test_the_mixin_gives_a_worker_its_writer_and_takes_it_away() -> None:
     finally:
         worker.cleanup_ucxx()
     assert worker.ucxx_writer is None
+
+
+@pytest.mark.parametrize("on_error", ["raise", "drop"])
+def test_a_policy_version_is_any_integer_and_a_wrong_one_is_refused_before_anything_is_written(on_error: Any) -> None:
+    with writer(on_error=on_error) as end:
+        version: Any = np.int64(3)
+        assert end.write(episode(), policy_version=version).policy_version == 3
+        for wrong in (1.5, "3", 1 << 63):
+            with pytest.raises(ConfigError, match="policy_version"):
+                end.write(episode(), policy_version=wrong)  # type: ignore[arg-type]
+        assert end.ring is not None
+        assert (end.ring.get_ready_count(), end.statistics().written) == (1, 1)
