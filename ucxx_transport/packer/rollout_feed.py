@@ -171,7 +171,7 @@ class RolloutFeed:
             self._begun(asked, policy_version)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the batch on its way and take it into use; the one before it is released.
+        """Wait for the batch on its way and take it into use; the one before it is released, with the next that comes.
 
         Args:
             timeout_s: how long at most; None: the batch's own deadline.
