@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.e2e.programs.rollout_worker import play
@@ -97,8 +98,10 @@ def test_killed_worker_costs_a_trainer_that_worker_s_episodes_only() -> None:
         packer.start_prefetch(played(victim, 10) + played(other, 10))
         packer.train(packer.collect_prefetch())
         rollouts = [*played(victim, 20, 30), *played(other, 40, 50)]
+        server = victim.ask(server=True)["server"]
         victim.signal(signal.SIGKILL)
         victim.wait()
+        wait_until(lambda: not psutil.pid_exists(server), 60, what="its server has noticed")  # it serves until then
         packer.start_prefetch(rollouts)
         kept = packer.collect_prefetch()
         packer.start_prefetch(played(other, 60, 70))

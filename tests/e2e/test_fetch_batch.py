@@ -43,9 +43,10 @@ async def test_killed_worker_costs_the_batch_its_own_episodes_only() -> None:
             victim.wait()
             batch = await fetch_batch(client, records, deadline_s=6)
             check_and_release(batch, records)
-            assert list(batch.payloads) == [1, 3, 4]
+            # the dead worker's server may serve an episode of it before it has noticed
+            assert set(batch.payloads) >= {1, 3, 4}
             lost = {loss.index: loss.reason for loss in batch.losses}
-            assert set(lost) == {0, 2}
+            assert set(lost) == {0, 2} - set(batch.payloads)
             assert set(lost.values()) <= {LossReason.UNREACHABLE, LossReason.TIMEOUT}
             again = await fetch_batch(client, records, deadline_s=2, max_fetch_rounds=1)
             assert again.payloads == {}
