@@ -1,6 +1,6 @@
 """What does a trainer feel? Steps per second and the share of its time that it waits for data.
 
-    python bench/trainer.py            # 64 KiB, 1 MiB, 16 MiB episodes, 5 rounds: 5 to 10 minutes
+    python bench/trainer.py            # 64 KiB, 1 MiB, 16 MiB episodes, 5 rounds
     python bench/trainer.py --check    # and hold the figures against the targets; exit 1 if one is not met
 
 A worker process produces episodes as fast as it can; a trainer process takes them in batches of 8, reads every byte,

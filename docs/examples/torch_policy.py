@@ -1,8 +1,8 @@
 """A torch policy on a Gymnasium environment; raw Atari frames of 10 to 90 MB an episode, if you like.
 
     pip install 'ucxx_transport[cpu,torch,atari]'
-    python docs/examples/torch_policy.py --env CartPole-v1           # a minute: the mean return climbs
-    python docs/examples/torch_policy.py --env ALE/Pong-v5           # raw frames; learning Pong takes hours
+    python docs/examples/torch_policy.py --env CartPole-v1           # half a minute: the mean return climbs
+    python docs/examples/torch_policy.py --env ALE/Pong-v5           # raw frames (needs ale-py; untested)
 
 Two rollout workers play and write whole episodes of raw observations into their rings. The trainer fetches the next
 batch while it learns from this one. Its tensors lie in the workers' slots themselves (with `--local off` in the buffers

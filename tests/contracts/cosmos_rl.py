@@ -18,19 +18,17 @@ from typing import Any, ClassVar
 PACKAGE = "cosmos_rl.utils.payload_transport"
 
 
-class PayloadTransport(ABC):  # noqa: B024 - as the real one: every hook has a default
+class PayloadTransport:
     name: str = ""
     completion_prefix: str | None = None
 
-    def attach_data_packer(  # noqa: B027
-        self, packer: Any, *, config: Any, device: Any = None, redis_endpoint: Any = None
-    ) -> None:
+    def attach_data_packer(self, packer: Any, *, config: Any, device: Any = None, redis_endpoint: Any = None) -> None:
         pass
 
     def close_data_packer(self, packer: Any, *, timeout: float = 5.0) -> None:
         packer.close_transport(timeout=timeout)
 
-    def close_producer(self, producer: Any, *, timeout: float = 5.0) -> None:  # noqa: B027
+    def close_producer(self, producer: Any, *, timeout: float = 5.0) -> None:
         pass
 
 
@@ -47,13 +45,13 @@ class PayloadTransportRegistry:
 
 
 class PayloadTransportStrategy(ABC):
-    def setup(self, **kwargs: Any) -> None:  # noqa: B027
+    def setup(self, **kwargs: Any) -> None:  # noqa: B027 - a hook that may be left out
         pass
 
-    def shutdown(self) -> None:  # noqa: B027
+    def shutdown(self) -> None:  # noqa: B027 - a hook that may be left out
         pass
 
-    def before_join(self) -> None:  # noqa: B027
+    def before_join(self) -> None:  # noqa: B027 - a hook that may be left out
         pass
 
     @abstractmethod
@@ -104,7 +102,7 @@ class PrefetchDataPackerMixin:
             rollout_output = self._cache.get(strategy.cache_key(rollout_output)) or strategy.sync_fetch(rollout_output)
             if rollout_output is None:
                 return None
-        return super().get_policy_input(sample, rollout_output, n_ignore_prefix_tokens, **kwargs)  # type: ignore[misc]
+        return super().get_policy_input(sample, rollout_output, n_ignore_prefix_tokens, **kwargs)  # type: ignore[misc]  # of the packer behind it
 
 
 NAMES = {

@@ -8,6 +8,7 @@ import random
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import ml_dtypes
@@ -62,6 +63,10 @@ def holds(payload: Payload | memoryview | bytes, sequence: int) -> bool:
     return content.mismatch(np.frombuffer(raw, dtype=np.uint8), 1, sequence) == ""
 
 
+def is_free(ring: SharedRingBuffer, ref: SlotRef) -> bool:
+    return ring.slot_state(ref.slot) is SlotState.FREE
+
+
 @pytest.fixture(scope="module", params=["process", "thread"])
 def source(request: pytest.FixtureRequest) -> Iterator[ServedRing]:
     """A raw ring with checksums, served by either mode."""
@@ -77,7 +82,7 @@ def test_payloads_of_any_size_arrive_byte_by_byte(source: ServedRing, read: Call
         received = read(ref)
         assert len(received) == nbytes
         assert holds(received, sequence)
-        wait_until(lambda slot=ref.slot: source.ring.slot_state(slot) is SlotState.FREE, 60)  # type: ignore[misc]
+        wait_until(partial(is_free, source.ring, ref), 60)
 
 
 def test_empty_payload_arrives(source: ServedRing) -> None:

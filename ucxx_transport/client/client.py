@@ -122,7 +122,7 @@ class UCXXClient:
         if elsewhere:
             if self._remote is None:
                 self._remote = self._core.remote()
-            found += sum(await asyncio.gather(*(self._remote.discard(group, until_s) for group in elsewhere)))
+            found += await self._remote.discard(elsewhere, until_s)
         core.counters.add("discarded", found)
         return found
 

@@ -146,17 +146,20 @@ class RemoteReader:
         finally:
             self._gate.release()
 
-    async def discard(self, refs: Sequence[SlotRef], deadline_s: float) -> int:
-        """Let payloads of one ring go without fetching them.
+    async def discard(self, rings: Sequence[Sequence[SlotRef]], deadline_s: float) -> int:
+        """Let payloads go without fetching them.
 
         Args:
-            refs: at least one, all of one ring.
+            rings: each one's payloads, at least one.
             deadline_s: absolute, on the event loop's clock.
 
         Returns:
-            How many were still there, as far as the server could be asked.
+            How many were still there, as far as the servers could be asked.
         """
         self._check_loop()
+        return sum(await asyncio.gather(*(self._discard_of_ring(refs, deadline_s) for refs in rings)))
+
+    async def _discard_of_ring(self, refs: Sequence[SlotRef], deadline_s: float) -> int:
         source = refs[0]
         if not source.ports or not source.host:
             return 0

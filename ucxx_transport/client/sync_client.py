@@ -99,7 +99,7 @@ class SyncUCXXClient:
 
             async def discard_all() -> int:
                 until_s = asyncio.get_running_loop().time() + monotonic_until_s - time.monotonic()
-                return sum(await asyncio.gather(*(remote.discard(group, until_s) for group in elsewhere)))
+                return await remote.discard(elsewhere, until_s)
 
             found += loop.call(discard_all)
         core.counters.add("discarded", found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -47,7 +48,7 @@ class _Asked:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
         if len(self.rollouts) != len(other.rollouts):
             return False
-        same_objects = all(map(_is_same, self.rollouts, other.rollouts))
+        same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
 
@@ -324,7 +325,3 @@ class RolloutFeed:
             return None
         with batch.payloads[0] as payload:
             return self._unpack(payload)
-
-
-def _is_same(one: object, other: object) -> bool:
-    return one is other

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import structlog
@@ -19,7 +19,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.rollout.packing import TrajectoryPacker
 from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary
+from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import UCXXServer
@@ -233,11 +233,13 @@ def _as_version(policy_version: int | None) -> int | None:
     Raises:
         ConfigError: it is no integer of 64 bits.
     """
-    if policy_version is None:
-        return None
-    try:
-        version = operator.index(policy_version)
-    except TypeError:
-        version = policy_version
-    EpisodeRecord(worker_id="w", sequence=0, dropped="never written", policy_version=version)
+    version = policy_version if type(policy_version) is int or policy_version is None else _index_of(policy_version)
+    check_policy_version(version)
     return version
+
+
+def _index_of(number: Any) -> Any:
+    try:
+        return operator.index(number)  # numpy's integers, and torch's of one element
+    except TypeError:
+        return number

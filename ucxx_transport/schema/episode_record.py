@@ -129,9 +129,7 @@ class EpisodeRecord:
             raise ConfigError(
                 f"episode_length must be an u64, not {describe(self.episode_length)}", field="episode_length"
             )
-        version = self.policy_version
-        if version is not None and (type(version) is not int or not -(1 << 63) <= version < 1 << 63):
-            raise ConfigError(f"policy_version must be an i64, not {describe(version)}", field="policy_version")
+        check_policy_version(self.policy_version)
 
     def to_dict(self) -> dict[str, object]:
         """The record as plain values, for any queue."""
@@ -164,6 +162,16 @@ class EpisodeRecord:
             )
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+def check_policy_version(version: object) -> None:
+    """Refuse what a record cannot say of its weights.
+
+    Raises:
+        ConfigError: neither None nor an int of 64 bits.
+    """
+    if version is not None and (type(version) is not int or not -(1 << 63) <= version < 1 << 63):
+        raise ConfigError(f"policy_version must be an i64, not {describe(version)}", field="policy_version")
 
 
 def is_episode_record(value: object) -> bool:

@@ -23,7 +23,7 @@ def write(ring: SharedRingBuffer, stream: int, request: Message) -> SlotRef:
     if request["how"] == "write_raw":
         return ring.write_raw(content.make(stream, sequence, nbytes), meta=meta)
     with ring.reserve(nbytes, meta=meta) as lease:
-        time.sleep(request["dwell_s"])
+        time.sleep(request["dwell_s"])  # the length of the write itself: a kill shall find one half done
         content.fill(np.frombuffer(lease.buffer, dtype=np.uint8), stream, sequence)
     return lease.ref
 
