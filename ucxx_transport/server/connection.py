@@ -150,9 +150,10 @@ class Connection:
             # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
             frame[:] = _BLANK
             if isinstance(action, Finish):
+                self._delivered = action.delivered  # it counts, even if the client is gone by now
                 # The client's next frame is on its way already; and a send may have to be waited for.
                 arriving = endpoint.post_receive(frame)
-                await self._finish(delivered=action.delivered)
+                await self._finish()
                 continue
             reply = self._reply_pending
             if reply is not None and not reply.completed:
@@ -199,10 +200,9 @@ class Connection:
         seal(frame, reply)
         self._send = self._endpoint.post_send(frame[: message_bytes(nbytes)])
 
-    async def _finish(self, *, delivered: bool) -> None:
+    async def _finish(self) -> None:
         send = self._send
         assert send is not None
-        self._delivered = delivered
         if not send.completed:
             await send.wait()
         self._finalise()

@@ -70,6 +70,8 @@ class StuckEndpoint:
 
     def post_receive(self, buffer: object) -> Operation:
         assert isinstance(buffer, bytearray)
+        if not self.alive:
+            raise PeerLostError("gone", reason="reset")
         operation = Operation()
         self._receives.append((memoryview(buffer), operation))
         return operation
@@ -166,6 +168,19 @@ async def test_an_acknowledged_payload_stays_delivered_when_its_send_fails_after
         await settle()
         assert ring.slot_state(ref.slot) is SlotState.FREE
         assert counters.snapshot().delivered == 1
+
+
+@pytest.mark.parametrize("send_is_over", [True, False])
+async def test_an_acknowledgement_counts_when_the_peer_is_gone_in_the_same_moment(*, send_is_over: bool) -> None:
+    endpoint = StuckEndpoint(close_ends_sends=True)
+    async with serving(endpoint) as (ring, ref, counters):
+        if send_is_over:
+            endpoint.large_sends[0].end()
+        endpoint.hear(encode_request(ack_of(ref)))
+        endpoint.alive = False  # before anybody has looked at what came
+        await settle()
+        assert ring.slot_state(ref.slot) is SlotState.FREE
+        assert (counters.snapshot().delivered, counters.snapshot().released) == (1, 0)
 
 
 async def test_closing_the_connection_ends_the_send_and_gives_the_slot_back() -> None:
