@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -72,17 +73,18 @@ class UCXXClient:
             ConfigError: the reference has no address, is too large, or `into` is unfit.
         """
         core = self._core
+        began_s = time.perf_counter()
         try:
             ring = core.admit(ref, into)
             limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
             if ring is None:
-                return await self._read_remote(ref, into, asyncio.get_running_loop().time() + limit_s)
+                return await self._read_remote(ref, into, limit_s, began_s)
             if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                return await core.read_local_aside(ring, ref, into, limit_s)
+                return await core.read_local_aside(ring, ref, into, limit_s, began_s)
             try:
-                return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S))
-            except DeadlineExceededError:
-                return await core.read_local_aside(ring, ref, into, limit_s)  # somebody sits on the ring's lock
+                return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
+            except DeadlineExceededError:  # somebody sits on the ring's lock
+                return await core.read_local_aside(ring, ref, into, limit_s, began_s)
         except TransportError as error:
             core.count_failure(error)
             raise
@@ -147,8 +149,8 @@ class UCXXClient:
         """Close."""
         await self.aclose()
 
-    async def _read_remote(self, ref: SlotRef, into: Into | None, deadline_s: float) -> Payload:
+    async def _read_remote(self, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
         if self._remote is None:
             self._remote = self._core.remote()
-        content, schema = await self._remote.read(ref, deadline_s)
-        return self._core.deliver_remote(ref, content, schema, into)
+        content, schema = await self._remote.read(ref, asyncio.get_running_loop().time() + limit_s)
+        return self._core.deliver_remote(ref, content, schema, into, began_s)

@@ -36,8 +36,6 @@ Into = Buffer
 # Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time.
 REMEMBERED_RINGS = 1 << 16
 
-_WAYS = {"view": "views", "copy": "copies", "ucx": "ucx"}
-
 
 class ClientCore:
     """The part of a client that needs no event loop. Thread-safe.
@@ -96,9 +94,19 @@ class ClientCore:
         if self.inherited:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
 
-    def read_local(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
-        """Read from an attached ring, counted; `limit_s` is how long to wait for the ring's lock."""
-        return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into)
+    def read_local(
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+    ) -> Payload:
+        """Read from an attached ring, counted.
+
+        Args:
+            ring: of `ref`.
+            ref: the payload's reference.
+            into: as for `read`.
+            limit_s: how long to wait for the ring's lock.
+            began_s: when the read was called, by `time.perf_counter`.
+        """
+        return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into, began_s)
 
     def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
         """Let a payload of an attached ring go; whether it was still there."""
@@ -140,11 +148,11 @@ class ClientCore:
         return True
 
     async def read_local_aside(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
     ) -> Payload:
         """`read_local` with its copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         begun = await asyncio.to_thread(self._begin_local, ring, ref, limit_s)
-        return self._counted(self.local.finish(ref, *begun), into)
+        return self._counted(self.local.finish(ref, *begun), into, began_s)
 
     def _begin_local(
         self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
@@ -175,14 +183,16 @@ class ClientCore:
         self._closed = True
         self.local.close()
 
-    def deliver_remote(self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None) -> Payload:
-        """Hand over what came over UCX, counted.
+    def deliver_remote(
+        self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None, began_s: float
+    ) -> Payload:
+        """Hand over what came over UCX, counted; `began_s` as for `read_local`.
 
         Raises:
             StaleSlotError: another read of this client was faster; this copy is dropped.
         """
         self._delivered.claim(ref)
-        return self._counted(Payload(ref, content, schema, "ucx"), into)
+        return self._counted(Payload(ref, content, schema, "ucx"), into, began_s)
 
     def count_failure(self, error: TransportError) -> None:
         """Count a read that raised; the error may be kept, its buffers are not."""
@@ -194,9 +204,11 @@ class ClientCore:
         elif isinstance(error, DeadlineExceededError):
             count("deadlines")
 
-    def _counted(self, payload: Payload, into: Into | None) -> Payload:
-        self.counters.delivered(_WAYS[payload.transport], payload.nbytes)
-        return payload if into is None else payload.copied_into(into)
+    def _counted(self, payload: Payload, into: Into | None, began_s: float) -> Payload:
+        if into is not None:
+            payload = payload.copied_into(into)
+        self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
+        return payload
 
     def statistics(self, remote: RemoteReader | None) -> ClientStatistics:
         """The counts now."""

@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Final
+
+import numpy as np
+
+from ucxx_transport.client.payload import Transport
+
+KEPT_DURATIONS: Final = 4096
+"""Reads of each way whose durations are kept for the percentiles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WayStatistics:
+    """Delivered payloads that came one way, since the client was made.
+
+    Attributes:
+        reads: how many. nbytes: their bytes.
+        p50_s, p95_s, p99_s: seconds from the call to the payload, over the last 4096 of them. Of payloads read
+            together each counts from the common call.
+    """
+
+    reads: int
+    nbytes: int
+    p50_s: float
+    p95_s: float
+    p99_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +48,7 @@ class ClientStatistics:
         confirms: late acknowledgements sent again. fallbacks: local reads that went over UCX instead.
         parked_buffers: buffers that UCX never gave back. pooled_endpoints: idle now. lent_buffers: out now.
         idle_buffer_bytes: kept for reuse now. transports: what open UCX endpoints really use.
+        ways: by "view", "copy" and "ucx", those that payloads have come.
     """
 
     reads: int = 0
@@ -52,18 +80,35 @@ class ClientStatistics:
     lent_buffers: int = 0
     idle_buffer_bytes: int = 0
     transports: tuple[str, ...] = field(default=())
+    ways: Mapping[str, WayStatistics] = field(default_factory=dict)
 
 
-_COUNTERS = tuple(spec.name for spec in fields(ClientStatistics) if spec.name != "transports")
+_COUNTERS = tuple(spec.name for spec in fields(ClientStatistics) if spec.name not in ("transports", "ways"))
+_COUNTED_AS: Final[dict[Transport, str]] = {"view": "views", "copy": "copies", "ucx": "ucx"}
+
+
+class _Way:
+    """The running counts behind `WayStatistics`."""
+
+    __slots__ = ("nbytes", "reads", "recent_s")
+
+    def __init__(self) -> None:
+        self.reads = self.nbytes = 0
+        self.recent_s: deque[float] = deque(maxlen=KEPT_DURATIONS)
+
+    def summary(self) -> WayStatistics:
+        p50_s, p95_s, p99_s = np.percentile(self.recent_s, (50, 95, 99)).tolist()
+        return WayStatistics(reads=self.reads, nbytes=self.nbytes, p50_s=p50_s, p95_s=p95_s, p99_s=p99_s)
 
 
 class ClientCounters:
     """The running counts behind `ClientStatistics`."""
 
-    __slots__ = ("_counts", "_lock")
+    __slots__ = ("_counts", "_lock", "_ways")
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._ways: dict[Transport, _Way] = {name: _Way() for name in _COUNTED_AS}
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1) -> None:
@@ -71,14 +116,20 @@ class ClientCounters:
         with self._lock:  # the sync client counts in its caller's threads and in its loop's
             self._counts[name] += amount
 
-    def delivered(self, way: str, nbytes: int) -> None:
-        """Count one delivered payload: `way` is "views", "copies" or "ucx"."""
-        counts = self._counts
+    def delivered(self, transport: Transport, nbytes: int, took_s: float) -> None:
+        """Count one delivered payload; `took_s` is seconds from the call."""
+        counts, way = self._counts, self._ways[transport]
         with self._lock:
             counts["reads"] += 1
-            counts[way] += 1
+            counts[_COUNTED_AS[transport]] += 1
             counts["bytes_read"] += nbytes
+            way.reads += 1
+            way.nbytes += nbytes
+            way.recent_s.append(took_s)
 
     def snapshot(self, **gauges: object) -> ClientStatistics:
         """The counts now, with what is measured rather than counted filled in."""
-        return replace(ClientStatistics(**self._counts), **gauges)  # type: ignore[arg-type]  # gauges are its own fields
+        with self._lock:
+            counts = dict(self._counts)
+            ways = {name: way.summary() for name, way in self._ways.items() if way.reads}
+        return replace(ClientStatistics(**counts, ways=ways), **gauges)  # type: ignore[arg-type]  # gauges are its own fields

@@ -53,13 +53,14 @@ class SyncUCXXClient:
     def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | None = None) -> Payload:
         """Read one payload; arguments, result and errors as `UCXXClient.read`."""
         core = self._core
+        began_s = time.perf_counter()
         try:
             ring = core.admit(ref, into)
             limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
             if ring is not None:
-                return core.read_local(ring, ref, into, limit_s)
+                return core.read_local(ring, ref, into, limit_s, began_s)
             loop, remote = self._started()
-            return loop.call(lambda: self._read_remote(remote, ref, into, limit_s))
+            return loop.call(lambda: self._read_remote(remote, ref, into, limit_s, began_s))
         except TransportError as error:
             core.count_failure(error)
             raise
@@ -67,6 +68,7 @@ class SyncUCXXClient:
     def read_many(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> list[Payload | TransportError]:
         """Read payloads, those over UCX concurrently; arguments and result as `UCXXClient.read_many`."""
         core = self._core
+        began_s = time.perf_counter()
         until_s = time.monotonic() + (deadline_s if deadline_s is not None else core.config.deadline_s)
         outcomes: list[Payload | TransportError | None] = [None] * len(refs)
         remote: list[int] = []
@@ -76,14 +78,14 @@ class SyncUCXXClient:
                 if ring is None:
                     remote.append(index)
                 else:
-                    outcomes[index] = core.read_local(ring, ref, None, until_s - time.monotonic())
+                    outcomes[index] = core.read_local(ring, ref, None, until_s - time.monotonic(), began_s)
             except TransportError as error:
                 core.count_failure(error)
                 outcomes[index] = error
         if remote:
             wanted = [refs[index] for index in remote]
             loop, reader = self._started()
-            fetched = loop.call(lambda: self._fetch_all(reader, wanted, until_s))
+            fetched = loop.call(lambda: self._fetch_all(reader, wanted, until_s, began_s))
             for index, outcome in zip(remote, fetched, strict=True):
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
@@ -155,16 +157,18 @@ class SyncUCXXClient:
             assert self._remote is not None
             return self._loop, self._remote
 
-    async def _read_remote(self, remote: RemoteReader, ref: SlotRef, into: Into | None, limit_s: float) -> Payload:
+    async def _read_remote(
+        self, remote: RemoteReader, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+    ) -> Payload:
         content, schema = await remote.read(ref, asyncio.get_running_loop().time() + limit_s)
-        return self._core.deliver_remote(ref, content, schema, into)
+        return self._core.deliver_remote(ref, content, schema, into, began_s)
 
     async def _fetch_all(
-        self, remote: RemoteReader, refs: Sequence[SlotRef], until_s: float
+        self, remote: RemoteReader, refs: Sequence[SlotRef], until_s: float, began_s: float
     ) -> list[Payload | TransportError]:
         async def read(ref: SlotRef) -> Payload:
             try:
-                return await self._read_remote(remote, ref, None, until_s - time.monotonic())
+                return await self._read_remote(remote, ref, None, until_s - time.monotonic(), began_s)
             except TransportError as error:
                 self._core.count_failure(error)
                 raise

@@ -46,12 +46,15 @@ class Batch:
     Attributes:
         payloads: by the episode's place in what was asked for, in that order.
         losses: the others, in that order, each with its reason.
-        rounds: how many it took.
+        rounds: how many it took. retried: episodes asked for again, once for each round after the first.
+        took_s: seconds.
     """
 
     payloads: dict[int, Payload]
     losses: tuple[Loss, ...]
     rounds: int
+    retried: int
+    took_s: float
 
     def release(self) -> None:
         """Release all payloads."""
@@ -86,11 +89,12 @@ async def fetch_batch(
     """
     check_limits(deadline_s, max_fetch_rounds)
     clock = asyncio.get_running_loop().time
-    until_s = clock() + deadline_s
+    began_s = clock()
+    until_s = began_s + deadline_s
     wanted, losses = sort_out(records, policy_version=policy_version, max_staleness=max_staleness)
     unwanted = unwanted_of(losses)
     payloads: dict[int, Payload] = {}
-    rounds = 0
+    rounds = retried = 0
     if unwanted:
         _in_background(client.discard(unwanted, deadline_s=deadline_s))
     try:
@@ -110,6 +114,7 @@ async def fetch_batch(
                     again.append(entry)
             wanted = again
             if wanted:
+                retried += len(wanted)
                 await asyncio.sleep(ROUND_PAUSE_S)
     except BaseException:
         for payload in payloads.values():  # the traceback would hold them, and they their slots
@@ -119,6 +124,8 @@ async def fetch_batch(
         payloads=dict(sorted(payloads.items())),
         losses=tuple(sorted(losses, key=lambda loss: loss.index)),
         rounds=rounds,
+        retried=retried,
+        took_s=clock() - began_s,
     )
 
 

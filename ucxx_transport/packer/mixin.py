@@ -106,10 +106,19 @@ class UCXXDataPackerMixin:
         """Leave these rollouts to a later `collect_prefetch`; see `RolloutFeed.defer`."""
         self._feed().defer(rollouts, policy_version=policy_version)
 
+    def release_prefetch(self) -> None:
+        """Use the rollouts in use no longer, their slots and buffers come back now; see `RolloutFeed.release`."""
+        self._feed().release()
+
     @property
     def is_cold_start(self) -> bool:
         """Whether there is no batch in use, and none on its way."""
         return self._feed().is_cold_start
+
+    @property
+    def is_prefetch_ready(self) -> bool:
+        """Whether a batch has come, so that `collect_prefetch` need not wait for it."""
+        return self._feed().is_ready
 
     @property
     def prefetch_buffer(self) -> list[Any] | None:

@@ -7,6 +7,7 @@
 | `finished(id, batch)` | late: not taken    | taken if the id is its own    | late: not taken                |
 | `abandon(id)`         | nothing            | given up if the id is its own | nothing: it came in time       |
 | `collect()`           | refused: start it  | refused: wait first           | the batch; the one before goes |
+| `release()`           | the one in use goes | the one in use goes          | the one in use goes            |
 
 Whatever is "not taken" or "goes" is the caller's to release. After `collect` and `abandon` the oldest deferred rollouts
 are what is fetched next. No I/O, no clock, no lock: the caller brings them.
@@ -135,6 +136,11 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
             )
         done, self._in_use, self._fetched = self._in_use, self._fetched, None
         return Collected(self._in_use, done, self._next())
+
+    def release(self) -> BatchT | None:
+        """Use the batch in use no longer; it, to be released."""
+        done, self._in_use = self._in_use, None
+        return done
 
     def close(self) -> list[BatchT]:
         """Forget everything; the batches held, to be released. What still comes is late."""

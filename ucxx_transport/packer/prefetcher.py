@@ -24,6 +24,7 @@ from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
 from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out
 
 if TYPE_CHECKING:
+    from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.core import LinkFactory
 
 _log = structlog.get_logger(__name__)
@@ -38,6 +39,8 @@ class PrefetchStatistics:
 
     Attributes:
         batches: collected or fetched. episodes: their payloads. nbytes: their bytes.
+        fetch_s: seconds that fetching them took, added up; what was fetched ahead nobody had to wait for.
+        retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
         given_up: batches that did not come in time; their episodes are lost by "timeout".
     """
@@ -45,6 +48,8 @@ class PrefetchStatistics:
     batches: int
     episodes: int
     nbytes: int
+    fetch_s: float
+    retried: int
     losses: Mapping[str, int]
     given_up: int
 
@@ -116,7 +121,8 @@ class Prefetcher:
         self._running: dict[int, tuple[Future[None], _Request]] = {}
         self._beside: set[Future[Batch]] = set()
         self._losses: Counter[str] = Counter()
-        self._batches = self._episodes = self._nbytes = self._given_up = 0
+        self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
+        self._fetch_s = 0.0
         self._closed = False
         self._thread = LoopThread("ucxx-prefetch")
         atexit.register(self.close)  # registered after the loop's own, so run before it
@@ -126,6 +132,12 @@ class Prefetcher:
         """Whether nothing is on its way and nothing waits to be collected."""
         with self._changed:
             return self._buffer.is_cold_start
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch waits to be collected."""
+        with self._changed:
+            return self._buffer.fetched
 
     @property
     def batch(self) -> Batch | None:
@@ -204,6 +216,13 @@ class Prefetcher:
         self._hand_out(collected.batch)
         return collected.batch
 
+    def release(self) -> None:
+        """Release the batch in use now rather than with the next `collect`. Nothing without one."""
+        with self._changed:
+            done = self._buffer.release()
+        if isinstance(done, Batch):
+            done.release()
+
     def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
         """Fetch a batch and wait for it, beside whatever is on its way. The caller releases it.
 
@@ -233,9 +252,22 @@ class Prefetcher:
                 batches=self._batches,
                 episodes=self._episodes,
                 nbytes=self._nbytes,
+                fetch_s=self._fetch_s,
+                retried=self._retried,
                 losses=dict(self._losses),
                 given_up=self._given_up,
             )
+
+    def client_statistics(self) -> ClientStatistics:
+        """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
+
+        async def seen() -> ClientStatistics:
+            return self._client.statistics()
+
+        try:
+            return self._thread.call(seen)  # UCX's endpoints are that thread's alone
+        except ConfigError:  # closed
+            return self._client.statistics()
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, take leave of the servers, end the thread. Idempotent."""
@@ -319,6 +351,8 @@ class Prefetcher:
             self._batches += 1
             self._episodes += len(batch.payloads)
             self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
+            self._retried += batch.retried
+            self._fetch_s += batch.took_s
         self._report(batch.losses)
 
     def _report(self, losses: Sequence[Loss]) -> None:

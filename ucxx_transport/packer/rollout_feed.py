@@ -18,7 +18,7 @@ from ucxx_transport.packer.triage import AskedFor, Loss
 from ucxx_transport.packer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import Payload
+    from ucxx_transport.client import ClientStatistics, Payload
     from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
@@ -129,6 +129,11 @@ class RolloutFeed:
         """Whether there is no batch in use, and none on its way."""
         with self._state:
             return self._in_use is None and not self._pending
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch has come, so that `collect` need not wait for it."""
+        return self._prefetcher.is_ready
 
     @property
     def buffer(self) -> list[object] | None:
@@ -246,9 +251,22 @@ class RolloutFeed:
         self._report()
         return episode
 
+    def release(self) -> None:
+        """Use the batch in use no longer: slots and buffers come back now rather than with the next batch.
+
+        Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
+        """
+        with self._turn, self._state:
+            self._in_use = None
+            self._prefetcher.release()
+
     def statistics(self) -> PrefetchStatistics:
         """Counts since the feed was made."""
         return self._prefetcher.statistics()
+
+    def client_statistics(self) -> ClientStatistics:
+        """Counts of the client behind it: what was read which way, and how long it took."""
+        return self._prefetcher.client_statistics()
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""

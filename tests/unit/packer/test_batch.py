@@ -81,7 +81,7 @@ async def test_every_episode_is_fetched_and_keeps_its_place() -> None:
 async def test_an_empty_batch_asks_nobody() -> None:
     reader = Reader()
     batch = await fetch_batch(reader, [], deadline_s=10)
-    assert (batch.payloads, batch.losses, batch.rounds, reader.asked) == ({}, (), 0, [])
+    assert (batch.payloads, batch.losses, batch.rounds, batch.retried, reader.asked) == ({}, (), 0, 0, [])
 
 
 async def test_only_what_failed_retryably_is_asked_for_again() -> None:
@@ -89,7 +89,8 @@ async def test_only_what_failed_retryably_is_asked_for_again() -> None:
     batch = await fetch_batch(reader, [episode(number) for number in range(4)], deadline_s=10)
     assert reader.asked == [[0, 1, 2, 3], [0, 2], [2]]
     assert list(batch.payloads) == [0, 2, 3]
-    assert (reasons(batch), batch.rounds) == ({1: LossReason.STALE}, 3)
+    assert (reasons(batch), batch.rounds, batch.retried) == ({1: LossReason.STALE}, 3, 3)
+    assert batch.took_s == pytest.approx(2 * ROUND_PAUSE_S, abs=1e-3)
 
 
 async def test_what_fails_in_every_round_is_lost_with_its_last_error() -> None:

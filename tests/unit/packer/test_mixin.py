@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.local_worker import LocalWorker
+from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, UCXXDataPackerMixin
 from ucxx_transport.packer import Loss, LossReason
 
@@ -53,15 +54,21 @@ def test_the_packer_is_given_the_episode_in_the_place_of_its_reference(packer: P
     cold = [packer.is_cold_start]
     rollouts = [SimpleNamespace(completion=record.to_dict()) for record in worker.play(2)]
     packer.start_prefetch(rollouts)
+    wait_until(lambda: packer.is_prefetch_ready)
     assert packer.wait_prefetch()
     packer.defer_prefetch(rollouts)
-    assert packer.prefetch_buffer == packer.collect_prefetch() == rollouts
+    buffers = [packer.prefetch_buffer]
+    assert packer.collect_prefetch() == rollouts
     cold.append(packer.is_cold_start)
-    assert cold == [True, False]
     sample, tree, ignored, extra = packer.get_policy_input("s", rollouts[1].completion, 7, extra=1)
     assert (sample, tree["data"].tobytes(), ignored, extra) == ("s", (1).to_bytes(8, "little"), 7, {"extra": 1})
     (later,) = worker.play(1)
     assert packer.get_policy_input("s", later)[1]["data"].tobytes() == (2).to_bytes(8, "little")
+    packer.release_prefetch()
+    cold.append(packer.is_cold_start)
+    assert cold == [True, False, True]
+    buffers.append(packer.prefetch_buffer)
+    assert buffers == [rollouts, None]
     assert packer.lost == []
 
 

@@ -41,6 +41,19 @@ def test_what_is_deferred_is_fetched_when_the_one_before_is_collected() -> None:
     assert (following.rollouts, double.deferred, double.fetching) == ("two", 1, following.batch_id)
 
 
+def test_what_is_released_is_not_given_back_again_by_the_next_collect() -> None:
+    double = buffer()
+    assert double.release() is None
+    double.finished(double.start("one").batch_id, "ONE")
+    assert double.release() is None  # it is not in use yet
+    double.collect()
+    second = double.start("two")
+    assert (double.release(), double.in_use) == ("ONE", None)
+    double.finished(second.batch_id, "TWO")
+    assert double.collect().done is None
+    assert double.close() == ["TWO"]
+
+
 def test_a_late_result_is_not_the_next_batch() -> None:
     double = buffer()
     first = double.start("one")

@@ -25,7 +25,10 @@ def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) 
         cold.append(prefetcher.is_cold_start)
         assert cold == [True, False]
         assert prefetcher.wait()
+        ready = [prefetcher.is_ready]
         first = prefetcher.collect()
+        ready.append(prefetcher.is_ready)
+        assert ready == [True, False]
         assert prefetcher.batch is first
         prefetcher.start(worker.play(2))
         assert prefetcher.wait()
@@ -36,6 +39,11 @@ def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) 
         assert sequences(second) == [3, 4]
         found = prefetcher.statistics()
         assert (found.batches, found.episodes, found.nbytes, found.losses, found.given_up) == (2, 5, 40, {}, 0)
+        assert found.retried == 0
+        assert found.fetch_s > 0
+        client = prefetcher.client_statistics()
+        assert (client.reads, client.ways["view"].reads, client.ways["view"].nbytes) == (5, 5, 40)
+    assert prefetcher.client_statistics().reads == 5
     assert worker.ring.slot_states() == [SlotState.FREE] * 32
 
 

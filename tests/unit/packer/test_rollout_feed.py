@@ -238,6 +238,29 @@ def test_arrays_outlive_their_batch_and_hold_their_slot(worker: LocalWorker) -> 
         assert worker.ring.slot_states().count(SlotState.READING) == 1
 
 
+def test_what_is_released_makes_room_before_the_next_batch_and_is_a_duplicate_when_asked_for(
+    worker: LocalWorker,
+) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
+        feed.start(worker.play(2))
+        rollouts = feed.collect()
+        assert rollouts is not None
+        tree = feed.resolve(rollouts[0])
+        assert not feed.is_ready
+        feed.release()
+        feed.release()
+        assert (feed.is_cold_start, feed.buffer) == (True, None)
+        assert worker.ring.slot_states().count(SlotState.READING) == 1  # the array's
+        assert number_in(tree) == 0
+        assert feed.resolve(rollouts[1]) is None
+        assert [loss.reason for loss in losses] == [LossReason.DUPLICATE]
+        feed.start(worker.play(1))
+        wait_until(lambda: feed.is_ready)
+        assert numbers(feed, feed.collect()) == [2]
+        assert feed.client_statistics().ways["view"].reads == 3
+
+
 def test_a_hook_that_raises_or_asks_hurts_neither_this_batch_nor_the_next(worker: LocalWorker) -> None:
     def hook(loss: Loss) -> None:
         asked = threading.Thread(target=lambda: seen.append((feed.is_cold_start, feed.buffer is not None)))

@@ -1,8 +1,8 @@
-"""What the demo's processes tell each other, as msgpack. Payloads never go this way: only references to them do.
+"""What the demo's processes tell each other, as msgpack. Payloads never go this way: only the records of them do.
 
 | from         | to           | queue               | message                                 |
 |--------------|--------------|---------------------|-----------------------------------------|
-| worker       | trainer      | SeatQueues.refs     | SlotRef.to_bytes()                      |
+| worker       | trainer      | SeatQueues.records  | what `write_to_buffer` returned         |
 | trainer      | worker       | SeatQueues.weights  | Weights, the latest wins                |
 | worker       | orchestrator | SeatQueues.status   | WorkerStatus                            |
 | orchestrator | trainer      | TrainerQueues.orders | SeatOrder                               |
@@ -101,11 +101,11 @@ class TrainerStatus(Message):
         episodes: delivered, verified and learnt from. steps: of those. payload_bytes: of those.
         first_s, last_s: when the first and the last of them arrived, seconds since the trainer's start.
         finished: the episodes since the last status.
-        ways: by transport: reads, bytes, busy_s, and p50_us, p95_us, p99_us of one read.
-        lost: references that could not be read, by the reason's class name.
-        retried: references read again after a retryable error.
-        verified, mismatched: checksums compared here, over and above the client's own check.
-        clients: counters of both clients, added up. ucx_lanes: what UCX really uses.
+        ways: by transport: reads, bytes, busy_s (fetching batches), and p50_us, p95_us, p99_us of one read.
+        lost: episodes that could not be had, by the reason's word.
+        retried: episodes asked for again in a later round.
+        verified, mismatched: digests compared here, over and above the client's own checksums.
+        clients: counters of all clients, added up. ucx_lanes: what UCX really uses.
         final: nothing comes after this one.
     """
 

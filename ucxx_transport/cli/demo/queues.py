@@ -64,7 +64,7 @@ class ByteQueue:
 class SeatQueues:
     """The queues of one seat: one rollout worker sits there, and after its death nobody does."""
 
-    refs: ByteQueue
+    records: ByteQueue
     weights: ByteQueue
     status: ByteQueue
 
@@ -72,14 +72,14 @@ class SeatQueues:
     def open(cls, context: SpawnContext, *, slots: int) -> SeatQueues:
         """Make the queues for a ring of `slots` slots."""
         return cls(
-            refs=ByteQueue(context, limit=2 * slots + 16),
+            records=ByteQueue(context, limit=2 * slots + 16),
             weights=ByteQueue(context, limit=1),
             status=ByteQueue(context, limit=16),
         )
 
     def abandon(self) -> None:
         """Close this process's ends of all of them."""
-        for each in (self.refs, self.weights, self.status):
+        for each in (self.records, self.weights, self.status):
             each.abandon()
 
 

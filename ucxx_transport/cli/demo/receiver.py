@@ -1,142 +1,136 @@
-"""The trainer's reading side: from references to episodes, each verified, every loss counted with its reason."""
+"""The trainer's reading side: from records to lessons, fetched ahead, every loss counted with its reason."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
-import xxhash
-
-from ucxx_transport import ClientConfig, Payload, SlotRef, SyncUCXXClient
+from ucxx_transport import ClientConfig
+from ucxx_transport.cli.demo.episode_packer import EpisodePacker
+from ucxx_transport.cli.demo.lesson import Lesson
 from ucxx_transport.cli.demo.plan import ClientLocal, DemoPlan
-from ucxx_transport.cli.demo.tally import ReadTally
-from ucxx_transport.errors import TransportError
+from ucxx_transport.client import WayStatistics
 
-__all__ = ["Receiver"]
+__all__ = ["Received", "Receiver", "ReceiverBooks", "Record"]
 
-READ_DEADLINE_S = 5.0
-DEAD_READ_DEADLINE_S = 1.0
+Record = Mapping[str, Any]
+"""What a worker's `write_to_buffer` returned."""
 
-Accept = Callable[[int, Payload], None]
+BATCH_DEADLINE_S = 3.0
+"""A worker's death costs the batch that it was in no more than this, and the other batches nothing."""
+
+MAX_BATCH_BYTES = 256 << 20
+
+
+class Received(NamedTuple):
+    """One episode that arrived."""
+
+    seat: int
+    lesson: Lesson
+    nbytes: int
+
+
+@dataclass(slots=True)
+class ReceiverBooks:
+    """Counts since the receiver was made; the names are those of `TrainerStatus`."""
+
+    ways: dict[str, dict[str, float]] = field(default_factory=dict)
+    seat_transports: dict[int, str] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
+    verified: int = 0
+    mismatched: int = 0
+    clients: Counter[str] = field(default_factory=Counter)
+    ucx_lanes: tuple[str, ...] = ()
 
 
 class Receiver:
-    """Reads payloads by reference, in place from some workers and over UCX from the others.
+    """Has episodes fetched ahead: a packer for those read in place, and another for those over UCX."""
 
-    A reference that fails retryably is set aside and read once more with the others of its seat, all under one
-    deadline, which is short when the worker is known to be dead: a death costs the trainer about a second, not a
-    deadline for each reference that was left behind.
-
-    Attributes:
-        lost: references given up, by the reason's class name.
-        retried: references read a second time.
-        verified, mismatched: checksums compared here.
-    """
-
-    def __init__(self, plan: DemoPlan, accept: Accept) -> None:
-        """Make the clients.
-
-        Args:
-            plan: says which worker is read how.
-            accept: called with the seat and the payload of every delivered episode; it copies what it needs.
-        """
+    def __init__(self, plan: DemoPlan) -> None:
         self._plan = plan
-        self._accept = accept
-        self._clients: dict[bool, SyncUCXXClient] = {}
+        self._packers: dict[ClientLocal, EpisodePacker] = {}
         self._seat_local: dict[int, ClientLocal] = {}
-        self._dead: set[int] = set()
-        self._set_aside: dict[int, list[SlotRef]] = {}
-        self._ways: dict[str, ReadTally] = {}
+        self._waiting: dict[ClientLocal, list[Record]] = {}
+        self._under_way: set[ClientLocal] = set()
         self._lanes: set[str] = set()
-        self.seat_transports: dict[int, str] = {}
-        self.lost: Counter[str] = Counter()
-        self.retried = 0
-        self.verified = 0
-        self.mismatched = 0
 
     def admit(self, seat: int, worker: int) -> None:
         """Read from the process of `worker` on this seat from now on, the way the plan says."""
-        self._seat_local[seat] = self._plan.local_of(worker)
+        local = self._plan.local_of(worker)
+        self._seat_local[seat] = local
+        if local not in self._packers:
+            packer = EpisodePacker(self._plan.facts.features)
+            client = ClientConfig(local=local, shm_lanes=self._plan.shm_lanes)
+            packer.setup_ucxx_data_packer(client=client, deadline_s=BATCH_DEADLINE_S)
+            self._packers[local] = packer
+            self._waiting[local] = []
 
-    def retire(self, seat: int) -> None:
-        """The process on this seat is dead: what it left is still read, but not waited for long."""
-        self._dead.add(seat)
+    def has_room(self) -> bool:
+        """Whether further records should be brought."""
+        return all(_nbytes(waiting) < MAX_BATCH_BYTES for waiting in self._waiting.values())
 
-    def read(self, seat: int, ref: SlotRef) -> None:
-        """Read one payload, or set its reference aside, or count it as lost."""
-        if seat in self._set_aside:
-            self._set_aside[seat].append(ref)
-            return
-        started_s = time.perf_counter()
-        try:
-            payload = self._client(seat).read(ref, deadline_s=READ_DEADLINE_S)
-        except TransportError as error:
-            if error.retryable:
-                self._set_aside[seat] = [ref]
-            else:
-                self.lost[type(error).__name__] += 1
-            return
-        self._deliver(seat, payload, time.perf_counter() - started_s)
+    def bring(self, seat: int, record: Record) -> None:
+        """Take a record; its episode is fetched with the next batch of its way."""
+        self._waiting[self._seat_local[seat]].append(record)
 
-    def read_again(self) -> None:
-        """Give every reference set aside its second chance; those that fail again are lost."""
-        for seat in list(self._set_aside):
-            refs = self._set_aside.pop(seat)
-            self.retried += len(refs)
-            started_s = time.perf_counter()
-            deadline_s = DEAD_READ_DEADLINE_S if seat in self._dead else READ_DEADLINE_S
-            outcomes = self._client(seat).read_many(refs, deadline_s=deadline_s)
-            elapsed_s = time.perf_counter() - started_s
-            for outcome in outcomes:
-                if isinstance(outcome, TransportError):
-                    self.lost[type(outcome).__name__] += 1
-                else:
-                    self._deliver(seat, outcome, elapsed_s / len(refs))
+    def start(self) -> None:
+        """Have what waits fetched, each way's as soon as its batch before is done with."""
+        for local, waiting in self._waiting.items():
+            if waiting and local not in self._under_way:
+                self._packers[local].start_prefetch(waiting)
+                self._waiting[local] = []
+                self._under_way.add(local)
 
-    def ways(self) -> dict[str, dict[str, float]]:
-        """The reads by transport."""
-        return {way: tally.summary() for way, tally in self._ways.items()}
+    def collect(self, *, wait: bool = False) -> Iterator[Received]:
+        """The episodes of the batches that have come; with `wait`, of all that are on their way."""
+        for local in tuple(self._under_way):
+            packer = self._packers[local]
+            if not (wait or packer.is_prefetch_ready):
+                continue
+            self._under_way.discard(local)
+            for record in packer.collect_prefetch() or ():
+                ref = record["ref"]
+                lesson = packer.get_policy_input(None, record, digest=ref["meta"]["digest"])
+                if lesson is not None:
+                    yield Received(ref["meta"]["seat"], lesson, ref["nbytes"])
+            packer.release_prefetch()
 
-    def client_counters(self) -> dict[str, int]:
-        """The counters of all clients, added up."""
-        total: Counter[str] = Counter()
-        for client in self._clients.values():
-            numbers = {name: value for name, value in asdict(client.statistics()).items() if isinstance(value, int)}
-            total.update(numbers)
-        return dict(total)
-
-    def ucx_lanes(self) -> tuple[str, ...]:
-        """What UCX endpoints have really used so far, as the links tell."""
-        for client in self._clients.values():
-            self._lanes.update(lane for lane in client.statistics().transports if lane != "unknown")
-        return tuple(sorted(self._lanes))
+    def books(self) -> ReceiverBooks:
+        """What has come and what has not, so far."""
+        books = ReceiverBooks()
+        for local, packer in self._packers.items():
+            feed = packer.ucxx_feed
+            assert feed is not None, "it was set up"
+            client, fetched = feed.client_statistics(), feed.statistics()
+            for transport, way in client.ways.items():
+                _add_way(books.ways.setdefault(transport, {}), way, busy_s=fetched.fetch_s)
+            seats = [seat for seat, seat_local in self._seat_local.items() if seat_local == local]
+            books.seat_transports.update(dict.fromkeys(seats, ", ".join(client.ways)) if client.ways else {})
+            books.lost.update(packer.lost)
+            books.clients.update({name: value for name, value in asdict(client).items() if isinstance(value, int)})
+            books.retried += fetched.retried
+            books.verified += packer.verified
+            books.mismatched += packer.mismatched
+            self._lanes.update(lane for lane in client.transports if lane != "unknown")
+        books.ucx_lanes = tuple(sorted(self._lanes))
+        return books
 
     def close(self) -> None:
-        """Close the clients. Bounded."""
-        for client in self._clients.values():
-            client.close()
+        """End the packers. Bounded."""
+        for packer in self._packers.values():
+            packer.shutdown_ucxx_data_packer()
 
-    def _client(self, seat: int) -> SyncUCXXClient:
-        local = self._seat_local[seat]
-        over_ucx = local == "off"
-        if over_ucx not in self._clients:
-            config = ClientConfig(local=local, shm_lanes=self._plan.shm_lanes)
-            self._clients[over_ucx] = SyncUCXXClient(config)
-        return self._clients[over_ucx]
 
-    def _deliver(self, seat: int, payload: Payload, duration_s: float) -> None:
-        with payload:
-            ref = payload.ref
-            # The client has compared it too; this is the demo's own look at the bytes it learns from.
-            if ref.checksum is None or xxhash.xxh3_64_intdigest(payload.buffer) != ref.checksum:
-                self.mismatched += 1
-                return
-            self.verified += 1
-            self.seat_transports[seat] = payload.transport
-            tally = self._ways.get(payload.transport)
-            if tally is None:
-                tally = self._ways[payload.transport] = ReadTally()
-            tally.add(payload.nbytes, duration_s)
-            self._accept(seat, payload)
+def _nbytes(records: list[Record]) -> int:
+    return sum(record["ref"]["nbytes"] for record in records)
+
+
+def _add_way(total: dict[str, float], way: WayStatistics, *, busy_s: float) -> None:
+    """Reads of one packer to those of the others; of their percentiles the worse."""
+    for name, value in (("reads", way.reads), ("bytes", way.nbytes), ("busy_s", busy_s)):
+        total[name] = total.get(name, 0) + value
+    for name, value_s in (("p50_us", way.p50_s), ("p95_us", way.p95_s), ("p99_us", way.p99_s)):
+        total[name] = max(total.get(name, 0.0), value_s * 1e6)

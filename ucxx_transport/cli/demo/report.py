@@ -133,7 +133,7 @@ def _counts(books: Books) -> dict[str, int]:
     lost = status.lost if status is not None else {}
     return {
         "lost": sum(lost.values()),
-        "stale": lost.get("StaleSlotError", 0),
+        "stale": lost.get("stale", 0),
         "dropped": ring["overwritten"] + books.worker_total("given_up"),
         "retried": (status.retried if status is not None else 0) + clients.get("retries", 0),
         "rotated": clients.get("rotations", 0),
@@ -205,7 +205,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("checksum verified / wrong", f"{sums['verified']} / {sums['mismatched']}"),
         ("stale / dropped", f"{counts['stale']} / {counts['dropped']}"),
         ("retried / reclaimed", f"{counts['retried']} / {counts['reclaimed']}"),
-        ("references lost", _reasons(summary["lost"])),
+        ("episodes lost", _reasons(summary["lost"])),
         ("writes that waited for a slot", str(counts["waited"])),
     ]
     if kill is not None:

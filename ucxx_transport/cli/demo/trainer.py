@@ -6,25 +6,23 @@ import os
 import time
 import traceback
 
+import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
-from ucxx_transport import Payload, SlotRef
 from ucxx_transport.cli.demo.learner import Learner, LearnerSettings, UpdateReport
 from ucxx_transport.cli.demo.lesson import Lesson
 from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
 from ucxx_transport.cli.demo.messages import FinishedEpisode, SeatOrder, TrainerStatus, Weights
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.cli.demo.queues import SeatQueues, TrainerQueues
-from ucxx_transport.cli.demo.receiver import Receiver
-from ucxx_transport.cli.demo.trajectory import Episode
+from ucxx_transport.cli.demo.receiver import Received, Receiver
 
 __all__ = ["run_trainer"]
 
 _STATUS_EVERY_S = 0.2
-_AGAIN_EVERY_S = 0.5
-_IDLE_WAIT_S = 0.01
+_IDLE_WAIT_S = 0.005
 _FINAL_WAIT_S = 3.0
-_REFS_A_TURN = 32
+_RECORDS_A_TURN = 32
 
 
 def run_trainer(plan: DemoPlan, queues: TrainerQueues, seats: list[SeatQueues], orchestrator_pid: int) -> None:
@@ -60,7 +58,7 @@ class _Trainer:
         self._stop = stop
         self._settings = LearnerSettings()
         self._learner = Learner(plan.facts, self._settings, seed=plan.seed)
-        self._receiver = Receiver(plan, self._accept)
+        self._receiver = Receiver(plan)
         self._occupied: set[int] = set()
         self._lessons: list[Lesson] = []
         self._waiting_steps = 0
@@ -72,29 +70,32 @@ class _Trainer:
         self._update: UpdateReport | None = None
         self._update_s = 0.0
         self._started_s = time.monotonic()
-        self._reported_s = self._again_s = self._started_s
+        self._reported_s = self._started_s
         for seat in range(plan.workers):
             self._occupy(seat, seat)
 
     def learn(self) -> None:
-        """Take turns at reading and learning until told to stop."""
+        """Take turns at fetching and learning until told to stop."""
         while not self._stop:
             self._follow_orders()
-            busy = self._read_waiting()
-            now_s = time.monotonic()
-            if now_s - self._again_s > _AGAIN_EVERY_S:
-                self._again_s = now_s
-                self._receiver.read_again()
+            busy = self._take_records()
+            self._receiver.start()  # under way while this turn learns
             if self._waiting_steps >= self._settings.batch_steps:
                 self._learn_from_waiting()
-            if now_s - self._reported_s > _STATUS_EVERY_S:
+                busy = True
+            for received in self._receiver.collect():
+                self._accept(received)
+                busy = True
+            if time.monotonic() - self._reported_s > _STATUS_EVERY_S:
                 self._report()
             if not busy:
                 self._stop.wait(_IDLE_WAIT_S)
 
     def finish(self, error: str) -> None:
-        """Send the final books and close the clients."""
-        self._receiver.read_again()
+        """Take what is still under way, send the final books, and close the packers."""
+        if not error:
+            for received in self._receiver.collect(wait=True):
+                self._accept(received)
         self._queues.status.offer(self._status(final=True, error=error).to_bytes(), wait_s=_FINAL_WAIT_S)
         self._receiver.close()
 
@@ -105,39 +106,38 @@ class _Trainer:
                 self._occupy(order.seat, order.worker)
             else:
                 self._occupied.discard(order.seat)
-                self._receiver.retire(order.seat)
 
     def _occupy(self, seat: int, worker: int) -> None:
         self._receiver.admit(seat, worker)
         self._occupied.add(seat)
         self._seats[seat].weights.offer_latest(self._weights())
 
-    def _read_waiting(self) -> bool:
-        """Read what is waiting, a bounded share of every seat in turn; whether there was anything."""
+    def _take_records(self) -> bool:
+        """Take the records that wait, a bounded share of every seat in turn; whether there were any."""
         busy = False
         for seat, queues in enumerate(self._seats):
-            for _ in range(_REFS_A_TURN):
-                blob = queues.refs.take()
-                if blob is None or self._stop:
+            for _ in range(_RECORDS_A_TURN):
+                if self._stop or not self._receiver.has_room() or (blob := queues.records.take()) is None:
                     break
                 busy = True
-                self._receiver.read(seat, SlotRef.from_bytes(blob))
+                self._receiver.bring(seat, msgpack.unpackb(blob))
         return busy
 
-    def _accept(self, seat: int, payload: Payload) -> None:
-        episode = Episode.from_arrays(payload.arrays)
+    def _accept(self, received: Received) -> None:
         now_s = time.monotonic() - self._started_s
-        lesson = Lesson.of(episode, self._plan.facts.features)
+        lesson = received.lesson
         self._lessons.append(lesson)
         self._waiting_steps += lesson.steps
         self._finished.append(
-            FinishedEpisode(at_s=now_s, total_reward=float(np.sum(lesson.rewards)), seat=seat, steps=lesson.steps)
+            FinishedEpisode(
+                at_s=now_s, total_reward=float(np.sum(lesson.rewards)), seat=received.seat, steps=lesson.steps
+            )
         )
         self._first_s = self._first_s or now_s
         self._last_s = now_s
         self._episodes += 1
         self._steps += lesson.steps
-        self._bytes += payload.nbytes
+        self._bytes += received.nbytes
 
     def _learn_from_waiting(self) -> None:
         started_s = time.perf_counter()
@@ -158,7 +158,7 @@ class _Trainer:
         self._reported_s = time.monotonic()
 
     def _status(self, *, final: bool, error: str) -> TrainerStatus:
-        receiver, update = self._receiver, self._update
+        books, update = self._receiver.books(), self._update
         return TrainerStatus(
             pid=os.getpid(),
             episodes=self._episodes,
@@ -171,14 +171,14 @@ class _Trainer:
             entropy=update.entropy if update else 0.0,
             divergence=update.divergence if update else 0.0,
             update_s=self._update_s,
-            ways=receiver.ways(),
-            seat_transports=dict(receiver.seat_transports),
-            lost=dict(receiver.lost),
-            retried=receiver.retried,
-            verified=receiver.verified,
-            mismatched=receiver.mismatched,
-            clients=receiver.client_counters(),
-            ucx_lanes=receiver.ucx_lanes(),
+            ways=books.ways,
+            seat_transports=books.seat_transports,
+            lost=dict(books.lost),
+            retried=books.retried,
+            verified=books.verified,
+            mismatched=books.mismatched,
+            clients=dict(books.clients),
+            ucx_lanes=books.ucx_lanes,
             final=final,
             error=error,
         )

@@ -158,7 +158,7 @@ def _numbers(books: Books) -> RenderableType:
         [
             ("updates", status.version),
             ("entropy", f"{status.entropy:.2f}"),
-            ("refs lost", sum(status.lost.values())),
+            ("lost", sum(status.lost.values())),
             ("retried", status.retried),
         ],
         [

@@ -7,9 +7,10 @@ import time
 import traceback
 from dataclasses import asdict
 
+import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
-from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, SlotRef, UCXXServer
+from ucxx_transport import ServerConfig, SharedRingBuffer, UCXXRolloutMixin, UCXXServer
 from ucxx_transport.cli.demo.environment import make_environment
 from ucxx_transport.cli.demo.learner import LearnerSettings, policy_network
 from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
@@ -35,48 +36,37 @@ def run_worker(plan: DemoPlan, seat: int, queues: SeatQueues, orchestrator_pid: 
     stop = begin_child(orchestrator_pid, plan.log)
     queues.status.offer(WorkerStatus(pid=os.getpid(), state="starting").to_bytes(), wait_s=1.0)
     try:
-        schema = episode_schema(plan.facts, plan.size.max_steps)
-        config = RingConfig(
-            slots=plan.size.slots, schema=schema, name=plan.ring_name(seat), checksum=True, on_full="block"
-        )
-        ring = SharedRingBuffer.create(config)
+        worker = _Worker(plan=plan, seat=seat, queues=queues, stop=stop)
         try:
-            with UCXXServer(ring, ServerConfig(ports=plan.ports, shm_lanes=plan.shm_lanes)) as server:
-                worker = _Worker(plan=plan, seat=seat, queues=queues, stop=stop, ring=ring, server=server)
-                worker.act()
-                worker.report("stopped")
+            worker.act()
+            worker.report("stopped")
         finally:
-            ring.close()
-            ring.unlink()
+            worker.cleanup_ucxx()
     except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
         traceback.print_exc()
         reason = f"{type(exc).__name__}: {exc}"[:1000]
         queues.status.offer(WorkerStatus(pid=os.getpid(), state="failed", error=reason).to_bytes(), wait_s=1.0)
         raise SystemExit(1) from None
     finally:
-        queues.refs.abandon()
+        queues.records.abandon()
         queues.weights.abandon()
 
 
-class _Worker:
+class _Worker(UCXXRolloutMixin):
     """One policy, a few environments, and the way of their episodes into the ring."""
 
-    def __init__(
-        self,
-        *,
-        plan: DemoPlan,
-        seat: int,
-        queues: SeatQueues,
-        stop: StopFlag,
-        ring: SharedRingBuffer,
-        server: UCXXServer,
-    ) -> None:
+    def __init__(self, *, plan: DemoPlan, seat: int, queues: SeatQueues, stop: StopFlag) -> None:
         self._plan = plan
         self._seat = seat
         self._queues = queues
         self._stop = stop
-        self._ring = ring
-        self._server = server
+        self.setup_ucxx(
+            f"seat-{seat}",
+            schema=episode_schema(plan.facts, plan.size.max_steps),
+            ring={"slots": plan.size.slots, "name": plan.ring_name(seat), "checksum": True, "on_full": "block"},
+            server=ServerConfig(ports=plan.ports, shm_lanes=plan.shm_lanes),
+            reward="rewards",
+        )
         self._policy = policy_network(plan.facts, LearnerSettings(), np.random.default_rng(0))
         self._version = 0
         self._episodes = 0
@@ -107,8 +97,9 @@ class _Worker:
 
     def report(self, state: str) -> None:
         """Tell the orchestrator how things are."""
-        statistics = self._ring.statistics()
-        server = self._server.statistics()
+        ring, server = self._own()
+        statistics = ring.statistics()
+        served = server.statistics()
         status = WorkerStatus(
             pid=os.getpid(),
             state=state,
@@ -116,14 +107,21 @@ class _Worker:
             episodes=self._episodes,
             steps=self._steps,
             given_up=self._given_up,
-            ready=self._ring.get_ready_count(),
+            ready=ring.get_ready_count(),
             ring={name: value for name, value in asdict(statistics).items() if isinstance(value, int)},
-            server={name: server.total(name) for name in ("requests", "delivered", "bytes_sent", "released", "stale")},
-            server_pid=server.pid,
-            ports=self._server.ports,
+            server={name: served.total(name) for name in ("requests", "delivered", "bytes_sent", "released", "stale")},
+            server_pid=served.pid,
+            ports=server.ports,
         )
         self._queues.status.offer_latest(status.to_bytes())
         self._reported_s = time.monotonic()
+
+    def _own(self) -> tuple[SharedRingBuffer, UCXXServer]:
+        writer = self.ucxx_writer
+        assert writer is not None
+        assert writer.ring is not None, "it was given a schema"
+        assert writer.server is not None
+        return writer.ring, writer.server
 
     def _await_weights(self) -> bool:
         deadline_s = time.monotonic() + _FIRST_WEIGHTS_S
@@ -150,28 +148,26 @@ class _Worker:
         self._version = weights.version
 
     def _ship(self, episode: Episode) -> None:
-        """Write one episode into the ring and its reference into the queue."""
-        meta: dict[str, object] = {
-            "seat": self._seat,
-            "version": self._version,
-            "return": episode.total_reward,
-            "steps": episode.steps,
-        }
-        ref = self._write(episode, meta)
-        if ref is None:
+        """Write one episode into the ring and its record into the queue."""
+        record = self._write(episode)
+        if record is None:
             return
         self._episodes += 1
         self._steps += episode.steps
-        while not self._queues.refs.offer(ref.to_bytes(), wait_s=_WRITE_WAIT_S):
+        blob = msgpack.packb(record)
+        while not self._queues.records.offer(blob, wait_s=_WRITE_WAIT_S):
             if self._stop:
                 return
 
-    def _write(self, episode: Episode, meta: dict[str, object]) -> SlotRef | None:
+    def _write(self, episode: Episode) -> dict[str, object] | None:
         """Write, waiting for a free slot; None when told to stop meanwhile."""
+        meta = {"seat": self._seat, "digest": episode.digest()}
         waits = 0
         while not self._stop:
             try:
-                return self._ring.write(episode.to_arrays(), meta=meta, deadline_s=_WRITE_WAIT_S)
+                return self.write_to_buffer(
+                    episode.to_arrays(), policy_version=self._version, meta=meta, deadline_s=_WRITE_WAIT_S
+                )
             except (DeadlineExceededError, RingFullError):
                 waits += 1
                 self._refresh()
@@ -181,9 +177,10 @@ class _Worker:
 
     def _discard_oldest(self) -> None:
         """Give up an episode that nobody has fetched in all this time: a lost reference must not block for ever."""
-        for ref in self._ring.ready_refs()[:1]:
+        ring, _ = self._own()
+        for ref in ring.ready_refs()[:1]:
             try:
-                self._ring.discard(ref)
+                ring.discard(ref)
                 self._given_up += 1
             except StaleSlotError:
                 pass  # fetched in this very moment: there is room now
