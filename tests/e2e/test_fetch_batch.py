@@ -9,8 +9,9 @@ import pytest
 
 from tests.e2e.programs.rollout_worker import play
 from tests.support.programs import Program, program
+from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXClient
-from ucxx_transport.packer import Batch, LossReason, fetch_batch
+from ucxx_transport.packer import Batch, LossReason, Prefetcher, fetch_batch
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 pytestmark = pytest.mark.anyio
@@ -64,5 +65,19 @@ async def test_killed_server_process_costs_the_batch_nothing() -> None:
                 batch = await fetch_batch(client, records, deadline_s=60, max_fetch_rounds=100)
                 assert batch.losses == ()
                 check_and_release(batch, records)
+        worker.end_input()
+        assert worker.wait() == 0
+
+
+def test_what_was_given_up_while_its_server_hung_makes_room_once_that_goes_on() -> None:
+    with program("rollout_worker", "worker-0") as worker, Prefetcher(CONFIG, deadline_s=60) as prefetcher:
+        prefetcher.fetch(episodes_of(worker, (10,))).release()
+        server = worker.ask(server=True)["server"]
+        os.kill(server, signal.SIGSTOP)
+        prefetcher.start(episodes_of(worker, (20, 30, 40)))  # all slots but one, of a ring that overwrites nothing
+        assert not prefetcher.wait(0.5)
+        assert prefetcher.statistics().losses == {"timeout": 3}
+        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: worker.ask(ring=True)["ring"]["free"] == 4, 60, what="their slots are free")
         worker.end_input()
         assert worker.wait() == 0

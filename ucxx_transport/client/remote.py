@@ -173,7 +173,9 @@ class RemoteReader:
                     try:
                         until_s = min(deadline_s, loop.time() + self._config.deadline_s)
                         await self._connections.let_go(key, waiting, told, until_s)
-                    except (TransportError, TimeoutError):
+                    except (TransportError, TimeoutError) as error:
+                        if isinstance(error, TransportError) and not error.retryable:
+                            break  # asking again would be refused again
                         turn.advance()
                         await asyncio.sleep(min(DISCARD_PAUSE_S, max(0.0, deadline_s - loop.time())))
         finally:

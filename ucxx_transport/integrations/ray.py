@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,7 +29,9 @@ __all__ = ["ActorRollouts", "RolloutCounts", "server_config_of_node"]
 
 _log = structlog.get_logger(__name__)
 
-_DYING_S = 5.0
+_DYING_S = 30.0
+"""Ray tells of a death before the process is gone; on a busy host long before."""
+
 _LOOK_S = 0.02
 
 
@@ -65,7 +68,8 @@ class ActorRollouts(Iterator[Any]):
     ```
 
     An actor that dies costs the rollouts that it had not answered: they are counted, the ring that it left on this host
-    is removed, and the others go on. What a rollout itself raises is raised here, and the actor asked again.
+    is removed with a later answer of another one, and the others go on. What a rollout itself raises is raised here,
+    and the actor asked again.
 
     Args:
         actors: handles.
@@ -96,7 +100,8 @@ class ActorRollouts(Iterator[Any]):
         self._timeout_s = timeout_s
         self._replace = replace
         self._actors: list[Any | None] = []
-        self._rings: dict[int, str] = {}
+        self._rings: dict[int, Path] = {}
+        self._unswept: set[Path] = set()
         self._kept: Exception | None = None
         self._pending: dict[Any, int] = {}
         self._counts: Counter[str] = Counter()
@@ -133,11 +138,13 @@ class ActorRollouts(Iterator[Any]):
                 continue
             self._counts["received"] += 1
             self._note_ring(number, answer)
+            self._sweep()
             try:
                 self._ask(number)
             except Exception as error:  # noqa: BLE001 - the answer is there: what the next one meets is raised after it
                 self._kept = error
             return answer
+        self._sweep(patience_s=_DYING_S)
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
@@ -174,7 +181,11 @@ class ActorRollouts(Iterator[Any]):
     def _note_ring(self, number: int, answer: object) -> None:
         record = record_of(answer) if is_ours(answer) else None
         if isinstance(record, EpisodeRecord) and record.ref is not None and record.ref.host_id == host_id():
-            self._rings[number] = record.ref.ring_name
+            ring = SHARED_MEMORY_FOLDER / f"{NAME_PREFIX}{record.ref.ring_name}"
+            if self._actors[number] is None:
+                self._unswept.add(ring)  # it answered, and was dead before anybody looked
+            else:
+                self._rings[number] = ring
 
     def _bury(self, number: int, error: RayActorError) -> None:
         dead, self._actors[number] = self._actors[number], None
@@ -182,17 +193,20 @@ class ActorRollouts(Iterator[Any]):
             return  # by another of its rollouts
         self._counts["lost_actors"] += 1
         _log.warning("rollout actor died", reason=str(error).partition("\n")[0])
-        ring_name = self._rings.pop(number, None)
-        if ring_name is not None:
-            _sweep(ring_name)
+        if (ring := self._rings.pop(number, None)) is not None:
+            self._unswept.add(ring)
         replacement = self._replace(dead)
         if replacement is not None:
             self._welcome(replacement)
 
+    def _sweep(self, *, patience_s: float = 0.0) -> None:
+        """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not.
 
-def _sweep(ring_name: str) -> None:
-    """Remove a dead actor's ring. Ray ends an actor's children with it, so its server process does not."""
-    path = SHARED_MEMORY_FOLDER / f"{NAME_PREFIX}{ring_name}"
-    until_s = time.monotonic() + _DYING_S
-    while not remove_orphan(path) and time.monotonic() < until_s:
-        time.sleep(_LOOK_S)  # Ray tells of a death before the process is gone
+        What cannot be removed yet is tried again with the next answer: nobody waits for it.
+        """
+        until_s = time.monotonic() + patience_s
+        while self._unswept:
+            self._unswept = {ring for ring in self._unswept if not remove_orphan(ring)}
+            if time.monotonic() >= until_s:
+                return
+            time.sleep(_LOOK_S)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-import structlog
-
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.packer.triage import AskedFor, Loss, Wanted, loss_of, round_s, sort_out, unwanted_of
+from ucxx_transport.packer.triage import AskedFor, Loss, Wanted, loss_of, round_s, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
 
 __all__ = ["Batch", "BatchReader", "Loss", "fetch_batch"]
-
-_log = structlog.get_logger(__name__)
 
 DEFAULT_FETCH_ROUNDS: Final = 3
 
@@ -34,9 +30,6 @@ class BatchReader(Protocol):
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
     ) -> list[Payload | TransportError]:
         """See `UCXXClient.read_many`."""
-
-    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
-        """See `UCXXClient.discard`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +75,8 @@ async def fetch_batch(
         max_staleness: versions that an episode's weights may be behind; None: any.
 
     Returns:
-        What was fetched and what was lost. The caller releases the payloads (`Batch.release`).
+        What was fetched and what was lost. The caller releases the payloads (`Batch.release`), and discards what may
+        still lie in its slot (`triage.unwanted_of`).
 
     Raises:
         ConfigError: an argument is out of its bounds.
@@ -92,11 +86,8 @@ async def fetch_batch(
     began_s = clock()
     until_s = began_s + deadline_s
     wanted, losses = sort_out(records, policy_version=policy_version, max_staleness=max_staleness)
-    unwanted = unwanted_of(losses)
     payloads: dict[int, Payload] = {}
     rounds = retried = 0
-    if unwanted:
-        _in_background(client.discard(unwanted, deadline_s=deadline_s))
     try:
         while wanted:
             rounds += 1
@@ -127,23 +118,6 @@ async def fetch_batch(
         retried=retried,
         took_s=clock() - began_s,
     )
-
-
-def _in_background(work: Coroutine[None, None, int]) -> None:
-    """Beside the batch: it has a deadline of its own, and nothing that it raises costs the batch anything."""
-    task = asyncio.create_task(work)
-    _background.add(task)
-    task.add_done_callback(_ended)
-
-
-def _ended(task: asyncio.Task[int]) -> None:
-    _background.discard(task)
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.warning("unwanted payloads could not be let go", reason=f"{type(error).__name__}: {error}")
-
-
-_background: set[asyncio.Task[int]] = set()
-"""An event loop holds its tasks weakly only."""
 
 
 def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:

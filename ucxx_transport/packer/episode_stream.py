@@ -52,7 +52,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         config: settings of the client.
         device: where episodes are given, as for `RolloutFeed`.
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
-        deadline_s: of one episode. max_fetch_rounds: as for `fetch_batch`.
+        deadline_s: of one episode. max_fetch_rounds, discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, in the thread that iterates; its index is 0.
         link_factory: as for `UCXXClient`.
 
@@ -69,6 +69,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         ahead: int = 8,
         deadline_s: float = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
+        discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
         link_factory: LinkFactory | None = None,
     ) -> None:
@@ -84,6 +85,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             config,
             deadline_s=deadline_s,
             max_fetch_rounds=max_fetch_rounds,
+            discard_lost=discard_lost,
             on_loss=on_loss,
             link_factory=link_factory,
         )
@@ -112,7 +114,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         """Give up what is on its way and end the threads. Idempotent.
 
         The thread that takes references cannot be called back from one that it waits for: it ends when that comes, and
-        does not hand it out. What was taken and not handed out is not counted as lost.
+        does not hand it out. What was taken and not handed out is counted as lost by "closed".
         """
         with self._changed:
             self._closed = True
@@ -166,6 +168,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             while len(self._begun) >= self._ahead and not self._closed:
                 self._changed.wait()
             if self._closed:
+                self._prefetcher.leave(1)
                 return False
             self._begun.append((record, self._prefetcher.begin([record])))
             self._changed.notify_all()

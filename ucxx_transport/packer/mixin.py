@@ -50,7 +50,8 @@ class UCXXDataPackerMixin:
         Args:
             device: where episodes are given: None for numpy views, "cpu" for torch tensors.
             client: settings of the client.
-            **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `link_factory`.
+            **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
+                `link_factory`.
 
         Raises:
             ConfigError: a setting is wrong, this packer is set up already, or no base behind the mixin has a

@@ -51,6 +51,20 @@ class Collected(Generic[BatchT, RolloutsT]):
     order: FetchOrder[RolloutsT] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Closed(Generic[BatchT, RolloutsT]):
+    """What a `close` found.
+
+    Attributes:
+        done: the batch in use, to be released. unused: the one that nobody has collected, to be released.
+        waiting: rollouts whose turn never came.
+    """
+
+    done: BatchT | None
+    unused: BatchT | None
+    waiting: tuple[RolloutsT, ...]
+
+
 class DoubleBuffer(Generic[RolloutsT, BatchT]):
     """Which batch is trained on, which one is on its way, and what waits behind it."""
 
@@ -142,12 +156,12 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
         done, self._in_use = self._in_use, None
         return done
 
-    def close(self) -> list[BatchT]:
-        """Forget everything; the batches held, to be released. What still comes is late."""
-        held = [batch for batch in (self._in_use, self._fetched) if batch is not None]
+    def close(self) -> Closed[BatchT, RolloutsT]:
+        """Forget everything. What still comes is late."""
+        closed = Closed(self._in_use, self._fetched, tuple(self._deferred))
         self._in_use = self._fetched = self._fetching = None
         self._deferred.clear()
-        return held
+        return closed
 
     def _next(self) -> FetchOrder[RolloutsT] | None:
         return self._order(self._deferred.popleft()) if self._deferred else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import threading
 import time
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
@@ -21,7 +22,7 @@ from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, check_limits, fetch_batch
 from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
-from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out
+from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out, unwanted_of
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
@@ -63,12 +64,19 @@ class _Request:
 class PendingBatch:
     """A batch that was begun. Take its `result`, or `cancel` it."""
 
-    __slots__ = ("_future", "_hand_out", "_thread")
+    __slots__ = ("_future", "_hand_out", "_leave", "_thread")
 
-    def __init__(self, thread: LoopThread, future: Future[Batch], hand_out: Callable[[Batch], None]) -> None:
+    def __init__(
+        self,
+        thread: LoopThread,
+        future: Future[Batch],
+        hand_out: Callable[[Batch], None],
+        leave: Callable[[], None],
+    ) -> None:
         self._thread = thread
         self._future = future
         self._hand_out = hand_out
+        self._leave = leave
 
     def result(self) -> Batch:
         """Wait for it: counted, its losses told of. The caller releases it.
@@ -81,7 +89,8 @@ class PendingBatch:
         return batch
 
     def cancel(self) -> None:
-        """Give it up; what came of it is released."""
+        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
+        self._leave()
         if not self._future.cancel() and self._future.exception() is None:
             self._future.result().release()
 
@@ -92,6 +101,9 @@ class Prefetcher:
     Args:
         config: settings of the client.
         deadline_s: of one batch. max_fetch_rounds, max_staleness: as for `fetch_batch`.
+        discard_lost: let go of episodes that were given up although they may still lie in their slots (`failed`,
+            `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
+            none is, a ring that does not overwrite loses those slots.
         on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
         link_factory: as for `UCXXClient`.
 
@@ -106,6 +118,7 @@ class Prefetcher:
         deadline_s: float = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
+        discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
         link_factory: LinkFactory | None = None,
     ) -> None:
@@ -115,11 +128,13 @@ class Prefetcher:
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
         self._max_staleness = max_staleness
+        self._discard_lost = discard_lost
         self._on_loss = on_loss
         self._changed = threading.Condition()
         self._buffer: DoubleBuffer[_Request, Batch | Exception] = DoubleBuffer()
         self._running: dict[int, tuple[Future[None], _Request]] = {}
         self._beside: set[Future[Batch]] = set()
+        self._discards: set[asyncio.Task[int]] = set()
         self._losses: Counter[str] = Counter()
         self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
         self._fetch_s = 0.0
@@ -243,7 +258,12 @@ class Prefetcher:
             future = self._thread.submit(lambda: self._fetch(request))
             self._beside.add(future)
         future.add_done_callback(self._beside.discard)  # outside the lock: it may be done, and then this calls it
-        return PendingBatch(self._thread, future, self._hand_out)
+        return PendingBatch(self._thread, future, self._hand_out, lambda: self.leave(len(request.records)))
+
+    def leave(self, count: int) -> None:
+        """Count episodes that were asked for and will not be taken, as lost by "closed"."""
+        with self._changed:
+            self._losses[LossReason.CLOSED.value] += count
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
@@ -275,18 +295,20 @@ class Prefetcher:
             if self._closed:
                 return
             self._closed = True
-            held = self._buffer.close()
-            running = [future for future, _ in self._running.values()] + list(self._beside)
+            closed = self._buffer.close()
+            running = list(self._running.values())
+            futures: list[Future[Any]] = [*(future for future, _ in running), *self._beside]
             self._running.clear()
             self._changed.notify_all()
-        for future in running:
+        self._count_left([*(request for _, request in running), *closed.waiting], closed.unused)
+        for future in futures:
             future.cancel()
-        for batch in held:
+        for batch in (closed.done, closed.unused):
             if isinstance(batch, Batch):
                 batch.release()
         atexit.unregister(self.close)
         with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
-            self._thread.call(self._client.aclose)
+            self._thread.call(self._aclose)
         self._thread.stop()
 
     def __enter__(self) -> Self:
@@ -309,7 +331,7 @@ class Prefetcher:
             self._running[order.batch_id] = (future, order.rollouts)
 
     async def _fetch(self, request: _Request) -> Batch:
-        return await fetch_batch(
+        batch = await fetch_batch(
             self._client,
             request.records,
             deadline_s=self._deadline_s,
@@ -317,6 +339,26 @@ class Prefetcher:
             policy_version=request.policy_version,
             max_staleness=self._max_staleness,
         )
+        self._let_go(batch.losses)
+        return batch
+
+    def _let_go(self, losses: Sequence[Loss]) -> None:
+        """Discard what may still lie in its slot, beside the batches, with a deadline of its own. In the loop."""
+        unwanted = unwanted_of(losses, discard_lost=self._discard_lost)
+        if unwanted:
+            task = asyncio.create_task(self._client.discard(unwanted, deadline_s=self._deadline_s))
+            self._discards.add(task)
+            task.add_done_callback(self._discarded)
+
+    def _discarded(self, task: asyncio.Task[int]) -> None:
+        self._discards.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("unwanted payloads could not be let go", reason=f"{type(error).__name__}: {error}")
+
+    async def _aclose(self) -> None:
+        for task in self._discards:
+            task.cancel()
+        await self._client.aclose()
 
     async def _prefetch(self, order: FetchOrder[_Request]) -> None:
         outcome: Batch | Exception
@@ -331,6 +373,16 @@ class Prefetcher:
         if not taken and isinstance(outcome, Batch):
             outcome.release()  # its episodes were counted as lost when it was given up
 
+    def _count_left(self, requests: Sequence[_Request], unused: Batch | Exception | None) -> None:
+        left = sum(len(request.records) for request in requests)
+        if isinstance(unused, Batch):
+            left += len(unused.payloads)
+            self._losses.update(loss.reason.value for loss in unused.losses)
+        if left:
+            self.leave(left)
+        if total := self._losses[LossReason.CLOSED.value]:
+            _log.warning("closed with episodes asked for and not taken", episodes=total)
+
     def _give_up(self, batch_id: int) -> list[Loss]:
         future, request = self._running.pop(batch_id)
         future.cancel()
@@ -344,7 +396,13 @@ class Prefetcher:
         losses += [
             Loss(index=entry.index, record=entry.record, reason=LossReason.TIMEOUT, error=error) for entry in wanted
         ]
-        return sorted(losses, key=lambda loss: loss.index)
+        losses.sort(key=lambda loss: loss.index)
+
+        async def let_go() -> None:
+            self._let_go(losses)
+
+        self._thread.submit(let_go)
+        return losses
 
     def _hand_out(self, batch: Batch) -> None:
         with self._changed:

@@ -84,7 +84,7 @@ class RolloutFeed:
     Args:
         config: settings of the client.
         device: where episodes are given: None for numpy views, "cpu" for torch tensors.
-        deadline_s: of one batch. max_fetch_rounds, max_staleness: as for `fetch_batch`.
+        deadline_s: of one batch. max_fetch_rounds, max_staleness, discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
         link_factory: as for `UCXXClient`.
@@ -101,6 +101,7 @@ class RolloutFeed:
         deadline_s: float = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
+        discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
         output_of: Callable[[object], object] = completion_of,
         link_factory: LinkFactory | None = None,
@@ -120,6 +121,7 @@ class RolloutFeed:
             deadline_s=deadline_s,
             max_fetch_rounds=max_fetch_rounds,
             max_staleness=max_staleness,
+            discard_lost=discard_lost,
             on_loss=self._losses.append,
             link_factory=link_factory,
         )

@@ -17,6 +17,8 @@
 | `DeadlineExceededError`, after that                         | lost: `timeout`                  |
 | another retryable error, after that                         | lost: `unreachable`              |
 
+What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is let go unread too, unless told.
+
 No I/O and no clock: times come in as arguments.
 """
 
@@ -46,6 +48,11 @@ class LossReason(enum.Enum):
     FAILED = "failed"
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
+    CLOSED = "closed"
+    """Asked for and not taken when the feed was closed: counted, and told to no hook."""
+
+
+_MAY_BE_THERE = frozenset({LossReason.TOO_OLD, LossReason.FAILED, LossReason.TIMEOUT, LossReason.UNREACHABLE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +117,18 @@ def sort_out(
     return wanted, losses
 
 
-def unwanted_of(losses: Sequence[Loss]) -> list[SlotRef]:
-    """Payloads that are there and will not be fetched: their slots are to be told, or they would wait for ever."""
+def unwanted_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list[SlotRef]:
+    """Payloads that may be there and will not be fetched: their slots are to be told, or they would wait for ever.
+
+    Args:
+        losses: of a batch.
+        discard_lost: also what could not be fetched, rather than only what is too old.
+    """
+    reasons = _MAY_BE_THERE if discard_lost else {LossReason.TOO_OLD}
     return [
         loss.record.ref
         for loss in losses
-        if loss.reason is LossReason.TOO_OLD and loss.record is not None and loss.record.ref is not None
+        if loss.reason in reasons and loss.record is not None and loss.record.ref is not None
     ]
 
 

@@ -23,6 +23,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.packer import Batch, LossReason, fetch_batch
 from ucxx_transport.packer.batch import ROUND_PAUSE_S
+from ucxx_transport.packer.triage import unwanted_of
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 pytestmark = pytest.mark.anyio
@@ -43,12 +44,6 @@ class Reader:
         self._takes_s = takes_s
         self.asked: list[list[int]] = []
         self.limits_s: list[float] = []
-        self.discarded: list[int] = []
-
-    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
-        assert deadline_s is not None
-        self.discarded += [ref.slot for ref in refs]
-        return len(refs)
 
     async def read_many(
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
@@ -205,10 +200,22 @@ async def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_i
     assert batch.rounds == 1
 
 
-async def test_what_is_too_old_is_let_go_unread_and_nothing_else_is() -> None:
-    reader = Reader({2: [StaleSlotError("stale")]})
-    old, new, gone = episode(0, policy_version=1), episode(1, policy_version=9), episode(2, policy_version=9)
-    records = [old, new, new, gone, EpisodeRecord(worker_id="w", sequence=3, dropped="why")]
+async def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
+    reader = Reader(
+        {
+            1: [LOST] * 9,
+            2: [DeadlineExceededError("late")] * 9,
+            3: [ProtocolError("lying")],
+            4: [StaleSlotError("stale")],
+        }
+    )
+    records: list[EpisodeRecord | TransportError] = [
+        episode(0, policy_version=1),
+        *(episode(number, policy_version=9) for number in (1, 2, 3, 4, 5, 5)),
+        EpisodeRecord(worker_id="w", sequence=3, dropped="why"),
+        ProtocolError("what?"),
+    ]
     batch = await fetch_batch(reader, records, deadline_s=10, policy_version=9, max_staleness=1)
-    assert list(batch.payloads) == [1]
-    assert reader.discarded == [0]
+    assert list(batch.payloads) == [5]
+    assert [ref.slot for ref in unwanted_of(batch.losses)] == [0, 1, 2, 3]
+    assert [ref.slot for ref in unwanted_of(batch.losses, discard_lost=False)] == [0]

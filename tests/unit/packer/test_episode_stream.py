@@ -127,6 +127,7 @@ def test_what_was_fetched_ahead_comes_back_when_it_is_closed(worker: LocalWorker
         assert number_in(next(stream).arrays) == 0
     gc.collect()
     assert SlotState.READING not in worker.ring.slot_states()
+    assert stream.statistics().losses == {"closed": 4}
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
+from ucxx_transport.packer.prefetch import Closed, DoubleBuffer, FetchOrder
 
 
 def buffer() -> DoubleBuffer[str, str]:
@@ -51,7 +51,7 @@ def test_what_is_released_is_not_given_back_again_by_the_next_collect() -> None:
     assert (double.release(), double.in_use) == ("ONE", None)
     double.finished(second.batch_id, "TWO")
     assert double.collect().done is None
-    assert double.close() == ["TWO"]
+    assert double.close().done == "TWO"
 
 
 def test_a_late_result_is_not_the_next_batch() -> None:
@@ -96,9 +96,9 @@ def test_closing_gives_back_what_is_held() -> None:
     double.collect()
     double.finished(double.start("two").batch_id, "TWO")
     double.defer("three")
-    assert double.close() == ["ONE", "TWO"]
+    assert double.close() == Closed("ONE", "TWO", ("three",))
     assert (double.in_use, double.deferred, double.is_cold_start) == (None, 0, True)
-    assert double.close() == []
+    assert double.close() == Closed(None, None, ())
 
 
 class Machine(RuleBasedStateMachine):
@@ -154,6 +154,13 @@ class Machine(RuleBasedStateMachine):
             self.held.remove(found.done)
             self.released.append(found.done)
         self.take(found.order)
+
+    @rule()
+    def release(self) -> None:
+        done = self.double.release()
+        if done is not None:
+            self.held.remove(done)
+            self.released.append(done)
 
     @invariant()
     def nothing_is_lost_or_given_twice(self) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import threading
-from typing import NoReturn
+from collections.abc import MutableMapping
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import pytest
 
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, ProtocolError, SlotState
+from ucxx_transport import ClientConfig, ConfigError, ProtocolError, RingConfig, SharedRingBuffer, SlotState
 from ucxx_transport.packer import Batch, Loss, LossReason, Prefetcher
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
@@ -93,6 +95,24 @@ def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(w
     wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 30, what="the payload is let go")
 
 
+@pytest.mark.parametrize(("discard_lost", "left"), [(True, SlotState.FREE), (False, SlotState.READY)])
+def test_an_episode_that_is_given_up_makes_room_unless_it_is_another_trainer_s(
+    *, discard_lost: bool, left: SlotState
+) -> None:
+    settings = RingConfig(slots=2, slot_bytes=64, checksum=True, on_full="raise")
+    with SharedRingBuffer.create(settings) as ring, Prefetcher(LOCAL, discard_lost=discard_lost) as prefetcher:
+        good, bad = LocalWorker(ring).play(2)
+        assert bad.ref is not None
+        slot, torn = bad.ref.slot, replace(bad, ref=replace(bad.ref, checksum=1))
+        with prefetcher.fetch([torn, good]).payloads[1] as payload:
+            assert int.from_bytes(payload.buffer, "little") == good.sequence
+        assert prefetcher.statistics().losses == {"unreachable": 1}
+        assert prefetcher.statistics().retried == 2
+        prefetcher.start([])
+        wait_until(lambda: ring.slot_state(slot) is left, what="it is let go, or left")
+        assert prefetcher.client_statistics().discarded == int(discard_lost)
+
+
 def test_a_wrong_argument_is_refused_at_once() -> None:
     for wrong, field in (({"deadline_s": 0.0}, "deadline_s"), ({"max_fetch_rounds": 0}, "max_fetch_rounds")):
         with pytest.raises(ConfigError, match=field):
@@ -155,6 +175,25 @@ def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
         prefetcher.start(worker.play(1))
         with pytest.raises(ConfigError, match="defer_prefetch"):
             prefetcher.start(worker.play(1))
+
+
+def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged(
+    worker: LocalWorker, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    prefetcher = Prefetcher(ClientConfig(local="auto"), deadline_s=600, link_factory=silence, max_staleness=1)
+    prefetcher.start(worker.play(1, policy_version=9), policy_version=9)
+    assert prefetcher.wait()
+    prefetcher.collect()
+    prefetcher.start([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
+    assert prefetcher.wait()
+    prefetcher.defer(worker.play(3, policy_version=9), policy_version=9)
+    beside = prefetcher.begin(worker.play_far_away(1), policy_version=9)
+    beside.cancel()
+    prefetcher.close()
+    assert prefetcher.statistics().losses == {"closed": 6, "too_old": 1}
+    assert ("closed with episodes asked for and not taken", 6) in [
+        (event["event"], event.get("episodes")) for event in log_events
+    ]
 
 
 def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
