@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from ucxx_transport.cli.bench.control import ControlledProcess
@@ -16,6 +16,9 @@ from ucxx_transport.cli.bench.transport_reader import run_transport_reader_async
 __all__ = ["BusyWorker", "measure_busy_worker"]
 
 SIZE_BYTES: Final = 64 * 1024
+MAX_SLOTS: Final = 32
+"""A server in a thread of a worker that spins takes 80 ms a read: a turn reads all slots twice, and is to end."""
+
 ASYNC_TCP: Final = next(subject for subject in TCP_SUBJECTS if subject.client == "async")
 
 
@@ -44,6 +47,7 @@ class BusyWorker:
 
 def measure_busy_worker(mode: Literal["process", "thread"], plan: Plan) -> BusyWorker:
     """Alternate quiet and spinning turns."""
+    plan = replace(plan, max_slots=min(plan.max_slots, MAX_SLOTS))
     quiet_us, spinning_us = [], []
     with ExitStack() as stack:
         source = stack.enter_context(ControlledProcess("busy worker", run_ring_source, SourceSettings(mode=mode)))

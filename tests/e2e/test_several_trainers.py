@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -94,3 +95,20 @@ def test_ranks_that_share_a_stream_get_each_payload_once_also_when_one_is_killed
         survivor.ask(collect=True)  # lets go of the batch before
         survivor.ask(start=played(worker, 5, 6, 7, 8, 9, 10, 11, 12))  # all slots can be written again
         assert survivor.ask(collect=True)["trained"] == list(range(8, 16))
+
+
+def test_a_trainer_killed_while_its_batch_is_on_its_way_leaves_all_of_it_to_the_others() -> None:
+    with a_worker_and_two_trainers("off", slots=8, on_full="raise") as (worker, survivor, victim):
+        victim.ask(start=played(worker, 900))  # it is connected
+        assert victim.ask(collect=True)["trained"] == [0]
+        records = played(worker, 100, 200, 300, 400, 500, 600, 700, 800)
+        server = worker.ask(server=True)["server"]
+        os.kill(server, signal.SIGSTOP)
+        victim.ask(start=records)
+        kill(victim)
+        os.kill(server, signal.SIGCONT)
+        survivor.ask(start=records)
+        assert survivor.ask(collect=True) == {"trained": [1, 2, 3, 4, 5, 6, 7, 8], "lost": {}}
+        found = wait_until(lambda: at_rest(worker), MINUTE, what="no slot is being read")
+        assert found is not None
+        assert (found["free"], found["freed"], found["committed"]) == (8, 9, 9)

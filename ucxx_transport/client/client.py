@@ -112,7 +112,7 @@ class UCXXClient:
 
         Returns:
             How many were still there. Never raises for one that is not, nor for a worker that does not answer: it is
-            told with the next read from it (of the last 64 payloads a ring).
+            told with the next read from it (of the last 1024 payloads a ring).
 
         Raises:
             ConfigError: the client is closed, or belongs to another event loop.

@@ -28,7 +28,7 @@ LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 
 # Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them. And
 # payloads let go whose server could not be told in time; beyond it these stay until they are overwritten.
-UNSETTLED_PER_RING = 64
+UNSETTLED_PER_RING = 1024
 UNSETTLED_RINGS = 256
 GOODBYE_TIMEOUT_S = 0.5
 

@@ -1,6 +1,7 @@
-"""What this client has already delivered, by name: the duplicates that a lost acknowledgement allows are dropped here.
+"""What this client has delivered, or let go unread, by name.
 
-A generation only grows, so the newest delivered generation of each slot is all there is to remember.
+The duplicates that a lost acknowledgement allows are dropped here. A generation only grows, so the newest one of each
+slot is all there is to remember.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class DeliveredNames:
         slots = self._rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
             raise StaleSlotError(
-                "this client has already received this payload, or a newer one of its slot",
+                "this client has already received this payload or let it go, or a newer one of its slot",
                 slot=ref.slot,
                 generation=ref.generation,
                 delivered=slots[ref.slot],

@@ -55,11 +55,12 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-# Above this, hashing a payload would hold the event loop longer than a hop to a thread costs.
 DISCARD_PAUSE_S = 0.25
 """Between two tries to let payloads go: a server process that died is back after a second or two."""
 
 HASH_INLINE_BYTES = 4 << 20
+"""Above this, hashing a payload would hold the event loop longer than a hop to a thread costs."""
+
 _REASONS: tuple[tuple[type[TransportError], str], ...] = (
     (PeerLostError, "peers_lost"),
     (DeadlineExceededError, "timeouts"),

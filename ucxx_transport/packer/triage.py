@@ -10,7 +10,7 @@
 
 | a fetch that failed with                                    | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
-| `StaleSlotError`: this client has delivered it before       | lost: `duplicate`, at once       |
+| `StaleSlotError`: delivered before, or let go               | lost: `duplicate`, at once       |
 | `StaleSlotError`: the slot was used again, or its ring gone | lost: `stale`, at once           |
 | another error that trying again cannot help                 | lost: `failed`, at once          |
 | a retryable error, while there are rounds and time          | is fetched again                 |

@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 BATCH_DEADLINE_S = 3.0
 """A worker's death costs the batch that it was in no more than this, and the other batches nothing."""
 
-MAX_BATCH_BYTES = 256 << 20
+MAX_BATCH_BYTES = 64 << 20
 
 
 class Received(NamedTuple):
