@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 import structlog
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-# A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost.
 _GRACE_S = 5.0
+"""A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +56,29 @@ class PrefetchStatistics:
     given_up: int
 
 
-@dataclass(frozen=True, slots=True)
+Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
+"""The episodes of a batch; or what gives them, called in the background thread."""
+
+YIELD_S: Final = 1e-3
+"""A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
+so much later, rather than take the interpreter from it at once."""
+
+
 class _Request:
-    records: tuple[AskedFor, ...]
-    policy_version: int | None
+    """A batch to fetch.
+
+    Args:
+        given: its episodes. policy_version: of the trainer's weights when it was asked for.
+    """
+
+    def __init__(self, given: Records, policy_version: int | None) -> None:
+        self._given = given if callable(given) else tuple(given)
+        self.policy_version = policy_version
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """Its episodes."""
+        return tuple(self._given()) if callable(self._given) else self._given
 
 
 class PendingBatch:
@@ -139,6 +159,7 @@ class Prefetcher:
         self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
         self._fetch_s = 0.0
         self._closed = False
+        self._is_awaited = True
         self._thread = LoopThread("ucxx-prefetch")
         atexit.register(self.close)  # registered after the loop's own, so run before it
 
@@ -161,7 +182,7 @@ class Prefetcher:
             in_use = self._buffer.in_use
         return in_use if isinstance(in_use, Batch) else None
 
-    def start(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> None:
+    def start(self, records: Records, *, policy_version: int | None = None) -> None:
         """Begin to fetch a batch, and return at once.
 
         Raises:
@@ -172,7 +193,7 @@ class Prefetcher:
             self._require_open()
             self._begin(self._buffer.start(self._request(records, policy_version)))
 
-    def defer(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> None:
+    def defer(self, records: Records, *, policy_version: int | None = None) -> None:
         """Fetch a batch as soon as those before it are out of the way: at once when there are none.
 
         Raises:
@@ -200,6 +221,7 @@ class Prefetcher:
         with self._changed:
             self._require_open()
             batch_id = self._buffer.fetching
+            self._is_awaited = batch_id is not None
             if batch_id is None:
                 if self._buffer.fetched:
                     return True
@@ -321,9 +343,9 @@ class Prefetcher:
         """Close."""
         self.close()
 
-    def _request(self, records: Sequence[AskedFor], policy_version: int | None) -> _Request:
+    def _request(self, records: Records, policy_version: int | None) -> _Request:
         check_staleness(self._max_staleness, policy_version)
-        return _Request(tuple(records), policy_version)
+        return _Request(records, policy_version)
 
     def _begin(self, order: FetchOrder[_Request] | None) -> None:
         if order is not None:
@@ -362,6 +384,8 @@ class Prefetcher:
 
     async def _prefetch(self, order: FetchOrder[_Request]) -> None:
         outcome: Batch | Exception
+        if not self._is_awaited:
+            await asyncio.sleep(YIELD_S)
         try:
             outcome = await self._fetch(order.rollouts)
         except Exception as error:  # noqa: BLE001 - the edge of a task: `collect` raises it to the trainer

@@ -6,7 +6,7 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -29,20 +29,29 @@ def completion_of(rollout: object) -> object:
     return getattr(rollout, "completion", rollout)
 
 
-@dataclass(frozen=True, slots=True)
 class _Asked:
-    """Rollouts to fetch, or fetched.
+    """Rollouts to fetch, or fetched. What takes long is done by the thread that fetches, which asks first.
 
     Attributes:
-        rollouts: as given. outputs: of those of them that are ours, in order. records: what these say.
-        places: of these among the rollouts. keys: by what each is found again.
+        rollouts: as given. outputs: of those of them that are ours, in order. places: of these among the rollouts.
     """
 
-    rollouts: tuple[object, ...]
-    outputs: tuple[object, ...]
-    records: tuple[AskedFor, ...]
-    places: tuple[int, ...]
-    keys: tuple[Hashable, ...]
+    def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
+        self.rollouts = tuple(rollouts)
+        found = [(place, output_of(rollout)) for place, rollout in enumerate(self.rollouts)]
+        ours = [(place, output) for place, output in found if is_ours(output)]
+        self.places = tuple(place for place, _ in ours)
+        self.outputs = tuple(output for _, output in ours)
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """What the outputs say."""
+        return tuple(record_of(output) for output in self.outputs)
+
+    @cached_property
+    def keys(self) -> tuple[Hashable, ...]:
+        """By what each output is found again."""
+        return tuple(key_of(output, record) for output, record in zip(self.outputs, self.records, strict=True))
 
     def is_for(self, other: _Asked) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
@@ -147,15 +156,15 @@ class RolloutFeed:
         """Begin to fetch the episodes of these rollouts, and return at once.
 
         Args:
-            rollouts: ours and others, in any mixture.
+            rollouts: ours and others, in any mixture; left as they are until the batch has come.
             policy_version: of the trainer's weights now; needed with `max_staleness`.
 
         Raises:
             ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
         """
-        asked = self._sorted(rollouts)
+        asked = _Asked(rollouts, self._output_of)
         with self._state:
-            self._prefetcher.start(asked.records, policy_version=policy_version)
+            self._prefetcher.start(lambda: asked.records, policy_version=policy_version)
             self._begun(asked, policy_version)
 
     def defer(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
@@ -167,7 +176,7 @@ class RolloutFeed:
         Raises:
             ConfigError: `policy_version` is missing, or the feed is closed.
         """
-        asked = self._sorted(rollouts)
+        asked = _Asked(rollouts, self._output_of)
         with self._state:
             known = list(self._pending)
             if self._in_use is not None:
@@ -175,7 +184,7 @@ class RolloutFeed:
             if any(asked.is_for(other) for other in known):
                 self._told(policy_version)
                 return
-            self._prefetcher.defer(asked.records, policy_version=policy_version)
+            self._prefetcher.defer(lambda: asked.records, policy_version=policy_version)
             self._begun(asked, policy_version)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -258,7 +267,7 @@ class RolloutFeed:
 
         Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
         """
-        with self._turn, self._state:
+        with self._state:
             self._in_use = None
             self._prefetcher.release()
 
@@ -287,20 +296,6 @@ class RolloutFeed:
     ) -> None:
         """Close."""
         self.close()
-
-    def _sorted(self, rollouts: Sequence[object]) -> _Asked:
-        outputs: list[object] = []
-        records: list[AskedFor] = []
-        places: list[int] = []
-        keys: list[Hashable] = []
-        for place, rollout in enumerate(rollouts):
-            output = self._output_of(rollout)
-            if is_ours(output):
-                outputs.append(output)
-                records.append(record_of(output))
-                places.append(place)
-                keys.append(key_of(output, records[-1]))
-        return _Asked(tuple(rollouts), tuple(outputs), tuple(records), tuple(places), tuple(keys))
 
     def _begun(self, asked: _Asked, policy_version: int | None) -> None:
         self._pending.append(asked)

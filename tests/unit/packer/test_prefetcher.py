@@ -61,6 +61,24 @@ def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(wo
         assert prefetcher.is_cold_start
 
 
+def test_episodes_may_be_given_by_a_call_that_the_background_thread_makes_once(worker: LocalWorker) -> None:
+    threads: list[int] = []
+
+    def given() -> list[EpisodeRecord]:
+        threads.append(threading.get_ident())
+        return worker.play(2)
+
+    with Prefetcher(LOCAL) as prefetcher:
+        for _ in range(3):  # the later ones are started by a trainer that had its batch in time
+            prefetcher.start(given)
+            wait_until(lambda: prefetcher.is_ready)
+            assert prefetcher.wait()
+            prefetcher.collect()
+        assert prefetcher.statistics().episodes == 6
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads
+
+
 def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with Prefetcher(LOCAL, max_staleness=1, on_loss=losses.append) as prefetcher:

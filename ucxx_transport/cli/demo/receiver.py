@@ -22,6 +22,7 @@ BATCH_DEADLINE_S = 3.0
 """A worker's death costs the batch that it was in no more than this, and the other batches nothing."""
 
 MAX_BATCH_BYTES = 64 << 20
+"""More records are not taken than make a batch of about this size."""
 
 
 class Received(NamedTuple):
@@ -68,9 +69,10 @@ class Receiver:
             self._packers[local] = packer
             self._waiting[local] = []
 
-    def has_room(self) -> bool:
-        """Whether further records should be brought."""
-        return all(_nbytes(waiting) < MAX_BATCH_BYTES for waiting in self._waiting.values())
+    def has_room(self, seat: int) -> bool:
+        """Whether further records of this seat should be brought; it was admitted, then."""
+        local = self._seat_local.get(seat)
+        return local is not None and sum(record["ref"]["nbytes"] for record in self._waiting[local]) < MAX_BATCH_BYTES
 
     def bring(self, seat: int, record: Record) -> None:
         """Take a record; its episode is fetched with the next batch of its way."""
@@ -122,10 +124,6 @@ class Receiver:
         """End the packers. Bounded."""
         for packer in self._packers.values():
             packer.shutdown_ucxx_data_packer()
-
-
-def _nbytes(records: list[Record]) -> int:
-    return sum(record["ref"]["nbytes"] for record in records)
 
 
 def _add_way(total: dict[str, float], way: WayStatistics, *, busy_s: float) -> None:

@@ -117,7 +117,7 @@ class _Trainer:
         busy = False
         for seat, queues in enumerate(self._seats):
             for _ in range(_RECORDS_A_TURN):
-                if self._stop or not self._receiver.has_room() or (blob := queues.records.take()) is None:
+                if self._stop or not self._receiver.has_room(seat) or (blob := queues.records.take()) is None:
                     break
                 busy = True
                 self._receiver.bring(seat, msgpack.unpackb(blob))
