@@ -2,7 +2,7 @@
 
     pip install 'ucxx_transport[cpu,torch,atari]'
     python docs/examples/torch_policy.py --env CartPole-v1           # half a minute: the mean return climbs
-    python docs/examples/torch_policy.py --env ALE/Pong-v5           # raw frames, some 90 MB an episode
+    python docs/examples/torch_policy.py --env ALE/Pong-v5 --max-steps 900  # raw frames, 90 MB an episode
 
 Two rollout workers play and write whole episodes of raw observations into their rings. The trainer fetches the next
 batch while it learns from this one. Its tensors lie in the workers' slots themselves (with `--local off` in the buffers

@@ -39,7 +39,8 @@ from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.packer.mixin import UCXXDataPackerMixin
-from ucxx_transport.packer.prefetcher import Prefetcher, PrefetchStatistics
+from ucxx_transport.packer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.packer.prefetcher import Prefetcher
 from ucxx_transport.packer.references import is_ours, record_of
 from ucxx_transport.packer.triage import AskedFor, Loss
 from ucxx_transport.packer.unpacking import unpacker_for

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS
-from ucxx_transport.packer.prefetcher import PendingBatch, Prefetcher, PrefetchStatistics
+from ucxx_transport.packer.fetch_request import PendingBatch
+from ucxx_transport.packer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.packer.prefetcher import Prefetcher
 from ucxx_transport.packer.references import is_ours, record_of
 from ucxx_transport.packer.triage import AskedFor, Loss
 from ucxx_transport.packer.unpacking import unpacker_for

@@ -6,14 +6,11 @@ import asyncio
 import atexit
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import structlog
 
@@ -22,7 +19,9 @@ from ucxx_transport.client.loop_thread import LoopThread
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, check_limits, fetch_batch
+from ucxx_transport.packer.fetch_request import FetchRequest, PendingBatch, Records
 from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
+from ucxx_transport.packer.prefetch_statistics import PrefetchCounters, PrefetchStatistics
 from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out, unwanted_of
 
 if TYPE_CHECKING:
@@ -35,84 +34,9 @@ _GRACE_S = 5.0
 """A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefetchStatistics:
-    """What a prefetcher has handed out.
-
-    Attributes:
-        batches: collected or fetched. episodes: their payloads. nbytes: their bytes.
-        fetch_s: seconds that fetching them took, added up; what was fetched ahead nobody had to wait for.
-        retried: episodes asked for again, in a later round of their batch.
-        losses: episodes that are in no batch, by the reason's word.
-        given_up: batches that did not come in time; their episodes are lost by "timeout".
-    """
-
-    batches: int
-    episodes: int
-    nbytes: int
-    fetch_s: float
-    retried: int
-    losses: Mapping[str, int]
-    given_up: int
-
-
-Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
-"""The episodes of a batch; or what gives them, called in the background thread."""
-
 YIELD_S: Final = 1e-3
 """A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
 so much later, rather than take the interpreter from it at once."""
-
-
-class _Request:
-    """A batch to fetch.
-
-    Args:
-        given: its episodes. policy_version: of the trainer's weights when it was asked for.
-    """
-
-    def __init__(self, given: Records, policy_version: int | None) -> None:
-        self._given = given if callable(given) else tuple(given)
-        self.policy_version = policy_version
-
-    @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
-        """Its episodes."""
-        return tuple(self._given()) if callable(self._given) else self._given
-
-
-class PendingBatch:
-    """A batch that was begun. Take its `result`, or `cancel` it."""
-
-    __slots__ = ("_future", "_hand_out", "_leave", "_thread")
-
-    def __init__(
-        self,
-        thread: LoopThread,
-        future: Future[Batch],
-        hand_out: Callable[[Batch], None],
-        leave: Callable[[], None],
-    ) -> None:
-        self._thread = thread
-        self._future = future
-        self._hand_out = hand_out
-        self._leave = leave
-
-    def result(self) -> Batch:
-        """Wait for it: counted, its losses told of. The caller releases it.
-
-        Raises:
-            ConfigError: the prefetcher has been closed meanwhile.
-        """
-        batch = self._thread.result(self._future)
-        self._hand_out(batch)
-        return batch
-
-    def cancel(self) -> None:
-        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
-        self._leave()
-        if not self._future.cancel() and self._future.exception() is None:
-            self._future.result().release()
 
 
 class Prefetcher:
@@ -151,13 +75,11 @@ class Prefetcher:
         self._discard_lost = discard_lost
         self._on_loss = on_loss
         self._changed = threading.Condition()
-        self._buffer: DoubleBuffer[_Request, Batch | Exception] = DoubleBuffer()
-        self._running: dict[int, tuple[Future[None], _Request]] = {}
+        self._buffer: DoubleBuffer[FetchRequest, Batch | Exception] = DoubleBuffer()
+        self._running: dict[int, tuple[Future[None], FetchRequest]] = {}
         self._beside: set[Future[Batch]] = set()
         self._discards: set[asyncio.Task[int]] = set()
-        self._losses: Counter[str] = Counter()
-        self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
-        self._fetch_s = 0.0
+        self._counters = PrefetchCounters()
         self._closed = False
         self._is_awaited = True
         self._thread = LoopThread("ucxx-prefetch")
@@ -284,21 +206,11 @@ class Prefetcher:
 
     def leave(self, count: int) -> None:
         """Count episodes that were asked for and will not be taken, as lost by "closed"."""
-        with self._changed:
-            self._losses[LossReason.CLOSED.value] += count
+        self._counters.left(count)
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
-        with self._changed:
-            return PrefetchStatistics(
-                batches=self._batches,
-                episodes=self._episodes,
-                nbytes=self._nbytes,
-                fetch_s=self._fetch_s,
-                retried=self._retried,
-                losses=dict(self._losses),
-                given_up=self._given_up,
-            )
+        return self._counters.snapshot()
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
@@ -343,16 +255,16 @@ class Prefetcher:
         """Close."""
         self.close()
 
-    def _request(self, records: Records, policy_version: int | None) -> _Request:
+    def _request(self, records: Records, policy_version: int | None) -> FetchRequest:
         check_staleness(self._max_staleness, policy_version)
-        return _Request(records, policy_version)
+        return FetchRequest(records, policy_version)
 
-    def _begin(self, order: FetchOrder[_Request] | None) -> None:
+    def _begin(self, order: FetchOrder[FetchRequest] | None) -> None:
         if order is not None:
             future = self._thread.submit(lambda: self._prefetch(order))
             self._running[order.batch_id] = (future, order.rollouts)
 
-    async def _fetch(self, request: _Request) -> Batch:
+    async def _fetch(self, request: FetchRequest) -> Batch:
         batch = await fetch_batch(
             self._client,
             request.records,
@@ -382,7 +294,7 @@ class Prefetcher:
             task.cancel()
         await self._client.aclose()
 
-    async def _prefetch(self, order: FetchOrder[_Request]) -> None:
+    async def _prefetch(self, order: FetchOrder[FetchRequest]) -> None:
         outcome: Batch | Exception
         if not self._is_awaited:
             await asyncio.sleep(YIELD_S)
@@ -397,20 +309,18 @@ class Prefetcher:
         if not taken and isinstance(outcome, Batch):
             outcome.release()  # its episodes were counted as lost when it was given up
 
-    def _count_left(self, requests: Sequence[_Request], unused: Batch | Exception | None) -> None:
+    def _count_left(self, requests: Sequence[FetchRequest], unused: Batch | Exception | None) -> None:
         left = sum(len(request.records) for request in requests)
         if isinstance(unused, Batch):
             left += len(unused.payloads)
-            self._losses.update(loss.reason.value for loss in unused.losses)
-        if left:
-            self.leave(left)
-        if total := self._losses[LossReason.CLOSED.value]:
+            self._counters.lost(unused.losses)
+        if total := self._counters.left(left):
             _log.warning("closed with episodes asked for and not taken", episodes=total)
 
     def _give_up(self, batch_id: int) -> list[Loss]:
         future, request = self._running.pop(batch_id)
         future.cancel()
-        self._given_up += 1
+        self._counters.gave_up()
         self._begin(self._buffer.abandon(batch_id))
         _log.warning("a batch was given up", batch=batch_id, episodes=len(request.records))
         error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
@@ -429,17 +339,11 @@ class Prefetcher:
         return losses
 
     def _hand_out(self, batch: Batch) -> None:
-        with self._changed:
-            self._batches += 1
-            self._episodes += len(batch.payloads)
-            self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
-            self._retried += batch.retried
-            self._fetch_s += batch.took_s
+        self._counters.handed_out(batch)
         self._report(batch.losses)
 
     def _report(self, losses: Sequence[Loss]) -> None:
-        with self._changed:
-            self._losses.update(loss.reason.value for loss in losses)
+        self._counters.lost(losses)
         for loss in losses:
             self._on_loss(loss)
 

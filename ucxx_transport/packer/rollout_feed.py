@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.errors import ConfigError, SlotError
 from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch
-from ucxx_transport.packer.prefetcher import Prefetcher, PrefetchStatistics
+from ucxx_transport.packer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.packer.prefetcher import Prefetcher
 from ucxx_transport.packer.references import is_ours, key_of, record_of
 from ucxx_transport.packer.triage import AskedFor, Loss
 from ucxx_transport.packer.unpacking import unpacker_for
