@@ -1,4 +1,4 @@
-"""Frozen settings of the ring, the server and the client, validated where they are made.
+"""Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
 Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`).
 Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
@@ -23,7 +23,7 @@ from ucxx_transport.settings.fields import (
 )
 from ucxx_transport.settings.section import section
 
-__all__ = ["ClientConfig", "PayloadSchema", "RingConfig", "ServerConfig"]
+__all__ = ["ClientConfig", "PayloadSchema", "PublisherConfig", "RingConfig", "ServerConfig", "StoreConfig"]
 
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
@@ -173,3 +173,58 @@ class ClientConfig:
     def token_bytes(self) -> bytes | None:
         """The shared secret itself, or None."""
         return None if self.token is None else self.token.get_secret_value()
+
+
+@section("store")
+class StoreConfig:
+    """How a store of membership is reached; its address is the URL given to `open_store`."""
+
+    namespace: str = setting(
+        default="default",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="keeps the jobs that share a store apart; the same for all of one job",
+    )
+    timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on one call")
+    user: str | None = setting(default=None, min_length=1, description="etcd: the user's name")
+    password: OptionalToken = setting(default=None, description="etcd: the user's password")
+    ca_file: str | None = setting(default=None, min_length=1, description="etcd: certificates to trust; turns TLS on")
+    cert_file: str | None = setting(default=None, min_length=1, description="etcd: this client's certificate")
+    key_file: str | None = setting(default=None, min_length=1, description="etcd: the key of cert_file")
+
+    @property
+    def password_text(self) -> str | None:
+        """The password itself, or None."""
+        return None if self.password is None else self.password.get_secret_value().decode()
+
+    def _check(self) -> None:
+        if (self.cert_file is None) != (self.key_file is None):
+            missing = "key_file" if self.key_file is None else "cert_file"
+            raise ConfigError(f"store.{missing} is missing: a certificate and its key go together", field=missing)
+        if (self.user is None) != (self.password is None):
+            missing = "password" if self.password is None else "user"
+            raise ConfigError(f"store.{missing} is missing: a user and a password go together", field=missing)
+
+
+@section("publisher")
+class PublisherConfig:
+    """How a worker publishes itself, and how long it is taken for alive without a word from it."""
+
+    interval_s: Seconds = setting(
+        default=2.0, gt=0, description="how often the lease is renewed; it lives three times this"
+    )
+    publish_timeout_s: Seconds = setting(
+        default=1800.0, gt=0, description="how long a worker tries to publish itself before on_timeout"
+    )
+    on_timeout: Literal["retry", "stop"] = setting(default="retry", description="then go on trying, loudly, or give up")
+    backoff_s: Seconds = setting(default=0.1, gt=0, description="first pause between two tries; doubles, with jitter")
+    max_backoff_s: Seconds = setting(default=5.0, gt=0, description="longest pause between two tries")
+    keeper: Literal["process", "thread"] = setting(
+        default="process",
+        description="who renews the lease: a process, which no blocked interpreter starves, or a thread",
+    )
+    stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
+
+    @property
+    def ttl_s(self) -> float:
+        """How long a lease lives without being renewed: a missed renewal is no death, two in a row are one."""
+        return 3 * self.interval_s

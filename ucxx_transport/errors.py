@@ -13,6 +13,14 @@
 | `AuthenticationError`    | no        | give both sides the same token                                     |
 | `ChecksumError`          | yes       | read again; the bytes that came are not those that were written    |
 | `DeadlineExceededError`  | yes       | call again with a longer deadline                                  |
+| `RegistryError`          | no        | root of what membership raises                                     |
+| `StoreUnavailableError`  | yes       | try again: the store does not answer; says nothing of its sources  |
+| `LeaseLostError`         | no        | take a new lease and publish anew; what was under the old is gone  |
+| `CompactedError`         | yes       | take a snapshot: the changes since that revision are not kept      |
+| `StoreResetError`        | yes       | start over: the store's data were wiped                            |
+| `ConflictError`          | no        | look again: somebody else has changed the key                      |
+| `DuplicateSourceError`   | no        | give this worker or rank another id, or end the live one           |
+| `StorePermissionError`   | no        | give this user the right to the store's keys                       |
 """
 
 from __future__ import annotations
@@ -21,14 +29,22 @@ __all__ = [
     "AuthenticationError",
     "BusyError",
     "ChecksumError",
+    "CompactedError",
     "ConfigError",
+    "ConflictError",
     "DeadlineExceededError",
+    "DuplicateSourceError",
+    "LeaseLostError",
     "NotReadyError",
     "PeerLostError",
     "ProtocolError",
+    "RegistryError",
     "RingFullError",
     "SlotError",
     "StaleSlotError",
+    "StorePermissionError",
+    "StoreResetError",
+    "StoreUnavailableError",
     "TransportError",
 ]
 
@@ -119,3 +135,41 @@ class DeadlineExceededError(TransportError, TimeoutError):
     """The call's deadline passed; nothing it held is still held."""
 
     retryable = True
+
+
+class RegistryError(TransportError):
+    """Root of what the registry raises: stores, publishers, watchers, groups."""
+
+
+class StoreUnavailableError(RegistryError):
+    """The store does not answer, or not in time. It says nothing of the sources in it."""
+
+    retryable = True
+
+
+class LeaseLostError(RegistryError):
+    """A lease has run out or was revoked; its keys are gone."""
+
+
+class CompactedError(RegistryError):
+    """The store no longer keeps the changes since a watch's revision."""
+
+    retryable = True
+
+
+class StoreResetError(RegistryError):
+    """The store's data are not those of before: it was wiped, or another one stands in its place."""
+
+    retryable = True
+
+
+class ConflictError(RegistryError):
+    """A key does not have the revision that the change expected; nothing was changed."""
+
+
+class DuplicateSourceError(RegistryError):
+    """Another live worker has this id, or another live member this rank."""
+
+
+class StorePermissionError(RegistryError):
+    """The store refuses this user, or asks for one."""

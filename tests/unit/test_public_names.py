@@ -19,6 +19,8 @@ NAMES = {
     *("TransportError", "SlotError", "StaleSlotError", "RingFullError", "ProtocolError", "AuthenticationError"),
     *("DeadlineExceededError", "PeerLostError", "ChecksumError", "ConfigError", "BusyError", "NotReadyError"),
     *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
+    *("StoreConfig", "PublisherConfig", "RegistryError", "LeaseLostError", "StoreUnavailableError", "CompactedError"),
+    *("StoreResetError", "ConflictError", "DuplicateSourceError", "StorePermissionError"),
     "__version__",
 }
 

@@ -82,7 +82,7 @@ def _as_config_error(section: str, error: ValidationError, found: SectionValues)
     facts: dict[str, object] = {}
     for detail in error.errors(include_url=False, include_context=False):
         field = str(detail["loc"][0]) if detail["loc"] else section
-        value = "(hidden)" if field == "token" else repr(found.values.get(field, detail.get("input")))
+        value = "(hidden)" if field in {"token", "password"} else repr(found.values.get(field, detail.get("input")))
         origin = found.origins.get(field, "keyword argument")
         problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
         line = f"{section}.{field} = {value} ({origin}): {problem}"

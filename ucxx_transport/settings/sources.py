@@ -6,6 +6,7 @@
 | `UCXX_TRANSPORT_SECTION__FIELD` | `UCXX_TRANSPORT_SERVER__PORTS=8`         |
 | a key of a mapping field        | `UCXX_TRANSPORT_SERVER__UCX__TLS=tcp`    |
 | `./ucxx_transport.toml`         | `[server]`, `ports = 8`                  |
+| a name of its own               | `UCXX_TRANSPORT_PUBLISH_TIMEOUT_S=60`    |
 
 Mapping fields are merged key by key, every other value is replaced as a whole. A name that is unknown in any section is
 an error wherever it stands: a misspelt setting never passes in silence.
@@ -27,6 +28,8 @@ __all__ = ["ENV_PREFIX", "TOML_NAME", "SectionValues", "gather"]
 
 ENV_PREFIX: Final = "UCXX_TRANSPORT_"
 TOML_NAME: Final = "ucxx_transport.toml"
+
+_SHORT_NAMES: Final = {"PUBLISH_TIMEOUT_S": "PUBLISHER__PUBLISH_TIMEOUT_S"}
 
 KnownNames = Mapping[str, frozenset[str]]
 """The fields of every section that may stand in the environment or in TOML."""
@@ -51,7 +54,7 @@ def gather(
     """What the three sources say about `section`, the stronger one winning.
 
     Args:
-        section: `ring`, `server` or `client`.
+        section: one of `known`.
         arguments: the keyword arguments of the call.
         known: every section's field names, for the check of names.
         mappings: the fields of this section that are mappings, merged by key.
@@ -90,7 +93,8 @@ def _from_environment(section: str, known: KnownNames, mappings: frozenset[str])
     for variable in os.environ:
         if not variable.startswith(ENV_PREFIX):
             continue
-        own_section, name, *rest = [*variable.removeprefix(ENV_PREFIX).split("__", 2), ""][:3]
+        words = variable.removeprefix(ENV_PREFIX)
+        own_section, name, *rest = [*_SHORT_NAMES.get(words, words).split("__", 2), ""][:3]
         _check_names(own_section.lower(), name.lower(), known, source=f"environment {variable}")
         if own_section.lower() != section:
             continue
@@ -121,9 +125,8 @@ def _from_toml(section: str, known: KnownNames) -> list[Found]:
     document = _toml_document()
     for own_section, table in document.items():
         if not isinstance(table, dict):
-            raise ConfigError(
-                f"{TOML_NAME}: {own_section!r} stands outside a section; use [ring], [server] or [client]"
-            )
+            sections = ", ".join(f"[{name}]" for name in sorted(known))
+            raise ConfigError(f"{TOML_NAME}: {own_section!r} stands outside a section; use one of {sections}")
         _check_names(own_section, None, known, source=TOML_NAME)
         for name in table:
             _check_names(own_section, name, known, source=TOML_NAME)
