@@ -123,9 +123,9 @@ def _mapping_value(key: str, text: str, field: str, origin: str) -> Mapping[str,
 
 def _from_toml(section: str, known: KnownNames) -> list[Found]:
     document = _toml_document()
+    sections = ", ".join(f"[{name}]" for name in sorted(known))
     for own_section, table in document.items():
         if not isinstance(table, dict):
-            sections = ", ".join(f"[{name}]" for name in sorted(known))
             raise ConfigError(f"{TOML_NAME}: {own_section!r} stands outside a section; use one of {sections}")
         _check_names(own_section, None, known, source=TOML_NAME)
         for name in table:
