@@ -17,6 +17,7 @@ from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.delivered import DeliveredNames
 from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import LocalReader
+from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.remote import RemoteReader
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
@@ -42,15 +43,19 @@ class ClientCore:
 
     Args:
         config: settings. link_factory: opens the link when one is needed; the default is UCX.
+        watcher: says which sources there are.
     """
 
-    def __init__(self, config: ClientConfig | None, link_factory: LinkFactory | None) -> None:
+    def __init__(
+        self, config: ClientConfig | None, link_factory: LinkFactory | None, watcher: Watcher | None = None
+    ) -> None:
         self.config = config if config is not None else ClientConfig()
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(self.config.buffer_pool_bytes)
         self._delivered = DeliveredNames(REMEMBERED_RINGS)
         self._link_factory = link_factory or _ucxx_links(self.config)
+        self._membership = Membership(watcher) if watcher is not None else None
         self._pid = os.getpid()
         self._closed = False
         self.local = LocalReader(
@@ -65,7 +70,14 @@ class ClientCore:
 
     def remote(self) -> RemoteReader:
         """A reader over UCX for the running event loop."""
-        return RemoteReader(self.config, self._link_factory, reader=self.reader, pool=self.pool, counters=self.counters)
+        return RemoteReader(
+            self.config,
+            self._link_factory,
+            reader=self.reader,
+            pool=self.pool,
+            counters=self.counters,
+            membership=self._membership,
+        )
 
     def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
         """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
@@ -181,6 +193,8 @@ class ClientCore:
     def close(self) -> None:
         """Refuse further reads and let go of all rings."""
         self._closed = True
+        if self._membership is not None:
+            self._membership.close()
         self.local.close()
 
     def deliver_remote(

@@ -51,7 +51,7 @@ class UCXXDataPackerMixin:
             device: where episodes are given: None for numpy views, "cpu" for torch tensors.
             client: settings of the client.
             **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
-                `link_factory`.
+                `watcher`, `link_factory`.
 
         Raises:
             ConfigError: a setting is wrong, this packer is set up already, or no base behind the mixin has a

@@ -27,6 +27,7 @@ from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_stale
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client.membership import Watcher
 
 _log = structlog.get_logger(__name__)
 
@@ -49,7 +50,7 @@ class Prefetcher:
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
         on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
-        link_factory: as for `UCXXClient`.
+        watcher: as for `UCXXClient`. link_factory: likewise.
 
     Raises:
         ConfigError: an argument is out of its bounds.
@@ -64,11 +65,12 @@ class Prefetcher:
         max_staleness: int | None = None,
         discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
+        watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:
         check_limits(deadline_s, max_fetch_rounds)
         check_staleness(max_staleness, policy_version=0)
-        self._client = UCXXClient(config, link_factory=link_factory)
+        self._client = UCXXClient(config, watcher=watcher, link_factory=link_factory)
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
         self._max_staleness = max_staleness

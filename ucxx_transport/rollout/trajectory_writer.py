@@ -14,15 +14,16 @@ from typing import Any, Literal, Self
 import numpy as np
 import structlog
 
-from ucxx_transport.config import RingConfig, ServerConfig
+from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.registry import HeartbeatPublisher, Publishable
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.rollout.packing import TrajectoryPacker
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.schema.tree import flatten
-from ucxx_transport.server import UCXXServer
+from ucxx_transport.server import RingSource, UCXXServer
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +57,9 @@ class TrajectoryWriter:
             ring or server that cannot be made is an exception in any case.
         narrow: names of the fields whose values may lose precision on the way in.
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
+        store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
+            it is not.
+        publisher: settings of that. store_config: settings of the store.
 
     Raises:
         ConfigError: a setting is wrong, or the ring does not fit /dev/shm.
@@ -74,6 +78,9 @@ class TrajectoryWriter:
         on_error: Literal["raise", "drop"] = "raise",
         narrow: Iterable[str] = (),
         reward: str | None = None,
+        store: str | None = None,
+        publisher: PublisherConfig | None = None,
+        store_config: StoreConfig | None = None,
     ) -> None:
         # refused here rather than with the first episode
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
@@ -87,6 +94,9 @@ class TrajectoryWriter:
         self._on_error = on_error
         self._narrow = tuple(narrow)
         self._reward = reward
+        self._store = store
+        self._publisher_config = publisher
+        self._store_config = store_config
         self._lock = threading.Lock()
         self._sequence = itertools.count()
         self._written = 0
@@ -97,6 +107,7 @@ class TrajectoryWriter:
         self._packer: TrajectoryPacker | None = None
         self.ring: SharedRingBuffer | None = None
         self.server: UCXXServer | None = None
+        self.publisher: HeartbeatPublisher | None = None
         if schema is not None:
             self._make(schema)
 
@@ -195,10 +206,17 @@ class TrajectoryWriter:
                 raise ConfigError(f"reward names {self._reward!r}, which is no field of the schema", field="reward")
             if self._serve:
                 self.server = stack.enter_context(UCXXServer(ring, self._server_config))
+            if self._store is not None:
+                self.publisher = stack.enter_context(self._publisher_of(self.server or RingSource(ring), self._store))
             self._open = stack.pop_all()
         self.ring = ring
         self._packer = packer
         return packer
+
+    def _publisher_of(self, source: Publishable, store: str) -> HeartbeatPublisher:
+        return HeartbeatPublisher(
+            store, self._worker_id, source, self._publisher_config, store_config=self._store_config
+        )
 
     def _told_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
         if self._reward is None:
