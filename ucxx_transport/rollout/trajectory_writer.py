@@ -59,7 +59,8 @@ class TrajectoryWriter:
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
             it is not.
-        publisher: settings of that. store_config: settings of the store.
+        publisher: settings of that. store_config: settings of the store. store_meta: what else its record there says,
+            JSON values.
 
     Raises:
         ConfigError: a setting is wrong, or the ring does not fit /dev/shm.
@@ -81,6 +82,7 @@ class TrajectoryWriter:
         store: str | None = None,
         publisher: PublisherConfig | None = None,
         store_config: StoreConfig | None = None,
+        store_meta: Mapping[str, object] | None = None,
     ) -> None:
         # refused here rather than with the first episode
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
@@ -97,6 +99,7 @@ class TrajectoryWriter:
         self._store = store
         self._publisher_config = publisher
         self._store_config = store_config
+        self._store_meta = store_meta
         self._lock = threading.Lock()
         self._sequence = itertools.count()
         self._written = 0
@@ -215,7 +218,12 @@ class TrajectoryWriter:
 
     def _publisher_of(self, source: Publishable, store: str) -> HeartbeatPublisher:
         return HeartbeatPublisher(
-            store, self._worker_id, source, self._publisher_config, store_config=self._store_config
+            store,
+            self._worker_id,
+            source,
+            self._publisher_config,
+            store_config=self._store_config,
+            meta=self._store_meta,
         )
 
     def _told_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
