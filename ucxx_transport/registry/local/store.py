@@ -143,6 +143,7 @@ class LocalStore:
             boot_id=self._boot_id,
             clock=self._clock,
             store_id=connected.store_id,
+            on_reset=connected.forget,
         )
         watch = LocalWatch(watched, prefix, after=after)
         self._watches.add(watch)
@@ -239,6 +240,10 @@ class _Connected:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.database: Database | None = None
+        self.store_id = ""
+
+    def forget(self) -> None:
+        """A watch has found the store to be another one: the next one takes it as it is."""
         self.store_id = ""
 
     def let_go(self) -> None:

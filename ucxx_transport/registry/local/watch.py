@@ -38,6 +38,7 @@ class WatchedStore:
         boot_id: names the boot of the machine.
         clock: of the leases' deadlines.
         store_id: as it was when the watch was asked for; "" when nobody had looked yet.
+        on_reset: called when the store turns out to be another one.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class WatchedStore:
     boot_id: str
     clock: Callable[[], float]
     store_id: str
+    on_reset: Callable[[], None]
 
 
 class LocalWatch:
@@ -139,6 +141,7 @@ class LocalWatch:
         return self._database
 
     def _reset(self) -> StoreResetError:
+        self._store.on_reset()
         return StoreResetError("the store's file was deleted or replaced: start over", path=str(self._store.path))
 
     def _end_leases(self, database: Database) -> bool:
