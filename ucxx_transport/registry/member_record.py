@@ -58,6 +58,10 @@ class MemberRecord:
         if nbytes > MAX_META_BYTES:
             raise ConfigError(f"meta of {nbytes} bytes; at most {MAX_META_BYTES}", field="meta", nbytes=nbytes)
 
+    def of_new_life(self, incarnation: str, *, known_epoch: int) -> MemberRecord:
+        """The record of another life of the same rank, whose process has applied views up to `known_epoch`."""
+        return replace(self, incarnation=incarnation, epoch=known_epoch)
+
     def having_applied(self, epoch: int) -> MemberRecord:
         """The record once its member has applied the view of `epoch`."""
         return replace(self, epoch=max(self.epoch, epoch))
