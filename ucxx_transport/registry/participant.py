@@ -98,6 +98,7 @@ class Participant:
         self._wish: _Wish | None = None
         self._seen_revision = 0
         self._overtaken_revision = -1
+        self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
 
     def begin_anew(self) -> None:
@@ -144,7 +145,7 @@ class Participant:
         if picture.view is None:
             return
         news = news_of(picture.view, self._board.view)
-        if news is ViewNews.CONTRADICTION:
+        if news is ViewNews.CONTRADICTION and self._has_applied:
             raise MembershipOverError(
                 RankEvent.LOSE,
                 StoreResetError(
@@ -156,6 +157,7 @@ class Participant:
                 ),
             )
         if news is ViewNews.NEWER:
+            self._has_applied = True
             self._board.apply(picture.view)
 
     def _check_seat(self) -> None:

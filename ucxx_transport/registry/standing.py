@@ -16,6 +16,7 @@ from ucxx_transport.errors import (
     NotReadyError,
     RegistryError,
     StoreResetError,
+    TransportError,
 )
 from ucxx_transport.registry.claiming import claim_rank
 from ucxx_transport.registry.group_board import GroupBoard
@@ -191,7 +192,7 @@ class Standing:
                     self.patience(self._config.stop_timeout_s),
                     incarnation=membership.record.incarnation,
                 )
-            except RegistryError as error:
+            except TransportError as error:
                 _log.warning("left without a word", group=group, rank=rank, reason=str(error))
         self._board.end(RankEvent.LEAVE, NotReadyError("this rank has left", group=group, rank=rank))
         membership.end()
