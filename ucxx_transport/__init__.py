@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from ucxx_transport.packer import UCXXDataPackerMixin
+    from ucxx_transport.registry import open_store
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
     from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
@@ -67,6 +68,7 @@ _HOMES = {
         "TransportError",
     ),
     "packer": ("UCXXDataPackerMixin",),
+    "registry": ("open_store",),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
     "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
@@ -116,6 +118,7 @@ __all__ = [
     "UCXXServer",
     "WriteLease",
     "__version__",
+    "open_store",
 ]
 
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

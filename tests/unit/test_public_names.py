@@ -21,7 +21,7 @@ NAMES = {
     *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
     *("StoreConfig", "PublisherConfig", "RegistryError", "LeaseLostError", "StoreUnavailableError", "CompactedError"),
     *("StoreResetError", "ConflictError", "DuplicateSourceError", "StorePermissionError"),
-    "__version__",
+    *("open_store", "__version__"),
 }
 
 

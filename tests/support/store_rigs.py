@@ -1,0 +1,93 @@
+"""A store of each kind, and what a test may do to it from outside: wipe it, stall it, start it again."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ucxx_transport.config import StoreConfig
+from ucxx_transport.registry import open_store
+from ucxx_transport.registry.namespace import MAX_VALUE_BYTES
+from ucxx_transport.registry.store import Store
+
+__all__ = ["LocalRig", "StoreRig"]
+
+
+class StoreRig(ABC):
+    """One place where data are kept.
+
+    Attributes:
+        kind: of the store. url: opens it.
+        settings: what `StoreConfig` needs to reach it; a namespace of the test's own among them.
+        removal_s: how much longer than its time to live a lease's keys may stay.
+    """
+
+    kind: str
+    url: str
+    removal_s: float
+
+    def __init__(self) -> None:
+        self.settings: dict[str, object] = {"namespace": f"test-{uuid.uuid4().hex}", "timeout_s": 10.0}
+        self.stack = ExitStack()
+
+    def open(self, **settings: object) -> Store:
+        """A store of its own connections; closed at the end."""
+        chosen: dict[str, object] = {**self.settings, **settings}
+        return self.stack.enter_context(open_store(self.url, StoreConfig(**chosen)))  # type: ignore[arg-type] # mixed
+
+    @abstractmethod
+    def compact(self, store: Store, between: Callable[[], object] = int) -> None:
+        """Let the store forget all revisions but the last few; `between` is called now and then meanwhile."""
+
+    @abstractmethod
+    def wipe(self) -> None:
+        """Take all data away."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """End what serves the store, kindly or not, and start it again with its data."""
+
+    @abstractmethod
+    def stall(self) -> None:
+        """Let no call be answered until `resume`."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let calls be answered again."""
+
+
+class LocalRig(StoreRig):
+    """A file."""
+
+    kind = "local"
+    removal_s = 0.3
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "store.sqlite"
+        self.url = f"local://{self.path}"
+        self._lock: sqlite3.Connection | None = None
+
+    def compact(self, store: Store, between: Callable[[], object] = int) -> None:
+        for _ in range(20):
+            store.put("compact", bytes(MAX_VALUE_BYTES))
+            between()
+
+    def wipe(self) -> None:
+        self.path.unlink()
+
+    def restart(self) -> None:
+        self.stack.close()
+
+    def stall(self) -> None:
+        self._lock = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._lock.execute("BEGIN IMMEDIATE")
+
+    def resume(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

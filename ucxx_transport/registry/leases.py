@@ -1,0 +1,76 @@
+"""Lease arithmetic over `now`: when a lease is over, what it may ask for, and when to look again.
+
+All times are seconds of one clock, the store's; nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final
+
+from ucxx_transport.errors import ConfigError
+
+__all__ = ["MAX_TTL_S", "checked_ttl_s", "deadline_of", "is_over", "left_s", "over", "pause_s", "whole_seconds"]
+
+MAX_TTL_S: Final = 1e9
+"""Thirty years; etcd refuses more than 9e9 s."""
+
+
+def checked_ttl_s(ttl_s: object) -> float:
+    """A time to live that a store can grant.
+
+    Raises:
+        ConfigError: it is not a number above 0 and up to `MAX_TTL_S`.
+    """
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
+        raise ConfigError(
+            f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
+        )
+    return float(ttl_s)
+
+
+def whole_seconds(ttl_s: float) -> int:
+    """The least whole number of seconds that is not less than `ttl_s`, at least 1, for a store that counts in them."""
+    return max(1, math.ceil(checked_ttl_s(ttl_s)))
+
+
+def deadline_of(now: float, ttl_s: float) -> float:
+    """When a lease granted or renewed at `now` is over unless it is renewed again."""
+    return now + ttl_s
+
+
+def is_over(deadline: float | None, now: float) -> bool:
+    """Whether a lease with this deadline has ended; None: there is no lease to end."""
+    return deadline is not None and now >= deadline
+
+
+def left_s(deadline: float, now: float) -> float:
+    """Seconds until the deadline, 0 when it has passed."""
+    return max(0.0, deadline - now)
+
+
+def over(leases: Iterable[tuple[int, float]], now: float) -> tuple[int, ...]:
+    """The ids of the leases that have ended, in the order of their deadlines.
+
+    Args:
+        leases: id and deadline of each.
+        now: the time.
+    """
+    ended = sorted((deadline, lease_id) for lease_id, deadline in leases if is_over(deadline, now))
+    return tuple(lease_id for _deadline, lease_id in ended)
+
+
+def pause_s(*, now: float, until: float, first_deadline: float | None, poll_s: float) -> float:
+    """How long a watcher may sleep: never past its caller's time, nor past the end of a lease.
+
+    Args:
+        now: the time.
+        until: when its caller wants an answer.
+        first_deadline: when the next lease ends; None: there is none.
+        poll_s: how long it sleeps when neither is near.
+    """
+    wanted = left_s(until, now)
+    if first_deadline is not None and not is_over(first_deadline, now):
+        wanted = min(wanted, left_s(first_deadline, now))
+    return min(wanted, poll_s)
