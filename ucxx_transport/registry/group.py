@@ -283,7 +283,7 @@ class RankGroup:
 
         A rank whose new life is admitted has gone before. Returns what ends that.
         """
-        return self._board.listen(Listener(on_add=on_add, on_remove=on_remove))
+        return self._board.listen_to_members(Listener(on_add=on_add, on_remove=on_remove))
 
     # waiting
 

@@ -50,6 +50,7 @@ class GroupBoard:
     def __init__(self, group: str, rank: int) -> None:
         self.group, self.rank = group, rank
         self.changed = threading.Condition()
+        self._telling = threading.RLock()  # taken before `changed`: who comes to listen hears of each member once
         self.picture: GroupPicture | None = None
         self.view: GroupView | None = None
         self.told_epoch = 0
@@ -107,17 +108,24 @@ class GroupBoard:
             self._statistics = replace(self._statistics, **now)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Tell `listener` from now on, and of the members there are; returns what ends that."""
+        """Tell `listener` from now on; returns what ends that."""
         with self.changed:
             self._listeners.append(listener)
-            present = members_of(self.view, self.picture)
-        for member in present.values():
-            self._tell(listener.on_add, member)
 
         def end() -> None:
             with self.changed:
                 self._listeners = [other for other in self._listeners if other is not listener]
 
+        return end
+
+    def listen_to_members(self, listener: Listener) -> Callable[[], None]:
+        """`listen`, and tell it of the members there are now. Waits while a view is being told."""
+        with self._telling:
+            with self.changed:
+                end = self.listen(listener)
+                present = members_of(self.view, self.picture)
+            for member in present.values():
+                self._tell(listener.on_add, member)
         return end
 
     def wait(self, found: Callable[[], T | None], patience: Patience, late: Callable[[], TransportError]) -> T:
@@ -169,6 +177,13 @@ class GroupBoard:
 
     def apply(self, view: GroupView) -> None:
         """Take a newer view: set, then told to the listeners, and only then are those woken who wait for it."""
+        with self._telling:
+            self._set_and_tell(view)
+        with self.changed:
+            self.told_epoch = view.epoch
+            self.changed.notify_all()
+
+    def _set_and_tell(self, view: GroupView) -> None:
         with self.changed:
             before, self.view = self.view, view
             listeners = tuple(self._listeners)
@@ -184,9 +199,6 @@ class GroupBoard:
             for seat in come:
                 self._tell(listener.on_add, now[seat.rank])
             self._tell(listener.on_view, view)
-        with self.changed:
-            self.told_epoch = view.epoch
-            self.changed.notify_all()
 
     def _tell(self, callback: Callable[..., object], *facts: object) -> None:
         try:
