@@ -15,6 +15,7 @@ from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.payload import Payload
     from ucxx_transport.client.remote import RemoteReader
     from ucxx_transport.client.statistics import ClientStatistics
@@ -38,10 +39,21 @@ class UCXXClient:
     Args:
         config: settings; the default reads local rings in place and everything else over UCX.
         link_factory: opens the link on the first read that needs one; the default is UCX.
+        page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
+            of this host are then copied out of too.
+
+    Raises:
+        ConfigError: page-locked, and `local="view"`.
     """
 
-    def __init__(self, config: ClientConfig | None = None, *, link_factory: LinkFactory | None = None) -> None:
-        self._core = ClientCore(config, link_factory)
+    def __init__(
+        self,
+        config: ClientConfig | None = None,
+        *,
+        link_factory: LinkFactory | None = None,
+        page_locker: PageLocker | None = None,
+    ) -> None:
+        self._core = ClientCore(config, link_factory, page_locker)
         self._remote: RemoteReader | None = None
 
     @property
