@@ -90,6 +90,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             discard_lost=discard_lost,
             on_loss=on_loss,
             link_factory=link_factory,
+            landings=self._unpack.landings,
         )
         # a daemon: it may wait for a reference that never comes
         threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()
