@@ -112,16 +112,12 @@ class TorchLeaves:
         torch = self._torch
         if hasattr(leaf, "__dlpack__"):
             return torch.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
-        tensor = torch.as_tensor(leaf, device="cuda")
         stream = leaf.__cuda_array_interface__.get("stream")
-        if stream is not None:  # torch leaves that to the caller
-            current = torch.cuda.current_stream(tensor.device)
-            current.wait_stream(
-                torch.cuda.default_stream(tensor.device)
-                if stream == _LEGACY_STREAM
-                else torch.cuda.ExternalStream(stream, device=tensor.device)
-            )
-        return tensor
+        if stream == _LEGACY_STREAM:
+            torch.cuda.default_stream().synchronize()
+        elif stream is not None:  # torch leaves it to the caller; waiting here costs nothing, since the write does
+            torch.cuda.ExternalStream(stream).synchronize()
+        return torch.as_tensor(leaf, device="cuda")
 
 
 def _largest_that_rounds_into(dtype: DType) -> float:
