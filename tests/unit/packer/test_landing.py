@@ -241,9 +241,20 @@ def test_a_payload_of_any_client_lands_when_it_is_unpacked(ring: SharedRingBuffe
         assert ring.slot_states().count(SlotState.READING) == 1  # the copy is still to be made
         gpu.finish()
         assert same(seen(tree), episode(5))
-        assert unpack.landings is not None
-        unpack.landings.let_go()
-        assert ring.slot_states() == [SlotState.FREE] * 32
+        unpack(client.read(ring.write(episode(6))))
+        assert ring.slot_states().count(SlotState.READING) == 1  # the other one's
+
+
+def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> None:
+    gpu = FakeGpu()
+    landings = Landings(FakeReceiver(gpu))
+    landings.close()
+    with SyncUCXXClient() as client:
+        payload = client.read(ring.write(episode(5)))
+        with pytest.raises(ConfigError, match="closed"):
+            landings.land(payload)
+        assert payload.released
+    assert uploads(gpu) == []
 
 
 def test_a_landed_payload_has_no_bytes_on_the_host(ring: SharedRingBuffer) -> None:
