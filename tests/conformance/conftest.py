@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from tests.support.etcd_server import EtcdServer, find_etcd
-from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
+from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig, rig, shared_server
 from ucxx_transport.link.base import Endpoint, Link, Listener
 from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.link.ucxx import UCXXLink
+
+__all__ = ["etcd_binary", "own_etcd", "own_rig", "rig", "shared_server", "sides"]
 
 HOST = "127.0.0.1"
 
@@ -70,51 +70,3 @@ async def sides(request: pytest.FixtureRequest) -> AsyncIterator[Sides]:
             server = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
             client = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
         yield Sides(server=server, client=client, kind=kind)
-
-
-STORES = ["local", "etcd"]
-NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server), or let scripts/test fetch it"
-
-
-@pytest.fixture(scope="session")
-def etcd_binary() -> None:
-    """There is an etcd, and the library to reach it."""
-    pytest.importorskip("httpx", reason="httpx is not installed: pip install 'ucxx_transport[etcd]'")
-    if find_etcd() is None:
-        pytest.skip(NO_ETCD)
-
-
-@pytest.fixture(scope="session", params=STORES)
-def shared_server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EtcdServer | None]:
-    """Of each kind of store the server that all tests share that do it no harm; a file needs none."""
-    if request.param == "local":
-        yield None
-        return
-    request.getfixturevalue("etcd_binary")
-    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
-        yield server
-
-
-@pytest.fixture
-def own_etcd(etcd_binary: None, tmp_path: Path) -> Iterator[EtcdServer]:  # noqa: ARG001 - see there
-    """A server for one test alone."""
-    with EtcdServer(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-def rig(shared_server: EtcdServer | None, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind. Nothing may be done to it that others would notice: its server is shared."""
-    rig = LocalRig(tmp_path) if shared_server is None else EtcdRig(shared_server)
-    with rig.stack:
-        yield rig
-
-
-@pytest.fixture(params=STORES)
-def own_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind for one test alone, which may wipe, stall and restart it."""
-    rig = LocalRig(tmp_path) if request.param == "local" else EtcdRig(request.getfixturevalue("own_etcd"))
-    with rig.stack:
-        yield rig

@@ -1,5 +1,55 @@
-"""Membership: who serves which ring, kept in a store under leases, and who belongs to a group."""
+"""Membership: who serves which ring, kept in a store under leases, and who belongs to a group.
 
-from ucxx_transport.registry.opening import open_store
+Each name is imported when it is first used: the process that keeps a lease must be there in no time.
+"""
 
-__all__ = ["open_store"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ucxx_transport.late_names import late_names
+
+if TYPE_CHECKING:
+    from ucxx_transport.registry.opening import open_store
+    from ucxx_transport.registry.publishable import Offer, Publishable
+    from ucxx_transport.registry.publisher import HeartbeatPublisher
+    from ucxx_transport.registry.publisher_board import PublisherState, PublisherStatistics
+    from ucxx_transport.registry.signals import exit_on_sigterm
+    from ucxx_transport.registry.source_record import SourceRecord, SourceStatus
+    from ucxx_transport.registry.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
+    from ucxx_transport.registry.watcher import SourceWatcher, WatcherStatistics
+
+_HOMES = {
+    "opening": ("open_store",),
+    "publishable": ("Offer", "Publishable"),
+    "publisher": ("HeartbeatPublisher",),
+    "publisher_board": ("PublisherState", "PublisherStatistics"),
+    "signals": ("exit_on_sigterm",),
+    "source_record": ("SourceRecord", "SourceStatus"),
+    "store": ("Batch", "Entry", "Event", "Lease", "Snapshot", "Store", "Watch"),
+    "watcher": ("SourceWatcher", "WatcherStatistics"),
+}
+
+__all__ = [
+    "Batch",
+    "Entry",
+    "Event",
+    "HeartbeatPublisher",
+    "Lease",
+    "Offer",
+    "Publishable",
+    "PublisherState",
+    "PublisherStatistics",
+    "Snapshot",
+    "SourceRecord",
+    "SourceStatus",
+    "SourceWatcher",
+    "Store",
+    "Watch",
+    "WatcherStatistics",
+    "exit_on_sigterm",
+    "open_store",
+]
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
+    __getattr__, __dir__ = late_names(__name__, globals(), _HOMES)
