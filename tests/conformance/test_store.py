@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.store_processes import elsewhere, hold_lease, increment, increments, take_once
+from tests.support.store_processes import elsewhere, fork, hold_lease, increment, increments, take_once
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
@@ -593,3 +593,13 @@ def test_threads_share_a_store(rig: StoreRig) -> None:
     found = store.get("count")
     assert found is not None
     assert int(found.value) == 60
+
+
+def test_a_forked_child_has_connections_of_its_own(rig: StoreRig) -> None:
+    with elsewhere(fork, rig.url, rig.settings) as (_process, pipe):
+        assert pipe.recv() == 0
+    store = rig.open()
+    found = store.get("count")
+    assert found is not None
+    assert int(found.value) == 40
+    assert {"before", "after", "own"} <= {entry.key for entry in store.snapshot()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import ssl
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
     from ucxx_transport.registry.etcd.messages import Json
 
-__all__ = ["Access", "httpx_module"]
+__all__ = ["Access", "access", "httpx_module", "load_libraries", "timeouts"]
 
 _HEADERS: Final = {"Content-Type": "application/json"}
+_IMPORTED_LATE: Final = ("anyio._backends._asyncio", "concurrent.futures.thread")
 _HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
 """A member that has lost the others ends a watch that has this (clientv3.WithRequireLeader)."""
 
@@ -37,6 +40,20 @@ def httpx_module() -> ModuleType:
     except ImportError as error:
         raise ConfigError("etcd:// needs httpx: pip install 'ucxx_transport[etcd]'", field="url") from error
     return httpx
+
+
+def load_libraries() -> None:
+    """Import everything that requests need, also what would otherwise be imported where it is first used.
+
+    That is in a watch's thread: forked in the middle of such an import, a child waits for it for ever.
+
+    Raises:
+        ConfigError: httpx is not installed.
+    """
+    httpx_module()
+    for name in _IMPORTED_LATE:
+        with suppress(ImportError):  # these are the libraries' own affair, and may come to be named otherwise
+            importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

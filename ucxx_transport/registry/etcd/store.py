@@ -12,7 +12,7 @@ from typing import Self
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StorePermissionError
 from ucxx_transport.registry.etcd import messages
-from ucxx_transport.registry.etcd.access import access, httpx_module
+from ucxx_transport.registry.etcd.access import access, load_libraries
 from ucxx_transport.registry.etcd.calls import Caller, Login
 from ucxx_transport.registry.etcd.endpoints import Endpoints
 from ucxx_transport.registry.etcd.messages import Json, Reply
@@ -43,7 +43,7 @@ class EtcdStore:
         Raises:
             ConfigError: httpx is not installed, or a setting of TLS cannot be used.
         """
-        httpx_module()
+        load_libraries()
         self._config = config or StoreConfig()
         self._address = address
         self._namespace = Namespace(self._config.namespace)
