@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from ucxx_transport.packer import UCXXDataPackerMixin
-    from ucxx_transport.registry import open_store
+    from ucxx_transport.registry import RankGroup, open_store
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
     from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
@@ -68,7 +68,7 @@ _HOMES = {
         "TransportError",
     ),
     "packer": ("UCXXDataPackerMixin",),
-    "registry": ("open_store",),
+    "registry": ("RankGroup", "open_store"),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
     "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
@@ -92,6 +92,7 @@ __all__ = [
     "PeerLostError",
     "ProtocolError",
     "PublisherConfig",
+    "RankGroup",
     "ReadLease",
     "RegistryError",
     "RingConfig",

@@ -21,7 +21,7 @@ NAMES = {
     *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
     *("StoreConfig", "PublisherConfig", "RegistryError", "LeaseLostError", "StoreUnavailableError", "CompactedError"),
     *("StoreResetError", "ConflictError", "DuplicateSourceError", "StorePermissionError"),
-    *("open_store", "__version__"),
+    *("open_store", "RankGroup", "__version__"),
 }
 
 
