@@ -193,7 +193,7 @@ class GroupBoard:
                 self._state = view.state_of(self.rank)
                 self._has_joined = self._has_joined or self._state is not RankState.JOINING
             reasons = self._count_changes(before, view, come, gone)
-        self._log_changes(view, reasons)
+        self._log_losses(view, reasons)
         for listener in listeners:
             for seat in gone:
                 self._tell(listener.on_remove, was[seat.rank])
@@ -223,9 +223,15 @@ class GroupBoard:
             self.count(**{_COUNTED_AS[ended_by]: 1})
         return reasons
 
-    def _log_changes(self, view: GroupView, reasons: dict[int, str]) -> None:
-        facts = {"group": self.group, "rank": self.rank, "epoch": view.epoch}
-        _log.info("group view", active=view.active_ranks, **facts)
+    def _log_losses(self, view: GroupView, reasons: dict[int, str]) -> None:
+        """Of what came to pass as somebody wished there are counts."""
         for member, reason in reasons.items():
-            log = _log.info if reason == "left" else _log.warning
-            log("group member gone", member=member, reason=reason, **facts)
+            if reason != _COUNTED_AS[RankEvent.LEAVE]:
+                _log.warning(
+                    "group member gone",
+                    group=self.group,
+                    rank=self.rank,
+                    epoch=view.epoch,
+                    member=member,
+                    reason=reason,
+                )
