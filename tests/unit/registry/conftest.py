@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,8 +15,11 @@ from ucxx_transport.registry.group import RankGroup
 
 T = TypeVar("T")
 
-FAST = PublisherConfig(interval_s=0.1, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
-"""A lease of 0.3 s: what waits for one to end does so in a test's time."""
+CONFIG = PublisherConfig(backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
+"""Leases as they are by default: no test's load ends one."""
+
+SHORT_LIVED = replace(CONFIG, interval_s=0.4)
+"""For tests in which a lease must end by itself, or be seen to outlive its time."""
 
 
 class Ranks:
@@ -28,10 +32,10 @@ class Ranks:
         self.stores: dict[RankGroup, MemoryStore] = {}
         self.threads: list[threading.Thread] = []
 
-    def make(self, rank: int, **settings: Any) -> RankGroup:
+    def make(self, rank: int, *, short_lived: bool = False, **settings: Any) -> RankGroup:
         """A rank that has not joined."""
         store = self.admin.beside()
-        group = RankGroup(store, "trainers", rank, **{"config": FAST, **settings})
+        group = RankGroup(store, "trainers", rank, **{"config": SHORT_LIVED if short_lived else CONFIG, **settings})
         self.groups.append(group)
         self.stores[group] = store
         return group
