@@ -1,5 +1,6 @@
-"""Publication: one life of a worker's record in the store, from its lease to its end. For one thread, and
-another that withdraws it.
+"""Publication: one life of a worker's record in the store, from its lease to its end.
+
+For one thread, and another that withdraws it.
 
 | step      | what                                        | when it fails                |
 |-----------|---------------------------------------------|------------------------------|
