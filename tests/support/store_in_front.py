@@ -38,6 +38,7 @@ class StoreInFront:
     """A `Store` in front of another one, which it closes.
 
     Attributes:
+        behind: that one.
         calls: every call so far, in order.
         before: told of each call before it is made: what it raises is the call's outcome, and it may take its time.
         after: told of each call that was made: what it raises is an answer that was lost.
@@ -45,7 +46,7 @@ class StoreInFront:
     """
 
     def __init__(self, behind: Store) -> None:
-        self._behind = behind
+        self.behind = behind
         self.calls: list[Call] = []
         self.before: Callable[[Call], None] = _nothing
         self.after: Callable[[Call], None] = _nothing
@@ -71,22 +72,22 @@ class StoreInFront:
 
     @property
     def url(self) -> str:
-        return self._behind.url
+        return self.behind.url
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        return self.passed_on(Call(name="identity"), lambda: self._behind.identity(timeout_s=timeout_s))
+        return self.passed_on(Call(name="identity"), lambda: self.behind.identity(timeout_s=timeout_s))
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        return self.passed_on(Call(name="grant"), lambda: self._behind.grant(ttl_s, timeout_s=timeout_s))
+        return self.passed_on(Call(name="grant"), lambda: self.behind.grant(ttl_s, timeout_s=timeout_s))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
-        return self.passed_on(Call(name="keep_alive"), lambda: self._behind.keep_alive(lease_id, timeout_s=timeout_s))
+        return self.passed_on(Call(name="keep_alive"), lambda: self.behind.keep_alive(lease_id, timeout_s=timeout_s))
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        self.passed_on(Call(name="revoke"), lambda: self._behind.revoke(lease_id, timeout_s=timeout_s))
+        self.passed_on(Call(name="revoke"), lambda: self.behind.revoke(lease_id, timeout_s=timeout_s))
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
-        return self.passed_on(Call(name="get", key=key), lambda: self._behind.get(key, timeout_s=timeout_s))
+        return self.passed_on(Call(name="get", key=key), lambda: self.behind.get(key, timeout_s=timeout_s))
 
     def put(
         self,
@@ -99,25 +100,25 @@ class StoreInFront:
     ) -> int:
         return self.passed_on(
             Call(name="put", key=key, value=value),
-            lambda: self._behind.put(key, value, lease_id=lease_id, expected=expected, timeout_s=timeout_s),
+            lambda: self.behind.put(key, value, lease_id=lease_id, expected=expected, timeout_s=timeout_s),
         )
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         return self.passed_on(
-            Call(name="delete", key=key), lambda: self._behind.delete(key, expected=expected, timeout_s=timeout_s)
+            Call(name="delete", key=key), lambda: self.behind.delete(key, expected=expected, timeout_s=timeout_s)
         )
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         return self.passed_on(
-            Call(name="snapshot", key=prefix), lambda: self._behind.snapshot(prefix, timeout_s=timeout_s)
+            Call(name="snapshot", key=prefix), lambda: self.behind.snapshot(prefix, timeout_s=timeout_s)
         )
 
     def watch(self, prefix: str = "", *, after: int) -> WatchInFront:
-        behind = self.passed_on(Call(name="watch", key=prefix), lambda: self._behind.watch(prefix, after=after))
+        behind = self.passed_on(Call(name="watch", key=prefix), lambda: self.behind.watch(prefix, after=after))
         return WatchInFront(self, behind)
 
     def close(self) -> None:
-        self._behind.close()
+        self.behind.close()
 
     def __enter__(self) -> Self:
         return self
@@ -133,13 +134,13 @@ class WatchInFront:
 
     def __init__(self, front: StoreInFront, behind: Watch) -> None:
         self._front = front
-        self._behind = behind
+        self.behind = behind
 
     def next(self, timeout_s: float) -> Batch | None:
-        return self._front.passed_on(Call(name="next"), lambda: self._behind.next(timeout_s))
+        return self._front.passed_on(Call(name="next"), lambda: self.behind.next(timeout_s))
 
     def close(self) -> None:
-        self._behind.close()
+        self.behind.close()
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.registry import Offer, SourceRecord, SourceStatus, Store
+from ucxx_transport.registry import Event, Offer, SourceRecord, SourceStatus, Store
 from ucxx_transport.registry.publication import Publication, next_epoch
 
 KEY = "sources/w"
@@ -35,12 +35,11 @@ def stored(store: Store) -> SourceRecord | None:
 
 def statuses(store: Store) -> list[str]:
     """Everything the record has said, in order, and when it went."""
-    found: list[str] = []
+    events: list[Event] = []
     with store.watch("sources/", after=0) as watch:
         while batch := watch.next(0):
-            for event in batch.events:
-                found.append(SourceRecord.from_bytes(event.value).status.value if event.value else "gone")
-    return found
+            events += batch.events
+    return [SourceRecord.from_bytes(event.value).status.value if event.value else "gone" for event in events]
 
 
 def failing(name: str, error: TransportError, times: int = 1) -> Callable[[Call], None]:

@@ -204,7 +204,7 @@ def lease_of(store: Store) -> int:
 
 
 def test_a_ready_in_flight_never_lands_after_the_stop(
-    store: Store, front: StoreInFront, history: History, source: FakeSource
+    front: StoreInFront, history: History, source: FakeSource
 ) -> None:
     front.before = parked = Parked(lambda call: is_put_of(call, SourceStatus.READY))
     publisher = HeartbeatPublisher(front, "w", source, IMPATIENT)
@@ -219,7 +219,7 @@ def test_a_ready_in_flight_never_lands_after_the_stop(
 
 
 def test_a_ready_in_flight_never_lands_after_a_stop_that_could_only_say_stale(
-    store: Store, front: StoreInFront, history: History, source: FakeSource
+    front: StoreInFront, history: History, source: FakeSource
 ) -> None:
     parked = Parked(lambda call: is_put_of(call, SourceStatus.READY))
 
@@ -313,7 +313,7 @@ def test_what_an_epoch_has_left_is_discarded_until_nothing_is_left(store: Store,
 
 
 def test_a_record_of_its_own_whose_answer_was_lost_is_no_double(
-    store: Store, front: StoreInFront, history: History, source: FakeSource
+    front: StoreInFront, history: History, source: FakeSource
 ) -> None:
     def lose(call: Call) -> None:
         if is_put_of(call, SourceStatus.STARTING) or call.name == "revoke":
