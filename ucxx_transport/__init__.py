@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ucxx_transport.late_names import late_names
+
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics, Payload, SyncUCXXClient, UCXXClient
     from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from ucxx_transport.packer import UCXXDataPackerMixin
-    from ucxx_transport.registry import RankGroup, open_store
+    from ucxx_transport.registry import HeartbeatPublisher, RankGroup, SourceWatcher, open_store
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
     from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
@@ -68,7 +70,7 @@ _HOMES = {
         "TransportError",
     ),
     "packer": ("UCXXDataPackerMixin",),
-    "registry": ("RankGroup", "open_store"),
+    "registry": ("HeartbeatPublisher", "RankGroup", "SourceWatcher", "open_store"),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
     "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
@@ -86,6 +88,7 @@ __all__ = [
     "ConflictError",
     "DeadlineExceededError",
     "DuplicateSourceError",
+    "HeartbeatPublisher",
     "LeaseLostError",
     "NotReadyError",
     "Payload",
@@ -105,6 +108,7 @@ __all__ = [
     "SlotError",
     "SlotRef",
     "SlotState",
+    "SourceWatcher",
     "StaleSlotError",
     "StoreConfig",
     "StorePermissionError",
@@ -122,22 +126,5 @@ __all__ = [
     "open_store",
 ]
 
-_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
-
-
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module
-
-    def __getattr__(name: str) -> object:
-        """Import a public name on its first use (PEP 562)."""
-        home = _HOME_OF.get(name)
-        if home is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = globals()[name] = getattr(import_module(home), name)
-        return value
-
-
-def __dir__() -> list[str]:
-    """The public names, loaded or not."""
-    return sorted(set(globals()) | set(__all__))
+    __getattr__, __dir__ = late_names(__name__, globals(), _HOMES)

@@ -16,7 +16,7 @@ from ucxx_transport.link.base import Endpoint
 from ucxx_transport.link.memory import Faults, MemoryLink, MemoryListener, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import PortCounters, PortStatistics
+from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 
@@ -111,6 +111,7 @@ class ExchangeRig:
             source,
             config,
             PortCounters(ring.server_words, port - 1),
+            Binding(ring.server_words),
             clock=asyncio.get_running_loop().time,
         )
         network = MemoryNetwork(faults=faults, listeners=self._listeners)

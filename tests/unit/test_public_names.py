@@ -21,7 +21,8 @@ NAMES = {
     *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
     *("StoreConfig", "PublisherConfig", "RegistryError", "LeaseLostError", "StoreUnavailableError", "CompactedError"),
     *("StoreResetError", "ConflictError", "DuplicateSourceError", "StorePermissionError"),
-    *("open_store", "RankGroup", "__version__"),
+    *("open_store", "HeartbeatPublisher", "SourceWatcher", "RankGroup"),
+    "__version__",
 }
 
 

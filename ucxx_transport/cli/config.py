@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import SecretBytes
 
 from ucxx_transport.cli.output import AsJson, console, print_json
-from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.settings.section import outside_values
 from ucxx_transport.settings.sources import ENV_PREFIX, TOML_NAME
 
@@ -22,6 +22,8 @@ def config(*, as_json: AsJson = False) -> None:
         "ring": _described(_ring_as_set()),
         "server": _described(ServerConfig()),
         "client": _described(ClientConfig()),
+        "store": _described(StoreConfig()),
+        "publisher": _described(PublisherConfig()),
     }
     for name, settings in sections.items():
         for field, origin in outside_values(name).origins.items():
@@ -51,7 +53,9 @@ def _ring_as_set() -> RingConfig:
     return settings
 
 
-def _described(settings: RingConfig | ServerConfig | ClientConfig) -> dict[str, dict[str, Any]]:
+def _described(
+    settings: RingConfig | ServerConfig | ClientConfig | StoreConfig | PublisherConfig,
+) -> dict[str, dict[str, Any]]:
     return {
         field.name: {
             "value": _shown(getattr(settings, field.name)),

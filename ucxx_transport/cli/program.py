@@ -33,6 +33,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "inspect": "ucxx_transport.cli.inspect:inspect",
         "top": "ucxx_transport.cli.top:top",
         "bench": "ucxx_transport.cli.bench.command:bench",
+        "registry": "ucxx_transport.cli.registry:registry",
         "clean": "ucxx_transport.cli.clean:clean",
         "config": "ucxx_transport.cli.config:config",
         "version": "ucxx_transport.cli.version:version",
@@ -47,6 +48,7 @@ EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
         "ale_py": "atari",
         "cupy": "cu12",
         "torch": "torch",
+        "httpx": "etcd",
     }
 )
 """Which extra brings a module that a verb may find missing."""

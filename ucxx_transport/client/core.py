@@ -17,6 +17,7 @@ from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.delivered import DeliveredNames
 from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import LocalReader
+from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.remote import RemoteReader
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
@@ -24,7 +25,7 @@ from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.buffer_pool import Bytes, PageLocker
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.lease import ReadLease
@@ -42,19 +43,39 @@ class ClientCore:
 
     Args:
         config: settings. link_factory: opens the link when one is needed; the default is UCX.
+        watcher: says which sources there are.
+        page_locker: page-locks receive buffers, and has local payloads copied into such.
+
+    Raises:
+        ConfigError: local reads shall be in place and page-locked.
     """
 
-    def __init__(self, config: ClientConfig | None, link_factory: LinkFactory | None) -> None:
+    def __init__(
+        self,
+        config: ClientConfig | None,
+        link_factory: LinkFactory | None,
+        *,
+        watcher: Watcher | None = None,
+        page_locker: PageLocker | None = None,
+    ) -> None:
         self.config = config if config is not None else ClientConfig()
+        if page_locker is not None and self.config.local == "view":
+            raise ConfigError(
+                "local='view' reads in place, but a GPU takes payloads from page-locked buffers: leave local at "
+                "'auto', which then copies into those, or receive with device='cpu'",
+                field="local",
+            )
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
-        self.pool = BufferPool(self.config.buffer_pool_bytes)
+        self.pool = BufferPool(self.config.buffer_pool_bytes, page_locker)
         self._delivered = DeliveredNames(REMEMBERED_RINGS)
         self._link_factory = link_factory or _ucxx_links(self.config)
+        self._membership = Membership(watcher) if watcher is not None else None
         self._pid = os.getpid()
         self._closed = False
         self.local = LocalReader(
             self.config.local,
+            in_place=self.config.local != "copy" and page_locker is None,
             reader=self.reader,
             pool=self.pool,
             max_rings=self.config.max_attached_rings,
@@ -65,7 +86,14 @@ class ClientCore:
 
     def remote(self) -> RemoteReader:
         """A reader over UCX for the running event loop."""
-        return RemoteReader(self.config, self._link_factory, reader=self.reader, pool=self.pool, counters=self.counters)
+        return RemoteReader(
+            self.config,
+            self._link_factory,
+            reader=self.reader,
+            pool=self.pool,
+            counters=self.counters,
+            membership=self._membership,
+        )
 
     def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
         """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
@@ -179,9 +207,12 @@ class ClientCore:
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        """Refuse further reads and let go of all rings."""
+        """Refuse further reads, let go of all rings and of idle buffers."""
         self._closed = True
+        if self._membership is not None:
+            self._membership.close()
         self.local.close()
+        self.pool.close()
 
     def deliver_remote(
         self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None, began_s: float

@@ -48,9 +48,11 @@ from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import Link
+    from ucxx_transport.registry.source_record import SourceRecord
     from ucxx_transport.schema import SlotRef
 
 _log = structlog.get_logger(__name__)
@@ -78,6 +80,7 @@ class RemoteReader:
     Args:
         config: the client's settings. link_factory: opens the link, on the first read.
         reader: the client's id. pool: receive buffers. counters: shared with the client.
+        membership: which sources are gone; None: nobody says.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class RemoteReader:
         reader: int,
         pool: BufferPool,
         counters: ClientCounters,
+        membership: Membership | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -98,6 +102,9 @@ class RemoteReader:
         self._rotation = Rotation(reader)
         self._attempts = itertools.count(1)
         self._connections = Connections(config, link_factory, reader=reader, counters=counters)
+        self._membership = membership
+        if membership is not None:
+            membership.tell(self._forget_source, self._welcome_source)
 
     async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
         """The slot layer: fresh calls while failures are worth one.
@@ -113,6 +120,11 @@ class RemoteReader:
             StaleSlotError, ProtocolError, AuthenticationError: at once. DeadlineExceededError: the deadline passed.
             PeerLostError, BusyError, NotReadyError, ChecksumError: still failing after the last attempt.
         """
+        if self._membership is None:
+            return await self._read(ref, deadline_s)
+        return await self._membership.guarded(ref, lambda: self._read(ref, deadline_s))
+
+    async def _read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
         self._check_loop()
         if not ref.ports or not ref.host:
             raise ConfigError(
@@ -300,6 +312,14 @@ class RemoteReader:
         self._quarantine.add(key, now)
         self._connections.evict(key)
 
+    def _forget_source(self, record: SourceRecord) -> None:
+        for key in _ports_of(record):
+            self._connections.evict(key)
+
+    def _welcome_source(self, record: SourceRecord) -> None:
+        for key in _ports_of(record):
+            self._quarantine.forgive(key)
+
     def _count(self, error: TransportError) -> None:
         for cls, reason in _REASONS:
             if isinstance(error, cls):
@@ -309,3 +329,7 @@ class RemoteReader:
     def _too_late(self, ref: SlotRef, **facts: object) -> DeadlineExceededError:
         message = "the payload did not arrive in time"
         return DeadlineExceededError(message, host=ref.host, slot=ref.slot, nbytes=ref.nbytes, **facts)
+
+
+def _ports_of(record: SourceRecord) -> list[PortKey]:
+    return [(record.host, port) for port in record.ports] if record.host is not None else []

@@ -4,7 +4,7 @@
 |------------------------------------------|-----------------------|---------------------|
 | `PeerLostError`, attempt timed out       | quarantine, next port | fresh call          |
 | `BusyError`                              | next port             | fresh call, backoff |
-| `NotReadyError`                          | propagate             | fresh call, backoff |
+| `NotReadyError`                          | propagate             | fresh calls, as many as the deadline allows |
 | `ChecksumError`                          | propagate             | fresh call          |
 | `StaleSlotError`, protocol, token, config| propagate             | propagate           |
 | the caller's deadline passed             | propagate             | propagate           |
@@ -42,13 +42,16 @@ def judge_port(error: TransportError) -> PortVerdict:
 def backoff_s(error: TransportError, attempt: int) -> float:
     """Seconds to wait before fresh call number `attempt` (1 is the first repetition)."""
     if isinstance(error, BusyError | NotReadyError):
-        return min(BACKOFF_LIMIT_S, BACKOFF_BASE_S * 2.0 ** (attempt - 1))
+        return min(BACKOFF_LIMIT_S, BACKOFF_BASE_S * 2.0 ** min(attempt - 1, 30))
     return 0.0
 
 
 def retries_slot(error: TransportError, *, attempt: int, read_attempts: int, remaining_s: float) -> bool:
-    """Whether the slot layer makes another fresh call after attempt number `attempt` (from 1)."""
-    if not error.retryable or attempt >= read_attempts:
+    """Whether the slot layer makes another fresh call after attempt number `attempt` (from 1).
+
+    A source that is not bound yet says so itself and asks to come again: that is no failure to give up on.
+    """
+    if not error.retryable or (attempt >= read_attempts and not isinstance(error, NotReadyError)):
         return False
     return remaining_s - backoff_s(error, attempt) > SHORTEST_ATTEMPT_S
 

@@ -17,6 +17,7 @@ from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.payload import Payload
     from ucxx_transport.client.remote import RemoteReader
     from ucxx_transport.client.statistics import ClientStatistics
@@ -31,11 +32,18 @@ class SyncUCXXClient:
     needs UCX, and serves all of them.
 
     Args:
-        config: settings, as for `UCXXClient`. link_factory: opens the link when one is needed; the default is UCX.
+        config: settings. watcher: which sources there are. link_factory: opens the link when one is needed; the
+            default is UCX. All as for `UCXXClient`.
     """
 
-    def __init__(self, config: ClientConfig | None = None, *, link_factory: LinkFactory | None = None) -> None:
-        self._core = ClientCore(config, link_factory)
+    def __init__(
+        self,
+        config: ClientConfig | None = None,
+        *,
+        watcher: Watcher | None = None,
+        link_factory: LinkFactory | None = None,
+    ) -> None:
+        self._core = ClientCore(config, link_factory, watcher=watcher)
         self._starting = threading.Lock()
         self._loop: LoopThread | None = None
         self._remote: RemoteReader | None = None

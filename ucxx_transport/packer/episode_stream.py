@@ -22,6 +22,7 @@ from ucxx_transport.schema.wire_form import describe
 
 if TYPE_CHECKING:
     from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
 
@@ -56,7 +57,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
         deadline_s: of one episode. max_fetch_rounds, discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, in the thread that iterates; its index is 0.
-        link_factory: as for `UCXXClient`.
+        watcher: as for `UCXXClient`. link_factory: likewise.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -73,6 +74,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
+        watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:
         if ahead < 1:
@@ -89,7 +91,9 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             max_fetch_rounds=max_fetch_rounds,
             discard_lost=discard_lost,
             on_loss=on_loss,
+            watcher=watcher,
             link_factory=link_factory,
+            landings=self._unpack.landings,
         )
         # a daemon: it may wait for a reference that never comes
         threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()

@@ -48,10 +48,11 @@ class UCXXDataPackerMixin:
         """Make this packer's feed: one thread, one event loop, one client.
 
         Args:
-            device: where episodes are given: None for numpy views, "cpu" for torch tensors.
+            device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+                tensors and arrays on a GPU.
             client: settings of the client.
             **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
-                `link_factory`.
+                `watcher`, `link_factory`.
 
         Raises:
             ConfigError: a setting is wrong, this packer is set up already, or no base behind the mixin has a

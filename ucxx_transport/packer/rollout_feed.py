@@ -21,6 +21,7 @@ from ucxx_transport.packer.unpacking import unpacker_for
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics, Payload
     from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
 
@@ -93,11 +94,12 @@ class RolloutFeed:
 
     Args:
         config: settings of the client.
-        device: where episodes are given: None for numpy views, "cpu" for torch tensors.
+        device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+            tensors and arrays on a GPU.
         deadline_s: of one batch. max_fetch_rounds, max_staleness, discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
-        link_factory: as for `UCXXClient`.
+        watcher: as for `UCXXClient`. link_factory: likewise.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -114,6 +116,7 @@ class RolloutFeed:
         discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
         output_of: Callable[[object], object] = completion_of,
+        watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:
         self._unpack = unpacker_for(device)
@@ -133,7 +136,9 @@ class RolloutFeed:
             max_staleness=max_staleness,
             discard_lost=discard_lost,
             on_loss=self._losses.append,
+            watcher=watcher,
             link_factory=link_factory,
+            landings=self._unpack.landings,
         )
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy.typing as npt
 
 from ucxx_transport.config import RingConfig
+from ucxx_transport.ring.layout import SEQUENCE_WORD
 from ucxx_transport.ring.lease import ReadLease, WriteLease
 from ucxx_transport.ring.opening import attach_ring, create_ring
 from ucxx_transport.ring.owner import Owner, owner_alive
@@ -188,6 +189,27 @@ class SharedRingBuffer(RingHandle):
             return False
         return self._core.transact(self._core.table.discard, ref.slot, ref.generation)
 
+    @property
+    def write_sequence(self) -> int:
+        """Number of the write that began last; 0 before the first."""
+        self._require_open()
+        return self._core.words[SEQUENCE_WORD]
+
+    def discard_until(self, sequence: int) -> int:
+        """Drop the unread payloads of all writes up to one: those who were told of them must not have them any more.
+
+        Args:
+            sequence: the last write to drop, a `write_sequence` of before.
+
+        Returns:
+            How many payloads of these writes are still being read or written: call again, until there are none.
+
+        Raises:
+            DeadlineExceededError: the ring's lock was not to be had in time.
+        """
+        self._require_open()
+        return self._core.transact(self._discard_until, sequence)
+
     def ready_refs(self) -> list[SlotRef]:
         """References of the payloads that wait to be read, oldest first; without `meta`, which is not in the ring."""
         self._require_open()
@@ -201,6 +223,13 @@ class SharedRingBuffer(RingHandle):
         """
         self._require_open()
         return self._core.reclaim_dead()
+
+    def _discard_until(self, sequence: int) -> int:
+        table = self._core.table
+        left = 0
+        for slot in self._core.search.written_until(sequence):
+            left += not table.discard(slot, generation_of(table.peek(slot)))
+        return left
 
     def _ready_refs(self) -> list[SlotRef]:
         refs = []

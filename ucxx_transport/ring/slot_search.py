@@ -72,6 +72,11 @@ class SlotSearch:
         ordered: list[int] = ready[np.argsort(self._sequences[ready], kind="stable")].tolist()
         return ordered
 
+    def written_until(self, sequence: int) -> list[int]:
+        """The slots in use whose write began not later than the one numbered `sequence`, in order."""
+        found: list[int] = np.flatnonzero((self.states() != _FREE) & (self._sequences <= sequence)).tolist()
+        return found
+
     def for_write(self, *, may_overwrite: bool) -> int | None:
         """The slot that a write should take, None when there is none.
 

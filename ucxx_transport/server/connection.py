@@ -17,7 +17,7 @@ import structlog
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.ring.lease import ReadLease
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
 from ucxx_transport.wire.codec import seal
 from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
@@ -29,6 +29,7 @@ _CLOSING = Phase.CLOSING
 _OK = Status.OK
 _COUNTED = {
     Status.STALE: "stale",
+    Status.NOT_READY: "not_ready",
     Status.BUSY: "busy",
     Status.BAD_REQUEST: "bad_requests",
     Status.UNAUTHORIZED: "unauthorized",
@@ -87,6 +88,7 @@ class Connection:
         ring: where payloads come from.
         counters: of the port.
         park: takes a send that never completed together with its lease, which must live as long as it.
+        binding: whether the source has its epoch.
         clock: seconds, for the time limits.
     """
 
@@ -98,6 +100,7 @@ class Connection:
         counters: PortCounters,
         park: Callable[[ParkedSend], None],
         *,
+        binding: Binding,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint = endpoint
@@ -105,6 +108,7 @@ class Connection:
         self._session = session
         self._ring = ring
         self._counters = counters
+        self._binding = binding
         self._park = park
         self._frame = bytearray(REQUEST_BYTES)
         self._lease: ReadLease | None = None
@@ -175,6 +179,9 @@ class Connection:
 
     def _serve_slot(self, request: ReadRequest) -> None:
         self._counters.add("requests")
+        if self._binding.awaited:
+            self._reply(self._session.refused(Status.NOT_READY, "the worker has no epoch yet", self._clock()))
+            return
         try:
             lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
         except TransportError as error:

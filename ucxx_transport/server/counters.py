@@ -1,8 +1,17 @@
 """The server's shared statistics: words in the ring's segment, so that they outlive a server process.
 
 `ring.server_words` holds 64 port blocks of 32 words and one general block of 64 words, all u64. Every word has one
-writer at a time (the thread that owns the port; the supervisor for the general block), so no lock is taken; a reader
-may see a count that is a moment old.
+writer at a time (the thread that owns the port; the worker for the general block), so no lock is taken; a reader may
+see a count that is a moment old.
+
+| word of a port block | what                                                    |
+|----------------------|---------------------------------------------------------|
+| 0-30                 | counts, in the order of `PortStatistics`                |
+| 31                   | when the port's loop last turned, ns of CLOCK_MONOTONIC |
+
+| word of the general block | what                                                                         |
+|---------------------------|------------------------------------------------------------------------------|
+| 0                         | 1 while the source waits for its epoch: reads are answered NOT_READY         |
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ class PortStatistics:
         released: attempts that ended without an acknowledgement. stale, busy, bad_requests, unauthorized, internal:
         answers of that status. handshake_timeouts, idle_evictions, delivery_timeouts: connections closed by a limit.
         parked: sends that UCX did not end when their connection closed; each keeps its slot in READING until it ends.
-        confirms: late confirmations that still freed a slot.
+        confirms: late confirmations that still freed a slot. not_ready: reads while the source waited for its epoch.
     """
 
     port: int = 0
@@ -46,10 +55,12 @@ class PortStatistics:
     delivery_timeouts: int = 0
     parked: int = 0
     confirms: int = 0
+    not_ready: int = 0
 
 
 PORT_FIELDS: Final = tuple(spec.name for spec in fields(PortStatistics))
-assert len(PORT_FIELDS) <= PORT_WORDS
+_BEAT_WORD: Final = PORT_WORDS - 1
+assert len(PORT_FIELDS) <= _BEAT_WORD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +103,40 @@ class PortCounters:
         """State a gauge such as `port` or `connections`."""
         self._words[_POSITIONS[name]] = value
 
+    def beat(self, now_ns: int) -> None:
+        """Say that the port's loop turns."""
+        self._words[_BEAT_WORD] = now_ns
+
+    @property
+    def beat_ns(self) -> int:
+        """When it last did, by CLOCK_MONOTONIC, which all processes of a host share; 0 before the first time."""
+        return self._words[_BEAT_WORD]
+
     def snapshot(self) -> PortStatistics:
         """The counts now."""
         return PortStatistics(**{name: int(self._words[position]) for name, position in _POSITIONS.items()})
 
 
 _POSITIONS: Final = {name: position for position, name in enumerate(PORT_FIELDS)}
+
+
+class Binding:
+    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves.
+
+    Args:
+        words: the ring's `server_words`.
+    """
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words[GENERAL_OFFSET : GENERAL_OFFSET + 1]
+
+    @property
+    def awaited(self) -> bool:
+        """Whether reads must be answered NOT_READY."""
+        return self._words[0] != 0
+
+    @awaited.setter
+    def awaited(self, value: bool) -> None:
+        self._words[0] = int(value)

@@ -15,7 +15,7 @@ import anyio
 import structlog
 
 from ucxx_transport.errors import DeadlineExceededError
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 
@@ -160,4 +160,5 @@ class PortGroup:
             token=self._config.token_bytes,
         )
         counters = PortCounters(self._ring.server_words, index)
-        return PortServer(self._ring, source, self._config, counters, reclaims=index == 0)
+        binding = Binding(self._ring.server_words)
+        return PortServer(self._ring, source, self._config, counters, binding, reclaims=index == 0)

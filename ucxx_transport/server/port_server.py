@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Link, Listener
-    from ucxx_transport.server.counters import PortCounters
+    from ucxx_transport.server.counters import Binding, PortCounters
 
 _log = structlog.get_logger(__name__)
 
@@ -43,7 +43,7 @@ class PortServer:
 
     Args:
         ring: where payloads come from. source: its identity, schema and token.
-        config: limits. counters: this port's block.
+        config: limits. counters: this port's block. binding: whether the source has its epoch.
         reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
         clock: seconds, for the time limits.
     """
@@ -54,6 +54,7 @@ class PortServer:
         source: SessionSource,
         config: ServerConfig,
         counters: PortCounters,
+        binding: Binding,
         *,
         reclaims: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -70,6 +71,7 @@ class PortServer:
             ack_timeout_s=config.ack_timeout_s,
         )
         self._counters = counters
+        self._binding = binding
         self._connections: set[Connection] = set()
         self._admitted = 0
         self._parked: list[ParkedSend] = []
@@ -85,6 +87,7 @@ class PortServer:
         listener = await listen_on_first_free(link, candidates, self._admit)
         self._counters.set("port", listener.port)
         self._counters.set("connections", 0)
+        self._counters.beat(time.monotonic_ns())
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
@@ -120,7 +123,9 @@ class PortServer:
             now=self._clock(),
             admitted=admitted,
         )
-        connection = Connection(endpoint, session, self._ring, self._counters, self._park, clock=self._clock)
+        connection = Connection(
+            endpoint, session, self._ring, self._counters, self._park, binding=self._binding, clock=self._clock
+        )
         self._connections.add(connection)
         self._admitted += admitted
         self._counters.set("connections", len(self._connections))
@@ -141,6 +146,7 @@ class PortServer:
         while True:
             await anyio.sleep(SWEEP_INTERVAL_S)
             now = self._clock()
+            self._counters.beat(time.monotonic_ns())
             overdue = [connection for connection in self._connections if connection.expire(now)]
             for connection in overdue:
                 self._start_closing(connection)

@@ -17,6 +17,7 @@ from ucxx_transport.errors import TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.server.counters import PortCounters, ServerStatistics
 from ucxx_transport.server.port_group import LinkFactory, PortGroup
+from ucxx_transport.server.ring_source import RingSource
 from ucxx_transport.server.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 
-class UCXXServer:
+class UCXXServer(RingSource):
     """Serves a ring to trainers on other hosts (or to those that will not read in place).
 
     Its address and ports are written into the segment once it listens; a `SlotRef` made after that carries them.
@@ -40,7 +41,7 @@ class UCXXServer:
     def __init__(
         self, ring: SharedRingBuffer, config: ServerConfig | None = None, *, link_factory: LinkFactory | None = None
     ) -> None:
-        self._ring = ring
+        super().__init__(ring)
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
         self._supervisor: Supervisor | None = None
@@ -119,6 +120,18 @@ class UCXXServer:
             restarts=self._restarts + (supervisor.restarts if supervisor is not None else 0),
             ports=tuple(PortCounters(words, index).snapshot() for index in range(self._port_count)),
         )
+
+    def is_healthy(self, within_s: float) -> bool:
+        """Whether every port listens and its loop has turned.
+
+        Args:
+            within_s: seconds; a loop turns four times a second, later on a busy host.
+        """
+        if not self._ports or self._ring.closed:
+            return False
+        oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
+        counters = [PortCounters(self._ring.server_words, index) for index in range(len(self._ports))]
+        return all(one.snapshot().port and one.beat_ns >= oldest_ns for one in counters)
 
     def __enter__(self) -> Self:
         """Start."""

@@ -19,7 +19,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_the_verbs_are_these() -> None:
-    assert set(VERBS) == {"demo", "serve", "doctor", "inspect", "top", "bench", "clean", "config", "version"}
+    assert set(VERBS) == {
+        *("demo", "serve", "doctor", "inspect", "top", "bench", "clean", "config", "version", "registry"),
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -55,10 +55,16 @@ def test_each_failure_is_judged_as_the_table_says(cls: type[TransportError]) -> 
     assert (backoff_s(error, 1) > 0) is waits
 
 
-@pytest.mark.parametrize("cls", TABLE)
+@pytest.mark.parametrize("cls", [cls for cls in TABLE if cls is not NotReadyError])
 def test_the_last_attempt_is_the_last(cls: type[TransportError]) -> None:
     assert not retries_slot(cls("x"), attempt=2, read_attempts=2, remaining_s=5.0)
     assert not retries_slot(cls("x"), attempt=1, read_attempts=1, remaining_s=5.0)
+
+
+def test_a_source_that_is_not_ready_is_asked_again_as_long_as_the_deadline_allows() -> None:
+    error = NotReadyError("x")
+    assert retries_slot(error, attempt=1000, read_attempts=2, remaining_s=5.0)
+    assert not retries_slot(error, attempt=1000, read_attempts=2, remaining_s=backoff_s(error, 1000))
 
 
 def test_nothing_is_tried_again_without_time_for_a_round_trip() -> None:

@@ -18,7 +18,7 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotE
 from ucxx_transport.link.base import Link
 from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 
@@ -50,7 +50,9 @@ class Neighbour:
     async def _serve(self, up: asyncio.Event, stop: asyncio.Event) -> None:
         ring = self.ring
         source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
-        server = PortServer(ring, source, ServerConfig(), PortCounters(ring.server_words, 0))
+        server = PortServer(
+            ring, source, ServerConfig(), PortCounters(ring.server_words, 0), Binding(ring.server_words)
+        )
         async with MemoryLink(self.network) as link, server.listening(link, [1]):
             up.set()
             await stop.wait()

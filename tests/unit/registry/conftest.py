@@ -1,3 +1,5 @@
+"""Ranks of a group on a store in memory; and a file of the test's own, reached through what can fail on purpose."""
+
 from __future__ import annotations
 
 import contextlib
@@ -5,13 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.store_in_front import StoreInFront
 from ucxx_transport.config import PublisherConfig
+from ucxx_transport.registry import Store
 from ucxx_transport.registry.group import RankGroup
+from ucxx_transport.registry.local import LocalStore
 
 T = TypeVar("T")
 
@@ -82,3 +88,18 @@ def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """The store as everybody else sees it. Its leases end by being revoked alone: no time passes for them."""
+    with LocalStore(tmp_path / "store.db", clock=lambda: 0.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def front(tmp_path: Path, store: Store) -> Iterator[StoreInFront]:
+    """Another user's way to it."""
+    store.identity()
+    with StoreInFront(LocalStore(tmp_path / "store.db", clock=lambda: 0.0)) as opened:
+        yield opened

@@ -18,7 +18,7 @@ from ucxx_transport.errors import PeerLostError
 from ucxx_transport.link.base import LinkStatistics, OnEndpoint
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 from ucxx_transport.wire.codec import encode_request
@@ -133,7 +133,8 @@ async def serving(
         counters = PortCounters(ring.server_words, 0)
         source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
         clock = asyncio.get_running_loop().time
-        server, link = PortServer(ring, source, ServerConfig(), counters, clock=clock), OneListener()
+        server = PortServer(ring, source, ServerConfig(), counters, Binding(ring.server_words), clock=clock)
+        link = OneListener()
         async with server.listening(link, [1]):
             assert link.on_endpoint is not None
             link.on_endpoint(endpoint)

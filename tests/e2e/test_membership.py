@@ -1,0 +1,406 @@
+"""Workers that come, go, hang and come back, as a trainer's watcher sees them: real processes, stores and UCX."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.programs import Program, program
+from tests.support.store_rigs import StoreRig
+from tests.support.waiting import wait_until
+from ucxx_transport import (
+    ClientConfig,
+    PeerLostError,
+    SlotRef,
+    SourceWatcher,
+    StaleSlotError,
+    SyncUCXXClient,
+)
+from ucxx_transport.registry import SourceRecord, SourceStatus, Store
+from ucxx_transport.ring.orphans import sweep_orphans
+
+MINUTE = 60
+INTERVAL_S = 0.4
+TTL_S = 3 * INTERVAL_S
+FAST = {"interval_s": INTERVAL_S, "backoff_s": 0.02, "max_backoff_s": 0.2}
+OVER_UCX = ClientConfig(local="off", connect_timeout_s=1.0)
+
+
+@pytest.fixture
+def host(own_rig: StoreRig, monkeypatch: pytest.MonkeyPatch) -> StoreRig:
+    """The store of the test, which the worker processes reach by their environment."""
+    monkeypatch.setenv("UCXX_TRANSPORT_STORE__NAMESPACE", str(own_rig.settings["namespace"]))
+    monkeypatch.setenv("UCXX_TRANSPORT_STORE__TIMEOUT_S", "0.5")  # what their calls wait for at most
+    own_rig.open().identity()  # a file is made by whoever asks first
+    return own_rig
+
+
+@pytest.fixture
+def store(host: StoreRig) -> Store:
+    return host.open()
+
+
+class Told:
+    """What a watcher tells, in order."""
+
+    def __init__(self, store: Store) -> None:
+        self.changes: list[tuple[str, str, int, SourceStatus]] = []
+        self.moments_s: list[float] = []
+        self._lock = threading.Lock()
+        self.watcher = SourceWatcher(
+            store,
+            on_add=lambda record: self._note("add", record),
+            on_update=lambda record: self._note("update", record),
+            on_remove=lambda record: self._note("remove", record),
+        )
+
+    def _note(self, kind: str, record: SourceRecord) -> None:
+        with self._lock:
+            self.changes.append((kind, record.worker_id, record.epoch, record.status))
+            self.moments_s.append(time.monotonic())
+
+    def of(self, kind: str) -> list[tuple[str, int]]:
+        with self._lock:
+            return [(worker, epoch) for what, worker, epoch, _ in self.changes if what == kind]
+
+    def statuses(self, epoch: int) -> list[SourceStatus]:
+        with self._lock:
+            return [status for _, _, of, status in self.changes if of == epoch]
+
+    def moment_of_removal(self) -> float:
+        with self._lock:
+            return next(at for change, at in zip(self.changes, self.moments_s, strict=True) if change[0] == "remove")
+
+
+@pytest.fixture
+def told(store: Store) -> Iterator[Told]:
+    seen = Told(store)
+    with seen.watcher:
+        yield seen
+
+
+@contextmanager
+def worker(host: StoreRig, worker_id: str = "w", *, serve: str = "unserved", **settings: object) -> Iterator[Program]:
+    with program("source_worker", host.url, worker_id, serve, json.dumps({**FAST, **settings})) as running:
+        assert running.hear() == {"ready": True}
+        yield running
+    sweep_orphans()  # of one that was killed: without a server beside it nobody else does
+
+
+def ended(running: Program) -> None:
+    running.end_input()
+    assert running.wait() == 0
+
+
+def ref_of(answer: dict[str, object]) -> SlotRef:
+    return SlotRef.from_dict(answer["ref"])
+
+
+def test_a_worker_is_seen_with_where_it_serves_and_goes_when_it_stops(host: StoreRig, told: Told) -> None:
+    with worker(host, "a/b ü", serve="0") as running:
+        assert running.ask(published=MINUTE) == {"epoch": 1}
+        (source,) = told.watcher.wait_for(1, MINUTE)
+        assert (source.worker_id, source.host, list(source.ports)) == (
+            "a/b ü",
+            "127.0.0.1",
+            running.ask(look=True)["ports"],
+        )
+        assert source.status is SourceStatus.READY
+        ref = ref_of(running.ask(write="hello"))
+        assert ref.ring_id == source.ring_id
+        with SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+            assert bytes(client.read(ref, deadline_s=MINUTE).buffer) == b"hello"
+        ended(running)
+    wait_until(lambda: told.of("remove") == [("a/b ü", 1)], MINUTE, what="the source is gone")
+    assert told.statuses(1)[-1] is SourceStatus.STALE  # as it was known when it went
+    assert told.watcher.sources(status=None) == ()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_is_gone(host: StoreRig, told: Told, end: signal.Signals) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        running.signal(end)
+        assert running.wait() == (-end if end is signal.SIGKILL else 128 + end)
+        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
+    if end is signal.SIGTERM:
+        assert told.statuses(1)[-1] is SourceStatus.STALE
+
+
+def test_a_worker_killed_with_all_its_group_is_gone_when_its_lease_is_over(host: StoreRig, told: Told) -> None:
+    with worker(host, keeper="thread") as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        running.signal(signal.SIGKILL)
+        running.wait()
+        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
+
+
+def test_a_read_in_the_bind_window_is_not_ready_and_is_served_after_it(host: StoreRig) -> None:
+    host.stall()
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX) as client:
+        ref = ref_of(running.ask(write="early"))
+        assert running.ask(look=True)["state"] == "publishing"
+        with ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(client.read, ref, deadline_s=MINUTE)
+            wait_until(lambda: client.statistics().not_ready > 1, MINUTE, what="it is told to come again")
+            assert not reading.done()
+            host.resume()
+            assert running.ask(published=MINUTE) == {"epoch": 1}
+            assert bytes(reading.result(MINUTE).buffer) == b"early"
+        ended(running)
+
+
+def test_a_store_that_comes_up_after_the_time_to_publish_is_published_to(host: StoreRig) -> None:
+    host.stall()
+    with worker(host, publish_timeout_s=0.1) as running:
+        wait_until(lambda: running.ask(look=True)["statistics"]["attempts"] > 2, MINUTE, what="it tries on and on")
+        assert running.ask(published=0.01) == {"error": "DeadlineExceededError"}
+        host.resume()
+        assert running.ask(published=MINUTE) == {"epoch": 1}
+        ended(running)
+
+
+def test_a_worker_told_to_stop_trying_stops_with_the_store_s_answer(host: StoreRig) -> None:
+    host.stall()
+    with worker(host, publish_timeout_s=0.1, on_timeout="stop") as running:
+        assert running.ask(published=MINUTE) == {"error": "StoreUnavailableError"}
+        looked = running.ask(look=True)
+        assert looked["state"] == "failed"
+        host.resume()
+        assert running.ask(look=True)["statistics"] == looked["statistics"]  # it does not try again
+        ended(running)
+
+
+@pytest.mark.parametrize("outage_s", [TTL_S / 3, 2 * TTL_S])
+def test_a_trainer_reads_on_while_the_store_is_away(host: StoreRig, told: Told, outage_s: float) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        host.stall()
+        until_s = time.monotonic() + outage_s
+        reads = 0
+        while time.monotonic() < until_s:
+            text = f"episode {reads}"
+            assert bytes(client.read(ref_of(running.ask(write=text)), deadline_s=MINUTE).buffer) == text.encode()
+            reads += 1
+        assert told.of("remove") == []
+        host.resume()
+        wait_until(lambda: is_settled(running, told), MINUTE, what="worker and watcher agree again")
+        # a lease that was lost meanwhile is a new epoch: what is written just then may be lost with the old one
+        wait_until(lambda: reads_one(client, running), MINUTE, what="it reads on")
+        assert running.ask(look=True)["epoch"] <= 2
+        ended(running)
+
+
+def is_settled(running: Program, told: Told) -> bool:
+    """Whether the watcher knows the worker by the epoch that it has."""
+    looked = running.ask(look=True)
+    epochs = [source.epoch for source in told.watcher.sources()]
+    return looked["state"] == "live" and epochs == [looked["epoch"]] and told.watcher.statistics().synced
+
+
+def reads_one(client: SyncUCXXClient, running: Program) -> bool:
+    """Whether a payload written now can be read."""
+    try:
+        return bytes(client.read(ref_of(running.ask(write="after")), deadline_s=MINUTE).buffer) == b"after"
+    except (PeerLostError, StaleSlotError):
+        return False
+
+
+def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: StoreRig, told: Told) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        old = ref_of(running.ask(write="of the first epoch"))
+        running.signal(signal.SIGSTOP)
+        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="it is missed")
+        with pytest.raises(PeerLostError, match="is gone"):
+            client.read(old, deadline_s=MINUTE)
+        running.signal(signal.SIGCONT)
+        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        assert running.ask(published=MINUTE) == {"epoch": 2}
+        with pytest.raises(StaleSlotError):
+            client.read(old, deadline_s=MINUTE)
+        new = ref_of(running.ask(write="of the second"))
+        assert bytes(client.read(new, deadline_s=MINUTE).buffer) == b"of the second"
+        ended(running)
+
+
+@pytest.mark.parametrize("how", ["hold", "spin"])
+def test_a_busy_interpreter_costs_no_lease(host: StoreRig, told: Told, how: str) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        wait_until(lambda: keeper_keeps(running), MINUTE, what="the keeper keeps")
+        assert running.ask(**{how: 3 * TTL_S}) == {}
+        assert running.ask(look=True)["statistics"]["losses"] == 0
+        assert told.of("remove") == []
+        ended(running)
+
+
+def test_a_lost_keeper_is_replaced(host: StoreRig, told: Told) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        wait_until(lambda: keeper_keeps(running), MINUTE, what="the keeper keeps")
+        os.kill(keeper_of(running.pid), signal.SIGKILL)
+        wait_until(lambda: keeper_keeps(running, restarts=1), MINUTE, what="another keeper keeps")
+        running.ask(hold=2 * TTL_S)
+        assert told.of("remove") == []
+        ended(running)
+
+
+def keeper_keeps(running: Program, restarts: int = 0) -> bool:
+    statistics = running.ask(look=True)["statistics"]
+    return bool(statistics["keeper_keeps"]) and statistics["keeper_restarts"] == restarts
+
+
+def keeper_of(pid: int) -> int:
+    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, entry.read_text().split()):
+            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    raise AssertionError("no keeper")
+
+
+def test_a_reaped_source_publishes_itself_anew(host: StoreRig, store: Store, told: Told) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        entry = store.get("sources/w")
+        assert entry is not None
+        assert entry.lease_id is not None
+        store.revoke(entry.lease_id)
+        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        assert told.of("remove") == [("w", 1)]
+        ended(running)
+
+
+def test_a_deleted_record_is_published_anew(host: StoreRig, store: Store, told: Told) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        assert store.delete("sources/w")
+        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        ended(running)
+
+
+def test_of_two_workers_of_one_name_exactly_one_wins(host: StoreRig, told: Told) -> None:
+    with worker(host) as first, worker(host) as second:
+        outcomes = [running.ask(published=MINUTE) for running in (first, second)]
+        assert sorted(outcomes, key=str) == [{"epoch": 1}, {"error": "DuplicateSourceError"}]
+        loser = first if "error" in outcomes[0] else second
+        assert loser.ask(look=True)["state"] == "failed"
+        assert told.of("add") == [("w", 1)]
+        assert told.of("remove") == []
+        for running in (first, second):
+            ended(running)
+
+
+def test_a_dead_worker_s_name_is_taken_with_a_larger_epoch(host: StoreRig, told: Told) -> None:
+    with worker(host, keeper="thread") as dead:
+        dead.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        dead.signal(signal.SIGKILL)
+        dead.wait()
+        with worker(host) as heir:
+            assert heir.ask(published=MINUTE) == {"epoch": 2}
+            wait_until(lambda: told.of("add") == [("w", 1), ("w", 2)], MINUTE, what="the heir is seen")
+            assert told.of("remove") == [("w", 1)]
+            ended(heir)
+
+
+def test_a_server_that_hangs_is_told_stale_once_and_ready_when_it_heals(host: StoreRig, told: Told) -> None:
+    with worker(host, serve="0") as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        server = running.ask(server_pid=True)["server"]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            wait_until(lambda: SourceStatus.STALE in told.statuses(1), MINUTE, what="it is told stale")
+            assert told.watcher.sources() == ()
+        finally:
+            os.kill(server, signal.SIGCONT)
+        wait_until(lambda: told.statuses(1)[-1] is SourceStatus.READY, MINUTE, what="it is told ready")
+        assert told.statuses(1).count(SourceStatus.STALE) == 1
+        assert told.of("remove") == []
+        ended(running)
+
+
+def test_a_wiped_store_is_published_to_anew_and_nothing_restarts(host: StoreRig, told: Told) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        host.wipe()
+        wait_until(lambda: ("w", 2) in told.of("add"), MINUTE, what="it is back under a larger epoch")
+        assert told.of("remove") == [("w", 1)]
+        assert running.ask(published=MINUTE) == {"epoch": 2}
+        ref = ref_of(running.ask(write="after the wipe"))
+        assert bytes(client.read(ref, deadline_s=MINUTE).buffer) == b"after the wipe"
+        ended(running)
+
+
+@pytest.mark.parametrize("own_rig", ["etcd"], indirect=True)  # a file has nothing to restart
+def test_a_restarted_store_goes_on_with_its_sources(host: StoreRig, told: Told) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        host.restart()
+        wait_until(lambda: is_settled(running, told), MINUTE, what="worker and watcher agree again")
+        ended(running)
+    wait_until(lambda: told.watcher.sources(status=None) == (), MINUTE, what="its end is seen by the same watcher")
+
+
+def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: StoreRig) -> None:
+    with worker(host, "first", serve="0") as first, SyncUCXXClient(OVER_UCX) as client:
+        first.ask(published=MINUTE)
+        old = ref_of(first.ask(write="of the first"))
+        (port,) = first.ask(look=True)["ports"]
+        server = first.ask(server_pid=True)["server"]
+        first.signal(signal.SIGKILL)
+        first.wait()
+        wait_until(lambda: not Path(f"/proc/{server}").exists(), MINUTE, what="the port is free")
+        with worker(host, "second", serve=str(port)) as second:
+            second.ask(published=MINUTE)
+            new = ref_of(second.ask(write="of the second"))
+            assert (new.host, new.ports) == (old.host, old.ports)
+            with pytest.raises(StaleSlotError):
+                client.read(old, deadline_s=MINUTE)
+            assert bytes(client.read(new, deadline_s=MINUTE).buffer) == b"of the second"
+            ended(second)
+
+
+def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, told: Told) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        first, ref = ref_of(running.ask(write="one")), ref_of(running.ask(write="two"))
+        assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
+        server = running.ask(server_pid=True)["server"]
+        os.kill(server, signal.SIGSTOP)  # so that it neither answers nor breaks the connection
+        errors: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                client.read(ref, deadline_s=10 * MINUTE)
+            except BaseException as error:  # noqa: BLE001 - looked at below
+                errors.append(error)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        wait_until(lambda: client.statistics().lent_buffers > 0, MINUTE, what="the read is on its way")
+        running.signal(signal.SIGSTOP)
+        reading.join(MINUTE)
+        os.kill(server, signal.SIGCONT)
+        running.signal(signal.SIGKILL)
+        assert [type(error) for error in errors] == [PeerLostError]
+        assert errors[0].facts["reason"] == "removed"  # type: ignore[attr-defined]  # the class was checked above
+        assert client.statistics().pooled_endpoints == 0

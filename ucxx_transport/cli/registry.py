@@ -1,0 +1,133 @@
+"""`ucxx-transport registry ls|watch|reap`: the sources that a store knows."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ucxx_transport.registry import SourceRecord, Store
+
+__all__ = ["registry"]
+
+
+class Action(StrEnum):
+    """What to do with a store."""
+
+    ls = "ls"
+    watch = "watch"
+    reap = "reap"
+
+
+def registry(
+    action: Annotated[Action, typer.Argument(help="ls: list once. watch: every change. reap: end sources' leases.")],
+    workers: Annotated[list[str] | None, typer.Argument(help="reap: the worker ids to end.")] = None,
+    *,
+    store: Annotated[str, typer.Option("--store", help="URL: local://, local:///path, etcd://host:port")] = "local://",
+    namespace: Annotated[str | None, typer.Option("--namespace", help="The job's part of the store.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the sources of a store, follow them, or end some whose workers are beyond reach.
+
+    A worker that lives after all notices that its lease has ended, and publishes itself anew.
+    """
+    from ucxx_transport.config import StoreConfig
+    from ucxx_transport.registry import open_store
+
+    if workers and action is not Action.reap:
+        raise ConfigError(f"{action.value} takes no worker ids", field="workers")
+    config = StoreConfig() if namespace is None else StoreConfig(namespace=namespace)
+    with open_store(store, config) as opened:
+        if action is Action.ls:
+            _list(opened, as_json=as_json)
+        elif action is Action.watch:
+            _follow(opened, as_json=as_json)
+        else:
+            _reap(opened, workers or [], as_json=as_json)
+
+
+def _list(store: Store, *, as_json: bool) -> None:
+    from ucxx_transport.registry.keys import SOURCES
+    from ucxx_transport.registry.source_view import SourceView
+
+    view = SourceView()
+    snapshot = store.snapshot(SOURCES)
+    view.take_snapshot(snapshot, now=0.0)
+    if as_json:
+        sources = [source.to_dict() for source in view.sources]
+        print_json({"store": store.url, "revision": snapshot.revision, "sources": sources, "malformed": view.malformed})
+        return
+    _print_table(store, view.sources)
+    if view.malformed:
+        typer.echo(f"{view.malformed} record(s) of another version, or none of ours", err=True)
+
+
+def _print_table(store: Store, sources: Sequence[SourceRecord]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{len(sources)} source(s) in {store.url}", title_justify="left")
+    for column in ("worker", "epoch", "status", "host", "ports", "ring", "lease"):
+        table.add_column(column)
+    for source in sources:
+        ports = ",".join(map(str, source.ports))
+        lease = f"{source.ttl_s:g} s"
+        row = (source.worker_id, str(source.epoch), source.status.value, source.host or "–", ports or "–")
+        table.add_row(*row, source.ring_name, lease)
+    console().print(table)
+
+
+def _follow(store: Store, *, as_json: bool) -> None:
+    from ucxx_transport.registry import SourceWatcher
+
+    def tell(change: str, source: SourceRecord) -> None:
+        if as_json:
+            print_json({"change": change, "source": source.to_dict()})
+            return
+        now = datetime.now(UTC).astimezone().strftime("%H:%M:%S")
+        where = f"{source.host}:{','.join(map(str, source.ports))}" if source.host else source.ring_name
+        typer.echo(f"{now} {change:<6} {source.worker_id} epoch {source.epoch} {source.status.value} {where}")
+
+    watcher = SourceWatcher(
+        store,
+        on_add=lambda source: tell("add", source),
+        on_update=lambda source: tell("update", source),
+        on_remove=lambda source: tell("remove", source),
+    )
+    with watcher:
+        threading.Event().wait()  # until it is interrupted
+
+
+def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:
+    from ucxx_transport.registry.keys import source_key
+
+    if not workers:
+        raise ConfigError("reap needs the ids of the workers to end; `registry ls` shows them", field="workers")
+    reaped, missing = [], []
+    for worker_id in workers:
+        entry = store.get(source_key(worker_id))
+        if entry is None:
+            missing.append(worker_id)
+            continue
+        if entry.lease_id is not None:
+            store.revoke(entry.lease_id)  # and the record with it
+        else:
+            store.delete(source_key(worker_id), expected=entry.revision)
+        reaped.append(worker_id)
+    if as_json:
+        print_json({"reaped": reaped, "missing": missing})
+    else:
+        for worker_id in reaped:
+            typer.echo(f"reaped {worker_id}")
+        for worker_id in missing:
+            typer.echo(f"no source {worker_id!r} in {store.url}", err=True)
+    if missing:
+        raise typer.Exit(1)

@@ -1,0 +1,140 @@
+"""KeeperProcess: the worker's side of the process that keeps its lease."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+import ucxx_transport
+from ucxx_transport.config import StoreConfig
+from ucxx_transport.errors import LeaseLostError
+from ucxx_transport.registry.keeper_protocol import END_LINE, KeeperOrder, KeeperReport, lease_line
+
+_log = structlog.get_logger(__name__)
+
+_END_S: Final = 2.0
+_REPORT_LIMIT_BYTES: Final = 65536
+
+
+class KeeperProcess:
+    """Keeps the leases it is told of, in a process that no blocked interpreter starves. Used by one thread.
+
+    It lives as long as this process and no longer, and ends the lease when this process dies without a word. When it
+    dies itself `keeps` starts another.
+
+    Args:
+        url: of the store. config: its settings.
+        interval_s: how often a lease is renewed.
+
+    Attributes:
+        kept: the lease that it has renewed last, and goes on with.
+        restarts: how often another had to be started.
+    """
+
+    def __init__(self, url: str, config: StoreConfig, *, interval_s: float) -> None:
+        self._order = KeeperOrder(url=url, config=config, worker_pid=os.getpid(), interval_s=interval_s)
+        self._lease_id: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._heard = b""
+        self.restarts = 0
+        self.kept: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process, None when there is none."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def descriptor(self) -> int | None:
+        """Readable when there is something to hear."""
+        return self._process.stdout.fileno() if self._process is not None and self._process.stdout else None
+
+    def keep(self, lease_id: int | None) -> None:
+        """Keep this lease from now on, or none."""
+        self._lease_id, self.kept = lease_id, None
+        if self._process is None:
+            if lease_id is not None:
+                self.start()
+            return
+        self._write(lease_line(lease_id))
+
+    def keeps(self, lease_id: int) -> bool:
+        """Hear what it has said since, and start another if it has died; see `LeaseKeeper`.
+
+        Raises:
+            LeaseLostError: the store told it that the lease has ended.
+        """
+        for report in self._poll():
+            if report.lease_id == lease_id and report.word == "lost":
+                raise LeaseLostError(report.reason, lease_id=lease_id)
+            self.kept = lease_id if report.lease_id == lease_id and report.word == "kept" else None
+        return self.kept == lease_id
+
+    def _poll(self) -> list[KeeperReport]:
+        process = self._process
+        if process is None or process.stdout is None:
+            return []
+        reports: list[KeeperReport] = []
+        while select.select((process.stdout,), (), (), 0.0)[0]:
+            part = os.read(process.stdout.fileno(), _REPORT_LIMIT_BYTES)
+            if not part:
+                self._bury()
+                self.kept = None
+                _log.warning("lease keeper died; starting another", status=process.returncode)
+                self.restarts += 1
+                if self._lease_id is not None:
+                    self.start()
+                break
+            *lines, self._heard = (self._heard + part).split(b"\n")
+            reports += [KeeperReport.from_line(line) for line in lines]
+        return reports
+
+    def close(self) -> None:
+        """End the process; the lease stays as it is. Bounded; idempotent."""
+        if self._process is not None:
+            self._write(END_LINE)
+            self._bury()
+
+    def start(self) -> None:
+        """Start it before it is needed: an interpreter takes a second to be there."""
+        root = str(Path(ucxx_transport.__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._heard = b""
+        self._process = subprocess.Popen(
+            # -P: a file of the worker's folder that is named like a standard module must not be imported.
+            [sys.executable, "-P", "-m", "ucxx_transport.registry.keeper_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # what kills the worker's group leaves it alive long enough to end the lease
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        self._write(self._order.to_line())
+        self._write(lease_line(self._lease_id))
+
+    def _write(self, line: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it died: `keeps` notices
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _bury(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:  # inside a call of a store that does not answer
+            process.kill()
+            process.wait()
+        process.stdout.close()

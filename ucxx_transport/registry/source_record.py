@@ -1,0 +1,198 @@
+"""SourceRecord: what a rollout worker says of itself in the store, as JSON that an operator can read there.
+
+| key       | value                                                                   |
+|-----------|-------------------------------------------------------------------------|
+| version   | 1                                                                       |
+| worker_id | 1-128 printable characters                                              |
+| epoch     | u64, not 0: larger with every publication of this worker id             |
+| session   | 32 hex digits, random, of one publisher: tells a worker from its double |
+| status    | "starting", "ready" or "stale"                                          |
+| ring_id   | 32 hex digits                                                           |
+| ring_name | the segment's name on its host                                          |
+| host_id   | which machine and namespace the segment is on                           |
+| host      | null, or the server's address                                           |
+| ports     | its ports                                                               |
+| ttl_s     | how long the record lives without a renewal                             |
+| meta      | what else the worker says: a JSON object                                |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from math import isfinite
+from types import MappingProxyType
+from typing import Final
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
+from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_PORTS, MAX_RING_NAME_CHARS
+from ucxx_transport.schema.wire_form import (
+    WIRE_VERSION,
+    check_version,
+    describe,
+    is_plain_text,
+    is_unsigned,
+    take_fields,
+)
+
+MAX_RECORD_BYTES: Final = 64 << 10
+
+_KEYS: Final = (
+    *("version", "worker_id", "epoch", "session", "status", "ring_id", "ring_name"),
+    *("host_id", "host", "ports", "ttl_s", "meta"),
+)
+_HEX: Final = set("0123456789abcdef")
+_NO_META: Final[Mapping[str, object]] = MappingProxyType({})
+
+
+class SourceStatus(Enum):
+    """What may be expected of a source."""
+
+    STARTING = "starting"
+    """It is there, and about to serve."""
+    READY = "ready"
+    """It serves."""
+    STALE = "stale"
+    """It is there, but does not serve: it is about to end, or its server is unwell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    """A rollout worker, as the registry knows it.
+
+    Attributes:
+        worker_id: its name in the job.
+        epoch: which publication of that name; larger is later.
+        session: random, of one publisher's life.
+        status: what may be expected of it.
+        ring_id: of the ring it serves, 16 bytes.
+        ring_name: the segment's name on its host.
+        host_id: equal to a reader's own means: the ring can be read in place.
+        host: address of its server, None without one.
+        ports: of its server.
+        ttl_s: how long the record lives without a renewal.
+        meta: what else the worker says.
+    """
+
+    worker_id: str
+    epoch: int
+    session: str
+    status: SourceStatus
+    ring_id: bytes
+    ring_name: str
+    host_id: str
+    host: str | None = None
+    ports: tuple[int, ...] = ()
+    ttl_s: float = 0.0
+    meta: Mapping[str, object] = field(default_factory=lambda: _NO_META)
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: one is out of its bounds; `facts["field"]` names it.
+        """
+        for name, good in (
+            ("worker_id", is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS)),
+            ("epoch", is_unsigned(self.epoch, 64) and self.epoch > 0),
+            ("session", type(self.session) is str and len(self.session) == 32 and set(self.session) <= _HEX),
+            ("status", isinstance(self.status, SourceStatus)),
+            ("ring_id", type(self.ring_id) is bytes and len(self.ring_id) == 16),
+            ("ring_name", is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)),
+            ("host_id", is_plain_text(self.host_id, MAX_HOST_ID_CHARS)),
+            ("host", self.host is None or is_plain_text(self.host, MAX_HOST_CHARS)),
+            ("ports", _are_ports(self.ports)),
+            ("ttl_s", type(self.ttl_s) is float and isfinite(self.ttl_s) and self.ttl_s >= 0),
+            ("meta", isinstance(self.meta, Mapping)),
+        ):
+            if not good:
+                raise ConfigError(f"a source's {name} cannot be {describe(getattr(self, name))}", field=name)
+        object.__setattr__(self, "ports", tuple(self.ports))
+        object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+
+    def __hash__(self) -> int:
+        """By worker, epoch and session: `meta` need not be hashable."""
+        return hash((self.worker_id, self.epoch, self.session))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as its JSON form, which is checked on arrival."""
+        return (SourceRecord.from_bytes, (self.to_bytes(),))
+
+    def to_dict(self) -> dict[str, object]:
+        """The record as plain JSON values."""
+        return {
+            "version": WIRE_VERSION,
+            "worker_id": self.worker_id,
+            "epoch": self.epoch,
+            "session": self.session,
+            "status": self.status.value,
+            "ring_id": self.ring_id.hex(),
+            "ring_name": self.ring_name,
+            "host_id": self.host_id,
+            "host": self.host,
+            "ports": list(self.ports),
+            "ttl_s": self.ttl_s,
+            "meta": dict(self.meta),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The record as JSON.
+
+        Raises:
+            ConfigError: `meta` is not JSON, or the record is larger than 64 KiB.
+        """
+        try:
+            raw = json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":")).encode()
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(f"meta must be JSON: {exc}", field="meta") from exc
+        if len(raw) > MAX_RECORD_BYTES:
+            raise ConfigError(f"a source's record takes {len(raw)} bytes; at most {MAX_RECORD_BYTES}", field="meta")
+        return raw
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> SourceRecord:
+        """Rebuild a record that anyone may have written.
+
+        Raises:
+            ProtocolError: it is malformed or of another version; the message names the field.
+        """
+        if len(raw) > MAX_RECORD_BYTES:
+            raise ProtocolError(f"a source record of {len(raw)} bytes; at most {MAX_RECORD_BYTES}", nbytes=len(raw))
+        try:
+            data = json.loads(raw)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError(f"a source record is not JSON: {exc}", field="source record") from exc
+        form = dict(take_fields(data, "source record", required=_KEYS))
+        check_version(form.pop("version"), "source record")
+        # what these do not take they leave as it is, for __post_init__ to refuse by its name
+        form["ring_id"] = _ring_id_of(form["ring_id"])
+        form["status"] = _status_of(form["status"])
+        form["ttl_s"] = _seconds_of(form["ttl_s"])
+        try:
+            return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
+        except ConfigError as exc:
+            raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+def _ring_id_of(value: object) -> object:
+    is_hex = type(value) is str and len(value) == 32 and set(value) <= _HEX
+    return bytes.fromhex(value) if is_hex else value  # type: ignore[arg-type]  # it is text
+
+
+def _status_of(value: object) -> object:
+    return next((status for status in SourceStatus if status.value == value), value)
+
+
+def _seconds_of(value: object) -> object:
+    return float(value) if is_unsigned(value, 64) else value
+
+
+def _are_ports(ports: object) -> bool:
+    return (
+        isinstance(ports, (tuple, list))
+        and len(ports) <= MAX_PORTS
+        and all(is_unsigned(port, 16) and port > 0 for port in ports)
+    )
