@@ -90,15 +90,20 @@ def error_of(watch: Watch) -> TransportError:
 
 @pytest.fixture
 def guarded(own_etcd: EtcdServer) -> EtcdServer:
-    """A server with users: `worker` may write, `trainer` read, `stranger` neither."""
+    """A server with users: `worker` has all of the namespace, `trainer` what the documents say, `stranger` nothing."""
     root = "/ucxx_transport/job/"
-    bounds = {"key": text(root), "range_end": text(root[:-1] + "0")}
-    for name, right in (("root", None), ("worker", "READWRITE"), ("trainer", "READ"), ("stranger", None)):
+    grants = [
+        ("worker", "READWRITE", root, root[:-1] + "0"),
+        ("trainer", "READ", f"{root}sources/", f"{root}sources0"),
+        ("trainer", "READ", f"{root}/identity", ""),
+    ]
+    for name in ("root", "worker", "trainer", "stranger"):
         own_etcd.ask("auth/user/add", {"name": name, "password": PASSWORD})
         own_etcd.ask("auth/role/add", {"name": name})
         own_etcd.ask("auth/user/grant", {"user": name, "role": name})
-        if right:
-            own_etcd.ask("auth/role/grant", {"name": name, "perm": {"permType": right, **bounds}})
+    for name, right, first, end in grants:
+        permission = {"permType": right, "key": text(first), "range_end": text(end)}
+        own_etcd.ask("auth/role/grant", {"name": name, "perm": permission})
     own_etcd.ask("auth/enable", {})
     return own_etcd
 
@@ -138,13 +143,20 @@ def test_a_user_that_etcd_does_not_know_is_refused(guarded: EtcdServer, opened: 
 def test_a_user_may_do_what_its_role_says(guarded: EtcdServer, opened: Open) -> None:
     worker = opened(guarded.url, user="worker", password=PASSWORD)
     trainer = opened(guarded.url, user="trainer", password=PASSWORD)
-    assert trainer.snapshot().entries == ()
-    with trainer.watch(after=trainer.snapshot().revision) as watch:
-        worker.put("a", b"1")
-        assert [batch.events[0].value for batch in batches_until(watch, "a")] == [b"1"]
+    assert trainer.snapshot("sources/").entries == ()  # and cannot give the store an identity
+    with trainer.watch("sources/", after=trainer.snapshot("sources/").revision) as early:
+        assert early.next(0.1) is None
+        worker.put("sources/a", b"0")
+        batches_until(early, "sources/a")
+    assert worker.identity() == trainer.identity()
+    with trainer.watch("sources/", after=trainer.snapshot("sources/").revision) as watch:
+        worker.put("sources/a", b"1")
+        assert [batch.events[0].value for batch in batches_until(watch, "sources/a")] == [b"1"]
     with pytest.raises(StorePermissionError, match="READWRITE"):
-        trainer.put("a", b"2")
-    assert [entry.value for entry in trainer.snapshot()] == [b"1"]
+        trainer.put("sources/a", b"2")
+    with pytest.raises(StorePermissionError):
+        trainer.snapshot()
+    assert [entry.value for entry in trainer.snapshot("sources/")] == [b"1"]
     stranger = opened(guarded.url, user="stranger", password=PASSWORD)
     with pytest.raises(StorePermissionError):
         stranger.get("a")
