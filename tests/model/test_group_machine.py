@@ -2,8 +2,8 @@
 
 Ranks join, leave, die, hang while their lease is kept, are cut off from the store, are deactivated and recalled; they
 see the store's changes late and one by one; another writes between a rank's decision and its write; answers are lost;
-the store is wiped. A *step* is one rule. Every view that anybody writes is judged by the model; what is applied only
-grows; and whenever the machine lets things settle, all healthy ranks are as the model says, and have the same view.
+the store is wiped. A *step* is one of these. Every view that anybody writes is judged by the model; what is applied
+only grows; and whenever the machine lets things settle, all healthy ranks are as the model says and have one view.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ from ucxx_transport.registry.participant import MembershipOverError, Participant
 from ucxx_transport.registry.patience import Patience
 from ucxx_transport.registry.rank_states import RankEvent, RankState
 
-STEPS = int(os.environ.get("TEST_GROUP_STEPS", "5000"))
-STEPS_AN_EXAMPLE = 50
+STEPS = int(os.environ.get("TEST_GROUP_STEPS", "8000"))
+RULES_AN_EXAMPLE = 25
+STEPS_AN_EXAMPLE = 150
+"""About as many as 25 rules take: a third of them are bursts."""
+
 RANKS = 4
 TTL_S = 6.0
 ACK_TIMEOUT_S = 10.0
@@ -51,6 +54,27 @@ GROUP = "g"
 VIEW = f"groups/{GROUP}/view"
 
 ranks = st.integers(0, RANKS - 1)
+
+_SHARES = {
+    "join": 6,
+    "step": 12,
+    "everybody_looks": 3,
+    "another_writes_first": 4,
+    "answer_is_lost": 2,
+    "die": 1,
+    "hang": 1,
+    "go_on": 2,
+    "cut_off": 1,
+    "mend": 2,
+    "moments_pass": 3,
+    "deactivate": 1,
+    "recall": 2,
+    "leave": 1,
+}
+WHAT = [step for step, share in _SHARES.items() for _ in range(share)]
+"""What a step of a burst is."""
+
+bursts = st.lists(st.tuples(st.sampled_from(WHAT), ranks, ranks), min_size=5, max_size=30)
 
 
 @dataclass
@@ -85,8 +109,8 @@ class GroupMachine(RuleBasedStateMachine):
 
     steps: ClassVar[int] = 0
 
-    @initialize()
-    def make(self) -> None:
+    @initialize(members=st.integers(0, 3))
+    def make(self, members: int) -> None:
         self.clock = FakeClock()
         self.data = MemoryData(clock=self.clock)
         self.admin = MemoryStore(self.data)
@@ -94,6 +118,9 @@ class GroupMachine(RuleBasedStateMachine):
         self.processes: dict[int, Process] = {}
         self.lives = 0
         self.judged_revision = 0
+        for rank in range(members):
+            self.join(rank, 0)
+        self.all_look()
 
     # what the world does by itself
 
@@ -198,11 +225,9 @@ class GroupMachine(RuleBasedStateMachine):
         one = self.processes.get(rank)
         return one if one is not None and one.is_member and not one.is_hung else None
 
-    # rules
+    # steps, each of a rank and maybe another
 
-    @rule(rank=ranks)
-    def join(self, rank: int) -> None:
-        GroupMachine.steps += 1
+    def join(self, rank: int, _: int) -> None:
         self.data.expire()
         one = self.processes.get(rank)
         key_is_there = f"groups/{GROUP}/members/{rank}" in self.data.entries
@@ -218,25 +243,17 @@ class GroupMachine(RuleBasedStateMachine):
         one.told.append(view.epoch)
         self.model.applied[one.incarnation] = view.epoch
 
-    @rule(rank=ranks, batches=st.integers(0, 4))
     def step(self, rank: int, batches: int) -> None:
-        GroupMachine.steps += 1
         one = self.member(rank)
         if one is not None:
             self.look(one, batches=batches)
 
-    @rule(order=st.permutations(range(RANKS)))
-    def everybody_looks(self, order: list[int]) -> None:
-        GroupMachine.steps += 1
-        for rank in order:
-            one = self.member(rank)
-            if one is not None:
-                self.look(one, batches=100)
+    def everybody_looks(self, first: int, _: int) -> None:
+        for rank in (*range(first, RANKS), *range(first)):
+            self.step(rank, 100)
 
-    @rule(rank=ranks, other=ranks)
     def another_writes_first(self, rank: int, other: int) -> None:
         """`other` looks between `rank`'s decision and its write."""
-        GroupMachine.steps += 1
         one, rival = self.member(rank), self.member(other)
         if one is None or rival is None or one is rival:
             return
@@ -251,64 +268,55 @@ class GroupMachine(RuleBasedStateMachine):
         self.look(one, batches=100)
         one.store.before_put = lambda _: None
 
-    @rule(rank=ranks)
-    def answer_is_lost(self, rank: int) -> None:
-        GroupMachine.steps += 1
+    def answer_is_lost(self, rank: int, _: int) -> None:
         one = self.member(rank)
         if one is not None:
             one.store.lose_answers = 1
             self.look(one, batches=100)
             one.store.lose_answers = 0
 
-    @rule(rank=ranks)
-    def die(self, rank: int) -> None:
-        GroupMachine.steps += 1
-        one = self.processes.get(rank)
-        if one is not None:
-            one.is_dead = True
+    def die(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_dead = True
 
-    @rule(rank=ranks)
-    def hang_or_go_on(self, rank: int) -> None:
-        GroupMachine.steps += 1
-        one = self.processes.get(rank)
-        if one is not None:
-            one.is_hung = not one.is_hung
+    def hang(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_hung = True
 
-    @rule(rank=ranks)
-    def cut_off_or_mend(self, rank: int) -> None:
-        GroupMachine.steps += 1
-        one = self.processes.get(rank)
-        if one is not None:
-            one.store.reachable = not one.store.reachable
+    def go_on(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_hung = False
 
-    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 11.0]))
-    def time_passes(self, seconds: float) -> None:
-        GroupMachine.steps += 1
-        self.pass_seconds(seconds)
+    def cut_off(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].store.reachable = False
 
-    @rule(rank=ranks, others=st.sets(ranks, min_size=1), event=st.sampled_from(["deactivate", "recall"]))
-    def change(self, rank: int, others: set[int], event: str) -> None:
-        GroupMachine.steps += 1
+    def mend(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].store.reachable = True
+
+    def moments_pass(self, tenths: int, _: int) -> None:
+        self.pass_seconds(0.1 + tenths / 10)
+
+    def deactivate(self, rank: int, other: int) -> None:
         one = self.member(rank)
         if one is None or not one.store.reachable:
             return
+        seat = self.model.view.seat_of(other)
+        change_view(one.store, GROUP, RankEvent.DEACTIVATE, [other], self.patience())
         self.judge()
-        before = self.model.view
-        seated = {seat.rank: seat for seat in before.seats if seat.rank in others and seat.state.is_seated}
-        states = (RankState.INACTIVE,) if event == "recall" else (RankState.JOINING, RankState.ACTIVE)
-        concerned = {seat.incarnation for seat in seated.values() if seat.state in states}
-        if event == "recall":
-            if len(seated) < len(others):
-                return
-            self.model.resting -= concerned
-        change_view(one.store, GROUP, RankEvent(event), others, self.patience())
-        self.judge()
-        if event == "deactivate":
-            self.model.resting |= concerned
+        if seat is not None and seat.state in (RankState.JOINING, RankState.ACTIVE):
+            self.model.resting.add(seat.incarnation)
 
-    @rule(rank=ranks)
-    def leave(self, rank: int) -> None:
-        GroupMachine.steps += 1
+    def recall(self, rank: int, other: int) -> None:
+        one, seat = self.member(rank), self.model.view.seat_of(other)
+        if one is None or not one.store.reachable or seat is None or not seat.state.is_seated:
+            return
+        self.model.resting.discard(seat.incarnation)
+        change_view(one.store, GROUP, RankEvent.RECALL, [other], self.patience())
+        self.judge()
+
+    def leave(self, rank: int, _: int) -> None:
         one = self.member(rank)
         if one is None:
             return
@@ -317,6 +325,24 @@ class GroupMachine(RuleBasedStateMachine):
             change_view(one.store, GROUP, RankEvent.LEAVE, [rank], self.patience(), incarnation=one.incarnation)
         self.judge()
         self.drop_out(one, RankEvent.LEAVE)
+
+    # rules
+
+    @rule(what=st.sampled_from(sorted(_SHARES)), rank=ranks, other=ranks)
+    def one_step(self, what: str, rank: int, other: int) -> None:
+        GroupMachine.steps += 1
+        getattr(self, what)(rank, other)
+
+    @rule(steps=bursts)
+    def burst(self, steps: list[tuple[str, int, int]]) -> None:
+        GroupMachine.steps += len(steps)
+        for what, rank, other in steps:
+            getattr(self, what)(rank, other)
+
+    @rule(seconds=st.sampled_from([5.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        GroupMachine.steps += 1
+        self.pass_seconds(seconds)
 
     @precondition(lambda self: self.processes)
     @rule(luck=st.integers(0, 3))
@@ -381,7 +407,7 @@ def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[s
             GroupMachine,
             settings=settings(
                 max_examples=-(-(STEPS - GroupMachine.steps) // STEPS_AN_EXAMPLE),
-                stateful_step_count=STEPS_AN_EXAMPLE,
+                stateful_step_count=RULES_AN_EXAMPLE,
                 deadline=None,
                 database=None,
                 print_blob=True,
