@@ -410,6 +410,8 @@ def test_a_wiped_store_ends_its_watches_and_starts_over(own_rig: StoreRig) -> No
         assert idle.next(0.1) is None
         own_rig.wipe()
         assert isinstance(error_of(idle), StoreResetError)
+    with store.watch(after=0) as anew:  # whoever starts over need not have asked anything else
+        assert anew.next(0.1) is None
     assert wait_until(lambda: answer(store.identity), PATIENCE_S) != identity
     assert store.snapshot().entries == ()
     with pytest.raises(LeaseLostError):

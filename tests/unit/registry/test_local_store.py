@@ -32,7 +32,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.registry import open_store
 from ucxx_transport.registry.local import LocalStore
-from ucxx_transport.registry.local.tables import KEPT_REVISIONS
+from ucxx_transport.registry.local.tables import FORMAT, KEPT_REVISIONS
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -224,6 +224,17 @@ def test_another_programs_database_is_no_store(opened: Callable[..., LocalStore]
     raw.close()
     with pytest.raises(ConfigError, match="no store"):
         opened().get("a")
+
+
+def test_another_versions_store_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
+    store = opened()
+    store.put("a", b"")
+    store.close()
+    with sqlite3.connect(path) as raw:
+        raw.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    raw.close()
+    with pytest.raises(ConfigError, match="another version"):
+        opened().put("a", b"")
 
 
 def test_a_damaged_file_is_said_with_the_remedy(opened: Callable[..., LocalStore], path: Path) -> None:
