@@ -345,11 +345,11 @@ class GroupMachine(RuleBasedStateMachine):
         self.pass_seconds(seconds)
 
     @precondition(lambda self: self.processes)
-    @rule(luck=st.integers(0, 3))
-    def wipe(self, luck: int) -> None:
+    @rule(really=st.booleans())
+    def wipe(self, *, really: bool) -> None:
         GroupMachine.steps += 1
-        if luck:
-            return  # one in four
+        if not really:
+            return
         self.judge()
         self.data.wipe()
         self.judged_revision = 0

@@ -71,8 +71,7 @@ def claim_rank(
             claimed = _publish(store, key, wanted, patience)
             if claimed is not None:
                 return claimed
-            first = None  # whoever came between the look and the put is alive
-            continue
+            continue  # whoever came between the look and the put has come since the first look, so it is alive
         patience.pause(LOOK_S, phase=_PHASE)
         if patience.left_s <= 0:
             raise DeadlineExceededError(

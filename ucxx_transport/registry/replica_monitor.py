@@ -25,7 +25,7 @@ class ReplicaFeed(Protocol[ReplicaT_co]):
     """What says who comes and goes: a `SourceWatcher`, a `RankGroup`."""
 
     def subscribe(
-        self, *, on_add: Callable[[ReplicaT_co], object], on_remove: Callable[[ReplicaT_co], object]
+        self, *, on_add: Callable[[ReplicaT_co], None], on_remove: Callable[[ReplicaT_co], None]
     ) -> Callable[[], None]:
         """Call `on_add` with those there are and those that come, `on_remove` with those that go; returns its end."""
 

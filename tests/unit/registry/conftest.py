@@ -18,6 +18,7 @@ from ucxx_transport.config import PublisherConfig
 from ucxx_transport.registry import Store
 from ucxx_transport.registry.group import RankGroup
 from ucxx_transport.registry.local import LocalStore
+from ucxx_transport.registry.member_record import MemberRecord
 
 T = TypeVar("T")
 
@@ -73,6 +74,10 @@ class Ranks:
         lease_id = self.data.entries[f"groups/trainers/members/{group.rank}"].lease_id
         assert lease_id is not None
         return lease_id
+
+    def record_of(self, group: RankGroup) -> MemberRecord:
+        """What a rank has published."""
+        return MemberRecord.from_bytes(self.data.entries[f"groups/trainers/members/{group.rank}"].value)
 
     def close(self) -> None:
         for group in self.groups:

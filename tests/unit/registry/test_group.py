@@ -238,6 +238,7 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_counted(
     wait_until(lambda: stuck_rank.state.state is RankState.GONE, what="it finds out")
     wait_until(lambda: reasons, what="it is told")
     assert reasons[0].facts["ended_by"] == "drop"
+    assert "groups/trainers/members/1" not in ranks.data.entries, "its lease is given back, also if it never comes back"
     assert stuck_rank.join_group(10).active_ranks == (0, 1, 2)
     assert stuck_rank.state.epoch > state.epoch
 
@@ -291,7 +292,7 @@ def test_only_who_has_joined_can_be_activated_and_only_by_a_member(ranks: Ranks)
     with pytest.raises(NotReadyError):
         first.activate_ranks([0])
     first.join_group(10)
-    with pytest.raises(NotReadyError) as caught:
+    with pytest.raises(NotReadyError, match="when they have joined") as caught:
         first.activate_ranks([0, 1])
     assert caught.value.facts["ranks"] == [1]
     assert caught.value.retryable
@@ -480,7 +481,7 @@ def test_a_rank_that_loses_its_lease_while_it_joins_begins_anew_within_its_time(
     joiner = ranks.make(2, ack_timeout_s=60)
     join = ranks.in_thread(lambda: joiner.join_group(20))
     assert stuck.is_in.wait(10)
-    wait_until(lambda: first.get_peer_state(2) is RankState.JOINING)
+    wait_until(lambda: ranks.record_of(joiner).epoch == 5, what="it has applied its own admission")
     ranks.data.kill(ranks.lease_of(joiner))
     wait_until(lambda: first.get_peer_state(2) is RankState.GONE, what="the first life")
     wait_until(lambda: first.get_peer_state(2) is RankState.JOINING, what="the second")

@@ -75,11 +75,32 @@ def test_a_store_that_does_not_answer_is_asked_again_and_is_no_lost_lease(
     assert words == ["lease not renewed; trying on", "lease renewed again"], "once each, however often it was tried"
 
 
-def test_a_keeper_that_was_stopped_tells_nothing(kept: Kept) -> None:
+class SlowStore(MemoryStore):
+    """Renews when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
+        self.is_asked.set()
+        self.go_on.wait(30)
+        return super().keep_alive(lease_id, timeout_s=timeout_s)
+
+
+def test_a_keeper_that_was_stopped_tells_nothing_and_its_stop_is_bounded(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    store = SlowStore()
+    kept = Kept(store)
     kept.keeper.start(kept.lease.lease_id)
+    assert store.is_asked.wait(10)
     kept.keeper.stop()
-    kept.store.data.kill(kept.lease.lease_id)
-    assert not kept.lost.is_set()
+    assert [event["event"] for event in log_events] == ["lease keeper did not stop in time"]
+    store.data.kill(kept.lease.lease_id)
+    store.go_on.set()
+    wait_until(lambda: all(thread.name != "ucxx-lease" for thread in threading.enumerate()), what="its thread ends")
+    assert kept.losses == 0
 
 
 def test_what_is_told_may_fail(store: MemoryStore, log_events: list[MutableMapping[str, Any]]) -> None:

@@ -5,7 +5,11 @@ from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.support.memory_store import MemoryStore
+from tests.support.source_records import record
 from tests.support.waiting import wait_until
+from ucxx_transport.registry import SourceWatcher
+from ucxx_transport.registry.keys import source_key
 from ucxx_transport.registry.rank_states import RankState
 from ucxx_transport.registry.replica_monitor import ReplicaMonitor
 
@@ -172,3 +176,20 @@ def test_a_group_s_members_are_replicas(ranks: Ranks) -> None:
         wait_until(lambda: monitor.alive == {0, 1})
         second.leave()
         wait_until(lambda: told.words == [1, 1])
+
+
+def test_the_sources_of_a_watcher_are_replicas() -> None:
+    told = Told()
+    with MemoryStore() as store, SourceWatcher(store) as watcher:
+        first = store.grant(60).lease_id
+        for worker, lease_id in (("w0", first), ("w1", store.grant(60).lease_id)):
+            store.put(source_key(worker), record(worker).to_bytes(), lease_id=lease_id)
+        watcher.wait_for(2, 10)
+        with told.monitor(feed=watcher) as monitor:
+            assert monitor.alive == {"w0", "w1"}, "those that were there before"
+            store.revoke(first)
+            wait_until(lambda: told.words == ["w0"])
+            store.put(source_key("w0"), record("w0", 2).to_bytes())
+            wait_until(lambda: monitor.alive == {"w0", "w1"})
+            store.put(source_key("w0"), record("w0", 3).to_bytes())
+            wait_until(lambda: told.words == ["w0", "w0"] and monitor.alive == {"w0", "w1"}, what="its next life")
