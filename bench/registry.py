@@ -14,7 +14,8 @@ For each store and number of sources, by real calls of as many threads in one pr
 | watcher CPU      | of the watcher's process with all sources known and renewed, in shares of one core      |
 | resync           | seconds until a new watcher knows all sources                                           |
 
-Renewals are no changes: a watcher hears nothing of them. Writes registry.json under --out.
+Renewals are no changes: a watcher hears nothing of them. And for each store, with a real worker at default settings:
+how long after its end a watcher is told, for each way to end. Writes registry.json under --out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import threading
@@ -39,11 +42,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tests.support.etcd_server import EtcdServer, find_etcd
+from tests.support.programs import Program, program
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.cli.bench.host import commit_of, host_facts
 from ucxx_transport.cli.output import console
 from ucxx_transport.registry import SourceRecord, SourceStatus, Store
 from ucxx_transport.registry.publication import Publication, next_epoch
+from ucxx_transport.ring.orphans import sweep_orphans
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -252,14 +258,96 @@ def show(figures: Sequence[Figures], terminal: Console) -> None:
     terminal.print(table)
 
 
+ENDS: Final = {
+    "stop": "stop()",
+    "term": "SIGTERM",
+    "kill": "SIGKILL",
+    "both": "SIGKILL, and its keeper's process",
+    "hang": "SIGSTOP",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """How long after a worker's end its record was told to be gone, seconds."""
+
+    store: str
+    end: str
+    rounds: int
+    p50_s: float
+    most_s: float
+
+
+def keeper_of(pid: int) -> int:
+    """The process that keeps a worker's lease."""
+    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, entry.read_text().split()):
+            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    raise SystemExit("the worker has no keeper")
+
+
+def end_worker(running: Program, end: str) -> None:
+    """End a worker one way."""
+    if end == "stop":
+        running.tell(stop=True)
+    elif end == "both":
+        os.kill(keeper_of(running.pid), signal.SIGKILL)
+        running.signal(signal.SIGKILL)
+    else:
+        running.signal({"term": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}[end])
+
+
+def time_removal(store: Store, url: str, namespace: str, end: str) -> float:
+    """One worker, from nothing to its end; seconds from that to a watcher's word of it."""
+    gone = threading.Event()
+    os.environ["UCXX_TRANSPORT_STORE__NAMESPACE"] = namespace
+    with (
+        SourceWatcher(store, on_remove=lambda _: gone.set()),
+        program("source_worker", url, "w", "unserved") as running,
+    ):
+        running.hear()
+        running.ask(published=_ANSWER_S)
+        while not running.ask(look=True)["statistics"]["keeper_keeps"]:
+            time.sleep(0.05)
+        began_s = time.monotonic()
+        end_worker(running, end)
+        if not gone.wait(_ANSWER_S):
+            raise SystemExit(f"a worker ended by {ENDS[end]} is not missed")
+        took_s = time.monotonic() - began_s
+    sweep_orphans()
+    return took_s
+
+
+def removals(label: str, url: str, rounds: int, say: Callable[[str], None]) -> list[Removal]:
+    """Every way to end, `rounds` times each."""
+    found = []
+    for end, words in ENDS.items():
+        say(f"{label}: workers that end by {words}")
+        namespace = f"bench-end-{end}"
+        with open_store(url, StoreConfig(namespace=namespace)) as store:
+            took_s = [time_removal(store, url, namespace, end) for _ in range(rounds)]
+        p50_s = float(np.median(took_s))
+        found.append(Removal(store=label, end=words, rounds=rounds, p50_s=p50_s, most_s=max(took_s)))
+    return found
+
+
+def show_removals(found: Sequence[Removal], terminal: Console) -> None:
+    """A table of all."""
+    table = Table(title="From a worker's end to the word of it, renewed every 2 s", title_justify="left")
+    for column in ("store", "ended by", "rounds", "p50", "at most"):
+        table.add_column(column, justify="left" if column in {"store", "ended by"} else "right")
+    for one in found:
+        table.add_row(one.store, one.end, f"{one.rounds}", f"{one.p50_s * 1e3:.0f} ms", f"{one.most_s * 1e3:.0f} ms")
+    terminal.print(table)
+
+
 @contextmanager
 def stores(named: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
     """Labels and URLs: those named, else an embedded store and, where it is installed, an etcd of its own."""
     if named:
         yield [(url, url) for url in named]
         return
-    from tests.support.etcd_server import EtcdServer, find_etcd
-
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ucxx-transport-bench-")))
         found = [("embedded", f"local://{folder}/store.db")]
@@ -273,18 +361,22 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sources", default="1000,10000", help="how many, one number or several")
     parser.add_argument("--store", action="append", default=[], help="URL of a store that runs already; repeatable")
+    parser.add_argument("--rounds", type=int, default=5, help="workers ended each way")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_args(words)
     progress = console(stderr=True)
     figures: list[Figures] = []
+    ends: list[Removal] = []
     with stores(chosen.store) as urls:
         for label, url in urls:
+            ends += removals(label, url, chosen.rounds, progress.print)
             figures += [measure(label, url, int(sources), progress.print) for sources in chosen.sources.split(",")]
     results = {
         "commit": commit_of(Path(__file__).resolve().parent),
         "host": host_facts(),
         "figures": [asdict(one) for one in figures],
+        "removals": [asdict(one) for one in ends],
     }
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "registry.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
@@ -292,6 +384,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(results, default=str) + "\n")
     else:
         show(figures, console())
+        show_removals(ends, console())
     return 0
 
 

@@ -106,7 +106,7 @@ def ref_of(answer: dict[str, object]) -> SlotRef:
 
 
 def test_a_worker_is_seen_with_where_it_serves_and_goes_when_it_stops(host: StoreRig, told: Told) -> None:
-    with worker(host, "a/b ü", serve="served") as running:
+    with worker(host, "a/b ü", serve="0") as running:
         assert running.ask(published=MINUTE) == {"epoch": 1}
         (source,) = told.watcher.wait_for(1, MINUTE)
         assert (source.worker_id, source.host, list(source.ports)) == (
@@ -148,7 +148,7 @@ def test_a_worker_killed_with_all_its_group_is_gone_when_its_lease_is_over(host:
 
 def test_a_read_in_the_bind_window_is_not_ready_and_is_served_after_it(host: StoreRig) -> None:
     host.stall()
-    with worker(host, serve="served") as running, SyncUCXXClient(OVER_UCX) as client:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX) as client:
         ref = ref_of(running.ask(write="early"))
         assert running.ask(look=True)["state"] == "publishing"
         with ThreadPoolExecutor(1) as thread:
@@ -184,7 +184,7 @@ def test_a_worker_told_to_stop_trying_stops_with_the_store_s_answer(host: StoreR
 
 @pytest.mark.parametrize("outage_s", [TTL_S / 3, 2 * TTL_S])
 def test_a_trainer_reads_on_while_the_store_is_away(host: StoreRig, told: Told, outage_s: float) -> None:
-    with worker(host, serve="served") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         host.stall()
@@ -219,7 +219,7 @@ def reads_one(client: SyncUCXXClient, running: Program) -> bool:
 
 
 def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="served") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         old = ref_of(running.ask(write="of the first epoch"))
@@ -319,7 +319,7 @@ def test_a_dead_worker_s_name_is_taken_with_a_larger_epoch(host: StoreRig, told:
 
 
 def test_a_server_that_hangs_is_told_stale_once_and_ready_when_it_heals(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="served") as running:
+    with worker(host, serve="0") as running:
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         server = running.ask(server_pid=True)["server"]
@@ -336,7 +336,7 @@ def test_a_server_that_hangs_is_told_stale_once_and_ready_when_it_heals(host: St
 
 
 def test_a_wiped_store_is_published_to_anew_and_nothing_restarts(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="served") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         host.wipe()
@@ -348,8 +348,38 @@ def test_a_wiped_store_is_published_to_anew_and_nothing_restarts(host: StoreRig,
         ended(running)
 
 
+@pytest.mark.parametrize("own_rig", ["etcd"], indirect=True)  # a file has nothing to restart
+def test_a_restarted_store_goes_on_with_its_sources(host: StoreRig, told: Told) -> None:
+    with worker(host) as running:
+        running.ask(published=MINUTE)
+        told.watcher.wait_for(1, MINUTE)
+        host.restart()
+        wait_until(lambda: is_settled(running, told), MINUTE, what="worker and watcher agree again")
+        ended(running)
+    wait_until(lambda: told.watcher.sources(status=None) == (), MINUTE, what="its end is seen by the same watcher")
+
+
+def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: StoreRig) -> None:
+    with worker(host, "first", serve="0") as first, SyncUCXXClient(OVER_UCX) as client:
+        first.ask(published=MINUTE)
+        old = ref_of(first.ask(write="of the first"))
+        (port,) = first.ask(look=True)["ports"]
+        server = first.ask(server_pid=True)["server"]
+        first.signal(signal.SIGKILL)
+        first.wait()
+        wait_until(lambda: not Path(f"/proc/{server}").exists(), MINUTE, what="the port is free")
+        with worker(host, "second", serve=str(port)) as second:
+            second.ask(published=MINUTE)
+            new = ref_of(second.ask(write="of the second"))
+            assert (new.host, new.ports) == (old.host, old.ports)
+            with pytest.raises(StaleSlotError):
+                client.read(old, deadline_s=MINUTE)
+            assert bytes(client.read(new, deadline_s=MINUTE).buffer) == b"of the second"
+            ended(second)
+
+
 def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="served") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         first, ref = ref_of(running.ask(write="one")), ref_of(running.ask(write="two"))

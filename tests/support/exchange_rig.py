@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ucxx_transport.client import UCXXClient
+from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.link.memory import Faults, MemoryLink, MemoryListener, MemoryNetwork
@@ -50,10 +51,10 @@ class ExchangeRig:
     _ports: dict[int, _Port] = field(default_factory=dict)
     _clients: list[UCXXClient] = field(default_factory=list)
 
-    def client(self, **settings: object) -> UCXXClient:
+    def client(self, *, watcher: Watcher | None = None, **settings: object) -> UCXXClient:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values: Mapping[str, object] = {"local": "off", **settings}
-        client = UCXXClient(ClientConfig(**values), link_factory=self.client_link)  # type: ignore[arg-type]  # checked by pydantic
+        client = UCXXClient(ClientConfig(**values), watcher=watcher, link_factory=self.client_link)  # type: ignore[arg-type]  # checked by pydantic
         client._core.reader = MANY_PORTS * (1 + len(self._clients))  # noqa: SLF001 - otherwise random, as is the first port
         self._clients.append(client)
         return client

@@ -58,9 +58,11 @@ class MemoryData:
     """The key of each write by hand, in order."""
 
     def expire(self) -> None:
+        """End the leases whose time is over."""
         now = self.clock()
-        for lease_id in [lease_id for lease_id, (_, end) in self.leases.items() if end <= now]:
-            self.end(lease_id)
+        with self.changed:
+            for lease_id in [lease_id for lease_id, (_, end) in self.leases.items() if end <= now]:
+                self.end(lease_id)
 
     def end(self, lease_id: int) -> None:
         self.leases.pop(lease_id, None)

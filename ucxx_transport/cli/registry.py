@@ -73,16 +73,19 @@ def _list(store: Store, *, as_json: bool) -> None:
 
 def _print_table(store: Store, sources: Sequence[SourceRecord]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{len(sources)} source(s) in {store.url}", title_justify="left")
+    table = Table()
     for column in ("worker", "epoch", "status", "host", "ports", "ring", "lease"):
         table.add_column(column)
     for source in sources:
         ports = ",".join(map(str, source.ports))
         lease = f"{source.ttl_s:g} s"
         row = (source.worker_id, str(source.epoch), source.status.value, source.host or "–", ports or "–")
-        table.add_row(*row, source.ring_name, lease)
-    console().print(table)
+        table.add_row(*map(Text, (*row, source.ring_name, lease)))  # as they are: mark-up in a name is a name
+    terminal = console()
+    terminal.print(Text(f"{len(sources)} source(s) in {store.url}"), soft_wrap=True)
+    terminal.print(table)
 
 
 def _follow(store: Store, *, as_json: bool) -> None:

@@ -192,7 +192,8 @@ class GroupBoard:
             if view.seats_incarnation(self.rank, self._incarnation):
                 self._state = view.state_of(self.rank)
                 self._has_joined = self._has_joined or self._state is not RankState.JOINING
-        self._count_changes(before, view, come, gone)
+            reasons = self._count_changes(before, view, come, gone)
+        self._log_losses(view, reasons)
         for listener in listeners:
             for seat in gone:
                 self._tell(listener.on_remove, was[seat.rank])
@@ -209,21 +210,28 @@ class GroupBoard:
 
     def _count_changes(
         self, before: GroupView | None, view: GroupView, come: tuple[Seat, ...], gone: tuple[Seat, ...]
-    ) -> None:
+    ) -> dict[int, str]:
+        """Count them; returns why each rank is gone."""
         was_active = () if before is None else before.active_ranks
         activated = [rank for rank in view.active_ranks if rank not in was_active]
         self.count(views=1, admitted=len(come), activated=len(activated))
-        _log.info("group view", group=self.group, rank=self.rank, epoch=view.epoch, active=view.active_ranks)
+        reasons = {}
         for seat in gone:
             seat_now = view.seat_of(seat.rank)
             ended_by = seat_now.ended_by if seat_now is not None and seat_now.ended_by else RankEvent.LOSE
+            reasons[seat.rank] = _COUNTED_AS[ended_by]
             self.count(**{_COUNTED_AS[ended_by]: 1})
-            log = _log.info if ended_by is RankEvent.LEAVE else _log.warning
-            log(
-                "group member gone",
-                group=self.group,
-                rank=self.rank,
-                member=seat.rank,
-                epoch=view.epoch,
-                reason=_COUNTED_AS[ended_by],
-            )
+        return reasons
+
+    def _log_losses(self, view: GroupView, reasons: dict[int, str]) -> None:
+        """Of what came to pass as somebody wished there are counts."""
+        for member, reason in reasons.items():
+            if reason != _COUNTED_AS[RankEvent.LEAVE]:
+                _log.warning(
+                    "group member gone",
+                    group=self.group,
+                    rank=self.rank,
+                    epoch=view.epoch,
+                    member=member,
+                    reason=reason,
+                )

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
-
 from ucxx_transport.errors import ConflictError, LeaseLostError, RegistryError, StoreResetError
 from ucxx_transport.registry.claiming import ClaimedRank
 from ucxx_transport.registry.group_board import GroupBoard
@@ -28,8 +26,6 @@ from ucxx_transport.registry.rank_states import RankEvent
 from ucxx_transport.registry.store import Store
 
 __all__ = ["MembershipOverError", "Participant"]
-
-_log = structlog.get_logger(__name__)
 
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
@@ -226,7 +222,6 @@ class Participant:
             self._board.count(conflicts=1)
             return
         self._board.count(written=1)
-        _log.info("group view written", group=self._group, rank=self._rank, epoch=wanted.epoch)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
         self._seen_revision = self._store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)

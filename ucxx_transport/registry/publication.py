@@ -1,4 +1,6 @@
-"""Publication: one life of a worker's record in the store, from its lease to its end. For one thread at a time.
+"""Publication: one life of a worker's record in the store, from its lease to its end.
+
+For one thread, and another that withdraws it.
 
 | step      | what                                        | when it fails                |
 |-----------|---------------------------------------------|------------------------------|
@@ -34,6 +36,7 @@ class Publication:
         self._store = store
         self._key = source_key(record.worker_id)
         self._revision = revision
+        self._withdrawn = False
         self.record = record
         self.lease = lease
 
@@ -72,14 +75,18 @@ class Publication:
             Whether there was something new to write.
 
         Raises:
-            ConflictError, LeaseLostError: the record is not ours any more.
+            ConflictError, LeaseLostError: the record is not ours any more, or it was withdrawn.
         """
+        # Before the look: with what a withdrawal by another thread leaves behind nothing could be overwritten.
+        revision = self._revision
+        if self._withdrawn:
+            raise LeaseLostError("the record was withdrawn", key=self._key)
         record = replace(self.record, status=status)
         if offer is not None:
             record = replace(record, host=offer.host, ports=offer.ports)
         if record == self.record:
             return False
-        self._put(record, None)
+        self._put(record, revision, None)
         return True
 
     def require_there(self) -> None:
@@ -93,20 +100,21 @@ class Publication:
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
     def withdraw(self, timeout_s: float) -> None:
-        """Say "stale", then end the lease, and the record with it.
+        """Say "stale", then end the lease, and the record with it. Nothing is said any more after that.
 
         Raises:
             TransportError: the store could not be told; then the lease runs out by itself.
         """
+        self._withdrawn = True
         with suppress(ConflictError, LeaseLostError):
-            self._put(replace(self.record, status=SourceStatus.STALE), timeout_s / 2)
+            self._put(replace(self.record, status=SourceStatus.STALE), self._revision, timeout_s / 2)
         self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
 
-    def _put(self, record: SourceRecord, timeout_s: float | None) -> None:
+    def _put(self, record: SourceRecord, expected: int, timeout_s: float | None) -> None:
         raw = record.to_bytes()
         try:
             self._revision = self._store.put(
-                self._key, raw, lease_id=self.lease.lease_id, expected=self._revision, timeout_s=timeout_s
+                self._key, raw, lease_id=self.lease.lease_id, expected=expected, timeout_s=timeout_s
             )
         except ConflictError:
             entry = self._store.get(self._key, timeout_s=timeout_s)

@@ -69,20 +69,27 @@ class HeartbeatPublisher:
         if self._config.keeper == "process":
             self._keeper = KeeperProcess(self._store.url, store_config, interval_s=self._config.interval_s)
         self._stopping = threading.Event()
-        self._wake_read, self._wake_write = os.pipe()
-        self._publishing = Publishing(
-            self._store,
-            worker_id,
-            source,
-            self._config,
-            meta=meta or {},
-            board=self._board,
-            keeper=self._keeper,
-            pause=self._pause,
-            stopping=self._stopping.is_set,
-            clock=clock,
-        )
+        try:
+            self._publishing = Publishing(
+                self._store,
+                worker_id,
+                source,
+                self._config,
+                meta=meta or {},
+                board=self._board,
+                keeper=self._keeper,
+                pause=self._pause,
+                stopping=self._stopping.is_set,
+                clock=clock,
+            )
+        except TransportError:
+            if self._owns_store:
+                self._store.close()
+            raise
+        self._wake: tuple[int, int] | None = None
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
+        self._ending = threading.Lock()
+        self._thread_has_ended = True
         self._pid = os.getpid()
 
     @property
@@ -117,6 +124,8 @@ class HeartbeatPublisher:
             self._keeper.start()
         self._source.hold()
         self._board.enter(PublisherState.PUBLISHING)
+        self._wake = os.pipe()
+        self._thread_has_ended = False
         self._thread.start()
         atexit.register(self.stop)
 
@@ -140,19 +149,16 @@ class HeartbeatPublisher:
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         self._stopping.set()
-        os.write(self._wake_write, b"s")
-        if self._thread.ident is not None:
+        if self._wake is not None:
+            os.write(self._wake[1], b"s")
             self._thread.join(self._config.stop_timeout_s / 2)
         self._publishing.withdraw(max(0.1, until_s - time.monotonic()))
-        if not self._thread.is_alive():
-            if self._keeper is not None:
-                self._keeper.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-        if self._owns_store:
-            self._store.close()
-        self._source.release()
-        self._board.enter(PublisherState.STOPPED)
+        with self._ending:
+            self._source.release()
+            self._board.enter(PublisherState.STOPPED)
+            is_last = self._thread_has_ended
+        if is_last:
+            self._let_go()
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
@@ -177,10 +183,27 @@ class HeartbeatPublisher:
         self._publishing.run()
         if self._keeper is not None and not self._stopping.is_set():
             self._keeper.close()  # it has failed: nothing is left to keep
+        with self._ending:
+            self._thread_has_ended = True
+            is_last = self.state is PublisherState.STOPPED
+        if is_last:  # it hung in the store, and what it has written there since is nobody's but its own
+            self._publishing.withdraw(self._config.stop_timeout_s)
+            self._source.release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what `stop` and the thread need: whichever of them ends last."""
+        if self._keeper is not None:
+            self._keeper.close()
+        for descriptor in self._wake or ():
+            os.close(descriptor)
+        if self._owns_store:
+            self._store.close()
 
     def _pause(self, seconds: float) -> None:
+        assert self._wake is not None
         watched = select.poll()
-        watched.register(self._wake_read, select.POLLIN)
+        watched.register(self._wake[0], select.POLLIN)
         descriptor = self._keeper.descriptor if self._keeper is not None else None
         if descriptor is not None:
             watched.register(descriptor, select.POLLIN)

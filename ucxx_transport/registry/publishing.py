@@ -35,6 +35,8 @@ _log = structlog.get_logger(__name__)
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
 
+NO_LEASE: Final = 0
+
 
 class Publishing:
     """The work of a publisher. Every method but `withdraw` is for its thread.
@@ -142,12 +144,14 @@ class Publishing:
         return None
 
     def _attempt(self) -> Publication | None:
-        publication = self._publication
+        publication, is_new = self._publication, self._publication is None
         if publication is None:
             publication = self._become_visible()
         if self._stopping():
             return None
         try:
+            if not is_new:
+                self._renew(publication)
             self._source.bind()
             publication.say(SourceStatus.READY, self._source.offer())
         except (ConflictError, LeaseLostError):
@@ -159,6 +163,8 @@ class Publishing:
         return publication
 
     def _become_visible(self) -> Publication:
+        if self._keeper is not None:
+            self._keeper.keeps(NO_LEASE)  # as long as it is not heard no pause lasts
         self._yield_to_double()
         epoch = next_epoch(self._store, self._worker_id, known=self._board.epoch)
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
@@ -228,7 +234,10 @@ class Publishing:
 
     def _show_health(self, publication: Publication) -> None:
         healthy = self._source.is_healthy(2 * self._config.interval_s)
-        told = publication.say(SourceStatus.READY if healthy else SourceStatus.STALE, self._source.offer())
+        if healthy:
+            told = publication.say(SourceStatus.READY, self._source.offer())
+        else:
+            told = publication.say(SourceStatus.STALE)  # it may be closed, and offer nothing
         state = PublisherState.LIVE if healthy else PublisherState.UNWELL
         if told and state is not self._board.state:
             _log.warning("source's health has changed", worker=self._worker_id, healthy=healthy)

@@ -167,15 +167,27 @@ class SourceRecord:
             raise ProtocolError(f"a source record is not JSON: {exc}", field="source record") from exc
         form = dict(take_fields(data, "source record", required=_KEYS))
         check_version(form.pop("version"), "source record")
+        # what these do not take they leave as it is, for __post_init__ to refuse by its name
+        form["ring_id"] = _ring_id_of(form["ring_id"])
+        form["status"] = _status_of(form["status"])
+        form["ttl_s"] = _seconds_of(form["ttl_s"])
         try:
-            form["ring_id"] = bytes.fromhex(str(form["ring_id"]))
-            form["status"] = SourceStatus(form["status"])
-            form["ttl_s"] = float(form["ttl_s"])  # type: ignore[arg-type]  # what it does not take raises below
             return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
-        except (ValueError, TypeError, OverflowError) as exc:
-            raise ProtocolError(f"a source record is malformed: {exc}", field="source record") from exc
+
+
+def _ring_id_of(value: object) -> object:
+    is_hex = type(value) is str and len(value) == 32 and set(value) <= _HEX
+    return bytes.fromhex(value) if is_hex else value  # type: ignore[arg-type]  # it is text
+
+
+def _status_of(value: object) -> object:
+    return next((status for status in SourceStatus if status.value == value), value)
+
+
+def _seconds_of(value: object) -> object:
+    return float(value) if is_unsigned(value, 64) else value
 
 
 def _are_ports(ports: object) -> bool:

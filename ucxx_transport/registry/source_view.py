@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.registry.keys import worker_id_of
+from ucxx_transport.registry.keys import source_key, worker_id_of
 from ucxx_transport.registry.source_record import SourceRecord
 from ucxx_transport.registry.store import Batch, Snapshot
 
@@ -60,18 +60,19 @@ class SourceView:
             snapshot: of all sources.
             now: seconds.
             grace_s: how long a source that is not in it is still taken for known: after a reset the store is empty,
-                though its sources live and are about to say so again.
+                though its sources live and are about to say so again. One that has a grace already keeps that.
         """
         changes: list[SourceChange] = []
         there: set[str] = set()
         for entry in snapshot:
-            worker_id = worker_id_of(entry.key)
-            there.add(worker_id)
-            changes += self._put(worker_id, entry.value)
-        for worker_id in sorted(self._known.keys() - there):
+            there.add(entry.key)
+            changes += self._put(entry.key, entry.value)
+        for worker_id in sorted(self._known):
+            if source_key(worker_id) in there:
+                continue
             if grace_s > 0:
                 self._missing_until_s.setdefault(worker_id, now + grace_s)
-            else:
+            elif worker_id not in self._missing_until_s:
                 changes += self._remove(worker_id)
         return changes
 
@@ -79,8 +80,10 @@ class SourceView:
         """What the changes of one revision change."""
         changes: list[SourceChange] = []
         for event in batch.events:
-            worker_id = worker_id_of(event.key)
-            changes += self._put(worker_id, event.value) if event.kind == "put" else self._remove(worker_id)
+            if event.kind == "put":
+                changes += self._put(event.key, event.value)
+            elif source_key(worker_id := worker_id_of(event.key)) == event.key:
+                changes += self._remove(worker_id)
         return changes
 
     def expire(self, now: float) -> list[SourceChange]:
@@ -88,13 +91,14 @@ class SourceView:
         late = sorted(worker_id for worker_id, until_s in self._missing_until_s.items() if now >= until_s)
         return _flat(self._remove(worker_id) for worker_id in late)
 
-    def _put(self, worker_id: str, value: bytes) -> list[SourceChange]:
+    def _put(self, key: str, value: bytes) -> list[SourceChange]:
         try:
             record = SourceRecord.from_bytes(value)
         except ProtocolError:
             self.malformed += 1
             return []
-        if record.worker_id != worker_id:
+        worker_id = record.worker_id
+        if source_key(worker_id) != key:
             self.malformed += 1
             return []
         self._missing_until_s.pop(worker_id, None)

@@ -150,7 +150,7 @@ class Standing:
         if view is None or not view.seats_incarnation(self._board.rank, incarnation):
             return None
         state = self._board.state
-        return None if state.state is RankState.JOINING else state
+        return state if state.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
     def _not_joined(self) -> DeadlineExceededError:
         picture = self._board.picture

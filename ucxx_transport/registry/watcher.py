@@ -73,7 +73,7 @@ class WatcherStatistics:
     synced: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Subscription:
     on_add: Listener | None
     on_update: Listener | None
@@ -124,6 +124,7 @@ class SourceWatcher:
         self._telling = threading.RLock()
         self._counts = dict.fromkeys(("add", "update", "remove", "resyncs", "resets", "failures", "listener_errors"), 0)
         self._synced = False
+        self._identity = ""
         self._error: RegistryError | None = None
         self._stopping = threading.Event()
         self._watch: Watch | None = None
@@ -295,19 +296,29 @@ class SourceWatcher:
                 self._note(error)
                 pause = pause_s(failures, first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, draw=random.random)
                 self._stopping.wait(pause)
-            except Exception:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher failed; starting over", store=self._store.url)
                 revision = None
+                self._count("failures")
+                self._note(RegistryError(f"{type(error).__name__}: {error}"))
                 self._stopping.wait(_MOST_PAUSE_S)
 
     def _resync(self, grace_s: float) -> int:
+        self._identity = self._store.identity()  # first: a store wiped in between is then found to be another one
         snapshot = self._store.snapshot(SOURCES)
         self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s))
         self._count("resyncs")
         return snapshot.revision
 
     def _follow(self, revision: int) -> Iterator[int]:
-        """Applies what changes after `revision`; the revision known is given after every turn."""
+        """Applies what changes after `revision`; the revision known is given after every turn.
+
+        Raises:
+            StoreResetError: the store is another one than that of the snapshot: wiped while nobody watched, it may have
+                got beyond `revision` since.
+        """
+        if self._store.identity() != self._identity:
+            raise StoreResetError("the store was wiped while it could not be watched", url=self._store.url)
         with self._store.watch(SOURCES, after=revision) as watch:
             with self._changed:
                 self._watch = watch
@@ -331,9 +342,11 @@ class SourceWatcher:
                     self._counts[one.kind] += 1
                 self._synced, self._error = True, None
                 self._changed.notify_all()
+            told = list(self._subscriptions)  # who subscribes meanwhile is told by that what is known after them all
             for one in changes:
-                for subscription in list(self._subscriptions):
-                    self._tell(subscription, one)
+                for subscription in told:
+                    if subscription in self._subscriptions:
+                        self._tell(subscription, one)
 
     def _tell(self, subscription: _Subscription, change: SourceChange) -> None:
         listener = subscription.listener_of(change.kind)
@@ -350,9 +363,9 @@ class SourceWatcher:
             self._counts[name] += 1
 
     def _note(self, error: TransportError) -> None:
+        told = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
-            known = self._error
+            known, self._error = self._error, told
             self._synced = False
-            self._error = error if isinstance(error, RegistryError) else RegistryError(str(error))
-        if known is None or type(known) is not type(error):
+        if type(known) is not type(told):
             _log.warning("store not followed", store=self._store.url, reason=str(error))

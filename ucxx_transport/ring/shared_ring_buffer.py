@@ -191,7 +191,7 @@ class SharedRingBuffer(RingHandle):
 
     @property
     def write_sequence(self) -> int:
-        """Number of the write that began last; 0 before the first."""
+        """Number of the write that was completed last; 0 before the first."""
         self._require_open()
         return self._core.words[SEQUENCE_WORD]
 
@@ -202,7 +202,8 @@ class SharedRingBuffer(RingHandle):
             sequence: the last write to drop, a `write_sequence` of before.
 
         Returns:
-            How many payloads of these writes are still being read or written: call again, until there are none.
+            How many payloads of these writes are still being read, and slots written anew: call again, until there are
+            none. A write that is completed later than `sequence` keeps its payload, whenever it began.
 
         Raises:
             DeadlineExceededError: the ring's lock was not to be had in time.

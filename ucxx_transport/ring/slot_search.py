@@ -73,7 +73,7 @@ class SlotSearch:
         return ordered
 
     def written_until(self, sequence: int) -> list[int]:
-        """The slots in use whose write began not later than the one numbered `sequence`, in order."""
+        """The slots in use whose last completed write is not later than the one numbered `sequence`, in order."""
         found: list[int] = np.flatnonzero((self.states() != _FREE) & (self._sequences <= sequence)).tolist()
         return found
 

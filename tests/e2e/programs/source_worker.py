@@ -1,6 +1,6 @@
 """A worker in a store: `python -m tests.e2e.programs.source_worker STORE WORKER_ID SERVE [PUBLISHER_SETTINGS_AS_JSON]`.
 
-SERVE is "served", or "unserved": then its ring has no server, and is read in place alone.
+SERVE is a port, 0 for any; or "unserved": then its ring has no server, and is read in place alone.
 
 | asked                   | does and answers                                                                  |
 |-------------------------|-----------------------------------------------------------------------------------|
@@ -101,8 +101,8 @@ def main(store: str, worker_id: str, serve: str, settings: dict[str, Any]) -> No
     with ExitStack() as stack:
         ring = stack.enter_context(SharedRingBuffer.create(RingConfig(slots=8, slot_bytes=4096)))
         server: UCXXServer | None = None
-        if serve == "served":
-            server = stack.enter_context(UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=1)))
+        if serve != "unserved":
+            server = stack.enter_context(UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=[int(serve)])))
         source = server or RingSource(ring)
         publisher = stack.enter_context(HeartbeatPublisher(store, worker_id, source, PublisherConfig(**settings)))
         worker = Worker(ring, server, publisher)

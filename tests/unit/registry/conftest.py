@@ -1,21 +1,31 @@
+"""Ranks of a group on a store in memory; and a file of the test's own, reached through what can fail on purpose."""
+
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.store_in_front import StoreInFront
 from ucxx_transport.config import PublisherConfig
+from ucxx_transport.registry import Store
 from ucxx_transport.registry.group import RankGroup
+from ucxx_transport.registry.local import LocalStore
 
 T = TypeVar("T")
 
-FAST = PublisherConfig(interval_s=0.1, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
-"""A lease of 0.3 s: what waits for one to end does so in a test's time."""
+CONFIG = PublisherConfig(backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
+"""Leases as they are by default: no test's load ends one."""
+
+SHORT_LIVED = replace(CONFIG, interval_s=0.4)
+"""For tests in which a lease must end by itself, or be seen to outlive its time."""
 
 
 class Ranks:
@@ -28,10 +38,10 @@ class Ranks:
         self.stores: dict[RankGroup, MemoryStore] = {}
         self.threads: list[threading.Thread] = []
 
-    def make(self, rank: int, **settings: Any) -> RankGroup:
+    def make(self, rank: int, *, short_lived: bool = False, **settings: Any) -> RankGroup:
         """A rank that has not joined."""
         store = self.admin.beside()
-        group = RankGroup(store, "trainers", rank, **{"config": FAST, **settings})
+        group = RankGroup(store, "trainers", rank, **{"config": SHORT_LIVED if short_lived else CONFIG, **settings})
         self.groups.append(group)
         self.stores[group] = store
         return group
@@ -78,3 +88,18 @@ def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """The store as everybody else sees it. Its leases end by being revoked alone: no time passes for them."""
+    with LocalStore(tmp_path / "store.db", clock=lambda: 0.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def front(tmp_path: Path, store: Store) -> Iterator[StoreInFront]:
+    """Another user's way to it."""
+    store.identity()
+    with StoreInFront(LocalStore(tmp_path / "store.db", clock=lambda: 0.0)) as opened:
+        yield opened

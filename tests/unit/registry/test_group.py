@@ -161,7 +161,7 @@ def test_a_callback_that_fails_is_counted_and_the_group_goes_on(
 
 def test_of_two_that_claim_a_rank_at_once_exactly_one_has_it(ranks: Ranks) -> None:
     ranks.joined(0)
-    claims = [ranks.in_thread(lambda: ranks.make(1).join_group(10)) for _ in range(4)]
+    claims = [ranks.in_thread(partial(ranks.make(1, short_lived=True).join_group, 20)) for _ in range(4)]
     outcomes = [claim.exception(20) for claim in claims]
     assert sum(outcome is None for outcome in outcomes) == 1
     refused = [outcome for outcome in outcomes if outcome is not None]
@@ -169,9 +169,9 @@ def test_of_two_that_claim_a_rank_at_once_exactly_one_has_it(ranks: Ranks) -> No
 
 
 def test_a_live_rank_is_refused_to_a_second_one_and_does_not_notice(ranks: Ranks) -> None:
-    (first,) = ranks.joined(0)
+    (first,) = ranks.joined(0, short_lived=True)
     with pytest.raises(DuplicateSourceError):
-        ranks.make(0).join_group(10)
+        ranks.make(0).join_group(20)
     assert (first.state.state, first.state.epoch) == (RankState.ACTIVE, 2)
 
 
@@ -183,11 +183,11 @@ def test_whether_a_rank_s_holder_lives_may_take_longer_to_know_than_there_is_tim
 
 
 def test_a_dead_rank_s_place_is_taken_with_a_larger_epoch(ranks: Ranks) -> None:
-    first, second = ranks.joined(0, 1)
+    first, second = ranks.joined(0, 1, short_lived=True)
     epoch = stored_view(ranks).epoch
     seat = stored_view(ranks).seat_of(1)
     ranks.stores[second].cut_off()
-    state = ranks.make(1).join_group(10)
+    state = ranks.make(1).join_group(20)
     assert state.epoch > epoch
     assert state.active_ranks == (0, 1)
     now = stored_view(ranks).seat_of(1)
@@ -426,8 +426,7 @@ def test_a_write_whose_answer_is_lost_is_recognised_as_one_s_own(ranks: Ranks, l
 
 
 def test_a_group_goes_on_while_its_store_is_away(ranks: Ranks) -> None:
-    slow = replace_interval(60)
-    groups = ranks.joined(0, 1, config=slow)
+    groups = ranks.joined(0, 1)
     wait_until(lambda: all(group.state.epoch == 4 for group in groups))
     for group in groups:
         ranks.stores[group].cut_off()
@@ -435,16 +434,15 @@ def test_a_group_goes_on_while_its_store_is_away(ranks: Ranks) -> None:
     assert [group.state.active_ranks for group in groups] == [(0, 1)] * 2
     for group in groups:
         ranks.stores[group].reachable = True
-    state = ranks.make(2, config=slow).join_group(10)
+    state = ranks.make(2).join_group(10)
     assert state.active_ranks == (0, 1, 2)
     assert state.epoch == 6, "nobody was dropped, and nobody came back: there was no other epoch"
 
 
 def test_a_store_that_goes_away_while_somebody_joins_delays_it_and_drops_nobody(ranks: Ranks) -> None:
-    settings: dict[str, Any] = {"config": replace_interval(60), "ack_timeout_s": 1.0}
-    first, second = ranks.joined(0, 1, **settings)
+    first, second = ranks.joined(0, 1, ack_timeout_s=1.0)
     stuck = Stuck(second)
-    joiner = ranks.make(2, **settings)
+    joiner = ranks.make(2, ack_timeout_s=1.0)
     join = ranks.in_thread(lambda: joiner.join_group(20))
     assert stuck.is_in.wait(10)
     for group in (first, second, joiner):
@@ -455,10 +453,6 @@ def test_a_store_that_goes_away_while_somebody_joins_delays_it_and_drops_nobody(
         ranks.stores[group].reachable = True
     assert join.result(20).active_ranks == (0, 1, 2)
     assert first.statistics().dropped == first.statistics().lost == 0
-
-
-def replace_interval(interval_s: float) -> PublisherConfig:
-    return PublisherConfig(interval_s=interval_s, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
 
 
 def test_a_rank_whose_lease_is_lost_finds_out_says_so_and_joins_again(ranks: Ranks) -> None:
@@ -622,7 +616,7 @@ def test_a_join_under_way_is_given_up_by_leave(ranks: Ranks) -> None:
 
 
 def test_leaving_a_store_that_is_away_ends_and_the_lease_ends_by_itself(ranks: Ranks) -> None:
-    quick = PublisherConfig(interval_s=0.1, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=0.3)
+    quick = PublisherConfig(interval_s=0.4, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=0.3)
     (first,) = ranks.joined(0)
     (second,) = ranks.joined(1, config=quick)
     ranks.stores[second].cut_off()
@@ -668,6 +662,7 @@ def test_members_are_told_as_they_come_and_go(ranks: Ranks) -> None:
     assert told == [("add", 0), ("add", 1)]
     ranks.data.kill(ranks.lease_of(second))
     wait_until(lambda: ("remove", 1) in told)
+    wait_until(lambda: second.state.state is RankState.GONE)
     end()
     second.join_group(10)
     wait_until(has_view(first, active_ranks=(0, 1)))

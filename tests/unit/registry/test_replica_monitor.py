@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.support.waiting import wait_until
+from ucxx_transport.registry.rank_states import RankState
 from ucxx_transport.registry.replica_monitor import ReplicaMonitor
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def test_a_group_s_members_are_replicas(ranks: Ranks) -> None:
         wait_until(lambda: monitor.alive == {0, 1})
         ranks.data.kill(ranks.lease_of(second))
         wait_until(lambda: told.words == [1])
+        wait_until(lambda: second.state.state is RankState.GONE)
         second.join_group(10)
         wait_until(lambda: monitor.alive == {0, 1})
         second.leave()

@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ucxx_transport import ConfigError, RingFullError, Schema, TensorSpec
+from ucxx_transport import (
+    ConfigError,
+    PublisherConfig,
+    RingFullError,
+    Schema,
+    SourceWatcher,
+    StoreConfig,
+    TensorSpec,
+    open_store,
+)
 from ucxx_transport.rollout import TrajectoryWriter, UCXXRolloutMixin
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
 
@@ -181,3 +191,51 @@ def test_a_policy_version_is_any_integer_and_a_wrong_one_is_refused_before_anyth
                 end.write(episode(), policy_version=wrong)  # type: ignore[arg-type]
         assert end.ring is not None
         assert (end.ring.get_ready_count(), end.statistics().written) == (1, 1)
+
+
+IN_THE_STORE: dict[str, Any] = {"publisher": PublisherConfig(keeper="thread")}
+MINUTE = 60.0
+
+
+def test_a_writer_is_in_the_store_as_long_as_its_ring_exists(tmp_path: Path) -> None:
+    url = f"local://{tmp_path}/store.db"
+    with SourceWatcher(url) as watcher, open_store(url) as store:
+        with writer(store=url, **IN_THE_STORE) as end:
+            (source,) = watcher.wait_for(1, MINUTE)
+            assert end.ring is not None
+            assert end.publisher is not None
+            assert (source.worker_id, source.ring_id, source.ring_name) == ("worker-0", end.ring.ring_id, end.ring.name)
+            assert (source.host, source.ports) == (None, ())  # no server: this host's trainers alone
+            assert end.publisher.epoch == source.epoch == 1
+        assert list(store.snapshot("sources/")) == []
+
+
+def test_a_writer_without_a_schema_is_published_with_its_first_trajectory(tmp_path: Path) -> None:
+    url = f"local://{tmp_path}/store.db"
+    with open_store(url) as store, writer(schema=None, varlen=("obs", "reward"), store=url, **IN_THE_STORE) as end:
+        before: object = end.publisher
+        assert before is None
+        assert list(store.snapshot("sources/")) == []
+        record = end.write(episode())
+        assert end.publisher is not None
+        assert end.publisher.wait_published(MINUTE) == 1
+        assert end.ring is not None
+        np.testing.assert_array_equal(end.ring.read(record.ref)["reward"], [0, 1, 2, 3])  # type: ignore[arg-type]  # there is one
+
+
+def test_a_writer_is_published_in_its_job_s_namespace(tmp_path: Path) -> None:
+    url, job = f"local://{tmp_path}/store.db", StoreConfig(namespace="job-7")
+    with open_store(url, job) as store, writer(store=url, store_config=job, **IN_THE_STORE) as end:
+        assert end.publisher is not None
+        end.publisher.wait_published(MINUTE)
+        assert [entry.key for entry in store.snapshot("sources/")] == ["sources/worker-0"]
+
+
+def test_a_writer_without_a_store_is_published_nowhere() -> None:
+    with writer() as end:
+        assert end.publisher is None
+
+
+def test_a_store_that_cannot_be_is_refused_and_leaves_no_ring() -> None:
+    with pytest.raises(ConfigError, match="redis"):
+        writer(store="redis://host")
