@@ -282,7 +282,9 @@ def test_calls_and_watches_go_on_at_another_endpoint(own_etcd: EtcdServer, opene
             one.refuse()
             store.put("b", b"", lease_id=lease.lease_id)
             assert store.keep_alive(lease.lease_id) >= 60
-            assert [batch.events[0].key for batch in batches_until(watch, "b")] == ["b"]
+            moved = watch.next(PATIENCE_S)  # and nothing is said of it
+            assert moved is not None
+            assert [event.key for event in moved.events] == ["b"]
             one.listen()
             other.refuse()
             assert store.put("c", b"", expected=0) > 0
@@ -345,6 +347,21 @@ def test_a_stream_that_is_cut_anywhere_goes_on_after_the_last_whole_batch(
             helper.join()
     assert [batch.revision for batch in found] == [*revisions, revisions[-1] + 1, last]
     assert len(found[-2].events) == 20
+
+
+def test_a_stream_that_is_cut_again_and_again_repeats_nothing(own_etcd: EtcdServer, opened: Open) -> None:
+    direct = opened(own_etcd.url)
+    found: list[Batch] = []
+    revisions: list[int] = []
+    with ExitStack() as stack:
+        proxy = stack.enter_context(TcpProxy(own_etcd.ports[0]))
+        store = opened(f"etcd://{HOST}:{proxy.port}")
+        watch = stack.enter_context(store.watch("k/", after=direct.snapshot().revision))
+        for number in range(4):
+            revisions.append(direct.put(f"k/{number}", b""))
+            found += batches_until(watch, f"k/{number}")
+            proxy.cut()
+    assert [batch.revision for batch in found] == revisions
 
 
 def test_a_silent_server_is_noticed_and_the_watch_goes_on_when_it_speaks_again(
