@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from tests.support.slot_diagram import PAGE
-from ucxx_transport.registry.rank_states import TRANSITIONS
+from ucxx_transport.registry.groups.rank_states import TRANSITIONS
 
 _SPAN = re.compile(r"(?<=<!-- rank-diagram -->\n).*?(?=<!-- /rank-diagram -->)", re.DOTALL)
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from ucxx_transport.late_names import late_names
 
 if TYPE_CHECKING:
-    from ucxx_transport.registry.group import RankGroup
-    from ucxx_transport.registry.group_state import GroupState, GroupStatistics, Member
-    from ucxx_transport.registry.group_view import GroupView
+    from ucxx_transport.registry.groups.group import RankGroup
+    from ucxx_transport.registry.groups.group_state import GroupState, GroupStatistics, Member
+    from ucxx_transport.registry.groups.group_view import GroupView
+    from ucxx_transport.registry.groups.rank_states import RankState
     from ucxx_transport.registry.opening import open_store
     from ucxx_transport.registry.publishable import Offer, Publishable
     from ucxx_transport.registry.publisher import HeartbeatPublisher
     from ucxx_transport.registry.publisher_board import PublisherState, PublisherStatistics
-    from ucxx_transport.registry.rank_states import RankState
     from ucxx_transport.registry.replica_monitor import ReplicaMonitor
     from ucxx_transport.registry.signals import exit_on_sigterm
     from ucxx_transport.registry.source_record import SourceRecord, SourceStatus
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ucxx_transport.registry.watcher import SourceWatcher, WatcherStatistics
 
 _HOMES = {
-    "group": ("RankGroup",),
-    "group_state": ("GroupState", "GroupStatistics", "Member"),
-    "group_view": ("GroupView",),
+    "groups.group": ("RankGroup",),
+    "groups.group_state": ("GroupState", "GroupStatistics", "Member"),
+    "groups.group_view": ("GroupView",),
     "opening": ("open_store",),
     "publishable": ("Offer", "Publishable"),
     "publisher": ("HeartbeatPublisher",),
     "publisher_board": ("PublisherState", "PublisherStatistics"),
-    "rank_states": ("RankState",),
+    "groups.rank_states": ("RankState",),
     "replica_monitor": ("ReplicaMonitor",),
     "signals": ("exit_on_sigterm",),
     "source_record": ("SourceRecord", "SourceStatus"),

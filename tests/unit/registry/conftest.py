@@ -16,9 +16,9 @@ from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.store_in_front import StoreInFront
 from ucxx_transport.config import PublisherConfig
 from ucxx_transport.registry import Store
-from ucxx_transport.registry.group import RankGroup
+from ucxx_transport.registry.groups.group import RankGroup
+from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.local import LocalStore
-from ucxx_transport.registry.member_record import MemberRecord
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from tests.support.memory_store import MemoryStore
 from tests.support.source_records import record
 from tests.support.waiting import wait_until
 from ucxx_transport.registry import SourceWatcher
+from ucxx_transport.registry.groups.rank_states import RankState
 from ucxx_transport.registry.keys import source_key
-from ucxx_transport.registry.rank_states import RankState
 from ucxx_transport.registry.replica_monitor import ReplicaMonitor
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from typing import Final, Self
 
 from ucxx_transport.config import PublisherConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, NotReadyError, TransportError
-from ucxx_transport.registry.group_board import GroupBoard, Listener
-from ucxx_transport.registry.group_state import GroupState, GroupStatistics, Member
-from ucxx_transport.registry.group_view import GroupView
-from ucxx_transport.registry.group_writes import change_view, put_policy_version
-from ucxx_transport.registry.lease_keeper import KeeperFactory, ThreadKeeper
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.membership import Membership
-from ucxx_transport.registry.patience import Patience
-from ucxx_transport.registry.rank_states import RankEvent, RankState
-from ucxx_transport.registry.standing import Standing
+from ucxx_transport.registry.groups.group_board import GroupBoard, Listener
+from ucxx_transport.registry.groups.group_state import GroupState, GroupStatistics, Member
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.group_writes import change_view, put_policy_version
+from ucxx_transport.registry.groups.lease_keeper import KeeperFactory, ThreadKeeper
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.membership import Membership
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
+from ucxx_transport.registry.groups.standing import Standing
 from ucxx_transport.registry.store import Store
 
 __all__ = ["RankGroup"]

@@ -8,11 +8,11 @@ import pytest
 
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.errors import DeadlineExceededError
-from ucxx_transport.registry.group_view import GroupView, Seat
-from ucxx_transport.registry.group_writes import change_view
+from ucxx_transport.registry.groups.group_view import GroupView, Seat
+from ucxx_transport.registry.groups.group_writes import change_view
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 from ucxx_transport.registry.keys import view_key
-from ucxx_transport.registry.patience import Patience
-from ucxx_transport.registry.rank_states import RankEvent, RankState
 
 VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState.ACTIVE, awaited_epoch=3),))
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ucxx_transport.errors import ConflictError, DeadlineExceededError, DuplicateSourceError, LeaseLostError
-from ucxx_transport.registry.joining import Claim, judge_claim
+from ucxx_transport.registry.groups.joining import Claim, judge_claim
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.patience import Patience
 from ucxx_transport.registry.keys import member_key
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.patience import Patience
 from ucxx_transport.registry.store import Entry, Lease, Store
 
 __all__ = ["ClaimedRank", "claim_rank"]

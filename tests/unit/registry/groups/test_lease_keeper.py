@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.waiting import wait_until
-from ucxx_transport.registry.lease_keeper import ThreadKeeper
+from ucxx_transport.registry.groups.lease_keeper import ThreadKeeper
 
 TTL_S = 1.5
 INTERVAL_S = 0.02

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ucxx_transport.errors import RegistryError
-from ucxx_transport.registry.group_view import GroupView
-from ucxx_transport.registry.joining import (
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.joining import (
     Claim,
     judge_claim,
     next_epoch,
@@ -17,8 +17,8 @@ from ucxx_transport.registry.joining import (
     waited_for,
     waits_of,
 )
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.rank_states import RankEvent, RankState
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 
 
 def record(rank: int, *, life: int = 0, epoch: int = 0) -> MemberRecord:

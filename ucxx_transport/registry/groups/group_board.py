@@ -11,11 +11,18 @@ from typing import Final, TypeVar
 import structlog
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.registry.group_picture import GroupPicture
-from ucxx_transport.registry.group_state import GroupState, GroupStatistics, Member, arrived, departed, members_of
-from ucxx_transport.registry.group_view import GroupView, Seat
-from ucxx_transport.registry.patience import Patience
-from ucxx_transport.registry.rank_states import TRANSITIONS, RankEvent, RankState, advance
+from ucxx_transport.registry.groups.group_picture import GroupPicture
+from ucxx_transport.registry.groups.group_state import (
+    GroupState,
+    GroupStatistics,
+    Member,
+    arrived,
+    departed,
+    members_of,
+)
+from ucxx_transport.registry.groups.group_view import GroupView, Seat
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import TRANSITIONS, RankEvent, RankState, advance
 
 __all__ = ["GroupBoard", "Listener"]
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.registry.group_view import MAX_INCARNATION_CHARS
-from ucxx_transport.registry.stored_form import from_stored, take_count, take_text, to_stored
+from ucxx_transport.registry.groups.group_view import MAX_INCARNATION_CHARS
+from ucxx_transport.registry.groups.stored_form import from_stored, take_count, take_text, to_stored
 from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, describe, take_fields
 
 __all__ = ["MemberRecord"]

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.registry.group_view import GroupView, Seat, ViewNews, news_of
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.rank_states import RankEvent, RankState
+from ucxx_transport.registry.groups.group_view import GroupView, Seat, ViewNews, news_of
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 
 VIEW = GroupView(
     epoch=7,

@@ -11,8 +11,8 @@ from enum import Enum
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.registry.rank_states import RankEvent, RankState, advance
-from ucxx_transport.registry.stored_form import from_stored, take_count, take_text, to_stored
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState, advance
+from ucxx_transport.registry.groups.stored_form import from_stored, take_count, take_text, to_stored
 from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, describe, take_fields
 
 __all__ = ["GroupView", "Seat", "ViewNews", "news_of"]

@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ucxx_transport.registry.group_view import GroupView, Seat
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.rank_states import RankEvent, RankState
+from ucxx_transport.registry.groups.group_view import GroupView, Seat
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 
 __all__ = [
     "AckWait",

@@ -23,10 +23,10 @@ from ucxx_transport.errors import (
     StoreResetError,
     TransportError,
 )
-from ucxx_transport.registry.group import RankGroup
-from ucxx_transport.registry.group_view import GroupView
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.rank_states import RankState
+from ucxx_transport.registry.groups.group import RankGroup
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.rank_states import RankState
 
 if TYPE_CHECKING:
     from tests.unit.registry.conftest import Ranks

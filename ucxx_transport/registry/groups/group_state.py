@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ucxx_transport.registry.group_picture import GroupPicture
-from ucxx_transport.registry.group_view import GroupView, Seat
-from ucxx_transport.registry.rank_states import RankState
+from ucxx_transport.registry.groups.group_picture import GroupPicture
+from ucxx_transport.registry.groups.group_view import GroupView, Seat
+from ucxx_transport.registry.groups.rank_states import RankState
 
 __all__ = ["GroupState", "GroupStatistics", "Member", "arrived", "departed", "members_of"]
 

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.registry.group_view import GroupView
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.keys import policy_key, rank_of, view_key
-from ucxx_transport.registry.member_record import MemberRecord
 from ucxx_transport.registry.store import Batch, Snapshot
 from ucxx_transport.schema.wire_form import describe
 

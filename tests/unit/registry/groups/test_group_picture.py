@@ -4,10 +4,10 @@ import pytest
 
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.registry.group_picture import GroupPicture, policy_version_from
-from ucxx_transport.registry.group_view import GroupView
+from ucxx_transport.registry.groups.group_picture import GroupPicture, policy_version_from
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.keys import member_key, policy_key, rank_of, view_key
-from ucxx_transport.registry.member_record import MemberRecord
 
 GROUP = "a/b"
 

@@ -21,13 +21,13 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.registry.claiming import ClaimedRank
-from ucxx_transport.registry.group_board import GroupBoard
-from ucxx_transport.registry.group_picture import GroupPicture
+from ucxx_transport.registry.groups.claiming import ClaimedRank
+from ucxx_transport.registry.groups.group_board import GroupBoard
+from ucxx_transport.registry.groups.group_picture import GroupPicture
+from ucxx_transport.registry.groups.lease_keeper import KeeperFactory
+from ucxx_transport.registry.groups.participant import CALL_S, MembershipOverError, Participant
+from ucxx_transport.registry.groups.rank_states import RankEvent
 from ucxx_transport.registry.keys import group_prefix
-from ucxx_transport.registry.lease_keeper import KeeperFactory
-from ucxx_transport.registry.participant import CALL_S, MembershipOverError, Participant
-from ucxx_transport.registry.rank_states import RankEvent
 from ucxx_transport.registry.store import Store, Watch
 
 __all__ = ["Membership", "MembershipRules"]

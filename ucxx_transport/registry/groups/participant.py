@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from ucxx_transport.errors import ConflictError, LeaseLostError, RegistryError, StoreResetError
-from ucxx_transport.registry.claiming import ClaimedRank
-from ucxx_transport.registry.group_board import GroupBoard
-from ucxx_transport.registry.group_picture import GroupPicture
-from ucxx_transport.registry.group_view import GroupView, ViewNews, news_of
-from ucxx_transport.registry.joining import AckWait, next_view, overdue_ranks, turn_of, waits_of
+from ucxx_transport.registry.groups.claiming import ClaimedRank
+from ucxx_transport.registry.groups.group_board import GroupBoard
+from ucxx_transport.registry.groups.group_picture import GroupPicture
+from ucxx_transport.registry.groups.group_view import GroupView, ViewNews, news_of
+from ucxx_transport.registry.groups.joining import AckWait, next_view, overdue_ranks, turn_of, waits_of
+from ucxx_transport.registry.groups.rank_states import RankEvent
 from ucxx_transport.registry.keys import member_key, policy_key, view_key
-from ucxx_transport.registry.rank_states import RankEvent
 from ucxx_transport.registry.store import Store
 
 __all__ = ["MembershipOverError", "Participant"]

@@ -18,16 +18,16 @@ from ucxx_transport.errors import (
     StoreResetError,
     TransportError,
 )
-from ucxx_transport.registry.claiming import claim_rank
-from ucxx_transport.registry.group_board import GroupBoard
-from ucxx_transport.registry.group_state import GroupState
-from ucxx_transport.registry.group_writes import change_view
-from ucxx_transport.registry.joining import waited_for
-from ucxx_transport.registry.lease_keeper import KeeperFactory
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.membership import Membership, MembershipRules
-from ucxx_transport.registry.patience import Patience
-from ucxx_transport.registry.rank_states import RankEvent, RankState
+from ucxx_transport.registry.groups.claiming import claim_rank
+from ucxx_transport.registry.groups.group_board import GroupBoard
+from ucxx_transport.registry.groups.group_state import GroupState
+from ucxx_transport.registry.groups.group_writes import change_view
+from ucxx_transport.registry.groups.joining import waited_for
+from ucxx_transport.registry.groups.lease_keeper import KeeperFactory
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.membership import Membership, MembershipRules
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 from ucxx_transport.registry.store import Store
 
 __all__ = ["Standing"]

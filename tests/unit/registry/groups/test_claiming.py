@@ -7,9 +7,9 @@ import pytest
 
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
-from ucxx_transport.registry.claiming import claim_rank
-from ucxx_transport.registry.member_record import MemberRecord
-from ucxx_transport.registry.patience import Patience
+from ucxx_transport.registry.groups.claiming import claim_rank
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.patience import Patience
 
 KEY = "groups/g/members/1"
 

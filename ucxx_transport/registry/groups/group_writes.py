@@ -6,12 +6,12 @@ from collections.abc import Collection
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ConflictError, NotReadyError
-from ucxx_transport.registry.group_picture import GroupPicture, policy_version_from
-from ucxx_transport.registry.group_view import GroupView
-from ucxx_transport.registry.joining import view_after
+from ucxx_transport.registry.groups.group_picture import GroupPicture, policy_version_from
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.joining import view_after
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
 from ucxx_transport.registry.keys import group_prefix, policy_key, view_key
-from ucxx_transport.registry.patience import Patience
-from ucxx_transport.registry.rank_states import RankEvent, RankState
 from ucxx_transport.registry.store import Store
 
 __all__ = ["change_view", "put_policy_version"]
