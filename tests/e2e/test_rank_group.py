@@ -14,6 +14,7 @@ from tests.support.programs import Program, program
 from tests.support.waiting import wait_until
 from ucxx_transport import open_store
 from ucxx_transport.registry import GroupView, RankState
+from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.store import Store
 
 MINUTE = 60.0
@@ -37,7 +38,7 @@ class Cluster:
             "group_rank", self.url, str(rank), str(interval_s), str(ack_timeout_s)
         )
         one = self.stack.enter_context(running)
-        assert one.hear() == {"turns": 0}
+        assert "turns" in one.hear()
         return one
 
     def joined(self, *ranks: int, **settings: float) -> list[Program]:
@@ -46,6 +47,13 @@ class Cluster:
         for one in programs:
             assert "error" not in one.ask(join=MINUTE)
         return programs
+
+    def is_quiet(self) -> bool:
+        """Whether every member has acknowledged the view."""
+        epochs = {
+            MemberRecord.from_bytes(entry.value).epoch for entry in self.store.snapshot("groups/trainers/members/")
+        }
+        return epochs == {self.view.epoch}
 
     @property
     def view(self) -> GroupView:
@@ -70,7 +78,7 @@ def until(holds: Callable[[], object], what: str) -> None:
 
 def test_a_rank_that_warms_up_is_invisible_and_the_others_work_on(cluster: Cluster) -> None:
     first, second = cluster.joined(0, 1)
-    until(lambda: state_of(first)["epoch"] == state_of(second)["epoch"] == cluster.view.epoch, "all is quiet")
+    until(cluster.is_quiet, "all have acknowledged")
     content = cluster.store.snapshot()
     before = state_of(first)
     recovering = cluster.start(2)
@@ -155,6 +163,8 @@ def test_a_killed_rank_s_next_process_takes_its_place_with_a_larger_epoch(cluste
 
 def test_a_process_that_was_stopped_for_longer_than_its_lease_finds_out_and_joins_again(cluster: Cluster) -> None:
     first, second = cluster.joined(0, 1)
+    # A process that is stopped in the middle of a write holds the file's lock: none is due for a while when all is quiet.
+    until(cluster.is_quiet, "all have acknowledged")
     second.signal(signal.SIGSTOP)
     until(lambda: state_of(first)["active"] == [0], "its lease has ended")
     second.signal(signal.SIGCONT)
