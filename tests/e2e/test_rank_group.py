@@ -77,7 +77,7 @@ def until(holds: Callable[[], object], what: str) -> None:
 
 
 def test_a_rank_that_warms_up_is_invisible_and_the_others_work_on(cluster: Cluster) -> None:
-    first, second = cluster.joined(0, 1)
+    first, _ = cluster.joined(0, 1)
     until(cluster.is_quiet, "all have acknowledged")
     content = cluster.store.snapshot()
     before = state_of(first)
@@ -163,7 +163,7 @@ def test_a_killed_rank_s_next_process_takes_its_place_with_a_larger_epoch(cluste
 
 def test_a_process_that_was_stopped_for_longer_than_its_lease_finds_out_and_joins_again(cluster: Cluster) -> None:
     first, second = cluster.joined(0, 1)
-    # A process that is stopped in the middle of a write holds the file's lock: none is due for a while when all is quiet.
+    # Stopped in the middle of a write it would hold the lock of the file; when all is quiet, none is due for a while.
     until(cluster.is_quiet, "all have acknowledged")
     second.signal(signal.SIGSTOP)
     until(lambda: state_of(first)["active"] == [0], "its lease has ended")
