@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, cast
 
-from ucxx_transport.errors import StoreResetError, StoreUnavailableError
+from ucxx_transport.errors import ConfigError, StorePermissionError, StoreResetError, StoreUnavailableError
 from ucxx_transport.registry.leases import is_over, pause_s
 from ucxx_transport.registry.local import tables
 from ucxx_transport.registry.local.database import Database
@@ -24,6 +24,8 @@ from ucxx_transport.registry.store import Batch, Event
 __all__ = ["LocalWatch", "WatchedStore"]
 
 POLL_S: Final = 0.05
+IDENTITY_S: Final = 0.5
+"""How often an idle watch sees whether the file is still the same one: a tenth of what looking at it costs."""
 _READ_BYTES: Final = 4 << 20
 """Of keys and values that one look at the log fetches, give or take a revision."""
 
@@ -63,6 +65,7 @@ class LocalWatch:
         self._database: Database | None = None
         self._seen_version: int | None = None
         self._first_deadline: float | None = None
+        self._next_identity = 0.0
         self._locked_since: float | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
@@ -130,18 +133,24 @@ class LocalWatch:
         """Fetch what has changed, having ended what is over."""
         try:
             database = self._opened()
+            version: int | None = database.version()
+            idle = version == self._seen_version and not is_over(self._first_deadline, self._store.clock())
+            if idle and time.monotonic() < self._next_identity:
+                return
             if not database.is_current():
                 raise self._reset()
-            version: int | None = database.version()
-            if version == self._seen_version and not is_over(self._first_deadline, self._store.clock()):
+            self._next_identity = time.monotonic() + IDENTITY_S
+            if idle:
                 return
             if self._end_leases(database):
                 version = database.version()
             if database.read(self._fetch, until=time.monotonic() + self._store.timeout_s):
                 version = None  # there is more in the log than was fetched
             self._seen_version = version
-        except StoreUnavailableError:
+        except (StoreUnavailableError, StorePermissionError, ConfigError) as error:
             self._check_open()  # closed meanwhile: that is what its user is told
+            if self._database is not None and not self._database.is_current():
+                raise self._reset() from error  # an emptied file reads as a damaged one
             raise
 
     def _opened(self) -> Database:
