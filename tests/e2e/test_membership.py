@@ -346,6 +346,12 @@ def test_a_wiped_store_is_published_to_anew_and_nothing_restarts(host: StoreHost
         ended(running)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether none of its threads runs any more: some may still do when the signal is sent."""
+    states = [task.read_bytes().rpartition(b")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {b"T"}
+
+
 def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(store_url: str, told: Told) -> None:
     with worker(store_url) as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
@@ -354,6 +360,7 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(store_u
         assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
         server = running.ask(server_pid=True)["server"]
         os.kill(server, signal.SIGSTOP)  # so that it neither answers nor breaks the connection
+        wait_until(lambda: is_stopped(server), MINUTE, what="it has stopped")
         errors: list[BaseException] = []
 
         def read() -> None:
