@@ -144,11 +144,13 @@ def test_a_store_that_cannot_be_reached_is_no_dead_source(
 def test_what_changes_while_it_is_cut_off_is_told_after_it(
     front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
 ) -> None:
+    publish(store, "c")
+    told.wait_for("+a1", "+b1", "+c1")
     with cut_off(front, watcher):
         store.delete("sources/a")
         publish(store, "b", epoch=2)
-        publish(store, "c")
-    told.wait_for("+a1", "+b1", "-a1", "-b1", "+b2", "+c1")
+        publish(store, "d")
+    told.wait_for("+a1", "+b1", "+c1", "-a1", "-b1", "+b2", "+d1")
 
 
 def test_after_a_compaction_while_it_was_cut_off_exactly_what_is_there_is_known(
