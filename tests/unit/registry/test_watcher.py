@@ -33,8 +33,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.asked_by: list[threading.Thread] = []
 
     def __call__(self) -> float:
+        self.asked_by.append(threading.current_thread())
         return self.now_s
 
 
@@ -412,20 +414,22 @@ def test_waiting_for_a_watcher_that_does_not_run_is_refused(front: StoreInFront)
 
 
 def test_a_stop_ends_the_waiting(front: StoreInFront) -> None:
-    watcher = SourceWatcher(front)
+    clock = Clock()
+    watcher = SourceWatcher(front, clock=clock)
     watcher.start()
     errors: list[BaseException] = []
 
     def wait() -> None:
         try:
-            watcher.wait_for(1, MINUTE)
+            watcher.wait_for(1, 100 * MINUTE)
         except ConfigError as error:
             errors.append(error)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
+    wait_until(lambda: clock.asked_by.count(waiting) == 2, MINUTE, what="it is about to wait")
     watcher.stop()
-    waiting.join()
+    waiting.join(MINUTE)
     assert ["stopped" in str(error) for error in errors] == [True]
 
 
