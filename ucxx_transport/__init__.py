@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from ucxx_transport.packer import UCXXDataPackerMixin
-    from ucxx_transport.registry import HeartbeatPublisher, SourceWatcher, open_store
+    from ucxx_transport.registry import HeartbeatPublisher, RankGroup, SourceWatcher, open_store
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
     from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
@@ -70,7 +70,7 @@ _HOMES = {
         "TransportError",
     ),
     "packer": ("UCXXDataPackerMixin",),
-    "registry": ("HeartbeatPublisher", "SourceWatcher", "open_store"),
+    "registry": ("HeartbeatPublisher", "RankGroup", "SourceWatcher", "open_store"),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
     "rollout": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
@@ -95,6 +95,7 @@ __all__ = [
     "PeerLostError",
     "ProtocolError",
     "PublisherConfig",
+    "RankGroup",
     "ReadLease",
     "RegistryError",
     "RingConfig",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from tests.support.store_rigs import LocalRig, StoreRig
+from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig, rig, shared_server
 from ucxx_transport.link.base import Endpoint, Link, Listener
 from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.link.ucxx import UCXXLink
+
+__all__ = ["etcd_binary", "own_etcd", "own_rig", "rig", "shared_server", "sides"]
 
 HOST = "127.0.0.1"
 
@@ -69,22 +70,3 @@ async def sides(request: pytest.FixtureRequest) -> AsyncIterator[Sides]:
             server = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
             client = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
         yield Sides(server=server, client=client, kind=kind)
-
-
-STORES = ["local"]
-
-
-@pytest.fixture(params=STORES)
-def rig(tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind. Nothing may be done to it that others would notice: its server may be shared."""
-    rig = LocalRig(tmp_path)
-    with rig.stack:
-        yield rig
-
-
-@pytest.fixture(params=STORES)
-def own_rig(tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind for one test alone, which may wipe, stall and restart it."""
-    rig = LocalRig(tmp_path)
-    with rig.stack:
-        yield rig

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.store_processes import elsewhere, hold_lease, increment, increments, take_once
+from tests.support.store_processes import elsewhere, fork, hold_lease, increment, increments, take_once
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
@@ -32,7 +32,9 @@ PATIENCE_S = 20.0
 
 @pytest.fixture
 def store(rig: StoreRig) -> Store:
-    return rig.open()
+    store = rig.open()
+    store.identity()  # which is given when it is first asked for, and may count as a change
+    return store
 
 
 def next_batch(watch: Watch) -> Batch:
@@ -47,11 +49,13 @@ def keys_of(batch: Batch) -> list[tuple[str, str]]:
 
 
 def error_of(watch: Watch) -> Exception:
-    """The error that ends the watch, whatever batches come before it."""
+    """The error that ends the watch, whatever batches and outages come before it."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         try:
             watch.next(1.0)
+        except StoreUnavailableError:
+            continue
         except Exception as error:  # noqa: BLE001 - the test looks at it
             return error
     raise AssertionError("the watch goes on")
@@ -406,6 +410,8 @@ def test_a_wiped_store_ends_its_watches_and_starts_over(own_rig: StoreRig) -> No
         assert idle.next(0.1) is None
         own_rig.wipe()
         assert isinstance(error_of(idle), StoreResetError)
+    with store.watch(after=0) as anew:  # whoever starts over need not have asked anything else
+        assert anew.next(0.1) is None
     assert wait_until(lambda: answer(store.identity), PATIENCE_S) != identity
     assert store.snapshot().entries == ()
     with pytest.raises(LeaseLostError):
@@ -426,7 +432,8 @@ def answer(call: Callable[[], str]) -> str | None:
 
 def test_a_watch_begun_before_a_wipe_and_used_after_it_is_reset(own_rig: StoreRig) -> None:
     store = own_rig.open()
-    revision = store.put("a", b"1")
+    store.put("a", b"1")
+    revision = store.snapshot().revision
     watch = store.watch(after=revision)
     own_rig.wipe()
     with watch:
@@ -588,3 +595,13 @@ def test_threads_share_a_store(rig: StoreRig) -> None:
     found = store.get("count")
     assert found is not None
     assert int(found.value) == 60
+
+
+def test_a_forked_child_has_connections_of_its_own(rig: StoreRig) -> None:
+    with elsewhere(fork, rig.url, rig.settings) as (_process, pipe):
+        assert pipe.recv() == 0
+    store = rig.open()
+    found = store.get("count")
+    assert found is not None
+    assert int(found.value) == 40
+    assert {"before", "after", "own"} <= {entry.key for entry in store.snapshot()}

@@ -87,6 +87,19 @@ def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_workers_are_found_in_a_store_and_a_replacement_joins_late_while_training_goes_on(tmp_path: Path) -> None:
+    store = f"local://{tmp_path}/store.db"
+    options = ("--store", store, "--goal", "none", "--episodes", "150", "--seconds", str(LIMIT_S))
+    with demo(tmp_path / "curve.png", *options) as process:
+        status, summary, errors = finish(process)
+    assert status == 0, f"{summary['problems']}\n{errors}"
+    assert summary["store"] == {"url": store, "joined": 3, "left": 1}
+    assert summary["kill"]["episodes_meanwhile"] > 0
+    assert summary["kill"]["replacement_episodes"] > 0
+    assert summary["checksums"] == {"verified": summary["episodes"], "mismatched": 0}
+    assert summary["segments_left"] == summary["processes_left"] == []
+
+
 def test_a_goal_out_of_reach_is_said_and_a_worker_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
     with demo(tmp_path / "curve.png", "--goal", "100000", "--seconds", "15", "--no-kill") as process:
         started = read_until(process.stderr, "started as pid")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -11,11 +14,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import ConflictError
+from ucxx_transport.errors import ConflictError, StoreUnavailableError
 from ucxx_transport.registry import open_store
-from ucxx_transport.registry.store import Store
+from ucxx_transport.registry.store import Store, Watch
 
-__all__ = ["elsewhere", "hold_lease", "increment", "increments", "take_once"]
+__all__ = ["elsewhere", "fork", "hold_lease", "increment", "increments", "take_once"]
 
 Settings = Mapping[str, Any]
 _spawn = multiprocessing.get_context("spawn")
@@ -86,3 +89,47 @@ def take_once(url: str, settings: Settings, pipe: Connection, keys: Sequence[str
             except ConflictError:
                 continue
         pipe.send(won)
+
+
+def fork(url: str, settings: Settings, pipe: Connection) -> None:
+    """Use a store before, during and after a fork, in parent and child at once; say how the child ended."""
+    with open_store(url, StoreConfig(**settings)) as store:
+        store.put("before", b"")
+        watch = store.watch(after=store.snapshot().revision)
+        watch.next(0)
+        stop = threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                store.put("busy", b"")
+
+        busy = threading.Thread(target=write)
+        busy.start()  # so that a lock may be held in the moment of the fork
+        child = os.fork()
+        if child == 0:
+            os._exit(_child(store, watch))
+        increments(store, "count", 20)
+        status = os.waitpid(child, 0)[1]
+        stop.set()
+        busy.join()
+        watch.close()
+        store.put("after", b"")
+        pipe.send(os.waitstatus_to_exitcode(status))
+
+
+def _child(store: Store, watch: Watch) -> int:
+    """What a forked child does; 0 when all of it went well."""
+    try:
+        increments(store, "count", 20)
+        with store.watch("own", after=store.snapshot().revision) as own:
+            store.put("own", b"")
+            assert own.next(10) is not None
+        try:
+            watch.next(1)
+        except StoreUnavailableError:
+            watch.close()
+            store.close()
+            return 0
+    except BaseException:  # noqa: BLE001 - the edge of the process
+        traceback.print_exc()
+    return 1

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.support.etcd_server import EtcdServer
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.registry import open_store
 from ucxx_transport.registry.namespace import MAX_VALUE_BYTES
 from ucxx_transport.registry.store import Store
 
-__all__ = ["LocalRig", "StoreRig"]
+__all__ = ["EtcdRig", "LocalRig", "StoreRig"]
 
 
 class StoreRig(ABC):
@@ -23,12 +24,10 @@ class StoreRig(ABC):
     Attributes:
         kind: of the store. url: opens it.
         settings: what `StoreConfig` needs to reach it; a namespace of the test's own among them.
-        removal_s: how much longer than its time to live a lease's keys may stay.
     """
 
     kind: str
     url: str
-    removal_s: float
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {"namespace": f"test-{uuid.uuid4().hex}", "timeout_s": 10.0}
@@ -64,7 +63,6 @@ class LocalRig(StoreRig):
     """A file."""
 
     kind = "local"
-    removal_s = 0.3
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -91,3 +89,33 @@ class LocalRig(StoreRig):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+class EtcdRig(StoreRig):
+    """A server, which another test may use too unless `wipe`, `restart` and `stall` are this test's to call."""
+
+    kind = "etcd"
+
+    def __init__(self, server: EtcdServer) -> None:
+        super().__init__()
+        self.server = server
+        self.url = server.url
+
+    def compact(self, store: Store, between: Callable[[], object] = int) -> None:
+        store.put("compact", b"")
+        between()
+        self.server.compact()
+
+    def wipe(self) -> None:
+        self.server.wipe()
+        self.server.start()
+
+    def restart(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def stall(self) -> None:
+        self.server.pause()
+
+    def resume(self) -> None:
+        self.server.resume()

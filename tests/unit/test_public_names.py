@@ -21,7 +21,7 @@ NAMES = {
     *("UCXXRolloutMixin", "UCXXDataPackerMixin"),
     *("StoreConfig", "PublisherConfig", "RegistryError", "LeaseLostError", "StoreUnavailableError", "CompactedError"),
     *("StoreResetError", "ConflictError", "DuplicateSourceError", "StorePermissionError"),
-    *("open_store", "HeartbeatPublisher", "SourceWatcher"),
+    *("open_store", "HeartbeatPublisher", "SourceWatcher", "RankGroup"),
     "__version__",
 }
 

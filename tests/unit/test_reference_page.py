@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-from tests.support import slot_diagram
+from tests.support import rank_diagram, slot_diagram
 from ucxx_transport import errors
-from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.wire.frames import Status
 
 
 def test_the_slot_diagram_is_that_of_the_table() -> None:
     assert slot_diagram.drawn() == slot_diagram.draw()
+
+
+def test_the_rank_diagram_is_that_of_the_table() -> None:
+    assert rank_diagram.drawn() == rank_diagram.draw()
 
 
 def test_every_status_of_the_wire_has_its_row() -> None:
@@ -24,7 +28,8 @@ def test_every_status_of_the_wire_has_its_row() -> None:
 
 def test_every_setting_the_page_names_exists() -> None:
     page = slot_diagram.PAGE.read_text(encoding="utf-8")
-    known = {spec.name for config in (RingConfig, ServerConfig, ClientConfig) for spec in fields(config)}
+    sections = (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig)
+    known = {spec.name for config in sections for spec in fields(config)}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page))
     assert named, "the page names no setting: the pattern is wrong"
     assert named <= known

@@ -4,6 +4,8 @@ A buffer is lent as a numpy array that owns the loan: every view derived from it
 over one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no
 later payload ever appears in an array that somebody still holds. The same keeps a buffer out of the pool while a
 receive into it is in flight: the link holds a view of it until UCX has let go, for good if UCX never does.
+
+Buffers that a GPU copies from are page-locked: once, when they are allocated, for as long as they live.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +27,12 @@ Bytes = npt.NDArray[np.uint8]
 # Fields lie at multiples of 64 bytes behind a 64-byte header, so the buffer itself starts at one.
 _ALIGNMENT = 64
 _SMALLEST_BYTES = 4096
+
+_PAGE_BYTES: Final = 4096
+"""What is page-locked is locked by whole pages, which two buffers must not share."""
+
+PageLocker: TypeAlias = Callable[[Bytes], object]
+"""Page-locks the memory of an array for as long as the array lives; raises a `ConfigError` where that cannot be."""
 
 
 def size_class(nbytes: int) -> int:
@@ -66,10 +76,12 @@ class BufferPool:
 
     Args:
         keep_bytes: idle buffers beyond this total are given back to the system.
+        page_locker: page-locks every buffer; None leaves them as they are.
     """
 
-    def __init__(self, keep_bytes: int) -> None:
+    def __init__(self, keep_bytes: int, page_locker: PageLocker | None = None) -> None:
         self._keep_bytes = keep_bytes
+        self._page_locker = page_locker
         self._lock = threading.Lock()
         self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
@@ -83,11 +95,13 @@ class BufferPool:
         """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined.
 
         Raises:
-            ConfigError: the system has no memory of this size.
+            ConfigError: the system has no memory of this size, or it cannot be page-locked.
         """
         with self._lock:
             self._take_back()
             wanted = size_class(nbytes)
+            if self._page_locker is not None:
+                wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
             stack = self._idle.get(wanted)
             if stack:
                 memory = stack.pop()
@@ -95,7 +109,7 @@ class BufferPool:
                 self._reuses += 1
             else:
                 try:
-                    memory = _allocate(wanted)
+                    memory = _allocate(wanted, self._page_locker)
                 except MemoryError as exc:  # a reference's size is somebody's word
                     raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
                 self._allocations += 1
@@ -117,6 +131,14 @@ class BufferPool:
                 reuses=self._reuses,
             )
 
+    def close(self) -> None:
+        """Give idle buffers back to the system, and those that are out when they come back."""
+        with self._lock:
+            self._keep_bytes = 0
+            self._take_back()
+            self._idle.clear()
+            self._idle_bytes = 0
+
     def _take_back(self) -> None:
         while self._returned:
             loan = self._returned.popleft()
@@ -135,7 +157,11 @@ class BufferPool:
         return self._idle_bytes + nbytes <= self._keep_bytes
 
 
-def _allocate(nbytes: int) -> memoryview:
-    raw = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].data
+def _allocate(nbytes: int, page_locker: PageLocker | None) -> memoryview:
+    alignment = _ALIGNMENT if page_locker is None else _PAGE_BYTES
+    raw = np.empty(nbytes + alignment, dtype=np.uint8)
+    start = -raw.ctypes.data % alignment
+    piece = raw[start : start + nbytes]
+    if page_locker is not None:
+        page_locker(piece)
+    return piece.data  # which keeps this very array

@@ -15,6 +15,7 @@ from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.payload import Payload
     from ucxx_transport.client.remote import RemoteReader
@@ -41,6 +42,11 @@ class UCXXClient:
         watcher: a `SourceWatcher`: reads over UCX from a source that it says is gone fail at once, and the ports of one
             that it says is there are worth a try again. Its owner stops it.
         link_factory: opens the link on the first read that needs one; the default is UCX.
+        page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
+            of this host are then copied out of too.
+
+    Raises:
+        ConfigError: page-locked, and `local="view"`.
     """
 
     def __init__(
@@ -49,8 +55,9 @@ class UCXXClient:
         *,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
+        page_locker: PageLocker | None = None,
     ) -> None:
-        self._core = ClientCore(config, link_factory, watcher)
+        self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
         self._remote: RemoteReader | None = None
 
     @property

@@ -25,7 +25,7 @@ from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.buffer_pool import Bytes, PageLocker
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.lease import ReadLease
@@ -44,15 +44,30 @@ class ClientCore:
     Args:
         config: settings. link_factory: opens the link when one is needed; the default is UCX.
         watcher: says which sources there are.
+        page_locker: page-locks receive buffers, and has local payloads copied into such.
+
+    Raises:
+        ConfigError: local reads shall be in place and page-locked.
     """
 
     def __init__(
-        self, config: ClientConfig | None, link_factory: LinkFactory | None, watcher: Watcher | None = None
+        self,
+        config: ClientConfig | None,
+        link_factory: LinkFactory | None,
+        *,
+        watcher: Watcher | None = None,
+        page_locker: PageLocker | None = None,
     ) -> None:
         self.config = config if config is not None else ClientConfig()
+        if page_locker is not None and self.config.local == "view":
+            raise ConfigError(
+                "local='view' reads in place, but a GPU takes payloads from page-locked buffers: leave local at "
+                "'auto', which then copies into those, or receive with device='cpu'",
+                field="local",
+            )
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
-        self.pool = BufferPool(self.config.buffer_pool_bytes)
+        self.pool = BufferPool(self.config.buffer_pool_bytes, page_locker)
         self._delivered = DeliveredNames(REMEMBERED_RINGS)
         self._link_factory = link_factory or _ucxx_links(self.config)
         self._membership = Membership(watcher) if watcher is not None else None
@@ -60,6 +75,7 @@ class ClientCore:
         self._closed = False
         self.local = LocalReader(
             self.config.local,
+            in_place=self.config.local != "copy" and page_locker is None,
             reader=self.reader,
             pool=self.pool,
             max_rings=self.config.max_attached_rings,
@@ -191,11 +207,12 @@ class ClientCore:
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        """Refuse further reads and let go of all rings."""
+        """Refuse further reads, let go of all rings and of idle buffers."""
         self._closed = True
         if self._membership is not None:
             self._membership.close()
         self.local.close()
+        self.pool.close()
 
     def deliver_remote(
         self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None, began_s: float

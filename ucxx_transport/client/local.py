@@ -48,7 +48,8 @@ class LocalReader:
     """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
 
     Args:
-        mode: "auto" and "view" read in place, "copy" copies out, "off" never reads locally.
+        mode: "auto" falls back to UCX where a ring cannot be attached, "off" never reads locally.
+        in_place: payloads stay in their slots; else they are copied out, and the slots are free at once.
         reader: this client's id. pool: where copies go. max_rings: mappings kept.
         verify: whether checksums are checked. on_fallback: called when "auto" gives a local read to UCX.
         claim: called with a reference whose payload is here and not consumed yet; raises when it is a duplicate.
@@ -58,6 +59,7 @@ class LocalReader:
         self,
         mode: Literal["auto", "view", "copy", "off"],
         *,
+        in_place: bool,
         reader: int,
         pool: BufferPool,
         max_rings: int,
@@ -67,6 +69,7 @@ class LocalReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mode = mode
+        self._in_place = in_place
         self._reader = reader
         self._pool = pool
         self._max_rings = max_rings
@@ -114,7 +117,7 @@ class LocalReader:
         """
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         try:
-            root = self._copied(lease) if self._mode == "copy" else None
+            root = None if self._in_place else self._copied(lease)
             if self._verify and ref.checksum is not None:
                 verify_checksum(root if root is not None else np.frombuffer(lease.buffer, dtype=np.uint8), ref)
         except BaseException:
@@ -140,7 +143,7 @@ class LocalReader:
 
     def copies(self, ref: SlotRef) -> bool:
         """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
-        return self._mode == "copy" or (self._verify and ref.checksum is not None)
+        return not self._in_place or (self._verify and ref.checksum is not None)
 
     def close(self) -> None:
         """Let go of all rings. Views still held keep their mapping."""

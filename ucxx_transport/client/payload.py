@@ -43,6 +43,11 @@ class Payload:
         return self.ref.nbytes
 
     @property
+    def schema(self) -> Schema | None:
+        """The fields of its arrays; None for a raw ring's."""
+        return self._schema
+
+    @property
     def buffer(self) -> memoryview:
         """The payload's bytes, without a copy; read-only when it lies in the slot itself.
 

@@ -43,7 +43,7 @@ class SyncUCXXClient:
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:
-        self._core = ClientCore(config, link_factory, watcher)
+        self._core = ClientCore(config, link_factory, watcher=watcher)
         self._starting = threading.Lock()
         self._loop: LoopThread | None = None
         self._remote: RemoteReader | None = None

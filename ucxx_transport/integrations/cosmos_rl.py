@@ -7,7 +7,7 @@ A job switches by its configuration, in a program of which one module imports th
 payload_transfer = "ucxx_transport"
 
 [custom.ucxx_transport]          # all optional
-device = "cpu"                   # as for RolloutFeed; the default is torch tensors on the CPU
+device = "cpu"                   # as for RolloutFeed; the default is torch tensors on the CPU, "cuda:0" is a GPU
 deadline_s = 30.0                # of a batch
 max_fetch_rounds = 3
 client = { local = "auto" }      # as ClientConfig
@@ -37,6 +37,7 @@ from cosmos_rl.utils.payload_transport.registry import PayloadTransport, Payload
 from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
 
 from ucxx_transport.config import ClientConfig
+from ucxx_transport.cuda import on_host
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.packer.mixin import UCXXDataPackerMixin
 from ucxx_transport.packer.prefetch_statistics import PrefetchStatistics
@@ -46,7 +47,6 @@ from ucxx_transport.packer.triage import AskedFor, Loss
 from ucxx_transport.packer.unpacking import unpacker_for
 from ucxx_transport.rollout.mixin import UCXXRolloutMixin
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.schema.tensors import as_array
 
 __all__ = [
     "NAME",
@@ -86,7 +86,7 @@ class CosmosRolloutMixin(UCXXRolloutMixin):
             of every step (`trajectory["rewards"]`, a list of floats) and the episode's length.
         """
         rewards = trajectory.get(REWARDS)
-        told = [] if rewards is None else as_array(rewards, REWARDS).astype(float).reshape(-1).tolist()
+        told = [] if rewards is None else on_host(rewards, REWARDS).astype(float).reshape(-1).tolist()
         record = super().write_to_buffer(trajectory, **settings)
         length = record[EPISODE_LENGTH]
         return {REFERENCE: record, REWARDS: told, EPISODE_LENGTH: len(told) if length is None else length}
@@ -142,7 +142,11 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         """
         self._unpack = unpacker_for(device)
         self._prefetcher = Prefetcher(
-            client, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, on_loss=_log_loss
+            client,
+            deadline_s=deadline_s,
+            max_fetch_rounds=max_fetch_rounds,
+            on_loss=_log_loss,
+            landings=self._unpack.landings,
         )
 
     def shutdown(self) -> None:
@@ -209,7 +213,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         Args:
             packer: with cosmos-rl's `PrefetchDataPackerMixin`, or `CosmosDataPackerMixin`.
             config: the job's; `config.custom["ucxx_transport"]` has the settings.
-            device: of the trainer; episodes are given on the CPU where that is a GPU.
+            device: of the trainer; where that is a GPU, episodes are given on the CPU unless the settings name it too.
             redis_endpoint: not needed.
 
         Raises:
@@ -217,7 +221,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         """
         del redis_endpoint
         settings = _settings_of(config)
-        # the trainer's own device is a GPU, which nothing is received on yet
+        # the trainer's own device is a GPU; episodes go there if the job's settings say so, since they take room there
         where = settings.pop("device", "cpu" if str(device).startswith("cuda") else device)
         composes = callable(getattr(packer, "set_transport_strategy", None))
         if not composes and not isinstance(packer, UCXXDataPackerMixin):

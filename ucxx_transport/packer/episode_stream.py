@@ -93,6 +93,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             on_loss=on_loss,
             watcher=watcher,
             link_factory=link_factory,
+            landings=self._unpack.landings,
         )
         # a daemon: it may wait for a reference that never comes
         threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()

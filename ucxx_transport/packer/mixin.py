@@ -48,7 +48,8 @@ class UCXXDataPackerMixin:
         """Make this packer's feed: one thread, one event loop, one client.
 
         Args:
-            device: where episodes are given: None for numpy views, "cpu" for torch tensors.
+            device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+                tensors and arrays on a GPU.
             client: settings of the client.
             **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
                 `watcher`, `link_factory`.

@@ -18,8 +18,9 @@ from ucxx_transport.client import UCXXClient
 from ucxx_transport.client.loop_thread import LoopThread
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
-from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, check_limits, fetch_batch
+from ucxx_transport.packer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchReader, check_limits, fetch_batch
 from ucxx_transport.packer.fetch_request import FetchRequest, PendingBatch, Records
+from ucxx_transport.packer.landing import LandingReader
 from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
 from ucxx_transport.packer.prefetch_statistics import PrefetchCounters, PrefetchStatistics
 from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out, unwanted_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.packer.landing import Landings
 
 _log = structlog.get_logger(__name__)
 
@@ -51,6 +53,7 @@ class Prefetcher:
             none is, a ring that does not overwrite loses those slots.
         on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
         watcher: as for `UCXXClient`. link_factory: likewise.
+        landings: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
 
     Raises:
         ConfigError: an argument is out of its bounds.
@@ -67,10 +70,18 @@ class Prefetcher:
         on_loss: Callable[[Loss], None] = lambda _: None,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
+        landings: Landings | None = None,
     ) -> None:
         check_limits(deadline_s, max_fetch_rounds)
         check_staleness(max_staleness, policy_version=0)
-        self._client = UCXXClient(config, watcher=watcher, link_factory=link_factory)
+        self._client = UCXXClient(
+            config,
+            watcher=watcher,
+            link_factory=link_factory,
+            page_locker=None if landings is None else landings.page_locker,
+        )
+        self._landings = landings
+        self._reader: BatchReader = self._client if landings is None else LandingReader(self._client, landings)
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
         self._max_staleness = max_staleness
@@ -268,7 +279,7 @@ class Prefetcher:
 
     async def _fetch(self, request: FetchRequest) -> Batch:
         batch = await fetch_batch(
-            self._client,
+            self._reader,
             request.records,
             deadline_s=self._deadline_s,
             max_fetch_rounds=self._max_fetch_rounds,
@@ -294,6 +305,8 @@ class Prefetcher:
     async def _aclose(self) -> None:
         for task in self._discards:
             task.cancel()
+        if self._landings is not None:
+            self._landings.close()  # before the client, which lets go of the buffers that come back
         await self._client.aclose()
 
     async def _prefetch(self, order: FetchOrder[FetchRequest]) -> None:

@@ -94,7 +94,8 @@ class RolloutFeed:
 
     Args:
         config: settings of the client.
-        device: where episodes are given: None for numpy views, "cpu" for torch tensors.
+        device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+            tensors and arrays on a GPU.
         deadline_s: of one batch. max_fetch_rounds, max_staleness, discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
@@ -137,6 +138,7 @@ class RolloutFeed:
             on_loss=self._losses.append,
             watcher=watcher,
             link_factory=link_factory,
+            landings=self._unpack.landings,
         )
 
     @property

@@ -1,9 +1,11 @@
 """Payloads as the arrays that a trainer works with, on its device.
 
-| device          | gives                                                                                          |
-|-----------------|------------------------------------------------------------------------------------------------|
-| None, "numpy"   | numpy views of the payload's memory                                                            |
-| "cpu"           | torch tensors of the payload's memory; bfloat16 and float8 as torch's own                      |
+| device                           | gives                                                                             |
+|----------------------------------|-----------------------------------------------------------------------------------|
+| None, "numpy"                    | numpy views of the payload's memory                                               |
+| "cpu"                            | torch tensors of the payload's memory; bfloat16 and float8 as torch's own         |
+| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload (see `landing`)       |
+| "cupy", "cupy:N"                 | cupy arrays on that GPU, the same; a dtype that this cupy has not is refused      |
 
 What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
 refers to it any more, a tensor neither. A tensor cannot be read-only: clone one before writing to it, since it may lie
@@ -15,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
+from ucxx_transport.cuda import Receiver, receiver_for
+from ucxx_transport.cuda.torch_memory import host_tensor, import_torch
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.packer.landing import LandedPayload, Landings
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 class Unpacker(Protocol):
     """Gives a payload's arrays on a device."""
 
+    @property
+    def landings(self) -> Landings | None:
+        """What takes payloads to the device as they come; None where they stay in the host's memory."""
+
     def __call__(self, payload: Payload) -> ArrayTree:
         """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
 
@@ -36,22 +43,24 @@ def unpacker_for(device: object = None) -> Unpacker:
     """How payloads become arrays on `device`.
 
     Args:
-        device: None, or what `str` words as "numpy" or "cpu" (a `torch.device` too).
+        device: None, or what `str` words as "numpy", "cpu", "cuda", "cuda:N", "cupy" or "cupy:N" (a `torch.device`
+            too); or a `Receiver` of your own.
 
     Raises:
-        ConfigError: another word, or torch is not installed.
+        ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
+    if isinstance(device, Receiver):
+        return _OnDevice(Landings(device))
     name = "numpy" if device is None else str(device)
     if name == "numpy":
-        return _views
+        return _Views()
     if name == "cpu":
-        return _CpuTensors(_torch(name))
-    if name.partition(":")[0] == "cuda":
-        raise ConfigError(
-            f"device={name!r}: {_why_no_gpu(_torch(name))}; use device='cpu' and move the tensors with .to({name!r})",
-            field="device",
-        )
-    raise ConfigError(f"device must be None, 'numpy' or 'cpu', not {name!r}", field="device")
+        return _CpuTensors(import_torch(name))
+    if name.partition(":")[0] in ("cuda", "cupy"):
+        return _OnDevice(Landings(receiver_for(name)))
+    raise ConfigError(
+        f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
+    )
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -63,24 +72,20 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-def torch_dtype(torch: Any, array: Array) -> Any:
-    """Torch's dtype of an array's elements.
+class _Views:
+    """The payload's own arrays."""
 
-    Raises:
-        ConfigError: torch has none.
-    """
-    dtype = getattr(torch, array.dtype.name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"torch has no {array.dtype.name}; unpack such payloads with device='numpy'", field="device")
-    return dtype
+    landings = None
 
-
-def _views(payload: Payload) -> ArrayTree:
-    return payload.arrays
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """See `Unpacker`."""
+        return payload.arrays
 
 
 class _CpuTensors:
     """Torch tensors over the payload's own memory."""
+
+    landings = None
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -91,35 +96,18 @@ class _CpuTensors:
         return tree
 
     def _tensor(self, array: Array) -> Any:
-        dtype = torch_dtype(self._torch, array)
-        plain = array
-        if array.dtype.name.startswith(("bfloat16", "float8")):  # what torch does not take from numpy
-            plain = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
-        tensor = self._torch.from_numpy(plain if plain.flags.writeable else np.asarray(_Writable(plain)))
-        return tensor if tensor.dtype == dtype else tensor.view(dtype)
+        return host_tensor(self._torch, array)
 
 
-class _Writable:
-    """The memory of a read-only array, for torch, which knows no read-only tensors and warns of each."""
+class _OnDevice:
+    """Arrays on a GPU: those of a payload that was landed when it came, or of one that is now."""
 
-    def __init__(self, array: Array) -> None:
-        interface = array.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-        self._array = array  # held: it holds the payload's memory
+    def __init__(self, landings: Landings) -> None:
+        self.landings = landings
 
-
-def _torch(device: str) -> Any:
-    try:
-        import torch
-    except ImportError as exc:
-        raise ConfigError(
-            f"device={device!r} needs torch: pip install 'ucxx_transport[torch]', or leave device out for numpy arrays",
-            field="device",
-        ) from exc
-    return torch
-
-
-def _why_no_gpu(torch: Any) -> str:
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU that it can use here"
-    return "receiving on a GPU is not built yet"
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """See `Unpacker`."""
+        if isinstance(payload, LandedPayload):
+            return payload.arrays
+        with self.landings.land(payload) as landed:
+            return landed.arrays

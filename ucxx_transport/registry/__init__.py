@@ -10,20 +10,30 @@ from typing import TYPE_CHECKING
 from ucxx_transport.late_names import late_names
 
 if TYPE_CHECKING:
+    from ucxx_transport.registry.groups.group import RankGroup
+    from ucxx_transport.registry.groups.group_state import GroupState, GroupStatistics, Member
+    from ucxx_transport.registry.groups.group_view import GroupView
+    from ucxx_transport.registry.groups.rank_states import RankState
     from ucxx_transport.registry.opening import open_store
     from ucxx_transport.registry.publishable import Offer, Publishable
     from ucxx_transport.registry.publisher import HeartbeatPublisher
     from ucxx_transport.registry.publisher_board import PublisherState, PublisherStatistics
+    from ucxx_transport.registry.replica_monitor import ReplicaMonitor
     from ucxx_transport.registry.signals import exit_on_sigterm
     from ucxx_transport.registry.source_record import SourceRecord, SourceStatus
     from ucxx_transport.registry.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
     from ucxx_transport.registry.watcher import SourceWatcher, WatcherStatistics
 
 _HOMES = {
+    "groups.group": ("RankGroup",),
+    "groups.group_state": ("GroupState", "GroupStatistics", "Member"),
+    "groups.group_view": ("GroupView",),
     "opening": ("open_store",),
     "publishable": ("Offer", "Publishable"),
     "publisher": ("HeartbeatPublisher",),
     "publisher_board": ("PublisherState", "PublisherStatistics"),
+    "groups.rank_states": ("RankState",),
+    "replica_monitor": ("ReplicaMonitor",),
     "signals": ("exit_on_sigterm",),
     "source_record": ("SourceRecord", "SourceStatus"),
     "store": ("Batch", "Entry", "Event", "Lease", "Snapshot", "Store", "Watch"),
@@ -34,12 +44,19 @@ __all__ = [
     "Batch",
     "Entry",
     "Event",
+    "GroupState",
+    "GroupStatistics",
+    "GroupView",
     "HeartbeatPublisher",
     "Lease",
+    "Member",
     "Offer",
     "Publishable",
     "PublisherState",
     "PublisherStatistics",
+    "RankGroup",
+    "RankState",
+    "ReplicaMonitor",
     "Snapshot",
     "SourceRecord",
     "SourceStatus",

@@ -23,49 +23,15 @@ from typing import Final
 
 import structlog
 
+from ucxx_transport.companion import DYING_S, LOOK_S, WorkerEnd
 from ucxx_transport.errors import LeaseLostError, StoreResetError, TransportError
 from ucxx_transport.registry.keeper import keep_twice
 from ucxx_transport.registry.keeper_protocol import KeeperOrder, KeeperReport
 from ucxx_transport.registry.opening import open_store
 from ucxx_transport.registry.store import Store
 
-# From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
-_DYING_S: Final = 60.0
-_LOOK_S: Final = 1.0
 # After a failure the store is asked again this soon, so that a short outage costs no lease.
 _RETRY_S: Final = 0.25
-_STOPPED: Final = frozenset("Tt")
-
-
-class _Worker:
-    """The process whose lease this one keeps."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.pidfd = -1
-        with suppress(OSError):  # it is gone already, and then is_gone says so
-            self.pidfd = os.pidfd_open(pid)
-
-    @property
-    def is_gone(self) -> bool:
-        return os.getppid() != self._pid
-
-    @property
-    def is_stopped(self) -> bool:
-        try:
-            with open(f"/proc/{self._pid}/stat", "rb") as stat:
-                return stat.read().rpartition(b")")[2].split()[0].decode() in _STOPPED
-        except OSError:
-            return False  # gone, and then is_gone says so; or not ours to look at
-
-    def wait_until_gone(self, limit_s: float) -> bool:
-        watched = select.poll()
-        if self.pidfd >= 0:
-            watched.register(self.pidfd, select.POLLIN)
-        until_s = time.monotonic() + limit_s
-        while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
-            watched.poll(min(left_s, _LOOK_S) * 1000)
-        return self.is_gone
 
 
 class _Keeper:
@@ -120,7 +86,7 @@ class _Keeper:
             os.write(1, KeeperReport(lease_id=lease_id, word=word, reason=reason).to_line())
 
 
-def _serve(worker: _Worker, keeper: _Keeper) -> bool:
+def _serve(worker: WorkerEnd, keeper: _Keeper) -> bool:
     """Keep what the worker says until it ends; returns whether it ended without a word."""
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
@@ -128,8 +94,8 @@ def _serve(worker: _Worker, keeper: _Keeper) -> bool:
         watched.register(worker.pidfd, select.POLLIN)
     heard = b""
     while not worker.is_gone:
-        left_s = max(0.0, keeper.due_s - time.monotonic()) if keeper.lease_id is not None else _LOOK_S
-        seen = {descriptor for descriptor, _ in watched.poll(min(left_s, _LOOK_S) * 1000)}
+        left_s = max(0.0, keeper.due_s - time.monotonic()) if keeper.lease_id is not None else LOOK_S
+        seen = {descriptor for descriptor, _ in watched.poll(min(left_s, LOOK_S) * 1000)}
         if 0 in seen:
             part = os.read(0, 65536)
             if not part:
@@ -158,10 +124,10 @@ def main() -> int:
     if not first:
         return 1  # the worker died before its order
     order = KeeperOrder.from_line(first)
-    worker = _Worker(order.worker_pid)
+    worker = WorkerEnd(order.worker_pid)
     with open_store(order.url, order.config) as store:
         keeper = _Keeper(store, order.interval_s)
-        if _serve(worker, keeper) and worker.wait_until_gone(_DYING_S):
+        if _serve(worker, keeper) and worker.wait_until_gone(DYING_S):
             keeper.end_lease()
     return 0
 

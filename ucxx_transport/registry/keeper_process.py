@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import structlog
 
-import ucxx_transport
+from ucxx_transport.companion import start_companion
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.registry.keeper_protocol import END_LINE, KeeperOrder, KeeperReport, lease_line
@@ -82,7 +80,9 @@ class KeeperProcess:
         if process is None or process.stdout is None:
             return []
         reports: list[KeeperReport] = []
-        while select.select((process.stdout,), (), (), 0.0)[0]:
+        watched = select.poll()
+        watched.register(process.stdout, select.POLLIN | select.POLLHUP)
+        while watched.poll(0):
             part = os.read(process.stdout.fileno(), _REPORT_LIMIT_BYTES)
             if not part:
                 self._bury()
@@ -104,17 +104,8 @@ class KeeperProcess:
 
     def start(self) -> None:
         """Start it before it is needed: an interpreter takes a second to be there."""
-        root = str(Path(ucxx_transport.__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._heard = b""
-        self._process = subprocess.Popen(
-            # -P: a file of the worker's folder that is named like a standard module must not be imported.
-            [sys.executable, "-P", "-m", "ucxx_transport.registry.keeper_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,  # what kills the worker's group leaves it alive long enough to end the lease
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
+        self._process = start_companion("ucxx_transport.registry.keeper_child", stdout=subprocess.PIPE)
         self._write(self._order.to_line())
         self._write(lease_line(self._lease_id))
 

@@ -6,6 +6,7 @@
 | `epochs/<worker id>`            | the last epoch given to this worker id, in digits  | –             |
 | `groups/<group>/view`           | `GroupView`: the members at one epoch              | –             |
 | `groups/<group>/members/<rank>` | `MemberRecord`: a rank that is alive               | the member's  |
+| `groups/<group>/policy`         | the policy version that the group trains, in digits | –            |
 
 Ids are percent-encoded, so that one with a "/" stays one segment of its key.
 """
@@ -45,6 +46,11 @@ def view_key(group: str) -> str:
     return f"{group_prefix(group)}view"
 
 
+def policy_key(group: str) -> str:
+    """The key of a group's policy version."""
+    return f"{group_prefix(group)}policy"
+
+
 def members_prefix(group: str) -> str:
     """What the keys of a group's members begin with."""
     return f"{group_prefix(group)}members/"
@@ -53,3 +59,9 @@ def members_prefix(group: str) -> str:
 def member_key(group: str, rank: int) -> str:
     """The key of a member."""
     return f"{members_prefix(group)}{rank}"
+
+
+def rank_of(key: str, group: str) -> int | None:
+    """The rank whose member key it is; None: it is another key of the group, or none of a member."""
+    rank = key.removeprefix(members_prefix(group))
+    return int(rank) if rank != key and rank.isascii() and rank.isdecimal() else None

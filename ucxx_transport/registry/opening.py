@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import ConfigError
 from ucxx_transport.registry.store_url import LocalAddress, parse_store_url
 
 if TYPE_CHECKING:
@@ -33,4 +32,6 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
         from ucxx_transport.registry.local import LocalStore
 
         return LocalStore(None if address.path is None else Path(address.path), config)
-    raise ConfigError(f"{address}: stores in etcd cannot be opened yet; use local:// on one machine", field="url")
+    from ucxx_transport.registry.etcd import EtcdStore
+
+    return EtcdStore(address, config)

@@ -160,7 +160,6 @@ class Publishing:
         self._board.count("publications")
         self._away = False
         self._board.enter(PublisherState.LIVE)
-        _log.info("source published", worker=self._worker_id, epoch=self._board.epoch, store=self._store.url)
         return publication
 
     def _become_visible(self) -> Publication:

@@ -110,9 +110,10 @@ class Watch(Protocol):
             None when none came within `timeout_s`.
 
         Raises:
-            StoreUnavailableError: the store cannot be reached, or the stream broke; watch again after the last batch.
-            CompactedError, StoreResetError, StorePermissionError: see the module's table. A wiped store is noticed
-                within about two seconds while `next` is being called, even when nothing changes in it.
+            StoreUnavailableError: the store cannot be reached. Call again: the watch goes on after its last batch, as a
+                new one after that batch's revision would. Or it is closed, or another process's: then for good.
+            CompactedError, StoreResetError, StorePermissionError: see the module's table; for good. A wiped store is
+                noticed within about two seconds while `next` is being called, even when nothing changes in it.
         """
 
     def close(self) -> None:
@@ -128,7 +129,9 @@ class Watch(Protocol):
 class Store(Protocol):
     """A key-value store with leases, revisions and watches. Thread-safe; close it, or use `with`.
 
-    Every call ends within `timeout_s` (None: the store's configured one), by an answer or an error of that table.
+    Every call ends within `timeout_s` (None: the store's configured one), by an answer or an error of that table; or by
+    a `ConfigError`, which names what no call can mend: an argument, or what stands where the store should be. A forked
+    child may go on using a store, but not a watch.
     """
 
     @property
@@ -188,7 +191,7 @@ class Store(Protocol):
         """All keys that begin with `prefix`, at one revision."""
 
     def watch(self, prefix: str = "", *, after: int) -> Watch:
-        """Changes below `prefix` whose revision is larger than `after`.
+        """Changes below `prefix` whose revision is larger than `after`. What is wrong with it, its `next` says.
 
         Args:
             prefix: of the keys.
@@ -196,7 +199,10 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of connections and files. Leases live on. Idempotent."""
+        """Let go of connections and files, and end the watches. Leases live on. Idempotent.
+
+        Every later call is a `ConfigError`.
+        """
 
     def __enter__(self) -> Self: ...
 

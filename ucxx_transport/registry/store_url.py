@@ -22,7 +22,7 @@ from ucxx_transport.errors import ConfigError
 __all__ = ["EtcdAddress", "EtcdEndpoint", "LocalAddress", "parse_store_url"]
 
 ETCD_PORT: Final = 2379
-_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
+_HOST: Final = re.compile(r"(?=.{1,253}\.?$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
@@ -117,9 +117,12 @@ def _endpoint(url: object, text: str) -> EtcdEndpoint:
     host = found["host"]
     if found["six"] is not None:
         try:
-            host = str(ipaddress.IPv6Address(found["six"]))
+            address = ipaddress.IPv6Address(found["six"])
         except ValueError:
-            raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address") from None
+            address = None
+        if address is None or address.scope_id is not None:
+            raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address without a zone")
+        host = str(address)
     elif not _HOST.fullmatch(host):
         raise _wrong(url, f"has the endpoint {text!r}, which names no host")
     return EtcdEndpoint(host=host, port=int(port))

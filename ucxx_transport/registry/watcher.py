@@ -363,9 +363,9 @@ class SourceWatcher:
             self._counts[name] += 1
 
     def _note(self, error: TransportError) -> None:
+        told = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
-            known = self._error
+            known, self._error = self._error, told
             self._synced = False
-            self._error = error if isinstance(error, RegistryError) else RegistryError(str(error))
-        if known is None or type(known) is not type(error):
+        if type(known) is not type(told):
             _log.warning("store not followed", store=self._store.url, reason=str(error))

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+
 from ucxx_transport.errors import SlotError
 from ucxx_transport.ring.address_board import AddressBoard, check_address
 from ucxx_transport.ring.core import RingCore
@@ -98,6 +101,12 @@ class RingHandle:
     def closed(self) -> bool:
         """Whether `close` was called on this handle."""
         return not self._open
+
+    @property
+    def mapping(self) -> npt.NDArray[np.uint8]:
+        """All of the ring's memory in this process, for registering it with a device: mapped while this array lives."""
+        self._require_open()
+        return self._segment.memory
 
     @property
     def server_words(self) -> memoryview:

@@ -31,7 +31,7 @@ class UCXXRolloutMixin:
         Args:
             worker_id: the worker's name in every record.
             **settings: as for `TrajectoryWriter`: `schema`, `varlen`, `ring`, `server`, `serve`, `on_error`, `narrow`,
-                `reward`, `store`, `publisher`, `store_config`.
+                `reward`, `store`, `publisher`, `store_config`, `store_meta`, `runtimes`.
 
         Raises:
             ConfigError: a setting is wrong, or this worker is set up already.

@@ -15,13 +15,15 @@ import numpy as np
 import structlog
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.cuda import PageLockError, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.registry import HeartbeatPublisher, Publishable
 from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.rollout.device_leaves import without_devices
 from ucxx_transport.rollout.packing import TrajectoryPacker
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
-from ucxx_transport.schema.tensors import as_array
+from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
 
@@ -54,12 +56,14 @@ class TrajectoryWriter:
         server: settings of the server; None for the defaults.
         serve: whether there is a server: without one only trainers on this host can read.
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
-            ring or server that cannot be made is an exception in any case.
+            ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case.
         narrow: names of the fields whose values may lose precision on the way in.
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
             it is not.
-        publisher: settings of that. store_config: settings of the store.
+        publisher: settings of that. store_config: settings of the store. store_meta: what else its record there says,
+            JSON values.
+        runtimes: what works with leaves on a GPU; by default torch and cupy with their own, either with others.
 
     Raises:
         ConfigError: a setting is wrong, or the ring does not fit /dev/shm.
@@ -81,6 +85,8 @@ class TrajectoryWriter:
         store: str | None = None,
         publisher: PublisherConfig | None = None,
         store_config: StoreConfig | None = None,
+        store_meta: Mapping[str, object] | None = None,
+        runtimes: RuntimeFinder = runtime_of,
     ) -> None:
         # refused here rather than with the first episode
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
@@ -97,6 +103,8 @@ class TrajectoryWriter:
         self._store = store
         self._publisher_config = publisher
         self._store_config = store_config
+        self._store_meta = store_meta
+        self._runtimes = runtimes
         self._lock = threading.Lock()
         self._sequence = itertools.count()
         self._written = 0
@@ -123,8 +131,9 @@ class TrajectoryWriter:
         """Write one trajectory and say where it is.
 
         Args:
-            trajectory: nested mappings, lists and tuples of arrays, as the schema says: numpy, torch on the CPU, jax,
-                or anything with DLPack.
+            trajectory: nested mappings, lists and tuples of arrays, as the schema says: numpy, torch, cupy, jax, or
+                anything with DLPack or CUDA's array interface, in host memory or on a GPU. From a GPU each goes by one
+                copy into the slot, after what the thread's current stream has to do; the call waits for it.
             policy_version: of the weights it was played with.
             readers: reads that free it, at most the ring's own; None for that.
             meta: what else to say about it; travels in the reference.
@@ -148,7 +157,7 @@ class TrajectoryWriter:
             length, rewards = self._told_of(trajectory)
             ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s)
         except TransportError as error:
-            if self._on_error == "raise":
+            if self._on_error == "raise" or isinstance(error, PageLockError):
                 raise
             dropped = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
             self._count_drop(error)
@@ -194,14 +203,21 @@ class TrajectoryWriter:
                 raise ConfigError("the writer is closed; make another")
             if self._packer is not None:
                 return self._packer
-            return self._make(Schema.from_example(trajectory, self._varlen))
+            return self._make(self._schema_of(trajectory))
+
+    def _schema_of(self, trajectory: Mapping[str, object]) -> Schema:
+        try:
+            return Schema.from_example(trajectory, self._varlen)
+        except DeviceArrayError:
+            return Schema.from_example(without_devices(trajectory, self._runtimes), self._varlen)
 
     def _make(self, schema: Schema) -> TrajectoryPacker:
         if "schema" in self._ring_settings:
             raise ConfigError("give the schema as `schema`, not among the ring's settings", field="ring")
         with ExitStack() as stack:
             ring = stack.enter_context(SharedRingBuffer.create(RingConfig(schema=schema, **self._ring_settings)))  # type: ignore[arg-type]  # RingConfig checks them
-            packer = TrajectoryPacker(ring, schema, self._narrow)
+            packer = TrajectoryPacker(ring, schema, self._narrow, runtimes=self._runtimes)
+            stack.callback(packer.close)
             if self._reward is not None and self._reward not in {field.name for field in schema}:
                 raise ConfigError(f"reward names {self._reward!r}, which is no field of the schema", field="reward")
             if self._serve:
@@ -215,7 +231,12 @@ class TrajectoryWriter:
 
     def _publisher_of(self, source: Publishable, store: str) -> HeartbeatPublisher:
         return HeartbeatPublisher(
-            store, self._worker_id, source, self._publisher_config, store_config=self._store_config
+            store,
+            self._worker_id,
+            source,
+            self._publisher_config,
+            store_config=self._store_config,
+            meta=self._store_meta,
         )
 
     def _told_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
@@ -224,7 +245,7 @@ class TrajectoryWriter:
         leaf = trajectory.get(self._reward)
         if leaf is None:  # nested, or missing: then writing says so
             leaf = flatten(trajectory).get(self._reward, ())
-        rewards = as_array(leaf, self._reward)
+        rewards = on_host(leaf, self._reward, self._runtimes)
         length = rewards.shape[0] if rewards.ndim else 1
         values = np.asarray(rewards, np.float64)
         if values.size == 0 or not np.isfinite(values).all():

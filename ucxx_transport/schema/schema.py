@@ -288,6 +288,14 @@ class Schema:
             ConfigError: `buffer` is not a contiguous buffer, or not writable when asked for.
         """
         memory = byte_view(buffer, writable=writable)
+        return self._tree.build(view_fields(memory, self.placement_in(memory)))
+
+    def placement_in(self, memory: memoryview) -> Placement:
+        """Where the fields of a payload lie in its bytes, which may be somewhere else by then.
+
+        Raises:
+            ProtocolError: as for `views`.
+        """
         placement = self._full
         if self._varlen:
             lengths = read_lengths(memory, len(self._varlen))
@@ -297,7 +305,7 @@ class Schema:
         if placement.nbytes > len(memory):
             given, needed = len(memory), placement.nbytes
             raise ProtocolError(f"a payload of {given} bytes is shorter than its {needed}", nbytes=given)
-        return self._tree.build(view_fields(memory, placement))
+        return placement
 
     def _refuse_lengths(self, lengths: tuple[int, ...]) -> NoReturn:
         name, length, maximum = next(

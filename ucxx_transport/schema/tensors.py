@@ -9,6 +9,7 @@
 | `__dlpack__` on the CPU                   | `np.from_dlpack`, no copy                                  |
 | bytes                                     | uint8                                                      |
 | Python number, list of numbers            | the field's dtype: integers exactly, floats to the nearest |
+| any of these on a GPU                     | an error: `DeviceArrayError`                               |
 """
 
 from __future__ import annotations
@@ -32,16 +33,44 @@ _NUMBERS = (bool, int, float, complex)
 _CONVERSION_ERRORS = (TypeError, ValueError, RuntimeError, BufferError, AttributeError, OverflowError)
 
 
+# DLDeviceType, <dlpack/dlpack.h>: kDLCUDA and kDLCUDAManaged. kDLCUDAHost is page-locked memory of the host.
+_DLPACK_GPUS = (2, 13)
+
+
+class DeviceArrayError(ConfigError):
+    """An array lies on a GPU where one in host memory is wanted."""
+
+
+def is_on_device(value: object) -> bool:
+    """Whether `value` is an array on a GPU: of torch, or of any library that says so by DLPack or CUDA's interface."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return bool(value.is_cuda)
+    try:
+        said: Any = getattr(value, "__dlpack_device__", None)
+        if said is not None:
+            return said()[0] in _DLPACK_GPUS
+        return hasattr(value, "__cuda_array_interface__")
+    except _CONVERSION_ERRORS:  # an array over several devices says so here
+        return False
+
+
 def as_array(value: object, field: str) -> Array:
     """`value` as a numpy array, without a copy where the object allows it.
 
     Raises:
-        ConfigError: it is not an array in host memory.
+        ConfigError: it is not an array in host memory; a `DeviceArrayError` where it is on a GPU.
     """
     if type(value) is np.ndarray:
         return value
     if isinstance(value, bytes):
         return np.frombuffer(value, np.uint8)
+    if is_on_device(value):
+        raise DeviceArrayError(
+            f"field {field!r}: {describe(value)} on a GPU is not in host memory; write it with TrajectoryWriter or "
+            "UCXXRolloutMixin, which copy it straight into the slot, or copy it to the host first",
+            field=field,
+        )
     # not imported here: only a program that has loaded it can hold one of its tensors
     torch: Any = sys.modules.get("torch")
     try:

@@ -26,6 +26,7 @@ from functools import partial
 
 import structlog
 
+from ucxx_transport.companion import DYING_S, LOOK_S, WorkerEnd
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.ucxx import UCXXLink
 from ucxx_transport.ring import SharedRingBuffer
@@ -35,39 +36,12 @@ from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerR
 
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
 _KILL_MARGIN_S = 2
-# How often the ports' threads are looked at, and the worker besides its pidfd: that is lost if it died before.
-_LOOK_S = 1.0
-# From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
-_DYING_S = 60.0
 
 
 class _End(enum.Enum):
     ASKED = "asked to stop"
     ABANDONED = "the worker is dead or dying"
     BROKEN = "a port has died"
-
-
-class _Worker:
-    """The process that this one serves for."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.pidfd = -1
-        with suppress(OSError):  # it is gone already, and then is_gone says so
-            self.pidfd = os.pidfd_open(pid)
-
-    @property
-    def is_gone(self) -> bool:
-        return os.getppid() != self._pid
-
-    def wait_until_gone(self, limit_s: float) -> bool:
-        watched = select.poll()
-        if self.pidfd >= 0:
-            watched.register(self.pidfd, select.POLLIN)
-        until_s = time.monotonic() + limit_s
-        while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
-            watched.poll(min(left_s, _LOOK_S) * 1000)
-        return self.is_gone
 
 
 def _log_to_stderr() -> None:
@@ -86,13 +60,13 @@ def _read_order() -> ServerOrder:
         return ServerOrder.from_line(pipe.readline())
 
 
-def _wait_for_end(worker: _Worker, group: PortGroup) -> _End:
+def _wait_for_end(worker: WorkerEnd, group: PortGroup) -> _End:
     watched = select.poll()
     watched.register(0, select.POLLIN | select.POLLHUP)
     if worker.pidfd >= 0:
         watched.register(worker.pidfd, select.POLLIN)
     while not worker.is_gone:
-        seen = {descriptor for descriptor, _ in watched.poll(_LOOK_S * 1000)}
+        seen = {descriptor for descriptor, _ in watched.poll(LOOK_S * 1000)}
         if 0 in seen:
             return _End.ASKED if os.read(0, len(GOODBYE)) else _End.ABANDONED
         if not seen and not group.all_alive:
@@ -111,7 +85,7 @@ def main(ready_fd: int) -> int:
     _ignore_requests_to_end()
     _log_to_stderr()
     order = _read_order()
-    worker = _Worker(order.worker_pid)
+    worker = WorkerEnd(order.worker_pid)
     config = order.config
     try:
         ring = SharedRingBuffer.attach(order.ring_name)
@@ -127,7 +101,7 @@ def main(ready_fd: int) -> int:
     ended = group.stop(time.monotonic() + config.stop_timeout_s)
     ring.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if end is _End.ABANDONED and worker.wait_until_gone(_DYING_S):
+    if end is _End.ABANDONED and worker.wait_until_gone(DYING_S):
         sweep_orphans()
     return 0 if ended and end is not _End.BROKEN else 1
 

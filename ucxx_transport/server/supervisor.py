@@ -10,19 +10,17 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Thread
 
 import structlog
 
-import ucxx_transport
+from ucxx_transport.companion import start_companion
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
@@ -167,17 +165,8 @@ class Supervisor:
 
     def _spawn(self, config: ServerConfig) -> _Child:
         ready_read, ready_write = os.pipe()
-        root = str(Path(ucxx_transport.__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            process = subprocess.Popen(
-                # -P: a file of the worker's folder that is named like a standard module must not be imported.
-                [sys.executable, "-P", "-m", "ucxx_transport.server.child", str(ready_write)],
-                stdin=subprocess.PIPE,
-                pass_fds=(ready_write,),
-                process_group=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
+            process = start_companion("ucxx_transport.server.child", str(ready_write), pass_fds=(ready_write,))
             pidfd = _pidfd_of(process)
         except BaseException:
             os.close(ready_read)

@@ -1,4 +1,6 @@
-"""A worker in a store: `python -m tests.e2e.programs.source_worker STORE WORKER_ID [PUBLISHER_SETTINGS_AS_JSON]`.
+"""A worker in a store: `python -m tests.e2e.programs.source_worker STORE WORKER_ID SERVE [PUBLISHER_SETTINGS_AS_JSON]`.
+
+SERVE is a port, 0 for any; or "unserved": then its ring has no server, and is read in place alone.
 
 | asked                   | does and answers                                                                  |
 |-------------------------|-----------------------------------------------------------------------------------|
@@ -19,6 +21,7 @@ import ctypes
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -34,12 +37,13 @@ from ucxx_transport import (
     UCXXServer,
 )
 from ucxx_transport.registry import exit_on_sigterm
+from ucxx_transport.server import RingSource
 
 
 class Worker:
     """One ring, one server, one publisher."""
 
-    def __init__(self, ring: SharedRingBuffer, server: UCXXServer, publisher: HeartbeatPublisher) -> None:
+    def __init__(self, ring: SharedRingBuffer, server: UCXXServer | None, publisher: HeartbeatPublisher) -> None:
         self.ring, self.server, self.publisher = ring, server, publisher
 
     def obey(self, request: Message) -> Message:
@@ -60,7 +64,7 @@ class Worker:
             "state": self.publisher.state.value,
             "epoch": self.publisher.epoch,
             "error": None if error is None else type(error).__name__,
-            "ports": list(self.server.ports),
+            "ports": list(self.server.ports) if self.server is not None else [],
             "statistics": self._statistics(),
         }
 
@@ -78,7 +82,9 @@ class Worker:
         return {}
 
     def server_pid(self, _: object) -> Message:
-        return {"server": wait_until(lambda: self.server.statistics().pid, 60, what="a server process")}
+        server = self.server
+        assert server is not None
+        return {"server": wait_until(lambda: server.statistics().pid, 60, what="a server process")}
 
     def stop(self, _: object) -> Message:
         self.publisher.stop()
@@ -89,14 +95,16 @@ class Worker:
         return {name: value for name, value in counts.items() if name not in ("state", "epoch")}
 
 
-def main(store: str, worker_id: str, settings: dict[str, Any]) -> None:
+def main(store: str, worker_id: str, serve: str, settings: dict[str, Any]) -> None:
     """Answer until the end of the input."""
     exit_on_sigterm()
-    with (
-        SharedRingBuffer.create(RingConfig(slots=8, slot_bytes=4096)) as ring,
-        UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=1)) as server,
-        HeartbeatPublisher(store, worker_id, server, PublisherConfig(**settings)) as publisher,
-    ):
+    with ExitStack() as stack:
+        ring = stack.enter_context(SharedRingBuffer.create(RingConfig(slots=8, slot_bytes=4096)))
+        server: UCXXServer | None = None
+        if serve != "unserved":
+            server = stack.enter_context(UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=[int(serve)])))
+        source = server or RingSource(ring)
+        publisher = stack.enter_context(HeartbeatPublisher(store, worker_id, source, PublisherConfig(**settings)))
         worker = Worker(ring, server, publisher)
         answer({"ready": True})
         for request in requests():
@@ -105,4 +113,4 @@ def main(store: str, worker_id: str, settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     log_to_stderr()
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})
+    main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ucxx_transport import ConfigError
 from ucxx_transport.client.buffer_pool import BufferPool, size_class
 
 Bytes = npt.NDArray[np.uint8]
@@ -211,3 +213,72 @@ def test_a_lent_buffer_outlives_its_pool() -> None:
     del pool, lent
     gc.collect()
     assert view.tolist() == [9] * 5
+
+
+class Locked:
+    """Notes which memory was page-locked, and that it is no more when its array goes."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, int] = {}
+        self.ever = 0
+
+    def __call__(self, memory: Bytes) -> None:
+        address = where(memory)
+        self.pieces[address] = memory.nbytes
+        self.ever += 1
+        weakref.finalize(memory, self.pieces.pop, address)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=8))
+def test_page_locked_buffers_share_no_page(sizes: list[int]) -> None:
+    locked = Locked()
+    pool = BufferPool(PLENTY, locked)
+    lent = [pool.lend(nbytes) for nbytes in sizes]
+    for array in lent:
+        address = where(array)
+        assert address % 4096 == 0
+        assert locked.pieces[address] % 4096 == 0
+        assert locked.pieces[address] >= array.nbytes
+    assert len(locked.pieces) == len(sizes)
+
+
+def test_a_buffer_is_page_locked_once_for_as_long_as_it_is_kept() -> None:
+    locked = Locked()
+    pool = BufferPool(1 << 20, locked)
+    for _ in range(5):
+        pool.lend(100_000)
+    assert (locked.ever, len(locked.pieces)) == (1, 1)
+    view = pool.lend(2 << 20)[5:10]  # more than the pool keeps
+    assert len(locked.pieces) == 2
+    del view
+    assert pool.statistics().lent == 0
+    assert 2 << 20 not in locked.pieces.values()
+    pool.lend(4096)
+    assert pool.statistics().idle_bytes > 0
+    assert len(locked.pieces) > 0
+    pool.close()
+    assert locked.pieces == {}
+
+
+def test_a_closed_pool_keeps_nothing_of_what_comes_back() -> None:
+    locked = Locked()
+    pool = BufferPool(PLENTY, locked)
+    lent = pool.lend(4096)
+    lent[:] = 3
+    pool.close()
+    assert lent.tolist() == [3] * 4096
+    assert len(locked.pieces) == 1
+    del lent
+    assert pool.statistics().idle_bytes == 0
+    assert locked.pieces == {}
+
+
+def test_a_buffer_that_cannot_be_page_locked_is_not_lent_and_the_next_may_be() -> None:
+    def refuse(memory: Bytes) -> None:
+        raise ConfigError(f"no {memory.nbytes} bytes")
+
+    pool = BufferPool(PLENTY, refuse)
+    with pytest.raises(ConfigError, match="no 8192 bytes"):
+        pool.lend(5000)
+    assert pool.statistics().lent == 0

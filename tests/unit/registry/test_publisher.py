@@ -15,7 +15,7 @@ import pytest
 from tests.support.fake_source import OFFER, FakeSource
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
-from tests.support.stores import LocalStoreHost
+from tests.support.store_rigs import LocalRig
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
@@ -261,17 +261,17 @@ def test_a_record_in_flight_does_not_outlive_the_stop(
 def test_a_stop_is_bounded_while_the_store_hangs_and_says_so(
     tmp_path: Path, source: FakeSource, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    host = LocalStoreHost(tmp_path)
+    host = LocalRig(tmp_path)
     patient = StoreConfig(timeout_s=MINUTE)
     publisher = HeartbeatPublisher(host.url, "w", source, IMPATIENT, store_config=patient)
     publisher.start()
     publisher.wait_published(MINUTE)
-    host.down()
+    host.stall()
     publisher.stop()  # while the store is down: that it returns is the point
     assert publisher.state is PublisherState.STOPPED
     assert "record not withdrawn; it runs out" in [event["event"] for event in log_events]
     assert source.serves == "released"
-    host.up()
+    host.resume()
     ended_thread()
 
 

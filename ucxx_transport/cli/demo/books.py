@@ -124,6 +124,16 @@ class Books:
         """Delivered by the worker that took the killed one's place."""
         return self.seats[self.kill.replacement_seat].delivered if self.kill is not None else 0
 
+    @property
+    def episodes_meanwhile(self) -> int:
+        """Delivered by the others between the kill and the first episode of the replacement."""
+        if self.kill is None:
+            return 0
+        after = self.finished[self.kill.episode :]
+        seats = [episode.seat for episode in after]
+        first = seats.index(self.kill.replacement_seat) if self.kill.replacement_seat in seats else len(seats)
+        return sum(seat not in (self.kill.seat, self.kill.replacement_seat) for seat in seats[:first])
+
     def rates(self) -> tuple[float, float]:
         """Episodes and payload bytes per second, over the last few seconds."""
         if len(self._recent) < 2:

@@ -47,6 +47,10 @@ def demo(
     ] = "auto",
     kill: Annotated[bool, typer.Option(help="Kill one worker by SIGKILL half-way and start another.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the environments.")] = 0,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Have the trainer find its workers in this store: local://, etcd://host:port."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the learning curve goes.")] = Path("out/learning_curve.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -73,6 +77,7 @@ def demo(
                 goal=goal,
                 kill=kill,
                 seed=seed,
+                store=store,
                 out=out,
             )
         except ConfigError as exc:

@@ -106,6 +106,7 @@ class TrainerStatus(Message):
         retried: episodes asked for again in a later round.
         verified, mismatched: digests compared here, over and above the client's own checksums.
         clients: counters of all clients, added up. ucx_lanes: what UCX really uses.
+        joined, left: workers found in the store, and gone from it again.
         final: nothing comes after this one.
     """
 
@@ -130,5 +131,7 @@ class TrainerStatus(Message):
     mismatched: int = 0
     clients: dict[str, int] = field(default_factory=dict)
     ucx_lanes: tuple[str, ...] | list[str] = ()
+    joined: int = 0
+    left: int = 0
     final: bool = False
     error: str = ""

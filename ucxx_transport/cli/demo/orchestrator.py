@@ -90,7 +90,7 @@ class Orchestrator:
 
     def _start_worker(self, seat: int, worker: int) -> SeatBook:
         plan = self.plan
-        arguments = (plan, seat, self._seat_queues[seat], os.getpid())
+        arguments = (plan, seat, worker, self._seat_queues[seat], os.getpid())
         process = start_process(self._context, f"worker-{seat}", plan.run_id, run_worker, arguments)
         self._workers[seat] = process
         way = "over UCX" if plan.local_of(worker) == "off" else "in place"
@@ -206,6 +206,8 @@ class Orchestrator:
         return book
 
     def _order(self, order: SeatOrder) -> None:
+        if self.plan.store is not None:
+            return  # the trainer finds its workers by itself
         if not self._trainer_queues.orders.offer(order.to_bytes(), wait_s=_ORDER_WAIT_S):
             self._fail("the trainer takes no orders")
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
+from ucxx_transport import StoreConfig, open_store
 from ucxx_transport.cli.demo.environment import EnvironmentFacts, probe_environment
 from ucxx_transport.cli.demo.sizing import RingSize, plan_ring_size
 from ucxx_transport.errors import ConfigError
@@ -38,6 +39,7 @@ class DemoPlan:
         seconds: limit of the whole run. episodes: stop after so many (None: no limit).
         goal: mean return over the last 50 episodes to reach (None: no goal).
         kill: SIGKILL one worker half-way and start another.
+        store: URL of the store in which workers are found; None: the trainer is told of them.
         out: the learning curve. log: the children's output.
     """
 
@@ -53,8 +55,14 @@ class DemoPlan:
     goal: float | None
     kill: bool
     seed: int
+    store: str | None
     out: Path
     log: Path
+
+    @property
+    def store_config(self) -> StoreConfig:
+        """This run's part of the store."""
+        return StoreConfig(namespace=f"demo-{self.run_id}")
 
     @property
     def seats(self) -> int:
@@ -91,6 +99,7 @@ def make_plan(
     goal: str,
     kill: bool,
     seed: int,
+    store: str | None,
     out: Path,
 ) -> DemoPlan:
     """The plan for the command's options, as they were given; makes the folder that the learning curve goes to.
@@ -102,6 +111,8 @@ def make_plan(
     for module in ("matplotlib", "ucxx"):
         if find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+    if store is not None:
+        open_store(store).close()  # refused here rather than by each child
     facts = probe_environment(env)
     wanted = _parse_goal(goal, facts)
     out = out.absolute()
@@ -122,6 +133,7 @@ def make_plan(
         goal=wanted,
         kill=kill,
         seed=seed,
+        store=store,
         out=out,
         log=out.with_suffix(".log"),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from ucxx_transport import ClientConfig
+from ucxx_transport import ClientConfig, SourceWatcher
 from ucxx_transport.cli.demo.episode_packer import EpisodePacker
 from ucxx_transport.cli.demo.lesson import Lesson
 from ucxx_transport.cli.demo.plan import ClientLocal, DemoPlan
@@ -50,8 +50,9 @@ class ReceiverBooks:
 class Receiver:
     """Has episodes fetched ahead: a packer for those read in place, and another for those over UCX."""
 
-    def __init__(self, plan: DemoPlan) -> None:
+    def __init__(self, plan: DemoPlan, watcher: SourceWatcher | None = None) -> None:
         self._plan = plan
+        self._watcher = watcher
         self._packers: dict[ClientLocal, EpisodePacker] = {}
         self._seat_local: dict[int, ClientLocal] = {}
         self._waiting: dict[ClientLocal, list[Record]] = {}
@@ -65,7 +66,7 @@ class Receiver:
         if local not in self._packers:
             packer = EpisodePacker(self._plan.facts.features)
             client = ClientConfig(local=local, shm_lanes=self._plan.shm_lanes)
-            packer.setup_ucxx_data_packer(client=client, deadline_s=BATCH_DEADLINE_S)
+            packer.setup_ucxx_data_packer(client=client, watcher=self._watcher, deadline_s=BATCH_DEADLINE_S)
             self._packers[local] = packer
             self._waiting[local] = []
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ucxx_transport.cli.demo.books import Books
 from ucxx_transport.cli.demo.director import WINDOW
+from ucxx_transport.cli.demo.messages import TrainerStatus
 from ucxx_transport.cli.demo.plan import DemoPlan
 from ucxx_transport.units import format_bytes, format_duration
 
@@ -70,7 +71,8 @@ def summarise(plan: DemoPlan, books: Books, end: RunEnd) -> Summary:
             "verified": status.verified if status is not None else 0,
             "mismatched": status.mismatched if status is not None else 0,
         },
-        "kill": asdict(books.kill) | {"replacement_episodes": books.replacement_episodes} if books.kill else None,
+        "kill": _kill(books),
+        "store": None if plan.store is None else _membership(plan.store, status),
         "workers": _workers(books),
         "events": [asdict(event) for event in books.events],
         "segments_left": end.leftovers.segments,
@@ -115,6 +117,20 @@ def _problems(plan: DemoPlan, books: Books, end: RunEnd) -> list[str]:
     if end.leftovers.processes:
         problems.append(f"processes left: {', '.join(map(str, end.leftovers.processes))}")
     return problems
+
+
+def _kill(books: Books) -> dict[str, Any] | None:
+    if books.kill is None:
+        return None
+    return asdict(books.kill) | {
+        "replacement_episodes": books.replacement_episodes,
+        "episodes_meanwhile": books.episodes_meanwhile,
+    }
+
+
+def _membership(store: str, status: TrainerStatus | None) -> dict[str, Any]:
+    joined, left = (status.joined, status.left) if status is not None else (0, 0)
+    return {"url": store, "joined": joined, "left": left}
 
 
 def _reads(books: Books) -> dict[str, dict[str, float]]:
@@ -210,8 +226,12 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
     if kill is not None:
         rows.append((f"worker {kill['worker']} killed", f"after {kill['at_s']:.1f} s, episode {kill['episode']}"))
-        rows.append(("episodes of its replacement", str(kill["replacement_episodes"])))
+        rows.append(
+            ("episodes meanwhile, of its replacement", f"{kill['episodes_meanwhile']}, {kill['replacement_episodes']}")
+        )
         rows.append(("dead workers' rings swept meanwhile", str(counts["dead_rings_swept"])))
+    if summary["store"] is not None:
+        rows.append(("workers found in the store, gone", f"{summary['store']['joined']}, {summary['store']['left']}"))
     rows += [
         ("segments left in /dev/shm", str(len(summary["segments_left"]))),
         ("processes left", str(len(summary["processes_left"]))),

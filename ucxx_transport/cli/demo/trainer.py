@@ -9,6 +9,7 @@ import traceback
 import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
+from ucxx_transport.cli.demo.discovery import Discovery
 from ucxx_transport.cli.demo.learner import Learner, LearnerSettings, UpdateReport
 from ucxx_transport.cli.demo.lesson import Lesson
 from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
@@ -58,7 +59,8 @@ class _Trainer:
         self._stop = stop
         self._settings = LearnerSettings()
         self._learner = Learner(plan.facts, self._settings, seed=plan.seed)
-        self._receiver = Receiver(plan)
+        self._discovery = Discovery(plan.store, plan.store_config) if plan.store is not None else None
+        self._receiver = Receiver(plan, self._discovery.watcher if self._discovery is not None else None)
         self._occupied: set[int] = set()
         self._lessons: list[Lesson] = []
         self._waiting_steps = 0
@@ -71,7 +73,7 @@ class _Trainer:
         self._update_s = 0.0
         self._started_s = time.monotonic()
         self._reported_s = self._started_s
-        for seat in range(plan.workers):
+        for seat in range(plan.workers if self._discovery is None else 0):
             self._occupy(seat, seat)
 
     def learn(self) -> None:
@@ -98,10 +100,14 @@ class _Trainer:
                 self._accept(received)
         self._queues.status.offer(self._status(final=True, error=error).to_bytes(), wait_s=_FINAL_WAIT_S)
         self._receiver.close()
+        if self._discovery is not None:
+            self._discovery.close()
 
     def _follow_orders(self) -> None:
-        for blob in self._queues.orders.take_all():
-            order = SeatOrder.from_bytes(blob)
+        orders = [SeatOrder.from_bytes(blob) for blob in self._queues.orders.take_all()]
+        if self._discovery is not None:
+            orders += self._discovery.take()
+        for order in orders:
             if order.occupied:
                 self._occupy(order.seat, order.worker)
             else:
@@ -179,6 +185,8 @@ class _Trainer:
             mismatched=books.mismatched,
             clients=dict(books.clients),
             ucx_lanes=books.ucx_lanes,
+            joined=self._discovery.joined if self._discovery is not None else 0,
+            left=self._discovery.left if self._discovery is not None else 0,
             final=final,
             error=error,
         )

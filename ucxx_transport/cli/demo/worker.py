@@ -11,6 +11,7 @@ import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
 from ucxx_transport import ServerConfig, SharedRingBuffer, UCXXRolloutMixin, UCXXServer
+from ucxx_transport.cli.demo.discovery import seat_meta
 from ucxx_transport.cli.demo.environment import make_environment
 from ucxx_transport.cli.demo.learner import LearnerSettings, policy_network
 from ucxx_transport.cli.demo.lifeline import StopFlag, begin_child
@@ -31,17 +32,17 @@ _WRITE_WAIT_S = 0.5
 _FULL_WAITS_BEFORE_DISCARD = 20
 
 
-def run_worker(plan: DemoPlan, seat: int, queues: SeatQueues, orchestrator_pid: int) -> None:
-    """Act until told to stop; the whole life of the process on `seat`."""
+def run_worker(plan: DemoPlan, seat: int, worker: int, queues: SeatQueues, orchestrator_pid: int) -> None:
+    """Act until told to stop; the whole life of the process of `worker` on `seat`."""
     stop = begin_child(orchestrator_pid, plan.log)
     queues.status.offer(WorkerStatus(pid=os.getpid(), state="starting").to_bytes(), wait_s=1.0)
     try:
-        worker = _Worker(plan=plan, seat=seat, queues=queues, stop=stop)
+        actor = _Worker(plan=plan, seat=seat, worker=worker, queues=queues, stop=stop)
         try:
-            worker.act()
-            worker.report("stopped")
+            actor.act()
+            actor.report("stopped")
         finally:
-            worker.cleanup_ucxx()
+            actor.cleanup_ucxx()
     except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
         traceback.print_exc()
         reason = f"{type(exc).__name__}: {exc}"[:1000]
@@ -55,17 +56,20 @@ def run_worker(plan: DemoPlan, seat: int, queues: SeatQueues, orchestrator_pid: 
 class _Worker(UCXXRolloutMixin):
     """One policy, a few environments, and the way of their episodes into the ring."""
 
-    def __init__(self, *, plan: DemoPlan, seat: int, queues: SeatQueues, stop: StopFlag) -> None:
+    def __init__(self, *, plan: DemoPlan, seat: int, worker: int, queues: SeatQueues, stop: StopFlag) -> None:
         self._plan = plan
         self._seat = seat
         self._queues = queues
         self._stop = stop
         self.setup_ucxx(
-            f"seat-{seat}",
+            f"worker-{worker}",  # a replacement takes the dead one's name, and a larger epoch
             schema=episode_schema(plan.facts, plan.size.max_steps),
             ring={"slots": plan.size.slots, "name": plan.ring_name(seat), "checksum": True, "on_full": "block"},
             server=ServerConfig(ports=plan.ports, shm_lanes=plan.shm_lanes),
             reward="rewards",
+            store=plan.store,
+            store_config=plan.store_config if plan.store is not None else None,
+            store_meta=seat_meta(seat, worker),
         )
         self._policy = policy_network(plan.facts, LearnerSettings(), np.random.default_rng(0))
         self._version = 0

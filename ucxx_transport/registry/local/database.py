@@ -14,7 +14,7 @@ from urllib.parse import quote
 from ucxx_transport.errors import StoreUnavailableError
 from ucxx_transport.registry.local import tables
 from ucxx_transport.registry.local.failures import foreign_file, is_busy, translated
-from ucxx_transport.registry.local.place import FileIdentity, file_identity, make_file
+from ucxx_transport.registry.local.place import FileIdentity, adopt_file, file_identity, is_known, make_file
 
 __all__ = ["Database"]
 
@@ -58,6 +58,9 @@ class Database:
                 if not make:
                     return None
                 _make(path, boot_id, until)
+                continue
+            if not is_known(path, identity):
+                _adopt(path, identity, until)
                 continue
             connection = _patiently(lambda: _connected(path), path, until)
             try:
@@ -106,6 +109,14 @@ class Database:
 def _make(path: Path, boot_id: str, until: float) -> None:
     try:
         make_file(path, lambda fresh: _fill(fresh, boot_id), until=until)
+    except sqlite3.Error as error:
+        raise translated(error, path) from error
+
+
+def _adopt(path: Path, identity: FileIdentity, until: float) -> None:
+    try:
+        if not adopt_file(path, identity, tables.APPLICATION_ID, _renew, until=until):
+            raise foreign_file(path)
     except sqlite3.Error as error:
         raise translated(error, path) from error
 
@@ -183,5 +194,14 @@ def _fill(path: Path, boot_id: str) -> None:
         with _transaction(connection, "IMMEDIATE"):
             tables.create(connection, boot_id)
         connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        connection.close()
+
+
+def _renew(path: Path) -> None:
+    connection = _connected(path)
+    try:
+        with _transaction(connection, "IMMEDIATE"):
+            tables.renew_identity(connection)
     finally:
         connection.close()

@@ -53,7 +53,7 @@ def translated(error: sqlite3.Error, path: Path) -> TransportError:
 def foreign_file(path: Path) -> ConfigError:
     """The error for a file that is no store of this version of the package."""
     return ConfigError(
-        "the file is no store, or of another version of this package: name another, or remove it", path=str(path)
+        "the file is no store, or one of another version of this package: name another, or remove it", path=str(path)
     )
 
 

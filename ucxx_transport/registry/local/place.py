@@ -1,8 +1,12 @@
 """Where the file lies, whose it is, whether it is still the same one, and how it comes to be.
 
 A store's file is whole from the first moment at which it can be seen: it is made under another name and then renamed.
-Its identity is its device and inode, so a file that was deleted, replaced or emptied is another store. What SQLite
-keeps beside it (`-wal`, `-shm`) belongs to the file of that moment and is removed before another takes its place.
+Its identity is its device and inode, so a file that was deleted, replaced or emptied is another store.
+
+What SQLite keeps beside it (`-wal`, `-shm`) is known by its name alone: SQLite would take what an earlier file of the
+name has left for the log of its successor. So a symbolic link beside it, `-inode`, says whose it is. A file that it
+does not name was put there by somebody: it is adopted, which is to say that the log is removed, and that it gets an
+identity of its own.
 
 The default is a folder of this user's own in /dev/shm: whoever sees the same rings sees the same store, nothing of it
 outlives the machine's boot, and it is never on a network. A file of its own must not begin as the rings do, which are
@@ -24,7 +28,7 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError
 
-__all__ = ["FileIdentity", "checked_path", "default_path", "file_identity", "make_file"]
+__all__ = ["FileIdentity", "adopt_file", "checked_path", "default_path", "file_identity", "is_known", "make_file"]
 
 FileIdentity = tuple[int, int]
 """Device and inode."""
@@ -33,7 +37,10 @@ _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - its folder below it is 
 _FOLDER: Final = "ucxx-stores-{uid}"
 _NAME: Final = "default.sqlite"
 _BESIDE: Final = ("-wal", "-shm", "-journal")
+_MARK: Final = "-inode"
 _FRESH: Final = ".fresh"
+_APPLICATION_ID: Final = slice(68, 72)
+"""Of the file's header (https://www.sqlite.org/fileformat.html, 1.3)."""
 _LOCK_POLL_S: Final = 0.002
 
 # SQLite's wal-index is memory that all its users map: machines do not share it over these.
@@ -147,6 +154,57 @@ def make_file(path: Path, fill: Callable[[Path], None], *, until: float) -> None
         raise _unavailable(path, error) from error
 
 
+def is_known(path: Path, identity: FileIdentity) -> bool:
+    """Whether what lies beside the file at `path` is its own. Not the device: that may change with a boot."""
+    try:
+        return os.readlink(f"{path}{_MARK}") == str(identity[1])
+    except OSError:
+        return False
+
+
+def adopt_file(
+    path: Path, identity: FileIdentity, application_id: int, renew: Callable[[Path], None], *, until: float
+) -> bool:
+    """Make a store that was put at `path` from elsewhere one of its own.
+
+    Args:
+        path: the file.
+        identity: of the file that was seen there.
+        application_id: that a store has: nothing is done to another file, or beside it.
+        renew: gives the store another identity.
+        until: on the monotonic clock, how long others that do the same are waited for.
+
+    Returns:
+        False: it is no store.
+
+    Raises:
+        StorePermissionError, StoreUnavailableError: as `make_file`.
+    """
+    try:
+        with _sole_maker(path.parent, until):
+            if file_identity(path) != identity or is_known(path, identity):
+                return True  # somebody was faster: look again
+            # Closing a file lets go of this process's locks on it: SQLite's too, had it this file open. It has not.
+            with path.open("rb") as file:
+                if file.read(100)[_APPLICATION_ID] != application_id.to_bytes(4, "big"):
+                    return False
+            for suffix in _BESIDE:
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            renew(path)
+            _mark(path, identity[1])
+            return True
+    except PermissionError as error:
+        raise _not_permitted(path, error) from error
+    except OSError as error:
+        raise _unavailable(path, error) from error
+
+
+def _mark(path: Path, inode: int) -> None:
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_FRESH}")
+    os.symlink(str(inode), fresh)
+    os.rename(fresh, f"{path}{_MARK}")
+
+
 def _make(path: Path, fill: Callable[[Path], None]) -> None:
     for leftover in path.parent.glob(f".{path.name}.*{_FRESH}*"):  # of a maker that was killed: there is no other now
         leftover.unlink(missing_ok=True)
@@ -156,6 +214,7 @@ def _make(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         fill(fresh)
+        _mark(path, fresh.stat().st_ino)
         os.rename(fresh, path)
     finally:
         for suffix in ("", *_BESIDE):

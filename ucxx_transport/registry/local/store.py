@@ -1,12 +1,11 @@
 """`LocalStore`: the Store protocol over one SQLite file.
 
-One connection a process, behind a lock: a call takes some 20 to 100 µs, writes are one at a time in any case, and a
+One connection, behind a lock: a call takes some 20 to 100 µs, writes are one at a time in any case, and a
 thread's own connection would be left behind by a thread that ends.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
@@ -23,6 +22,7 @@ from ucxx_transport.errors import ConfigError, StoreUnavailableError
 from ucxx_transport.registry.leases import checked_ttl_s, is_over
 from ucxx_transport.registry.local import tables
 from ucxx_transport.registry.local.database import Database
+from ucxx_transport.registry.local.forking import closed_before_forks
 from ucxx_transport.registry.local.place import checked_path, default_path
 from ucxx_transport.registry.local.watch import LocalWatch, WatchedStore
 from ucxx_transport.registry.namespace import Namespace, checked_expected, checked_lease_id, checked_value
@@ -70,7 +70,8 @@ class LocalStore:
         self._boot_id = boot_id or _BOOT_ID.read_text(encoding="ascii").strip()
         self._closed = False
         self._watches: weakref.WeakSet[LocalWatch] = weakref.WeakSet()
-        self._by_process: dict[int, _Connected] = {}
+        self._connected = _Connected()
+        closed_before_forks(self._connected)
 
     @property
     def url(self) -> str:
@@ -135,14 +136,14 @@ class LocalStore:
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
         self._check_open()
-        connected = self._connected()
         watched = WatchedStore(
             path=self._path,
             namespace=self._namespace,
             timeout_s=self._config.timeout_s,
             boot_id=self._boot_id,
             clock=self._clock,
-            store_id=connected.store_id,
+            store_id=self._connected.store_id,
+            on_reset=self._connected.forget,
         )
         watch = LocalWatch(watched, prefix, after=after)
         self._watches.add(watch)
@@ -152,13 +153,12 @@ class LocalStore:
         self._closed = True
         for watch in list(self._watches):
             watch.close()
-        connected = self._by_process.get(os.getpid())
         # Bounded: a signal handler that closes the store may have interrupted a call that holds the lock.
-        if connected is not None and connected.lock.acquire(timeout=self._config.timeout_s):
+        if self._connected.lock.acquire(timeout=self._config.timeout_s):
             try:
-                connected.let_go()
+                self._connected.let_go()
             finally:
-                connected.lock.release()
+                self._connected.lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -196,17 +196,20 @@ class LocalStore:
 
     def _run(self, body: Callable[[Database, float], ResultT], timeout_s: float | None) -> ResultT:
         until = time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
-        connected = self._connected()
+        connected = self._connected
+        if connected.spoiled:
+            raise StoreUnavailableError("the fork came in the middle of a call: open the store anew", url=self.url)
         if not connected.lock.acquire(timeout=max(0.0, until - time.monotonic())):
             raise StoreUnavailableError("other threads' calls took until the deadline", path=str(self._path))
         try:
             self._check_open()
-            return body(self._current(connected, until), until)
+            return body(self._current(until), until)
         finally:
             connected.lock.release()
 
-    def _current(self, connected: _Connected, until: float) -> Database:
+    def _current(self, until: float) -> Database:
         """The connection to the file that stands there now: another one when it was deleted or replaced."""
+        connected = self._connected
         database = connected.database
         if database is not None and database.is_current():
             return database
@@ -218,33 +221,40 @@ class LocalStore:
         connected.database, connected.store_id = opened, opened.store_id
         return opened
 
-    def _connected(self) -> _Connected:
-        """What this process has: a forked child has nothing of its parent's, whose lock may be held for ever in it.
-
-        The parent's stays in the dict of the child, unused: to close it there would be to meddle with the file.
-        """
-        pid = os.getpid()
-        return self._by_process.get(pid) or self._by_process.setdefault(pid, _Connected())
-
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the store is closed: open another", url=self.url)
 
 
 class _Connected:
-    """One process's connection, and the lock that its threads take turns by."""
-
-    __slots__ = ("database", "lock", "store_id")
+    """The connection, and the lock that threads take turns by."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.database: Database | None = None
+        self.store_id = ""
+        self.spoiled = False
+
+    def forget(self) -> None:
+        """A watch has found the store to be another one: the next one takes it as it is."""
         self.store_id = ""
 
     def let_go(self) -> None:
         if self.database is not None:
             self.database.close()
             self.database = None
+
+    def pause(self, timeout_s: float) -> bool:
+        if not self.lock.acquire(timeout=timeout_s):
+            return False
+        self.let_go()
+        return True
+
+    def resume(self) -> None:
+        self.lock.release()
+
+    def spoil(self) -> None:
+        self.spoiled = True
 
 
 def _boot_time() -> float:

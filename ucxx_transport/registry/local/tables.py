@@ -79,6 +79,11 @@ def create(db: sqlite3.Connection, boot_id: str) -> None:
     db.execute("INSERT INTO state VALUES (1, ?, ?, 0, 0, 0)", (secrets.token_hex(16), boot_id))
 
 
+def renew_identity(db: sqlite3.Connection) -> None:
+    """Make the store another one, with the same content."""
+    db.execute("UPDATE state SET store_id = ?", (secrets.token_hex(16),))
+
+
 def state(db: sqlite3.Connection) -> State:
     """The store's state."""
     return State(*db.execute("SELECT store_id, boot_id, revision, compacted, log_bytes FROM state").fetchone())

@@ -17,6 +17,7 @@ from ucxx_transport.errors import StoreResetError, StoreUnavailableError
 from ucxx_transport.registry.leases import is_over, pause_s
 from ucxx_transport.registry.local import tables
 from ucxx_transport.registry.local.database import Database
+from ucxx_transport.registry.local.forking import closed_before_forks
 from ucxx_transport.registry.namespace import Namespace
 from ucxx_transport.registry.store import Batch, Event
 
@@ -38,6 +39,7 @@ class WatchedStore:
         boot_id: names the boot of the machine.
         clock: of the leases' deadlines.
         store_id: as it was when the watch was asked for; "" when nobody had looked yet.
+        on_reset: called when the store turns out to be another one.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class WatchedStore:
     boot_id: str
     clock: Callable[[], float]
     store_id: str
+    on_reset: Callable[[], None]
 
 
 class LocalWatch:
@@ -55,6 +58,7 @@ class LocalWatch:
         self._store = store
         self._first, self._end = store.namespace.bounds(prefix)
         self._after = after
+        self._store_id = store.store_id
         self._pid = os.getpid()
         self._database: Database | None = None
         self._seen_version: int | None = None
@@ -64,29 +68,42 @@ class LocalWatch:
         self._closing = threading.Event()
         # Reentrant: a signal handler may close the watch in the thread that is in `next`.
         self._lock = threading.RLock()
+        closed_before_forks(self)
 
     def next(self, timeout_s: float) -> Batch | None:
         until = time.monotonic() + max(0.0, timeout_s)
-        self._check_process()
-        with self._lock:
-            while True:
+        if self._pid != os.getpid():
+            raise StoreUnavailableError("the watch is another process's: watch anew after a fork", pid=self._pid)
+        while True:
+            with self._lock:
                 self._check_open()
                 if not self._batches:
                     self._look()
                 if self._batches:
                     return self._batches.popleft()
-                now = time.monotonic()
-                if now >= until:
-                    return None
-                self._closing.wait(self._pause_s(until - now))
+            now = time.monotonic()
+            if now >= until:
+                return None
+            self._closing.wait(self._pause_s(until - now))
 
     def close(self) -> None:
         if self._pid != os.getpid():
-            return  # a lock of the parent's may be held for ever here, and its connection is not to be touched
+            return  # it is the parent's: nothing of it is open here
         self._closing.set()
         with self._lock:
-            if self._database is not None:
-                self._database.close()
+            self._let_go()
+
+    def pause(self, timeout_s: float) -> bool:
+        if not self._lock.acquire(timeout=timeout_s):
+            return False
+        self._let_go()
+        return True
+
+    def resume(self) -> None:
+        self._lock.release()
+
+    def spoil(self) -> None:
+        """Nothing more to refuse: a watch is of no use to a child."""
 
     def __enter__(self) -> Self:
         return self
@@ -100,9 +117,10 @@ class LocalWatch:
         if self._closing.is_set():
             raise StoreUnavailableError("the watch is closed", path=str(self._store.path))
 
-    def _check_process(self) -> None:
-        if self._pid != os.getpid():
-            raise StoreUnavailableError("the watch is another process's: watch anew after a fork", pid=self._pid)
+    def _let_go(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database, self._seen_version = None, None
 
     def _pause_s(self, left_s: float) -> float:
         now = self._store.clock()
@@ -129,16 +147,18 @@ class LocalWatch:
     def _opened(self) -> Database:
         if self._database is None:
             until = time.monotonic() + self._store.timeout_s
-            make = not self._store.store_id
+            make = not self._store_id
             database = Database.open(self._store.path, boot_id=self._store.boot_id, until=until, make=make)
             if database is None:
                 raise self._reset()
-            self._database = database
-        if self._store.store_id not in {"", self._database.store_id}:
-            raise self._reset()
+            if self._store_id not in {"", database.store_id}:
+                database.close()
+                raise self._reset()
+            self._database, self._store_id = database, database.store_id
         return self._database
 
     def _reset(self) -> StoreResetError:
+        self._store.on_reset()
         return StoreResetError("the store's file was deleted or replaced: start over", path=str(self._store.path))
 
     def _end_leases(self, database: Database) -> bool:

@@ -45,6 +45,7 @@ def _plan(**changes: object) -> DemoPlan:
         episodes=None,
         goal=450.0,
         kill=True,
+        store=None,
         seed=0,
         out=Path("/tmp/curve.png"),
         log=Path("/tmp/curve.log"),

@@ -1,0 +1,101 @@
+"""What a group must do, as plain dicts: who holds which rank, what each has applied, and which views may follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ucxx_transport.registry.groups.group_view import GroupView, Seat
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
+
+# From → to, whatever happened between two views: a rank's death and its next life may fall into one.
+STEPS = {
+    (RankState.ISOLATED, RankState.JOINING),
+    (RankState.JOINING, RankState.ACTIVE),
+    (RankState.JOINING, RankState.INACTIVE),
+    (RankState.ACTIVE, RankState.INACTIVE),
+    (RankState.INACTIVE, RankState.JOINING),
+    (RankState.JOINING, RankState.GONE),
+    (RankState.ACTIVE, RankState.GONE),
+    (RankState.INACTIVE, RankState.GONE),
+    (RankState.GONE, RankState.JOINING),
+}
+
+
+@dataclass
+class GroupModel:
+    """One generation of a store's data, as somebody sees it who sees everything.
+
+    Attributes:
+        ack_timeout_s: how long acknowledgements are waited for.
+        views: all that were written, in order, with the time.
+        applied: incarnation → the largest epoch that it has really applied.
+        alive: incarnations whose lease lives.
+        resting: incarnations that were deactivated, and not recalled since.
+        left: incarnations that left by themselves.
+    """
+
+    ack_timeout_s: float
+    views: list[tuple[float, GroupView]] = field(default_factory=list)
+    applied: dict[str, int] = field(default_factory=dict)
+    alive: set[str] = field(default_factory=set)
+    resting: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
+
+    @property
+    def view(self) -> GroupView:
+        return self.views[-1][1] if self.views else GroupView(epoch=0)
+
+    def written(self, view: GroupView, now: float) -> None:
+        """Somebody wrote a view: may it follow?"""
+        before = self.view
+        assert view.epoch > before.epoch, "an epoch only grows"
+        for seat in view.seats:
+            self._judge(before.seat_of(seat.rank), seat, view, now)
+        assert {seat.rank for seat in before.seats} <= {seat.rank for seat in view.seats}, "a seat stays"
+        self.views.append((now, view))
+
+    def _judge(self, before: Seat | None, after: Seat, view: GroupView, now: float) -> None:
+        if before is not None and before.incarnation == after.incarnation:
+            if before.state is after.state:
+                return
+            assert (before.state, after.state) in STEPS
+            assert before.state is not RankState.GONE, "an incarnation that is gone stays gone"
+        else:
+            assert after.state is RankState.JOINING, "a new incarnation begins by joining"
+            assert after.awaited_epoch == view.epoch
+            if before is not None and before.state.is_seated:
+                assert before.incarnation not in self.alive, "a rank is taken from the dead alone"
+        if after.state is RankState.ACTIVE:
+            self._judge_activation(after, view)
+        if after.ended_by is RankEvent.LOSE:
+            assert after.incarnation not in self.alive, "who has a lease is not lost"
+        if after.ended_by is RankEvent.LEAVE:
+            assert after.incarnation in self.left
+        if after.ended_by is RankEvent.DROP:
+            self._judge_drop(after, now)
+
+    def _judge_activation(self, joiner: Seat, view: GroupView) -> None:
+        for seat in view.seats:
+            if seat.state is RankState.ACTIVE and seat.incarnation in self.alive:
+                was = self.view.state_of(seat.rank)
+                if was is RankState.ACTIVE or seat.rank == joiner.rank:
+                    assert self.applied[seat.incarnation] >= joiner.awaited_epoch, "all active ones know of it"
+        assert joiner.incarnation not in self.resting
+
+    def _judge_drop(self, dropped: Seat, now: float) -> None:
+        """Some joiner had been waiting for it for as long as acknowledgements are waited for."""
+        owed = [
+            seat
+            for seat in self.view.seats
+            if seat.state is RankState.JOINING and self.applied.get(dropped.incarnation, 0) < seat.awaited_epoch
+        ]
+        since = [written for written, view in self.views if any(view.epoch == seat.awaited_epoch for seat in owed)]
+        assert since, "nobody waited for it"
+        assert now - min(since) >= self.ack_timeout_s - 1e-6
+
+    def expected(self, healthy: dict[int, str]) -> dict[int, RankState]:
+        """The states of healthy ranks once all is quiet: active, unless they were deactivated."""
+        return {
+            rank: RankState.INACTIVE if incarnation in self.resting else RankState.ACTIVE
+            for rank, incarnation in healthy.items()
+        }

@@ -1,0 +1,418 @@
+"""A Hypothesis state machine drives the ranks of a group, over a store in memory, beside `GroupModel`.
+
+Ranks join, leave, die, hang while their lease is kept, are cut off from the store, are deactivated and recalled; they
+see the store's changes late and one by one; another writes between a rank's decision and its write; answers are lost;
+the store is wiped. A *step* is one of these. Every view that anybody writes is judged by the model; what is applied
+only grows; and whenever the machine lets things settle, all healthy ranks are as the model says and have one view.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from tests.model.group_model import GroupModel
+from tests.support.memory_store import FakeClock, MemoryData, MemoryStore, MemoryWatch
+from ucxx_transport.errors import (
+    CompactedError,
+    ConflictError,
+    DeadlineExceededError,
+    LeaseLostError,
+    NotReadyError,
+    StoreResetError,
+    StoreUnavailableError,
+)
+from ucxx_transport.registry.groups.claiming import ClaimedRank, claim_rank
+from ucxx_transport.registry.groups.group_board import GroupBoard, Listener
+from ucxx_transport.registry.groups.group_picture import GroupPicture
+from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.group_writes import change_view
+from ucxx_transport.registry.groups.member_record import MemberRecord
+from ucxx_transport.registry.groups.participant import MembershipOverError, Participant
+from ucxx_transport.registry.groups.patience import Patience
+from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
+
+STEPS = int(os.environ.get("TEST_GROUP_STEPS", "8000"))
+RULES_AN_EXAMPLE = 25
+STEPS_AN_EXAMPLE = 150
+"""About as many as 25 rules take: a third of them are bursts."""
+
+RANKS = 4
+TTL_S = 6.0
+ACK_TIMEOUT_S = 10.0
+GROUP = "g"
+VIEW = f"groups/{GROUP}/view"
+
+ranks = st.integers(0, RANKS - 1)
+
+_SHARES = {
+    "join": 6,
+    "step": 12,
+    "everybody_looks": 3,
+    "another_writes_first": 4,
+    "answer_is_lost": 2,
+    "die": 1,
+    "hang": 1,
+    "go_on": 2,
+    "cut_off": 1,
+    "mend": 2,
+    "moments_pass": 3,
+    "deactivate": 1,
+    "recall": 2,
+    "leave": 1,
+}
+WHAT = [step for step, share in _SHARES.items() for _ in range(share)]
+"""What a step of a burst is."""
+
+bursts = st.lists(st.tuples(st.sampled_from(WHAT), ranks, ranks), min_size=5, max_size=30)
+
+
+@dataclass
+class Process:
+    """One process that has a rank, or once had."""
+
+    rank: int
+    board: GroupBoard
+    store: MemoryStore
+    incarnation: str = ""
+    claimed: ClaimedRank | None = None
+    participant: Participant | None = None
+    watch: MemoryWatch | None = None
+    picture: GroupPicture | None = None
+    told: list[int] = field(default_factory=list)
+    is_dead: bool = False
+    is_hung: bool = False
+
+    @property
+    def is_member(self) -> bool:
+        """Whether it thinks so."""
+        return self.participant is not None and not self.is_dead
+
+    @property
+    def lease_id(self) -> int:
+        assert self.claimed is not None
+        return self.claimed.lease.lease_id
+
+
+class GroupMachine(RuleBasedStateMachine):
+    """See the module."""
+
+    steps: ClassVar[int] = 0
+
+    @initialize(members=st.integers(0, 3))
+    def make(self, members: int) -> None:
+        self.clock = FakeClock()
+        self.data = MemoryData(clock=self.clock)
+        self.admin = MemoryStore(self.data)
+        self.model = GroupModel(ACK_TIMEOUT_S)
+        self.processes: dict[int, Process] = {}
+        self.lives = 0
+        self.judged_revision = 0
+        for rank in range(members):
+            self.join(rank, 0)
+        self.all_look()
+
+    # what the world does by itself
+
+    def judge(self) -> None:
+        """Let the model see every change since it last looked, in order."""
+        self.data.expire()
+        for batch in self.data.history:
+            if batch.revision <= self.judged_revision:
+                continue
+            self.judged_revision = batch.revision
+            for event in batch.events:
+                if event.key == VIEW:
+                    self.model.written(GroupView.from_bytes(event.value), self.clock())
+                elif event.kind == "delete" and "/members/" in event.key:
+                    self.model.alive -= {
+                        one.incarnation for one in self.all_processes() if event.key.endswith(f"/{one.rank}")
+                    }
+
+    def all_processes(self) -> list[Process]:
+        return list(self.processes.values())
+
+    def pass_seconds(self, seconds: float) -> None:
+        """Time goes by in small pieces; keepers renew what they can."""
+        while seconds > 0:
+            self.clock.now += min(seconds, 1.0)
+            seconds -= 1.0
+            for one in self.all_processes():
+                if one.claimed is not None and not one.is_dead and one.store.reachable:
+                    self.renew(one)
+            self.judge()
+
+    def renew(self, one: Process) -> None:
+        try:
+            one.store.keep_alive(one.lease_id)
+        except (LeaseLostError, StoreUnavailableError):
+            return
+
+    def patience(self) -> Patience:
+        """For a hundred tries."""
+        tries = count()
+        return Patience(
+            deadline=100.0,
+            clock=lambda: float(next(tries)),
+            backoff_s=1e-6,
+            max_backoff_s=1e-6,
+            given_up=threading.Event(),
+        )
+
+    # what a rank does
+
+    def publish(self, one: Process) -> None:
+        self.lives += 1
+        one.incarnation = f"{one.rank}.{self.lives}"
+        wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.board.epoch, ttl_s=TTL_S)
+        self.model.alive.add(one.incarnation)
+        self.model.applied[one.incarnation] = one.board.epoch
+        one.claimed = claim_rank(one.store, GROUP, wanted, self.patience(), clock=self.clock)
+        one.board.begin(one.incarnation)
+        one.participant = Participant(one.store, one.board, one.claimed, ack_timeout_s=ACK_TIMEOUT_S, clock=self.clock)
+        one.picture = one.watch = None
+        self.judge()
+
+    def look(self, one: Process, *, batches: int) -> bool:
+        """Take so many changes and look at them; whether there was anything new."""
+        assert one.participant is not None
+        try:
+            return self.look_once(one, one.participant, batches)
+        except (ConflictError, CompactedError, StoreResetError, StoreUnavailableError):
+            one.picture = one.watch = None
+            one.participant.begin_anew()
+            return one.store.reachable
+        except (MembershipOverError, LeaseLostError) as over:
+            event = over.event if isinstance(over, MembershipOverError) else RankEvent.LOSE
+            self.drop_out(one, event)
+            return True
+        finally:
+            self.judge()
+
+    def look_once(self, one: Process, participant: Participant, batches: int) -> bool:
+        is_new = one.watch is None or one.picture is None
+        if one.watch is None or one.picture is None:
+            one.picture = GroupPicture.of(GROUP, one.store.snapshot(f"groups/{GROUP}/"))
+            one.watch = one.store.watch(f"groups/{GROUP}/", after=one.picture.revision)
+        for _ in range(batches):
+            batch = one.watch.next(0.0)
+            if batch is None:
+                break
+            is_new = True
+            one.picture = one.picture.after(batch)
+        revision = self.data.revision
+        participant.look(one.picture)
+        return is_new or self.data.revision != revision
+
+    def drop_out(self, one: Process, event: RankEvent) -> None:
+        one.board.end(event, NotReadyError("over"))
+        one.participant = None
+        lease_id, one.claimed = one.lease_id, None
+        self.admin.revoke(lease_id)
+        self.judge()
+
+    def member(self, rank: int) -> Process | None:
+        one = self.processes.get(rank)
+        return one if one is not None and one.is_member and not one.is_hung else None
+
+    # steps, each of a rank and maybe another
+
+    def join(self, rank: int, _: int) -> None:
+        self.data.expire()
+        one = self.processes.get(rank)
+        key_is_there = f"groups/{GROUP}/members/{rank}" in self.data.entries
+        if key_is_there or (one is not None and (one.is_member or not one.store.reachable)):
+            return
+        if one is None or one.is_dead:
+            one = self.processes[rank] = Process(rank, GroupBoard(GROUP, rank), self.admin.beside())
+            one.board.listen(Listener(on_view=partial(self.note_applied, one)))
+        self.publish(one)
+
+    def note_applied(self, one: Process, view: GroupView) -> None:
+        assert not one.told or view.epoch > one.told[-1], "what a process applies only grows, whatever the store does"
+        one.told.append(view.epoch)
+        self.model.applied[one.incarnation] = view.epoch
+
+    def step(self, rank: int, batches: int) -> None:
+        one = self.member(rank)
+        if one is not None:
+            self.look(one, batches=batches)
+
+    def everybody_looks(self, first: int, _: int) -> None:
+        for rank in (*range(first, RANKS), *range(first)):
+            self.step(rank, 100)
+
+    def another_writes_first(self, rank: int, other: int) -> None:
+        """`other` looks between `rank`'s decision and its write."""
+        one, rival = self.member(rank), self.member(other)
+        if one is None or rival is None or one is rival:
+            return
+        raced: list[str] = []
+
+        def race(key: str) -> None:
+            if key == VIEW and not raced:
+                raced.append(key)
+                self.look(rival, batches=100)
+
+        one.store.before_put = race
+        self.look(one, batches=100)
+        one.store.before_put = lambda _: None
+
+    def answer_is_lost(self, rank: int, _: int) -> None:
+        one = self.member(rank)
+        if one is not None:
+            one.store.lose_answers = 1
+            self.look(one, batches=100)
+            one.store.lose_answers = 0
+
+    def die(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_dead = True
+
+    def hang(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_hung = True
+
+    def go_on(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].is_hung = False
+
+    def cut_off(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].store.reachable = False
+
+    def mend(self, rank: int, _: int) -> None:
+        if rank in self.processes:
+            self.processes[rank].store.reachable = True
+
+    def moments_pass(self, tenths: int, _: int) -> None:
+        self.pass_seconds(0.1 + tenths / 10)
+
+    def deactivate(self, rank: int, other: int) -> None:
+        one = self.member(rank)
+        if one is None or not one.store.reachable:
+            return
+        seat = self.model.view.seat_of(other)
+        change_view(one.store, GROUP, RankEvent.DEACTIVATE, [other], self.patience())
+        self.judge()
+        if seat is not None and seat.state in (RankState.JOINING, RankState.ACTIVE):
+            self.model.resting.add(seat.incarnation)
+
+    def recall(self, rank: int, other: int) -> None:
+        one, seat = self.member(rank), self.model.view.seat_of(other)
+        if one is None or not one.store.reachable or seat is None or not seat.state.is_seated:
+            return
+        self.model.resting.discard(seat.incarnation)
+        change_view(one.store, GROUP, RankEvent.RECALL, [other], self.patience())
+        self.judge()
+
+    def leave(self, rank: int, _: int) -> None:
+        one = self.member(rank)
+        if one is None:
+            return
+        self.model.left.add(one.incarnation)
+        with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
+            change_view(one.store, GROUP, RankEvent.LEAVE, [rank], self.patience(), incarnation=one.incarnation)
+        self.judge()
+        self.drop_out(one, RankEvent.LEAVE)
+
+    # rules
+
+    @rule(what=st.sampled_from(sorted(_SHARES)), rank=ranks, other=ranks)
+    def one_step(self, what: str, rank: int, other: int) -> None:
+        GroupMachine.steps += 1
+        getattr(self, what)(rank, other)
+
+    @rule(steps=bursts)
+    def burst(self, steps: list[tuple[str, int, int]]) -> None:
+        GroupMachine.steps += len(steps)
+        for what, rank, other in steps:
+            getattr(self, what)(rank, other)
+
+    @rule(seconds=st.sampled_from([5.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        GroupMachine.steps += 1
+        self.pass_seconds(seconds)
+
+    @precondition(lambda self: self.processes)
+    @rule(really=st.booleans())
+    def wipe(self, *, really: bool) -> None:
+        GroupMachine.steps += 1
+        if not really:
+            return
+        self.judge()
+        self.data.wipe()
+        self.judged_revision = 0
+        applied = self.model.applied
+        self.model = GroupModel(ACK_TIMEOUT_S, applied=applied)
+
+    @rule()
+    def settles(self) -> None:
+        """Cables are mended, time passes, and all who can look do: then all is as it should be."""
+        GroupMachine.steps += 1
+        for one in self.all_processes():
+            one.store.reachable = True
+        for _ in range(4):
+            self.pass_seconds(ACK_TIMEOUT_S / 2)
+            self.all_look()
+        healthy = {
+            one.rank: one.incarnation
+            for one in self.all_processes()
+            if one.is_member and not one.is_hung and one.incarnation in self.model.alive
+        }
+        view = self.model.view
+        found = {rank: view.state_of(rank) for rank in healthy}
+        assert found == self.model.expected(healthy)
+        for rank, incarnation in healthy.items():
+            assert view.seats_incarnation(rank, incarnation)
+            assert self.processes[rank].board.view == view
+            assert self.processes[rank].board.state.state is found[rank]
+        if healthy:  # else there is nobody who could say that others are gone
+            hung = {one.rank for one in self.all_processes() if one.is_hung and not one.is_dead}
+            assert set(view.ranks) - hung <= set(healthy)
+            assert all(seat.state is not RankState.JOINING for seat in view.seats)
+
+    def all_look(self) -> None:
+        quiet = 0
+        for _ in range(200):
+            self.clock.now += 0.1
+            members = [one for one in self.all_processes() if self.member(one.rank) is one]
+            news = [self.look(one, batches=100) for one in members]
+            quiet = 0 if any(news) else quiet + 1
+            if quiet > RANKS:  # everybody's turn has come
+                return
+        raise AssertionError("it never settles")
+
+    def teardown(self) -> None:
+        if hasattr(self, "model"):
+            self.settles()
+            for one in self.all_processes():
+                one.store.close()
+
+
+def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[str, Any]]) -> None:
+    GroupMachine.steps = 0
+    while GroupMachine.steps < STEPS:
+        run_state_machine_as_test(
+            GroupMachine,
+            settings=settings(
+                max_examples=-(-(STEPS - GroupMachine.steps) // STEPS_AN_EXAMPLE),
+                stateful_step_count=RULES_AN_EXAMPLE,
+                deadline=None,
+                database=None,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        log_events.clear()
+    assert GroupMachine.steps >= STEPS

@@ -1,0 +1,247 @@
+"""A GPU of pretence: real bytes, moved when a real GPU would be allowed to move them at the latest.
+
+Its arrays lie in ordinary memory that they hide. A copy that was begun moves nothing until somebody waits for it, or
+the test says that the GPU has got so far (`finish`): whoever reads, reuses or hands on too early gets the wrong bytes.
+Copies to or from memory that is not page-locked are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucxx_transport.cuda import DeviceArray, PageLocking, Upload
+from ucxx_transport.cuda.runtime import Bytes
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.dtypes import DType
+from ucxx_transport.schema.tensors import Array
+
+__all__ = ["POISON", "FakeArray", "FakeGpu", "FakeLeaves", "FakeReceiver", "FakeUpload"]
+
+POISON = 0xA5
+"""What memory of the device holds before anything was copied there."""
+
+
+class FakeGpu:
+    """What has happened on it, in order, and what is still to happen.
+
+    Attributes:
+        log: what was asked of it, in order.
+        registered: bytes by address, page-locked now.
+        refuse: the status of every further `host_register`, 0 to let it succeed.
+        on_wait: called before the host waits for copies.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.registered: dict[int, int] = {}
+        self.refuse = 0
+        self.unregister_status = 0
+        self.on_wait: Callable[[], object] = lambda: None
+        self.downloads: list[tuple[int, Array, Array]] = []
+        self.uploads: list[FakeUpload] = []
+
+    def array(self, values: Array, device: int = 0) -> FakeArray:
+        return FakeArray(self, values, device)
+
+    def is_page_locked(self, array: Array) -> bool:
+        start: int = array.__array_interface__["data"][0]
+        return any(
+            first <= start and start + array.nbytes <= first + nbytes for first, nbytes in self.registered.items()
+        )
+
+    def finish(self) -> None:
+        """The GPU has done all that it was asked for."""
+        for upload in self.uploads:
+            upload.land()
+        self.uploads.clear()
+        self.land()
+
+    def land(self, device: int | None = None) -> None:
+        waiting, self.downloads = self.downloads, []
+        for entry in waiting:
+            number, source, target = entry
+            if device in (None, number):
+                assert self.is_page_locked(target), "its target was unlocked under the copy"
+                target[...] = source
+            else:
+                self.downloads.append(entry)
+
+    def counts(self) -> dict[str, int]:
+        """How often each thing was asked for."""
+        words = [entry.partition(" ")[0] for entry in self.log]
+        return {word: words.count(word) for word in dict.fromkeys(words)}
+
+
+class FakeArray:
+    """An array on the pretended GPU; another library than numpy cannot look into it."""
+
+    def __init__(self, gpu: FakeGpu, values: Array, device: int) -> None:
+        self.gpu = gpu
+        self.device = device
+        self._values = values
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": self._values.shape, "typestr": "|V1", "data": (0, False), "version": 3}
+
+    def seen_by_the_gpu(self) -> Array:
+        return self._values
+
+
+class FakePageLocking:
+    """See `PageLocking`."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu = gpu
+
+    def host_register(self, address: int, nbytes: int) -> int:
+        if self._gpu.refuse:
+            return self._gpu.refuse
+        self._gpu.log.append(f"register {nbytes}")
+        self._gpu.registered[address] = nbytes
+        return 0
+
+    def host_unregister(self, address: int) -> int:
+        nbytes = self._gpu.registered.pop(address)
+        mapped = "mapped" if _is_mapped(address, nbytes) else "unmapped"
+        self._gpu.log.append(f"unregister {nbytes} {mapped}")
+        return self._gpu.unregister_status
+
+    def error_words(self, status: int) -> str:
+        return f"the GPU's words (error {status})"
+
+
+class FakeLeaves:
+    """See `LeafRuntime`.
+
+    Attributes:
+        fail_at: which copy of those begun fails, counted from 0; None: none.
+    """
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+        self.fail_at: int | None = None
+
+    def __call__(self, leaf: object, field: str) -> FakeLeaves:
+        del leaf, field
+        return self
+
+    def adopt(self, leaf: object, field: str) -> DeviceArray:
+        if not isinstance(leaf, FakeArray):
+            raise ConfigError(f"field {field!r}: not of this library", field=field)
+        return self._array(leaf.seen_by_the_gpu(), leaf.device)
+
+    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
+        self.gpu.log.append(f"convert {field} {array.dtype.name} {dtype.name}")
+        with np.errstate(all="ignore"):
+            return self._array(array.array.astype(dtype), array.device)
+
+    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
+        values = array.array
+        return (int(values.min()), int(values.max())) if values.size else None
+
+    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
+        return not np.array_equal(np.isfinite(wide.array), np.isfinite(narrow.array))
+
+    def copy_to_host(self, array: DeviceArray, target: Array) -> None:
+        begun = self.gpu.counts().get("download", 0)
+        self.gpu.log.append(f"download {array.array.nbytes}")
+        assert self.gpu.is_page_locked(target), "a copy to pageable memory"
+        assert target.flags.c_contiguous
+        assert (target.shape, target.dtype) == (array.shape, array.dtype)
+        # what a failing call may have begun, it has begun
+        self.gpu.downloads.append((array.device, array.array, target))
+        if begun == self.fail_at:
+            raise RuntimeError("the GPU fell over")
+
+    def wait(self, device: int) -> None:
+        self.gpu.log.append(f"wait {device}")
+        self.gpu.on_wait()
+        self.gpu.land(device)
+
+    def to_host(self, array: DeviceArray) -> Array:
+        self.gpu.log.append(f"to_host {array.array.nbytes}")
+        copied: Array = array.array.copy()
+        return copied
+
+    def page_locking(self, device: int) -> PageLocking:
+        del device
+        return FakePageLocking(self.gpu)
+
+    def _array(self, values: Array, device: int) -> DeviceArray:
+        return DeviceArray(runtime=self, array=values, shape=values.shape, dtype=values.dtype, device=device)
+
+
+class FakeReceiver:
+    """See `Receiver`."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    @property
+    def name(self) -> str:
+        return "fake:0"
+
+    def page_locking(self) -> PageLocking:
+        return FakePageLocking(self.gpu)
+
+    def upload(self, source: Bytes) -> Upload:
+        self.gpu.log.append(f"upload {source.nbytes}")
+        assert self.gpu.is_page_locked(source), "a copy from pageable memory"
+        upload = FakeUpload(self.gpu, source)
+        self.gpu.uploads.append(upload)
+        return upload
+
+
+class FakeUpload:
+    """See `Upload`."""
+
+    def __init__(self, gpu: FakeGpu, source: Bytes) -> None:
+        self._gpu = gpu
+        # the address alone, as a GPU has it: what holds the source is the caller's business
+        self._source = (source.__array_interface__["data"][0], source.nbytes)
+        self._memory = np.full(source.nbytes, POISON, np.uint8)
+        self._landed = False
+
+    @property
+    def done(self) -> bool:
+        return self._landed
+
+    def wait(self) -> None:
+        self._gpu.log.append("wait upload")
+        self._gpu.finish()
+
+    def ready(self) -> None:
+        self._gpu.log.append("ready")
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> FakeArray:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self._gpu.array(self._memory[offset : offset + nbytes].view(dtype).reshape(shape))
+
+    def land(self) -> None:
+        address, nbytes = self._source
+        if nbytes and not self._landed:
+            source = np.asarray(_Raw(address, nbytes))
+            assert self._gpu.is_page_locked(source), "its source was unlocked under the copy"
+            self._memory[:] = source
+        self._landed = True
+
+
+class _Raw:
+    """Bytes at an address, whoever has them now."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, True), "version": 3}
+
+
+def _is_mapped(address: int, nbytes: int) -> bool:
+    first = address
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(word, 16) for word in line.split(" ", 1)[0].split("-"))
+        if start <= first < end:
+            first = end
+    return first >= address + nbytes
