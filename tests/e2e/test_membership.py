@@ -378,6 +378,12 @@ def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: 
             ended(second)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether none of its threads runs any more: some may still do when the signal is sent."""
+    states = [task.read_bytes().rpartition(b")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {b"T"}
+
+
 def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, told: Told) -> None:
     with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
@@ -386,6 +392,7 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
         server = running.ask(server_pid=True)["server"]
         os.kill(server, signal.SIGSTOP)  # so that it neither answers nor breaks the connection
+        wait_until(lambda: is_stopped(server), MINUTE, what="it has stopped")
         errors: list[BaseException] = []
 
         def read() -> None:

@@ -48,8 +48,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.asked_by: list[threading.Thread] = []
 
     def __call__(self) -> float:
+        self.asked_by.append(threading.current_thread())
         return self.now_s
 
 
@@ -424,20 +426,22 @@ def test_waiting_says_why_it_was_in_vain(front: StoreInFront, source: FakeSource
 
 def test_whoever_waits_while_it_stops_is_told(front: StoreInFront, source: FakeSource) -> None:
     front.reachable = False
+    clock = Clock()
     outcome: list[BaseException] = []
-    publisher = HeartbeatPublisher(front, "w", source, FAST)
+    publisher = HeartbeatPublisher(front, "w", source, FAST, clock=clock)
     publisher.start()
 
     def wait() -> None:
         try:
-            publisher.wait_published(MINUTE)
+            publisher.wait_published(100 * MINUTE)
         except TransportError as error:
             outcome.append(error)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
+    wait_until(lambda: clock.asked_by.count(waiting) == 2, MINUTE, what="it is about to wait")
     publisher.stop()
-    waiting.join()
+    waiting.join(MINUTE)
     assert [type(error) for error in outcome] == [ConfigError]
 
 

@@ -33,8 +33,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.asked_by: list[threading.Thread] = []
 
     def __call__(self) -> float:
+        self.asked_by.append(threading.current_thread())
         return self.now_s
 
 
@@ -144,11 +146,13 @@ def test_a_store_that_cannot_be_reached_is_no_dead_source(
 def test_what_changes_while_it_is_cut_off_is_told_after_it(
     front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
 ) -> None:
+    publish(store, "c")
+    told.wait_for("+a1", "+b1", "+c1")
     with cut_off(front, watcher):
         store.delete("sources/a")
         publish(store, "b", epoch=2)
-        publish(store, "c")
-    told.wait_for("+a1", "+b1", "-a1", "-b1", "+b2", "+c1")
+        publish(store, "d")
+    told.wait_for("+a1", "+b1", "+c1", "-a1", "-b1", "+b2", "+d1")
 
 
 def test_after_a_compaction_while_it_was_cut_off_exactly_what_is_there_is_known(
@@ -410,20 +414,22 @@ def test_waiting_for_a_watcher_that_does_not_run_is_refused(front: StoreInFront)
 
 
 def test_a_stop_ends_the_waiting(front: StoreInFront) -> None:
-    watcher = SourceWatcher(front)
+    clock = Clock()
+    watcher = SourceWatcher(front, clock=clock)
     watcher.start()
     errors: list[BaseException] = []
 
     def wait() -> None:
         try:
-            watcher.wait_for(1, MINUTE)
+            watcher.wait_for(1, 100 * MINUTE)
         except ConfigError as error:
             errors.append(error)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
+    wait_until(lambda: clock.asked_by.count(waiting) == 2, MINUTE, what="it is about to wait")
     watcher.stop()
-    waiting.join()
+    waiting.join(MINUTE)
     assert ["stopped" in str(error) for error in errors] == [True]
 
 
