@@ -1,18 +1,17 @@
-"""Groups of processes on a store in a file: they join when they are ready, and are killed at the worst moments."""
+"""Groups of processes on stores of both kinds: they join when they are ready, and are killed at the worst moments."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.programs import Program, program
+from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
-from ucxx_transport import open_store
 from ucxx_transport.registry import GroupView, RankState
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.store import Store
@@ -27,10 +26,11 @@ SHORT_LIVED_S = 1.0
 class Cluster:
     """Processes that are ranks, and a look into their store."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.url = f"local://{folder / 'store.sqlite'}"
+    def __init__(self, rig: StoreRig, stack: ExitStack) -> None:
+        self.url = rig.url
         self.stack = stack
-        self.store: Store = stack.enter_context(open_store(self.url))
+        self.store: Store = rig.open()
+        self.store.identity()  # a file is made by whoever asks first
 
     def start(self, rank: int, *, interval_s: float = SHORT_LIVED_S, ack_timeout_s: float = MINUTE) -> Program:
         """A process that has not joined."""
@@ -63,9 +63,10 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def cluster(own_rig: StoreRig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("UCXX_TRANSPORT_STORE__NAMESPACE", str(own_rig.settings["namespace"]))
     with ExitStack() as stack:
-        yield Cluster(tmp_path, stack)
+        yield Cluster(own_rig, stack)
 
 
 def state_of(one: Program) -> dict[str, Any]:
