@@ -28,6 +28,8 @@ OWN_SUBJECTS = {
     "ucx_tcp_sync": "ucx",
     "memcpy": "memcpy",
 }
+pytestmark = pytest.mark.long
+
 TINY = ["--sizes", "4KiB,64KiB", "--rounds", "1", "--turn-s", "0", "--max-slots", "8"]
 
 

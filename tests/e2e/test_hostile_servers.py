@@ -133,7 +133,6 @@ LIES: dict[str, tuple[bytes, type[TransportError], str]] = {
     "garbage": (bytes(range(256)) * 100, ProtocolError, "not a ucxx_transport reply"),
     "a longer message": (GOOD + bytes(4096), PeerLostError, "longer than the buffer"),
     "stale": (encode_error(Status.STALE, "gone"), StaleSlotError, "gone"),
-    "not ready": (encode_error(Status.NOT_READY, "soon"), NotReadyError, "soon"),
     "busy": (encode_error(Status.BUSY, "later"), BusyError, "later"),
     "internal": (encode_error(Status.INTERNAL, "broken"), PeerLostError, "broken"),
     "unauthorized": (encode_error(Status.UNAUTHORIZED, "no"), AuthenticationError, "no"),
@@ -150,6 +149,17 @@ def test_lie_in_a_reply_is_the_right_error(good: ServedRing, name: str) -> None:
             found, text = await read_from(client, answering(message), REF)
             assert found is cls, text
             assert any(word in text for word in words.split("|")), text
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_says_not_ready_and_no_more_costs_a_read_its_deadline(good: ServedRing) -> None:
+    async def scenario() -> None:
+        async with checked_client(good) as client:
+            late = encode_error(Status.NOT_READY, "soon")
+            found, _ = await read_from(client, answering(late), REF, deadline_s=1.0)
+            assert found in {NotReadyError, DeadlineExceededError}
+            assert client.statistics().not_ready > 0
 
     asyncio.run(scenario())
 

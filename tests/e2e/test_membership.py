@@ -28,6 +28,8 @@ from ucxx_transport import (
 from ucxx_transport.registry import SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.orphans import sweep_orphans
 
+pytestmark = pytest.mark.long
+
 MINUTE = 60
 INTERVAL_S = 0.4
 TTL_S = 3 * INTERVAL_S

@@ -16,6 +16,8 @@ from ucxx_transport.registry import GroupView, RankState
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.store import Store
 
+pytestmark = pytest.mark.long
+
 MINUTE = 60.0
 LONG_LIVED_S = 20.0
 """An interval whose lease outlives a test, unless it is revoked."""

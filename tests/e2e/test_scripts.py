@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".ci/run", ".ci/frameworks"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".ci/run", ".ci/frameworks", ".ci/long"]
 
 
 @pytest.fixture
