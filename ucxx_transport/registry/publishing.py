@@ -19,6 +19,7 @@ from ucxx_transport.errors import (
     ProtocolError,
     StorePermissionError,
     StoreResetError,
+    StoreUnavailableError,
     TransportError,
 )
 from ucxx_transport.registry.backoff import pause_s
@@ -135,6 +136,8 @@ class Publishing:
                 self._fail(error)
                 return None
             except TransportError as error:
+                if isinstance(error, StoreUnavailableError):
+                    self._double = None  # while nobody could look, a dead one's lease may have been given time anew
                 late = self._clock() - began_s >= self._config.publish_timeout_s
                 if late and self._config.on_timeout == "stop":
                     self._fail(error)

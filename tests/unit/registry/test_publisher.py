@@ -345,6 +345,29 @@ def test_another_worker_of_this_id_is_left_alone_and_waited_for(store: Store, so
     assert stored(store) == other
 
 
+def test_the_time_of_an_outage_makes_no_double_of_a_dead_worker(
+    front: StoreInFront, store: Store, source: FakeSource
+) -> None:
+    other = record("w", 7, session="f" * 32, ttl_s=1.0)
+    store.put(KEY, other.to_bytes())
+    clock = Clock()
+    with HeartbeatPublisher(front, "w", source, FAST, clock=clock) as publisher:
+
+        def looks(times: int) -> None:
+            before = publisher.statistics().attempts
+            wait_until(lambda: publisher.statistics().attempts > before + times, MINUTE, what="it looks again")
+
+        looks(1)
+        front.reachable = False
+        looks(1)
+        clock.now_s += 2 * other.ttl_s + 1.5  # in which a store that restarts gives its leases their time anew
+        front.reachable = True
+        looks(2)
+        assert publisher.state is PublisherState.PUBLISHING
+        store.delete(KEY)
+        assert publisher.wait_published(MINUTE) == 1
+
+
 def test_the_place_of_another_worker_that_ends_is_taken(store: Store, source: FakeSource) -> None:
     store.put(KEY, b"of another version")
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
