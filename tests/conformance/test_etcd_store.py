@@ -28,6 +28,8 @@ from ucxx_transport.errors import (
 from ucxx_transport.registry import open_store
 from ucxx_transport.registry.store import Batch, Store, Watch
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 20.0
 PASSWORD = "correct horse"
 Open = Callable[..., Store]

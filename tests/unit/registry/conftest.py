@@ -29,6 +29,13 @@ SHORT_LIVED = replace(CONFIG, interval_s=0.4)
 """For tests in which a lease must end by itself, or be seen to outlive its time."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Together they take minutes, so continuous integration runs them where it runs what they are part of."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.long)
+
+
 class Ranks:
     """Ranks of one group, each with its own way to one store; all leave at the end."""
 
