@@ -457,7 +457,7 @@ def _answer(connection: socket.socket, answer: bytes, forever: bytes, ended: thr
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", ConfigError),
+        (b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", ConfigError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", StoreUnavailableError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", StoreUnavailableError),
         (b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\n\r\n", StoreUnavailableError),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -173,6 +174,18 @@ def test_nothing_but_the_file_is_left(opened: Callable[..., LocalStore], path: P
     assert sorted(found.name for found in path.parent.iterdir()) == [path.name, f"{path.name}-inode"]
 
 
+@pytest.fixture
+def default_place() -> Iterator[None]:
+    """The default's folder is left as it was: a program of this user may have its store there."""
+    folders = [Path(base) / f"ucxx-stores-{os.geteuid()}" for base in ("/dev/shm", tempfile.gettempdir())]
+    there = [folder for folder in folders if folder.exists()]
+    yield
+    for folder in folders:
+        if folder not in there:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("default_place")
 def test_the_default_store_is_in_a_folder_of_this_users_own() -> None:
     with open_store("local://", StoreConfig(namespace=f"test-{os.getpid()}")) as store:
         store.put("a", b"")
