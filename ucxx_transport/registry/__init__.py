@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ucxx_transport.registry.signals import exit_on_sigterm
     from ucxx_transport.registry.source_record import SourceRecord, SourceStatus
     from ucxx_transport.registry.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
-    from ucxx_transport.registry.watcher import SourceWatcher, WatcherStatistics
+    from ucxx_transport.registry.watcher import SourceWatcher
+    from ucxx_transport.registry.watcher_statistics import WatcherStatistics
 
 _HOMES = {
     "groups.group": ("RankGroup",),
@@ -37,7 +38,8 @@ _HOMES = {
     "signals": ("exit_on_sigterm",),
     "source_record": ("SourceRecord", "SourceStatus"),
     "store": ("Batch", "Entry", "Event", "Lease", "Snapshot", "Store", "Watch"),
-    "watcher": ("SourceWatcher", "WatcherStatistics"),
+    "watcher": ("SourceWatcher",),
+    "watcher_statistics": ("WatcherStatistics",),
 }
 
 __all__ = [

@@ -16,7 +16,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Final, Self
@@ -37,6 +36,8 @@ from ucxx_transport.registry.opening import open_store
 from ucxx_transport.registry.source_record import SourceRecord, SourceStatus
 from ucxx_transport.registry.source_view import SourceChange, SourceView
 from ucxx_transport.registry.store import Store, Watch
+from ucxx_transport.registry.subscription import Listener, Subscription
+from ucxx_transport.registry.watcher_statistics import WatcherStatistics
 
 _log = structlog.get_logger(__name__)
 
@@ -46,41 +47,6 @@ _TURN_S: Final = 0.5
 """How long one look at the watch takes at most: a stop is noticed after that even if the store's client is stuck."""
 _FIRST_PAUSE_S: Final = 0.05
 _MOST_PAUSE_S: Final = 2.0
-
-Listener = Callable[[SourceRecord], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatcherStatistics:
-    """What a watcher has seen.
-
-    Attributes:
-        sources: known now. adds, updates, removes: told, ever. resyncs: snapshots taken. resets: stores found wiped.
-        failures: calls and watches that the store did not answer. malformed: records that are none.
-        listener_errors: exceptions of listeners.
-        synced: whether what is known is up to date, as far as the store's last answer goes.
-    """
-
-    sources: int
-    adds: int
-    updates: int
-    removes: int
-    resyncs: int
-    resets: int
-    failures: int
-    malformed: int
-    listener_errors: int
-    synced: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Subscription:
-    on_add: Listener | None
-    on_update: Listener | None
-    on_remove: Listener | None
-
-    def listener_of(self, kind: str) -> Listener | None:
-        return {"add": self.on_add, "update": self.on_update, "remove": self.on_remove}[kind]
 
 
 class SourceWatcher:
@@ -120,7 +86,7 @@ class SourceWatcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._subscriptions: list[_Subscription] = []
+        self._subscriptions: list[Subscription] = []
         self._telling = threading.RLock()
         self._counts = dict.fromkeys(("add", "update", "remove", "resyncs", "resets", "failures", "listener_errors"), 0)
         self._synced = False
@@ -169,7 +135,7 @@ class SourceWatcher:
         Returns:
             What ends it.
         """
-        subscription = _Subscription(on_add, on_update, on_remove)
+        subscription = Subscription(on_add, on_update, on_remove)
         with self._telling:
             with self._changed:
                 known = self._view.sources
@@ -348,7 +314,7 @@ class SourceWatcher:
                     if subscription in self._subscriptions:
                         self._tell(subscription, one)
 
-    def _tell(self, subscription: _Subscription, change: SourceChange) -> None:
+    def _tell(self, subscription: Subscription, change: SourceChange) -> None:
         listener = subscription.listener_of(change.kind)
         if listener is None:
             return

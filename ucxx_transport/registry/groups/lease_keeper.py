@@ -9,6 +9,7 @@ from typing import Final, Protocol
 import structlog
 
 from ucxx_transport.errors import LeaseLostError, RegistryError
+from ucxx_transport.registry.keeper import keep_twice
 from ucxx_transport.registry.store import Store
 
 __all__ = ["KeeperFactory", "LeaseKeeper", "ThreadKeeper"]
@@ -41,8 +42,8 @@ class ThreadKeeper:
     Args:
         store: where the lease is.
         interval_s: between two renewals.
-        on_lost: called once, in the keeper's thread, when the store answers that the lease has ended. A store that does
-            not answer says nothing: it is asked again, for as long as it takes.
+        on_lost: called once, in the keeper's thread, when the store answers twice that the lease has ended. A store
+            that does not answer says nothing: it is asked again, for as long as it takes.
     """
 
     def __init__(self, store: Store, interval_s: float, on_lost: Callable[[], None]) -> None:
@@ -71,7 +72,7 @@ class ThreadKeeper:
         unanswered = 0
         while not self._stopping.wait(pause_s):
             try:
-                self._store.keep_alive(lease_id, timeout_s=self._interval_s)
+                keep_twice(self._store, lease_id, timeout_s=self._interval_s)
             except LeaseLostError as error:
                 self._lost(lease_id, error)
                 return
