@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.waiting import wait_until
+from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.registry.groups.lease_keeper import ThreadKeeper
 
 TTL_S = 1.5
@@ -60,6 +61,26 @@ def test_a_lost_lease_is_told_once(kept: Kept) -> None:
     assert kept.lost.wait(10)
     kept.keeper.stop()
     assert kept.losses == 1
+
+
+class Mistaken(MemoryStore):
+    """Says once, of the first renewal, that there is no such lease."""
+
+    has_said_so = False
+
+    def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
+        if not self.has_said_so:
+            self.has_said_so = True
+            raise LeaseLostError("no such lease", lease_id=lease_id)
+        return super().keep_alive(lease_id, timeout_s=timeout_s)
+
+
+def test_one_answer_that_there_is_no_lease_is_no_lost_lease() -> None:
+    kept = Kept(Mistaken(MemoryData()))
+    kept.keeper.start(kept.lease.lease_id)
+    wait_until(lambda: kept.keeper.renewals >= 2 or kept.losses, what="it goes on, or does not")
+    kept.keeper.stop()
+    assert kept.losses == 0
 
 
 def test_a_store_that_does_not_answer_is_asked_again_and_is_no_lost_lease(
