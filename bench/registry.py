@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.support.etcd_server import EtcdServer, find_etcd
+from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.cli.bench.host import commit_of, host_facts
@@ -278,21 +279,15 @@ class Removal:
     most_s: float
 
 
-def keeper_of(pid: int) -> int:
-    """The process that keeps a worker's lease."""
-    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, entry.read_text().split()):
-            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return child
-    raise SystemExit("the worker has no keeper")
-
-
 def end_worker(running: Program, end: str) -> None:
     """End a worker one way."""
     if end == "stop":
         running.tell(stop=True)
     elif end == "both":
-        os.kill(keeper_of(running.pid), signal.SIGKILL)
+        keeper = keeper_of(running.pid)
+        if keeper is None:
+            raise SystemExit("the worker has no keeper")
+        os.kill(keeper, signal.SIGKILL)
         running.signal(signal.SIGKILL)
     else:
         running.signal({"term": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}[end])

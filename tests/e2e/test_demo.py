@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import pytest
 
+from tests.support.long import long
 from tests.support.waiting import wait_until
 from ucxx_transport.cli.demo.leftovers import run_processes, run_segments
 from ucxx_transport.ring.orphans import sweep_orphans
@@ -65,9 +66,7 @@ def children_of(process: subprocess.Popen[str]) -> dict[int, str]:
     return runs
 
 
-@pytest.mark.parametrize(
-    ("local", "transports"), [("mixed", {"view", "ucx"}), pytest.param("off", {"ucx"}, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("local", "transports"), [("mixed", {"view", "ucx"}), long("off", {"ucx"})])
 def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
     tmp_path: Path, local: str, transports: set[str]
 ) -> None:
@@ -118,7 +117,9 @@ def test_a_goal_out_of_reach_is_said_and_a_worker_that_dies_meanwhile_is_replace
     assert summary["segments_left"] == summary["processes_left"] == []
 
 
-@pytest.mark.parametrize("words", [": started", "mean return"], ids=["while starting", "while training"])
+@pytest.mark.parametrize(
+    "words", [long(": started", id="while starting"), pytest.param("mean return", id="while training")]
+)
 def test_ctrl_c_exits_130_and_leaves_nothing_behind(tmp_path: Path, words: str) -> None:
     with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "1000000") as process:
         read_until(process.stderr, words)

@@ -10,16 +10,21 @@ import structlog
 
 from tests.soak.kill_soak import VICTIMS, KillSoak
 from tests.soak.summary import SoakSettings, Summary
+from tests.support.long import long
 
 log = structlog.get_logger(__name__)
 
 
-@pytest.mark.parametrize(("cycles", "shm_lanes"), [(24, False), (8, True)], ids=["tcp", "shm"])
+@pytest.mark.parametrize(
+    ("cycles", "lanes"),
+    [pytest.param(8, "tcp", id="tcp"), long(24, "tcp", id="tcp for longer"), long(8, "shm", id="shm")],
+)
 def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
     cycles: int,
-    shm_lanes: bool,
+    lanes: str,
     tmp_path: Path,
 ) -> None:
+    shm_lanes = lanes == "shm"
     seed = random.SystemRandom().randrange(1 << 32)
     log.info("soak", seed=seed, repeat=f"scripts/soak --cycles {cycles} --seed {seed}{' --shm-lanes' * shm_lanes}")
     summary = KillSoak(SoakSettings(cycles=cycles, seed=seed, shm_lanes=shm_lanes), tmp_path).run()

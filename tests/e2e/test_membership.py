@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
@@ -255,7 +256,9 @@ def test_a_lost_keeper_is_replaced(host: StoreRig, told: Told) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
         wait_until(lambda: keeper_keeps(running), MINUTE, what="the keeper keeps")
-        os.kill(keeper_of(running.pid), signal.SIGKILL)
+        keeper = keeper_of(running.pid)
+        assert keeper is not None
+        os.kill(keeper, signal.SIGKILL)
         wait_until(lambda: keeper_keeps(running, restarts=1), MINUTE, what="another keeper keeps")
         running.ask(hold=2 * TTL_S)
         assert told.of("remove") == []
@@ -265,14 +268,6 @@ def test_a_lost_keeper_is_replaced(host: StoreRig, told: Told) -> None:
 def keeper_keeps(running: Program, restarts: int = 0) -> bool:
     statistics = running.ask(look=True)["statistics"]
     return bool(statistics["keeper_keeps"]) and statistics["keeper_restarts"] == restarts
-
-
-def keeper_of(pid: int) -> int:
-    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, entry.read_text().split()):
-            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return child
-    raise AssertionError("no keeper")
 
 
 def test_a_reaped_source_publishes_itself_anew(host: StoreRig, store: Store, told: Told) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
@@ -173,3 +174,22 @@ def test_a_process_that_was_stopped_for_longer_than_its_lease_finds_out_and_join
     second.signal(signal.SIGCONT)
     until(lambda: state_of(second)["state"] == "gone", "it finds out")
     assert second.ask(join=MINUTE)["active"] == [0, 1]
+
+
+def test_a_busy_interpreter_costs_a_rank_nothing(cluster: Cluster) -> None:
+    first, second = cluster.joined(0, 1)
+    epoch = cluster.view.epoch
+    second.tell(hold=3 * 3 * SHORT_LIVED_S)
+    assert second.hear() == {}, "three lives of a lease later"
+    assert cluster.view.epoch == epoch
+    assert state_of(first)["statistics"]["lost"] == 0
+    assert state_of(second)["state"] == "active"
+
+
+def test_a_killed_rank_is_gone_long_before_its_lease_would_have_been(cluster: Cluster) -> None:
+    first, second = cluster.joined(0, 1, interval_s=10 * LONG_LIVED_S)
+    until(lambda: keeper_of(second.pid), "it has a keeper")
+    state_of(second)  # and has told it of its lease
+    second.signal(signal.SIGKILL)
+    until(lambda: state_of(first)["active"] == [0], "the view is without it")
+    assert state_of(first)["statistics"]["lost"] == 1

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.long import long
 from tests.support.programs import Program, program
 from tests.support.waiting import wait_until
 
 MINUTE = 60
 
-LOCALS = pytest.mark.parametrize("local", ["off", "view"])
+LOCALS = pytest.mark.parametrize("local", ["off", long("view")])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Any, ClassVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -400,6 +401,7 @@ class GroupMachine(RuleBasedStateMachine):
                 one.store.close()
 
 
+@pytest.mark.long
 def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[str, Any]]) -> None:
     GroupMachine.steps = 0
     while GroupMachine.steps < STEPS:

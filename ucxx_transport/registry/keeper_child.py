@@ -93,7 +93,7 @@ def _serve(worker: WorkerEnd, keeper: _Keeper) -> bool:
     if worker.pidfd >= 0:
         watched.register(worker.pidfd, select.POLLIN)
     heard = b""
-    while not worker.is_gone:
+    while True:
         left_s = max(0.0, keeper.due_s - time.monotonic()) if keeper.lease_id is not None else LOOK_S
         seen = {descriptor for descriptor, _ in watched.poll(min(left_s, LOOK_S) * 1000)}
         if 0 in seen:
@@ -106,12 +106,13 @@ def _serve(worker: WorkerEnd, keeper: _Keeper) -> bool:
                 if said.get("end"):
                     return False
                 keeper.take(said["lease_id"])
+        elif worker.is_gone:  # and all that it had said was heard
+            return True
         elif keeper.lease_id is not None and time.monotonic() >= keeper.due_s:
             if worker.is_stopped:
                 keeper.due_s = time.monotonic() + _RETRY_S
             else:
                 keeper.renew()
-    return True
 
 
 def main() -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import subprocess
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -13,11 +16,17 @@ import structlog
 from ucxx_transport.companion import start_companion
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
+from ucxx_transport.registry.backoff import pause_s
 from ucxx_transport.registry.keeper_protocol import END_LINE, KeeperOrder, KeeperReport, lease_line
 
 _log = structlog.get_logger(__name__)
 
-_END_S: Final = 2.0
+# Inside a call of a store that does not answer, or still in its imports, it is killed: it holds nothing.
+_END_S: Final = 0.5
+_FIRST_PAUSE_S: Final = 1.0
+_MOST_PAUSE_S: Final = 60.0
+_LONG_LIFE_S: Final = 10.0
+"""One that lived this long is replaced at once; of those that die sooner each pauses longer."""
 _REPORT_LIMIT_BYTES: Final = 65536
 
 
@@ -25,22 +34,29 @@ class KeeperProcess:
     """Keeps the leases it is told of, in a process that no blocked interpreter starves. Used by one thread.
 
     It lives as long as this process and no longer, and ends the lease when this process dies without a word. When it
-    dies itself `keeps` starts another.
+    dies itself `keeps` starts another: at once, or, while they die as soon as they are started, ever less often.
 
     Args:
         url: of the store. config: its settings.
         interval_s: how often a lease is renewed.
+        clock: monotonic seconds.
 
     Attributes:
         kept: the lease that it has renewed last, and goes on with.
         restarts: how often another had to be started.
     """
 
-    def __init__(self, url: str, config: StoreConfig, *, interval_s: float) -> None:
+    def __init__(
+        self, url: str, config: StoreConfig, *, interval_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._order = KeeperOrder(url=url, config=config, worker_pid=os.getpid(), interval_s=interval_s)
         self._lease_id: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._heard = b""
+        self._started_s = 0.0
+        self._short_lives = 0
+        self._next_start_s = 0.0
         self.restarts = 0
         self.kept: int | None = None
 
@@ -58,10 +74,9 @@ class KeeperProcess:
         """Keep this lease from now on, or none."""
         self._lease_id, self.kept = lease_id, None
         if self._process is None:
-            if lease_id is not None:
-                self.start()
-            return
-        self._write(lease_line(lease_id))
+            self._start_when_due()
+        else:
+            self._write(lease_line(lease_id))
 
     def keeps(self, lease_id: int) -> bool:
         """Hear what it has said since, and start another if it has died; see `LeaseKeeper`.
@@ -76,6 +91,7 @@ class KeeperProcess:
         return self.kept == lease_id
 
     def _poll(self) -> list[KeeperReport]:
+        self._start_when_due()
         process = self._process
         if process is None or process.stdout is None:
             return []
@@ -86,15 +102,28 @@ class KeeperProcess:
             part = os.read(process.stdout.fileno(), _REPORT_LIMIT_BYTES)
             if not part:
                 self._bury()
-                self.kept = None
-                _log.warning("lease keeper died; starting another", status=process.returncode)
-                self.restarts += 1
-                if self._lease_id is not None:
-                    self.start()
-                break
+                self._note_death(f"it ended with status {process.returncode}")
+                self._start_when_due()
+                return []  # what it said is past: its successor looks for itself
             *lines, self._heard = (self._heard + part).split(b"\n")
             reports += [KeeperReport.from_line(line) for line in lines]
         return reports
+
+    def _note_death(self, reason: str) -> None:
+        self.kept = None
+        self.restarts += 1
+        now = self._clock()
+        self._short_lives = 0 if now - self._started_s >= _LONG_LIFE_S else self._short_lives + 1
+        if self._short_lives > 1:
+            pause = pause_s(self._short_lives - 1, first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, draw=random.random)
+            self._next_start_s = now + pause
+        _log.warning("lease keeper died; starting another", reason=reason, in_s=max(0.0, self._next_start_s - now))
+
+    def _start_when_due(self) -> None:
+        """Start another where one is wanted; meanwhile its owner renews."""
+        if self._process is not None or self._lease_id is None or self._clock() < self._next_start_s:
+            return
+        self.start()
 
     def close(self) -> None:
         """End the process; the lease stays as it is. Bounded; idempotent."""
@@ -104,8 +133,12 @@ class KeeperProcess:
 
     def start(self) -> None:
         """Start it before it is needed: an interpreter takes a second to be there."""
-        self._heard = b""
-        self._process = start_companion("ucxx_transport.registry.keeper_child", stdout=subprocess.PIPE)
+        self._heard, self._started_s = b"", self._clock()
+        try:
+            self._process = start_companion("ucxx_transport.registry.keeper_child", stdout=subprocess.PIPE)
+        except OSError as error:
+            self._note_death(f"no process can be made: {error}")
+            return
         self._write(self._order.to_line())
         self._write(lease_line(self._lease_id))
 
@@ -125,7 +158,7 @@ class KeeperProcess:
             process.stdin.close()
         try:
             process.wait(_END_S)
-        except subprocess.TimeoutExpired:  # inside a call of a store that does not answer
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
         process.stdout.close()

@@ -88,7 +88,8 @@ class HeartbeatPublisher:
             raise
         self._wake: tuple[int, int] | None = None
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
-        self._ending = threading.Lock()
+        # Reentrant: a signal handler may stop what is just being stopped.
+        self._ending, self._stop_lock = threading.RLock(), threading.RLock()
         self._thread_has_ended = True
         self._pid = os.getpid()
 
@@ -144,8 +145,13 @@ class HeartbeatPublisher:
 
         First no more is published, then the record says "stale", then it goes. Stop the server after this.
         """
-        if os.getpid() != self._pid or self.state is PublisherState.STOPPED:
+        if os.getpid() != self._pid:
             return  # a forked child's copy: the record is its parent's
+        with self._stop_lock:
+            if self.state is not PublisherState.STOPPED:
+                self._stop()
+
+    def _stop(self) -> None:
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         self._stopping.set()
@@ -195,7 +201,8 @@ class HeartbeatPublisher:
         """Close what `stop` and the thread need: whichever of them ends last."""
         if self._keeper is not None:
             self._keeper.close()
-        for descriptor in self._wake or ():
+        wake, self._wake = self._wake, None
+        for descriptor in wake or ():
             os.close(descriptor)
         if self._owns_store:
             self._store.close()

@@ -9,6 +9,7 @@ It works from the start, in a loop that a thread of it turns, and never waits fo
 | `{"peer": rank}`       | `{"peer": …}`, that rank's state                                                   |
 | `{"stick": true}`      | from now on no view is acknowledged: its callback does not return; `{}`            |
 | `{"unstick": true}`    | it does; `{}`                                                                      |
+| `{"hold": s}`          | holds the interpreter for s seconds; `{}`                                          |
 | `{"leave": true}`      | `leave`; `{}`                                                                      |
 """
 
@@ -19,6 +20,7 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
+from tests.e2e.programs.holding import hold_interpreter
 from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
 from ucxx_transport import PublisherConfig, RankGroup, TransportError, open_store
 
@@ -55,6 +57,8 @@ class Rank:
             self.unstuck.clear()
         if "unstick" in request:
             self.unstuck.set()
+        if "hold" in request:
+            hold_interpreter(request["hold"])
         if "leave" in request:
             self.group.leave()
         if "state" in request:

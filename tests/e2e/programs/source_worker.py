@@ -17,7 +17,6 @@ End of input: everything in order. SIGTERM likewise, by `exit_on_sigterm`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+from tests.e2e.programs.holding import hold_interpreter
 from tests.e2e.programs.request_lines import Message, answer, log_to_stderr, requests
 from tests.support.waiting import wait_until
 from ucxx_transport import (
@@ -72,7 +72,7 @@ class Worker:
         return {"ref": self.ring.write_raw(text.encode()).to_dict()}
 
     def hold(self, seconds: float) -> Message:
-        ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the interpreter's lock
+        hold_interpreter(seconds)
         return {}
 
     def spin(self, seconds: float) -> Message:

@@ -22,7 +22,7 @@ from ucxx_transport.registry.local import LocalStore
 
 T = TypeVar("T")
 
-CONFIG = PublisherConfig(backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
+CONFIG = PublisherConfig(keeper="thread", backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
 """Leases as they are by default: no test's load ends one."""
 
 SHORT_LIVED = replace(CONFIG, interval_s=0.4)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.support.fake_source import OFFER, FakeSource
+from tests.support.keepers import keeper_of
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
 from tests.support.store_rigs import LocalRig
@@ -501,6 +503,57 @@ def test_a_publisher_that_was_never_started_leaves_nothing(store: Store, source:
     assert stopped.state is PublisherState.STOPPED
 
 
+class SlowToRelease(FakeSource):
+    """Releases when it is told to, and says when it is about to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def release(self) -> None:
+        self.is_asked.set()
+        assert self.go_on.wait(MINUTE)
+        super().release()
+
+
+def test_two_threads_that_stop_it_end_it_once(store: Store) -> None:
+    source = SlowToRelease()
+    publisher = HeartbeatPublisher(store, "w", source, FAST)
+    publisher.start()
+    publisher.wait_published(MINUTE)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(publisher.stop)
+        assert source.is_asked.wait(MINUTE)
+        second = pool.submit(publisher.stop)
+        source.go_on.set()
+        first.result(MINUTE)
+        second.result(MINUTE)
+    assert source.said.count("released") == 1
+    assert stored(store) is None
+
+
+class StopsItsPublisher(FakeSource):
+    """Stops its publisher in the middle of a stop, as a signal handler may."""
+
+    publisher: HeartbeatPublisher | None = None
+
+    def release(self) -> None:
+        super().release()
+        publisher, self.publisher = self.publisher, None
+        if publisher is not None:
+            publisher.stop()
+
+
+def test_a_signal_handler_may_stop_what_is_just_being_stopped(store: Store) -> None:
+    source = StopsItsPublisher()
+    with HeartbeatPublisher(store, "w", source, FAST) as publisher:
+        source.publisher = publisher
+        publisher.wait_published(MINUTE)
+    assert publisher.state is PublisherState.STOPPED
+    assert source.said.count("released") == 2, "once by each"
+    assert stored(store) is None
+
+
 def test_a_stop_in_a_forked_child_is_not_its_parent_s(store: Store, source: FakeSource) -> None:
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
         publisher.wait_published(MINUTE)
@@ -520,15 +573,9 @@ def test_a_keeper_that_died_before_the_source_is_ready_is_replaced_and_nobody_sp
     slow = replace(FAST, interval_s=5.0, keeper="process", backoff_s=MINUTE, max_backoff_s=MINUTE)
     with HeartbeatPublisher(f"local://{tmp_path}/store.db", "w", source, slow) as publisher:
         wait_until(lambda: publisher.state is PublisherState.STARTING, MINUTE, what="it is visible")
-        os.kill(wait_until(keeper_of_this_process, MINUTE, what="there is a keeper"), signal.SIGKILL)
+        keeper = wait_until(lambda: keeper_of(os.getpid()), MINUTE, what="there is a keeper")
+        assert keeper is not None
+        os.kill(keeper, signal.SIGKILL)
         wait_until(lambda: publisher.statistics().keeper_restarts == 1, MINUTE, what="another is started")
         # each word of a keeper is worth one try, and there were its renewal, its end and its successor's renewal
         assert publisher.statistics().attempts <= 4
-
-
-def keeper_of_this_process() -> int:
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return child
-    return 0

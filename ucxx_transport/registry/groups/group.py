@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Final, Self
 
-from ucxx_transport.config import PublisherConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, NotReadyError, TransportError
 from ucxx_transport.registry.groups.group_board import GroupBoard, Listener
 from ucxx_transport.registry.groups.group_state import GroupState, GroupStatistics, Member
 from ucxx_transport.registry.groups.group_view import GroupView
 from ucxx_transport.registry.groups.group_writes import change_view, put_policy_version
-from ucxx_transport.registry.groups.lease_keeper import KeeperFactory, ThreadKeeper
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.groups.membership import Membership
 from ucxx_transport.registry.groups.patience import Patience
@@ -42,11 +41,12 @@ class RankGroup:
         world_size: how many places there are; None: as many as come.
         address: where this rank can be reached, for the others.
         meta: plain JSON values of this rank, for the others.
-        config: the interval of the lease's renewal (it lives three times that), pauses between tries, the bound on
+        config: who renews the lease and how often (it lives three times that), pauses between tries, the bound on
             leaving; None: those of the environment and the file.
         ack_timeout_s: how long a joining rank is kept waiting by one that does not acknowledge it, before that one is
             dropped. Longer than a lease lives, so that a dead one has gone by then.
-        make_keeper: of what renews the lease.
+        store_config: the store's settings, for the process that renews the lease; None: those of the environment and
+            the file.
         clock: seconds.
 
     Raises:
@@ -64,7 +64,7 @@ class RankGroup:
         meta: Mapping[str, object] | None = None,
         config: PublisherConfig | None = None,
         ack_timeout_s: float = 10.0,
-        make_keeper: KeeperFactory = ThreadKeeper,
+        store_config: StoreConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = PublisherConfig() if config is None else config
@@ -86,7 +86,7 @@ class RankGroup:
             ),
             config=config,
             ack_timeout_s=ack_timeout_s,
-            make_keeper=make_keeper,
+            store_config=StoreConfig() if store_config is None else store_config,
             clock=clock,
         )
 

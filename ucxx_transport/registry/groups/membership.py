@@ -1,4 +1,4 @@
-"""Membership: one life of a rank in its group: a lease, its keeper, and the thread in which the rank takes part.
+"""Membership: one life of a rank in its group: a lease, its renewer, and the thread in which the rank takes part.
 
 The thread's loop is a snapshot and then a watch after it, with a look at each change. A store that does not answer
 changes nothing: the membership goes on with what it has, and begins anew with a snapshot.
@@ -24,9 +24,10 @@ from ucxx_transport.errors import (
 from ucxx_transport.registry.groups.claiming import ClaimedRank
 from ucxx_transport.registry.groups.group_board import GroupBoard
 from ucxx_transport.registry.groups.group_picture import GroupPicture
-from ucxx_transport.registry.groups.lease_keeper import KeeperFactory
+from ucxx_transport.registry.groups.lease_renewer import LeaseRenewer
 from ucxx_transport.registry.groups.participant import CALL_S, MembershipOverError, Participant
 from ucxx_transport.registry.groups.rank_states import RankEvent
+from ucxx_transport.registry.keeper_process import KeeperProcess
 from ucxx_transport.registry.keys import group_prefix
 from ucxx_transport.registry.store import Store, Watch
 
@@ -61,7 +62,7 @@ class Membership:
         board: told of all that happens.
         claimed: the rank that was taken.
         rules: see there.
-        make_keeper: of the lease's keeper.
+        keeper: the process that renews the lease, closed at the end; None: a thread does.
         clock: seconds.
     """
 
@@ -72,7 +73,7 @@ class Membership:
         claimed: ClaimedRank,
         *,
         rules: MembershipRules,
-        make_keeper: KeeperFactory,
+        keeper: KeeperProcess | None,
         clock: Callable[[], float],
     ) -> None:
         self._store, self._board, self._rules = store, board, rules
@@ -81,7 +82,7 @@ class Membership:
         self._ending = threading.Event()
         self._lease_lost = threading.Event()
         self._watch: Watch | None = None
-        self._keeper = make_keeper(store, rules.interval_s, self._on_lease_lost)
+        self._renewer = LeaseRenewer(store, rules.interval_s, self._on_lease_lost, keeper=keeper)
         self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{board.rank}", daemon=True)
 
     @property
@@ -91,7 +92,7 @@ class Membership:
 
     def start(self) -> None:
         """Renew the lease, and take part."""
-        self._keeper.start(self._lease.lease_id)
+        self._renewer.start(self._lease.lease_id)
         self._thread.start()
 
     def end(self) -> None:
@@ -105,7 +106,7 @@ class Membership:
         self._give_back()
 
     def _give_back(self) -> None:
-        self._keeper.stop()
+        self._renewer.stop()
         if self._lease_lost.is_set():
             return
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from ucxx_transport.config import PublisherConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -23,11 +23,11 @@ from ucxx_transport.registry.groups.group_board import GroupBoard
 from ucxx_transport.registry.groups.group_state import GroupState
 from ucxx_transport.registry.groups.group_writes import change_view
 from ucxx_transport.registry.groups.joining import waited_for
-from ucxx_transport.registry.groups.lease_keeper import KeeperFactory
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.groups.membership import Membership, MembershipRules
 from ucxx_transport.registry.groups.patience import Patience
 from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
+from ucxx_transport.registry.keeper_process import KeeperProcess
 from ucxx_transport.registry.store import Store
 
 __all__ = ["Standing"]
@@ -42,9 +42,9 @@ class Standing:
         store: the group's.
         board: told of all that happens.
         record: what this rank publishes; incarnation and epoch are another one's at each join.
-        config: interval, pauses, bounds.
+        config: interval, pauses, bounds, and who renews.
+        store_config: the store's settings, for the process that renews.
         ack_timeout_s: how long an acknowledgement is waited for.
-        make_keeper: of the lease's keeper.
         clock: seconds.
     """
 
@@ -55,12 +55,12 @@ class Standing:
         *,
         record: MemberRecord,
         config: PublisherConfig,
+        store_config: StoreConfig,
         ack_timeout_s: float,
-        make_keeper: KeeperFactory,
         clock: Callable[[], float],
     ) -> None:
         self._store, self._board, self._record = store, board, record
-        self._config, self._make_keeper, self._clock = config, make_keeper, clock
+        self._config, self._store_config, self._clock = config, store_config, clock
         self._rules = MembershipRules(
             interval_s=config.interval_s, ack_timeout_s=ack_timeout_s, stop_timeout_s=config.stop_timeout_s
         )
@@ -131,7 +131,7 @@ class Standing:
             self._board,
             claimed,
             rules=self._rules,
-            make_keeper=self._make_keeper,
+            keeper=self._keeper(),
             clock=self._clock,
         )
         self._board.begin(wanted.incarnation)
@@ -144,6 +144,11 @@ class Standing:
             self._board.end(RankEvent.LEAVE, RegistryError("joining was given up", group=self._board.group))
             self._membership = None
             raise
+
+    def _keeper(self) -> KeeperProcess | None:
+        if self._config.keeper == "thread":
+            return None
+        return KeeperProcess(self._store.url, self._store_config, interval_s=self._config.interval_s)
 
     def _joined(self, incarnation: str) -> GroupState | None:
         view = self._board.told_view

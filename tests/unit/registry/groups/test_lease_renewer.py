@@ -9,7 +9,7 @@ import pytest
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import LeaseLostError
-from ucxx_transport.registry.groups.lease_keeper import ThreadKeeper
+from ucxx_transport.registry.groups.lease_renewer import LeaseRenewer
 
 TTL_S = 1.5
 INTERVAL_S = 0.02
@@ -21,18 +21,18 @@ def store() -> MemoryStore:
 
 
 class Kept:
-    """A lease with its keeper."""
+    """A lease with its renewer."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
         self.lost = threading.Event()
         self.losses = 0
         self.lease = store.grant(TTL_S)
-        self.keeper = ThreadKeeper(store, INTERVAL_S, self.note)
+        self.renewer = LeaseRenewer(store, INTERVAL_S, self.note)
 
     def note(self) -> None:
         self.losses += 1
-        self.keeper.stop()  # as who is told may well do
+        self.renewer.stop()  # as who is told may well do
         self.lost.set()
 
 
@@ -40,26 +40,26 @@ class Kept:
 def kept(store: MemoryStore) -> Iterator[Kept]:
     kept = Kept(store)
     yield kept
-    kept.keeper.stop()
+    kept.renewer.stop()
 
 
-def test_a_lease_is_renewed_until_the_keeper_is_stopped(kept: Kept) -> None:
+def test_a_lease_is_renewed_until_the_renewer_is_stopped(kept: Kept) -> None:
     _, end = kept.store.data.leases[kept.lease.lease_id]
-    kept.keeper.start(kept.lease.lease_id)
+    kept.renewer.start(kept.lease.lease_id)
     wait_until(lambda: kept.store.data.leases[kept.lease.lease_id][1] > end, what="it is renewed")
-    kept.keeper.stop()
-    renewals = kept.keeper.renewals
-    kept.keeper.stop()
+    kept.renewer.stop()
+    renewals = kept.renewer.renewals
+    kept.renewer.stop()
     assert renewals >= 1
     assert kept.lease.lease_id in kept.store.data.leases
     assert kept.losses == 0
 
 
 def test_a_lost_lease_is_told_once(kept: Kept) -> None:
-    kept.keeper.start(kept.lease.lease_id)
+    kept.renewer.start(kept.lease.lease_id)
     kept.store.data.kill(kept.lease.lease_id)
     assert kept.lost.wait(10)
-    kept.keeper.stop()
+    kept.renewer.stop()
     assert kept.losses == 1
 
 
@@ -77,9 +77,9 @@ class Mistaken(MemoryStore):
 
 def test_one_answer_that_there_is_no_lease_is_no_lost_lease() -> None:
     kept = Kept(Mistaken(MemoryData()))
-    kept.keeper.start(kept.lease.lease_id)
-    wait_until(lambda: kept.keeper.renewals >= 2 or kept.losses, what="it goes on, or does not")
-    kept.keeper.stop()
+    kept.renewer.start(kept.lease.lease_id)
+    wait_until(lambda: kept.renewer.renewals >= 2 or kept.losses, what="it goes on, or does not")
+    kept.renewer.stop()
     assert kept.losses == 0
 
 
@@ -87,10 +87,10 @@ def test_a_store_that_does_not_answer_is_asked_again_and_is_no_lost_lease(
     kept: Kept, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     kept.store.cut_off()
-    kept.keeper.start(kept.lease.lease_id)
-    wait_until(lambda: kept.keeper.failures >= 3)
+    kept.renewer.start(kept.lease.lease_id)
+    wait_until(lambda: kept.renewer.failures >= 3)
     kept.store.reachable = True
-    wait_until(lambda: kept.keeper.renewals >= 1)
+    wait_until(lambda: kept.renewer.renewals >= 1)
     assert kept.losses == 0
     words = [event["event"] for event in log_events]
     assert words == ["lease not renewed; trying on", "lease renewed again"], "once each, however often it was tried"
@@ -109,15 +109,15 @@ class SlowStore(MemoryStore):
         return super().keep_alive(lease_id, timeout_s=timeout_s)
 
 
-def test_a_keeper_that_was_stopped_tells_nothing_and_its_stop_is_bounded(
+def test_a_renewer_that_was_stopped_tells_nothing_and_its_stop_is_bounded(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
     store = SlowStore()
     kept = Kept(store)
-    kept.keeper.start(kept.lease.lease_id)
+    kept.renewer.start(kept.lease.lease_id)
     assert store.is_asked.wait(10)
-    kept.keeper.stop()
-    assert [event["event"] for event in log_events] == ["lease keeper did not stop in time"]
+    kept.renewer.stop()
+    assert [event["event"] for event in log_events] == ["lease renewer did not stop in time"]
     store.data.kill(kept.lease.lease_id)
     store.go_on.set()
     wait_until(lambda: all(thread.name != "ucxx-lease" for thread in threading.enumerate()), what="its thread ends")
@@ -129,8 +129,8 @@ def test_what_is_told_may_fail(store: MemoryStore, log_events: list[MutableMappi
         raise ValueError
 
     lease = store.grant(TTL_S)
-    keeper = ThreadKeeper(store, INTERVAL_S, fails)
+    renewer = LeaseRenewer(store, INTERVAL_S, fails)
     store.data.kill(lease.lease_id)
-    keeper.start(lease.lease_id)
+    renewer.start(lease.lease_id)
     wait_until(lambda: any(event["event"] == "what is told of a lost lease failed" for event in log_events))
-    keeper.stop()
+    renewer.stop()
