@@ -20,7 +20,7 @@ import ucxx_transport
 
 __all__ = ["DYING_S", "LOOK_S", "WorkerEnd", "start_companion"]
 
-# How often the worker is looked at besides its pidfd: that is lost if it died before.
+# How often the worker is looked at besides its pidfd: there may be none.
 LOOK_S: Final = 1.0
 # From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
 DYING_S: Final = 60.0
@@ -58,19 +58,29 @@ class WorkerEnd:
         pid: the worker's, which started this process.
 
     Attributes:
-        pidfd: readable when the worker has ended; -1 when it had before.
+        pidfd: readable when the worker has ended; -1 when it had before, or where the kernel has none (before 5.3).
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.pidfd = -1
-        with suppress(OSError):  # it is gone already, and then is_gone says so
+        with suppress(OSError):
             self.pidfd = os.pidfd_open(pid)
+        if self.pidfd >= 0 and os.getppid() != pid:  # it had ended before: whoever has its pid now is somebody else
+            os.close(self.pidfd)
+            self.pidfd = -1
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended."""
-        return os.getppid() != self._pid
+        """Whether it has ended, to its last thread: until then it holds its locks.
+
+        Its children change hands before that, when its main thread has ended and the others are about to.
+        """
+        if self.pidfd < 0:
+            return os.getppid() != self._pid
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return bool(ended.poll(0))
 
     @property
     def is_stopped(self) -> bool:

@@ -40,7 +40,7 @@ def make_environment(name: str) -> Any:
 class Policy(nn.Module):  # type: ignore[misc]  # torch is not always there to be looked at
     """Logits from observations; of an image it sees a small grey one, and its change since the last."""
 
-    def __init__(self, observation_shape: tuple[int, ...], actions: int) -> None:
+    def __init__(self, observation_shape: tuple[int, ...], actions: int, units: int) -> None:
         super().__init__()
         self.sees_images = len(observation_shape) == 3
         width = (
@@ -48,7 +48,7 @@ class Policy(nn.Module):  # type: ignore[misc]  # torch is not always there to b
             if not self.sees_images
             else 2 * (observation_shape[0] // 5) * (observation_shape[1] // 5)
         )
-        self.layers = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, actions))
+        self.layers = nn.Sequential(nn.Linear(width, units), nn.Tanh(), nn.Linear(units, actions))
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Of successive observations of one episode, shape (T, …): (T, width), float32."""
@@ -72,7 +72,7 @@ class Rollouts(UCXXRolloutMixin):
         torch.set_num_threads(1)
         environment = make_environment(options.env)
         space, steps = environment.observation_space, options.max_steps
-        policy = Policy(space.shape, int(environment.action_space.n))
+        policy = Policy(space.shape, int(environment.action_space.n), options.units)
         version = self.adopt(policy, weights.get())
         fields = [("obs", space.shape, space.dtype), ("action", (), "int64"), ("logprob", (), "float32")]
         fields.append(("reward", (), "float32"))
@@ -182,6 +182,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=500, help="steps of an episode, at most (500)")
     parser.add_argument("--steps", type=int, default=60, help="batches to learn from (60)")
     parser.add_argument("--batch", type=int, default=16, help="episodes of a batch (16)")
+    parser.add_argument("--units", type=int, default=128, help="of the hidden layer (128)")
     parser.add_argument("--discount", type=float, default=0.99)
     parser.add_argument("--local", choices=["auto", "view", "copy", "off"], default="auto", help="see ClientConfig")
     return parser.parse_args(arguments)
@@ -194,7 +195,7 @@ class Trainer:
         torch.manual_seed(0)
         self.options, self.records, self.weights = options, records, weights
         environment = make_environment(options.env)
-        self.policy = Policy(environment.observation_space.shape, int(environment.action_space.n))
+        self.policy = Policy(environment.observation_space.shape, int(environment.action_space.n), options.units)
         environment.close()
         self.optimiser = torch.optim.Adam(self.policy.parameters(), lr=5e-3)
         self.packer = Packer(self.policy, options.discount)

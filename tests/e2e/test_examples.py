@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+
 def run(example: str, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, f"docs/examples/{example}.py", *options],
@@ -38,8 +41,14 @@ def test_groups_of_completions_are_learnt_from_and_old_ones_dropped() -> None:
     assert set(re.findall(r"'(\w+)'", said)) == {"too_old"}
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+@NEEDS_TORCH
 def test_a_torch_policy_learns() -> None:
     said = run("torch_policy", "--env", "CartPole-v1", "--steps", "50", "--batch", "8")
     assert last_number(said) > 30  # at random: 22
     assert "lost {}" in said
+
+
+@NEEDS_TORCH
+def test_a_torch_policy_ends_whose_last_weights_nobody_takes() -> None:
+    """They are 230 KB, and a pipe holds 64 KiB."""
+    assert "mean return" in run("torch_policy", "--units", "8192", "--steps", "2", "--batch", "2")

@@ -7,20 +7,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.fake_source import FakeSource
 from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
+    HeartbeatPublisher,
     PeerLostError,
+    PublisherConfig,
     SlotRef,
     SourceWatcher,
     StaleSlotError,
@@ -28,6 +32,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.registry import SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.orphans import sweep_orphans
+from ucxx_transport.teardown import teardown
 
 pytestmark = pytest.mark.long
 
@@ -408,3 +413,46 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         assert [type(error) for error in errors] == [PeerLostError]
         assert errors[0].facts["reason"] == "removed"  # type: ignore[attr-defined]  # the class was checked above
         assert client.statistics().pooled_endpoints == 0
+
+
+def test_a_teardown_ends_while_the_store_answers_nobody_and_says_where_it_was(
+    host: StoreRig, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    store = host.open(timeout_s=float(MINUTE))
+    served: list[str] = []
+    config = PublisherConfig(interval_s=INTERVAL_S, stop_timeout_s=1.0)
+    publisher = HeartbeatPublisher(store, "w", FakeSource(), config)
+    publisher.start()
+    publisher.wait_published(MINUTE)
+    host.stall()
+    try:
+        report = teardown(
+            [
+                ("publisher", publisher.stop, MINUTE / 2),  # by its own bound: the store's calls may take a minute
+                ("store", lambda: store.grant(1.0), 0.05),
+                ("server", lambda: served.append("stopped"), MINUTE),
+            ],
+            dump=lambda: None,
+        )
+    finally:
+        host.resume()
+    assert [(step.name, step.outcome.value) for step in report.steps] == [
+        ("publisher", "done"),
+        ("store", "hung"),
+        ("server", "done"),
+    ]
+    assert served == ["stopped"]
+    logged = [(event["step"], event["event"]) for event in log_events if "step" in event]
+    assert logged == [
+        ("publisher", "teardown step begins"),
+        ("publisher", "teardown step done"),
+        ("store", "teardown step begins"),
+        ("store", "teardown step hangs; going on without it"),
+        ("server", "teardown step begins"),
+        ("server", "teardown step done"),
+    ]
+    wait_until(lambda: not hanging_threads(), MINUTE, what="what was left behind ends when the store answers")
+
+
+def hanging_threads() -> list[str]:
+    return [one.name for one in threading.enumerate() if one.name in ("ucxx-publisher", "teardown-store")]

@@ -121,7 +121,7 @@ def test_what_hangs_is_left_behind_with_all_stacks_and_the_next_step_runs(
     assert ("stuck", "hangs") in words(log_events)
 
 
-def test_a_store_that_answers_nobody_costs_its_steps_their_bounds_and_no_more(
+def test_a_peer_that_answers_nobody_costs_its_steps_their_bounds_and_no_more(
     gate: Gate, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     done: list[str] = []

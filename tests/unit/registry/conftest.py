@@ -1,4 +1,4 @@
-"""Ranks of a group on a store in memory; and a file of the test's own, reached through what can fail on purpose."""
+"""Ranks of a group on a store in memory; and a store of each kind, reached through what can fail on purpose."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.record_history import History
+from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig, rig, shared_server
 from tests.support.store_in_front import StoreInFront
-from ucxx_transport.config import PublisherConfig
+from tests.support.store_rigs import LocalRig, StoreRig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.registry import Store
 from ucxx_transport.registry.groups.group import RankGroup
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.local import LocalStore
+
+__all__ = ["etcd_binary", "own_etcd", "own_rig", "rig", "shared_server"]
 
 T = TypeVar("T")
 
@@ -102,16 +107,31 @@ def ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    """The store as everybody else sees it. Its leases end by being revoked alone: no time passes for them."""
-    with LocalStore(tmp_path / "store.db", clock=lambda: 0.0) as opened:
-        yield opened
+def opened(rig: StoreRig) -> Store:
+    """One user's way to a store. In a file leases end by being revoked alone: no time passes for them."""
+    if not isinstance(rig, LocalRig):
+        return rig.open()
+    settings: dict[str, Any] = rig.settings
+    return rig.stack.enter_context(LocalStore(rig.path, StoreConfig(**settings), clock=lambda: 0.0))
 
 
 @pytest.fixture
-def front(tmp_path: Path, store: Store) -> Iterator[StoreInFront]:
+def store(rig: StoreRig) -> Store:
+    """The store as everybody else sees it."""
+    return opened(rig)
+
+
+@pytest.fixture
+def front(rig: StoreRig, store: Store) -> Iterator[StoreInFront]:
     """Another user's way to it."""
     store.identity()
-    with StoreInFront(LocalStore(tmp_path / "store.db", clock=lambda: 0.0)) as opened:
-        yield opened
+    with StoreInFront(opened(rig)) as in_front:
+        yield in_front
+
+
+@pytest.fixture
+def history(store: Store) -> Iterator[History]:
+    store.identity()
+    found = History(store)
+    yield found
+    found.close()

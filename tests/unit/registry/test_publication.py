@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.record_history import History
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
 from ucxx_transport.errors import (
@@ -16,7 +17,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.registry import Event, Offer, SourceRecord, SourceStatus, Store
+from ucxx_transport.registry import Offer, SourceRecord, SourceStatus, Store
 from ucxx_transport.registry.publication import Publication, next_epoch
 
 KEY = "sources/w"
@@ -31,15 +32,6 @@ def begun(store: Store) -> Publication:
 def stored(store: Store) -> SourceRecord | None:
     entry = store.get(KEY)
     return None if entry is None else SourceRecord.from_bytes(entry.value)
-
-
-def statuses(store: Store) -> list[str]:
-    """Everything the record has said, in order, and when it went."""
-    events: list[Event] = []
-    with store.watch("sources/", after=0) as watch:
-        while batch := watch.next(0):
-            events += batch.events
-    return [SourceRecord.from_bytes(event.value).status.value if event.value else "gone" for event in events]
 
 
 def failing(name: str, error: TransportError, times: int = 1) -> Callable[[Call], None]:
@@ -112,24 +104,24 @@ def test_what_is_said_is_written_and_only_what_is_new(store: Store, front: Store
     assert publication.record.ports == (7,)
 
 
-def test_a_write_that_did_not_arrive_is_made_again(store: Store, front: StoreInFront) -> None:
+def test_a_write_that_did_not_arrive_is_made_again(history: History, front: StoreInFront) -> None:
     publication = begun(front)
     front.before = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
         publication.say(SourceStatus.READY)
     assert publication.record.status is SourceStatus.STARTING
     assert publication.say(SourceStatus.READY)
-    assert statuses(store) == ["starting", "ready"]
+    assert history.statuses() == ["starting", "ready"]
 
 
-def test_a_write_whose_answer_was_lost_is_known_for_its_own(store: Store, front: StoreInFront) -> None:
+def test_a_write_whose_answer_was_lost_is_known_for_its_own(history: History, front: StoreInFront) -> None:
     publication = begun(front)
     front.after = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
         publication.say(SourceStatus.READY)
     assert publication.say(SourceStatus.READY)
     assert publication.say(SourceStatus.STALE)  # its revision is known, too
-    assert statuses(store) == ["starting", "ready", "stale"]
+    assert history.statuses() == ["starting", "ready", "stale"]
 
 
 def test_another_s_record_is_never_overwritten(store: Store) -> None:
@@ -162,11 +154,11 @@ def test_whether_the_record_is_there_is_looked_for_by_its_content(store: Store) 
         publication.require_there()
 
 
-def test_a_withdrawal_says_stale_and_then_the_record_goes(store: Store) -> None:
+def test_a_withdrawal_says_stale_and_then_the_record_goes(store: Store, history: History) -> None:
     publication = begun(store)
     publication.say(SourceStatus.READY)
     publication.withdraw(1.0)
-    assert statuses(store) == ["starting", "ready", "stale", "gone"]
+    assert history.statuses() == ["starting", "ready", "stale", "gone"]
     with pytest.raises(LeaseLostError):
         store.keep_alive(publication.lease.lease_id)
 
@@ -199,16 +191,16 @@ def test_a_withdrawal_that_cannot_say_stale_for_a_conflict_still_ends_the_lease(
     assert stored(store) is None
 
 
-def test_a_withdrawal_that_the_store_does_not_hear_says_so(store: Store, front: StoreInFront) -> None:
+def test_a_withdrawal_that_the_store_does_not_hear_says_so(history: History, front: StoreInFront) -> None:
     publication = begun(front)
     front.reachable = False
     with pytest.raises(StoreUnavailableError):
         publication.withdraw(1.0)
-    assert statuses(store) == ["starting"]
+    assert history.statuses() == ["starting"]
 
 
 def test_nothing_is_said_any_more_after_a_withdrawal_that_the_store_heard_in_part(
-    store: Store, front: StoreInFront
+    history: History, front: StoreInFront
 ) -> None:
     publication = begun(front)
     front.before = failing("revoke", AWAY)
@@ -216,7 +208,7 @@ def test_nothing_is_said_any_more_after_a_withdrawal_that_the_store_heard_in_par
         publication.withdraw(1.0)
     with pytest.raises(LeaseLostError):
         publication.say(SourceStatus.READY)
-    assert statuses(store) == ["starting", "stale"]
+    assert history.statuses() == ["starting", "stale"]
 
 
 def test_epochs_count_up_from_the_last_one_ever(store: Store) -> None:

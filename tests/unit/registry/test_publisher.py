@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.fake_source import OFFER, FakeSource
 from tests.support.keepers import keeper_of
+from tests.support.record_history import History
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
 from tests.support.store_rigs import LocalRig
@@ -55,34 +56,6 @@ class Clock:
     def __call__(self) -> float:
         self.asked_by.append(threading.current_thread())
         return self.now_s
-
-
-class History:
-    """All that the record of `w` has said, as a watch sees it."""
-
-    def __init__(self, store: Store) -> None:
-        self._watch = store.watch("sources/", after=0)
-        self.records: list[SourceRecord | None] = []
-
-    def look(self) -> list[tuple[int, str] | str]:
-        """Epoch and status of every record so far, and "gone" for each end."""
-        while batch := self._watch.next(0):
-            self.records += [SourceRecord.from_bytes(event.value) if event.value else None for event in batch.events]
-        return ["gone" if found is None else (found.epoch, found.status.value) for found in self.records]
-
-    def statuses(self) -> list[str]:
-        return [said if isinstance(said, str) else said[1] for said in self.look()]
-
-    def close(self) -> None:
-        self._watch.close()
-
-
-@pytest.fixture
-def history(store: Store) -> Iterator[History]:
-    store.identity()
-    found = History(store)
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
+from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
     ConfigError,
@@ -23,7 +24,6 @@ from ucxx_transport.errors import (
 from ucxx_transport.registry import SourceRecord, SourceStatus, SourceWatcher, Store
 from ucxx_transport.registry.keys import source_key
 from ucxx_transport.registry.local import LocalStore
-from ucxx_transport.registry.namespace import MAX_VALUE_BYTES
 
 MINUTE = 60.0
 
@@ -156,14 +156,13 @@ def test_what_changes_while_it_is_cut_off_is_told_after_it(
 
 
 def test_after_a_compaction_while_it_was_cut_off_exactly_what_is_there_is_known(
-    front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
+    rig: StoreRig, front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
 ) -> None:
     with cut_off(front, watcher):
         store.delete("sources/a")
         publish(store, "b", epoch=2)
         publish(store, "c")
-        for _ in range(20):
-            store.put("fills the log", bytes(MAX_VALUE_BYTES))
+        rig.compact(store)
     wait_until(lambda: watcher.statistics().resyncs == 2, MINUTE, what="it takes a snapshot")
     told.wait_for("+a1", "+b1", "-b1", "+b2", "+c1", "-a1")
     assert ids(watcher) == ["b2", "c1"]
@@ -203,7 +202,7 @@ def test_a_source_deleted_and_added_before_the_snapshot_is_told_once(
 def test_of_two_keys_that_end_at_once_none_is_lost_when_the_connection_is_cut_in_between(
     front: StoreInFront, store: Store, told: Told
 ) -> None:
-    lease_id = store.grant(6.0).lease_id
+    lease_id = store.grant(MINUTE).lease_id
     for worker_id in "ab":
         publish(store, worker_id, lease_id=lease_id)
     publish(store, "c")
@@ -230,15 +229,14 @@ def cut_after_next(front: StoreInFront) -> Iterator[None]:
     front.after = lambda _: None
 
 
-def test_the_sources_of_a_wiped_store_have_time_to_publish_themselves_anew(
-    tmp_path: Path, front: StoreInFront, store: Store, told: Told
-) -> None:
+def test_the_sources_of_a_wiped_store_have_time_to_publish_themselves_anew(own_rig: StoreRig, told: Told) -> None:
+    store = own_rig.open()
     for worker_id in "abc":
         publish(store, worker_id)
     clock = Clock()
-    with watcher_of(front, told, reset_grace_s=10.0, clock=clock) as watcher:
+    with watcher_of(own_rig.open(), told, reset_grace_s=10.0, clock=clock) as watcher:
         told.wait_for("+a1", "+b1", "+c1")
-        wipe(tmp_path)
+        own_rig.wipe()
         wait_until(lambda: watcher.statistics().resets == 1, MINUTE, what="it notices")
         wait_until(lambda: watcher.statistics().synced, MINUTE, what="it follows the new one")
         assert ids(watcher) == ["a1", "b1", "c1"]
@@ -250,21 +248,20 @@ def test_the_sources_of_a_wiped_store_have_time_to_publish_themselves_anew(
         assert ids(watcher) == ["a1", "b2"]
 
 
-def wipe(folder: Path) -> None:
-    for file in folder.glob("store.db*"):
-        file.unlink()
-
-
 def test_a_store_wiped_while_it_was_cut_off_is_noticed_however_far_the_new_one_has_come(
-    tmp_path: Path, front: StoreInFront, store: Store, watcher: SourceWatcher
+    own_rig: StoreRig, told: Told
 ) -> None:
-    with cut_off(front, watcher):
-        wipe(tmp_path)
-        for epoch in range(1, 10):
-            publish(store, "a", epoch)
-        assert front_is_used_by_somebody_else(front)
-    wait_until(lambda: watcher.statistics().resets == 1, MINUTE, what="it notices")
-    wait_until(lambda: "a9" in ids(watcher), MINUTE, what="it knows what is there")
+    store = own_rig.open()
+    publish(store, "a")
+    with StoreInFront(own_rig.open()) as front, watcher_of(front, told) as watcher:
+        told.wait_for("+a1")
+        with cut_off(front, watcher):
+            own_rig.wipe()
+            for epoch in range(1, 10):
+                publish(store, "a", epoch)
+            assert front_is_used_by_somebody_else(front)
+        wait_until(lambda: watcher.statistics().resets == 1, MINUTE, what="it notices")
+        wait_until(lambda: "a9" in ids(watcher), MINUTE, what="it knows what is there")
 
 
 def front_is_used_by_somebody_else(front: StoreInFront) -> bool:
@@ -365,7 +362,7 @@ def test_a_listener_may_end_another_s_subscription_and_its_own(
 
 
 def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
-    front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
+    rig: StoreRig, front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
 ) -> None:
     inner = Told()
 
@@ -378,8 +375,7 @@ def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
         store.delete("sources/a")
         publish(store, "c")
         publish(store, "d")
-        for _ in range(20):  # so that all of it comes at once, as the difference to a snapshot
-            store.put("fills the log", bytes(MAX_VALUE_BYTES))
+        rig.compact(store)  # so that all of it comes at once, as the difference to a snapshot
     told.wait_for("+a1", "+b1", "+c1", "+d1", "-a1")
     assert inner.words == ["+b1", "+c1", "+d1"]
 

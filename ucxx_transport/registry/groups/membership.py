@@ -175,6 +175,7 @@ class Membership:
         _log.warning("group's store does not answer; going on as it is", group=self._board.group, reason=str(error))
 
     def _over(self, event: RankEvent, error: RegistryError) -> None:
-        _log.warning("this rank is not in its group any more", group=self._board.group, reason=str(error))
+        if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
+            _log.warning("this rank is not in its group any more", group=self._board.group, reason=str(error))
         self._give_back()  # before anybody hears of it: who joins again finds the rank free
         self._board.end(event, error)

@@ -23,8 +23,10 @@ from ucxx_transport.errors import (
     StoreResetError,
     TransportError,
 )
+from ucxx_transport.registry.groups import standing
 from ucxx_transport.registry.groups.group import RankGroup
 from ucxx_transport.registry.groups.group_view import GroupView
+from ucxx_transport.registry.groups.group_writes import change_view
 from ucxx_transport.registry.groups.member_record import MemberRecord
 from ucxx_transport.registry.groups.rank_states import RankState
 
@@ -707,3 +709,21 @@ def test_a_group_has_a_name_and_waits_have_a_bound(ranks: Ranks) -> None:
         first.get_peer_state(2)
     with pytest.raises(ConfigError):
         first.deactivate_ranks([0, 2])
+
+
+def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    _, leaving = ranks.joined(0, 1)
+    told: list[object] = []
+    leaving.on_gone(told.append)
+
+    def change_and_be_seen(*what: Any, **how: Any) -> int:
+        epoch = change_view(*what, **how)
+        wait_until(lambda: leaving.state.state is RankState.GONE, what="its thread sees it")
+        return epoch
+
+    monkeypatch.setattr(standing, "change_view", change_and_be_seen)
+    leaving.leave()
+    assert told == []
+    assert "this rank is not in its group any more" not in [event["event"] for event in log_events]
