@@ -5,29 +5,28 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-from tests.support import rank_diagram, slot_diagram
+import pytest
+
+from tests.support.state_diagrams import DIAGRAMS, PAGE, StateDiagram
 from ucxx_transport import errors
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.wire.frames import Status
 
 
-def test_the_slot_diagram_is_that_of_the_table() -> None:
-    assert slot_diagram.drawn() == slot_diagram.draw()
-
-
-def test_the_rank_diagram_is_that_of_the_table() -> None:
-    assert rank_diagram.drawn() == rank_diagram.draw()
+@pytest.mark.parametrize("diagram", DIAGRAMS, ids=[diagram.name for diagram in DIAGRAMS])
+def test_a_state_diagram_is_that_of_its_table(diagram: StateDiagram) -> None:
+    assert diagram.drawn() == diagram.draw()
 
 
 def test_every_status_of_the_wire_has_its_row() -> None:
-    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| ([A-Z_]+) +\|", page, re.MULTILINE))
     assert {status.name for status in Status} <= rows
 
 
 def test_every_setting_the_page_names_exists() -> None:
-    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     sections = (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig)
     known = {spec.name for config in sections for spec in fields(config)}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page))
@@ -46,9 +45,9 @@ def test_the_table_of_errors_says_what_the_classes_say() -> None:
 
 
 def test_every_test_the_page_names_for_an_invariant_exists() -> None:
-    page = slot_diagram.PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", page))
-    tests = slot_diagram.PAGE.parents[1] / "tests"
+    tests = PAGE.parents[1] / "tests"
     defined = {
         name for path in tests.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
     }
