@@ -30,7 +30,7 @@ from ucxx_transport import (
     StaleSlotError,
     SyncUCXXClient,
 )
-from ucxx_transport.registry import SourceRecord, SourceStatus, Store
+from ucxx_transport.registry import ReplicaMonitor, SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.teardown import teardown
 
@@ -413,6 +413,24 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         assert [type(error) for error in errors] == [PeerLostError]
         assert errors[0].facts["reason"] == "removed"  # type: ignore[attr-defined]  # the class was checked above
         assert client.statistics().pooled_endpoints == 0
+
+
+def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_first_came(
+    host: StoreRig, told: Told
+) -> None:
+    dead: list[object] = []
+    all_gone: list[bool] = []
+    with ReplicaMonitor(on_dead=dead.append, on_all_gone=lambda: all_gone.append(True), feed=told.watcher) as monitor:
+        wait_until(lambda: told.watcher.statistics().synced, MINUTE, what="the watcher knows that nobody is there")
+        assert (dead, all_gone) == ([], [])
+        with worker(host, "v") as first, worker(host, "w") as second:
+            wait_until(lambda: monitor.alive == {"v", "w"}, MINUTE, what="both are there")
+            first.signal(signal.SIGKILL)
+            wait_until(lambda: dead == ["v"], MINUTE, what="the first is missed")
+            assert all_gone == []
+            second.signal(signal.SIGKILL)
+            wait_until(lambda: all_gone, MINUTE, what="nobody is left")
+    assert (dead, all_gone) == (["v", "w"], [True])
 
 
 def test_a_teardown_ends_while_the_store_answers_nobody_and_says_where_it_was(
