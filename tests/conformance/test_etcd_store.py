@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.support.etcd_server import HOST, EtcdServer, free_ports
+from tests.support.fake_source import FakeSource
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
-from ucxx_transport.config import StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
     ConfigError,
     StorePermissionError,
@@ -25,7 +26,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.registry import open_store
+from ucxx_transport.registry import HeartbeatPublisher, open_store
 from ucxx_transport.registry.store import Batch, Store, Watch
 
 pytestmark = pytest.mark.long
@@ -176,6 +177,16 @@ def test_a_token_that_etcd_has_forgotten_is_renewed(guarded: EtcdServer, opened:
         patiently(lambda: store.get("a"))
         store.put("b", b"")
         assert [batch.events[0].key for batch in batches_until(watch, "b")] == ["b"]
+
+
+def test_a_worker_that_is_refused_has_failed_after_exactly_one_attempt(guarded: EtcdServer, opened: Open) -> None:
+    refused = opened(guarded.url, user="stranger", password=PASSWORD)
+    publisher = HeartbeatPublisher(refused, "w", FakeSource(), PublisherConfig(keeper="thread"))
+    with publisher, pytest.raises(StorePermissionError):
+        publisher.wait_published(60.0)
+    assert publisher.statistics().attempts == 1
+    assert publisher.statistics().publications == 0
+    assert opened(guarded.url, user="worker", password=PASSWORD).snapshot("sources/").entries == ()
 
 
 def test_a_user_is_no_hindrance_where_etcd_asks_for_none(own_etcd: EtcdServer, opened: Open) -> None:

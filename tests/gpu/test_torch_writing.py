@@ -75,7 +75,7 @@ def test_tensors_with_a_gradient_and_conjugate_views_are_their_values(torch: Any
 def test_leaves_on_the_host_and_on_the_gpu_may_be_mixed_and_change_places(torch: Any) -> None:
     on_host = {"a": np.arange(1000), "b": {"c": [np.ones(3, np.float32), np.zeros(2)]}}
     on_gpu = {"a": torch.arange(1000).cuda(), "b": {"c": [torch.ones(3).cuda(), torch.zeros(2).double().cuda()]}}
-    mixed = {"a": on_gpu["a"], "b": {"c": [on_host["b"]["c"][0], on_gpu["b"]["c"][1]]}}  # type: ignore[index]
+    mixed = {"a": on_gpu["a"], "b": {"c": [on_host["b"]["c"][0], on_gpu["b"]["c"][1]]}}  # type: ignore[index]  # a tree of mixed kinds
     with writing() as (_, through):
         for given in (on_host, mixed, on_gpu, on_host):
             found = through(given)
