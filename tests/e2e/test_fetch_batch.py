@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.programs.rollout_worker import play
 from tests.support.programs import Program, program
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXClient
 from ucxx_transport.packer import Batch, LossReason, Prefetcher, fetch_batch
@@ -74,7 +75,7 @@ def test_what_was_given_up_while_its_server_hung_makes_room_once_that_goes_on() 
     with program("rollout_worker", "worker-0") as worker, Prefetcher(CONFIG, deadline_s=60) as prefetcher:
         prefetcher.fetch(episodes_of(worker, (10,))).release()
         server = worker.ask(server=True)["server"]
-        os.kill(server, signal.SIGSTOP)
+        stop_process(server)
         prefetcher.start(episodes_of(worker, (20, 30, 40)))  # all slots but one, of a ring that overwrites nothing
         assert not prefetcher.wait(0.5)
         assert prefetcher.statistics().losses == {"timeout": 3}

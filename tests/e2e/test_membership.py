@@ -18,6 +18,7 @@ import pytest
 from tests.support.fake_source import FakeSource
 from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
+from tests.support.stopping import stop_process
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport import (
@@ -231,7 +232,7 @@ def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: St
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         old = ref_of(running.ask(write="of the first epoch"))
-        running.signal(signal.SIGSTOP)
+        stop_process(running.pid)
         wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="it is missed")
         with pytest.raises(PeerLostError, match="is gone"):
             client.read(old, deadline_s=MINUTE)
@@ -325,7 +326,7 @@ def test_a_server_that_hangs_is_told_stale_once_and_ready_when_it_heals(host: St
         running.ask(published=MINUTE)
         told.watcher.wait_for(1, MINUTE)
         server = running.ask(server_pid=True)["server"]
-        os.kill(server, signal.SIGSTOP)
+        stop_process(server)
         try:
             wait_until(lambda: SourceStatus.STALE in told.statuses(1), MINUTE, what="it is told stale")
             assert told.watcher.sources() == ()
@@ -380,12 +381,6 @@ def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: 
             ended(second)
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether none of its threads runs any more: some may still do when the signal is sent."""
-    states = [task.read_bytes().rpartition(b")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return set(states) == {b"T"}
-
-
 def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, told: Told) -> None:
     with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
         running.ask(published=MINUTE)
@@ -393,8 +388,7 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         first, ref = ref_of(running.ask(write="one")), ref_of(running.ask(write="two"))
         assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
         server = running.ask(server_pid=True)["server"]
-        os.kill(server, signal.SIGSTOP)  # so that it neither answers nor breaks the connection
-        wait_until(lambda: is_stopped(server), MINUTE, what="it has stopped")
+        stop_process(server)  # so that it neither answers nor breaks the connection
         errors: list[BaseException] = []
 
         def read() -> None:
@@ -406,7 +400,7 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         reading = threading.Thread(target=read)
         reading.start()
         wait_until(lambda: client.statistics().lent_buffers > 0, MINUTE, what="the read is on its way")
-        running.signal(signal.SIGSTOP)
+        stop_process(running.pid)
         reading.join(MINUTE)
         os.kill(server, signal.SIGCONT)
         running.signal(signal.SIGKILL)

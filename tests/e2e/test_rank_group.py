@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
+from tests.support.stopping import stop_process
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.registry import GroupView, RankState
@@ -169,7 +170,7 @@ def test_a_process_that_was_stopped_for_longer_than_its_lease_finds_out_and_join
     first, second = cluster.joined(0, 1)
     # Stopped in the middle of a write it would hold the lock of the file; when all is quiet, none is due for a while.
     until(cluster.is_quiet, "all have acknowledged")
-    second.signal(signal.SIGSTOP)
+    stop_process(second.pid)
     until(lambda: state_of(first)["active"] == [0], "its lease has ended")
     second.signal(signal.SIGCONT)
     until(lambda: state_of(second)["state"] == "gone", "it finds out")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.programs import content
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
@@ -188,7 +189,7 @@ def test_a_stopped_holder_of_the_lock_costs_a_bounded_wait_and_nothing_else() ->
     with ring_of(lock_timeout_s=0.2) as ring, Actor("sit_in_section", ring.name, "between transitions") as holder:
         ref = ring.write_raw(b"before")
         assert holder.hear() == "ready"
-        holder.send(signal.SIGSTOP)
+        stop_process(holder.process.pid)
         for call in (
             lambda: ring.read(ref),
             lambda: ring.write_raw(b"x"),
@@ -209,7 +210,7 @@ def test_a_lease_dropped_while_the_lock_is_stuck_ends_when_the_lock_is_free_agai
     with ring_of(lock_timeout_s=0.2) as ring, Actor("sit_in_section", ring.name, "between transitions") as holder:
         array = ring.acquire(ring.write_raw(b"payload")).detach()
         assert holder.hear() == "ready"
-        holder.send(signal.SIGSTOP)
+        stop_process(holder.process.pid)
         del array
         assert in_use(ring) == {SlotState.READING}
         holder.send(signal.SIGCONT)

@@ -19,6 +19,7 @@ from tests.support.long import long
 from tests.support.programs import Program, program
 from tests.support.raw_peer import raw_peer
 from tests.support.served_ring import ServedRing, client_of, open_ring, read_retrying, served_ring
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     DeadlineExceededError,
@@ -123,7 +124,8 @@ def test_stopped_server_costs_a_read_its_deadline_and_nothing_else() -> None:
         with client.read(write(served.ring, 0)) as payload:  # a connection to find stopped
             assert holds(payload, 0)
         refs = [write(served.ring, sequence) for sequence in (1, 2)]
-        pid = kill_server(served, signal.SIGSTOP)
+        pid = pid_of_server(served)
+        stop_process(pid)
         try:
             for reader, ref in zip((client, other), refs, strict=True):
                 with pytest.raises((DeadlineExceededError, PeerLostError)):
@@ -205,7 +207,7 @@ def test_server_of_a_worker_that_takes_long_to_die_still_sweeps() -> None:
 def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
     with program("forgetful", "worker-process") as worker:
         ring, server, _ = started_worker(worker)
-        os.kill(server, signal.SIGSTOP)
+        stop_process(server)
         worker.signal(signal.SIGKILL)
         worker.wait()
         os.kill(server, signal.SIGKILL)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.long import long
 from tests.support.programs import Program, program
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 
 MINUTE = 60
@@ -104,7 +105,7 @@ def test_a_trainer_killed_while_its_batch_is_on_its_way_leaves_all_of_it_to_the_
         assert victim.ask(collect=True)["trained"] == [0]
         records = played(worker, 100, 200, 300, 400, 500, 600, 700, 800)
         server = worker.ask(server=True)["server"]
-        os.kill(server, signal.SIGSTOP)
+        stop_process(server)
         victim.ask(start=records)
         kill(victim)
         os.kill(server, signal.SIGCONT)

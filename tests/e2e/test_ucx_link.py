@@ -21,6 +21,7 @@ import pytest
 
 from tests.e2e.programs import link_exit, link_peer
 from tests.support.programs import Program, program
+from tests.support.stopping import stop_process
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError
 from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.link.ucxx import UCXXLink
@@ -223,7 +224,7 @@ def link_client(port: int, lanes: str) -> subprocess.Popen[bytes]:
 
 async def test_stopped_peer_is_noticed_by_the_callers_own_timeout_alone(lanes: str) -> None:
     async with connected(lanes) as (other, _link, endpoint):
-        other.signal(signal.SIGSTOP)
+        stop_process(other.pid)
         receive = endpoint.post_receive(bytearray(1 << 20))
         endpoint.post_send(link_peer.request(link_peer.REPLY, 1 << 20))
         with pytest.raises(TimeoutError):
@@ -239,7 +240,7 @@ async def test_stop_in_the_middle_of_a_transfer_never_hands_on_a_buffer_in_use(l
         receive = endpoint.post_receive(into)
         endpoint.post_send(link_peer.request(link_peer.REPLY, LARGE_BYTES))
         await until(lambda: into.count(link_peer.CONTENT, 0, 4 << 20) > 0)
-        other.signal(signal.SIGSTOP)
+        stop_process(other.pid)
         with anyio.move_on_after(0.2):
             await outcome(receive)
         free = await endpoint.close()

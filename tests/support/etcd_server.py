@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 
 __all__ = ["EtcdServer", "find_etcd"]
@@ -99,11 +100,13 @@ class EtcdServer:
 
     def pause(self) -> None:
         """SIGSTOP: it neither answers nor refuses."""
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        stop_process(self._process.pid)
 
     def resume(self) -> None:
         """SIGCONT."""
-        self._signal(signal.SIGCONT)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def ask(self, path: str, body: Mapping[str, Any], *, token: str = "") -> dict[str, Any]:
         """The answer to `/v3/<path>`, by the standard library alone."""
@@ -141,10 +144,6 @@ class EtcdServer:
             return "leader" in self.ask("maintenance/status", {})
         except OSError:
             return False
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
 
     def _ended(self, number: signal.Signals) -> None:
         assert self._process is not None

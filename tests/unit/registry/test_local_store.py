@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.stopping import stop_process
 from tests.support.store_processes import elsewhere
 from tests.support.waiting import wait_until
 from ucxx_transport.config import StoreConfig
@@ -388,7 +389,7 @@ def test_a_stopped_writer_makes_the_store_unavailable_and_a_killed_one_does_not(
         with elsewhere(_hold_the_lock, f"local://{path}", {}) as (process, pipe):
             assert pipe.recv() == "locked"
             assert process.pid is not None
-            os.kill(process.pid, signal.SIGSTOP)
+            stop_process(process.pid)
             with store.watch(after=0) as watch:
                 assert watch.next(0) is not None  # who reads waits for nobody
                 with pytest.raises(StoreUnavailableError, match="locked") as caught:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_start
 
@@ -38,7 +39,7 @@ def test_a_stopped_process_is_alive_and_a_killed_one_is_dead_before_it_is_reaped
     sleeper: subprocess.Popen[bytes],
 ) -> None:
     owner = Owner(sleeper.pid, process_start(sleeper.pid))
-    os.kill(sleeper.pid, signal.SIGSTOP)
+    stop_process(sleeper.pid)
     assert owner_alive(*owner)
     os.kill(sleeper.pid, signal.SIGKILL)
     wait_until(lambda: not owner_alive(*owner), what="the zombie counts as dead")
