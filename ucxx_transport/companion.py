@@ -7,6 +7,7 @@ group leaves it alive just long enough to put things in order.
 from __future__ import annotations
 
 import os
+import runpy
 import select
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def start_companion(
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         # -P: a file of the worker's folder that is named like a standard module must not be imported.
-        [sys.executable, "-P", "-m", module, *words],
+        [sys.executable, "-P", "-m", __name__, module, *words],
         stdin=subprocess.PIPE,
         stdout=stdout,
         pass_fds=pass_fds,
@@ -101,3 +102,15 @@ class WorkerEnd:
         while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
             watched.poll(min(left_s, LOOK_S) * 1000)
         return self.is_gone
+
+
+def _run(module: str, *words: str) -> None:
+    # structlog loads rich where it finds it, to draw tracebacks in colour: a tenth of a second, and a killed server's
+    # clients wait for its successor
+    sys.modules["rich"] = None  # type: ignore[assignment]  # so a module is kept from being found
+    sys.argv[1:] = words
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _run(*sys.argv[1:])

@@ -1,7 +1,8 @@
-"""How a process beside a worker sees the worker's end."""
+"""How a process beside a worker is started, and how it sees the worker's end."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.companion import WorkerEnd
+from ucxx_transport.companion import WorkerEnd, start_companion
 
 
 class Parent:
@@ -84,3 +85,30 @@ def test_a_stopped_worker_is_known_for_one(worker: subprocess.Popen[bytes], pare
     wait_until(lambda: end.is_stopped, 60, what="it is seen to be stopped")
     assert not end.is_gone
     let_go(end)
+
+
+def test_a_companion_is_given_its_words_and_what_only_people_need_is_not_there() -> None:
+    with start_companion("tests.e2e.programs.what_a_companion_sees", "7", "x", stdout=subprocess.PIPE) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(said) == {"name": "__main__", "words": ["7", "x"], "rich": False}
+
+
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        (
+            "ucxx_transport.server.child",
+            {"psutil", "pydantic", "ucxx_transport.config", "ucxx_transport.server.server"},
+        ),
+        ("ucxx_transport.registry.keeper_child", {"httpx", "numpy", "psutil"}),
+    ],
+    ids=["server", "keeper"],
+)
+def test_a_companion_loads_no_more_than_it_needs(module: str, spared: set[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert module in loaded
+    assert not spared & loaded

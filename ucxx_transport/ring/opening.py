@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring.identity import Identity
 from ucxx_transport.ring.layout import (
@@ -25,6 +25,9 @@ from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.ring.owner import boot_id, current_owner, pid_namespace
 from ucxx_transport.ring.segment import Segment, create_segment, open_segment
 from ucxx_transport.schema import Schema
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import RingConfig
 
 
 def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:

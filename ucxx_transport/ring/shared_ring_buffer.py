@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
 
-from ucxx_transport.config import RingConfig
 from ucxx_transport.ring.layout import SEQUENCE_WORD
 from ucxx_transport.ring.lease import ReadLease, WriteLease
 from ucxx_transport.ring.opening import attach_ring, create_ring
@@ -19,6 +18,8 @@ from ucxx_transport.schema import SlotRef
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from ucxx_transport.config import RingConfig
 
 
 class SharedRingBuffer(RingHandle):

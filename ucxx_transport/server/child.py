@@ -22,16 +22,14 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 
 import structlog
 
 from ucxx_transport.companion import DYING_S, LOOK_S, WorkerEnd
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.ucxx import UCXXLink
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import sweep_orphans
-from ucxx_transport.server.port_group import PortGroup
+from ucxx_transport.server.port_group import PortGroup, ucxx_links
 from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
 
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
@@ -86,19 +84,18 @@ def main(ready_fd: int) -> int:
     _log_to_stderr()
     order = _read_order()
     worker = WorkerEnd(order.worker_pid)
-    config = order.config
+    settings = order.settings
     try:
         ring = SharedRingBuffer.attach(order.ring_name)
-        factory = partial(UCXXLink.open, shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)
-        group = PortGroup(ring, config, factory)
-        ports = group.start(time.monotonic() + config.start_timeout_s)
+        group = PortGroup(ring, settings, ucxx_links(settings))
+        ports = group.start(time.monotonic() + settings.start_timeout_s)
     except TransportError as error:
         _report(ready_fd, ServerReport(error_class=type(error).__name__, error=str(error)))
         return 1
     _report(ready_fd, ServerReport(ports=ports))
     end = _wait_for_end(worker, group)
-    signal.setitimer(signal.ITIMER_REAL, config.stop_timeout_s + _KILL_MARGIN_S)  # SIGALRM ends a hung stop
-    ended = group.stop(time.monotonic() + config.stop_timeout_s)
+    signal.setitimer(signal.ITIMER_REAL, settings.stop_timeout_s + _KILL_MARGIN_S)  # SIGALRM ends a hung stop
+    ended = group.stop(time.monotonic() + settings.stop_timeout_s)
     ring.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if end is _End.ABANDONED and worker.wait_until_gone(DYING_S):

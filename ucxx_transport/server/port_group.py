@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,20 @@ from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
 
 if TYPE_CHECKING:
-    from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.server.port_settings import PortSettings
 
 _log = structlog.get_logger(__name__)
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+
+
+def ucxx_links(settings: PortSettings) -> LinkFactory:
+    """Opens links over UCX."""
+    from ucxx_transport.link.ucxx import UCXXLink
+
+    return partial(UCXXLink.open, shm_lanes=settings.shm_lanes, spin_s=settings.spin_s, ucx=settings.ucx)
 
 
 class PortThread:
@@ -97,13 +105,13 @@ class PortGroup:
     """N ports over one ring, in this process.
 
     Args:
-        ring: the ring, created or attached here. config: its `ports` and `base_port` say what to bind.
+        ring: the ring, created or attached here. settings: what to bind, and how.
         link_factory: opens one link a port.
     """
 
-    def __init__(self, ring: SharedRingBuffer, config: ServerConfig, link_factory: LinkFactory) -> None:
+    def __init__(self, ring: SharedRingBuffer, settings: PortSettings, link_factory: LinkFactory) -> None:
         self._ring = ring
-        self._config = config
+        self._settings = settings
         self._link_factory = link_factory
         self._threads: list[PortThread] = []
 
@@ -118,13 +126,13 @@ class PortGroup:
         """
         ports: list[int] = []
         try:
-            for index, wanted in enumerate(self._wanted()):
+            for index, wanted in enumerate(self._settings.ports):
                 candidates = self._candidates(wanted, ports)
                 thread = PortThread(self._port_server(index), self._link_factory, candidates, f"ucxx-port-{index}")
                 self._threads.append(thread)
                 ports.append(thread.start(deadline_s))
         except BaseException:
-            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            self.stop(time.monotonic() + self._settings.stop_timeout_s)
             raise
         return tuple(ports)
 
@@ -141,24 +149,20 @@ class PortGroup:
         self._threads = []
         return all(ended)
 
-    def _wanted(self) -> tuple[int, ...]:
-        ports = self._config.ports
-        return (0,) * ports if isinstance(ports, int) else tuple(ports)
-
     def _candidates(self, wanted: int, bound: Sequence[int]) -> Sequence[int]:
-        base = self._config.base_port
+        base = self._settings.base_port
         if wanted or base is None:
             return (wanted,)
         first = bound[-1] + 1 if bound else base
-        return range(first, min(65536, base + self._config.port_attempts))
+        return range(first, min(65536, base + self._settings.port_attempts))
 
     def _port_server(self, index: int) -> PortServer:
         source = SessionSource(
             ring_id=self._ring.ring_id,
             fingerprint=self._ring.fingerprint,
             schema_bytes=self._ring.schema_bytes,
-            token=self._config.token_bytes,
+            token=self._settings.token,
         )
         counters = PortCounters(self._ring.server_words, index)
         binding = Binding(self._ring.server_words)
-        return PortServer(self._ring, source, self._config, counters, binding, reclaims=index == 0)
+        return PortServer(self._ring, source, self._settings, counters, binding, reclaims=index == 0)

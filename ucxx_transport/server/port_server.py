@@ -21,9 +21,9 @@ from ucxx_transport.wire.frames import NONCE_BYTES
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Link, Listener
     from ucxx_transport.server.counters import Binding, PortCounters
+    from ucxx_transport.server.port_settings import PortSettings
 
 _log = structlog.get_logger(__name__)
 
@@ -43,7 +43,7 @@ class PortServer:
 
     Args:
         ring: where payloads come from. source: its identity, schema and token.
-        config: limits. counters: this port's block. binding: whether the source has its epoch.
+        settings: limits. counters: this port's block. binding: whether the source has its epoch.
         reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
         clock: seconds, for the time limits.
     """
@@ -52,7 +52,7 @@ class PortServer:
         self,
         ring: ReadableRing,
         source: SessionSource,
-        config: ServerConfig,
+        settings: PortSettings,
         counters: PortCounters,
         binding: Binding,
         *,
@@ -63,12 +63,12 @@ class PortServer:
         self._reclaims = reclaims
         self._clock = clock
         self._source = source
-        self._config = config
+        self._settings = settings
         self._limits = SessionLimits(
-            first_frame_timeout_s=config.first_frame_timeout_s,
-            idle_timeout_s=config.idle_timeout_s,
-            send_timeout_s=config.send_timeout_s,
-            ack_timeout_s=config.ack_timeout_s,
+            first_frame_timeout_s=settings.first_frame_timeout_s,
+            idle_timeout_s=settings.idle_timeout_s,
+            send_timeout_s=settings.send_timeout_s,
+            ack_timeout_s=settings.ack_timeout_s,
         )
         self._counters = counters
         self._binding = binding
@@ -110,7 +110,7 @@ class PortServer:
             return
         self._counters.add("accepted")
         # Those that only wait to hear BUSY take nobody's place.
-        admitted = self._admitted < self._config.max_connections
+        admitted = self._admitted < self._settings.max_connections
         if not admitted:
             self._counters.add("refused")
             if len(self._connections) - self._admitted >= BUSY_ANSWERS:

@@ -7,10 +7,10 @@ stop; an end of file without it is its death. The child answers on a pipe of its
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
-from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.server.port_settings import PortSettings
 
 GOODBYE = b"goodbye\n"
 
@@ -26,31 +26,30 @@ class ServerOrder:
 
     Attributes:
         ring_name: segment to attach. worker_pid: the process whose death ends the server.
-        config: settings; `ports` names the very ports after a restart.
+        settings: `ports` names the very ports after a restart.
     """
 
     ring_name: str
     worker_pid: int
-    config: ServerConfig
+    settings: PortSettings
 
     def to_line(self) -> bytes:
         """The order as one line of JSON; the token travels here and nowhere else."""
-        settings = {spec.name: getattr(self.config, spec.name) for spec in fields(self.config)}
-        token = self.config.token_bytes
-        settings["token"] = token.hex() if token is not None else None
-        settings["ucx"] = dict(self.config.ucx)
-        order = {"ring_name": self.ring_name, "worker_pid": self.worker_pid, "config": settings}
+        token = self.settings.token
+        order = asdict(self)
+        order["settings"]["token"] = token.hex() if token is not None else None
         return json.dumps(order).encode() + b"\n"
 
     @staticmethod
     def from_line(line: bytes) -> ServerOrder:
         """Rebuild the order in the child."""
         order = json.loads(line)
-        settings = order["config"]
-        if settings["token"] is not None:
-            settings["token"] = bytes.fromhex(settings["token"])
+        settings = order["settings"]
+        token = bytes.fromhex(settings["token"]) if settings["token"] is not None else None
         return ServerOrder(
-            ring_name=order["ring_name"], worker_pid=order["worker_pid"], config=ServerConfig(**settings)
+            ring_name=order["ring_name"],
+            worker_pid=order["worker_pid"],
+            settings=PortSettings(**{**settings, "ports": tuple(settings["ports"]), "token": token}),
         )
 
 

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import os
 import time
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -16,7 +15,8 @@ from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.server.counters import PortCounters, ServerStatistics
-from ucxx_transport.server.port_group import LinkFactory, PortGroup
+from ucxx_transport.server.port_group import LinkFactory, PortGroup, ucxx_links
+from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.ring_source import RingSource
 from ucxx_transport.server.supervisor import Supervisor
 
@@ -169,14 +169,18 @@ class UCXXServer(RingSource):
 
     def _start_process(self, deadline_s: float) -> tuple[int, ...]:
         supervisor = Supervisor(
-            self._ring.name, self._config, on_death=self._reclaim, on_ports=self._ports_of_replacement
+            self._ring.name,
+            PortSettings.of(self._config),
+            on_death=self._reclaim,
+            on_ports=self._ports_of_replacement,
         )
         ports = supervisor.start(deadline_s)
         self._supervisor = supervisor
         return ports
 
     def _start_threads(self, deadline_s: float) -> tuple[int, ...]:
-        group = PortGroup(self._ring, self._config, self._link_factory or _ucxx_links(self._config))
+        settings = PortSettings.of(self._config)
+        group = PortGroup(self._ring, settings, self._link_factory or ucxx_links(settings))
         ports = group.start(deadline_s)
         self._group = group
         return ports
@@ -204,9 +208,3 @@ class UCXXServer(RingSource):
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
             _log.warning("reclaim failed", ring=self._ring.name, reason=str(error))
-
-
-def _ucxx_links(config: ServerConfig) -> LinkFactory:
-    from ucxx_transport.link.ucxx import UCXXLink
-
-    return partial(UCXXLink.open, shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)

@@ -21,8 +21,8 @@ from threading import Thread
 import structlog
 
 from ucxx_transport.companion import start_companion
-from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
+from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
 
 _log = structlog.get_logger(__name__)
@@ -33,7 +33,7 @@ RESTART_PAUSE_LIMIT_S = 1.0
 # anew.
 SAME_PORTS_FOR_S = 10.0
 # A child that served this long died of something else than its start.
-HEALTHY_AFTER_S = 5.0
+HEALTHY_AFTER_S = 1.0
 _REPORT_LIMIT_BYTES = 65536
 
 
@@ -63,7 +63,7 @@ class Supervisor:
     """Runs `ucxx_transport.server.child` for one ring.
 
     Args:
-        ring_name: segment the child attaches. config: the server's settings.
+        ring_name: segment the child attaches. settings: of its ports.
         on_death: called in the supervising thread when a child has died unasked, before it is replaced.
         on_ports: called there with the ports of every child that came up.
     """
@@ -71,13 +71,13 @@ class Supervisor:
     def __init__(
         self,
         ring_name: str,
-        config: ServerConfig,
+        settings: PortSettings,
         *,
         on_death: Callable[[], None],
         on_ports: Callable[[tuple[int, ...]], None],
     ) -> None:
         self._ring_name = ring_name
-        self._config = config
+        self._settings = settings
         self._on_death = on_death
         self._on_ports = on_ports
         self._up: Future[tuple[int, ...]] = Future()
@@ -98,11 +98,11 @@ class Supervisor:
         try:
             return self._up.result(max(0.0, deadline_s - time.monotonic()))
         except FutureTimeoutError:
-            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            self.stop(time.monotonic() + self._settings.stop_timeout_s)
             message = "the server process did not come up in time; see ServerConfig(start_timeout_s=…)"
             raise DeadlineExceededError(message) from None
         except BaseException:
-            self.stop(time.monotonic() + self._config.stop_timeout_s)
+            self.stop(time.monotonic() + self._settings.stop_timeout_s)
             raise
 
     def stop(self, deadline_s: float) -> None:
@@ -113,7 +113,7 @@ class Supervisor:
             os.write(self._wake_write, b"s")
         if self._thread.ident is not None:
             # SIGKILL is sent at the deadline; the thread ends as soon as the kernel has reaped the child.
-            self._thread.join(max(0.0, deadline_s - time.monotonic()) + self._config.stop_timeout_s)
+            self._thread.join(max(0.0, deadline_s - time.monotonic()) + self._settings.stop_timeout_s)
         if not self._thread.is_alive() and self._wake_write >= 0:
             os.close(self._wake_write)
             os.close(self._wake_read)
@@ -121,17 +121,19 @@ class Supervisor:
 
     def _run(self) -> None:
         pause_s = RESTART_PAUSE_S
-        config = self._config
+        settings = self._settings
         last_up_s = time.monotonic()
         while not self._stopping:
             child: _Child | None = None
-            began_s = time.monotonic()
             try:
-                child = self._spawn(config)
-                ports = self._await_report(child, config)
-                config = replace(config, ports=ports, base_port=None)
+                child = self._spawn(settings)
+                ports = self._await_report(child, settings)
+                settings = replace(settings, ports=ports, base_port=None)
+                up_s = time.monotonic()
                 self._serve(child, ports)
                 last_up_s = time.monotonic()
+                if last_up_s - up_s > HEALTHY_AFTER_S:
+                    pause_s = RESTART_PAUSE_S
             except Exception as error:  # noqa: BLE001 - whatever it was (no memory, no descriptors): go on supervising
                 if child is not None and child.process.returncode is None:
                     self._end(child)
@@ -140,10 +142,8 @@ class Supervisor:
                     self._up.set_exception(_told(error))
                     return
                 _log.warning("server process did not come up; trying again", ring=self._ring_name, reason=str(error))
-                if time.monotonic() - last_up_s > SAME_PORTS_FOR_S and _any_port_will_do(self._config):
-                    config = self._config
-            if time.monotonic() - began_s > HEALTHY_AFTER_S:
-                pause_s = RESTART_PAUSE_S
+                if time.monotonic() - last_up_s > SAME_PORTS_FOR_S and 0 in self._settings.ports:
+                    settings = self._settings
             self._pause(pause_s)
             pause_s = min(2 * pause_s, RESTART_PAUSE_LIMIT_S)
 
@@ -163,7 +163,7 @@ class Supervisor:
         _log.warning("server process died; restarting", ring=self._ring_name, reason=_how(code), restarts=self.restarts)
         self._on_death()
 
-    def _spawn(self, config: ServerConfig) -> _Child:
+    def _spawn(self, settings: PortSettings) -> _Child:
         ready_read, ready_write = os.pipe()
         try:
             process = start_companion("ucxx_transport.server.child", str(ready_write), pass_fds=(ready_write,))
@@ -175,7 +175,7 @@ class Supervisor:
             os.close(ready_write)
         self._ready_fd = ready_read
         child = _Child(process, pidfd, time.monotonic())
-        order = ServerOrder(ring_name=self._ring_name, worker_pid=os.getpid(), config=config)
+        order = ServerOrder(ring_name=self._ring_name, worker_pid=os.getpid(), settings=settings)
         assert process.stdin is not None
         try:
             process.stdin.write(order.to_line())
@@ -184,9 +184,9 @@ class Supervisor:
             pass  # it died already; its missing report says so
         return child
 
-    def _await_report(self, child: _Child, config: ServerConfig) -> tuple[int, ...]:
+    def _await_report(self, child: _Child, settings: PortSettings) -> tuple[int, ...]:
         line = b""
-        deadline_s = child.started_s + config.start_timeout_s
+        deadline_s = child.started_s + settings.start_timeout_s
         try:
             while not line.endswith(b"\n"):
                 # Its end is looked at too: another thread's fork may hold the pipe's other end open.
@@ -220,7 +220,7 @@ class Supervisor:
     def _end(self, child: _Child) -> None:
         child.say_goodbye()
         child.process.terminate()  # while it is starting it does not listen yet, but dies of this; later it ignores it
-        limit_s = self._stop_by_s if self._stopping else time.monotonic() + self._config.stop_timeout_s
+        limit_s = self._stop_by_s if self._stopping else time.monotonic() + self._settings.stop_timeout_s
         watched = select.poll()
         watched.register(child.pidfd, select.POLLIN)
         if not watched.poll(max(0.0, limit_s - time.monotonic()) * 1000):
@@ -235,10 +235,6 @@ def _told(error: Exception) -> TransportError:
     told = TransportError("the server process could not be started", reason=f"{type(error).__name__}: {error}")
     told.__cause__ = error
     return told
-
-
-def _any_port_will_do(config: ServerConfig) -> bool:
-    return isinstance(config.ports, int) or 0 in config.ports
 
 
 def _pidfd_of(process: subprocess.Popen[bytes]) -> int:

@@ -12,6 +12,7 @@ import sys
 
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
+from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
 
 
@@ -24,8 +25,8 @@ def main() -> None:
     )
     os.close(theirs)
     assert child.stdin is not None
-    config = ServerConfig(host="127.0.0.1", ports=1)
-    child.stdin.write(ServerOrder(ring_name=ring.name, worker_pid=os.getpid(), config=config).to_line())
+    settings = PortSettings.of(ServerConfig(host="127.0.0.1", ports=1))
+    child.stdin.write(ServerOrder(ring_name=ring.name, worker_pid=os.getpid(), settings=settings).to_line())
     child.stdin.flush()
     with open(ready, "rb") as report:
         ports = ServerReport.from_line(report.readline()).ports

@@ -20,6 +20,7 @@ from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
+from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
 
 EPISODE = bytes(range(256)) * 16
@@ -51,7 +52,11 @@ class Neighbour:
         ring = self.ring
         source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
         server = PortServer(
-            ring, source, ServerConfig(), PortCounters(ring.server_words, 0), Binding(ring.server_words)
+            ring,
+            source,
+            PortSettings.of(ServerConfig()),
+            PortCounters(ring.server_words, 0),
+            Binding(ring.server_words),
         )
         async with MemoryLink(self.network) as link, server.listening(link, [1]):
             up.set()
