@@ -228,19 +228,26 @@ class _Trainer:
         return verified
 
     def train(self, *, seconds: float, compute_s: float) -> dict[str, float]:
+        self._step(compute_s)  # not counted: what its batch is waited for depends on what was done before this order
         steps, waiting_s = 0, 0.0
         began_s = now_s = time.perf_counter()
         while steps < LEAST_STEPS or now_s - began_s < seconds:
-            batch = self._end.next_batch()
-            waiting_s += time.perf_counter() - now_s
-            for episode in batch:
-                np.bitwise_xor.reduce(episode.data.view(np.uint64))  # reads every byte
-            del batch, episode
-            if compute_s:
-                time.sleep(compute_s)
+            waiting_s += self._step(compute_s)
             steps += 1
             now_s = time.perf_counter()
         return {"steps": steps, "waiting_s": waiting_s, "wall_s": now_s - began_s}
+
+    def _step(self, compute_s: float) -> float:
+        """Take a batch, read every byte of it, compute; seconds waited for the batch."""
+        began_s = time.perf_counter()
+        batch = self._end.next_batch()
+        waited_s = time.perf_counter() - began_s
+        for episode in batch:
+            np.bitwise_xor.reduce(episode.data.view(np.uint64))
+        del batch, episode
+        if compute_s:
+            time.sleep(compute_s)
+        return waited_s
 
     def close(self) -> None:
         self._end.close()
