@@ -38,10 +38,10 @@ STRETCH = 10
 takes 850 us, and a wait that is not over within the window costs a sleep and a wake-up besides."""
 
 CREDIT = 8
-"""Long spins that may fail in a row before they are given up."""
+"""Spins that may fail in a row before none are made: beside a busy core the peer may be waiting for this very one."""
 
-PROBE_EVERY = 32
-"""Failed short spins before a long one is tried again."""
+PROBE_EVERY = 8
+"""Waits without a spin before one is tried again."""
 
 LONGEST_SPIN_S = 4e-3
 """A spin ends after this even while something moves: timers and other tasks wait meanwhile. 16 MiB take as long."""
@@ -198,7 +198,7 @@ class ProgressDriver:
             self._watched.remove(operation)
 
     def _spun(self, *, paid: bool) -> None:
-        """Learn whether long spins pay: they go on while they do, and are tried again now and then."""
+        """Learn whether spins pay: they go on while they do, and are tried again now and then."""
         if paid:
             self._credit = CREDIT
         elif self._credit > 0:
@@ -207,7 +207,7 @@ class ProgressDriver:
             self._misses += 1
             if self._misses % PROBE_EVERY == 0:
                 self._credit = 1
-        self._window_s = self._spin_s * STRETCH if self._credit > 0 else self._spin_s
+        self._window_s = self._spin_s * STRETCH if self._credit > 0 else 0.0
 
     def stop(self) -> None:
         """Leave the loop. What is pending stays so."""
