@@ -23,7 +23,8 @@ from ucxx_transport.packer.fetch_request import FetchRequest, PendingBatch, Reco
 from ucxx_transport.packer.landing import LandingReader
 from ucxx_transport.packer.prefetch import DoubleBuffer, FetchOrder
 from ucxx_transport.packer.prefetch_statistics import PrefetchCounters, PrefetchStatistics
-from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out, unwanted_of
+from ucxx_transport.packer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out
+from ucxx_transport.packer.unwanted import UnwantedPayloads
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
@@ -85,13 +86,12 @@ class Prefetcher:
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
         self._max_staleness = max_staleness
-        self._discard_lost = discard_lost
+        self._unwanted = UnwantedPayloads(self._client, discard_lost=discard_lost, deadline_s=deadline_s)
         self._on_loss = on_loss
         self._changed = threading.Condition()
         self._buffer: DoubleBuffer[FetchRequest, Batch | Exception] = DoubleBuffer()
         self._running: dict[int, tuple[Future[None], FetchRequest]] = {}
         self._beside: set[Future[Batch]] = set()
-        self._discards: set[asyncio.Task[int]] = set()
         self._counters = PrefetchCounters()
         self._closed = False
         self._is_awaited = True
@@ -286,25 +286,11 @@ class Prefetcher:
             policy_version=request.policy_version,
             max_staleness=self._max_staleness,
         )
-        self._let_go(batch.losses)
+        self._unwanted.let_go(batch.losses)
         return batch
 
-    def _let_go(self, losses: Sequence[Loss]) -> None:
-        """Discard what may still lie in its slot, beside the batches, with a deadline of its own. In the loop."""
-        unwanted = unwanted_of(losses, discard_lost=self._discard_lost)
-        if unwanted:
-            task = asyncio.create_task(self._client.discard(unwanted, deadline_s=self._deadline_s))
-            self._discards.add(task)
-            task.add_done_callback(self._discarded)
-
-    def _discarded(self, task: asyncio.Task[int]) -> None:
-        self._discards.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("unwanted payloads could not be let go", reason=f"{type(error).__name__}: {error}")
-
     async def _aclose(self) -> None:
-        for task in self._discards:
-            task.cancel()
+        self._unwanted.cancel()
         if self._landings is not None:
             self._landings.close()  # before the client, which lets go of the buffers that come back
         await self._client.aclose()
@@ -348,7 +334,7 @@ class Prefetcher:
         losses.sort(key=lambda loss: loss.index)
 
         async def let_go() -> None:
-            self._let_go(losses)
+            self._unwanted.let_go(losses)
 
         self._thread.submit(let_go)
         return losses
