@@ -37,7 +37,7 @@ Open = Callable[..., Store]
 
 
 @pytest.fixture
-def opened(etcd_binary: None) -> Iterator[Open]:  # noqa: ARG001 - see there
+def opened(etcd_binary: None) -> Iterator[Open]:  # noqa: ARG001 - skips where no etcd is
     """Opens stores that are closed at the end."""
     with ExitStack() as stack:
 
