@@ -38,7 +38,7 @@ def shared_server(
 
 
 @pytest.fixture
-def own_etcd(etcd_binary: None, tmp_path: Path) -> Iterator[EtcdServer]:  # noqa: ARG001 - see there
+def own_etcd(etcd_binary: None, tmp_path: Path) -> Iterator[EtcdServer]:  # noqa: ARG001 - skips where no etcd is
     """A server for one test alone."""
     with EtcdServer(tmp_path) as server:
         yield server
