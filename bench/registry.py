@@ -48,8 +48,8 @@ from tests.support.programs import Program, program
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.cli.bench.host import commit_of, host_facts
 from ucxx_transport.cli.output import console
-from ucxx_transport.registry import SourceRecord, SourceStatus, Store
-from ucxx_transport.registry.publication import Publication, next_epoch
+from ucxx_transport.membership import SourceRecord, SourceStatus, Store
+from ucxx_transport.membership.publication import Publication, next_epoch
 from ucxx_transport.ring.orphans import sweep_orphans
 
 if TYPE_CHECKING:

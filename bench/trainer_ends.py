@@ -21,8 +21,8 @@ import numpy as np
 from ucxx_transport import ClientConfig, DeadlineExceededError, ServerConfig
 from ucxx_transport.cli.bench.control import Handlers, serve_orders
 from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.packer import RolloutFeed
-from ucxx_transport.rollout import TrajectoryWriter
+from ucxx_transport.trainer import RolloutFeed
+from ucxx_transport.worker import TrajectoryWriter
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Generator, Iterator, MutableMapping
@@ -10,8 +11,6 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
-import structlog
-from structlog.testing import capture_logs
 
 from tests.support.leaks import KINDS, leaks_since, mark_own_processes, own_segments, snapshot
 
@@ -73,9 +72,26 @@ def _nothing_left_by_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def log_events() -> Iterator[list[MutableMapping[str, Any]]]:
-    """The structlog events of the test, each a dict with `event`, `log_level` and its keys, in order."""
-    with capture_logs() as events:
-        yield events
+    """The log events of the test, each a dict with `event`, `log_level` and its keys, in order."""
+    recorder = _Recorder(logging.DEBUG)
+    logger = logging.getLogger("ucxx_transport")
+    level = logger.level
+    logger.addHandler(recorder)
+    logger.setLevel(logging.DEBUG)
+    yield recorder.events
+    logger.setLevel(level)
+    logger.removeHandler(recorder)
+
+
+class _Recorder(logging.Handler):
+    """Keeps each event's keys."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.events: list[MutableMapping[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append({**vars(record), "log_level": record.levelname.lower()})
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +100,3 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("UCXX_TRANSPORT_"):
             monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
-def _logging_left_alone() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()

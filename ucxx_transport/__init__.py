@@ -35,12 +35,13 @@ if TYPE_CHECKING:
         StoreUnavailableError,
         TransportError,
     )
-    from ucxx_transport.packer import UCXXDataPackerMixin
-    from ucxx_transport.registry import HeartbeatPublisher, RankGroup, SourceWatcher, open_store
+    from ucxx_transport.groups import RankGroup
+    from ucxx_transport.membership import HeartbeatPublisher, SourceWatcher, open_store
     from ucxx_transport.ring import ReadLease, RingStatistics, SharedRingBuffer, SlotState, WriteLease
-    from ucxx_transport.rollout import UCXXRolloutMixin
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
     from ucxx_transport.server import ServerStatistics, UCXXServer
+    from ucxx_transport.trainer import UCXXDataPackerMixin
+    from ucxx_transport.worker import UCXXRolloutMixin
 
 __version__ = "0.1.0"
 
@@ -69,10 +70,11 @@ _HOMES = {
         "StoreUnavailableError",
         "TransportError",
     ),
-    "packer": ("UCXXDataPackerMixin",),
-    "registry": ("HeartbeatPublisher", "RankGroup", "SourceWatcher", "open_store"),
+    "trainer": ("UCXXDataPackerMixin",),
+    "groups": ("RankGroup",),
+    "membership": ("HeartbeatPublisher", "SourceWatcher", "open_store"),
     "ring": ("ReadLease", "RingStatistics", "SharedRingBuffer", "SlotState", "WriteLease"),
-    "rollout": ("UCXXRolloutMixin",),
+    "worker": ("UCXXRolloutMixin",),
     "schema": ("Schema", "SlotRef", "TensorSpec"),
     "server": ("ServerStatistics", "UCXXServer"),
 }

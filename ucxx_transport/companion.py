@@ -105,9 +105,6 @@ class WorkerEnd:
 
 
 def _run(module: str, *words: str) -> None:
-    # structlog loads rich where it finds it, to draw tracebacks in colour: a tenth of a second, and a killed server's
-    # clients wait for its successor
-    sys.modules["rich"] = None  # type: ignore[assignment]  # so a module is kept from being found
     sys.argv[1:] = words
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

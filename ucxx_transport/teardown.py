@@ -26,11 +26,12 @@ from inspect import isawaitable, iscoroutinefunction
 from typing import Final
 
 import anyio
-import structlog
+
+from ucxx_transport.logs import get_logger
 
 __all__ = ["Step", "StepOutcome", "StepReport", "TeardownReport", "dump_stacks", "teardown", "teardown_async"]
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 CANCEL_S: Final = 0.1
 """How long a coroutine that was cancelled for hanging may take to end, before it is left behind."""

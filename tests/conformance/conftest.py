@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig, rig, shared_server
 from ucxx_transport.link.base import Endpoint, Link, Listener
-from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.link.ucxx import UCXXLink
+from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
 
 __all__ = ["etcd_binary", "own_etcd", "own_rig", "rig", "shared_server", "sides"]
 

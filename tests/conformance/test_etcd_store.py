@@ -26,8 +26,8 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.registry import HeartbeatPublisher, open_store
-from ucxx_transport.registry.store import Batch, Store, Watch
+from ucxx_transport.membership import HeartbeatPublisher, open_store
+from ucxx_transport.membership.store import Batch, Store, Watch
 
 pytestmark = pytest.mark.long
 

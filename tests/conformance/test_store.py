@@ -24,8 +24,8 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.registry.namespace import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from ucxx_transport.registry.store import Batch, Entry, Event, Store, Watch
+from ucxx_transport.membership.namespace import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from ucxx_transport.membership.store import Batch, Entry, Event, Store, Watch
 
 PATIENCE_S = 20.0
 

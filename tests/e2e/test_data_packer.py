@@ -19,7 +19,7 @@ from tests.support.long import long
 from tests.support.programs import Program, program
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXDataPackerMixin
-from ucxx_transport.packer import Loss
+from ucxx_transport.trainer import Loss
 
 RETRYABLE = {"timeout", "unreachable"}
 

@@ -1,4 +1,4 @@
-"""The examples of docs/examples, at reduced size."""
+"""The examples of examples, at reduced size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is no
 
 def run(example: str, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, f"docs/examples/{example}.py", *options],
+        [sys.executable, f"examples/{example}.py", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -12,8 +12,8 @@ from tests.support.programs import Program, program
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXClient
-from ucxx_transport.packer import Batch, LossReason, Prefetcher, fetch_batch
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer import Batch, LossReason, Prefetcher, fetch_batch
 
 pytestmark = pytest.mark.anyio
 

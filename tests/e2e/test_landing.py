@@ -7,7 +7,7 @@ import numpy as np
 from tests.support.fake_gpu import FakeGpu, FakeReceiver
 from tests.support.served_ring import served_ring
 from ucxx_transport import ClientConfig, Schema, TensorSpec
-from ucxx_transport.packer import RolloutFeed
+from ucxx_transport.trainer import RolloutFeed
 
 SCHEMA = Schema([TensorSpec("obs", (1 << 18,), "float32", varlen=True), TensorSpec("number", (), "int64")])
 

@@ -31,7 +31,7 @@ from ucxx_transport import (
     StaleSlotError,
     SyncUCXXClient,
 )
-from ucxx_transport.registry import ReplicaMonitor, SourceRecord, SourceStatus, Store
+from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.teardown import teardown
 

@@ -14,9 +14,9 @@ from tests.support.programs import Program, program
 from tests.support.stopping import stop_process
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
-from ucxx_transport.registry import GroupView, RankState
-from ucxx_transport.registry.groups.member_record import MemberRecord
-from ucxx_transport.registry.store import Store
+from ucxx_transport.groups import GroupView, RankState
+from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.membership.store import Store
 
 pytestmark = pytest.mark.long
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, PeerLostError, UCXXRolloutMixin
-from ucxx_transport.packer import RolloutFeed
+from ucxx_transport.trainer import RolloutFeed
 
 ray: Any = pytest.importorskip("ray", exc_type=ImportError)
 

@@ -15,12 +15,12 @@ import pytest
 
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.cuda import page_lock
-from ucxx_transport.cuda.cupy_runtime import CupyPageLocking, has_dtype
-from ucxx_transport.packer import RolloutFeed
-from ucxx_transport.packer.unpacking import unpacker_for
-from ucxx_transport.rollout import TrajectoryWriter
+from ucxx_transport.gpu import page_lock
+from ucxx_transport.gpu.cupy_runtime import CupyPageLocking, has_dtype
 from ucxx_transport.schema.episode_record import RewardSummary
+from ucxx_transport.trainer import RolloutFeed
+from ucxx_transport.trainer.unpacking import unpacker_for
+from ucxx_transport.worker import TrajectoryWriter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -211,8 +211,8 @@ import sys
 sys.modules[{other!r}] = None
 import numpy as np
 import {library} as library
-from ucxx_transport.rollout import TrajectoryWriter
-from ucxx_transport.packer import RolloutFeed
+from ucxx_transport.worker import TrajectoryWriter
+from ucxx_transport.trainer import RolloutFeed
 
 with TrajectoryWriter("w", serve=False) as end, RolloutFeed(device={device!r}) as feed:
     given = {{"x": {made}, "y": np.arange(3)}}

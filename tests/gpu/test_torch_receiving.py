@@ -12,10 +12,10 @@ import pytest
 from tests.support.served_ring import served_ring
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.packer import RolloutFeed
-from ucxx_transport.packer.unpacking import unpacker_for
-from ucxx_transport.rollout import TrajectoryWriter
 from ucxx_transport.schema.tensors import as_array
+from ucxx_transport.trainer import RolloutFeed
+from ucxx_transport.trainer.unpacking import unpacker_for
+from ucxx_transport.worker import TrajectoryWriter
 
 pytestmark = [
     pytest.mark.gpu,

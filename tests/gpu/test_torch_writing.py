@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from ucxx_transport import ConfigError, Schema, SharedRingBuffer, SlotState, TensorSpec
-from ucxx_transport.cuda import page_lock, runtime_of
-from ucxx_transport.cuda.torch_page_locking import TorchPageLocking
-from ucxx_transport.rollout import TrajectoryWriter
+from ucxx_transport.gpu import page_lock, runtime_of
+from ucxx_transport.gpu.torch_page_locking import TorchPageLocking
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensors import as_array
+from ucxx_transport.worker import TrajectoryWriter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -30,9 +30,9 @@ from tests.support.virtual_time import VirtualTimeLoop, settle
 from ucxx_transport.client import Payload, UCXXClient
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
-from ucxx_transport.link.memory import Faults
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
+from ucxx_transport.testing.memory_link import Faults
 
 STEPS = int(os.environ.get("TEST_EXCHANGE_STEPS", "2000"))
 STEPS_AN_EXAMPLE = 40

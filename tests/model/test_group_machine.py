@@ -33,15 +33,15 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.registry.groups.claiming import ClaimedRank, claim_rank
-from ucxx_transport.registry.groups.group_board import GroupBoard, Listener
-from ucxx_transport.registry.groups.group_picture import GroupPicture
-from ucxx_transport.registry.groups.group_view import GroupView
-from ucxx_transport.registry.groups.group_writes import change_view
-from ucxx_transport.registry.groups.member_record import MemberRecord
-from ucxx_transport.registry.groups.participant import MembershipOverError, Participant
-from ucxx_transport.registry.groups.patience import Patience
-from ucxx_transport.registry.groups.rank_states import RankEvent, RankState
+from ucxx_transport.groups.claiming import ClaimedRank, claim_rank
+from ucxx_transport.groups.group_board import GroupBoard, Listener
+from ucxx_transport.groups.group_picture import GroupPicture
+from ucxx_transport.groups.group_view import GroupView
+from ucxx_transport.groups.group_writes import change_view
+from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.groups.participant import MembershipOverError, Participant
+from ucxx_transport.groups.patience import Patience
+from ucxx_transport.groups.rank_states import RankEvent, RankState
 
 STEPS = int(os.environ.get("TEST_GROUP_STEPS", "8000"))
 RULES_AN_EXAMPLE = 25

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.support.source_records import delete_event, entry_of, put_event, record
-from ucxx_transport.registry import Batch, Event, Snapshot, SourceRecord
-from ucxx_transport.registry.keys import source_key
-from ucxx_transport.registry.source_view import SourceChange, SourceView
+from ucxx_transport.membership import Batch, Event, Snapshot, SourceRecord
+from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.source_view import SourceChange, SourceView
 
 STEPS = int(os.environ.get("TEST_SOURCE_VIEW_STEPS", "2000"))
 GRACE_S = 10.0

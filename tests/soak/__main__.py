@@ -10,11 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import structlog
-
 from tests.soak.kill_soak import KillSoak
 from tests.soak.steady_soak import Look, SteadySoak
 from tests.soak.summary import SoakSettings
+from ucxx_transport.logs import log_to_stderr
 
 
 def main() -> int:
@@ -34,7 +33,7 @@ def main() -> int:
     if options.episodes is not None:
         return run_steadily(options.episodes, as_json=options.json)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr("test")
     folder = Path(tempfile.mkdtemp(prefix="ucxx_transport-soak-"))
     say(f"seed {seed}, logs in {folder}")
     settings = SoakSettings(cycles=options.cycles, seed=seed, shm_lanes=options.shm_lanes)

@@ -20,7 +20,7 @@ import psutil
 from tests.soak.steady_worker import play
 from tests.support.programs import Program, program
 from ucxx_transport import ClientConfig
-from ucxx_transport.packer import RolloutFeed
+from ucxx_transport.trainer import RolloutFeed
 
 BATCH: Final = 50
 LOOKS: Final = 40

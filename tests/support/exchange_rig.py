@@ -14,13 +14,13 @@ from ucxx_transport.client import UCXXClient
 from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.link.base import Endpoint
-from ucxx_transport.link.memory import Faults, MemoryLink, MemoryListener, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
+from ucxx_transport.testing.memory_link import Faults, MemoryLink, MemoryListener, MemoryNetwork
 
 __all__ = ["HOST", "ExchangeRig", "open_rig"]
 

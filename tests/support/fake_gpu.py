@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ucxx_transport.cuda import DeviceArray, PageLocking, Upload
-from ucxx_transport.cuda.runtime import Bytes
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.gpu import DeviceArray, PageLocking, Upload
+from ucxx_transport.gpu.runtime import Bytes
 from ucxx_transport.schema.dtypes import DType
 from ucxx_transport.schema.tensors import Array
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import SlotError
-from ucxx_transport.registry import Offer
+from ucxx_transport.membership import Offer
 
 __all__ = ["FakeSource"]
 

@@ -21,7 +21,7 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.registry.store import Batch, Entry, Event, Lease, Snapshot
+from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot
 
 __all__ = ["FakeClock", "MemoryData", "MemoryStore", "MemoryWatch"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ucxx_transport.registry import SourceRecord, Store
-from ucxx_transport.registry.keys import source_key
+from ucxx_transport.membership import SourceRecord, Store
+from ucxx_transport.membership.keys import source_key
 
 __all__ = ["History"]
 

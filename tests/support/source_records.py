@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ucxx_transport.registry import Entry, Event, SourceRecord, SourceStatus
-from ucxx_transport.registry.keys import source_key
+from ucxx_transport.membership import Entry, Event, SourceRecord, SourceStatus
+from ucxx_transport.membership.keys import source_key
 
 __all__ = ["delete_event", "entry_of", "put_event", "record"]
 

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ucxx_transport.registry.groups import rank_states
+from ucxx_transport.groups import rank_states
 from ucxx_transport.ring import states
 
 __all__ = ["DIAGRAMS", "PAGE", "StateDiagram"]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from ucxx_transport.errors import StoreUnavailableError
-from ucxx_transport.registry import Batch, Entry, Lease, Snapshot, Store, Watch
+from ucxx_transport.membership import Batch, Entry, Lease, Snapshot, Store, Watch
 
 __all__ = ["Call", "StoreInFront", "WatchInFront"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConflictError, StoreUnavailableError
-from ucxx_transport.registry import open_store
-from ucxx_transport.registry.store import Store, Watch
+from ucxx_transport.membership import open_store
+from ucxx_transport.membership.store import Store, Watch
 
 __all__ = ["elsewhere", "fork", "hold_lease", "increment", "increments", "take_once"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tests.support.etcd_server import EtcdServer
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.registry import open_store
-from ucxx_transport.registry.namespace import MAX_VALUE_BYTES
-from ucxx_transport.registry.store import Store
+from ucxx_transport.membership import open_store
+from ucxx_transport.membership.namespace import MAX_VALUE_BYTES
+from ucxx_transport.membership.store import Store
 
 __all__ = ["EtcdRig", "LocalRig", "StoreRig"]
 

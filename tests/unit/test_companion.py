@@ -101,7 +101,7 @@ def test_a_companion_is_given_its_words_and_what_only_people_need_is_not_there()
             "ucxx_transport.server.child",
             {"psutil", "pydantic", "ucxx_transport.config", "ucxx_transport.server.server"},
         ),
-        ("ucxx_transport.registry.keeper_child", {"httpx", "numpy", "psutil"}),
+        ("ucxx_transport.membership.keeper_child", {"httpx", "numpy", "psutil"}),
     ],
     ids=["server", "keeper"],
 )

@@ -5,7 +5,7 @@ import json.decoder
 
 import pytest
 
-from ucxx_transport import registry
+from ucxx_transport import membership
 from ucxx_transport.late_names import late_names
 
 
@@ -22,7 +22,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
     with pytest.raises(AttributeError, match=r"module 'json' has no attribute 'nonsense'"):
         fetch("nonsense")
     with pytest.raises(ImportError):
-        exec("from ucxx_transport.registry import nonsense", {})  # noqa: S102 - as any caller would write it
+        exec("from ucxx_transport.membership import nonsense", {})  # noqa: S102 - as any caller would write it
 
 
 def test_names_not_fetched_yet_are_listed() -> None:
@@ -31,6 +31,6 @@ def test_names_not_fetched_yet_are_listed() -> None:
 
 
 def test_every_public_name_of_the_registry_is_to_be_had() -> None:
-    assert set(registry.__all__) <= set(dir(registry))
-    for name in registry.__all__:
-        assert getattr(registry, name).__name__ == name
+    assert set(membership.__all__) <= set(dir(membership))
+    for name in membership.__all__:
+        assert getattr(membership, name).__name__ == name

@@ -15,7 +15,7 @@ from ucxx_transport.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ucxx_transport.registry import SourceRecord, Store
+    from ucxx_transport.membership import SourceRecord, Store
 
 __all__ = ["registry"]
 
@@ -41,7 +41,7 @@ def registry(
     A worker that lives after all notices that its lease has ended, and publishes itself anew.
     """
     from ucxx_transport.config import StoreConfig
-    from ucxx_transport.registry import open_store
+    from ucxx_transport.membership import open_store
 
     if workers and action is not Action.reap:
         raise ConfigError(f"{action.value} takes no worker ids", field="workers")
@@ -56,8 +56,8 @@ def registry(
 
 
 def _list(store: Store, *, as_json: bool) -> None:
-    from ucxx_transport.registry.keys import SOURCES
-    from ucxx_transport.registry.source_view import SourceView
+    from ucxx_transport.membership.keys import SOURCES
+    from ucxx_transport.membership.source_view import SourceView
 
     view = SourceView()
     snapshot = store.snapshot(SOURCES)
@@ -89,7 +89,7 @@ def _print_table(store: Store, sources: Sequence[SourceRecord]) -> None:
 
 
 def _follow(store: Store, *, as_json: bool) -> None:
-    from ucxx_transport.registry import SourceWatcher
+    from ucxx_transport.membership import SourceWatcher
 
     def tell(change: str, source: SourceRecord) -> None:
         if as_json:
@@ -110,7 +110,7 @@ def _follow(store: Store, *, as_json: bool) -> None:
 
 
 def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:
-    from ucxx_transport.registry.keys import source_key
+    from ucxx_transport.membership.keys import source_key
 
     if not workers:
         raise ConfigError("reap needs the ids of the workers to end; `registry ls` shows them", field="workers")

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import structlog
-
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
 from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.errors import DeadlineExceededError, TransportError
+from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema import SlotRef
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
 INLINE_BYTES = 1 << 20

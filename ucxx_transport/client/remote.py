@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.connections import Connections, LinkFactory
 from ucxx_transport.client.exchange import ReadExchange
@@ -42,6 +40,7 @@ from ucxx_transport.errors import (
     ProtocolError,
     TransportError,
 )
+from ucxx_transport.logs import get_logger
 from ucxx_transport.schema import Schema
 from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import HEADER_BYTES
@@ -52,10 +51,10 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import Link
-    from ucxx_transport.registry.source_record import SourceRecord
+    from ucxx_transport.membership.source_record import SourceRecord
     from ucxx_transport.schema import SlotRef
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 DISCARD_PAUSE_S = 0.25
 """Between two tries to let payloads go: a server process that died is back after a second or two."""

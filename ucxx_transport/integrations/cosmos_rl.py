@@ -32,21 +32,21 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import structlog
 from cosmos_rl.utils.payload_transport.registry import PayloadTransport, PayloadTransportRegistry
 from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
 
 from ucxx_transport.config import ClientConfig
-from ucxx_transport.cuda import on_host
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.packer.mixin import UCXXDataPackerMixin
-from ucxx_transport.packer.prefetch_statistics import PrefetchStatistics
-from ucxx_transport.packer.prefetcher import Prefetcher
-from ucxx_transport.packer.references import is_ours, record_of
-from ucxx_transport.packer.triage import AskedFor, Loss
-from ucxx_transport.packer.unpacking import unpacker_for
-from ucxx_transport.rollout.mixin import UCXXRolloutMixin
+from ucxx_transport.gpu import on_host
+from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
+from ucxx_transport.trainer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.references import is_ours, record_of
+from ucxx_transport.trainer.triage import AskedFor, Loss
+from ucxx_transport.trainer.unpacking import unpacker_for
+from ucxx_transport.worker.mixin import UCXXRolloutMixin
 
 __all__ = [
     "NAME",
@@ -68,7 +68,7 @@ EPISODE_LENGTH = "episode_length"
 _SETTINGS = ("device", "deadline_s", "max_fetch_rounds", "client")
 _REMEMBERED_LOSSES = 1 << 16
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class TransportSetupError(ConfigError, RuntimeError):

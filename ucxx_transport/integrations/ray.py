@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
-from ucxx_transport.packer.references import is_ours, record_of
+from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
 from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer.references import is_ours, record_of
 
 __all__ = ["ActorRollouts", "RolloutCounts", "server_config_of_node"]
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 _DYING_S = 30.0
 """Ray tells of a death before the process is gone; on a busy host long before."""

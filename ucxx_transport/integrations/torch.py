@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ucxx_transport.packer.episode_stream import EpisodeStream, StreamedEpisode
+from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar, TypeVarTuple
 
-import structlog
-
 from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import claims
 from ucxx_transport.ring.claims import Claim, ClaimGuard
 from ucxx_transport.ring.identity import Identity
@@ -34,7 +33,7 @@ _CONSUMED: Final = Counter.CONSUMED
 _RELEASED: Final = Counter.RELEASED
 _ABORTED: Final = Counter.ABORTED
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class RingCore:

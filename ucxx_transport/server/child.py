@@ -23,10 +23,9 @@ import sys
 import time
 from contextlib import suppress
 
-import structlog
-
 from ucxx_transport.companion import DYING_S, LOOK_S, WorkerEnd
 from ucxx_transport.errors import TransportError
+from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.server.port_group import PortGroup, ucxx_links
@@ -44,7 +43,7 @@ class _End(enum.Enum):
 
 def _log_to_stderr() -> None:
     os.dup2(2, 1)  # UCX logs to standard output, which may be what the worker talks to somebody by
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr("ucxx server")
 
 
 def _ignore_requests_to_end() -> None:

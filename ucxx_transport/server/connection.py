@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import anyio
-import structlog
 
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.link.base import Endpoint, Pending
+from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.lease import ReadLease
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
 from ucxx_transport.wire.codec import seal
 from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _BLANK = bytes(REQUEST_BYTES)
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING = Phase.CLOSING

@@ -13,9 +13,9 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 import anyio
-import structlog
 
 from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.session import SessionSource
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server.port_settings import PortSettings
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
-import structlog
 from anyio.abc import TaskGroup
 
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection, ParkedSend, ReadableRing
 from ucxx_transport.server.session import Session, SessionLimits, SessionSource
 from ucxx_transport.wire.frames import NONCE_BYTES
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ucxx_transport.server.counters import Binding, PortCounters
     from ucxx_transport.server.port_settings import PortSettings
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 # How often the time limits of connections are looked at: four wake-ups a second cost nothing that can be measured,
 # and no limit needs to be kept more exactly.

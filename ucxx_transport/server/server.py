@@ -9,11 +9,10 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import structlog
-
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.address import choose_address
+from ucxx_transport.logs import get_logger
 from ucxx_transport.server.counters import PortCounters, ServerStatistics
 from ucxx_transport.server.port_group import LinkFactory, PortGroup, ucxx_links
 from ucxx_transport.server.port_settings import PortSettings
@@ -23,7 +22,7 @@ from ucxx_transport.server.supervisor import Supervisor
 if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class UCXXServer(RingSource):

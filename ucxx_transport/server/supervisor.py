@@ -18,14 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Thread
 
-import structlog
-
 from ucxx_transport.companion import start_companion
 from ucxx_transport.errors import DeadlineExceededError, TransportError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.process_protocol import GOODBYE, ServerOrder, ServerReport
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 RESTART_PAUSE_S = 0.05
 RESTART_PAUSE_LIMIT_S = 1.0

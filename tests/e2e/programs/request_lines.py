@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import structlog
+from ucxx_transport import logs
 
 __all__ = ["Message", "answer", "answer_requests", "log_to_stderr", "requests"]
 
@@ -30,7 +30,7 @@ def log_to_stderr() -> None:
     global _answers  # noqa: PLW0603 - a process has one standard output
     _answers = os.dup(1)
     os.dup2(2, 1)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    logs.log_to_stderr("test")
 
 
 def requests() -> Iterator[Message]:

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from types import FrameType
 
 import numpy as np
-import structlog
 import xxhash
 
 from tests.e2e.programs import content
 from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
+from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD
@@ -243,5 +243,5 @@ ROLES: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr("test")
     ROLES[sys.argv[1]](*sys.argv[2:])

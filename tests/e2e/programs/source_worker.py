@@ -36,7 +36,7 @@ from ucxx_transport import (
     TransportError,
     UCXXServer,
 )
-from ucxx_transport.registry import exit_on_sigterm
+from ucxx_transport.membership import exit_on_sigterm
 from ucxx_transport.server import RingSource
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
 from tests.e2e.programs.rollout_worker import play
 from ucxx_transport import ClientConfig
-from ucxx_transport.packer import RolloutFeed
+from ucxx_transport.trainer import RolloutFeed
 
 
 def trained_on(feed: RolloutFeed, kept: list[object] | None) -> list[int]:

@@ -14,7 +14,7 @@ from tests.support.virtual_time import settle
 from ucxx_transport.client import Payload, SyncUCXXClient, UCXXClient
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError
-from ucxx_transport.registry import SourceRecord
+from ucxx_transport.membership import SourceRecord
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding

@@ -16,12 +16,12 @@ from ucxx_transport.client import Payload, SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError
 from ucxx_transport.link.base import Link
-from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
+from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
 
 EPISODE = bytes(range(256)) * 16
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ucxx_transport.config import RingConfig
-from ucxx_transport.registry import Publishable
+from ucxx_transport.membership import Publishable
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server import RingSource

@@ -11,9 +11,9 @@ import pytest
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import Link
-from ucxx_transport.link.memory import MemoryLink, MemoryNetwork
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
+from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
 Factory = Callable[[], AbstractAsyncContextManager[Link]]

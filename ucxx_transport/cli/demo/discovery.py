@@ -7,7 +7,7 @@ from typing import Any
 
 from ucxx_transport import SourceWatcher, StoreConfig
 from ucxx_transport.cli.demo.messages import SeatOrder
-from ucxx_transport.registry import SourceRecord, SourceStatus, open_store
+from ucxx_transport.membership import SourceRecord, SourceStatus, open_store
 
 __all__ = ["Discovery", "seat_meta"]
 

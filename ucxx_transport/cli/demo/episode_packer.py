@@ -13,7 +13,7 @@ from ucxx_transport.cli.demo.network import Array
 from ucxx_transport.cli.demo.trajectory import Episode
 
 if TYPE_CHECKING:
-    from ucxx_transport.packer import Loss
+    from ucxx_transport.trainer import Loss
 
 __all__ = ["EpisodePacker", "LessonPacker"]
 

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.fake_gpu import FakeGpu, FakeLeaves
+from ucxx_transport import ConfigError
+from ucxx_transport.gpu import LeafRuntime, Receiver, on_host, receiver_for, runtime_of
+from ucxx_transport.gpu.choosing import check_index
+
+
+class ByInterface:
+    __cuda_array_interface__: dict[str, Any] = {}  # noqa: RUF012 - as such libraries have it
+
+
+class ByDLPack:
+    def __dlpack__(self, **_: object) -> object:
+        raise NotImplementedError
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+@pytest.mark.parametrize("leaf", [ByInterface(), ByDLPack()])
+def test_where_there_is_neither_library_an_array_on_a_gpu_says_what_to_install(
+    leaf: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "cupy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"'obs'.*needs torch or cupy.*ucxx_transport\[torch\]") as caught:
+        runtime_of(leaf, "obs")
+    assert caught.value.facts["field"] == "obs"
+
+
+def test_few_values_come_to_the_host_wherever_they_are() -> None:
+    gpu = FakeGpu()
+    values = np.arange(3)
+    assert on_host(values, "x", FakeLeaves(gpu)) is values
+    np.testing.assert_array_equal(on_host([1, 2], "x", FakeLeaves(gpu)), [1, 2])
+    assert gpu.log == []
+    np.testing.assert_array_equal(on_host(gpu.array(values), "x", FakeLeaves(gpu)), values)
+    assert gpu.log == ["to_host 24"]
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "cupy:1.5"])
+def test_what_is_no_number_of_a_gpu_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not the number of a GPU"):
+        receiver_for(device)
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are() -> None:
+    assert check_index("cuda", None, 2, lambda: 1) == 1
+    assert check_index("cuda:1", 1, 2, lambda: 0) == 1
+    with pytest.raises(ConfigError, match=r"device='cuda:2': this process has 2 GPUs.*CUDA_VISIBLE_DEVICES"):
+        check_index("cuda:2", 2, 2, lambda: 0)
+    with pytest.raises(ConfigError, match=r"this process has 1 GPU,"):
+        check_index("cuda:1", 1, 1, lambda: 0)
+
+
+def test_cupy_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ConfigError, match=r"device='cupy:0' needs cupy.*ucxx_transport\[cu12\]"):
+        receiver_for("cupy:0")
+
+
+def test_the_libraries_ends_are_what_the_protocols_ask_for() -> None:
+    """Compared by name, since neither can be made without its library."""
+    from ucxx_transport.gpu.cupy_leaves import CupyLeaves
+    from ucxx_transport.gpu.cupy_receiver import CupyReceiver
+    from ucxx_transport.gpu.torch_leaves import TorchLeaves
+    from ucxx_transport.gpu.torch_receiver import TorchReceiver
+
+    for protocol, classes in ((LeafRuntime, (TorchLeaves, CupyLeaves)), (Receiver, (TorchReceiver, CupyReceiver))):
+        wanted = {name for name in vars(protocol) if not name.startswith("_")}
+        for found in classes:
+            assert wanted <= set(dir(found)), found

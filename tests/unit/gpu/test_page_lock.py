@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.fake_gpu import FakeGpu, FakePageLocking
+from ucxx_transport import ConfigError
+from ucxx_transport.gpu import PageLock, PageLockError, page_lock
+
+WHAT = {"what": "a thing", "remedy": "have a smaller thing"}
+
+
+def memory(nbytes: int = 1 << 20) -> Any:
+    return np.zeros(nbytes, np.uint8)
+
+
+def lock(gpu: FakeGpu, array: Any) -> PageLock:
+    return page_lock(array, FakePageLocking(gpu), **WHAT)
+
+
+def test_memory_is_unregistered_once_however_often_it_is_unlocked() -> None:
+    gpu = FakeGpu()
+    array = memory()
+    held = lock(gpu, array)
+    assert gpu.is_page_locked(array)
+    held.unlock()
+    held.unlock()
+    del array
+    gc.collect()
+    assert gpu.log == ["register 1048576", "unregister 1048576 mapped"]
+
+
+def test_memory_that_goes_is_unregistered_first_whether_its_lock_is_kept_or_not() -> None:
+    gpu = FakeGpu()
+    array, other = memory(), memory()
+    kept = lock(gpu, array)
+    lock(gpu, other)
+    view = array[10:20]
+    del array, other
+    assert len(gpu.registered) == 1
+    del view
+    assert gpu.registered == {}
+    assert [entry for entry in gpu.log if entry.endswith("unmapped")] == []
+    kept.unlock()
+    assert gpu.counts() == {"register": 2, "unregister": 2}
+
+
+def test_a_refusal_says_why_and_what_to_do() -> None:
+    gpu = FakeGpu()
+    gpu.refuse = 304
+    with pytest.raises(
+        PageLockError, match=r"a thing of 1048576 bytes.*words \(error 304\).*ulimit -l.*smaller"
+    ) as caught:
+        lock(gpu, memory())
+    assert isinstance(caught.value, ConfigError)
+    assert caught.value.facts == {"field": "device", "status": 304, "needed_bytes": 1 << 20}
+
+
+def test_what_somebody_else_registered_is_theirs_to_unregister() -> None:
+    gpu = FakeGpu()
+    gpu.refuse = 712
+    array = memory()
+    lock(gpu, array).unlock()
+    del array
+    assert gpu.log == []
+
+
+@pytest.mark.parametrize(("status", "warnings"), [(0, 0), (4, 0), (713, 0), (1, 1)])
+def test_memory_that_cannot_be_unlocked_is_warned_of_unless_there_is_nothing_left_to_unlock(
+    status: int, warnings: int, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    gpu = FakeGpu()
+    gpu.unregister_status = status
+    lock(gpu, memory()).unlock()
+    assert [event["status"] for event in log_events] == [status] * warnings
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from tests.support.fake_gpu import FakeGpu, FakePageLocking
+from ucxx_transport.gpu import page_lock
+
+gpu = FakeGpu()
+memory = np.zeros(4096, np.uint8)
+lock = page_lock(memory, FakePageLocking(gpu), what="", remedy="")
+if os.fork() == 0:
+    lock.unlock()
+    print("child", len(gpu.registered), flush=True)
+    os._exit(0)
+os.wait()
+lock.unlock()
+print("parent", len(gpu.registered))
+"""
+
+
+def test_a_forked_child_leaves_its_parent_s_memory_locked() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert done.stdout.split() == ["child", "1", "parent", "0"]

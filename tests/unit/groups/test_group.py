@@ -1,0 +1,729 @@
+"""RankGroup over a store in memory, with real threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.memory_store import MemoryStore
+from tests.support.waiting import wait_until
+from ucxx_transport.config import PublisherConfig
+from ucxx_transport.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    DuplicateSourceError,
+    LeaseLostError,
+    NotReadyError,
+    RegistryError,
+    StoreResetError,
+    TransportError,
+)
+from ucxx_transport.groups import standing
+from ucxx_transport.groups.group import RankGroup
+from ucxx_transport.groups.group_view import GroupView
+from ucxx_transport.groups.group_writes import change_view
+from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.groups.rank_states import RankState
+
+if TYPE_CHECKING:
+    from tests.unit.membership.conftest import Ranks
+
+VIEW = "groups/trainers/view"
+
+
+def stored_view(ranks: Ranks) -> GroupView:
+    return GroupView.from_bytes(ranks.data.entries[VIEW].value)
+
+
+def has_view(group: RankGroup, **wanted: object) -> Callable[[], bool]:
+    def holds() -> bool:
+        state = group.state
+        return all(getattr(state, name) == value for name, value in wanted.items())
+
+    return holds
+
+
+class Stuck:
+    """A callback that does not return until it is told to."""
+
+    def __init__(self, group: RankGroup) -> None:
+        self.group = group
+        self.is_in = threading.Event()
+        self.go_on = threading.Event()
+        self.end = group.on_view(self.wait)
+
+    def wait(self, _: GroupView) -> None:
+        self.is_in.set()
+        self.go_on.wait(30)
+
+
+# joining
+
+
+def test_a_rank_that_has_not_joined_is_nowhere_in_the_store_and_in_nobody_s_way(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    settled = wait_until(lambda: first.state.epoch == 2 and ranks.data.revision, what="the first is settled")
+    recovering = ranks.make(1)
+    assert recovering.state.state is RankState.ISOLATED
+    assert recovering.view is None
+    assert (ranks.data.revision, first.state.epoch) == (settled, 2)
+    assert first.get_peer_state(1) is RankState.ISOLATED
+    with pytest.raises(NotReadyError):
+        recovering.get_peer_state(0)
+
+
+def test_a_group_of_one_is_a_group(ranks: Ranks) -> None:
+    state = ranks.make(0).join_group(10)
+    assert (state.state, state.active_ranks, state.epoch) == (RankState.ACTIVE, (0,), 2)
+
+
+def test_a_joiner_gets_the_group_s_state(ranks: Ranks) -> None:
+    first, _ = ranks.joined(0, 1)
+    first.set_policy_version(41)
+    state = ranks.make(2, address="10.0.0.2", meta={"ports": [5, 6]}).join_group(10)
+    assert (state.group, state.rank, state.state) == ("trainers", 2, RankState.ACTIVE)
+    assert (state.active_ranks, state.policy_version) == ((0, 1, 2), 41)
+    wait_until(lambda: 2 in first.state.members, what="the others have it too")
+    seen = first.state.members[2]
+    assert (seen.address, seen.meta) == ("10.0.0.2", {"ports": [5, 6]})
+    assert first.wait_for_view(state.epoch, 10).active_ranks == (0, 1, 2)
+
+
+def test_joining_twice_changes_nothing(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    before = first.state
+    revision = wait_until(lambda: stored_view(ranks).epoch == before.epoch and ranks.data.revision)
+    assert first.join_group(10) == before
+    assert ranks.data.revision == revision
+
+
+def test_two_joiners_at_once_become_active_both(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    others = [ranks.make(rank) for rank in range(1, 6)]
+    joins = [ranks.in_thread(partial(group.join_group, 10)) for group in others]
+    assert {join.result(20).state for join in joins} == {RankState.ACTIVE}
+    wait_until(has_view(first, active_ranks=tuple(range(6))))
+    assert first.statistics().admitted == 6
+    epochs = [group.wait_for_view(first.state.epoch, 10).epoch for group in others]
+    assert epochs == [first.state.epoch] * 5
+
+
+def test_the_members_of_a_new_group_come_at_once(ranks: Ranks) -> None:
+    joins = [ranks.in_thread(partial(ranks.make(rank).join_group, 10)) for rank in range(5)]
+    assert [join.result(20).state for join in joins] == [RankState.ACTIVE] * 5
+    wait_until(lambda: stored_view(ranks).active_ranks == (0, 1, 2, 3, 4))
+
+
+def test_a_view_is_applied_and_told_before_who_waits_for_it_wakes(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    told: list[int] = []
+    released = threading.Event()
+
+    def slowly(view: GroupView) -> None:
+        released.wait(10)
+        told.append(view.epoch)
+
+    first.on_view(slowly)
+    waiter = ranks.in_thread(lambda: (first.wait_for_view(3, 10).epoch, tuple(told)))
+    joiner = ranks.in_thread(lambda: ranks.make(1).join_group(10))
+    wait_until(lambda: first.state.epoch == 3, what="the view is set before it is told")
+    assert not waiter.done()
+    released.set()
+    epoch, told_then = waiter.result(10)
+    assert epoch in told_then
+    joiner.result(10)
+
+
+def test_a_callback_that_fails_is_counted_and_the_group_goes_on(
+    ranks: Ranks, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    (first,) = ranks.joined(0)
+
+    def fails(_: GroupView) -> None:
+        raise ValueError("the application's")
+
+    end = first.on_view(fails)
+    ranks.joined(1)
+    wait_until(has_view(first, active_ranks=(0, 1)))
+    assert first.statistics().callback_errors == 2
+    assert "group callback failed" in [event["event"] for event in log_events]
+    end()
+    ranks.joined(2)
+    wait_until(has_view(first, active_ranks=(0, 1, 2)))
+    assert first.statistics().callback_errors == 2
+
+
+# who has the rank
+
+
+def test_of_two_that_claim_a_rank_at_once_exactly_one_has_it(ranks: Ranks) -> None:
+    ranks.joined(0)
+    claims = [ranks.in_thread(partial(ranks.make(1, short_lived=True).join_group, 20)) for _ in range(4)]
+    outcomes = [claim.exception(20) for claim in claims]
+    assert sum(outcome is None for outcome in outcomes) == 1
+    refused = [outcome for outcome in outcomes if outcome is not None]
+    assert all(isinstance(outcome, DuplicateSourceError) and outcome.facts["rank"] == 1 for outcome in refused)
+
+
+def test_a_live_rank_is_refused_to_a_second_one_and_does_not_notice(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0, short_lived=True)
+    with pytest.raises(DuplicateSourceError):
+        ranks.make(0).join_group(20)
+    assert (first.state.state, first.state.epoch) == (RankState.ACTIVE, 2)
+
+
+def test_whether_a_rank_s_holder_lives_may_take_longer_to_know_than_there_is_time(ranks: Ranks) -> None:
+    ranks.joined(0)
+    with pytest.raises(DeadlineExceededError) as caught:
+        ranks.make(0).join_group(0.2)
+    assert caught.value.facts["waiting_for"] == "the rank's holder"
+
+
+def test_a_dead_rank_s_place_is_taken_with_a_larger_epoch(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, short_lived=True)
+    epoch = stored_view(ranks).epoch
+    seat = stored_view(ranks).seat_of(1)
+    ranks.stores[second].cut_off()
+    state = ranks.make(1).join_group(20)
+    assert state.epoch > epoch
+    assert state.active_ranks == (0, 1)
+    now = stored_view(ranks).seat_of(1)
+    assert seat is not None
+    assert now is not None
+    assert now.incarnation != seat.incarnation
+    assert first.statistics().lost == 1
+
+
+def test_who_left_joins_again_with_a_larger_epoch(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    epoch = second.state.epoch
+    second.leave()
+    assert second.state.state is RankState.GONE
+    wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
+    assert first.statistics().left == 1
+    assert second.join_group(10).epoch > epoch + 1
+    wait_until(has_view(first, active_ranks=(0, 1)))
+    second.leave()
+    second.leave()
+
+
+def test_the_last_one_to_leave_leaves_a_group_that_can_be_joined(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    first.leave()
+    assert ranks.data.leases == {}
+    assert stored_view(ranks).ranks == ()
+    assert ranks.joined(1)[0].state.active_ranks == (1,)
+
+
+# who does not acknowledge
+
+
+def test_who_does_not_acknowledge_in_time_is_dropped_and_counted(
+    ranks: Ranks, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    first, stuck_rank = ranks.joined(0, 1, ack_timeout_s=0.3)
+    stuck = Stuck(stuck_rank)
+    state = ranks.make(2, ack_timeout_s=0.3).join_group(10)
+    assert state.active_ranks == (0, 2)
+    wait_until(lambda: first.statistics().dropped == 1)
+    gone = [event for event in log_events if event["event"] == "group member gone"]
+    assert {(event["member"], event["reason"]) for event in gone} == {(1, "dropped")}
+    assert "groups/trainers/members/1" in ranks.data.entries, "its lease lives"
+    reasons: list[TransportError] = []
+    stuck_rank.on_gone(reasons.append)
+    stuck.go_on.set()
+    wait_until(lambda: stuck_rank.state.state is RankState.GONE, what="it finds out")
+    wait_until(lambda: reasons, what="it is told")
+    assert reasons[0].facts["ended_by"] == "drop"
+    assert "groups/trainers/members/1" not in ranks.data.entries, "its lease is given back, also if it never comes back"
+    assert stuck_rank.join_group(10).active_ranks == (0, 1, 2)
+    assert stuck_rank.state.epoch > state.epoch
+
+
+def test_a_joiner_waits_for_every_active_member_and_says_for_whom(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=60)
+    stuck = Stuck(second)
+    joiner = ranks.make(2, ack_timeout_s=60)
+    with pytest.raises(DeadlineExceededError) as caught:
+        joiner.join_group(0.5)
+    assert caught.value.facts["waiting_for"] == (1,)
+    assert joiner.state.state is RankState.GONE
+    assert "groups/trainers/members/2" not in ranks.data.entries
+    wait_until(lambda: first.get_peer_state(2) is RankState.GONE, what="the view is without it")
+    stuck.go_on.set()
+    assert joiner.join_group(10).active_ranks == (0, 1, 2)
+
+
+def test_a_joiner_that_dies_while_it_waits_is_gone_and_nobody_waits_for_it(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=60)
+    stuck = Stuck(second)
+    lease = ranks.admin.grant(60)
+    record = MemberRecord(rank=2, incarnation="x", epoch=0, ttl_s=60)
+    ranks.admin.put("groups/trainers/members/2", record.to_bytes(), lease_id=lease.lease_id)
+    wait_until(lambda: first.get_peer_state(2) is RankState.JOINING)
+    assert stuck.is_in.wait(10)
+    ranks.admin.revoke(lease.lease_id)
+    wait_until(lambda: first.get_peer_state(2) is RankState.GONE)
+    stuck.go_on.set()
+    wait_until(has_view(second, epoch=stored_view(ranks).epoch))
+    assert first.state.active_ranks == second.state.active_ranks == (0, 1)
+    assert ranks.joined(3)[0].state.active_ranks == (0, 1, 3)
+
+
+def test_a_member_that_dies_while_it_should_acknowledge_is_not_waited_for(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=60)
+    stuck = Stuck(second)
+    join = ranks.in_thread(lambda: ranks.make(2, ack_timeout_s=60).join_group(10))
+    assert stuck.is_in.wait(10)
+    ranks.data.kill(ranks.lease_of(second))
+    assert join.result(10).active_ranks == (0, 2)
+    assert first.statistics().lost == 1
+    stuck.go_on.set()
+
+
+# activating and deactivating
+
+
+def test_only_who_has_joined_can_be_activated_and_only_by_a_member(ranks: Ranks) -> None:
+    first = ranks.make(0)
+    with pytest.raises(NotReadyError):
+        first.activate_ranks([0])
+    first.join_group(10)
+    with pytest.raises(NotReadyError, match="when they have joined") as caught:
+        first.activate_ranks([0, 1])
+    assert caught.value.facts["ranks"] == [1]
+    assert caught.value.retryable
+
+
+def test_activating_twice_is_one_epoch_and_deactivating_twice_too(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    aside = first.deactivate_ranks([1])
+    assert aside.active_ranks == (0,)
+    assert first.deactivate_ranks([1]).epoch == aside.epoch
+    wait_until(lambda: second.state.state is RankState.INACTIVE)
+    assert first.get_peer_state(1) is RankState.INACTIVE
+    back = first.activate_ranks([1])
+    assert back.active_ranks == (0, 1)
+    assert first.activate_ranks([0, 1]).epoch == back.epoch
+    wait_until(lambda: second.state.state is RankState.ACTIVE)
+
+
+def test_a_rank_may_deactivate_itself_and_come_back(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    assert second.deactivate_ranks([1]).active_ranks == (0,)
+    assert second.state.state is RankState.INACTIVE
+    assert first.deactivate_ranks([0]).active_ranks == ()
+    assert ranks.joined(2)[0].state.active_ranks == (2,), "a group without an active rank can be joined"
+    assert second.activate_ranks([1, 0]).active_ranks == (0, 1, 2)
+
+
+def test_deactivating_who_is_not_there_is_done_already(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    assert first.deactivate_ranks([5]).epoch == 2
+
+
+def test_activation_waits_for_acknowledgements_and_is_bounded(ranks: Ranks) -> None:
+    first, second, third = ranks.joined(0, 1, 2, ack_timeout_s=60)
+    first.deactivate_ranks([1])
+    wait_until(lambda: third.state.active_ranks == (0, 2))
+    stuck = Stuck(third)
+    with pytest.raises(DeadlineExceededError) as caught:
+        first.activate_ranks([1], timeout_s=0.3)
+    assert caught.value.facts["waiting_for"] == (1,)
+    assert second.state.state is RankState.JOINING
+    stuck.go_on.set()
+    assert first.activate_ranks([1]).active_ranks == (0, 1, 2)
+
+
+def test_a_rank_that_goes_while_its_activation_is_waited_for_ends_the_wait(ranks: Ranks) -> None:
+    first, second, third = ranks.joined(0, 1, 2, ack_timeout_s=60)
+    first.deactivate_ranks([1])
+    wait_until(lambda: third.state.active_ranks == (0, 2))
+    stuck = Stuck(third)
+    activation = ranks.in_thread(lambda: first.activate_ranks([1]))
+    assert stuck.is_in.wait(10)
+    ranks.data.kill(ranks.lease_of(second))
+    with pytest.raises(NotReadyError, match="gone meanwhile"):
+        activation.result(10)
+    stuck.go_on.set()
+
+
+def test_callbacks_may_change_the_group(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    done = threading.Event()
+
+    def without_the_third(view: GroupView) -> None:
+        if 2 in view.active_ranks:
+            first.deactivate_ranks([2])
+            done.set()
+
+    first.on_view(without_the_third)
+    ranks.joined(2)
+    assert done.wait(10)
+    wait_until(has_view(second, active_ranks=(0, 1)))
+    first.on_view(lambda _: first.leave())
+    second.deactivate_ranks([1])
+    wait_until(lambda: first.state.state is RankState.GONE)
+    wait_until(lambda: second.get_peer_state(0) is RankState.GONE and second.state.active_ranks == ())
+
+
+# policy versions
+
+
+def test_a_policy_version_grows_unless_it_is_told_to_go_back(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    assert first.state.policy_version is None
+    first.set_policy_version(5)
+    second.set_policy_version(5)
+    with pytest.raises(ConfigError) as caught:
+        second.set_policy_version(4)
+    assert caught.value.facts["known"] == 5
+    second.set_policy_version(3, rewind=True)
+    wait_until(has_view(first, policy_version=3))
+    assert first.state.epoch == second.state.epoch == 4, "no part of the view"
+    with pytest.raises(ConfigError):
+        first.set_policy_version(-1)
+
+
+# trouble with the store
+
+
+def test_a_store_that_comes_back_in_time_is_waited_for_when_joining(ranks: Ranks) -> None:
+    first = ranks.make(0)
+    ranks.stores[first].cut_off()
+    join = ranks.in_thread(lambda: first.join_group(10))
+    wait_until(lambda: first.state.state is RankState.ISOLATED)
+    ranks.stores[first].reachable = True
+    assert join.result(10).state is RankState.ACTIVE
+
+
+def test_a_store_that_does_not_come_back_is_waited_for_until_the_deadline(ranks: Ranks) -> None:
+    first = ranks.make(0)
+    ranks.stores[first].cut_off()
+    with pytest.raises(DeadlineExceededError) as caught:
+        first.join_group(0.2)
+    assert caught.value.facts["waiting_for"] == "store"
+    assert first.state.state is RankState.ISOLATED
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3, 5])
+def test_a_write_whose_answer_is_lost_is_recognised_as_one_s_own(ranks: Ranks, lost: int) -> None:
+    (first,) = ranks.joined(0)
+    joiner = ranks.make(1)
+    ranks.stores[joiner].lose_answers = lost
+    ranks.stores[first].lose_answers = 1
+    assert joiner.join_group(10).active_ranks == (0, 1)
+    ranks.stores[joiner].lose_answers = 1
+    joiner.deactivate_ranks([0])
+    ranks.stores[joiner].lose_answers = 1
+    joiner.set_policy_version(3)
+    ranks.stores[joiner].lose_answers = 1
+    joiner.leave()
+    wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
+    assert first.statistics().left == 1
+
+
+def test_a_group_goes_on_while_its_store_is_away(ranks: Ranks) -> None:
+    groups = ranks.joined(0, 1)
+    wait_until(lambda: all(group.state.epoch == 4 for group in groups))
+    for group in groups:
+        ranks.stores[group].cut_off()
+    wait_until(lambda: all(group.statistics().outages for group in groups), what="both have noticed")
+    assert [group.state.active_ranks for group in groups] == [(0, 1)] * 2
+    for group in groups:
+        ranks.stores[group].reachable = True
+    state = ranks.make(2).join_group(10)
+    assert state.active_ranks == (0, 1, 2)
+    assert state.epoch == 6, "nobody was dropped, and nobody came back: there was no other epoch"
+
+
+def test_a_store_that_goes_away_while_somebody_joins_delays_it_and_drops_nobody(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=1.0)
+    stuck = Stuck(second)
+    joiner = ranks.make(2, ack_timeout_s=1.0)
+    join = ranks.in_thread(lambda: joiner.join_group(20))
+    assert stuck.is_in.wait(10)
+    for group in (first, second, joiner):
+        ranks.stores[group].cut_off()
+    stuck.go_on.set()
+    wait_until(lambda: first.statistics().outages >= 6, what="longer than acknowledgements are waited for")
+    for group in (first, second, joiner):
+        ranks.stores[group].reachable = True
+    assert join.result(20).active_ranks == (0, 1, 2)
+    assert first.statistics().dropped == first.statistics().lost == 0
+
+
+def test_a_rank_whose_lease_is_lost_finds_out_says_so_and_joins_again(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    epoch = second.state.epoch
+    reasons: list[TransportError] = []
+    second.on_gone(reasons.append)
+    waiter = ranks.in_thread(lambda: second.wait_for_view(1000, 20))
+    ranks.data.kill(ranks.lease_of(second))
+    wait_until(lambda: second.state.state is RankState.GONE)
+    with pytest.raises(LeaseLostError):
+        waiter.result(10)
+    wait_until(lambda: len(reasons) == 1)
+    with pytest.raises(NotReadyError):
+        second.wait_for_view(1, 1)
+    wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
+    assert second.join_group(10).epoch > epoch + 1
+    assert first.wait_for_view(epoch + 3, 10).active_ranks == (0, 1)
+    assert len(reasons) == 1
+
+
+def test_a_rank_that_loses_its_lease_while_it_joins_begins_anew_within_its_time(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=60)
+    stuck = Stuck(second)
+    joiner = ranks.make(2, ack_timeout_s=60)
+    join = ranks.in_thread(lambda: joiner.join_group(20))
+    assert stuck.is_in.wait(10)
+    wait_until(lambda: ranks.record_of(joiner).epoch == 5, what="it has applied its own admission")
+    ranks.data.kill(ranks.lease_of(joiner))
+    wait_until(lambda: first.get_peer_state(2) is RankState.GONE, what="the first life")
+    wait_until(lambda: first.get_peer_state(2) is RankState.JOINING, what="the second")
+    stuck.go_on.set()
+    assert join.result(20).active_ranks == (0, 1, 2)
+    assert first.statistics().lost == 1
+
+
+def test_a_wiped_store_ends_memberships_and_epochs_grow_across_it(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    first.set_policy_version(9)
+    first.deactivate_ranks([1])
+    wait_until(has_view(second, epoch=first.state.epoch, policy_version=9))
+    epoch = first.state.epoch
+    ranks.data.wipe()
+    wait_until(lambda: first.state.state is second.state.state is RankState.GONE)
+    assert first.view is not None, "what was known stays known"
+    joins = [ranks.in_thread(partial(group.join_group, 10)) for group in (first, second)]
+    assert all(join.result(10).epoch > epoch for join in joins)
+    wait_until(has_view(first, active_ranks=(0, 1), policy_version=9))
+    assert ranks.joined(2)[0].state.policy_version == 9
+
+
+def test_a_new_rank_s_small_epoch_does_not_hold_after_a_wipe(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    first.deactivate_ranks([1])
+    first.activate_ranks([1])
+    epoch = first.state.epoch
+    ranks.data.wipe()
+    wait_until(lambda: first.state.state is second.state.state is RankState.GONE)
+    newcomer = ranks.joined(5)[0]
+    assert newcomer.state.epoch < epoch, "it could not know"
+    assert first.join_group(10).epoch > epoch
+    wait_until(has_view(newcomer, active_ranks=(0, 5)))
+
+
+def test_another_view_of_an_epoch_that_was_applied_ends_the_membership(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    reasons: list[TransportError] = []
+    first.on_gone(reasons.append)
+    ranks.admin.put(VIEW, replace(stored_view(ranks), seats=()).to_bytes())
+    wait_until(lambda: reasons)
+    assert isinstance(reasons[0], StoreResetError)
+    assert first.state.state is RankState.GONE
+    assert first.join_group(10).active_ranks == (0,)
+
+
+def test_an_older_view_that_was_put_back_is_not_applied_but_followed_by_a_newer_one(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    old = stored_view(ranks)
+    first.deactivate_ranks([1])
+    epoch = first.activate_ranks([1]).epoch
+    wait_until(has_view(second, epoch=epoch))
+    seen: list[int] = []
+    first.on_view(lambda view: seen.append(view.epoch))
+    ranks.admin.put(VIEW, old.to_bytes())
+    wait_until(lambda: stored_view(ranks).epoch > epoch)
+    wait_until(lambda: seen)
+    assert min(seen) > epoch
+    assert first.state.active_ranks == (0, 1)
+
+
+def test_a_view_that_cannot_be_read_is_left_alone_and_joining_says_so(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    good = ranks.data.entries[VIEW].value
+    ranks.admin.put(VIEW, b'{"version":2}')
+    with pytest.raises(DeadlineExceededError) as caught:
+        ranks.make(1).join_group(0.5)
+    problems = caught.value.facts["problems"]
+    assert isinstance(problems, dict)
+    assert list(problems) == [VIEW]
+    assert first.state.active_ranks == (0,)
+    assert ranks.data.entries[VIEW].value == b'{"version":2}'
+    ranks.admin.put(VIEW, good)
+    assert ranks.joined(1)[0].state.active_ranks == (0, 1)
+
+
+def test_a_view_that_was_deleted_is_written_again_with_a_larger_epoch(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    ranks.admin.delete(VIEW)
+    wait_until(lambda: stored_view(ranks).active_ranks == (0, 1) if VIEW in ranks.data.entries else False)
+    wait_until(lambda: all(group.state.active_ranks == (0, 1) and group.state.epoch > 4 for group in (first, second)))
+
+
+def test_a_compacted_watch_is_taken_up_with_a_snapshot(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    store = ranks.stores[first]
+    store.cut_off()
+    wait_until(lambda: first.statistics().outages)
+    ranks.admin.put("sources/x", b"")
+    ranks.data.compact()
+    store.reachable = True
+    assert ranks.joined(1)[0].state.active_ranks == (0, 1)
+
+
+def test_who_loses_every_race_for_the_view_looks_again(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    store = ranks.stores[first]
+    races = 3
+
+    def another_first(key: str) -> None:
+        nonlocal races
+        if key == VIEW and races:
+            races -= 1
+            view = stored_view(ranks)
+            ranks.admin.put(VIEW, replace(view, epoch=view.epoch + 1).to_bytes())
+
+    store.before_put = another_first
+    assert first.deactivate_ranks([1]).active_ranks == (0,)
+    assert races == 0
+    races = 2
+    assert first.activate_ranks([1]).active_ranks == (0, 1)
+    races = 2
+    assert ranks.joined(2)[0].state.active_ranks == (0, 1, 2)
+    assert first.statistics().conflicts >= 1
+    assert second.state.state is RankState.ACTIVE
+
+
+# leaving
+
+
+def test_a_join_under_way_is_given_up_by_leave(ranks: Ranks) -> None:
+    _, second = ranks.joined(0, 1, ack_timeout_s=60)
+    stuck = Stuck(second)
+    joiner = ranks.make(2, ack_timeout_s=60)
+    join = ranks.in_thread(lambda: joiner.join_group(60))
+    assert stuck.is_in.wait(10)
+    joiner.leave()
+    with pytest.raises(RegistryError, match="given up"):
+        join.result(10)
+    assert "groups/trainers/members/2" not in ranks.data.entries
+    stuck.go_on.set()
+
+
+def test_leaving_a_store_that_is_away_ends_and_the_lease_ends_by_itself(ranks: Ranks) -> None:
+    quick = PublisherConfig(interval_s=0.4, backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=0.3)
+    (first,) = ranks.joined(0)
+    (second,) = ranks.joined(1, config=quick)
+    ranks.stores[second].cut_off()
+    second.leave()
+    assert second.state.state is RankState.GONE
+    wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
+    assert first.statistics().lost == 1
+
+
+def test_a_group_in_a_with_statement_is_left(ranks: Ranks) -> None:
+    with ranks.make(0) as group:
+        group.join_group(10)
+    assert group.state.state is RankState.GONE
+    with ranks.make(1):
+        pass
+
+
+# being told
+
+
+def test_peers_are_seen_in_every_state(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1, ack_timeout_s=60)
+    assert first.get_peer_state(0) is RankState.ACTIVE
+    stuck = Stuck(second)
+    join = ranks.in_thread(lambda: ranks.make(2, ack_timeout_s=60).join_group(10))
+    wait_until(lambda: first.get_peer_state(2) is RankState.JOINING)
+    assert first.get_peer_state(3) is RankState.ISOLATED
+    stuck.go_on.set()
+    join.result(10)
+    wait_until(lambda: first.get_peer_state(2) is RankState.ACTIVE)
+    second.leave()
+    wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
+
+
+def test_members_are_told_as_they_come_and_go(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    wait_until(has_view(first, active_ranks=(0, 1)))
+    told: list[tuple[str, int]] = []
+    end = first.subscribe(
+        on_add=lambda member: told.append(("add", member.rank)),
+        on_remove=lambda member: told.append(("remove", member.rank)),
+    )
+    assert told == [("add", 0), ("add", 1)]
+    ranks.data.kill(ranks.lease_of(second))
+    wait_until(lambda: ("remove", 1) in told)
+    wait_until(lambda: second.state.state is RankState.GONE)
+    end()
+    second.join_group(10)
+    wait_until(has_view(first, active_ranks=(0, 1)))
+    assert told == [("add", 0), ("add", 1), ("remove", 1)]
+
+
+def test_waiting_for_a_view_is_bounded(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    assert first.wait_for_view(1, 1).epoch == 2
+    with pytest.raises(DeadlineExceededError) as caught:
+        first.wait_for_view(3, 0.05)
+    assert caught.value.facts["waiting_for"] == "epoch 3"
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("rank", "settings"),
+    [
+        (-1, {}),
+        (2, {"world_size": 2}),
+        (0, {"world_size": 0}),
+        (True, {}),
+        (0, {"ack_timeout_s": 0}),
+        (0, {"meta": {"x": object()}}),
+    ],
+)
+def test_a_wrong_argument_is_a_setting_to_fix(ranks: Ranks, rank: int, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ranks.make(rank, **settings)
+
+
+def test_a_group_has_a_name_and_waits_have_a_bound(ranks: Ranks) -> None:
+    with pytest.raises(ConfigError):
+        RankGroup(MemoryStore(), "", 0)
+    (first,) = ranks.joined(0, world_size=2)
+    with pytest.raises(ConfigError):
+        first.join_group(0)
+    with pytest.raises(ConfigError):
+        first.get_peer_state(2)
+    with pytest.raises(ConfigError):
+        first.deactivate_ranks([0, 2])
+
+
+def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    _, leaving = ranks.joined(0, 1)
+    told: list[object] = []
+    leaving.on_gone(told.append)
+
+    def change_and_be_seen(*what: Any, **how: Any) -> int:
+        epoch = change_view(*what, **how)
+        wait_until(lambda: leaving.state.state is RankState.GONE, what="its thread sees it")
+        return epoch
+
+    monkeypatch.setattr(standing, "change_view", change_and_be_seen)
+    leaving.leave()
+    assert told == []
+    assert "this rank is not in its group any more" not in [event["event"] for event in log_events]

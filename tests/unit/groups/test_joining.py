@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ucxx_transport.errors import RegistryError
+from ucxx_transport.groups.group_view import GroupView
+from ucxx_transport.groups.joining import (
+    Claim,
+    judge_claim,
+    next_epoch,
+    next_view,
+    overdue_ranks,
+    turn_of,
+    view_after,
+    waited_for,
+    waits_of,
+)
+from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.groups.rank_states import RankEvent, RankState
+
+
+def record(rank: int, *, life: int = 0, epoch: int = 0) -> MemberRecord:
+    return MemberRecord(rank=rank, incarnation=f"{rank}.{life}", epoch=epoch, ttl_s=6.0)
+
+
+def members(*records: MemberRecord) -> dict[int, MemberRecord]:
+    return {one.rank: one for one in records}
+
+
+def follow(view: GroupView | None, alive: dict[int, MemberRecord]) -> GroupView:
+    after = next_view(view, alive)
+    assert after is not None
+    return after
+
+
+def all_active(*ranks: int) -> tuple[GroupView, dict[int, MemberRecord]]:
+    """A group whose ranks are active, and have all applied its view."""
+    alive = members(*(record(rank) for rank in ranks))
+    view = follow(follow(None, alive), {rank: one.having_applied(1) for rank, one in alive.items()})
+    assert view.active_ranks == ranks
+    return view, {rank: one.having_applied(view.epoch) for rank, one in alive.items()}
+
+
+def states(view: GroupView) -> dict[int, str]:
+    return {seat.rank: seat.state.name for seat in view.seats}
+
+
+def test_a_group_of_one_is_admitted_and_then_active() -> None:
+    alive = members(record(3))
+    first = follow(None, alive)
+    assert (first.epoch, states(first)) == (1, {3: "JOINING"})
+    assert next_view(first, alive) is None, "it has not applied its own admission yet"
+    second = follow(first, members(record(3, epoch=1)))
+    assert (second.epoch, states(second)) == (2, {3: "ACTIVE"})
+    assert next_view(second, members(record(3, epoch=2))) is None
+
+
+def test_nobody_is_no_group() -> None:
+    assert next_view(None, {}) is None
+
+
+def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknowledged_it() -> None:
+    view, alive = all_active(0, 1)
+    alive[2] = record(2)
+    admitted = follow(view, alive)
+    assert states(admitted) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
+    for rank in (0, 2):
+        assert next_view(admitted, alive) is None
+        assert rank in waited_for(admitted, alive, 2)
+        alive[rank] = alive[rank].having_applied(admitted.epoch)
+    assert waited_for(admitted, alive, 2) == (1,)
+    assert next_view(admitted, alive) is None
+    alive[1] = alive[1].having_applied(admitted.epoch)
+    active = follow(admitted, alive)
+    assert (active.epoch, active.active_ranks) == (admitted.epoch + 1, (0, 1, 2))
+
+
+def test_two_joiners_come_at_one_epoch_and_wait_for_no_one_but_the_active() -> None:
+    view, alive = all_active(0)
+    alive |= members(record(1), record(2))
+    admitted = follow(view, alive)
+    assert states(admitted) == {0: "ACTIVE", 1: "JOINING", 2: "JOINING"}
+    alive[0] = alive[0].having_applied(admitted.epoch)
+    alive[1] = alive[1].having_applied(admitted.epoch)
+    assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
+
+
+def test_who_joins_behind_another_joiner_waits_for_it_once_it_is_active() -> None:
+    view, alive = all_active(0)
+    alive[1] = record(1)
+    first = follow(view, alive)
+    alive = {rank: one.having_applied(first.epoch) for rank, one in alive.items()} | {2: record(2)}
+    second = follow(first, alive)
+    assert states(second) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
+    alive[0], alive[2] = alive[0].having_applied(second.epoch), alive[2].having_applied(second.epoch)
+    assert waited_for(second, alive, 2) == (1,)
+
+
+def test_who_has_no_lease_any_more_is_gone_and_is_not_waited_for() -> None:
+    view, alive = all_active(0, 1)
+    alive[2] = record(2)
+    admitted = follow(view, alive)
+    alive = {rank: one.having_applied(admitted.epoch) for rank, one in alive.items() if rank != 1}
+    after = follow(admitted, alive)
+    assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
+    gone = after.seat_of(1)
+    assert gone is not None
+    assert gone.ended_by is RankEvent.LOSE
+
+
+def test_a_joiner_that_dies_while_it_waits_is_gone() -> None:
+    view, alive = all_active(0)
+    admitted = follow(view, alive | members(record(1)))
+    after = follow(admitted, {0: alive[0]})
+    assert states(after) == {0: "ACTIVE", 1: "GONE"}
+    assert next_view(after, {0: alive[0].having_applied(after.epoch)}) is None
+
+
+def test_a_dead_rank_s_new_life_takes_its_place_with_a_larger_epoch() -> None:
+    view, alive = all_active(0, 1)
+    after = follow(view, alive | members(record(1, life=1)))
+    seat = after.seat_of(1)
+    assert seat is not None
+    assert (seat.incarnation, seat.state, seat.awaited_epoch) == ("1.1", RankState.JOINING, view.epoch + 1)
+
+
+def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_the_same_lease() -> None:
+    view, alive = all_active(0, 1)
+    alive[2] = record(2)
+    admitted = follow(view, alive)
+    alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
+    waits = waits_of(admitted, (), 100.0)
+    assert overdue_ranks(admitted, alive, waits, now=109.9, ack_timeout_s=10) == frozenset()
+    late = overdue_ranks(admitted, alive, waits, now=110.0, ack_timeout_s=10)
+    assert late == {1}
+    after = next_view(admitted, alive, overdue=late)
+    assert after is not None
+    assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
+    alive = {rank: one.having_applied(after.epoch) for rank, one in alive.items()}
+    assert next_view(after, alive) is None, "its lease lives, and its seat stays gone"
+    back = follow(after, alive | members(record(1, life=1, epoch=after.epoch)))
+    assert states(back) == {0: "ACTIVE", 1: "JOINING", 2: "ACTIVE"}
+
+
+def test_a_joiner_that_does_not_apply_its_own_admission_is_dropped_itself() -> None:
+    view, alive = all_active(0)
+    admitted = follow(view, alive | members(record(1)))
+    alive = {0: alive[0].having_applied(admitted.epoch), 1: record(1)}
+    waits = waits_of(admitted, (), 0.0)
+    assert overdue_ranks(admitted, alive, waits, now=10.0, ack_timeout_s=10) == {1}
+
+
+def test_an_inactive_member_is_neither_waited_for_nor_dropped() -> None:
+    view, alive = all_active(0, 1)
+    set_aside = view_after(view, alive, RankEvent.DEACTIVATE, [1])
+    assert set_aside is not None
+    alive |= {0: alive[0].having_applied(set_aside.epoch), 2: record(2)}
+    admitted = follow(set_aside, alive)
+    alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
+    assert waited_for(admitted, alive, 2) == ()
+    assert overdue_ranks(admitted, alive, waits_of(admitted, (), 0.0), now=99.0, ack_timeout_s=10) == frozenset()
+    assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "INACTIVE", 2: "ACTIVE"}
+
+
+def test_a_wait_begins_when_its_joiner_is_first_seen_and_anew_with_each_recall() -> None:
+    view, alive = all_active(0)
+    admitted = follow(view, alive | members(record(1)))
+    (wait,) = waits_of(admitted, (), 5.0)
+    assert (wait.rank, wait.epoch, wait.since) == (1, admitted.epoch, 5.0)
+    assert waits_of(admitted, (wait,), 8.0) == (wait,)
+    again = admitted.with_seats({1: replace(admitted.seats[1], awaited_epoch=9)}, epoch=9)
+    assert waits_of(again, (wait,), 8.0)[0].since == 8.0
+    assert waits_of(None, (wait,), 8.0) == ()
+    assert overdue_ranks(None, alive, (wait,), now=99.0, ack_timeout_s=1) == frozenset()
+
+
+def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_itself() -> None:
+    view, alive = all_active(0, 1)
+    aside = view_after(view, alive, RankEvent.DEACTIVATE, [1])
+    assert aside is not None
+    assert states(aside) == {0: "ACTIVE", 1: "INACTIVE"}
+    alive = {rank: one.having_applied(aside.epoch) for rank, one in alive.items()}
+    assert next_view(aside, alive) is None
+    recalled = view_after(aside, alive, RankEvent.RECALL, [1])
+    assert recalled is not None
+    assert next_view(recalled, alive) is None
+    alive = {rank: one.having_applied(recalled.epoch) for rank, one in alive.items()}
+    assert follow(recalled, alive).active_ranks == (0, 1)
+
+
+def test_what_the_table_forbids_changes_no_view() -> None:
+    view, alive = all_active(0)
+    with pytest.raises(RegistryError):
+        view_after(view, alive, RankEvent.RECALL, [0])
+    assert view_after(view, alive, RankEvent.LEAVE, []) is None
+
+
+def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() -> None:
+    assert next_epoch(None, members(record(0, epoch=9), record(1, epoch=4))) == 10
+    first = follow(None, members(record(0, epoch=9)))
+    assert first.epoch == 10
+    view, _ = all_active(0)
+    behind = follow(view, members(record(0, epoch=12)))
+    assert (behind.epoch, behind.seats) == (13, view.seats), "an older view was put back: the same seats, a new epoch"
+
+
+def test_the_group_writes_its_view_before_those_who_join() -> None:
+    view, alive = all_active(1, 3)
+    alive |= members(record(0), record(2))
+    assert [turn_of(view, alive, rank) for rank in range(4)] == [2, 0, 3, 1]
+    del alive[1]
+    assert turn_of(view, alive, 3) == 0
+    assert turn_of(None, members(record(4), record(7)), 7) == 1
+    assert turn_of(None, {}, 7) == 0
+
+
+def test_a_free_rank_is_taken_a_dead_one_waited_out_and_a_live_one_refused() -> None:
+    holder, other = record(1), record(1, life=1)
+
+    def judged(now: MemberRecord | None, first: MemberRecord | None, waited_s: float) -> Claim:
+        return judge_claim(now, first=first, waited_s=waited_s, margin_s=1.0)
+
+    assert judged(None, None, 0.0) is Claim.TAKE
+    assert judged(holder, holder, 0.0) is Claim.WAIT
+    assert judged(holder, holder, 6.9) is Claim.WAIT
+    assert judged(None, holder, 3.0) is Claim.TAKE
+    assert judged(holder, holder, 7.0) is Claim.REFUSE
+    assert judged(other, holder, 1.0) is Claim.REFUSE, "somebody else took it: just now, so it lives"
+    assert judged(holder, None, 0.0) is Claim.REFUSE, "it was free a moment ago"

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import gc
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.local_worker import LocalWorker, silence
+from tests.support.waiting import wait_until
+from ucxx_transport import ClientConfig, ConfigError, SlotState
+from ucxx_transport.trainer import EpisodeStream, Loss, LossReason
+
+LOCAL = ClientConfig(local="view")
+
+
+def number_in(arrays: Any) -> int:
+    return int.from_bytes(arrays["data"].tobytes(), "little")
+
+
+def wait_until_held(worker: LocalWorker, count: int) -> None:
+    wait_until(lambda: worker.ring.slot_states().count(SlotState.READING) == count, what=f"{count} slots are held")
+
+
+def test_episodes_come_in_the_order_of_their_references(worker: LocalWorker) -> None:
+    first, second, third = worker.play(3)
+    with EpisodeStream([first, second.to_dict(), third.ref], LOCAL, ahead=2) as stream:
+        found = [(episode.record.sequence, number_in(episode.arrays)) for episode in stream]
+        assert found[:2] == [(0, 0), (1, 1)]
+        assert found[2][1] == 2
+        assert list(stream) == []  # it stays at its end
+        assert stream.statistics().episodes == 3
+    gc.collect()
+    assert worker.ring.slot_states() == [SlotState.FREE] * 32
+
+
+def test_no_more_episodes_are_held_than_was_asked_for(worker: LocalWorker) -> None:
+    taken = itertools.count()
+
+    def references() -> Iterator[object]:
+        for record in worker.play(20):
+            next(taken)
+            yield record
+
+    with EpisodeStream(references(), LOCAL, ahead=3) as stream:
+        held = []
+        for expected in (3, 4, 5):
+            wait_until_held(worker, expected)
+            held.append(next(stream))
+        assert next(taken) <= 3 + 3 + 1  # the next reference is taken, and waits for its turn
+        assert [number_in(episode.arrays) for episode in held] == [0, 1, 2]
+
+
+def test_an_episode_is_handed_out_before_the_next_reference_comes(worker: LocalWorker) -> None:
+    records: queue.Queue[Any] = queue.Queue()
+    with EpisodeStream(iter(records.get, None), LOCAL) as stream:
+        for number in range(3):
+            records.put(worker.play(1)[0])
+            assert number_in(next(stream).arrays) == number
+        records.put(None)
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
+def test_a_lost_episode_is_left_out_and_told_of(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    first, gone, last = worker.play(3)
+    assert gone.ref is not None
+    worker.ring.discard(gone.ref)
+    malformed = {**first.to_dict(), "sequence": -1}
+    with EpisodeStream([malformed, first, gone, first, last], LOCAL, on_loss=losses.append) as stream:
+        assert [number_in(episode.arrays) for episode in stream] == [0, 2]
+        assert [loss.reason for loss in losses] == [LossReason.MALFORMED, LossReason.STALE, LossReason.DUPLICATE]
+        assert stream.statistics().losses == {"malformed": 1, "stale": 1, "duplicate": 1}
+
+
+def test_what_the_references_raise_comes_after_the_episodes_before_it(worker: LocalWorker) -> None:
+    def references() -> Iterator[object]:
+        yield from worker.play(2)
+        raise ZeroDivisionError
+
+    with EpisodeStream(references(), LOCAL) as stream:
+        assert [number_in(next(stream).arrays) for _ in range(2)] == [0, 1]
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                next(stream)
+    with (
+        EpisodeStream([worker.play(1)[0], "text"], LOCAL) as stream,
+        pytest.raises(ConfigError, match="'text' is no episode record"),
+    ):
+        list(stream)
+
+
+def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
+    never = threading.Event()
+
+    def references() -> Iterator[object]:
+        yield from worker.play_far_away(2)
+        never.wait()
+
+    stream = EpisodeStream(references(), deadline_s=600, link_factory=silence)
+    told: list[str] = []
+
+    def take() -> None:
+        try:
+            next(stream)
+        except ConfigError as error:
+            told.append(error.message)
+
+    waiting = threading.Thread(target=take)
+    waiting.start()
+    stream.close()
+    stream.close()
+    waiting.join()
+    assert len(told) == 1
+    with pytest.raises(ConfigError, match="closed"):
+        next(stream)
+    never.set()
+
+
+def test_what_was_fetched_ahead_comes_back_when_it_is_closed(worker: LocalWorker) -> None:
+    with EpisodeStream(worker.play(5), LOCAL, ahead=5) as stream:
+        wait_until_held(worker, 5)
+        assert number_in(next(stream).arrays) == 0
+    gc.collect()
+    assert SlotState.READING not in worker.ring.slot_states()
+    assert stream.statistics().losses == {"closed": 4}
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="ahead"):
+        EpisodeStream([], ahead=0)
+    with pytest.raises(ConfigError, match="device"):
+        EpisodeStream([], device="tpu")

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import gc
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support.local_worker import LocalWorker, silence
+from tests.support.waiting import wait_until
+from ucxx_transport import ClientConfig, ConfigError, SlotState
+from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer import Loss, LossReason, RolloutFeed
+
+LOCAL = ClientConfig(local="view")
+
+
+def number_in(tree: Any) -> int:
+    return int.from_bytes(tree["data"].tobytes(), "little")
+
+
+def numbers(feed: RolloutFeed, rollouts: list[Any] | None) -> list[int]:
+    assert rollouts is not None
+    return [number_in(feed.resolve(rollout)) for rollout in rollouts]
+
+
+def test_the_next_rollouts_are_fetched_while_these_are_trained_on(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        assert (feed.is_cold_start, feed.buffer, feed.collect()) == (True, None, None)
+        feed.start(worker.play(2))
+        assert (feed.is_cold_start, feed.buffer) == (False, None)
+        trained = []
+        for count in (3, 1):
+            rollouts = feed.collect()
+            feed.start(worker.play(count))
+            trained.append(numbers(feed, rollouts))
+            assert feed.buffer == rollouts
+        trained.append(numbers(feed, feed.collect()))
+        assert trained == [[0, 1], [2, 3, 4], [5]]
+        assert feed.statistics().episodes == 6
+        assert feed.statistics().losses == {}
+    gc.collect()
+    assert worker.ring.slot_states() == [SlotState.FREE] * 32
+
+
+def test_rollouts_are_acknowledged_early_and_trained_on_one_iteration_later(worker: LocalWorker) -> None:
+    """A framework's loop: what arrived is fetched and acknowledged at once, what arrived before is trained on."""
+    with RolloutFeed(LOCAL) as feed:
+        trained = []
+        for count in (1, 2, 3):
+            arrived = worker.play(count)
+            before = feed.collect()
+            feed.start(arrived)
+            if before is None:
+                assert feed.wait()
+            feed.defer(arrived)  # the same rollouts: nothing is fetched twice
+            if before is not None:
+                trained.append(numbers(feed, before))
+        trained.append(numbers(feed, feed.collect()))
+        assert trained == [[0], [1, 2], [3, 4, 5]]
+        assert feed.statistics().losses == {}
+
+
+def test_what_is_deferred_is_fetched_in_turn(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        for count in (1, 2, 3):
+            feed.defer(worker.play(count))
+        assert [numbers(feed, feed.collect()) for _ in range(3)] == [[0], [1, 2], [3, 4, 5]]
+        assert numbers(feed, feed.collect()) == [3, 4, 5]  # nothing else is on its way
+
+
+def test_references_to_the_same_payloads_in_other_objects_are_the_same_rollouts(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        records = worker.play(2)
+        feed.start([record.to_dict() for record in records])
+        feed.defer([record.to_dict() for record in records])
+        assert len(feed.collect() or []) == 2
+        feed.defer(records)
+        assert numbers(feed, feed.collect()) == [0, 1]
+        assert feed.statistics().losses == {}
+
+
+def test_what_is_not_ours_keeps_its_place_and_is_never_fetched(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, link_factory=silence) as feed:
+        (record,) = worker.play(1)
+        plain = SimpleNamespace(completion="text")
+        ours = SimpleNamespace(completion=record.to_dict())
+        feed.start([plain, ours, "more"])
+        assert feed.collect() == [plain, ours, "more"]
+        assert number_in(feed.resolve(ours.completion)) == 0
+        feed.start([plain])
+        assert feed.collect() == [plain]
+        with pytest.raises(ConfigError, match="no episode record"):
+            feed.resolve("text")
+
+
+def test_the_output_of_a_rollout_may_be_anywhere(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, output_of=lambda rollout: rollout["out"]) as feed:  # type: ignore[index]
+        rollouts = [{"out": record.to_dict()} for record in worker.play(2)]
+        feed.start(rollouts)
+        assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect() or []] == [0, 1]  # type: ignore[index]
+
+
+def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, max_staleness=1, on_loss=losses.append) as feed:
+        old, *new = worker.play(1, policy_version=1) + worker.play(2, policy_version=5)
+        assert new[1].ref is not None
+        worker.ring.discard(new[1].ref)
+        dropped = EpisodeRecord(worker_id="w", sequence=9, dropped="why").to_dict()
+        malformed = {**new[0].to_dict(), "sequence": -1}
+        rollouts = [old.to_dict(), new[0].to_dict(), new[1].to_dict(), new[0].to_dict(), dropped, malformed, "plain"]
+        feed.start(rollouts, policy_version=5)
+        assert feed.collect() == [rollouts[1], "plain"]
+        told = [(loss.index, loss.reason) for loss in losses]
+        assert told == [
+            (0, LossReason.TOO_OLD),
+            (2, LossReason.STALE),
+            (3, LossReason.DUPLICATE),
+            (4, LossReason.DROPPED),
+            (5, LossReason.MALFORMED),
+        ]
+        assert [feed.resolve(rollout) for rollout in (rollouts[0], rollouts[2], dropped, malformed)] == [None] * 4
+        assert len(losses) == len(told)
+        assert sum(feed.statistics().losses.values()) == len(told)
+
+
+def test_what_is_too_old_makes_room_in_its_ring(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, max_staleness=1) as feed:
+        for version in range(10, 20):  # ten times as much as the ring has slots, which raises when it is full
+            feed.start(
+                worker.play(31, policy_version=1) + worker.play(1, policy_version=version), policy_version=version
+            )
+            rollouts = feed.collect()
+            assert rollouts is not None
+            assert len(rollouts) == 1
+            feed.start([], policy_version=version)
+            feed.collect()
+            wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 32, what="all are let go")
+        assert feed.statistics().losses == {"too_old": 310}
+
+
+def test_an_episode_that_was_not_fetched_ahead_is_fetched_when_it_is_asked_for(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
+        first, second = worker.play(2)
+        feed.start([first])
+        assert number_in(feed.resolve(second)) == 1
+        assert numbers(feed, feed.collect()) == [0]
+        third, fourth = worker.play(2)
+        assert number_in(feed.resolve(third.ref)) == 2
+        assert fourth.ref is not None
+        worker.ring.discard(fourth.ref)
+        assert feed.resolve(fourth) is None
+        assert [loss.reason for loss in losses] == [LossReason.STALE]
+        assert feed.resolve({**fourth.to_dict(), "sequence": "x"}) is None
+        assert [loss.reason for loss in losses] == [LossReason.STALE, LossReason.MALFORMED]
+
+
+def test_an_episode_that_is_asked_for_alone_is_judged_by_the_version_told_last(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, max_staleness=1, on_loss=losses.append) as feed:
+        (old, new), (new_enough,) = worker.play(2, policy_version=3), worker.play(1, policy_version=4)
+        with pytest.raises(ConfigError, match="policy_version"):
+            feed.resolve(old)
+        feed.defer([], policy_version=4)
+        assert number_in(feed.resolve(new)) == 1
+        feed.defer([], policy_version=5)
+        assert feed.resolve(old) is None
+        assert number_in(feed.resolve(new_enough)) == 2
+        assert [loss.reason for loss in losses] == [LossReason.TOO_OLD]
+
+
+def test_what_was_delivered_before_is_a_duplicate_whoever_asks_again(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
+        (record,) = worker.play(1)
+        feed.start([record])
+        feed.collect()
+        feed.start(worker.play(1))
+        feed.collect()
+        feed.start([record])
+        assert feed.collect() == []
+        assert feed.resolve(record) is None
+        assert [loss.reason for loss in losses] == [LossReason.DUPLICATE]
+
+
+def test_an_episode_on_its_way_is_waited_for(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        first, second = worker.play(1), worker.play(2)
+        feed.start(first)
+        feed.defer(second)
+        assert number_in(feed.resolve(second[1])) == 2
+        assert feed.buffer == second
+
+
+def test_threads_that_ask_for_one_batch_all_get_it(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        records = worker.play(8)
+        feed.start(records)
+        found: list[int] = []
+        threads = [
+            threading.Thread(target=lambda record=record: found.append(number_in(feed.resolve(record))))
+            for record in records
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == list(range(8))
+        assert feed.statistics().losses == {}
+
+
+def test_a_batch_that_does_not_come_in_time_is_lost_and_does_not_stall_the_next(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(deadline_s=600, on_loss=losses.append, link_factory=silence) as feed:
+        late = [*worker.play_far_away(1), "plain"]
+        feed.start(late)
+        feed.defer(worker.play(1))
+        assert feed.collect(0.05) == ["plain"]
+        assert feed.resolve(late[0]) is None
+        assert [loss.reason for loss in losses] == [LossReason.TIMEOUT]
+        assert numbers(feed, feed.collect()) == [1]
+
+
+def test_arrays_outlive_their_batch_and_hold_their_slot(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        feed.start(worker.play(1))
+        rollouts = feed.collect()
+        assert rollouts is not None
+        tree = feed.resolve(rollouts[0])
+        feed.start(worker.play(1))
+        feed.collect()
+        assert worker.ring.slot_states().count(SlotState.READING) == 2
+        assert number_in(tree) == 0
+        del tree
+        assert worker.ring.slot_states().count(SlotState.READING) == 1
+
+
+def test_what_is_released_makes_room_before_the_next_batch_and_is_a_duplicate_when_asked_for(
+    worker: LocalWorker,
+) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
+        feed.start(worker.play(2))
+        rollouts = feed.collect()
+        assert rollouts is not None
+        tree = feed.resolve(rollouts[0])
+        assert not feed.is_ready
+        feed.release()
+        feed.release()
+        assert (feed.is_cold_start, feed.buffer) == (True, None)
+        assert worker.ring.slot_states().count(SlotState.READING) == 1  # the array's
+        assert number_in(tree) == 0
+        assert feed.resolve(rollouts[1]) is None
+        assert [loss.reason for loss in losses] == [LossReason.DUPLICATE]
+        feed.start(worker.play(1))
+        wait_until(lambda: feed.is_ready)
+        assert numbers(feed, feed.collect()) == [2]
+        assert feed.client_statistics().ways["view"].reads == 3
+
+
+def test_a_hook_that_raises_or_asks_hurts_neither_this_batch_nor_the_next(worker: LocalWorker) -> None:
+    def hook(loss: Loss) -> None:
+        asked = threading.Thread(target=lambda: seen.append((feed.is_cold_start, feed.buffer is not None)))
+        asked.start()
+        asked.join()  # no lock is held that another thread would wait for
+        raise ZeroDivisionError(loss.reason.value)
+
+    seen: list[tuple[bool, bool]] = []
+    with RolloutFeed(LOCAL, on_loss=hook) as feed:
+        first, second = worker.play(2), worker.play(3)
+        feed.start([*first, first[0]])
+        feed.defer(second)
+        with pytest.raises(ZeroDivisionError, match="duplicate"):
+            feed.collect()
+        assert feed.buffer == first
+        assert numbers(feed, feed.buffer) == [0, 1]
+        assert numbers(feed, feed.collect()) == [2, 3, 4]
+        assert seen == [(False, True)]
+
+
+def test_a_batch_that_is_given_up_is_not_taken_for_the_next_one_whatever_the_hook_does(worker: LocalWorker) -> None:
+    def hook(_: Loss) -> None:
+        raise ZeroDivisionError
+
+    with RolloutFeed(deadline_s=600, on_loss=hook, link_factory=silence) as feed:
+        late, next_one = worker.play_far_away(1), worker.play(1)
+        feed.start(late)
+        feed.defer(next_one)
+        with pytest.raises(ZeroDivisionError):
+            feed.collect(0.05)
+        assert feed.resolve(late[0]) is None
+        assert numbers(feed, feed.collect()) == [1]
+
+
+def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, max_staleness=1) as feed:
+        with pytest.raises(ConfigError, match="start_prefetch"):
+            feed.wait()
+        with pytest.raises(ConfigError, match="policy_version"):
+            feed.start([])
+        feed.start([], policy_version=1)
+        with pytest.raises(ConfigError, match="defer_prefetch"):
+            feed.start([], policy_version=1)
+    feed.close()
+    (record,) = worker.play(1)
+    with pytest.raises(ConfigError, match="closed"):
+        feed.start([], policy_version=1)
+    with pytest.raises(ConfigError, match="closed"):
+        feed.resolve(record)
+    assert feed.statistics().batches == 0

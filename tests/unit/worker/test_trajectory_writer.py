@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ucxx_transport import (
+    ConfigError,
+    PublisherConfig,
+    RingFullError,
+    Schema,
+    SourceWatcher,
+    StoreConfig,
+    TensorSpec,
+    open_store,
+)
+from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
+from ucxx_transport.worker import TrajectoryWriter, UCXXRolloutMixin
+
+SCHEMA = Schema(
+    [TensorSpec("obs", (100, 2), "float32", varlen=True), TensorSpec("reward", (100,), "float32", varlen=True)]
+)
+RING = {"slots": 2, "on_full": "raise"}
+
+
+def episode(steps: int = 4, **other: object) -> dict[str, Any]:
+    return {"obs": np.ones((steps, 2), np.float32), "reward": np.arange(steps, dtype=np.float32), **other}
+
+
+def writer(**settings: Any) -> TrajectoryWriter:
+    return TrajectoryWriter(
+        "worker-0", **{"schema": SCHEMA, "ring": RING, "serve": False, "reward": "reward", **settings}
+    )
+
+
+def test_a_record_says_what_the_control_plane_needs() -> None:
+    with writer() as end:
+        record = end.write(episode(), policy_version=9, meta={"seed": 1})
+        assert record.ref is not None
+        assert (record.worker_id, record.sequence, record.episode_length) == ("worker-0", 0, 4)
+        assert record.rewards == RewardSummary(total=6.0, mean=1.5, least=0.0, most=3.0)
+        assert (record.policy_version, record.ref.meta, record.dropped) == (9, {"seed": 1}, None)
+        assert end.ring is not None
+        np.testing.assert_array_equal(end.ring.read(record.ref)["reward"], [0, 1, 2, 3])
+        assert end.write(episode()).sequence == 1
+        found = end.statistics()
+        assert (found.written, found.nbytes, found.dropped) == (2, 2 * record.ref.nbytes, {})
+
+
+def test_the_schema_may_come_with_the_first_trajectory() -> None:
+    with writer(schema=None, varlen={"obs": 50, "reward": 50}) as end:
+        before: object = end.ring
+        end.write(episode())
+        assert before is None
+        assert end.ring is not None
+        schema = end.ring.schema
+        assert schema is not None
+        assert {field.name: field.shape for field in schema} == {"obs": (50, 2), "reward": (50,)}
+        end.write(episode(50))
+
+
+def test_a_first_trajectory_that_is_no_payload_is_an_error_and_the_next_may_do() -> None:
+    with writer(schema=None, varlen={"obs": 50, "reward": 50}, on_error="drop") as end:
+        with pytest.raises(ConfigError, match="obs"):
+            end.write(episode(obs=["text"]))
+        assert end.write(episode()).ref is not None
+
+
+def test_a_failed_write_is_an_exception() -> None:
+    with writer() as end:
+        for _ in range(2):
+            end.write(episode())
+        with pytest.raises(RingFullError):
+            end.write(episode())
+        assert end.statistics().dropped == {}
+
+
+def test_a_failed_write_is_a_record_with_the_reason_and_a_count_where_that_was_chosen(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    with writer(on_error="drop") as end:
+        records = [end.write(episode(), policy_version=1) for _ in range(4)]
+        misfit = end.write({"obs": np.ones((1, 2), np.float32)})
+    assert [record.ref is None for record in records] == [False, False, True, True]
+    assert str(records[3].dropped).startswith("RingFullError: ")
+    assert (records[3].sequence, records[3].episode_length, records[3].policy_version) == (3, 4, 1)
+    assert EpisodeRecord.from_dict(records[3].to_dict()) == records[3]
+    assert str(misfit.dropped).startswith("ConfigError: ")
+    assert end.statistics().dropped == {"RingFullError": 2, "ConfigError": 1}
+    assert [event["kind"] for event in log_events] == ["RingFullError", "ConfigError"]
+
+
+@pytest.mark.parametrize("rewards", [[], [np.nan], [np.inf, -np.inf], [3e38] * 100])
+def test_rewards_without_a_finite_summary_have_none(rewards: list[float]) -> None:
+    with writer() as end:
+        record = end.write(episode(reward=np.array(rewards, np.float32)))
+        assert record.episode_length == len(rewards)
+        assert record.rewards is None or np.isfinite(record.rewards.total)
+        assert (record.rewards is None) == (len(rewards) < 100)
+
+
+def test_rewards_may_be_nested_or_one_for_all() -> None:
+    schema = Schema([TensorSpec("step/reward", (2,), "float32")])
+    with writer(schema=schema, reward="step/reward") as end:
+        summary = end.write({"step": {"reward": np.ones(2, np.float32)}}).rewards
+        assert summary is not None
+        assert summary.total == 2.0
+    with writer(schema=Schema([TensorSpec("score", (), "float32")]), reward="score") as end:
+        record = end.write({"score": 0.5})
+        assert (record.episode_length, record.rewards) == (1, RewardSummary(total=0.5, mean=0.5, least=0.5, most=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"on_error": "ignore"}, "on_error"),
+        ({"reward": "rewards"}, "'rewards'"),
+        ({"narrow": ["rewards"]}, "'rewards'"),
+        ({"ring": {"slots": 0}}, "slots"),
+        ({"ring": {"slotz": 2}}, "slotz"),
+        ({"ring": {"schema": SCHEMA}}, "ring's settings"),
+        ({"schema": None, "varlen": "obs"}, "varlen"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_leaves_nothing(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words), writer(**settings) as end:
+        end.write(episode())
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 129])
+def test_a_wrong_worker_id_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match="worker_id"):
+        TrajectoryWriter(name)
+
+
+def test_a_closed_writer_says_so() -> None:
+    end = writer()
+    end.close()
+    end.close()
+    with pytest.raises(ConfigError, match="closed"):
+        end.write(episode())
+
+
+def test_threads_share_a_writer() -> None:
+    with writer(schema=None, varlen={"obs": 9, "reward": 9}, ring={"slots": 64}) as end:
+        records: list[EpisodeRecord] = []
+        threads = [
+            threading.Thread(target=lambda: records.extend(end.write(episode()) for _ in range(10))) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(record.sequence for record in records) == list(range(40))
+        assert end.statistics().written == 40
+        assert end.ring is not None
+        assert end.ring.get_ready_count() == 40
+
+
+class Worker(UCXXRolloutMixin):
+    pass
+
+
+def test_the_mixin_gives_a_worker_its_writer_and_takes_it_away() -> None:
+    worker = Worker()
+    worker.cleanup_ucxx()
+    with pytest.raises(ConfigError, match="setup_ucxx"):
+        worker.write_to_buffer(episode())
+    worker.setup_ucxx("worker-7", schema=SCHEMA, ring=RING, serve=False, reward="reward")
+    try:
+        with pytest.raises(ConfigError, match="already"):
+            worker.setup_ucxx("worker-7")
+        record = EpisodeRecord.from_dict(worker.write_to_buffer(episode(), policy_version=2))
+        assert (record.worker_id, record.policy_version, record.episode_length) == ("worker-7", 2, 4)
+    finally:
+        worker.cleanup_ucxx()
+    assert worker.ucxx_writer is None
+
+
+@pytest.mark.parametrize("on_error", ["raise", "drop"])
+def test_a_policy_version_is_any_integer_and_a_wrong_one_is_refused_before_anything_is_written(on_error: Any) -> None:
+    with writer(on_error=on_error) as end:
+        version: Any = np.int64(3)
+        assert end.write(episode(), policy_version=version).policy_version == 3
+        for wrong in (1.5, "3", 1 << 63):
+            with pytest.raises(ConfigError, match="policy_version"):
+                end.write(episode(), policy_version=wrong)  # type: ignore[arg-type]
+        assert end.ring is not None
+        assert (end.ring.get_ready_count(), end.statistics().written) == (1, 1)
+
+
+IN_THE_STORE: dict[str, Any] = {"publisher": PublisherConfig(keeper="thread")}
+MINUTE = 60.0
+
+
+def test_a_writer_is_in_the_store_as_long_as_its_ring_exists(tmp_path: Path) -> None:
+    url = f"local://{tmp_path}/store.db"
+    with SourceWatcher(url) as watcher, open_store(url) as store:
+        with writer(store=url, **IN_THE_STORE) as end:
+            (source,) = watcher.wait_for(1, MINUTE)
+            assert end.ring is not None
+            assert end.publisher is not None
+            assert (source.worker_id, source.ring_id, source.ring_name) == ("worker-0", end.ring.ring_id, end.ring.name)
+            assert (source.host, source.ports) == (None, ())  # no server: this host's trainers alone
+            assert end.publisher.epoch == source.epoch == 1
+        assert list(store.snapshot("sources/")) == []
+
+
+def test_a_writer_without_a_schema_is_published_with_its_first_trajectory(tmp_path: Path) -> None:
+    url = f"local://{tmp_path}/store.db"
+    with open_store(url) as store, writer(schema=None, varlen=("obs", "reward"), store=url, **IN_THE_STORE) as end:
+        before: object = end.publisher
+        assert before is None
+        assert list(store.snapshot("sources/")) == []
+        record = end.write(episode())
+        assert end.publisher is not None
+        assert end.publisher.wait_published(MINUTE) == 1
+        assert end.ring is not None
+        np.testing.assert_array_equal(end.ring.read(record.ref)["reward"], [0, 1, 2, 3])  # type: ignore[arg-type]  # there is one
+
+
+def test_a_writer_is_published_in_its_job_s_namespace(tmp_path: Path) -> None:
+    url, job = f"local://{tmp_path}/store.db", StoreConfig(namespace="job-7")
+    with open_store(url, job) as store, writer(store=url, store_config=job, **IN_THE_STORE) as end:
+        assert end.publisher is not None
+        end.publisher.wait_published(MINUTE)
+        assert [entry.key for entry in store.snapshot("sources/")] == ["sources/worker-0"]
+
+
+def test_a_writer_without_a_store_is_published_nowhere() -> None:
+    with writer() as end:
+        assert end.publisher is None
+
+
+def test_a_store_that_cannot_be_is_refused_and_leaves_no_ring() -> None:
+    with pytest.raises(ConfigError, match="redis"):
+        writer(store="redis://host")

@@ -1,0 +1,122 @@
+"""Which library takes an array off a GPU, and which one receives on the GPU that `device` names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.tensors import as_array, is_on_device
+from ucxx_transport.schema.wire_form import describe
+
+if TYPE_CHECKING:
+    from ucxx_transport.gpu.runtime import LeafRuntime, Receiver
+    from ucxx_transport.schema.tensors import Array
+
+RuntimeFinder: TypeAlias = "Callable[[object, str], LeafRuntime]"
+"""Gives what can work with a leaf on a GPU, of the field named."""
+
+_BY_DLPACK: Final = ("torch", "cupy")
+"""torch first: cupy up to 13 has no bfloat16, and crashed on one that came by DLPack (cupy issue 8801)."""
+
+_BY_INTERFACE: Final = ("cupy", "torch")
+"""cupy first: it waits for the stream that the interface names by itself."""
+
+
+def runtime_of(leaf: object, field: str) -> LeafRuntime:
+    """The library that works with a leaf on a GPU: its own, else one that this process has, else one installed.
+
+    Raises:
+        ConfigError: neither torch nor cupy is installed.
+    """
+    own = type(leaf).__module__.partition(".")[0]
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(leaf, torch.Tensor):  # a subclass too, wherever that is from
+        own = "torch"
+    if own not in _BY_DLPACK:
+        own = _library_for(leaf, field)
+    if own == "torch":
+        from ucxx_transport.gpu.torch_leaves import TorchLeaves
+
+        return TorchLeaves()
+    from ucxx_transport.gpu.cupy_leaves import CupyLeaves
+
+    return CupyLeaves()
+
+
+def _library_for(leaf: object, field: str) -> str:
+    wanted = _BY_DLPACK if hasattr(leaf, "__dlpack__") else _BY_INTERFACE
+    for name in wanted:
+        if sys.modules.get(name) is not None:
+            return name
+    for name in wanted:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        return name
+    raise ConfigError(
+        f"field {field!r}: {describe(leaf)} on a GPU needs torch or cupy to come to the host: "
+        "pip install 'ucxx_transport[torch]' or '[cu12]', or copy it to the host first",
+        field=field,
+    )
+
+
+def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> Array:
+    """A few values as an array in host memory, wherever they are; `as_array` for what is there already.
+
+    Raises:
+        ConfigError: it is no array.
+    """
+    if not is_on_device(leaf):
+        return as_array(leaf, field)
+    runtime = runtimes(leaf, field)
+    return runtime.to_host(runtime.adopt(leaf, field))
+
+
+def receiver_for(device: str) -> Receiver:
+    """What receives on a GPU.
+
+    Args:
+        device: "cuda" or "cuda:N" for torch tensors, "cupy" or "cupy:N" for cupy arrays; without a number the device
+            that is the library's current one now.
+
+    Raises:
+        ConfigError: the library is not installed, or finds no such GPU here.
+    """
+    library, colon, number = device.partition(":")
+    if colon and not number.isdecimal():
+        raise ConfigError(f"device={device!r}: {number!r} is not the number of a GPU", field="device")
+    index = int(number) if colon else None
+    if library == "cuda":
+        from ucxx_transport.gpu.torch_receiver import TorchReceiver
+
+        return TorchReceiver(device, index)
+    from ucxx_transport.gpu.cupy_receiver import CupyReceiver
+
+    return CupyReceiver(device, index)
+
+
+def check_index(device: str, index: int | None, count: int, current: Callable[[], int]) -> int:
+    """The number of the GPU that `device` names.
+
+    Args:
+        device: as the caller has it, for the error.
+        index: the number in it, None for the current one.
+        count: GPUs that there are, at least 1.
+        current: gives the current one's number.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if index is None:
+        return current()
+    if index >= count:
+        raise ConfigError(
+            f"device={device!r}: this process has {count} GPU{'s' if count > 1 else ''}, numbered from 0 "
+            "(CUDA_VISIBLE_DEVICES says which)",
+            field="device",
+        )
+    return index

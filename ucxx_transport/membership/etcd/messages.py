@@ -1,0 +1,231 @@
+"""The v3 JSON of etcd, both ways, without any I/O (https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/).
+
+| in JSON               | is                                                                       |
+|-----------------------|--------------------------------------------------------------------------|
+| keys, values          | base64                                                                   |
+| int64                 | text: revisions, lease ids, times to live                                |
+| a field of its zero   | left out: an empty value, lease 0, `succeeded: false`, the type of a PUT |
+| a lost lease, renewed | status 200 without a `TTL`                                               |
+| a refused watch       | status 200, `created` and `canceled` in one message                      |
+| a compacted watch     | status 200, `canceled` with a `compact_revision`                         |
+
+The store's identity lies at `/identity` below the namespace: no key of a caller begins with "/", and none sees it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final, Literal
+
+from ucxx_transport.errors import StoreUnavailableError
+from ucxx_transport.membership.namespace import Namespace
+from ucxx_transport.membership.store import Batch, Entry, Event
+
+__all__ = ["Json", "Reply", "WatchMessage", "entries", "identity_key"]
+
+Json = Mapping[str, Any]
+"""A JSON object; `Any` because its shape is etcd's, and is looked at field by field here alone."""
+
+_IDENTITY: Final = b"/identity"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of etcd.
+
+    Attributes:
+        body: the JSON object.
+    """
+
+    body: Json
+
+    @property
+    def revision(self) -> int:
+        """The store's, when it answered."""
+        return _int(self.body.get("header", {}), "revision")
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether a transaction's comparisons held."""
+        return bool(self.body.get("succeeded"))
+
+    def number(self, field: str) -> int:
+        """An int64; 0 when it is left out."""
+        return _int(self.body, field)
+
+    def kvs(self) -> list[Json]:
+        """What a range has found."""
+        found = self.body.get("kvs") or []
+        return [kv for kv in found if isinstance(kv, dict)]
+
+    def ranges(self) -> list[Reply]:
+        """The answers of a transaction's ranges, in their order."""
+        found = self.body.get("responses") or []
+        return [Reply(each.get("response_range") or {}) for each in found if isinstance(each, dict)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchMessage:
+    """One line of a watch's stream.
+
+    Attributes:
+        revision: the store's.
+        created: the watch has begun.
+        canceled: etcd has ended it.
+        compacted: because what it asks for is gone: the first revision that is kept; 0: not so.
+        reason: of the end, in etcd's words.
+        batches: the changes, by revision.
+    """
+
+    revision: int
+    created: bool
+    canceled: bool
+    compacted: int
+    reason: str
+    batches: tuple[Batch, ...]
+
+
+def parsed(text: bytes, endpoint: object) -> Json:
+    """The object that the text is.
+
+    Raises:
+        StoreUnavailableError: it is none: cut off, or not etcd's.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise StoreUnavailableError("the answer is no JSON object: cut off, or not etcd's", endpoint=endpoint)
+    return found
+
+
+def identity_key(namespace: Namespace) -> bytes:
+    """Where the store's identity lies."""
+    return namespace.root + _IDENTITY
+
+
+def range_request(first: bytes, end: bytes | None = None, *, count_only: bool = False) -> Json:
+    """Ask for one key, or for those from `first` on, below `end`, in order."""
+    request: dict[str, object] = {"key": _text(first)}
+    if end is not None:
+        request["range_end"] = _text(end)
+    if count_only:
+        request["count_only"] = True
+    return request
+
+
+def put_request(key: bytes, value: bytes, lease_id: int | None) -> Json:
+    """Write one key."""
+    request: dict[str, object] = {"key": _text(key), "value": _text(value)}
+    if lease_id is not None:
+        request["lease"] = str(lease_id)
+    return request
+
+
+def delete_request(key: bytes) -> Json:
+    """Remove one key."""
+    return {"key": _text(key)}
+
+
+def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Json:
+    """Do `request` when the key has this revision (0: does not exist), else say what it has."""
+    return {
+        "compare": [{"target": "MOD", "result": "EQUAL", "key": _text(key), "mod_revision": str(revision)}],
+        "success": [{operation: request}],
+        "failure": [{"request_range": range_request(key)}],
+    }
+
+
+def both_ranges(*requests: Json) -> Json:
+    """Ask for several ranges at one revision."""
+    return {"success": [{"request_range": request} for request in requests]}
+
+
+def new_identity(key: bytes) -> tuple[str, Json]:
+    """A random word, and the request that makes it the store's identity unless it has one."""
+    word = secrets.token_hex(16)
+    return word, if_revision(key, 0, "request_put", put_request(key, word.encode(), None))
+
+
+def watch_request(first: bytes, end: bytes, *, after: int) -> Json:
+    """Ask for the changes after a revision."""
+    return {"create_request": {**range_request(first, end), "start_revision": str(after + 1)}}
+
+
+def entry(kv: Json, namespace: Namespace) -> Entry:
+    """A key as a range gives it."""
+    return Entry(
+        key=namespace.key(_bytes(kv, "key")),
+        value=_bytes(kv, "value"),
+        revision=_int(kv, "mod_revision"),
+        lease_id=_int(kv, "lease") or None,
+    )
+
+
+def entries(kvs: Iterable[Json], namespace: Namespace) -> tuple[Entry, ...]:
+    """The callers' keys of a range."""
+    hidden = identity_key(namespace)
+    return tuple(entry(kv, namespace) for kv in kvs if _bytes(kv, "key") != hidden)
+
+
+def watch_message(line: Json, namespace: Namespace) -> WatchMessage:
+    """What a line of a watch's stream says; its changes are whole revisions, as etcd keeps them together."""
+    result = line.get("result") or {}
+    return WatchMessage(
+        revision=_int(result.get("header") or {}, "revision"),
+        created=bool(result.get("created")),
+        canceled=bool(result.get("canceled")),
+        compacted=_int(result, "compact_revision"),
+        reason=str(result.get("cancel_reason", "")),
+        batches=tuple(_batches(result.get("events") or [], namespace)),
+    )
+
+
+def value_of(kvs: list[Json]) -> str:
+    """The text of a range's one value; "" when it has found nothing."""
+    return _bytes(kvs[0], "value").decode(errors="replace") if kvs else ""
+
+
+def _batches(events: list[Json], namespace: Namespace) -> Iterator[Batch]:
+    hidden = identity_key(namespace)
+    for revision, group in groupby(events, key=lambda event: _int(event.get("kv") or {}, "mod_revision")):
+        told = tuple(_event(event, namespace) for event in group if _bytes(event["kv"], "key") != hidden)
+        if told:
+            yield Batch(revision=revision, events=told)
+
+
+def _event(event: Json, namespace: Namespace) -> Event:
+    found = entry(event["kv"], namespace)
+    kind: Literal["put", "delete"] = "delete" if event.get("type") == "DELETE" else "put"
+    return Event(
+        kind=kind,
+        key=found.key,
+        value=b"" if kind == "delete" else found.value,
+        revision=found.revision,
+        lease_id=None if kind == "delete" else found.lease_id,
+    )
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
+
+
+def _bytes(holder: Json, field: str) -> bytes:
+    try:
+        return base64.b64decode(holder.get(field) or "", validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise StoreUnavailableError("the answer is not etcd's: no base64", field=field) from None
+
+
+def _int(holder: Json, field: str) -> int:
+    try:
+        return int(holder.get(field) or 0)
+    except (TypeError, ValueError):
+        raise StoreUnavailableError("the answer is not etcd's: no number", field=field) from None

@@ -1,0 +1,5 @@
+"""A store in one SQLite file: many processes of one machine, no server."""
+
+from ucxx_transport.membership.local.store import LocalStore
+
+__all__ = ["LocalStore"]

@@ -1,0 +1,129 @@
+"""ReplicaMonitor: tells of each replica's death once, and when none is left."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from types import TracebackType
+from typing import Final, Protocol, Self, TypeVar
+
+from ucxx_transport.logs import get_logger
+
+__all__ = ["ReplicaFeed", "ReplicaMonitor"]
+
+_log = get_logger(__name__)
+
+ReplicaT = TypeVar("ReplicaT")
+ReplicaT_co = TypeVar("ReplicaT_co", covariant=True)
+
+_NAMES: Final = ("worker_id", "rank")
+"""What a source's record and a group's member are known by."""
+
+
+class ReplicaFeed(Protocol[ReplicaT_co]):
+    """What says who comes and goes: a `SourceWatcher`, a `RankGroup`."""
+
+    def subscribe(
+        self, *, on_add: Callable[[ReplicaT_co], None], on_remove: Callable[[ReplicaT_co], None]
+    ) -> Callable[[], None]:
+        """Call `on_add` with those there are and those that come, `on_remove` with those that go; returns its end."""
+
+
+class ReplicaMonitor:
+    """Calls back when a replica is gone, and when all are. Thread-safe.
+
+    A replica that was never there is never gone: before the first has registered nothing fires. One that registers
+    again is alive again, and its next death is told again.
+
+    The callbacks run one at a time, in order, in the thread that brings the news (or in that of another which is just
+    calling back). An exception of theirs is logged and goes no further.
+
+    Args:
+        on_dead: called with the name of each replica that is gone.
+        on_all_gone: called, after that, when none is left.
+        feed: followed from now on until `close`; None: `added` and `removed` are called by hand.
+        name_of: of what the feed brings; None: its `worker_id` or `rank`.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_dead: Callable[[Hashable], object] = lambda _: None,
+        on_all_gone: Callable[[], object] = lambda: None,
+        feed: ReplicaFeed[ReplicaT] | None = None,
+        name_of: Callable[[ReplicaT], Hashable] | None = None,
+    ) -> None:
+        self._on_dead, self._on_all_gone = on_dead, on_all_gone
+        self._lock = threading.Lock()
+        self._alive: set[Hashable] = set()
+        self._due: deque[Callable[[], object]] = deque()
+        self._is_calling = False
+        self._unsubscribe: Callable[[], None] = lambda: None
+        if feed is not None:
+            named = _name_of if name_of is None else name_of
+            self._unsubscribe = feed.subscribe(
+                on_add=lambda replica: self.added(named(replica)),
+                on_remove=lambda replica: self.removed(named(replica)),
+            )
+
+    @property
+    def alive(self) -> frozenset[Hashable]:
+        """The names of those that are there."""
+        with self._lock:
+            return frozenset(self._alive)
+
+    def added(self, name: Hashable) -> None:
+        """A replica has registered, or again."""
+        with self._lock:
+            self._alive.add(name)
+
+    def removed(self, name: Hashable) -> None:
+        """A replica is gone; one that is not there is none."""
+        with self._lock:
+            if name not in self._alive:
+                return
+            self._alive.remove(name)
+            self._due.append(lambda: self._on_dead(name))
+            if not self._alive:
+                self._due.append(self._tell_all_gone)
+            if self._is_calling:
+                return  # who is calling back now sees to these too
+            self._is_calling = True
+        self._call_back()
+
+    def _call_back(self) -> None:
+        while True:
+            with self._lock:
+                if not self._due:
+                    self._is_calling = False
+                    return
+                callback = self._due.popleft()
+            try:
+                callback()
+            except Exception:  # noqa: BLE001 - the application's trouble: the next death is told all the same
+                _log.exception("replica callback failed")
+
+    def _tell_all_gone(self) -> None:
+        if not self.alive:  # else one has come back before this could be told
+            self._on_all_gone()
+
+    def close(self) -> None:
+        """Follow the feed no longer. Idempotent."""
+        unsubscribe, self._unsubscribe = self._unsubscribe, lambda: None
+        unsubscribe()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _name_of(replica: object) -> Hashable:
+    names: Iterable[object] = (getattr(replica, name) for name in _NAMES if hasattr(replica, name))
+    name = next(iter(names), replica)
+    assert isinstance(name, Hashable), "a replica without a name: pass name_of"
+    return name

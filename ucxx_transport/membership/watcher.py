@@ -1,0 +1,336 @@
+"""SourceWatcher: which sources there are, kept up to date by a thread.
+
+| what happens to the store            | what the watcher does                                                 |
+|--------------------------------------|-----------------------------------------------------------------------|
+| it cannot be reached                 | keeps what it knows: a store that is away is no dead source; tries on |
+| the stream breaks                    | watches again after the last whole batch                              |
+| the changes since then are compacted | takes a snapshot and tells the difference                             |
+| it was reset: wiped, or another one  | takes a snapshot; those missing have `reset_grace_s` to publish anew  |
+| it refuses the user                  | tells it (`error`), tries on in case that the rights are mended       |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import Final, Self
+
+from ucxx_transport.errors import (
+    CompactedError,
+    ConfigError,
+    DeadlineExceededError,
+    RegistryError,
+    StoreResetError,
+    TransportError,
+)
+from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.backoff import pause_s
+from ucxx_transport.membership.keys import SOURCES
+from ucxx_transport.membership.opening import open_store
+from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
+from ucxx_transport.membership.source_view import SourceChange, SourceView
+from ucxx_transport.membership.store import Store, Watch
+from ucxx_transport.membership.subscription import Listener, Subscription
+from ucxx_transport.membership.watcher_statistics import WatcherStatistics
+
+_log = get_logger(__name__)
+
+RESET_GRACE_S: Final = 10.0
+"""A wiped store's sources notice it with their next renewal, 2 s, and publish anew: five times that."""
+_TURN_S: Final = 0.5
+"""How long one look at the watch takes at most: a stop is noticed after that even if the store's client is stuck."""
+_FIRST_PAUSE_S: Final = 0.05
+_MOST_PAUSE_S: Final = 2.0
+
+
+class SourceWatcher:
+    """Follows the sources of a store. Thread-safe; `start` it and `stop` it, or use `with` or `async with`.
+
+    ```python
+    with SourceWatcher("local://") as watcher:
+        watcher.wait_for(2, timeout_s=60)
+        for source in watcher.sources():
+            print(source.worker_id, source.host, source.ports)
+    ```
+
+    Listeners are called in the watcher's thread, in the order of the changes; one that raises is logged.
+
+    Args:
+        store: the store or its URL. One given as a URL is opened and closed by the watcher.
+        on_add: called with every source that appears, those there at the start too.
+        on_update: called when a source's address or status changes.
+        on_remove: called with every source that ends, and with the old epoch of one that came back with a new one.
+        reset_grace_s: how long the sources of a wiped store are still taken for known.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store | str,
+        *,
+        on_add: Listener | None = None,
+        on_update: Listener | None = None,
+        on_remove: Listener | None = None,
+        reset_grace_s: float = RESET_GRACE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._owns_store = isinstance(store, str)
+        self._store: Store = open_store(store) if isinstance(store, str) else store
+        self._reset_grace_s = reset_grace_s
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._view = SourceView()
+        self._subscriptions: list[Subscription] = []
+        self._telling = threading.RLock()
+        self._counts = dict.fromkeys(("add", "update", "remove", "resyncs", "resets", "failures", "listener_errors"), 0)
+        self._synced = False
+        self._identity = ""
+        self._error: RegistryError | None = None
+        self._stopping = threading.Event()
+        self._watch: Watch | None = None
+        self._thread: threading.Thread | None = None
+        if on_add or on_update or on_remove:
+            self.subscribe(on_add=on_add, on_update=on_update, on_remove=on_remove)
+
+    def start(self) -> None:
+        """Begin to follow, and return at once; `wait_for` waits for sources.
+
+        Raises:
+            ConfigError: it was started before.
+        """
+        with self._changed:
+            if self._thread is not None:
+                raise ConfigError("this watcher was started before; make another")
+            self._thread = threading.Thread(target=self._run, name="ucxx-watcher", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End. What is known stays readable. Bounded by the store's `timeout_s`; idempotent."""
+        self._stopping.set()
+        with self._changed:
+            watch, thread = self._watch, self._thread
+            self._changed.notify_all()
+        if watch is not None:
+            watch.close()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        if self._owns_store:
+            self._store.close()
+
+    def subscribe(
+        self,
+        *,
+        on_add: Listener | None = None,
+        on_update: Listener | None = None,
+        on_remove: Listener | None = None,
+    ) -> Callable[[], None]:
+        """Hear of changes; sources known already are told by `on_add` before this returns.
+
+        Returns:
+            What ends it.
+        """
+        subscription = Subscription(on_add, on_update, on_remove)
+        with self._telling:
+            with self._changed:
+                known = self._view.sources
+            for record in known:
+                self._tell(subscription, SourceChange(kind="add", record=record))
+            self._subscriptions.append(subscription)
+
+        def end() -> None:
+            with self._telling:
+                if subscription in self._subscriptions:
+                    self._subscriptions.remove(subscription)
+
+        return end
+
+    def sources(self, *, status: SourceStatus | None = SourceStatus.READY) -> tuple[SourceRecord, ...]:
+        """The sources known now, by worker id: those of `status`, or all with None."""
+        with self._changed:
+            known = self._view.sources
+        return tuple(record for record in known if status is None or record.status is status)
+
+    def wait_for(self, n: int, timeout_s: float) -> tuple[SourceRecord, ...]:
+        """Wait until at least `n` sources are ready.
+
+        Returns:
+            Those that are.
+
+        Raises:
+            DeadlineExceededError: fewer within `timeout_s`.
+            ConfigError: the watcher is stopped or was not started.
+        """
+        until_s = self._clock() + timeout_s
+        with self._changed:
+            if self._thread is None:
+                raise ConfigError("start() the watcher first")
+            while len(ready := self.sources()) < n:
+                if self._stopping.is_set():
+                    raise ConfigError("the watcher was stopped")
+                left_s = until_s - self._clock()
+                if left_s <= 0:
+                    raise self._too_few(n, len(ready), timeout_s)
+                self._changed.wait(left_s)
+            return ready
+
+    async def wait_for_async(self, n: int, timeout_s: float) -> tuple[SourceRecord, ...]:
+        """`wait_for`, without blocking the event loop. Cancelled, its thread ends with `timeout_s`."""
+        return await asyncio.to_thread(self.wait_for, n, timeout_s)
+
+    @property
+    def error(self) -> RegistryError | None:
+        """What keeps the watcher from the store now; None while all is well."""
+        return self._error
+
+    def statistics(self) -> WatcherStatistics:
+        """Counts since it was made."""
+        with self._changed:
+            counts = self._counts
+            return WatcherStatistics(
+                sources=len(self._view.sources),
+                adds=counts["add"],
+                updates=counts["update"],
+                removes=counts["remove"],
+                resyncs=counts["resyncs"],
+                resets=counts["resets"],
+                failures=counts["failures"],
+                malformed=self._view.malformed,
+                listener_errors=counts["listener_errors"],
+                synced=self._synced,
+            )
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, without blocking the event loop."""
+        await asyncio.shield(asyncio.to_thread(self.stop))
+
+    def _too_few(self, wanted: int, ready: int, timeout_s: float) -> DeadlineExceededError:
+        reason = "none" if self._error is None else str(self._error)
+        return DeadlineExceededError(
+            f"{ready} of {wanted} sources were ready in time; is each worker's publisher started, with this store and "
+            "namespace?",
+            store=self._store.url,
+            timeout_s=timeout_s,
+            store_error=reason,
+        )
+
+    def _run(self) -> None:
+        revision: int | None = None
+        grace_s = 0.0
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                if revision is None:
+                    revision = self._resync(grace_s)
+                    grace_s = 0.0
+                for seen in self._follow(revision):
+                    revision, failures = seen, 0
+            except (CompactedError, StoreResetError) as error:
+                revision = None
+                if isinstance(error, StoreResetError):
+                    grace_s = self._reset_grace_s
+                    self._count("resets")
+                self._note(error)
+            except TransportError as error:
+                if self._stopping.is_set():
+                    return  # its own watch, closed by `stop`
+                failures += 1
+                self._count("failures")
+                self._note(error)
+                pause = pause_s(failures, first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, draw=random.random)
+                self._stopping.wait(pause)
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
+                _log.exception("watcher failed; starting over", store=self._store.url)
+                revision = None
+                self._count("failures")
+                self._note(RegistryError(f"{type(error).__name__}: {error}"))
+                self._stopping.wait(_MOST_PAUSE_S)
+
+    def _resync(self, grace_s: float) -> int:
+        self._identity = self._store.identity()  # first: a store wiped in between is then found to be another one
+        snapshot = self._store.snapshot(SOURCES)
+        self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s))
+        self._count("resyncs")
+        return snapshot.revision
+
+    def _follow(self, revision: int) -> Iterator[int]:
+        """Applies what changes after `revision`; the revision known is given after every turn.
+
+        Raises:
+            StoreResetError: the store is another one than that of the snapshot: wiped while nobody watched, it may have
+                got beyond `revision` since.
+        """
+        if self._store.identity() != self._identity:
+            raise StoreResetError("the store was wiped while it could not be watched", url=self._store.url)
+        with self._store.watch(SOURCES, after=revision) as watch:
+            with self._changed:
+                self._watch = watch
+            try:
+                while not self._stopping.is_set():
+                    batch = watch.next(_TURN_S)
+                    self._apply(lambda: self._view.expire(self._clock()))
+                    if batch is not None:
+                        self._apply(partial(self._view.take_batch, batch))
+                        revision = batch.revision
+                    yield revision
+            finally:
+                with self._changed:
+                    self._watch = None
+
+    def _apply(self, change: Callable[[], list[SourceChange]]) -> None:
+        with self._telling:
+            with self._changed:
+                changes = change()
+                for one in changes:
+                    self._counts[one.kind] += 1
+                self._synced, self._error = True, None
+                self._changed.notify_all()
+            told = list(self._subscriptions)  # who subscribes meanwhile is told by that what is known after them all
+            for one in changes:
+                for subscription in told:
+                    if subscription in self._subscriptions:
+                        self._tell(subscription, one)
+
+    def _tell(self, subscription: Subscription, change: SourceChange) -> None:
+        listener = subscription.listener_of(change.kind)
+        if listener is None:
+            return
+        try:
+            listener(change.record)
+        except Exception:  # noqa: BLE001 - a listener's bug must not blind the watcher
+            self._count("listener_errors")
+            _log.exception("a listener failed", event_kind=change.kind, source=change.record.worker_id)
+
+    def _count(self, name: str) -> None:
+        with self._changed:
+            self._counts[name] += 1
+
+    def _note(self, error: TransportError) -> None:
+        told = error if isinstance(error, RegistryError) else RegistryError(str(error))
+        with self._changed:
+            known, self._error = self._error, told
+            self._synced = False
+        if type(known) is not type(told):
+            _log.warning("store not followed", store=self._store.url, reason=str(error))

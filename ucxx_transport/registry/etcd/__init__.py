@@ -1,5 +1,0 @@
-"""A store in etcd v3, by its JSON gateway: many machines."""
-
-from ucxx_transport.registry.etcd.store import EtcdStore
-
-__all__ = ["EtcdStore"]

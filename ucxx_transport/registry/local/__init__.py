@@ -1,5 +1,0 @@
-"""A store in one SQLite file: many processes of one machine, no server."""
-
-from ucxx_transport.registry.local.store import LocalStore
-
-__all__ = ["LocalStore"]

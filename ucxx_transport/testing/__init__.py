@@ -1,0 +1,1 @@
+"""An in-memory link, so that programs can be tested without UCX."""

@@ -1,0 +1,348 @@
+"""RolloutFeed: rollouts as a framework hands them about, and the episodes that ours among them refer to."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch
+from ucxx_transport.trainer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.references import is_ours, key_of, record_of
+from ucxx_transport.trainer.triage import AskedFor, Loss
+from ucxx_transport.trainer.unpacking import unpacker_for
+
+if TYPE_CHECKING:
+    from ucxx_transport.client import ClientStatistics, Payload
+    from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.schema.tree import ArrayTree
+
+
+def completion_of(rollout: object) -> object:
+    """The output of a rollout: its `completion` where it has one, else itself."""
+    return getattr(rollout, "completion", rollout)
+
+
+class _Asked:
+    """Rollouts to fetch, or fetched. What takes long is done by the thread that fetches, which asks first.
+
+    Attributes:
+        rollouts: as given. outputs: of those of them that are ours, in order. places: of these among the rollouts.
+    """
+
+    def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
+        self.rollouts = tuple(rollouts)
+        found = [(place, output_of(rollout)) for place, rollout in enumerate(self.rollouts)]
+        ours = [(place, output) for place, output in found if is_ours(output)]
+        self.places = tuple(place for place, _ in ours)
+        self.outputs = tuple(output for _, output in ours)
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """What the outputs say."""
+        return tuple(record_of(output) for output in self.outputs)
+
+    @cached_property
+    def keys(self) -> tuple[Hashable, ...]:
+        """By what each output is found again."""
+        return tuple(key_of(output, record) for output, record in zip(self.outputs, self.records, strict=True))
+
+    def is_for(self, other: _Asked) -> bool:
+        """Whether both are the same rollouts: the same objects, or references to the same payloads."""
+        if len(self.rollouts) != len(other.rollouts):
+            return False
+        same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
+        return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
+
+
+class _InUse:
+    """The rollouts that are trained on.
+
+    Args:
+        asked: as asked for. batch: what came of them; None when nothing did.
+    """
+
+    def __init__(self, asked: _Asked, batch: Batch | None) -> None:
+        payloads = {} if batch is None else batch.payloads
+        self.asked = asked
+        self.payloads: dict[Hashable, Payload] = {asked.keys[index]: payload for index, payload in payloads.items()}
+        # the objects themselves, which live as long as this: who asks by one of them need not have it read again
+        self.by_output = {id(asked.outputs[index]): payload for index, payload in payloads.items()}
+        self.lost = frozenset(asked.keys) - frozenset(self.payloads)
+        lost_places = {place for index, place in enumerate(asked.places) if index not in payloads}
+        self.rollouts = [rollout for place, rollout in enumerate(asked.rollouts) if place not in lost_places]
+
+
+class RolloutFeed:
+    """A trainer's rollouts, their episodes fetched ahead; what is not ours passes through. Close it, or use `with`.
+
+    ```python
+    feed.start(source.next_rollouts())
+    while training:
+        rollouts = feed.collect()              # waits for the batch on its way
+        feed.start(source.next_rollouts())     # fetched while this one is trained on
+        train([feed.resolve(rollout.completion) for rollout in rollouts])
+    ```
+
+    Args:
+        config: settings of the client.
+        device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+            tensors and arrays on a GPU.
+        deadline_s: of one batch. max_fetch_rounds, max_staleness, discard_lost: as for `Prefetcher`.
+        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
+        output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
+        watcher: as for `UCXXClient`. link_factory: likewise.
+
+    Raises:
+        ConfigError: an argument is out of its bounds, or this machine has no such device.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | None = None,
+        *,
+        device: object = None,
+        deadline_s: float = 30.0,
+        max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
+        max_staleness: int | None = None,
+        discard_lost: bool = True,
+        on_loss: Callable[[Loss], None] = lambda _: None,
+        output_of: Callable[[object], object] = completion_of,
+        watcher: Watcher | None = None,
+        link_factory: LinkFactory | None = None,
+    ) -> None:
+        self._unpack = unpacker_for(device)
+        self._output_of = output_of
+        self._on_loss = on_loss
+        self._losses: deque[Loss] = deque()
+        self._closed = False
+        self._state = threading.RLock()
+        self._turn = threading.RLock()
+        self._pending: deque[_Asked] = deque()
+        self._in_use: _InUse | None = None
+        self._policy_version: int | None = None
+        self._prefetcher = Prefetcher(
+            config,
+            deadline_s=deadline_s,
+            max_fetch_rounds=max_fetch_rounds,
+            max_staleness=max_staleness,
+            discard_lost=discard_lost,
+            on_loss=self._losses.append,
+            watcher=watcher,
+            link_factory=link_factory,
+            landings=self._unpack.landings,
+        )
+
+    @property
+    def is_cold_start(self) -> bool:
+        """Whether there is no batch in use, and none on its way."""
+        with self._state:
+            return self._in_use is None and not self._pending
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch has come, so that `collect` need not wait for it."""
+        return self._prefetcher.is_ready
+
+    @property
+    def buffer(self) -> list[object] | None:
+        """The rollouts in use: those of the batch collected last that can be resolved, and those that are not ours."""
+        in_use = self._in_use
+        return None if in_use is None else list(in_use.rollouts)
+
+    def start(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
+        """Begin to fetch the episodes of these rollouts, and return at once.
+
+        Args:
+            rollouts: ours and others, in any mixture; left as they are until the batch has come.
+            policy_version: of the trainer's weights now; needed with `max_staleness`.
+
+        Raises:
+            ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
+        """
+        asked = _Asked(rollouts, self._output_of)
+        with self._state:
+            self._prefetcher.start(lambda: asked.records, policy_version=policy_version)
+            self._begun(asked, policy_version)
+
+    def defer(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
+        """Leave these rollouts to a later `collect`, and return at once: their worker may have its acknowledgement.
+
+        They are fetched as soon as those before them are collected: at once when there are none. Rollouts that were
+        started already, or are in use, are not fetched again.
+
+        Raises:
+            ConfigError: `policy_version` is missing, or the feed is closed.
+        """
+        asked = _Asked(rollouts, self._output_of)
+        with self._state:
+            known = list(self._pending)
+            if self._in_use is not None:
+                known.append(self._in_use.asked)
+            if any(asked.is_for(other) for other in known):
+                self._told(policy_version)
+                return
+            self._prefetcher.defer(lambda: asked.records, policy_version=policy_version)
+            self._begun(asked, policy_version)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the batch on its way and take it into use; the one before it is released, with the next that comes.
+
+        Args:
+            timeout_s: how long at most; None: the batch's own deadline.
+
+        Returns:
+            False when it did not come in time: its episodes are lost.
+
+        Raises:
+            ConfigError: nothing is on its way, or the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+        """
+        with self._turn:
+            came = self._take_next(timeout_s)
+        self._report()
+        return came
+
+    def collect(self, timeout_s: float | None = None) -> list[object] | None:
+        """The rollouts to train on now: waits for the batch on its way, if one is.
+
+        Returns:
+            Those that can be resolved and those that are not ours, in order; without a batch on its way those in use;
+            None at a cold start.
+
+        Raises:
+            ConfigError: the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+        """
+        with self._turn:
+            if self._pending:
+                self._take_next(timeout_s)
+            elif self._closed:
+                raise ConfigError("the feed is closed; make another")
+            rollouts = self.buffer
+        self._report()
+        return rollouts
+
+    def resolve(self, output: object) -> ArrayTree | None:
+        """The episode that a rollout's output refers to: of the batch in use, or on its way, else fetched now.
+
+        Returns:
+            Its arrays, as nested as they were written, on the feed's device, valid while they live. None when it is
+            lost: then `on_loss` has been told. An episode on its way is waited for, and its batch taken into use.
+
+        Raises:
+            ConfigError: the output is not ours, `policy_version` was never told, or the feed is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+        """
+        if not is_ours(output):
+            raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
+        record: AskedFor | None = None
+        key: Hashable = None
+        while True:
+            in_use = self._in_use
+            try:
+                if in_use is not None and (payload := in_use.by_output.get(id(output))) is not None:
+                    return self._unpack(payload)
+                if record is None:
+                    record = record_of(output)
+                    key = key_of(output, record)
+                if in_use is not None and key in in_use.payloads:
+                    return self._unpack(in_use.payloads[key])
+            except SlotError:
+                if self._in_use is in_use:
+                    raise
+                continue  # another thread took the next batch into use meanwhile
+            if in_use is not None and key in in_use.lost:
+                return None
+            if not self._awaited(key, in_use):
+                break
+        episode = self._fetched(record)
+        self._report()
+        return episode
+
+    def release(self) -> None:
+        """Use the batch in use no longer: slots and buffers come back now rather than with the next batch.
+
+        Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
+        """
+        with self._state:
+            self._in_use = None
+            self._prefetcher.release()
+
+    def statistics(self) -> PrefetchStatistics:
+        """Counts since the feed was made."""
+        return self._prefetcher.statistics()
+
+    def client_statistics(self) -> ClientStatistics:
+        """Counts of the client behind it: what was read which way, and how long it took."""
+        return self._prefetcher.client_statistics()
+
+    def close(self) -> None:
+        """Give up what is on its way, release what is held, end the thread. Idempotent."""
+        self._closed = True
+        self._prefetcher.close()
+        with self._state:
+            self._pending.clear()
+            self._in_use = None
+
+    def __enter__(self) -> Self:
+        """The feed itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _begun(self, asked: _Asked, policy_version: int | None) -> None:
+        self._pending.append(asked)
+        self._told(policy_version)
+
+    def _told(self, policy_version: int | None) -> None:
+        self._policy_version = policy_version if policy_version is not None else self._policy_version
+
+    def _awaited(self, key: Hashable, seen: _InUse | None) -> bool:
+        """Wait for what is on its way if `key` is among it; whether another batch than `seen` is in use now."""
+        with self._turn:  # of several threads that look for one, the first takes the batch into use
+            with self._state:
+                is_pending = any(key in asked.keys for asked in self._pending)
+            if is_pending:
+                self._take_next(None)
+            changed = self._in_use is not seen
+        self._report()
+        return changed
+
+    def _take_next(self, timeout_s: float | None) -> bool:
+        """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
+        if not self._pending:
+            raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
+        came = self._prefetcher.wait(timeout_s)
+        with self._state:
+            asked = self._pending.popleft()
+            batch: Batch | None = None
+            try:
+                batch = self._prefetcher.collect() if came else None
+            finally:
+                self._in_use = _InUse(asked, batch)
+        return came
+
+    def _report(self) -> None:
+        """Tell of losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
+        while self._losses:
+            self._on_loss(self._losses.popleft())
+
+    def _fetched(self, record: AskedFor) -> ArrayTree | None:
+        batch = self._prefetcher.fetch([record], policy_version=self._policy_version)
+        if not batch.payloads:
+            return None
+        with batch.payloads[0] as payload:
+            return self._unpack(payload)

@@ -1,0 +1,113 @@
+"""Payloads as the arrays that a trainer works with, on its device.
+
+| device                           | gives                                                                             |
+|----------------------------------|-----------------------------------------------------------------------------------|
+| None, "numpy"                    | numpy views of the payload's memory                                               |
+| "cpu"                            | torch tensors of the payload's memory; bfloat16 and float8 as torch's own         |
+| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload (see `landing`)       |
+| "cupy", "cupy:N"                 | cupy arrays on that GPU, the same; a dtype that this cupy has not is refused      |
+
+What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
+refers to it any more, a tensor neither. A tensor cannot be read-only: clone one before writing to it, since it may lie
+in a slot that others read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.gpu import Receiver, receiver_for
+from ucxx_transport.gpu.torch_memory import host_tensor, import_torch
+from ucxx_transport.trainer.landing import LandedPayload, Landings
+
+if TYPE_CHECKING:
+    from ucxx_transport.client import Payload
+    from ucxx_transport.schema.tensors import Array
+    from ucxx_transport.schema.tree import ArrayTree
+
+
+class Unpacker(Protocol):
+    """Gives a payload's arrays on a device."""
+
+    @property
+    def landings(self) -> Landings | None:
+        """What takes payloads to the device as they come; None where they stay in the host's memory."""
+
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
+
+
+def unpacker_for(device: object = None) -> Unpacker:
+    """How payloads become arrays on `device`.
+
+    Args:
+        device: None, or what `str` words as "numpy", "cpu", "cuda", "cuda:N", "cupy" or "cupy:N" (a `torch.device`
+            too); or a `Receiver` of your own.
+
+    Raises:
+        ConfigError: another word, a library is not installed, or this machine has no such GPU.
+    """
+    if isinstance(device, Receiver):
+        return _OnDevice(Landings(device))
+    name = "numpy" if device is None else str(device)
+    if name == "numpy":
+        return _Views()
+    if name == "cpu":
+        return _CpuTensors(import_torch(name))
+    if name.partition(":")[0] in ("cuda", "cupy"):
+        return _OnDevice(Landings(receiver_for(name)))
+    raise ConfigError(
+        f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
+    )
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """A tree of the same nesting with `function` of every leaf."""
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, child) for key, child in tree.items()}
+    if isinstance(tree, list):
+        return [map_leaves(function, child) for child in tree]
+    return function(tree)
+
+
+class _Views:
+    """The payload's own arrays."""
+
+    landings = None
+
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """See `Unpacker`."""
+        return payload.arrays
+
+
+class _CpuTensors:
+    """Torch tensors over the payload's own memory."""
+
+    landings = None
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """See `Unpacker`."""
+        tree: ArrayTree = map_leaves(self._tensor, payload.arrays)
+        return tree
+
+    def _tensor(self, array: Array) -> Any:
+        return host_tensor(self._torch, array)
+
+
+class _OnDevice:
+    """Arrays on a GPU: those of a payload that was landed when it came, or of one that is now."""
+
+    def __init__(self, landings: Landings) -> None:
+        self.landings = landings
+
+    def __call__(self, payload: Payload) -> ArrayTree:
+        """See `Unpacker`."""
+        if isinstance(payload, LandedPayload):
+            return payload.arrays
+        with self.landings.land(payload) as landed:
+            return landed.arrays

@@ -1,0 +1,284 @@
+"""TrajectoryWriter: the ring, the server and the bookkeeping of one rollout worker."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
+from ucxx_transport.logs import get_logger
+from ucxx_transport.membership import HeartbeatPublisher, Publishable
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
+from ucxx_transport.schema.tensors import DeviceArrayError
+from ucxx_transport.schema.tree import flatten
+from ucxx_transport.server import RingSource, UCXXServer
+from ucxx_transport.worker.device_leaves import without_devices
+from ucxx_transport.worker.packing import TrajectoryPacker
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutStatistics:
+    """What a writer has done.
+
+    Attributes:
+        written: episodes in the ring, ever. nbytes: their bytes.
+        dropped: episodes given up under `on_error="drop"`, by the class of the error.
+    """
+
+    written: int
+    nbytes: int
+    dropped: Mapping[str, int]
+
+
+class TrajectoryWriter:
+    """A rollout worker's end of the transport. Thread-safe; close it with `close()` or `with`.
+
+    Args:
+        worker_id: this worker's name in every record, 1 to 128 printable characters.
+        schema: the fields of every trajectory; None takes them from the first one, and makes ring and server then.
+        varlen: for `schema=None`: names of the fields whose leading dimension varies, with their maximum lengths, or
+            without: then the first trajectory has the maximum.
+        ring: settings of the ring (see `RingConfig`), all but its schema.
+        server: settings of the server; None for the defaults.
+        serve: whether there is a server: without one only trainers on this host can read.
+        on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
+            ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case.
+        narrow: names of the fields whose values may lose precision on the way in.
+        reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
+        store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
+            it is not.
+        publisher: settings of that. store_config: settings of the store. store_meta: what else its record there says,
+            JSON values.
+        runtimes: what works with leaves on a GPU; by default torch and cupy with their own, either with others.
+
+    Raises:
+        ConfigError: a setting is wrong, or the ring does not fit /dev/shm.
+        TransportError: the server did not start.
+    """
+
+    def __init__(
+        self,
+        worker_id: str,
+        *,
+        schema: Schema | None = None,
+        varlen: Iterable[str] | Mapping[str, int] = (),
+        ring: Mapping[str, object] | None = None,
+        server: ServerConfig | None = None,
+        serve: bool = True,
+        on_error: Literal["raise", "drop"] = "raise",
+        narrow: Iterable[str] = (),
+        reward: str | None = None,
+        store: str | None = None,
+        publisher: PublisherConfig | None = None,
+        store_config: StoreConfig | None = None,
+        store_meta: Mapping[str, object] | None = None,
+        runtimes: RuntimeFinder = runtime_of,
+    ) -> None:
+        # refused here rather than with the first episode
+        EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
+        if on_error not in ("raise", "drop"):
+            raise ConfigError(f"on_error must be 'raise' or 'drop', not {on_error!r}", field="on_error")
+        self._worker_id = worker_id
+        self._varlen = varlen if isinstance(varlen, (Mapping, str)) else tuple(varlen)
+        self._ring_settings = dict(ring or {})
+        self._server_config = server
+        self._serve = serve
+        self._on_error = on_error
+        self._narrow = tuple(narrow)
+        self._reward = reward
+        self._store = store
+        self._publisher_config = publisher
+        self._store_config = store_config
+        self._store_meta = store_meta
+        self._runtimes = runtimes
+        self._lock = threading.Lock()
+        self._sequence = itertools.count()
+        self._written = 0
+        self._nbytes = 0
+        self._dropped: dict[str, int] = {}
+        self._open = ExitStack()
+        self._closed = False
+        self._packer: TrajectoryPacker | None = None
+        self.ring: SharedRingBuffer | None = None
+        self.server: UCXXServer | None = None
+        self.publisher: HeartbeatPublisher | None = None
+        if schema is not None:
+            self._make(schema)
+
+    def write(
+        self,
+        trajectory: Mapping[str, object],
+        *,
+        policy_version: int | None = None,
+        readers: int | None = None,
+        meta: Mapping[str, object] | None = None,
+        deadline_s: float | None = None,
+    ) -> EpisodeRecord:
+        """Write one trajectory and say where it is.
+
+        Args:
+            trajectory: nested mappings, lists and tuples of arrays, as the schema says: numpy, torch, cupy, jax, or
+                anything with DLPack or CUDA's array interface, in host memory or on a GPU. From a GPU each goes by one
+                copy into the slot, after what the thread's current stream has to do; the call waits for it.
+            policy_version: of the weights it was played with.
+            readers: reads that free it, at most the ring's own; None for that.
+            meta: what else to say about it; travels in the reference.
+            deadline_s: how long to wait for a slot under `on_full="block"`; None: as configured.
+
+        Returns:
+            Its record. Under `on_error="drop"` a failed write's record has no reference, but the reason.
+
+        Raises:
+            ConfigError: the trajectory does not fit the schema, or the writer is closed.
+            RingFullError: no slot is to be had and the ring does not wait.
+            DeadlineExceededError: no slot in time.
+        """
+        policy_version = _as_version(policy_version)
+        packer = self._ready_for(trajectory)
+        sequence = next(self._sequence)
+        ref: SlotRef | None = None
+        dropped: str | None = None
+        length, rewards = None, None
+        try:
+            length, rewards = self._told_of(trajectory)
+            ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s)
+        except TransportError as error:
+            if self._on_error == "raise" or isinstance(error, PageLockError):
+                raise
+            dropped = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+            self._count_drop(error)
+        else:
+            with self._lock:
+                self._written += 1
+                self._nbytes += ref.nbytes
+        return EpisodeRecord(
+            worker_id=self._worker_id,
+            sequence=sequence,
+            ref=ref,
+            dropped=dropped,
+            episode_length=length,
+            rewards=rewards,
+            policy_version=policy_version,
+        )
+
+    def statistics(self) -> RolloutStatistics:
+        """Counts since the writer was made."""
+        with self._lock:
+            return RolloutStatistics(written=self._written, nbytes=self._nbytes, dropped=dict(self._dropped))
+
+    def close(self) -> None:
+        """Stop the server and remove the ring: unread payloads are gone with it. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._packer = None
+            self._open.close()
+
+    def __enter__(self) -> Self:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _ready_for(self, trajectory: Mapping[str, object]) -> TrajectoryPacker:
+        with self._lock:
+            if self._closed:
+                raise ConfigError("the writer is closed; make another")
+            if self._packer is not None:
+                return self._packer
+            return self._make(self._schema_of(trajectory))
+
+    def _schema_of(self, trajectory: Mapping[str, object]) -> Schema:
+        try:
+            return Schema.from_example(trajectory, self._varlen)
+        except DeviceArrayError:
+            return Schema.from_example(without_devices(trajectory, self._runtimes), self._varlen)
+
+    def _make(self, schema: Schema) -> TrajectoryPacker:
+        if "schema" in self._ring_settings:
+            raise ConfigError("give the schema as `schema`, not among the ring's settings", field="ring")
+        with ExitStack() as stack:
+            ring = stack.enter_context(SharedRingBuffer.create(RingConfig(schema=schema, **self._ring_settings)))  # type: ignore[arg-type]  # RingConfig checks them
+            packer = TrajectoryPacker(ring, schema, self._narrow, runtimes=self._runtimes)
+            stack.callback(packer.close)
+            if self._reward is not None and self._reward not in {field.name for field in schema}:
+                raise ConfigError(f"reward names {self._reward!r}, which is no field of the schema", field="reward")
+            if self._serve:
+                self.server = stack.enter_context(UCXXServer(ring, self._server_config))
+            if self._store is not None:
+                self.publisher = stack.enter_context(self._publisher_of(self.server or RingSource(ring), self._store))
+            self._open = stack.pop_all()
+        self.ring = ring
+        self._packer = packer
+        return packer
+
+    def _publisher_of(self, source: Publishable, store: str) -> HeartbeatPublisher:
+        return HeartbeatPublisher(
+            store,
+            self._worker_id,
+            source,
+            self._publisher_config,
+            store_config=self._store_config,
+            meta=self._store_meta,
+        )
+
+    def _told_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
+        if self._reward is None:
+            return None, None
+        leaf = trajectory.get(self._reward)
+        if leaf is None:  # nested, or missing: then writing says so
+            leaf = flatten(trajectory).get(self._reward, ())
+        rewards = on_host(leaf, self._reward, self._runtimes)
+        length = rewards.shape[0] if rewards.ndim else 1
+        values = np.asarray(rewards, np.float64)
+        if values.size == 0 or not np.isfinite(values).all():
+            return length, None
+        total = float(values.sum())
+        if not np.isfinite(total):
+            return length, None
+        summary = RewardSummary(
+            total=total, mean=total / values.size, least=float(values.min()), most=float(values.max())
+        )
+        return length, summary
+
+    def _count_drop(self, error: TransportError) -> None:
+        kind = type(error).__name__
+        with self._lock:
+            count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
+        if count == 1:
+            _log.warning("an episode was dropped; counted from here on", reason=str(error), kind=kind)
+
+
+def _as_version(policy_version: int | None) -> int | None:
+    """A policy version as a record takes it, refused before anything is written rather than after.
+
+    Raises:
+        ConfigError: it is no integer of 64 bits.
+    """
+    version = policy_version if type(policy_version) is int or policy_version is None else _index_of(policy_version)
+    check_policy_version(version)
+    return version
+
+
+def _index_of(number: Any) -> Any:
+    try:
+        return operator.index(number)  # numpy's integers, and torch's of one element
+    except TypeError:
+        return number
