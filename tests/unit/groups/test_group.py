@@ -31,7 +31,7 @@ from ucxx_transport.groups.member_record import MemberRecord
 from ucxx_transport.groups.rank_states import RankState
 
 if TYPE_CHECKING:
-    from tests.unit.membership.conftest import Ranks
+    from tests.support.group_ranks import Ranks
 
 VIEW = "groups/trainers/view"
 

@@ -14,7 +14,7 @@ from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.replica_monitor import ReplicaMonitor
 
 if TYPE_CHECKING:
-    from tests.unit.membership.conftest import Ranks
+    from tests.support.group_ranks import Ranks
 
 
 class Told:
