@@ -33,7 +33,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.orphans import sweep_orphans
-from ucxx_transport.teardown import teardown
+from ucxx_transport.teardown import Teardown
 
 pytestmark = pytest.mark.long
 
@@ -427,7 +427,7 @@ def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_fir
     assert (dead, all_gone) == (["v", "w"], [True])
 
 
-def test_a_teardown_ends_while_the_store_answers_nobody_and_says_where_it_was(
+def test_a_teardown_ends_while_the_store_does_not_answer_and_logs_each_step(
     host: StoreRig, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     store = host.open(timeout_s=float(MINUTE))
@@ -438,30 +438,29 @@ def test_a_teardown_ends_while_the_store_answers_nobody_and_says_where_it_was(
     publisher.wait_published(MINUTE)
     host.stall()
     try:
-        report = teardown(
-            [
-                ("publisher", publisher.stop, MINUTE / 2),  # by its own bound: the store's calls may take a minute
-                ("store", lambda: store.grant(1.0), 0.05),
-                ("server", lambda: served.append("stopped"), MINUTE),
-            ],
-            dump=lambda: None,
-        )
+        teardown = Teardown("worker", margin_s=0, dump=lambda: None)
+        for name, call, limit_s in (
+            ("publisher", publisher.stop, MINUTE / 2),  # by its own bound: the store's calls may take a minute
+            ("store", lambda: store.grant(1.0), 0.05),
+            ("server", lambda: served.append("stopped"), MINUTE),
+        ):
+            teardown.step(name, call, time.monotonic() + limit_s)
     finally:
         host.resume()
-    assert [(step.name, step.outcome.value) for step in report.steps] == [
+    assert [(step.name, step.outcome.value) for step in teardown.steps] == [
         ("publisher", "done"),
         ("store", "hung"),
         ("server", "done"),
     ]
     assert served == ["stopped"]
-    logged = [(event["step"], event["event"]) for event in log_events if "step" in event]
+    logged = [(event["step"], event["event"]) for event in log_events if event.get("teardown") == "worker"]
     assert logged == [
-        ("publisher", "teardown step begins"),
-        ("publisher", "teardown step done"),
-        ("store", "teardown step begins"),
-        ("store", "teardown step hangs; going on without it"),
-        ("server", "teardown step begins"),
-        ("server", "teardown step done"),
+        ("publisher", "teardown.step"),
+        ("publisher", "teardown.done"),
+        ("store", "teardown.step"),
+        ("store", "teardown.hung"),
+        ("server", "teardown.step"),
+        ("server", "teardown.done"),
     ]
     wait_until(lambda: not hanging_threads(), MINUTE, what="what was left behind ends when the store answers")
 
