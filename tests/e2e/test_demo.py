@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import pytest
 
+from cartpole.leftovers import run_processes, run_segments
 from tests.support.long import long
 from tests.support.waiting import wait_until
-from ucxx_transport.cli.demo.leftovers import run_processes, run_segments
 from ucxx_transport.ring.orphans import sweep_orphans
 
 ROOT = Path(__file__).resolve().parents[2]

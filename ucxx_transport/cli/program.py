@@ -21,13 +21,14 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from ucxx_transport.cli.output import print_error, print_json
-from ucxx_transport.errors import TransportError
+from ucxx_transport.cli.programs import import_program
+from ucxx_transport.errors import ConfigError, TransportError
 
 __all__ = ["EXTRA_OF", "VERBS", "main"]
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "demo": "ucxx_transport.cli.demo.command:demo",
+        "demo": "cartpole.command:demo",
         "serve": "ucxx_transport.cli.serve:serve",
         "doctor": "ucxx_transport.cli.doctor.command:doctor",
         "inspect": "ucxx_transport.cli.inspect:inspect",
@@ -39,6 +40,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "version": "ucxx_transport.cli.version:version",
     }
 )
+"""Module and function of each verb; a module outside of the package is that of a program (`programs`)."""
 
 EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -113,19 +115,27 @@ def _options_of_all(
 
 def _load(verb: str) -> Callable[..., object]:
     module, _, function = VERBS[verb].partition(":")
+    load = import_module if module.startswith("ucxx_transport.") else import_program
     try:
-        command: Callable[..., object] = getattr(import_module(module), function)
+        command: Callable[..., object] = getattr(load(module), function)
+    except ConfigError as error:
+        return _unavailable(error, error.message)
     except ModuleNotFoundError as error:
-        if _extra_for(error) is None:
+        extra = _extra_for(error)
+        if extra is None:
             raise
-        missing = error
-
-        def without_its_extra() -> None:
-            raise missing
-
-        without_its_extra.__doc__ = f"Needs {missing.name}: pip install 'ucxx_transport[{_extra_for(missing)}]'"
-        return without_its_extra
+        return _unavailable(error, f"Needs {error.name}: pip install 'ucxx_transport[{extra}]'")
     return command
+
+
+def _unavailable(error: Exception, reason: str) -> Callable[..., object]:
+    """Stand for a verb that cannot be imported, so that the others can be called and `--help` lists them all."""
+
+    def fail() -> None:
+        raise error
+
+    fail.__doc__ = reason
+    return fail
 
 
 def _extra_for(error: ModuleNotFoundError) -> str | None:
