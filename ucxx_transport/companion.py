@@ -17,8 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import ucxx_transport
-
 __all__ = ["DYING_S", "LOOK_S", "WorkerEnd", "start_companion"]
 
 # How often the worker is looked at besides its pidfd: there may be none.
@@ -39,7 +37,7 @@ def start_companion(
         stdout: as for `subprocess.Popen`.
         pass_fds: descriptors that it inherits.
     """
-    root = str(Path(ucxx_transport.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         # -P: a file of the worker's folder that is named like a standard module must not be imported.
