@@ -24,7 +24,7 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.membership.namespace import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from ucxx_transport.membership.keys import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from ucxx_transport.membership.store import Batch, Entry, Event, Store, Watch
 
 PATIENCE_S = 20.0

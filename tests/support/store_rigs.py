@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support.etcd_server import EtcdServer
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.namespace import MAX_VALUE_BYTES
+from ucxx_transport.membership.keys import MAX_VALUE_BYTES
 from ucxx_transport.membership.store import Store
 
 __all__ = ["EtcdRig", "LocalRig", "StoreRig"]

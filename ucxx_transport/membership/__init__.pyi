@@ -1,4 +1,3 @@
-from ucxx_transport.membership.opening import open_store as open_store
 from ucxx_transport.membership.publishable import Offer as Offer
 from ucxx_transport.membership.publishable import Publishable as Publishable
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
@@ -15,5 +14,6 @@ from ucxx_transport.membership.store import Lease as Lease
 from ucxx_transport.membership.store import Snapshot as Snapshot
 from ucxx_transport.membership.store import Store as Store
 from ucxx_transport.membership.store import Watch as Watch
+from ucxx_transport.membership.store_url import open_store as open_store
 from ucxx_transport.membership.watcher import SourceWatcher as SourceWatcher
 from ucxx_transport.membership.watcher_statistics import WatcherStatistics as WatcherStatistics

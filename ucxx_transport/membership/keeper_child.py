@@ -26,8 +26,8 @@ from ucxx_transport.errors import LeaseLostError, StoreResetError, TransportErro
 from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.membership.keeper import keep_twice
 from ucxx_transport.membership.keeper_protocol import KeeperOrder, KeeperReport
-from ucxx_transport.membership.opening import open_store
 from ucxx_transport.membership.store import Store
+from ucxx_transport.membership.store_url import open_store
 
 # After a failure the store is asked again this soon, so that a short outage costs no lease.
 _RETRY_S: Final = 0.25

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.companion import start_companion
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.backoff import pause_s
 from ucxx_transport.membership.keeper_protocol import END_LINE, KeeperOrder, KeeperReport, lease_line
 
 _log = get_logger(__name__)
@@ -114,7 +114,8 @@ class KeeperProcess:
         now = self._clock()
         self._short_lives = 0 if now - self._started_s >= _LONG_LIFE_S else self._short_lives + 1
         if self._short_lives > 1:
-            pause = pause_s(self._short_lives - 1, first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, draw=random.random)
+            jitter = random.random()  # noqa: S311 - spreads those who try
+            pause = pause_s(self._short_lives - 1, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S, jitter=jitter)
             self._next_start_s = now + pause
         _log.warning("lease keeper died; starting another", reason=reason, in_s=max(0.0, self._next_start_s - now))
 

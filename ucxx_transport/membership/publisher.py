@@ -14,11 +14,11 @@ from typing import Self
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.membership.keeper_process import KeeperProcess
-from ucxx_transport.membership.opening import open_store
 from ucxx_transport.membership.publishable import Publishable
 from ucxx_transport.membership.publisher_board import PublisherBoard, PublisherState, PublisherStatistics
 from ucxx_transport.membership.publishing import Publishing
 from ucxx_transport.membership.store import Store
+from ucxx_transport.membership.store_url import open_store
 
 
 class HeartbeatPublisher:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import PublisherConfig
 from ucxx_transport.errors import (
     ConfigError,
@@ -21,7 +22,6 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.backoff import pause_s
 from ucxx_transport.membership.keeper import LeaseKeeper, keep_twice
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.publication import Publication, next_epoch
@@ -283,6 +283,7 @@ class Publishing:
         most_s = self._config.max_backoff_s
         if self._double is not None:
             most_s = min(most_s, self._config.interval_s / 4)  # it ends any moment
-        pause = pause_s(attempt, first_s=self._config.backoff_s, most_s=most_s, draw=random.random)
+        jitter = random.random()  # noqa: S311 - spreads those who try
+        pause = pause_s(attempt, first_s=self._config.backoff_s, longest_s=most_s, jitter=jitter)
         left_s = began_s + self._config.publish_timeout_s - self._clock()
         return min(pause, left_s) if left_s > 0 else pause

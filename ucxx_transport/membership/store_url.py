@@ -1,4 +1,4 @@
-"""The address of a store, as text and as what it says.
+"""A store by its URL: what the text says, and the store it opens.
 
 | text                             | the store                                                        |
 |----------------------------------|------------------------------------------------------------------|
@@ -13,13 +13,17 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Final
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["EtcdAddress", "EtcdEndpoint", "LocalAddress", "parse_store_url"]
+if TYPE_CHECKING:
+    from ucxx_transport.membership.store import Store
+
+__all__ = ["EtcdAddress", "LocalAddress", "open_store", "parse_store_url"]
 
 ETCD_PORT: Final = 2379
 _HOST: Final = re.compile(r"(?=.{1,253}\.?$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
@@ -39,31 +43,39 @@ class LocalAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EtcdEndpoint:
-    """One address of an etcd cluster."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdAddress:
     """An etcd cluster.
 
     Attributes:
-        endpoints: at least one, in the order in which they are tried.
+        endpoints: `host:port` of at least one, in the order in which they are tried; IPv6 in brackets.
         tls: whether the URL asks for it.
     """
 
-    endpoints: tuple[EtcdEndpoint, ...]
+    endpoints: tuple[str, ...]
     tls: bool
 
-    def __str__(self) -> str:
-        scheme = "etcds" if self.tls else "etcd"
-        return f"{scheme}://{','.join(str(endpoint) for endpoint in self.endpoints)}"
+
+def open_store(url: str, config: StoreConfig | None = None) -> Store:
+    """The store that membership is kept in. Close it, or use `with`.
+
+    Args:
+        url: `local://` or `local:///abs/path` for the processes of one machine; `etcd://host:2379,…` (`etcds://` over
+            TLS) for several machines.
+        config: its settings; None: those of the environment and the file.
+
+    Raises:
+        ConfigError: the URL or a setting is wrong, or etcd is asked for and httpx is not installed.
+        StorePermissionError: the file of a local store is not this user's to use.
+    """
+    address = parse_store_url(url)
+    config = config or StoreConfig()
+    if isinstance(address, LocalAddress):
+        from ucxx_transport.membership.local import LocalStore
+
+        return LocalStore(None if address.path is None else Path(address.path), config)
+    from ucxx_transport.membership.etcd import EtcdStore
+
+    return EtcdStore(address.endpoints, config, tls=address.tls)
 
 
 def parse_store_url(url: object) -> LocalAddress | EtcdAddress:
@@ -107,7 +119,7 @@ def _etcd(url: object, rest: str, *, tls: bool) -> EtcdAddress:
     return EtcdAddress(endpoints=tuple(endpoints), tls=tls)
 
 
-def _endpoint(url: object, text: str) -> EtcdEndpoint:
+def _endpoint(url: object, text: str) -> str:
     found = _ENDPOINT.fullmatch(text)
     if found is None:
         raise _wrong(url, f"has the endpoint {text!r}, which is not host:port; IPv6 goes in brackets, as in [::1]:2379")
@@ -122,10 +134,10 @@ def _endpoint(url: object, text: str) -> EtcdEndpoint:
             address = None
         if address is None or address.scope_id is not None:
             raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address without a zone")
-        host = str(address)
+        host = f"[{address}]"
     elif not _HOST.fullmatch(host):
         raise _wrong(url, f"has the endpoint {text!r}, which names no host")
-    return EtcdEndpoint(host=host, port=int(port))
+    return f"{host}:{int(port)}"
 
 
 def _wrong(url: object, problem: str) -> ConfigError:

@@ -20,6 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -29,12 +30,11 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.backoff import pause_s
 from ucxx_transport.membership.keys import SOURCES
-from ucxx_transport.membership.opening import open_store
 from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.source_view import SourceChange, SourceView
 from ucxx_transport.membership.store import Store, Watch
+from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.membership.subscription import Listener, Subscription
 from ucxx_transport.membership.watcher_statistics import WatcherStatistics
 
@@ -259,7 +259,8 @@ class SourceWatcher:
                 failures += 1
                 self._count("failures")
                 self._note(error)
-                pause = pause_s(failures, first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, draw=random.random)
+                jitter = random.random()  # noqa: S311 - spreads those who try
+                pause = pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S, jitter=jitter)
                 self._stopping.wait(pause)
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher failed; starting over", store=self._store.url)

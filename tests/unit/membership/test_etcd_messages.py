@@ -18,12 +18,11 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership.etcd import messages
 from ucxx_transport.membership.etcd.endpoints import Endpoints, share_s
 from ucxx_transport.membership.etcd.failures import refusal
-from ucxx_transport.membership.namespace import Namespace
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Entry, Event
-from ucxx_transport.membership.store_url import EtcdEndpoint
 
 JOB = Namespace("job")
-ONE, TWO, THREE = (EtcdEndpoint(host=name, port=1) for name in "abc")
+ONE, TWO, THREE = ("a:1", "b:1", "c:1")
 
 
 def text(raw: bytes) -> str:

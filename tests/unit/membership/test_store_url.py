@@ -9,85 +9,85 @@ import pytest
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.store_url import EtcdAddress, EtcdEndpoint, LocalAddress, parse_store_url
+from ucxx_transport.membership.store_url import EtcdAddress, LocalAddress, parse_store_url
+
+LOCAL = {
+    "local://": None,
+    "local:///tmp/s": "/tmp/s",
+    "local:///a%20b/%C3%BC": "/a b/ü",
+    "local:///a@b": "/a@b",
+    "local:///100%25": "/100%",
+}
+ETCD = {
+    "etcd://host": ("host:2379",),
+    "etcd://host/": ("host:2379",),
+    "etcd://a:1,b.example.org,c_d:003": ("a:1", "b.example.org:2379", "c_d:3"),
+    "etcds://[::1],[fe80::2]:9": ("[::1]:2379", "[fe80::2]:9"),
+    "etcds://[0:0::1]": ("[::1]:2379",),
+    "etcd://10.0.0.1:2379,10.0.0.1": ("10.0.0.1:2379",),
+}
+WRONG: list[tuple[Any, str]] = [
+    ("", "scheme"),
+    ("host:2379", "scheme"),
+    ("/tmp/store", "scheme"),
+    ("http://host:2379", "'http'"),
+    ("redis://host", "'redis'"),
+    ("local:/tmp/x", "scheme"),
+    ("local://tmp/x", "three slashes"),
+    ("local:///", "folder"),
+    ("local:///tmp/", "folder"),
+    ("local:///tmp/x?y", "%3F"),
+    ("local:///tmp/%00", "zero byte"),
+    ("etcd://", "no host"),
+    ("etcd://,", "no host"),
+    ("etcd://a,,b", "no host"),
+    ("etcd://a:0", "port"),
+    ("etcd://a:65536", "port"),
+    ("etcd://a:", "port"),
+    ("etcd://a:²", "port"),
+    ("etcd://a: 1", "port"),
+    ("etcd://::1:2379", "brackets"),
+    ("etcd://[::1", "brackets"),
+    ("etcd://[host]:1", "IPv6"),
+    ("etcd://[fe80::1%eth0]:1", "IPv6"),
+    ("etcd://a b", "no host"),
+    ("etcd://" + "a" * 64, "no host"),
+    ("etcd://host/prefix", "namespace"),
+    ("etcd://host?x=1", "namespace"),
+    (b"etcd://host", "bytes"),
+    (None, "NoneType"),
+]
 
 
-@pytest.mark.parametrize(
-    ("url", "path"),
-    [
-        ("local://", None),
-        ("local:///tmp/s", "/tmp/s"),
-        ("local:///a%20b/%C3%BC", "/a b/ü"),
-        ("local:///a@b", "/a@b"),
-        ("local:///100%25", "/100%"),
-    ],
-)
-def test_a_local_address_names_a_file_or_none(url: str, path: str | None) -> None:
-    assert parse_store_url(url) == LocalAddress(path=None if path is None else PurePosixPath(path))
+def test_a_local_address_names_a_file_or_none() -> None:
+    for url, path in LOCAL.items():
+        expected = LocalAddress(path=None if path is None else PurePosixPath(path))
+        assert parse_store_url(url) == expected, url
 
 
-@pytest.mark.parametrize(
-    ("url", "endpoints", "shown"),
-    [
-        ("etcd://host", [("host", 2379)], "etcd://host:2379"),
-        ("etcd://host/", [("host", 2379)], "etcd://host:2379"),
-        ("etcd://a:1,b.example.org,c_d:3", [("a", 1), ("b.example.org", 2379), ("c_d", 3)], None),
-        ("etcds://[::1],[fe80::2]:9", [("::1", 2379), ("fe80::2", 9)], "etcds://[::1]:2379,[fe80::2]:9"),
-        ("etcd://10.0.0.1:2379,10.0.0.1", [("10.0.0.1", 2379)], "etcd://10.0.0.1:2379"),
-    ],
-)
-def test_an_etcd_address_names_endpoints(url: str, endpoints: list[tuple[str, int]], shown: str | None) -> None:
-    expected = tuple(EtcdEndpoint(host=host, port=port) for host, port in endpoints)
-    address = parse_store_url(url)
-    assert address == EtcdAddress(endpoints=expected, tls=url.startswith("etcds"))
-    if shown:
-        assert str(address) == shown
-    assert parse_store_url(str(address)) == address
+def test_an_etcd_address_names_endpoints() -> None:
+    for url, endpoints in ETCD.items():
+        assert parse_store_url(url) == EtcdAddress(endpoints=endpoints, tls=url.startswith("etcds")), url
 
 
-@pytest.mark.parametrize(
-    ("url", "word"),
-    [
-        ("", "scheme"),
-        ("host:2379", "scheme"),
-        ("/tmp/store", "scheme"),
-        ("http://host:2379", "'http'"),
-        ("redis://host", "'redis'"),
-        ("local:/tmp/x", "scheme"),
-        ("local://tmp/x", "three slashes"),
-        ("local:///", "folder"),
-        ("local:///tmp/", "folder"),
-        ("local:///tmp/x?y", "%3F"),
-        ("local:///tmp/%00", "zero byte"),
-        ("etcd://", "no host"),
-        ("etcd://,", "no host"),
-        ("etcd://a,,b", "no host"),
-        ("etcd://a:0", "port"),
-        ("etcd://a:65536", "port"),
-        ("etcd://a:", "port"),
-        ("etcd://a:²", "port"),
-        ("etcd://a: 1", "port"),
-        ("etcd://::1:2379", "brackets"),
-        ("etcd://[::1", "brackets"),
-        ("etcd://[host]:1", "IPv6"),
-        ("etcd://[fe80::1%eth0]:1", "IPv6"),
-        ("etcd://a b", "no host"),
-        ("etcd://" + "a" * 64, "no host"),
-        ("etcd://host/prefix", "namespace"),
-        ("etcd://host?x=1", "namespace"),
-        (b"etcd://host", "bytes"),
-        (None, "NoneType"),
-    ],
-)
-def test_a_wrong_address_is_told_what_would_be_right(url: Any, word: str) -> None:
-    with pytest.raises(ConfigError, match=r"local:///abs/path or etcd://host:2379") as caught:
-        open_store(url)
-    assert word in str(caught.value)
+def test_the_url_of_an_etcd_store_opens_it_again() -> None:
+    pytest.importorskip("httpx")
+    for url in ETCD:
+        with open_store(url) as store, open_store(store.url) as again:
+            assert again.url == store.url, url
+            assert parse_store_url(store.url) == parse_store_url(url), url
 
 
-@pytest.mark.parametrize("url", ["etcd://me:s3cret@host", "redis://me:s3cret@host", "me:s3cret@host", "s3cret@"])
-def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        open_store(url)
-    assert "s3cret" not in str(caught.value)
-    assert "s3cret" not in repr(caught.value)
+def test_a_wrong_address_says_what_would_be_right() -> None:
+    for url, word in WRONG:
+        with pytest.raises(ConfigError, match=r"local:///abs/path or etcd://host:2379") as caught:
+            open_store(url)
+        assert word in str(caught.value), url
+
+
+def test_a_secret_in_an_address_is_refused_and_not_repeated() -> None:
+    for url in ("etcd://me:s3cret@host", "redis://me:s3cret@host", "me:s3cret@host", "s3cret@"):
+        with pytest.raises(ConfigError) as caught:
+            open_store(url)
+        assert "s3cret" not in str(caught.value), url
+        assert "s3cret" not in repr(caught.value), url

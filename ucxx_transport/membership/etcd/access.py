@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership.store_url import EtcdAddress, EtcdEndpoint
 
 if TYPE_CHECKING:
     import httpx
@@ -69,7 +68,7 @@ class Access:
     tls: ssl.SSLContext | bool
 
     def request(
-        self, endpoint: EtcdEndpoint, path: str, body: Json, *, token: str, timeouts: Mapping[str, float | None]
+        self, endpoint: str, path: str, body: Json, *, token: str, timeouts: Mapping[str, float | None]
     ) -> httpx.Request:
         """A request for `/v3/<path>`.
 
@@ -95,13 +94,13 @@ class Access:
         return made
 
 
-def access(address: EtcdAddress, config: StoreConfig) -> Access:
-    """The access that the address and the settings describe.
+def access(config: StoreConfig, *, tls: bool) -> Access:
+    """The access that the settings describe; `tls`: whether the URL asks for it.
 
     Raises:
         ConfigError: a file of TLS cannot be used, or TLS is half turned on.
     """
-    if not address.tls and config.ca_file is None:
+    if not tls and config.ca_file is None:
         if config.cert_file is not None:
             raise ConfigError(
                 "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too",

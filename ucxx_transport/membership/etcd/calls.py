@@ -22,8 +22,6 @@ from ucxx_transport.membership.etcd.messages import Json, Reply, parsed
 if TYPE_CHECKING:
     import httpx
 
-    from ucxx_transport.membership.store_url import EtcdEndpoint
-
 __all__ = ["Caller", "Login", "answer_of", "is_not_logged_in"]
 
 _IDLE_CONNECTIONS: Final = 8
@@ -133,7 +131,7 @@ class Caller:
         raise found
 
     def _ask(
-        self, endpoint: EtcdEndpoint, path: str, body: Json, token: str, *, until: float, share: float, whole: bool
+        self, endpoint: str, path: str, body: Json, token: str, *, until: float, share: float, whole: bool
     ) -> Reply:
         """One endpoint's answer, within its share of the time, or, once connected, the `whole` of it."""
         if self._closed:
@@ -153,11 +151,11 @@ class Caller:
         except RuntimeError as error:  # what a pool says that is closed while it is used
             if not self._closed:
                 raise
-            raise StoreUnavailableError("the store was closed meanwhile", endpoint=str(endpoint)) from error
+            raise StoreUnavailableError("the store was closed meanwhile", endpoint=endpoint) from error
         return answer_of(response.status_code, text, endpoint)
 
 
-def answer_of(status: int, text: bytes, endpoint: EtcdEndpoint) -> Reply:
+def answer_of(status: int, text: bytes, endpoint: str) -> Reply:
     """The answer in a response.
 
     Raises:
@@ -165,11 +163,11 @@ def answer_of(status: int, text: bytes, endpoint: EtcdEndpoint) -> Reply:
     """
     if status != 200:
         try:
-            body = parsed(text, str(endpoint))
+            body = parsed(text, endpoint)
         except StoreUnavailableError:
             body = {}
         raise refusal(status, body, endpoint)
-    body = parsed(text, str(endpoint))
+    body = parsed(text, endpoint)
     if code_of(body):
         raise refusal(status, body, endpoint)
     return Reply(body.get("result", body))
@@ -180,11 +178,11 @@ def is_not_logged_in(error: TransportError) -> bool:
     return error.facts.get("code") in NOT_LOGGED_IN
 
 
-def _read(response: httpx.Response, until: float, endpoint: EtcdEndpoint) -> bytes:
+def _read(response: httpx.Response, until: float, endpoint: str) -> bytes:
     """The body, which must be whole by the deadline: httpx bounds each of its pieces alone."""
     pieces: list[bytes] = []
     for piece in response.iter_raw():
         pieces.append(piece)
         if time.monotonic() > until:
-            raise StoreUnavailableError("the answer was not whole at the deadline", endpoint=str(endpoint))
+            raise StoreUnavailableError("the answer was not whole at the deadline", endpoint=endpoint)
     return b"".join(pieces)

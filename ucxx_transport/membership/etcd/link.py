@@ -12,7 +12,6 @@ from ucxx_transport.membership.etcd.access import Access, httpx_module
 from ucxx_transport.membership.etcd.calls import answer_of
 from ucxx_transport.membership.etcd.failures import unreachable
 from ucxx_transport.membership.etcd.messages import Json, Reply, parsed
-from ucxx_transport.membership.store_url import EtcdEndpoint
 
 if TYPE_CHECKING:
     import httpx
@@ -23,7 +22,7 @@ __all__ = ["Link", "opened_link"]
 class Link:
     """Requests to one endpoint. How long they take is bounded by `within` alone."""
 
-    def __init__(self, transport: httpx.AsyncHTTPTransport, access: Access, endpoint: EtcdEndpoint, token: str) -> None:
+    def __init__(self, transport: httpx.AsyncHTTPTransport, access: Access, endpoint: str, token: str) -> None:
         self.endpoint = endpoint
         self._transport = transport
         self._access = access
@@ -65,7 +64,7 @@ class Link:
                 yield
         except TimeoutError as error:
             raise StoreUnavailableError(
-                "etcd does not answer in time", endpoint=str(self.endpoint), timeout_s=round(timeout_s, 3)
+                "etcd does not answer in time", endpoint=self.endpoint, timeout_s=round(timeout_s, 3)
             ) from error
 
     async def _objects(self, response: httpx.Response) -> AsyncIterator[Json]:
@@ -78,7 +77,7 @@ class Link:
             pieces = [rest]
             for line in whole:
                 if line:
-                    yield parsed(line, str(self.endpoint))
+                    yield parsed(line, self.endpoint)
 
     @asynccontextmanager
     async def _answering(self, path: str, body: Json) -> AsyncIterator[httpx.Response]:
@@ -96,7 +95,7 @@ class Link:
 
 
 @asynccontextmanager
-async def opened_link(access: Access, endpoint: EtcdEndpoint, token: str) -> AsyncIterator[Link]:
+async def opened_link(access: Access, endpoint: str, token: str) -> AsyncIterator[Link]:
     """A link whose connections are closed at the end."""
     async with httpx_module().AsyncHTTPTransport(verify=access.tls, trust_env=False) as transport:
         yield Link(transport, access, endpoint, token)

@@ -24,7 +24,7 @@ from itertools import groupby
 from typing import Any, Final, Literal
 
 from ucxx_transport.errors import StoreUnavailableError
-from ucxx_transport.membership.namespace import Namespace
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Entry, Event
 
 __all__ = ["Json", "Reply", "WatchMessage", "entries", "identity_key"]

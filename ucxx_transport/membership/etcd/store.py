@@ -18,10 +18,9 @@ from ucxx_transport.membership.etcd.endpoints import Endpoints
 from ucxx_transport.membership.etcd.messages import Json, Reply
 from ucxx_transport.membership.etcd.stream import Watched
 from ucxx_transport.membership.etcd.watch import EtcdWatch
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
 from ucxx_transport.membership.leases import whole_seconds
-from ucxx_transport.membership.namespace import Namespace, checked_expected, checked_lease_id, checked_value
 from ucxx_transport.membership.store import Entry, Lease, Snapshot
-from ucxx_transport.membership.store_url import EtcdAddress
 
 __all__ = ["EtcdStore"]
 
@@ -33,22 +32,23 @@ class EtcdStore:
     when it fails, within the same deadline; a `put` or `delete` that may have been carried out is not sent again.
     """
 
-    def __init__(self, address: EtcdAddress, config: StoreConfig | None = None) -> None:
+    def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
         """Name the cluster; the first call connects.
 
         Args:
-            address: its endpoints.
-            config: namespace, time limit, user and TLS.
+            endpoints: `host:port` of at least one, in the order in which they are tried.
+            config: namespace, time limit, user and files of TLS.
+            tls: whether it is spoken without a `ca_file` too.
 
         Raises:
             ConfigError: httpx is not installed, or a setting of TLS cannot be used.
         """
         load_libraries()
         self._config = config or StoreConfig()
-        self._address = address
+        self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._namespace = Namespace(self._config.namespace)
-        self._access = access(address, self._config)
-        self._endpoints = Endpoints(address.endpoints)
+        self._access = access(self._config, tls=tls)
+        self._endpoints = Endpoints(endpoints)
         self._by_process: dict[int, Caller] = {}
         self._identity = ""
         self._closed = False
@@ -56,7 +56,7 @@ class EtcdStore:
 
     @property
     def url(self) -> str:
-        return str(self._address)
+        return self._url
 
     def __repr__(self) -> str:
         """What it is and where."""

@@ -26,9 +26,8 @@ from ucxx_transport.membership.etcd.calls import Caller, is_not_logged_in
 from ucxx_transport.membership.etcd.endpoints import share_s
 from ucxx_transport.membership.etcd.failures import refusal
 from ucxx_transport.membership.etcd.link import Link, opened_link
-from ucxx_transport.membership.namespace import Namespace
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch
-from ucxx_transport.membership.store_url import EtcdEndpoint
 
 __all__ = ["WatchStream", "Watched"]
 
@@ -101,7 +100,7 @@ class WatchStream:
         assert found is not None  # there is an endpoint, and it has failed
         raise found
 
-    async def _follow_at(self, endpoint: EtcdEndpoint, share: float, connected: Callable[[], None]) -> None:
+    async def _follow_at(self, endpoint: str, share: float, connected: Callable[[], None]) -> None:
         for renewed in (False, True):
             token = await asyncio.to_thread(self._caller.token, time.monotonic() + share)
             try:
@@ -112,7 +111,7 @@ class WatchStream:
             self._caller.forget(token)
         raise AssertionError("either way out of the loop above was taken")
 
-    async def _follow_as(self, token: str, endpoint: EtcdEndpoint, share: float, connected: Callable[[], None]) -> None:
+    async def _follow_as(self, token: str, endpoint: str, share: float, connected: Callable[[], None]) -> None:
         watched = self._watched
         request = messages.watch_request(watched.first, watched.end, after=self._after)
         async with AsyncExitStack() as stack:
@@ -126,7 +125,7 @@ class WatchStream:
 
     async def _begun(self, link: Link, line: messages.Json | None) -> None:
         if line is None:
-            raise StoreUnavailableError("the stream was cut before it began", endpoint=str(link.endpoint))
+            raise StoreUnavailableError("the stream was cut before it began", endpoint=link.endpoint)
         if "error" in line:
             raise refusal(200, line, link.endpoint)
         message = messages.watch_message(line, self._watched.namespace)
@@ -175,7 +174,7 @@ class WatchStream:
             )
         watched = self._watched
         await link.ask("kv/range", messages.range_request(watched.first, watched.end, count_only=True))
-        raise StoreUnavailableError("etcd has ended the watch", endpoint=str(link.endpoint), reason=message.reason)
+        raise StoreUnavailableError("etcd has ended the watch", endpoint=link.endpoint, reason=message.reason)
 
     async def _probe(self, link: Link) -> None:
         """See that the store is the one it was."""
@@ -185,7 +184,7 @@ class WatchStream:
         if reply.revision < self._revision or (self._identity and identity != self._identity):
             raise StoreResetError(
                 "etcd's data are others than before: they were wiped or restored; start over",
-                endpoint=str(link.endpoint),
+                endpoint=link.endpoint,
                 revision=reply.revision,
                 seen=self._revision,
             )

@@ -18,13 +18,13 @@ from typing import Final, Self, TypeVar
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, StoreUnavailableError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
 from ucxx_transport.membership.leases import checked_ttl_s, is_over
 from ucxx_transport.membership.local import tables
 from ucxx_transport.membership.local.database import Database
 from ucxx_transport.membership.local.forking import closed_before_forks
 from ucxx_transport.membership.local.place import checked_path, default_path
 from ucxx_transport.membership.local.watch import LocalWatch, WatchedStore
-from ucxx_transport.membership.namespace import Namespace, checked_expected, checked_lease_id, checked_value
 from ucxx_transport.membership.store import Entry, Lease, Snapshot
 
 __all__ = ["LocalStore"]

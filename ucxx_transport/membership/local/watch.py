@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Final, Literal, Self, cast
 
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreResetError, StoreUnavailableError
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.leases import is_over, pause_s
 from ucxx_transport.membership.local import tables
 from ucxx_transport.membership.local.database import Database
 from ucxx_transport.membership.local.forking import closed_before_forks
-from ucxx_transport.membership.namespace import Namespace
 from ucxx_transport.membership.store import Batch, Event
 
 __all__ = ["LocalWatch", "WatchedStore"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership.namespace import MAX_KEY_BYTES, Namespace
+from ucxx_transport.membership.keys import MAX_KEY_BYTES, Namespace
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda key: not key.startswith("/")
