@@ -14,14 +14,17 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings.fields import (
     Bytes,
     Count,
+    Name,
     OptionalBytes,
+    OptionalCount,
+    OptionalName,
+    OptionalText,
     OptionalToken,
     Ports,
     Seconds,
     UCXSettings,
-    setting,
 )
-from ucxx_transport.settings.section import section
+from ucxx_transport.settings.section import section, setting
 
 __all__ = ["ClientConfig", "PayloadSchema", "PublisherConfig", "RingConfig", "ServerConfig", "StoreConfig"]
 
@@ -61,13 +64,11 @@ class RingConfig:
     """How a `SharedRingBuffer` is made: exactly one of `schema` and `slot_bytes` says what a slot holds."""
 
     slots: Count = setting(default=64, ge=1, le=MAX_SLOTS, description="number of slots")
-    schema: PayloadSchema | None = setting(default=None, description="the fields of every payload (a Schema)")
-    slot_bytes: OptionalBytes = setting(default=None, ge=1, le=1 << 46, description="largest raw payload of a slot")
-    name: str | None = setting(
-        default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        description="name of the segment; unset makes a random one",
+    schema: PayloadSchema | None = setting(
+        default=None, description="the fields of every payload (a Schema)", code_only=True
     )
+    slot_bytes: OptionalBytes = setting(default=None, ge=1, le=1 << 46, description="largest raw payload of a slot")
+    name: OptionalName = setting(default=None, description="name of the segment; unset makes a random one")
     on_full: Literal["overwrite", "block", "raise"] = setting(
         default="overwrite",
         description="with no free slot: drop the oldest unread payload, wait, or raise RingFullError",
@@ -80,7 +81,7 @@ class RingConfig:
     )
     lock_timeout_s: Seconds = setting(default=5.0, gt=0, description="how long the header's lock is waited for at most")
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if (self.schema is None) == (self.slot_bytes is None):
             given = "neither" if self.schema is None else "both"
             raise ConfigError(
@@ -94,14 +95,11 @@ class RingConfig:
 class ServerConfig:
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: str | None = setting(
-        default=None,
-        min_length=1,
-        max_length=255,
-        description="address to publish; unset finds one (RDMA interface first)",
+    host: OptionalText = setting(
+        default=None, max_length=255, description="address to publish; unset finds one (RDMA interface first)"
     )
     ports: Ports = setting(default=4, description="how many ports, or a list of port numbers (0 for any free one)")
-    base_port: Count | None = setting(
+    base_port: OptionalCount = setting(
         default=None, ge=1, le=65535, description="first port to try; unset takes any free ones"
     )
     mode: Literal["process", "thread"] = setting(
@@ -120,14 +118,14 @@ class ServerConfig:
     port_attempts: Count = setting(default=64, ge=1, le=65535, description="ports tried from base_port on")
     start_timeout_s: Seconds = setting(default=30.0, gt=0, description="bound on start()")
     stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
-    ucx: UCXSettings = setting(default_factory=dict, description=_SETTINGS_OF_UCX)
+    ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
 
     @property
     def token_bytes(self) -> bytes | None:
         """The shared secret itself, or None."""
-        return None if self.token is None else self.token.get_secret_value()
+        return None if self.token is None else self.token.reveal()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if self.base_port is None:
             return
         if not isinstance(self.ports, int):
@@ -167,36 +165,34 @@ class ClientConfig:
     max_payload_bytes: Bytes = setting(default=64 << 30, ge=1, description="a SlotRef that promises more is refused")
     max_attached_rings: Count = setting(default=256, ge=1, le=65536, description="local rings kept mapped")
     verify_checksum: bool = setting(default=True, description="check the SlotRef's checksum when it has one")
-    ucx: UCXSettings = setting(default_factory=dict, description=_SETTINGS_OF_UCX)
+    ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
 
     @property
     def token_bytes(self) -> bytes | None:
         """The shared secret itself, or None."""
-        return None if self.token is None else self.token.get_secret_value()
+        return None if self.token is None else self.token.reveal()
 
 
 @section("store")
 class StoreConfig:
     """How a store of membership is reached; its address is the URL given to `open_store`."""
 
-    namespace: str = setting(
-        default="default",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        description="keeps the jobs that share a store apart; the same for all of one job",
+    namespace: Name = setting(
+        default="default", description="keeps the jobs that share a store apart; the same for all of one job"
     )
     timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on one call")
-    user: str | None = setting(default=None, min_length=1, description="etcd: the user's name")
+    user: OptionalText = setting(default=None, description="etcd: the user's name")
     password: OptionalToken = setting(default=None, description="etcd: the user's password")
-    ca_file: str | None = setting(default=None, min_length=1, description="etcd: certificates to trust; turns TLS on")
-    cert_file: str | None = setting(default=None, min_length=1, description="etcd: this client's certificate")
-    key_file: str | None = setting(default=None, min_length=1, description="etcd: the key of cert_file")
+    ca_file: OptionalText = setting(default=None, description="etcd: certificates to trust; turns TLS on")
+    cert_file: OptionalText = setting(default=None, description="etcd: this client's certificate")
+    key_file: OptionalText = setting(default=None, description="etcd: the key of cert_file")
 
     @property
     def password_text(self) -> str | None:
         """The password itself, or None."""
-        return None if self.password is None else self.password.get_secret_value().decode()
+        return None if self.password is None else self.password.reveal().decode()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
             missing = "key_file" if self.key_file is None else "cert_file"
             raise ConfigError(f"store.{missing} is missing: a certificate and its key go together", field=missing)

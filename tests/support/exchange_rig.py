@@ -55,7 +55,7 @@ class ExchangeRig:
     def client(self, *, watcher: Watcher | None = None, **settings: object) -> UCXXClient:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values: Mapping[str, object] = {"local": "off", **settings}
-        client = UCXXClient(ClientConfig(**values), watcher=watcher, link_factory=self.client_link)  # type: ignore[arg-type]  # checked by pydantic
+        client = UCXXClient(ClientConfig(**values), watcher=watcher, link_factory=self.client_link)  # type: ignore[arg-type]  # checked at run time
         client._core.reader = MANY_PORTS * (1 + len(self._clients))  # noqa: SLF001 - otherwise random, as is the first port
         self._clients.append(client)
         return client

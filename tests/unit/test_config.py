@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 from typing import Any
 
 import pytest
 
-from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError
 
 
@@ -67,6 +68,42 @@ def test_a_changed_copy_is_validated_again() -> None:
 def test_settings_survive_a_trip_to_another_process() -> None:
     config = ServerConfig(ports=[5001, 5002], token=b"\x00\xff", ucx={"TLS": "tcp"})
     assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 - bytes made in this very line
+
+
+@pytest.mark.parametrize("restore", [lambda config: pickle.loads(pickle.dumps(config)), copy.copy, copy.deepcopy])  # noqa: S301 - as above
+def test_a_restored_copy_reads_no_source_again(restore: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ServerConfig(token="t", ucx={"TLS": "tcp"}, base_port=5000)
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__UCX__TLS", "all")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__NO_SUCH_SETTING", "1")
+    assert restore(config) == config
+
+
+def test_a_refusal_names_field_value_source_and_what_is_expected() -> None:
+    for field, value, problem in [
+        ("read_attempts", 101, "expected 1 to 100"),
+        ("deadline_s", 0, "expected more than 0"),
+        ("spin_s", "1s", "expected 0 to 0.1"),
+        ("local", "remote", "expected one of 'auto', 'view', 'copy', 'off'"),
+        ("max_payload_bytes", "1.5B", "'1.5B' is not a whole number of bytes"),
+        ("verify_checksum", "maybe", "expected true or false"),
+        ("ucx", "TLS=tcp", "expected names to values, such as {'TLS': 'tcp'}"),
+        ("ucx", {"TLS": None}, "'TLS': None is not a name and a text, number or boolean"),
+    ]:
+        error = refusal(ClientConfig, **{field: value})
+        assert error.message == f"client.{field} = {value!r} (keyword argument): {problem}"
+        assert error.facts == {"field": field, "value": repr(value), "source": "keyword argument"}
+
+
+@pytest.mark.parametrize("config", [RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig])
+def test_defaults_are_what_the_constructor_would_hold(config: Any) -> None:
+    parts = {"slot_bytes": 1} if config is RingConfig else {}
+    made = config(**parts)
+    assert dataclasses.replace(made) == made
+
+
+def test_booleans_may_be_text_or_a_number() -> None:
+    for given, held in [(True, True), ("yes", True), ("1", True), (1, True), ("Off", False), ("n", False), (0, False)]:
+        assert ServerConfig(shm_lanes=given).shm_lanes is held, given  # type: ignore[arg-type]  # what the environment says
 
 
 def test_a_token_is_never_shown() -> None:
@@ -173,6 +210,6 @@ def test_a_misspelt_argument_gets_a_suggestion() -> None:
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    for config in (RingConfig, ServerConfig, ClientConfig):
+    for config in (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig):
         for field in dataclasses.fields(config):
-            assert getattr(field.default, "description", None), f"{config.__name__}.{field.name}"
+            assert field.metadata["rule"].description, f"{config.__name__}.{field.name}"

@@ -27,8 +27,10 @@ def test_importing_the_package_loads_at_most_four_modules() -> None:
     assert len(done.stdout.split()) <= 4, done.stdout
 
 
-def test_importing_settings_leaves_the_loop_and_the_terminal_alone() -> None:
-    assert modules_after("import ucxx_transport.config").isdisjoint([*HEAVY, "rich", "typer", "numpy"])
+def test_making_settings_loads_nothing_but_the_standard_library() -> None:
+    loaded = modules_after("from ucxx_transport.config import ServerConfig; ServerConfig(idle_timeout_s='5s')")
+    assert loaded - set(sys.stdlib_module_names) == {"ucxx_transport"}
+    assert loaded.isdisjoint(["asyncio", "json", "tomllib", "difflib", "socket"])
 
 
 def test_naming_the_version_loads_no_part_of_the_transport() -> None:

@@ -59,12 +59,13 @@ def serve(
     from ucxx_transport.config import RingConfig, ServerConfig
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server import UCXXServer
-    from ucxx_transport.settings.section import outside_values
+    from ucxx_transport.settings.sources import gather
 
     logs_to_stderr(log_level)
     with _terminated_cleanly():
-        set_outside = {"slots": 16, "slot_bytes": "1MiB", **outside_values("ring").values}
-        ring_options: dict[str, Any] = set_outside | _given(slots=slots, slot_bytes=slot_bytes, name=name)
+        outside = gather("ring", {})
+        defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
+        ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes, name=name)
         server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
         settings = RingConfig(**ring_options)
         with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:

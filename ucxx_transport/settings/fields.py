@@ -1,21 +1,29 @@
-"""The kinds of value a setting holds: what is accepted for each, and what it is turned into.
+"""The kinds of value that a setting holds: what each accepts, and what it is turned into.
 
-| kind            | accepted                                   | held                                    |
-|-----------------|--------------------------------------------|-----------------------------------------|
-| `Count`         | a whole number, also as text               | `int`                                   |
-| `Bytes`         | a number or text such as `512MiB`          | `int`                                   |
-| `Seconds`       | a number or text such as `250ms`           | `float`, finite                         |
-| `OptionalToken` | `bytes`, or text, which is taken as UTF-8  | `SecretBytes`, which no `repr` shows    |
-| `Ports`         | a count, or port numbers (`5001,5002`)     | `int`, or a tuple of `int`              |
-| `UCXSettings`   | names to values, with or without `UCX_`    | names without `UCX_` to text            |
+| kind                      | accepted                                      | held                                 |
+|---------------------------|-----------------------------------------------|--------------------------------------|
+| `Count`                   | a whole number, also as text                  | `int`                                |
+| `Bytes`                   | a number or text such as `512MiB`             | `int`                                |
+| `Seconds`                 | a number or text such as `250ms`              | `float`, finite                      |
+| `Name`                    | letters, digits, `.`, `_`, `-`; 128 at most   | `str`                                |
+| `Text`                    | text that is not empty                        | `str`                                |
+| `OptionalToken`           | `bytes`, or text, which is taken as UTF-8     | `Secret`, which no `repr` shows      |
+| `Ports`                   | a count, or port numbers (`5001,5002`)        | `int`, or a tuple of `int`           |
+| `UCXSettings`             | names to values, with or without `UCX_`       | names without `UCX_` to text         |
+| `bool`                    | true/false, yes/no, on/off, 1/0, also as text | `bool`                               |
+| `Literal[...]`            | one of its words                              | that word                            |
+
+`Optional...` of a kind takes None as well. A kind is a function from what was given to what is held; it raises
+ValueError that says what it expected. Any other class is a kind of its instances.
 """
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, TypeVar
-
-from pydantic import BeforeValidator, Field, SecretBytes
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args, get_origin
 
 from ucxx_transport.units import parse_bytes, parse_duration
 
@@ -23,95 +31,173 @@ __all__ = [
     "MAX_PORTS",
     "Bytes",
     "Count",
+    "Name",
     "OptionalBytes",
+    "OptionalCount",
+    "OptionalName",
+    "OptionalText",
     "OptionalToken",
     "Ports",
     "Seconds",
+    "Secret",
     "UCXSettings",
-    "setting",
+    "kind_of",
+    "parse_token",
+    "parse_ucx_settings",
 ]
 
 MAX_PORTS: Final = 64
 """As many ports as a segment's published address holds."""
 
+Parse = Callable[[Any], object]
 
-def setting(
-    *,
-    default: object = ...,
-    default_factory: Callable[[], object] | None = None,
-    description: str,
-    gt: float | None = None,
-    ge: float | None = None,
-    le: float | None = None,
-    min_length: int | None = None,
-    max_length: int | None = None,
-    pattern: str | None = None,
-) -> Any:  # `Any` as every field specifier returns: the value stands for a field of whatever type it is assigned to
-    """A field of a section: its default, its meaning in words, and the bounds that hold for it."""
-    rules: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("gt", gt),
-            ("ge", ge),
-            ("le", le),
-            ("min_length", min_length),
-            ("max_length", max_length),
-            ("pattern", pattern),
-        )
-        if value is not None
-    }
-    if default_factory is not None:
-        return Field(default_factory=default_factory, description=description, **rules)
-    return Field(default=default, description=description, **rules)
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_BOOLEANS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "n", "f", "0"), False),
+}
 
 
-def _token(value: object) -> object:
-    if isinstance(value, str):
-        value = value.encode()
-    if isinstance(value, bytes) and not value:
+class Secret:
+    """Bytes that no `repr`, log line or traceback shows.
+
+    Args:
+        value: the bytes themselves.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+
+    def reveal(self) -> bytes:
+        """The bytes themselves."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(hidden)"
+
+    def __eq__(self, other: object) -> bool:
+        return self._value == other._value if isinstance(other, Secret) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError("expected a whole number")
+    return operator.index(value)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError("expected letters, digits, '.', '_' and '-', 128 at most, a letter or digit first")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected text that is not empty")
+    return value
+
+
+def _boolean(value: object) -> bool:
+    held = _BOOLEANS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    if held is None:
+        raise ValueError("expected true or false")
+    return held
+
+
+def parse_token(value: object) -> Secret | None:
+    """`OptionalToken` at run time."""
+    if value is None or isinstance(value, Secret):
+        return value
+    if not isinstance(value, str | bytes):
+        raise ValueError("expected bytes or text")  # noqa: TRY004 - what a kind raises
+    if not value:
         raise ValueError("an empty token protects nothing; leave the setting out to run without one")
-    return value
+    return Secret(value.encode() if isinstance(value, str) else value)
 
 
-def _whole(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("expected a whole number")  # noqa: TRY004 - what pydantic collects and words
-    return value
-
-
-def _ports(value: object) -> object:
+def _ports(value: object) -> int | tuple[int, ...]:
     if isinstance(value, str):
-        words = [word.strip() for word in value.strip().strip("[]").split(",")]
-        value = int(words[0]) if len(words) == 1 and "[" not in value else [int(word) for word in words]
-    if isinstance(value, bool):
-        raise ValueError("expected a number of ports, or a list of them")  # noqa: TRY004 - as above
-    if isinstance(value, int) and not 1 <= value <= MAX_PORTS:
-        raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{value}]")
-    if isinstance(value, Sequence):
-        _check_port_list(value)
-        return tuple(value)
-    return value
+        words = value.strip().strip("[]").split(",")
+        value = words[0] if len(words) == 1 and "[" not in value else words
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _port_list([_count(port) for port in value])
+    try:
+        count = _count(value)
+    except ValueError:
+        raise ValueError("expected a number of ports, or a list of port numbers") from None
+    if not 1 <= count <= MAX_PORTS:
+        raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{count}]")
+    return count
 
 
-def _check_port_list(ports: Sequence[object]) -> None:
+def _port_list(ports: Sequence[int]) -> tuple[int, ...]:
     if not 1 <= len(ports) <= MAX_PORTS:
         raise ValueError(f"expected 1 to {MAX_PORTS} port numbers")
     for port in ports:
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
-            raise ValueError(f"{port!r} is not a port number (0 to 65535, 0 for any free one)")
-    named = [port for port in ports if port]
-    if len(named) != len(set(named)):
-        raise ValueError("a port number stands there twice")
+        if not 0 <= port <= 65535:
+            raise ValueError(f"{port} is not a port number (0 to 65535, 0 for any free one)")
+    numbered = [port for port in ports if port]
+    if len(numbered) != len(set(numbered)):
+        raise ValueError("the same port number twice")
+    return tuple(ports)
 
 
-def _ucx_settings(value: object) -> object:
+def parse_ucx_settings(value: object) -> dict[str, str]:
+    """`UCXSettings` at run time."""
     if not isinstance(value, Mapping):
+        raise ValueError("expected names to values, such as {'TLS': 'tcp'}")  # noqa: TRY004 - what a kind raises
+    held = {}
+    for name, setting in value.items():
+        if not isinstance(name, str) or not isinstance(setting, str | int | float):
+            problem = f"{name!r}: {setting!r} is not a name and a text, number or boolean"
+            raise ValueError(problem)  # noqa: TRY004 - what a kind raises
+        held[name.upper().removeprefix("UCX_")] = "ny"[setting] if isinstance(setting, bool) else str(setting)
+    return held
+
+
+def _optional(parse: Parse) -> Parse:
+    return lambda value: None if value is None else parse(value)
+
+
+def _one_of(words: tuple[object, ...]) -> Parse:
+    def parse(value: object) -> object:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"expected one of {', '.join(map(repr, words))}")
         return value
-    words = {True: "y", False: "n"}
-    return {
-        str(key).upper().removeprefix("UCX_"): words[setting] if isinstance(setting, bool) else str(setting)
-        for key, setting in value.items()
-    }
+
+    return parse
+
+
+def _instance_of(classes: tuple[type, ...]) -> Parse:
+    def parse(value: object) -> object:
+        if not isinstance(value, classes):
+            names = " or ".join(one.__name__ for one in classes if one is not NoneType)
+            raise ValueError(f"expected {names}")  # noqa: TRY004 - what a kind raises
+        return value
+
+    return parse
+
+
+def kind_of(hint: Any) -> Parse:  # `Any`: a type expression has no type of its own
+    """The kind that an annotation, evaluated at run time, stands for."""
+    if hint is bool:
+        return _boolean
+    if get_origin(hint) is Literal:
+        return _one_of(get_args(hint))
+    if isinstance(hint, type):
+        return _instance_of((hint,))
+    if callable(hint):
+        return hint  # type: ignore[no-any-return]  # a kind of the table
+    return _instance_of(get_args(hint))
 
 
 if TYPE_CHECKING:
@@ -119,23 +205,28 @@ if TYPE_CHECKING:
     GivenT_contra = TypeVar("GivenT_contra", contravariant=True)
 
     class _Field(Generic[GotT, GivenT_contra]):
-        """A field whose constructor takes more types than the field then holds, as type checkers can be told it."""
+        """A field whose constructor takes more types than it then holds, as type checkers understand it."""
 
         def __get__(self, instance: object, owner: type) -> GotT: ...
         def __set__(self, instance: object, value: GivenT_contra) -> None: ...
 
     Count = int
+    OptionalCount = int | None
     Bytes = _Field[int, int | str]
     OptionalBytes = _Field[int | None, int | str | None]
     Seconds = _Field[float, float | str]
-    OptionalToken = _Field[SecretBytes | None, SecretBytes | bytes | str | None]
+    Name = str
+    OptionalName = str | None
+    OptionalText = str | None
+    OptionalToken = _Field[Secret | None, Secret | bytes | str | None]
     Ports = _Field[int | tuple[int, ...], int | Sequence[int]]
     UCXSettings = _Field[Mapping[str, str], Mapping[str, str | int | float | bool]]
 else:
-    Count = Annotated[int, BeforeValidator(_whole)]
-    Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-    OptionalBytes = Bytes | None
-    Seconds = Annotated[float, BeforeValidator(parse_duration)]
-    OptionalToken = Annotated[SecretBytes, BeforeValidator(_token)] | None
-    Ports = Annotated[int | tuple[int, ...], BeforeValidator(_ports)]
-    UCXSettings = Annotated[Mapping[str, str], BeforeValidator(_ucx_settings)]
+    Count, OptionalCount = _count, _optional(_count)
+    Bytes, OptionalBytes = parse_bytes, _optional(parse_bytes)
+    Seconds = parse_duration
+    Name, OptionalName = _name, _optional(_name)
+    OptionalText = _optional(_text)
+    OptionalToken = parse_token
+    Ports = _ports
+    UCXSettings = parse_ucx_settings

@@ -1,92 +1,171 @@
-"""A class of settings: how it is made of its three sources, and how what is wrong with it is worded."""
+"""A section of the settings: a frozen dataclass that validates, whose defaults are the environment and the file."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Final, TypeVar, cast, dataclass_transform
-
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.settings.fields import setting
-from ucxx_transport.settings.sources import SectionValues, gather, unknown_name
+from ucxx_transport.settings import fields
+from ucxx_transport.settings.sources import KNOWN, Given, gather, unknown_name
 
-__all__ = ["outside_values", "section"]
-
-_KNOWN: dict[str, frozenset[str]] = {}
-_NOT_IN_TEXT: Final = frozenset({"schema"})
-_MAPPINGS: Final = frozenset({"ucx"})
+__all__ = ["Effective", "Rule", "effective", "section", "setting"]
 
 SectionT = TypeVar("SectionT")
+
+_SECTIONS: Final[dict[str, dict[str, tuple[fields.Parse, dataclasses.Field[Any]]]]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What is declared of a setting beside its kind; `metadata["rule"]` of the dataclass's field.
+
+    Attributes:
+        description: what it is for.
+        gt: its value is more than this.
+        ge: its value is at least this.
+        le: its value is at most this.
+        max_length: its text is at most as long.
+        code_only: whether it cannot stand in the environment or in TOML.
+    """
+
+    description: str
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+    max_length: int | None = None
+    code_only: bool = False
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, or nothing."""
+        if self.ge is not None and self.le is not None:
+            return f"{self.ge} to {self.le}"
+        words = (("more than", self.gt), ("at least", self.ge), ("at most", self.le))
+        return ", ".join(f"{word} {bound}" for word, bound in words if bound is not None)
+
+    def check(self, value: object) -> None:
+        """Raise ValueError for a value out of bounds."""
+        if isinstance(value, str) and self.max_length is not None and len(value) > self.max_length:
+            raise ValueError(f"expected at most {self.max_length} characters")
+        if isinstance(value, int | float) and not (
+            (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.le is None or value <= self.le)
+        ):
+            raise ValueError(f"expected {self.bounds}")
+
+
+def setting(
+    *,
+    default: object,
+    description: str,
+    gt: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    max_length: int | None = None,
+    code_only: bool = False,
+) -> Any:  # `Any` as every field specifier returns: the value stands for a field of whatever type it is assigned to
+    """A field of a section: its default, as the section holds it, and its `Rule`."""
+    rule = Rule(description=description, gt=gt, ge=ge, le=le, max_length=max_length, code_only=code_only)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata={"rule": rule})
+    return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
 def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[type[SectionT]], type[SectionT]]:
-    """Make a class a section of the settings: a frozen pydantic dataclass whose defaults are the other two sources.
+    """Make a class a section: a frozen dataclass whose constructor fills in the other sources and validates.
+
+    `dataclasses.replace` validates the copy; `copy` and `pickle` restore the values without reading a source again.
 
     Args:
         name: the section's name in the environment and in TOML.
-        choice: fields of which one excludes the others: made in code, it replaces what the weaker sources chose.
+        choice: fields of which one excludes the others: set in code, it replaces what the weaker sources chose.
     """
 
     def decorate(cls: type[SectionT]) -> type[SectionT]:
-        rules = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-        made = pydantic_dataclass(frozen=True, kw_only=True, slots=True, config=rules)(cls)
-        own = frozenset(field.name for field in fields(made))
-        _KNOWN[name] = own - _NOT_IN_TEXT
-        validate = made.__init__
+        made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
+        hints = get_type_hints(cls)
+        own = {field.name: (fields.kind_of(hints[field.name]), field) for field in dataclasses.fields(made)}
+        _SECTIONS[name] = own
+        KNOWN[name] = {
+            field: kind is fields.parse_ucx_settings
+            for field, (kind, spec) in own.items()
+            if not spec.metadata["rule"].code_only
+        }
+        store = made.__init__
 
-        @functools.wraps(validate)
+        @functools.wraps(store)
         def initialise(self: SectionT, **arguments: object) -> None:
             for argument in arguments:
                 if argument not in own:
                     raise unknown_name(f"setting of {made.__name__}", argument, own)
-            found = gather(name, arguments, known=_KNOWN, mappings=_MAPPINGS)
-            try:
-                validate(self, **_chosen(choice, found.values, arguments))
-            except ValidationError as error:
-                raise _as_config_error(name, error, found) from None
-            check = getattr(self, "_check", None)
-            if check is not None:
-                check()
+            given = gather(name, arguments)
+            if any(arguments.get(field) is not None for field in choice):
+                given = {field: one for field, one in given.items() if field in arguments or field not in choice}
+            store(self, **_validated(name, given))
 
-        # `setattr`: assigning `__init__` on a type is what decorating a class means, but mypy refuses the plain form.
-        setattr(made, "__init__", initialise)  # noqa: B010 - see above
+        made.__init__ = initialise
         return cast("type[SectionT]", made)
 
     return decorate
 
 
-def outside_values(name: str) -> SectionValues:
-    """What the environment and TOML say about the section `name`, not validated.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """A setting as a program that says nothing about it in code gets it.
+
+    Attributes:
+        value: as the section holds it.
+        source: where it comes from; "default" if from no source.
+        rule: what is declared of it.
+    """
+
+    value: object
+    source: str
+    rule: Rule
+
+
+def effective(section: str) -> Mapping[str, Effective]:
+    """Every setting of a section with its value and its source.
 
     Raises:
-        ConfigError: an unknown name there, or a file that cannot be read.
+        ConfigError: an unknown name or a wrong value, or a file that cannot be read.
     """
-    return gather(name, {}, known=_KNOWN, mappings=_MAPPINGS)
+    given = gather(section, {})
+    held = _validated(section, given)
+    return {
+        field: Effective(
+            value=held[field] if field in held else _default(spec),
+            source=given[field].source if field in given else "default",
+            rule=spec.metadata["rule"],
+        )
+        for field, (_, spec) in _SECTIONS[section].items()
+    }
 
 
-def _chosen(
-    choice: frozenset[str], values: Mapping[str, object], arguments: Mapping[str, object]
-) -> Mapping[str, object]:
-    if all(arguments.get(name) is None for name in choice):
-        return values
-    return {name: value for name, value in values.items() if name in arguments or name not in choice}
+def _default(spec: dataclasses.Field[Any]) -> object:
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
-def _as_config_error(section: str, error: ValidationError, found: SectionValues) -> ConfigError:
-    lines: list[str] = []
+def _validated(section: str, given: Mapping[str, Given]) -> dict[str, object]:
+    """What the section holds for what was given; all that is wrong is one error."""
+    held: dict[str, object] = {}
+    problems: list[str] = []
     facts: dict[str, object] = {}
-    for detail in error.errors(include_url=False, include_context=False):
-        field = str(detail["loc"][0]) if detail["loc"] else section
-        value = "(hidden)" if field in {"token", "password"} else repr(found.values.get(field, detail.get("input")))
-        origin = found.origins.get(field, "keyword argument")
-        problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        line = f"{section}.{field} = {value} ({origin}): {problem}"
-        if line not in lines:
-            lines.append(line)
-        facts = facts or {"field": field, "value": value, "source": origin}
-    return ConfigError("; ".join(lines), **facts)
+    for field, one in given.items():
+        kind, spec = _SECTIONS[section][field]
+        try:
+            held[field] = kind(one.value)
+            spec.metadata["rule"].check(held[field])
+        except ValueError as error:
+            shown = "(hidden)" if kind is fields.parse_token else repr(one.value)
+            problems.append(f"{section}.{field} = {shown} ({one.source}): {error}")
+            facts = facts or {"field": field, "value": shown, "source": one.source}
+    if problems:
+        raise ConfigError("; ".join(problems), **facts)
+    return held

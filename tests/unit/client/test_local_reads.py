@@ -26,7 +26,7 @@ def no_link() -> LinkFactory:
 
 
 def client_of(**settings: object) -> SyncUCXXClient:
-    return SyncUCXXClient(ClientConfig(**settings), link_factory=no_link())  # type: ignore[arg-type]  # checked by pydantic
+    return SyncUCXXClient(ClientConfig(**settings), link_factory=no_link())  # type: ignore[arg-type]  # checked at run time
 
 
 @pytest.fixture

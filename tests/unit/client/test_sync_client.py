@@ -72,7 +72,7 @@ def neighbour() -> Iterator[Neighbour]:
 
 def client_of(neighbour: Neighbour, **settings: object) -> SyncUCXXClient:
     values: dict[str, object] = {"local": "off", **settings}
-    return SyncUCXXClient(ClientConfig(**values), link_factory=neighbour.link)  # type: ignore[arg-type]  # checked by pydantic
+    return SyncUCXXClient(ClientConfig(**values), link_factory=neighbour.link)  # type: ignore[arg-type]  # checked at run time
 
 
 def test_a_read_over_the_link_blocks_until_the_payload_is_here(neighbour: Neighbour) -> None:

@@ -48,7 +48,7 @@ def factory(network: MemoryNetwork) -> Factory:
 
 def server_of(ring: SharedRingBuffer, factory: Factory, **settings: object) -> UCXXServer:
     values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
-    config = ServerConfig(**values)  # type: ignore[arg-type]  # checked by pydantic
+    config = ServerConfig(**values)  # type: ignore[arg-type]  # checked at run time
     return UCXXServer(ring, config, link_factory=factory)
 
 
