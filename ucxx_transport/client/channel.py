@@ -18,7 +18,7 @@ from ucxx_transport.client.exchange import (
 from ucxx_transport.wire.frames import NONCE_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.quarantine import PortKey
+    from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.base import Endpoint, Link
 
 

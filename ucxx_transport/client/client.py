@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
-from ucxx_transport.client.outcomes import read_all
+from ucxx_transport.client.results import gather_results
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 
@@ -116,7 +116,7 @@ class UCXXClient:
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
         """
-        return await read_all(lambda ref: self.read(ref, deadline_s=deadline_s), refs)
+        return await gather_results(lambda ref: self.read(ref, deadline_s=deadline_s), refs)
 
     async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -14,12 +16,11 @@ from typing import TYPE_CHECKING
 from typing_extensions import Buffer
 
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.client.delivered import DeliveredNames
-from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.remote import RemoteReader
+from ucxx_transport.client.results import clear_traceback_frames
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
@@ -42,7 +43,8 @@ class ClientCore:
     """The part of a client that needs no event loop. Thread-safe.
 
     Args:
-        config: settings. link_factory: opens the link when one is needed; the default is UCX.
+        config: settings.
+        link_factory: opens the link when one is needed; the default is UCX.
         watcher: says which sources there are.
         page_locker: page-locks receive buffers, and has local payloads copied into such.
 
@@ -68,7 +70,7 @@ class ClientCore:
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(self.config.buffer_pool_bytes, page_locker)
-        self._delivered = DeliveredNames(REMEMBERED_RINGS)
+        self._delivered = Deduplicator(REMEMBERED_RINGS)
         self._link_factory = link_factory or _ucxx_links(self.config)
         self._membership = Membership(watcher) if watcher is not None else None
         self._pid = os.getpid()
@@ -137,7 +139,7 @@ class ClientCore:
         return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into, began_s)
 
     def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
-        """Let a payload of an attached ring go; whether it was still there."""
+        """Discard a payload of an attached ring; whether it was still there."""
         try:
             lease = ring.acquire(ref, reader=self.reader, deadline_s=limit_s)
             self.claim(ref)
@@ -146,7 +148,7 @@ class ClientCore:
             return False
 
     def discard_here(self, refs: Sequence[SlotRef], limit_s: float) -> tuple[int, list[list[SlotRef]]]:
-        """Let those of rings on this host go.
+        """Discard those of rings on this host.
 
         Returns:
             How many of these were still there; and the others, by ring, their names taken.
@@ -190,7 +192,7 @@ class ClientCore:
         except SlotError:
             if not ring.closed:
                 raise
-            # Another read let go of this handle in the meantime, to make room or because its worker died.
+            # Another read closed this handle in the meantime, to make room or because its worker died.
             replacement = self.local.ring_of(ref)
             if replacement is None:
                 raise
@@ -207,7 +209,7 @@ class ClientCore:
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        """Refuse further reads, let go of all rings and of idle buffers."""
+        """Refuse further reads, close all rings and release idle buffers."""
         self._closed = True
         if self._membership is not None:
             self._membership.close()
@@ -227,7 +229,7 @@ class ClientCore:
 
     def count_failure(self, error: TransportError) -> None:
         """Count a read that raised; the error may be kept, its buffers are not."""
-        forget_frames(error)
+        clear_traceback_frames(error)
         count = self.counters.add
         count("failed")
         if isinstance(error, StaleSlotError):
@@ -252,6 +254,56 @@ class ClientCore:
             parked_buffers=link.statistics().parked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
+
+
+class Deduplicator:
+    """The newest generation of each ring's slots that this client has delivered or discarded. Thread-safe.
+
+    It drops the duplicates that a lost acknowledgement allows. A generation only grows, so the newest one of each slot
+    is all there is to remember.
+
+    Args:
+        max_rings: rings remembered; the one longest unused is forgotten first.
+    """
+
+    def __init__(self, max_rings: int) -> None:
+        self._max_rings = max_rings
+        self._rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, ref: SlotRef) -> None:
+        """Refuse a payload that was delivered before.
+
+        Raises:
+            StaleSlotError: this payload, or a newer one of its slot, was delivered to this client already.
+        """
+        slots = self._rings.get(ref.ring_id)
+        if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            raise StaleSlotError(
+                "this client has already received or discarded this payload, or a newer one of its slot",
+                slot=ref.slot,
+                generation=ref.generation,
+                delivered=slots[ref.slot],
+            )
+
+    def claim(self, ref: SlotRef) -> None:
+        """Deliver a payload, once: of several reads of it that came this far, one gets it.
+
+        Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
+
+        Raises:
+            StaleSlotError: as `check`.
+        """
+        with self._lock:
+            self.check(ref)
+            slots = self._rings.get(ref.ring_id)
+            if slots is None:
+                slots = self._rings[ref.ring_id] = {}
+                while len(self._rings) > self._max_rings:
+                    self._rings.popitem(last=False)
+            else:
+                self._rings.move_to_end(ref.ring_id)
+            slots[ref.slot] = ref.generation
 
 
 def _ucxx_links(config: ClientConfig) -> LinkFactory:

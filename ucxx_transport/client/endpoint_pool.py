@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ucxx_transport.client.quarantine import PortKey
+from ucxx_transport.client.ports import PortKey
 
 T = TypeVar("T")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Hashable
+    from collections.abc import Hashable
 
 
 class FairGate:
@@ -21,15 +20,6 @@ class FairGate:
     def __init__(self, limit: int) -> None:
         self._free = limit
         self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
-
-    @asynccontextmanager
-    async def enter(self, source: Hashable) -> AsyncIterator[None]:
-        """Hold one place for the length of the block; waits for it if need be (bound it by a timeout)."""
-        await self.acquire(source)
-        try:
-            yield
-        finally:
-            self.release()
 
     def try_acquire(self) -> bool:
         """Take a place if one is free now."""

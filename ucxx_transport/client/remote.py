@@ -1,6 +1,6 @@
 """Reads over UCX: the slot layer and the port layer of retry, under one deadline.
 
-Decisions live in `rotation`, `quarantine`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one
+Decisions live in `ports`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one
 event loop.
 """
 
@@ -13,22 +13,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ucxx_transport.client import retry
 from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.connections import Connections, LinkFactory
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.fair_gate import FairGate
-from ucxx_transport.client.kept_errors import forget_frames
 from ucxx_transport.client.local import verify_checksum
-from ucxx_transport.client.quarantine import PortKey, Quarantine
-from ucxx_transport.client.retry import (
-    SHORTEST_ATTEMPT_S,
-    PortVerdict,
-    attempt_budget_s,
-    backoff_s,
-    judge_port,
-    retries_slot,
-)
-from ucxx_transport.client.rotation import Rotation
+from ucxx_transport.client.ports import PortKey, Quarantine, Rotation
+from ucxx_transport.client.results import clear_traceback_frames
 from ucxx_transport.errors import (
     AuthenticationError,
     BusyError,
@@ -138,14 +130,14 @@ class RemoteReader:
             except TimeoutError:
                 raise self._too_late(ref) from None
         try:
-            if deadline_s - loop.time() <= SHORTEST_ATTEMPT_S:
+            if deadline_s - loop.time() <= retry.SHORTEST_ATTEMPT_S:
                 raise self._too_late(ref)  # before any port is blamed for it
             for attempt in itertools.count(1):
                 try:
                     return await self._call(ref, deadline_s, attempt)
                 except TransportError as error:
                     remaining_s = deadline_s - loop.time()
-                    again = retries_slot(
+                    again = retry.retries_slot(
                         error, attempt=attempt, read_attempts=self._config.read_attempts, remaining_s=remaining_s
                     )
                     if not again:
@@ -153,7 +145,7 @@ class RemoteReader:
                             raise self._too_late(ref) from error
                         raise
                     self._counters.add("retries")
-                    await asyncio.sleep(backoff_s(error, attempt))
+                    await asyncio.sleep(retry.backoff_s(error, attempt))
             raise AssertionError("unreachable")  # the loop above only leaves by return or raise
         finally:
             self._gate.release()
@@ -226,21 +218,21 @@ class RemoteReader:
             later = (self._config.read_attempts - attempt) * len(keys)
             for position, key in enumerate(keys):
                 now = loop.time()
-                budget_s = attempt_budget_s(deadline_s - now, later + len(keys) - position)
+                budget_s = retry.attempt_budget_s(deadline_s - now, later + len(keys) - position)
                 try:
                     return await self._attempt(ref, key, now + budget_s)
                 except asyncio.CancelledError as error:
-                    forget_frames(error)
+                    clear_traceback_frames(error)
                     raise
                 except TransportError as error:
-                    forget_frames(error)  # the buffer goes back now, not when the garbage collector finds the error
+                    clear_traceback_frames(error)  # its buffer goes back now, not when the error is collected
                     self._count(error)
                     turn.advance()
-                    verdict = judge_port(error)
-                    if verdict is PortVerdict.ROTATE_AND_QUARANTINE:
+                    verdict = retry.judge_port(error)
+                    if verdict is retry.PortVerdict.ROTATE_AND_QUARANTINE:
                         self._quarantine_port(key, error)
                     last = position + 1 == len(keys) or loop.time() >= deadline_s
-                    if verdict is PortVerdict.PROPAGATE or last:
+                    if verdict is retry.PortVerdict.PROPAGATE or last:
                         raise
                     self._counters.add("rotations")
             raise AssertionError("unreachable")  # keys is never empty and the loop only leaves by return or raise

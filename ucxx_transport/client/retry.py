@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
 
 BACKOFF_BASE_S = 0.01
@@ -42,7 +43,7 @@ def judge_port(error: TransportError) -> PortVerdict:
 def backoff_s(error: TransportError, attempt: int) -> float:
     """Seconds to wait before fresh call number `attempt` (1 is the first repetition)."""
     if isinstance(error, BusyError | NotReadyError):
-        return min(BACKOFF_LIMIT_S, BACKOFF_BASE_S * 2.0 ** min(attempt - 1, 30))
+        return pause_s(attempt, first_s=BACKOFF_BASE_S, longest_s=BACKOFF_LIMIT_S)
     return 0.0
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
 from ucxx_transport.client.loop_thread import LoopThread
-from ucxx_transport.client.outcomes import read_all
+from ucxx_transport.client.results import gather_results
 from ucxx_transport.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
@@ -181,4 +181,4 @@ class SyncUCXXClient:
                 self._core.count_failure(error)
                 raise
 
-        return await read_all(read, refs)
+        return await gather_results(read, refs)

@@ -207,10 +207,6 @@ class Geometry:
         """Size of the segment."""
         return _round_up(self.header_bytes + self.slots * self.stride_bytes, PAGE_BYTES)
 
-    def slot_word(self, slot: int) -> int:
-        """Word of a slot's header."""
-        return self.first_slot_word + slot * self.slot_words
-
     def payload_byte(self, slot: int) -> int:
         """First byte of a slot's payload; 64 bytes of headroom lie in front of it."""
         return self.header_bytes + slot * self.stride_bytes + HEADROOM_BYTES

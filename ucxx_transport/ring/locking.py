@@ -32,6 +32,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple, cast
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, SlotError
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE, MUTEX_BYTES
 
@@ -164,7 +165,7 @@ _RUN_CODE: Final = SegmentLock.run.__code__
 class _Waiter:
     """The pauses of one wait for the lock, and its end."""
 
-    __slots__ = ("_clock", "_deadline", "_lock", "_sleep_s", "_turns", "_wait_s")
+    __slots__ = ("_clock", "_deadline", "_lock", "_turns", "_wait_s")
 
     def __init__(self, lock: SegmentLock, wait_s: float, clock: Callable[[], float]) -> None:
         self._lock = lock
@@ -172,7 +173,6 @@ class _Waiter:
         self._clock = clock
         self._deadline = clock() + wait_s
         self._turns = 0
-        self._sleep_s = _FIRST_SLEEP_S
 
     def pause(self) -> None:
         """Let the holder get on.
@@ -191,8 +191,8 @@ class _Waiter:
                 waited_s=self._wait_s,
                 holder_thread_id=self._lock.holder_thread_id,
             )
-        time.sleep(min(self._sleep_s, remaining_s))
-        self._sleep_s = min(2 * self._sleep_s, _LONGEST_SLEEP_S)
+        sleep_s = pause_s(self._turns - _YIELDING_TURNS, first_s=_FIRST_SLEEP_S, longest_s=_LONGEST_SLEEP_S)
+        time.sleep(min(sleep_s, remaining_s))
 
 
 def initialise_mutex(words: memoryview) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
 from ucxx_transport.ring.claims import Claim
 from ucxx_transport.ring.core import RingCore
@@ -19,8 +20,7 @@ from ucxx_transport.ring.lease import RAW_FIELD, WriteLease
 from ucxx_transport.ring.references import ReferenceMaker
 from ucxx_transport.ring.slot_headers import Hold
 from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.packing import byte_view, view_fields
-from ucxx_transport.schema.placement import Placement
+from ucxx_transport.schema.placement import Placement, byte_view, view_fields
 from ucxx_transport.schema.tensors import Array, copy_fields
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class SlotWriter:
         core.count(Counter.BLOCKED)
         started = core.clock()
         wait_s = core.identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
-        pause_s, next_reclaim = _FIRST_PAUSE_S, started + _RECLAIM_EVERY_S
+        pauses, next_reclaim = 0, started + _RECLAIM_EVERY_S
         while True:
             now = core.clock()
             if now - started >= wait_s:
@@ -210,8 +210,9 @@ class SlotWriter:
                     waited_s=round(now - started, 3),
                     slots=core.identity.geometry.slots,
                 )
-            time.sleep(min(pause_s, started + wait_s - now))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pauses += 1
+            pause = pause_s(pauses, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+            time.sleep(min(pause, started + wait_s - now))
             if now >= next_reclaim:
                 next_reclaim = now + _RECLAIM_EVERY_S
                 core.reclaim_dead()

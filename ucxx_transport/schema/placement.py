@@ -1,4 +1,4 @@
-"""Where the fields of one payload lie, given its actual lengths.
+"""Placement: where the fields of one payload lie, given its actual lengths, and arrays over them.
 
 ```
 offset 0                 64-aligned            64-aligned
@@ -11,14 +11,28 @@ unspecified. `nbytes` ends with the last field's last byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from math import prod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
+import numpy as np
+
+from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.dtypes import DType
 from ucxx_transport.schema.tensor_spec import TensorSpec
+from ucxx_transport.schema.tensors import Array
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from typing_extensions import Buffer
+
+    # numpy tells type checkers of its buffers from Python 3.12 on
+    Memory: TypeAlias = Buffer | Array
 
 ALIGNMENT_BYTES = 64
 """A cache line and the widest vector register; also what an aligned device copy wants."""
@@ -124,3 +138,45 @@ def make_placer(specs: Sequence[TensorSpec]) -> Placer:
 
 def _aligned(nbytes: int) -> int:
     return (nbytes + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
+
+
+def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
+    """The memory of `buffer` as plain bytes, writable or not writable as asked.
+
+    Raises:
+        ConfigError: not a contiguous buffer, or read-only where writable was asked for.
+    """
+    try:
+        memory = memoryview(cast("Buffer", buffer))
+        # cast() refuses memory with gaps
+        if memory.ndim != 1 or memory.format != "B" or not memory.contiguous:
+            memory = memory.cast("B")
+    except (TypeError, ValueError, BufferError) as exc:
+        raise ConfigError(
+            f"a {type(buffer).__name__} is not a contiguous buffer of bytes: {exc}", field="buffer"
+        ) from exc
+    if not writable:
+        return memory.toreadonly()
+    if memory.readonly:
+        raise ConfigError("the buffer is read-only; pass writable memory", field="buffer")
+    return memory
+
+
+def view_fields(memory: memoryview, placement: Placement) -> list[Array]:
+    """One array per field over `memory`, which must hold `placement.nbytes`."""
+    make: Callable[..., Array] = np.ndarray
+    # map() over C callables: faster than a comprehension, and this is most of a decode
+    return list(map(make, placement.shapes, placement.dtypes, repeat(memory), placement.offsets))
+
+
+def read_lengths(memory: memoryview, count: int) -> tuple[int, ...]:
+    """The table of lengths at the start of a payload, as its writer left it: unchecked numbers, each once read.
+
+    Raises:
+        ProtocolError: the payload ends before the table does.
+    """
+    if len(memory) < count * LENGTH_BYTES:
+        raise ProtocolError(
+            f"a payload of {len(memory)} bytes ends within its table of {count} lengths", nbytes=len(memory)
+        )
+    return struct.unpack_from(f"<{count}Q", memory)

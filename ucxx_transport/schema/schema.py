@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,12 +12,10 @@ import numpy as np
 import xxhash
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.schema.example import specs_of_example
-from ucxx_transport.schema.packing import Packer, byte_view, read_lengths, view_fields
-from ucxx_transport.schema.placement import Placement, make_placer
+from ucxx_transport.schema.placement import Placement, byte_view, make_placer, read_lengths, view_fields
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.tensors import Array, fit
-from ucxx_transport.schema.tree import ArrayTree, TreeShape
+from ucxx_transport.schema.tensors import Array, as_array, fit
+from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -30,7 +29,7 @@ from ucxx_transport.schema.wire_form import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.schema.packing import Memory
+    from ucxx_transport.schema.placement import Memory
 
 MAX_FIELDS = 4096
 MAX_SCHEMA_BYTES = 1 << 20
@@ -44,11 +43,11 @@ class Schema:
 
     >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
     >>> schema = Schema([image, TensorSpec("reward", (), "float32")])
-    >>> memory = bytearray(schema.nbytes)
-    >>> schema.pack_into(memory, {"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
-    14212
-    >>> schema.views(memory)["obs"]["image"].shape
-    (2, 84, 84)
+    >>> lengths = schema.lengths_of({"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
+    >>> lengths, schema.layout(lengths).nbytes
+    ({'obs/image': 2}, 14212)
+    >>> schema.views(bytes(schema.nbytes))["obs"]["image"].shape
+    (0, 84, 84)
     """
 
     __slots__ = (
@@ -162,7 +161,7 @@ class Schema:
         Raises:
             ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
         """
-        return cls(specs_of_example(tree, varlen))
+        return cls(_specs_of_example(tree, varlen))
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
@@ -257,25 +256,6 @@ class Schema:
         """A tree of these arrays, given in field order."""
         return self._tree.build(arrays)
 
-    def packer(self, buffer: Memory) -> Packer:
-        """A writer of payloads into `buffer` that keeps its views; see `Packer`."""
-        return Packer(self, buffer)
-
-    def pack_into(self, buffer: Memory, tree: Mapping[str, object]) -> int:
-        """Copy a tree of arrays into `buffer`, each field straight to its place.
-
-        Args:
-            buffer: contiguous writable bytes, `nbytes` of them for any payload.
-            tree: a value for every field of the schema; a varlen field's array has the rows it has.
-
-        Returns:
-            Bytes of the payload, from the buffer's start.
-
-        Raises:
-            ConfigError: the tree does not fit the schema or the buffer; the message names the field and the remedy.
-        """
-        return Packer(self, buffer).pack(tree)
-
     def views(self, buffer: Memory, *, writable: bool = False) -> ArrayTree:
         """The arrays of a payload, without a copy: they share and keep alive the memory of `buffer`.
 
@@ -312,3 +292,29 @@ class Schema:
             claim for claim in zip(self.varlen, lengths, self._varlen_maxima, strict=True) if claim[1] > claim[2]
         )
         raise ProtocolError(f"field {name!r} claims {length} rows of at most {maximum}", field=name, length=length)
+
+
+def _specs_of_example(tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int]) -> list[TensorSpec]:
+    """One field for each leaf of `tree`, in its order; see `Schema.from_example`.
+
+    Raises:
+        ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
+    """
+    if isinstance(varlen, str):
+        raise ConfigError("varlen is a list of names, or a mapping of names to maximum lengths", field="varlen")
+    maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
+    leaves = flatten(tree)
+    for name in maxima:
+        if name not in leaves:
+            raise ConfigError(f"varlen names {describe(name)}, which the example lacks", field=describe(name))
+    specs = []
+    for name, leaf in leaves.items():
+        array = as_array(leaf, name)
+        spec = TensorSpec(name, array.shape, array.dtype)
+        if name in maxima:
+            maximum = maxima[name]
+            rows = spec.shape[:1] if maximum is None else (maximum,)
+            spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
+        fit(array, spec)
+        specs.append(spec)
+    return specs

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ucxx_transport.client.retry import attempt_budget_s
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.trainer.triage import AskedFor, Loss, Wanted, loss_of, round_s, sort_out
+from ucxx_transport.trainer.triage import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -92,7 +93,7 @@ async def fetch_batch(
         while wanted:
             rounds += 1
             rounds_left = max_fetch_rounds - rounds + 1
-            limit_s = round_s(max(0.0, until_s - clock()), rounds_left)
+            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
             outcomes = await client.read_many([entry.ref for entry in wanted], deadline_s=limit_s)
             may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
             again: list[Wanted] = []

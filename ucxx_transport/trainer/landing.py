@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ucxx_transport.client import Payload
-from ucxx_transport.client.outcomes import read_all
+from ucxx_transport.client.results import gather_results
 from ucxx_transport.errors import ConfigError, SlotError, TransportError
 from ucxx_transport.gpu import page_lock
 
@@ -164,7 +164,7 @@ class LandingReader:
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
     ) -> list[Payload | TransportError]:
         """See `UCXXClient.read_many`."""
-        return await read_all(lambda ref: self._read(ref, deadline_s), refs)
+        return await gather_results(lambda ref: self._read(ref, deadline_s), refs)
 
     async def _read(self, ref: SlotRef, deadline_s: float | None) -> Payload:
         self._landings.let_go()

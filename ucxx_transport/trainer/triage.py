@@ -152,11 +152,6 @@ def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: i
     return record.policy_version is None or policy_version - record.policy_version > max_staleness
 
 
-def round_s(left_s: float, rounds_left: int) -> float:
-    """Seconds for one round: half of what is left while others may follow, all of it in the last."""
-    return left_s if rounds_left <= 1 else left_s / 2
-
-
 def loss_of(wanted: Wanted, error: TransportError, *, again: bool) -> Loss | None:
     """What a failed fetch means: None to try it in the next round.
 

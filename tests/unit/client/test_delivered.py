@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from tests.unit.client.references import reference
-from ucxx_transport.client.delivered import DeliveredNames
+from ucxx_transport.client.core import Deduplicator
 from ucxx_transport.errors import StaleSlotError
 
 
 def test_a_payload_is_refused_only_after_its_delivery() -> None:
-    names = DeliveredNames(max_rings=4)
+    names = Deduplicator(max_rings=4)
     names.check(reference())
     names.check(reference())
     names.claim(reference())
@@ -22,7 +22,7 @@ def test_a_payload_is_refused_only_after_its_delivery() -> None:
 
 
 def test_of_many_threads_that_claim_a_payload_one_gets_it() -> None:
-    names = DeliveredNames(max_rings=4)
+    names = Deduplicator(max_rings=4)
     got: list[int] = []
     start = threading.Barrier(4)
 
@@ -45,27 +45,27 @@ def test_of_many_threads_that_claim_a_payload_one_gets_it() -> None:
 
 
 def test_a_newer_generation_of_the_slot_is_another_payload() -> None:
-    names = DeliveredNames(max_rings=4)
+    names = Deduplicator(max_rings=4)
     names.claim(reference(generation=8))
     names.check(reference(generation=9))
 
 
 def test_an_older_generation_is_gone_once_a_newer_was_delivered() -> None:
-    names = DeliveredNames(max_rings=4)
+    names = Deduplicator(max_rings=4)
     names.claim(reference(generation=8))
     with pytest.raises(StaleSlotError):
         names.check(reference(generation=7))
 
 
 def test_slots_and_rings_do_not_answer_for_each_other() -> None:
-    names = DeliveredNames(max_rings=4)
+    names = Deduplicator(max_rings=4)
     names.claim(reference(slot=3))
     names.check(reference(slot=4))
     names.check(reference(ring_id=b"S" * 16))
 
 
 def test_the_ring_longest_unused_is_forgotten_first() -> None:
-    names = DeliveredNames(max_rings=2)
+    names = Deduplicator(max_rings=2)
     names.claim(reference(ring_id=b"1" * 16))
     names.claim(reference(ring_id=b"2" * 16))
     names.claim(reference(ring_id=b"1" * 16, slot=9))

@@ -32,12 +32,15 @@ class Crowd:
         await settle()
 
     async def _visit(self, source: Hashable, name: str) -> None:
-        async with self.gate.enter(source):
+        await self.gate.acquire(source)
+        try:
             self.entered.append(name)
             self.inside += 1
             self.most_inside = max(self.most_inside, self.inside)
             await self._leave[name].wait()
             self.inside -= 1
+        finally:
+            self.gate.release()
 
 
 async def test_at_most_the_limit_is_inside() -> None:

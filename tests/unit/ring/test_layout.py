@@ -47,7 +47,7 @@ def test_no_two_parts_of_a_segment_overlap() -> None:
             (layout.SCHEMA_BYTE, layout.SCHEMA_BYTE + geometry.schema_bytes),
         ]
         for slot in sorted({0, min(1, last), last}):
-            start = geometry.slot_word(slot) * 8
+            start = (geometry.first_slot_word + slot * geometry.slot_words) * 8
             parts.append((start, start + (layout.FIRST_ENTRY + layout.ENTRY_WORDS * geometry.entries) * 8))
         for slot in sorted({0, min(1, last), last}):
             start = geometry.payload_byte(slot) - layout.HEADROOM_BYTES
@@ -60,7 +60,7 @@ def test_payloads_are_aligned_to_cache_lines_and_the_segment_to_pages() -> None:
     for geometry in GEOMETRIES:
         for slot in {0, geometry.slots // 2, geometry.slots - 1}:
             assert geometry.payload_byte(slot) % 64 == 0
-            assert geometry.slot_word(slot) * 8 % 64 == 0
+        assert geometry.first_slot_word * 8 % 64 == geometry.slot_words * 8 % 64 == 0
         assert geometry.total_bytes % layout.PAGE_BYTES == 0
         assert layout.MUTEX_BYTE % 64 == 0
 

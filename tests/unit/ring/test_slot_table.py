@@ -195,7 +195,7 @@ def meaning(memory: Memory) -> tuple[object, ...]:
 
 
 def entries(memory: Memory) -> list[list[int]]:
-    first = memory.geometry.slot_word(SLOT) + layout.FIRST_ENTRY
+    first = memory.geometry.first_slot_word + SLOT * memory.geometry.slot_words + layout.FIRST_ENTRY
     return [memory.words.content[first + 4 * index : first + 4 * index + 4] for index in range(memory.geometry.entries)]
 
 

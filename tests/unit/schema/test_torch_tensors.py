@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support.payloads import pack_into
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema import Schema, TensorSpec
 from ucxx_transport.schema.tensors import as_array
@@ -43,7 +44,7 @@ def test_tensors_go_into_a_payload_and_come_out_as_they_were() -> None:
     schema = Schema([TensorSpec("logits", (2, 3), "bfloat16"), TensorSpec("reward", (), "float32")])
     memory = bytearray(schema.nbytes)
     logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    schema.pack_into(memory, {"logits": logits, "reward": torch.tensor(0.5)})
+    pack_into(schema, memory, {"logits": logits, "reward": torch.tensor(0.5)})
     found = schema.views(memory)
     assert found["logits"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(found["logits"].view(np.int16), logits.view(torch.int16).numpy())

@@ -1,4 +1,4 @@
-"""Which ports one call tries, in which order. A decision: no I/O.
+"""Ports of a source: which of them one call tries, in which order, and which it avoids. A decision: no I/O.
 
 Reads that overlap take a source's healthy ports in turn, so that its server's threads share them. A read that is alone
 at its source stays at the port that served the last one: that port's thread is still polling, and the others sleep (the
@@ -10,12 +10,50 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Self
 
-from ucxx_transport.client.quarantine import PortKey, Quarantine
-
 # One rotation a call: the port that was due and, after a transport-class failure, the next one.
 PORTS_PER_CALL = 2
 # Sources whose position is remembered; beyond it the longest unused starts again at its first port.
 REMEMBERED_SOURCES = 4096
+
+PortKey = tuple[str, int]
+
+
+class Quarantine:
+    """Ports to avoid for a while after a transport-class failure.
+
+    Args:
+        duration_s: how long a port is avoided after its last failure, in seconds.
+    """
+
+    def __init__(self, duration_s: float) -> None:
+        self._duration_s = duration_s
+        self._until_s: dict[PortKey, float] = {}
+
+    def add(self, key: PortKey, now: float) -> None:
+        """Avoid `key` until `duration_s` from now."""
+        self._until_s[key] = now + self._duration_s
+
+    def forgive(self, key: PortKey) -> None:
+        """`key` has just served a read: it is healthy."""
+        self._until_s.pop(key, None)
+
+    def holds(self, key: PortKey, now: float) -> bool:
+        """Whether `key` is to be avoided now."""
+        until_s = self._until_s.get(key)
+        if until_s is None:
+            return False
+        if now < until_s:
+            return True
+        del self._until_s[key]
+        return False
+
+    def prune(self, now: float) -> None:
+        """Forget what has expired, so that sources long gone cost nothing."""
+        self._until_s = {key: until_s for key, until_s in self._until_s.items() if now < until_s}
+
+    def __len__(self) -> int:
+        """Ports on the list, expired ones included until they are looked at."""
+        return len(self._until_s)
 
 
 class Turn:

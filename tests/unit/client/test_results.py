@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.unit.client.references import reference
-from ucxx_transport.client.outcomes import read_all
 from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.results import gather_results
 from ucxx_transport.errors import StaleSlotError
 from ucxx_transport.schema import SlotRef
 
@@ -37,7 +37,7 @@ class Reads:
 
 async def test_each_read_has_its_own_outcome() -> None:
     reads = Reads()
-    payload, error = await read_all(reads.read, REFS[:2])
+    payload, error = await gather_results(reads.read, REFS[:2])
     assert payload is reads.delivered[0]
     assert isinstance(error, StaleSlotError)
     assert not reads.delivered[0].released
@@ -47,13 +47,13 @@ async def test_cancelled_reads_keep_nothing() -> None:
     reads = Reads()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
-            await read_all(reads.read, REFS)
+            await gather_results(reads.read, REFS)
     assert [payload.released for payload in reads.delivered] == [True]
 
 
 async def test_an_unforeseen_error_is_raised_and_keeps_nothing() -> None:
     reads = Reads(MemoryError("no buffer"))
     with pytest.raises(ExceptionGroup) as caught:
-        await read_all(reads.read, REFS)
+        await gather_results(reads.read, REFS)
     assert caught.group_contains(MemoryError)
     assert [payload.released for payload in reads.delivered] == [True]

@@ -1,4 +1,4 @@
-"""Which ports a call tries: in turn, healthy ones first, never none."""
+"""Which ports a call tries: in turn, healthy ones first, never none; one that has just failed is avoided."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ucxx_transport.client.quarantine import PortKey, Quarantine
-from ucxx_transport.client.rotation import PORTS_PER_CALL, REMEMBERED_SOURCES, Rotation
+from ucxx_transport.client.ports import PORTS_PER_CALL, REMEMBERED_SOURCES, PortKey, Quarantine, Rotation
 
 HOST = "10.0.0.1"
 PORTS = (5001, 5002, 5003, 5004)
@@ -131,3 +130,48 @@ def test_every_call_has_one_or_two_different_ports_and_healthy_ones_first(
         assert len(tried) == min(candidates, PORTS_PER_CALL)
         assert len(set(tried)) == len(tried)
         assert avoided == set(ports) or not avoided & set(tried)
+
+
+def test_a_port_is_avoided_for_the_whole_duration_and_not_longer() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.add((HOST, 5001), 100.0)
+    assert quarantine.holds((HOST, 5001), 100.0)
+    assert quarantine.holds((HOST, 5001), 129.999)
+    assert not quarantine.holds((HOST, 5001), 130.0)
+
+
+def test_a_further_failure_restarts_the_duration() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.add((HOST, 5001), 100.0)
+    quarantine.add((HOST, 5001), 120.0)
+    assert quarantine.holds((HOST, 5001), 149.0)
+
+
+def test_only_the_port_that_failed_is_avoided() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.add((HOST, 5001), 100.0)
+    assert not quarantine.holds((HOST, 5002), 100.0)
+    assert not quarantine.holds(("10.0.0.2", 5001), 100.0)
+
+
+def test_a_port_that_served_a_read_is_forgiven() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.add((HOST, 5001), 100.0)
+    quarantine.forgive((HOST, 5001))
+    quarantine.forgive((HOST, 5002))
+    assert not quarantine.holds((HOST, 5001), 100.0)
+
+
+def test_a_duration_of_zero_avoids_nothing() -> None:
+    quarantine = Quarantine(0.0)
+    quarantine.add((HOST, 5001), 100.0)
+    assert not quarantine.holds((HOST, 5001), 100.0)
+
+
+def test_what_has_expired_is_forgotten() -> None:
+    quarantine = Quarantine(30.0)
+    for number in range(100):
+        quarantine.add(("10.0.0.1", number), float(number))
+    quarantine.prune(100.0)
+    assert len(quarantine) == 29
+    assert quarantine.holds(("10.0.0.1", 99), 100.0)
