@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.leaks import KINDS, leaks_since, mark_own_processes, own_segments, snapshot
+from tests.support.leaks import KINDS, leaks_since, mark_own_processes, snapshot
+from tests.support.segment_folder import VARIABLE, SegmentFolder
 
 
 def pytest_configure() -> None:
@@ -34,14 +35,18 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_left_at_the_end() -> Iterator[None]:
+def _folder_of_segments() -> Iterator[str]:
+    """A folder of this test process's own; nothing may be left in it at the end."""
     mark_own_processes()
     # multiprocessing starts it when it is first needed and keeps it, with its pipe, for the whole process.
     resource_tracker.ensure_running()
-    before = set(own_segments())
-    yield
-    left = sorted(set(own_segments()) - before)
-    assert not left, f"left in /dev/shm at the end of the run: {left}"
+    folder = SegmentFolder(os.environ.get("PYTEST_XDIST_WORKER", "main"))
+    for name in [name for name in os.environ if name.startswith("UCXX_TRANSPORT_")]:
+        del os.environ[name]
+    os.environ[VARIABLE] = str(folder.path)
+    yield str(folder.path)
+    left = folder.remove()
+    assert not left, f"left in the folder of segments at the end of the run: {left}"
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -92,11 +97,3 @@ class _Recorder(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.events.append({**vars(record), "log_level": record.levelname.lower()})
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller's environment decides nothing about a test."""
-    for name in list(os.environ):
-        if name.startswith("UCXX_TRANSPORT_"):
-            monkeypatch.delenv(name)

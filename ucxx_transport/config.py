@@ -14,6 +14,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings.fields import (
     Bytes,
     Count,
+    Folder,
     Name,
     OptionalBytes,
     OptionalCount,
@@ -69,6 +70,10 @@ class RingConfig:
     )
     slot_bytes: OptionalBytes = setting(default=None, ge=1, le=1 << 46, description="largest raw payload of a slot")
     name: OptionalName = setting(default=None, description="name of the segment; unset makes a random one")
+    folder: Folder = setting(
+        default="/dev/shm",  # noqa: S108 - POSIX shared memory, not a temporary file
+        description="where the segment is made; readers and `clean` look where their own setting says",
+    )
     on_full: Literal["overwrite", "block", "raise"] = setting(
         default="overwrite",
         description="with no free slot: drop the oldest unread payload, wait, or raise RingFullError",

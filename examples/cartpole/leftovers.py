@@ -1,4 +1,4 @@
-"""What a run left behind: looked up in /dev/shm and /proc themselves, not in anybody's books."""
+"""What a run left behind: looked up in the folder of segments and /proc themselves, not in anybody's books."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 
 from cartpole.processes import RUN_VARIABLE
+from ucxx_transport.ring.owner import segment_folder
 
 __all__ = ["run_processes", "run_segments", "wait_until_gone"]
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - not a temporary file: where the rings of this host are
 _POLL_S = 0.05
 
 
 def run_segments(ring_prefix: str) -> list[str]:
-    """Names of the segments in /dev/shm that belong to the run whose rings begin with `ring_prefix`."""
-    return sorted(path.name for path in _SHARED_MEMORY.iterdir() if ring_prefix in path.name)
+    """Names of the segments that belong to the run whose rings begin with `ring_prefix`."""
+    return sorted(path.name for path in segment_folder().iterdir() if ring_prefix in path.name)
 
 
 def run_processes(run_id: str) -> list[int]:

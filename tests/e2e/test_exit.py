@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,10 +12,11 @@ from tests.support.programs import program
 from tests.support.served_ring import client_of, served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import SlotRef, SlotState
+from ucxx_transport.ring.segment import segment_path
 
 
 def segment_exists(name: str) -> bool:
-    return Path(f"/dev/shm/ucxx_transport-{name}").exists()
+    return segment_path(name).exists()
 
 
 def gone(pid: int) -> bool:

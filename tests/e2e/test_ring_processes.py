@@ -24,8 +24,8 @@ from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.orphans import NAME_PREFIX, list_segments
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
+from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import segment_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "tests.e2e.programs.ring_roles"
@@ -78,7 +78,7 @@ class Actor:
 def ring_of(**settings: object) -> Iterator[SharedRingBuffer]:
     with SharedRingBuffer.create(RingConfig(**{"slots": 8, "slot_bytes": 4096, **settings})) as ring:  # type: ignore[arg-type]  # RingConfig checks them
         yield ring
-    assert not (SHARED_MEMORY_FOLDER / (NAME_PREFIX + ring.name)).exists()
+    assert not segment_path(ring.name).exists()
 
 
 def in_use(ring: SharedRingBuffer) -> set[SlotState]:
@@ -288,7 +288,7 @@ def test_a_creator_that_ends_by_itself_leaves_no_segment(ending: str, code: int)
     done = python(MAKE + ending)
     assert done.returncode == code, done.stderr
     name = done.stdout.splitlines()[0]
-    assert not (SHARED_MEMORY_FOLDER / (NAME_PREFIX + name)).exists()
+    assert not segment_path(name).exists()
     if code != -signal.SIGINT:
         assert done.stderr == ""
 

@@ -14,6 +14,7 @@ from tests.support.programs import Program, program
 from tests.support.served_ring import client_of
 from tests.support.waiting import wait_until
 from ucxx_transport import PeerLostError, SlotRef, StaleSlotError, SyncUCXXClient
+from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 MINUTE = 60
@@ -35,7 +36,7 @@ def read_as_played(client: SyncUCXXClient, record: EpisodeRecord) -> str:
 
 def segments_of(ref: SlotRef | None) -> list[Path]:
     assert ref is not None
-    return list(Path("/dev/shm").glob(f"*{ref.ring_name}"))
+    return [path for path in [segment_path(ref.ring_name)] if path.exists()]
 
 
 @pytest.mark.parametrize("local", ["off", long("view")])

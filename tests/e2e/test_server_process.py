@@ -30,6 +30,7 @@ from ucxx_transport import (
     SlotState,
     SyncUCXXClient,
 )
+from ucxx_transport.ring.segment import segment_path
 
 MINUTE = 60
 
@@ -81,6 +82,14 @@ def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
         wait_until(lambda: served.server.statistics().total("delivered") == 4, MINUTE)  # counts outlive the process
         deaths = [event for event in log_events if event["event"] == "server process died; restarting"]
         assert [(event["reason"], event["restarts"]) for event in deaths] == [(number.name, 1)]
+
+
+def test_server_process_is_told_the_folder_of_its_ring(tmp_path: Path) -> None:
+    with served_ring(ring={"folder": str(tmp_path)}) as served, client_of(local="auto") as client:
+        assert served.ring.folder == tmp_path
+        with client.read(write(served.ring, 0)) as payload:
+            assert holds(payload, 0)
+            assert payload.transport == "ucx"  # this process looks for rings elsewhere
 
 
 def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
@@ -140,10 +149,6 @@ def test_stopped_server_costs_a_read_its_deadline_and_nothing_else() -> None:
         assert client.statistics().lent_buffers == 0
 
 
-def segment(name: str) -> Path:
-    return Path(f"/dev/shm/ucxx_transport-{name}")
-
-
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -163,7 +168,7 @@ def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals
         worker.signal(number)
         assert worker.wait() == -number
         wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
-        assert not segment(ring).exists()
+        assert not segment_path(ring).exists()
         assert not any(is_listening(port) for port in ref.ports)
         with pytest.raises((PeerLostError, DeadlineExceededError)):
             client.read(SlotRef.from_dict({**ref.to_dict(), "generation": 2}), deadline_s=2.0)
@@ -177,7 +182,7 @@ def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signal
         os.killpg(worker.pid, number)
         worker.wait()
         wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
-        assert not segment(ring).exists()
+        assert not segment_path(ring).exists()
         assert not any(is_listening(port) for port in ref.ports)
 
 
@@ -197,11 +202,11 @@ def test_server_of_a_worker_that_takes_long_to_die_still_sweeps() -> None:
         facts = worker.hear()
         wait_until(lambda: not is_listening(facts["port"]), MINUTE, what="the server stops serving")
         assert psutil.pid_exists(facts["server"])
-        assert segment(facts["ring"]).exists()
+        assert segment_path(facts["ring"]).exists()
         worker.signal(signal.SIGKILL)
         worker.wait()
         wait_until(lambda: not psutil.pid_exists(facts["server"]), MINUTE, what="the server process ends")
-        assert not segment(facts["ring"]).exists()
+        assert not segment_path(facts["ring"]).exists()
 
 
 def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
@@ -213,7 +218,7 @@ def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
         os.kill(server, signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(server), MINUTE)
         with open_ring():  # or another process's creation on this host, before this one
-            assert not segment(ring).exists()
+            assert not segment_path(ring).exists()
 
 
 def read_both_ways(client: SyncUCXXClient, local: SyncUCXXClient, refs: list[SlotRef]) -> list[int]:

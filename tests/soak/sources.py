@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import psutil
 from tests.soak.actors import Actor, Stage
 from tests.soak.ledger import Ledger
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
+from ucxx_transport.ring.segment import segment_path
 
 __all__ = ["SLOTS", "Source", "dwell_s", "is_running", "segment_exists"]
 
@@ -120,5 +120,5 @@ def is_running(pid: int) -> bool:
 
 
 def segment_exists(name: str) -> bool:
-    """Whether a ring's file is in /dev/shm."""
-    return os.path.exists(f"/dev/shm/ucxx_transport-{name}")
+    """Whether a ring's file is there."""
+    return segment_path(name).exists()

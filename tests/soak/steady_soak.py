@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +19,7 @@ import psutil
 from tests.soak.steady_worker import play
 from tests.support.programs import Program, program
 from ucxx_transport import ClientConfig
+from ucxx_transport.ring.orphans import list_segments
 from ucxx_transport.trainer import RolloutFeed
 
 BATCH: Final = 50
@@ -125,7 +125,7 @@ class SteadySoak:
         look = Look(
             episodes=self.episodes,
             usage={name: _usage(process) for name, process in processes.items()},
-            shm_bytes=sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("ucxx_transport-*")),
+            shm_bytes=sum(info.path.stat().st_blocks * 512 for info in list_segments()),
         )
         self.looks.append(look)
         self._on_look(look)

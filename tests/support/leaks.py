@@ -1,5 +1,7 @@
 """What a test may not leave behind: segments, processes, threads and file descriptors.
 
+Segments are those in this test process's own folder (`ring.folder`); processes its own descendants.
+
 A snapshot is taken around every test. What is new afterwards gets a bounded time to go away (a worker that is just
 exiting, a loop that is just closing) and garbage is collected; what is still there then fails the test.
 
@@ -17,15 +19,12 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from ucxx_transport.ring.layout import CREATOR_PID_WORD, WORD_BYTES
+from tests.support.segment_folder import segments
 
-__all__ = ["KINDS", "Resources", "leaks_since", "mark_own_processes", "own_segments", "snapshot"]
+__all__ = ["KINDS", "Resources", "leaks_since", "mark_own_processes", "snapshot"]
 
 KINDS = ("segments", "processes", "threads", "descriptors")
-SHARED_MEMORY_FOLDER = Path("/dev/shm")
-SEGMENT_PREFIX = "ucxx_transport"
 SETTLE_S = 5.0
 
 # Started on purpose by `multiprocessing` once for a whole process, and ended by its exit.
@@ -51,10 +50,9 @@ def mark_own_processes() -> None:
 
 def snapshot() -> Resources:
     """What this process and its descendants hold now."""
-    processes = dict(_own_processes())
     return Resources(
-        segments=frozenset(own_segments(processes)),
-        processes=frozenset(processes.values()),
+        segments=frozenset(path.name for path in segments()),
+        processes=frozenset(dict(_own_processes()).values()),
         threads=frozenset(_own_threads()),
         descriptors=frozenset(_own_descriptors()),
     )
@@ -68,21 +66,6 @@ def leaks_since(before: Resources, *, allowed: Collection[str] = ()) -> dict[str
         allowed: kinds that are not looked at.
     """
     return _settled(lambda: _difference(before, allowed))
-
-
-def own_segments(processes: Collection[int] | None = None) -> list[str]:
-    """Names in /dev/shm of segments that this process, a descendant or a dead process made.
-
-    A segment of another live process belongs to a neighbour on this machine.
-    """
-    names = [entry.name for entry in os.scandir(SHARED_MEMORY_FOLDER) if entry.name.startswith(SEGMENT_PREFIX)]
-    if not names:
-        return []
-    own = {os.getpid(), *(processes if processes is not None else dict(_own_processes()))}
-    creators = {name: _creator(name) for name in names}
-    return sorted(
-        name for name, pid in creators.items() if pid is not None and (pid in own or not os.path.exists(f"/proc/{pid}"))
-    )
 
 
 def _difference(before: Resources, allowed: Collection[str]) -> dict[str, list[str]]:
@@ -146,16 +129,6 @@ def _read(path: str) -> bytes:
             return file.read()
     except OSError:
         return b""
-
-
-def _creator(name: str) -> int | None:
-    """The pid that the segment names; 0 while it is being made; None when it is gone again, or of another user."""
-    try:
-        with (SHARED_MEMORY_FOLDER / name).open("rb") as file:
-            file.seek(CREATOR_PID_WORD * WORD_BYTES)
-            return int.from_bytes(file.read(WORD_BYTES), "little")
-    except OSError:
-        return None
 
 
 def _own_threads() -> Iterator[str]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support import leaks
 from tests.support.leaks import leaks_since, snapshot
-from ucxx_transport.ring.layout import CREATOR_PID_WORD, WORD_BYTES
+from tests.support.segment_folder import SegmentFolder
+from ucxx_transport.ring.segment import segment_path
 
 
 @pytest.fixture(autouse=True)
@@ -70,24 +68,34 @@ def test_an_orphan_of_a_dead_child_is_found_too() -> None:
     assert "an orphan" in found["processes"][0]
 
 
-def test_a_segment_of_a_dead_process_is_found_and_a_neighbours_is_not() -> None:
+def test_a_segment_in_this_run_s_folder_is_found_whoever_made_it_and_a_neighbour_s_is_not() -> None:
     before = snapshot()
-    mine, foreign = (Path("/dev/shm", f"ucxx_transport-guard-{os.getpid()}-{name}") for name in ("mine", "foreign"))
-    with kept(mine, creator=0), kept(foreign, creator=1):
+    neighbour = SegmentFolder("neighbour")
+    mine, foreign = segment_path("guard"), segment_path("guard", neighbour.path)
+    mine.touch()
+    foreign.touch()
+    try:
         assert leaks_since(before, allowed=["descriptors"])["segments"] == [mine.name]
+    finally:
+        mine.unlink()
+        neighbour.remove()
 
 
-@contextmanager
-def kept(path: Path, *, creator: int) -> Iterator[None]:
-    """A file that names its creator, under the lock that keeps sweeps of other programs away from it."""
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(bytes(CREATOR_PID_WORD * WORD_BYTES) + creator.to_bytes(WORD_BYTES, "little"))
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink()
+def test_the_folder_of_a_killed_run_is_removed_by_the_next_and_a_living_run_s_is_not() -> None:
+    living = SegmentFolder("living")
+    program = (
+        "import os, signal; from tests.support.segment_folder import SegmentFolder;"
+        "print(SegmentFolder('killed').path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    killed = Path(done.stdout.strip())
+    assert killed.is_dir()
+    try:
+        SegmentFolder("next").remove()
+        assert living.path.exists()
+        assert not killed.exists()
+    finally:
+        living.remove()
 
 
 def test_what_is_allowed_is_not_looked_at(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`ucxx-transport clean`: remove what dead processes left in /dev/shm."""
+"""`ucxx-transport clean`: remove the segments of dead processes."""
 
 from __future__ import annotations
 

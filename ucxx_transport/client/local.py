@@ -14,7 +14,7 @@ import xxhash
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ChecksumError, ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import host_id
+from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
@@ -77,7 +77,8 @@ class LocalReader:
         self._on_fallback = on_fallback
         self._claim = claim
         self._clock = clock
-        self._host_id = host_id()
+        self._folder = segment_folder()
+        self._host_id = host_id(self._folder)
         self._lock = threading.Lock()
         self._rings: OrderedDict[bytes, SharedRingBuffer] = OrderedDict()
         self._unreachable: set[bytes] = set()
@@ -161,7 +162,7 @@ class LocalReader:
         if ref.ring_id in self._unreachable:
             return None
         try:
-            ring = SharedRingBuffer.attach(ref.ring_name)
+            ring = SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
         except (ConfigError, ProtocolError) as error:
             if error.facts.get("reason") == "missing":
                 raise _gone(ref) from None

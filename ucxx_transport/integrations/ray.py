@@ -20,8 +20,9 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id
+from ucxx_transport.ring.orphans import remove_orphan
+from ucxx_transport.ring.owner import host_id
+from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer.references import is_ours, record_of
 
@@ -181,7 +182,7 @@ class ActorRollouts(Iterator[Any]):
     def _note_ring(self, number: int, answer: object) -> None:
         record = record_of(answer) if is_ours(answer) else None
         if isinstance(record, EpisodeRecord) and record.ref is not None and record.ref.host_id == host_id():
-            ring = SHARED_MEMORY_FOLDER / f"{NAME_PREFIX}{record.ref.ring_name}"
+            ring = segment_path(record.ref.ring_name)
             if self._actors[number] is None:
                 self._unswept.add(ring)  # it answered, and was dead before anybody looked
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,8 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
     Raises:
         ConfigError: the name is in use, or the ring does not fit the memory.
     """
-    sweep_orphans()
+    folder = Path(config.folder)
+    sweep_orphans(folder)
     schema = None
     if config.schema is not None:
         given = config.schema
@@ -63,7 +65,7 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
         pid_namespace=pid_namespace(),
     )
     name = config.name or f"{os.getpid()}-{secrets.token_hex(6)}"
-    segment = create_segment(name, identity.geometry.total_bytes)
+    segment = create_segment(name, identity.geometry.total_bytes, folder)
     try:
         if config.prefault:
             segment.populate(write=True)
@@ -74,15 +76,20 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
     return segment, identity, schema
 
 
-def attach_ring(name: str, *, populate: bool) -> tuple[Segment, Identity, Schema | None]:
+def attach_ring(name: str, *, populate: bool, folder: Path | None = None) -> tuple[Segment, Identity, Schema | None]:
     """Map a ring by its name and check that it is one.
+
+    Args:
+        name: of the ring.
+        populate: map all its pages now.
+        folder: where its segment is; None for `segment_folder()`.
 
     Raises:
         ConfigError: there is no such ring here, or its creator's pids mean nothing here.
         NotReadyError: it is still being made.
         ProtocolError: it is no ring, of another layout version, or damaged; says what was found.
     """
-    segment = open_segment(name)
+    segment = open_segment(name, folder)
     words = segment.words[:IDENTITY_WORDS].tolist()
     blank = not any(words[: COMPLETE_WORD + 1])
     of_ours = words[MAGIC_WORD] == MAGIC and words[VERSION_WORD] == LAYOUT_VERSION

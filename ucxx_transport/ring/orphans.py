@@ -13,7 +13,7 @@ from typing import Final
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.ring.identity import Identity
 from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, WORD_BYTES
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, boot_id, owner_alive, pid_namespace
+from ucxx_transport.ring.owner import boot_id, owner_alive, pid_namespace, segment_folder
 
 NAME_PREFIX: Final = "ucxx_transport-"
 
@@ -42,9 +42,13 @@ class SegmentInfo:
     creator_alive: bool
 
 
-def list_segments(folder: Path = SHARED_MEMORY_FOLDER) -> list[SegmentInfo]:
-    """All segments in the folder that this user may open, by name."""
-    found = [inspect_segment(path) for path in sorted(folder.glob(NAME_PREFIX + "*"))]
+def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
+    """All segments in a folder that this user may open, by name.
+
+    Args:
+        folder: where to look; None for `segment_folder()`.
+    """
+    found = [inspect_segment(path) for path in _segment_paths(folder)]
     return [info for info in found if info is not None]
 
 
@@ -59,15 +63,16 @@ def inspect_segment(path: Path) -> SegmentInfo | None:
         os.close(fd)
 
 
-def sweep_orphans(folder: Path = SHARED_MEMORY_FOLDER) -> list[str]:
+def sweep_orphans(folder: Path | None = None) -> list[str]:
     """Remove the segments of dead creators.
+
+    Args:
+        folder: where to look; None for `segment_folder()`.
 
     Returns:
         The names removed, without the common prefix. Processes that have one mapped keep it.
     """
-    return [
-        path.name.removeprefix(NAME_PREFIX) for path in sorted(folder.glob(NAME_PREFIX + "*")) if remove_orphan(path)
-    ]
+    return [path.name.removeprefix(NAME_PREFIX) for path in _segment_paths(folder) if remove_orphan(path)]
 
 
 def remove_orphan(path: Path) -> bool:
@@ -99,6 +104,10 @@ def remove_orphan(path: Path) -> bool:
         return True
     finally:
         os.close(fd)
+
+
+def _segment_paths(folder: Path | None) -> list[Path]:
+    return sorted((folder or segment_folder()).glob(NAME_PREFIX + "*"))
 
 
 def _inspect(fd: int, path: Path) -> SegmentInfo:

@@ -1,15 +1,15 @@
-"""Who holds what: a process as (pid, start time), whether it still lives, and which host it lives on."""
+"""Owners: a process as (pid, start time), whether it still lives, its host, and the folder of its segments."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import xxhash
 
-SHARED_MEMORY_FOLDER: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory, not a temporary file
+from ucxx_transport.errors import ConfigError
 
 
 class Owner(NamedTuple):
@@ -63,19 +63,45 @@ def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-def host_id() -> str:
-    """32 hex digits that are equal exactly where a segment of this process can be attached.
+def segment_folder() -> Path:
+    """The folder of segments where a caller names none: the setting `ring.folder` of this process.
 
-    Made of the boot id, the pid namespace and the device of /dev/shm: two containers on one machine differ unless they
-    share both.
+    Raises:
+        ConfigError: a setting of the ring, in the environment or in TOML, is wrong.
     """
-    device = os.stat(SHARED_MEMORY_FOLDER).st_dev
-    return _host_id(boot_id(), pid_namespace(), device)
+    # here, because a server process is told its ring's folder and so needs no settings
+    from ucxx_transport.config import RingConfig
+
+    return Path(RingConfig(slot_bytes=1).folder)
+
+
+def host_id(folder: Path | None = None) -> str:
+    """32 hex digits that are equal exactly where the segments of a folder can be attached.
+
+    Made of the boot id, the pid namespace, and the device and inode of the folder: two containers on one machine differ
+    unless they share namespace and folder.
+
+    Args:
+        folder: where the segments are; None for `segment_folder()`.
+
+    Raises:
+        ConfigError: the folder is not there.
+    """
+    folder = folder or segment_folder()
+    try:
+        facts = os.stat(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of the rings cannot be used: {error.strerror}; make it, or set ring.folder to another",
+            field="folder",
+            value=str(folder),
+        ) from error
+    return _host_id(boot_id(), pid_namespace(), facts.st_dev, facts.st_ino)
 
 
 @cache
-def _host_id(boot: bytes, namespace: int, device: int) -> str:
-    return xxhash.xxh3_128_hexdigest(boot + namespace.to_bytes(8, "little") + device.to_bytes(8, "little"))
+def _host_id(boot: bytes, *numbers: int) -> str:
+    return xxhash.xxh3_128_hexdigest(boot + b"".join(number.to_bytes(8, "little") for number in numbers))
 
 
 @cache

@@ -29,7 +29,7 @@ class ReferenceMaker:
             slot=0,
             generation=0,
             nbytes=0,
-            host_id=host_id(),
+            host_id=host_id(core.segment.path.parent),
             fingerprint=core.identity.fingerprint,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -53,8 +54,13 @@ class RingHandle:
 
     @property
     def name(self) -> str:
-        """What `attach` takes; the file is `/dev/shm/ucxx_transport-<name>`."""
+        """What `attach` takes; the file is `<folder>/ucxx_transport-<name>`."""
         return self._segment.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its segment is."""
+        return self._segment.path.parent
 
     @property
     def ring_id(self) -> bytes:

@@ -1,4 +1,4 @@
-"""The memory of a ring: one file in /dev/shm, mapped. Made, filled, attached to and removed here.
+"""The memory of a ring: one file, mapped, in the folder of segments. Made, filled, attached to and removed here.
 
 A file of our own instead of `multiprocessing.shared_memory`: up to Python 3.12 the resource tracker of that module
 unlinks a segment when any process that attached to it exits. The creator holds `flock` on the file for life, through a
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring.layout import PAGE_BYTES
 from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
+from ucxx_transport.ring.owner import segment_folder
 
 _CHUNK_BYTES: Final = 256 << 20
 """Allocated and touched at a time, so that signals are seen in between (the kernel starts an interrupted call anew)."""
@@ -155,8 +155,12 @@ def _leave_all_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
-def segment_path(name: str, folder: Path = SHARED_MEMORY_FOLDER) -> Path:
-    """The file of a segment, whether `name` has the common prefix or not.
+def segment_path(name: str, folder: Path | None = None) -> Path:
+    """The file of a segment.
+
+    Args:
+        name: with or without the common prefix.
+        folder: where it is; None for `segment_folder()`.
 
     Raises:
         ConfigError: not a plain file name.
@@ -164,11 +168,16 @@ def segment_path(name: str, folder: Path = SHARED_MEMORY_FOLDER) -> Path:
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
         raise ConfigError(f"{name!r} is not a segment's name: a file name, without a slash", field="name", value=name)
-    return folder / (NAME_PREFIX + plain)
+    return (folder or segment_folder()) / (NAME_PREFIX + plain)
 
 
-def create_segment(name: str, nbytes: int, folder: Path = SHARED_MEMORY_FOLDER) -> Segment:
-    """Make a zeroed file of `nbytes`, all of it allocated, and map it. It holds no complete identity yet.
+def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segment:
+    """Make a zeroed file, all of it allocated, and map it. It holds no complete identity yet.
+
+    Args:
+        name: of the file, with or without the common prefix.
+        nbytes: its size.
+        folder: where to make it; None for `segment_folder()`.
 
     Raises:
         ConfigError: the name is in use by a live creator, or the memory is not there; says how much is needed and free.
@@ -184,8 +193,12 @@ def create_segment(name: str, nbytes: int, folder: Path = SHARED_MEMORY_FOLDER) 
         raise
 
 
-def open_segment(name: str, folder: Path = SHARED_MEMORY_FOLDER) -> Segment:
+def open_segment(name: str, folder: Path | None = None) -> Segment:
     """Map an existing file, whatever it holds.
+
+    Args:
+        name: of the file, with or without the common prefix.
+        folder: where it is; None for `segment_folder()`.
 
     Raises:
         ConfigError: there is none, or it is not ours to open.

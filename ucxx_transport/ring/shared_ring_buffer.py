@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
@@ -55,7 +56,7 @@ class SharedRingBuffer(RingHandle):
             clock: monotonic seconds.
 
         Raises:
-            ConfigError: the name is in use by a live creator, or the ring does not fit /dev/shm.
+            ConfigError: the name is in use by a live creator, or the ring does not fit its folder.
         """
         return cls(*create_ring(config), owner=owner, alive=alive, clock=clock)
 
@@ -64,6 +65,7 @@ class SharedRingBuffer(RingHandle):
         cls,
         name: str,
         *,
+        folder: Path | str | None = None,
         populate: bool = True,
         owner: Owner | None = None,
         alive: Callable[[int, int], bool] = owner_alive,
@@ -73,6 +75,7 @@ class SharedRingBuffer(RingHandle):
 
         Args:
             name: its `name`, or that of a SlotRef (`ring_name`).
+            folder: where its segment is; None for the setting `ring.folder` of this process.
             populate: map all its pages now; the first read of each is half as fast otherwise.
             owner: in whose name this handle takes slots; None for this process.
             alive: whether the process (pid, start time) lives.
@@ -83,7 +86,8 @@ class SharedRingBuffer(RingHandle):
             NotReadyError: it is still being made.
             ProtocolError: no ring, another layout version, or damaged; says what was found.
         """
-        return cls(*attach_ring(name, populate=populate), owner=owner, alive=alive, clock=clock)
+        where = None if folder is None else Path(folder)
+        return cls(*attach_ring(name, populate=populate, folder=where), owner=owner, alive=alive, clock=clock)
 
     def write(
         self,

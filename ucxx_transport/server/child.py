@@ -85,7 +85,7 @@ def main(ready_fd: int) -> int:
     worker = WorkerEnd(order.worker_pid)
     settings = order.settings
     try:
-        ring = SharedRingBuffer.attach(order.ring_name)
+        ring = SharedRingBuffer.attach(order.ring_name, folder=order.ring_folder)
         group = PortGroup(ring, settings, ucxx_links(settings))
         ports = group.start(time.monotonic() + settings.start_timeout_s)
     except TransportError as error:
@@ -98,7 +98,7 @@ def main(ready_fd: int) -> int:
     ring.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if end is _End.ABANDONED and worker.wait_until_gone(DYING_S):
-        sweep_orphans()
+        sweep_orphans(ring.folder)
     return 0 if ended and end is not _End.BROKEN else 1
 
 

@@ -25,11 +25,14 @@ class ServerOrder:
     """Which ring to serve, and how.
 
     Attributes:
-        ring_name: segment to attach. worker_pid: the process whose death ends the server.
+        ring_name: the segment to attach.
+        ring_folder: where it is; the server process reads no settings.
+        worker_pid: the process whose death ends the server.
         settings: `ports` names the very ports after a restart.
     """
 
     ring_name: str
+    ring_folder: str
     worker_pid: int
     settings: PortSettings
 
@@ -48,6 +51,7 @@ class ServerOrder:
         token = bytes.fromhex(settings["token"]) if settings["token"] is not None else None
         return ServerOrder(
             ring_name=order["ring_name"],
+            ring_folder=order["ring_folder"],
             worker_pid=order["worker_pid"],
             settings=PortSettings(**{**settings, "ports": tuple(settings["ports"]), "token": token}),
         )

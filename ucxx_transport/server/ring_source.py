@@ -29,7 +29,11 @@ class RingSource:
         """What a record says of it now."""
         host, ports = self._ring.address()
         return Offer(
-            ring_id=self._ring.ring_id, ring_name=self._ring.name, host_id=host_id(), host=host, ports=tuple(ports)
+            ring_id=self._ring.ring_id,
+            ring_name=self._ring.name,
+            host_id=host_id(self._ring.folder),
+            host=host,
+            ports=tuple(ports),
         )
 
     def hold(self) -> None:

@@ -169,6 +169,7 @@ class UCXXServer(RingSource):
     def _start_process(self, deadline_s: float) -> tuple[int, ...]:
         supervisor = Supervisor(
             self._ring.name,
+            self._ring.folder,
             PortSettings.of(self._config),
             on_death=self._reclaim,
             on_ports=self._ports_of_replacement,

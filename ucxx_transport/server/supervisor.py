@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Thread
 
 from ucxx_transport.companion import start_companion
@@ -62,7 +63,9 @@ class Supervisor:
     """Runs `ucxx_transport.server.child` for one ring.
 
     Args:
-        ring_name: segment the child attaches. settings: of its ports.
+        ring_name: the segment the child attaches.
+        ring_folder: where it is.
+        settings: of its ports.
         on_death: called in the supervising thread when a child has died unasked, before it is replaced.
         on_ports: called there with the ports of every child that came up.
     """
@@ -70,12 +73,14 @@ class Supervisor:
     def __init__(
         self,
         ring_name: str,
+        ring_folder: Path,
         settings: PortSettings,
         *,
         on_death: Callable[[], None],
         on_ports: Callable[[tuple[int, ...]], None],
     ) -> None:
         self._ring_name = ring_name
+        self._ring_folder = ring_folder
         self._settings = settings
         self._on_death = on_death
         self._on_ports = on_ports
@@ -174,7 +179,12 @@ class Supervisor:
             os.close(ready_write)
         self._ready_fd = ready_read
         child = _Child(process, pidfd, time.monotonic())
-        order = ServerOrder(ring_name=self._ring_name, worker_pid=os.getpid(), settings=settings)
+        order = ServerOrder(
+            ring_name=self._ring_name,
+            ring_folder=str(self._ring_folder),
+            worker_pid=os.getpid(),
+            settings=settings,
+        )
         assert process.stdin is not None
         try:
             process.stdin.write(order.to_line())

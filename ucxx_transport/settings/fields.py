@@ -7,6 +7,7 @@
 | `Seconds`                 | a number or text such as `250ms`              | `float`, finite                      |
 | `Name`                    | letters, digits, `.`, `_`, `-`; 128 at most   | `str`                                |
 | `Text`                    | text that is not empty                        | `str`                                |
+| `Folder`                  | an absolute path, as text or `Path`           | `str`                                |
 | `OptionalToken`           | `bytes`, or text, which is taken as UTF-8     | `Secret`, which no `repr` shows      |
 | `Ports`                   | a count, or port numbers (`5001,5002`)        | `int`, or a tuple of `int`           |
 | `UCXSettings`             | names to values, with or without `UCX_`       | names without `UCX_` to text         |
@@ -20,6 +21,7 @@ ValueError that says what it expected. Any other class is a kind of its instance
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
@@ -31,6 +33,7 @@ __all__ = [
     "MAX_PORTS",
     "Bytes",
     "Count",
+    "Folder",
     "Name",
     "OptionalBytes",
     "OptionalCount",
@@ -104,6 +107,12 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("expected text that is not empty")
     return value
+
+
+def _folder(value: object) -> str:
+    if not isinstance(value, str | os.PathLike) or not os.path.isabs(value):
+        raise ValueError("expected a folder's absolute path")
+    return os.path.normpath(os.fspath(value))
 
 
 def _boolean(value: object) -> bool:
@@ -215,6 +224,7 @@ if TYPE_CHECKING:
     Bytes = _Field[int, int | str]
     OptionalBytes = _Field[int | None, int | str | None]
     Seconds = _Field[float, float | str]
+    Folder = _Field[str, str | os.PathLike[str]]
     Name = str
     OptionalName = str | None
     OptionalText = str | None
@@ -225,6 +235,7 @@ else:
     Count, OptionalCount = _count, _optional(_count)
     Bytes, OptionalBytes = parse_bytes, _optional(parse_bytes)
     Seconds = parse_duration
+    Folder = _folder
     Name, OptionalName = _name, _optional(_name)
     OptionalText = _optional(_text)
     OptionalToken = parse_token

@@ -66,7 +66,7 @@ class TrajectoryWriter:
         runtimes: what works with leaves on a GPU; by default torch and cupy with their own, either with others.
 
     Raises:
-        ConfigError: a setting is wrong, or the ring does not fit /dev/shm.
+        ConfigError: a setting is wrong, or the ring does not fit its folder.
         TransportError: the server did not start.
     """
 

@@ -26,7 +26,11 @@ def main() -> None:
     os.close(theirs)
     assert child.stdin is not None
     settings = PortSettings.of(ServerConfig(host="127.0.0.1", ports=1))
-    child.stdin.write(ServerOrder(ring_name=ring.name, worker_pid=os.getpid(), settings=settings).to_line())
+    child.stdin.write(
+        ServerOrder(
+            ring_name=ring.name, ring_folder=str(ring.folder), worker_pid=os.getpid(), settings=settings
+        ).to_line()
+    )
     child.stdin.flush()
     with open(ready, "rb") as report:
         ports = ServerReport.from_line(report.readline()).ports

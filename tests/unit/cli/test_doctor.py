@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ from ucxx_transport.cli.doctor.finding import Finding
 from ucxx_transport.cli.doctor.host import segments_finding
 from ucxx_transport.cli.doctor.ucx import transport_findings
 from ucxx_transport.ring.orphans import SegmentInfo
+from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.segment import segment_path
 
 Capture = pytest.CaptureFixture[str]
 
@@ -41,8 +42,9 @@ def test_a_host_without_rdma_is_only_told_so() -> None:
 
 
 def segment(name: str, *, alive: bool) -> SegmentInfo:
-    path = Path("/dev/shm", f"ucxx_transport-{name}")
-    return SegmentInfo(name=name, path=path, nbytes=1 << 20, identity=None, problem="", creator_alive=alive)
+    return SegmentInfo(
+        name=name, path=segment_path(name), nbytes=1 << 20, identity=None, problem="", creator_alive=alive
+    )
 
 
 def test_what_dead_processes_left_is_counted_with_the_way_to_remove_it() -> None:
@@ -80,6 +82,6 @@ def test_memory_too_small_for_a_ring_is_said_before_it_hurts(capsys: Capture) ->
     (memory,) = (
         finding
         for finding in call(capsys, "doctor", "--no-loopback", "--json").document["findings"]
-        if finding["name"] == "/dev/shm"
+        if finding["name"] == str(segment_folder())
     )
     assert "free of" in memory["value"]

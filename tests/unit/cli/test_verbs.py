@@ -14,6 +14,7 @@ import pytest
 from tests.support.command_line import call
 from ucxx_transport import RingConfig, SharedRingBuffer, __version__
 from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import segment_path
 
 Capture = pytest.CaptureFixture[str]
 SPAWN = multiprocessing.get_context("spawn")
@@ -79,7 +80,7 @@ def test_inspect_of_a_ring_that_is_not_there_fails(capsys: Capture) -> None:
 
 
 def test_inspect_says_what_is_wrong_with_a_damaged_segment(capsys: Capture) -> None:
-    path = Path("/dev/shm", f"ucxx_transport-damaged-{os.getpid()}")
+    path = segment_path("damaged")
     path.write_bytes(b"something else entirely".ljust(8192, b"."))
     try:
         (found,) = call(capsys, "inspect", path.name.removeprefix("ucxx_transport-"), "--json").document["segments"]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sqlite3
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,6 +34,7 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership import open_store
 from ucxx_transport.membership.local import LocalStore
 from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
+from ucxx_transport.ring.owner import segment_folder
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -175,18 +175,6 @@ def test_nothing_but_the_file_is_left(opened: Callable[..., LocalStore], path: P
     assert sorted(found.name for found in path.parent.iterdir()) == [path.name, f"{path.name}-inode"]
 
 
-@pytest.fixture
-def default_place() -> Iterator[None]:
-    """The default's folder is left as it was: a program of this user may have its store there."""
-    folders = [Path(base) / f"ucxx-stores-{os.geteuid()}" for base in ("/dev/shm", tempfile.gettempdir())]
-    there = [folder for folder in folders if folder.exists()]
-    yield
-    for folder in folders:
-        if folder not in there:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.usefixtures("default_place")
 def test_the_default_store_is_in_a_folder_of_this_users_own() -> None:
     with open_store("local://", StoreConfig(namespace=f"test-{os.getpid()}")) as store:
         store.put("a", b"")
@@ -529,7 +517,7 @@ def _fill(url: str, settings: dict[str, Any], pipe: Connection) -> None:
 
 
 def test_somebody_elses_folder_in_the_defaults_place_is_refused() -> None:
-    ((error, _facts),) = outcomes_as_nobody((_default_in_a_strangers_folder, Path("/dev/shm")))
+    ((error, _facts),) = outcomes_as_nobody((_default_in_a_strangers_folder, segment_folder()))
     assert error == "StorePermissionError"
 
 

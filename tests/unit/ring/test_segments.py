@@ -19,18 +19,19 @@ from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring import SharedRingBuffer, SlotState, layout
 from ucxx_transport.ring.orphans import NAME_PREFIX, list_segments, sweep_orphans
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
+from ucxx_transport.ring.owner import host_id, segment_folder
+from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.schema import Schema, TensorSpec
 
 
 def file_of(ring: SharedRingBuffer) -> Path:
-    return SHARED_MEMORY_FOLDER / (NAME_PREFIX + ring.name)
+    return segment_path(ring.name)
 
 
 @pytest.fixture
 def file() -> Iterator[Path]:
     """A path of ours in the folder, where a test may put anything."""
-    path = SHARED_MEMORY_FOLDER / f"{NAME_PREFIX}test-{os.getpid()}"
+    path = segment_path("test")
     yield path
     path.unlink(missing_ok=True)
 
@@ -46,7 +47,7 @@ def orphan(name: str) -> None:
     """
     code = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False).returncode
     assert code == -9
-    assert (SHARED_MEMORY_FOLDER / (NAME_PREFIX + name)).exists()
+    assert segment_path(name).exists()
 
 
 def test_attaching_needs_nothing_but_the_name(make_ring: MakeRing) -> None:
@@ -136,7 +137,7 @@ def test_the_next_creation_sweeps_what_a_killed_creator_left(make_ring: MakeRing
     assert not infos[name].creator_alive
     assert infos[name].identity is not None
     ring = make_ring()
-    assert not (SHARED_MEMORY_FOLDER / (NAME_PREFIX + name)).exists()
+    assert not segment_path(name).exists()
     assert file_of(ring).exists()
 
 
@@ -239,3 +240,40 @@ def test_all_memory_of_a_ring_is_allocated_when_it_is_made(make_ring: MakeRing) 
         facts = file_of(ring).stat()
         assert facts.st_blocks * 512 >= facts.st_size > 8 << 20
         assert facts.st_mode & 0o077 == 0
+
+
+def test_a_ring_in_a_folder_of_its_own_is_found_and_swept_there_alone(tmp_path: Path, make_ring: MakeRing) -> None:
+    ring = make_ring(folder=str(tmp_path))
+    assert ring.folder == tmp_path
+    assert [info.name for info in list_segments(tmp_path)] == [ring.name]
+    assert ring.name not in {info.name for info in list_segments()}
+    with SharedRingBuffer.attach(ring.name, folder=tmp_path) as other:
+        assert other.ring_id == ring.ring_id
+    with pytest.raises(ConfigError, match="no such ring"):
+        SharedRingBuffer.attach(ring.name)
+    dead = segment_path("dead", tmp_path)
+    dead.touch()
+    assert sweep_orphans() == []
+    assert sweep_orphans(tmp_path) == ["dead"]
+
+
+def test_the_folder_of_segments_is_a_setting_of_the_process(
+    tmp_path: Path, make_ring: MakeRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = host_id()
+    monkeypatch.setenv("UCXX_TRANSPORT_RING__FOLDER", str(tmp_path))
+    ring = make_ring()
+    assert ring.folder == segment_folder() == tmp_path
+    assert host_id() == ring.write_raw(b"x").host_id != before
+    with SharedRingBuffer.attach(ring.name) as other:
+        assert other.ring_id == ring.ring_id
+
+
+def test_a_folder_that_is_missing_or_relative_is_refused_with_its_name(tmp_path: Path, make_ring: MakeRing) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(ConfigError, match="missing"):
+        make_ring(folder=str(missing))
+    with pytest.raises(ConfigError, match="missing"):
+        host_id(missing)
+    with pytest.raises(ConfigError, match=r"ring\.folder = 'here'"):
+        make_ring(folder="here")

@@ -19,7 +19,7 @@ def test_an_order_survives_the_trip_with_every_setting(token: str | bytes | None
         host="10.0.0.7", ports=ports, token=token, idle_timeout_s=7.0, max_connections=3, ucx={"TLS": "tcp"}
     )
     settings = PortSettings.of(config)
-    order = ServerOrder(ring_name="ucxx_transport-x", worker_pid=42, settings=settings)
+    order = ServerOrder(ring_name="ucxx_transport-x", ring_folder="/dev/shm", worker_pid=42, settings=settings)
     line = order.to_line()
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
@@ -33,7 +33,7 @@ def test_an_order_survives_the_trip_with_every_setting(token: str | bytes | None
 
 def test_the_child_takes_its_settings_from_the_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PortSettings.of(ServerConfig(ports=2, idle_timeout_s=7.0))
-    line = ServerOrder(ring_name="r", worker_pid=1, settings=settings).to_line()
+    line = ServerOrder(ring_name="r", ring_folder="/dev/shm", worker_pid=1, settings=settings).to_line()
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__IDLE_TIMEOUT_S", "99")
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__BASE_PORT", "5000")
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__TOKEN", "other")
@@ -63,6 +63,8 @@ def test_what_stopped_the_child_is_raised_in_the_worker(name: str, cls: type[Tra
 
 
 def test_both_lines_are_plain_json() -> None:
-    order = ServerOrder(ring_name="r", worker_pid=1, settings=PortSettings.of(ServerConfig(token="t")))
+    order = ServerOrder(
+        ring_name="r", ring_folder="/dev/shm", worker_pid=1, settings=PortSettings.of(ServerConfig(token="t"))
+    )
     assert json.loads(order.to_line())["ring_name"] == "r"
     assert json.loads(ServerReport(ports=(1,)).to_line())["ports"] == [1]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ucxx_transport.cli.bench.interpreter_speed import interpreter_speed
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER
+from ucxx_transport.ring.owner import segment_folder
 
 __all__ = ["commit_of", "host_facts"]
 
@@ -25,7 +25,7 @@ def host_facts() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "shm_free_bytes": shutil.disk_usage(SHARED_MEMORY_FOLDER).free,
+        "shm_free_bytes": shutil.disk_usage(segment_folder()).free,
         "interpreter_speed": interpreter_speed(),
         "load_average_1min": os.getloadavg()[0],
         "kernel": platform.release(),

@@ -11,7 +11,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.rdma import rdma_devices
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
-from ucxx_transport.ring.owner import SHARED_MEMORY_FOLDER, host_id, pid_namespace
+from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes
 
 __all__ = ["host_findings", "segments_finding"]
@@ -35,7 +35,7 @@ def host_findings() -> Iterator[Finding]:
         topic="host",
         name="host id",
         value=f"{host_id()} (pid namespace {pid_namespace()})",
-        remedy="containers that show the same one read each other's rings in place: share /dev/shm and pids",
+        remedy="containers that show the same one read each other's rings in place: share the folder and pids",
     )
 
 
@@ -61,17 +61,18 @@ def _network_findings() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Finding:
-    size = os.statvfs(SHARED_MEMORY_FOLDER)
+    folder = segment_folder()
+    size = os.statvfs(folder)
     total, free = size.f_blocks * size.f_frsize, size.f_bavail * size.f_frsize
     small = 0 < free < _SMALL_SHARED_MEMORY_BYTES
-    writable = os.access(SHARED_MEMORY_FOLDER, os.W_OK)
+    writable = os.access(folder, os.W_OK)
     verdict: Verdict = "failure" if not writable else "warning" if small else "ok"
     return Finding(
         topic="host",
-        name=str(SHARED_MEMORY_FOLDER),
+        name=str(folder),
         value=f"{format_bytes(free)} free of {format_bytes(total)}" + ("" if writable else ", not writable"),
         verdict=verdict,
-        remedy="" if verdict == "ok" else "docker: --shm-size=8g; else: mount -o remount,size=8g /dev/shm",
+        remedy="" if verdict == "ok" else f"docker: --shm-size=8g; else: mount -o remount,size=8g {folder}",
     )
 
 

@@ -8,9 +8,9 @@ name has left for the log of its successor. So a symbolic link beside it, `-inod
 does not name was put there by somebody: it is adopted, which is to say that the log is removed, and that it gets an
 identity of its own.
 
-The default is a folder of this user's own in /dev/shm: whoever sees the same rings sees the same store, nothing of it
-outlives the machine's boot, and it is never on a network. A file of its own must not begin as the rings do, which are
-swept by name.
+The default is a folder of this user's own beside the rings (`ring.folder`): processes that see the same rings see the
+same store, nothing of it outlives the machine's boot, and it is never on a network. A file of its own must not begin as
+the rings do, which are swept by name.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError
+from ucxx_transport.ring.owner import segment_folder
 
 __all__ = ["FileIdentity", "adopt_file", "checked_path", "default_path", "file_identity", "is_known", "make_file"]
 
 FileIdentity = tuple[int, int]
 """Device and inode."""
 
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - its folder below it is checked to be this user's own
 _FOLDER: Final = "ucxx-stores-{uid}"
 _NAME: Final = "default.sqlite"
 _BESIDE: Final = ("-wal", "-shm", "-journal")
@@ -69,8 +69,9 @@ def default_path() -> Path:
     Raises:
         StorePermissionError: somebody else's file or folder, or an open one, stands in its place.
     """
-    memory_is_there = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK | os.X_OK)
-    parent = _SHARED_MEMORY if memory_is_there else Path(tempfile.gettempdir())
+    memory = segment_folder()
+    memory_is_there = memory.is_dir() and os.access(memory, os.W_OK | os.X_OK)
+    parent = memory if memory_is_there else Path(tempfile.gettempdir())
     folder = parent / _FOLDER.format(uid=os.geteuid())
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
