@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError
 
 
@@ -69,9 +70,6 @@ def segment_folder() -> Path:
     Raises:
         ConfigError: a setting of the ring, in the environment or in TOML, is wrong.
     """
-    # here, because a server process is told its ring's folder and so needs no settings
-    from ucxx_transport.config import RingConfig
-
     return Path(RingConfig(slot_bytes=1).folder)
 
 
