@@ -14,14 +14,13 @@ IPv4 only: UCX's listener binds 0.0.0.0.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.rdma import RDMA_FOLDER
@@ -30,6 +29,8 @@ __all__ = ["Interface", "choose_address", "decide_address", "default_route_sourc
 
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
 _ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and nobody's
+
+_UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING, netdevice(7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,19 +111,14 @@ def decide_address(
 
 def list_interfaces() -> list[Interface]:
     """The IPv4 addresses of this machine, RDMA devices found through sysfs."""
-    stats = psutil.net_if_stats()
     rdma = _rdma_interfaces()
-    return [
-        Interface(
-            name=name,
-            address=address.address,
-            up=name in stats and stats[name].isup,
-            rdma_device=rdma.get(name),
-        )
-        for name, addresses in sorted(psutil.net_if_addrs().items())
-        for address in addresses
-        if address.family == socket.AF_INET
-    ]
+    return sorted(
+        (
+            Interface(name=name, address=address, up=flags & _UP == _UP, rdma_device=rdma.get(name))
+            for name, address, flags in _ipv4_addresses()
+        ),
+        key=lambda one: one.name,
+    )
 
 
 def default_route_source() -> str | None:
@@ -133,6 +129,36 @@ def default_route_source() -> str | None:
         except OSError:
             return None
         return str(probe.getsockname()[0])
+
+
+class _IfAddrs(ctypes.Structure):
+    """The head of `struct ifaddrs`, getifaddrs(3)."""
+
+    _fields_ = (
+        ("next", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("sockaddr", ctypes.c_void_p),
+    )
+
+
+def _ipv4_addresses() -> Iterator[tuple[str, str, int]]:
+    """Name, address and flags of every interface, once for each of its IPv4 addresses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.c_void_p()
+    if libc.getifaddrs(ctypes.byref(first)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        following = first.value
+        while following:
+            entry = _IfAddrs.from_address(following)
+            # `sockaddr_in` begins with two bytes of family, two of port and four of address, ip(7)
+            if entry.sockaddr and ctypes.c_ushort.from_address(entry.sockaddr).value == socket.AF_INET:
+                yield os.fsdecode(entry.name), socket.inet_ntoa(ctypes.string_at(entry.sockaddr + 4, 4)), entry.flags
+            following = entry.next
+    finally:
+        libc.freeifaddrs(first)
 
 
 def _asked_for(host: str, interfaces: Sequence[Interface]) -> str:
