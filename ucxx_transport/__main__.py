@@ -1,6 +1,36 @@
-"""`python -m ucxx_transport`, the same as the command `ucxx-transport`."""
+"""`python -m ucxx_transport`, the same as the command `ucxx-transport`; the command line needs the extra `[cli]`."""
 
-from ucxx_transport.cli.program import main
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit; without the extra, say what to install.
+
+    Args:
+        arguments: what stands behind the command's name; None for this process's own.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        from ucxx_transport.cli import program
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        message = "the command line needs typer, which is not installed: pip install 'ucxx_transport[cli]'"
+        if "--json" in words:
+            facts = {"module": error.name, "extra": "cli"}
+            sys.stdout.write(
+                json.dumps({"error": {"kind": "ModuleNotFoundError", "message": message, "facts": facts}}) + "\n"
+            )
+        else:
+            sys.stderr.write(f"error: {message}\n")
+        sys.exit(1)
+    program.main(words)
+
 
 if __name__ == "__main__":
     main()

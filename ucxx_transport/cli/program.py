@@ -45,6 +45,8 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
 EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
         "ucxx": "cpu",
+        "rich": "cli",
+        "psutil": "bench",
         "gymnasium": "examples",
         "matplotlib": "examples",
         "ale_py": "atari",
@@ -91,7 +93,8 @@ def _program(verbs: Iterable[str]) -> typer.Typer:
     )
     program.callback()(_options_of_all)
     for verb in verbs:
-        program.command(verb)(_load(verb))
+        command, takes = _load(verb)
+        program.command(verb, context_settings=takes)(command)
     return program
 
 
@@ -113,7 +116,8 @@ def _options_of_all(
     """RL trajectories from rollout workers' shared memory to trainers, over UCX."""
 
 
-def _load(verb: str) -> Callable[..., object]:
+def _load(verb: str) -> tuple[Callable[..., object], dict[str, bool]]:
+    """A verb's function, and how its words are read."""
     module, _, function = VERBS[verb].partition(":")
     load = import_module if module.startswith("ucxx_transport.") else import_program
     try:
@@ -125,17 +129,17 @@ def _load(verb: str) -> Callable[..., object]:
         if extra is None:
             raise
         return _unavailable(error, f"Needs {error.name}: pip install 'ucxx_transport[{extra}]'")
-    return command
+    return command, {}
 
 
-def _unavailable(error: Exception, reason: str) -> Callable[..., object]:
+def _unavailable(error: Exception, reason: str) -> tuple[Callable[..., object], dict[str, bool]]:
     """Stand for a verb that cannot be imported, so that the others can be called and `--help` lists them all."""
 
     def fail() -> None:
         raise error
 
     fail.__doc__ = reason
-    return fail
+    return fail, {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _extra_for(error: ModuleNotFoundError) -> str | None:

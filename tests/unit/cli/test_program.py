@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -105,6 +106,34 @@ def test_a_verb_whose_extra_is_missing_hides_no_other() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)
+
+
+def run_without(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.modules[{module!r}] = None; from ucxx_transport.__main__ import main; main(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+
+def test_without_its_extra_the_command_says_in_one_line_what_to_install() -> None:
+    done = run_without("typer", "doctor")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'ucxx_transport[cli]'" in line
+
+
+def test_without_its_extra_the_command_says_so_in_json_where_json_was_asked_for() -> None:
+    for module, verb in [("typer", "doctor"), ("gymnasium", "demo")]:
+        done = run_without(module, verb, "--json")
+        assert done.returncode == 1, module
+        error = json.loads(done.stdout)["error"]
+        assert (error["kind"], error["facts"]["module"]) == ("ModuleNotFoundError", module)
+        assert f"ucxx_transport[{error['facts']['extra']}]" in error["message"]
+
+
+def test_a_table_without_rich_says_what_to_install() -> None:
+    done = run_without("rich", "config")
+    assert done.returncode == 1
+    assert "pip install 'ucxx_transport[cli]'" in done.stderr
+    assert run_without("rich", "config", "--json").returncode == 0
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
