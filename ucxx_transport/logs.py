@@ -1,25 +1,35 @@
 """Log events: a name and keys, through the standard library's `logging`.
 
-Each module logs to the logger of its own name, below `ucxx_transport`, which has a `NullHandler`: the library is quiet
-until the application configures logging.
+Each module logs to the logger of its own name, below `ucxx_transport`. That one has a `NullHandler`: the library is
+quiet until the application configures logging, and never writes to standard output.
+
+| formatter                                          | what it sees of `_log.warning("lease_lost", lease=7)` |
+|----------------------------------------------------|-------------------------------------------------------|
+| `logging.Formatter`                                | the message `lease_lost lease=7`                      |
+| one of attributes, as for JSON                     | the attributes `event` and `lease` of the record, too |
+| structlog's `ProcessorFormatter` with `ExtraAdder` | the event `lease_lost` with the key `lease`           |
+
+A logged exception is text, made here: no formatter can show the local variables of its frames, which may hold a token.
+It is the record's `exc_text`, and its key `exception`, where structlog has it.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from typing import Final
 
-__all__ = ["EventLogger", "get_logger", "log_to_stderr"]
+__all__ = ["EventLogger", "effective_level", "get_logger", "log_to_stderr"]
 
 ROOT: Final = "ucxx_transport"
 logging.getLogger(ROOT).addHandler(logging.NullHandler())
 
-_RESERVED: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_RESERVED: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "event", "exception"}
 
 
 class _Message:
-    """An event and its keys, worded when a handler asks for it."""
+    """An event and its keys as one line, worded when a handler asks for it."""
 
     __slots__ = ("event", "keys")
 
@@ -32,7 +42,7 @@ class _Message:
 
 
 class EventLogger:
-    """Logs events with keys; the keys are attributes of the `LogRecord` too, with a `_` behind a reserved name.
+    """Logs events with keys; a key whose name a `LogRecord` needs itself gets a `_` behind it there.
 
     Args:
         name: the logger's, usually `__name__`.
@@ -61,13 +71,21 @@ class EventLogger:
 
     def exception(self, event: str, /, **keys: object) -> None:
         """Log at ERROR, with the exception that is being handled."""
-        self._log(logging.ERROR, event, keys, exc_info=True)
+        self._log(logging.ERROR, event, keys, error=sys.exception())
 
-    def _log(self, level: int, event: str, keys: dict[str, object], *, exc_info: bool = False) -> None:
-        if self._logger.isEnabledFor(level):
-            extra = {f"{name}_" if name in _RESERVED else name: value for name, value in keys.items()}
-            extra["event"] = event
-            self._logger.log(level, _Message(event, keys), exc_info=exc_info, extra=extra, stacklevel=3)
+    def _log(self, level: int, event: str, keys: dict[str, object], *, error: BaseException | None = None) -> None:
+        logger = self._logger
+        if not logger.isEnabledFor(level):
+            return
+        extra = {f"{name}_" if name in _RESERVED else name: value for name, value in keys.items()}
+        extra["event"] = event
+        file, line, function, _ = logger.findCaller(stacklevel=3)
+        trace = None if error is None else "".join(traceback.format_exception(error)).rstrip()
+        if trace is not None:
+            extra["exception"] = trace
+        record = logger.makeRecord(logger.name, level, file, line, _Message(event, keys), (), None, function, extra)
+        record.exc_text = trace
+        logger.handle(record)
 
 
 def get_logger(name: str) -> EventLogger:
@@ -79,14 +97,20 @@ def get_logger(name: str) -> EventLogger:
     return EventLogger(name)
 
 
-def log_to_stderr(role: str) -> None:
-    """Log this process's events to standard error, each line with the role in front; for helper processes.
+def effective_level() -> int:
+    """The level below which the application drops this library's events; helper processes log from it on, too."""
+    return logging.getLogger(ROOT).getEffectiveLevel()
+
+
+def log_to_stderr(role: str, level: int = logging.INFO) -> None:
+    """Log this process's events to standard error, each with the role in front; for helper processes.
 
     Args:
         role: what the process is to its worker, such as "ucxx server".
+        level: the lowest that is logged; a worker hands over its `effective_level()`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{role}] %(levelname)s %(message)s"))
     root = logging.getLogger(ROOT)
     root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    root.setLevel(level)

@@ -2,12 +2,12 @@
 
 | a step                | outcome  | logged as                  | then                                              |
 |-----------------------|----------|----------------------------|---------------------------------------------------|
-| returns               | `DONE`   | `teardown.done`, DEBUG     | the next one                                      |
-| raises                | `FAILED` | `teardown.failed`, WARNING | the error is in the report; the next one          |
-| misses its deadline   | `HUNG`   | `teardown.hung`, ERROR     | all stacks are dumped, it stays in its daemon     |
+| returns               | `DONE`   | `teardown_done`, DEBUG     | the next one                                      |
+| raises                | `FAILED` | `teardown_failed`, WARNING | the error is in the report; the next one          |
+| misses its deadline   | `HUNG`   | `teardown_hung`, ERROR     | all stacks are dumped, it stays in its daemon     |
 |                       |          |                            | thread; the next one                              |
 
-Before each there is `teardown.step` at INFO, so that the last line of a process that was killed in its teardown says
+Before each there is `teardown_step` at INFO, so that the last line of a process that was killed in its teardown says
 where it was. The order is the caller's: stop taking work, join, notify the others, give back, close.
 """
 
@@ -106,19 +106,19 @@ class Teardown:
             until_s: its deadline on `time.monotonic()`. One that has passed leaves the step the margin.
         """
         began_s = time.monotonic()
-        _log.info("teardown.step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
+        _log.info("teardown_step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
         error, has_ended = _run_until(name, call, max(began_s, until_s) + self._margin_s)
         elapsed_s = time.monotonic() - began_s
         keys = {"step": name, "ms": round(elapsed_s * 1000), **self._keys}
         if not has_ended:
-            _log.error("teardown.hung", **keys)
+            _log.error("teardown_hung", **keys)
             self._dump()
             outcome = Outcome.HUNG
         elif error is not None:
-            _log.warning("teardown.failed", reason=f"{type(error).__name__}: {error}", **keys)
+            _log.warning("teardown_failed", reason=f"{type(error).__name__}: {error}", **keys)
             outcome = Outcome.FAILED
         else:
-            _log.debug("teardown.done", **keys)
+            _log.debug("teardown_done", **keys)
             outcome = Outcome.DONE
         report = StepReport(name=name, outcome=outcome, elapsed_s=elapsed_s, error=error)
         self._steps.append(report)

@@ -455,12 +455,12 @@ def test_a_teardown_ends_while_the_store_does_not_answer_and_logs_each_step(
     assert served == ["stopped"]
     logged = [(event["step"], event["event"]) for event in log_events if event.get("teardown") == "worker"]
     assert logged == [
-        ("publisher", "teardown.step"),
-        ("publisher", "teardown.done"),
-        ("store", "teardown.step"),
-        ("store", "teardown.hung"),
-        ("server", "teardown.step"),
-        ("server", "teardown.done"),
+        ("publisher", "teardown_step"),
+        ("publisher", "teardown_done"),
+        ("store", "teardown_step"),
+        ("store", "teardown_hung"),
+        ("server", "teardown_step"),
+        ("server", "teardown_done"),
     ]
     wait_until(lambda: not hanging_threads(), MINUTE, what="what was left behind ends when the store answers")
 

@@ -80,7 +80,7 @@ def fails() -> None:
 
 
 def logged(events: Events) -> list[tuple[str, str]]:
-    return [(event["step"], event["event"].removeprefix("teardown.")) for event in events]
+    return [(event["step"], event["event"].removeprefix("teardown_")) for event in events]
 
 
 def test_steps_run_in_order_and_are_reported(log_events: Events) -> None:

@@ -51,6 +51,7 @@ def logs_to_stderr(level: str = "warning") -> None:
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
                 structlog.stdlib.add_log_level,
+                structlog.stdlib.ExtraAdder(),
                 structlog.processors.TimeStamper(fmt="iso", utc=False),
             ],
             processors=[

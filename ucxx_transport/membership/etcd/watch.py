@@ -105,7 +105,7 @@ class EtcdWatch:
         except asyncio.CancelledError:
             return
         except Exception as error:  # noqa: BLE001 - the thread's edge
-            _log.error("etcd_watch_failed", reason=repr(error), exc_info=True)
+            _log.exception("etcd_watch_failed", reason=repr(error))
             self._finish(StoreUnavailableError("the watch has failed: watch anew", reason=repr(error)))
 
     async def _follow(self) -> None:
