@@ -16,7 +16,7 @@ import pytest
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.gpu import page_lock
-from ucxx_transport.gpu.cupy_runtime import CupyPageLocking, has_dtype
+from ucxx_transport.gpu.cupy import CupyPageLocking, has_dtype
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.trainer.unpacking import unpacker_for

@@ -11,7 +11,7 @@ import pytest
 
 from ucxx_transport import ConfigError, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.gpu import page_lock, runtime_of
-from ucxx_transport.gpu.torch_page_locking import TorchPageLocking
+from ucxx_transport.gpu.torch import TorchPageLocking
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.worker import TrajectoryWriter

@@ -2,8 +2,8 @@
 
 | given to a rollout worker                  | goes through | which is imported                                     |
 |--------------------------------------------|--------------|-------------------------------------------------------|
-| a torch tensor                             | torch        | by whoever made the tensor                            |
-| a cupy array                               | cupy         | by whoever made the array                             |
+| a torch tensor                             | torch        | where the tensor was made                             |
+| a cupy array                               | cupy         | where the array was made                              |
 | `__dlpack__` on a CUDA device (jax)        | torch, cupy  | what the process has, else what is installed, in turn |
 | `__cuda_array_interface__` alone (numba)   | cupy, torch  | the same                                              |
 

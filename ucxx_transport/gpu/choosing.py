@@ -38,10 +38,10 @@ def runtime_of(leaf: object, field: str) -> LeafRuntime:
     if own not in _BY_DLPACK:
         own = _library_for(leaf, field)
     if own == "torch":
-        from ucxx_transport.gpu.torch_leaves import TorchLeaves
+        from ucxx_transport.gpu.torch import TorchLeaves
 
         return TorchLeaves()
-    from ucxx_transport.gpu.cupy_leaves import CupyLeaves
+    from ucxx_transport.gpu.cupy import CupyLeaves
 
     return CupyLeaves()
 
@@ -91,32 +91,9 @@ def receiver_for(device: str) -> Receiver:
         raise ConfigError(f"device={device!r}: {number!r} is not the number of a GPU", field="device")
     index = int(number) if colon else None
     if library == "cuda":
-        from ucxx_transport.gpu.torch_receiver import TorchReceiver
+        from ucxx_transport.gpu.torch import TorchReceiver
 
         return TorchReceiver(device, index)
-    from ucxx_transport.gpu.cupy_receiver import CupyReceiver
+    from ucxx_transport.gpu.cupy import CupyReceiver
 
     return CupyReceiver(device, index)
-
-
-def check_index(device: str, index: int | None, count: int, current: Callable[[], int]) -> int:
-    """The number of the GPU that `device` names.
-
-    Args:
-        device: as the caller has it, for the error.
-        index: the number in it, None for the current one.
-        count: GPUs that there are, at least 1.
-        current: gives the current one's number.
-
-    Raises:
-        ConfigError: there is no such GPU.
-    """
-    if index is None:
-        return current()
-    if index >= count:
-        raise ConfigError(
-            f"device={device!r}: this process has {count} GPU{'s' if count > 1 else ''}, numbered from 0 "
-            "(CUDA_VISIBLE_DEVICES says which)",
-            field="device",
-        )
-    return index

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from ucxx_transport.errors import ConfigError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ucxx_transport.schema.dtypes import DType
     from ucxx_transport.schema.tensors import Array
 
@@ -33,8 +37,11 @@ class DeviceArray:
     """An array on a GPU.
 
     Attributes:
-        runtime: what can work with it. array: its library's own object, which keeps the memory.
-        shape, dtype: as a field has them. device: the GPU's number.
+        runtime: what can work with it.
+        array: its library's own object, which keeps the memory.
+        shape: as a field has it.
+        dtype: as a field has it.
+        device: the GPU's number.
     """
 
     runtime: LeafRuntime
@@ -121,3 +128,26 @@ class Receiver(Protocol):
         Raises:
             ConfigError: the GPU has no memory for it.
         """
+
+
+def check_index(device: str, index: int | None, count: int, current: Callable[[], int]) -> int:
+    """The number of the GPU that `device` names.
+
+    Args:
+        device: as the caller has it, for the error.
+        index: the number in it, None for the current one.
+        count: GPUs that there are, at least 1.
+        current: gives the current one's number.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if index is None:
+        return current()
+    if index >= count:
+        raise ConfigError(
+            f"device={device!r}: this process has {count} GPU{'s' if count > 1 else ''}, numbered from 0 "
+            "(CUDA_VISIBLE_DEVICES says which)",
+            field="device",
+        )
+    return index

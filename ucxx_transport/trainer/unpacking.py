@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import Receiver, receiver_for
-from ucxx_transport.gpu.torch_memory import host_tensor, import_torch
+from ucxx_transport.gpu.torch import host_tensor, import_torch
 from ucxx_transport.trainer.landing import LandedPayload, Landings
 
 if TYPE_CHECKING:

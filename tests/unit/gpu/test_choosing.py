@@ -9,7 +9,7 @@ import pytest
 from tests.support.fake_gpu import FakeGpu, FakeLeaves
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import LeafRuntime, Receiver, on_host, receiver_for, runtime_of
-from ucxx_transport.gpu.choosing import check_index
+from ucxx_transport.gpu.runtime import check_index
 
 
 class ByInterface:
@@ -68,10 +68,8 @@ def test_cupy_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.
 
 def test_the_libraries_ends_are_what_the_protocols_ask_for() -> None:
     """Compared by name, since neither can be made without its library."""
-    from ucxx_transport.gpu.cupy_leaves import CupyLeaves
-    from ucxx_transport.gpu.cupy_receiver import CupyReceiver
-    from ucxx_transport.gpu.torch_leaves import TorchLeaves
-    from ucxx_transport.gpu.torch_receiver import TorchReceiver
+    from ucxx_transport.gpu.cupy import CupyLeaves, CupyReceiver
+    from ucxx_transport.gpu.torch import TorchLeaves, TorchReceiver
 
     for protocol, classes in ((LeafRuntime, (TorchLeaves, CupyLeaves)), (Receiver, (TorchReceiver, CupyReceiver))):
         wanted = {name for name in vars(protocol) if not name.startswith("_")}

@@ -9,7 +9,7 @@ import pytest
 
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import DeviceArray, on_host, runtime_of
-from ucxx_transport.gpu.torch_memory import flat_bytes, host_tensor, name_of, view_of_bytes
+from ucxx_transport.gpu.torch import flat_bytes, host_tensor, name_of, view_of_bytes
 from ucxx_transport.schema.dtypes import DTYPES
 from ucxx_transport.schema.tensors import as_array
 

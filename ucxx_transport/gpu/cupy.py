@@ -1,0 +1,372 @@
+"""cupy: arrays on a GPU to the host, payloads as arrays on a GPU, page-locking. Imported when it is asked for.
+
+cupy's pool gives memory back to the stream it was allocated on as soon as the last array over it goes, whatever still
+reads it on another stream. torch has `record_stream` for that; here the memory of a payload is held back until events
+have passed on the streams that its arrays were handed to:
+
+| the payload's arrays are        | its memory is                                                                      |
+|---------------------------------|------------------------------------------------------------------------------------|
+| alive                           | theirs                                                                             |
+| gone, never handed out          | free: whatever comes next on the receiver's stream comes after the copy            |
+| gone, handed out to streams     | held: at the next upload an event is recorded on each; free when all have passed   |
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.gpu.page_lock import SUCCESS
+from ucxx_transport.gpu.runtime import DeviceArray, check_index
+from ucxx_transport.schema.dtypes import canonical_dtype
+from ucxx_transport.schema.wire_form import describe
+
+if TYPE_CHECKING:
+    from ucxx_transport.gpu.runtime import Bytes, PageLocking, Upload
+    from ucxx_transport.schema.dtypes import DType
+    from ucxx_transport.schema.tensors import Array
+
+
+_PORTABLE: Final = 1
+"""`cudaHostRegisterPortable`, <driver_types.h>."""
+
+
+def import_cupy(why: str) -> Any:
+    """The module.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be loaded here.
+    """
+    try:
+        import cupy
+    except ImportError as exc:
+        raise ConfigError(
+            f"{why} needs cupy: pip install 'ucxx_transport[cu12]' (or '[cu13]', by the CUDA of the driver): {exc}",
+            field="device",
+        ) from exc
+    return cupy
+
+
+@lru_cache(maxsize=64)
+def has_dtype(cupy: Any, dtype: DType) -> bool:
+    """Whether this cupy works with elements of `dtype`: bfloat16 from 14 on, float8 not yet."""
+    if dtype.name.startswith("float8"):  # cupy 13 goes by the letter, of which ml_dtypes has one in common with numpy
+        return False
+    try:
+        cupy.array(np.zeros(1, dtype))
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+class CupyPageLocking:
+    """See `PageLocking`.
+
+    Args:
+        cupy: the module.
+        device: the GPU whose context is used.
+    """
+
+    def __init__(self, cupy: Any, device: int) -> None:
+        self._cupy = cupy
+        self._device = device
+
+    def host_register(self, address: int, nbytes: int) -> int:
+        """See `PageLocking`."""
+        return self._status_of("hostRegister", address, nbytes, _PORTABLE)
+
+    def host_unregister(self, address: int) -> int:
+        """See `PageLocking`."""
+        return self._status_of("hostUnregister", address)
+
+    def error_words(self, status: int) -> str:
+        """See `PageLocking`."""
+        return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"
+
+    def _status_of(self, function: str, *arguments: int) -> int:
+        runtime = self._cupy.cuda.runtime
+        try:
+            with self._cupy.cuda.Device(self._device):
+                getattr(runtime, function)(*arguments)
+        except (
+            runtime.CUDARuntimeError
+        ) as error:  # cupy has asked CUDA for its last error, so that nobody else finds it
+            return int(error.status)
+        return SUCCESS
+
+
+class CupyLeaves:
+    """See `LeafRuntime`. cupy's own arrays are ordered by the thread's current stream of cupy on their device."""
+
+    def __init__(self) -> None:
+        self._cupy = import_cupy("an array on a GPU")
+
+    def adopt(self, leaf: object, field: str) -> DeviceArray:
+        """See `LeafRuntime`."""
+        cupy = self._cupy
+        try:
+            array = leaf if isinstance(leaf, cupy.ndarray) else self._seen_as_array(leaf)
+        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as exc:
+            raise ConfigError(
+                f"field {field!r}: cupy cannot take {describe(leaf)} from its GPU ({type(exc).__name__}: {exc}); "
+                "copy it to the host first, or install torch",
+                field=field,
+            ) from exc
+        return DeviceArray(
+            runtime=self,
+            array=array,
+            shape=tuple(array.shape),
+            dtype=canonical_dtype(array.dtype, field),
+            device=int(array.device.id),
+        )
+
+    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
+        """See `LeafRuntime`."""
+        cupy = self._cupy
+        for wanted in (array.dtype, dtype):
+            if not has_dtype(cupy, wanted):
+                raise ConfigError(
+                    f"field {field!r}: cupy {cupy.__version__} does not convert {array.dtype.name} to {dtype.name}; "
+                    "convert it with torch first, or copy it to the host first (cupy.asnumpy)",
+                    field=field,
+                )
+        with cupy.cuda.Device(array.device):
+            converted = array.array.astype(dtype)
+        return DeviceArray(runtime=self, array=converted, shape=array.shape, dtype=dtype, device=array.device)
+
+    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
+        """See `LeafRuntime`."""
+        if array.array.size == 0:
+            return None
+        with self._cupy.cuda.Device(array.device):
+            return int(array.array.min()), int(array.array.max())
+
+    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
+        """See `LeafRuntime`."""
+        cupy = self._cupy
+        with cupy.cuda.Device(wide.device):
+            # bfloat16 where cupy has it: not every ufunc takes it, and float32 has each of its values
+            low = narrow.array.astype(cupy.float32) if narrow.dtype.name == "bfloat16" else narrow.array
+            high = wide.array.astype(cupy.float32) if wide.dtype.name == "bfloat16" else wide.array
+            return bool((cupy.isfinite(low) != cupy.isfinite(high)).any())
+
+    def copy_to_host(self, array: DeviceArray, target: Array) -> None:
+        """See `LeafRuntime`."""
+        if target.nbytes == 0:
+            return
+        cupy = self._cupy
+        runtime = cupy.cuda.runtime
+        with cupy.cuda.Device(array.device):
+            # one that is made here may go before the copy ends: its memory is used again on this stream only, in turn
+            contiguous = cupy.ascontiguousarray(array.array)
+            stream = cupy.cuda.get_current_stream()
+            address = target.__array_interface__["data"][0]
+            runtime.memcpyAsync(address, contiguous.data.ptr, target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+
+    def wait(self, device: int) -> None:
+        """See `LeafRuntime`."""
+        with self._cupy.cuda.Device(device):
+            self._cupy.cuda.get_current_stream().synchronize()
+
+    def to_host(self, array: DeviceArray) -> Array:
+        """See `LeafRuntime`."""
+        with self._cupy.cuda.Device(array.device):
+            host: Array = self._cupy.asnumpy(array.array)
+        return host
+
+    def page_locking(self, device: int) -> PageLocking:
+        """See `LeafRuntime`."""
+        return CupyPageLocking(self._cupy, device)
+
+    def _seen_as_array(self, leaf: Any) -> Any:
+        cupy = self._cupy
+        if not hasattr(leaf, "__dlpack__"):
+            return cupy.asarray(leaf)  # waits for the stream that the interface names
+        dtype = str(getattr(leaf, "dtype", ""))
+        if dtype.rpartition(".")[2].startswith(("bfloat16", "float8")):
+            # cupy 13 does not refuse such a capsule, it crashes on it (cupy issue 8801)
+            raise TypeError(f"its dtype is {dtype}")
+        with cupy.cuda.Device(leaf.__dlpack_device__()[1]):
+            return cupy.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
+
+
+_PER_THREAD_STREAM: Final = 2
+"""`cudaStreamPerThread`: another stream in every thread that names it."""
+
+
+class CupyReceiver:
+    """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
+
+    Args:
+        device: as the caller has it.
+        index: the number in it, None for cupy's current device.
+
+    Raises:
+        ConfigError: cupy is not installed, or finds no such GPU.
+    """
+
+    def __init__(self, device: str, index: int | None) -> None:
+        cupy = import_cupy(f"device={device!r}")
+        runtime = cupy.cuda.runtime
+        try:
+            count = runtime.getDeviceCount()
+        except runtime.CUDARuntimeError as exc:
+            raise _no_gpu(device, cupy, str(exc)) from exc
+        if not count:
+            raise _no_gpu(device, cupy, "it counts none")
+        self._cupy = cupy
+        self._device = check_index(device, index, count, runtime.getDevice)
+        with cupy.cuda.Device(self._device):
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._held = _HeldMemory(cupy)
+
+    @property
+    def name(self) -> str:
+        """See `Receiver`."""
+        return f"cupy:{self._device}"
+
+    def page_locking(self) -> PageLocking:
+        """See `Receiver`."""
+        return CupyPageLocking(self._cupy, self._device)
+
+    def upload(self, source: Bytes) -> Upload:
+        """See `Receiver`."""
+        cupy = self._cupy
+        runtime = cupy.cuda.runtime
+        with cupy.cuda.Device(self._device), self._stream:
+            self._held.release_unread()
+            try:
+                memory = cupy.cuda.alloc(max(1, source.nbytes))
+            except cupy.cuda.memory.OutOfMemoryError as exc:
+                raise ConfigError(
+                    f"{self.name} has no memory for a payload of {source.nbytes} bytes: fetch smaller batches, or "
+                    "leave the trainer less of it",
+                    field="device",
+                    nbytes=source.nbytes,
+                ) from exc
+            if source.nbytes:
+                address = source.__array_interface__["data"][0]
+                runtime.memcpyAsync(memory.ptr, address, source.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(self._stream)
+            return _CupyUpload(cupy, self._device, self._held.lend(memory), source.nbytes, event)
+
+
+class _Loan:
+    """A payload's memory as its arrays hold it: they keep this object, and so the memory, whatever else is gone."""
+
+    __slots__ = ("__weakref__", "memory", "streams")
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.streams: list[Any] = []
+
+
+class _Guard(weakref.ref[_Loan]):
+    """What outlives a loan: the memory, and the streams that it was handed to."""
+
+    __slots__ = ("memory", "streams")
+    memory: Any
+    streams: list[Any]
+
+
+class _HeldMemory:
+    """Memory whose arrays are gone and which a stream may still read. Thread-safe.
+
+    Args:
+        cupy: the module.
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._lock = threading.Lock()
+        self._guards: set[_Guard] = set()
+        # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
+        self._returned: deque[_Guard] = deque()
+        self._waiting: list[tuple[Any, list[Any]]] = []
+
+    def lend(self, memory: Any) -> _Loan:
+        """A loan of `memory`, a `MemoryPointer`."""
+        loan = _Loan(memory)
+        guard = _Guard(loan, self._returned.append)
+        guard.memory = memory
+        guard.streams = loan.streams
+        with self._lock:
+            self._guards.add(guard)
+        return loan
+
+    def release_unread(self) -> None:
+        """Free what nothing reads any more. The device must be the current one."""
+        with self._lock:
+            while self._returned:
+                guard = self._returned.popleft()
+                self._guards.discard(guard)
+                events = [self._passed(stream) for stream in guard.streams]
+                self._waiting.append((guard.memory, events))
+            self._waiting = [
+                (memory, events) for memory, events in self._waiting if not all(event.done for event in events)
+            ]
+
+    def _passed(self, stream: Any) -> Any:
+        cuda = self._cupy.cuda
+        event = cuda.Event(disable_timing=True)
+        # nothing can be recorded on another thread's own stream; the default stream's events come after all of those
+        event.record(cuda.Stream.null if stream.ptr == _PER_THREAD_STREAM else stream)
+        return event
+
+
+class _CupyUpload:
+    """See `Upload`."""
+
+    __slots__ = ("_cupy", "_device", "_event", "_loan", "_nbytes")
+
+    def __init__(self, cupy: Any, device: int, loan: _Loan, nbytes: int, event: Any) -> None:
+        self._cupy = cupy
+        self._device = device
+        self._loan = loan
+        self._nbytes = nbytes
+        self._event = event
+
+    @property
+    def done(self) -> bool:
+        """See `Upload`."""
+        return bool(self._event.done)
+
+    def wait(self) -> None:
+        """See `Upload`."""
+        self._event.synchronize()
+
+    def ready(self) -> None:
+        """See `Upload`."""
+        with self._cupy.cuda.Device(self._device):
+            stream = self._cupy.cuda.get_current_stream()
+            stream.wait_event(self._event)
+            if stream not in self._loan.streams:
+                self._loan.streams.append(stream)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+        """See `Upload`."""
+        cupy = self._cupy
+        if not has_dtype(cupy, dtype):
+            raise ConfigError(
+                f"cupy {cupy.__version__} has no {dtype.name}; receive such payloads with device='cuda:{self._device}' "
+                "(torch tensors) or device='numpy'",
+                field="device",
+            )
+        loan = self._loan
+        memory = cupy.cuda.UnownedMemory(loan.memory.ptr, max(1, self._nbytes), loan, self._device)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, offset))
+
+
+def _no_gpu(device: str, cupy: Any, why: str) -> ConfigError:
+    return ConfigError(
+        f"device={device!r}: cupy {cupy.__version__} finds no GPU that it can use here ({why}); leave device out for "
+        "numpy arrays",
+        field="device",
+    )

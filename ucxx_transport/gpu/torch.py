@@ -1,0 +1,350 @@
+"""torch: arrays on a GPU to the host, payloads as tensors on a GPU, page-locking; and tensors over plain memory.
+
+Nothing here imports torch before it is asked for; the functions need no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.gpu.page_lock import ALREADY_REGISTERED, SUCCESS
+from ucxx_transport.gpu.runtime import DeviceArray, check_index
+from ucxx_transport.schema.dtypes import canonical_dtype
+from ucxx_transport.schema.tensors import as_array
+from ucxx_transport.schema.wire_form import describe
+
+if TYPE_CHECKING:
+    from ucxx_transport.gpu.runtime import Bytes, PageLocking, Upload
+    from ucxx_transport.schema.dtypes import DType
+    from ucxx_transport.schema.tensors import Array
+
+
+_BITS: Final = {1: np.uint8, 2: np.int16}
+"""What stands for a dtype that torch does not take from numpy, by its size."""
+
+
+def import_torch(device: str) -> Any:
+    """The module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as exc:
+        raise ConfigError(
+            f"device={device!r} needs torch: pip install 'ucxx_transport[torch]', or leave device out for numpy arrays",
+            field="device",
+        ) from exc
+    return torch
+
+
+def torch_dtype(torch: Any, dtype: DType) -> Any:
+    """Torch's dtype for elements of a payload.
+
+    Raises:
+        ConfigError: torch has none.
+    """
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"torch has no {dtype.name}; unpack such payloads with device='numpy'", field="device")
+    return found
+
+
+def name_of(dtype: Any) -> str:
+    """The name of a dtype of torch, as numpy and ml_dtypes have it too."""
+    return str(dtype).removeprefix("torch.")
+
+
+def host_tensor(torch: Any, array: Array) -> Any:
+    """A torch tensor over an array's memory, without a copy.
+
+    Raises:
+        ConfigError: torch has no such dtype.
+    """
+    dtype = torch_dtype(torch, array.dtype)
+    plain = array
+    if array.dtype.name.startswith(("bfloat16", "float8")):  # what torch does not take from numpy
+        plain = array.view(_BITS[array.dtype.itemsize])
+    tensor = torch.from_numpy(plain if plain.flags.writeable else np.asarray(_Writable(plain)))
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+def flat_bytes(torch: Any, tensor: Any) -> Any:
+    """A tensor's elements in their order, as one row of bytes on its own device; no copy of a contiguous tensor."""
+    bits = tensor
+    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.uint8:
+        bits = tensor.view(torch.uint8)  # of float8 not every kernel is there
+    return bits.contiguous().reshape(-1).view(torch.uint8)
+
+
+def view_of_bytes(torch: Any, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+    """A tensor over a row of bytes.
+
+    Args:
+        torch: the module.
+        memory: a contiguous tensor of uint8.
+        offset: the first byte; a multiple of the element's size.
+        shape: of the tensor.
+        dtype: of its elements.
+
+    Raises:
+        ConfigError: torch has no such dtype.
+    """
+    found = torch_dtype(torch, dtype)
+    return memory[offset : offset + prod(shape) * dtype.itemsize].view(found).view(shape)
+
+
+class _Writable:
+    """The memory of a read-only array, for torch, which knows no read-only tensors and warns of each."""
+
+    def __init__(self, array: Array) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        self._array = array  # held: it holds the payload's memory
+
+
+_PORTABLE: Final = 1
+"""`cudaHostRegisterPortable`, <driver_types.h>."""
+
+
+class TorchPageLocking:
+    """See `PageLocking`.
+
+    Args:
+        torch: the module.
+        device: the GPU whose context is used: any other would be given one by the call.
+    """
+
+    def __init__(self, torch: Any, device: int) -> None:
+        self._torch = torch
+        self._device = device
+
+    def host_register(self, address: int, nbytes: int) -> int:
+        """See `PageLocking`."""
+        with self._torch.cuda.device(self._device):
+            status = int(self._torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+            if status != SUCCESS:
+                self._clear_error()
+        return status
+
+    def host_unregister(self, address: int) -> int:
+        """See `PageLocking`."""
+        with self._torch.cuda.device(self._device):
+            status = int(self._torch.cuda.cudart().cudaHostUnregister(address))
+            if status != SUCCESS:
+                self._clear_error()
+        return status
+
+    def error_words(self, status: int) -> str:
+        """See `PageLocking`."""
+        if status == ALREADY_REGISTERED:
+            return "the memory is registered already"
+        cudart = self._torch.cuda.cudart()
+        return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
+
+    def _clear_error(self) -> None:
+        """CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would.
+
+        torch has no `cudaGetLastError`; but every kernel of its own asks for it, and raises what it finds, once.
+        """
+        with suppress(RuntimeError):
+            self._torch.zeros(1, device=f"cuda:{self._device}")
+
+
+_NO_SIGN: Final = "float8_e8m0fnu"
+
+_LEGACY_STREAM: Final = 1
+"""How CUDA's array interface names the default stream."""
+
+
+class TorchLeaves:
+    """See `LeafRuntime`. torch orders a tensor's use by the thread's current stream of its device, and so does this."""
+
+    def __init__(self) -> None:
+        self._torch = import_torch("cuda")
+
+    def adopt(self, leaf: object, field: str) -> DeviceArray:
+        """See `LeafRuntime`."""
+        torch = self._torch
+        try:
+            given = leaf if isinstance(leaf, torch.Tensor) else self._seen_as_tensor(leaf)
+            tensor = given.detach().resolve_conj().resolve_neg()
+            tensor.data_ptr()  # which what is no plain memory refuses: a sparse tensor
+        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as exc:
+            raise ConfigError(
+                f"field {field!r}: torch cannot take {describe(leaf)} from its GPU ({type(exc).__name__}: {exc}); "
+                "copy it to the host first",
+                field=field,
+            ) from exc
+        return DeviceArray(
+            runtime=self,
+            array=tensor,
+            shape=tuple(tensor.shape),
+            dtype=canonical_dtype(name_of(tensor.dtype), field),
+            device=int(tensor.device.index),
+        )
+
+    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
+        """See `LeafRuntime`."""
+        if dtype.name == _NO_SIGN:
+            raise ConfigError(
+                f"field {field!r}: torch converts to {dtype.name} whatever the sign; convert it first "
+                f"(tensor.to(torch.{dtype.name})), knowing that",
+                field=field,
+            )
+        tensor = array.array.to(torch_dtype(self._torch, dtype))
+        return DeviceArray(runtime=self, array=tensor, shape=array.shape, dtype=dtype, device=array.device)
+
+    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
+        """See `LeafRuntime`."""
+        tensor = array.array
+        if tensor.numel() == 0:
+            return None
+        # of the wider unsigned integers torch has little more than the conversion
+        wide = tensor.to(self._torch.int64)
+        least, largest = int(wide.min()), int(wide.max())
+        if array.dtype == np.uint64 and least < 0:
+            return 0, int(np.iinfo(np.uint64).max)
+        return least, largest
+
+    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
+        """See `LeafRuntime`."""
+        torch = self._torch
+        # float8 has no arithmetic of its own; every value of it is one of float32's
+        low = narrow.array.to(torch.float32) if narrow.dtype.itemsize == 1 else narrow.array
+        high = wide.array.to(torch.float32) if wide.dtype.itemsize == 1 else wide.array
+        finite = torch.isfinite(high)
+        wrong = torch.isfinite(low) != finite
+        if narrow.dtype.itemsize == 1:  # torch may give the largest value instead of an infinite one, by its version
+            wrong |= finite & (high.abs() > _largest_that_rounds_into(narrow.dtype))
+        return bool(wrong.any())
+
+    def copy_to_host(self, array: DeviceArray, target: Array) -> None:
+        """See `LeafRuntime`."""
+        if target.nbytes:
+            # bytes to bytes, both in one piece: torch then makes one cudaMemcpyAsync of it, and stages nothing
+            place = host_tensor(self._torch, target.reshape(-1).view(np.uint8))
+            place.copy_(flat_bytes(self._torch, array.array), non_blocking=True)
+
+    def wait(self, device: int) -> None:
+        """See `LeafRuntime`."""
+        self._torch.cuda.current_stream(device).synchronize()
+
+    def to_host(self, array: DeviceArray) -> Array:
+        """See `LeafRuntime`."""
+        return as_array(array.array.cpu(), "")
+
+    def page_locking(self, device: int) -> PageLocking:
+        """See `LeafRuntime`."""
+        return TorchPageLocking(self._torch, device)
+
+    def _seen_as_tensor(self, leaf: Any) -> Any:
+        torch = self._torch
+        if hasattr(leaf, "__dlpack__"):
+            return torch.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
+        stream = leaf.__cuda_array_interface__.get("stream")
+        if stream == _LEGACY_STREAM:
+            torch.cuda.default_stream().synchronize()
+        elif stream is not None:  # torch leaves it to the caller; waiting here costs nothing, since the write does
+            torch.cuda.ExternalStream(stream).synchronize()
+        return torch.as_tensor(leaf, device="cuda")
+
+
+def _largest_that_rounds_into(dtype: DType) -> float:
+    """Half a step above the largest value of a float: what lies above that has no nearest value there."""
+    facts = ml_dtypes.finfo(dtype)
+    largest = float(facts.max)
+    return largest + math.ldexp(0.5, math.frexp(largest)[1] - 1 - int(facts.nmant))
+
+
+class TorchReceiver:
+    """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
+
+    Args:
+        device: as the caller has it.
+        index: the number in it, None for torch's current device.
+
+    Raises:
+        ConfigError: torch is not installed, or finds no such GPU.
+    """
+
+    def __init__(self, device: str, index: int | None) -> None:
+        torch = import_torch(device)
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device={device!r}: torch {torch.__version__} finds no GPU that it can use here; use device='cpu' and "
+                f"move the tensors with .to({device!r})",
+                field="device",
+            )
+        self._torch = torch
+        number = check_index(device, index, torch.cuda.device_count(), torch.cuda.current_device)
+        self._device = torch.device("cuda", number)
+        self._stream = torch.cuda.Stream(self._device)
+
+    @property
+    def name(self) -> str:
+        """See `Receiver`."""
+        return str(self._device)
+
+    def page_locking(self) -> PageLocking:
+        """See `Receiver`."""
+        return TorchPageLocking(self._torch, self._device.index)
+
+    def upload(self, source: Bytes) -> Upload:
+        """See `Receiver`."""
+        torch = self._torch
+        # allocated under the stream that writes to it first: reused there it is in turn, whatever had it before
+        with torch.cuda.stream(self._stream):
+            try:
+                memory = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
+            except torch.cuda.OutOfMemoryError as exc:
+                raise ConfigError(
+                    f"{self._device} has no memory for a payload of {source.nbytes} bytes: fetch smaller batches, or "
+                    "leave the trainer less of it",
+                    field="device",
+                    nbytes=source.nbytes,
+                ) from exc
+            if source.nbytes:
+                memory.copy_(host_tensor(torch, source), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return _TorchUpload(torch, memory, event)
+
+
+class _TorchUpload:
+    """See `Upload`."""
+
+    __slots__ = ("_event", "_memory", "_torch")
+
+    def __init__(self, torch: Any, memory: Any, event: Any) -> None:
+        self._torch = torch
+        self._memory = memory
+        self._event = event
+
+    @property
+    def done(self) -> bool:
+        """See `Upload`."""
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        """See `Upload`."""
+        self._event.synchronize()
+
+    def ready(self) -> None:
+        """See `Upload`."""
+        stream = self._torch.cuda.current_stream(self._memory.device)
+        stream.wait_event(self._event)
+        # without it the caching allocator would hand the memory to the next payload while this stream still reads it
+        self._memory.record_stream(stream)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+        """See `Upload`."""
+        return view_of_bytes(self._torch, self._memory, offset, shape, dtype)
