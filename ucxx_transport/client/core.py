@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes, PageLocker
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.ring.lease import ReadLease
+    from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import Schema, SlotRef
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]

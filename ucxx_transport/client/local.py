@@ -18,7 +18,7 @@ from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
-    from ucxx_transport.ring.lease import ReadLease
+    from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import SlotRef
 
 # Rings whose worker died are let go this often: their memory is freed only when nobody maps it any more.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.rdma import RDMA_FOLDER
+from ucxx_transport.link.settings import RDMA_FOLDER
 
 __all__ = ["Interface", "choose_address", "decide_address", "default_route_source", "list_interfaces"]
 

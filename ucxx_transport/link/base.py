@@ -28,6 +28,7 @@ from typing import Literal, Protocol, TypeAlias
 from ucxx_transport.errors import ConfigError
 
 __all__ = [
+    "Counters",
     "Endpoint",
     "Link",
     "LinkStatistics",
@@ -35,6 +36,7 @@ __all__ = [
     "LostReason",
     "OnEndpoint",
     "Pending",
+    "byte_view",
     "checked_port",
     "hand_over",
 ]
@@ -95,6 +97,42 @@ class LinkStatistics:
     spins: int = 0
     stray_messages: int = 0
     swallowed_errors: int = 0
+
+
+class Counters:
+    """The counts behind `LinkStatistics`, plain integers. One thread writes them; any may take a snapshot."""
+
+    __slots__ = ("ended", *(name for name in LinkStatistics.__dataclass_fields__ if name != "in_flight"))
+
+    endpoints_connected: int
+    endpoints_accepted: int
+    endpoints_open: int
+    sends: int
+    receives: int
+    sent_bytes: int
+    posted_receive_bytes: int
+    ended: int
+    failed: int
+    truncated: int
+    peers_lost: int
+    parked_buffers: int
+    parked_bytes: int
+    progress_turns: int
+    inline_completions: int
+    sleeps: int
+    wakeups: int
+    spins: int
+    stray_messages: int
+    swallowed_errors: int
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+
+    def snapshot(self) -> LinkStatistics:
+        """The counters as they are now."""
+        counted = {name: getattr(self, name) for name in self.__slots__ if name != "ended"}
+        return LinkStatistics(in_flight=self.sends + self.receives - self.ended, **counted)
 
 
 class Pending(Protocol):
@@ -228,6 +266,31 @@ class Link(Protocol):
     async def aclose(self) -> None:
         """Close listeners and endpoints, end what is in flight, give back the resources. Idempotent, bounded."""
         ...
+
+
+def byte_view(buffer: object, *, writable: bool) -> memoryview:
+    """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
+
+    Args:
+        buffer: bytes (to send), bytearray, memoryview, mmap or array; C-contiguous.
+        writable: True to receive into it.
+
+    Raises:
+        ConfigError: it has no buffer protocol, is not contiguous, or is read-only where it must be written.
+    """
+    try:
+        view = memoryview(buffer)  # type: ignore[arg-type]  # the failure is the check
+    except (TypeError, ValueError) as exc:
+        # ml_dtypes arrays land here too: numpy exports no buffer for them, but does for `.view(np.uint8)`.
+        raise ConfigError(
+            "buffer has no usable buffer protocol; pass its bytes, such as array.view(numpy.uint8)",
+            type=type(buffer).__name__,
+        ) from exc
+    if writable and view.readonly:
+        raise ConfigError("buffer is read-only; a receive needs a writable one", type=type(buffer).__name__)
+    if not view.c_contiguous:
+        raise ConfigError("buffer is not C-contiguous; pass a contiguous copy", type=type(buffer).__name__)
+    return view
 
 
 def checked_port(port: int, *, lowest: int) -> int:

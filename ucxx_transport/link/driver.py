@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ucxx_transport.link.base import Counters
 from ucxx_transport.link.binding import UcxRequest, UcxWorker
-from ucxx_transport.link.counters import Counters
 
 __all__ = ["ProgressDriver", "Watched"]
 
@@ -223,7 +223,7 @@ class ProgressDriver:
         """
         self.stopped = True
 
-    def let_go(self) -> None:
+    def release_worker(self) -> None:
         """Drop the worker, once stopped: UCX gives its ports and descriptors back with the last reference to it."""
         del self._worker, self._progress_once, self.on_turns
 

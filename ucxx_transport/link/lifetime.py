@@ -14,31 +14,40 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ucxx_transport.errors import ConfigError
 
 if TYPE_CHECKING:
     from ucxx_transport.link.driver import ProgressDriver
     from ucxx_transport.link.pending import Operation
-    from ucxx_transport.link.ucxx import UCXXLink
 
 __all__ = ["check_not_forked", "drain", "park", "register", "unregister"]
 
 DRAIN_TIMEOUT_S = 1.0
 
-_links: set[UCXXLink] = set()
+
+class RegisteredLink(Protocol):
+    """A link, as far as it is closed or disowned from here."""
+
+    thread: int
+
+    def close_now(self) -> None: ...
+    def disown(self) -> None: ...
+
+
+_links: set[RegisteredLink] = set()
 _parked: list[object] = []
 _pids_that_used_ucx: set[int] = set()
 
 
-def register(link: UCXXLink) -> None:
+def register(link: RegisteredLink) -> None:
     """A link was opened in this process."""
     _pids_that_used_ucx.add(os.getpid())
     _links.add(link)
 
 
-def unregister(link: UCXXLink) -> None:
+def unregister(link: RegisteredLink) -> None:
     """A link was closed."""
     _links.discard(link)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Any, Protocol
 
 from ucxx_transport.errors import PeerLostError, TransportError
-from ucxx_transport.link.binding import UcxRequest
-from ucxx_transport.link.counters import Counters
+from ucxx_transport.link.base import Counters
+from ucxx_transport.link.binding import Binding, UcxEndpoint, UcxRequest, UcxWorker
 from ucxx_transport.link.driver import ProgressDriver
-from ucxx_transport.link.translate import raisable
+from ucxx_transport.link.translate import Translator, raisable
 
-__all__ = ["Operation", "OperationOwner", "UCXXPending"]
+__all__ = ["LinkContext", "Operation", "OperationOwner", "UCXXPending"]
 
 
 class OperationOwner(Protocol):
@@ -25,6 +25,24 @@ class OperationOwner(Protocol):
     def explain(self, exc: Exception) -> TransportError:
         """The error to raise for one of UCX's."""
         ...
+
+
+class LinkContext(Protocol):
+    """The link, as its endpoints and listeners see it. See `UCXXLink`."""
+
+    binding: Binding
+    worker: UcxWorker
+    driver: ProgressDriver
+    translator: Translator
+    counters: Counters
+
+    def check_thread(self) -> None: ...
+    def check_owner(self) -> None: ...
+    def adopt(self, endpoint: Any, /) -> None: ...
+    def forget(self, endpoint: Any, /) -> None: ...
+    def forget_listener(self, listener: Any, /) -> None: ...
+    def keep(self, task: asyncio.Task[Any], /) -> None: ...
+    def park(self, operation: Operation, ucx: UcxEndpoint | None, /) -> None: ...
 
 
 class Operation:
@@ -78,7 +96,7 @@ class Operation:
             self._end()
 
     def give_up(self, error: TransportError) -> None:
-        """Tell those who wait that it will not succeed. UCX still holds the buffer: the operation has not ended."""
+        """Wake the waiters with an error. UCX still holds the buffer: the operation has not ended."""
         if not self.done and not self.given_up:
             self.given_up = True
             self.error = error

@@ -15,18 +15,22 @@ Over RDMA the rendezvous is the point, so where a host has a device for it the t
 raised beyond what a segment carries: with `inf` a receive that its endpoint's close cuts off never ends, and its buffer
 would be parked for good.
 
-Who wins: `UCX_*` in the environment, for whoever sets it for one run means that run; then the configuration's `ucx`;
-then the table.
+Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["SHM_LANES", "TUNED", "WITHOUT_RDMA", "context_settings"]
+__all__ = ["RDMA_FOLDER", "SHM_LANES", "TUNED", "WITHOUT_RDMA", "context_settings", "rdma_devices"]
+
+RDMA_FOLDER: Final = Path("/sys/class/infiniband")
+"""One entry a device, InfiniBand or not (RoCE, iWARP, EFA): Linux, Documentation/ABI/stable/sysfs-class-infiniband."""
 
 TUNED: Mapping[str, str] = MappingProxyType(
     {
@@ -50,6 +54,11 @@ _INHERITED_FROM = {
     "TCP_CM_REUSEADDR": "CM_REUSEADDR",
 }
 """The wider setting that UCX takes a default from: the user may have set that one."""
+
+
+def rdma_devices(sysfs: Path = RDMA_FOLDER) -> list[str]:
+    """RDMA devices of this host, such as `mlx5_0`; none where the kernel has no RDMA at all."""
+    return sorted(device.name for device in sysfs.glob("*"))
 
 
 def context_settings(

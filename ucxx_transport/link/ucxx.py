@@ -16,14 +16,12 @@ from typing import Any, Self
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link import lifetime
-from ucxx_transport.link.base import LinkStatistics, OnEndpoint, checked_port
+from ucxx_transport.link.base import Counters, LinkStatistics, OnEndpoint, checked_port
 from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
-from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import ProgressDriver
 from ucxx_transport.link.native import quiet_ucxx_log
 from ucxx_transport.link.pending import Operation
-from ucxx_transport.link.rdma import rdma_devices
-from ucxx_transport.link.settings import context_settings
+from ucxx_transport.link.settings import context_settings, rdma_devices
 from ucxx_transport.link.translate import Translator, lost
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
 from ucxx_transport.link.ucxx_listener import UCXXListener
@@ -31,7 +29,7 @@ from ucxx_transport.link.ucxx_listener import UCXXListener
 __all__ = ["UCXXLink"]
 
 STRAYS = 4096
-"""Messages that nobody waits for are cleared away this many at a time, so that a flood cannot hold the loop."""
+"""Unexpected messages are cleared away this many at a time, so that a flood cannot hold the loop."""
 
 
 class UCXXLink:
@@ -184,9 +182,9 @@ class UCXXLink:
 
     def _destroy(self) -> None:
         self.driver.stop()
-        self.worker.cancel_inflight_requests()  # also lets go of those that it has cancelled before
+        self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
         lifetime.unregister(self)
-        self.driver.let_go()
+        self.driver.release_worker()
         del self.worker, self._context
 
     def check_thread(self) -> None:

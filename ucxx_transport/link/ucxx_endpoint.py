@@ -1,35 +1,48 @@
-"""One UCX connection: hello, tagged messages, loss, close."""
+"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close.
+
+The hello is the first 16 bytes that each end sends, on the connection's own stream, to name the tag it receives by:
+
+| offset | bytes | field                                            |
+|--------|-------|--------------------------------------------------|
+| 0      | 4     | magic `b"UXTL"`                                  |
+| 4      | 2     | version, little-endian, 1                        |
+| 6      | 2     | zero                                             |
+| 8      | 8     | tag, little-endian, that the sender receives by  |
+
+UCX matches tagged messages in the whole worker, not per connection, so each end draws a random tag per connection for
+what it receives: no connection can take, or forge, another one's message without guessing 64 bits.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import struct
 import weakref
 from collections import deque
+from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING
 
 from ucxx_transport.errors import ProtocolError, TransportError
-from ucxx_transport.link.base import LostReason
+from ucxx_transport.link.base import LostReason, byte_view
 from ucxx_transport.link.binding import UcxEndpoint, UcxTag
-from ucxx_transport.link.buffers import byte_view
-from ucxx_transport.link.hello import HELLO_BYTES, decode_hello, encode_hello
 from ucxx_transport.link.native import endpoint_lanes, release_cancelled
-from ucxx_transport.link.pending import Operation, UCXXPending
+from ucxx_transport.link.pending import LinkContext, Operation, UCXXPending
 from ucxx_transport.link.translate import lost, raisable
 
-if TYPE_CHECKING:
-    from ucxx_transport.link.ucxx import UCXXLink
-    from ucxx_transport.link.ucxx_listener import UCXXListener
+__all__ = ["HELLO_BYTES", "UCXXEndpoint", "decode_hello", "encode_hello"]
 
-__all__ = ["UCXXEndpoint"]
+MAGIC = b"UXTL"
+VERSION = 1
+_HELLO = struct.Struct("<4sHHQ")
+HELLO_BYTES = _HELLO.size
 
 CLOSE_TIMEOUT_S = 2.0
 """How long `close()` waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
 
 GRACE_S = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
-(seen over shared-memory lanes): whoever waits for it is told, and its buffer is parked when the endpoint is closed."""
+(seen over shared-memory lanes): its waiters get an error, and its buffer is parked when the endpoint is closed."""
 
 
 class UCXXEndpoint:
@@ -39,10 +52,13 @@ class UCXXEndpoint:
         link: that owns it.
         ucx: the connection, which may not be up yet.
         peer: `host:port`, for messages.
-        listener: the one that accepted it, kept for as long as the connection: UCX points into it.
+        on_closed: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
+            listener, into which UCX points.
     """
 
-    def __init__(self, link: UCXXLink, ucx: UcxEndpoint, peer: str, listener: UCXXListener | None = None) -> None:
+    def __init__(
+        self, link: LinkContext, ucx: UcxEndpoint, peer: str, on_closed: Callable[[], None] | None = None
+    ) -> None:
         self.link = link
         self.driver = link.driver
         self.counters = link.counters
@@ -50,7 +66,7 @@ class UCXXEndpoint:
         self.peer = peer
         self.closed = False
         self._ucx: UcxEndpoint | None = ucx
-        self._listener = listener
+        self._on_closed = on_closed
         self._make_array = link.binding.make_array
         self._lost = False
         self._usable_now = True
@@ -143,17 +159,17 @@ class UCXXEndpoint:
         self.driver.kick()
 
     def end_close(self) -> bool:
-        """Let go of UCX's endpoint; parks what has not ended. Returns whether nothing was parked."""
+        """Release UCX's endpoint; parks what has not ended. Returns whether nothing was parked."""
         clean = not self.in_flight
         for operation in tuple(self.in_flight):
-            operation.give_up(self._why_lost())  # whoever waits for it must not wait for ever
+            operation.give_up(self._why_lost())  # its waiters must not wait for ever
             self.link.park(operation, self._ucx)
         if self._ucx is not None and clean:
             release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None
-        if self._listener is not None:
-            self._listener.endpoint_closed()
-            self._listener = None
+        if self._on_closed is not None:
+            self._on_closed()
+            self._on_closed = None
         self.link.forget(self)
         return clean
 
@@ -176,7 +192,7 @@ class UCXXEndpoint:
             operation.give_up(self._why_lost())
 
     def explain(self, exc: Exception) -> TransportError:
-        """See `pending.OperationOwner`: a cut-off operation is told why its endpoint went."""
+        """See `pending.OperationOwner`: the error of a cut-off operation says why its endpoint went."""
         if self.closed or self._lost:
             return self._why_lost()
         return self.link.translator.error(exc, peer=self.peer, connected=self._send_tag is not None)
@@ -253,3 +269,22 @@ def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:
     alive = endpoint()
     if alive is not None:
         alive.note_loss()
+
+
+def encode_hello(tag: int) -> bytes:
+    """The hello of an end that receives by `tag` (u64)."""
+    return _HELLO.pack(MAGIC, VERSION, 0, tag)
+
+
+def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
+    """The peer's tag.
+
+    Raises:
+        ProtocolError: not a hello of this version.
+    """
+    magic, version, zero, tag = _HELLO.unpack(hello)
+    if magic != MAGIC or zero != 0:
+        raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
+    if version != VERSION:
+        raise ProtocolError("the peer speaks another version of the link", peer=peer, found=version, expected=VERSION)
+    return int(tag)

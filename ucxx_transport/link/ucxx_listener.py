@@ -9,15 +9,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from ucxx_transport.link.base import OnEndpoint, hand_over
 from ucxx_transport.link.binding import UcxEndpoint, UcxListener
 from ucxx_transport.link.native import endpoint_peer
+from ucxx_transport.link.pending import LinkContext
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
-
-if TYPE_CHECKING:
-    from ucxx_transport.link.ucxx import UCXXLink
 
 __all__ = ["UCXXListener"]
 
@@ -31,7 +28,7 @@ class UCXXListener:
         on_endpoint: gets each connection, in the loop, outside of UCX's callbacks.
     """
 
-    def __init__(self, link: UCXXLink, port: int, on_endpoint: OnEndpoint) -> None:
+    def __init__(self, link: LinkContext, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
         self._on_endpoint = on_endpoint
         self._arrived: deque[UcxEndpoint] = deque()
@@ -53,14 +50,14 @@ class UCXXListener:
             self._closed = True
             self.hand_over()
             self._link.forget_listener(self)
-            self._let_go()
+            self._release_if_unused()
 
-    def endpoint_closed(self) -> None:
+    def _endpoint_closed(self) -> None:
         """One of the endpoints accepted here is closed."""
         self._open_endpoints -= 1
-        self._let_go()
+        self._release_if_unused()
 
-    def _let_go(self) -> None:
+    def _release_if_unused(self) -> None:
         if self._closed and not self._open_endpoints:
             self._ucx = None
 
@@ -79,7 +76,8 @@ class UCXXListener:
                 with suppress(self._link.translator.root):
                     ucx.close_blocking()
                 continue
-            endpoint = UCXXEndpoint(self._link, ucx, endpoint_peer(ucx.handle) or f"a client of port {self.port}", self)
+            peer = endpoint_peer(ucx.handle) or f"a client of port {self.port}"
+            endpoint = UCXXEndpoint(self._link, ucx, peer, self._endpoint_closed)
             self._open_endpoints += 1
             self._link.adopt(endpoint)
             self._link.counters.endpoints_accepted += 1

@@ -212,6 +212,10 @@ class Geometry:
         return self.header_bytes + slot * self.stride_bytes + HEADROOM_BYTES
 
 
+RAW_FIELD = "data"
+"""The one array of a raw ring's payload: its bytes as uint8."""
+
+
 def frame_bytes(nbytes: int) -> int:
     """Size of a payload with its headroom and tailroom: 64 + nbytes padded to 8 + 64."""
     return HEADROOM_BYTES + _round_up(nbytes, 8) + TAILROOM_BYTES

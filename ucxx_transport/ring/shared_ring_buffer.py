@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy.typing as npt
 
 from ucxx_transport.ring.layout import SEQUENCE_WORD
-from ucxx_transport.ring.lease import ReadLease, WriteLease
 from ucxx_transport.ring.opening import attach_ring, create_ring
 from ucxx_transport.ring.owner import Owner, owner_alive
+from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.ring.ring_handle import RingHandle
 from ucxx_transport.ring.states import generation_of
+from ucxx_transport.ring.writing import WriteLease
 from ucxx_transport.schema import SlotRef
 
 if TYPE_CHECKING:

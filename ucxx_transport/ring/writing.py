@@ -1,22 +1,22 @@
-"""SlotWriter: finds a slot under the ring's policy, fills it, and makes its payload readable, or leaves it FREE."""
+"""WriteLease and SlotWriter: a slot is found under the ring's policy, filled, and made readable, or left FREE."""
 
 from __future__ import annotations
 
 import struct
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.backoff import pause_s
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, SlotError, TransportError
 from ucxx_transport.ring.claims import Claim
 from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.layout import Counter
-from ucxx_transport.ring.lease import RAW_FIELD, WriteLease
+from ucxx_transport.ring.layout import RAW_FIELD, Counter
 from ucxx_transport.ring.references import ReferenceMaker
 from ucxx_transport.ring.slot_headers import Hold
 from ucxx_transport.schema import Schema, SlotRef
@@ -264,4 +264,128 @@ class SlotWriter:
                 field="slot_bytes",
                 nbytes=nbytes,
                 slot_bytes=most,
+            )
+
+
+class WriteLease:
+    """A slot to write to, from `reserve()`.
+
+    Fill `arrays` or `buffer`, then `commit()`. As a context manager: a clean exit commits, an exception aborts.
+    """
+
+    __slots__ = ("__weakref__", "_claim", "_meta", "_placement", "_readers", "_ref", "_writer")
+
+    def __init__(
+        self,
+        writer: SlotWriter,
+        claim: Claim,
+        *,
+        placement: Placement | None,
+        readers: int,
+        meta: Mapping[str, object] | None,
+    ) -> None:
+        """Wrap a claim; use `SharedRingBuffer.reserve`."""
+        self._writer = writer
+        self._claim = claim
+        self._placement = placement
+        self._readers = readers
+        self._meta = meta
+        self._ref: SlotRef | None = None
+
+    @property
+    def slot(self) -> int:
+        """The slot's index."""
+        return self._claim.hold.slot
+
+    @property
+    def generation(self) -> int:
+        """Which write to that slot this is."""
+        return self._claim.hold.generation
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self._claim.nbytes
+
+    @property
+    def buffer(self) -> memoryview:
+        """The slot's memory, writable, `nbytes` long. Not to be written to after `commit`."""
+        self._require_open()
+        return np.asarray(self._claim).data
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """Writable arrays straight over the slot, nested as the schema says; a raw ring's is `{"data": uint8}`."""
+        self._require_open()
+        return self._writer.arrays_over(np.asarray(self._claim), self._placement)
+
+    @property
+    def ref(self) -> SlotRef:
+        """The payload's reference, once committed.
+
+        Raises:
+            SlotError: not committed.
+        """
+        if self._ref is None:
+            raise SlotError("a write lease has a reference only once it is committed", slot=self.slot)
+        return self._ref
+
+    def commit(self, nbytes: int | None = None) -> SlotRef:
+        """Make the payload readable.
+
+        Args:
+            nbytes: bytes really used, if fewer than reserved (raw rings).
+
+        Returns:
+            Its reference, also as `ref`. A second call returns the same.
+
+        Raises:
+            SlotError: the lease was aborted, or reclaimed.
+            ConfigError: `nbytes` is not 0 to the bytes reserved, or the ring has a schema, or `meta` is no msgpack.
+        """
+        if self._ref is None:
+            used = self._claim.nbytes if nbytes is None else nbytes
+            if nbytes is not None and (self._placement is not None or not 0 <= used <= self._claim.nbytes):
+                raise ConfigError(
+                    f"nbytes must be 0 to {self._claim.nbytes} on a raw ring, and left out on one with a schema",
+                    field="nbytes",
+                    value=nbytes,
+                )
+            self._require_open()
+            self._ref = self._writer.commit(self._claim, used, self._readers, self._meta)
+        return self._ref
+
+    def abort(self) -> bool:
+        """Give the slot back without a payload.
+
+        Returns:
+            Whether this call did; False when the lease was committed, aborted or reclaimed before.
+        """
+        return self._writer.abort(self._claim)
+
+    def __enter__(self) -> Self:
+        """The lease itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit on a clean exit, unless committed or aborted already; abort on an exception."""
+        if not self._claim.is_live:
+            return
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _require_open(self) -> None:
+        if not self._claim.is_live:
+            raise SlotError(
+                "this write lease has ended, or was inherited by a forked process",
+                slot=self.slot,
+                generation=self.generation,
             )

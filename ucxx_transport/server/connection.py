@@ -16,7 +16,7 @@ import anyio
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.lease import ReadLease
+from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
 from ucxx_transport.wire.codec import seal

@@ -7,8 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ucxx_transport.errors import PeerLostError
-from ucxx_transport.link.base import LostReason
-from ucxx_transport.link.buffers import byte_view
+from ucxx_transport.link.base import LostReason, byte_view
 from ucxx_transport.link.translate import lost
 from ucxx_transport.testing.faults import Faults
 

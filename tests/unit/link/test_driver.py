@@ -11,8 +11,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from ucxx_transport.link.base import Counters
 from ucxx_transport.link.binding import UcxArray, UcxProbe, UcxRequest, UcxTag
-from ucxx_transport.link.counters import Counters
 from ucxx_transport.link.driver import BURST, STRETCH, TURN_S, ProgressDriver
 
 pytestmark = pytest.mark.anyio

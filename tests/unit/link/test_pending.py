@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.link.test_driver import Request, driving
 from ucxx_transport.errors import PeerLostError, TransportError
-from ucxx_transport.link.counters import Counters
+from ucxx_transport.link.base import Counters
 from ucxx_transport.link.driver import ProgressDriver
 from ucxx_transport.link.pending import Operation, UCXXPending
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ucxx_transport.cli.doctor.finding import Finding, Verdict
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
-from ucxx_transport.link.rdma import rdma_devices
+from ucxx_transport.link.settings import rdma_devices
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes

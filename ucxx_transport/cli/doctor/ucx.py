@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ucxx_transport.cli.doctor.finding import Finding
-from ucxx_transport.link.rdma import rdma_devices
+from ucxx_transport.link.settings import rdma_devices
 
 __all__ = ["transport_findings", "ucx_findings"]
 
