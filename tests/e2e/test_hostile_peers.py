@@ -8,7 +8,6 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 import psutil
 import pytest
@@ -21,7 +20,7 @@ from tests.support.well_behaved import trainer_at_work
 from ucxx_transport import AuthenticationError, BusyError, PeerLostError, SlotRef, SlotState
 from ucxx_transport.link.ucxx import UCXXLink
 from ucxx_transport.wire.codec import encode_request
-from ucxx_transport.wire.frames import REQUEST_BYTES, Ack, Auth, Describe, Hello, Kind, Status
+from ucxx_transport.wire.frames import REQUEST_BYTES, Hello, Status
 
 MINUTE = 60
 HELLO = encode_request(Hello(reader=7, nonce=NONCE))
@@ -180,39 +179,13 @@ def test_silent_and_slow_connections_hurt_nobody_else(served: ServedRing) -> Non
 # UCX peers that do not keep to the protocol.
 
 
-def changed(frame: bytes, offset: int, form: str, value: int) -> bytes:
-    words = bytearray(frame)
-    struct.pack_into(form, words, offset, value)
-    return bytes(words)
+# What else a frame may say wrongly, and when, the unit tests of session and port server show without UCX.
 
 
-FIRST_FRAMES = {
-    "garbage": (random.Random(5).randbytes(REQUEST_BYTES), Status.BAD_REQUEST, "not a ucxx_transport request"),
-    "short": (HELLO[:60], Status.BAD_REQUEST, "cut short"),
-    "one byte": (b"\x00", Status.BAD_REQUEST, "not a ucxx_transport request"),
-    "wrong magic": (changed(HELLO, 0, "<I", 0x12345678), Status.BAD_REQUEST, "not a ucxx_transport request"),
-    "wrong version": (changed(HELLO, 4, "<H", 2), Status.BAD_REQUEST, "protocol version 2"),
-    "unknown kind": (changed(HELLO, 6, "<H", 99), Status.BAD_REQUEST, "unknown kind"),
-    "no end mark": (changed(HELLO, 120, "<Q", 0), Status.BAD_REQUEST, "cut short"),
-    "reader 0": (changed(HELLO, 40, "<Q", 0), Status.BAD_REQUEST, "random id"),
-    "reader 2**63": (changed(HELLO, 40, "<Q", 2**63), Status.BAD_REQUEST, "random id"),
-    "describe first": (encode_request(Describe(ring_id=bytes(16))), Status.UNAUTHORIZED, "before the handshake"),
-    "auth unasked": (encode_request(Auth(mac=bytes(32))), Status.UNAUTHORIZED, "before the handshake"),
-    "ack first": (
-        encode_request(Ack(slot=0, generation=1, attempt=1, delivered=True)),
-        Status.BAD_REQUEST,
-        "out of turn",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FIRST_FRAMES)
-def test_bad_first_frame_is_answered_with_its_reason_and_a_hang_up(served: ServedRing, name: str) -> None:
-    frame, status, words = FIRST_FRAMES[name]
-
+def test_bad_first_frame_is_answered_with_its_reason_and_a_hang_up(served: ServedRing) -> None:
     async def behave(peer: RawPeer) -> None:
-        reply, text = await peer.ask(frame)
-        assert (reply.status, words in text) == (status, True), text
+        reply, text = await peer.ask(random.Random(5).randbytes(REQUEST_BYTES))
+        assert (reply.status, "not a ucxx_transport request" in text) == (Status.BAD_REQUEST, True), text
         with pytest.raises(PeerLostError):
             await peer.wait_for_hang_up()
 
@@ -230,85 +203,13 @@ def test_frame_longer_than_any_ends_its_connection(served: ServedRing) -> None:
         with_peer(served, behave)
 
 
-def test_read_before_the_handshake_is_unauthorized(served: ServedRing, ref: SlotRef) -> None:
-    async def behave(peer: RawPeer) -> None:
-        reply, text = await peer.read(ref)
-        assert (reply.status, "before the handshake" in text) == (Status.UNAUTHORIZED, True)
-
-    with_peer(served, behave)
-
-
-BAD_REFS: dict[str, tuple[Callable[[SlotRef], SlotRef], Status]] = {
-    "slot one too far": (lambda ref: replace(ref, slot=16), Status.BAD_REQUEST),
-    "slot 2**32-1": (lambda ref: replace(ref, slot=2**32 - 1), Status.BAD_REQUEST),
-    "older generation": (lambda ref: replace(ref, slot=(ref.slot + 5) % 16, generation=2**40), Status.STALE),
-    "newest generation": (lambda ref: replace(ref, generation=2**64 - 1), Status.STALE),
-    "foreign ring": (lambda ref: replace(ref, ring_id=bytes(16)), Status.STALE),
-    "one byte too many": (lambda ref: replace(ref, nbytes=ref.nbytes + 1), Status.BAD_REQUEST),
-    "2**46 bytes": (lambda ref: replace(ref, nbytes=2**46), Status.BAD_REQUEST),
-    "no bytes": (lambda ref: replace(ref, nbytes=0), Status.BAD_REQUEST),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REFS)
-def test_read_of_what_is_not_there_is_refused_and_the_connection_lives(
-    served: ServedRing, ref: SlotRef, name: str
-) -> None:
-    bad, status = BAD_REFS[name][0](ref), BAD_REFS[name][1]
-
-    async def behave(peer: RawPeer) -> None:
-        await peer.greet()
-        reply, text = await peer.ask(encode_request(request_of(bad)), 200)
-        assert reply.status is status, text
-        reply, _ = await peer.read(ref, attempt=2)
-        assert (reply.status, reply.nbytes) == (Status.OK, 200)
-        await peer.acknowledge(ref, attempt=2, delivered=False)
-
-    with_peer(served, behave)
-
-
-@pytest.mark.parametrize(
-    ("offset", "form", "value"), [(24, "<Q", 0), (40, "<Q", 2**64 - 1), (40, "<Q", 2**46 + 1), (120, "<Q", 1)]
-)
-def test_read_that_no_client_can_mean_ends_the_connection(
-    served: ServedRing, ref: SlotRef, offset: int, form: str, value: int
-) -> None:
-    async def behave(peer: RawPeer) -> None:
-        await peer.greet()
-        reply, _ = await peer.ask(changed(encode_request(request_of(ref)), offset, form, value))
-        assert reply.status is Status.BAD_REQUEST
-        with pytest.raises(PeerLostError):
-            await peer.wait_for_hang_up()
-
-    with_peer(served, behave)
-
-
-ANSWERS: dict[str, Callable[[SlotRef], bytes]] = {
-    "nothing": lambda _: b"",
-    "an ACK of another attempt": lambda ref: ack_of(ref, attempt=2),
-    "an ACK of another generation": lambda ref: ack_of(replace(ref, generation=ref.generation + 1)),
-    "an ACK of another slot": lambda ref: ack_of(replace(ref, slot=ref.slot + 1)),
-    "half an ACK": lambda ref: ack_of(ref)[:64],
-    "an ACK that is neither": lambda ref: changed(ack_of(ref), 52, "<I", 2),
-    "a second READ": lambda ref: encode_request(request_of(ref, attempt=2)),
-    "garbage": lambda _: bytes(REQUEST_BYTES),
-}
-
-
-def ack_of(ref: SlotRef, attempt: int = 1) -> bytes:
-    return encode_request(Ack(slot=ref.slot, generation=ref.generation, attempt=attempt, delivered=True))
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_payload_answered_by_anything_but_its_ack_is_ready_again(served: ServedRing, ref: SlotRef, name: str) -> None:
+def test_payload_that_is_never_acknowledged_is_ready_again(served: ServedRing, ref: SlotRef) -> None:
     async def behave(peer: RawPeer) -> None:
         await peer.greet()
         reply, _ = await peer.read(ref)
         assert reply.status is Status.OK
         assert served.ring.slot_state(ref.slot) is SlotState.READING
-        if frame := ANSWERS[name](ref):
-            await peer.send(frame)
-        with pytest.raises(PeerLostError):  # at once, or when the time for the ACK is over
+        with pytest.raises(PeerLostError):  # when the time for the ACK is over
             await peer.wait_for_hang_up()
         await asyncio.to_thread(wait_until, lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
 
@@ -336,47 +237,14 @@ def test_connection_without_a_word_is_closed_in_time(served: ServedRing) -> None
     assert count(served, "handshake_timeouts") == before + 1
 
 
-def test_describe_of_a_foreign_ring_is_stale(served: ServedRing) -> None:
-    async def behave(peer: RawPeer) -> None:
-        await peer.greet()
-        reply, _ = await peer.ask(encode_request(Describe(ring_id=bytes(16))))
-        assert reply.status is Status.STALE
-
-    with_peer(served, behave)
-
-
-# The token.
-
-
-@pytest.mark.parametrize("token", [None, "wrong", "right "])
-def test_client_without_the_token_gets_nothing(token: str | None) -> None:
+def test_client_with_a_wrong_token_gets_nothing() -> None:
     with served_ring(token="right") as served, trainer_at_work(served, token="right"):
         ref = served.ring.write_raw(b"secret")
-        with client_of(token=token) as client, pytest.raises(AuthenticationError, match="token"):
+        with client_of(token="wrong") as client, pytest.raises(AuthenticationError, match="token"):
             client.read(ref)
         assert client.statistics().quarantined == 0
         assert served.ring.slot_state(ref.slot) is SlotState.READY
-        assert count(served, "unauthorized") == (token is not None)
-
-
-@pytest.mark.parametrize("frames", [[Kind.READ], [Kind.AUTH], [Kind.AUTH, Kind.READ]])
-def test_peer_that_skips_or_guesses_the_token_is_hung_up_on(frames: list[Kind]) -> None:
-    with served_ring(token="right", ports=1) as served:
-        ref = served.ring.write_raw(b"secret")
-        words = {Kind.READ: encode_request(request_of(ref)), Kind.AUTH: encode_request(Auth(mac=bytes(32)))}
-
-        async def behave(peer: RawPeer) -> None:
-            assert (await peer.greet()).token_required
-            reply, _ = await peer.ask(words[frames[0]], 100)
-            assert reply.status is Status.UNAUTHORIZED
-            for kind in frames[1:]:
-                await peer.send(words[kind])
-            with pytest.raises(PeerLostError):
-                await peer.wait_for_hang_up()
-
-        with_peer(served, behave)
-        assert served.ring.slot_state(ref.slot) is SlotState.READY
-        assert count(served, "requests") == 0
+        assert count(served, "unauthorized") == 1
 
 
 # Too many.

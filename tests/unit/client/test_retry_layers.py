@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.exchange_rig import ExchangeRig, open_rig
+from tests.support.raw_server import welcome
 from tests.support.virtual_time import settle
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import (
@@ -17,9 +19,13 @@ from ucxx_transport.errors import (
     DeadlineExceededError,
     PeerLostError,
     ProtocolError,
+    TransportError,
 )
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
+from ucxx_transport.schema import Schema, TensorSpec
+from ucxx_transport.wire.codec import encode_reply
+from ucxx_transport.wire.frames import ReadReply, Status
 
 pytestmark = pytest.mark.anyio
 
@@ -302,6 +308,35 @@ async def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() ->
             await client.read(rig.write(EPISODE))
         assert client.statistics().protocol_errors == 1
         assert client.statistics().lent_buffers == 0
+
+
+async def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
+    schema, other = (Schema([TensorSpec(name, (10,), "uint8")]) for name in "ab")
+    lies = {
+        "another schema": other.to_bytes(),
+        "no schema": b"\xc0",
+        "garbage": b"\xff" * 1000,
+        "nothing": b"",
+        "nesting": b"\x91" * 5000,
+        "a list of 2**32": b"\xdd\xff\xff\xff\xff",
+    }
+
+    def describes(body: bytes) -> Callable[[Endpoint], None]:
+        def greet(endpoint: Endpoint) -> None:
+            endpoint.post_send(welcome())
+            endpoint.post_send(encode_reply(ReadReply(status=Status.OK, nbytes=len(body)), body))
+
+        return greet
+
+    async with open_rig(ports=1, ring=RingConfig(slots=8, schema=schema, prefault=False)) as rig:
+        for port, (lie, body) in enumerate(lies.items(), start=20):
+            client = rig.client(read_attempts=1)
+            await rig.impostor(port, describes(body))
+            rig.publish(port)
+            with pytest.raises(TransportError) as caught:
+                await client.read(rig.ring.write({"a": np.zeros(10, np.uint8)}))
+            assert isinstance(caught.value, ProtocolError), lie
+            assert client.statistics().lent_buffers == 0, lie
 
 
 async def test_nothing_behind_the_port_is_peer_lost() -> None:
