@@ -29,8 +29,6 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership import HeartbeatPublisher, open_store
 from ucxx_transport.membership.store import Batch, Store, Watch
 
-pytestmark = pytest.mark.long
-
 PATIENCE_S = 20.0
 PASSWORD = "correct horse"
 Open = Callable[..., Store]

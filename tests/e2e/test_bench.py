@@ -28,7 +28,7 @@ OWN_SUBJECTS = {
     "ucx_tcp_sync": "ucx",
     "memcpy": "memcpy",
 }
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.exhaustive
 
 TINY = ["--sizes", "4KiB,64KiB", "--rounds", "1", "--turn-s", "0", "--max-slots", "8"]
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.programs.rollout_worker import play
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, UCXXDataPackerMixin
@@ -79,7 +79,7 @@ def played(worker: Program, *lengths: int) -> list[Any]:
     return [SimpleNamespace(completion=worker.ask(steps=steps, version=3)["record"]) for steps in lengths]
 
 
-@pytest.mark.parametrize("local", ["off", long("view"), long("copy")])
+@pytest.mark.parametrize("local", ["off", exhaustive("view"), exhaustive("copy")])
 def test_steps_are_bit_equal_with_and_without_prefetching(local: str) -> None:
     with workers(2) as (first, second), packer_of(local=local) as ahead, packer_of(local=local) as on_demand:
         batches = [(10, 300), (20, 1), (1000, 7)]

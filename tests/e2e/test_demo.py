@@ -15,7 +15,7 @@ from typing import IO, Any
 import pytest
 
 from cartpole.leftovers import run_processes, run_segments
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.waiting import wait_until
 from ucxx_transport.ring.orphans import sweep_orphans
 
@@ -66,7 +66,7 @@ def children_of(process: subprocess.Popen[str]) -> dict[int, str]:
     return runs
 
 
-@pytest.mark.parametrize(("local", "transports"), [("mixed", {"view", "ucx"}), long("off", {"ucx"})])
+@pytest.mark.parametrize(("local", "transports"), [("mixed", {"view", "ucx"}), exhaustive("off", {"ucx"})])
 def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
     tmp_path: Path, local: str, transports: set[str]
 ) -> None:
@@ -88,7 +88,7 @@ def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_workers_are_found_in_a_store_and_a_replacement_joins_late_while_training_goes_on(tmp_path: Path) -> None:
     store = f"local://{tmp_path}/store.db"
     options = ("--store", store, "--goal", "none", "--episodes", "150", "--seconds", str(LIMIT_S))
@@ -102,7 +102,7 @@ def test_workers_are_found_in_a_store_and_a_replacement_joins_late_while_trainin
     assert summary["segments_left"] == summary["processes_left"] == []
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_a_goal_out_of_reach_is_said_and_a_worker_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
     with demo(tmp_path / "curve.png", "--goal", "100000", "--seconds", "15", "--no-kill") as process:
         started = read_until(process.stderr, "started as pid")
@@ -118,7 +118,7 @@ def test_a_goal_out_of_reach_is_said_and_a_worker_that_dies_meanwhile_is_replace
 
 
 @pytest.mark.parametrize(
-    "words", [long(": started", id="while starting"), pytest.param("mean return", id="while training")]
+    "words", [exhaustive(": started", id="while starting"), pytest.param("mean return", id="while training")]
 )
 def test_ctrl_c_exits_130_and_leaves_nothing_behind(tmp_path: Path, words: str) -> None:
     with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "1000000") as process:
@@ -130,7 +130,7 @@ def test_ctrl_c_exits_130_and_leaves_nothing_behind(tmp_path: Path, words: str) 
     assert summary["segments_left"] == summary["processes_left"] == []
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_children_die_with_the_orchestrator_and_their_rings_are_swept(tmp_path: Path) -> None:
     with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "1000000") as process:
         read_until(process.stderr, "mean return")

@@ -57,7 +57,7 @@ async def test_killed_worker_costs_the_batch_its_own_episodes_only() -> None:
         assert other.wait() == 0
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 async def test_killed_server_process_costs_the_batch_nothing() -> None:
     with program("rollout_worker", "worker-0") as worker:
         async with UCXXClient(CONFIG) as client:

@@ -10,14 +10,14 @@ import structlog
 
 from tests.soak.kill_soak import VICTIMS, KillSoak
 from tests.soak.summary import SoakSettings, Summary
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 
 log = structlog.get_logger(__name__)
 
 
 @pytest.mark.parametrize(
     ("cycles", "lanes"),
-    [pytest.param(8, "tcp", id="tcp"), long(24, "tcp", id="tcp for longer"), long(8, "shm", id="shm")],
+    [pytest.param(8, "tcp", id="tcp"), exhaustive(24, "tcp", id="tcp for longer"), exhaustive(8, "shm", id="shm")],
 )
 def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
     cycles: int,

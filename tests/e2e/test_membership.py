@@ -35,8 +35,6 @@ from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceStatus
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.teardown import Teardown
 
-pytestmark = pytest.mark.long
-
 MINUTE = 60
 INTERVAL_S = 0.4
 TTL_S = 3 * INTERVAL_S

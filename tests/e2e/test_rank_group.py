@@ -18,8 +18,6 @@ from ucxx_transport.groups import GroupView, RankState
 from ucxx_transport.groups.member_record import MemberRecord
 from ucxx_transport.membership.store import Store
 
-pytestmark = pytest.mark.long
-
 MINUTE = 60.0
 LONG_LIVED_S = 20.0
 """An interval whose lease outlives a test, unless it is revoked."""

@@ -21,9 +21,12 @@ from ucxx_transport.integrations.ray import ActorRollouts, server_config_of_node
 PATH = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-pytestmark = pytest.mark.may_leave(
-    "processes", "threads", "descriptors", reason="the cluster keeps workers and connections until it is shut down"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.may_leave(
+        "processes", "threads", "descriptors", reason="the cluster keeps workers and connections until it is shut down"
+    ),
+]
 
 
 class Rollouts(UCXXRolloutMixin):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from ucxx_transport.cli.program import VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def printed_by(program: str, folder: Path) -> str:
     return "".join(line + "\n" for line in out.splitlines() if line.startswith(("(", "0", "1", "2", "lost")))
 
 
-@pytest.mark.parametrize(("settings", "transport"), [("", "view"), long(UCX_ONLY, "ucx")])
+@pytest.mark.parametrize(("settings", "transport"), [("", "view"), exhaustive(UCX_ONLY, "ucx")])
 def test_the_example_prints_what_the_readme_says(settings: str, transport: str, tmp_path: Path) -> None:
     example, said = PIECES
     program = example.replace("SyncUCXXClient()", f"SyncUCXXClient({settings})")
@@ -55,7 +55,7 @@ def test_the_example_prints_what_the_readme_says(settings: str, transport: str, 
     assert printed_by(program, tmp_path) == said.replace("view", transport)
 
 
-@pytest.mark.parametrize("settings", ["", long(f"client={UCX_ONLY}")])
+@pytest.mark.parametrize("settings", ["", exhaustive(f"client={UCX_ONLY}")])
 def test_the_example_of_the_mixins_prints_what_the_readme_says(settings: str, tmp_path: Path) -> None:
     example, said = MIXINS
     program = example.replace("setup_ucxx_data_packer()", f"setup_ucxx_data_packer({settings})")

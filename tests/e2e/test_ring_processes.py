@@ -85,7 +85,7 @@ def in_use(ring: SharedRingBuffer) -> set[SlotState]:
     return {SlotState.WRITING, SlotState.READING} & set(ring.slot_states())
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_two_processes_hammer_one_ring_and_nothing_is_lost_duplicated_or_torn() -> None:
     payloads = 13_000  # of each process, at 8 transitions a payload
     with ring_of(on_full="raise", slot_bytes=512) as ring, ExitStack() as stack:

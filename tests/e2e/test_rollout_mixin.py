@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.programs.rollout_worker import MAX_STEPS, play
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
 from tests.support.served_ring import client_of
 from tests.support.waiting import wait_until
@@ -39,7 +39,7 @@ def segments_of(ref: SlotRef | None) -> list[Path]:
     return [path for path in [segment_path(ref.ring_name)] if path.exists()]
 
 
-@pytest.mark.parametrize("local", ["off", long("view")])
+@pytest.mark.parametrize("local", ["off", exhaustive("view")])
 def test_trainer_reads_what_workers_played(local: str) -> None:
     with (
         program("rollout_worker", "worker-0") as first,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".ci/run", ".ci/frameworks", ".ci/long"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".ci/run", ".ci/long"]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_python_that_is_named_must_fit(bare: Path) -> None:
     assert "PYTHON=/bin/false" in done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_an_installation_that_fails_says_where_all_of_it_is_and_leaves_no_stamp(bare: Path) -> None:
     # No package index: pip fails at once, and no stamp may say that the environment is ready.
     offline = {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}

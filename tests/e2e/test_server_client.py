@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.programs import content
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.served_ring import LOOPBACK, ServedRing, client_of, consecutive_free_ports, open_ring, served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import (
@@ -358,7 +358,7 @@ def test_taken_port_is_named_in_a_config_error(mode: Mode) -> None:
         assert (server.ports, server.address, ring.address()) == ((), None, (None, ()))
 
 
-@pytest.mark.parametrize("mode", [long("process"), "thread"])
+@pytest.mark.parametrize("mode", [exhaustive("process"), "thread"])
 def test_server_stops_and_starts_again_on_its_ports_leaving_nothing(mode: Mode) -> None:
     first = consecutive_free_ports(2)
     config = ServerConfig(host=LOOPBACK, ports=[first, first + 1], mode=mode, start_timeout_s=60, stop_timeout_s=20)

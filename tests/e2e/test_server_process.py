@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.programs import content
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
 from tests.support.raw_peer import raw_peer
 from tests.support.served_ring import ServedRing, client_of, open_ring, read_retrying, served_ring
@@ -59,7 +59,7 @@ def wait_for_replacement(served: ServedRing, dead: int) -> None:
     wait_until(lambda: served.server.statistics().pid not in {None, dead}, MINUTE, what="another server process")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, long(signal.SIGABRT), long(signal.SIGSEGV)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, exhaustive(signal.SIGABRT), exhaustive(signal.SIGSEGV)])
 def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
     number: signal.Signals, log_events: list[MutableMapping[str, Any]], record_property: Callable[[str, object], None]
 ) -> None:
@@ -111,7 +111,7 @@ def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
             assert holds(payload, 0)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_server_dies_again_and_again_and_every_payload_arrives_once() -> None:
     with served_ring(ring={"on_full": "raise"}) as served, client_of(connect_timeout_s=1.0) as client:
         for sequence in range(4):
@@ -159,7 +159,7 @@ def started_worker(worker: Program) -> tuple[str, int, SlotRef]:
     return facts["ring"], facts["server"], SlotRef.from_bytes(bytes.fromhex(facts["ref"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, long(signal.SIGTERM)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, exhaustive(signal.SIGTERM)])
 def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals) -> None:
     with program("forgetful", "worker-process") as worker, client_of(connect_timeout_s=1.0) as client:
         ring, server, ref = started_worker(worker)
@@ -174,7 +174,7 @@ def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals
             client.read(SlotRef.from_dict({**ref.to_dict(), "generation": 2}), deadline_s=2.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, long(signal.SIGTERM), long(signal.SIGINT)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, exhaustive(signal.SIGTERM), exhaustive(signal.SIGINT)])
 def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signals) -> None:
     """As `timeout`, a shell's `kill -- -PGID`, and launchers of training jobs send it."""
     with program("forgetful", "worker-process") as worker:
@@ -186,7 +186,7 @@ def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signal
         assert not any(is_listening(port) for port in ref.ports)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, long(signal.SIGINT), long(signal.SIGHUP)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, exhaustive(signal.SIGINT), exhaustive(signal.SIGHUP)])
 def test_server_serves_as_long_as_its_worker_whoever_asks_it_to_end(number: signal.Signals) -> None:
     """Slurm sends SIGTERM to every process of a job; the worker may still have payloads to hand out."""
     with served_ring() as served, client_of() as client:

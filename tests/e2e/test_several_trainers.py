@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.long import long
+from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 
 MINUTE = 60
 
-LOCALS = pytest.mark.parametrize("local", ["off", long("view")])
+LOCALS = pytest.mark.parametrize("local", ["off", exhaustive("view")])
 
 
 @contextmanager

@@ -8,12 +8,12 @@ connections have ended no slot is held. The model is a dictionary: what was writ
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Awaitable, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from tests.support.exchange_rig import open_rig
+from tests.support.exhaustive import exhaustive
 from tests.support.virtual_time import VirtualTimeLoop, settle
 from ucxx_transport.client import Payload, UCXXClient
 from ucxx_transport.config import RingConfig, ServerConfig
@@ -34,7 +35,6 @@ from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.testing.memory_link import Faults
 
-STEPS = int(os.environ.get("TEST_EXCHANGE_STEPS", "2000"))
 STEPS_AN_EXAMPLE = 40
 PORTS = (1, 2)
 # Longer than any limit of the server: afterwards no connection of before is left.
@@ -259,13 +259,15 @@ class ExchangeMachine(RuleBasedStateMachine):
             self.runner.close()
 
 
+@pytest.mark.parametrize("steps", [1000, exhaustive(4000)])
 def test_every_payload_comes_whole_and_at_most_once_whatever_the_network_does(
+    steps: int,
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
     run_state_machine_as_test(
         ExchangeMachine,
         settings=settings(
-            max_examples=max(1, STEPS // STEPS_AN_EXAMPLE),
+            max_examples=max(1, steps // STEPS_AN_EXAMPLE),
             stateful_step_count=STEPS_AN_EXAMPLE,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -401,7 +401,7 @@ class GroupMachine(RuleBasedStateMachine):
                 one.store.close()
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[str, Any]]) -> None:
     GroupMachine.steps = 0
     while GroupMachine.steps < STEPS:

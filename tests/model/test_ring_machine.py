@@ -2,13 +2,11 @@
 
 Several handles act for owners that live and die as told; leases are finalised in time, late, twice, by the wrong hand,
 never, or after their owner's death; payloads are unlike each other and compared byte by byte at every look. A *step* is
-one rule: a call on the ring whose outcome the model foretold, followed by a comparison of all slots. At least
-`TEST_RING_STEPS` (50 000) are taken.
+one rule: a call on the ring whose outcome the model foretold, followed by a comparison of all slots.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
@@ -30,13 +28,13 @@ from hypothesis.stateful import (
 )
 
 from tests.model.ring_model import ModelSlot, RingModel
+from tests.support.exhaustive import exhaustive
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import BusyError, RingFullError, SlotError, StaleSlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, WriteLease
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema import SlotRef
 
-STEPS = int(os.environ.get("TEST_RING_STEPS", "50000"))
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 400
 """About as many as 25 rules take: one in 15 is a burst."""
@@ -429,13 +427,14 @@ class RingMachine(RuleBasedStateMachine):
         vars(self).clear()
 
 
-def test_a_ring_does_what_its_model_foretells(log_events: list[MutableMapping[str, Any]]) -> None:
+@pytest.mark.parametrize("steps", [10_000, exhaustive(50_000)])
+def test_a_ring_does_what_its_model_foretells(steps: int, log_events: list[MutableMapping[str, Any]]) -> None:
     RingMachine.steps = 0
-    while RingMachine.steps < STEPS:
+    while RingMachine.steps < steps:
         run_state_machine_as_test(
             RingMachine,
             settings=settings(
-                max_examples=-(-(STEPS - RingMachine.steps) // STEPS_AN_EXAMPLE),
+                max_examples=-(-(steps - RingMachine.steps) // STEPS_AN_EXAMPLE),
                 stateful_step_count=RULES_AN_EXAMPLE,
                 deadline=None,
                 database=None,
@@ -443,5 +442,5 @@ def test_a_ring_does_what_its_model_foretells(log_events: list[MutableMapping[st
                 suppress_health_check=list(HealthCheck),
             ),
         )
-    assert RingMachine.steps >= STEPS
+    assert RingMachine.steps >= steps
     assert all(event["log_level"] == "warning" for event in log_events)

@@ -7,18 +7,18 @@ arrived that is what the store has, and those whose grace after a wipe is not ov
 
 from __future__ import annotations
 
-import os
-
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from tests.support.exhaustive import exhaustive
 from tests.support.source_records import delete_event, entry_of, put_event, record
 from ucxx_transport.membership import Batch, Event, Snapshot, SourceRecord
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.source_view import SourceChange, SourceView
 
-STEPS = int(os.environ.get("TEST_SOURCE_VIEW_STEPS", "2000"))
+STEPS_AN_EXAMPLE = 40
 GRACE_S = 10.0
 WORKERS = st.sampled_from(["a", "b", "c/d", "%61"])
 GARBAGE = st.sampled_from([b"", b"{}", record("somebody else").to_bytes()])
@@ -150,9 +150,9 @@ def event_of(worker: str, value: SourceRecord | bytes | None) -> Event:
     return delete_event(worker) if value is None else put_event(value, source_key(worker))
 
 
-def test_what_a_view_tells_always_adds_up_to_what_it_knows() -> None:
-    steps = 40
+@pytest.mark.parametrize("steps", [2000, exhaustive(10_000)])
+def test_what_a_view_tells_always_adds_up_to_what_it_knows(steps: int) -> None:
     run_state_machine_as_test(
         SourceViewMachine,
-        settings=settings(max_examples=max(1, STEPS // steps), stateful_step_count=steps, deadline=None),
+        settings=settings(max_examples=steps // STEPS_AN_EXAMPLE, stateful_step_count=STEPS_AN_EXAMPLE, deadline=None),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from ucxx_transport.membership import Store
 from ucxx_transport.membership.local import LocalStore
 
 __all__ = ["etcd_binary", "own_etcd", "own_rig", "ranks", "rig", "shared_server"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Together they take minutes, so continuous integration runs them where it runs what they are part of."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.long)
 
 
 def opened(rig: StoreRig) -> Store:
