@@ -299,7 +299,7 @@ class RemoteReader:
         now = asyncio.get_running_loop().time()
         self._quarantine.prune(now)
         if not self._quarantine.holds(key, now):  # each further failure prolongs it, and is counted
-            _log.warning("port quarantined", host=key[0], port=key[1], reason=error.message)
+            _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
         self._quarantine.add(key, now)
         self._connections.evict(key)
 

@@ -86,7 +86,7 @@ def _unregister(locking: PageLocking, address: int, pid: int) -> None:
         return  # a forked child's copy: the registration is its parent's
     status = locking.host_unregister(address)
     if status not in _NOTHING_LEFT_TO_DO:
-        _log.warning("page-locked memory was not unlocked", status=status, reason=locking.error_words(status))
+        _log.warning("page_unlock_failed", status=status, reason=locking.error_words(status))
 
 
 def _limit() -> str:

@@ -188,7 +188,7 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         try:
             return self.fetch_batch([(0, rollout_output)]).get(key)
         except Exception as error:  # noqa: BLE001 - the interface's rule: it must not raise here
-            _log.warning("episode could not be fetched", reason=f"{type(error).__name__}: {error}")
+            _log.warning("fetch_failed", reason=f"{type(error).__name__}: {error}")
             return None
 
     def statistics(self) -> PrefetchStatistics:
@@ -226,7 +226,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         composes = callable(getattr(packer, "set_transport_strategy", None))
         if not composes and not isinstance(packer, UCXXDataPackerMixin):
             # as cosmos-rl's own transports do: a job without a validation packer gets a plain one, attached too
-            _log.warning("a data packer that fetches nothing was left as it is", packer=type(packer).__name__)
+            _log.warning("data_packer_skipped", packer=type(packer).__name__)
             return
         try:
             if composes:
@@ -286,7 +286,7 @@ def _key_of(record: AskedFor, completion: object) -> str:
 
 
 def _log_loss(loss: Loss) -> None:
-    _log.warning("episode lost", reason=loss.reason.value, error=None if loss.error is None else str(loss.error))
+    _log.warning("episode_lost", reason=loss.reason.value, error=None if loss.error is None else str(loss.error))
 
 
 PayloadTransportRegistry.register(CosmosPayloadTransport())

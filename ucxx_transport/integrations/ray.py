@@ -193,7 +193,7 @@ class ActorRollouts(Iterator[Any]):
         if dead is None:
             return  # by another of its rollouts
         self._counts["lost_actors"] += 1
-        _log.warning("rollout actor died", reason=str(error).partition("\n")[0])
+        _log.warning("actor_died", reason=str(error).partition("\n")[0])
         if (ring := self._rings.pop(number, None)) is not None:
             self._unswept.add(ring)
         replacement = self._replace(dead)

@@ -150,12 +150,13 @@ class RingCore:
         if not self._warned_late:
             self._warned_late = True
             _log.warning(
-                "late finalise ignored: the lease had ended; counted from here on",
+                "finalise_ignored",
                 ring=self.segment.name,
                 slot=hold.slot,
                 generation=hold.generation,
                 attempt=hold.lease_id,
                 pid=os.getpid(),
+                reason="the lease had ended; counted from here on",
             )
 
     def settle_lost(self, guard: ClaimGuard) -> bool:

@@ -124,7 +124,7 @@ class Connection:
         except PeerLostError:
             pass  # the ordinary end: the client closed, died, or a limit closed the endpoint under us
         except TransportError as error:
-            _log.warning("connection failed", peer=self._endpoint.peer, reason=str(error))
+            _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
         finally:
             await self._release()
 

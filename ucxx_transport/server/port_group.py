@@ -91,7 +91,7 @@ class PortThread:
             if not self._listening.done():
                 self._listening.set_exception(error)
             else:
-                _log.exception("a server port died", thread=self._thread.name)
+                _log.exception("port_died", thread=self._thread.name)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -135,7 +135,7 @@ class PortServer:
         try:
             await connection.serve()
         except Exception:  # noqa: BLE001 - the edge of a task: one connection's bug must not take the port down
-            _log.exception("connection crashed")
+            _log.exception("connection_crashed")
         finally:
             self._connections.discard(connection)
             self._admitted -= admitted
@@ -165,10 +165,10 @@ class PortServer:
         try:
             self._ring.reclaim_dead()
         except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
-            _log.warning("reclaim failed", reason=str(error))
+            _log.warning("reclaim_failed", reason=str(error))
 
     def _park(self, parked: ParkedSend) -> None:
-        _log.warning("a cancelled send never completed", slot=parked.lease.slot, nbytes=parked.lease.nbytes)
+        _log.warning("send_stuck", slot=parked.lease.slot, nbytes=parked.lease.nbytes)
         self._parked.append(parked)
 
     def _release_parked(self) -> None:
@@ -178,7 +178,7 @@ class PortServer:
                 if not parked.settle():
                     still.append(parked)
             except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
-                _log.warning("a slot is not given back yet", slot=parked.lease.slot, reason=str(error))
+                _log.warning("slot_not_released", slot=parked.lease.slot, reason=str(error))
                 still.append(parked)
         self._parked = still
 

@@ -76,7 +76,7 @@ class UCXXDataPackerMixin:
         """Called once with every episode that could not be had, in the trainer's thread; for subclasses. Logs it."""
         episode = loss.record.ref if loss.record is not None else None
         _log.warning(
-            "episode lost",
+            "episode_lost",
             reason=loss.reason.value,
             ring=episode.ring_name if episode is not None else None,
             slot=episode.slot if episode is not None else None,

@@ -315,14 +315,14 @@ class Prefetcher:
             left += len(unused.payloads)
             self._counters.lost(unused.losses)
         if total := self._counters.left(left):
-            _log.warning("closed with episodes asked for and not taken", episodes=total)
+            _log.warning("episodes_not_taken", episodes=total)
 
     def _give_up(self, batch_id: int) -> list[Loss]:
         future, request = self._running.pop(batch_id)
         future.cancel()
         self._counters.gave_up()
         self._begin(self._buffer.abandon(batch_id))
-        _log.warning("a batch was given up", batch=batch_id, episodes=len(request.records))
+        _log.warning("batch_abandoned", batch=batch_id, episodes=len(request.records))
         error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
         wanted, losses = sort_out(
             request.records, policy_version=request.policy_version, max_staleness=self._max_staleness

@@ -46,4 +46,4 @@ class UnwantedPayloads:
     def _ended(self, task: asyncio.Task[int]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("unwanted payloads could not be let go", reason=f"{type(error).__name__}: {error}")
+            _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")

@@ -128,7 +128,7 @@ class TrajectoryPacker:
     def _warn(self, given: DType, field: TensorSpec) -> None:
         if field.name not in self._warned:
             self._warned.add(field.name)
-            _log.warning("values are narrowed", field=field.name, given=given.name, stored=field.dtype.name)
+            _log.warning("values_narrowed", field=field.name, given=given.name, stored=field.dtype.name)
 
 
 def _fill(target: Any, source: Array, field: TensorSpec) -> None:

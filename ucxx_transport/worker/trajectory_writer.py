@@ -263,7 +263,7 @@ class TrajectoryWriter:
         with self._lock:
             count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
         if count == 1:
-            _log.warning("an episode was dropped; counted from here on", reason=str(error), kind=kind)
+            _log.warning("episode_dropped", reason=str(error), kind=kind)
 
 
 def _as_version(policy_version: int | None) -> int | None:

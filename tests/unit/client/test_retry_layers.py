@@ -88,7 +88,7 @@ async def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
     def told() -> int:
-        return [event["event"] for event in log_events].count("port quarantined")
+        return [event["event"] for event in log_events].count("port_quarantined")
 
     async with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1, port_quarantine_s=30.0)

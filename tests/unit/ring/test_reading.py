@@ -86,7 +86,7 @@ def test_a_finished_lease_cannot_finalise_again(
         assert not lease.release_reading()
     assert ring.slot_states() == again
     assert ring.statistics().late_finalise == 6
-    late = [event for event in log_events if "late finalise" in event["event"]]
+    late = [event for event in log_events if event["event"] == "finalise_ignored"]
     assert [(event["log_level"], event["slot"], event["ring"]) for event in late] == [("warning", 0, ring.name)]
 
 

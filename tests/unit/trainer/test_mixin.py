@@ -96,7 +96,7 @@ def test_who_does_not_listen_finds_the_loss_in_the_log(
         assert packer.get_policy_input(None, {**record.to_dict(), "sequence": -1}) is None
     finally:
         packer.shutdown_ucxx_data_packer()
-    told = [(event["reason"], event["slot"]) for event in log_events if event["event"] == "episode lost"]
+    told = [(event["reason"], event["slot"]) for event in log_events if event["event"] == "episode_lost"]
     assert told == [("stale", record.ref.slot), ("malformed", None)]
 
 

@@ -209,9 +209,7 @@ def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged
     beside.cancel()
     prefetcher.close()
     assert prefetcher.statistics().losses == {"closed": 6, "too_old": 1}
-    assert ("closed with episodes asked for and not taken", 6) in [
-        (event["event"], event.get("episodes")) for event in log_events
-    ]
+    assert ("episodes_not_taken", 6) in [(event["event"], event.get("episodes")) for event in log_events]
 
 
 def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
