@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.etcd_server import EtcdServer, find_etcd
+from tests.support.store_processes import start_server
 from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
 
-__all__ = ["etcd_binary", "own_etcd", "own_rig", "rig", "shared_server"]
+__all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "rig", "shared_server"]
 
 STORES = ["local", "etcd"]
 NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server), or let scripts/test fetch it"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """The server that forks other users of a store, there before the first test that would be blamed for it."""
+    start_server()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""What other processes do to a store in the tests: targets of a spawned `multiprocessing.Process`."""
+"""What other processes do to a store in the tests: targets of a `multiprocessing.Process`.
+
+They are forked by a server that has imported this module and nothing that has threads: one starts in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,10 +22,16 @@ from ucxx_transport.errors import ConflictError, StoreUnavailableError
 from ucxx_transport.membership import open_store
 from ucxx_transport.membership.store import Store, Watch
 
-__all__ = ["elsewhere", "fork", "hold_lease", "increment", "increments", "take_once"]
+__all__ = ["elsewhere", "fork", "hold_lease", "increment", "increments", "processes", "start_server", "take_once"]
 
 Settings = Mapping[str, Any]
-_spawn = multiprocessing.get_context("spawn")
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__])
+
+
+def start_server() -> None:
+    """Start what forks the processes, which stays until the tests end."""
+    forkserver.ensure_running()
 
 
 @contextmanager
@@ -29,8 +39,8 @@ def elsewhere(
     target: Callable[..., None], url: str, settings: Settings, *words: object
 ) -> Iterator[tuple[BaseProcess, Connection]]:
     """Run `target(url, settings, pipe, *words)` in a process; killed at the end if it still runs."""
-    near, far = _spawn.Pipe()
-    process = _spawn.Process(target=target, args=(url, dict(settings), far, *words))
+    near, far = processes.Pipe()
+    process = processes.Process(target=target, args=(url, dict(settings), far, *words))
     process.start()
     far.close()
     try:

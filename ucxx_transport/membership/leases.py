@@ -1,4 +1,4 @@
-"""Lease arithmetic over `now`: when a lease is over, what it may ask for, and when to look again.
+"""Lease arithmetic over `now`: when a lease is over, what it may ask for, and when to read again.
 
 All times are seconds of one clock, the store's; nothing here reads it.
 """
@@ -6,12 +6,11 @@ All times are seconds of one clock, the store's; nothing here reads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["MAX_TTL_S", "checked_ttl_s", "deadline_of", "is_over", "left_s", "over", "pause_s", "whole_seconds"]
+__all__ = ["MAX_TTL_S", "checked_ttl_s", "is_over", "pause_s", "whole_seconds"]
 
 MAX_TTL_S: Final = 1e9
 """Thirty years; etcd refuses more than 9e9 s."""
@@ -35,30 +34,9 @@ def whole_seconds(ttl_s: float) -> int:
     return max(1, math.ceil(checked_ttl_s(ttl_s)))
 
 
-def deadline_of(now: float, ttl_s: float) -> float:
-    """When a lease granted or renewed at `now` is over unless it is renewed again."""
-    return now + ttl_s
-
-
 def is_over(deadline: float | None, now: float) -> bool:
     """Whether a lease with this deadline has ended; None: there is no lease to end."""
     return deadline is not None and now >= deadline
-
-
-def left_s(deadline: float, now: float) -> float:
-    """Seconds until the deadline, 0 when it has passed."""
-    return max(0.0, deadline - now)
-
-
-def over(leases: Iterable[tuple[int, float]], now: float) -> tuple[int, ...]:
-    """The ids of the leases that have ended, in the order of their deadlines.
-
-    Args:
-        leases: id and deadline of each.
-        now: the time.
-    """
-    ended = sorted((deadline, lease_id) for lease_id, deadline in leases if is_over(deadline, now))
-    return tuple(lease_id for _deadline, lease_id in ended)
 
 
 def pause_s(*, now: float, until: float, first_deadline: float | None, poll_s: float) -> float:
@@ -70,7 +48,7 @@ def pause_s(*, now: float, until: float, first_deadline: float | None, poll_s: f
         first_deadline: when the next lease ends; None: there is none.
         poll_s: how long it sleeps when neither is near.
     """
-    wanted = left_s(until, now)
-    if first_deadline is not None and not is_over(first_deadline, now):
-        wanted = min(wanted, left_s(first_deadline, now))
+    wanted = max(0.0, until - now)
+    if first_deadline is not None and first_deadline > now:
+        wanted = min(wanted, first_deadline - now)
     return min(wanted, poll_s)

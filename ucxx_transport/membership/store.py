@@ -6,8 +6,8 @@ a key's own revision is that of its last change. Keys are text below the store's
 | what went wrong                                      | raised                  | the caller                          |
 |------------------------------------------------------|-------------------------|-------------------------------------|
 | no answer, refused, no leader, the deadline passed   | `StoreUnavailableError` | tries again                         |
-| the lease has run out or was revoked                 | `LeaseLostError`        | asks for another and puts anew      |
-| `expected` is not the key's revision                 | `ConflictError`         | looks again                         |
+| the lease has run out or was revoked                 | `LeaseLostError`        | asks for another and puts again     |
+| `expected` is not the key's revision                 | `ConflictError`         | reads again                         |
 | the watch's revision is no longer kept               | `CompactedError`        | takes a snapshot, watches from it   |
 | the store's data are others than before (wiped)      | `StoreResetError`       | starts over                         |
 | the store refuses this user                          | `StorePermissionError`  | gives up: fix the store's rights    |
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
+
+from ucxx_transport.errors import ConflictError, LeaseLostError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,19 +121,21 @@ class Watch(Protocol):
     def close(self) -> None:
         """End the watch. Idempotent; callable from another thread, whose `next` then raises `StoreUnavailableError`."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 class Store(Protocol):
     """A key-value store with leases, revisions and watches. Thread-safe; close it, or use `with`.
 
     Every call ends within `timeout_s` (None: the store's configured one), by an answer or an error of that table; or by
-    a `ConfigError`, which names what no call can mend: an argument, or what stands where the store should be. A forked
-    child may go on using a store, but not a watch.
+    a `ConfigError`, which names what no call can mend: an argument, or what is found where the store should be. A
+    forked child may go on using a store, but not a watch.
     """
 
     @property
@@ -172,8 +176,8 @@ class Store(Protocol):
             key: below the store's namespace.
             value: its bytes, 1 MiB at most.
             lease_id: the lease it dies with; None: it stays.
-            expected: the revision the key must have now; 0: it must not exist; None: whatever it has.
-            timeout_s: see the class. After a `StoreUnavailableError` it may have been written or not: look.
+            expected: the revision the key must have now; 0: it must not exist; None: any.
+            timeout_s: see the class. After a `StoreUnavailableError` it may have been written or not: read it.
 
         Raises:
             ConflictError: the key has another revision; nothing was written.
@@ -191,7 +195,7 @@ class Store(Protocol):
         """All keys that begin with `prefix`, at one revision."""
 
     def watch(self, prefix: str = "", *, after: int) -> Watch:
-        """Changes below `prefix` whose revision is larger than `after`. What is wrong with it, its `next` says.
+        """Changes below `prefix` whose revision is larger than `after`. Its `next` raises what is wrong with it.
 
         Args:
             prefix: of the keys.
@@ -199,13 +203,36 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of connections and files, and end the watches. Leases live on. Idempotent.
+        """Close connections and files, and end the watches. Leases live on. Idempotent.
 
         Every later call is a `ConfigError`.
         """
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
+
+
+def lease_lost(lease_id: int) -> LeaseLostError:
+    """The error for a lease that is not there."""
+    return LeaseLostError("the lease has ended: take another one and put its keys again", lease_id=lease_id)
+
+
+def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
+    """The error for a key with another revision than expected.
+
+    Args:
+        stored: the bytes that the store knows the key by.
+        expected: the revision that the caller expected.
+        revision: the one that it has; 0: it does not exist.
+    """
+    return ConflictError(
+        "the key has another revision than expected; nothing was changed",
+        key=stored.decode(errors="replace"),
+        expected=expected,
+        revision=revision,
+    )

@@ -10,24 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership.leases import (
-    MAX_TTL_S,
-    checked_ttl_s,
-    deadline_of,
-    is_over,
-    left_s,
-    over,
-    pause_s,
-    whole_seconds,
-)
+from ucxx_transport.membership.leases import MAX_TTL_S, checked_ttl_s, is_over, pause_s, whole_seconds
 
 times = st.floats(min_value=0, max_value=1e9, allow_nan=False)
 
 
-@pytest.mark.parametrize("ttl_s", [0, -1, math.nan, math.inf, 2 * MAX_TTL_S, True, "5", None])
-def test_a_time_to_live_is_a_number_above_zero(ttl_s: Any) -> None:
-    with pytest.raises(ConfigError, match="ttl_s"):
-        checked_ttl_s(ttl_s)
+def test_a_time_to_live_is_a_number_above_zero() -> None:
+    wrong: list[Any] = [0, -1, math.nan, math.inf, 2 * MAX_TTL_S, True, "5", None]
+    for ttl_s in wrong:
+        with pytest.raises(ConfigError, match="ttl_s") as caught:
+            checked_ttl_s(ttl_s)
+        assert repr(ttl_s) in str(caught.value)
 
 
 def test_whole_seconds_are_not_less_than_asked_for() -> None:
@@ -35,19 +28,9 @@ def test_whole_seconds_are_not_less_than_asked_for() -> None:
 
 
 def test_a_lease_is_over_at_its_deadline_and_not_before() -> None:
-    deadline = deadline_of(100.0, 3.0)
-    assert not is_over(deadline, 102.999)
-    assert is_over(deadline, 103.0)
+    assert not is_over(103.0, 102.999)
+    assert is_over(103.0, 103.0)
     assert not is_over(None, 1e9)
-    assert left_s(deadline, 101.0) == 2.0
-    assert left_s(deadline, 200.0) == 0.0
-
-
-def test_leases_end_in_the_order_of_their_deadlines() -> None:
-    leases = [(1, 30.0), (2, 10.0), (3, 40.0), (4, 20.0), (5, 10.0)]
-    assert over(leases, 30.0) == (2, 5, 4, 1)
-    assert over(leases, 9.0) == ()
-    assert over([], 9.0) == ()
 
 
 def test_a_watcher_wakes_for_its_caller_for_a_lease_and_for_changes() -> None:
@@ -67,8 +50,3 @@ def test_a_pause_is_never_negative_nor_too_long(
     assert pause <= max(0.0, until - now)
     if first_deadline is not None and first_deadline > now:
         assert pause <= first_deadline - now
-
-
-@given(leases=st.lists(st.tuples(st.integers(min_value=1), times), unique_by=lambda lease: lease[0]), now=times)
-def test_exactly_the_leases_whose_deadline_has_come_are_over(leases: list[tuple[int, float]], now: float) -> None:
-    assert set(over(leases, now)) == {lease_id for lease_id, deadline in leases if deadline <= now}

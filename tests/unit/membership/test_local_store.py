@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -12,6 +11,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.stopping import stop_process
-from tests.support.store_processes import elsewhere
+from tests.support.store_processes import elsewhere, processes
 from tests.support.waiting import wait_until
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import (
@@ -35,8 +35,6 @@ from ucxx_transport.membership import open_store
 from ucxx_transport.membership.local import LocalStore
 from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
 from ucxx_transport.ring.owner import segment_folder
-
-_spawn = multiprocessing.get_context("spawn")
 
 
 class Clock:
@@ -68,7 +66,7 @@ def opened(path: Path) -> Iterator[Callable[..., LocalStore]]:
 # leases by the clock
 
 
-def test_a_lease_ends_at_its_deadline_for_whoever_touches_the_store(opened: Callable[..., LocalStore]) -> None:
+def test_a_lease_ends_at_its_deadline_for_every_user_of_the_store(opened: Callable[..., LocalStore]) -> None:
     clock = Clock()
     store, other = opened(clock=clock), opened(clock=clock)
     lease = store.grant(5)
@@ -83,7 +81,7 @@ def test_a_lease_ends_at_its_deadline_for_whoever_touches_the_store(opened: Call
         store.keep_alive(lease.lease_id)
 
 
-def test_a_lost_lease_is_lost_also_when_nobody_has_looked_since(opened: Callable[..., LocalStore]) -> None:
+def test_a_lost_lease_is_lost_also_when_no_call_came_since(opened: Callable[..., LocalStore]) -> None:
     clock = Clock()
     store = opened(clock=clock)
     lease = store.grant(5)
@@ -172,7 +170,7 @@ def test_nothing_but_the_file_is_left(opened: Callable[..., LocalStore], path: P
     store = opened()
     store.put("a", b"")
     store.close()
-    assert sorted(found.name for found in path.parent.iterdir()) == [path.name, f"{path.name}-inode"]
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 def test_the_default_store_is_in_a_folder_of_this_users_own() -> None:
@@ -197,7 +195,7 @@ def test_the_url_of_a_store_opens_it(opened: Callable[..., LocalStore], tmp_path
         assert [entry.key for entry in other.snapshot()] == ["a"]
 
 
-def test_a_place_that_can_hold_no_store_is_told(tmp_path: Path) -> None:
+def test_a_place_that_can_hold_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -207,17 +205,15 @@ def test_a_place_that_can_hold_no_store_is_told(tmp_path: Path) -> None:
         assert caught.value.facts["path"] == str(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"not a database, but rather long" * 100, b"x"])
-def test_a_file_that_is_no_store_is_left_as_it_is(
-    opened: Callable[..., LocalStore], path: Path, content: bytes
-) -> None:
-    path.write_bytes(content)
-    store = opened()
-    for call in (lambda: store.get("a"), lambda: store.put("a", b"")):
-        with pytest.raises(ConfigError, match="no store") as caught:
-            call()
-        assert caught.value.facts["path"] == str(path)
-    assert path.read_bytes() == content
+def test_a_file_that_is_no_store_is_left_as_it_is(opened: Callable[..., LocalStore], path: Path) -> None:
+    for content in (b"not a database, but rather long" * 100, b"x"):
+        path.write_bytes(content)
+        store = opened()
+        for call in (partial(store.get, "a"), partial(store.put, "a", b"")):
+            with pytest.raises(ConfigError, match="no store") as caught:
+                call()
+            assert caught.value.facts["path"] == str(path)
+        assert path.read_bytes() == content
 
 
 def test_another_programs_database_is_no_store(opened: Callable[..., LocalStore], path: Path) -> None:
@@ -239,7 +235,7 @@ def test_another_versions_store_is_left_alone(opened: Callable[..., LocalStore],
         opened().put("a", b"")
 
 
-def test_a_damaged_file_is_said_with_the_remedy(opened: Callable[..., LocalStore], path: Path) -> None:
+def test_the_error_for_a_damaged_file_has_the_remedy(opened: Callable[..., LocalStore], path: Path) -> None:
     store = opened()
     store.put("a", b"x" * 100_000)
     store.close()
@@ -276,7 +272,7 @@ def replaced(path: Path) -> None:
 
 
 @pytest.mark.parametrize("wipe", [emptied, deleted, deleted_with_all_beside_it, replaced])
-def test_a_wiped_file_is_noticed_by_watches_and_made_anew_for_calls(
+def test_a_wiped_file_is_noticed_by_watches_and_made_again_for_calls(
     opened: Callable[..., LocalStore], path: Path, wipe: Callable[[Path], None]
 ) -> None:
     store, other = opened(), opened()
@@ -301,21 +297,6 @@ def test_a_wiped_file_is_noticed_by_watches_and_made_anew_for_calls(
         assert batch.events[0].key == "newer"
 
 
-def test_a_copy_is_another_store_with_the_same_content(opened: Callable[..., LocalStore], path: Path) -> None:
-    store = opened()
-    store.put("a", b"1")
-    store.close()
-    shutil.copy(path, path.with_name("copy"))
-    copy, original = opened(path=path.with_name("copy")), opened()
-    assert [entry.value for entry in copy.snapshot()] == [b"1"]
-    assert copy.identity() != original.identity() == store_identity(path)
-
-
-def store_identity(path: Path) -> str:
-    with LocalStore(path) as store:
-        return store.identity()
-
-
 def test_another_programs_log_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
     raw = sqlite3.connect(path, isolation_level=None)
     raw.execute("PRAGMA journal_mode = WAL")
@@ -329,18 +310,15 @@ def test_another_programs_log_is_left_alone(opened: Callable[..., LocalStore], p
 
 
 def test_processes_that_make_the_same_file_at_once_share_it(path: Path) -> None:
-    url = f"local://{path}"
-    for _ in range(2):
-        with ExitStack() as stack:
-            pipes = [stack.enter_context(elsewhere(_make_one, url, {}))[1] for _ in range(3)]
-            for pipe in pipes:
-                assert pipe.recv() == "ready"
-            for pipe in pipes:
-                pipe.send("go")
-            assert len({pipe.recv() for pipe in pipes}) == 1
-        with LocalStore(path) as store:
-            assert len(store.snapshot().entries) == 3
-        path.unlink()
+    with ExitStack() as stack:
+        pipes = [stack.enter_context(elsewhere(_make_one, f"local://{path}", {}))[1] for _ in range(3)]
+        for pipe in pipes:
+            assert pipe.recv() == "ready"
+        for pipe in pipes:
+            pipe.send("go")
+        assert len({pipe.recv() for pipe in pipes}) == 1
+    with LocalStore(path) as store:
+        assert len(store.snapshot().entries) == 3
 
 
 def _make_one(url: str, settings: dict[str, Any], pipe: Connection) -> None:
@@ -352,7 +330,7 @@ def _make_one(url: str, settings: dict[str, Any], pipe: Connection) -> None:
 
 
 def test_what_a_killed_maker_left_is_swept(opened: Callable[..., LocalStore], path: Path) -> None:
-    path.with_name(f".{path.name}.0123456789abcdef.fresh").write_bytes(b"half")
+    path.with_name(f".{path.name}.fresh").write_bytes(b"half")
     opened().put("a", b"")
     assert not [found for found in path.parent.iterdir() if found.name.startswith(".")]
 
@@ -379,7 +357,7 @@ def test_a_stopped_writer_makes_the_store_unavailable_and_a_killed_one_does_not(
             assert process.pid is not None
             stop_process(process.pid)
             with store.watch(after=0) as watch:
-                assert watch.next(0) is not None  # who reads waits for nobody
+                assert watch.next(0) is not None  # a reader waits for no writer
                 with pytest.raises(StoreUnavailableError, match="locked") as caught:
                     store.put("a", b"")
                 assert caught.value.facts["path"] == str(path)
@@ -402,7 +380,7 @@ def _hold_the_lock(url: str, _settings: dict[str, Any], pipe: Connection) -> Non
     signal.pause()
 
 
-def test_a_lease_that_cannot_be_ended_for_long_is_said_by_the_watch(path: Path) -> None:
+def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None:
     clock = Clock()
     with LocalStore(path, StoreConfig(timeout_s=0.2), clock=clock) as store:
         lease = store.grant(5)
@@ -445,8 +423,8 @@ def _as_nobody(tasks: list[tuple[Task, Path]], pipe: Connection) -> None:
 
 
 def outcomes_as_nobody(*tasks: tuple[Task, Path]) -> list[Outcome]:
-    near, far = _spawn.Pipe()
-    process = _spawn.Process(target=_as_nobody, args=(list(tasks), far))
+    near, far = processes.Pipe()
+    process = processes.Process(target=_as_nobody, args=(list(tasks), far))
     process.start()
     far.close()
     try:
@@ -494,7 +472,7 @@ def test_a_file_or_folder_that_is_not_this_users_to_use_is_a_matter_of_rights(pu
     assert not (public_folder / "new").exists()
 
 
-def test_without_space_nothing_is_written_and_it_is_said(path: Path) -> None:
+def test_without_space_nothing_is_written_and_the_call_fails(path: Path) -> None:
     with LocalStore(path) as store:
         store.put("a", b"kept")
     with elsewhere(_fill, f"local://{path}", {}) as (_process, pipe):
@@ -516,7 +494,7 @@ def _fill(url: str, settings: dict[str, Any], pipe: Connection) -> None:
             pipe.send((type(error).__name__, {name: str(value) for name, value in error.facts.items()}))
 
 
-def test_somebody_elses_folder_in_the_defaults_place_is_refused() -> None:
+def test_another_users_folder_in_the_defaults_place_is_refused() -> None:
     ((error, _facts),) = outcomes_as_nobody((_default_in_a_strangers_folder, segment_folder()))
     assert error == "StorePermissionError"
 
@@ -531,7 +509,7 @@ def _default_in_a_strangers_folder(parent: Path) -> None:
         folder.unlink()
 
 
-def test_a_file_that_is_replaced_behind_a_stores_back_keeps_its_own_log(
+def test_the_connection_to_a_deleted_file_leaves_its_successors_log(
     opened: Callable[..., LocalStore], path: Path
 ) -> None:
     """The connection to a deleted file, when closed, must not take the new file's log with it."""

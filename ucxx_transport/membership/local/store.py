@@ -1,45 +1,44 @@
-"""`LocalStore`: the Store protocol over one SQLite file.
-
-One connection, behind a lock: a call takes some 20 to 100 µs, writes are one at a time in any case, and a
-thread's own connection would be left behind by a thread that ends.
-"""
+"""`LocalStore`: the Store protocol over one SQLite file."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, Literal, TypeVar, cast
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import ConfigError, StoreUnavailableError
-from ucxx_transport.logs import get_logger
+from ucxx_transport.errors import StoreResetError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
-from ucxx_transport.membership.leases import checked_ttl_s, is_over
+from ucxx_transport.membership.leases import checked_ttl_s, is_over, pause_s
 from ucxx_transport.membership.local import tables
 from ucxx_transport.membership.local.database import Database
-from ucxx_transport.membership.local.forking import closed_before_forks
-from ucxx_transport.membership.local.place import checked_path, default_path
-from ucxx_transport.membership.local.watch import LocalWatch, WatchedStore
-from ucxx_transport.membership.store import Entry, Lease, Snapshot
+from ucxx_transport.membership.local.store_file import checked_path, default_path
+from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
 
 __all__ = ["LocalStore"]
 
 ResultT = TypeVar("ResultT")
 
-_log = get_logger(__name__)
-
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_POLL_S: Final = 0.05
+_READ_BYTES: Final = 4 << 20
+"""Of keys and values that a watch fetches at once, give or take a revision."""
 
 
-class LocalStore:
+def _boot_time() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class LocalStore(Store):
     """A store for the processes of one machine, embedded: no server, no port.
 
-    It is made by whoever comes first. A lease that has run out is ended by whoever touches or watches the store next.
+    The first call of any process makes it. A lease that has run out is ended by the next call or watch of any process.
     """
 
     def __init__(
@@ -47,41 +46,38 @@ class LocalStore:
         path: Path | None = None,
         config: StoreConfig | None = None,
         *,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = _boot_time,
         boot_id: str | None = None,
     ) -> None:
         """Name the file; it is opened, or made, by the first call.
 
         Args:
-            path: of the file; None: this user's own on this machine (see `local.place`).
+            path: of the file; None: this user's own on this machine (see `local.store_file`).
             config: namespace and time limit.
             clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
-            boot_id: changes when that clock begins anew: the leases of another one are over.
+            boot_id: changes when that clock begins again: the leases of another one are over.
 
         Raises:
             ConfigError: the path can hold no store.
-            StorePermissionError: this user may not use it, or somebody else's folder stands where the default is.
+            StorePermissionError: this user may not use it, or another user's folder is where the default lies.
         """
         self._config = config or StoreConfig()
-        self._path = checked_path(path or default_path())
         self._namespace = Namespace(self._config.namespace)
-        self._clock = clock or _boot_time
+        self._clock = clock
         self._boot_id = boot_id or _BOOT_ID.read_text(encoding="ascii").strip()
-        self._closed = False
+        self._database = Database(checked_path(path or default_path()), boot_id=self._boot_id)
         self._watches: weakref.WeakSet[LocalWatch] = weakref.WeakSet()
-        self._connected = _Connected()
-        closed_before_forks(self._connected)
 
     @property
     def url(self) -> str:
-        return self._path.as_uri().replace("file://", "local://", 1)
+        return self._database.path.as_uri().replace("file://", "local://", 1)
 
     def __repr__(self) -> str:
         """What it is and where."""
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        return self._run(lambda database, _until: database.store_id, timeout_s)
+        return self._read(lambda db: tables.state(db).store_id, timeout_s)
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         checked_ttl_s(ttl_s)
@@ -134,127 +130,164 @@ class LocalStore:
         return Snapshot(revision=revision, entries=tuple(self._entry(row) for row in found))
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
-        self._check_open()
-        watched = WatchedStore(
-            path=self._path,
-            namespace=self._namespace,
+        self._database.check_open()
+
+        def expire(until: float) -> None:
+            self._database.write(self._expire, until=until)
+
+        watch = LocalWatch(
+            self._database,
+            self._namespace,
+            prefix,
+            after=after,
             timeout_s=self._config.timeout_s,
-            boot_id=self._boot_id,
             clock=self._clock,
-            store_id=self._connected.store_id,
-            on_reset=self._connected.forget,
+            expire=expire,
         )
-        watch = LocalWatch(watched, prefix, after=after)
         self._watches.add(watch)
         return watch
 
     def close(self) -> None:
-        self._closed = True
         for watch in list(self._watches):
             watch.close()
-        # Bounded: a signal handler that closes the store may have interrupted a call that holds the lock.
-        if self._connected.lock.acquire(timeout=self._config.timeout_s):
-            try:
-                self._connected.let_go()
-            finally:
-                self._connected.lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._database.close(self._config.timeout_s)
 
     def _entry(self, row: tables.Row) -> Entry:
         return Entry(key=self._namespace.key(row.key), value=row.value, revision=row.revision, lease_id=row.lease_id)
 
+    def _expire(self, db: sqlite3.Connection) -> float:
+        """End the leases that are over; returns the time."""
+        now = self._clock()
+        tables.expire(db, now, self._boot_id)
+        return now
+
     def _read(self, look: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
         """What `look` sees when no lease is over."""
+        until = self._until(timeout_s)
 
-        def body(database: Database, until: float) -> ResultT:
-            def unless_over(db: sqlite3.Connection) -> tuple[ResultT] | None:
-                return None if is_over(tables.first_deadline(db), self._clock()) else (look(db),)
+        def unless_over(db: sqlite3.Connection) -> tuple[ResultT] | None:
+            return None if is_over(tables.first_deadline(db), self._clock()) else (look(db),)
 
-            while (seen := database.read(unless_over, until=until)) is None:
-                database.write(lambda db: tables.expire(db, self._clock(), self._boot_id), until=until)
-            return seen[0]
-
-        return self._run(body, timeout_s)
+        while (seen := self._database.read(unless_over, until=until)) is None:
+            self._database.write(self._expire, until=until)
+        return seen[0]
 
     def _write(self, change: Callable[[sqlite3.Connection, float], ResultT], timeout_s: float | None) -> ResultT:
         """What `change` returns, made after the leases that are over have ended."""
+        return self._database.write(lambda db: change(db, self._expire(db)), until=self._until(timeout_s))
 
-        def ended_then_changed(db: sqlite3.Connection) -> ResultT:
-            now = self._clock()
-            tables.expire(db, now, self._boot_id)
-            return change(db, now)
+    def _until(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
 
-        return self._run(lambda database, until: database.write(ended_then_changed, until=until), timeout_s)
 
-    def _run(self, body: Callable[[Database, float], ResultT], timeout_s: float | None) -> ResultT:
-        until = time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
-        connected = self._connected
-        if connected.spoiled:
-            raise StoreUnavailableError("the fork came in the middle of a call: open the store anew", url=self.url)
-        if not connected.lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise StoreUnavailableError("other threads' calls took until the deadline", path=str(self._path))
-        try:
+class LocalWatch(Watch):
+    """Changes below a prefix: reads the log 20 times a second, and ends leases that are over."""
+
+    def __init__(
+        self,
+        database: Database,
+        namespace: Namespace,
+        prefix: str,
+        *,
+        after: int,
+        timeout_s: float,
+        clock: Callable[[], float],
+        expire: Callable[[float], None],
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            database: the store's; its identity now, where it is known, is the one that is watched.
+            namespace: of the keys.
+            prefix: of the keys.
+            after: the revision after which changes are wanted.
+            timeout_s: how long a locked file is tolerated.
+            clock: of the leases' deadlines.
+            expire: ends the leases that are over, until a time on the monotonic clock.
+        """
+        self._database = database
+        self._key = namespace.key
+        self._first, self._end = namespace.bounds(prefix)
+        self._after = after
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._expire = expire
+        self._store_id = database.store_id
+        self._first_deadline: float | None = None
+        self._locked_since: float | None = None
+        self._batches: deque[Batch] = deque()
+        self._closing = threading.Event()
+        self._pid = os.getpid()
+
+    def next(self, timeout_s: float) -> Batch | None:
+        until = time.monotonic() + max(0.0, timeout_s)
+        if self._pid != os.getpid():
+            raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
+        while True:
             self._check_open()
-            return body(self._current(until), until)
-        finally:
-            connected.lock.release()
+            if not self._batches:
+                try:
+                    self._fetch()
+                except TransportError:
+                    self._check_open()  # closed in the meantime: that is what its user should know
+                    raise
+            if self._batches:
+                return self._batches.popleft()
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return None
+            now = self._clock()
+            pause = pause_s(now=now, until=now + left_s, first_deadline=self._first_deadline, poll_s=_POLL_S)
+            self._closing.wait(pause)
 
-    def _current(self, until: float) -> Database:
-        """The connection to the file that stands there now: another one when it was deleted or replaced."""
-        connected = self._connected
-        database = connected.database
-        if database is not None and database.is_current():
-            return database
-        if database is not None:
-            connected.let_go()
-            _log.warning("store_replaced", url=self.url, store_id=connected.store_id)
-        opened = Database.open(self._path, boot_id=self._boot_id, until=until)
-        assert opened is not None  # it makes what is missing
-        connected.database, connected.store_id = opened, opened.store_id
-        return opened
+    def close(self) -> None:
+        self._closing.set()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("the store is closed: open another", url=self.url)
+        if self._closing.is_set():
+            raise StoreUnavailableError("the watch is closed", path=str(self._database.path))
 
+    def _fetch(self) -> None:
+        """Take what has changed, after having ended what is over."""
+        self._read_log()
+        if is_over(self._first_deadline, self._clock()) and self._expired():
+            self._read_log()
 
-class _Connected:
-    """The connection, and the lock that threads take turns by."""
+    def _read_log(self) -> None:
+        until = time.monotonic() + self._timeout_s
+        state, self._first_deadline, batches, self._after = self._database.read(self._changes, until=until)
+        self._store_id = state.store_id
+        self._batches.extend(batches)
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.database: Database | None = None
-        self.store_id = ""
-        self.spoiled = False
+    def _changes(self, db: sqlite3.Connection) -> tuple[tables.State, float | None, list[Batch], int]:
+        state = tables.state(db)
+        if self._store_id not in {"", state.store_id}:
+            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._database.path))
+        after, found = tables.changes(db, self._first, self._end, after=self._after, limit_bytes=_READ_BYTES)
+        batches = [
+            Batch(revision=changes[0].revision, events=tuple(self._event(change) for change in changes))
+            for changes in found
+        ]
+        return state, tables.first_deadline(db), batches, after
 
-    def forget(self) -> None:
-        """A watch has found the store to be another one: the next one takes it as it is."""
-        self.store_id = ""
+    def _event(self, change: tables.Change) -> Event:
+        return Event(
+            kind=cast("Literal['put', 'delete']", change.kind),
+            key=self._key(change.key),
+            value=change.value,
+            revision=change.revision,
+            lease_id=change.lease_id,
+        )
 
-    def let_go(self) -> None:
-        if self.database is not None:
-            self.database.close()
-            self.database = None
-
-    def pause(self, timeout_s: float) -> bool:
-        if not self.lock.acquire(timeout=timeout_s):
+    def _expired(self) -> bool:
+        """End what is over; where the file is locked, at a later look, as long as that is tolerated."""
+        now = time.monotonic()
+        try:
+            self._expire(now)
+        except StoreUnavailableError:
+            self._locked_since = self._locked_since or now
+            if now - self._locked_since > self._timeout_s:
+                raise
             return False
-        self.let_go()
+        self._locked_since = None
         return True
-
-    def resume(self) -> None:
-        self.lock.release()
-
-    def spoil(self) -> None:
-        self.spoiled = True
-
-
-def _boot_time() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -12,14 +12,14 @@ Each transaction that changes entries has one revision; a lease that has run out
 
 from __future__ import annotations
 
+import math
 import secrets
 import sqlite3
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Final, NamedTuple
 
-from ucxx_transport.errors import CompactedError, ConflictError, LeaseLostError, StoreResetError
-from ucxx_transport.membership.leases import deadline_of, over
+from ucxx_transport.errors import CompactedError, StoreResetError
+from ucxx_transport.membership.store import lease_lost, revision_conflict
 
 __all__ = ["APPLICATION_ID", "FORMAT", "KEPT_BYTES", "KEPT_REVISIONS", "Change", "Row", "State"]
 
@@ -79,11 +79,6 @@ def create(db: sqlite3.Connection, boot_id: str) -> None:
     db.execute("INSERT INTO state VALUES (1, ?, ?, 0, 0, 0)", (secrets.token_hex(16), boot_id))
 
 
-def renew_identity(db: sqlite3.Connection) -> None:
-    """Make the store another one, with the same content."""
-    db.execute("UPDATE state SET store_id = ?", (secrets.token_hex(16),))
-
-
 def state(db: sqlite3.Connection) -> State:
     """The store's state."""
     return State(*db.execute("SELECT store_id, boot_id, revision, compacted, log_bytes FROM state").fetchone())
@@ -111,15 +106,18 @@ def rows(db: sqlite3.Connection, first: bytes, end: bytes) -> list[Row]:
 
 def changes(
     db: sqlite3.Connection, first: bytes, end: bytes, *, after: int, limit_bytes: int
-) -> Iterator[tuple[int, list[Change]]]:
+) -> tuple[int, list[list[Change]]]:
     """Revisions after `after` that changed keys from `first` on, below `end`: whole ones, in order.
 
     Args:
         db: in a transaction, so that the state and the log are of one moment.
-        first: see above.
-        end: see above.
+        first: the first key.
+        end: the key below which they lie.
         after: a revision.
-        limit_bytes: ends with the revision that passes it; at least one is given.
+        limit_bytes: of keys and values; the revision that passes it is the last one that is given.
+
+    Returns:
+        The revision up to which the log was read, and the changes of each revision.
 
     Raises:
         StoreResetError: the store has not got as far as `after`.
@@ -141,37 +139,31 @@ def changes(
         " ORDER BY revision, position",
         (after, first, end),
     )
+    batches: list[list[Change]] = []
     nbytes = 0
     for revision, group in groupby((Change(*line) for line in lines), key=lambda change: change.revision):
-        batch = list(group)
-        yield revision, batch
-        nbytes += sum(len(change.key) + len(change.value) for change in batch)
+        batches.append(list(group))
+        nbytes += sum(len(change.key) + len(change.value) for change in batches[-1])
         if nbytes >= limit_bytes:
-            return
+            return revision, batches
+    return now.revision, batches  # changes of other keys have been passed over, and may be compacted
 
 
-def expire(db: sqlite3.Connection, now: float, boot_id: str) -> int:
-    """End the leases that are over; after a reboot all of them are.
-
-    Returns:
-        How many ended.
-    """
-    found = state(db)
-    if found.boot_id != boot_id:
-        ended = tuple(lease_id for (lease_id,) in db.execute("SELECT lease_id FROM leases ORDER BY deadline_s"))
+def expire(db: sqlite3.Connection, now: float, boot_id: str) -> None:
+    """End the leases that are over, in the order of their deadlines; after a reboot all of them are."""
+    if state(db).boot_id != boot_id:
         db.execute("UPDATE state SET boot_id = ?", (boot_id,))
-    else:
-        due = db.execute("SELECT lease_id, deadline_s FROM leases WHERE deadline_s <= ?", (now,)).fetchall()
-        ended = over(due, now)
+        now = math.inf
+    due = db.execute("SELECT lease_id FROM leases WHERE deadline_s <= ? ORDER BY deadline_s, lease_id", (now,))
+    ended = [lease_id for (lease_id,) in due]
     for lease_id in ended:
         end_lease(db, lease_id)
-    return len(ended)
 
 
 def add_lease(db: sqlite3.Connection, ttl_s: float, now: float) -> int:
     """A new lease; returns its id, which no lease of this or an earlier store has had."""
     lease_id = secrets.randbelow((1 << 63) - 1) + 1
-    db.execute("INSERT INTO leases VALUES (?, ?, ?)", (lease_id, ttl_s, deadline_of(now, ttl_s)))
+    db.execute("INSERT INTO leases VALUES (?, ?, ?)", (lease_id, ttl_s, now + ttl_s))
     return lease_id
 
 
@@ -183,9 +175,9 @@ def renew(db: sqlite3.Connection, lease_id: int, now: float) -> float:
     """
     found = db.execute("SELECT ttl_s FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
     if found is None:
-        raise lost(lease_id)
+        raise lease_lost(lease_id)
     ttl_s: float = found[0]
-    db.execute("UPDATE leases SET deadline_s = ? WHERE lease_id = ?", (deadline_of(now, ttl_s), lease_id))
+    db.execute("UPDATE leases SET deadline_s = ? WHERE lease_id = ?", (now + ttl_s, lease_id))
     return ttl_s
 
 
@@ -209,9 +201,9 @@ def put(db: sqlite3.Connection, key: bytes, value: bytes, *, lease_id: int | Non
     found = row(db, key)
     revision_now = 0 if found is None else found.revision
     if expected is not None and expected != revision_now:
-        raise conflict(key, expected, revision_now)
+        raise revision_conflict(key, expected, revision_now)
     if lease_id is not None and not db.execute("SELECT 1 FROM leases WHERE lease_id = ?", (lease_id,)).fetchone():
-        raise lost(lease_id)
+        raise lease_lost(lease_id)
     revision = state(db).revision + 1
     db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (key, value, revision, lease_id))
     _record(db, [Change(revision, "put", key, value, lease_id)])
@@ -228,26 +220,11 @@ def delete(db: sqlite3.Connection, key: bytes, *, expected: int | None) -> bool:
     if found is None:
         return False
     if expected is not None and expected != found.revision:
-        raise conflict(key, expected, found.revision)
+        raise revision_conflict(key, expected, found.revision)
     revision = state(db).revision + 1
     db.execute("DELETE FROM entries WHERE key = ?", (key,))
     _record(db, [Change(revision, "delete", key, b"", None)])
     return True
-
-
-def lost(lease_id: int) -> LeaseLostError:
-    """The error for a lease that is not there."""
-    return LeaseLostError("the lease has ended: take another one and put its keys anew", lease_id=lease_id)
-
-
-def conflict(key: bytes, expected: int, revision: int) -> ConflictError:
-    """The error for a key with another revision than expected."""
-    return ConflictError(
-        "the key has another revision than expected; nothing was changed",
-        key=key.decode(errors="replace"),
-        expected=expected,
-        revision=revision,
-    )
 
 
 def _record(db: sqlite3.Connection, batch: list[Change]) -> None:
