@@ -41,13 +41,14 @@ MAX_PAYLOAD_BYTES = 1 << 48
 class Schema:
     """What a ring's payloads look like. Immutable; equal schemas have equal fingerprints.
 
-    >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
-    >>> schema = Schema([image, TensorSpec("reward", (), "float32")])
-    >>> lengths = schema.lengths_of({"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
-    >>> lengths, schema.layout(lengths).nbytes
-    ({'obs/image': 2}, 14212)
-    >>> schema.views(bytes(schema.nbytes))["obs"]["image"].shape
-    (0, 84, 84)
+    Examples:
+        >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
+        >>> schema = Schema([image, TensorSpec("reward", (), "float32")])
+        >>> lengths = schema.lengths_of({"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
+        >>> lengths, schema.layout(lengths).nbytes
+        ({'obs/image': 2}, 14212)
+        >>> schema.views(bytes(schema.nbytes))["obs"]["image"].shape
+        (0, 84, 84)
     """
 
     __slots__ = (

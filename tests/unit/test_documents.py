@@ -1,0 +1,127 @@
+"""The documents say what the code does, where the two can be compared. What scripts/pages.py makes is checked by it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from ucxx_transport import errors
+from ucxx_transport.cli.program import VERBS
+from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.errors import TransportError
+from ucxx_transport.settings.sources import KNOWN
+from ucxx_transport.wire.frames import Status
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ARGUMENTS = {"max_fetch_rounds", "timeout_s"}
+NOT_RUN = {"sh", "text", "toml", "yaml", "mermaid"}
+"""Languages of blocks that are shown. `python` is run: as a doctest, or as a program with its output behind it."""
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
+    """Language, text, and what follows, of each fenced block."""
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```\n?", page, re.MULTILINE | re.DOTALL):
+        yield found[1], found[2], page[found.end() :]
+
+
+def test_a_block_that_looks_runnable_is_run() -> None:
+    for path in PAGES:
+        before = ""
+        for language, text, after in blocks(read(path)):
+            is_output = before == "python" and not language
+            place = f"{path.name}: {text[:60]!r}"
+            assert is_output or language in NOT_RUN | {"python"}, f"a block of no language, {place}"
+            is_doctest = text.startswith(">>> ")
+            if language == "python" and not is_doctest:
+                assert after.startswith("\n```\n"), f"a program without its output behind it, {place}"
+            before = "" if is_doctest else language
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    sections = (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig)
+    known = {spec.name for config in sections for spec in dataclasses.fields(config)} | ARGUMENTS
+    for path in PAGES:
+        page = read(path) if path.parent.name != "bench" else ""  # which names its programs' own options
+        for name in re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page):
+            assert name in known or name.startswith("test_"), f"{path.name}: {name}"
+        for section, name in re.findall(r"UCXX_TRANSPORT_([A-Z]+)__([A-Z_]+?)(?:__|\b)", page):
+            assert name.lower() in KNOWN[section.lower()], f"{path.name}: {section}__{name}"
+
+
+def test_every_file_script_verb_and_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    for path in PAGES:
+        page = read(path)
+        for verb in re.findall(r"ucxx-transport ([a-z]+)", page):
+            assert verb in VERBS, f"{path.name}: {verb}"
+        named = re.findall(r"`((?:ucxx_transport|tests|scripts|bench|examples|docs)/[\w/.-]+)`", page)
+        named = [] if path.name == "CHANGELOG.md" else named  # which names what was
+        for file in named + re.findall(r"\bscripts/\w+(?:\.py)?", page):
+            assert (ROOT / file).exists(), f"{path.name}: {file}"
+        for extra in re.findall(r"(?:'\.|ucxx_transport)\[(\w+)\]", page):
+            assert extra in extras, f"{path.name}: [{extra}]"
+
+
+def test_every_link_of_a_page_outside_the_site_leads_somewhere() -> None:
+    for path in PAGES[:4]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", read(path)):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_status_of_the_wire_has_its_row() -> None:
+    rows = set(re.findall(r"^\| ([A-Z_]+) +\|", read(ROOT / "docs" / "UCXX.md"), re.MULTILINE))
+    assert {status.name for status in Status} <= rows
+
+
+def test_the_table_of_errors_says_what_the_classes_say() -> None:
+    assert errors.__doc__ is not None
+    rows = re.findall(r"^\| `(\w+)` +\| (yes|no) +\|", errors.__doc__, re.MULTILINE)
+    assert {name for name, _ in rows} == set(errors.__all__) - {"TransportError"}
+    for name, retried in rows:
+        cls = getattr(errors, name)
+        assert issubclass(cls, TransportError)
+        assert cls.retryable == (retried == "yes"), name
+
+
+def test_every_test_that_is_named_for_an_invariant_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", read(ROOT / "docs" / "internals.md")))
+    defined = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", read(path))
+    }
+    assert len(named) >= 14
+    assert named <= defined, named - defined
+
+
+def test_every_message_of_troubleshooting_stands_in_the_code() -> None:
+    headings = re.findall(r"^### `(.+)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    assert len(headings) >= 20
+    for heading in headings:
+        pattern = re.compile(".*".join(re.escape(piece) for piece in heading.split("…")), re.DOTALL)
+        assert any(pattern.search(text) for text in messages()), f"no message of the package reads {heading!r}"
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every text of the package's code that is long enough for a message; what is filled in is `…`."""
+    found: set[str] = set()
+    for path in (ROOT / "ucxx_transport").rglob("*.py"):
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return tuple(text for text in found if len(text) > 8)
