@@ -13,7 +13,7 @@ import pytest
 from tests.support.store_fixtures import etcd_binary, fork_server, own_etcd, own_rig, rig, shared_server
 from ucxx_transport.link.base import Endpoint, Link, Listener
 from ucxx_transport.link.ucxx import UCXXLink
-from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 __all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "rig", "shared_server", "sides"]
 

@@ -33,7 +33,7 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.testing.memory_link import Faults
+from ucxx_transport.testing import Faults
 
 STEPS_AN_EXAMPLE = 40
 PORTS = (1, 2)

@@ -20,7 +20,8 @@ from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
-from ucxx_transport.testing.memory_link import Faults, MemoryLink, MemoryListener, MemoryNetwork
+from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
+from ucxx_transport.testing.memory_link import MemoryListener
 
 __all__ = ["HOST", "ExchangeRig", "open_rig"]
 

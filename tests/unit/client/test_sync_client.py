@@ -21,7 +21,7 @@ from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
-from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 EPISODE = bytes(range(256)) * 16
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tests.support.exchange_rig import HOST, ExchangeRig
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.testing.memory_endpoint import MemoryEndpoint
+from ucxx_transport.testing.memory_link import MemoryEndpoint
 from ucxx_transport.wire.codec import decode_header, encode_request
 from ucxx_transport.wire.frames import HEADER_BYTES, Ack, Hello, ReadReply, ReadRequest, Request, receive_bytes
 

@@ -12,7 +12,7 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.server.counters import PortCounters
-from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 HOUR = 3600.0
 THIS_MOMENT_S = 1e-9

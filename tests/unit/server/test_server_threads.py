@@ -13,7 +13,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import Link
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
-from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
 Factory = Callable[[], AbstractAsyncContextManager[Link]]

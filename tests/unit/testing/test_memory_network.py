@@ -1,0 +1,124 @@
+"""The in-memory network as a user's test has it: a server and clients in their own threads, and what goes wrong."""
+
+from __future__ import annotations
+
+import doctest
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from tests.support.waiting import wait_until
+from ucxx_transport import (
+    ClientConfig,
+    DeadlineExceededError,
+    EpisodeStream,
+    PeerLostError,
+    RingConfig,
+    ServerConfig,
+    SharedRingBuffer,
+    SlotState,
+    SyncUCXXClient,
+    TransportError,
+    UCXXServer,
+    testing,
+)
+from ucxx_transport.testing import MemoryNetwork
+
+LARGE = bytes(range(256)) * 256  # does not fit an eager message
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user's test has: a ring that is served on a network in memory."""
+
+    ring: SharedRingBuffer
+    server: UCXXServer
+    network: MemoryNetwork
+
+    def client(self, **settings: float) -> SyncUCXXClient:
+        config = ClientConfig(local="off", **settings)  # type: ignore[arg-type]  # checked at run time
+        return SyncUCXXClient(config, link_factory=self.network.link)
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    network = MemoryNetwork()
+    with (
+        SharedRingBuffer.create(RingConfig(slots=64, slot_bytes=len(LARGE), checksum=True, prefault=False)) as ring,
+        UCXXServer(ring, ServerConfig(mode="thread", ports=2), link_factory=network.link) as server,
+    ):
+        yield Job(ring, server, network)
+
+
+def test_the_documented_example_runs() -> None:
+    assert doctest.testmod(testing).failed == 0
+
+
+def test_payloads_of_any_size_come_whole_and_are_consumed_at_the_source(job: Job) -> None:
+    with job.client() as client:
+        for content in (b"", b"x", LARGE[:8191], LARGE[:8192], LARGE):
+            ref = job.ring.write_raw(content)
+            with client.read(ref) as payload:
+                assert payload.transport == "ucx"
+                assert bytes(payload.buffer) == content
+        assert client.statistics().reads == 5
+    wait_until(lambda: sum(port.delivered for port in job.server.statistics().ports) == 5)
+
+
+def test_several_threads_read_over_one_network_at_once(job: Job) -> None:
+    def read(number: int) -> bool:
+        content = bytes([number]) * 20_000
+        with clients[number % 3].read(job.ring.write_raw(content)) as payload:
+            return bytes(payload.buffer) == content
+
+    clients = [job.client() for _ in range(3)]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(48)))
+    for client in clients:
+        client.close()
+
+
+def test_a_trainer_s_stream_reads_over_it(job: Job) -> None:
+    refs = [job.ring.write_raw(bytes([number])) for number in range(8)]
+    with EpisodeStream(refs, ClientConfig(local="off"), link_factory=job.network.link) as episodes:
+        assert [bytes(episode.arrays["data"]) for episode in episodes] == [bytes([number]) for number in range(8)]
+
+
+def test_a_message_that_vanishes_is_a_deadline(job: Job) -> None:
+    ref = job.ring.write_raw(b"lost")
+    with job.client() as client:
+        job.network.faults.drop = 1000
+        with pytest.raises(DeadlineExceededError):
+            client.read(ref, deadline_s=0.2)
+        job.network.faults.drop = 0
+        with client.read(ref) as payload:
+            assert bytes(payload.buffer) == b"lost"
+
+
+def test_a_refused_connection_is_a_lost_peer(job: Job) -> None:
+    job.network.faults.refuse = True
+    with job.client(read_attempts=1) as client, pytest.raises(PeerLostError):
+        client.read(job.ring.write_raw(b"x"), deadline_s=5)
+
+
+def test_a_changed_byte_is_read_again(job: Job) -> None:
+    ref = job.ring.write_raw(b"a" * 100)
+    with job.client() as client:
+        with client.read(job.ring.write_raw(b"the connection is up")):
+            pass
+        job.network.faults.spare, job.network.faults.flip_byte = 1, 64 + 17
+        with client.read(ref) as payload:
+            assert bytes(payload.buffer) == b"a" * 100
+
+
+def test_a_server_that_has_stopped_is_an_error_and_its_ring_is_untouched(job: Job) -> None:
+    ref = job.ring.write_raw(b"later")
+    with job.client(read_attempts=1) as client:
+        with client.read(job.ring.write_raw(b"now")):
+            pass
+        job.server.stop()
+        with pytest.raises(TransportError):
+            client.read(ref, deadline_s=1)
+    assert job.ring.slot_state(ref.slot) is SlotState.READY
