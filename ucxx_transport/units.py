@@ -19,12 +19,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from types import MappingProxyType
 
 __all__ = ["format_bytes", "format_duration", "parse_bytes", "parse_duration"]
 
-_TEXT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]{1,3})?)\s*([a-zµμ]*)\s*", re.IGNORECASE)
+_TEXT = re.compile(r"\s*([0-9]{1,400})(?:\.([0-9]{1,400}))?(?:e([+-]?[0-9]{1,3}))?\s*([a-zµμ]*)\s*", re.IGNORECASE)
 
 _BINARY = {letter: 1024**power for power, letter in enumerate("kmgtp", start=1)}
 _BYTE_UNITS: Mapping[str, int] = MappingProxyType(
@@ -33,17 +32,17 @@ _BYTE_UNITS: Mapping[str, int] = MappingProxyType(
     | {f"{letter}ib": size for letter, size in _BINARY.items()}
     | {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", start=1)}
 )
-_SECOND_UNITS: Mapping[str, Fraction] = MappingProxyType(
+_NANOSECONDS: Mapping[str, int] = MappingProxyType(
     {
-        "": Fraction(1),
-        "s": Fraction(1),
-        "ms": Fraction(1, 1000),
-        "us": Fraction(1, 10**6),
-        "µs": Fraction(1, 10**6),
-        "ns": Fraction(1, 10**9),
-        "m": Fraction(60),
-        "min": Fraction(60),
-        "h": Fraction(3600),
+        "ns": 1,
+        "us": 10**3,
+        "µs": 10**3,
+        "ms": 10**6,
+        "s": 10**9,
+        "": 10**9,
+        "m": 60 * 10**9,
+        "min": 60 * 10**9,
+        "h": 3600 * 10**9,
     }
 )
 
@@ -58,15 +57,19 @@ def parse_bytes(value: object) -> int:
         ValueError: not a size, or not a whole number of bytes; the message says what would be.
     """
     if isinstance(value, str):
-        number, unit = _split(value, "a size, for example 4096, '64KiB' or '512MiB'")
+        numerator, denominator, unit = _split(value, "a size, for example 4096, '64KiB' or '512MiB'")
         scale = _BYTE_UNITS.get(unit)
         if scale is None:
             raise ValueError(f"unknown unit in {value!r}: use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
-        size = number * scale
-        if size.denominator != 1:
+        size, rest = divmod(numerator * scale, denominator)
+        if rest:
             raise ValueError(f"{value!r} is not a whole number of bytes")
-        return int(size)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+        return size
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (isinstance(value, float) and not value.is_integer())
+    ):
         raise ValueError("expected a size, for example 4096, '64KiB' or '512MiB'")
     return int(value)
 
@@ -80,15 +83,21 @@ def parse_duration(value: object) -> float:
     Raises:
         ValueError: not a finite duration; the message says what would be.
     """
-    if isinstance(value, str):
-        number, unit = _split(value, "a duration, for example 5, '5s', '250ms' or '2m'")
-        scale = _SECOND_UNITS.get(unit)
-        if scale is None:
-            raise ValueError(f"unknown unit in {value!r}: use ns, us, ms, s, m or h")
-        return float(number * scale)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    seconds = math.nan
+    try:
+        if isinstance(value, str):
+            numerator, denominator, unit = _split(value, "a duration, for example 5, '5s', '250ms' or '2m'")
+            scale = _NANOSECONDS.get(unit)
+            if scale is None:
+                raise ValueError(f"unknown unit in {value!r}: use ns, us, ms, s, m or h")
+            seconds = numerator * scale / (denominator * 10**9)  # of integers: rounded once
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = float(value)
+    except OverflowError:
+        pass
+    if not math.isfinite(seconds):
         raise ValueError("expected a finite duration, for example 5, '5s', '250ms' or '2m'")
-    return float(value)
+    return seconds
 
 
 def format_bytes(nbytes: float) -> str:
@@ -111,8 +120,11 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-def _split(text: str, expected: str) -> tuple[Fraction, str]:
+def _split(text: str, expected: str) -> tuple[int, int, str]:
+    """The number as a fraction, and the unit."""
     match = _TEXT.fullmatch(text)
     if match is None:
         raise ValueError(f"expected {expected}")
-    return Fraction(match[1]), match[2].lower().replace("μ", "µ")
+    whole, decimals, exponent, unit = match.groups(default="")
+    power = int(exponent or 0) - len(decimals)
+    return int(whole + decimals) * 10 ** max(power, 0), 10 ** max(-power, 0), unit.lower().replace("μ", "µ")

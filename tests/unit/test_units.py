@@ -25,6 +25,7 @@ from ucxx_transport.units import format_bytes, format_duration, parse_bytes, par
         (4096, 4096),
         (4096.0, 4096),
         ("0", 0),
+        (10**400, 10**400),
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: object, nbytes: int) -> None:
@@ -61,7 +62,9 @@ def test_durations_are_read_as_people_write_them(text: object, seconds: float) -
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "-1s", "5 years", "inf", "nan", True, None, math.inf, math.nan, [5]])
+@pytest.mark.parametrize(
+    "text", ["", "s", "-1s", "5 years", "inf", "nan", "1e400", 10**400, True, None, math.inf, math.nan, [5]]
+)
 def test_what_is_no_duration_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match=r"duration|unit"):
         parse_duration(text)

@@ -24,7 +24,8 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
+from functools import partial
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args, get_origin
 
 from ucxx_transport.units import parse_bytes, parse_duration
@@ -54,7 +55,6 @@ MAX_PORTS: Final = 64
 
 Parse = Callable[[Any], object]
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True),
     **dict.fromkeys(("false", "no", "off", "n", "f", "0"), False),
@@ -88,24 +88,19 @@ class Secret:
 
 
 def _count(value: object) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError("expected a whole number")
-    return operator.index(value)
+    try:
+        return operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        raise ValueError("expected a whole number") from None
 
 
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise ValueError("expected letters, digits, '.', '_' and '-', 128 at most, a letter or digit first")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("expected text that is not empty")
+def _matching(pattern: str, expected: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ValueError(f"expected {expected}")
     return value
 
 
@@ -116,10 +111,9 @@ def _folder(value: object) -> str:
 
 
 def _boolean(value: object) -> bool:
-    held = _BOOLEANS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
-    if held is None:
+    if not isinstance(value, bool | int | str) or str(value).strip().lower() not in _BOOLEANS:
         raise ValueError("expected true or false")
-    return held
+    return _BOOLEANS[str(value).strip().lower()]
 
 
 def parse_token(value: object) -> Secret | None:
@@ -137,8 +131,15 @@ def _ports(value: object) -> int | tuple[int, ...]:
     if isinstance(value, str):
         words = value.strip().strip("[]").split(",")
         value = words[0] if len(words) == 1 and "[" not in value else words
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return _port_list([_count(port) for port in value])
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        ports = tuple(_count(port) for port in value)
+        if not 1 <= len(ports) <= MAX_PORTS:
+            raise ValueError(f"expected 1 to {MAX_PORTS} port numbers")
+        if wrong := [port for port in ports if not 0 <= port <= 65535]:
+            raise ValueError(f"{wrong[0]} is not a port number (0 to 65535, 0 for any free one)")
+        if any(port and ports.count(port) > 1 for port in ports):
+            raise ValueError("the same port number twice")
+        return ports
     try:
         count = _count(value)
     except ValueError:
@@ -146,18 +147,6 @@ def _ports(value: object) -> int | tuple[int, ...]:
     if not 1 <= count <= MAX_PORTS:
         raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{count}]")
     return count
-
-
-def _port_list(ports: Sequence[int]) -> tuple[int, ...]:
-    if not 1 <= len(ports) <= MAX_PORTS:
-        raise ValueError(f"expected 1 to {MAX_PORTS} port numbers")
-    for port in ports:
-        if not 0 <= port <= 65535:
-            raise ValueError(f"{port} is not a port number (0 to 65535, 0 for any free one)")
-    numbered = [port for port in ports if port]
-    if len(numbered) != len(set(numbered)):
-        raise ValueError("the same port number twice")
-    return tuple(ports)
 
 
 def parse_ucx_settings(value: object) -> dict[str, str]:
@@ -177,23 +166,17 @@ def _optional(parse: Parse) -> Parse:
     return lambda value: None if value is None else parse(value)
 
 
-def _one_of(words: tuple[object, ...]) -> Parse:
-    def parse(value: object) -> object:
-        if not isinstance(value, str) or value not in words:
-            raise ValueError(f"expected one of {', '.join(map(repr, words))}")
-        return value
-
-    return parse
+def _one_of(words: tuple[object, ...], value: object) -> object:
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"expected one of {', '.join(map(repr, words))}")
+    return value
 
 
-def _instance_of(classes: tuple[type, ...]) -> Parse:
-    def parse(value: object) -> object:
-        if not isinstance(value, classes):
-            names = " or ".join(one.__name__ for one in classes if one is not NoneType)
-            raise ValueError(f"expected {names}")  # noqa: TRY004 - what a kind raises
-        return value
-
-    return parse
+def _instance_of(classes: tuple[type, ...], value: object) -> object:
+    if not isinstance(value, classes):
+        names = " or ".join(one.__name__ for one in classes if one is not NoneType)
+        raise ValueError(f"expected {names}")  # noqa: TRY004 - what a kind raises
+    return value
 
 
 def kind_of(hint: Any) -> Parse:  # `Any`: a type expression has no type of its own
@@ -201,12 +184,11 @@ def kind_of(hint: Any) -> Parse:  # `Any`: a type expression has no type of its 
     if hint is bool:
         return _boolean
     if get_origin(hint) is Literal:
-        return _one_of(get_args(hint))
-    if isinstance(hint, type):
-        return _instance_of((hint,))
-    if callable(hint):
-        return hint  # type: ignore[no-any-return]  # a kind of the table
-    return _instance_of(get_args(hint))
+        return partial(_one_of, get_args(hint))
+    if isinstance(hint, type | UnionType):
+        return partial(_instance_of, get_args(hint) or (hint,))
+    parse: Parse = hint  # a kind of the table
+    return parse
 
 
 if TYPE_CHECKING:
@@ -236,8 +218,13 @@ else:
     Bytes, OptionalBytes = parse_bytes, _optional(parse_bytes)
     Seconds = parse_duration
     Folder = _folder
-    Name, OptionalName = _name, _optional(_name)
-    OptionalText = _optional(_text)
+    Name = partial(
+        _matching,
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}",
+        "letters, digits, '.', '_' and '-', 128 at most, a letter or digit first",
+    )
+    OptionalName = _optional(Name)
+    OptionalText = _optional(partial(_matching, r"(?s:.)+", "text that is not empty"))
     OptionalToken = parse_token
     Ports = _ports
     UCXSettings = parse_ucx_settings
