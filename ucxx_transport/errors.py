@@ -3,22 +3,22 @@
 | class                    | retryable | what the caller does                                               |
 |--------------------------|-----------|--------------------------------------------------------------------|
 | `ConfigError`            | no        | fix the setting or argument that the message names                 |
-| `SlotError`              | no        | report: the slot or lease cannot do what was asked                 |
-| `StaleSlotError`         | no        | drop the episode: its slot was recycled, overwritten or is foreign |
+| `SlotError`              | no        | report it: a lease was used after its end, or a slot out of turn   |
+| `StaleSlotError`         | no        | drop the episode                                                   |
 | `RingFullError`          | yes       | wait for readers, enlarge the ring, or choose another policy       |
-| `BusyError`              | yes       | try again: the peer or slot is at a limit that will pass           |
-| `NotReadyError`          | yes       | try again: the source is up but not bound to its ring yet          |
+| `BusyError`              | yes       | try again a little later                                           |
+| `NotReadyError`          | yes       | try again until the deadline, as clients do by themselves          |
 | `PeerLostError`          | yes       | try another port or source; nothing of the payload was delivered   |
-| `ProtocolError`          | no        | report: the peer is not ours, of another version, or lying         |
+| `ProtocolError`          | no        | report it: a stranger, another version, or a hostile peer          |
 | `AuthenticationError`    | no        | give both sides the same token                                     |
-| `ChecksumError`          | yes       | read again; the bytes that came are not those that were written    |
+| `ChecksumError`          | yes       | read again                                                         |
 | `DeadlineExceededError`  | yes       | call again with a longer deadline                                  |
-| `RegistryError`          | no        | root of what membership raises                                     |
-| `StoreUnavailableError`  | yes       | try again: the store does not answer; says nothing of its sources  |
-| `LeaseLostError`         | no        | take a new lease and publish anew; what was under the old is gone  |
-| `CompactedError`         | yes       | take a snapshot: the changes since that revision are not kept      |
-| `StoreResetError`        | yes       | start over: the store's data were wiped                            |
-| `ConflictError`          | no        | look again: somebody else has changed the key                      |
+| `RegistryError`          | no        | see its subclasses                                                 |
+| `StoreUnavailableError`  | yes       | try again                                                          |
+| `LeaseLostError`         | no        | take a new lease and publish again                                 |
+| `CompactedError`         | yes       | take a snapshot, and watch from its revision on                    |
+| `StoreResetError`        | yes       | start over                                                         |
+| `ConflictError`          | no        | read the key again                                                 |
 | `DuplicateSourceError`   | no        | give this worker or rank another id, or end the live one           |
 | `StorePermissionError`   | no        | give this user the right to the store's keys                       |
 """
@@ -138,7 +138,7 @@ class DeadlineExceededError(TransportError, TimeoutError):
 
 
 class RegistryError(TransportError):
-    """Root of what the registry raises: stores, publishers, watchers, groups."""
+    """Root of what membership raises: stores, publishers, watchers, groups."""
 
 
 class StoreUnavailableError(RegistryError):
@@ -158,7 +158,7 @@ class CompactedError(RegistryError):
 
 
 class StoreResetError(RegistryError):
-    """The store's data are not those of before: it was wiped, or another one stands in its place."""
+    """The store's data are not those of before: it was wiped or replaced."""
 
     retryable = True
 

@@ -13,7 +13,7 @@
  any        anything else  CLOSING    Reply(BAD_REQUEST | UNAUTHORIZED | BUSY), the last one
 ```
 Every phase has a time limit; the shell around a session closes the connection once `deadline_s` has passed. A session
-that has said its last word lingers for a moment, so that the client reads it before the connection breaks.
+that has sent its final reply lingers for a moment, so that the client reads it before the connection breaks.
 """
 
 from __future__ import annotations
