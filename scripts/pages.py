@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ucxx_transport import config, errors
-from ucxx_transport.groups import rank_states
+from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
+from ucxx_transport.groups.states import RankState
 from ucxx_transport.ring import layout, states
 from ucxx_transport.server import session
 from ucxx_transport.settings.section import Rule
@@ -250,7 +251,7 @@ PARTS: Final = (
     Part(
         page="groups.md",
         name="rank-diagram",
-        make=lambda: _diagram(rank_states.RankState.ISOLATED, rank_states.TRANSITIONS),
+        make=lambda: _diagram(RankState.ISOLATED, RANK_TRANSITIONS),
     ),
 )
 

@@ -15,7 +15,7 @@ from tests.support.stopping import stop_process
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.groups import GroupView, RankState
-from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.groups.view import MemberRecord
 from ucxx_transport.membership.store import Store
 
 MINUTE = 60.0

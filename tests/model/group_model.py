@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ucxx_transport.groups.group_view import GroupView, Seat
-from ucxx_transport.groups.rank_states import RankEvent, RankState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, Seat
 
 # From → to, whatever happened between two views: a rank's death and its next life may fall into one.
 STEPS = {

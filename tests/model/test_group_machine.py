@@ -9,10 +9,9 @@ only grows; and whenever the machine lets things settle, all healthy ranks are a
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.model.group_model import GroupModel
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore, MemoryWatch
+from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import (
     CompactedError,
     ConflictError,
@@ -33,15 +33,11 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.claiming import ClaimedRank, claim_rank
-from ucxx_transport.groups.group_board import GroupBoard, Listener
-from ucxx_transport.groups.group_picture import GroupPicture
-from ucxx_transport.groups.group_view import GroupView
-from ucxx_transport.groups.group_writes import change_view
-from ucxx_transport.groups.member_record import MemberRecord
-from ucxx_transport.groups.participant import MembershipOverError, Participant
-from ucxx_transport.groups.patience import Patience
-from ucxx_transport.groups.rank_states import RankEvent, RankState
+from ucxx_transport.groups.participant import AcquiredRank, MembershipEndedError, Participant, acquire_rank
+from ucxx_transport.groups.state import GroupListener, SharedState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
+from ucxx_transport.groups.writes import RankContext, Retrying, change_view
 
 STEPS = int(os.environ.get("TEST_GROUP_STEPS", "8000"))
 RULES_AN_EXAMPLE = 25
@@ -83,14 +79,15 @@ class Process:
     """One process that has a rank, or once had."""
 
     rank: int
-    board: GroupBoard
+    context: RankContext
+    shared: SharedState
     store: MemoryStore
     incarnation: str = ""
-    claimed: ClaimedRank | None = None
+    acquired: AcquiredRank | None = None
     participant: Participant | None = None
     watch: MemoryWatch | None = None
-    picture: GroupPicture | None = None
-    told: list[int] = field(default_factory=list)
+    snapshot: GroupSnapshot | None = None
+    applied: list[int] = field(default_factory=list)
     is_dead: bool = False
     is_hung: bool = False
 
@@ -101,8 +98,8 @@ class Process:
 
     @property
     def lease_id(self) -> int:
-        assert self.claimed is not None
-        return self.claimed.lease.lease_id
+        assert self.acquired is not None
+        return self.acquired.lease.lease_id
 
 
 class GroupMachine(RuleBasedStateMachine):
@@ -149,7 +146,7 @@ class GroupMachine(RuleBasedStateMachine):
             self.clock.now += min(seconds, 1.0)
             seconds -= 1.0
             for one in self.all_processes():
-                if one.claimed is not None and not one.is_dead and one.store.reachable:
+                if one.acquired is not None and not one.is_dead and one.store.reachable:
                     self.renew(one)
             self.judge()
 
@@ -159,29 +156,23 @@ class GroupMachine(RuleBasedStateMachine):
         except (LeaseLostError, StoreUnavailableError):
             return
 
-    def patience(self) -> Patience:
-        """For a hundred tries."""
-        tries = count()
-        return Patience(
-            deadline=100.0,
-            clock=lambda: float(next(tries)),
-            backoff_s=1e-6,
-            max_backoff_s=1e-6,
-            given_up=threading.Event(),
-        )
+    def retrying(self, one: Process) -> Retrying:
+        """For a hundred tries: each read of its clock is a second."""
+        reads = count()
+        return Retrying(replace(one.context, clock=lambda: float(next(reads))), 100.0)
 
     # what a rank does
 
     def publish(self, one: Process) -> None:
         self.lives += 1
         one.incarnation = f"{one.rank}.{self.lives}"
-        wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.board.epoch, ttl_s=TTL_S)
+        wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.shared.now.epoch, ttl_s=TTL_S)
         self.model.alive.add(one.incarnation)
-        self.model.applied[one.incarnation] = one.board.epoch
-        one.claimed = claim_rank(one.store, GROUP, wanted, self.patience(), clock=self.clock)
-        one.board.begin(one.incarnation)
-        one.participant = Participant(one.store, one.board, one.claimed, ack_timeout_s=ACK_TIMEOUT_S, clock=self.clock)
-        one.picture = one.watch = None
+        self.model.applied[one.incarnation] = one.shared.now.epoch
+        one.acquired = acquire_rank(one.context, wanted, self.retrying(one))
+        one.shared.begin(one.incarnation)
+        one.participant = Participant(one.context, one.shared, one.acquired)
+        one.snapshot = one.watch = None
         self.judge()
 
     def look(self, one: Process, *, batches: int) -> bool:
@@ -190,35 +181,35 @@ class GroupMachine(RuleBasedStateMachine):
         try:
             return self.look_once(one, one.participant, batches)
         except (ConflictError, CompactedError, StoreResetError, StoreUnavailableError):
-            one.picture = one.watch = None
-            one.participant.begin_anew()
+            one.snapshot = one.watch = None
+            one.participant.reset()
             return one.store.reachable
-        except (MembershipOverError, LeaseLostError) as over:
-            event = over.event if isinstance(over, MembershipOverError) else RankEvent.LOSE
+        except (MembershipEndedError, LeaseLostError) as over:
+            event = over.event if isinstance(over, MembershipEndedError) else RankEvent.LOSE
             self.drop_out(one, event)
             return True
         finally:
             self.judge()
 
     def look_once(self, one: Process, participant: Participant, batches: int) -> bool:
-        is_new = one.watch is None or one.picture is None
-        if one.watch is None or one.picture is None:
-            one.picture = GroupPicture.of(GROUP, one.store.snapshot(f"groups/{GROUP}/"))
-            one.watch = one.store.watch(f"groups/{GROUP}/", after=one.picture.revision)
+        is_new = one.watch is None or one.snapshot is None
+        if one.watch is None or one.snapshot is None:
+            one.snapshot = GroupSnapshot.of(GROUP, one.store.snapshot(f"groups/{GROUP}/"))
+            one.watch = one.store.watch(f"groups/{GROUP}/", after=one.snapshot.revision)
         for _ in range(batches):
             batch = one.watch.next(0.0)
             if batch is None:
                 break
             is_new = True
-            one.picture = one.picture.after(batch)
+            one.snapshot = one.snapshot.after(batch)
         revision = self.data.revision
-        participant.look(one.picture)
+        participant.step(one.snapshot)
         return is_new or self.data.revision != revision
 
     def drop_out(self, one: Process, event: RankEvent) -> None:
-        one.board.end(event, NotReadyError("over"))
+        one.shared.end(event, NotReadyError("over"))
         one.participant = None
-        lease_id, one.claimed = one.lease_id, None
+        lease_id, one.acquired = one.lease_id, None
         self.admin.revoke(lease_id)
         self.judge()
 
@@ -235,13 +226,17 @@ class GroupMachine(RuleBasedStateMachine):
         if key_is_there or (one is not None and (one.is_member or not one.store.reachable)):
             return
         if one is None or one.is_dead:
-            one = self.processes[rank] = Process(rank, GroupBoard(GROUP, rank), self.admin.beside())
-            one.board.listen(Listener(on_view=partial(self.note_applied, one)))
+            store = self.admin.beside()
+            context = rank_context(store, rank, clock=self.clock, group=GROUP, ack_timeout_s=ACK_TIMEOUT_S)
+            one = self.processes[rank] = Process(rank, context, SharedState(GROUP, rank), store)
+            one.shared.listen(GroupListener(on_view=partial(self.note_applied, one)))
         self.publish(one)
 
     def note_applied(self, one: Process, view: GroupView) -> None:
-        assert not one.told or view.epoch > one.told[-1], "what a process applies only grows, whatever the store does"
-        one.told.append(view.epoch)
+        assert not one.applied or view.epoch > one.applied[-1], (
+            "what a process applies only grows, whatever the store does"
+        )
+        one.applied.append(view.epoch)
         self.model.applied[one.incarnation] = view.epoch
 
     def step(self, rank: int, batches: int) -> None:
@@ -304,7 +299,7 @@ class GroupMachine(RuleBasedStateMachine):
         if one is None or not one.store.reachable:
             return
         seat = self.model.view.seat_of(other)
-        change_view(one.store, GROUP, RankEvent.DEACTIVATE, [other], self.patience())
+        change_view(one.context, RankEvent.DEACTIVATE, [other], self.retrying(one))
         self.judge()
         if seat is not None and seat.state in (RankState.JOINING, RankState.ACTIVE):
             self.model.resting.add(seat.incarnation)
@@ -314,7 +309,7 @@ class GroupMachine(RuleBasedStateMachine):
         if one is None or not one.store.reachable or seat is None or not seat.state.is_seated:
             return
         self.model.resting.discard(seat.incarnation)
-        change_view(one.store, GROUP, RankEvent.RECALL, [other], self.patience())
+        change_view(one.context, RankEvent.RECALL, [other], self.retrying(one))
         self.judge()
 
     def leave(self, rank: int, _: int) -> None:
@@ -323,7 +318,7 @@ class GroupMachine(RuleBasedStateMachine):
             return
         self.model.left.add(one.incarnation)
         with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
-            change_view(one.store, GROUP, RankEvent.LEAVE, [rank], self.patience(), incarnation=one.incarnation)
+            change_view(one.context, RankEvent.LEAVE, [rank], self.retrying(one), incarnation=one.incarnation)
         self.judge()
         self.drop_out(one, RankEvent.LEAVE)
 
@@ -376,8 +371,8 @@ class GroupMachine(RuleBasedStateMachine):
         assert found == self.model.expected(healthy)
         for rank, incarnation in healthy.items():
             assert view.seats_incarnation(rank, incarnation)
-            assert self.processes[rank].board.view == view
-            assert self.processes[rank].board.state.state is found[rank]
+            assert self.processes[rank].shared.now.view == view
+            assert self.processes[rank].shared.now.state is found[rank]
         if healthy:  # else there is nobody who could say that others are gone
             hung = {one.rank for one in self.all_processes() if one.is_hung and not one.is_dead}
             assert set(view.ranks) - hung <= set(healthy)

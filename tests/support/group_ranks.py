@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
 from ucxx_transport.config import PublisherConfig
-from ucxx_transport.groups.group import RankGroup
-from ucxx_transport.groups.member_record import MemberRecord
+from ucxx_transport.groups import RankGroup
+from ucxx_transport.groups.view import MemberRecord
 
 __all__ = ["Ranks", "ranks"]
 
@@ -23,8 +23,13 @@ T = TypeVar("T")
 CONFIG = PublisherConfig(keeper="thread", backoff_s=0.01, max_backoff_s=0.05, stop_timeout_s=2.0)
 """Leases as they are by default: no test's load ends one."""
 
-SHORT_LIVED = replace(CONFIG, interval_s=0.4)
-"""For tests in which a lease must end by itself, or be seen to outlive its time."""
+HURRY = 50.0
+"""How much faster time passes for a hurried rank: it waits out a lease in a fraction of a second."""
+
+
+def hurried_clock() -> float:
+    """Seconds that pass `HURRY` times as fast."""
+    return HURRY * time.monotonic()
 
 
 class Ranks:
@@ -37,13 +42,17 @@ class Ranks:
         self.stores: dict[RankGroup, MemoryStore] = {}
         self.threads: list[threading.Thread] = []
 
-    def make(self, rank: int, *, short_lived: bool = False, **settings: Any) -> RankGroup:
+    def make(self, rank: int, **settings: Any) -> RankGroup:
         """A rank that has not joined."""
         store = self.admin.beside()
-        group = RankGroup(store, "trainers", rank, **{"config": SHORT_LIVED if short_lived else CONFIG, **settings})
+        group = RankGroup(store, "trainers", rank, **{"config": CONFIG, **settings})
         self.groups.append(group)
         self.stores[group] = store
         return group
+
+    def hurried(self, rank: int) -> RankGroup:
+        """A rank that has not joined, and whose seconds are short: `join_group(100)` takes at most two."""
+        return self.make(rank, clock=hurried_clock, ack_timeout_s=1e6)
 
     def joined(self, *ranks: int, **settings: Any) -> list[RankGroup]:
         """Ranks that have joined, one after the other."""

@@ -1,7 +1,7 @@
 """A store in this process's memory, with the real one's meaning: revisions, leases, compare-and-swap, watches.
 
 `MemoryData` is what all share; `MemoryStore` is one user's way to it, which a test can cut off (`reachable`), let hang
-after the fact (`lose_answers`), or make lose races (`before_put`). Time is the clock's.
+after the fact (`lose_answers`), or make lose races (`before_put`, `after_put`). Time is the clock's.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class MemoryStore:
         self.reachable = True
         self.lose_answers = 0
         self.before_put: Callable[[str], None] = lambda _: None
+        self.after_put: Callable[[str], object] = lambda _: None
         self.watches: set[MemoryWatch] = set()
 
     @property
@@ -196,7 +197,8 @@ class MemoryStore:
             self.data.change([Event(kind="put", key=key, value=value, revision=revision, lease_id=lease_id)])
             self.data.writes.append(key)
             self._leave()
-            return revision
+        self.after_put(key)
+        return revision
 
     def _expect(self, key: str, expected: int | None) -> None:
         entry = self.data.entries.get(key)

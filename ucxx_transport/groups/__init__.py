@@ -1,4 +1,4 @@
-"""Groups of ranks: who belongs to one, who is about to join, and how all come to agree on it."""
+"""Groups of ranks: which ones are members, which are about to join, and how all come to agree on it."""
 
 from ucxx_transport.lazy import lazy_names
 

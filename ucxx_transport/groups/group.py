@@ -9,15 +9,11 @@ from typing import Final, Self
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, NotReadyError, TransportError
-from ucxx_transport.groups.group_board import GroupBoard, Listener
-from ucxx_transport.groups.group_state import GroupState, GroupStatistics, Member
-from ucxx_transport.groups.group_view import GroupView
-from ucxx_transport.groups.group_writes import change_view, put_policy_version
-from ucxx_transport.groups.member_record import MemberRecord
-from ucxx_transport.groups.membership import Membership
-from ucxx_transport.groups.patience import Patience
-from ucxx_transport.groups.rank_states import RankEvent, RankState
-from ucxx_transport.groups.standing import Standing
+from ucxx_transport.groups.membership import MemberLifecycle, MemberThread
+from ucxx_transport.groups.state import GroupListener, GroupState, GroupStatistics, Member, SharedState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord
+from ucxx_transport.groups.writes import RankContext, Retrying, change_view, put_policy_version
 from ucxx_transport.membership.store import Store
 
 __all__ = ["RankGroup"]
@@ -31,17 +27,17 @@ CHANGE_TIMEOUT_S: Final = 30.0
 class RankGroup:
     """One rank's part in a group. Thread-safe.
 
-    Until `join_group` nothing of it is in the store, and nobody waits for it or knows of it: so a recovered rank
+    Until `join_group` nothing of it is in the store, and no member waits for it or knows of it: so a recovered rank
     initialises alone, for as long as it takes, while the others work on.
 
     Args:
         store: `open_store(url)`; it stays the caller's to close, after `leave`.
         group: its name.
         rank: this process's place in it, from 0.
-        world_size: how many places there are; None: as many as come.
+        world_size: how many places there are; None: no limit.
         address: where this rank can be reached, for the others.
         meta: plain JSON values of this rank, for the others.
-        config: who renews the lease and how often (it lives three times that), pauses between tries, the bound on
+        config: what renews the lease and how often (it lives three times that), pauses between tries, the bound on
             leaving; None: those of the environment and the file.
         ack_timeout_s: how long a joining rank is kept waiting by one that does not acknowledge it, before that one is
             dropped. Longer than a lease lives, so that a dead one has gone by then.
@@ -67,49 +63,49 @@ class RankGroup:
         store_config: StoreConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        config = PublisherConfig() if config is None else config
-        self._world_size = world_size
         if world_size is not None and world_size < 1:
             raise ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
         if not group:
             raise ConfigError("a group needs a name", field="group")
         if ack_timeout_s <= 0:
             raise ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
+        self._world_size = world_size
         self._check_ranks([rank])
-        self._store, self._group, self._rank = store, group, rank
-        self._board = GroupBoard(group, rank)
-        self._standing = Standing(
-            store,
-            self._board,
-            record=MemberRecord(
-                rank=rank, incarnation="", epoch=0, ttl_s=config.ttl_s, address=address, meta=meta or {}
-            ),
-            config=config,
-            ack_timeout_s=ack_timeout_s,
+        self._context = RankContext(
+            store=store,
+            group=group,
+            rank=rank,
+            config=PublisherConfig() if config is None else config,
             store_config=StoreConfig() if store_config is None else store_config,
+            ack_timeout_s=ack_timeout_s,
             clock=clock,
         )
-
-    # what there is
+        self._shared = SharedState(group, rank)
+        ttl_s = self._context.config.ttl_s
+        record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
+        self._lifecycle = MemberLifecycle(self._context, self._shared, record)
 
     @property
     def rank(self) -> int:
         """This process's place."""
-        return self._rank
+        return self._context.rank
 
     @property
     def state(self) -> GroupState:
-        """The group as this rank has it now. `state.state` is GONE when its lease was lost, or the group dropped it."""
-        return self._board.state
+        """The group as this rank has it now. `state.state` is GONE when its lease was lost, or the group dropped it.
+
+        View and statistics of one state belong together; two reads of this property are of two moments.
+        """
+        return self._shared.now
 
     @property
     def view(self) -> GroupView | None:
         """The view that was applied last; None before the first. It stays when the store cannot be reached."""
-        return self._board.view
+        return self._shared.now.view
 
     def statistics(self) -> GroupStatistics:
-        """What was seen of the group so far."""
-        return self._board.statistics
+        """What was seen of the group so far: `state.statistics`."""
+        return self._shared.now.statistics
 
     def get_peer_state(self, rank: int) -> RankState:
         """The state of a rank, as far as this one knows: without asking the store.
@@ -119,50 +115,46 @@ class RankGroup:
             NotReadyError: this rank has seen no view yet: `join_group()` first.
         """
         self._check_ranks([rank])
-        now = self._board.state
-        if rank == self._rank:
+        now = self._shared.now
+        if rank == self.rank:
             return now.state
-        view, picture = self._board.view, self._board.picture
-        if view is None:
-            raise NotReadyError("an isolated rank knows of nobody: join_group() first", group=self._group, rank=rank)
-        state = view.state_of(rank)
-        record = None if picture is None else picture.members.get(rank)
-        seat = view.seat_of(rank)
-        if not state.is_seated and record is not None and (seat is None or seat.incarnation != record.incarnation):
-            return RankState.JOINING  # it has published itself, and will be admitted
-        return state
-
-    # being a member
+        if now.view is None:
+            raise NotReadyError("an isolated rank knows no others: join_group() first", group=now.group, rank=rank)
+        seat = now.view.seat_of(rank)
+        record = None if now.snapshot is None else now.snapshot.members.get(rank)
+        if seat is not None and (seat.state.is_seated or record is None or record.incarnation == seat.incarnation):
+            return seat.state
+        return RankState.ISOLATED if record is None else RankState.JOINING  # it has published itself: to be admitted
 
     def join_group(self, timeout_s: float) -> GroupState:
         """Become a member: publish this rank, be admitted at a new epoch, and wait until all have acknowledged it.
 
-        A member already: returns at once, and nothing changes. A lease that is lost while waiting, or a store that is
-        wiped, begins it anew within the same time.
+        A member already: returns at once, and nothing changes. If its lease is lost while it waits, or the store is
+        wiped, it starts over within the same time.
 
         Args:
             timeout_s: how long it may take. A dead member's rank is free when its lease has ended, which is some
                 seconds after its death.
 
         Returns:
-            The group's state at the epoch in which this rank became active (or INACTIVE, if somebody deactivated it).
+            The group's state at the epoch in which this rank became active (or INACTIVE, if it was deactivated).
 
         Raises:
             DuplicateSourceError: a live member has this rank.
             DeadlineExceededError: nothing of this rank is left in the group; `facts["waiting_for"]` has the ranks, or
                 "store", that it was waiting for.
-            RegistryError: `leave` was called meanwhile, or the store refuses this user.
+            RegistryError: it was cancelled by `leave`, or the store refuses this user.
         """
-        return self._standing.join(timeout_s)
+        return self._lifecycle.join(timeout_s)
 
     def leave(self) -> None:
-        """Be a member no longer: the view says so, then the lease is given back. Idempotent, and bounded.
+        """End the membership: in the view first, then the lease is given back. Idempotent, and bounded.
 
         What this rank serves should have ended by then: the others stop asking it as soon as they see the view. A
-        `join_group` that is under way in another thread is given up. If the store cannot be reached, the lease ends by
+        `join_group` that is under way in another thread is cancelled. If the store cannot be reached, the lease ends by
         itself. `join_group` may be called again.
         """
-        self._standing.leave()
+        self._lifecycle.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -171,8 +163,6 @@ class RankGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.leave()
-
-    # what a member may ask for
 
     def activate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:
         """Wait until these ranks are ACTIVE, and let those join once more that were deactivated.
@@ -188,25 +178,22 @@ class RankGroup:
             NotReadyError: this rank or one of those is not a member, or is one no longer.
             DeadlineExceededError: the store did not answer, or `facts["waiting_for"]` are not active yet.
         """
-        membership, patience = self._member(ranks), self._standing.patience(timeout_s)
-        epoch = change_view(self._store, self._group, RankEvent.RECALL, ranks, patience)
 
-        def active() -> GroupView | None:
-            view = self._told(epoch)
+        def active(now: GroupState, epoch: int) -> GroupView | None:
+            view = _notified(now, epoch)
             gone = [] if view is None else [rank for rank in ranks if not view.state_of(rank).is_seated]
             if gone:
-                raise NotReadyError(f"ranks {gone} have gone meanwhile", group=self._group, ranks=gone)
-            return view if view is not None and set(ranks) <= set(view.active_ranks) else None
+                raise NotReadyError(f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone)
+            return view if set(ranks) <= set(now.active_ranks) else None
 
-        def late() -> DeadlineExceededError:
-            view = self._board.view
-            waiting_for = sorted(set(ranks) - set(() if view is None else view.active_ranks))
-            return DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=tuple(waiting_for))
+        def late(now: GroupState, _: int) -> DeadlineExceededError:
+            waiting_for = tuple(sorted(set(ranks) - set(now.active_ranks)))
+            return DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
 
-        return self._awaited(membership, active, patience, late)
+        return self._change(RankEvent.RECALL, ranks, timeout_s, active, late)
 
     def deactivate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:
-        """Take these ranks out of the active ones; they stay members, and nobody waits for them.
+        """Take these ranks out of the active ones; they stay members, and are not waited for.
 
         This rank may be among them. Ranks that are not active, or not even members, stay as they are.
 
@@ -218,12 +205,10 @@ class RankGroup:
             NotReadyError: this rank is not a member.
             DeadlineExceededError: the store did not answer.
         """
-        membership, patience = self._member(ranks), self._standing.patience(timeout_s)
-        epoch = change_view(self._store, self._group, RankEvent.DEACTIVATE, ranks, patience)
-        return self._awaited(membership, lambda: self._told(epoch), patience, lambda: self._not_seen(epoch))
+        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s, _notified, _not_seen)
 
     def set_policy_version(self, version: int, timeout_s: float = CHANGE_TIMEOUT_S, *, rewind: bool = False) -> None:
-        """Say which policy version the group trains; joiners are told. It is no part of the view, so no epoch follows.
+        """Set which policy version the group trains; joiners get it. It is no part of the view: no epoch follows.
 
         Raises:
             ConfigError: not a number from 0 on, or behind the one that the group has, without `rewind`.
@@ -232,15 +217,14 @@ class RankGroup:
         """
         if type(version) is not int or not 0 <= version < 1 << 59:
             raise ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
-        membership, patience = self._member(()), self._standing.patience(timeout_s)
-        revision = put_policy_version(self._store, self._group, version, patience, rewind=rewind)
+        thread, retrying = self._member(), Retrying(self._context, timeout_s)
+        revision = put_policy_version(self._context, version, retrying, rewind=rewind)
 
-        def seen() -> bool:
-            picture = self._board.picture
-            return picture is not None and picture.revision >= revision
+        def seen(now: GroupState) -> bool:
+            return now.snapshot is not None and now.snapshot.revision >= revision
 
-        if not membership.is_own_thread:
-            self._board.wait(seen, patience, lambda: self._not_seen(self._board.epoch))
+        if not thread.is_own_thread:
+            self._shared.wait(seen, retrying, lambda now: _not_seen(now, now.epoch))
 
     def wait_for_view(self, min_epoch: int, timeout_s: float) -> GroupView:
         """The group's view once it is of `min_epoch` or later, and the callbacks of `on_view` have had it.
@@ -250,28 +234,25 @@ class RankGroup:
             LeaseLostError, StoreResetError: it is one no longer: `join_group()` again.
             DeadlineExceededError: no such view came.
         """
-        self._member(())
-        return self._board.wait(
-            lambda: self._told(min_epoch), self._standing.patience(timeout_s), lambda: self._not_seen(min_epoch)
-        )
-
-    # being told
+        self._member()
+        retrying = Retrying(self._context, timeout_s)
+        return self._shared.wait(lambda now: _notified(now, min_epoch), retrying, lambda now: _not_seen(now, min_epoch))
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, also while joining; returns what ends that.
 
-        It is called in the group's own thread. The view is acknowledged, and who waits for it is woken, when it has
-        returned: so it is the place to connect to those who join. A callback that takes longer than `ack_timeout_s`
-        while somebody joins costs this rank its place. An exception is logged and counted, and the view acknowledged.
+        It is called in the group's own thread. The view is acknowledged, and waiting calls return, when it has
+        returned: so it is the place to connect to joiners. A callback that takes longer than `ack_timeout_s` while a
+        rank joins costs this one its place. An exception is logged and counted, and the view acknowledged.
         """
-        return self._board.listen(Listener(on_view=callback))
+        return self._shared.listen(GroupListener(on_view=callback))
 
     def on_gone(self, callback: Callable[[TransportError], object]) -> Callable[[], None]:
         """Call `callback` when this rank is a member no longer without having left; returns what ends that.
 
         It is called in the group's own thread, with the reason: the lease was lost, or the group dropped this rank.
         """
-        return self._board.listen(Listener(on_gone=callback))
+        return self._shared.listen(GroupListener(on_gone=callback))
 
     def subscribe(
         self,
@@ -283,39 +264,43 @@ class RankGroup:
 
         A rank whose new life is admitted has gone before. Returns what ends that.
         """
-        return self._board.listen_to_members(Listener(on_add=on_add, on_remove=on_remove))
+        return self._shared.listen(GroupListener(on_add=on_add, on_remove=on_remove), with_present=True)
 
-    # waiting
-
-    def _told(self, min_epoch: int) -> GroupView | None:
-        view = self._board.told_view
-        return view if view is not None and view.epoch >= min_epoch else None
-
-    def _not_seen(self, epoch: int) -> DeadlineExceededError:
-        return DeadlineExceededError(
-            f"no view of epoch {epoch} or later was seen in time",
-            group=self._group,
-            waiting_for=f"epoch {epoch}",
-            epoch=self._board.epoch,
-        )
-
-    def _member(self, ranks: Collection[int]) -> Membership:
+    def _member(self, ranks: Collection[int] = ()) -> MemberThread:
         self._check_ranks(ranks)
-        return self._standing.membership
+        return self._lifecycle.thread
 
-    def _awaited(
+    def _change(
         self,
-        membership: Membership,
-        found: Callable[[], GroupView | None],
-        patience: Patience,
-        late: Callable[[], DeadlineExceededError],
+        event: RankEvent,
+        ranks: Collection[int],
+        timeout_s: float,
+        find: Callable[[GroupState, int], GroupView | None],
+        late: Callable[[GroupState, int], DeadlineExceededError],
     ) -> GroupView:
-        if membership.is_own_thread and self._board.view is not None:
-            return self._board.view  # the view comes by this very thread
-        return self._board.wait(found, patience, late)
+        """Write a change, and wait for the view that has it; `find` and `late` get that one's epoch."""
+        thread, retrying = self._member(ranks), Retrying(self._context, timeout_s)
+        epoch = change_view(self._context, event, ranks, retrying)
+        if thread.is_own_thread and self.view is not None:
+            return self.view  # the next one comes by this very thread
+        return self._shared.wait(lambda now: find(now, epoch), retrying, lambda now: late(now, epoch))
 
     def _check_ranks(self, ranks: Collection[int]) -> None:
         end = MAX_RANKS if self._world_size is None else self._world_size
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank < end:
                 raise ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
+
+
+def _notified(now: GroupState, min_epoch: int) -> GroupView | None:
+    view = now.notified_view
+    return view if view is not None and view.epoch >= min_epoch else None
+
+
+def _not_seen(now: GroupState, epoch: int) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"no view of epoch {epoch} or later was seen in time",
+        group=now.group,
+        waiting_for=f"epoch {epoch}",
+        epoch=now.epoch,
+    )

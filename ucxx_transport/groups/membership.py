@@ -1,88 +1,155 @@
-"""Membership: one life of a rank in its group: a lease, its renewer, and the thread in which the rank takes part.
+"""The membership of a rank: joining, leaving, and the threads of one incarnation in between.
 
-The thread's loop is a snapshot and then a watch after it, with a look at each change. A store that does not answer
-changes nothing: the membership goes on with what it has, and begins anew with a snapshot.
+| thread       | does                                                                                                |
+|--------------|-----------------------------------------------------------------------------------------------------|
+| `ucxx-group` | a snapshot, then a watch after it, and a participant's step at each change. Runs all callbacks      |
+| `ucxx-lease` | renews the lease, or has a helper process renew it: a callback that takes long costs no lease       |
+
+A store that does not answer changes nothing: the rank goes on with what it knows, and starts over with a snapshot.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from ucxx_transport.errors import (
     CompactedError,
     ConflictError,
+    DeadlineExceededError,
     LeaseLostError,
+    NotReadyError,
     RegistryError,
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.claiming import ClaimedRank
-from ucxx_transport.groups.group_board import GroupBoard
-from ucxx_transport.groups.group_picture import GroupPicture
-from ucxx_transport.groups.lease_renewer import LeaseRenewer
-from ucxx_transport.groups.participant import CALL_S, MembershipOverError, Participant
-from ucxx_transport.groups.rank_states import RankEvent
+from ucxx_transport.groups.decisions import awaited_ranks
+from ucxx_transport.groups.participant import AcquiredRank, MembershipEndedError, Participant, acquire_rank
+from ucxx_transport.groups.state import GroupState, SharedState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupSnapshot, MemberRecord
+from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying, change_view
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.keeper import keep_twice
 from ucxx_transport.membership.keeper_process import KeeperProcess
 from ucxx_transport.membership.keys import group_prefix
 from ucxx_transport.membership.store import Store, Watch
+from ucxx_transport.teardown import Teardown
 
-__all__ = ["Membership", "MembershipRules"]
+__all__ = ["LeaseRenewer", "MemberLifecycle", "MemberThread"]
 
 _log = get_logger(__name__)
 
 PAUSE_S: Final = 0.2
-"""Between two tries to reach a store that does not answer, and before a group is read anew."""
+"""Between two tries to reach a store that does not answer, and before a group is read again."""
+
+LEAST_CALL_S: Final = 0.1
+"""For the last call of a teardown whose deadline has passed."""
+
+_RETRIES_AN_INTERVAL: Final = 4
+"""After a renewal that failed the next comes this much sooner: a lease of three intervals is then tried eight times."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipRules:
-    """What a membership goes by.
-
-    Attributes:
-        interval_s: how often the lease is renewed.
-        ack_timeout_s: how long an acknowledgement is waited for before who owes it is dropped.
-        stop_timeout_s: bound on ending.
-    """
-
-    interval_s: float
-    ack_timeout_s: float
-    stop_timeout_s: float
-
-
-class Membership:
-    """See the module.
+class LeaseRenewer:
+    """Renews one lease until it is stopped, or the store says that the lease has ended. A daemon thread.
 
     Args:
-        store: the group's.
-        board: told of all that happens.
-        claimed: the rank that was taken.
-        rules: see there.
-        keeper: the process that renews the lease, closed at the end; None: a thread does.
-        clock: seconds.
+        store: where the lease is.
+        lease_id: the lease.
+        interval_s: between two renewals.
+        on_lost: called once, in the renewer's thread, when the store answers twice that the lease has ended. A store
+            that does not answer says nothing: it is asked again, for as long as it takes.
+        helper: a process that renews in its place from when it can, closed at the end; None: an interpreter that a long
+            call blocks (the GIL held for longer than a lease lives) starves the lease.
     """
 
     def __init__(
         self,
         store: Store,
-        board: GroupBoard,
-        claimed: ClaimedRank,
+        lease_id: int,
+        interval_s: float,
+        on_lost: Callable[[], object],
         *,
-        rules: MembershipRules,
-        keeper: KeeperProcess | None,
-        clock: Callable[[], float],
+        helper: KeeperProcess | None = None,
     ) -> None:
-        self._store, self._board, self._rules = store, board, rules
-        self.record, self._lease = claimed.record, claimed.lease
-        self._participant = Participant(store, board, claimed, ack_timeout_s=rules.ack_timeout_s, clock=clock)
+        self._store, self._lease_id, self._interval_s = store, lease_id, interval_s
+        self._on_lost, self._helper = on_lost, helper
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ucxx-lease", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, bounded; the lease stays as it is. Idempotent, and callable from `on_lost`."""
+        self._stopping.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(2 * self._interval_s)
+            if self._thread.is_alive():
+                _log.warning("lease renewer did not stop in time", lease=self._lease_id)
+
+    def _run(self) -> None:
+        try:
+            if self._helper is not None:
+                self._helper.keep(self._lease_id)
+            self._renew_until_stopped()
+        except LeaseLostError as error:
+            if not self._stopping.is_set():
+                _log.warning("lease lost", lease=self._lease_id, reason=str(error))
+                self._on_lost()
+        finally:
+            if self._helper is not None:
+                self._helper.close()
+
+    def _renew_until_stopped(self) -> None:
+        pause_s, failures = self._interval_s, 0
+        while not self._stopping.wait(pause_s):
+            try:
+                if self._helper is None or not self._helper.keeps(self._lease_id):
+                    keep_twice(self._store, self._lease_id, timeout_s=self._interval_s)
+            except LeaseLostError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: whatever it was, the lease is to live
+                failures += 1
+                if failures == 1:
+                    reason = f"{type(error).__name__}: {error}"
+                    _log.warning("lease not renewed; trying on", lease=self._lease_id, reason=reason)
+            else:
+                if failures:
+                    _log.info("lease renewed again", lease=self._lease_id, attempts=failures)
+                failures = 0
+            pause_s = self._interval_s / (_RETRIES_AN_INTERVAL if failures else 1)
+
+
+class MemberThread:
+    """One incarnation of a rank: its lease, and the thread in which it takes part.
+
+    Args:
+        context: the group.
+        shared: what this process knows of the group.
+        acquired: the rank that was taken.
+    """
+
+    def __init__(self, context: RankContext, shared: SharedState, acquired: AcquiredRank) -> None:
+        self._context, self._shared = context, shared
+        self.incarnation, self._lease_id = acquired.record.incarnation, acquired.lease.lease_id
+        self._participant = Participant(context, shared, acquired)
         self._ending = threading.Event()
         self._lease_lost = threading.Event()
         self._watch: Watch | None = None
-        self._renewer = LeaseRenewer(store, rules.interval_s, self._on_lease_lost, keeper=keeper)
-        self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{board.rank}", daemon=True)
+        config, helper = context.config, None
+        if config.keeper == "process":
+            helper = KeeperProcess(context.store.url, context.store_config, interval_s=config.interval_s)
+        self._renewer = LeaseRenewer(
+            context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper=helper
+        )
+        self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
 
     @property
     def is_own_thread(self) -> bool:
@@ -91,27 +158,27 @@ class Membership:
 
     def start(self) -> None:
         """Renew the lease, and take part."""
-        self._renewer.start(self._lease.lease_id)
+        self._renewer.start()
         self._thread.start()
 
-    def end(self) -> None:
-        """Take part no longer, and give the lease back; bounded. Idempotent."""
+    def stop(self, teardown: Teardown, until_s: float) -> None:
+        """Take part no longer, and give the lease back. Idempotent.
+
+        Args:
+            teardown: has the steps.
+            until_s: their deadline on `time.monotonic()`.
+        """
         self._ending.set()
         self._interrupt()
         if self._thread.ident is not None and not self.is_own_thread:
-            self._thread.join(self._rules.stop_timeout_s)
-            if self._thread.is_alive():
-                _log.warning("group thread did not stop in time", group=self._board.group, rank=self._board.rank)
-        self._give_back()
+            teardown.step("thread", self._thread.join, until_s)
+        teardown.step("lease", lambda: self._give_back(until_s), until_s)
 
-    def _give_back(self) -> None:
+    def _give_back(self, until_s: float) -> None:
+        """End the renewals, then the lease; if the store does not answer, it ends by itself."""
         self._renewer.stop()
-        if self._lease_lost.is_set():
-            return
-        try:
-            self._store.revoke(self._lease.lease_id, timeout_s=self._rules.stop_timeout_s)
-        except RegistryError as error:
-            _log.warning("lease not given back; it ends by itself", lease=self._lease.lease_id, reason=str(error))
+        if not self._lease_lost.is_set():
+            self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
     def _on_lease_lost(self) -> None:
         self._lease_lost.set()
@@ -122,59 +189,158 @@ class Membership:
         if watch is not None:
             watch.close()
 
-    # the thread
-
     def _run(self) -> None:
+        keys = self._context.keys
         while not self._ending.is_set():
             try:
                 self._take_part()
             except (CompactedError, StoreResetError, ConflictError) as error:
-                _log.info("group is read anew", group=self._board.group, reason=str(error))
+                _log.info("group is read again", reason=str(error), **keys)
             except StoreUnavailableError as error:
-                self._note_outage(error)
-            except MembershipOverError as over:
-                self._over(over.event, over.error)
-                return
+                if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
+                    self._shared.count(outages=1)
+                    _log.warning("group's store does not answer; going on as it is", reason=str(error), **keys)
+            except MembershipEndedError as ended:
+                return self._end(ended.event, ended.error)
             except LeaseLostError as error:
-                self._over(RankEvent.LOSE, error)
-                return
+                return self._end(RankEvent.LOSE, error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
-                _log.exception("group thread failed; it begins anew", group=self._board.group, rank=self._board.rank)
+                _log.exception("group thread failed; it starts over", **keys)
             self._ending.wait(PAUSE_S)
+        return None
 
     def _take_part(self) -> None:
         self._check_lease()
-        prefix = group_prefix(self._board.group)
-        self._participant.begin_anew()
-        snapshot = self._store.snapshot(prefix, timeout_s=CALL_S)
-        picture = GroupPicture.of(self._board.group, snapshot)
-        with self._store.watch(prefix, after=picture.revision) as watch:
-            self._watch = watch  # from here on whoever ends this closes it
+        store, group = self._context.store, self._context.group
+        self._participant.reset()
+        snapshot = GroupSnapshot.of(group, store.snapshot(group_prefix(group), timeout_s=CALL_S))
+        with store.watch(group_prefix(group), after=snapshot.revision) as watch:
+            self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()
-                look_in_s = self._participant.look(picture)
-                batch = watch.next(self._rules.interval_s if look_in_s is None else look_in_s)
-                while batch is not None:  # what came together is looked at once
-                    picture = picture.after(batch)
+                step_in_s = self._participant.step(snapshot)
+                batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
+                while batch is not None:  # what came together is one step
+                    snapshot = snapshot.after(batch)
                     batch = watch.next(0.0)
 
     def _check_lease(self) -> None:
         if self._lease_lost.is_set():
-            raise LeaseLostError(
-                "this rank's lease has ended: join_group() again",
-                group=self._board.group,
-                rank=self._board.rank,
-                lease=self._lease.lease_id,
-            )
+            text = "this rank's lease has ended: join_group() again"
+            raise LeaseLostError(text, lease=self._lease_id, **self._context.keys)
 
-    def _note_outage(self, error: StoreUnavailableError) -> None:
-        if self._ending.is_set() or self._lease_lost.is_set():
-            return  # this side has closed the watch
-        self._board.count(outages=1)
-        _log.warning("group's store does not answer; going on as it is", group=self._board.group, reason=str(error))
-
-    def _over(self, event: RankEvent, error: RegistryError) -> None:
+    def _end(self, event: RankEvent, error: RegistryError) -> None:
         if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
-            _log.warning("this rank is not in its group any more", group=self._board.group, reason=str(error))
-        self._give_back()  # before anybody hears of it: who joins again finds the rank free
-        self._board.end(event, error)
+            _log.warning("this rank is not in its group any more", reason=str(error), **self._context.keys)
+        try:  # before anything else hears of it: the next `join_group` finds the rank free
+            self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
+        except RegistryError as failure:
+            _log.warning("lease not given back; it ends by itself", lease=self._lease_id, reason=str(failure))
+        self._shared.end(event, error)
+
+
+class MemberLifecycle:
+    """Joins, leaves and joins again. Thread-safe.
+
+    Args:
+        context: the group.
+        shared: what this process knows of the group.
+        record: what this rank publishes; incarnation and epoch are new at each join.
+    """
+
+    def __init__(self, context: RankContext, shared: SharedState, record: MemberRecord) -> None:
+        self._context, self._shared, self._record = context, shared, record
+        self._joining = threading.Lock()
+        self._cancelled = threading.Event()
+        self._thread: MemberThread | None = None
+
+    @property
+    def thread(self) -> MemberThread:
+        """The present incarnation's.
+
+        Raises:
+            NotReadyError: this rank is not a member.
+        """
+        thread = self._thread
+        if thread is None or not self._shared.now.state.is_seated:
+            raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
+        return thread
+
+    def join(self, timeout_s: float) -> GroupState:
+        """See `RankGroup.join_group`."""
+        retrying = Retrying(self._context, timeout_s, cancelled=self._cancelled)
+        if not self._joining.acquire(timeout=retrying.left_s):
+            text = "another join_group() of this rank is under way"
+            raise DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
+        try:
+            self._cancelled.clear()
+            if self._thread is not None:
+                if self._shared.now.state.is_seated:
+                    return self._shared.now
+                self._stop(self._thread)  # one that is over: it may just be ending
+            while True:
+                try:
+                    return self._join_once(retrying)
+                except (LeaseLostError, StoreResetError) as error:
+                    _log.warning("joining starts over", reason=str(error), **self._context.keys)
+                    retrying.pause(self._context.config.backoff_s, phase="joining")
+        finally:
+            self._joining.release()
+
+    def _join_once(self, retrying: Retrying) -> GroupState:
+        incarnation, rank = uuid.uuid4().hex, self._context.rank
+        wanted = replace(self._record, incarnation=incarnation, epoch=self._shared.now.epoch)
+        thread = MemberThread(self._context, self._shared, acquire_rank(self._context, wanted, retrying))
+        self._shared.begin(incarnation)
+        self._thread = thread
+
+        def joined(now: GroupState) -> GroupState | None:
+            is_in = now.notified_view is not None and now.notified_view.seats_incarnation(rank, incarnation)
+            return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
+
+        try:
+            thread.start()
+            return self._shared.wait(joined, retrying, self._not_joined)
+        except BaseException:
+            self._stop(thread)
+            self._shared.end(RankEvent.LEAVE, RegistryError("joining was cancelled", **self._context.keys))
+            self._thread = None
+            raise
+
+    def _not_joined(self, now: GroupState) -> DeadlineExceededError:
+        rank, snapshot = self._context.rank, now.snapshot
+        return DeadlineExceededError(
+            f"rank {rank} did not become active in {self._context.group!r} in time",
+            waiting_for="store" if snapshot is None else awaited_ranks(snapshot.view, snapshot.members, rank),
+            epoch=now.epoch,
+            problems={} if snapshot is None else dict(snapshot.problems),
+            **self._context.keys,
+        )
+
+    def leave(self) -> None:
+        """See `RankGroup.leave`."""
+        self._cancelled.set()
+        thread = self._thread
+        is_callback = thread is not None and thread.is_own_thread
+        has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)
+        try:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._stop(thread, leaves=True)
+        finally:
+            if has_lock:
+                self._joining.release()
+
+    def _stop(self, thread: MemberThread, *, leaves: bool = False) -> None:
+        timeout_s, keys = self._context.config.stop_timeout_s, self._context.keys
+        until_s = time.monotonic() + timeout_s
+        teardown = Teardown("rank", group=self._context.group, rank=self._context.rank)
+        if leaves and self._shared.now.state.is_seated:
+            teardown.step("view", partial(self._write_leave, thread.incarnation, timeout_s), until_s)
+        if leaves:
+            self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **keys))
+        thread.stop(teardown, until_s)
+
+    def _write_leave(self, incarnation: str, timeout_s: float) -> None:
+        retrying = Retrying(self._context, timeout_s)
+        change_view(self._context, RankEvent.LEAVE, [self._context.rank], retrying, incarnation=incarnation)

@@ -1,51 +1,143 @@
-"""Participant: what a member does when it looks at its group: it applies, acknowledges, and writes what should follow.
+"""A participant of a group: it takes a rank, then applies, acknowledges and writes views.
 
-One `look` at a picture:
+`acquire_rank` publishes the rank's record under a new lease, while no live member has the rank. After that each
+`Participant.step` takes a snapshot of the group:
 
 1. is this rank still a member? Its key must be there, and its seat not GONE; else its membership is over;
 2. a newer view is applied: callbacks first, then those are woken who wait for it;
 3. it is acknowledged, in the rank's own key;
-4. if another view should follow (`joining.next_view`), and it is this rank's turn, that is written, expecting the
+4. if another view should follow (`decisions.next_view`), and it is this rank's turn, that is written, expecting the
    revision of the present one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
-from ucxx_transport.errors import ConflictError, LeaseLostError, RegistryError, StoreResetError
-from ucxx_transport.groups.claiming import ClaimedRank
-from ucxx_transport.groups.group_board import GroupBoard
-from ucxx_transport.groups.group_picture import GroupPicture
-from ucxx_transport.groups.group_view import GroupView, ViewNews, news_of
-from ucxx_transport.groups.joining import AckWait, next_view, overdue_ranks, turn_of, waits_of
-from ucxx_transport.groups.rank_states import RankEvent
+from ucxx_transport.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    DuplicateSourceError,
+    LeaseLostError,
+    RegistryError,
+    StoreResetError,
+)
+from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of
+from ucxx_transport.groups.state import SharedState
+from ucxx_transport.groups.states import RankEvent
+from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
+from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying
 from ucxx_transport.membership.keys import member_key, policy_key, view_key
-from ucxx_transport.membership.store import Store
+from ucxx_transport.membership.store import Lease
 
-__all__ = ["MembershipOverError", "Participant"]
+__all__ = ["AcquiredRank", "MembershipEndedError", "Participant", "acquire_rank"]
+
+POLL_S: Final = 0.25
+"""How often a rank whose lease may still end is read."""
 
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
 
 LAST_TURN: Final = 20
-"""However many members are before it, nobody waits for more turns than these."""
+"""The most turns that any member waits for, however many are before it."""
 
 TICK_S: Final = 0.05
-"""How often time is looked at while somebody is waited for."""
+"""How often time is looked at while an acknowledgement or a turn is waited for."""
 
-CALL_S: Final = 5.0
-"""Bound on one call of the store."""
+_PHASE: Final = "taking the rank"
 
 
-class MembershipOverError(Exception):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcquiredRank:
+    """A rank that is this process's, as long as its lease is renewed.
+
+    Attributes:
+        record: what was published.
+        lease: what keeps it.
+    """
+
+    record: MemberRecord
+    lease: Lease
+
+
+def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> AcquiredRank:
+    """Publish a member, once its rank is free.
+
+    A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
+
+    Args:
+        context: the group.
+        wanted: the record; its `ttl_s` is what is asked of the lease.
+        retrying: until when.
+
+    Raises:
+        DuplicateSourceError: a live member has the rank.
+        DeadlineExceededError: the store did not answer, or it is not known yet whether the rank's holder lives.
+        StorePermissionError, StoreResetError, ProtocolError: the store's answers.
+    """
+    began = context.clock()
+    first = holder = _holder(context, retrying)
+    while True:
+        if holder is None:
+            acquired = _publish(context, wanted, retrying)
+            if acquired is not None:
+                return acquired
+        elif is_alive(holder, first=first, waited_s=context.clock() - began):
+            raise DuplicateSourceError(
+                f"rank {context.rank} of {context.group!r} is a live member: give this process another rank, "
+                "or end that one",
+                incarnation=holder.incarnation,
+                address=holder.address,
+                **context.keys,
+            )
+        else:
+            retrying.pause(POLL_S, phase=_PHASE)
+            if retrying.left_s <= 0:
+                raise DeadlineExceededError(
+                    f"rank {context.rank} of {context.group!r} has a holder whose lease may still end; "
+                    "it was not waited out",
+                    phase=_PHASE,
+                    waiting_for="the rank's holder",
+                    **context.keys,
+                )
+        holder = _holder(context, retrying)
+
+
+def _holder(context: RankContext, retrying: Retrying) -> MemberRecord | None:
+    key = member_key(context.group, context.rank)
+    entry = retrying.call(lambda left_s: context.store.get(key, timeout_s=left_s), phase=_PHASE)
+    return None if entry is None else MemberRecord.from_bytes(entry.value)
+
+
+def _publish(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> AcquiredRank | None:
+    """Put the record under a new lease; None: another process was first, just now, so it is alive."""
+    while True:
+        lease = retrying.call(lambda left_s: context.store.grant(wanted.ttl_s, timeout_s=left_s), phase=_PHASE)
+        acquired = AcquiredRank(record=replace(wanted, ttl_s=lease.ttl_s), lease=lease)
+        try:
+            retrying.call(partial(_put_record, context, acquired), phase=_PHASE)
+        except LeaseLostError:
+            continue  # the store was away for longer than the lease lived
+        except ConflictError:
+            holder = _holder(context, retrying)
+            # It is this process's own if the answer of a put was lost that had been done after all.
+            return acquired if holder is not None and holder.incarnation == wanted.incarnation else None
+        return acquired
+
+
+def _put_record(context: RankContext, acquired: AcquiredRank, left_s: float) -> None:
+    key, value, lease_id = member_key(context.group, context.rank), acquired.record.to_bytes(), acquired.lease.lease_id
+    context.store.put(key, value, lease_id=lease_id, expected=0, timeout_s=left_s)
+
+
+class MembershipEndedError(Exception):
     """This rank is not in the group any more.
 
     Attributes:
         event: how it ended.
-        error: what who asks is told.
+        error: for those who ask.
     """
 
     def __init__(self, event: RankEvent, error: RegistryError) -> None:
@@ -53,175 +145,128 @@ class MembershipOverError(Exception):
         self.event, self.error = event, error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
-    """A view that should follow another one.
-
-    Attributes:
-        view_revision: of the one it should follow.
-        since: when that was first seen.
-    """
-
-    view_revision: int
-    since: float
-
-
 class Participant:
     """See the module. Used by one thread.
 
     Args:
-        store: the group's.
-        board: told of all that happens.
-        claimed: the rank that was taken.
-        ack_timeout_s: how long an acknowledgement is waited for before who owes it is dropped.
-        clock: seconds.
+        context: the group.
+        shared: what this process knows of the group.
+        acquired: the rank that was taken.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        board: GroupBoard,
-        claimed: ClaimedRank,
-        *,
-        ack_timeout_s: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._store, self._board, self._clock = store, board, clock
-        self._group, self._rank = board.group, board.rank
-        self._record, self._lease_id = claimed.record, claimed.lease.lease_id
-        self._ack_timeout_s = ack_timeout_s
-        self._waits: tuple[AckWait, ...] = ()
-        self._wish: _Wish | None = None
-        self._seen_revision = 0
-        self._overtaken_revision = -1
+    def __init__(self, context: RankContext, shared: SharedState, acquired: AcquiredRank) -> None:
+        self._context, self._shared = context, shared
+        self._group, self._rank = context.group, context.rank
+        self._incarnation, self._lease_id = acquired.record.incarnation, acquired.lease.lease_id
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
+        self._written: GroupView | None = None
+        self.reset()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """The store was out of reach: that time does not count against those who could not acknowledge in it."""
-        self._waits = ()
-        self._wish = None
+        self._waits: AckWaits = {}
+        self._due: tuple[int, float] | None = None  # a view's revision, and since when another should follow it
         self._seen_revision = 0
         self._overtaken_revision = -1
 
-    def look(self, picture: GroupPicture) -> float | None:
-        """Do what the picture asks for.
+    def step(self, snapshot: GroupSnapshot) -> float | None:
+        """Do what the snapshot asks for.
 
         Returns:
-            In how many seconds to look again at the latest, if nothing changes; None: only a change matters.
+            In how many seconds to step again at the latest, if nothing changes; None: only a change matters.
 
         Raises:
-            MembershipOverError: this rank is not a member any more.
+            MembershipEndedError: this rank is not a member any more.
             LeaseLostError, ConflictError, StoreUnavailableError, StorePermissionError: the store's answers to a write.
         """
-        self._board.show(picture)
-        self._check_key(picture)
-        self._apply(picture)
+        self._shared.show(snapshot)
+        self._check_key(snapshot)
+        self._apply(snapshot)
         self._check_seat()
-        if picture.revision < self._seen_revision:
-            return TICK_S  # what this rank wrote has not come back yet: the picture is older than its deeds
-        self._restore_policy(picture)
-        self._acknowledge(picture)
-        return self._write(picture)
+        if snapshot.revision < self._seen_revision:
+            return TICK_S  # what this rank wrote has not come back yet: the snapshot is older than its own writes
+        self._restore_policy(snapshot)
+        self._acknowledge(snapshot)
+        return self._write(snapshot)
 
-    def _check_key(self, picture: GroupPicture) -> None:
-        own = picture.members.get(self._rank)
-        if own is None or own.incarnation != self._record.incarnation:
-            raise MembershipOverError(
-                RankEvent.LOSE,
-                LeaseLostError(
-                    "this rank's key is gone from the store, as its lease must be: join_group() again",
-                    group=self._group,
-                    rank=self._rank,
-                    taken_over=own is not None,
-                ),
-            )
+    def _check_key(self, snapshot: GroupSnapshot) -> None:
+        own = snapshot.members.get(self._rank)
+        if own is None or own.incarnation != self._incarnation:
+            text = "this rank's key is gone from the store, as its lease must be: join_group() again"
+            error = LeaseLostError(text, taken_over=own is not None, **self._context.keys)
+            raise MembershipEndedError(RankEvent.LOSE, error)
 
-    def _apply(self, picture: GroupPicture) -> None:
-        if picture.view is None:
+    def _apply(self, snapshot: GroupSnapshot) -> None:
+        """Take a newer view. An older one is of a store that lost data: another will follow it, with a newer epoch."""
+        view, known = snapshot.view, self._shared.now.view
+        if view is None:
             return
-        news = news_of(picture.view, self._board.view)
-        if news is ViewNews.CONTRADICTION and self._has_applied:
-            raise MembershipOverError(
-                RankEvent.LOSE,
-                StoreResetError(
-                    "the store has another view of the epoch that this rank applied last: its data are others. "
-                    "join_group() again",
-                    group=self._group,
-                    rank=self._rank,
-                    epoch=picture.view.epoch,
-                ),
-            )
-        if news is ViewNews.NEWER:
+        if known is None or view.epoch > known.epoch:
             self._has_applied = True
-            self._board.apply(picture.view)
+            self._shared.apply(view, is_own=view == self._written)
+        elif view.epoch == known.epoch and view != known and self._has_applied:
+            text = (
+                "the store has another view of the epoch that this rank applied last: its data are others. "
+                "join_group() again"
+            )
+            error = StoreResetError(text, epoch=view.epoch, **self._context.keys)
+            raise MembershipEndedError(RankEvent.LOSE, error)
 
     def _check_seat(self) -> None:
-        view = self._board.view
-        seat = None if view is None else view.seat_of(self._rank)
-        is_own = seat is not None and seat.incarnation == self._record.incarnation
-        if is_own and seat is not None and seat.state.is_seated:
-            self._was_seated = True
-            return
-        if not self._was_seated and not is_own:
+        now = self._shared.now
+        seat = None if now.view is None else now.view.seat_of(self._rank)
+        ended_by = RankEvent.LOSE
+        if seat is not None and seat.incarnation == self._incarnation:
+            if seat.state.is_seated:
+                self._was_seated = True
+                return
+            ended_by = seat.ended_by or ended_by
+        elif not self._was_seated:
             return  # not admitted yet
-        event = seat.ended_by if is_own and seat is not None and seat.ended_by is not None else RankEvent.LOSE
-        raise MembershipOverError(
-            event,
-            LeaseLostError(
-                "the group goes on without this rank: join_group() again",
-                group=self._group,
-                rank=self._rank,
-                epoch=self._board.epoch,
-                ended_by=event.value,
-            ),
-        )
+        text = "the group goes on without this rank: join_group() again"
+        error = LeaseLostError(text, epoch=now.epoch, ended_by=ended_by.value, **self._context.keys)
+        raise MembershipEndedError(ended_by, error)
 
-    def _restore_policy(self, picture: GroupPicture) -> None:
+    def _restore_policy(self, snapshot: GroupSnapshot) -> None:
         """A store that lost its data has lost the policy version too."""
-        known = self._board.policy_version
-        if picture.policy_version is None and known is not None and policy_key(self._group) not in picture.problems:
-            self._put(policy_key(self._group), str(known).encode(), expected=0)
+        known, key = self._shared.now.policy_version, policy_key(self._group)
+        if snapshot.policy_version is None and known is not None and key not in snapshot.problems:
+            self._put(key, str(known).encode(), expected=0)
 
-    def _acknowledge(self, picture: GroupPicture) -> None:
-        epoch = self._board.epoch
-        own = picture.members[self._rank]
+    def _acknowledge(self, snapshot: GroupSnapshot) -> None:
+        own, epoch = snapshot.members[self._rank], self._shared.now.epoch
         if own.epoch < epoch:
-            revision = picture.member_revisions[self._rank]
-            self._record = own.having_applied(epoch)
-            self._put(
-                member_key(self._group, self._rank),
-                self._record.to_bytes(),
-                lease_id=self._lease_id,
-                expected=revision,
-            )
+            key, expected = member_key(self._group, self._rank), snapshot.member_revisions[self._rank]
+            self._put(key, own.having_applied(epoch).to_bytes(), expected=expected, lease_id=self._lease_id)
 
-    def _write(self, picture: GroupPicture) -> float | None:
-        if view_key(self._group) in picture.problems or picture.view_revision == self._overtaken_revision:
+    def _write(self, snapshot: GroupSnapshot) -> float | None:
+        """Write the view that should follow, at this rank's turn."""
+        view, members, now = snapshot.view, snapshot.members, self._context.clock()
+        if view_key(self._group) in snapshot.problems or snapshot.view_revision == self._overtaken_revision:
             return None
-        now = self._clock()
-        self._waits = waits_of(picture.view, self._waits, now)
-        late = overdue_ranks(picture.view, picture.members, self._waits, now=now, ack_timeout_s=self._ack_timeout_s)
-        wanted = next_view(picture.view, picture.members, overdue=late)
-        if wanted is None or picture.revision < self._seen_revision:
-            self._wish = None
+        self._waits = ack_waits(view, self._waits, now)
+        timeout_s = self._context.ack_timeout_s
+        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
+        wanted = next_view(view, members, overdue=overdue)
+        if wanted is None or snapshot.revision < self._seen_revision:
+            self._due = None
             return TICK_S if self._waits or wanted is not None else None
-        if self._wish is None or self._wish.view_revision != picture.view_revision:
-            self._wish = _Wish(view_revision=picture.view_revision, since=now)
-        turn = min(turn_of(picture.view, picture.members, self._rank), LAST_TURN)
-        if now - self._wish.since < turn * TURN_S:
-            return TICK_S
-        self._write_view(wanted, picture)
+        if self._due is None or self._due[0] != snapshot.view_revision:
+            self._due = (snapshot.view_revision, now)
+        if now - self._due[1] >= TURN_S * min(turn_of(view, members, self._rank), LAST_TURN):
+            self._write_view(wanted, expected=snapshot.view_revision)
         return TICK_S
 
-    def _write_view(self, wanted: GroupView, picture: GroupPicture) -> None:
+    def _write_view(self, wanted: GroupView, *, expected: int) -> None:
+        self._written = wanted
         try:
-            self._put(view_key(self._group), wanted.to_bytes(), expected=picture.view_revision)
+            self._put(view_key(self._group), wanted.to_bytes(), expected=expected)
         except ConflictError:
-            self._overtaken_revision = picture.view_revision
-            self._board.count(conflicts=1)
-            return
-        self._board.count(written=1)
+            self._written = None  # the other member may have decided the same
+            self._overtaken_revision = expected
+            self._shared.count(conflicts=1)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
-        self._seen_revision = self._store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
+        store = self._context.store
+        self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.memory_store import MemoryStore
 from tests.support.source_records import record
 from tests.support.waiting import wait_until
-from ucxx_transport.groups.rank_states import RankState
+from ucxx_transport.groups import RankState
 from ucxx_transport.membership import SourceWatcher
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.replica_monitor import ReplicaMonitor

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
 import pytest
 
 from tests.support.memory_store import MemoryStore
+from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError
-from ucxx_transport.groups.group_view import GroupView, Seat
-from ucxx_transport.groups.group_writes import change_view
-from ucxx_transport.groups.patience import Patience
-from ucxx_transport.groups.rank_states import RankEvent, RankState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, Seat
+from ucxx_transport.groups.writes import Retrying, change_view
 from ucxx_transport.membership.keys import view_key
 
 VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState.ACTIVE, awaited_epoch=3),))
@@ -24,16 +24,15 @@ def store() -> MemoryStore:
     return store
 
 
-def patience() -> Patience:
-    """For a hundred tries."""
-    tries = count()
-    return Patience(
-        deadline=100.0,
-        clock=lambda: float(next(tries)),
-        backoff_s=1e-6,
-        max_backoff_s=1e-6,
-        given_up=threading.Event(),
-    )
+def ticking() -> Callable[[], float]:
+    """A clock that a hundred reads use up."""
+    reads = count()
+    return lambda: float(next(reads))
+
+
+def change(store: MemoryStore, event: RankEvent, rank: int, *, incarnation: str | None = None) -> int:
+    context = rank_context(store, 1, clock=ticking())
+    return change_view(context, event, [rank], Retrying(context, 100.0), incarnation=incarnation)
 
 
 def stored(store: MemoryStore) -> GroupView:
@@ -41,9 +40,9 @@ def stored(store: MemoryStore) -> GroupView:
 
 
 def test_a_life_that_leaves_does_not_take_the_next_one_s_seat_along(store: MemoryStore) -> None:
-    assert change_view(store, "g", RankEvent.LEAVE, [1], patience(), incarnation="old") == 4
+    assert change(store, RankEvent.LEAVE, 1, incarnation="old") == 4
     assert stored(store) == VIEW
-    assert change_view(store, "g", RankEvent.LEAVE, [1], patience(), incarnation="new") == 5
+    assert change(store, RankEvent.LEAVE, 1, incarnation="new") == 5
     assert stored(store).state_of(1) is RankState.GONE
 
 
@@ -55,13 +54,13 @@ def test_a_change_that_was_overtaken_is_made_to_what_is_there_now(store: MemoryS
             store.beside().put(key, replace(stored(store), epoch=stored(store).epoch + 10).to_bytes())
 
     store.before_put = another_first
-    assert change_view(store, "g", RankEvent.DEACTIVATE, [1], patience()) == 35
+    assert change(store, RankEvent.DEACTIVATE, 1) == 35
     assert stored(store).state_of(1) is RankState.INACTIVE
 
 
-def test_a_change_ends_with_its_patience(store: MemoryStore) -> None:
+def test_a_change_ends_at_its_deadline(store: MemoryStore) -> None:
     store.cut_off()
     with pytest.raises(DeadlineExceededError) as caught:
-        change_view(store, "g", RankEvent.DEACTIVATE, [1], patience())
+        change(store, RankEvent.DEACTIVATE, 1)
     assert caught.value.facts["waiting_for"] == "store"
-    assert change_view(store.beside(), "g", RankEvent.DEACTIVATE, [7], patience()) == 4
+    assert change(store.beside(), RankEvent.DEACTIVATE, 7) == 4

@@ -1,4 +1,4 @@
-"""The life of a rank in a group: states, events, one table, and the one function that makes a new state.
+"""The states of a rank in a group: events, one table of transitions, and the one function that makes a new state.
 
 | from     | event        | to       | meaning                                                                       |
 |----------|--------------|----------|-------------------------------------------------------------------------------|
@@ -17,7 +17,7 @@
 | JOINING  | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
 | ACTIVE   | `DROP`       | GONE     | the same                                                                      |
 
-JOINING is awaiting activation. Nobody waits for an INACTIVE rank's acknowledgement, so it is never dropped.
+JOINING awaits activation. An INACTIVE rank's acknowledgement is never waited for, so it is never dropped.
 """
 
 from __future__ import annotations

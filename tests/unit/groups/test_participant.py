@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
+from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
-from ucxx_transport.groups.claiming import claim_rank
-from ucxx_transport.groups.member_record import MemberRecord
-from ucxx_transport.groups.patience import Patience
+from ucxx_transport.groups.participant import acquire_rank
+from ucxx_transport.groups.view import MemberRecord
+from ucxx_transport.groups.writes import Retrying
 
 KEY = "groups/g/members/1"
 
@@ -29,7 +30,7 @@ class Wait(threading.Event):
 
 
 class Claimant:
-    """Who wants rank 1, in a time of its own."""
+    """A process that wants rank 1, in a time of its own."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -39,15 +40,9 @@ class Claimant:
     def record(self, life: str) -> MemberRecord:
         return MemberRecord(rank=1, incarnation=life, epoch=0, ttl_s=6.0)
 
-    def claim(self, timeout_s: float = 60.0) -> str:
-        patience = Patience(
-            deadline=self.clock() + timeout_s,
-            clock=self.clock,
-            backoff_s=0.1,
-            max_backoff_s=1.0,
-            given_up=self.waiting,
-        )
-        claim_rank(self.store, "g", self.record("mine"), patience, clock=self.clock)
+    def acquire(self, timeout_s: float = 60.0) -> str:
+        context = rank_context(self.store, 1, clock=self.clock, backoff_s=0.1, max_backoff_s=1.0)
+        acquire_rank(context, self.record("mine"), Retrying(context, timeout_s, cancelled=self.waiting))
         return MemberRecord.from_bytes(self.store.data.entries[KEY].value).incarnation
 
     def held_by(self, life: str) -> int:
@@ -62,13 +57,13 @@ def claimant() -> Claimant:
 
 
 def test_a_free_rank_is_taken_at_once(claimant: Claimant) -> None:
-    assert claimant.claim() == "mine"
+    assert claimant.acquire() == "mine"
     assert claimant.clock() == 1000.0
 
 
 def test_a_dead_holder_s_lease_is_waited_out(claimant: Claimant) -> None:
     claimant.held_by("dead")
-    assert claimant.claim() == "mine"
+    assert claimant.acquire() == "mine"
     assert 1006.0 <= claimant.clock() < 1007.0
 
 
@@ -76,12 +71,12 @@ def test_a_holder_that_outlives_its_lease_is_alive(claimant: Claimant) -> None:
     lease_id = claimant.held_by("alive")
     claimant.waiting.then = lambda: claimant.store.keep_alive(lease_id)
     with pytest.raises(DuplicateSourceError) as caught:
-        claimant.claim()
+        claimant.acquire()
     assert caught.value.facts["incarnation"] == "alive"
     assert claimant.clock() >= 1007.0
 
 
-def test_a_holder_that_came_meanwhile_is_alive(claimant: Claimant) -> None:
+def test_a_holder_that_came_after_the_first_read_is_alive(claimant: Claimant) -> None:
     lease_id = claimant.held_by("dead")
 
     def another() -> None:
@@ -91,11 +86,11 @@ def test_a_holder_that_came_meanwhile_is_alive(claimant: Claimant) -> None:
 
     claimant.waiting.then = another
     with pytest.raises(DuplicateSourceError):
-        claimant.claim()
+        claimant.acquire()
     assert claimant.clock() < 1001.0
 
 
-def test_who_is_overtaken_between_look_and_put_is_refused_at_once(claimant: Claimant) -> None:
+def test_a_claimant_overtaken_between_read_and_put_is_refused_at_once(claimant: Claimant) -> None:
     rival = claimant.store.beside()
 
     def another(_: str) -> None:
@@ -104,7 +99,7 @@ def test_who_is_overtaken_between_look_and_put_is_refused_at_once(claimant: Clai
 
     claimant.store.before_put = another
     with pytest.raises(DuplicateSourceError):
-        claimant.claim()
+        claimant.acquire()
 
 
 def test_a_lease_that_ended_during_an_outage_is_replaced(claimant: Claimant) -> None:
@@ -113,18 +108,18 @@ def test_a_lease_that_ended_during_an_outage_is_replaced(claimant: Claimant) -> 
         claimant.clock.now += 10.0
 
     claimant.store.before_put = outage
-    assert claimant.claim() == "mine"
+    assert claimant.acquire() == "mine"
 
 
 def test_a_put_whose_answer_was_lost_is_known_again(claimant: Claimant) -> None:
     claimant.store.lose_answers = 1
-    assert claimant.claim() == "mine"
+    assert claimant.acquire() == "mine"
 
 
 def test_a_store_that_is_away_for_longer_than_there_is_time(claimant: Claimant) -> None:
     claimant.store.cut_off()
     with pytest.raises(DeadlineExceededError) as caught:
-        claimant.claim(5.0)
+        claimant.acquire(5.0)
     assert caught.value.facts["waiting_for"] == "store"
     assert claimant.clock() >= 1005.0
 
@@ -132,18 +127,18 @@ def test_a_store_that_is_away_for_longer_than_there_is_time(claimant: Claimant) 
 def test_a_holder_that_may_be_dead_is_not_refused_but_runs_out_of_time(claimant: Claimant) -> None:
     claimant.held_by("dead")
     with pytest.raises(DeadlineExceededError) as caught:
-        claimant.claim(3.0)
+        claimant.acquire(3.0)
     assert caught.value.facts["waiting_for"] == "the rank's holder"
 
 
-def test_a_claim_that_is_given_up_ends(claimant: Claimant) -> None:
+def test_a_claim_that_is_cancelled_ends(claimant: Claimant) -> None:
     claimant.held_by("dead")
     claimant.waiting.then = claimant.waiting.set
-    with pytest.raises(RegistryError, match="given up"):
-        claimant.claim()
+    with pytest.raises(RegistryError, match="cancelled"):
+        claimant.acquire()
 
 
 def test_a_holder_that_cannot_be_read_is_reported(claimant: Claimant) -> None:
     claimant.store.put(KEY, b"{}")
     with pytest.raises(ProtocolError):
-        claimant.claim()
+        claimant.acquire()

@@ -2,23 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from ucxx_transport.errors import RegistryError
-from ucxx_transport.groups.group_view import GroupView
-from ucxx_transport.groups.joining import (
-    Claim,
-    judge_claim,
+from ucxx_transport.groups.decisions import (
+    ack_waits,
+    awaited_ranks,
+    is_alive,
     next_epoch,
     next_view,
     overdue_ranks,
     turn_of,
     view_after,
-    waited_for,
-    waits_of,
 )
-from ucxx_transport.groups.member_record import MemberRecord
-from ucxx_transport.groups.rank_states import RankEvent, RankState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord
 
 
 def record(rank: int, *, life: int = 0, epoch: int = 0) -> MemberRecord:
@@ -68,9 +63,9 @@ def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknow
     assert states(admitted) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
     for rank in (0, 2):
         assert next_view(admitted, alive) is None
-        assert rank in waited_for(admitted, alive, 2)
+        assert rank in awaited_ranks(admitted, alive, 2)
         alive[rank] = alive[rank].having_applied(admitted.epoch)
-    assert waited_for(admitted, alive, 2) == (1,)
+    assert awaited_ranks(admitted, alive, 2) == (1,)
     assert next_view(admitted, alive) is None
     alive[1] = alive[1].having_applied(admitted.epoch)
     active = follow(admitted, alive)
@@ -95,10 +90,10 @@ def test_who_joins_behind_another_joiner_waits_for_it_once_it_is_active() -> Non
     second = follow(first, alive)
     assert states(second) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
     alive[0], alive[2] = alive[0].having_applied(second.epoch), alive[2].having_applied(second.epoch)
-    assert waited_for(second, alive, 2) == (1,)
+    assert awaited_ranks(second, alive, 2) == (1,)
 
 
-def test_who_has_no_lease_any_more_is_gone_and_is_not_waited_for() -> None:
+def test_who_has_no_lease_any_more_is_gone_and_is_not_awaited_ranks() -> None:
     view, alive = all_active(0, 1)
     alive[2] = record(2)
     admitted = follow(view, alive)
@@ -131,7 +126,7 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_t
     alive[2] = record(2)
     admitted = follow(view, alive)
     alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
-    waits = waits_of(admitted, (), 100.0)
+    waits = ack_waits(admitted, {}, 100.0)
     assert overdue_ranks(admitted, alive, waits, now=109.9, ack_timeout_s=10) == frozenset()
     late = overdue_ranks(admitted, alive, waits, now=110.0, ack_timeout_s=10)
     assert late == {1}
@@ -148,7 +143,7 @@ def test_a_joiner_that_does_not_apply_its_own_admission_is_dropped_itself() -> N
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
     alive = {0: alive[0].having_applied(admitted.epoch), 1: record(1)}
-    waits = waits_of(admitted, (), 0.0)
+    waits = ack_waits(admitted, {}, 0.0)
     assert overdue_ranks(admitted, alive, waits, now=10.0, ack_timeout_s=10) == {1}
 
 
@@ -159,21 +154,21 @@ def test_an_inactive_member_is_neither_waited_for_nor_dropped() -> None:
     alive |= {0: alive[0].having_applied(set_aside.epoch), 2: record(2)}
     admitted = follow(set_aside, alive)
     alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
-    assert waited_for(admitted, alive, 2) == ()
-    assert overdue_ranks(admitted, alive, waits_of(admitted, (), 0.0), now=99.0, ack_timeout_s=10) == frozenset()
+    assert awaited_ranks(admitted, alive, 2) == ()
+    assert overdue_ranks(admitted, alive, ack_waits(admitted, {}, 0.0), now=99.0, ack_timeout_s=10) == frozenset()
     assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "INACTIVE", 2: "ACTIVE"}
 
 
-def test_a_wait_begins_when_its_joiner_is_first_seen_and_anew_with_each_recall() -> None:
+def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_recall() -> None:
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
-    (wait,) = waits_of(admitted, (), 5.0)
-    assert (wait.rank, wait.epoch, wait.since) == (1, admitted.epoch, 5.0)
-    assert waits_of(admitted, (wait,), 8.0) == (wait,)
+    waits = ack_waits(admitted, {}, 5.0)
+    assert waits == {(1, admitted.epoch): 5.0}
+    assert ack_waits(admitted, waits, 8.0) == waits
     again = admitted.with_seats({1: replace(admitted.seats[1], awaited_epoch=9)}, epoch=9)
-    assert waits_of(again, (wait,), 8.0)[0].since == 8.0
-    assert waits_of(None, (wait,), 8.0) == ()
-    assert overdue_ranks(None, alive, (wait,), now=99.0, ack_timeout_s=1) == frozenset()
+    assert ack_waits(again, waits, 8.0) == {(1, 9): 8.0}
+    assert ack_waits(None, waits, 8.0) == {}
+    assert overdue_ranks(None, alive, waits, now=99.0, ack_timeout_s=1) == frozenset()
 
 
 def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_itself() -> None:
@@ -190,11 +185,16 @@ def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_it
     assert follow(recalled, alive).active_ranks == (0, 1)
 
 
-def test_what_the_table_forbids_changes_no_view() -> None:
+def test_a_request_changes_only_the_ranks_and_lives_that_it_concerns() -> None:
     view, alive = all_active(0)
-    with pytest.raises(RegistryError):
-        view_after(view, alive, RankEvent.RECALL, [0])
+    assert view_after(view, alive, RankEvent.RECALL, [0]) is None, "it is active already"
+    assert view_after(view, alive, RankEvent.DEACTIVATE, [7]) is None, "it is not there"
     assert view_after(view, alive, RankEvent.LEAVE, []) is None
+    assert view_after(view, alive, RankEvent.LEAVE, [0], incarnation="another") is None
+    left = view_after(view, alive, RankEvent.LEAVE, [0], incarnation="0.0")
+    assert left is not None
+    assert states(left) == {0: "GONE"}
+    assert view_after(left, alive, RankEvent.LEAVE, [0]) is None
 
 
 def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() -> None:
@@ -216,16 +216,10 @@ def test_the_group_writes_its_view_before_those_who_join() -> None:
     assert turn_of(None, {}, 7) == 0
 
 
-def test_a_free_rank_is_taken_a_dead_one_waited_out_and_a_live_one_refused() -> None:
+def test_a_holder_is_alive_once_it_came_after_the_first_read_or_outlived_its_lease() -> None:
     holder, other = record(1), record(1, life=1)
-
-    def judged(now: MemberRecord | None, first: MemberRecord | None, waited_s: float) -> Claim:
-        return judge_claim(now, first=first, waited_s=waited_s, margin_s=1.0)
-
-    assert judged(None, None, 0.0) is Claim.TAKE
-    assert judged(holder, holder, 0.0) is Claim.WAIT
-    assert judged(holder, holder, 6.9) is Claim.WAIT
-    assert judged(None, holder, 3.0) is Claim.TAKE
-    assert judged(holder, holder, 7.0) is Claim.REFUSE
-    assert judged(other, holder, 1.0) is Claim.REFUSE, "somebody else took it: just now, so it lives"
-    assert judged(holder, None, 0.0) is Claim.REFUSE, "it was free a moment ago"
+    assert not is_alive(holder, first=holder, waited_s=0.0)
+    assert not is_alive(holder, first=holder, waited_s=6.9)
+    assert is_alive(holder, first=holder, waited_s=7.0), "its lease's time and a margin"
+    assert is_alive(other, first=holder, waited_s=1.0), "another took the rank: just now, so it lives"
+    assert is_alive(holder, first=None, waited_s=0.0), "it was free a moment ago"

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import pytest
+
+from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.waiting import wait_until
+from ucxx_transport.errors import LeaseLostError, StoreUnavailableError
+from ucxx_transport.groups.membership import LeaseRenewer
+
+TTL_S = 60.0
+INTERVAL_S = 0.02
+
+
+class CountingStore(MemoryStore):
+    """Counts renewals, and what becomes of them."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryData())
+        self.renewals = self.failures = 0
+        self.before_renewal: Callable[[], object] = lambda: None
+
+    def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
+        self.before_renewal()
+        try:
+            ttl_s = super().keep_alive(lease_id, timeout_s=timeout_s)
+        except StoreUnavailableError:
+            self.failures += 1
+            raise
+        self.renewals += 1
+        return ttl_s
+
+
+class Renewed:
+    """A lease with its renewer, which has started."""
+
+    def __init__(self) -> None:
+        self.store = CountingStore()
+        self.lease_id = self.store.grant(TTL_S).lease_id
+        self.lost = threading.Event()
+        self.losses = 0
+        self.renewer = LeaseRenewer(self.store, self.lease_id, INTERVAL_S, self.note)
+
+    def note(self) -> None:
+        self.losses += 1
+        self.renewer.stop()  # a callback may do that
+        self.lost.set()
+
+
+@pytest.fixture
+def renewed() -> Iterator[Renewed]:
+    renewed = Renewed()
+    yield renewed
+    renewed.renewer.stop()
+
+
+def test_a_lease_is_renewed_until_the_renewer_is_stopped(renewed: Renewed) -> None:
+    _, end = renewed.store.data.leases[renewed.lease_id]
+    renewed.renewer.start()
+    wait_until(lambda: renewed.store.data.leases[renewed.lease_id][1] > end, what="it is renewed")
+    renewed.renewer.stop()
+    renewed.renewer.stop()
+    assert all(thread.name != "ucxx-lease" for thread in threading.enumerate())
+    assert renewed.lease_id in renewed.store.data.leases
+    assert renewed.losses == 0
+
+
+def test_a_lost_lease_is_reported_once(renewed: Renewed) -> None:
+    renewed.renewer.start()
+    renewed.store.data.kill(renewed.lease_id)
+    assert renewed.lost.wait(10)
+    renewed.renewer.stop()
+    assert renewed.losses == 1
+
+
+def test_one_answer_that_there_is_no_lease_is_no_lost_lease(renewed: Renewed) -> None:
+    def mistaken() -> None:
+        renewed.store.before_renewal = lambda: None
+        raise LeaseLostError("no such lease", lease_id=renewed.lease_id)
+
+    renewed.store.before_renewal = mistaken
+    renewed.renewer.start()
+    wait_until(lambda: renewed.store.renewals >= 2 or renewed.losses, what="it goes on, or does not")
+    renewed.renewer.stop()
+    assert renewed.losses == 0
+
+
+def test_a_store_that_does_not_answer_is_asked_again_and_is_no_lost_lease(
+    renewed: Renewed, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    renewed.store.cut_off()
+    renewed.renewer.start()
+    wait_until(lambda: renewed.store.failures >= 3)
+    renewed.store.reachable = True
+    wait_until(lambda: len(log_events) >= 2, what="it goes on, and says so")
+    renewed.renewer.stop()
+    assert renewed.losses == 0
+    words = [event["event"] for event in log_events]
+    assert words == ["lease not renewed; trying on", "lease renewed again"], "once each, however often it was tried"
+
+
+def test_a_stopped_renewer_reports_nothing_and_its_stop_is_bounded(
+    renewed: Renewed, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    is_asked, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        is_asked.set()
+        go_on.wait(30)
+
+    renewed.store.before_renewal = slowly
+    renewed.renewer.start()
+    assert is_asked.wait(10)
+    renewed.renewer.stop()
+    assert [event["event"] for event in log_events] == ["lease renewer did not stop in time"]
+    renewed.store.data.kill(renewed.lease_id)
+    go_on.set()
+    wait_until(lambda: all(thread.name != "ucxx-lease" for thread in threading.enumerate()), what="its thread ends")
+    assert renewed.losses == 0

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.support.memory_store import MemoryStore
+from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, Seat, parse_policy_version
+from ucxx_transport.membership.keys import member_key, policy_key, rank_of, view_key
+
+VIEW = GroupView(
+    epoch=7,
+    seats=(
+        Seat(rank=0, incarnation="a", state=RankState.ACTIVE, awaited_epoch=1),
+        Seat(rank=1, incarnation="b", state=RankState.JOINING, awaited_epoch=7),
+        Seat(rank=2, incarnation="c", state=RankState.GONE, awaited_epoch=3, ended_by=RankEvent.DROP),
+        Seat(rank=5, incarnation="d", state=RankState.INACTIVE, awaited_epoch=3),
+    ),
+)
+RECORD = MemberRecord(rank=3, incarnation="e", epoch=7, ttl_s=6.5, address="10.0.0.1", meta={"ports": [1, 2]})
+
+
+def test_a_view_says_who_is_in_the_group() -> None:
+    assert VIEW.active_ranks == (0,)
+    assert VIEW.ranks == (0, 1, 5)
+    assert [VIEW.state_of(rank).name for rank in range(4)] == ["ACTIVE", "JOINING", "GONE", "ISOLATED"]
+    assert VIEW.seats_incarnation(1, "b")
+    assert not VIEW.seats_incarnation(1, "x")
+    assert not VIEW.seats_incarnation(2, "c")
+    assert not VIEW.seats_incarnation(3, "x")
+
+
+def test_what_is_stored_comes_back_and_is_readable_json() -> None:
+    assert GroupView.from_bytes(VIEW.to_bytes()) == VIEW
+    assert MemberRecord.from_bytes(RECORD.to_bytes()) == RECORD
+    assert json.loads(VIEW.to_bytes())["seats"][2]["ended_by"] == "drop"
+    assert json.loads(RECORD.to_bytes())["meta"] == {"ports": [1, 2]}
+
+
+def test_an_incarnation_takes_a_free_or_a_gone_seat_and_no_other() -> None:
+    fresh = Seat.admitted(2, "new", before=None, epoch=8)
+    assert Seat.admitted(2, "new", before=VIEW.seat_of(2), epoch=8) == fresh
+    assert (fresh.state, fresh.awaited_epoch, fresh.ended_by) == (RankState.JOINING, 8, None)
+    with pytest.raises(RegistryError):
+        Seat.admitted(0, "new", before=VIEW.seat_of(0), epoch=8)
+
+
+def test_a_recalled_rank_joins_once_more_with_the_epoch_that_recalls_it() -> None:
+    seat = VIEW.seats[3].after(RankEvent.RECALL, epoch=9)
+    assert (seat.state, seat.awaited_epoch) == (RankState.JOINING, 9)
+    assert VIEW.seats[0].after(RankEvent.DEACTIVATE, epoch=9).awaited_epoch == 1
+    with pytest.raises(RegistryError):
+        VIEW.seats[0].after(RankEvent.RECALL, epoch=9)
+
+
+def changed(raw: bytes, **values: object) -> bytes:
+    return json.dumps({**json.loads(raw), **values}).encode()
+
+
+def test_a_malformed_view_is_refused() -> None:
+    raw = VIEW.to_bytes()
+    seats = json.loads(raw)["seats"]
+    rows = [
+        b"",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        changed(raw, version=2),
+        changed(raw, epoch=-1),
+        changed(raw, epoch=True),
+        changed(raw, seats={}),
+        changed(raw, seats=[1]),
+        changed(raw, seats=seats[::-1]),
+        changed(raw, seats=seats[:1] * 2),
+        changed(raw, further=1),
+    ]
+    for row in rows:
+        with pytest.raises(ProtocolError):
+            pytest.fail(f"{GroupView.from_bytes(row)} was read from {row[:200]!r}")
+
+
+def test_a_malformed_seat_is_refused() -> None:
+    rows: list[dict[str, object]] = [
+        {"state": "isolated"},
+        {"state": "asleep"},
+        {"state": []},
+        {"state": "gone"},
+        {"ended_by": "leave"},
+        {"ended_by": "admit"},
+        {"rank": -1},
+        {"rank": "0"},
+        {"incarnation": 1},
+        {"incarnation": "x" * 65},
+        {"awaited": None},
+    ]
+    for row in rows:
+        seat = {**json.loads(VIEW.to_bytes())["seats"][0], **row}
+        with pytest.raises(ProtocolError):
+            pytest.fail(f"{GroupView.from_bytes(changed(VIEW.to_bytes(), seats=[seat]))} was read, with {row}")
+
+
+def test_a_malformed_member_record_is_refused() -> None:
+    rows: list[dict[str, object]] = [
+        {"version": 0},
+        {"rank": -1},
+        {"ttl_s": "6"},
+        {"meta": []},
+        {"address": 1},
+        {"epoch": 1.5},
+    ]
+    for row in rows:
+        with pytest.raises(ProtocolError):
+            pytest.fail(f"{MemberRecord.from_bytes(changed(RECORD.to_bytes(), **row))} was read, with {row}")
+
+
+def test_what_a_member_cannot_store_is_a_setting_to_fix() -> None:
+    rows: list[dict[str, Any]] = [
+        {"address": "x" * 1025},
+        {"meta": {"x": object()}},
+        {"meta": {"x": float("nan")}},
+        {"meta": {"x": "y" * 70_000}},
+    ]
+    for row in rows:
+        with pytest.raises(ConfigError):
+            pytest.fail(f"{replace(RECORD, **row)} was made")
+
+
+def test_an_acknowledgement_never_goes_back() -> None:
+    assert RECORD.having_applied(9).epoch == 9
+    assert RECORD.having_applied(3).epoch == 7
+
+
+GROUP = "a/b"
+
+
+def record_of(rank: int) -> MemberRecord:
+    return MemberRecord(rank=rank, incarnation="x", epoch=0, ttl_s=6.0)
+
+
+def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None:
+    store = MemoryStore()
+    watch = store.watch("groups/", after=0)
+    snapshot = GroupSnapshot.of(GROUP, store.snapshot("groups/"))
+    assert (snapshot.view, snapshot.view_revision, dict(snapshot.members), snapshot.policy_version) == (
+        None,
+        0,
+        {},
+        None,
+    )
+    lease = store.grant(60)
+    store.put(member_key(GROUP, 3), record_of(3).to_bytes(), lease_id=lease.lease_id)
+    store.put(member_key(GROUP, 12), record_of(12).to_bytes())
+    store.put(view_key(GROUP), GroupView(epoch=4).to_bytes())
+    store.put(policy_key(GROUP), b"7")
+    store.put(view_key(GROUP), GroupView(epoch=5).to_bytes())
+    store.revoke(lease.lease_id)
+    store.put(view_key("other"), GroupView(epoch=9).to_bytes())
+    while (batch := watch.next(0.0)) is not None:
+        snapshot = snapshot.after(batch)
+    assert snapshot == GroupSnapshot.of(GROUP, store.snapshot("groups/"))
+    assert snapshot.view == GroupView(epoch=5)
+    assert (snapshot.view_revision, snapshot.policy_version, snapshot.revision) == (5, 7, 7)
+    assert dict(snapshot.members) == {12: record_of(12)}
+    assert dict(snapshot.member_revisions) == {12: 2}
+    store.close()
+
+
+def test_what_is_not_understood_is_as_if_it_were_not_there_and_is_named() -> None:
+    store = MemoryStore()
+    store.put(view_key(GROUP), b"garbage")
+    store.put(policy_key(GROUP), b"-1")
+    store.put(member_key(GROUP, 0), record_of(5).to_bytes())
+    store.put(member_key(GROUP, 1), b"{}")
+    store.put(member_key(GROUP, 2) + "x", b"{}")
+    snapshot = GroupSnapshot.of(GROUP, store.snapshot())
+    assert set(snapshot.problems) == {
+        view_key(GROUP),
+        policy_key(GROUP),
+        member_key(GROUP, 0),
+        member_key(GROUP, 1),
+    }
+    assert (snapshot.view, snapshot.view_revision, dict(snapshot.members)) == (None, 1, {})
+    store.put(member_key(GROUP, 1), record_of(1).to_bytes())
+    assert member_key(GROUP, 1) not in GroupSnapshot.of(GROUP, store.snapshot()).problems
+
+
+def test_a_member_s_key_names_its_rank_and_no_other_key_does() -> None:
+    assert rank_of(member_key(GROUP, 12), GROUP) == 12
+    for key in (view_key(GROUP), member_key("other", 1), member_key(GROUP, 1) + "/x", "12", "groups/a%2Fb/members/²"):
+        assert rank_of(key, GROUP) is None
+
+
+def test_a_policy_version_is_digits() -> None:
+    for value in (b"", b"-1", b"1.5", b"9" * 19, "²".encode()):
+        with pytest.raises(ProtocolError):
+            pytest.fail(f"{parse_policy_version(value)} was read from {value!r}")

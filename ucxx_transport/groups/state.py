@@ -1,0 +1,311 @@
+"""The state of a group as one rank knows it: what programs read, and the shared object that keeps it over all joins.
+
+All that is known at one moment is one immutable `GroupState`, replaced whole. So a reader needs no lock, and never sees
+a view without the counts of what it changed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
+
+from ucxx_transport.errors import TransportError
+from ucxx_transport.groups.states import TRANSITIONS, RankEvent, RankState, advance
+from ucxx_transport.groups.view import GroupSnapshot, GroupView, Seat
+from ucxx_transport.groups.writes import Retrying
+from ucxx_transport.logs import get_logger
+
+__all__ = ["GroupListener", "GroupState", "GroupStatistics", "Member", "SharedState"]
+
+_log = get_logger(__name__)
+
+T = TypeVar("T")
+
+POLL_S: Final = 0.2
+"""How often a waiting call looks at the clock, and whether it is cancelled; what it waits for wakes it at once."""
+
+_COUNTED_AS: Final = {RankEvent.LEAVE: "left", RankEvent.LOSE: "lost", RankEvent.DROP: "dropped"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A rank that is in the group.
+
+    Attributes:
+        rank: the rank.
+        state: JOINING, ACTIVE or INACTIVE.
+        incarnation: which life of that rank: a new word at each join.
+        address: where it can be reached, as it published it; "" when it did not.
+        meta: what else it published.
+    """
+
+    rank: int
+    state: RankState
+    incarnation: str
+    address: str = ""
+    meta: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatistics:
+    """What a rank has seen of its group, over all its joins.
+
+    Attributes:
+        views: applied.
+        written: those of them that this rank wrote.
+        admitted: ranks given a seat, those that came back included.
+        activated: ranks that became active.
+        left: ranks gone by themselves.
+        lost: ranks gone by the end of their lease.
+        dropped: ranks gone for want of an acknowledgement.
+        conflicts: writes that another member's had overtaken.
+        outages: times that the store could not be reached.
+        callback_errors: exceptions of callbacks.
+    """
+
+    views: int = 0
+    written: int = 0
+    admitted: int = 0
+    activated: int = 0
+    left: int = 0
+    lost: int = 0
+    dropped: int = 0
+    conflicts: int = 0
+    outages: int = 0
+    callback_errors: int = 0
+
+    def plus(self, **more: int) -> GroupStatistics:
+        """With these added."""
+        return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupState:
+    """A group as one of its ranks has it at one moment.
+
+    Attributes:
+        group: its name.
+        rank: this process's.
+        state: of this rank. GONE, while the view may still have it, when its membership was lost.
+        view: the one that was applied last; None before the first.
+        policy_version: what the group trains; None: it was never set.
+        statistics: counts up to this view: a rank that has gone from it has been counted.
+        ended: why this rank is a member no longer; None: it is one, or never was.
+        notified_epoch: of the last view that all callbacks have had.
+        snapshot: the store's content as seen last; None: not seen since this rank joined.
+    """
+
+    group: str
+    rank: int
+    state: RankState = RankState.ISOLATED
+    view: GroupView | None = None
+    policy_version: int | None = None
+    statistics: GroupStatistics = field(default_factory=GroupStatistics)
+    ended: TransportError | None = field(default=None, compare=False)
+    notified_epoch: int = field(default=0, compare=False)
+    snapshot: GroupSnapshot | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def epoch(self) -> int:
+        """Of the view that was applied last; 0 before the first."""
+        return 0 if self.view is None else self.view.epoch
+
+    @property
+    def active_ranks(self) -> tuple[int, ...]:
+        """Those that take part, in order."""
+        return () if self.view is None else self.view.active_ranks
+
+    @property
+    def members(self) -> Mapping[int, Member]:
+        """By rank: all that are in the group, active or not, this rank too, with what each has published."""
+        seats = () if self.view is None else self.view.seats
+        return {seat.rank: self._member(seat) for seat in seats if seat.state.is_seated}
+
+    @property
+    def notified_view(self) -> GroupView | None:
+        """The view, once all callbacks have had it; None while they have not, or before the first."""
+        return self.view if self.notified_epoch == self.epoch else None
+
+    def _member(self, seat: Seat) -> Member:
+        member = Member(rank=seat.rank, state=seat.state, incarnation=seat.incarnation)
+        record = None if self.snapshot is None else self.snapshot.members.get(seat.rank)
+        if record is None or record.incarnation != seat.incarnation:
+            return member
+        return replace(member, address=record.address, meta=record.meta)
+
+    def not_in(self, view: GroupView | None) -> list[Member]:
+        """The members whose incarnation is not seated in `view`."""
+        members = self.members.values()
+        return [one for one in members if view is None or not view.seats_incarnation(one.rank, one.incarnation)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupListener:
+    """Callbacks for views, for members that come and go, and for the end of this rank's membership."""
+
+    on_view: Callable[[GroupView], object] = lambda _: None
+    on_add: Callable[[Member], object] = lambda _: None
+    on_remove: Callable[[Member], object] = lambda _: None
+    on_gone: Callable[[TransportError], object] = lambda _: None
+
+
+class SharedState:
+    """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
+
+    Args:
+        group: its name.
+        rank: this process's.
+
+    Attributes:
+        now: everything at one moment; read it once for several facts that belong together.
+    """
+
+    def __init__(self, group: str, rank: int) -> None:
+        self.now = GroupState(group=group, rank=rank)
+        self._changed = threading.Condition()
+        self._notifying = threading.RLock()  # taken before `_changed`: a new listener hears of each member once
+        self._incarnation = ""
+        self._has_joined = False
+        self._listeners: tuple[GroupListener, ...] = ()
+
+    def wait(
+        self, find: Callable[[GroupState], T | None], retrying: Retrying, late: Callable[[GroupState], TransportError]
+    ) -> T:
+        """The first true answer of `find`, which is asked at each change.
+
+        Args:
+            find: takes the present state; must not block.
+            retrying: until when.
+            late: makes the error for the deadline.
+
+        Raises:
+            TransportError: this rank is a member no longer; or `late`'s, when the deadline has passed.
+            RegistryError: it was cancelled.
+        """
+        with self._changed:
+            while not (answer := find(self.now)):
+                if self.now.ended is not None:
+                    raise copy(self.now.ended)  # several may wait, and come back
+                if retrying.left_s <= 0:
+                    raise late(self.now)
+                retrying.check("waiting")
+                self._changed.wait(min(retrying.left_s, POLL_S))
+            return answer
+
+    def listen(self, listener: GroupListener, *, with_present: bool = False) -> Callable[[], None]:
+        """Notify `listener` from now on.
+
+        Args:
+            listener: the callbacks.
+            with_present: also call `on_add` with each member there is. Waits while a view's callbacks run.
+
+        Returns:
+            What ends that.
+        """
+
+        def end() -> None:
+            with self._changed:
+                self._listeners = tuple(other for other in self._listeners if other is not listener)
+
+        if with_present:
+            with self._notifying:
+                self.listen(listener)
+                for member in self.now.members.values():
+                    self._notify(listener.on_add, member)
+        else:
+            with self._changed:
+                self._listeners += (listener,)
+        return end
+
+    def _notify(self, callback: Callable[..., object], fact: object) -> None:
+        try:
+            callback(fact)
+        except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
+            self.count(callback_errors=1)
+            _log.exception("group callback failed", group=self.now.group, rank=self.now.rank)
+
+    def count(self, **more: int) -> None:
+        """Add to the statistics."""
+        with self._changed:
+            self.now = replace(self.now, statistics=self.now.statistics.plus(**more))
+
+    def begin(self, incarnation: str) -> None:
+        """This rank has published itself: it joins."""
+        with self._changed:
+            state = advance(self.now.state, RankEvent.ADMIT)
+            self._incarnation, self._has_joined = incarnation, False
+            self.now = replace(self.now, state=state, snapshot=None, ended=None)
+
+    def show(self, snapshot: GroupSnapshot) -> None:
+        """The store's present content, whether its view is applied or not."""
+        with self._changed:
+            version = self.now.policy_version if snapshot.policy_version is None else snapshot.policy_version
+            self.now = replace(self.now, snapshot=snapshot, policy_version=version)
+            self._changed.notify_all()
+
+    def apply(self, view: GroupView, *, is_own: bool) -> None:
+        """Take a newer view: publish it, then notify the listeners, and only then wake those who wait for it.
+
+        Args:
+            view: the newer one.
+            is_own: whether this rank wrote it.
+        """
+        with self._notifying:
+            with self._changed:
+                before, listeners = self.now, self._listeners
+                self.now = self._with_view(view, is_own=is_own)
+            removed, added = before.not_in(view), self.now.not_in(before.view)
+            for member in removed:
+                if (reason := _reason_gone(view, member)) != "left":
+                    keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
+                    _log.warning("group member gone", member=member.rank, reason=reason, **keys)
+            for listener in listeners:
+                for member in removed:
+                    self._notify(listener.on_remove, member)
+                for member in added:
+                    self._notify(listener.on_add, member)
+                self._notify(listener.on_view, view)
+        with self._changed:
+            self.now = replace(self.now, notified_epoch=view.epoch)
+            self._changed.notify_all()
+
+    def _with_view(self, view: GroupView, *, is_own: bool) -> GroupState:
+        """The state with a newer view: this rank's own state and all counts change with it."""
+        before = self.now
+        after = replace(before, view=view)
+        if view.seats_incarnation(before.rank, self._incarnation):
+            after = replace(after, state=view.state_of(before.rank))
+            self._has_joined = self._has_joined or after.state is not RankState.JOINING
+        activated = set(view.active_ranks) - set(before.active_ranks)
+        counts = {"admitted": len(after.not_in(before.view)), "activated": len(activated)}
+        statistics = before.statistics.plus(views=1, written=int(is_own), **counts)
+        for member in before.not_in(view):
+            statistics = statistics.plus(**{_reason_gone(view, member): 1})
+        return replace(after, statistics=statistics)
+
+    def end(self, event: RankEvent, error: TransportError) -> None:
+        """This rank's membership is over: waiting calls raise `error`; `on_gone`, if it had joined and did not leave.
+
+        Args:
+            event: LEAVE, LOSE or DROP.
+            error: why.
+        """
+        with self._changed:
+            if not self.now.state.is_seated:
+                return
+            is_known = (self.now.state, event) in TRANSITIONS  # not so if views were skipped that were soon outdated
+            state = advance(self.now.state, event if is_known else RankEvent.LOSE)
+            self.now = replace(self.now, state=state, ended=error)
+            listeners = self._listeners if self._has_joined and event is not RankEvent.LEAVE else ()
+            self._changed.notify_all()
+        for listener in listeners:
+            self._notify(listener.on_gone, error)
+
+
+def _reason_gone(view: GroupView, member: Member) -> str:
+    """How a member that has gone from `view` is counted."""
+    seat = view.seat_of(member.rank)  # its next incarnation's, perhaps: then it was lost before
+    return _COUNTED_AS[RankEvent.LOSE if seat is None or seat.ended_by is None else seat.ended_by]
