@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from ucxx_transport.cli.bench.control import ControlledProcess
-from ucxx_transport.cli.bench.results import Spread
-from ucxx_transport.cli.bench.ring_source import SourceSettings, run_ring_source
-from ucxx_transport.cli.bench.rounds import Lane, Plan, ProcessSource, open_sources, take_turn
-from ucxx_transport.cli.bench.subjects import TCP_SUBJECTS
-from ucxx_transport.cli.bench.transport_reader import run_transport_reader_async
+from bench.core.control import ControlledProcess
+from bench.core.results import Spread
+from bench.core.ring_source import SourceSettings, run_ring_source
+from bench.core.rounds import Lane, Plan, ProcessSource, open_sources, take_turn
+from bench.core.subjects import TCP_SUBJECTS
+from bench.core.transport_reader import run_transport_reader_async
 
 __all__ = ["BusyWorker", "measure_busy_worker"]
 

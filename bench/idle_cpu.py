@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.core.control import BenchError, ControlledProcess, serve_orders_async
+from bench.core.reader import Offer, ReaderSettings
+from bench.core.ring_source import SourceSettings, run_ring_source
+from bench.core.transport_reader import client_config
 from bench.naive_protocol import run_naive_reader, run_naive_source
 from ucxx_transport import SlotRef, UCXXClient
-from ucxx_transport.cli.bench.control import BenchError, ControlledProcess, serve_orders_async
-from ucxx_transport.cli.bench.reader import Offer, ReaderSettings
-from ucxx_transport.cli.bench.ring_source import SourceSettings, run_ring_source
-from ucxx_transport.cli.bench.transport_reader import client_config
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import ucxx
 
-from ucxx_transport.cli.bench.control import serve_orders_async
-from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.cli.bench.reader import AsyncReading, ReaderSettings, run_async_reader
+from bench.core.control import serve_orders_async
+from bench.core.payloads import PayloadPattern
+from bench.core.reader import AsyncReading, ReaderSettings, run_async_reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -10,8 +10,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ucxx_transport.cli.bench.results import Result
-from ucxx_transport.cli.bench.subjects import Subject
+from bench.core.results import Result
+from bench.core.subjects import Subject
 from ucxx_transport.units import format_bytes
 
 if TYPE_CHECKING:

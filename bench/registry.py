@@ -42,11 +42,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.core.host import commit_of, host_facts
 from tests.support.etcd_server import EtcdServer, find_etcd
 from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
-from ucxx_transport.cli.bench.host import commit_of, host_facts
 from ucxx_transport.cli.output import console
 from ucxx_transport.membership import SourceRecord, SourceStatus, Store
 from ucxx_transport.membership.publication import Publication, next_epoch

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from bench.busy_worker import BusyWorker
+from bench.core.results import Result, Spread, paired_ratio
 from bench.idle_cpu import IdleCpu
-from ucxx_transport.cli.bench.results import Result, Spread, paired_ratio
 from ucxx_transport.units import format_bytes
 
 __all__ = ["NAIVE", "Target", "check_targets"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ucxx_transport.cli.bench.control import serve_orders
-from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.cli.bench.reader import ReaderSettings, Reading, run_reader
+from bench.core.control import serve_orders
+from bench.core.payloads import PayloadPattern
+from bench.core.reader import ReaderSettings, Reading, run_reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -24,19 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.busy_worker import BusyWorker, measure_busy_worker
+from bench.core.command import measure_sizes, parse_sizes
+from bench.core.control import ControlledProcess
+from bench.core.document import as_document
+from bench.core.host import commit_of
+from bench.core.lineup import transport_lanes
+from bench.core.results import Result
+from bench.core.ring_source import SourceSettings
+from bench.core.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, ProcessSource
+from bench.core.subjects import Subject
 from bench.idle_cpu import IdleCpu, measure_idle_cpu
 from bench.naive_protocol import run_naive_reader, run_naive_source
 from bench.targets import NAIVE, Target, check_targets
 from bench.tcp_socket import run_socket_reader, run_socket_source
-from ucxx_transport.cli.bench.command import measure_sizes, parse_sizes
-from ucxx_transport.cli.bench.control import ControlledProcess
-from ucxx_transport.cli.bench.document import as_document
-from ucxx_transport.cli.bench.host import commit_of
-from ucxx_transport.cli.bench.lineup import transport_lanes
-from ucxx_transport.cli.bench.results import Result
-from ucxx_transport.cli.bench.ring_source import SourceSettings
-from ucxx_transport.cli.bench.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, ProcessSource
-from ucxx_transport.cli.bench.subjects import Subject
 from ucxx_transport.cli.output import console
 
 SIZES: Final = "4KiB,64KiB,1MiB,16MiB,64MiB,256MiB"

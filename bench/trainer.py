@@ -29,14 +29,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.core.command import parse_sizes
+from bench.core.control import ControlledProcess, Handlers, serve_orders
+from bench.core.cpu_time import ForeignLoad
+from bench.core.host import commit_of, host_facts
+from bench.core.payloads import PayloadPattern
+from bench.core.results import Spread
 from bench.targets import Target
 from bench.trainer_ends import BATCHES_AHEAD, QueueEnd, RayEnd, TrainerEnd, TransportEnd, Way, run_worker
-from ucxx_transport.cli.bench.command import parse_sizes
-from ucxx_transport.cli.bench.control import ControlledProcess, Handlers, serve_orders
-from ucxx_transport.cli.bench.cpu_time import ForeignLoad
-from ucxx_transport.cli.bench.host import commit_of, host_facts
-from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.cli.bench.results import Spread
 from ucxx_transport.cli.output import console
 from ucxx_transport.units import format_bytes
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
+from bench.core.control import Handlers, serve_orders
+from bench.core.payloads import PayloadPattern
 from ucxx_transport import ClientConfig, DeadlineExceededError, ServerConfig
-from ucxx_transport.cli.bench.control import Handlers, serve_orders
-from ucxx_transport.cli.bench.payloads import PayloadPattern
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.worker import TrajectoryWriter
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench.core.payloads import PayloadPattern
+from bench.core.results import FIGURES, Result, Round, paired_ratio, percentile_us
 from bench.targets import check_targets
-from ucxx_transport.cli.bench.payloads import PayloadPattern
-from ucxx_transport.cli.bench.results import FIGURES, Result, Round, paired_ratio, percentile_us
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [4096, 65536]

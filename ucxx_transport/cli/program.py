@@ -33,7 +33,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "doctor": "ucxx_transport.cli.doctor.command:doctor",
         "inspect": "ucxx_transport.cli.inspect:inspect",
         "top": "ucxx_transport.cli.top:top",
-        "bench": "ucxx_transport.cli.bench.command:bench",
+        "bench": "bench.core.command:bench",
         "registry": "ucxx_transport.cli.registry:registry",
         "clean": "ucxx_transport.cli.clean:clean",
         "config": "ucxx_transport.cli.config:config",

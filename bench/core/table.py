@@ -7,8 +7,8 @@ from typing import Final
 
 from rich.table import Table
 
-from ucxx_transport.cli.bench.results import Result, Spread, paired_ratio
-from ucxx_transport.cli.bench.subjects import Subject
+from bench.core.results import Result, Spread, paired_ratio
+from bench.core.subjects import Subject
 from ucxx_transport.units import format_bytes, format_duration
 
 __all__ = ["DISTURBED_CORES", "disturbance", "size_table"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ucxx_transport.cli.bench.control import ControlledProcess
-from ucxx_transport.cli.bench.memory_copy import OwnMemory, run_memory_copy_reader
-from ucxx_transport.cli.bench.ring_source import SourceSettings, run_ring_source
-from ucxx_transport.cli.bench.rounds import Lane, ProcessSource
-from ucxx_transport.cli.bench.subjects import COPY_SUBJECTS, MEMCPY, SHM_SUBJECTS, TCP_SUBJECTS, VIEW_SUBJECTS
-from ucxx_transport.cli.bench.transport_reader import run_transport_reader, run_transport_reader_async
+from bench.core.control import ControlledProcess
+from bench.core.memory_copy import OwnMemory, run_memory_copy_reader
+from bench.core.ring_source import SourceSettings, run_ring_source
+from bench.core.rounds import Lane, ProcessSource
+from bench.core.subjects import COPY_SUBJECTS, MEMCPY, SHM_SUBJECTS, TCP_SUBJECTS, VIEW_SUBJECTS
+from bench.core.transport_reader import run_transport_reader, run_transport_reader_async
 
 __all__ = ["transport_lanes"]
 

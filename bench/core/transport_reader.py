@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+from bench.core.reader import AsyncReading, ReaderSettings, Reading, run_async_reader, run_reader
 from ucxx_transport import ClientConfig, SlotRef, SyncUCXXClient, UCXXClient
-from ucxx_transport.cli.bench.reader import AsyncReading, ReaderSettings, Reading, run_async_reader, run_reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

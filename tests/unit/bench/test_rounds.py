@@ -6,8 +6,8 @@ import array
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ucxx_transport.cli.bench.rounds import TURN_LIMIT_S, Lane, Plan, take_turn
-from ucxx_transport.cli.bench.subjects import Subject
+from bench.core.rounds import TURN_LIMIT_S, Lane, Plan, take_turn
+from bench.core.subjects import Subject
 
 SIZE_BYTES = 1024
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
-from ucxx_transport.cli.bench.control import ControlledProcess
-from ucxx_transport.cli.bench.cpu_time import ForeignLoad
-from ucxx_transport.cli.bench.reader import Offer, ReaderSettings
-from ucxx_transport.cli.bench.results import BYTES_PER_GB, Result, Round, percentile_us
-from ucxx_transport.cli.bench.subjects import Subject
+from bench.core.control import ControlledProcess
+from bench.core.cpu_time import ForeignLoad
+from bench.core.reader import Offer, ReaderSettings
+from bench.core.results import BYTES_PER_GB, Result, Round, percentile_us
+from bench.core.subjects import Subject
 
 __all__ = ["DEFAULT_MAX_SLOTS", "Lane", "Plan", "ProcessSource", "Source", "measure_size", "open_sources", "take_turn"]
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from ucxx_transport.cli.bench.control import AsyncHandlers, Handlers, serve_orders, serve_orders_async
-from ucxx_transport.cli.bench.payloads import PayloadPattern
+from bench.core.control import AsyncHandlers, Handlers, serve_orders, serve_orders_async
+from bench.core.payloads import PayloadPattern
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
 
-from ucxx_transport.cli.bench.cpu_time import process_tree, tree_cpu_s
+from bench.core.cpu_time import process_tree, tree_cpu_s
 from ucxx_transport.cli.output import logs_to_stderr
 from ucxx_transport.errors import TransportError
 

@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ucxx_transport.cli.bench.document import as_document
-from ucxx_transport.cli.bench.lineup import transport_lanes
-from ucxx_transport.cli.bench.results import Result, Round
-from ucxx_transport.cli.bench.ring_source import SourceSettings
-from ucxx_transport.cli.bench.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, measure_size
-from ucxx_transport.cli.bench.table import disturbance, size_table
+from bench.core.document import as_document
+from bench.core.lineup import transport_lanes
+from bench.core.results import Result, Round
+from bench.core.ring_source import SourceSettings
+from bench.core.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, measure_size
+from bench.core.table import disturbance, size_table
 from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.units import format_bytes, parse_bytes

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from ucxx_transport.cli.bench.host import host_facts
-from ucxx_transport.cli.bench.reader import ReaderSettings
-from ucxx_transport.cli.bench.results import Result
-from ucxx_transport.cli.bench.ring_source import SourceSettings, server_config
-from ucxx_transport.cli.bench.rounds import Plan
-from ucxx_transport.cli.bench.subjects import Subject
-from ucxx_transport.cli.bench.transport_reader import client_config
+from bench.core.host import host_facts
+from bench.core.reader import ReaderSettings
+from bench.core.results import Result
+from bench.core.ring_source import SourceSettings, server_config
+from bench.core.rounds import Plan
+from bench.core.subjects import Subject
+from bench.core.transport_reader import client_config
 
 __all__ = ["as_document"]
 

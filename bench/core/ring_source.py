@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from bench.core.control import Handlers, serve_orders
+from bench.core.payloads import PayloadPattern
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
-from ucxx_transport.cli.bench.control import Handlers, serve_orders
-from ucxx_transport.cli.bench.payloads import PayloadPattern
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
