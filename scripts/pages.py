@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ from typing import Any, Final
 from ucxx_transport import config, errors
 from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.states import RankState
+from ucxx_transport.link import address
+from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states
 from ucxx_transport.server import session
 from ucxx_transport.settings.section import Rule
@@ -60,7 +63,7 @@ class Part:
         place = re.compile(rf"(?<=<!-- {self.name} -->\n).*?(?=<!-- /{self.name} -->)", re.DOTALL)
         if place.search(page) is None:
             raise ValueError(f"docs/{self.page} has no <!-- {self.name} --> … <!-- /{self.name} -->")
-        return place.sub(lambda _: self.make(), page)
+        return place.sub(lambda _: f"\n{self.make()}\n", page)
 
 
 def _diagram(first: Enum, transitions: Mapping[Any, Enum]) -> str:
@@ -187,6 +190,13 @@ def _document_of(module: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def _table_of(module: Any) -> str:
+    """The first table of a module's docstring."""
+    lines = inspect.cleandoc(module.__doc__).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:])) + "\n"
+
+
 def _members(enum: type[Enum]) -> list[str]:
     return _table(("value", "name"), ((member.value, f"`{member.name}`") for member in enum))
 
@@ -247,6 +257,8 @@ PARTS: Final = (
     Part(page="errors.md", name=None, make=_errors),
     Part(page="wire.md", name=None, make=_wire),
     Part(page="segment.md", name=None, make=_segment),
+    Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
+    Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
     Part(page="UCXX.md", name="slot-diagram", make=lambda: _diagram(states.SlotState.FREE, states.TRANSITIONS)),
     Part(
         page="groups.md",
