@@ -72,7 +72,7 @@ class RingConfig:
     name: OptionalName = setting(default=None, description="name of the segment; unset makes a random one")
     folder: Folder = setting(
         default="/dev/shm",  # noqa: S108 - POSIX shared memory, not a temporary file
-        description="where the segment is made; readers and `clean` look where their own setting says",
+        description="where the segment is made; readers and `clean` look in the folder of their own setting",
     )
     on_full: Literal["overwrite", "block", "raise"] = setting(
         default="overwrite",
@@ -114,10 +114,12 @@ class ServerConfig:
     shm_lanes: bool = setting(default=False, description=_SHM_LANES_IN_WORDS)
     spin_s: Seconds = setting(default=50e-6, ge=0, le=0.1, description=_SPIN_IN_WORDS)
     first_frame_timeout_s: Seconds = setting(
-        default=5.0, gt=0, description="a new connection that says nothing is closed"
+        default=5.0, gt=0, description="a new connection that sends nothing is closed"
     )
     idle_timeout_s: Seconds = setting(default=120.0, gt=0, description="a silent connection is closed")
-    send_timeout_s: Seconds = setting(default=60.0, gt=0, description="a payload that does not move is given up")
+    send_timeout_s: Seconds = setting(
+        default=60.0, gt=0, description="a payload that is not received by then is abandoned"
+    )
     ack_timeout_s: Seconds = setting(default=10.0, gt=0, description="a payload not acknowledged goes back to its slot")
     max_connections: Count = setting(default=256, ge=1, le=65536, description="connections of one port")
     port_attempts: Count = setting(default=64, ge=1, le=65535, description="ports tried from base_port on")
@@ -153,7 +155,7 @@ class ClientConfig:
     spin_s: Seconds = setting(default=50e-6, ge=0, le=0.1, description=_SPIN_IN_WORDS)
     deadline_s: Seconds = setting(default=5.0, gt=0, description="bound on a read that names none")
     connect_timeout_s: Seconds = setting(default=1.0, gt=0, description="bound on connecting to one port")
-    port_quarantine_s: Seconds = setting(default=30.0, ge=0, description="how long a port that failed is left alone")
+    port_quarantine_s: Seconds = setting(default=30.0, ge=0, description="how long a port that failed is not used")
     read_attempts: Count = setting(
         default=2, ge=1, le=100, description="calls made for one read, when retrying can help"
     )
@@ -208,7 +210,7 @@ class StoreConfig:
 
 @section("publisher")
 class PublisherConfig:
-    """How a worker publishes itself, and how long it is taken for alive without a word from it."""
+    """How a worker publishes itself, and how its lease is kept."""
 
     interval_s: Seconds = setting(
         default=2.0, gt=0, description="how often the lease is renewed; it lives three times this"
@@ -216,7 +218,9 @@ class PublisherConfig:
     publish_timeout_s: Seconds = setting(
         default=1800.0, gt=0, description="how long a worker tries to publish itself before on_timeout"
     )
-    on_timeout: Literal["retry", "stop"] = setting(default="retry", description="then go on trying, loudly, or give up")
+    on_timeout: Literal["retry", "stop"] = setting(
+        default="retry", description="then keep retrying, with errors in the log, or stop"
+    )
     backoff_s: Seconds = setting(default=0.1, gt=0, description="first pause between two tries; doubles, with jitter")
     max_backoff_s: Seconds = setting(default=5.0, gt=0, description="longest pause between two tries")
     keeper: Literal["process", "thread"] = setting(
@@ -227,5 +231,5 @@ class PublisherConfig:
 
     @property
     def ttl_s(self) -> float:
-        """How long a lease lives without being renewed: a missed renewal is no death, two in a row are one."""
+        """How long a lease lives without a renewal: one may be missed, not two in a row."""
         return 3 * self.interval_s

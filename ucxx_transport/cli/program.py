@@ -3,7 +3,7 @@
 | exit code | meaning                                                              |
 |-----------|----------------------------------------------------------------------|
 | 0         | done; for `serve`, ended by SIGTERM                                  |
-| 1         | failed: the message on stderr says why, with `--json` also on stdout |
+| 1         | failed: the reason is on stderr, with `--json` also on stdout |
 | 2         | wrong use: unknown verb, option or value                             |
 | 130       | interrupted                                                          |
 

@@ -38,7 +38,7 @@ def registry(
 ) -> None:
     """Show the sources of a store, follow them, or end some whose workers are beyond reach.
 
-    A worker that lives after all notices that its lease has ended, and publishes itself anew.
+    A worker that lives after all notices that its lease has ended, and publishes itself again.
     """
     from ucxx_transport.config import StoreConfig
     from ucxx_transport.membership import open_store

@@ -117,7 +117,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effective:
-    """A setting as a program that says nothing about it in code gets it.
+    """A setting as a program gets it that does not set it in code.
 
     Attributes:
         value: as the section holds it.
