@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -36,8 +36,8 @@ from ucxx_transport import (
 )
 
 MiB = 1 << 20
+RING = {"slots": 8, "slot_bytes": 16 * MiB, "checksum": True}
 SIZES = (1, 7, 64, 4096, 65_537, 1 * MiB, 16 * MiB)
-Reader = Callable[[SlotRef], Payload]
 Mode = Literal["process", "thread"]
 
 
@@ -68,22 +68,22 @@ def is_free(ring: SharedRingBuffer, ref: SlotRef) -> bool:
     return ring.slot_state(ref.slot) is SlotState.FREE
 
 
-@pytest.fixture(scope="module", params=["process", "thread"])
-def source(request: pytest.FixtureRequest) -> Iterator[ServedRing]:
-    """A raw ring with checksums, served by either mode."""
-    ring = {"slots": 8, "slot_bytes": 16 * MiB, "checksum": True}
-    with served_ring(ring=ring, mode=request.param) as served:
+@pytest.fixture(scope="module")
+def source() -> Iterator[ServedRing]:
+    """A raw ring with checksums, served by a process."""
+    with served_ring(ring=RING) as served:
         yield served
 
 
-@pytest.mark.parametrize("read", [read_sync, read_async])
-def test_payloads_of_any_size_arrive_byte_by_byte(source: ServedRing, read: Callable[[SlotRef], bytes]) -> None:
-    for sequence, nbytes in enumerate(SIZES):
-        ref = write(source.ring, sequence, nbytes)
-        received = read(ref)
-        assert len(received) == nbytes
-        assert holds(received, sequence)
-        wait_until(partial(is_free, source.ring, ref), 60)
+@pytest.mark.parametrize(("mode", "shm_lanes"), [("process", False), ("process", True), ("thread", False)])
+def test_payloads_of_any_size_arrive_byte_by_byte(mode: Mode, shm_lanes: bool) -> None:
+    with served_ring(ring=RING, mode=mode, shm_lanes=shm_lanes) as served:
+        for sequence, nbytes in enumerate(SIZES * 2):
+            read = (read_sync, read_async)[sequence % 2]
+            ref = write(served.ring, sequence, nbytes)
+            received = read(ref, shm_lanes=shm_lanes)
+            assert (len(received), holds(received, sequence)) == (nbytes, True), f"{nbytes} bytes, {read.__name__}"
+            wait_until(partial(is_free, served.ring, ref), 60)
 
 
 def test_empty_payload_arrives(source: ServedRing) -> None:
@@ -167,16 +167,17 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found.tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("local", ["off", "view", "copy"])
-def test_nested_variable_length_arrays_arrive_as_written(local: str) -> None:
+def test_nested_variable_length_arrays_arrive_as_written() -> None:
     schema = nested_schema()
-    with served_ring(ring={"slots": 8, "schema": schema}) as served, client_of(local=local) as client:
-        for rows in (0, 1, 7, 20):
-            ref = served.ring.write(nested_payload(rows, seed=rows))
-            assert rows == 20 or ref.nbytes < schema.nbytes  # never padded
-            with client.read(ref) as payload:
-                assert_same(payload.arrays, nested_payload(rows, seed=rows))
-        assert client.statistics().connections == (1 if local == "off" else 0)
+    with served_ring(ring={"slots": 8, "schema": schema}) as served:
+        for local in ("off", "view", "copy"):
+            with client_of(local=local) as client:
+                for rows in (0, 1, 7, 20):
+                    ref = served.ring.write(nested_payload(rows, seed=rows))
+                    assert rows == 20 or ref.nbytes < schema.nbytes  # never padded
+                    with client.read(ref) as payload:
+                        assert_same(payload.arrays, nested_payload(rows, seed=rows))
+                assert client.statistics().connections == (1 if local == "off" else 0), local
 
 
 def test_reads_of_two_rings_go_side_by_side_and_one_failure_costs_no_other() -> None:
@@ -225,41 +226,33 @@ def test_right_token_reads_and_is_shown_nowhere() -> None:
         assert token not in repr(client.config)
 
 
-@pytest.mark.parametrize("mode", ["process", "thread"])
-def test_shared_memory_lanes_carry_payloads_of_any_size(mode: Mode) -> None:
-    ring = {"slot_bytes": 16 * MiB, "checksum": True}
-    with served_ring(ring=ring, mode=mode, shm_lanes=True) as served, client_of(shm_lanes=True) as client:
-        for sequence, nbytes in enumerate(SIZES * 2):
-            with client.read(write(served.ring, sequence, nbytes)) as payload:
-                assert holds(payload, sequence)
+def test_ring_of_this_host_is_read_as_the_setting_says(source: ServedRing) -> None:
+    for local, transport in {"auto": "view", "view": "view", "copy": "copy", "off": "ucx"}.items():
+        ref = write(source.ring, 5, 70_000)
+        with client_of(local=local) as client:
+            with client.read(ref) as payload:
+                assert (payload.transport, holds(payload, 5)) == (transport, True), local
+            seen = client.statistics()
+        assert {"view": seen.views, "copy": seen.copies, "ucx": seen.ucx}[transport] == seen.reads == 1, local
+        wait_until(partial(is_free, source.ring, ref), 60)
 
 
-@pytest.mark.parametrize(("local", "transport"), [("auto", "view"), ("view", "view"), ("copy", "copy"), ("off", "ucx")])
-def test_ring_of_this_host_is_read_as_the_setting_says(source: ServedRing, local: str, transport: str) -> None:
-    ref = write(source.ring, 5, 70_000)
-    with client_of(local=local) as client:
-        with client.read(ref) as payload:
-            assert payload.transport == transport
-            assert holds(payload, 5)
-        seen = client.statistics()
-    assert {"view": seen.views, "copy": seen.copies, "ucx": seen.ucx}[transport] == seen.reads == 1
-    wait_until(lambda: source.ring.slot_state(ref.slot) is SlotState.FREE, 60)
-
-
-@pytest.mark.parametrize("local", ["view", "off"])
-def test_overwritten_consumed_and_foreign_payloads_are_stale_and_not_retried(local: str) -> None:
-    with served_ring(ring={"slots": 2}) as served, client_of(local=local) as client, client_of(local=local) as other:
-        overwritten = write(served.ring, 0)
-        _, consumed = write(served.ring, 1), write(served.ring, 2)
-        with other.read(consumed) as payload:
-            assert holds(payload, 2)
-        foreign = replace(write(served.ring, 3), ring_id=bytes(16))
-        del payload
-        for ref in (overwritten, consumed, foreign):
-            with pytest.raises(StaleSlotError):
-                client.read(ref)
-        seen = client.statistics()
-    assert (seen.failed, seen.stale, seen.retries, seen.quarantined, seen.reads) == (3, 3, 0, 0, 0)
+def test_overwritten_consumed_and_foreign_payloads_are_stale_and_not_retried() -> None:
+    with served_ring(ring={"slots": 2}) as served:
+        for local in ("view", "off"):
+            with client_of(local=local) as client, client_of(local=local) as other:
+                overwritten = write(served.ring, 0)
+                _, consumed = write(served.ring, 1), write(served.ring, 2)
+                with other.read(consumed) as payload:
+                    assert holds(payload, 2)
+                foreign = replace(write(served.ring, 3), ring_id=bytes(16))
+                del payload
+                for ref in (overwritten, consumed, foreign):
+                    with pytest.raises(StaleSlotError):
+                        client.read(ref)
+                seen = client.statistics()
+            found = (seen.failed, seen.stale, seen.retries, seen.quarantined, seen.reads)
+            assert found == (3, 3, 0, 0, 0), local
 
 
 def test_client_gets_a_payload_once(source: ServedRing) -> None:
@@ -305,23 +298,25 @@ def test_array_of_a_received_payload_is_never_written_to_again(source: ServedRin
         assert client.statistics().lent_buffers == 0
 
 
-@pytest.mark.parametrize("local", ["view", "copy", "off"])
-def test_into_takes_the_payload_and_gives_the_slot_back(source: ServedRing, local: str) -> None:
-    target = bytearray(b"\xaa" * 70_000)
-    ref = write(source.ring, 3, 65_000)
-    with client_of(local=local) as client, client.read(ref, into=target) as payload:
-        wait_until(lambda: source.ring.slot_state(ref.slot) is SlotState.FREE, 60)
-        assert holds(payload, 3)
-        assert holds(memoryview(target)[:65_000], 3)
-        assert bytes(target[65_000:]) == b"\xaa" * 5000
+def test_into_takes_the_payload_and_gives_the_slot_back(source: ServedRing) -> None:
+    for local in ("view", "copy", "off"):
+        target = bytearray(b"\xaa" * 70_000)
+        ref = write(source.ring, 3, 65_000)
+        with client_of(local=local) as client, client.read(ref, into=target) as payload:
+            wait_until(partial(is_free, source.ring, ref), 60)
+            assert holds(payload, 3), local
+            assert holds(memoryview(target)[:65_000], 3), local
+            assert bytes(target[65_000:]) == b"\xaa" * 5000, local
 
 
-@pytest.mark.parametrize("target", [bytearray(999), bytes(1000), np.zeros((1000, 2), np.uint8)[:, 0]])
-def test_unfit_into_is_refused_before_anything_is_read(source: ServedRing, target: Any) -> None:
-    ref = write(source.ring, 1, 1000)
-    with client_of() as client, pytest.raises(ConfigError, match="into"):
-        client.read(ref, into=target)
-    assert source.ring.discard(ref)
+def test_unfit_into_is_refused_before_anything_is_read(source: ServedRing) -> None:
+    unfit: list[Any] = [bytearray(999), bytes(1000), np.zeros((1000, 2), np.uint8)[:, 0]]
+    with client_of() as client:
+        for target in unfit:
+            ref = write(source.ring, 1, 1000)
+            with pytest.raises(ConfigError, match="into"):
+                client.read(ref, into=target)
+            assert source.ring.discard(ref)
 
 
 def test_explicit_ports_are_the_ones_that_listen() -> None:
@@ -337,22 +332,20 @@ def test_explicit_ports_are_the_ones_that_listen() -> None:
         wait_until(lambda: [port.delivered for port in served.server.statistics().ports] == [2, 2], 60)
 
 
-@pytest.mark.parametrize("mode", ["process", "thread"])
-def test_base_port_skips_what_is_taken(mode: Mode) -> None:
+def test_base_port_skips_what_is_taken() -> None:
     first = consecutive_free_ports(6)
     with (
         socket.create_server(("", first)),
         socket.create_server(("", first + 2)),
-        served_ring(mode=mode, base_port=first, ports=2) as served,
+        served_ring(base_port=first, ports=2) as served,
     ):
         assert served.server.ports == (first + 1, first + 3)
 
 
-@pytest.mark.parametrize("mode", ["process", "thread"])
-def test_taken_port_is_named_in_a_config_error(mode: Mode) -> None:
+def test_taken_port_is_named_in_a_config_error() -> None:
     port = consecutive_free_ports(1)
     with socket.create_server(("", port)), open_ring() as ring:
-        server = UCXXServer(ring, ServerConfig(host=LOOPBACK, ports=[port], mode=mode, start_timeout_s=60))
+        server = UCXXServer(ring, ServerConfig(host=LOOPBACK, ports=[port], start_timeout_s=60))
         with pytest.raises(ConfigError, match=str(port)):
             server.start()
         assert (server.ports, server.address, ring.address()) == ((), None, (None, ()))
