@@ -26,5 +26,8 @@ def row(**facts: object) -> Iterator[None]:
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError
 
@@ -94,11 +95,13 @@ def test_a_refusal_names_field_value_source_and_what_is_expected() -> None:
         assert error.facts == {"field": field, "value": repr(value), "source": "keyword argument"}
 
 
-@pytest.mark.parametrize("config", [RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig])
-def test_defaults_are_what_the_constructor_would_hold(config: Any) -> None:
-    parts = {"slot_bytes": 1} if config is RingConfig else {}
-    made = config(**parts)
-    assert dataclasses.replace(made) == made
+def test_defaults_are_what_the_constructor_would_hold() -> None:
+    rows: list[Any] = [RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig]
+    for config in rows:
+        with row(config=config):
+            parts = {"slot_bytes": 1} if config is RingConfig else {}
+            made = config(**parts)
+            assert dataclasses.replace(made) == made
 
 
 def test_booleans_may_be_text_or_a_number() -> None:
@@ -127,9 +130,8 @@ class TestRing:
     def test_a_schema_is_recognised_by_what_it_can_do(self) -> None:
         assert "schema" in str(refusal(RingConfig, schema={"fields": []}))
 
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
+    def test_what_is_out_of_bounds_is_named(self) -> None:
+        rows: list[tuple[str, object]] = [
             ("slots", 0),
             ("slots", 65537),
             ("slots", True),
@@ -148,18 +150,17 @@ class TestRing:
             ("block_timeout_s", 0),
             ("block_timeout_s", "inf"),
             ("lock_timeout_s", float("inf")),
-        ],
-    )
-    def test_what_is_out_of_bounds_is_named(self, field: str, value: object) -> None:
-        error = refusal(RingConfig, **{"slot_bytes": 4096, field: value})
-        assert f"ring.{field}" in str(error)
-        assert error.facts["field"] == field
+        ]
+        for field, value in rows:
+            with row(field=field, value=value):
+                error = refusal(RingConfig, **{"slot_bytes": 4096, field: value})
+                assert f"ring.{field}" in str(error)
+                assert error.facts["field"] == field
 
 
 class TestServer:
-    @pytest.mark.parametrize(
-        ("given", "held"),
-        [
+    def test_ports_are_a_count_or_a_list(self) -> None:
+        rows: list[tuple[Any, object]] = [
             (1, 1),
             (64, 64),
             ("8", 8),
@@ -167,16 +168,30 @@ class TestServer:
             ((0, 0), (0, 0)),
             ("5001,5002", (5001, 5002)),
             ("[5001]", (5001,)),
-        ],
-    )
-    def test_ports_are_a_count_or_a_list(self, given: Any, held: object) -> None:
-        assert ServerConfig(ports=given).ports == held
+        ]
+        for given, held in rows:
+            with row(given=given, held=held):
+                assert ServerConfig(ports=given).ports == held
 
-    @pytest.mark.parametrize(
-        "ports", [0, 65, 5001, [], [70000], [-1], [5001, 5001], True, "many", [True], list(range(1, 66)), None, 1.5]
-    )
-    def test_other_ports_are_refused(self, ports: Any) -> None:
-        assert refusal(ServerConfig, ports=ports).facts["field"] == "ports"
+    def test_other_ports_are_refused(self) -> None:
+        rows: list[Any] = [
+            0,
+            65,
+            5001,
+            [],
+            [70000],
+            [-1],
+            [5001, 5001],
+            True,
+            "many",
+            [True],
+            list(range(1, 66)),
+            None,
+            1.5,
+        ]
+        for ports in rows:
+            with row(ports=ports):
+                assert refusal(ServerConfig, ports=ports).facts["field"] == "ports"
 
     def test_a_port_number_in_place_of_a_count_is_explained(self) -> None:
         assert "[5001]" in str(refusal(ServerConfig, ports=5001))

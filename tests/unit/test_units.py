@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.rows import row
 from ucxx_transport.units import format_bytes, format_duration, parse_bytes, parse_duration
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
+def test_sizes_are_read_as_people_write_them() -> None:
+    rows: list[tuple[object, int]] = [
         ("512MiB", 512 << 20),
         ("512M", 512 << 20),
         ("4 KiB", 4096),
@@ -26,23 +26,36 @@ from ucxx_transport.units import format_bytes, format_duration, parse_bytes, par
         (4096.0, 4096),
         ("0", 0),
         (10**400, 10**400),
-    ],
-)
-def test_sizes_are_read_as_people_write_them(text: object, nbytes: int) -> None:
-    assert parse_bytes(text) == nbytes
+    ]
+    for text, nbytes in rows:
+        with row(text=text, nbytes=nbytes):
+            assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize(
-    "text", ["", "MiB", "-1", "1XB", "1.5", "1.5B", "0x10", "1_000", "ten", True, None, 1.5, math.inf, math.nan]
-)
-def test_what_is_no_size_is_refused(text: object) -> None:
-    with pytest.raises(ValueError, match=r"size|unit|whole"):
-        parse_bytes(text)
+def test_what_is_no_size_is_refused() -> None:
+    rows: list[object] = [
+        "",
+        "MiB",
+        "-1",
+        "1XB",
+        "1.5",
+        "1.5B",
+        "0x10",
+        "1_000",
+        "ten",
+        True,
+        None,
+        1.5,
+        math.inf,
+        math.nan,
+    ]
+    for text in rows:
+        with row(text=text), pytest.raises(ValueError, match=r"size|unit|whole"):
+            parse_bytes(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
+def test_durations_are_read_as_people_write_them() -> None:
+    rows: list[tuple[object, float]] = [
         ("5s", 5.0),
         ("5", 5.0),
         ("250ms", 0.25),
@@ -56,38 +69,49 @@ def test_what_is_no_size_is_refused(text: object) -> None:
         ("1.5s", 1.5),
         (5, 5.0),
         (0.25, 0.25),
-    ],
-)
-def test_durations_are_read_as_people_write_them(text: object, seconds: float) -> None:
-    assert parse_duration(text) == seconds
+    ]
+    for text, seconds in rows:
+        with row(text=text, seconds=seconds):
+            assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "s", "-1s", "5 years", "inf", "nan", "1e400", 10**400, True, None, math.inf, math.nan, [5]]
-)
-def test_what_is_no_duration_is_refused(text: object) -> None:
-    with pytest.raises(ValueError, match=r"duration|unit"):
-        parse_duration(text)
+def test_what_is_no_duration_is_refused() -> None:
+    rows: list[object] = [
+        "",
+        "s",
+        "-1s",
+        "5 years",
+        "inf",
+        "nan",
+        "1e400",
+        10**400,
+        True,
+        None,
+        math.inf,
+        math.nan,
+        [5],
+    ]
+    for text in rows:
+        with row(text=text), pytest.raises(ValueError, match=r"duration|unit"):
+            parse_duration(text)
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
+def test_sizes_are_written_with_three_figures() -> None:
+    rows: list[tuple[int, str]] = [
         (0, "0 B"),
         (999, "999 B"),
         (1000, "0.977 KiB"),
         (1 << 20, "1 MiB"),
         (512 << 20, "512 MiB"),
         (7 << 50, "7168 TiB"),
-    ],
-)
-def test_sizes_are_written_with_three_figures(nbytes: int, text: str) -> None:
-    assert format_bytes(nbytes) == text
+    ]
+    for nbytes, text in rows:
+        with row(nbytes=nbytes, text=text):
+            assert format_bytes(nbytes) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
+def test_durations_are_written_with_three_figures() -> None:
+    rows: list[tuple[float, str]] = [
         (0, "0 s"),
         (20e-9, "20 ns"),
         (50e-6, "50 µs"),
@@ -97,10 +121,10 @@ def test_sizes_are_written_with_three_figures(nbytes: int, text: str) -> None:
         (150, "2.5 min"),
         (7200, "120 min"),
         (360_000, "100 h"),
-    ],
-)
-def test_durations_are_written_with_three_figures(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
+    ]
+    for seconds, text in rows:
+        with row(seconds=seconds, text=text):
+            assert format_duration(seconds) == text
 
 
 @given(st.integers(0, 1 << 60))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rows import row
 from ucxx_transport.client.retry import (
     BACKOFF_LIMIT_S,
     SHORTEST_ATTEMPT_S,
@@ -46,19 +46,20 @@ TABLE: dict[type[TransportError], tuple[PortVerdict, bool, bool]] = {
 }
 
 
-@pytest.mark.parametrize("cls", TABLE)
-def test_each_failure_is_judged_as_the_table_says(cls: type[TransportError]) -> None:
-    verdict, repeats, waits = TABLE[cls]
-    error = cls("it failed")
-    assert judge_port(error) is verdict
-    assert retries_slot(error, attempt=1, read_attempts=2, remaining_s=5.0) is repeats
-    assert (backoff_s(error, 1) > 0) is waits
+def test_each_failure_is_judged_as_the_table_says() -> None:
+    for cls, (verdict, repeats, waits) in TABLE.items():
+        with row(cls=cls):
+            error = cls("it failed")
+            assert judge_port(error) is verdict
+            assert retries_slot(error, attempt=1, read_attempts=2, remaining_s=5.0) is repeats
+            assert (backoff_s(error, 1) > 0) is waits
 
 
-@pytest.mark.parametrize("cls", [cls for cls in TABLE if cls is not NotReadyError])
-def test_the_last_attempt_is_the_last(cls: type[TransportError]) -> None:
-    assert not retries_slot(cls("x"), attempt=2, read_attempts=2, remaining_s=5.0)
-    assert not retries_slot(cls("x"), attempt=1, read_attempts=1, remaining_s=5.0)
+def test_the_last_attempt_is_the_last() -> None:
+    for cls in [cls for cls in TABLE if cls is not NotReadyError]:
+        with row(cls=cls):
+            assert not retries_slot(cls("x"), attempt=2, read_attempts=2, remaining_s=5.0)
+            assert not retries_slot(cls("x"), attempt=1, read_attempts=1, remaining_s=5.0)
 
 
 def test_a_source_that_is_not_ready_is_asked_again_as_long_as_the_deadline_allows() -> None:

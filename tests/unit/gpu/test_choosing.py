@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_gpu import FakeGpu, FakeLeaves
+from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import LeafRuntime, Receiver, on_host, receiver_for, runtime_of
 from ucxx_transport.gpu.runtime import check_index
@@ -45,10 +46,11 @@ def test_few_values_come_to_the_host_wherever_they_are() -> None:
     assert gpu.log == ["to_host 24"]
 
 
-@pytest.mark.parametrize("device", ["cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "cupy:1.5"])
-def test_what_is_no_number_of_a_gpu_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not the number of a GPU"):
-        receiver_for(device)
+def test_what_is_no_number_of_a_gpu_is_refused() -> None:
+    rows: list[str] = ["cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "cupy:1.5"]
+    for device in rows:
+        with row(device=device), pytest.raises(ConfigError, match=r"is not the number of a GPU"):
+            receiver_for(device)
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are() -> None:

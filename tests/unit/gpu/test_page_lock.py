@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_gpu import FakeGpu, FakePageLocking
+from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import PageLock, PageLockError, page_lock
 
@@ -72,14 +73,16 @@ def test_what_somebody_else_registered_is_theirs_to_unregister() -> None:
     assert gpu.log == []
 
 
-@pytest.mark.parametrize(("status", "warnings"), [(0, 0), (4, 0), (713, 0), (1, 1)])
 def test_memory_that_cannot_be_unlocked_is_warned_of_unless_there_is_nothing_left_to_unlock(
-    status: int, warnings: int, log_events: list[MutableMapping[str, Any]]
+    log_events: list[MutableMapping[str, Any]],
 ) -> None:
-    gpu = FakeGpu()
-    gpu.unregister_status = status
-    lock(gpu, memory()).unlock()
-    assert [event["status"] for event in log_events] == [status] * warnings
+    rows: list[tuple[int, int]] = [(0, 0), (4, 0), (713, 0), (1, 1)]
+    for status, warnings in rows:
+        with row(status=status, warnings=warnings):
+            gpu = FakeGpu()
+            gpu.unregister_status = status
+            lock(gpu, memory()).unlock()
+            assert [event["status"] for event in log_events] == [status] * warnings
 
 
 FORKED = """

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import DeviceArray, on_host, runtime_of
 from ucxx_transport.gpu.torch import flat_bytes, host_tensor, name_of, view_of_bytes
@@ -32,18 +33,18 @@ def device_array(tensor: Any) -> DeviceArray:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "made", [lambda t: t, lambda t: t.T, lambda t: t[:, ::2], lambda t: t[0, 1], lambda t: t[:0]], ids=str
-)
-def test_a_copy_is_the_elements_in_their_order_whatever_the_layout(name: str, made: Any) -> None:
-    tensor = made(torch.tensor(VALUES).to(getattr(torch, name)))
-    row = flat_bytes(torch, tensor)
-    assert (row.dtype, row.ndim, row.numel()) == (torch.uint8, 1, tensor.numel() * tensor.dtype.itemsize)
-    expected = as_array(tensor, "x")
-    target = np.zeros(expected.shape, expected.dtype)
-    leaves().copy_to_host(device_array(tensor), target)
-    assert target.tobytes() == np.ascontiguousarray(expected).tobytes()
+def test_a_copy_is_the_elements_in_their_order_whatever_the_layout() -> None:
+    made_rows: list[Any] = [lambda t: t, lambda t: t.T, lambda t: t[:, ::2], lambda t: t[0, 1], lambda t: t[:0]]
+    for made in made_rows:
+        for name in NAMES:
+            with row(made=made, name=name):
+                tensor = made(torch.tensor(VALUES).to(getattr(torch, name)))
+                flat = flat_bytes(torch, tensor)
+                assert (flat.dtype, flat.ndim, flat.numel()) == (torch.uint8, 1, tensor.numel() * tensor.dtype.itemsize)
+                expected = as_array(tensor, "x")
+                target = np.zeros(expected.shape, expected.dtype)
+                leaves().copy_to_host(device_array(tensor), target)
+                assert target.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
 def test_a_contiguous_tensor_is_not_copied_on_the_device() -> None:
@@ -52,17 +53,19 @@ def test_a_contiguous_tensor_is_not_copied_on_the_device() -> None:
         assert flat_bytes(torch, tensor).data_ptr() == tensor.data_ptr()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(2, 3), (), (0, 5), (1,)])
-def test_fields_are_views_of_one_row_of_bytes(name: str, shape: tuple[int, ...]) -> None:
-    memory = torch.zeros(256, dtype=torch.uint8)
-    tensor = view_of_bytes(torch, memory, 64, shape, DTYPES[name])
-    assert (tensor.dtype, tuple(tensor.shape)) == (getattr(torch, name), shape)
-    if tensor.numel():
-        assert tensor.data_ptr() == memory.data_ptr() + 64
-    memory[64:] = 1
-    expected = np.ones(192, np.uint8).view(DTYPES[name])[: tensor.numel()].reshape(shape)
-    assert as_array(tensor, "x").tobytes() == expected.tobytes()
+def test_fields_are_views_of_one_row_of_bytes() -> None:
+    shape_rows: list[tuple[int, ...]] = [(2, 3), (), (0, 5), (1,)]
+    for shape in shape_rows:
+        for name in NAMES:
+            with row(shape=shape, name=name):
+                memory = torch.zeros(256, dtype=torch.uint8)
+                tensor = view_of_bytes(torch, memory, 64, shape, DTYPES[name])
+                assert (tensor.dtype, tuple(tensor.shape)) == (getattr(torch, name), shape)
+                if tensor.numel():
+                    assert tensor.data_ptr() == memory.data_ptr() + 64
+                memory[64:] = 1
+                expected = np.ones(192, np.uint8).view(DTYPES[name])[: tensor.numel()].reshape(shape)
+                assert as_array(tensor, "x").tobytes() == expected.tobytes()
 
 
 def test_a_dtype_that_torch_has_not_is_refused_by_name() -> None:
@@ -76,25 +79,23 @@ def test_a_read_only_array_becomes_a_tensor_of_its_memory_without_a_warning() ->
     assert host_tensor(torch, array).data_ptr() == array.ctypes.data
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "bounds"),
-    [
+def test_bounds_of_integers_are_those_of_the_values() -> None:
+    rows: list[tuple[str, Any, object]] = [
         ("int64", [-5, 3], (-5, 3)),
         ("uint16", [1, 65535], (1, 65535)),
         ("uint32", [0, 2**32 - 1], (0, 2**32 - 1)),
         ("uint64", [7, 9], (7, 9)),
         ("uint64", [0, 2**64 - 1], (0, 2**64 - 1)),
         ("int8", [], None),
-    ],
-)
-def test_bounds_of_integers_are_those_of_the_values(name: str, values: Any, bounds: object) -> None:
-    tensor = torch.from_numpy(np.array(values, name))
-    assert leaves().bounds(device_array(tensor)) == bounds
+    ]
+    for name, values, bounds in rows:
+        with row(name=name, values=values, bounds=bounds):
+            tensor = torch.from_numpy(np.array(values, name))
+            assert leaves().bounds(device_array(tensor)) == bounds
 
 
-@pytest.mark.parametrize(
-    ("stored", "fits", "too_large"),
-    [
+def test_a_float_that_became_infinite_is_seen_and_one_that_was_is_not() -> None:
+    rows: list[tuple[str, list[float], float]] = [
         ("float32", [3e38, float("inf"), float("nan")], 1e39),
         ("float16", [65504.0, 1e-9], 1e5),
         ("bfloat16", [3.38e38, -1.0], 3.4e38),
@@ -102,21 +103,19 @@ def test_bounds_of_integers_are_those_of_the_values(name: str, values: Any, boun
         ("float8_e4m3fn", [448.0, -1.0], -1000.0),
         ("float8_e5m2", [57344.0, 0.0], 1e6),
         ("float8_e5m2", [57344.0, 61439.0], 61441.0),
-    ],
-)
-def test_a_float_that_became_infinite_is_seen_and_one_that_was_is_not(
-    stored: str, fits: list[float], too_large: float
-) -> None:
-    runtime = leaves()
-    wide = device_array(torch.tensor(fits, dtype=torch.float64))
-    narrow = runtime.converted(wide, DTYPES[stored], "x")
-    assert (narrow.dtype, narrow.array.dtype) == (DTYPES[stored], getattr(torch, stored))
-    assert not runtime.overflowed(wide, narrow)
-    wide = device_array(torch.tensor([1.0, too_large], dtype=torch.float64))
-    assert runtime.overflowed(wide, runtime.converted(wide, DTYPES[stored], "x"))
-    with np.errstate(all="ignore"):  # as on the host
-        assert np.isfinite(np.array(fits).astype(DTYPES[stored])).tolist() == np.isfinite(fits).tolist()
-        assert not np.isfinite(np.array(too_large).astype(DTYPES[stored]))
+    ]
+    for stored, fits, too_large in rows:
+        with row(stored=stored, fits=fits, too_large=too_large):
+            runtime = leaves()
+            wide = device_array(torch.tensor(fits, dtype=torch.float64))
+            narrow = runtime.converted(wide, DTYPES[stored], "x")
+            assert (narrow.dtype, narrow.array.dtype) == (DTYPES[stored], getattr(torch, stored))
+            assert not runtime.overflowed(wide, narrow)
+            wide = device_array(torch.tensor([1.0, too_large], dtype=torch.float64))
+            assert runtime.overflowed(wide, runtime.converted(wide, DTYPES[stored], "x"))
+            with np.errstate(all="ignore"):  # as on the host
+                assert np.isfinite(np.array(fits).astype(DTYPES[stored])).tolist() == np.isfinite(fits).tolist()
+                assert not np.isfinite(np.array(too_large).astype(DTYPES[stored]))
 
 
 def test_a_float_without_a_sign_is_left_to_the_caller() -> None:

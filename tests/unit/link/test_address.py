@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import (
     Interface,
@@ -23,9 +24,8 @@ DOCKER = Interface(name="docker0", address="172.17.0.1")
 RDMA = Interface(name="ib0", address="192.168.7.5", rdma_device="mlx5_0")
 
 
-@pytest.mark.parametrize(
-    ("interfaces", "route_source", "expected"),
-    [
+def test_rdma_then_route_then_any_then_loopback() -> None:
+    rows: list[tuple[list[Interface], str | None, str]] = [
         ([LO, ETH, RDMA], "10.0.0.5", "192.168.7.5"),
         ([LO, ETH, SECOND], "10.1.0.5", "10.1.0.5"),
         ([LO, ETH, SECOND], None, "10.0.0.5"),
@@ -34,12 +34,10 @@ RDMA = Interface(name="ib0", address="192.168.7.5", rdma_device="mlx5_0")
         ([DOCKER, LO], None, "172.17.0.1"),
         ([LO], None, "127.0.0.1"),
         ([LO], "127.0.0.1", "127.0.0.1"),
-    ],
-)
-def test_rdma_then_route_then_any_then_loopback(
-    interfaces: list[Interface], route_source: str | None, expected: str
-) -> None:
-    assert decide_address(None, interfaces=interfaces, route_source=route_source) == expected
+    ]
+    for interfaces, route_source, expected in rows:
+        with row(interfaces=interfaces, route_source=route_source, expected=expected):
+            assert decide_address(None, interfaces=interfaces, route_source=route_source) == expected
 
 
 def test_interface_that_is_down_is_not_published() -> None:
@@ -47,9 +45,8 @@ def test_interface_that_is_down_is_not_published() -> None:
     assert decide_address(None, interfaces=[LO, ETH, down], route_source=None) == "10.0.0.5"
 
 
-@pytest.mark.parametrize(
-    ("net_devices", "expected"),
-    [
+def test_devices_that_ucx_is_limited_to_limit_the_choice() -> None:
+    rows: list[tuple[str, str]] = [
         ("eth1", "10.1.0.5"),
         ("mlx5_0:1", "192.168.7.5"),
         ("mlx5_0:1,eth1", "192.168.7.5"),
@@ -57,26 +54,31 @@ def test_interface_that_is_down_is_not_published() -> None:
         ("all", "192.168.7.5"),
         ("no_such", "192.168.7.5"),
         ("", "192.168.7.5"),
-    ],
-)
-def test_devices_that_ucx_is_limited_to_limit_the_choice(net_devices: str, expected: str) -> None:
-    interfaces = [LO, ETH, SECOND, RDMA]
-    chosen = decide_address(None, interfaces=interfaces, route_source="10.0.0.5", net_devices=net_devices)
-    assert chosen == expected
+    ]
+    for net_devices, expected in rows:
+        with row(net_devices=net_devices, expected=expected):
+            interfaces = [LO, ETH, SECOND, RDMA]
+            chosen = decide_address(None, interfaces=interfaces, route_source="10.0.0.5", net_devices=net_devices)
+            assert chosen == expected
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("eth1", "10.1.0.5"), ("lo", "127.0.0.1"), ("10.2.3.4", "10.2.3.4"), ("trainer.example", "trainer.example")],
-)
-def test_host_that_was_asked_for_wins(host: str, expected: str) -> None:
-    assert decide_address(host, interfaces=[LO, ETH, SECOND, RDMA], route_source="10.0.0.5") == expected
+def test_host_that_was_asked_for_wins() -> None:
+    rows: list[tuple[str, str]] = [
+        ("eth1", "10.1.0.5"),
+        ("lo", "127.0.0.1"),
+        ("10.2.3.4", "10.2.3.4"),
+        ("trainer.example", "trainer.example"),
+    ]
+    for host, expected in rows:
+        with row(host=host, expected=expected):
+            assert decide_address(host, interfaces=[LO, ETH, SECOND, RDMA], route_source="10.0.0.5") == expected
 
 
-@pytest.mark.parametrize("host", [str(ipaddress.IPv4Address(0)), "::", "", "  "])
-def test_wildcard_cannot_be_published(host: str) -> None:
-    with pytest.raises(ConfigError):
-        decide_address(host, interfaces=[LO, ETH], route_source=None)
+def test_wildcard_cannot_be_published() -> None:
+    rows: list[str] = [str(ipaddress.IPv4Address(0)), "::", "", "  "]
+    for host in rows:
+        with row(host=host), pytest.raises(ConfigError):
+            decide_address(host, interfaces=[LO, ETH], route_source=None)
 
 
 def test_machine_without_any_address_is_told_so() -> None:

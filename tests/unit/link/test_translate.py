@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.binding import load_binding
 from ucxx_transport.link.translate import Translator, raisable
@@ -11,9 +12,8 @@ from ucxx_transport.link.translate import Translator, raisable
 LIB = load_binding().lib
 
 
-@pytest.mark.parametrize(
-    ("name", "connected", "reason"),
-    [
+def test_connection_errors_are_a_lost_peer_with_a_reason() -> None:
+    rows: list[tuple[str, bool, str]] = [
         ("UCXMessageTruncatedError", True, "truncated"),
         ("UCXMsgTruncated", True, "truncated"),
         ("UCXCanceledError", True, "cancelled"),
@@ -29,27 +29,34 @@ LIB = load_binding().lib
         ("UCXInvalidAddrError", False, "unreachable"),
         ("UCXIOError", True, "aborted"),
         ("UCXError", True, "aborted"),
-    ],
-)
-def test_connection_errors_are_a_lost_peer_with_a_reason(name: str, *, connected: bool, reason: str) -> None:
-    error = Translator(LIB).error(getattr(LIB, name)("words"), peer="host:1", connected=connected)
-    assert isinstance(error, PeerLostError)
-    assert error.facts["reason"] == reason
-    assert error.facts["peer"] == "host:1"
-    assert error.retryable
+    ]
+    for name, connected, reason in rows:
+        with row(name=name, connected=connected, reason=reason):
+            error = Translator(LIB).error(getattr(LIB, name)("words"), peer="host:1", connected=connected)
+            assert isinstance(error, PeerLostError)
+            assert error.facts["reason"] == reason
+            assert error.facts["peer"] == "host:1"
+            assert error.retryable
 
 
-@pytest.mark.parametrize("name", ["UCXNoMemoryError", "UCXNoResourceError", "UCXBusyError", "UCXExceedsLimitError"])
-def test_lack_of_a_resource_is_busy(name: str) -> None:
-    assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), BusyError)
+def test_lack_of_a_resource_is_busy() -> None:
+    rows: list[str] = ["UCXNoMemoryError", "UCXNoResourceError", "UCXBusyError", "UCXExceedsLimitError"]
+    for name in rows:
+        with row(name=name):
+            assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), BusyError)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["UCXConfigError", "UCXInvalidParamError", "UCXUnsupportedError", "UCXNotImplementedError", "UCXNoDeviceError"],
-)
-def test_what_ucx_refuses_is_a_configuration_error(name: str) -> None:
-    assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), ConfigError)
+def test_what_ucx_refuses_is_a_configuration_error() -> None:
+    rows: list[str] = [
+        "UCXConfigError",
+        "UCXInvalidParamError",
+        "UCXUnsupportedError",
+        "UCXNotImplementedError",
+        "UCXNoDeviceError",
+    ]
+    for name in rows:
+        with row(name=name):
+            assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), ConfigError)
 
 
 def test_every_class_of_ucxx_has_an_answer() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.link import binding
 from ucxx_transport.link.native import loaded_library
 
@@ -25,34 +26,34 @@ def symbols() -> list[tuple[str, str]]:
     return [(module, name) for module, names in binding.SYMBOLS.items() for name in names]
 
 
-@pytest.mark.parametrize(("module", "dotted"), symbols())
-def test_symbol_exists(module: str, dotted: str) -> None:
-    binding.load_binding()
-    found: object = importlib.import_module(module)
-    for part in dotted.split("."):
-        found = getattr(found, part)
-    assert found is not None
+def test_symbol_exists() -> None:
+    for module, dotted in symbols():
+        with row(module=module, dotted=dotted):
+            binding.load_binding()
+            found: object = importlib.import_module(module)
+            for part in dotted.split("."):
+                found = getattr(found, part)
+            assert found is not None
 
 
-@pytest.mark.parametrize(
-    ("dotted", "parameters"),
-    [
+def test_signature_is_the_one_the_link_calls() -> None:
+    rows: list[tuple[str, list[str]]] = [
         ("UCXContext", ["config_dict", "feature_flags"]),
         ("UCXWorker", ["context", "enable_delayed_submission", "enable_python_future"]),
         ("UCXEndpoint.create", ["worker", "ip_address", "port", "endpoint_error_handling"]),
         ("UCXEndpoint.tag_send", ["arr", "tag"]),
         ("UCXEndpoint.tag_recv", ["arr", "tag"]),
         ("UCXListener.create", ["worker", "port", "cb_func", "cb_args", "cb_kwargs", "deliver_endpoint"]),
-    ],
-)
-def test_signature_is_the_one_the_link_calls(dotted: str, parameters: list[str]) -> None:
-    binding.load_binding()
-    found = importlib.import_module("ucxx._lib.libucxx")
-    for part in dotted.split("."):
-        found = getattr(found, part)
-    signature = (inspect.getdoc(found) or "").partition("(")[2].partition(") ->")[0]  # embedded by Cython
-    names = [part.partition("=")[0].split()[-1] for part in re.sub(r"\(.*?\)", "", signature).split(",")]
-    assert [name for name in names if name in parameters] == parameters, signature
+    ]
+    for dotted, parameters in rows:
+        with row(dotted=dotted, parameters=parameters):
+            binding.load_binding()
+            found = importlib.import_module("ucxx._lib.libucxx")
+            for part in dotted.split("."):
+                found = getattr(found, part)
+            signature = (inspect.getdoc(found) or "").partition("(")[2].partition(") ->")[0]  # embedded by Cython
+            names = [part.partition("=")[0].split()[-1] for part in re.sub(r"\(.*?\)", "", signature).split(",")]
+            assert [name for name in names if name in parameters] == parameters, signature
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.identity import Identity
@@ -72,9 +73,8 @@ def test_a_slot_has_room_for_all_attempts_and_all_records_of_its_readers() -> No
         assert geometry.entries >= geometry.max_attempts + readers
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_numbers_out_of_bounds_size_nothing() -> None:
+    rows: list[tuple[str, int]] = [
         ("slots", 0),
         ("slots", 65537),
         ("slot_bytes", 0),
@@ -83,13 +83,13 @@ def test_a_slot_has_room_for_all_attempts_and_all_records_of_its_readers() -> No
         ("readers", 65),
         ("schema_bytes", -1),
         ("schema_bytes", (4 << 20) + 1),
-    ],
-)
-def test_numbers_out_of_bounds_size_nothing(field: str, value: int) -> None:
-    good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0)
-    with pytest.raises(ConfigError) as caught:
-        dataclasses.replace(good, **{field: value})
-    assert caught.value.facts["field"] == field
+    ]
+    for field, value in rows:
+        with row(field=field, value=value):
+            good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0)
+            with pytest.raises(ConfigError) as caught:
+                dataclasses.replace(good, **{field: value})
+            assert caught.value.facts["field"] == field
 
 
 def test_an_identity_comes_back_from_its_words() -> None:
@@ -100,9 +100,8 @@ def test_an_identity_comes_back_from_its_words() -> None:
         assert Identity.from_words(words, geometry.total_bytes) == identity(geometry)
 
 
-@pytest.mark.parametrize(
-    ("word", "value", "field"),
-    [
+def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found() -> None:
+    rows: list[tuple[int, int, str]] = [
         (layout.MAGIC_WORD, 0x1234, "magic"),
         (layout.VERSION_WORD, 99, "layout_version"),
         (layout.SLOTS_WORD, 2**60, "slots"),
@@ -112,15 +111,15 @@ def test_an_identity_comes_back_from_its_words() -> None:
         (layout.TOTAL_BYTES_WORD, 4096, "total_bytes"),
         (layout.SLOTS_WORD, 50, "total_bytes"),
         (layout.POLICY_WORD, 3, "on_full"),
-    ],
-)
-def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found(word: int, value: int, field: str) -> None:
-    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
-    words = identity(geometry).to_words()
-    words[word] = value
-    with pytest.raises(ProtocolError) as caught:
-        Identity.from_words(words, geometry.total_bytes)
-    assert caught.value.facts["field"] == field
+    ]
+    for word, value, field in rows:
+        with row(word=word, value=value, field=field):
+            geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
+            words = identity(geometry).to_words()
+            words[word] = value
+            with pytest.raises(ProtocolError) as caught:
+                Identity.from_words(words, geometry.total_bytes)
+            assert caught.value.facts["field"] == field
 
 
 def test_an_identity_of_another_size_than_the_file_is_refused() -> None:

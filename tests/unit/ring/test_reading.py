@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, SlotError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -127,17 +128,19 @@ def test_a_reference_to_another_ring_is_stale(make_ring: MakeRing) -> None:
     assert one.read(ref)["data"].tobytes() == b"mine"
 
 
-@pytest.mark.parametrize("slot", [-1, -4, 4, 2**31])
-def test_a_slot_out_of_range_is_refused_and_discloses_nothing(ring: SharedRingBuffer, slot: int) -> None:
+def test_a_slot_out_of_range_is_refused_and_discloses_nothing(ring: SharedRingBuffer) -> None:
     """The predecessor read slot -1 from the memory in front of the ring."""
-    ref = ring.write_raw(b"payload")
-    with pytest.raises(SlotError) as caught:
-        ring.acquire_slot(slot, ref.generation)
-    assert not isinstance(caught.value, StaleSlotError)
-    with pytest.raises(SlotError):
-        ring.slot_state(slot)
-    assert ring.statistics().out_of_range == 1
-    assert ring.read(ref)["data"].tobytes() == b"payload"
+    rows: list[int] = [-1, -4, 4, 2**31]
+    for number, slot in enumerate(rows, start=1):
+        with row(slot=slot):
+            ref = ring.write_raw(b"payload")
+            with pytest.raises(SlotError) as caught:
+                ring.acquire_slot(slot, ref.generation)
+            assert not isinstance(caught.value, StaleSlotError)
+            with pytest.raises(SlotError):
+                ring.slot_state(slot)
+            assert ring.statistics().out_of_range == number
+            assert ring.read(ref)["data"].tobytes() == b"payload"
 
 
 def test_a_slot_never_written_is_stale(ring: SharedRingBuffer) -> None:
@@ -224,19 +227,21 @@ def test_a_payload_damaged_in_memory_is_a_checksum_error_and_is_not_consumed(mak
     assert ring.read(ref)["data"].tobytes() == b"payload"
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 8, 61, 64])
-def test_a_frame_has_room_round_the_payload_and_touches_no_other_slot(make_ring: MakeRing, nbytes: int) -> None:
-    ring = make_ring(slots=3)
-    refs = [ring.write_raw(bytes([slot + 1]) * nbytes) for slot in range(3)]
-    padded = (nbytes + 7) // 8 * 8
-    with ring.acquire(refs[1]) as lease:
-        frame = lease.frame()
-        assert len(frame) == HEADROOM_BYTES + padded + TAILROOM_BYTES
-        assert bytes(frame[HEADROOM_BYTES : HEADROOM_BYTES + nbytes]) == bytes(lease.buffer)
-        frame[:HEADROOM_BYTES] = b"\xff" * HEADROOM_BYTES
-        frame[HEADROOM_BYTES + padded :] = b"\xee" * TAILROOM_BYTES
-    for slot, ref in enumerate(refs):
-        assert ring.read(ref)["data"].tobytes() == bytes([slot + 1]) * nbytes
+def test_a_frame_has_room_round_the_payload_and_touches_no_other_slot(make_ring: MakeRing) -> None:
+    rows: list[int] = [0, 1, 8, 61, 64]
+    for nbytes in rows:
+        with row(nbytes=nbytes):
+            ring = make_ring(slots=3)
+            refs = [ring.write_raw(bytes([slot + 1]) * nbytes) for slot in range(3)]
+            padded = (nbytes + 7) // 8 * 8
+            with ring.acquire(refs[1]) as lease:
+                frame = lease.frame()
+                assert len(frame) == HEADROOM_BYTES + padded + TAILROOM_BYTES
+                assert bytes(frame[HEADROOM_BYTES : HEADROOM_BYTES + nbytes]) == bytes(lease.buffer)
+                frame[:HEADROOM_BYTES] = b"\xff" * HEADROOM_BYTES
+                frame[HEADROOM_BYTES + padded :] = b"\xee" * TAILROOM_BYTES
+            for slot, ref in enumerate(refs):
+                assert ring.read(ref)["data"].tobytes() == bytes([slot + 1]) * nbytes
 
 
 def test_a_detached_payload_is_consumed_when_its_last_view_goes(ring: SharedRingBuffer) -> None:

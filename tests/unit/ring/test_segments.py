@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.rows import row
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
@@ -181,9 +182,8 @@ def test_a_file_that_is_no_ring_is_refused_with_what_was_found(file: Path) -> No
             SharedRingBuffer.attach(file.name)
 
 
-@pytest.mark.parametrize(
-    ("word", "value", "error"),
-    [
+def test_a_ring_that_is_not_what_it_says_is_refused(make_ring: MakeRing) -> None:
+    rows: list[tuple[int, int, type[Exception]]] = [
         (layout.VERSION_WORD, 2, ProtocolError),
         (layout.MAGIC_WORD, 2, ProtocolError),
         (layout.TOTAL_BYTES_WORD, 4096, ProtocolError),
@@ -192,29 +192,28 @@ def test_a_file_that_is_no_ring_is_refused_with_what_was_found(file: Path) -> No
         (layout.COMPLETE_WORD, 0, NotReadyError),
         (layout.PID_NAMESPACE_WORD, 1, ConfigError),
         (layout.BOOT_ID_WORD, 1, ConfigError),
-    ],
-)
-def test_a_ring_that_is_not_what_it_says_is_refused(
-    make_ring: MakeRing, word: int, value: int, error: type[Exception]
-) -> None:
-    ring = make_ring(schema=Schema([TensorSpec("a", (2,), "int8")]))
-    with file_of(ring).open("r+b") as raw:
-        raw.seek(8 * word)
-        before = raw.read(8)
-        raw.seek(8 * word)
-        raw.write(value.to_bytes(8, "little"))
-        raw.flush()
-        with pytest.raises(error):
-            SharedRingBuffer.attach(ring.name)
-        raw.seek(8 * word)
-        raw.write(before)
-    SharedRingBuffer.attach(ring.name).close()
+    ]
+    for word, value, error in rows:
+        with row(word=word, value=value, error=error):
+            ring = make_ring(schema=Schema([TensorSpec("a", (2,), "int8")]))
+            with file_of(ring).open("r+b") as raw:
+                raw.seek(8 * word)
+                before = raw.read(8)
+                raw.seek(8 * word)
+                raw.write(value.to_bytes(8, "little"))
+                raw.flush()
+                with pytest.raises(error):
+                    SharedRingBuffer.attach(ring.name)
+                raw.seek(8 * word)
+                raw.write(before)
+            SharedRingBuffer.attach(ring.name).close()
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "a/b", "..", "a\0b", "x" * 300])
-def test_a_name_that_is_no_file_s_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError):
-        SharedRingBuffer.attach(name)
+def test_a_name_that_is_no_file_s_is_refused() -> None:
+    rows: list[str] = ["", "/etc/passwd", "a/b", "..", "a\0b", "x" * 300]
+    for name in rows:
+        with row(name=name), pytest.raises(ConfigError):
+            SharedRingBuffer.attach(name)
 
 
 def test_a_link_is_not_followed(ring: SharedRingBuffer, file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import overload
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import CURSOR_WORD, IN_TRANSITION_WORD, Counter, Geometry
@@ -216,50 +217,50 @@ def cut(memory: Memory, act: Callable[[Memory], object], after: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_transition_cut_off_at_any_store_has_happened_or_has_not(name: str) -> None:
-    step = STEPS[name]
-    start = step.start()
-    done = start.copy()
-    step.act(done)
-    assert meaning(start) != meaning(done)
-    cuts = 0
-    while True:
-        memory = start.copy()
-        if not cut(memory, step.act, cuts):
-            break
-        memory.table.repair()
-        assert meaning(memory) in (meaning(start), meaning(done)), f"cut after {cuts} stores"
-        assert memory.words.content[IN_TRANSITION_WORD] == 0
-        if meaning(memory) == meaning(done):
-            # counted before it happens: one kill may count once too often, and never hides what happened
-            assert all(now >= then for now, then in zip(counters(memory), counters(done), strict=True))
-        memory.drain()
-        cuts += 1
-    assert cuts >= 3
+def test_a_transition_cut_off_at_any_store_has_happened_or_has_not() -> None:
+    for name, step in STEPS.items():
+        with row(step=name):
+            start = step.start()
+            done = start.copy()
+            step.act(done)
+            assert meaning(start) != meaning(done)
+            cuts = 0
+            while True:
+                memory = start.copy()
+                if not cut(memory, step.act, cuts):
+                    break
+                memory.table.repair()
+                assert meaning(memory) in (meaning(start), meaning(done)), f"cut after {cuts} stores"
+                assert memory.words.content[IN_TRANSITION_WORD] == 0
+                if meaning(memory) == meaning(done):
+                    # counted before it happens: one kill may count once too often, and never hides what happened
+                    assert all(now >= then for now, then in zip(counters(memory), counters(done), strict=True))
+                memory.drain()
+                cuts += 1
+            assert cuts >= 3
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_repair_cut_off_at_any_store_is_completed_by_the_next(name: str) -> None:
-    step = STEPS[name]
-    start = step.start()
-    cuts = 0
-    while True:
-        broken = start.copy()
-        if not cut(broken, step.act, cuts):
-            break
-        whole = broken.copy()
-        whole.table.repair()
-        repairs = 0
-        while True:
-            memory = broken.copy()
-            if not cut(memory, lambda victim: victim.table.repair(), repairs):
-                break
-            memory.table.repair()
-            assert meaning(memory) == meaning(whole), f"cut after {cuts} stores, its repair after {repairs}"
-            memory.drain()
-            repairs += 1
-        cuts += 1
+def test_a_repair_cut_off_at_any_store_is_completed_by_the_next() -> None:
+    for name, step in STEPS.items():
+        with row(step=name):
+            start = step.start()
+            cuts = 0
+            while True:
+                broken = start.copy()
+                if not cut(broken, step.act, cuts):
+                    break
+                whole = broken.copy()
+                whole.table.repair()
+                repairs = 0
+                while True:
+                    memory = broken.copy()
+                    if not cut(memory, lambda victim: victim.table.repair(), repairs):
+                        break
+                    memory.table.repair()
+                    assert meaning(memory) == meaning(whole), f"cut after {cuts} stores, its repair after {repairs}"
+                    memory.drain()
+                    repairs += 1
+                cuts += 1
 
 
 def test_a_repair_leaves_the_other_slots_alone() -> None:
@@ -291,13 +292,15 @@ def test_a_generation_grows_by_one_at_every_write_and_never_otherwise() -> None:
     assert memory.generation == 6
 
 
-@pytest.mark.parametrize("start", [writing, reading, read_twice_at_once, consumed_while_another_reads])
-def test_a_slot_in_use_cannot_be_reserved(start: Callable[[], Memory]) -> None:
-    memory = start()
-    before = list(memory.words.content)
-    with pytest.raises(SlotError):
-        memory.table.reserve(SLOT, 99, ME)
-    assert memory.words.content == before
+def test_a_slot_in_use_cannot_be_reserved() -> None:
+    rows: list[Callable[[], Memory]] = [writing, reading, read_twice_at_once, consumed_while_another_reads]
+    for start in rows:
+        with row(start=start):
+            memory = start()
+            before = list(memory.words.content)
+            with pytest.raises(SlotError):
+                memory.table.reserve(SLOT, 99, ME)
+            assert memory.words.content == before
 
 
 def test_a_finalise_by_anyone_but_the_attempt_changes_nothing() -> None:

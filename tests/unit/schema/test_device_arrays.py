@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_gpu import FakeGpu
+from tests.support.rows import row
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, TensorSpec
 from ucxx_transport.schema.tensors import DeviceArrayError, as_array, is_on_device
 
@@ -25,14 +26,18 @@ class DLPack:
         return np.ones(2, dtype)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(1, False), (2, True), (3, False), (13, True), (-1, False)])
-def test_an_array_says_by_dlpack_whether_it_is_on_a_gpu(kind: int, *, expected: bool) -> None:
-    assert is_on_device(DLPack(kind)) is expected
+def test_an_array_says_by_dlpack_whether_it_is_on_a_gpu() -> None:
+    rows: list[tuple[int, bool]] = [(1, False), (2, True), (3, False), (13, True), (-1, False)]
+    for kind, expected in rows:
+        with row(kind=kind, expected=expected):
+            assert is_on_device(DLPack(kind)) is expected
 
 
-@pytest.mark.parametrize("value", [np.ones(2), np.float32(1), 1.5, [1, 2], "text", None, b"ab", memoryview(b"ab")])
-def test_what_is_in_host_memory_is_not_on_a_gpu(value: object) -> None:
-    assert not is_on_device(value)
+def test_what_is_in_host_memory_is_not_on_a_gpu() -> None:
+    rows: list[object] = [np.ones(2), np.float32(1), 1.5, [1, 2], "text", None, b"ab", memoryview(b"ab")]
+    for value in rows:
+        with row(value=value):
+            assert not is_on_device(value)
 
 
 @pytest.mark.parametrize("value", [DLPack(2), FakeGpu().array(np.ones(2))])

@@ -6,6 +6,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]  # ships no types
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, is_episode_record
@@ -43,25 +44,28 @@ def test_a_record_is_known_among_other_values() -> None:
     assert not any(is_episode_record(other) for other in others)
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in MALFORMED for value in MALFORMED[field]])
-def test_what_is_malformed_is_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ProtocolError) as caught:
-        EpisodeRecord.from_dict({**FULL.to_dict(), field: value})
-    assert field in str(caught.value) or field in {"ref", "rewards"}
+def test_what_is_malformed_is_refused_by_name() -> None:
+    for field, value in ((field, value) for field, values in MALFORMED.items() for value in values):
+        with row(field=field, value=value):
+            with pytest.raises(ProtocolError) as caught:
+                EpisodeRecord.from_dict({**FULL.to_dict(), field: value})
+            assert field in str(caught.value) or field in {"ref", "rewards"}
 
 
-@pytest.mark.parametrize("version", [0, 2, None, True, "1"])
-def test_another_version_is_refused(version: object) -> None:
-    with pytest.raises(ProtocolError, match="format version"):
-        EpisodeRecord.from_dict({**FULL.to_dict(), "ucxx_transport": version})
+def test_another_version_is_refused() -> None:
+    rows: list[object] = [0, 2, None, True, "1"]
+    for version in rows:
+        with row(version=version), pytest.raises(ProtocolError, match="format version"):
+            EpisodeRecord.from_dict({**FULL.to_dict(), "ucxx_transport": version})
 
 
-@pytest.mark.parametrize("key", list(FULL.to_dict()))
-def test_a_field_that_is_missing_is_named(key: str) -> None:
-    form = FULL.to_dict()
-    del form[key]
-    with pytest.raises(ProtocolError, match=key):
-        EpisodeRecord.from_dict(form)
+def test_a_field_that_is_missing_is_named() -> None:
+    for key in list(FULL.to_dict()):
+        with row(key=key):
+            form = FULL.to_dict()
+            del form[key]
+            with pytest.raises(ProtocolError, match=key):
+                EpisodeRecord.from_dict(form)
 
 
 def test_a_field_too_many_is_named() -> None:
@@ -69,13 +73,15 @@ def test_a_field_too_many_is_named() -> None:
         EpisodeRecord.from_dict({**FULL.to_dict(), "surprise": 1})
 
 
-@pytest.mark.parametrize("facts", [{}, {"ref": REF, "dropped": "why"}, {"dropped": ""}, {"dropped": "x" * 1001}])
-def test_a_record_has_a_reference_or_a_reason(facts: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="dropped"):
-        EpisodeRecord(worker_id="w", sequence=0, **facts)
+def test_a_record_has_a_reference_or_a_reason() -> None:
+    rows: list[dict[str, Any]] = [{}, {"ref": REF, "dropped": "why"}, {"dropped": ""}, {"dropped": "x" * 1001}]
+    for facts in rows:
+        with row(facts=facts), pytest.raises(ConfigError, match="dropped"):
+            EpisodeRecord(worker_id="w", sequence=0, **facts)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1, None])
-def test_a_summary_is_of_finite_floats(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"rewards\.min"):
-        RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)
+def test_a_summary_is_of_finite_floats() -> None:
+    rows: list[Any] = [float("nan"), float("inf"), 1, None]
+    for value in rows:
+        with row(value=value), pytest.raises(ConfigError, match=r"rewards\.min"):
+            RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.payloads import pack_into
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import Schema, TensorSpec
 
@@ -52,10 +53,11 @@ def test_a_length_left_out_is_the_maximum() -> None:
     assert VARLEN.layout().nbytes == VARLEN.nbytes
 
 
-@pytest.mark.parametrize("lengths", [{"obs": 11}, {"obs": -1}, {"obs": True}, {"obs": 1.0}, {"seed": 1}, {"nope": 1}])
-def test_a_length_that_cannot_be_is_refused(lengths: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        VARLEN.layout(lengths)
+def test_a_length_that_cannot_be_is_refused() -> None:
+    rows: list[dict[str, Any]] = [{"obs": 11}, {"obs": -1}, {"obs": True}, {"obs": 1.0}, {"seed": 1}, {"nope": 1}]
+    for lengths in rows:
+        with row(lengths=lengths), pytest.raises(ConfigError):
+            VARLEN.layout(lengths)
 
 
 def test_lengths_are_little_endian_words_at_the_start_of_the_payload() -> None:
@@ -103,9 +105,8 @@ def test_a_schema_differs_from_anything_else() -> None:
     assert VARLEN.varlen == ("obs", "reward")
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
+def test_names_that_make_no_tree_are_refused() -> None:
+    rows: list[list[str]] = [
         [],
         ["a", "a"],
         ["a", "a/b"],
@@ -119,11 +120,10 @@ def test_a_schema_differs_from_anything_else() -> None:
         ["l/٣"],
         [f"f{i}" for i in range(4097)],
         [f"{i:04}".rjust(255, "x") for i in range(4096)],
-    ],
-)
-def test_names_that_make_no_tree_are_refused(names: list[str]) -> None:
-    with pytest.raises(ConfigError):
-        Schema([TensorSpec(name, (), "u1") for name in names])
+    ]
+    for names in rows:
+        with row(names=names), pytest.raises(ConfigError):
+            Schema([TensorSpec(name, (), "u1") for name in names])
 
 
 def test_a_schema_is_made_of_specs() -> None:
@@ -141,9 +141,8 @@ def test_4096_fields_are_enough() -> None:
     assert Schema.from_bytes(schema.to_bytes()) == schema
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
+def test_a_malformed_schema_is_refused_by_field() -> None:
+    rows: list[tuple[dict[str, Any], str]] = [
         ({"version": 2}, "version"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),
@@ -152,12 +151,12 @@ def test_4096_fields_are_enough() -> None:
         ({"fields": [1]}, "tensor spec"),
         ({"fields": [{}] * 4097}, "fields"),
         ({"other": 1}, "'other'"),
-    ],
-)
-def test_a_malformed_schema_is_refused_by_field(change: dict[str, Any], field: str) -> None:
-    with pytest.raises(ProtocolError) as refusal:
-        Schema.from_dict(FIXED.to_dict() | change)
-    assert refusal.value.facts["field"] == field
+    ]
+    for change, field in rows:
+        with row(change=change, field=field):
+            with pytest.raises(ProtocolError) as refusal:
+                Schema.from_dict(FIXED.to_dict() | change)
+            assert refusal.value.facts["field"] == field
 
 
 def test_fields_that_collide_are_a_protocol_error_when_they_come_from_outside() -> None:
@@ -167,12 +166,11 @@ def test_fields_that_collide_are_a_protocol_error_when_they_come_from_outside() 
         Schema.from_dict(form)
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\xc1", b"\x01", b"\x01\x01", bytes(2 << 20), "text", None, b"\xdd\xff\xff\xff\xff"]
-)
-def test_bytes_that_are_no_schema_are_refused(raw: Any) -> None:
-    with pytest.raises(ProtocolError):
-        Schema.from_bytes(raw)
+def test_bytes_that_are_no_schema_are_refused() -> None:
+    rows: list[Any] = [b"", b"\xc1", b"\x01", b"\x01\x01", bytes(2 << 20), "text", None, b"\xdd\xff\xff\xff\xff"]
+    for raw in rows:
+        with row(raw=raw), pytest.raises(ProtocolError):
+            Schema.from_bytes(raw)
 
 
 @pytest.mark.parametrize("claim", [11, 1 << 63, (1 << 64) - 1])
@@ -184,12 +182,14 @@ def test_a_length_claimed_over_the_maximum_is_refused_by_field(claim: int) -> No
     assert refusal.value.facts["field"] == "reward"
 
 
-@pytest.mark.parametrize("nbytes", [0, 15, 16, 63, 128, VARLEN.nbytes - 1])
-def test_a_payload_cut_short_is_refused(nbytes: int) -> None:
-    memory = bytearray(VARLEN.nbytes)
-    struct.pack_into("<2Q", memory, 0, 10, 10)
-    with pytest.raises(ProtocolError, match=f"{nbytes} bytes"):
-        VARLEN.views(memory[:nbytes])
+def test_a_payload_cut_short_is_refused() -> None:
+    rows: list[int] = [0, 15, 16, 63, 128, VARLEN.nbytes - 1]
+    for nbytes in rows:
+        with row(nbytes=nbytes):
+            memory = bytearray(VARLEN.nbytes)
+            struct.pack_into("<2Q", memory, 0, 10, 10)
+            with pytest.raises(ProtocolError, match=f"{nbytes} bytes"):
+                VARLEN.views(memory[:nbytes])
 
 
 def test_views_share_the_memory() -> None:
@@ -217,10 +217,11 @@ def test_views_of_any_contiguous_buffer() -> None:
         assert FIXED.views(memory)["obs"].shape == (3, 5)
 
 
-@pytest.mark.parametrize("buffer", [np.zeros((400, 2), np.uint8)[:, 0], "text", None, 7])
-def test_what_is_no_contiguous_buffer_is_refused(buffer: Any) -> None:
-    with pytest.raises(ConfigError, match="contiguous"):
-        FIXED.views(buffer)
+def test_what_is_no_contiguous_buffer_is_refused() -> None:
+    rows: list[Any] = [np.zeros((400, 2), np.uint8)[:, 0], "text", None, 7]
+    for buffer in rows:
+        with row(buffer=buffer), pytest.raises(ConfigError, match="contiguous"):
+            FIXED.views(buffer)
 
 
 def test_read_only_memory_is_not_written_to() -> None:
@@ -249,9 +250,8 @@ def test_an_example_may_be_shorter_than_the_maximum() -> None:
     assert [field.shape for field in schema] == [(100, 2), (7, 3)]
 
 
-@pytest.mark.parametrize(
-    "varlen", ["x", ["nope"], {"x": 1}, {"x": -1}, {"x": "9"}, ["scalar"], {"scalar": 3}, ["empty"]]
-)
-def test_varlen_that_does_not_fit_the_example_is_refused(varlen: Any) -> None:
-    with pytest.raises(ConfigError):
-        Schema.from_example({"x": np.zeros((5, 2)), "scalar": 1.0, "empty": np.zeros((0, 2))}, varlen)
+def test_varlen_that_does_not_fit_the_example_is_refused() -> None:
+    rows: list[Any] = ["x", ["nope"], {"x": 1}, {"x": -1}, {"x": "9"}, ["scalar"], {"scalar": 3}, ["empty"]]
+    for varlen in rows:
+        with row(varlen=varlen), pytest.raises(ConfigError):
+            Schema.from_example({"x": np.zeros((5, 2)), "scalar": 1.0, "empty": np.zeros((0, 2))}, varlen)

@@ -11,9 +11,9 @@ import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.wire_form import describe
 
 REF = SlotRef(
     ring_id=bytes(range(16)),
@@ -111,13 +111,13 @@ def test_meta_takes_what_numpy_computes() -> None:
     assert SlotRef.from_bytes(ref.to_bytes()) == ref
 
 
-@pytest.mark.parametrize(
-    "value", [b"bytes", {1, 2}, object(), 1j, np.zeros(3), np.datetime64("2024-01-01"), np.complex64(1)]
-)
-def test_meta_that_json_lacks_is_refused(value: object) -> None:
-    with pytest.raises(ConfigError) as refused:
-        replace(REF, meta={"a": value})
-    assert refused.value.facts["field"] == "meta"
+def test_meta_that_json_lacks_is_refused() -> None:
+    rows: list[object] = [b"bytes", {1, 2}, object(), 1j, np.zeros(3), np.datetime64("2024-01-01"), np.complex64(1)]
+    for value in rows:
+        with row(value=value):
+            with pytest.raises(ConfigError) as refused:
+                replace(REF, meta={"a": value})
+            assert refused.value.facts["field"] == "meta"
 
 
 def test_meta_may_be_deep_but_not_without_end() -> None:
@@ -130,69 +130,73 @@ def test_meta_may_be_deep_but_not_without_end() -> None:
         replace(REF, meta=endless)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [*MALFORMED, ("ring_id", "00" * 16), ("ring_id", b"short"), ("ring_id", None)], ids=describe
-)
-def test_a_reference_cannot_be_made_malformed(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=field) as refused:
-        replace(REF, **{field: value})
-    assert refused.value.facts["field"] == field
-    assert len(str(refused.value)) < 400
+def test_a_reference_cannot_be_made_malformed() -> None:
+    rows: list[tuple[str, Any]] = [*MALFORMED, ("ring_id", "00" * 16), ("ring_id", b"short"), ("ring_id", None)]
+    for field, value in rows:
+        with row(field=field, value=value):
+            with pytest.raises(ConfigError, match=field) as refused:
+                replace(REF, **{field: value})
+            assert refused.value.facts["field"] == field
+            assert len(str(refused.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_a_malformed_dict_is_refused_by_field() -> None:
+    rows: list[tuple[str, Any]] = [
         *MALFORMED,
         *(("ring_id", value) for value in (None, 7, b"x" * 16, "00" * 15, "zz" * 16, "00 " * 10 + "00", "AA" * 16)),
-    ],
-    ids=describe,
-)
-def test_a_malformed_dict_is_refused_by_field(field: str, value: Any) -> None:
-    with pytest.raises(ProtocolError, match=field) as refused:
-        SlotRef.from_dict(REF.to_dict() | {field: value})
-    assert refused.value.facts["field"] == field
+    ]
+    for field, value in rows:
+        with row(field=field, value=value):
+            with pytest.raises(ProtocolError, match=field) as refused:
+                SlotRef.from_dict(REF.to_dict() | {field: value})
+            assert refused.value.facts["field"] == field
 
 
-@pytest.mark.parametrize("version", [0, 2, True, "1", None, 1.0, HUGE], ids=describe)
-def test_another_format_version_is_refused(version: Any) -> None:
-    with pytest.raises(ProtocolError, match="version"):
-        SlotRef.from_dict(REF.to_dict() | {"version": version})
+def test_another_format_version_is_refused() -> None:
+    rows: list[Any] = [0, 2, True, "1", None, 1.0, HUGE]
+    for version in rows:
+        with row(version=version), pytest.raises(ProtocolError, match="version"):
+            SlotRef.from_dict(REF.to_dict() | {"version": version})
 
 
-@pytest.mark.parametrize("field", ["version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id"])
-def test_a_missing_field_is_named(field: str) -> None:
-    form = REF.to_dict()
-    del form[field]
-    with pytest.raises(ProtocolError, match=field):
-        SlotRef.from_dict(form)
+def test_a_missing_field_is_named() -> None:
+    rows: list[str] = ["version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id"]
+    for field in rows:
+        with row(field=field):
+            form = REF.to_dict()
+            del form[field]
+            with pytest.raises(ProtocolError, match=field):
+                SlotRef.from_dict(form)
 
 
-@pytest.mark.parametrize("key", ["more", "Slot", 7, None])
-def test_an_unknown_field_is_named(key: Any) -> None:
-    with pytest.raises(ProtocolError, match=str(key)):
-        SlotRef.from_dict({**REF.to_dict(), key: 1})
+def test_an_unknown_field_is_named() -> None:
+    rows: list[Any] = ["more", "Slot", 7, None]
+    for key in rows:
+        with row(key=key), pytest.raises(ProtocolError, match=str(key)):
+            SlotRef.from_dict({**REF.to_dict(), key: 1})
 
 
-@pytest.mark.parametrize("field", ["host", "ports", "fingerprint", "checksum", "meta"])
-def test_an_optional_field_may_be_left_out(field: str) -> None:
-    form = BARE.to_dict()
-    del form[field]
-    assert SlotRef.from_dict(form) == BARE
+def test_an_optional_field_may_be_left_out() -> None:
+    rows: list[str] = ["host", "ports", "fingerprint", "checksum", "meta"]
+    for field in rows:
+        with row(field=field):
+            form = BARE.to_dict()
+            del form[field]
+            assert SlotRef.from_dict(form) == BARE
 
 
-@pytest.mark.parametrize("form", [None, [], "text", 7, [("slot", 1)]])
-def test_what_is_no_mapping_is_refused(form: Any) -> None:
-    with pytest.raises(ProtocolError):
-        SlotRef.from_dict(form)
+def test_what_is_no_mapping_is_refused() -> None:
+    rows: list[Any] = [None, [], "text", 7, [("slot", 1)]]
+    for form in rows:
+        with row(form=form), pytest.raises(ProtocolError):
+            SlotRef.from_dict(form)
 
 
 VALUES = msgpack.unpackb(REF.to_bytes())
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
+def test_bytes_that_are_no_reference_are_refused() -> None:
+    rows: list[Any] = [
         *(
             b"",
             b"\xc0",
@@ -216,17 +220,16 @@ VALUES = msgpack.unpackb(REF.to_bytes())
         msgpack.packb([*VALUES[:-1], {"a": msgpack.Timestamp(1)}]),
         msgpack.packb([*VALUES[:-1], {"a": b"bytes"}]),
         msgpack.packb([*VALUES[:-1], {1: 1}]),
-    ],
-)
-def test_bytes_that_are_no_reference_are_refused(raw: Any) -> None:
-    with pytest.raises(ProtocolError):
-        SlotRef.from_bytes(raw)
+    ]
+    for raw in rows:
+        with row(raw=raw), pytest.raises(ProtocolError):
+            SlotRef.from_bytes(raw)
 
 
-@pytest.mark.parametrize("cut", range(0, len(REF.to_bytes()), 7))
-def test_a_reference_cut_short_is_refused(cut: int) -> None:
-    with pytest.raises(ProtocolError):
-        SlotRef.from_bytes(REF.to_bytes()[:cut])
+def test_a_reference_cut_short_is_refused() -> None:
+    for cut in range(0, len(REF.to_bytes()), 7):
+        with row(cut=cut), pytest.raises(ProtocolError):
+            SlotRef.from_bytes(REF.to_bytes()[:cut])
 
 
 def test_bytes_too_long_are_refused_unread() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.payloads import pack_into
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema import Schema, TensorSpec
 from ucxx_transport.schema.tensors import as_array
@@ -19,13 +20,14 @@ FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", 
 NAMES = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex64", "bfloat16"]
 
 
-@pytest.mark.parametrize("name", NAMES + FLOAT8)
-def test_a_tensor_is_its_own_memory_with_its_own_dtype(name: str) -> None:
-    tensor = torch.tensor([[1.0, 2.0], [4.0, 0.5]]).to(getattr(torch, name))
-    array = as_array(tensor, "x")
-    assert array.dtype.name == name
-    assert array.__array_interface__["data"][0] == tensor.data_ptr()
-    np.testing.assert_array_equal(array.astype(np.complex128), tensor.to(torch.complex128).numpy())
+def test_a_tensor_is_its_own_memory_with_its_own_dtype() -> None:
+    for name in NAMES + FLOAT8:
+        with row(name=name):
+            tensor = torch.tensor([[1.0, 2.0], [4.0, 0.5]]).to(getattr(torch, name))
+            array = as_array(tensor, "x")
+            assert array.dtype.name == name
+            assert array.__array_interface__["data"][0] == tensor.data_ptr()
+            np.testing.assert_array_equal(array.astype(np.complex128), tensor.to(torch.complex128).numpy())
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float8_e4m3fn"])

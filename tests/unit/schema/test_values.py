@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.payloads import pack_into
+from tests.support.rows import row
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema import Schema, TensorSpec
 
@@ -51,9 +52,8 @@ def refusal(field: TensorSpec, value: object) -> ConfigError:
     return refused.value
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
+def test_whatever_holds_the_same_numbers_is_taken() -> None:
+    rows: list[object] = [
         np.arange(4, dtype="f4"),
         np.repeat(np.arange(4, dtype="f4"), 2)[::2],
         np.arange(4, dtype=">f4"),
@@ -65,11 +65,10 @@ def refusal(field: TensorSpec, value: object) -> ConfigError:
         [0, 1, 2, 3],
         (0.0, 1.0, 2, True + 2),
         np.arange(4).astype(ml_dtypes.bfloat16),
-    ],
-    ids=repr,
-)
-def test_whatever_holds_the_same_numbers_is_taken(value: object) -> None:
-    assert round_trip(TensorSpec("x", (4,), "float32"), value).tolist() == [0, 1, 2, 3]
+    ]
+    for value in rows:
+        with row(value=value):
+            assert round_trip(TensorSpec("x", (4,), "float32"), value).tolist() == [0, 1, 2, 3]
 
 
 def test_bytes_are_uint8() -> None:
@@ -77,22 +76,20 @@ def test_bytes_are_uint8() -> None:
     assert bytes(round_trip(TensorSpec("x", (3,), "uint8"), bytearray(b"abc"))) == b"abc"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "value"),
-    [
+def test_a_number_is_a_scalar() -> None:
+    rows: list[tuple[str, complex | np.floating[Any]]] = [
         *(("float32", 0.1), ("float16", 1), ("int8", -128), ("uint64", 2**64 - 1), ("bool", True), ("bfloat16", 1.0)),
         *(("complex64", 1j), ("float32", float("nan")), ("float16", float("inf")), ("float64", np.float32(0.5))),
-    ],
-)
-def test_a_number_is_a_scalar(dtype: str, value: complex) -> None:
-    found = round_trip(TensorSpec("x", (), dtype), value)
-    assert found.shape == ()
-    np.testing.assert_array_equal(found, np.asarray(value).astype(found.dtype))
+    ]
+    for dtype, value in rows:
+        with row(dtype=dtype, value=value):
+            found = round_trip(TensorSpec("x", (), dtype), value)
+            assert found.shape == ()
+            np.testing.assert_array_equal(found, np.asarray(value).astype(found.dtype))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "value"),
-    [
+def test_a_number_that_does_not_fit_is_refused() -> None:
+    rows: list[tuple[str, object]] = [
         *(
             ("int8", 128),
             ("uint8", -1),
@@ -103,16 +100,15 @@ def test_a_number_is_a_scalar(dtype: str, value: complex) -> None:
             ("float16", 2049),
         ),
         *(("int64", 2**64), ("int8", [1, 300]), ("int32", np.float64(1)), ("float32", [np.float64(0.1)])),
-    ],
-)
-def test_a_number_that_does_not_fit_is_refused(dtype: str, value: object) -> None:
-    shape = (len(value),) if isinstance(value, list) else ()
-    assert dtype in str(refusal(TensorSpec("x", shape, dtype), value))
+    ]
+    for dtype, value in rows:
+        with row(dtype=dtype, value=value):
+            shape = (len(value),) if isinstance(value, list) else ()
+            assert dtype in str(refusal(TensorSpec("x", shape, dtype), value))
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
+def test_a_dtype_that_would_narrow_is_refused_with_both_and_the_remedy() -> None:
+    rows: list[tuple[str, str]] = [
         *(
             ("float64", "float32"),
             ("int64", "int32"),
@@ -123,14 +119,14 @@ def test_a_number_that_does_not_fit_is_refused(dtype: str, value: object) -> Non
         *(("int64", "complex128"), ("uint8", "int8"), ("int8", "uint64"), ("complex64", "float32"), ("uint8", "bool")),
         *(("float32", "bfloat16"), ("int8", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float16")),
         *(("float8_e4m3fn", "float8_e5m2"), ("float8_e4m3", "float8_e4m3fn"), ("int8", "float8_e5m2")),
-    ],
-)
-def test_a_dtype_that_would_narrow_is_refused_with_both_and_the_remedy(given: str, wanted: str) -> None:
-    value = np.zeros(2, getattr(ml_dtypes, given, given))
-    message = str(refusal(TensorSpec("x", (2,), wanted), value))
-    assert given in message
-    assert wanted in message
-    assert "astype" in message
+    ]
+    for given, wanted in rows:
+        with row(given=given, wanted=wanted):
+            value = np.zeros(2, getattr(ml_dtypes, given, given))
+            message = str(refusal(TensorSpec("x", (2,), wanted), value))
+            assert given in message
+            assert wanted in message
+            assert "astype" in message
 
 
 def test_whatever_converts_keeps_every_value() -> None:
@@ -162,29 +158,44 @@ def test_whatever_converts_keeps_every_value() -> None:
     assert converted > 40
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (5,), (4, 1), (1, 4)])
-def test_another_shape_is_refused_with_both(shape: tuple[int, ...]) -> None:
-    assert "(4,)" in str(refusal(TensorSpec("x", (4,), "f4"), np.zeros(shape, "f4")))
+def test_another_shape_is_refused_with_both() -> None:
+    rows: list[tuple[int, ...]] = [(), (3,), (5,), (4, 1), (1, 4)]
+    for shape in rows:
+        with row(shape=shape):
+            assert "(4,)" in str(refusal(TensorSpec("x", (4,), "f4"), np.zeros(shape, "f4")))
 
 
-@pytest.mark.parametrize("shape", [(), (2,), (5, 3), (2, 2), (2, 3, 1)])
-def test_a_varlen_field_refuses_what_differs_beyond_its_rows(shape: tuple[int, ...]) -> None:
-    assert "≤4" in str(refusal(TensorSpec("x", (4, 3), "f4", varlen=True), np.zeros(shape, "f4")))
+def test_a_varlen_field_refuses_what_differs_beyond_its_rows() -> None:
+    rows: list[tuple[int, ...]] = [(), (2,), (5, 3), (2, 2), (2, 3, 1)]
+    for shape in rows:
+        with row(shape=shape):
+            assert "≤4" in str(refusal(TensorSpec("x", (4, 3), "f4", varlen=True), np.zeros(shape, "f4")))
 
 
-@pytest.mark.parametrize("rows", range(5))
-def test_a_varlen_field_comes_back_with_the_rows_it_had(rows: int) -> None:
-    value = np.arange(rows * 3, dtype="f4").reshape(rows, 3)
-    found = round_trip(TensorSpec("x", (4, 3), "f4", varlen=True), value)
-    assert found.shape == (rows, 3)
-    np.testing.assert_array_equal(found, value)
+def test_a_varlen_field_comes_back_with_the_rows_it_had() -> None:
+    for rows in range(5):
+        with row(rows=rows):
+            value = np.arange(rows * 3, dtype="f4").reshape(rows, 3)
+            found = round_trip(TensorSpec("x", (4, 3), "f4", varlen=True), value)
+            assert found.shape == (rows, 3)
+            np.testing.assert_array_equal(found, value)
 
 
-@pytest.mark.parametrize(
-    "value", [None, "text", object(), [[1], [1, 2]], {"a": 1}, Convertible(None), [None], np.array(["a"]), {1, 2}]
-)
-def test_what_is_no_array_of_numbers_is_refused(value: object) -> None:
-    refusal(TensorSpec("x", (2,), "f4"), value)
+def test_what_is_no_array_of_numbers_is_refused() -> None:
+    rows: list[object] = [
+        None,
+        "text",
+        object(),
+        [[1], [1, 2]],
+        {"a": 1},
+        Convertible(None),
+        [None],
+        np.array(["a"]),
+        {1, 2},
+    ]
+    for value in rows:
+        with row(value=value):
+            refusal(TensorSpec("x", (2,), "f4"), value)
 
 
 def test_a_list_that_contains_itself_is_refused() -> None:
@@ -229,9 +240,8 @@ def test_a_key_may_be_a_path() -> None:
     assert NESTED.views(memory)["obs"]["state"][0] == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_data_that_does_not_fit_the_schema_is_refused_by_name() -> None:
+    rows: list[tuple[dict[Any, Any], str]] = [
         ({"obs": {"image": np.zeros(2, "u1")}}, "missing: 'obs/state'"),
         ({"more": np.zeros(2, "u1")}, "unknown: 'more'"),
         ({"layers": [{"w": np.zeros(2, "u1")}] * 3}, "unknown: 'layers/2/w'"),
@@ -242,17 +252,17 @@ def test_a_key_may_be_a_path() -> None:
         ({"": {"obs": 1}}, "not empty"),
         ({"obs/image": np.zeros(2, "u1")}, "twice"),
         ({"obs": np.zeros(2, "u1")}, "missing: 'obs/image', 'obs/state'; unknown: 'obs'"),
-    ],
-)
-def test_data_that_does_not_fit_the_schema_is_refused_by_name(change: dict[Any, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        pack_into(NESTED, bytearray(NESTED.nbytes), tree_of() | change)
+    ]
+    for change, message in rows:
+        with row(change=change, message=message), pytest.raises(ConfigError, match=message):
+            pack_into(NESTED, bytearray(NESTED.nbytes), tree_of() | change)
 
 
-@pytest.mark.parametrize("tree", [None, [], np.zeros(3), 7, {}])
-def test_data_is_a_mapping(tree: Any) -> None:
-    with pytest.raises(ConfigError):
-        pack_into(NESTED, bytearray(NESTED.nbytes), tree)
+def test_data_is_a_mapping() -> None:
+    rows: list[Any] = [None, [], np.zeros(3), 7, {}]
+    for tree in rows:
+        with row(tree=tree), pytest.raises(ConfigError):
+            pack_into(NESTED, bytearray(NESTED.nbytes), tree)
 
 
 def test_many_missing_fields_are_not_all_listed() -> None:

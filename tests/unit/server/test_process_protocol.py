@@ -6,29 +6,39 @@ import json
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
 
 
-@pytest.mark.parametrize("token", [None, "plain", b"\x00\xffbytes"], ids=["none", "text", "bytes"])
-@pytest.mark.parametrize("ports", [4, [5001, 5002]], ids=["count", "numbers"])
-def test_an_order_survives_the_trip_with_every_setting(token: str | bytes | None, ports: int | list[int]) -> None:
-    config = ServerConfig(
-        host="10.0.0.7", ports=ports, token=token, idle_timeout_s=7.0, max_connections=3, ucx={"TLS": "tcp"}
-    )
-    settings = PortSettings.of(config)
-    order = ServerOrder(ring_name="ucxx_transport-x", ring_folder="/dev/shm", worker_pid=42, settings=settings)
-    line = order.to_line()
-    assert line.endswith(b"\n")
-    assert line.count(b"\n") == 1
-    back = ServerOrder.from_line(line)
-    assert (back.ring_name, back.worker_pid) == ("ucxx_transport-x", 42)
-    assert back.settings == settings
-    assert back.settings.ports == ((0, 0, 0, 0) if ports == 4 else (5001, 5002))
-    assert back.settings.token == config.token_bytes
-    assert (back.settings.idle_timeout_s, back.settings.max_connections, back.settings.ucx) == (7.0, 3, {"TLS": "tcp"})
+def test_an_order_survives_the_trip_with_every_setting() -> None:
+    token_rows: list[str | bytes | None] = [None, "plain", b"\x00\xffbytes"]
+    ports_rows: list[int | list[int]] = [4, [5001, 5002]]
+    for ports in ports_rows:
+        for token in token_rows:
+            with row(ports=ports, token=token):
+                config = ServerConfig(
+                    host="10.0.0.7", ports=ports, token=token, idle_timeout_s=7.0, max_connections=3, ucx={"TLS": "tcp"}
+                )
+                settings = PortSettings.of(config)
+                order = ServerOrder(
+                    ring_name="ucxx_transport-x", ring_folder="/dev/shm", worker_pid=42, settings=settings
+                )
+                line = order.to_line()
+                assert line.endswith(b"\n")
+                assert line.count(b"\n") == 1
+                back = ServerOrder.from_line(line)
+                assert (back.ring_name, back.worker_pid) == ("ucxx_transport-x", 42)
+                assert back.settings == settings
+                assert back.settings.ports == ((0, 0, 0, 0) if ports == 4 else (5001, 5002))
+                assert back.settings.token == config.token_bytes
+                assert (back.settings.idle_timeout_s, back.settings.max_connections, back.settings.ucx) == (
+                    7.0,
+                    3,
+                    {"TLS": "tcp"},
+                )
 
 
 def test_the_child_takes_its_settings_from_the_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,20 +56,19 @@ def test_a_report_survives_the_trip() -> None:
     report.raise_error()
 
 
-@pytest.mark.parametrize(
-    ("name", "cls"),
-    [
+def test_what_stopped_the_child_is_raised_in_the_worker() -> None:
+    rows: list[tuple[str, type[TransportError]]] = [
         ("ConfigError", ConfigError),
         ("DeadlineExceededError", DeadlineExceededError),
         ("PeerLostError", TransportError),
         ("SystemExit", TransportError),
-    ],
-)
-def test_what_stopped_the_child_is_raised_in_the_worker(name: str, cls: type[TransportError]) -> None:
-    report = ServerReport.from_line(ServerReport(error_class=name, error="the words").to_line())
-    with pytest.raises(cls, match="the words") as caught:
-        report.raise_error()
-    assert type(caught.value) is cls
+    ]
+    for name, cls in rows:
+        with row(name=name, cls=cls):
+            report = ServerReport.from_line(ServerReport(error_class=name, error="the words").to_line())
+            with pytest.raises(cls, match="the words") as caught:
+                report.raise_error()
+            assert type(caught.value) is cls
 
 
 def test_both_lines_are_plain_json() -> None:
