@@ -16,8 +16,8 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.endpoints import Endpoints, share_s
-from ucxx_transport.membership.etcd.failures import refusal
+from ucxx_transport.membership.etcd.client import Endpoints, share_s
+from ucxx_transport.membership.etcd.messages import refusal
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Entry, Event
 
@@ -36,8 +36,8 @@ def kv(key: str, revision: int, **fields: Any) -> dict[str, Any]:
 def test_what_is_left_out_is_zero() -> None:
     assert messages.entries([kv("a", 5)], JOB) == (Entry(key="a", value=b"", revision=5, lease_id=None),)
     assert messages.entries([kv("a", 5, lease="7", value=text(b"v"))], JOB)[0].lease_id == 7
-    assert messages.Reply({}).revision == 0
-    assert not messages.Reply({}).succeeded
+    assert messages.EtcdReply({}).revision == 0
+    assert not messages.EtcdReply({}).succeeded
     assert messages.value_of([]) == ""
 
 
@@ -61,7 +61,7 @@ def test_one_message_may_hold_several_revisions_each_of_them_whole() -> None:
     assert [(batch.revision, len(batch.events)) for batch in message.batches] == [(4, 1), (5, 2), (6, 1)]
     assert message.batches[0].events == (Event(kind="put", key="a", value=b"1", revision=4, lease_id=9),)
     assert message.batches[1].events[1] == Event(kind="delete", key="c", value=b"", revision=5)
-    assert (message.revision, message.created, message.canceled, message.compacted) == (6, False, False, 0)
+    assert (message.canceled, message.compacted) == (False, 0)
 
 
 def test_a_watch_begins_after_the_revision() -> None:

@@ -9,6 +9,17 @@
 | a refused watch       | status 200, `created` and `canceled` in one message                      |
 | a compacted watch     | status 200, `canceled` with a `compact_revision`                         |
 
+A refusal is known by its gRPC code (https://grpc.github.io/grpc/core/md_doc_statuscodes.html):
+
+| code                                                            | raised                                   |
+|-----------------------------------------------------------------|------------------------------------------|
+| 5 not found                                                     | `LeaseLostError`: only leases are named  |
+| 7 permission denied                                             | `StorePermissionError`                   |
+| 3 invalid argument ("user name is empty"), 16 unauthenticated   | a new token, then `StorePermissionError` |
+| 11 out of range                                                 | `CompactedError`                         |
+| all others: unavailable, deadline exceeded, no space, unknown … | `StoreUnavailableError`                  |
+| none, with an HTTP status of a server that is no etcd gateway   | `ConfigError`                            |
+
 The store's identity lies at `/identity` below the namespace: no key of a caller begins with "/", and none sees it.
 """
 
@@ -23,20 +34,37 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from ucxx_transport.errors import StoreUnavailableError
+from ucxx_transport.errors import (
+    CompactedError,
+    ConfigError,
+    LeaseLostError,
+    StorePermissionError,
+    StoreUnavailableError,
+    TransportError,
+)
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Entry, Event
 
-__all__ = ["Json", "Reply", "WatchMessage", "entries", "identity_key"]
+__all__ = ["EtcdReply", "Json", "WatchMessage", "answer_of", "entries", "identity_key", "is_not_logged_in", "refusal"]
 
 Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is looked at field by field here alone."""
 
 _IDENTITY: Final = b"/identity"
 
+_INVALID_ARGUMENT: Final = 3
+_NOT_FOUND: Final = 5
+_PERMISSION_DENIED: Final = 7
+FAILED_PRECONDITION: Final = 9
+_OUT_OF_RANGE: Final = 11
+_UNAUTHENTICATED: Final = 16
+NOT_LOGGED_IN: Final = frozenset({_INVALID_ARGUMENT, _UNAUTHENTICATED})
+"""A request without a user, or with a token that is not known any more. All requests here are well-formed otherwise."""
+_NOT_A_GATEWAY: Final = frozenset({400, 404, 405, 415, 426})
+
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class EtcdReply:
     """An answer of etcd.
 
     Attributes:
@@ -64,10 +92,10 @@ class Reply:
         found = self.body.get("kvs") or []
         return [kv for kv in found if isinstance(kv, dict)]
 
-    def ranges(self) -> list[Reply]:
+    def ranges(self) -> list[EtcdReply]:
         """The answers of a transaction's ranges, in their order."""
         found = self.body.get("responses") or []
-        return [Reply(each.get("response_range") or {}) for each in found if isinstance(each, dict)]
+        return [EtcdReply(each.get("response_range") or {}) for each in found if isinstance(each, dict)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,23 +103,19 @@ class WatchMessage:
     """One line of a watch's stream.
 
     Attributes:
-        revision: the store's.
-        created: the watch has begun.
         canceled: etcd has ended it.
         compacted: because what it asks for is gone: the first revision that is kept; 0: not so.
         reason: of the end, in etcd's words.
         batches: the changes, by revision.
     """
 
-    revision: int
-    created: bool
     canceled: bool
     compacted: int
     reason: str
     batches: tuple[Batch, ...]
 
 
-def parsed(text: bytes, endpoint: object) -> Json:
+def parsed(text: bytes, endpoint: str) -> Json:
     """The object that the text is.
 
     Raises:
@@ -104,6 +128,65 @@ def parsed(text: bytes, endpoint: object) -> Json:
     if not isinstance(found, dict):
         raise StoreUnavailableError("the answer is no JSON object: cut off, or not etcd's", endpoint=endpoint)
     return found
+
+
+def answer_of(status: int, text: bytes, endpoint: str) -> EtcdReply:
+    """The answer in a response.
+
+    Raises:
+        TransportError: it is none: see the module's table.
+    """
+    if status != 200:
+        try:
+            body = parsed(text, endpoint)
+        except StoreUnavailableError:
+            body = {}
+        raise refusal(status, body, endpoint)
+    body = parsed(text, endpoint)
+    if code_of(body):
+        raise refusal(status, body, endpoint)
+    return EtcdReply(body.get("result", body))
+
+
+def is_not_logged_in(error: TransportError) -> bool:
+    """Whether etcd asks for a token, or for another one."""
+    return error.facts.get("code") in NOT_LOGGED_IN
+
+
+def code_of(body: Json) -> int:
+    """The gRPC code of an error's body; 0 when it has none."""
+    error = body.get("error")
+    code = error.get("grpc_code") if isinstance(error, dict) else body.get("code")  # a stream's error, or a call's
+    return code if isinstance(code, int) else 0
+
+
+def refusal(status: int, body: Json, endpoint: str) -> TransportError:
+    """The error for an answer that is none.
+
+    Args:
+        status: of HTTP.
+        body: of the answer; empty when it is not JSON.
+        endpoint: whose answer it is.
+    """
+    code = code_of(body)
+    facts: dict[str, object] = {"endpoint": endpoint, "status": status, "code": code, "reason": _words(body)}
+    if code == _NOT_FOUND:
+        return LeaseLostError("the lease has ended: take another one and put its keys again", **facts)
+    if code == _PERMISSION_DENIED:
+        return StorePermissionError(
+            "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix", **facts
+        )
+    if code in NOT_LOGGED_IN:
+        return StorePermissionError("etcd refuses this user: see to store.user and store.password", **facts)
+    if code == _OUT_OF_RANGE:
+        return CompactedError("etcd no longer keeps this revision; take a snapshot", **facts)
+    if not code and status in _NOT_A_GATEWAY:
+        return ConfigError(
+            "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its "
+            "client URL; etcds:// where it speaks TLS",
+            **facts,
+        )
+    return StoreUnavailableError("etcd does not answer as asked", **facts)
 
 
 def identity_key(namespace: Namespace) -> bytes:
@@ -176,11 +259,9 @@ def entries(kvs: Iterable[Json], namespace: Namespace) -> tuple[Entry, ...]:
 
 
 def watch_message(line: Json, namespace: Namespace) -> WatchMessage:
-    """What a line of a watch's stream says; its changes are whole revisions, as etcd keeps them together."""
+    """A line of a watch's stream; its changes are whole revisions, as etcd keeps them together."""
     result = line.get("result") or {}
     return WatchMessage(
-        revision=_int(result.get("header") or {}, "revision"),
-        created=bool(result.get("created")),
         canceled=bool(result.get("canceled")),
         compacted=_int(result, "compact_revision"),
         reason=str(result.get("cancel_reason", "")),
@@ -196,9 +277,9 @@ def value_of(kvs: list[Json]) -> str:
 def _batches(events: list[Json], namespace: Namespace) -> Iterator[Batch]:
     hidden = identity_key(namespace)
     for revision, group in groupby(events, key=lambda event: _int(event.get("kv") or {}, "mod_revision")):
-        told = tuple(_event(event, namespace) for event in group if _bytes(event["kv"], "key") != hidden)
-        if told:
-            yield Batch(revision=revision, events=told)
+        shown = tuple(_event(event, namespace) for event in group if _bytes(event["kv"], "key") != hidden)
+        if shown:
+            yield Batch(revision=revision, events=shown)
 
 
 def _event(event: Json, namespace: Namespace) -> Event:
@@ -229,3 +310,9 @@ def _int(holder: Json, field: str) -> int:
         return int(holder.get(field) or 0)
     except (TypeError, ValueError):
         raise StoreUnavailableError("the answer is not etcd's: no number", field=field) from None
+
+
+def _words(body: Json) -> str:
+    error = body.get("error")
+    found = error.get("message") if isinstance(error, dict) else body.get("message", error)
+    return str(found or "")

@@ -6,26 +6,21 @@ import os
 import time
 import weakref
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StorePermissionError
 from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.access import access, load_libraries
-from ucxx_transport.membership.etcd.calls import Caller, Login
-from ucxx_transport.membership.etcd.endpoints import Endpoints
-from ucxx_transport.membership.etcd.messages import Json, Reply
-from ucxx_transport.membership.etcd.stream import Watched
+from ucxx_transport.membership.etcd.client import EtcdClient, access, load_libraries
+from ucxx_transport.membership.etcd.messages import EtcdReply, Json
 from ucxx_transport.membership.etcd.watch import EtcdWatch
 from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
 from ucxx_transport.membership.leases import whole_seconds
-from ucxx_transport.membership.store import Entry, Lease, Snapshot
+from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store, lease_lost, revision_conflict
 
 __all__ = ["EtcdStore"]
 
 
-class EtcdStore:
+class EtcdStore(Store):
     """A store in etcd: many machines.
 
     Its keys lie below `/ucxx_transport/<namespace>/`. Calls go to the endpoint that answered last, and to the others
@@ -47,9 +42,8 @@ class EtcdStore:
         self._config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._namespace = Namespace(self._config.namespace)
-        self._access = access(self._config, tls=tls)
-        self._endpoints = Endpoints(endpoints)
-        self._by_process: dict[int, Caller] = {}
+        self._access = access(endpoints, self._config, tls=tls)
+        self._by_process: dict[int, EtcdClient] = {}
         self._identity = ""
         self._closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
@@ -81,7 +75,7 @@ class EtcdStore:
         checked_lease_id(lease_id)
         reply = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
         if not reply.number("TTL"):
-            raise LeaseLostError("the lease has ended: take another one and put its keys anew", lease_id=lease_id)
+            raise lease_lost(lease_id)
         return float(reply.number("TTL"))
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
@@ -142,16 +136,15 @@ class EtcdStore:
         return Snapshot(revision=reply.revision, entries=messages.entries(found.kvs(), self._namespace))
 
     def watch(self, prefix: str = "", *, after: int) -> EtcdWatch:
-        first, end = self._namespace.bounds(prefix)
-        watched = Watched(
-            namespace=self._namespace,
-            first=first,
-            end=end,
+        watch = EtcdWatch(
+            self._client(),
+            self._namespace,
+            prefix,
             after=after,
             identity=self._identity,
             timeout_s=self._config.timeout_s,
+            on_reset=self._forget_identity,
         )
-        watch = EtcdWatch(self._caller(), watched, on_reset=self._forget_identity)
         self._watches.add(watch)
         return watch
 
@@ -159,54 +152,35 @@ class EtcdStore:
         self._closed = True
         for watch in list(self._watches):
             watch.close()
-        caller = self._by_process.pop(os.getpid(), None)
-        if caller is not None:
-            caller.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        client = self._by_process.pop(os.getpid(), None)
+        if client is not None:
+            client.close()
 
     def _change_expecting(
         self, stored: bytes, expected: int, operation: str, request: Json, timeout_s: float | None
-    ) -> Reply:
+    ) -> EtcdReply:
         reply = self._change("kv/txn", messages.if_revision(stored, expected, operation, request), timeout_s)
         if not reply.succeeded:
             kvs = reply.ranges()[0].kvs()
-            raise ConflictError(
-                "the key has another revision than expected; nothing was changed",
-                key=stored.decode(),
-                expected=expected,
-                revision=messages.entry(kvs[0], self._namespace).revision if kvs else 0,
-            )
+            revision = messages.entry(kvs[0], self._namespace).revision if kvs else 0
+            raise revision_conflict(stored, expected, revision)
         return reply
 
-    def _change(self, path: str, body: Json, timeout_s: float | None) -> Reply:
-        return self._caller().call(path, body, until=self._until(timeout_s), repeatable=False)
+    def _change(self, path: str, body: Json, timeout_s: float | None) -> EtcdReply:
+        return self._client().call(path, body, until=self._until(timeout_s), repeatable=False)
 
-    def _call(self, path: str, body: Json, until: float) -> Reply:
-        return self._caller().call(path, body, until=until)
+    def _call(self, path: str, body: Json, until: float) -> EtcdReply:
+        return self._client().call(path, body, until=until)
 
     def _until(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
 
-    def _caller(self) -> Caller:
+    def _client(self) -> EtcdClient:
         """This process's connections: a forked child has none of its parent's, which stay in the dict unused."""
         if self._closed:
             raise ConfigError("the store is closed: open another", url=self.url)
         pid = os.getpid()
-        return self._by_process.get(pid) or self._by_process.setdefault(pid, self._new_caller())
-
-    def _new_caller(self) -> Caller:
-        config = self._config
-        login = None
-        if config.user is not None and config.password_text is not None:
-            login = Login(name=config.user, password=config.password_text)
-        return Caller(self._access, self._endpoints, login)
+        return self._by_process.get(pid) or self._by_process.setdefault(pid, EtcdClient(self._access))
 
     def _forget_identity(self) -> None:
         """A watch has found the store to be another one: the next one takes it as it is."""
