@@ -80,7 +80,7 @@ def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
         now = served.server.statistics()
         assert (now.restarts, served.server.ports, served.ring.address()) == (1, ports, ("127.0.0.1", ports))
         wait_until(lambda: served.server.statistics().total("delivered") == 4, MINUTE)  # counts outlive the process
-        deaths = [event for event in log_events if event["event"] == "server process died; restarting"]
+        deaths = [event for event in log_events if event["event"] == "sidecar_died"]
         assert [(event["reason"], event["restarts"]) for event in deaths] == [(number.name, 1)]
 
 

@@ -18,7 +18,6 @@ from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port_server import PortServer
-from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
 from ucxx_transport.testing.memory_link import MemoryListener
@@ -112,7 +111,7 @@ class ExchangeRig:
         server = PortServer(
             ring,
             source,
-            PortSettings.of(config),
+            config,
             PortCounters(ring.server_words, port - 1),
             Binding(ring.server_words),
             clock=asyncio.get_running_loop().time,

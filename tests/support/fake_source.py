@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import SlotError
 from ucxx_transport.membership import Offer
+from ucxx_transport.sidecar.launch import Sidecar
 
 __all__ = ["FakeSource"]
 
@@ -32,6 +33,7 @@ class FakeSource:
     old: int = 0
     binds: int = 0
     said: list[str] = field(default_factory=list)
+    sidecar: Sidecar | None = None
 
     def offer(self) -> Offer:
         if self.offered is None:

@@ -1,4 +1,4 @@
-"""The process that keeps a worker's lease, found from outside."""
+"""The sidecar that renews a worker's lease, found from outside."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["keeper_of"]
 
 
 def keeper_of(pid: int) -> int | None:
-    """The keeper of the process `pid`; None: it has none, or it is not there yet."""
+    """The sidecar of the process `pid`; None: it has none, or it is not there yet."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, children.read_text().split()):
-            if b"keeper_child" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"ucxx_transport.sidecar.main" in Path(f"/proc/{child}/cmdline").read_bytes():
                 return child
     return None

@@ -35,9 +35,8 @@ from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupSnapshot, MemberRecord
 from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying, change_view
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.keeper import keep_twice
-from ucxx_transport.membership.keeper_process import KeeperProcess
 from ucxx_transport.membership.keys import group_prefix
+from ucxx_transport.membership.renewal import Renewal, renew, renewal_of
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.teardown import Teardown
 
@@ -75,7 +74,7 @@ class LeaseRenewer:
         interval_s: float,
         on_lost: Callable[[], object],
         *,
-        helper: KeeperProcess | None = None,
+        helper: Renewal | None = None,
     ) -> None:
         self._store, self._lease_id, self._interval_s = store, lease_id, interval_s
         self._on_lost, self._helper = on_lost, helper
@@ -112,7 +111,7 @@ class LeaseRenewer:
         while not self._stopping.wait(pause_s):
             try:
                 if self._helper is None or not self._helper.keeps(self._lease_id):
-                    keep_twice(self._store, self._lease_id, timeout_s=self._interval_s)
+                    renew(self._store, self._lease_id, timeout_s=self._interval_s)
             except LeaseLostError:
                 raise
             except Exception as error:  # noqa: BLE001 - the edge of a thread: whatever it was, the lease is to live
@@ -145,7 +144,7 @@ class MemberThread:
         self._watch: Watch | None = None
         config, helper = context.config, None
         if config.keeper == "process":
-            helper = KeeperProcess(context.store.url, context.store_config, interval_s=config.interval_s)
+            helper = renewal_of(context.store, context.store_config, config.interval_s)
         self._renewer = LeaseRenewer(
             context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper=helper
         )

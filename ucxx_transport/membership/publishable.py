@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ucxx_transport.sidecar.launch import Sidecar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,10 @@ class Offer:
 
 class Publishable(Protocol):
     """A ring with or without a server; `UCXXServer` is one."""
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """A process beside this one that may renew the lease of what is published, None where there is none."""
 
     def offer(self) -> Offer:
         """What can be read now."""

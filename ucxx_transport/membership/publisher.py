@@ -13,10 +13,10 @@ from typing import Self
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.membership.keeper_process import KeeperProcess
 from ucxx_transport.membership.publishable import Publishable
 from ucxx_transport.membership.publisher_board import PublisherBoard, PublisherState, PublisherStatistics
 from ucxx_transport.membership.publishing import Publishing
+from ucxx_transport.membership.renewal import Renewal, renewal_of
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 
@@ -65,9 +65,10 @@ class HeartbeatPublisher:
         self._owns_store = isinstance(store, str)
         self._store: Store = open_store(store, store_config) if isinstance(store, str) else store
         self._board = PublisherBoard(clock)
-        self._keeper: KeeperProcess | None = None
+        self._keeper: Renewal | None = None
         if self._config.keeper == "process":
-            self._keeper = KeeperProcess(self._store.url, store_config, interval_s=self._config.interval_s)
+            interval_s = self._config.interval_s
+            self._keeper = renewal_of(self._store, store_config, interval_s, host=source.sidecar, on_news=self._wake_up)
         self._stopping = threading.Event()
         try:
             self._publishing = Publishing(
@@ -171,7 +172,7 @@ class HeartbeatPublisher:
         keeper = self._keeper
         return self._board.statistics(
             keeper_restarts=0 if keeper is None else keeper.restarts,
-            keeper_keeps=keeper is not None and keeper.kept is not None,
+            keeper_keeps=keeper is not None and keeper.is_kept,
         )
 
     def __enter__(self) -> Self:
@@ -211,7 +212,10 @@ class HeartbeatPublisher:
         assert self._wake is not None
         watched = select.poll()
         watched.register(self._wake[0], select.POLLIN)
-        descriptor = self._keeper.descriptor if self._keeper is not None else None
-        if descriptor is not None:
-            watched.register(descriptor, select.POLLIN)
-        watched.poll(seconds * 1000)
+        if watched.poll(seconds * 1000) and not self._stopping.is_set():
+            os.read(self._wake[0], 64)
+
+    def _wake_up(self) -> None:
+        with self._ending:
+            if self._wake is not None:
+                os.write(self._wake[1], b"w")

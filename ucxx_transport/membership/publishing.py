@@ -22,11 +22,11 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.keeper import LeaseKeeper, keep_twice
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.publication import Publication, next_epoch
 from ucxx_transport.membership.publishable import Publishable
 from ucxx_transport.membership.publisher_board import PublisherBoard, PublisherState
+from ucxx_transport.membership.renewal import Renewal, renew
 from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 
@@ -34,8 +34,6 @@ _log = get_logger(__name__)
 
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
-
-NO_LEASE: Final = 0
 
 
 class Publishing:
@@ -60,7 +58,7 @@ class Publishing:
         *,
         meta: Mapping[str, object],
         board: PublisherBoard,
-        keeper: LeaseKeeper | None,
+        keeper: Renewal | None,
         pause: Callable[[float], None],
         stopping: Callable[[], bool],
         clock: Callable[[], float],
@@ -165,8 +163,6 @@ class Publishing:
         return publication
 
     def _become_visible(self) -> Publication:
-        if self._keeper is not None:
-            self._keeper.keeps(NO_LEASE)  # as long as it is not heard no pause lasts
         self._yield_to_double()
         epoch = next_epoch(self._store, self._worker_id, known=self._board.epoch)
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
@@ -232,7 +228,7 @@ class Publishing:
     def _renew(self, publication: Publication) -> None:
         lease_id = publication.lease.lease_id
         if self._keeper is None or not self._keeper.keeps(lease_id):
-            keep_twice(self._store, lease_id)
+            renew(self._store, lease_id)
 
     def _show_health(self, publication: Publication) -> None:
         healthy = self._source.is_healthy(2 * self._config.interval_s)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import fields
 from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.counters import Binding, PortCounters
@@ -23,14 +25,26 @@ from ucxx_transport.server.session import SessionSource
 if TYPE_CHECKING:
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.server.port_settings import PortSettings
 
 _log = get_logger(__name__)
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 
 
-def ucxx_links(settings: PortSettings) -> LinkFactory:
+def to_order(config: ServerConfig) -> dict[str, object]:
+    """The settings as plain JSON values; the token travels in a sidecar's pipe and nowhere else."""
+    values = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    token = config.token_bytes
+    return {**values, "token": None if token is None else token.hex(), "ucx": dict(config.ucx)}
+
+
+def of_order(order: Mapping[str, Any]) -> ServerConfig:
+    """Rebuild them in the sidecar; its environment and files have no say."""
+    token = order["token"]
+    return ServerConfig(**{**order, "token": None if token is None else bytes.fromhex(token)})
+
+
+def ucxx_links(settings: ServerConfig) -> LinkFactory:
     """Opens links over UCX."""
     from ucxx_transport.link.ucxx import UCXXLink
 
@@ -109,9 +123,10 @@ class PortGroup:
         link_factory: opens one link a port.
     """
 
-    def __init__(self, ring: SharedRingBuffer, settings: PortSettings, link_factory: LinkFactory) -> None:
+    def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, link_factory: LinkFactory) -> None:
         self._ring = ring
         self._settings = settings
+        self._wanted = (0,) * settings.ports if isinstance(settings.ports, int) else settings.ports
         self._link_factory = link_factory
         self._threads: list[PortThread] = []
 
@@ -126,7 +141,7 @@ class PortGroup:
         """
         ports: list[int] = []
         try:
-            for index, wanted in enumerate(self._settings.ports):
+            for index, wanted in enumerate(self._wanted):
                 candidates = self._candidates(wanted, ports)
                 thread = PortThread(self._port_server(index), self._link_factory, candidates, f"ucxx-port-{index}")
                 self._threads.append(thread)
@@ -161,7 +176,7 @@ class PortGroup:
             ring_id=self._ring.ring_id,
             fingerprint=self._ring.fingerprint,
             schema_bytes=self._ring.schema_bytes,
-            token=self._settings.token,
+            token=self._settings.token_bytes,
         )
         counters = PortCounters(self._ring.server_words, index)
         binding = Binding(self._ring.server_words)

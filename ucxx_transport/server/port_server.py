@@ -21,9 +21,9 @@ from ucxx_transport.wire.frames import NONCE_BYTES
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Link, Listener
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.server.port_settings import PortSettings
 
 _log = get_logger(__name__)
 
@@ -52,7 +52,7 @@ class PortServer:
         self,
         ring: ReadableRing,
         source: SessionSource,
-        settings: PortSettings,
+        settings: ServerConfig,
         counters: PortCounters,
         binding: Binding,
         *,

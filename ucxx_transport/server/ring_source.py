@@ -10,6 +10,7 @@ from ucxx_transport.server.counters import Binding
 
 if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.sidecar.launch import Sidecar
 
 
 class RingSource:
@@ -24,6 +25,11 @@ class RingSource:
         self._binding = Binding(ring.server_words)
         self._last_old: int | None = None
         self._was_bound = False
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """A process beside this one that may renew its lease: a ring alone has none."""
+        return None
 
     def offer(self) -> Offer:
         """What a record says of it now."""

@@ -6,23 +6,27 @@ import asyncio
 import atexit
 import os
 import time
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.config import ServerConfig
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.counters import PortCounters, ServerStatistics
-from ucxx_transport.server.port_group import LinkFactory, PortGroup, ucxx_links
-from ucxx_transport.server.port_settings import PortSettings
+from ucxx_transport.server.port_group import LinkFactory, PortGroup, to_order, ucxx_links
 from ucxx_transport.server.ring_source import RingSource
-from ucxx_transport.server.supervisor import Supervisor
+from ucxx_transport.sidecar.launch import Restarts, Sidecar
+from ucxx_transport.teardown import MARGIN_S, Teardown
 
 if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
+
+SAME_PORTS_FOR_S: Final = 10.0
+"""A port that something else took while the server was down is waited for this long; then any free ones do."""
 
 
 class UCXXServer(RingSource):
@@ -43,12 +47,21 @@ class UCXXServer(RingSource):
         super().__init__(ring)
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
-        self._supervisor: Supervisor | None = None
+        self._sidecar: Sidecar | None = None
+        if self._config.mode == "process":
+            self._sidecar = Sidecar(
+                "ucxx server",
+                serve=self._order,
+                restarts=Restarts(longest_s=1.0, healthy_after_s=1.0),
+                start_timeout_s=self._config.start_timeout_s,
+                on_up=self._on_up,
+                on_death=self._on_death,
+            )
         self._group: PortGroup | None = None
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
-        self._restarts = 0
         self._port_count = 0
+        self._died_s = 0.0
         self._pid = os.getpid()
 
     @property
@@ -60,6 +73,11 @@ class UCXXServer(RingSource):
     def ports(self) -> tuple[int, ...]:
         """The ports that listen; empty while not serving."""
         return self._ports
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """The process that serves, which may renew a lease too; None with `mode="thread"`, and while not serving."""
+        return self._sidecar if self._ports else None
 
     def start(self) -> None:
         """Listen on all ports and publish them in the segment; returns when clients can connect.
@@ -73,13 +91,11 @@ class UCXXServer(RingSource):
             raise TransportError("the server is running already; stop() it first")
         self._pid = os.getpid()
         address = choose_address(self._config.host)
-        deadline_s = time.monotonic() + self._config.start_timeout_s
+        until_s = time.monotonic() + self._config.start_timeout_s
         self._address = address
         try:
-            if self._config.mode == "process":
-                ports = self._start_process(deadline_s)
-            else:
-                ports = self._start_threads(deadline_s)
+            sidecar = self._sidecar
+            ports = self._start_threads(until_s) if sidecar is None else self._start_process(sidecar, until_s)
         except BaseException:
             self._address = None
             raise
@@ -95,28 +111,25 @@ class UCXXServer(RingSource):
         if os.getpid() != self._pid:
             return  # a forked child's copy: the server is its parent's
         atexit.unregister(self.stop)
-        deadline_s = time.monotonic() + self._config.stop_timeout_s
-        supervisor, group = self._supervisor, self._group
-        self._supervisor = self._group = None
-        if supervisor is not None:
-            supervisor.stop(deadline_s)
-            self._restarts += supervisor.restarts
-        if group is not None and not group.stop(deadline_s):
-            _log.warning("a server port did not stop in time", ring=self._ring.name)
+        until_s = time.monotonic() + self._config.stop_timeout_s
+        teardown = Teardown("server", ring=self._ring.name)
+        group, self._group = self._group, None
+        if self._sidecar is not None and self._sidecar.is_running:
+            teardown.step("sidecar", lambda: self._end_process(until_s), until_s)
+        if group is not None:
+            # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
+            teardown.step("ports", lambda: group.stop(until_s + 2 * MARGIN_S), until_s)
         if self._ports:
-            self._withdraw()
-        if supervisor is not None:
-            self._reclaim()
+            teardown.step("address", self._withdraw, until_s)
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
-        supervisor = self._supervisor
         words = self._ring.server_words
-        running = os.getpid() if self._group is not None else None
+        pid, restarts = (None, 0) if self._sidecar is None else (self._sidecar.pid, self._sidecar.restarted)
         return ServerStatistics(
             host=self._address,
-            pid=supervisor.pid if supervisor is not None else running,
-            restarts=self._restarts + (supervisor.restarts if supervisor is not None else 0),
+            pid=os.getpid() if self._group is not None else pid,
+            restarts=restarts,
             ports=tuple(PortCounters(words, index).snapshot() for index in range(self._port_count)),
         )
 
@@ -166,28 +179,47 @@ class UCXXServer(RingSource):
             await asyncio.wait([stopping])
             raise
 
-    def _start_process(self, deadline_s: float) -> tuple[int, ...]:
-        supervisor = Supervisor(
-            self._ring.name,
-            self._ring.folder,
-            PortSettings.of(self._config),
-            on_death=self._reclaim,
-            on_ports=self._ports_of_replacement,
-        )
-        ports = supervisor.start(deadline_s)
-        self._supervisor = supervisor
-        return ports
+    def _start_process(self, sidecar: Sidecar, until_s: float) -> tuple[int, ...]:
+        sidecar.start()
+        try:
+            return tuple(sidecar.wait_up(until_s)["ports"])
+        except BaseException as error:
+            sidecar.stop(time.monotonic() + self._config.stop_timeout_s)
+            if isinstance(error, DeadlineExceededError):
+                message = "the server process did not come up in time; see ServerConfig(start_timeout_s=…)"
+                raise DeadlineExceededError(message) from None
+            raise
 
-    def _start_threads(self, deadline_s: float) -> tuple[int, ...]:
-        settings = PortSettings.of(self._config)
-        group = PortGroup(self._ring, settings, self._link_factory or ucxx_links(settings))
-        ports = group.start(deadline_s)
+    def _end_process(self, until_s: float) -> None:
+        assert self._sidecar is not None
+        self._sidecar.stop(until_s)
+        self._reclaim()
+
+    def _start_threads(self, until_s: float) -> tuple[int, ...]:
+        group = PortGroup(self._ring, self._config, self._link_factory or ucxx_links(self._config))
+        ports = group.start(until_s)
         self._group = group
         return ports
 
-    def _ports_of_replacement(self, ports: tuple[int, ...]) -> None:
-        if self._supervisor is not None and ports != self._ports:
+    # in the sidecar's thread
+
+    def _order(self) -> dict[str, object]:
+        """What a process is to serve: after another's death the very ports that are published."""
+        config = self._config
+        if self._ports and time.monotonic() - self._died_s < SAME_PORTS_FOR_S:
+            config = replace(config, ports=self._ports, base_port=None)
+        return {"ring_name": self._ring.name, "ring_folder": str(self._ring.folder), "settings": to_order(config)}
+
+    def _on_up(self, facts: dict[str, Any]) -> None:
+        ports = tuple(facts["ports"])
+        if self._ports and ports != self._ports:
             self._publish(ports)
+
+    def _on_death(self) -> None:
+        self._died_s = time.monotonic()
+        self._reclaim()
+
+    # the ring
 
     def _publish(self, ports: tuple[int, ...]) -> None:
         self._ports = ports

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,30 +14,29 @@ import sys
 
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
-from ucxx_transport.server.port_settings import PortSettings
-from ucxx_transport.server.process_protocol import ServerOrder, ServerReport
+from ucxx_transport.server.port_group import to_order
 
 
 def main() -> None:
-    """Start a server process as the supervisor does, and close its standard input without a word."""
+    """Start a sidecar as `ucxx_transport.sidecar.launch` does, and close its standard input without a close frame."""
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
-    ready, theirs = os.pipe()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "ucxx_transport.server.child", str(theirs)], stdin=subprocess.PIPE, pass_fds=(theirs,)
+    reports, theirs = os.pipe()
+    sidecar = subprocess.Popen(
+        [sys.executable, "-m", "ucxx_transport.sidecar.main", str(theirs), "ucxx server"],
+        stdin=subprocess.PIPE,
+        pass_fds=(theirs,),
     )
     os.close(theirs)
-    assert child.stdin is not None
-    settings = PortSettings.of(ServerConfig(host="127.0.0.1", ports=1))
-    child.stdin.write(
-        ServerOrder(
-            ring_name=ring.name, ring_folder=str(ring.folder), worker_pid=os.getpid(), settings=settings
-        ).to_line()
-    )
-    child.stdin.flush()
-    with open(ready, "rb") as report:
-        ports = ServerReport.from_line(report.readline()).ports
-    child.stdin.close()
-    answer({"ring": ring.name, "port": ports[0], "server": child.pid})
+    assert sidecar.stdin is not None
+    settings = to_order(ServerConfig(host="127.0.0.1", ports=1))
+    serve = {"ring_name": ring.name, "ring_folder": str(ring.folder), "settings": settings}
+    order = {"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
+    sidecar.stdin.write(json.dumps(order).encode() + b"\n")
+    sidecar.stdin.flush()
+    with open(reports, "rb") as lines:
+        ports = json.loads(lines.readline())["up"]["ports"]
+    sidecar.stdin.close()
+    answer({"ring": ring.name, "port": ports[0], "server": sidecar.pid})
     signal.pause()
 
 

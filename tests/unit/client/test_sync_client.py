@@ -19,7 +19,6 @@ from ucxx_transport.link.base import Link
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
-from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
 from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
@@ -54,7 +53,7 @@ class Neighbour:
         server = PortServer(
             ring,
             source,
-            PortSettings.of(ServerConfig()),
+            ServerConfig(),
             PortCounters(ring.server_words, 0),
             Binding(ring.server_words),
         )

@@ -20,7 +20,6 @@ from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port_server import PortServer
-from ucxx_transport.server.port_settings import PortSettings
 from ucxx_transport.server.session import SessionSource
 from ucxx_transport.wire.codec import encode_request
 from ucxx_transport.wire.frames import Describe, Hello
@@ -134,9 +133,7 @@ async def serving(
         counters = PortCounters(ring.server_words, 0)
         source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
         clock = asyncio.get_running_loop().time
-        server = PortServer(
-            ring, source, PortSettings.of(ServerConfig()), counters, Binding(ring.server_words), clock=clock
-        )
+        server = PortServer(ring, source, ServerConfig(), counters, Binding(ring.server_words), clock=clock)
         link = OneListener()
         async with server.listening(link, [1]):
             assert link.on_endpoint is not None

@@ -1,8 +1,7 @@
-"""How a process beside a worker is started, and how it sees the worker's end."""
+"""The sidecar process: what it loads, and how it sees the worker's end."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.companion import WorkerEnd, start_companion
+from ucxx_transport.sidecar.main import WorkerEnd
 
 
 class Parent:
-    """Who `getppid` says is the parent."""
+    """What `getppid` answers."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -39,11 +38,7 @@ def parent(worker: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> 
     return parent
 
 
-def let_go(end: WorkerEnd) -> None:
-    os.close(end.pidfd)
-
-
-def test_a_worker_whose_children_changed_hands_is_there_until_its_last_thread_has_ended(
+def test_a_worker_whose_children_have_another_parent_is_there_until_its_last_thread_has_ended(
     worker: subprocess.Popen[bytes], parent: Parent
 ) -> None:
     end = WorkerEnd(worker.pid)
@@ -52,10 +47,10 @@ def test_a_worker_whose_children_changed_hands_is_there_until_its_last_thread_ha
     assert not end.wait_until_gone(0.0)
     worker.kill()
     assert end.wait_until_gone(60)
-    let_go(end)
+    os.close(end.pidfd)
 
 
-def test_a_worker_that_had_ended_before_is_gone_whoever_has_its_pid_now(
+def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
     worker: subprocess.Popen[bytes], parent: Parent
 ) -> None:
     parent.pid = 1
@@ -65,7 +60,7 @@ def test_a_worker_that_had_ended_before_is_gone_whoever_has_its_pid_now(
     assert end.pidfd == -1
 
 
-def test_without_a_pidfd_the_parent_is_looked_at(
+def test_without_a_pidfd_the_parent_is_polled(
     worker: subprocess.Popen[bytes], parent: Parent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(_: int) -> int:
@@ -78,37 +73,44 @@ def test_without_a_pidfd_the_parent_is_looked_at(
     assert end.is_gone
 
 
-def test_a_stopped_worker_is_known_for_one(worker: subprocess.Popen[bytes], parent: Parent) -> None:
+def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes], parent: Parent) -> None:
     end = WorkerEnd(parent.pid)
     assert not end.is_stopped
     worker.send_signal(signal.SIGSTOP)
     wait_until(lambda: end.is_stopped, 60, what="it is seen to be stopped")
     assert not end.is_gone
-    let_go(end)
-
-
-def test_a_companion_is_given_its_words_and_what_only_people_need_is_not_there() -> None:
-    with start_companion("tests.e2e.programs.what_a_companion_sees", "7", "x", stdout=subprocess.PIPE) as process:
-        said, _ = process.communicate()
-    assert process.returncode == 0
-    assert json.loads(said) == {"name": "__main__", "words": ["7", "x"], "rich": False}
+    os.close(end.pidfd)
 
 
 @pytest.mark.parametrize(
-    ("module", "spared"),
+    ("modules", "spared"),
     [
+        (("ucxx_transport.sidecar.main",), {"asyncio", "httpx", "numpy", "sqlite3"}),
         (
-            "ucxx_transport.server.child",
-            {"psutil", "pydantic", "ucxx_transport.config", "ucxx_transport.server.server"},
+            ("ucxx_transport.sidecar.main", "ucxx_transport.server.port_group", "ucxx_transport.ring"),
+            {
+                "httpx",
+                "psutil",
+                "rich",
+                "sqlite3",
+                "ucxx_transport.membership",
+                "ucxx_transport.server.server",
+            },
         ),
-        ("ucxx_transport.membership.keeper_child", {"httpx", "numpy", "psutil"}),
+        (
+            ("ucxx_transport.sidecar.main", "ucxx_transport.membership.renewal", "ucxx_transport.membership.local"),
+            {"httpx", "numpy", "psutil", "rich"},
+        ),
     ],
-    ids=["server", "keeper"],
+    ids=["neither", "serve", "renew"],
 )
-def test_a_companion_loads_no_more_than_it_needs(module: str, spared: set[str]) -> None:
+def test_a_sidecar_loads_no_more_than_its_roles_need(modules: tuple[str, ...], spared: set[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys, {', '.join(modules)}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     loaded = set(run.stdout.split())
-    assert module in loaded
+    assert set(modules) <= loaded
     assert not spared & loaded

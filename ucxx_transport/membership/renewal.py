@@ -1,0 +1,180 @@
+"""Renewal of leases: by a sidecar, whatever the worker's interpreter is busy with, and once by a call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Final
+
+from ucxx_transport.config import StoreConfig
+from ucxx_transport.errors import LeaseLostError
+from ucxx_transport.membership.store import Store
+from ucxx_transport.membership.store_url import open_store
+from ucxx_transport.sidecar.launch import Order, Restarts, Sidecar
+
+__all__ = ["Renewal", "renew", "renewal_of", "store_of_order"]
+
+CLOSE_S: Final = 0.5
+"""A sidecar that only renews is killed after that: it may be in a call of a store that does not answer."""
+FRESH: Final = 1.25
+"""A renewal counts for so many intervals: the next one that its owner makes is in time for a lease of three."""
+_NEVER_S: Final = -float("inf")
+
+
+class Renewal:
+    """One lease at a time, renewed by a sidecar. Thread-safe.
+
+    Its owner renews the lease itself while `keeps` is False: until the sidecar is up, and while that is stopped
+    or dead, or cannot reach the store.
+
+    Args:
+        order: in which store, and how often; see `renewal_of`.
+        interval_s: how often the lease is renewed.
+        host: a sidecar that may renew it beside its other work; where there is none, or it has a lease to renew
+            already, one is started that does nothing else.
+        on_news: called in the sidecar's thread when `keeps` may answer differently.
+        clock: seconds of CLOCK_MONOTONIC.
+
+    Attributes:
+        restarts: how often the sidecar died, or could not be started.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        interval_s: float,
+        *,
+        host: Sidecar | None = None,
+        on_news: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._order = order
+        self._interval_s = interval_s
+        self._on_news = on_news
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._lease_id: int | None = None
+        self._renewed_s = _NEVER_S
+        self._lost: str | None = None
+        self._own = host is None or not host.adopt(self)
+        if host is None or self._own:
+            host = Sidecar("ucxx lease", restarts=Restarts(first_s=1.0, longest_s=60.0, healthy_after_s=10.0))
+            host.adopt(self)
+        self._host = host
+        self.restarts = 0
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """What a sidecar is sent at its start."""
+        return {"renew": self._order}, {"lease_id": self._lease_id}
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the lease has just been renewed by the sidecar."""
+        with self._lock:
+            return self._lost is None and self._clock() - self._renewed_s < FRESH * self._interval_s
+
+    @property
+    def pid(self) -> int | None:
+        """Of the sidecar that is up, None while there is none."""
+        return self._host.pid
+
+    def start(self) -> None:
+        """Start the sidecar before there is a lease: an interpreter takes a moment to be there."""
+        if self._own:
+            self._host.start()
+
+    def keep(self, lease_id: int | None) -> None:
+        """Renew this lease from now on, or none."""
+        with self._lock:
+            self._lease_id, self._lost, self._renewed_s = lease_id, None, _NEVER_S
+        self._host.write({"lease_id": lease_id})
+        if lease_id is not None:
+            self.start()
+
+    def keeps(self, lease_id: int) -> bool:
+        """Whether the sidecar has just renewed this lease; while it has not, its owner must.
+
+        Raises:
+            LeaseLostError: the store has answered that the lease has ended.
+        """
+        with self._lock:
+            if lease_id != self._lease_id:
+                return False
+            if self._lost is not None:
+                raise LeaseLostError(self._lost, lease_id=lease_id)
+            return self.is_kept
+
+    def close(self) -> None:
+        """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
+        with self._lock:
+            self._lease_id, self._renewed_s = None, _NEVER_S
+        self._host.release(self)
+        if self._own:
+            self._host.stop(time.monotonic() + CLOSE_S)
+
+    def hear(self, report: Mapping[str, Any]) -> None:
+        """A report of the sidecar has arrived."""
+        with self._lock:
+            if report.get("lease_id") != self._lease_id:
+                return  # of one before
+            was_kept = self.is_kept
+            self._lost = report.get("lost")
+            self._renewed_s = report.get("renewed_s", _NEVER_S)
+            is_news = was_kept != self.is_kept
+        if is_news or self._lost is not None:
+            self._on_news()
+
+    def hear_death(self) -> None:
+        """The sidecar has died: nothing that it has reported counts any more."""
+        with self._lock:
+            self.restarts += 1
+            self._renewed_s = _NEVER_S
+        self._on_news()
+
+
+def renewal_of(
+    store: Store,
+    config: StoreConfig,
+    interval_s: float,
+    *,
+    host: Sidecar | None = None,
+    on_news: Callable[[], None] = lambda: None,
+) -> Renewal:
+    """Leases of a store, renewed by a process that no blocked interpreter starves. Close it.
+
+    Args:
+        store: where the leases are; the sidecar opens its URL.
+        config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
+        interval_s: how often a lease is renewed.
+        host: a sidecar that may do it beside its other work; None: one is started for it.
+        on_news: called, in another thread, when `Renewal.keeps` may answer differently.
+    """
+    settings = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    settings["password"] = config.password_text
+    order = {"url": store.url, "config": settings, "interval_s": interval_s}
+    return Renewal(order, interval_s, host=host, on_news=on_news)
+
+
+def store_of_order(order: Mapping[str, Any]) -> Store:
+    """The store that an order names, opened in the sidecar.
+
+    Raises:
+        TransportError: as `open_store` does.
+    """
+    return open_store(order["url"], StoreConfig(**order["config"]))
+
+
+def renew(store: Store, lease_id: int, *, timeout_s: float | None = None) -> None:
+    """Renew a lease; one answer that there is none is evidence, two are the verdict.
+
+    Raises:
+        LeaseLostError: the store answered twice that there is no such lease.
+        StoreUnavailableError: it did not answer.
+    """
+    try:
+        store.keep_alive(lease_id, timeout_s=timeout_s)
+    except LeaseLostError:
+        store.keep_alive(lease_id, timeout_s=timeout_s)

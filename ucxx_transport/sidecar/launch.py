@@ -1,0 +1,394 @@
+"""The sidecar as its worker sees it: a process that serves a ring's ports, renews a lease, or both, and is kept alive.
+
+A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
+before it has cleaned up. Each way goes a pipe with lines of JSON:
+
+| from    | line                                         | means                                                       |
+|---------|----------------------------------------------|-------------------------------------------------------------|
+| worker  | `{"worker_pid": n, "log_level": m,           | the first: whose sidecar,                                   |
+|         | "serve": {…}}`                               | what it serves (null: nothing)                              |
+| worker  | `{"renew": {…}}`                             | in which store leases are renewed, and how often            |
+| worker  | `{"lease_id": 7}`                            | renew this lease from now on; null: none                    |
+| worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
+| worker  | end of file without that                     | the worker is dying                                         |
+| sidecar | `{"up": {"ports": […]}}`                     | it is up                                                    |
+| sidecar | `{"failed": class, "reason": …}`             | it could not start, and ends                                |
+| sidecar | `{"lease_id": 7, "renewed_s": …}`            | renewed, by a call made then (CLOCK_MONOTONIC)              |
+| sidecar | `{"lease_id": 7, "lost": reason}`            | the store answered twice that there is no such lease        |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ucxx_transport.backoff import pause_s
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.logs import effective_level, get_logger
+
+__all__ = ["Order", "Restarts", "Sidecar", "Tenant"]
+
+_log = get_logger(__name__)
+
+Order = Mapping[str, object]
+"""What a sidecar is to do, as plain JSON values."""
+
+_REAP_S: Final = 5.0
+_READ_BYTES: Final = 65536
+_MODULE: Final = "ucxx_transport.sidecar.main"
+_ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
+
+
+@dataclass(slots=True)
+class Restarts:
+    """When a sidecar that has died is started again: at once, or ever later while it dies young.
+
+    Attributes:
+        longest_s: the longest pause.
+        healthy_after_s: one that was up for so long has died of something else than its start.
+        first_s: the first pause.
+    """
+
+    longest_s: float
+    healthy_after_s: float
+    first_s: float = 0.05
+    _young: int = field(default=0, init=False)
+
+    def pause_after(self, up_s: float, *, jitter: float) -> float:
+        """Seconds until the next start.
+
+        Args:
+            up_s: how long the one that died was up, 0 if it did not come up.
+            jitter: a number of [0, 1).
+        """
+        self._young = 0 if up_s >= self.healthy_after_s else self._young + 1
+        if self._young <= 1:
+            return 0.0
+        return pause_s(self._young - 1, first_s=self.first_s, longest_s=self.longest_s, jitter=jitter)
+
+
+class Tenant(Protocol):
+    """Work that a sidecar does beside what it serves: a lease to renew (`ucxx_transport.membership.renewal`)."""
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """What each process is sent at its start."""
+
+    def hear(self, report: dict[str, Any]) -> None:
+        """A report of its work has arrived."""
+
+    def hear_death(self) -> None:
+        """The process has died, or could not be started: its reports count no more."""
+
+
+class _Process:
+    """One process of a sidecar, and its pipes."""
+
+    def __init__(self, role: str) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.reports, theirs = os.pipe()
+        self._unread = b""
+        try:
+            self.popen = subprocess.Popen(
+                # -P: a file of the worker's folder that is named like a standard module must not be imported.
+                [sys.executable, "-P", "-m", _MODULE, str(theirs), role],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=(theirs,),
+                process_group=0,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+            self.pidfd = _pidfd_of(self.popen)
+        except BaseException:
+            os.close(self.reports)
+            raise
+        finally:
+            os.close(theirs)
+        os.set_blocking(self.reports, False)
+
+    def write(self, line: Order) -> None:
+        assert self.popen.stdin is not None
+        with suppress(OSError):  # it has died: its pidfd says so
+            self.popen.stdin.write(json.dumps(line).encode() + b"\n")
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The reports that have arrived; None at the end of file."""
+        try:
+            part = os.read(self.reports, _READ_BYTES)
+        except BlockingIOError:
+            return []
+        *lines, self._unread = (self._unread + part).split(b"\n")
+        return [json.loads(line) for line in lines] if part else None
+
+    def end(self, until_s: float, role: str) -> None:
+        """By the close frame, and by SIGKILL once `until_s` has passed."""
+        self.write({"close": True})
+        self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        if not ended.poll(max(0.0, until_s - time.monotonic()) * 1000):
+            _log.warning("sidecar_killed", role=role, pid=self.popen.pid, reason="it did not stop in time")
+            self.popen.kill()
+
+    def reap(self) -> int:
+        code = self.popen.wait()
+        os.close(self.pidfd)
+        os.close(self.reports)
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+        return code
+
+
+class Sidecar:
+    """Keeps one sidecar beside this process, from a thread: starts it, reads its reports, starts it again when it dies.
+
+    It may be started again after a stop. A forked child must leave it alone.
+
+    Args:
+        role: in front of its log lines, such as "ucxx server".
+        serve: makes the order of what it serves, at every start; None: it only renews.
+        restarts: when it is started again.
+        start_timeout_s: one that is not up by then is killed and started again.
+        on_up: called in the thread with the facts of each that is up.
+        on_death: called in the thread when one has died unasked, before it is started again.
+
+    Attributes:
+        restarted: how often one that was up has died unasked.
+        pid: of the process that is up, None while there is none.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        *,
+        restarts: Restarts,
+        serve: Callable[[], Order] | None = None,
+        start_timeout_s: float = 30.0,
+        on_up: Callable[[dict[str, Any]], None] = lambda _: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._role = role
+        self._serve = serve
+        self._restarts = restarts
+        self._start_timeout_s = start_timeout_s
+        self._on_up, self._on_death = on_up, on_death
+        self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
+        self._thread: threading.Thread | None = None
+        self._process: _Process | None = None
+        self._tenant: Tenant | None = None
+        self._first: Future[dict[str, Any]] = Future()
+        self._stopping = threading.Event()
+        self._stop_by_s = 0.0
+        self._wake = -1
+        self.restarted = 0
+        self.pid: int | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Start it from the thread, and return at once; one that runs goes on."""
+        with self._lock:
+            if self._thread is not None:
+                return
+            self._stopping, self._first = threading.Event(), Future()
+            self._wake = os.eventfd(0)
+            self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
+            self._thread.start()
+
+    def wait_up(self, until_s: float) -> dict[str, Any]:
+        """Wait until the first one is up; returns its facts. After an error `stop` it.
+
+        Args:
+            until_s: on `time.monotonic()`.
+
+        Raises:
+            ConfigError, TransportError: it could not start.
+            DeadlineExceededError: it was not up in time.
+        """
+        try:
+            return self._first.result(max(0.0, until_s - time.monotonic()))
+        except FutureTimeoutError:
+            raise DeadlineExceededError("the sidecar did not come up in time", role=self._role) from None
+
+    def stop(self, until_s: float) -> None:
+        """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent.
+
+        Raises:
+            DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
+        """
+        with self._lock:
+            thread = self._thread
+            if thread is None:
+                return
+            if not self._stopping.is_set():
+                self._stop_by_s = until_s
+                self._stopping.set()
+                os.eventfd_write(self._wake, 1)
+        thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
+        if thread.is_alive():
+            raise DeadlineExceededError("the sidecar was killed and has not ended", role=self._role, pid=self.pid)
+        with self._lock:
+            if self._thread is thread:
+                self._thread = None
+                os.close(self._wake)
+
+    def adopt(self, tenant: Tenant) -> bool:
+        """Do this work too, in every process, until `release`; False: there is another tenant."""
+        with self._lock:
+            if self._tenant is not None:
+                return False
+            self._tenant = tenant
+            self.write(*tenant.orders)
+            return True
+
+    def release(self, tenant: Tenant) -> None:
+        """Do the tenant's work no longer. Idempotent."""
+        with self._lock:
+            if self._tenant is tenant:
+                self._tenant = None
+                self.write({"lease_id": None})
+
+    def write(self, *lines: Order) -> None:
+        """Send it lines, if it runs; one that is started later gets the tenant's orders."""
+        with self._lock:
+            if self._process is not None:
+                for line in lines:
+                    self._process.write(line)
+
+    # the thread
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            up_s, reason = 0.0, ""
+            try:
+                up_s, reason = self._attend()
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: no memory, no descriptors; it goes on
+                reason = f"{type(error).__name__}: {error}"
+                self._fail(TransportError("the sidecar could not be started", role=self._role, reason=reason), error)
+            if self._stopping.is_set() or (self._serve is not None and self._first.done() and self._first.exception()):
+                return  # a server that never came up is its caller's to start again
+            self._lose(was_up=up_s > 0)
+            pause = self._restarts.pause_after(up_s, jitter=random.random())  # noqa: S311 - it protects nothing
+            keys = {"role": self._role, "reason": reason, "restarts": self.restarted, "pause_s": round(pause, 3)}
+            _log.warning("sidecar_died", **keys)
+            self._wait((), pause)
+
+    def _attend(self) -> tuple[float, str]:
+        """One process from its start to its end; returns how long it was up, and how it ended."""
+        process = _Process(self._role)
+        serve = None if self._serve is None else self._serve()
+        with self._lock:
+            self._process = process
+            process.write({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
+            for line in () if self._tenant is None else self._tenant.orders:
+                process.write(line)
+        came_up_s: float | None = None
+        try:
+            came_up_s = self._follow(process)
+        finally:
+            with self._lock:
+                self._process = self.pid = None
+            if self._stopping.is_set():
+                process.end(self._stop_by_s, self._role)
+            elif came_up_s is None:
+                process.popen.kill()
+            code = process.reap()
+        return 0.0 if came_up_s is None else time.monotonic() - came_up_s, _how(code)
+
+    def _follow(self, process: _Process) -> float | None:
+        """Read its reports until it ends or a stop is asked for; returns when it came up."""
+        came_up_s: float | None = None
+        start_by_s = time.monotonic() + self._start_timeout_s
+        watched = {process.reports, process.pidfd}
+        while not self._stopping.is_set():
+            left_s = None if came_up_s is not None else start_by_s - time.monotonic()
+            seen = self._wait(watched, left_s)
+            if not seen and left_s is not None and not self._stopping.is_set():
+                self._fail(DeadlineExceededError("the sidecar did not come up in time", role=self._role))
+                return None
+            reports = process.read() if process.reports in seen else []
+            if reports is None:  # its end; another thread's fork may hold the other end open, so that this may not come
+                watched.discard(process.reports)
+            elif not reports and process.pidfd in seen:
+                self._fail(TransportError("the sidecar died at its start; its standard error says why"))
+                return came_up_s
+            for report in reports or ():
+                if "up" in report:
+                    came_up_s = time.monotonic()
+                    self._come_up(process, report["up"])
+                else:
+                    self._hear(report)
+        return came_up_s
+
+    def _come_up(self, process: _Process, facts: dict[str, Any]) -> None:
+        self.pid = process.popen.pid
+        self._on_up(facts)
+        if not self._first.done():
+            self._first.set_result(facts)
+
+    def _hear(self, report: dict[str, Any]) -> None:
+        if "failed" in report:
+            self._fail(_ERRORS.get(report["failed"], TransportError)(report["reason"]))
+            return
+        tenant = self._tenant
+        if tenant is not None:
+            tenant.hear(report)
+
+    def _fail(self, error: TransportError, cause: Exception | None = None) -> None:
+        error.__cause__ = cause
+        if not self._first.done():
+            self._first.set_exception(error)
+
+    def _lose(self, *, was_up: bool) -> None:
+        self.restarted += was_up
+        tenant = self._tenant
+        if tenant is not None:
+            tenant.hear_death()
+        if was_up:
+            self._on_death()
+
+    def _wait(self, descriptors: set[int] | tuple[()], timeout_s: float | None) -> set[int]:
+        """Those that are readable; none when the time is up or a stop is asked for."""
+        watched = select.poll()
+        for descriptor in descriptors:
+            watched.register(descriptor, select.POLLIN | select.POLLHUP)
+        watched.register(self._wake, select.POLLIN)
+        ready = watched.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        return {number for number, _ in ready} - {self._wake}
+
+
+def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.communicate()
+        raise
+
+
+def _how(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,345 @@
+"""The sidecar process: `python -m ucxx_transport.sidecar.main REPORT_FD ROLE`, started by `launch` and by nothing else.
+
+It serves the ports of a ring, renews a lease, or both, for as long as its worker lives, whatever else it is sent:
+signals that ask a whole job to end are the worker's affair, which may still have payloads to hand out.
+
+| what it sees                                      | the ports  | the lease                      | then              |
+|---------------------------------------------------|------------|--------------------------------|-------------------|
+| the worker runs, however busy                     | are served | is renewed                     | –                 |
+| the worker is stopped (SIGSTOP, a debugger)       | are served | is not renewed                 | –                 |
+| the close frame on its standard input             | are closed | is left as it is               | it ends           |
+| end of file there without it: the worker is dying | are closed | is revoked when that is dead   | as when it is dead|
+| the worker is dead (its pidfd)                    | are closed | is revoked                     | it sweeps, ends   |
+| the thread of a port has died                     | are closed | is left as it is               | it ends           |
+| SIGTERM, SIGINT, SIGHUP                           | are served | is renewed                     | –                 |
+| a store that does not answer                      | are served | is tried again                 | –                 |
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from ucxx_transport.errors import LeaseLostError, StoreResetError, TransportError
+from ucxx_transport.logs import get_logger, log_to_stderr
+from ucxx_transport.teardown import MARGIN_S, Teardown
+
+_log = get_logger(__name__)
+
+# How often the worker is looked at besides its pidfd: there may be none.
+LOOK_S: Final = 1.0
+# From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
+DYING_S: Final = 60.0
+# After a failure the store is asked again this soon, so that a short outage costs no lease.
+RETRY_S: Final = 0.25
+# How long a call of a store that does not answer is waited for at the end: to leave a lease as it is, and to revoke it.
+LEAVE_S: Final = 0.5
+REVOKE_S: Final = 10.0
+# After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
+_KILL_MARGIN_S: Final = 2.0
+_STOPPED: Final = frozenset("Tt")
+# One write of so much to a pipe is whole or not at all.
+_REPORT_BYTES: Final = select.PIPE_BUF
+
+
+class WorkerEnd:
+    """The worker, as its sidecar sees it.
+
+    Args:
+        pid: the worker's, which started this process.
+
+    Attributes:
+        pidfd: readable when the worker has ended; -1 when it had before, or where the kernel has none (before 5.3).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.pidfd = -1
+        with suppress(OSError):
+            self.pidfd = os.pidfd_open(pid)
+        if self.pidfd >= 0 and os.getppid() != pid:  # it had ended before: its pid is another process's now
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, to its last thread: until then it holds its locks.
+
+        Its children get another parent before that, when its main thread has ended and the others are about to.
+        """
+        if self.pidfd < 0:
+            return os.getppid() != self._pid
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return bool(ended.poll(0))
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is stopped, by SIGSTOP or a debugger, and so answers no request."""
+        try:
+            with open(f"/proc/{self._pid}/stat", "rb") as stat:
+                # the name in parentheses may hold anything
+                return stat.read().rpartition(b")")[2].split()[0].decode() in _STOPPED
+        except OSError:
+            return False  # gone, and then is_gone says so; or not ours to look at
+
+    def wait_until_gone(self, limit_s: float) -> bool:
+        """Wait for its end, `limit_s` at most; whether it came."""
+        watched = select.poll()
+        if self.pidfd >= 0:
+            watched.register(self.pidfd, select.POLLIN)
+        until_s = time.monotonic() + limit_s
+        while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
+            watched.poll(min(left_s, LOOK_S) * 1000)
+        return self.is_gone
+
+
+REASON_CHARS: Final = 1000
+
+
+class Reports:
+    """The pipe to the worker. A report that does not fit is dropped: the worker has been blocked for a long time.
+
+    Args:
+        descriptor: its end to write to.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+
+    def __call__(self, **report: object) -> None:
+        """Send one report."""
+        line = json.dumps(report).encode() + b"\n"
+        assert len(line) <= _REPORT_BYTES, "longer reports may be sent in part"
+        with suppress(OSError):  # full, or the worker has died: what follows notices
+            os.write(self._descriptor, line)
+
+
+class Renewer:
+    """Renews one lease at a time, in a thread of its own: a store's client blocks, and the ports must not wait for it.
+
+    Args:
+        worker: while it is stopped, nothing is renewed.
+        report: sends what came of a renewal.
+    """
+
+    def __init__(self, worker: WorkerEnd, report: Callable[..., None]) -> None:
+        self._worker = worker
+        self._report = report
+        self._changed = threading.Condition()
+        self._order: Mapping[str, Any] | None = None
+        self._lease_id: int | None = None
+        self._due_s = 0.0
+        self._ending = self._revoking = self._is_away = False
+        self._thread = threading.Thread(target=self._run, name="ucxx-renewer", daemon=True)
+
+    def use(self, order: Mapping[str, Any]) -> None:
+        """Renew in this store; another one than before takes the place of that."""
+        with self._changed:
+            self._order, self._lease_id = order, None
+            self._changed.notify_all()
+            if self._thread.ident is None:
+                self._thread.start()
+
+    def keep(self, lease_id: int | None) -> None:
+        """Renew this lease from now on, or none."""
+        with self._changed:
+            self._lease_id, self._due_s, self._is_away = lease_id, 0.0, False
+            self._changed.notify_all()
+
+    def end(self, *, revoke: bool) -> None:
+        """Renew no more; `revoke`: go on until the worker is dead, and then end the lease."""
+        with self._changed:
+            self._ending, self._revoking = True, revoke
+            self._changed.notify_all()
+
+    def join(self, limit_s: float) -> None:
+        """Wait until it has ended; a store that does not answer is not waited for longer than that."""
+        if self._thread.ident is not None:
+            self._thread.join(limit_s)
+
+    def _run(self) -> None:
+        while not self._ending:
+            order = self._order
+            assert order is not None
+            try:
+                self._renew_by(order)
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: the ports go on whatever it was
+                self._note(error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ending, RETRY_S)
+
+    def _renew_by(self, order: Mapping[str, Any]) -> None:
+        """In one store, until there is another one or the end."""
+        from ucxx_transport.membership.renewal import renew, store_of_order
+
+        interval_s = float(order["interval_s"])
+        retry_s = min(RETRY_S, interval_s)
+        with store_of_order(order) as store:
+            while (lease_id := self._next(order)) is not None:
+                if self._worker.is_stopped:
+                    self._due_s = time.monotonic() + retry_s
+                    continue
+                began_s = time.monotonic()
+                self._due_s = began_s + interval_s
+                try:
+                    renew(store, lease_id, timeout_s=interval_s)  # one that hangs must leave time for another
+                except (LeaseLostError, StoreResetError) as error:
+                    self._lose(lease_id, error)
+                except TransportError as error:
+                    self._due_s = time.monotonic() + retry_s
+                    self._note(error)
+                else:
+                    self._is_away = False
+                    self._report(lease_id=lease_id, renewed_s=began_s)
+            if self._revoking and self._lease_id is not None and self._worker.wait_until_gone(DYING_S):
+                store.revoke(self._lease_id)
+
+    def _next(self, order: Mapping[str, Any]) -> int | None:
+        """Wait until a lease is to be renewed; None: there is another store, or the end."""
+        with self._changed:
+            while not self._ending and self._order is order:
+                left_s = self._due_s - time.monotonic()
+                if self._lease_id is not None and left_s <= 0:
+                    return self._lease_id
+                self._changed.wait(None if self._lease_id is None else left_s)
+        return None
+
+    def _lose(self, lease_id: int, error: TransportError) -> None:
+        with self._changed:
+            if self._lease_id == lease_id:
+                self._lease_id = None
+        self._report(lease_id=lease_id, lost=str(error)[:REASON_CHARS])
+
+    def _note(self, error: Exception) -> None:
+        """Once for each row of failures."""
+        if not self._is_away:
+            self._is_away = True
+            _log.warning("lease_not_renewed", lease=self._lease_id, reason=f"{type(error).__name__}: {error}")
+
+
+class _End(enum.Enum):
+    CLOSED = "the close frame"
+    ABANDONED = "the worker is dead or dying"
+    BROKEN = "a port has died"
+
+
+class Served:
+    """The ports of a ring, all of them.
+
+    Args:
+        order: which ring, and the server's settings; see `ucxx_transport.server.server`.
+
+    Raises:
+        TransportError: the ring is gone, or not every port can listen.
+    """
+
+    def __init__(self, order: Mapping[str, Any]) -> None:
+        from ucxx_transport.ring import SharedRingBuffer
+        from ucxx_transport.server.port_group import PortGroup, of_order, ucxx_links
+
+        settings = of_order(order["settings"])
+        self._stop_timeout_s = settings.stop_timeout_s
+        self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"])
+        self._group = PortGroup(self._ring, settings, ucxx_links(settings))
+        self.ports = self._group.start(time.monotonic() + settings.start_timeout_s)
+
+    @property
+    def all_alive(self) -> bool:
+        """Whether every port still runs."""
+        return self._group.all_alive
+
+    def stop(self, teardown: Teardown) -> None:
+        """Close the ports and unmap the ring, in bounded steps."""
+        until_s = time.monotonic() + self._stop_timeout_s
+        # SIGALRM ends a process whose interpreter hangs, in a call of UCX that keeps its lock
+        signal.setitimer(signal.ITIMER_REAL, self._stop_timeout_s + _KILL_MARGIN_S)
+        # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
+        teardown.step("ports", lambda: self._group.stop(until_s + 2 * MARGIN_S), until_s)
+        teardown.step("ring", self._ring.close, until_s)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def sweep(self) -> None:
+        """Remove the segments of dead workers."""
+        from ucxx_transport.ring.orphans import sweep_orphans
+
+        sweep_orphans(self._ring.folder)
+
+
+def _obey(worker: WorkerEnd, renewer: Renewer, served: Served | None) -> _End:
+    """Carry out what the worker sends, until the end."""
+    watched = select.poll()
+    watched.register(0, select.POLLIN | select.POLLHUP)
+    if worker.pidfd >= 0:
+        watched.register(worker.pidfd, select.POLLIN)
+    unread = b""
+    while True:
+        seen = {descriptor for descriptor, _ in watched.poll(LOOK_S * 1000)}
+        if 0 in seen:
+            part = os.read(0, 65536)
+            if not part:
+                return _End.ABANDONED
+            *lines, unread = (unread + part).split(b"\n")
+            for line in map(json.loads, lines):
+                if line.get("close"):
+                    return _End.CLOSED
+                if "renew" in line:
+                    renewer.use(line["renew"])
+                else:
+                    renewer.keep(line["lease_id"])
+        elif worker.is_gone:  # and all that it had sent was read
+            return _End.ABANDONED
+        elif served is not None and not served.all_alive:
+            return _End.BROKEN
+
+
+def _first_line() -> bytes:
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:  # what follows it stays in the pipe
+        return pipe.readline()
+
+
+def main(report_fd: int, role: str) -> int:
+    """Serve and renew until the close frame, or the worker's end; returns the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(2, 1)  # UCX logs to standard output, which may be what the worker talks to another program by
+    report = Reports(report_fd)
+    line = _first_line()
+    if not line:
+        return 1  # the worker died before its order
+    order = json.loads(line)
+    log_to_stderr(role, order["log_level"])
+    worker = WorkerEnd(order["worker_pid"])
+    try:
+        served = None if order["serve"] is None else Served(order["serve"])
+    except TransportError as error:
+        report(failed=type(error).__name__, reason=str(error)[:REASON_CHARS])
+        return 1
+    renewer = Renewer(worker, report)
+    report(up={"ports": [] if served is None else served.ports})
+    end = _obey(worker, renewer, served)
+    renewer.end(revoke=end is _End.ABANDONED)
+    teardown = Teardown("sidecar", role=role)
+    if served is not None:
+        served.stop(teardown)
+    if end is not _End.ABANDONED:
+        renewer.join(LEAVE_S)
+    elif worker.wait_until_gone(DYING_S):
+        renewer.join(REVOKE_S)
+        if served is not None:
+            served.sweep()
+    return 0 if teardown.is_clean and end is not _End.BROKEN else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
