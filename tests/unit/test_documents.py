@@ -75,10 +75,20 @@ def test_every_file_script_verb_and_extra_that_is_named_exists() -> None:
             assert extra in extras, f"{path.name}: [{extra}]"
 
 
-def test_every_link_of_a_page_outside_the_site_leads_somewhere() -> None:
-    for path in PAGES[:4]:
-        for target in re.findall(r"\]\((?!http|#)([^)#]+)", read(path)):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+def test_every_link_leads_somewhere_on_github_too() -> None:
+    for path in PAGES:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", read(path)):
+            file = path.parent / target if target else path
+            assert file.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors_of(file), f"{path.name}: {target}#{anchor}"
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", read(path), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_status_of_the_wire_has_its_row() -> None:
