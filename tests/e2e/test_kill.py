@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
     ("cycles", "lanes"),
     [pytest.param(8, "tcp", id="tcp"), exhaustive(24, "tcp", id="tcp for longer"), exhaustive(8, "shm", id="shm")],
 )
-def test_others_go_on_whoever_is_killed_and_every_payload_is_accounted_for(
+def test_others_go_on_after_any_kill_and_every_payload_is_accounted_for(
     cycles: int,
     lanes: str,
     tmp_path: Path,
