@@ -1,55 +1,60 @@
-"""What one run of the demo is asked to do; fixed before any process starts."""
+"""One run's settings, fixed before any process starts: the payload's schema, and how large the rings are.
+
+| field      | shape               | dtype           | what                                                   |
+|------------|---------------------|-----------------|--------------------------------------------------------|
+| obs        | (T + 1, *obs shape) | the observation | raw observations, the one after the last step included |
+| actions    | (T,)                | int32           | what was done                                          |
+| rewards    | (T,)                | float32         | what it brought                                        |
+| logits     | (T, actions)        | float32         | of the policy that chose                               |
+| terminated | (1,)                | bool            | the episode ended there, rather than at a limit        |
+"""
 
 from __future__ import annotations
 
-import secrets
+import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
-from cartpole.environment import EnvironmentFacts, probe_environment
-from cartpole.sizing import RingSize, plan_ring_size
-from ucxx_transport import StoreConfig, open_store
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.units import parse_bytes
+import numpy as np
+import xxhash
 
-__all__ = ["ClientLocal", "DemoPlan", "LocalChoice", "make_plan"]
+from cartpole.environment import EnvironmentSpec
+from cartpole.policy import Array
+from ucxx_transport import ConfigError, Schema, StoreConfig, TensorSpec
 
-ClientLocal = Literal["auto", "view", "copy", "off"]
-LocalChoice = Literal["mixed", "auto", "view", "copy", "off"]
+__all__ = ["Local", "Plan", "digest_of", "episode_schema", "ring_size"]
 
-_SPARE_SEATS: Final = 3
-_GOALS: Final = {"CartPole-v1": 450.0}
-_EPISODES_WITHOUT_GOAL: Final = 20
+Local = Literal["auto", "view", "copy", "off"]
+
+_SPARE_SEATS = 3
+_SLOT_LIMIT_BYTES = 128 << 20  # a Pong game of raw frames takes 77-94 MB; a longer one is cut there
+_RING_LIMIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoPlan:
-    """One run.
-
-    A *seat* is one worker process in the run's books: seats 0 … workers-1 are taken at the start, a replacement takes
-    the next free one.
+class Plan:
+    """One run. A *seat* is the place of one worker process: a replacement takes the next free one.
 
     Attributes:
-        run_id: names this run's segments and processes, so that nobody else's are counted as its own.
-        facts: the environment. size: its rings.
-        ports: of each worker's server. shm_lanes: let UCX use shared memory.
+        run_id: names this run's segments and processes, so that no others are counted as its own.
+        environment: what is learnt.
+        max_steps: an episode is cut there, to fit its slot.
+        slots: of each ring.
         local: "mixed" reads every second worker in place and the others over UCX; else it is every client's setting.
-        seconds: limit of the whole run. episodes: stop after so many (None: no limit).
-        goal: mean return over the last 50 episodes to reach (None: no goal).
-        kill: SIGKILL one worker half-way and start another.
-        store: URL of the store in which workers are found; None: the trainer is told of them.
-        out: the learning curve. log: the children's output.
+        episodes: stop after so many; None: no limit.
+        goal: mean return over the last 50 episodes to reach; None: no goal.
+        store: where the trainer finds its workers; None: it listens to all seats.
     """
 
     run_id: str
-    facts: EnvironmentFacts
-    size: RingSize
+    environment: EnvironmentSpec
+    max_steps: int
+    slots: int
     workers: int
     ports: int
-    local: LocalChoice
-    shm_lanes: bool
+    local: Local | Literal["mixed"]
     seconds: float
     episodes: int | None
     goal: float | None
@@ -57,7 +62,16 @@ class DemoPlan:
     seed: int
     store: str | None
     out: Path
-    log: Path
+
+    @property
+    def log(self) -> Path:
+        """Where the output of the child processes goes."""
+        return self.out.with_suffix(".log")
+
+    @property
+    def schema(self) -> Schema:
+        """Of every episode."""
+        return episode_schema(self.environment, self.max_steps)
 
     @property
     def store_config(self) -> StoreConfig:
@@ -66,94 +80,56 @@ class DemoPlan:
 
     @property
     def seats(self) -> int:
-        """Workers, and the replacements that there are queues for."""
+        """Worker processes that there may be, replacements included."""
         return self.workers + _SPARE_SEATS
 
-    @property
-    def ring_prefix(self) -> str:
-        """How the names of this run's rings begin."""
-        return f"demo-{self.run_id}-"
+    def ring_name(self, seat: int | str) -> str:
+        """The ring of the worker on this seat."""
+        return f"demo-{self.run_id}-{seat}"
 
-    def ring_name(self, seat: int) -> str:
-        """The ring of the worker on `seat`."""
-        return f"{self.ring_prefix}{seat}"
-
-    def local_of(self, worker: int) -> ClientLocal:
-        """How the trainer's client reads from a worker (0 … workers-1), and from those that replace it."""
-        if self.local == "mixed":
-            return "auto" if worker % 2 == 0 else "off"
-        return self.local
+    def local_of(self, worker: int) -> Local:
+        """How the trainer reads from a worker, and from those that replace it."""
+        if self.local != "mixed":
+            return self.local
+        return "auto" if worker % 2 == 0 else "off"
 
 
-def make_plan(
-    *,
-    env: str,
-    workers: int,
-    ports: int,
-    slots: int | None,
-    slot_bytes: str | None,
-    local: LocalChoice,
-    shm_lanes: bool,
-    seconds: float,
-    episodes: int | None,
-    goal: str,
-    kill: bool,
-    seed: int,
-    store: str | None,
-    out: Path,
-) -> DemoPlan:
-    """The plan for the command's options, as they were given; makes the folder that the learning curve goes to.
-
-    Raises:
-        ConfigError: an option cannot be followed; the message names it.
-        ModuleNotFoundError: a module that is needed sooner or later is not installed.
-    """
-    for module in ("matplotlib", "ucxx"):
-        if find_spec(module) is None:
-            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-    if store is not None:
-        open_store(store).close()  # refused here rather than by each child
-    facts = probe_environment(env)
-    wanted = _parse_goal(goal, facts)
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError(f"the folder cannot be made: {exc}", field="--out", value=str(out)) from exc
-    return DemoPlan(
-        run_id=secrets.token_hex(4),
-        facts=facts,
-        size=plan_ring_size(facts, slots=slots, slot_bytes=_parse_slot_bytes(slot_bytes)),
-        workers=workers,
-        ports=ports,
-        local=local,
-        shm_lanes=shm_lanes,
-        seconds=seconds,
-        episodes=_EPISODES_WITHOUT_GOAL if episodes is None and wanted is None else episodes,
-        goal=wanted,
-        kill=kill,
-        seed=seed,
-        store=store,
-        out=out,
-        log=out.with_suffix(".log"),
+def episode_schema(environment: EnvironmentSpec, max_steps: int) -> Schema:
+    """The table above, for episodes of at most `max_steps` steps."""
+    return Schema(
+        [
+            TensorSpec("obs", (max_steps + 1, *environment.shape), environment.dtype, varlen=True),
+            TensorSpec("actions", (max_steps,), "int32", varlen=True),
+            TensorSpec("rewards", (max_steps,), "float32", varlen=True),
+            TensorSpec("logits", (max_steps, environment.actions), "float32", varlen=True),
+            TensorSpec("terminated", (1,), "bool"),
+        ]
     )
 
 
-def _parse_goal(text: str, facts: EnvironmentFacts) -> float | None:
-    if text == "none":
-        return None
-    if text == "auto":
-        return _GOALS.get(facts.env_id)
-    try:
-        return float(text)
-    except ValueError as exc:
-        raise ConfigError("a goal is a number, 'none' or 'auto'", field="--goal", value=text) from exc
+def ring_size(environment: EnvironmentSpec, slot_bytes: int | None) -> tuple[int, int]:
+    """The most steps of an episode that fit a slot, and the number of slots: 3 to 32, within 1 GiB.
+
+    Args:
+        environment: its shapes and step limit.
+        slot_bytes: the largest slot allowed; None: 128 MiB.
+
+    Raises:
+        ConfigError: not even one step fits into a slot.
+    """
+    limit = _SLOT_LIMIT_BYTES if slot_bytes is None else slot_bytes
+    lengths = range(1, environment.max_steps + 1)
+    steps = bisect.bisect_right(lengths, limit, key=lambda length: episode_schema(environment, length).nbytes)
+    nbytes = episode_schema(environment, max(steps, 1)).nbytes
+    if steps == 0:
+        needed = f"an episode of one step takes {nbytes} bytes: give slots of that size at least"
+        raise ConfigError(needed, field="--slot-bytes", value=limit)
+    return steps, min(32, max(3, _RING_LIMIT_BYTES // nbytes))
 
 
-def _parse_slot_bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_bytes(text)
-    except ValueError as exc:
-        raise ConfigError(str(exc), field="--slot-bytes", value=text) from exc
+def digest_of(episode: Mapping[str, Array]) -> int:
+    """xxh3_64 over the bytes of all fields, in the order of their names."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(episode):
+        digest.update(np.ascontiguousarray(episode[name]).data)
+    return digest.intdigest()

@@ -1,246 +1,242 @@
-"""The end of a run: one plain dictionary with everything in it, and the table that shows it."""
+"""The results of a run: what is counted, the summary, its tables, and the learning curve."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
-from cartpole.books import Books
-from cartpole.director import WINDOW
-from cartpole.messages import TrainerStatus
-from cartpole.plan import DemoPlan
+from cartpole.plan import Plan
 from ucxx_transport.units import format_bytes, format_duration
 
-__all__ = ["Leftovers", "RunEnd", "print_report", "summarise"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
-Summary = dict[str, Any]
+__all__ = ["WINDOW", "Episode", "Kill", "Results", "Worker", "draw_curve", "print_summary"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leftovers:
-    """What was found after everything had ended: segments of this run, and pids of its processes."""
-
-    segments: list[str]
-    processes: list[int]
+WINDOW = 50
+"""Episodes that the mean return is taken over."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunEnd:
-    """Why and how the run ended."""
+class Episode(NamedTuple):
+    """An episode that was fetched and verified; when, in seconds since the trainer's start."""
 
-    reason: str
-    failure: str
-    elapsed_s: float
-    leftovers: Leftovers
-    curve: str | None
-
-
-def summarise(plan: DemoPlan, books: Books, end: RunEnd) -> Summary:
-    """Everything about the run as JSON-safe values; `ok` says whether all that was asked for is there."""
-    problems = _problems(plan, books, end)
-    status = books.trainer
-    episodes = len(books.finished)
-    spent_s = status.last_s - status.first_s if status is not None else 0.0
-    nbytes = status.payload_bytes if status is not None else 0
-    return {
-        "ok": not problems,
-        "reason": end.reason,
-        "problems": problems,
-        "env": plan.facts.env_id,
-        "seed": plan.seed,
-        "goal": plan.goal,
-        "goal_reached_s": books.goal_at_s,
-        "mean_return_last_50": books.window_mean,
-        "recent_mean_return": books.recent_mean,
-        "best_mean_return_50": books.best_mean,
-        "episodes": episodes,
-        "steps": status.steps if status is not None else 0,
-        "updates": status.version if status is not None else 0,
-        "elapsed_s": end.elapsed_s,
-        "payload_bytes": nbytes,
-        "episodes_per_s": episodes / spent_s if spent_s > 0 else 0.0,
-        "bytes_per_s": nbytes / spent_s if spent_s > 0 else 0.0,
-        "reads": _reads(books),
-        "ucx_lanes": list(status.ucx_lanes) if status is not None else [],
-        "counts": _counts(books),
-        "lost": dict(status.lost) if status is not None else {},
-        "checksums": {
-            "verified": status.verified if status is not None else 0,
-            "mismatched": status.mismatched if status is not None else 0,
-        },
-        "kill": _kill(books),
-        "store": None if plan.store is None else _membership(plan.store, status),
-        "workers": _workers(books),
-        "events": [asdict(event) for event in books.events],
-        "segments_left": end.leftovers.segments,
-        "processes_left": end.leftovers.processes,
-        "curve": end.curve,
-    }
+    at_s: float
+    total_reward: float
+    steps: int
+    nbytes: int
+    seat: int
 
 
-def print_report(console: Console, summary: Summary) -> None:
-    """Print the summary as tables, and what was not as it should be."""
-    if summary["reads"]:
-        console.print(_reads_table(summary))
-    console.print(_facts_table(summary))
-    for problem in summary["problems"]:
-        console.print(f"[bold red]✗[/] {problem}", highlight=False)
-    if summary["ok"]:
-        console.print("[bold green]✓[/] everything that was asked for is there", highlight=False)
+class Kill(NamedTuple):
+    """The SIGKILL of the run: when, after how many episodes, and which seat's process."""
+
+    at_s: float
+    episode: int
+    seat: int
 
 
-def _problems(plan: DemoPlan, books: Books, end: RunEnd) -> list[str]:
-    problems = []
-    if end.reason == "interrupted":
-        problems.append(f"interrupted after {end.elapsed_s:.0f} s and {len(books.finished)} episodes")
-    if end.failure:
-        problems.append(end.failure)
-    if end.reason == "time" and plan.goal is not None:
-        mean = books.recent_mean
-        got = "no episode arrived" if mean is None else f"the mean return of the last 50 episodes is {mean:.0f}"
-        problems.append(
-            f"the goal of {plan.goal:.0f} was not reached within {plan.seconds:.0f} s: {got}; "
-            "try a longer --seconds or another --seed"
-        )
-    elif end.reason == "time" and plan.episodes is not None and len(books.finished) < plan.episodes:
-        problems.append(f"{len(books.finished)} of {plan.episodes} episodes within {plan.seconds:.0f} s")
-    if plan.kill and end.reason == "time" and not books.replacement_episodes:
-        problems.append("no worker was killed and replaced in that time: try a longer --seconds, or --no-kill")
-    status = books.trainer
-    if status is not None and status.mismatched:
-        problems.append(f"{status.mismatched} episodes were not byte-exact")
-    if end.leftovers.segments:
-        problems.append(f"segments left in /dev/shm: {', '.join(end.leftovers.segments)}")
-    if end.leftovers.processes:
-        problems.append(f"processes left: {', '.join(map(str, end.leftovers.processes))}")
-    return problems
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One worker process.
+
+    Attributes:
+        worker: its number; a replacement has its predecessor's.
+        pid: of the process.
+        read: "in place" or "over UCX".
+        state: "starting", "running", "killed", "failed" or "stopped".
+        episodes: delivered to the trainer.
+        replaced_by: seat of the process that took its place.
+        ring: its ring's counters.
+    """
+
+    worker: int
+    pid: int
+    read: str
+    state: str = "starting"
+    episodes: int = 0
+    replaced_by: int | None = None
+    ring: dict[str, int] = field(default_factory=dict)
 
 
-def _kill(books: Books) -> dict[str, Any] | None:
-    if books.kill is None:
-        return None
-    return asdict(books.kill) | {
-        "replacement_episodes": books.replacement_episodes,
-        "episodes_meanwhile": books.episodes_meanwhile,
-    }
+@dataclass(slots=True)
+class Results:
+    """What is known of a run, while it goes on and after.
 
+    Attributes:
+        plan: its settings.
+        reason: why it ended; see `run`.
+        failure: what failed.
+        elapsed_s: from its start to the reason.
+        episodes: all that were delivered, in the order in which they came.
+        workers: the worker processes, by seat.
+        kill: None: there was none yet.
+        trainer: its counters, JSON-safe; see `Trainer.counters`.
+        segments_left: names of this run's segments that were found at the end.
+        processes_left: pids of this run's processes that were found at the end.
+        curve: the picture's file.
+    """
 
-def _membership(store: str, status: TrainerStatus | None) -> dict[str, Any]:
-    joined, left = (status.joined, status.left) if status is not None else (0, 0)
-    return {"url": store, "joined": joined, "left": left}
+    plan: Plan
+    reason: str = ""
+    failure: str = ""
+    elapsed_s: float = 0.0
+    episodes: list[Episode] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    kill: Kill | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+    segments_left: list[str] = field(default_factory=list)
+    processes_left: list[int] = field(default_factory=list)
+    curve: str | None = None
 
+    def add(self, episode: Episode) -> None:
+        """Add an episode; a worker runs from its first one on."""
+        self.episodes.append(episode)
+        worker = self.workers[episode.seat]
+        worker.episodes += 1
+        if worker.state == "starting":
+            worker.state = "running"
 
-def _reads(books: Books) -> dict[str, dict[str, float]]:
-    ways = books.trainer.ways if books.trainer is not None else {}
-    return {
-        way: {**numbers, "gb_per_s": numbers["bytes"] / max(numbers["busy_s"], 1e-9) / 1e9}
-        for way, numbers in sorted(ways.items())
-    }
+    @property
+    def mean_return(self) -> float | None:
+        """Of the last 50 episodes, or of fewer; None before the first."""
+        last = [episode.total_reward for episode in self.episodes[-WINDOW:]]
+        return sum(last) / len(last) if last else None
 
+    @property
+    def replacement_episodes(self) -> int:
+        """Delivered by the process in the killed one's place."""
+        replacement = self.workers[self.kill.seat].replaced_by if self.kill is not None else None
+        return 0 if replacement is None else self.workers[replacement].episodes
 
-def _counts(books: Books) -> dict[str, int]:
-    """The counts that must not be silent, from whoever keeps them."""
-    status = books.trainer
-    ring = books.ring_totals()
-    clients = status.clients if status is not None else {}
-    lost = status.lost if status is not None else {}
-    return {
-        "lost": sum(lost.values()),
-        "stale": lost.get("stale", 0),
-        "dropped": ring["overwritten"] + books.worker_total("given_up"),
-        "retried": (status.retried if status is not None else 0) + clients.get("retries", 0),
-        "rotated": clients.get("rotations", 0),
-        "quarantined": clients.get("quarantined", 0),
-        "duplicates": clients.get("duplicates", 0),
-        "reclaimed": ring["reclaimed_writes"] + ring["reclaimed_reads"],
-        "waited": ring["blocked"],
-        "written": ring["committed"],
-        "dead_rings_swept": books.dead_rings_swept,
-    }
+    def problems(self) -> list[str]:
+        """What was asked for and is not there."""
+        plan, count, mean = self.plan, len(self.episodes), self.mean_return
+        problems = [self.failure] if self.failure else []
+        if self.reason == "interrupted":
+            problems.append(f"interrupted after {self.elapsed_s:.0f} s and {count} episodes")
+        if self.reason == "time":
+            if plan.goal is not None:
+                got = "no episode arrived" if mean is None else f"the mean return of the last {WINDOW} is {mean:.0f}"
+                missed = f"the goal of {plan.goal:.0f} was not reached within {plan.seconds:.0f} s: {got}"
+                problems.append(f"{missed}; try a longer --seconds or another --seed")
+            elif plan.episodes is not None and count < plan.episodes:
+                problems.append(f"{count} of {plan.episodes} episodes within {plan.seconds:.0f} s")
+            if plan.kill and not self.replacement_episodes:
+                problems.append("no worker was killed and replaced in that time: a longer --seconds, or --no-kill")
+        if mismatched := self.trainer.get("checksums", {}).get("mismatched"):
+            problems.append(f"{mismatched} episodes were not byte-exact")
+        if self.segments_left:
+            problems.append(f"segments left in /dev/shm: {', '.join(self.segments_left)}")
+        if self.processes_left:
+            problems.append(f"processes left: {', '.join(map(str, self.processes_left))}")
+        return problems
 
-
-def _workers(books: Books) -> list[dict[str, Any]]:
-    transports = books.trainer.seat_transports if books.trainer is not None else {}
-    return [
-        {
-            "worker": book.worker,
-            "pid": book.pid,
-            "state": book.state,
-            "way": book.way,
-            "transport": transports.get(book.seat),
-            "episodes": book.delivered,
+    def summary(self) -> dict[str, Any]:
+        """Everything as JSON-safe values; `ok`: all that was asked for is there."""
+        plan, problems = self.plan, self.problems()
+        rings = sum((Counter(worker.ring) for worker in self.workers), Counter())
+        nbytes = sum(episode.nbytes for episode in self.episodes)
+        spent_s = max(self.episodes[-1].at_s - self.episodes[0].at_s, 1e-3) if self.episodes else 1.0
+        return {
+            "ok": not problems,
+            "problems": problems,
+            "reason": self.reason,
+            "env": plan.environment.name,
+            "seed": plan.seed,
+            "goal": plan.goal,
+            "mean_return": self.mean_return,
+            "elapsed_s": self.elapsed_s,
+            "episodes": len(self.episodes),
+            "episodes_per_s": len(self.episodes) / spent_s,
+            "steps": sum(episode.steps for episode in self.episodes),
+            "payload_bytes": nbytes,
+            "payload_bytes_per_s": nbytes / spent_s,
+            **self.trainer,
+            "rings": {
+                "written": rings["committed"],
+                "waited": rings["blocked"],
+                "overwritten": rings["overwritten"],
+                "reclaimed": rings["reclaimed_writes"] + rings["reclaimed_reads"],
+            },
+            "kill": self._kill_summary(),
+            "workers": [asdict(worker) for worker in self.workers],
+            "segments_left": self.segments_left,
+            "processes_left": self.processes_left,
+            "curve": self.curve,
+            "log": str(plan.log) if plan.log.exists() else None,
         }
-        for book in books.seats.values()
-    ]
+
+    def _kill_summary(self) -> dict[str, Any] | None:
+        if self.kill is None:
+            return None
+        worker = self.workers[self.kill.seat]
+        seats = [episode.seat for episode in self.episodes[self.kill.episode :]]
+        first = seats.index(worker.replaced_by) if worker.replaced_by in seats else len(seats)
+        return {
+            "worker": worker.worker,
+            "after_s": self.kill.at_s,
+            "after_episode": self.kill.episode,
+            "episodes_of_others_meanwhile": sum(seat != self.kill.seat for seat in seats[:first]),
+            "episodes_of_its_replacement": self.replacement_episodes,
+        }
 
 
-def _reads_table(summary: Summary) -> Table:
-    table = Table(title="Reads, by the transport really used", title_justify="left")
-    table.add_column("transport")
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print the summary as tables, then what is not as it should be."""
+    from rich.table import Table
+
+    table = Table("transport", title="Reads, by the transport really used", title_justify="left")
     for name in ("reads", "bytes", "GB/s", "p50", "p95", "p99"):
         table.add_column(name, justify="right", no_wrap=True)
-    for way, numbers in summary["reads"].items():
-        table.add_row(
-            way,
-            f"{numbers['reads']:.0f}",
-            format_bytes(numbers["bytes"]),
-            f"{numbers['gb_per_s']:.3g}",
-            *(format_duration(numbers[name] / 1e6) for name in ("p50_us", "p95_us", "p99_us")),
-        )
-    return table
+    for reads in summary.get("reads", ()):
+        durations = [format_duration(reads[name]) for name in ("p50_s", "p95_s", "p99_s")]
+        nbytes, speed = format_bytes(reads["bytes"]), f"{reads['gb_per_s']:.3g}"
+        table.add_row(reads["transport"], str(reads["reads"]), nbytes, speed, *durations)
+    console.print(table)
+    facts = Table(title=f"{summary['env']}, seed {summary['seed']}", title_justify="left", show_header=False)
+    for name, value in summary.items():
+        if value is not None and name not in ("ok", "problems", "env", "seed", "reads", "workers"):
+            facts.add_row(name.replace("_", " "), _in_words(name, value))
+    console.print(facts)
+    for problem in summary["problems"]:
+        console.print(f"[bold red]✗[/] {problem}")
+    if summary["ok"]:
+        console.print("[bold green]✓[/] everything that was asked for is there")
 
 
-def _facts_table(summary: Summary) -> Table:
-    table = Table(title=f"{summary['env']}, seed {summary['seed']}", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for name, value in _facts(summary):
-        table.add_row(name, value)
-    return table
+def _in_words(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key.replace('_', ' ')}: {_in_words(key, each)}" for key, each in value.items()) or "0"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "0"
+    if isinstance(value, (int, float)) and "_bytes" in name:
+        return format_bytes(value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _facts(summary: Summary) -> list[tuple[str, str]]:
-    counts, sums, kill = summary["counts"], summary["checksums"], summary["kill"]
-    mean = summary["recent_mean_return"]
-    reached = summary["goal_reached_s"]
-    rows = [
-        ("episodes", f"{summary['episodes']} ({summary['episodes_per_s']:.3g} /s)"),
-        ("steps, updates", f"{summary['steps']}, {summary['updates']}"),
-        ("payload bytes", f"{format_bytes(summary['payload_bytes'])} ({format_bytes(summary['bytes_per_s'])}/s)"),
-        (f"mean return, last {min(WINDOW, summary['episodes'])}", "-" if mean is None else f"{mean:.1f}"),
-    ]
-    if summary["goal"] is not None:
-        rows.append((f"goal {summary['goal']:.0f} reached", "no" if reached is None else f"after {reached:.1f} s"))
-    if summary["ucx_lanes"]:
-        rows.append(("UCX lanes", ", ".join(summary["ucx_lanes"])))
-    rows += [
-        ("whole run", f"{summary['elapsed_s']:.1f} s"),
-        ("checksum verified / wrong", f"{sums['verified']} / {sums['mismatched']}"),
-        ("stale / dropped", f"{counts['stale']} / {counts['dropped']}"),
-        ("retried / reclaimed", f"{counts['retried']} / {counts['reclaimed']}"),
-        ("episodes lost", _reasons(summary["lost"])),
-        ("writes that waited for a slot", str(counts["waited"])),
-    ]
-    if kill is not None:
-        rows.append((f"worker {kill['worker']} killed", f"after {kill['at_s']:.1f} s, episode {kill['episode']}"))
-        rows.append(
-            ("episodes meanwhile, of its replacement", f"{kill['episodes_meanwhile']}, {kill['replacement_episodes']}")
-        )
-        rows.append(("dead workers' rings swept meanwhile", str(counts["dead_rings_swept"])))
-    if summary["store"] is not None:
-        rows.append(("workers found in the store, gone", f"{summary['store']['joined']}, {summary['store']['left']}"))
-    rows += [
-        ("segments left in /dev/shm", str(len(summary["segments_left"]))),
-        ("processes left", str(len(summary["processes_left"]))),
-        ("learning curve", summary["curve"] or "-"),
-    ]
-    return rows
+def draw_curve(results: Results) -> str:
+    """Draw the returns, their running mean, the goal and the kill into `plan.out`; returns its name."""
+    from matplotlib.figure import Figure
 
-
-def _reasons(lost: dict[str, int]) -> str:
-    if not lost:
-        return "0"
-    return ", ".join(f"{count} {name}" for name, count in sorted(lost.items()))
+    plan = results.plan
+    times, returns, steps, _, seats = (np.array(column) for column in zip(*results.episodes, strict=True))
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for seat, worker in enumerate(results.workers):
+        own, label = seats == seat, f"worker {worker.worker}, pid {worker.pid}, read {worker.read}"
+        axes.plot(times[own], returns[own], ".", markersize=3, alpha=0.35, label=label)
+    if len(returns) >= WINDOW:
+        means = np.convolve(returns, np.full(WINDOW, 1.0 / WINDOW), mode="valid")
+        axes.plot(times[WINDOW - 1 :], means, color="black", linewidth=1.8, label=f"mean of {WINDOW}")
+    if plan.goal is not None:
+        axes.axhline(plan.goal, color="green", linestyle="--", linewidth=1, label=f"goal {plan.goal:.0f}")
+    if results.kill is not None:
+        axes.axvline(times[results.kill.episode - 1], color="red", linestyle=":", label="SIGKILL")
+    title = f"{plan.environment.name}: {len(returns)} episodes, {steps.sum()} steps, seed {plan.seed}"
+    axes.set(title=title, xlabel="seconds of training", ylabel="return of an episode")
+    axes.legend(loc="best", fontsize=8, markerscale=3)
+    figure.savefig(plan.out, format="png")
+    return str(plan.out)

@@ -1,192 +1,224 @@
-"""The trainer process: references in, weights out, and its own books for the orchestrator."""
+"""The trainer: takes records, has their episodes fetched ahead, learns from them, sends new weights.
+
+The next batch is fetched while this one is learnt from. What a dead worker takes with it is counted, not waited for.
+"""
 
 from __future__ import annotations
 
-import os
+import queue
 import time
-import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
-from cartpole.discovery import Discovery
-from cartpole.learner import Learner, LearnerSettings, UpdateReport
-from cartpole.lesson import Lesson
-from cartpole.lifeline import StopFlag, begin_child
-from cartpole.messages import FinishedEpisode, SeatOrder, TrainerStatus, Weights
-from cartpole.plan import DemoPlan
-from cartpole.queues import SeatQueues, TrainerQueues
-from cartpole.receiver import Received, Receiver
+from cartpole.environment import EnvironmentSpec
+from cartpole.plan import Local, Plan, digest_of
+from cartpole.policy import Array, Experience, Learner, log_softmax
+from cartpole.processes import Seat
+from cartpole.report import Episode, Results
+from ucxx_transport import ClientConfig, SourceWatcher, UCXXDataPackerMixin, open_store
 
-__all__ = ["run_trainer"]
+if TYPE_CHECKING:
+    from ucxx_transport.trainer import Loss
 
-_STATUS_EVERY_S = 0.2
-_IDLE_WAIT_S = 0.005
-_FINAL_WAIT_S = 3.0
-_RECORDS_A_TURN = 32
+__all__ = ["EpisodePacker", "Packer", "Trainer"]
+
+_BATCH_STEPS = 2048
+_BATCH_DEADLINE_S = 3.0  # what a worker's death costs the batch that it was in, at most
+_MOST_WAITING_BYTES = 64 << 20
 
 
-def run_trainer(plan: DemoPlan, queues: TrainerQueues, seats: list[SeatQueues], orchestrator_pid: int) -> None:
-    """Learn until told to stop; the whole life of the trainer process.
+class Packer:
+    """A framework's data packer: makes of an episode what is learnt from. It knows nothing of rings.
+
+    Attributes:
+        digests: episodes whose bytes were right and wrong, over and above the transport's own checksums.
+    """
+
+    def __init__(self, environment: EnvironmentSpec) -> None:
+        self.environment = environment
+        self.digests = Counter(verified=0, mismatched=0)
+
+    def get_policy_input(
+        self, sample: object, rollout_output: Mapping[str, Array], n_ignore_prefix_tokens: int = 0, **kwargs: Any
+    ) -> Experience | None:
+        """What is learnt from an episode, copied out of it; None when its bytes are not those that were played.
+
+        Args:
+            sample: not used.
+            rollout_output: the episode's arrays: views of shared memory or of a receive buffer.
+            n_ignore_prefix_tokens: not used.
+            **kwargs: `digest`: the episode's `digest_of` where it was played.
+        """
+        del sample, n_ignore_prefix_tokens
+        episode = rollout_output
+        right = digest_of(episode) == kwargs["digest"]
+        self.digests["verified" if right else "mismatched"] += 1
+        if not right:
+            return None
+        actions = episode["actions"].astype(np.int64)
+        return Experience(
+            inputs=self.environment.episode_inputs(episode["obs"]),
+            actions=actions,
+            rewards=np.array(episode["rewards"]),
+            log_probabilities=log_softmax(episode["logits"])[np.arange(len(actions)), actions],
+            terminated=bool(episode["terminated"][0]),
+        )
+
+
+class EpisodePacker(UCXXDataPackerMixin, Packer):
+    """The same packer on rings: it is given records, and the mixin gets their episodes.
+
+    Attributes:
+        waiting: records to fetch with the next batch.
+        lost: episodes that could not be had, by reason.
+    """
+
+    def __init__(self, environment: EnvironmentSpec, local: Local, watcher: SourceWatcher | None) -> None:
+        super().__init__(environment)
+        self.waiting: list[dict[str, Any]] = []
+        self.lost = Counter(stale=0)
+        self._fetching = False
+        self.setup_ucxx_data_packer(client=ClientConfig(local=local), watcher=watcher, deadline_s=_BATCH_DEADLINE_S)
+
+    def on_episode_lost(self, loss: Loss) -> None:
+        """Count it."""
+        self.lost[loss.reason.value] += 1
+
+    def fetch(self) -> None:
+        """Begin to fetch what waits, unless a batch is on its way already."""
+        if self.waiting and not self._fetching:
+            self.start_prefetch(self.waiting)
+            self.waiting, self._fetching = [], True
+
+    def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Experience]]:
+        """The references and episodes of the batch that has come; with `wait`, of that on its way."""
+        if not self._fetching or not (wait or self.is_prefetch_ready):
+            return []
+        self._fetching = False
+        taken = []
+        for record in self.collect_prefetch() or ():
+            ref = record["ref"]
+            experience = self.get_policy_input(None, record, digest=ref["meta"]["digest"])
+            if experience is not None:
+                taken.append((ref, experience))
+        self.release_prefetch()
+        return taken
+
+    def reads(self) -> list[dict[str, Any]]:
+        """What was read, by transport; GB/s while batches were fetched."""
+        assert self.ucxx_feed is not None
+        fetch_s = max(self.ucxx_feed.statistics().fetch_s, 1e-9)
+        return [
+            {
+                "transport": transport,
+                "reads": way.reads,
+                "bytes": way.nbytes,
+                "gb_per_s": way.nbytes / fetch_s / 1e9,
+                "p50_s": way.p50_s,
+                "p95_s": way.p95_s,
+                "p99_s": way.p99_s,
+            }
+            for transport, way in self.ucxx_feed.client_statistics().ways.items()
+        ]
+
+
+class Trainer:
+    """Learner, packers and the queues to the workers.
 
     Args:
         plan: the run.
-        queues: to and from the orchestrator.
-        seats: the queues of every seat there will ever be.
-        orchestrator_pid: the process that spawned this one.
+        seats: the queues of every worker process that there may be.
+        results: gets the episodes.
     """
-    stop = begin_child(orchestrator_pid, plan.log)
-    error = ""
-    trainer = _Trainer(plan, queues, seats, stop)
-    try:
-        trainer.learn()
-    except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
-        traceback.print_exc()
-        error = f"{type(exc).__name__}: {exc}"[:1000]
-    trainer.finish(error)
-    for seat in seats:
-        seat.abandon()
-    raise SystemExit(1 if error else 0)
 
+    def __init__(self, plan: Plan, seats: Sequence[Seat], results: Results) -> None:
+        self.plan = plan
+        self.seats = seats
+        self.results = results
+        self.learner = Learner(plan.environment.width, plan.environment.actions, seed=plan.seed)
+        self.joined: set[Any] = set()  # seats of the workers that have come into the store
+        self.store = open_store(plan.store, plan.store_config) if plan.store is not None else None
+        # Its news of a worker's death ends the reads from it at once.
+        self.watcher = SourceWatcher(self.store) if self.store is not None else None
+        if self.watcher is not None:
+            self.watcher.start()
+        ways = sorted({plan.local_of(worker) for worker in range(plan.workers)})
+        self.packers = {local: EpisodePacker(plan.environment, local, self.watcher) for local in ways}
+        self.batch: list[Experience] = []
+        self.started_s = time.monotonic()
+        self.send_weights()
 
-class _Trainer:
-    """Learner and receiver, and the turns they take."""
+    def turn(self) -> bool:
+        """Take, fetch and learn what there is; returns False when there was nothing."""
+        taken = self.take_records()
+        for packer in self.packers.values():
+            packer.fetch()
+        if sum(len(experience.actions) for experience in self.batch) >= _BATCH_STEPS:
+            self.learner.update(self.batch)
+            self.batch.clear()
+            self.send_weights()
+        return bool(taken + self.take_episodes())
 
-    def __init__(self, plan: DemoPlan, queues: TrainerQueues, seats: list[SeatQueues], stop: StopFlag) -> None:
-        self._plan = plan
-        self._queues = queues
-        self._seats = seats
-        self._stop = stop
-        self._settings = LearnerSettings()
-        self._learner = Learner(plan.facts, self._settings, seed=plan.seed)
-        self._discovery = Discovery(plan.store, plan.store_config) if plan.store is not None else None
-        self._receiver = Receiver(plan, self._discovery.watcher if self._discovery is not None else None)
-        self._occupied: set[int] = set()
-        self._lessons: list[Lesson] = []
-        self._waiting_steps = 0
-        self._finished: list[FinishedEpisode] = []
-        self._episodes = 0
-        self._steps = 0
-        self._bytes = 0
-        self._first_s = self._last_s = 0.0
-        self._update: UpdateReport | None = None
-        self._update_s = 0.0
-        self._started_s = time.monotonic()
-        self._reported_s = self._started_s
-        for seat in range(plan.workers if self._discovery is None else 0):
-            self._occupy(seat, seat)
+    def close(self) -> None:
+        """End packers and watcher. Bounded."""
+        for packer in self.packers.values():
+            packer.shutdown_ucxx_data_packer()
+        if self.watcher is not None and self.store is not None:
+            self.watcher.stop()
+            self.store.close()
 
-    def learn(self) -> None:
-        """Take turns at fetching and learning until told to stop."""
-        while not self._stop:
-            self._follow_orders()
-            busy = self._take_records()
-            self._receiver.start()  # under way while this turn learns
-            if self._waiting_steps >= self._settings.batch_steps:
-                self._learn_from_waiting()
-                busy = True
-            for received in self._receiver.collect():
-                self._accept(received)
-                busy = True
-            if time.monotonic() - self._reported_s > _STATUS_EVERY_S:
-                self._report()
-            if not busy:
-                self._stop.wait(_IDLE_WAIT_S)
+    def take_records(self) -> int:
+        """Hand the records that have come to the packers, as many as make a batch; returns how many."""
+        taken = 0
+        waiting_bytes = sum(record["ref"]["nbytes"] for packer in self.packers.values() for record in packer.waiting)
+        if self.watcher is not None:
+            self.joined.update(source.meta["seat"] for source in self.watcher.sources())
+        for number, seat in enumerate(self.seats):
+            if self.watcher is not None and number not in self.joined:
+                continue
+            with suppress(queue.Empty):
+                while waiting_bytes < _MOST_WAITING_BYTES:
+                    record = seat.records.get_nowait()
+                    self.packers[self.plan.local_of(record["ref"]["meta"]["worker"])].waiting.append(record)
+                    waiting_bytes += record["ref"]["nbytes"]
+                    taken += 1
+        return taken
 
-    def finish(self, error: str) -> None:
-        """Take what is still under way, send the final books, and close the packers."""
-        if not error:
-            for received in self._receiver.collect(wait=True):
-                self._accept(received)
-        self._queues.status.offer(self._status(final=True, error=error).to_bytes(), wait_s=_FINAL_WAIT_S)
-        self._receiver.close()
-        if self._discovery is not None:
-            self._discovery.close()
+    def take_episodes(self, *, wait: bool = False) -> int:
+        """Keep the episodes that have come for the next update; with `wait`, those on their way. Returns how many."""
+        taken = [each for packer in self.packers.values() for each in packer.take(wait=wait)]
+        at_s = time.monotonic() - self.started_s
+        for ref, experience in taken:
+            self.batch.append(experience)
+            total_reward, steps = float(experience.rewards.sum()), len(experience.actions)
+            self.results.add(Episode(at_s, total_reward, steps, ref["nbytes"], ref["meta"]["seat"]))
+        return len(taken)
 
-    def _follow_orders(self) -> None:
-        orders = [SeatOrder.from_bytes(blob) for blob in self._queues.orders.take_all()]
-        if self._discovery is not None:
-            orders += self._discovery.take()
-        for order in orders:
-            if order.occupied:
-                self._occupy(order.seat, order.worker)
-            else:
-                self._occupied.discard(order.seat)
+    def send_weights(self) -> None:
+        """Offer the policy to every seat; a worker that starts later finds it there."""
+        for seat in self.seats:
+            seat.offer_weights(self.learner.version, [parameter.copy() for parameter in self.learner.policy.parameters])
 
-    def _occupy(self, seat: int, worker: int) -> None:
-        self._receiver.admit(seat, worker)
-        self._occupied.add(seat)
-        self._seats[seat].weights.offer_latest(self._weights())
-
-    def _take_records(self) -> bool:
-        """Take the records that wait, a bounded share of every seat in turn; whether there were any."""
-        busy = False
-        for seat, queues in enumerate(self._seats):
-            for _ in range(_RECORDS_A_TURN):
-                if self._stop or not self._receiver.has_room(seat) or (blob := queues.records.take()) is None:
-                    break
-                busy = True
-                self._receiver.bring(seat, msgpack.unpackb(blob))
-        return busy
-
-    def _accept(self, received: Received) -> None:
-        now_s = time.monotonic() - self._started_s
-        lesson = received.lesson
-        self._lessons.append(lesson)
-        self._waiting_steps += lesson.steps
-        self._finished.append(
-            FinishedEpisode(
-                at_s=now_s, total_reward=float(np.sum(lesson.rewards)), seat=received.seat, steps=lesson.steps
-            )
-        )
-        self._first_s = self._first_s or now_s
-        self._last_s = now_s
-        self._episodes += 1
-        self._steps += lesson.steps
-        self._bytes += received.nbytes
-
-    def _learn_from_waiting(self) -> None:
-        started_s = time.perf_counter()
-        self._update = self._learner.update(self._lessons)
-        self._update_s += time.perf_counter() - started_s
-        self._lessons.clear()
-        self._waiting_steps = 0
-        weights = self._weights()
-        for seat in self._occupied:
-            self._seats[seat].weights.offer_latest(weights)
-
-    def _weights(self) -> bytes:
-        return Weights(version=self._learner.version, parameters=self._learner.policy.to_bytes()).to_bytes()
-
-    def _report(self) -> None:
-        if self._queues.status.offer(self._status(final=False, error="").to_bytes(), wait_s=0.0):
-            self._finished = []
-        self._reported_s = time.monotonic()
-
-    def _status(self, *, final: bool, error: str) -> TrainerStatus:
-        books, update = self._receiver.books(), self._update
-        return TrainerStatus(
-            pid=os.getpid(),
-            episodes=self._episodes,
-            steps=self._steps,
-            payload_bytes=self._bytes,
-            first_s=self._first_s,
-            last_s=self._last_s,
-            finished=tuple(self._finished),
-            version=self._learner.version,
-            entropy=update.entropy if update else 0.0,
-            divergence=update.divergence if update else 0.0,
-            update_s=self._update_s,
-            ways=books.ways,
-            seat_transports=books.seat_transports,
-            lost=dict(books.lost),
-            retried=books.retried,
-            verified=books.verified,
-            mismatched=books.mismatched,
-            clients=dict(books.clients),
-            ucx_lanes=books.ucx_lanes,
-            joined=self._discovery.joined if self._discovery is not None else 0,
-            left=self._discovery.left if self._discovery is not None else 0,
-            final=final,
-            error=error,
-        )
+    def counters(self) -> dict[str, Any]:
+        """What was counted since the start, JSON-safe."""
+        packers, watcher = self.packers.values(), self.watcher
+        feeds = [packer.ucxx_feed for packer in packers if packer.ucxx_feed is not None]
+        lanes = {lane for feed in feeds for lane in feed.client_statistics().transports}
+        left = watcher.statistics().removes if watcher is not None else 0
+        digests, lost = Counter[str](), Counter[str]()
+        for packer in packers:
+            digests.update(packer.digests)
+            lost.update(packer.lost)
+        return {
+            "updates": self.learner.version,
+            "checksums": dict(digests),
+            "lost": dict(lost),
+            "retried": sum(feed.statistics().retried for feed in feeds),
+            "store": watcher and {"url": self.plan.store, "joined": len(self.joined), "left": left},
+            "ucx_lanes": sorted(lanes - {"unknown"}),
+            "reads": [reads for packer in packers for reads in packer.reads()],
+        }

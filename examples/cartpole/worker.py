@@ -1,190 +1,159 @@
-"""A rollout worker process: environments, a ring, and the server beside it."""
+"""A rollout worker process: plays episodes, writes each into its ring, sends the record to the trainer.
+
+The record is a few hundred bytes; the episode stays in the ring until the trainer has fetched it.
+"""
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
-from dataclasses import asdict
+import queue
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 
-from cartpole.discovery import seat_meta
-from cartpole.environment import make_environment
-from cartpole.learner import LearnerSettings, policy_network
-from cartpole.lifeline import StopFlag, begin_child
-from cartpole.messages import Weights, WorkerStatus
-from cartpole.plan import DemoPlan
-from cartpole.queues import SeatQueues
-from cartpole.rollout import RolloutLanes
-from cartpole.sizing import episode_schema
-from cartpole.trajectory import Episode
-from ucxx_transport import ServerConfig, SharedRingBuffer, UCXXRolloutMixin, UCXXServer
-from ucxx_transport.errors import DeadlineExceededError, RingFullError, StaleSlotError
+from cartpole.environment import EnvironmentSpec, make_environment
+from cartpole.plan import Plan, digest_of, episode_schema
+from cartpole.policy import Array, Network, policy_network, sample_actions
+from cartpole.processes import Seat, begin_child
+from ucxx_transport import DeadlineExceededError, ServerConfig, UCXXRolloutMixin
 
-__all__ = ["run_worker"]
+__all__ = ["EpisodeLanes", "run_worker"]
 
-_FIRST_WEIGHTS_S = 60.0
-_WEIGHTS_EVERY_STEPS = 8
-_STATUS_EVERY_S = 0.4
-_WRITE_WAIT_S = 0.5
-_FULL_WAITS_BEFORE_DISCARD = 20
+_LARGE_EPISODE_BYTES = 4 << 20
 
 
-def run_worker(plan: DemoPlan, seat: int, worker: int, queues: SeatQueues, orchestrator_pid: int) -> None:
-    """Act until told to stop; the whole life of the process of `worker` on `seat`."""
-    stop = begin_child(orchestrator_pid, plan.log)
-    queues.status.offer(WorkerStatus(pid=os.getpid(), state="starting").to_bytes(), wait_s=1.0)
+def run_worker(plan: Plan, seat: int, worker: int, queues: Seat, parent_pid: int) -> None:
+    """The whole life of the process on `seat`, which is worker number `worker`, until it is asked to stop."""
+    stop = begin_child(parent_pid, plan.log)
+    rollouts = RolloutWorker(plan, seat, worker, queues, stop)
     try:
-        actor = _Worker(plan=plan, seat=seat, worker=worker, queues=queues, stop=stop)
-        try:
-            actor.act()
-            actor.report("stopped")
-        finally:
-            actor.cleanup_ucxx()
-    except Exception as exc:  # noqa: BLE001 - the edge of the process: whatever it was, the orchestrator is told
-        traceback.print_exc()
-        reason = f"{type(exc).__name__}: {exc}"[:1000]
-        queues.status.offer(WorkerStatus(pid=os.getpid(), state="failed", error=reason).to_bytes(), wait_s=1.0)
-        raise SystemExit(1) from None
+        rollouts.play()
     finally:
-        queues.records.abandon()
-        queues.weights.abandon()
+        rollouts.cleanup_ucxx()
+        queues.close()
 
 
-class _Worker(UCXXRolloutMixin):
-    """One policy, a few environments, and the way of their episodes into the ring."""
+class RolloutWorker(UCXXRolloutMixin):
+    """A policy, a few environments, and a ring for their episodes."""
 
-    def __init__(self, *, plan: DemoPlan, seat: int, worker: int, queues: SeatQueues, stop: StopFlag) -> None:
-        self._plan = plan
-        self._seat = seat
-        self._queues = queues
-        self._stop = stop
+    def __init__(self, plan: Plan, seat: int, worker: int, queues: Seat, stop: threading.Event) -> None:
+        self.plan = plan
+        self.queues = queues
+        self.stop = stop
+        self.place = {"seat": seat, "worker": worker}
+        self.policy = policy_network(plan.environment.width, plan.environment.actions, np.random.default_rng(0))
+        self.version: int | None = None
         self.setup_ucxx(
-            f"worker-{worker}",  # a replacement takes the dead one's name, and a larger epoch
-            schema=episode_schema(plan.facts, plan.size.max_steps),
-            ring={"slots": plan.size.slots, "name": plan.ring_name(seat), "checksum": True, "on_full": "block"},
-            server=ServerConfig(ports=plan.ports, shm_lanes=plan.shm_lanes),
+            f"worker-{worker}",  # a replacement takes over the name, and has a larger epoch in the store
+            schema=plan.schema,
+            ring={"name": plan.ring_name(seat), "slots": plan.slots, "on_full": "block", "checksum": True},
+            server=ServerConfig(ports=plan.ports),
             reward="rewards",
             store=plan.store,
             store_config=plan.store_config if plan.store is not None else None,
-            store_meta=seat_meta(seat, worker),
+            store_meta=self.place,
         )
-        self._policy = policy_network(plan.facts, LearnerSettings(), np.random.default_rng(0))
-        self._version = 0
-        self._episodes = 0
-        self._steps = 0
-        self._given_up = 0
-        self._reported_s = 0.0
 
-    def act(self) -> None:
-        """Step, ship what ended, take over new weights; until told to stop."""
-        plan = self._plan
-        if not self._await_weights():
-            return
-        environments = [make_environment(plan.facts.env_id) for _ in range(plan.size.lanes)]
-        try:
-            lanes = RolloutLanes(
-                environments, plan.facts, max_steps=plan.size.max_steps, seed=plan.seed * 100 + self._seat
-            )
-            turn = 0
-            while not self._stop:
-                for episode in lanes.step(self._policy, self._version):
-                    self._ship(episode)
-                turn += 1
-                if turn % _WEIGHTS_EVERY_STEPS == 0:
-                    self._refresh()
-        finally:
-            for environment in environments:
-                environment.close()
+    def play(self) -> None:
+        """Step all environments, write what ended, take new weights; until asked to stop."""
+        while self.version is None:
+            if self.stop.wait(0.02):
+                return
+            self.take_weights()
+        lanes = 8 if self.plan.schema.nbytes < _LARGE_EPISODE_BYTES else 1
+        environments = [make_environment(self.plan.environment.name) for _ in range(lanes)]
+        seed = 100 * self.plan.seed + self.place["seat"]
+        episodes = EpisodeLanes(environments, self.plan.environment, max_steps=self.plan.max_steps, seed=seed)
+        while not self.stop.is_set():
+            for episode in episodes.step(self.policy):
+                self.send(episode)
+            self.take_weights()
+        for environment in environments:
+            environment.close()
 
-    def report(self, state: str) -> None:
-        """Tell the orchestrator how things are."""
-        ring, server = self._own()
-        statistics = ring.statistics()
-        served = server.statistics()
-        status = WorkerStatus(
-            pid=os.getpid(),
-            state=state,
-            version=self._version,
-            episodes=self._episodes,
-            steps=self._steps,
-            given_up=self._given_up,
-            ready=ring.get_ready_count(),
-            ring={name: value for name, value in asdict(statistics).items() if isinstance(value, int)},
-            server={name: served.total(name) for name in ("requests", "delivered", "bytes_sent", "released", "stale")},
-            server_pid=served.pid,
-            ports=server.ports,
-        )
-        self._queues.status.offer_latest(status.to_bytes())
-        self._reported_s = time.monotonic()
+    def take_weights(self) -> None:
+        """Act with the trainer's newest weights from now on, if there are any."""
+        with suppress(queue.Empty):
+            self.version, parameters = self.queues.weights.get_nowait()
+            self.policy.load(parameters)
 
-    def _own(self) -> tuple[SharedRingBuffer, UCXXServer]:
-        writer = self.ucxx_writer
-        assert writer is not None
-        assert writer.ring is not None, "it was given a schema"
-        assert writer.server is not None
-        return writer.ring, writer.server
-
-    def _await_weights(self) -> bool:
-        deadline_s = time.monotonic() + _FIRST_WEIGHTS_S
-        self.report("starting")
-        while not self._stop:
-            blob = self._queues.weights.take(wait_s=0.1)
-            if blob is not None:
-                self._adopt(blob)
-                return True
-            if time.monotonic() > deadline_s:
-                raise DeadlineExceededError("the trainer sent no weights", elapsed_s=_FIRST_WEIGHTS_S)
-        return False
-
-    def _refresh(self) -> None:
-        blob = self._queues.weights.take()
-        if blob is not None:
-            self._adopt(blob)
-        if time.monotonic() - self._reported_s > _STATUS_EVERY_S:
-            self.report("running")
-
-    def _adopt(self, blob: bytes) -> None:
-        weights = Weights.from_bytes(blob)
-        self._policy.load_bytes(weights.parameters)
-        self._version = weights.version
-
-    def _ship(self, episode: Episode) -> None:
-        """Write one episode into the ring and its record into the queue."""
-        record = self._write(episode)
-        if record is None:
-            return
-        self._episodes += 1
-        self._steps += episode.steps
-        blob = msgpack.packb(record)
-        while not self._queues.records.offer(blob, wait_s=_WRITE_WAIT_S):
-            if self._stop:
+    def send(self, episode: dict[str, Array]) -> None:
+        """Write an episode into the ring and send its record. Waits for a free slot: the trainer sets the pace."""
+        meta = {**self.place, "digest": digest_of(episode)}
+        while not self.stop.is_set():
+            with suppress(DeadlineExceededError):
+                record = self.write_to_buffer(episode, policy_version=self.version, meta=meta, deadline_s=0.5)
+                self.queues.records.put(record)
                 return
 
-    def _write(self, episode: Episode) -> dict[str, object] | None:
-        """Write, waiting for a free slot; None when told to stop meanwhile."""
-        meta = {"seat": self._seat, "digest": episode.digest()}
-        waits = 0
-        while not self._stop:
-            try:
-                return self.write_to_buffer(
-                    episode.to_arrays(), policy_version=self._version, meta=meta, deadline_s=_WRITE_WAIT_S
-                )
-            except (DeadlineExceededError, RingFullError):
-                waits += 1
-                self._refresh()
-                if waits % _FULL_WAITS_BEFORE_DISCARD == 0:
-                    self._discard_oldest()
-        return None
 
-    def _discard_oldest(self) -> None:
-        """Give up an episode that nobody has fetched in all this time: a lost reference must not block for ever."""
-        ring, _ = self._own()
-        for ref in ring.ready_refs()[:1]:
-            try:
-                ring.discard(ref)
-                self._given_up += 1
-            except StaleSlotError:
-                pass  # fetched in this very moment: there is room now
+class EpisodeLanes:
+    """Environments that are stepped side by side: one forward pass serves them all.
+
+    Args:
+        environments: Gymnasium environments of one kind.
+        spec: that kind.
+        max_steps: an episode is cut there.
+        seed: of actions and environments.
+    """
+
+    def __init__(self, environments: Sequence[Any], spec: EnvironmentSpec, *, max_steps: int, seed: int) -> None:
+        self._environments = environments
+        self._spec = spec
+        self._max_steps = max_steps
+        self._rng = np.random.default_rng(seed)
+        # One episode in full size a lane, reused for the next; memory is touched only as far as episodes reach.
+        self._arrays = [
+            {field.name: np.empty(field.shape, field.dtype) for field in episode_schema(spec, max_steps)}
+            for _ in environments
+        ]
+        self._steps = [0] * len(environments)
+        self._frames = np.zeros((len(environments), spec.frame_width), np.float32)
+        self._previous = self._frames.copy()
+        for lane in range(len(environments)):
+            self._reset(lane, 1000 * seed + lane)
+
+    def step(self, policy: Network) -> list[dict[str, Array]]:
+        """One step of every environment.
+
+        Args:
+            policy: chooses the actions.
+
+        Returns:
+            The episodes that ended with this step, as views that the next step overwrites.
+        """
+        for lane, steps in enumerate(self._steps):
+            if steps < 0:
+                self._reset(lane, None)
+        logits, _ = policy.forward(self._spec.inputs(self._frames, self._previous))
+        actions = sample_actions(logits, self._rng)
+        self._previous[...] = self._frames
+        ended = []
+        for lane, environment in enumerate(self._environments):
+            arrays, step = self._arrays[lane], self._steps[lane]
+            action = int(actions[lane])
+            observation, reward, terminated, truncated, _ = environment.step(action + self._spec.first_action)
+            arrays["actions"][step], arrays["rewards"][step] = action, reward
+            arrays["logits"][step], arrays["obs"][step + 1] = logits[lane], observation
+            arrays["terminated"][0] = terminated
+            steps = self._steps[lane] = step + 1
+            if terminated or truncated or steps == self._max_steps:
+                ended.append(_cut(arrays, steps))
+                self._steps[lane] = -1
+            else:
+                self._frames[lane] = self._spec.frames(arrays["obs"][steps : steps + 1])[0]
+        return ended
+
+    def _reset(self, lane: int, seed: int | None) -> None:
+        observations = self._arrays[lane]["obs"]
+        observations[0], _ = self._environments[lane].reset(seed=seed)
+        self._frames[lane] = self._previous[lane] = self._spec.frames(observations[:1])[0]
+        self._steps[lane] = 0
+
+
+def _cut(arrays: dict[str, Array], steps: int) -> dict[str, Array]:
+    """The part of the arrays that an episode of so many steps has filled."""
+    lengths = {"obs": steps + 1, "terminated": 1}
+    return {name: array[: lengths.get(name, steps)] for name, array in arrays.items()}
