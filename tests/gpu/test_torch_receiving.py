@@ -86,9 +86,9 @@ def test_fields_of_a_payload_lie_in_one_piece_of_device_memory(torch: Any, ring:
 
 
 def test_receive_buffers_are_really_page_locked(torch: Any) -> None:
-    landings = unpacker_for("cuda").landings
-    assert landings is not None
-    pool = BufferPool(1 << 30, landings.page_locker)
+    uploader = unpacker_for("cuda").uploader
+    assert uploader is not None
+    pool = BufferPool(1 << 30, uploader.page_locker)
     lent = pool.lend(3 << 20)
     assert torch.from_numpy(lent).is_pinned()
     view = lent[100:]

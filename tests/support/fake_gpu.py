@@ -56,11 +56,11 @@ class FakeGpu:
     def finish(self) -> None:
         """The GPU has done all that it was asked for."""
         for upload in self.uploads:
-            upload.land()
+            upload.upload()
         self.uploads.clear()
-        self.land()
+        self.upload()
 
-    def land(self, device: int | None = None) -> None:
+    def upload(self, device: int | None = None) -> None:
         waiting, self.downloads = self.downloads, []
         for entry in waiting:
             number, source, target = entry
@@ -161,7 +161,7 @@ class FakeLeaves:
     def wait(self, device: int) -> None:
         self.gpu.log.append(f"wait {device}")
         self.gpu.on_wait()
-        self.gpu.land(device)
+        self.gpu.upload(device)
 
     def to_host(self, array: DeviceArray) -> Array:
         self.gpu.log.append(f"to_host {array.array.nbytes}")
@@ -222,7 +222,7 @@ class FakeUpload:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         return self._gpu.array(self._memory[offset : offset + nbytes].view(dtype).reshape(shape))
 
-    def land(self) -> None:
+    def upload(self) -> None:
         address, nbytes = self._source
         if nbytes and not self._landed:
             source = np.asarray(_Raw(address, nbytes))

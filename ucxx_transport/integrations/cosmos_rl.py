@@ -40,11 +40,10 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer.batch import PrefetchStatistics
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
-from ucxx_transport.trainer.prefetch_statistics import PrefetchStatistics
 from ucxx_transport.trainer.prefetcher import Prefetcher
-from ucxx_transport.trainer.references import is_ours, record_of
-from ucxx_transport.trainer.triage import AskedFor, Loss
 from ucxx_transport.trainer.unpacking import unpacker_for
 from ucxx_transport.worker.mixin import UCXXRolloutMixin
 
@@ -146,7 +145,7 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
             deadline_s=deadline_s,
             max_fetch_rounds=max_fetch_rounds,
             on_loss=_log_loss,
-            landings=self._unpack.landings,
+            uploader=self._unpack.uploader,
         )
 
     def shutdown(self) -> None:

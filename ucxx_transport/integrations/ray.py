@@ -24,7 +24,7 @@ from ucxx_transport.ring.orphans import remove_orphan
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.references import is_ours, record_of
+from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
 __all__ = ["ActorRollouts", "RolloutCounts", "server_config_of_node"]
 

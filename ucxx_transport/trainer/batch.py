@@ -1,20 +1,28 @@
-"""Fetches a batch of episodes: what can be had of it, in rounds, under one deadline."""
+"""Batches of episodes: fetched in rounds under one deadline; begun in the background; counted."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from ucxx_transport.client.retry import attempt_budget_s
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.trainer.triage import AskedFor, Loss, Wanted, loss_of, sort_out
+from ucxx_transport.logs import get_logger
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, discardable_of, loss_of, sort_out
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import Payload
+    from concurrent.futures import Future
+
+    from ucxx_transport.client import Payload, UCXXClient
+    from ucxx_transport.client.loop_thread import LoopThread
     from ucxx_transport.errors import TransportError
     from ucxx_transport.schema import SlotRef
+
 
 __all__ = ["Batch", "BatchReader", "Loss", "fetch_batch"]
 
@@ -40,7 +48,8 @@ class Batch:
     Attributes:
         payloads: by the episode's place in what was asked for, in that order.
         losses: the others, in that order, each with its reason.
-        rounds: how many it took. retried: episodes asked for again, once for each round after the first.
+        rounds: how many it took.
+        retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
     """
 
@@ -77,7 +86,7 @@ async def fetch_batch(
 
     Returns:
         What was fetched and what was lost. The caller releases the payloads (`Batch.release`), and discards what may
-        still lie in its slot (`triage.unwanted_of`).
+        still lie in its slot (`loss_policy.discardable_of`).
 
     Raises:
         ConfigError: an argument is out of its bounds.
@@ -131,3 +140,168 @@ def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:
         raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
     if not deadline_s > 0:
         raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+
+
+Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
+"""The episodes of a batch; or what gives them, called in the background thread."""
+
+
+class FetchRequest:
+    """A batch to fetch.
+
+    Args:
+        given: its episodes.
+        policy_version: of the trainer's weights when it was asked for.
+    """
+
+    def __init__(self, given: Records, policy_version: int | None) -> None:
+        self._given = given if callable(given) else tuple(given)
+        self.policy_version = policy_version
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """Its episodes."""
+        return tuple(self._given()) if callable(self._given) else self._given
+
+
+class PendingBatch:
+    """A batch that was begun. Take its `result`, or `cancel` it."""
+
+    __slots__ = ("_future", "_hand_out", "_leave", "_thread")
+
+    def __init__(
+        self,
+        thread: LoopThread,
+        future: Future[Batch],
+        hand_out: Callable[[Batch], None],
+        leave: Callable[[], None],
+    ) -> None:
+        self._thread = thread
+        self._future = future
+        self._hand_out = hand_out
+        self._leave = leave
+
+    def result(self) -> Batch:
+        """Wait for it: counted, its losses reported. The caller releases it.
+
+        Raises:
+            ConfigError: the prefetcher has been closed meanwhile.
+        """
+        batch = self._thread.result(self._future)
+        self._hand_out(batch)
+        return batch
+
+    def cancel(self) -> None:
+        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
+        self._leave()
+        if not self._future.cancel() and self._future.exception() is None:
+            self._future.result().release()
+
+
+_log = get_logger(__name__)
+
+
+class LossDiscarder:
+    """Discards, in the background, what of a trainer's losses may still lie in its slot. Of one event loop.
+
+    Args:
+        client: discards at the servers.
+        discard_lost: whether also episodes that were given up although they may still lie in their slots.
+        deadline_s: of each discard, its own.
+    """
+
+    def __init__(self, client: UCXXClient, *, discard_lost: bool, deadline_s: float) -> None:
+        self._client = client
+        self._discard_lost = discard_lost
+        self._deadline_s = deadline_s
+        self._tasks: set[asyncio.Task[int]] = set()
+
+    def discard(self, losses: Sequence[Loss]) -> None:
+        """Begin to discard what of these may still lie in its slot."""
+        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        if refs:
+            task = asyncio.create_task(self._client.discard(refs, deadline_s=self._deadline_s))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def cancel(self) -> None:
+        """Give up what is on its way."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _ended(self, task: asyncio.Task[int]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchStatistics:
+    """What a prefetcher has handed out.
+
+    Attributes:
+        batches: collected or fetched.
+        episodes: their payloads.
+        nbytes: their bytes.
+        fetch_s: seconds that fetching them took, added up; the trainer did not wait for what was fetched ahead.
+        retried: episodes asked for again, in a later round of their batch.
+        losses: episodes that are in no batch, by the reason's word.
+        given_up: batches that did not come in time; their episodes are lost by "timeout".
+    """
+
+    batches: int
+    episodes: int
+    nbytes: int
+    fetch_s: float
+    retried: int
+    losses: Mapping[str, int]
+    given_up: int
+
+
+class PrefetchCounters:
+    """The running counts behind `PrefetchStatistics`. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
+        self._fetch_s = 0.0
+        self._losses: Counter[str] = Counter()
+
+    def handed_out(self, batch: Batch) -> None:
+        """Count a batch that the trainer has taken; its losses are counted by `lost`."""
+        with self._lock:
+            self._batches += 1
+            self._episodes += len(batch.payloads)
+            self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
+            self._retried += batch.retried
+            self._fetch_s += batch.took_s
+
+    def lost(self, losses: Sequence[Loss]) -> None:
+        """Count episodes by why they are in no batch."""
+        with self._lock:
+            self._losses.update(loss.reason.value for loss in losses)
+
+    def left(self, count: int) -> int:
+        """Count episodes that were asked for and will not be taken; returns how many there have been."""
+        with self._lock:
+            if count:
+                self._losses[LossReason.CLOSED.value] += count
+            return self._losses[LossReason.CLOSED.value]
+
+    def gave_up(self) -> None:
+        """Count a batch that did not come in time."""
+        with self._lock:
+            self._given_up += 1
+
+    def snapshot(self) -> PrefetchStatistics:
+        """The counts now."""
+        with self._lock:
+            return PrefetchStatistics(
+                batches=self._batches,
+                episodes=self._episodes,
+                nbytes=self._nbytes,
+                fetch_s=self._fetch_s,
+                retried=self._retried,
+                losses=dict(self._losses),
+                given_up=self._given_up,
+            )

@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS
-from ucxx_transport.trainer.fetch_request import PendingBatch
-from ucxx_transport.trainer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PendingBatch, PrefetchStatistics
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import Prefetcher
-from ucxx_transport.trainer.references import is_ours, record_of
-from ucxx_transport.trainer.triage import AskedFor, Loss
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
@@ -37,7 +34,8 @@ class StreamedEpisode:
     """One episode of a stream.
 
     Attributes:
-        record: as its worker described it. arrays: nested as they were written, valid while they live.
+        record: as its worker described it.
+        arrays: nested as they were written, valid while they live.
     """
 
     record: EpisodeRecord
@@ -48,16 +46,19 @@ class EpisodeStream(Iterator[StreamedEpisode]):
     """Iterates over the episodes of references as they come, once. Close it, or use `with`.
 
     A thread takes the references, so that an episode is handed out as soon as it is there, however long the next
-    reference takes to come. An episode that is lost is left out, and told to `on_loss`.
+    reference takes to come. An episode that is lost is left out, and reported to `on_loss`.
 
     Args:
         references: records (as objects or dicts) and `SlotRef`s; may block, and may never end.
         config: settings of the client.
         device: where episodes are given, as for `RolloutFeed`.
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
-        deadline_s: of one episode. max_fetch_rounds, discard_lost: as for `Prefetcher`.
+        deadline_s: of one episode.
+        max_fetch_rounds: as for `Prefetcher`.
+        discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, in the thread that iterates; its index is 0.
-        watcher: as for `UCXXClient`. link_factory: likewise.
+        watcher: as for `UCXXClient`.
+        link_factory: as for `UCXXClient`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -93,7 +94,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             on_loss=on_loss,
             watcher=watcher,
             link_factory=link_factory,
-            landings=self._unpack.landings,
+            uploader=self._unpack.uploader,
         )
         # a daemon: it may wait for a reference that never comes
         threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()

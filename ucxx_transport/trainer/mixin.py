@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.references import is_ours
+from ucxx_transport.trainer.loss_policy import is_ours
 from ucxx_transport.trainer.rollout_feed import RolloutFeed, completion_of
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.trainer.triage import Loss
+    from ucxx_transport.trainer.loss_policy import Loss
 
 _log = get_logger(__name__)
 
@@ -132,7 +132,7 @@ class UCXXDataPackerMixin:
         """The packer's own `get_policy_input`, with the episode in the place of a reference of ours.
 
         Returns:
-            What the packer makes of it; None for an episode that is lost (`on_episode_lost` has been told).
+            What the packer makes of it; None for an episode that is lost (`on_episode_lost` was called).
         """
         if is_ours(rollout_output):
             rollout_output = self._feed().resolve(rollout_output)

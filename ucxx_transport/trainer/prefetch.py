@@ -31,7 +31,8 @@ class FetchOrder(Generic[RolloutsT]):
     """What to fetch next.
 
     Attributes:
-        batch_id: to say with its result. rollouts: what was asked for.
+        batch_id: to give with its result.
+        rollouts: what was asked for.
     """
 
     batch_id: int
@@ -43,7 +44,9 @@ class Collected(Generic[BatchT, RolloutsT]):
     """What a `collect` gave.
 
     Attributes:
-        batch: to train on now. done: the batch before it, to be released. order: what to fetch meanwhile.
+        batch: to train on now.
+        done: the batch before it, to be released.
+        order: what to fetch next.
     """
 
     batch: BatchT
@@ -56,7 +59,8 @@ class Closed(Generic[BatchT, RolloutsT]):
     """What a `close` found.
 
     Attributes:
-        done: the batch in use, to be released. unused: the one that nobody has collected, to be released.
+        done: the batch in use, to be released.
+        unused: the one that was not collected, to be released.
         waiting: rollouts whose turn never came.
     """
 

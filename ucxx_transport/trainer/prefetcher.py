@@ -17,19 +17,28 @@ from ucxx_transport.client.loop_thread import LoopThread
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchReader, check_limits, fetch_batch
-from ucxx_transport.trainer.fetch_request import FetchRequest, PendingBatch, Records
-from ucxx_transport.trainer.landing import LandingReader
+from ucxx_transport.trainer.batch import (
+    DEFAULT_FETCH_ROUNDS,
+    Batch,
+    BatchReader,
+    FetchRequest,
+    LossDiscarder,
+    PendingBatch,
+    PrefetchCounters,
+    PrefetchStatistics,
+    Records,
+    check_limits,
+    fetch_batch,
+)
+from ucxx_transport.trainer.gpu_upload import UploadingReader
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, check_staleness, sort_out
 from ucxx_transport.trainer.prefetch import DoubleBuffer, FetchOrder
-from ucxx_transport.trainer.prefetch_statistics import PrefetchCounters, PrefetchStatistics
-from ucxx_transport.trainer.triage import AskedFor, Loss, LossReason, check_staleness, sort_out
-from ucxx_transport.trainer.unwanted import UnwantedPayloads
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.trainer.landing import Landings
+    from ucxx_transport.trainer.gpu_upload import DeviceUploader
 
 _log = get_logger(__name__)
 
@@ -47,13 +56,16 @@ class Prefetcher:
 
     Args:
         config: settings of the client.
-        deadline_s: of one batch. max_fetch_rounds, max_staleness: as for `fetch_batch`.
-        discard_lost: let go of episodes that were given up although they may still lie in their slots (`failed`,
+        deadline_s: of one batch.
+        max_fetch_rounds: as for `fetch_batch`.
+        max_staleness: as for `fetch_batch`.
+        discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
         on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
-        watcher: as for `UCXXClient`. link_factory: likewise.
-        landings: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
+        watcher: as for `UCXXClient`.
+        link_factory: as for `UCXXClient`.
+        uploader: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
 
     Raises:
         ConfigError: an argument is out of its bounds.
@@ -70,7 +82,7 @@ class Prefetcher:
         on_loss: Callable[[Loss], None] = lambda _: None,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
-        landings: Landings | None = None,
+        uploader: DeviceUploader | None = None,
     ) -> None:
         check_limits(deadline_s, max_fetch_rounds)
         check_staleness(max_staleness, policy_version=0)
@@ -78,14 +90,14 @@ class Prefetcher:
             config,
             watcher=watcher,
             link_factory=link_factory,
-            page_locker=None if landings is None else landings.page_locker,
+            page_locker=None if uploader is None else uploader.page_locker,
         )
-        self._landings = landings
-        self._reader: BatchReader = self._client if landings is None else LandingReader(self._client, landings)
+        self._uploader = uploader
+        self._reader: BatchReader = self._client if uploader is None else UploadingReader(self._client, uploader)
         self._deadline_s = deadline_s
         self._max_fetch_rounds = max_fetch_rounds
         self._max_staleness = max_staleness
-        self._unwanted = UnwantedPayloads(self._client, discard_lost=discard_lost, deadline_s=deadline_s)
+        self._discarder = LossDiscarder(self._client, discard_lost=discard_lost, deadline_s=deadline_s)
         self._on_loss = on_loss
         self._changed = threading.Condition()
         self._buffer: DoubleBuffer[FetchRequest, Batch | Exception] = DoubleBuffer()
@@ -285,13 +297,13 @@ class Prefetcher:
             policy_version=request.policy_version,
             max_staleness=self._max_staleness,
         )
-        self._unwanted.let_go(batch.losses)
+        self._discarder.discard(batch.losses)
         return batch
 
     async def _aclose(self) -> None:
-        self._unwanted.cancel()
-        if self._landings is not None:
-            self._landings.close()  # before the client, which lets go of the buffers that come back
+        self._discarder.cancel()
+        if self._uploader is not None:
+            self._uploader.close()  # before the client, which frees the buffers that come back
         await self._client.aclose()
 
     async def _prefetch(self, order: FetchOrder[FetchRequest]) -> None:
@@ -332,10 +344,10 @@ class Prefetcher:
         ]
         losses.sort(key=lambda loss: loss.index)
 
-        async def let_go() -> None:
-            self._unwanted.let_go(losses)
+        async def discard() -> None:
+            self._discarder.discard(losses)
 
-        self._thread.submit(let_go)
+        self._thread.submit(discard)
         return losses
 
     def _hand_out(self, batch: Batch) -> None:

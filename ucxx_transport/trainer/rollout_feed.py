@@ -11,11 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch
-from ucxx_transport.trainer.prefetch_statistics import PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, PrefetchStatistics
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import Prefetcher
-from ucxx_transport.trainer.references import is_ours, key_of, record_of
-from ucxx_transport.trainer.triage import AskedFor, Loss
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
@@ -35,7 +33,9 @@ class _Asked:
     """Rollouts to fetch, or fetched. What takes long is done by the thread that fetches, which asks first.
 
     Attributes:
-        rollouts: as given. outputs: of those of them that are ours, in order. places: of these among the rollouts.
+        rollouts: as given.
+        outputs: of those of them that are ours, in order.
+        places: of these among the rollouts.
     """
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
@@ -67,7 +67,8 @@ class _InUse:
     """The rollouts that are trained on.
 
     Args:
-        asked: as asked for. batch: what came of them; None when nothing did.
+        asked: as asked for.
+        batch: what came of them; None when nothing did.
     """
 
     def __init__(self, asked: _Asked, batch: Batch | None) -> None:
@@ -96,10 +97,14 @@ class RolloutFeed:
         config: settings of the client.
         device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
             tensors and arrays on a GPU.
-        deadline_s: of one batch. max_fetch_rounds, max_staleness, discard_lost: as for `Prefetcher`.
+        deadline_s: of one batch.
+        max_fetch_rounds: as for `Prefetcher`.
+        max_staleness: as for `Prefetcher`.
+        discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
-        watcher: as for `UCXXClient`. link_factory: likewise.
+        watcher: as for `UCXXClient`.
+        link_factory: as for `UCXXClient`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -138,7 +143,7 @@ class RolloutFeed:
             on_loss=self._losses.append,
             watcher=watcher,
             link_factory=link_factory,
-            landings=self._unpack.landings,
+            uploader=self._unpack.uploader,
         )
 
     @property
@@ -188,7 +193,7 @@ class RolloutFeed:
             if self._in_use is not None:
                 known.append(self._in_use.asked)
             if any(asked.is_for(other) for other in known):
-                self._told(policy_version)
+                self._note_version(policy_version)
                 return
             self._prefetcher.defer(lambda: asked.records, policy_version=policy_version)
             self._begun(asked, policy_version)
@@ -236,10 +241,10 @@ class RolloutFeed:
 
         Returns:
             Its arrays, as nested as they were written, on the feed's device, valid while they live. None when it is
-            lost: then `on_loss` has been told. An episode on its way is waited for, and its batch taken into use.
+            lost: then `on_loss` was called. An episode on its way is waited for, and its batch taken into use.
 
         Raises:
-            ConfigError: the output is not ours, `policy_version` was never told, or the feed is closed.
+            ConfigError: the output is not ours, `policy_version` was never given, or the feed is closed.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         if not is_ours(output):
@@ -305,9 +310,9 @@ class RolloutFeed:
 
     def _begun(self, asked: _Asked, policy_version: int | None) -> None:
         self._pending.append(asked)
-        self._told(policy_version)
+        self._note_version(policy_version)
 
-    def _told(self, policy_version: int | None) -> None:
+    def _note_version(self, policy_version: int | None) -> None:
         self._policy_version = policy_version if policy_version is not None else self._policy_version
 
     def _awaited(self, key: Hashable, seen: _InUse | None) -> bool:

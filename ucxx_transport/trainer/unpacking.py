@@ -4,7 +4,7 @@
 |----------------------------------|-----------------------------------------------------------------------------------|
 | None, "numpy"                    | numpy views of the payload's memory                                               |
 | "cpu"                            | torch tensors of the payload's memory; bfloat16 and float8 as torch's own         |
-| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload (see `landing`)       |
+| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload (`gpu_upload`)        |
 | "cupy", "cupy:N"                 | cupy arrays on that GPU, the same; a dtype that this cupy has not is refused      |
 
 What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import Receiver, receiver_for
 from ucxx_transport.gpu.torch import host_tensor, import_torch
-from ucxx_transport.trainer.landing import LandedPayload, Landings
+from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -32,7 +32,7 @@ class Unpacker(Protocol):
     """Gives a payload's arrays on a device."""
 
     @property
-    def landings(self) -> Landings | None:
+    def uploader(self) -> DeviceUploader | None:
         """What takes payloads to the device as they come; None where they stay in the host's memory."""
 
     def __call__(self, payload: Payload) -> ArrayTree:
@@ -50,14 +50,14 @@ def unpacker_for(device: object = None) -> Unpacker:
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
     if isinstance(device, Receiver):
-        return _OnDevice(Landings(device))
+        return _OnDevice(DeviceUploader(device))
     name = "numpy" if device is None else str(device)
     if name == "numpy":
         return _Views()
     if name == "cpu":
         return _CpuTensors(import_torch(name))
     if name.partition(":")[0] in ("cuda", "cupy"):
-        return _OnDevice(Landings(receiver_for(name)))
+        return _OnDevice(DeviceUploader(receiver_for(name)))
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )
@@ -75,7 +75,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 class _Views:
     """The payload's own arrays."""
 
-    landings = None
+    uploader = None
 
     def __call__(self, payload: Payload) -> ArrayTree:
         """See `Unpacker`."""
@@ -85,7 +85,7 @@ class _Views:
 class _CpuTensors:
     """Torch tensors over the payload's own memory."""
 
-    landings = None
+    uploader = None
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -100,14 +100,14 @@ class _CpuTensors:
 
 
 class _OnDevice:
-    """Arrays on a GPU: those of a payload that was landed when it came, or of one that is now."""
+    """Arrays on a GPU: those of a payload that was uploaded when it came, or of one that is now."""
 
-    def __init__(self, landings: Landings) -> None:
-        self.landings = landings
+    def __init__(self, uploader: DeviceUploader) -> None:
+        self.uploader = uploader
 
     def __call__(self, payload: Payload) -> ArrayTree:
         """See `Unpacker`."""
-        if isinstance(payload, LandedPayload):
+        if isinstance(payload, DevicePayload):
             return payload.arrays
-        with self.landings.land(payload) as landed:
-            return landed.arrays
+        with self.uploader.upload(payload) as uploaded:
+            return uploaded.arrays

@@ -5,8 +5,8 @@
 | before a slot is touched  | adopted: shape and dtype without a copy, the current stream ordered after its producer   |
 |                           | converted on the device where its field's dtype is another, refused as on the host       |
 |                           | the ring's mapping page-locked, once                                                     |
-| into the slot             | one copy begun, of contiguous bytes; host leaves are copied meanwhile                    |
-| before commit or abort    | waited for, once a device: nothing is copied into a slot that somebody else has          |
+| into the slot             | one copy begun, of contiguous bytes; host leaves are copied at the same time             |
+| before commit or abort    | waited for, once a device: nothing is copied into a slot that another holder has         |
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DeviceLeaves:
     ) -> dict[int, DeviceArray]:
         """Those of `leaves` that are on a GPU, by position, each ready for its field; stood in for in `leaves`.
 
-        A leaf whose dtype its field cannot have stays as it is: its stand-in says so to whoever checks the fields.
+        A leaf whose dtype its field cannot have stays as it is: its stand-in fails the check of the fields.
 
         Args:
             leaves: in field order.

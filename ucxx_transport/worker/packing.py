@@ -1,8 +1,7 @@
-"""Trajectories into a ring's slots, each field straight to its place, narrowed only where that was asked for.
+"""TrajectoryPacker: trajectories into a ring's slots, each field straight to its place, narrowed only where asked for.
 
-What may be narrowed is the table of `narrowing`; what becomes of leaves on a GPU that of `device_leaves`. A trajectory
-whose leaves are all in host memory and of which nothing is narrowed is none of their business: only the ring looks at
-it.
+What may be narrowed is the table of `narrowing`; what becomes of leaves on a GPU that of `device_leaves`. Neither looks
+at a trajectory whose leaves are all in host memory and of which nothing is narrowed.
 """
 
 from __future__ import annotations
@@ -99,8 +98,8 @@ class TrajectoryPacker:
         tree = self._schema.nest(leaves)
         if not wide and not taken:
             return self._ring.write(tree, readers=readers, meta=meta, deadline_s=deadline_s)
-        arrays, _ = self._schema.arrange(tree)
-        lengths = self._schema.lengths_of(tree)
+        arrays, placement = self._schema.arrange(tree)
+        lengths = dict(zip(self._schema.varlen, placement.lengths, strict=True))
         if taken:
             self._devices.lock_pages(next(iter(taken.values())))
         with self._ring.reserve(lengths=lengths, readers=readers, meta=meta, deadline_s=deadline_s) as lease:

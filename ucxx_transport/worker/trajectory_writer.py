@@ -35,7 +35,8 @@ class RolloutStatistics:
     """What a writer has done.
 
     Attributes:
-        written: episodes in the ring, ever. nbytes: their bytes.
+        written: episodes in the ring, ever.
+        nbytes: their bytes.
         dropped: episodes given up under `on_error="drop"`, by the class of the error.
     """
 
@@ -61,8 +62,9 @@ class TrajectoryWriter:
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
             it is not.
-        publisher: settings of that. store_config: settings of the store. store_meta: what else its record there says,
-            JSON values.
+        publisher: settings of that.
+        store_config: settings of the store.
+        store_meta: what else its record there says, JSON values.
         runtimes: what works with leaves on a GPU; by default torch and cupy with their own, either with others.
 
     Raises:
@@ -154,7 +156,7 @@ class TrajectoryWriter:
         dropped: str | None = None
         length, rewards = None, None
         try:
-            length, rewards = self._told_of(trajectory)
+            length, rewards = self._reward_of(trajectory)
             ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s)
         except TransportError as error:
             if self._on_error == "raise" or isinstance(error, PageLockError):
@@ -239,7 +241,7 @@ class TrajectoryWriter:
             meta=self._store_meta,
         )
 
-    def _told_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
+    def _reward_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
         if self._reward is None:
             return None, None
         leaf = trajectory.get(self._reward)

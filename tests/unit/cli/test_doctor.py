@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import call
-from ucxx_transport.cli.doctor.finding import Finding
-from ucxx_transport.cli.doctor.host import segments_finding
+from ucxx_transport.cli.doctor.machine import Finding, segments_finding
 from ucxx_transport.cli.doctor.ucx import transport_findings
 from ucxx_transport.ring.orphans import SegmentInfo
 from ucxx_transport.ring.owner import segment_folder

@@ -24,7 +24,7 @@ from ucxx_transport import (
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, fetch_batch
 from ucxx_transport.trainer.batch import ROUND_PAUSE_S
-from ucxx_transport.trainer.triage import unwanted_of
+from ucxx_transport.trainer.loss_policy import discardable_of
 
 pytestmark = pytest.mark.anyio
 
@@ -217,5 +217,5 @@ async def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
     ]
     batch = await fetch_batch(reader, records, deadline_s=10, policy_version=9, max_staleness=1)
     assert list(batch.payloads) == [5]
-    assert [ref.slot for ref in unwanted_of(batch.losses)] == [0, 1, 2, 3]
-    assert [ref.slot for ref in unwanted_of(batch.losses, discard_lost=False)] == [0]
+    assert [ref.slot for ref in discardable_of(batch.losses)] == [0, 1, 2, 3]
+    assert [ref.slot for ref in discardable_of(batch.losses, discard_lost=False)] == [0]

@@ -1,23 +1,30 @@
-"""UCX: whether it starts, which transports it has, and what the user's UCX_* settings are."""
+"""UCX: whether it starts, which transports it has, and what the user's UCX_* settings are.
+
+Run as a program it prints as JSON what UCX says of itself here: in a process of its own, since a UCX that cannot start
+may end its process, and a doctor should survive that.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ucxx_transport.cli.doctor.finding import Finding
+from ucxx_transport.cli.doctor.machine import Finding
 from ucxx_transport.link.settings import rdma_devices
 
 __all__ = ["transport_findings", "ucx_findings"]
 
+
 _PROBE_LIMIT_S = 30.0
 _RDMA = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
 _PREFER_SYSTEM = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
+_RESOURCE = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flags\s+\S+\s+(\S+)/(\S+)")
 
 
 def ucx_findings() -> Iterator[Finding]:
@@ -26,7 +33,7 @@ def ucx_findings() -> Iterator[Finding]:
         return
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "ucxx_transport.cli.doctor.ucx_probe"],
+            [sys.executable, "-m", "ucxx_transport.cli.doctor.ucx"],
             capture_output=True,
             text=True,
             timeout=_PROBE_LIMIT_S,
@@ -89,3 +96,20 @@ def _does_not_start(reason: str) -> Finding:
         verdict="failure",
         remedy="UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info",
     )
+
+
+def describe_ucx() -> dict[str, object]:
+    """The version of UCX and its resources, such as `["tcp", "eth0"]`, from a context as the link makes one."""
+    from importlib import import_module
+
+    ucx = import_module("ucxx._lib.libucxx")
+    context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
+    return {
+        "version": ".".join(str(part) for part in ucx.get_ucx_version()),
+        "resources": _RESOURCE.findall(context.info),
+        "cuda": bool(context.cuda_support),
+    }
+
+
+if __name__ == "__main__":
+    json.dump(describe_ucx(), sys.stdout)

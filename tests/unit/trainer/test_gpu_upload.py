@@ -29,7 +29,7 @@ from ucxx_transport.client import Payload
 from ucxx_transport.gpu import PageLockError, Upload
 from ucxx_transport.gpu.runtime import Bytes
 from ucxx_transport.trainer import EpisodeStream, Prefetcher, RolloutFeed
-from ucxx_transport.trainer.landing import LandedPayload, Landings
+from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
 from ucxx_transport.trainer.unpacking import map_leaves, unpacker_for
 
 SCHEMA = Schema(
@@ -106,7 +106,7 @@ def test_episodes_begin_their_way_while_others_of_the_batch_are_still_being_read
         worker = LocalWorker(raw)
         receiver = Slow(FakeGpu())
         receiver.left = []
-        with Prefetcher(landings=Landings(receiver)) as prefetcher:
+        with Prefetcher(uploader=DeviceUploader(receiver)) as prefetcher:
             batch = prefetcher.fetch(worker.play(4))
             assert len(batch.payloads) == 4
             assert receiver.left == [3, 2, 1, 0]
@@ -219,15 +219,15 @@ def test_a_batch_that_is_released_before_it_has_landed_harms_nobody(ring: Shared
 
 def _released(ring: SharedRingBuffer) -> Payload:
     gpu = FakeGpu()
-    landings = Landings(FakeReceiver(gpu))
+    uploader = DeviceUploader(FakeReceiver(gpu))
     with SyncUCXXClient(ClientConfig(local="copy")) as client:
         payload = client.read(ring.write(episode(1)))
         gpu.registered[0] = 1 << 62  # of a client that knows nothing of GPUs
-        landed = landings.land(payload)
+        uploaded = uploader.upload(payload)
     assert payload.released
-    landed.release()
-    landings.close()
-    return landed
+    uploaded.release()
+    uploader.close()
+    return uploaded
 
 
 def test_a_payload_of_any_client_lands_when_it_is_unpacked(ring: SharedRingBuffer) -> None:
@@ -247,23 +247,23 @@ def test_a_payload_of_any_client_lands_when_it_is_unpacked(ring: SharedRingBuffe
 
 def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> None:
     gpu = FakeGpu()
-    landings = Landings(FakeReceiver(gpu))
-    landings.close()
+    uploader = DeviceUploader(FakeReceiver(gpu))
+    uploader.close()
     with SyncUCXXClient() as client:
         payload = client.read(ring.write(episode(5)))
         with pytest.raises(ConfigError, match="closed"):
-            landings.land(payload)
+            uploader.upload(payload)
         assert payload.released
     assert uploads(gpu) == []
 
 
 def test_a_landed_payload_has_no_bytes_on_the_host(ring: SharedRingBuffer) -> None:
     gpu = FakeGpu()
-    with Prefetcher(landings=Landings(FakeReceiver(gpu))) as prefetcher:
+    with Prefetcher(uploader=DeviceUploader(FakeReceiver(gpu))) as prefetcher:
         ref = ring.write(episode(4))
         batch = prefetcher.fetch([_record(ref)])
         payload = batch.payloads[0]
-        assert isinstance(payload, LandedPayload)
+        assert isinstance(payload, DevicePayload)
         assert (payload.nbytes, payload.ref, payload.transport, payload.released) == (ref.nbytes, ref, "copy", False)
         with pytest.raises(SlotError, match="take its arrays"):
             payload.buffer  # noqa: B018 - what raises is the look at it
@@ -318,10 +318,10 @@ def test_bytes_that_are_no_payload_of_the_schema_are_not_copied() -> None:
     gpu = FakeGpu()
     with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=64)) as raw, SyncUCXXClient() as client:
         read = client.read(raw.write_raw(b"\xff" * 64))
-        landings = Landings(FakeReceiver(gpu))
+        uploader = DeviceUploader(FakeReceiver(gpu))
         claimed = Payload(read.ref, np.frombuffer(read.buffer, np.uint8), SCHEMA, read.transport)
         with pytest.raises(ProtocolError, match="'obs' claims"):
-            landings.land(claimed)
+            uploader.upload(claimed)
         assert claimed.released
         assert uploads(gpu) == []
         read.release()

@@ -1,23 +1,31 @@
-"""Which episodes of a batch are worth fetching, and what becomes of one that could not be.
+"""The policy of a batch: which outputs are episodes of ours, which are worth fetching, and what a failed fetch means.
+
+| a rollout's output                                          | is                               |
+|-------------------------------------------------------------|----------------------------------|
+| `EpisodeRecord`, or its `to_dict()`                         | ours                             |
+| `SlotRef`                                                   | ours: only its place is known    |
+| a dict that claims to be a record                           | ours, and malformed              |
+| anything else                                               | not ours: passes through         |
 
 | episode                                                     | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
 | a record that cannot be read                                | lost: `malformed`                |
 | dropped by its worker                                       | lost: `dropped`                  |
-| of weights more than `max_staleness` versions old           | lost: `too_old`, let go unread   |
+| of weights more than `max_staleness` versions old           | lost: `too_old`, discarded       |
 | a payload that the batch has already                        | lost: `duplicate`                |
 | any other                                                   | is fetched                       |
 
 | a fetch that failed with                                    | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
-| `StaleSlotError`: delivered before, or let go               | lost: `duplicate`, at once       |
+| `StaleSlotError`: delivered before, or discarded            | lost: `duplicate`, at once       |
 | `StaleSlotError`: the slot was used again, or its ring gone | lost: `stale`, at once           |
 | another error that trying again cannot help                 | lost: `failed`, at once          |
 | a retryable error, while there are rounds and time          | is fetched again                 |
 | `DeadlineExceededError`, after that                         | lost: `timeout`                  |
 | another retryable error, after that                         | lost: `unreachable`              |
 
-What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is let go unread too, unless told.
+What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is discarded too, unless
+`discard_lost` is off.
 
 No I/O and no clock: times come in as arguments.
 """
@@ -25,13 +33,13 @@ No I/O and no clock: times come in as arguments.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.schema.episode_record import EpisodeRecord, is_episode_record
 
 AskedFor: TypeAlias = EpisodeRecord | TransportError
 """One episode of a batch, or why its record could not be read."""
@@ -49,7 +57,7 @@ class LossReason(enum.Enum):
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     CLOSED = "closed"
-    """Asked for and not taken when the feed was closed: counted, and told to no hook."""
+    """Asked for and not taken when the feed was closed: counted, and reported to no hook."""
 
 
 _MAY_BE_THERE = frozenset({LossReason.TOO_OLD, LossReason.FAILED, LossReason.TIMEOUT, LossReason.UNREACHABLE})
@@ -117,8 +125,8 @@ def sort_out(
     return wanted, losses
 
 
-def unwanted_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list[SlotRef]:
-    """Payloads that may be there and will not be fetched: their slots are to be told, or they would wait for ever.
+def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list[SlotRef]:
+    """Payloads that may be there and will not be fetched: discard them, or their slots would never be free.
 
     Args:
         losses: of a batch.
@@ -170,3 +178,27 @@ def loss_of(wanted: Wanted, error: TransportError, *, again: bool) -> Loss | Non
     else:
         reason = LossReason.UNREACHABLE if error.retryable else LossReason.FAILED
     return Loss(index=wanted.index, record=wanted.record, reason=reason, error=error)
+
+
+def is_ours(output: object) -> bool:
+    """Whether `output` refers to an episode of a ring."""
+    return isinstance(output, (EpisodeRecord, SlotRef)) or is_episode_record(output)
+
+
+def record_of(output: object) -> AskedFor:
+    """The episode that an output of ours refers to, or why that cannot be said."""
+    if isinstance(output, EpisodeRecord):
+        return output
+    if isinstance(output, SlotRef):
+        return EpisodeRecord(worker_id=output.ring_name, sequence=output.generation, ref=output)
+    try:
+        return EpisodeRecord.from_dict(output)
+    except ProtocolError as error:
+        return error
+
+
+def key_of(output: object, record: AskedFor) -> Hashable:
+    """By what an output is found again: its payload's name; the object itself where there is none."""
+    if isinstance(record, EpisodeRecord) and record.ref is not None:
+        return record.ref.name
+    return id(output)

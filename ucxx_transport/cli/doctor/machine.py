@@ -1,12 +1,18 @@
-"""The host: shared memory, what dead processes left in it, limits, and the address to publish."""
+"""Findings about this machine: its software, and what the transport needs of the host."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
-from ucxx_transport.cli.doctor.finding import Finding, Verdict
+from ucxx_transport import __version__
+from ucxx_transport.cli.version import installed_version
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.settings import rdma_devices
@@ -14,7 +20,77 @@ from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes
 
-__all__ = ["host_findings", "segments_finding"]
+__all__ = ["Finding", "Verdict", "host_findings", "segments_finding", "software_findings"]
+
+Verdict = Literal["ok", "note", "warning", "failure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: software, ucx, network, host or loopback.
+        name: what was looked at.
+        value: what was found, in words.
+        verdict: `failure`: the transport cannot work; `warning`: something will hurt; `note`: good to know.
+        remedy: what to do about it; "" when nothing is to be done.
+    """
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    remedy: str = ""
+
+
+_OPTIONAL = (
+    ("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), "arrays on a GPU: pip install 'ucxx_transport[cu12]' (or cu13)"),
+    ("torch", ("torch",), "tensors of torch: pip install 'ucxx_transport[torch]'"),
+    ("gymnasium", ("gymnasium",), "the demo: pip install 'ucxx_transport[examples]'"),
+)
+
+
+def software_findings() -> Iterator[Finding]:
+    """What is installed; nothing of it is imported."""
+    yield Finding(topic="software", name="ucxx_transport", value=__version__)
+    yield Finding(topic="software", name="python", value=f"{platform.python_version()} at {sys.executable}")
+    if sys.platform != "linux":
+        yield Finding(
+            topic="software",
+            name="system",
+            value=sys.platform,
+            verdict="failure",
+            remedy="ucxx_transport runs on Linux only",
+        )
+    ucxx = installed_version("ucxx-cu12", "ucxx-cu13", "ucxx")
+    if find_spec("ucxx") is None:
+        yield Finding(
+            topic="software",
+            name="ucxx",
+            value="not installed",
+            verdict="warning",
+            remedy="only this host's rings can be read; else: pip install 'ucxx_transport[cpu]' (GPU: cu12, cu13)",
+        )
+    else:
+        both = installed_version("ucxx-cu12") and installed_version("ucxx-cu13")
+        yield Finding(
+            topic="software",
+            name="ucxx",
+            value=ucxx or "installed, of unknown version",
+            verdict="warning" if both else "ok",
+            remedy="ucxx-cu12 and ucxx-cu13 overwrite each other: uninstall both, install one" if both else "",
+        )
+    for module, distributions, purpose in _OPTIONAL:
+        found = installed_version(*distributions)
+        yield Finding(
+            topic="software",
+            name=module,
+            value=found or "not installed",
+            verdict="ok" if found else "note",
+            remedy="" if found else purpose,
+        )
+
 
 _SMALL_SHARED_MEMORY_BYTES = 1 << 30
 """Docker gives 64 MiB unless told otherwise; a ring of a few large episodes needs more."""

@@ -1,9 +1,9 @@
-"""Payloads on their way from receive buffers to a GPU, each from the moment it has come.
+"""DeviceUploader: payloads from receive buffers to a GPU, each from the moment it has come.
 
 | when                 | the payload's bytes                                        | its receive buffer               |
 |----------------------|------------------------------------------------------------|----------------------------------|
-| it has been read     | `land`: one copy of all of them begins, and the next read  | held for the copy                |
-|                      | goes on meanwhile                                          |                                  |
+| it has been read     | `upload`: one copy of all begins, and the next read goes   | held for the copy                |
+|                      | on at the same time                                        |                                  |
 | the copy has ended   | on the device                                              | to the pool, at the next read    |
 | `arrays` are taken   | the consumer's stream waits for the copy, its thread does  |                                  |
 |                      | not; fields are views by the schema's offsets              |                                  |
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 _PAGE_BYTES = 4096
 
 
-class LandedPayload(Payload):
+class DevicePayload(Payload):
     """A payload on a device, or on its way there; `arrays` are of the device's library. Its host memory is given back.
 
     Args:
-        payload: as it was read. upload: its copy. placement: of its fields; None for a raw payload.
+        payload: as it was read.
+        upload: its copy.
+        placement: of its fields; None for a raw payload.
     """
 
     __slots__ = ("_placement", "_upload")
@@ -86,7 +88,7 @@ class LandedPayload(Payload):
         self._upload = None
 
 
-class Landings:
+class DeviceUploader:
     """Copies payloads to one device as they come, and holds their receive buffers meanwhile. Thread-safe.
 
     Args:
@@ -113,12 +115,12 @@ class Landings:
             memory, self._receiver.page_locking(), what="a receive buffer", remedy="lower client.buffer_pool_bytes"
         )
 
-    def land(self, payload: Payload) -> LandedPayload:
+    def upload(self, payload: Payload) -> DevicePayload:
         """Begin to copy a payload to the device, and take its place. What was given is released in any case.
 
         Raises:
             ProtocolError: the bytes are not a payload of the schema.
-            ConfigError: the device has no memory for it, or the landings are closed.
+            ConfigError: the device has no memory for it, or the uploader is closed.
         """
         with payload:
             source = np.frombuffer(payload.buffer, np.uint8)
@@ -126,39 +128,40 @@ class Landings:
             with self._lock:
                 if self._closed:
                     raise ConfigError("the prefetcher is closed; make another")
-                self._let_go()
+                self._release_buffers()
                 upload = self._receiver.upload(source)
                 self._in_flight.append((upload, source))
-            return LandedPayload(payload, upload, placement)
+            return DevicePayload(payload, upload, placement)
 
-    def let_go(self) -> None:
-        """Give back the buffers whose copies have ended."""
+    def release_buffers(self) -> None:
+        """Release the buffers whose copies have ended."""
         with self._lock:
-            self._let_go()
+            self._release_buffers()
 
     def close(self) -> None:
-        """Wait for the copies under way and give back their buffers; land nothing any more. Idempotent."""
+        """Wait for the copies under way and release their buffers; nothing is uploaded any more. Idempotent."""
         with self._lock:
             self._closed = True
             while self._in_flight:
                 self._in_flight[0][0].wait()
                 self._in_flight.popleft()
 
-    def _let_go(self) -> None:
+    def _release_buffers(self) -> None:
         while self._in_flight and self._in_flight[0][0].done:  # they end in the order in which they began
             self._in_flight.popleft()
 
 
-class LandingReader:
+class UploadingReader:
     """Reads a batch as a client does, every payload on its way to the device while the others are still being read.
 
     Args:
-        client: reads. landings: where to.
+        client: reads.
+        uploader: takes each payload to the device.
     """
 
-    def __init__(self, client: UCXXClient, landings: Landings) -> None:
+    def __init__(self, client: UCXXClient, uploader: DeviceUploader) -> None:
         self._client = client
-        self._landings = landings
+        self._uploader = uploader
 
     async def read_many(
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
@@ -167,10 +170,10 @@ class LandingReader:
         return await gather_results(lambda ref: self._read(ref, deadline_s), refs)
 
     async def _read(self, ref: SlotRef, deadline_s: float | None) -> Payload:
-        self._landings.let_go()
+        self._uploader.release_buffers()
         payload = await self._client.read(ref, deadline_s=deadline_s)
         try:
-            return self._landings.land(payload)
+            return self._uploader.upload(payload)
         except TransportError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the buffer, and the error may be kept
             raise

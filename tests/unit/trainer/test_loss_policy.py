@@ -8,7 +8,7 @@ import pytest
 
 from ucxx_transport import ProtocolError, SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.references import is_ours, key_of, record_of
+from ucxx_transport.trainer.loss_policy import is_ours, key_of, record_of
 
 REF = SlotRef(ring_id=bytes(16), ring_name="r", slot=3, generation=7, nbytes=1, host_id="h")
 RECORD = EpisodeRecord(worker_id="w", sequence=5, ref=REF, policy_version=2)
