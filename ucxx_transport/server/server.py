@@ -233,10 +233,10 @@ class UCXXServer(RingSource):
         try:
             self._ring.publish_address(None, ())
         except TransportError as error:  # the server has stopped all the same
-            _log.warning("address not withdrawn", ring=self._ring.name, reason=str(error))
+            _log.warning("address_not_withdrawn", ring=self._ring.name, reason=str(error))
 
     def _reclaim(self) -> None:
         try:
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
-            _log.warning("reclaim failed", ring=self._ring.name, reason=str(error))
+            _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
