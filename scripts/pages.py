@@ -10,6 +10,7 @@ import inspect
 import itertools
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states
 from ucxx_transport.server import session
 from ucxx_transport.settings.section import Rule
+from ucxx_transport.sidecar import main as sidecar
 from ucxx_transport.units import format_bytes, format_duration
 from ucxx_transport.wire import frames
 
@@ -197,6 +199,16 @@ def _table_of(module: Any) -> str:
     return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:])) + "\n"
 
 
+def _layers() -> str:
+    """The layers that the import contract allows, highest first."""
+    contracts = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    return "\n".join(
+        ["```text", *next(contract["layers"] for contract in contracts if contract["type"] == "layers"), "```", ""]
+    )
+
+
 def _members(enum: type[Enum]) -> list[str]:
     return _table(("value", "name"), ((member.value, f"`{member.name}`") for member in enum))
 
@@ -259,6 +271,8 @@ PARTS: Final = (
     Part(page="segment.md", name=None, make=_segment),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
     Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
+    Part(page="internals.md", name="layers", make=_layers),
+    Part(page="internals.md", name="sidecar-table", make=lambda: _table_of(sidecar)),
     Part(page="UCXX.md", name="slot-diagram", make=lambda: _diagram(states.SlotState.FREE, states.TRANSITIONS)),
     Part(
         page="groups.md",
