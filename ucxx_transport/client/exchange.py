@@ -132,7 +132,8 @@ class ReadExchange:
     """One attempt to read one payload.
 
     Args:
-        ref: the payload's reference. attempt: this client's number for the attempt, u64.
+        ref: the payload's reference.
+        attempt: this client's number for the attempt, u64.
     """
 
     def __init__(self, ref: SlotRef, attempt: int) -> None:

@@ -50,8 +50,11 @@ class LocalReader:
     Args:
         mode: "auto" falls back to UCX where a ring cannot be attached, "off" never reads locally.
         in_place: payloads stay in their slots; else they are copied out, and the slots are free at once.
-        reader: this client's id. pool: where copies go. max_rings: mappings kept.
-        verify: whether checksums are checked. on_fallback: called when "auto" gives a local read to UCX.
+        reader: this client's id.
+        pool: where copies go.
+        max_rings: mappings kept.
+        verify: whether checksums are checked.
+        on_fallback: called when "auto" gives a local read to UCX.
         claim: called with a reference whose payload is here and not consumed yet; raises when it is a duplicate.
     """
 

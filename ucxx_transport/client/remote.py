@@ -69,9 +69,12 @@ class RemoteReader:
     """Everything of a client that needs a link. Bound to the event loop that first reads with it.
 
     Args:
-        config: the client's settings. link_factory: opens the link, on the first read.
-        reader: the client's id. pool: receive buffers. counters: shared with the client.
-        membership: which sources are gone; None: nobody says.
+        config: the client's settings.
+        link_factory: opens the link, on the first read.
+        reader: the client's id.
+        pool: receive buffers.
+        counters: shared with the client.
+        membership: which sources are gone; None: not known.
     """
 
     def __init__(

@@ -21,9 +21,12 @@ class WayStatistics:
     """Delivered payloads that came one way, since the client was made.
 
     Attributes:
-        reads: how many. nbytes: their bytes.
-        p50_s, p95_s, p99_s: seconds from the call to the payload, over the last 4096 of them. Of payloads read
+        reads: how many.
+        nbytes: their bytes.
+        p50_s: median of the seconds from the call to the payload, over the last 4096 of them. Of payloads read
             together each counts from the common call.
+        p95_s: the same for 95 %.
+        p99_s: the same for 99 %.
     """
 
     reads: int
@@ -38,17 +41,36 @@ class ClientStatistics:
     """A snapshot of a client's counts since it was made.
 
     Attributes:
-        reads: delivered payloads. views, copies, ucx: of those, by way of transport. bytes_read: their bytes.
-        failed: reads that raised. stale: payloads gone before they were read. duplicates: dropped by name.
-        deadlines: reads whose deadline passed. timeouts, peers_lost, busy, not_ready, protocol_errors, checksum_errors,
-        unauthorized: failed attempts by reason; one read may count several.
-        rotations: calls that went on at a second port. retries: fresh calls of the slot layer.
-        quarantined: ports put into quarantine. discarded: payloads let go unread.
-        connections: opened. aged_out: idle endpoints closed for their age.
-        confirms: late acknowledgements sent again. fallbacks: local reads that went over UCX instead.
-        parked_buffers: buffers that UCX never gave back. pooled_endpoints: idle now. lent_buffers: out now.
-        idle_buffer_bytes: kept for reuse now. transports: what open UCX endpoints really use.
-        ways: by "view", "copy" and "ucx", those that payloads have come.
+        reads: delivered payloads.
+        views: of those, read in place.
+        copies: of those, copied out of a ring of this host.
+        ucx: of those, fetched over UCX.
+        bytes_read: bytes of all of them.
+        failed: reads that raised.
+        stale: payloads gone before they were read.
+        duplicates: dropped by name.
+        deadlines: reads whose deadline passed.
+        timeouts: attempts that ended by their time. One read may count several attempts, here and below.
+        peers_lost: attempts whose connection failed.
+        busy: attempts answered BUSY.
+        not_ready: attempts answered NOT_READY.
+        protocol_errors: attempts whose answer broke the protocol.
+        checksum_errors: attempts whose bytes had changed.
+        unauthorized: attempts with another token.
+        rotations: calls that went on at a second port.
+        retries: fresh calls of the slot layer.
+        quarantined: ports put into quarantine.
+        discarded: payloads discarded unread.
+        connections: opened.
+        aged_out: idle endpoints closed for their age.
+        confirms: late acknowledgements sent again.
+        fallbacks: local reads that went over UCX instead.
+        parked_buffers: buffers that UCX never gave back.
+        pooled_endpoints: idle now.
+        lent_buffers: in use now.
+        idle_buffer_bytes: kept for reuse now.
+        transports: what open UCX endpoints really use.
+        ways: by "view", "copy" and "ucx", the transports that payloads have come by.
     """
 
     reads: int = 0

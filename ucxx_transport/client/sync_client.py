@@ -32,8 +32,9 @@ class SyncUCXXClient:
     needs UCX, and serves all of them.
 
     Args:
-        config: settings. watcher: which sources there are. link_factory: opens the link when one is needed; the
-            default is UCX. All as for `UCXXClient`.
+        config: settings, as for `UCXXClient`.
+        watcher: which sources there are; likewise.
+        link_factory: opens the link when one is needed; the default is UCX.
     """
 
     def __init__(

@@ -50,8 +50,10 @@ class RolloutCounts:
     """What came of the rollouts that were asked for.
 
     Attributes:
-        asked: rollouts asked for. received: those that were answered.
-        lost: those of actors that died. lost_actors: how many did.
+        asked: rollouts asked for.
+        received: those that were answered.
+        lost: those of actors that died.
+        lost_actors: how many did.
     """
 
     asked: int

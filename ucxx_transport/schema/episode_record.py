@@ -44,7 +44,10 @@ class RewardSummary:
     """Rewards of one episode.
 
     Attributes:
-        total: their sum. mean: total over their number. least, most: of one step.
+        total: their sum.
+        mean: total over their number.
+        least: of one step.
+        most: of one step.
     """
 
     total: float

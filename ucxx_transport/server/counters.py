@@ -29,12 +29,25 @@ class PortStatistics:
     """What one port has done since its ring was created; server restarts do not reset it.
 
     Attributes:
-        port: TCP port, 0 while not listening. connections: open now. accepted: ever.
-        refused: over the cap. requests: READ frames. delivered: acknowledged payloads. bytes_sent: their bytes.
-        released: attempts that ended without an acknowledgement. stale, busy, bad_requests, unauthorized, internal:
-        answers of that status. handshake_timeouts, idle_evictions, delivery_timeouts: connections closed by a limit.
+        port: TCP port, 0 while not listening.
+        connections: open now.
+        accepted: connections, ever.
+        refused: connections over the limit.
+        requests: READ frames.
+        delivered: acknowledged payloads.
+        bytes_sent: their bytes.
+        released: attempts that ended without an acknowledgement.
+        stale: answers of that status, as the next four.
+        busy: likewise.
+        bad_requests: likewise.
+        unauthorized: likewise.
+        internal: likewise.
+        handshake_timeouts: connections closed by `first_frame_timeout_s`.
+        idle_evictions: by `idle_timeout_s`.
+        delivery_timeouts: by `send_timeout_s` or `ack_timeout_s`.
         parked: sends that UCX did not end when their connection closed; each keeps its slot in READING until it ends.
-        confirms: late confirmations that still freed a slot. not_ready: reads while the source waited for its epoch.
+        confirms: late confirmations that still freed a slot.
+        not_ready: reads while the source waited for its epoch.
     """
 
     port: int = 0
@@ -68,7 +81,9 @@ class ServerStatistics:
     """The whole server.
 
     Attributes:
-        host: published address. pid: of the process that serves, None when stopped. restarts: of that process.
+        host: published address.
+        pid: of the process that serves, None when stopped.
+        restarts: of that process.
         ports: one entry a port.
     """
 
@@ -86,7 +101,8 @@ class PortCounters:
     """The block of one port, as its single writer sees it.
 
     Args:
-        words: the ring's `server_words`. index: which port, 0..63.
+        words: the ring's `server_words`.
+        index: which port, 0..63.
     """
 
     __slots__ = ("_words",)

@@ -55,7 +55,8 @@ class PortThread:
     """Runs one `PortServer` in a thread of its own.
 
     Args:
-        server: the port. link_factory: opens the link inside the thread's loop.
+        server: the port.
+        link_factory: opens the link inside the thread's loop.
         candidates: ports to try, in order; 0 is any free one.
     """
 
@@ -119,7 +120,8 @@ class PortGroup:
     """N ports over one ring, in this process.
 
     Args:
-        ring: the ring, created or attached here. settings: what to bind, and how.
+        ring: the ring, created or attached here.
+        settings: what to bind, and how.
         link_factory: opens one link a port.
     """
 

@@ -42,8 +42,11 @@ class PortServer:
     """Serves one port of a ring over one link.
 
     Args:
-        ring: where payloads come from. source: its identity, schema and token.
-        settings: limits. counters: this port's block. binding: whether the source has its epoch.
+        ring: where payloads come from.
+        source: its identity, schema and token.
+        settings: limits.
+        counters: this port's block.
+        binding: whether the source has its epoch.
         reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
         clock: seconds, for the time limits.
     """

@@ -165,7 +165,9 @@ class ReadReply(NamedTuple):
     Attributes:
         status: OK, or why there is no body.
         nbytes: length of the body after OK; of the error text otherwise.
-        ring_id: 16 bytes. slot, generation: the payload's name (zeros when the reply is about none).
+        ring_id: 16 bytes of the payload's name; zeros when the reply is about none, as the next two.
+        slot: of its name.
+        generation: of its name.
         checksum: xxh3_64 of the body, None when the ring keeps none.
         fingerprint: the schema's, 0 for raw bytes.
         token_required: in the answer to HELLO: an AUTH must follow.
