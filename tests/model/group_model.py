@@ -1,4 +1,4 @@
-"""What a group must do, as plain dicts: who holds which rank, what each has applied, and which views may follow."""
+"""A model of a group in plain dicts: which process holds which rank, what each has applied, which views may follow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = {
 
 @dataclass
 class GroupModel:
-    """One generation of a store's data, as somebody sees it who sees everything.
+    """One generation of a store's data, as an observer of everything sees it.
 
     Attributes:
         ack_timeout_s: how long acknowledgements are waited for.
@@ -46,7 +46,7 @@ class GroupModel:
         return self.views[-1][1] if self.views else GroupView(epoch=0)
 
     def written(self, view: GroupView, now: float) -> None:
-        """Somebody wrote a view: may it follow?"""
+        """A view was written: may it follow?"""
         before = self.view
         assert view.epoch > before.epoch, "an epoch only grows"
         for seat in view.seats:
@@ -68,7 +68,7 @@ class GroupModel:
         if after.state is RankState.ACTIVE:
             self._judge_activation(after, view)
         if after.ended_by is RankEvent.LOSE:
-            assert after.incarnation not in self.alive, "who has a lease is not lost"
+            assert after.incarnation not in self.alive, "a rank with a lease is not lost"
         if after.ended_by is RankEvent.LEAVE:
             assert after.incarnation in self.left
         if after.ended_by is RankEvent.DROP:
@@ -90,7 +90,7 @@ class GroupModel:
             if seat.state is RankState.JOINING and self.applied.get(dropped.incarnation, 0) < seat.awaited_epoch
         ]
         since = [written for written, view in self.views if any(view.epoch == seat.awaited_epoch for seat in owed)]
-        assert since, "nobody waited for it"
+        assert since, "no joiner waited for it"
         assert now - min(since) >= self.ack_timeout_s - 1e-6
 
     def expected(self, healthy: dict[int, str]) -> dict[int, RankState]:

@@ -2,13 +2,12 @@
 
 Ranks join, leave, die, hang while their lease is kept, are cut off from the store, are deactivated and recalled; they
 see the store's changes late and one by one; another writes between a rank's decision and its write; answers are lost;
-the store is wiped. A *step* is one of these. Every view that anybody writes is judged by the model; what is applied
+the store is wiped. A *step* is one of these. Every view that is written is judged by the model; what is applied
 only grows; and whenever the machine lets things settle, all healthy ranks are as the model says and have one view.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.model.group_model import GroupModel
+from tests.support.exhaustive import exhaustive
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore, MemoryWatch
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import (
@@ -39,7 +39,6 @@ from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
 from ucxx_transport.groups.writes import RankContext, Retrying, change_view
 
-STEPS = int(os.environ.get("TEST_GROUP_STEPS", "8000"))
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 150
 """About as many as 25 rules take: a third of them are bursts."""
@@ -55,7 +54,7 @@ ranks = st.integers(0, RANKS - 1)
 _SHARES = {
     "join": 6,
     "step": 12,
-    "everybody_looks": 3,
+    "all_read": 3,
     "another_writes_first": 4,
     "answer_is_lost": 2,
     "die": 1,
@@ -93,7 +92,7 @@ class Process:
 
     @property
     def is_member(self) -> bool:
-        """Whether it thinks so."""
+        """Whether it is one, as far as it knows."""
         return self.participant is not None and not self.is_dead
 
     @property
@@ -118,12 +117,12 @@ class GroupMachine(RuleBasedStateMachine):
         self.judged_revision = 0
         for rank in range(members):
             self.join(rank, 0)
-        self.all_look()
+        self.settle()
 
     # what the world does by itself
 
     def judge(self) -> None:
-        """Let the model see every change since it last looked, in order."""
+        """Let the model see every change since the last time, in order."""
         self.data.expire()
         for batch in self.data.history:
             if batch.revision <= self.judged_revision:
@@ -175,11 +174,11 @@ class GroupMachine(RuleBasedStateMachine):
         one.snapshot = one.watch = None
         self.judge()
 
-    def look(self, one: Process, *, batches: int) -> bool:
-        """Take so many changes and look at them; whether there was anything new."""
+    def read(self, one: Process, *, batches: int) -> bool:
+        """Take so many changes and do what they ask for; whether there was anything new."""
         assert one.participant is not None
         try:
-            return self.look_once(one, one.participant, batches)
+            return self.read_once(one, one.participant, batches)
         except (ConflictError, CompactedError, StoreResetError, StoreUnavailableError):
             one.snapshot = one.watch = None
             one.participant.reset()
@@ -191,7 +190,7 @@ class GroupMachine(RuleBasedStateMachine):
         finally:
             self.judge()
 
-    def look_once(self, one: Process, participant: Participant, batches: int) -> bool:
+    def read_once(self, one: Process, participant: Participant, batches: int) -> bool:
         is_new = one.watch is None or one.snapshot is None
         if one.watch is None or one.snapshot is None:
             one.snapshot = GroupSnapshot.of(GROUP, one.store.snapshot(f"groups/{GROUP}/"))
@@ -242,14 +241,14 @@ class GroupMachine(RuleBasedStateMachine):
     def step(self, rank: int, batches: int) -> None:
         one = self.member(rank)
         if one is not None:
-            self.look(one, batches=batches)
+            self.read(one, batches=batches)
 
-    def everybody_looks(self, first: int, _: int) -> None:
+    def all_read(self, first: int, _: int) -> None:
         for rank in (*range(first, RANKS), *range(first)):
             self.step(rank, 100)
 
     def another_writes_first(self, rank: int, other: int) -> None:
-        """`other` looks between `rank`'s decision and its write."""
+        """`other` reads and writes between `rank`'s decision and its write."""
         one, rival = self.member(rank), self.member(other)
         if one is None or rival is None or one is rival:
             return
@@ -258,17 +257,17 @@ class GroupMachine(RuleBasedStateMachine):
         def race(key: str) -> None:
             if key == VIEW and not raced:
                 raced.append(key)
-                self.look(rival, batches=100)
+                self.read(rival, batches=100)
 
         one.store.before_put = race
-        self.look(one, batches=100)
+        self.read(one, batches=100)
         one.store.before_put = lambda _: None
 
     def answer_is_lost(self, rank: int, _: int) -> None:
         one = self.member(rank)
         if one is not None:
             one.store.lose_answers = 1
-            self.look(one, batches=100)
+            self.read(one, batches=100)
             one.store.lose_answers = 0
 
     def die(self, rank: int, _: int) -> None:
@@ -354,13 +353,13 @@ class GroupMachine(RuleBasedStateMachine):
 
     @rule()
     def settles(self) -> None:
-        """Cables are mended, time passes, and all who can look do: then all is as it should be."""
+        """Cables are mended, time passes, and all that can read do: then all is as it should be."""
         GroupMachine.steps += 1
         for one in self.all_processes():
             one.store.reachable = True
         for _ in range(4):
             self.pass_seconds(ACK_TIMEOUT_S / 2)
-            self.all_look()
+            self.settle()
         healthy = {
             one.rank: one.incarnation
             for one in self.all_processes()
@@ -373,19 +372,19 @@ class GroupMachine(RuleBasedStateMachine):
             assert view.seats_incarnation(rank, incarnation)
             assert self.processes[rank].shared.now.view == view
             assert self.processes[rank].shared.now.state is found[rank]
-        if healthy:  # else there is nobody who could say that others are gone
+        if healthy:  # else no rank is there to find the others gone
             hung = {one.rank for one in self.all_processes() if one.is_hung and not one.is_dead}
             assert set(view.ranks) - hung <= set(healthy)
             assert all(seat.state is not RankState.JOINING for seat in view.seats)
 
-    def all_look(self) -> None:
+    def settle(self) -> None:
         quiet = 0
         for _ in range(200):
             self.clock.now += 0.1
             members = [one for one in self.all_processes() if self.member(one.rank) is one]
-            news = [self.look(one, batches=100) for one in members]
+            news = [self.read(one, batches=100) for one in members]
             quiet = 0 if any(news) else quiet + 1
-            if quiet > RANKS:  # everybody's turn has come
+            if quiet > RANKS:  # each rank's turn has come
                 return
         raise AssertionError("it never settles")
 
@@ -396,14 +395,14 @@ class GroupMachine(RuleBasedStateMachine):
                 one.store.close()
 
 
-@pytest.mark.exhaustive
-def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[str, Any]]) -> None:
+@pytest.mark.parametrize("steps", [3000, exhaustive(8000)])
+def test_a_group_does_what_its_model_foretells(steps: int, log_events: list[MutableMapping[str, Any]]) -> None:
     GroupMachine.steps = 0
-    while GroupMachine.steps < STEPS:
+    while GroupMachine.steps < steps:
         run_state_machine_as_test(
             GroupMachine,
             settings=settings(
-                max_examples=-(-(STEPS - GroupMachine.steps) // STEPS_AN_EXAMPLE),
+                max_examples=-(-(steps - GroupMachine.steps) // STEPS_AN_EXAMPLE),
                 stateful_step_count=RULES_AN_EXAMPLE,
                 deadline=None,
                 database=None,
@@ -412,4 +411,3 @@ def test_a_group_does_what_its_model_foretells(log_events: list[MutableMapping[s
             ),
         )
         log_events.clear()
-    assert GroupMachine.steps >= STEPS

@@ -1,6 +1,6 @@
 """A rank of a group: `python -m tests.e2e.programs.group_rank STORE_URL RANK INTERVAL_S ACK_TIMEOUT_S`.
 
-It works from the start, in a loop that a thread of it turns, and never waits for anybody.
+It works from the start, in a loop that a thread of it turns, and never waits for another rank.
 
 | asked                  | does and answers                                                                   |
 |------------------------|------------------------------------------------------------------------------------|
@@ -69,7 +69,7 @@ class Rank:
                 "active": list(state.active_ranks),
                 "turns": self.turns,
                 "stuck": self.stuck.is_set(),
-                "statistics": asdict(self.group.statistics()),
+                "statistics": asdict(state.statistics),
             }
         return {}
 

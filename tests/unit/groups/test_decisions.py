@@ -52,7 +52,7 @@ def test_a_group_of_one_is_admitted_and_then_active() -> None:
     assert next_view(second, members(record(3, epoch=2))) is None
 
 
-def test_nobody_is_no_group() -> None:
+def test_without_members_there_is_no_group() -> None:
     assert next_view(None, {}) is None
 
 

@@ -42,7 +42,7 @@ def has_view(group: RankGroup, **wanted: object) -> Callable[[], bool]:
 
 
 class Stuck:
-    """A callback that does not return until it is told to."""
+    """A callback that does not return before `go_on`."""
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group
@@ -55,10 +55,7 @@ class Stuck:
         self.go_on.wait(30)
 
 
-# joining
-
-
-def test_a_rank_that_has_not_joined_is_nowhere_in_the_store_and_in_nobody_s_way(ranks: Ranks) -> None:
+def test_a_rank_that_has_not_joined_is_nowhere_in_the_store_and_in_no_other_s_way(ranks: Ranks) -> None:
     (first,) = ranks.joined(0)
     settled = wait_until(lambda: first.state.epoch == 2 and ranks.data.revision, what="the first is settled")
     recovering = ranks.make(1)
@@ -112,23 +109,23 @@ def test_the_members_of_a_new_group_come_at_once(ranks: Ranks) -> None:
     wait_until(lambda: stored_view(ranks).active_ranks == (0, 1, 2, 3, 4))
 
 
-def test_a_view_is_applied_and_told_before_who_waits_for_it_wakes(ranks: Ranks) -> None:
+def test_a_view_is_applied_and_its_callbacks_have_returned_before_a_waiting_call_does(ranks: Ranks) -> None:
     (first,) = ranks.joined(0)
-    told: list[int] = []
+    seen: list[int] = []
     released = threading.Event()
 
     def slowly(view: GroupView) -> None:
         released.wait(10)
-        told.append(view.epoch)
+        seen.append(view.epoch)
 
     first.on_view(slowly)
-    waiter = ranks.in_thread(lambda: (first.wait_for_view(3, 10).epoch, tuple(told)))
+    waiter = ranks.in_thread(lambda: (first.wait_for_view(3, 10).epoch, tuple(seen)))
     joiner = ranks.in_thread(lambda: ranks.make(1).join_group(10))
-    wait_until(lambda: first.state.epoch == 3, what="the view is set before it is told")
+    wait_until(lambda: first.state.epoch == 3, what="the view is set before its callbacks return")
     assert not waiter.done()
     released.set()
-    epoch, told_then = waiter.result(10)
-    assert epoch in told_then
+    epoch, seen_then = waiter.result(10)
+    assert epoch in seen_then
     joiner.result(10)
 
 
@@ -149,9 +146,6 @@ def test_a_callback_that_fails_is_counted_and_the_group_goes_on(
     ranks.joined(2)
     wait_until(has_view(first, active_ranks=(0, 1, 2)))
     assert first.statistics().callback_errors == 2
-
-
-# who has the rank
 
 
 def test_of_two_that_claim_a_rank_at_once_exactly_one_has_it(ranks: Ranks) -> None:
@@ -194,7 +188,7 @@ def test_a_dead_rank_s_place_is_taken_with_a_larger_epoch(ranks: Ranks) -> None:
     assert first.statistics().lost == 1
 
 
-def test_who_left_joins_again_with_a_larger_epoch(ranks: Ranks) -> None:
+def test_a_rank_that_left_joins_again_with_a_larger_epoch(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     epoch = second.state.epoch
     second.leave()
@@ -215,10 +209,7 @@ def test_the_last_one_to_leave_leaves_a_group_that_can_be_joined(ranks: Ranks) -
     assert ranks.joined(1)[0].state.active_ranks == (1,)
 
 
-# who does not acknowledge
-
-
-def test_who_does_not_acknowledge_in_time_is_dropped_and_counted(
+def test_a_rank_that_does_not_acknowledge_in_time_is_dropped_and_counted(
     ranks: Ranks, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     first, stuck_rank = ranks.joined(0, 1, ack_timeout_s=0.1)
@@ -233,14 +224,14 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_counted(
     stuck_rank.on_gone(reasons.append)
     stuck.go_on.set()
     wait_until(lambda: stuck_rank.state.state is RankState.GONE, what="it finds out")
-    wait_until(lambda: reasons, what="it is told")
+    wait_until(lambda: reasons, what="its callback")
     assert reasons[0].facts["ended_by"] == "drop"
     assert "groups/trainers/members/1" not in ranks.data.entries, "its lease is given back, also if it never comes back"
     assert stuck_rank.join_group(10).active_ranks == (0, 1, 2)
     assert stuck_rank.state.epoch > state.epoch
 
 
-def test_a_joiner_waits_for_every_active_member_and_says_for_whom(ranks: Ranks) -> None:
+def test_a_joiner_waits_for_every_active_member_and_names_those_it_waits_for(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1, ack_timeout_s=60)
     stuck = Stuck(second)
     joiner = ranks.make(2, ack_timeout_s=60)
@@ -254,7 +245,7 @@ def test_a_joiner_waits_for_every_active_member_and_says_for_whom(ranks: Ranks) 
     assert joiner.join_group(10).active_ranks == (0, 1, 2)
 
 
-def test_a_joiner_that_dies_while_it_waits_is_gone_and_nobody_waits_for_it(ranks: Ranks) -> None:
+def test_a_joiner_that_dies_while_it_waits_is_gone_and_not_waited_for(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1, ack_timeout_s=60)
     stuck = Stuck(second)
     lease = ranks.admin.grant(60)
@@ -281,10 +272,7 @@ def test_a_member_that_dies_while_it_should_acknowledge_is_not_waited_for(ranks:
     stuck.go_on.set()
 
 
-# activating and deactivating
-
-
-def test_only_who_has_joined_can_be_activated_and_only_by_a_member(ranks: Ranks) -> None:
+def test_only_a_rank_that_has_joined_can_be_activated_and_only_by_a_member(ranks: Ranks) -> None:
     first = ranks.make(0)
     with pytest.raises(NotReadyError):
         first.activate_ranks([0])
@@ -317,7 +305,7 @@ def test_a_rank_may_deactivate_itself_and_come_back(ranks: Ranks) -> None:
     assert second.activate_ranks([1, 0]).active_ranks == (0, 1, 2)
 
 
-def test_deactivating_who_is_not_there_is_done_already(ranks: Ranks) -> None:
+def test_deactivating_a_rank_that_is_not_there_is_done_already(ranks: Ranks) -> None:
     (first,) = ranks.joined(0)
     assert first.deactivate_ranks([5]).epoch == 2
 
@@ -367,10 +355,7 @@ def test_callbacks_may_change_the_group(ranks: Ranks) -> None:
     wait_until(lambda: second.get_peer_state(0) is RankState.GONE and second.state.active_ranks == ())
 
 
-# policy versions
-
-
-def test_a_policy_version_grows_unless_it_is_told_to_go_back(ranks: Ranks) -> None:
+def test_a_policy_version_grows_unless_it_is_rewound(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     assert first.state.policy_version is None
     first.set_policy_version(5)
@@ -383,9 +368,6 @@ def test_a_policy_version_grows_unless_it_is_told_to_go_back(ranks: Ranks) -> No
     assert first.state.epoch == second.state.epoch == 4, "no part of the view"
     with pytest.raises(ConfigError):
         first.set_policy_version(-1)
-
-
-# trouble with the store
 
 
 def test_a_store_that_comes_back_in_time_is_waited_for_when_joining(ranks: Ranks) -> None:
@@ -434,10 +416,10 @@ def test_a_group_goes_on_while_its_store_is_away(ranks: Ranks) -> None:
         ranks.stores[group].reachable = True
     state = ranks.make(2).join_group(10)
     assert state.active_ranks == (0, 1, 2)
-    assert state.epoch == 6, "nobody was dropped, and nobody came back: there was no other epoch"
+    assert state.epoch == 6, "none was dropped, and none came back: there was no other epoch"
 
 
-def test_a_store_that_goes_away_while_somebody_joins_delays_it_and_drops_nobody(ranks: Ranks) -> None:
+def test_a_store_that_goes_away_while_a_rank_joins_delays_it_and_drops_none(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1, ack_timeout_s=0.1)
     stuck = Stuck(second)
     joiner = ranks.make(2, ack_timeout_s=0.1)
@@ -453,7 +435,7 @@ def test_a_store_that_goes_away_while_somebody_joins_delays_it_and_drops_nobody(
     assert first.statistics().dropped == first.statistics().lost == 0
 
 
-def test_a_rank_whose_lease_is_lost_finds_out_says_so_and_joins_again(ranks: Ranks) -> None:
+def test_a_rank_whose_lease_is_lost_finds_out_reports_it_and_joins_again(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     epoch = second.state.epoch
     reasons: list[TransportError] = []
@@ -575,7 +557,7 @@ def test_a_compacted_watch_is_taken_up_with_a_snapshot(ranks: Ranks) -> None:
     assert ranks.joined(1)[0].state.active_ranks == (0, 1)
 
 
-def test_who_loses_every_race_for_the_view_looks_again(ranks: Ranks) -> None:
+def test_a_write_that_loses_every_race_for_the_view_is_tried_again(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     store = ranks.stores[first]
     races = 3
@@ -596,9 +578,6 @@ def test_who_loses_every_race_for_the_view_looks_again(ranks: Ranks) -> None:
     assert ranks.joined(2)[0].state.active_ranks == (0, 1, 2)
     assert first.statistics().conflicts >= 1
     assert second.state.state is RankState.ACTIVE
-
-
-# leaving
 
 
 def test_a_join_under_way_is_given_up_by_leave(ranks: Ranks) -> None:
@@ -635,7 +614,21 @@ def test_a_group_in_a_with_statement_is_left(ranks: Ranks) -> None:
         pass
 
 
-# being told
+def test_a_member_s_death_is_seen_in_view_and_statistics_at_once(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    wait_until(has_view(first, active_ranks=(0, 1)))
+    found: list[tuple[tuple[int, ...], int]] = []
+
+    def read_until_alone() -> None:
+        while not found or found[-1][0] != (0,):
+            state = first.state
+            found.append((state.active_ranks, state.statistics.lost))
+
+    first.on_view(lambda _: found.append((first.state.active_ranks, first.state.statistics.lost)))
+    reader = ranks.in_thread(read_until_alone)
+    ranks.data.kill(ranks.lease_of(second))
+    reader.result(10)
+    assert set(found) == {((0, 1), 0), ((0,), 1)}
 
 
 def test_peers_are_seen_in_every_state(ranks: Ranks) -> None:
@@ -652,22 +645,22 @@ def test_peers_are_seen_in_every_state(ranks: Ranks) -> None:
     wait_until(lambda: first.get_peer_state(1) is RankState.GONE)
 
 
-def test_members_are_told_as_they_come_and_go(ranks: Ranks) -> None:
+def test_callbacks_see_members_come_and_go(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     wait_until(has_view(first, active_ranks=(0, 1)))
-    told: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
     end = first.subscribe(
-        on_add=lambda member: told.append(("add", member.rank)),
-        on_remove=lambda member: told.append(("remove", member.rank)),
+        on_add=lambda member: calls.append(("add", member.rank)),
+        on_remove=lambda member: calls.append(("remove", member.rank)),
     )
-    assert told == [("add", 0), ("add", 1)]
+    assert calls == [("add", 0), ("add", 1)]
     ranks.data.kill(ranks.lease_of(second))
-    wait_until(lambda: ("remove", 1) in told)
+    wait_until(lambda: ("remove", 1) in calls)
     wait_until(lambda: second.state.state is RankState.GONE)
     end()
     second.join_group(10)
     wait_until(has_view(first, active_ranks=(0, 1)))
-    assert told == [("add", 0), ("add", 1), ("remove", 1)]
+    assert calls == [("add", 0), ("add", 1), ("remove", 1)]
 
 
 def test_waiting_for_a_view_is_bounded(ranks: Ranks) -> None:
@@ -676,9 +669,6 @@ def test_waiting_for_a_view_is_bounded(ranks: Ranks) -> None:
     with pytest.raises(DeadlineExceededError) as caught:
         first.wait_for_view(3, 0.05)
     assert caught.value.facts["waiting_for"] == "epoch 3"
-
-
-# arguments
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
-from ucxx_transport.groups.participant import acquire_rank
-from ucxx_transport.groups.view import MemberRecord
+from ucxx_transport.groups.decisions import next_view
+from ucxx_transport.groups.participant import Participant, acquire_rank
+from ucxx_transport.groups.state import GroupStatistics, SharedState
+from ucxx_transport.groups.view import GroupSnapshot, MemberRecord
 from ucxx_transport.groups.writes import Retrying
 
 KEY = "groups/g/members/1"
@@ -142,3 +144,47 @@ def test_a_holder_that_cannot_be_read_is_reported(claimant: Claimant) -> None:
     claimant.store.put(KEY, b"{}")
     with pytest.raises(ProtocolError):
         claimant.acquire()
+
+
+class Member:
+    """Rank 1, which has published itself."""
+
+    def __init__(self) -> None:
+        clock = FakeClock()
+        self.store = MemoryStore(MemoryData(clock=clock))
+        context = rank_context(self.store, 1, clock=clock)
+        record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
+        acquired = acquire_rank(context, record, Retrying(context, 1.0))
+        self.shared = SharedState("g", 1)
+        self.shared.begin("mine")
+        self.participant = Participant(context, self.shared, acquired)
+
+    def step(self) -> GroupStatistics:
+        self.participant.step(GroupSnapshot.of("g", self.store.snapshot("groups/g/")))
+        return self.shared.now.statistics
+
+
+def test_a_written_view_is_counted_when_it_is_applied() -> None:
+    member = Member()
+    written = member.step()
+    assert (written.views, written.written) == (0, 0)
+    applied = member.step()
+    assert (applied.views, applied.written) == (1, 1)
+
+
+def test_the_same_view_written_by_another_rank_first_is_a_conflict_and_not_this_one_s() -> None:
+    member = Member()
+    rival = member.store.beside()
+    wanted = next_view(None, {1: MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)})
+    assert wanted is not None
+
+    def another_first(key: str) -> None:
+        if key == "groups/g/view":
+            member.store.before_put = lambda _: None
+            rival.put(key, wanted.to_bytes())
+
+    member.store.before_put = another_first
+    member.step()
+    applied = member.step()
+    assert member.shared.now.view == wanted
+    assert (applied.views, applied.written, applied.conflicts) == (1, 0, 1)

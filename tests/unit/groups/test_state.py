@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from ucxx_transport.errors import LeaseLostError, NotReadyError
+from ucxx_transport.groups.state import GroupListener, GroupState, SharedState
+from ucxx_transport.groups.states import RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, Seat
+
+
+def seat(rank: int, life: int, state: RankState = RankState.ACTIVE) -> Seat:
+    ended_by = RankEvent.LOSE if state is RankState.GONE else None
+    return Seat(rank=rank, incarnation=f"{rank}.{life}", state=state, awaited_epoch=1, ended_by=ended_by)
+
+
+def view(epoch: int) -> GroupView:
+    """Rank 0 stays; rank 1 is there at odd epochs, another life each time, and lost at even ones."""
+    life = (epoch + 1) // 2
+    return GroupView(epoch=epoch, seats=(seat(0, 0), seat(1, life, RankState.ACTIVE if epoch % 2 else RankState.GONE)))
+
+
+def contradiction(state: GroupState) -> str:
+    """What a view and the counts that came with it do not agree on; "" if they do."""
+    counts, epoch = state.statistics, state.epoch
+    expected = {"views": epoch, "lost": epoch // 2, "admitted": (epoch + 1) // 2 + (epoch > 0)}
+    found = {name: getattr(counts, name) for name in expected}
+    return "" if found == expected else f"epoch {epoch}: {found} instead of {expected}"
+
+
+@pytest.fixture
+def shared() -> SharedState:
+    shared = SharedState("g", 0)
+    shared.begin("0.0")
+    return shared
+
+
+def at_each_bytecode(call: Callable[[], object], look: Callable[[], object]) -> None:
+    """Call `look` before each bytecode of `call`: what another thread may see."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            look()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+
+
+def test_no_reader_sees_a_view_without_the_counts_of_what_it_changed(shared: SharedState) -> None:
+    seen: set[tuple[int, str]] = set()
+    for epoch in (1, 2, 3, 4):
+        seen.clear()
+        at_each_bytecode(
+            partial(shared.apply, view(epoch), is_own=False),
+            lambda: seen.add((shared.now.epoch, contradiction(shared.now))),
+        )
+        assert seen == {(epoch - 1, ""), (epoch, "")}
+
+
+def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared: SharedState) -> None:
+    found: list[tuple[str, str]] = []
+
+    def note(what: str) -> None:
+        found.append((what, contradiction(shared.now)))
+
+    shared.listen(
+        GroupListener(
+            on_view=lambda seen: note(f"view {seen.epoch}"),
+            on_add=lambda member: note(f"{member.incarnation} came"),
+            on_remove=lambda member: note(f"{member.incarnation} went"),
+        )
+    )
+    for epoch in (1, 2, 3):
+        shared.apply(view(epoch), is_own=False)
+    calls = ["0.0 came", "1.1 came", "view 1", "1.1 went", "view 2", "1.2 came", "view 3"]
+    assert found == [(call, "") for call in calls]
+
+
+def test_a_view_that_this_rank_wrote_is_counted_as_written_when_it_is_applied(shared: SharedState) -> None:
+    shared.apply(view(1), is_own=True)
+    shared.apply(view(2), is_own=False)
+    assert (shared.now.statistics.views, shared.now.statistics.written) == (2, 1)
+
+
+def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState) -> None:
+    found: list[GroupView | None] = []
+    shared.listen(GroupListener(on_view=lambda _: found.append(shared.now.notified_view)))
+    shared.apply(view(1), is_own=False)
+    assert found == [None]
+    assert shared.now.notified_view == view(1)
+
+
+def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: SharedState) -> None:
+    gone: list[object] = []
+    shared.listen(GroupListener(on_gone=lambda error: gone.append((error, shared.now.state, shared.now.ended))))
+    shared.apply(view(1), is_own=False)
+    error = LeaseLostError("it has ended")
+    shared.end(RankEvent.LOSE, error)
+    shared.end(RankEvent.LOSE, NotReadyError("a second end changes nothing"))
+    assert gone == [(error, RankState.GONE, error)]
+    assert shared.now.view == view(1), "what was known stays known"
+    shared.begin("0.1")
+    assert (shared.now.state, shared.now.ended) == (RankState.JOINING, None)
