@@ -91,7 +91,7 @@ class LeaseRenewer:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(2 * self._interval_s)
             if self._thread.is_alive():
-                _log.warning("lease renewer did not stop in time", lease=self._lease_id)
+                _log.warning("lease_renewer_hung", lease=self._lease_id)
 
     def _run(self) -> None:
         try:
@@ -100,7 +100,7 @@ class LeaseRenewer:
             self._renew_until_stopped()
         except LeaseLostError as error:
             if not self._stopping.is_set():
-                _log.warning("lease lost", lease=self._lease_id, reason=str(error))
+                _log.warning("lease_lost", lease=self._lease_id, reason=str(error))
                 self._on_lost()
         finally:
             if self._helper is not None:
@@ -118,10 +118,10 @@ class LeaseRenewer:
                 failures += 1
                 if failures == 1:
                     reason = f"{type(error).__name__}: {error}"
-                    _log.warning("lease not renewed; trying on", lease=self._lease_id, reason=reason)
+                    _log.warning("lease_not_renewed", lease=self._lease_id, reason=reason)
             else:
                 if failures:
-                    _log.info("lease renewed again", lease=self._lease_id, attempts=failures)
+                    _log.info("lease_renewed_again", lease=self._lease_id, attempts=failures)
                 failures = 0
             pause_s = self._interval_s / (_RETRIES_AN_INTERVAL if failures else 1)
 
@@ -194,17 +194,17 @@ class MemberThread:
             try:
                 self._take_part()
             except (CompactedError, StoreResetError, ConflictError) as error:
-                _log.info("group is read again", reason=str(error), **keys)
+                _log.info("group_read_again", reason=str(error), **keys)
             except StoreUnavailableError as error:
                 if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
                     self._shared.count(outages=1)
-                    _log.warning("group's store does not answer; going on as it is", reason=str(error), **keys)
+                    _log.warning("group_store_away", reason=str(error), **keys)
             except MembershipEndedError as ended:
                 return self._end(ended.event, ended.error)
             except LeaseLostError as error:
                 return self._end(RankEvent.LOSE, error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
-                _log.exception("group thread failed; it starts over", **keys)
+                _log.exception("group_thread_failed", **keys)
             self._ending.wait(PAUSE_S)
         return None
 
@@ -230,11 +230,11 @@ class MemberThread:
 
     def _end(self, event: RankEvent, error: RegistryError) -> None:
         if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
-            _log.warning("this rank is not in its group any more", reason=str(error), **self._context.keys)
+            _log.warning("membership_lost", reason=str(error), **self._context.keys)
         try:  # before anything else hears of it: the next `join_group` finds the rank free
             self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
         except RegistryError as failure:
-            _log.warning("lease not given back; it ends by itself", lease=self._lease_id, reason=str(failure))
+            _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
         self._shared.end(event, error)
 
 
@@ -281,7 +281,7 @@ class MemberLifecycle:
                 try:
                     return self._join_once(retrying)
                 except (LeaseLostError, StoreResetError) as error:
-                    _log.warning("joining starts over", reason=str(error), **self._context.keys)
+                    _log.warning("join_restarted", reason=str(error), **self._context.keys)
                     retrying.pause(self._context.config.backoff_s, phase="joining")
         finally:
             self._joining.release()

@@ -225,7 +225,7 @@ class SharedState:
             callback(fact)
         except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
             self.count(callback_errors=1)
-            _log.exception("group callback failed", group=self.now.group, rank=self.now.rank)
+            _log.exception("group_callback_failed", group=self.now.group, rank=self.now.rank)
 
     def count(self, **more: int) -> None:
         """Add to the statistics."""
@@ -261,7 +261,7 @@ class SharedState:
             for member in removed:
                 if (reason := _reason_gone(view, member)) != "left":
                     keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
-                    _log.warning("group member gone", member=member.rank, reason=reason, **keys)
+                    _log.warning("group_member_gone", member=member.rank, reason=reason, **keys)
             for listener in listeners:
                 for member in removed:
                     self._notify(listener.on_remove, member)

@@ -141,7 +141,7 @@ def test_a_callback_that_fails_is_counted_and_the_group_goes_on(
     ranks.joined(1)
     wait_until(has_view(first, active_ranks=(0, 1)))
     assert first.statistics().callback_errors == 2
-    assert "group callback failed" in [event["event"] for event in log_events]
+    assert "group_callback_failed" in [event["event"] for event in log_events]
     end()
     ranks.joined(2)
     wait_until(has_view(first, active_ranks=(0, 1, 2)))
@@ -217,7 +217,7 @@ def test_a_rank_that_does_not_acknowledge_in_time_is_dropped_and_counted(
     state = ranks.make(2, ack_timeout_s=0.1).join_group(10)
     assert state.active_ranks == (0, 2)
     wait_until(lambda: first.statistics().dropped == 1)
-    gone = [event for event in log_events if event["event"] == "group member gone"]
+    gone = [event for event in log_events if event["event"] == "group_member_gone"]
     assert {(event["member"], event["reason"]) for event in gone} == {(1, "dropped")}
     assert "groups/trainers/members/1" in ranks.data.entries, "its lease lives"
     reasons: list[TransportError] = []
@@ -713,4 +713,4 @@ def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(
     )
     leaving.leave()
     assert gone == []
-    assert "this rank is not in its group any more" not in [event["event"] for event in log_events]
+    assert "membership_lost" not in [event["event"] for event in log_events]
