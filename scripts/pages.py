@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from ucxx_transport import config, errors
+from ucxx_transport import config, errors, teardown
 from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.states import RankState
 from ucxx_transport.link import address
@@ -271,6 +271,7 @@ PARTS: Final = (
     Part(page="segment.md", name=None, make=_segment),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
     Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
+    Part(page="operations.md", name="teardown-table", make=lambda: _table_of(teardown)),
     Part(page="internals.md", name="layers", make=_layers),
     Part(page="internals.md", name="sidecar-table", make=lambda: _table_of(sidecar)),
     Part(page="UCXX.md", name="slot-diagram", make=lambda: _diagram(states.SlotState.FREE, states.TRANSITIONS)),
