@@ -44,6 +44,8 @@ def test_a_block_that_looks_runnable_is_run() -> None:
             is_output = before == "python" and not language
             place = f"{path.name}: {text[:60]!r}"
             assert is_output or language in NOT_RUN | {"python"}, f"a block of no language, {place}"
+            if language == "toml":
+                tomllib.loads(text)
             is_doctest = text.startswith(">>> ")
             if language == "python" and not is_doctest:
                 assert after.startswith("\n```\n"), f"a program without its output behind it, {place}"
