@@ -149,7 +149,7 @@ def _target_table(targets: Sequence[Target]) -> Table:
 
 
 def _write(folder: Path, document: dict[str, Any], findings: Findings, subjects: Sequence[Subject]) -> None:
-    from bench.plot import plot_results  # every process imports this file anew, and none but this one draws
+    from bench.plot import plot_results  # every process imports this file, and none but this one draws
 
     folder.mkdir(parents=True, exist_ok=True)
     document |= {

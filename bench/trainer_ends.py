@@ -38,7 +38,7 @@ BATCHES_AHEAD: Final = 4
 """Episodes of this many batches may exist at once: in use, on their way, written ahead."""
 
 _POLL_S: Final = 0.2
-_PATIENCE_S: Final = 60.0
+_WAIT_LIMIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class TransportEnd:
         self._feed.close()
 
     def _start(self) -> None:
-        self._feed.start([self._channel.get(timeout=_PATIENCE_S) for _ in range(self._batch)])
+        self._feed.start([self._channel.get(timeout=_WAIT_LIMIT_S) for _ in range(self._batch)])
         self._started = True
 
     def _episode(self, record: Any) -> Episode:
@@ -127,7 +127,7 @@ class QueueEnd:
 
     def next_batch(self) -> list[Episode]:
         """See `TrainerEnd`."""
-        return [Episode(*self._channel.get(timeout=_PATIENCE_S)) for _ in range(self._batch)]
+        return [Episode(*self._channel.get(timeout=_WAIT_LIMIT_S)) for _ in range(self._batch)]
 
     def close(self) -> None:
         """See `TrainerEnd`."""
@@ -153,7 +153,7 @@ class RayEnd:
     def next_batch(self) -> list[Episode]:
         """See `TrainerEnd`."""
         wanted = [self._coming.popleft() for _ in range(self._batch)]
-        episodes = [Episode(*found) for found in self._ray.get(wanted, timeout=_PATIENCE_S)]
+        episodes = [Episode(*found) for found in self._ray.get(wanted, timeout=_WAIT_LIMIT_S)]
         self._ask(self._batch)
         return episodes
 

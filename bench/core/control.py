@@ -3,7 +3,7 @@
 | order    | `{"verb": …, "arguments": {…}}`                              |
 | answer   | `{"answer": …}`, or `{"failure": traceback text}` and the end |
 
-The process ends when the pipe does, so it cannot outlive whoever gives the orders.
+The process ends when the pipe does, so it cannot outlive the process that gives the orders.
 """
 
 from __future__ import annotations

@@ -409,7 +409,7 @@ async def test_aclose_ends_everything_in_flight(sides: Sides) -> None:
     assert {await wait for wait in waits} <= {"closed", "reset"}
     assert sides.client.statistics().in_flight == 0
     assert sides.client.statistics().endpoints_open == 0
-    assert sides.client.statistics().parked_buffers == 0
+    assert sides.client.statistics().leaked_buffers == 0
     await until(lambda: not any(far.alive for _near, far in pairs))
 
 
@@ -456,7 +456,7 @@ async def test_messages_that_nobody_received_do_not_outlive_their_endpoint(sides
         assert not worker.tag_probe(tag, mask).matched
     else:
         await far.close()
-    assert 0 < sides.server.statistics().stray_messages < 20
+    assert 0 < sides.server.statistics().unexpected_messages < 20
 
 
 async def test_statistics_count_exactly(sides: Sides) -> None:
@@ -473,7 +473,7 @@ async def test_statistics_count_exactly(sides: Sides) -> None:
     await near.close()
     assert await outcome(open_receive) == "reset"
     server = sides.server.statistics()
-    assert (server.in_flight, server.failed, server.peers_lost, server.parked_buffers) == (0, 1, 1, 0)
+    assert (server.in_flight, server.failed, server.peers_lost, server.leaked_buffers) == (0, 1, 1, 0)
 
 
 async def test_buffers_of_every_kind_are_taken(sides: Sides) -> None:

@@ -1,4 +1,4 @@
-"""Episodes over real UCX to a GPU of pretence: received in page-locked buffers, and copied from these."""
+"""Episodes over real UCX to a fake GPU: received in page-locked buffers, and copied from these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever connects to a server, and whatever it says: it costs it its own connection, and nobody else anything."""
+"""A hostile peer costs the server that peer's connection, and no other peer anything."""
 
 from __future__ import annotations
 

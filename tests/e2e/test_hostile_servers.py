@@ -54,7 +54,7 @@ async def checked_client(good: ServedRing, **settings: object) -> AsyncIterator[
     async with UCXXClient(ClientConfig(**values)) as client:  # type: ignore[arg-type]  # checked by the settings
         yield client
         seen = client.statistics()
-        assert (seen.lent_buffers, seen.parked_buffers, seen.reads) == (0, 0, 0)
+        assert (seen.lent_buffers, seen.leaked_buffers, seen.reads) == (0, 0, 0)
         if "token" in settings:
             return
         ref = good.ring.write_raw(b"as if nothing had happened")

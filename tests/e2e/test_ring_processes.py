@@ -1,4 +1,4 @@
-"""One ring, several real processes: nothing lost, duplicated or torn, and whoever dies takes nothing with it."""
+"""One ring, several real processes: nothing lost, duplicated or torn, and a process that dies takes nothing with it."""
 
 from __future__ import annotations
 

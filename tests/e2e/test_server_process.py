@@ -187,7 +187,7 @@ def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, exhaustive(signal.SIGINT), exhaustive(signal.SIGHUP)])
-def test_server_serves_as_long_as_its_worker_whoever_asks_it_to_end(number: signal.Signals) -> None:
+def test_server_serves_as_long_as_its_worker_whatever_signal_asks_it_to_end(number: signal.Signals) -> None:
     """Slurm sends SIGTERM to every process of a job; the worker may still have payloads to hand out."""
     with served_ring() as served, client_of() as client:
         pid = kill_server(served, number)

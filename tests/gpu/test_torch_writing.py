@@ -91,7 +91,7 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert torch.from_numpy(mapping).is_pinned()
         assert torch.from_numpy(mapping[-64:]).is_pinned()
     assert not torch.from_numpy(mapping).is_pinned()
-    # and the pages may be locked by whoever comes next
+    # and the pages may be locked again
     page_lock(mapping, TorchPageLocking(torch, 0), what="", remedy="").unlock()
 
 

@@ -1,7 +1,7 @@
 """A Hypothesis state machine drives a SourceView beside a plain dict: what it tells always adds up to what it knows.
 
 The store's content changes; its changes arrive in batches, or are lost and a snapshot comes instead; it is wiped; time
-passes. A *step* is one rule. Whoever only hears the changes told knows what the view knows, and once everything has
+passes. A *step* is one rule. A subscriber that only hears the changes knows what the view knows; once all of them have
 arrived that is what the store has, and those whose grace after a wipe is not over.
 """
 

@@ -40,7 +40,7 @@ class Actor:
         self.log = folder / f"{name}.log"
         self.facts: Message = {}
         self.ready = False
-        self.outstanding: dict[int, Message] = {}
+        self.unanswered: dict[int, Message] = {}
         self._next_id = 1
         self._partial = b""
         with self.log.open("ab") as log:
@@ -49,10 +49,10 @@ class Actor:
         self._write(settings)
 
     def request(self, what: str, **facts: object) -> None:
-        """Ask for something; `outstanding` holds it until it is answered."""
+        """Ask for something; `unanswered` holds it until it is answered."""
         number, self._next_id = self._next_id, self._next_id + 1
         message: Message = {"id": number, "what": what, **facts}
-        self.outstanding[number] = message
+        self.unanswered[number] = message
         self._write(message)
 
     def take_answers(self) -> list[tuple[Message, Message]]:
@@ -70,18 +70,18 @@ class Actor:
         for line in lines:
             message = json.loads(line)
             if "id" in message:
-                pairs.append((self.outstanding.pop(message["id"]), message))
+                pairs.append((self.unanswered.pop(message["id"]), message))
             else:
                 self.ready, self.facts = True, message
         return pairs
 
     def stderr_tail(self) -> str:
         text = self.log.read_bytes()[-_STDERR_TAIL_BYTES:].decode(errors="replace")
-        state = f"pid {self.process.pid}, exit {self.process.poll()}, {len(self.outstanding)} requests unanswered"
+        state = f"pid {self.process.pid}, exit {self.process.poll()}, {len(self.unanswered)} requests unanswered"
         return f"--- {self.name}: {state}\n{text}"
 
     def _write(self, message: Message) -> None:
-        with suppress(BrokenPipeError):  # it died: found out by whoever waits for its answers
+        with suppress(BrokenPipeError):  # it died: found out where its answers are waited for
             os.write(self.process.stdin, json.dumps(message).encode() + b"\n")
 
 

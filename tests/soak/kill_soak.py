@@ -175,7 +175,7 @@ class KillSoak:
         writer = self._home.writer
         assert writer is not None
         self._traffic.stage.kill(writer)
-        self._home.ledger.writer_killed(len(writer.outstanding))
+        self._home.ledger.writer_killed(len(writer.unanswered))
         self._home.start_writer(self._traffic.stage)
         return []
 

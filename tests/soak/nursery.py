@@ -116,7 +116,7 @@ class Child:
             self.stdin = -1
 
     def close(self) -> None:
-        """Let go of its pipes."""
+        """Close its pipes."""
         self.end_input()
         os.close(self.stdout)
 

@@ -83,7 +83,7 @@ class Source:
         return 0 if self.server_pid == self.dead_pid else self.server_pid
 
     def server_killed(self, pid: int) -> None:
-        """Whoever asks from here on is told of the next one."""
+        """Who asks from here on gets the next one."""
         self.dead_pid = pid
         self.server_pid = 0
         self.server_kills += 1
@@ -98,7 +98,7 @@ class Source:
         self.writer.request("write", sequence=self.sequence, nbytes=nbytes, how=how, dwell_s=dwell_s(rng))
 
     def close(self) -> None:
-        """Stop the server and let go of the ring."""
+        """Stop the server and close the ring."""
         if self.home_server is not None:
             self.home_server.stop()
         if self.ring is not None:

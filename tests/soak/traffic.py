@@ -71,12 +71,12 @@ class Traffic:
         """The process that serves a source now, as far as is known; asks its worker when it is not."""
         pid = source.find_server()
         writer = source.writer if source.home_server is None else None
-        if not pid and writer is not None and all(asked["what"] != "server" for asked in writer.outstanding.values()):
+        if not pid and writer is not None and all(asked["what"] != "server" for asked in writer.unanswered.values()):
             writer.request("server")
         return pid
 
     def _is_dry(self, *, empty: bool) -> bool:
-        if any(actor.outstanding or not actor.ready for actor in self.stage.actors):
+        if any(actor.unanswered or not actor.ready for actor in self.stage.actors):
             return False
         return not empty or not any(source.ledger.waiting for source in self._sources)
 
@@ -88,7 +88,7 @@ class Traffic:
             assert source.writer is not None
             self._books.setdefault(source.ring.ring_id, (source, source.ledger))
             room = SLOTS - source.ledger.waiting - source.ledger.handed_out
-            if self.writing and len(source.writer.outstanding) < min(room, WRITES_AT_ONCE):
+            if self.writing and len(source.writer.unanswered) < min(room, WRITES_AT_ONCE):
                 source.request_write(self._rng)
         if self.reading:
             readers = list(self.readers.values())
@@ -98,7 +98,7 @@ class Traffic:
                     self._hand_reads(reader, opened)
 
     def _hand_reads(self, reader: Actor, opened: Sequence[Source]) -> None:
-        while len(reader.outstanding) < READS_AT_ONCE:
+        while len(reader.unanswered) < READS_AT_ONCE:
             offers = [source for source in opened if source.ledger.waiting]
             if not offers:
                 return

@@ -1,7 +1,7 @@
-"""A GPU of pretence: real bytes, moved when a real GPU would be allowed to move them at the latest.
+"""A fake GPU: real bytes, moved when a real GPU would be allowed to move them at the latest.
 
 Its arrays lie in ordinary memory that they hide. A copy that was begun moves nothing until somebody waits for it, or
-the test says that the GPU has got so far (`finish`): whoever reads, reuses or hands on too early gets the wrong bytes.
+the test says that the GPU has got so far (`finish`): what reads or reuses it too early gets the wrong bytes.
 Copies to or from memory that is not page-locked are refused.
 """
 
@@ -232,7 +232,7 @@ class FakeUpload:
 
 
 class _Raw:
-    """Bytes at an address, whoever has them now."""
+    """Bytes at an address, whatever holds them now."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, True), "version": 3}

@@ -7,7 +7,7 @@ from ucxx_transport.membership.keys import source_key
 
 __all__ = ["History"]
 
-PATIENCE_S = 60.0
+WAIT_LIMIT_S = 60.0
 
 
 class History:
@@ -23,7 +23,7 @@ class History:
         """Epoch and status of every record so far, and "gone" for each end."""
         self._looks += 1
         last = self._store.put("sources/~", str(self._looks).encode())
-        while (batch := self._watch.next(PATIENCE_S)) and batch.revision < last:
+        while (batch := self._watch.next(WAIT_LIMIT_S)) and batch.revision < last:
             told = [event.value for event in batch.events if event.key == source_key("w")]
             self.records += [SourceRecord.from_bytes(value) if value else None for value in told]
         assert batch is not None, "the watch has not heard of its own key"

@@ -11,7 +11,7 @@ from tests.support.waiting import wait_until
 
 __all__ = ["stop_process"]
 
-STANDING = frozenset("TtZX")
+STOPPED = frozenset("TtZX")
 """States of threads that run no more: stopped, traced, dead (proc(5), /proc/PID/stat)."""
 
 
@@ -22,7 +22,7 @@ def stop_process(pid: int) -> None:
     long enough to answer a peer.
     """
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: states_of_threads(pid) <= STANDING, 60, what=f"every thread of {pid} has stopped")
+    wait_until(lambda: states_of_threads(pid) <= STOPPED, 60, what=f"every thread of {pid} has stopped")
 
 
 def states_of_threads(pid: int) -> set[str]:

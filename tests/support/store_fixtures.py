@@ -1,4 +1,4 @@
-"""Fixtures of stores, for the conftest of whoever needs them: `own_rig`, `rig`, and what these need."""
+"""Fixtures of stores, for the conftests that need them: `own_rig`, `rig`, and what these need."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _print_table(store: Store, sources: Sequence[SourceRecord]) -> None:
 def _follow(store: Store, *, as_json: bool) -> None:
     from ucxx_transport.membership import SourceWatcher
 
-    def tell(change: str, source: SourceRecord) -> None:
+    def report(change: str, source: SourceRecord) -> None:
         if as_json:
             print_json({"change": change, "source": source.to_dict()})
             return
@@ -101,9 +101,9 @@ def _follow(store: Store, *, as_json: bool) -> None:
 
     watcher = SourceWatcher(
         store,
-        on_add=lambda source: tell("add", source),
-        on_update=lambda source: tell("update", source),
-        on_remove=lambda source: tell("remove", source),
+        on_add=lambda source: report("add", source),
+        on_update=lambda source: report("update", source),
+        on_remove=lambda source: report("remove", source),
     )
     with watcher:
         threading.Event().wait()  # until it is interrupted

@@ -3,7 +3,7 @@
 A buffer is lent as a numpy array that owns the loan: every view derived from it (a payload's arrays, a torch tensor
 over one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no
 later payload ever appears in an array that somebody still holds. The same keeps a buffer out of the pool while a
-receive into it is in flight: the link holds a view of it until UCX has let go, for good if UCX never does.
+receive into it is in flight: the link holds a view of it until UCX has released it, for good if UCX never does.
 
 Buffers that a GPU copies from are page-locked: once, when they are allocated, for as long as they live.
 """

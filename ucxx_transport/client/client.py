@@ -148,7 +148,7 @@ class UCXXClient:
         return self._core.statistics(self._remote)
 
     async def aclose(self) -> None:
-        """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
+        """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""
         remote = self._remote
         if remote is not None:
             await remote.aclose()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 
 # Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them. And
-# payloads let go whose server could not be told in time; beyond it these stay until they are overwritten.
+# discarded payloads whose server did not hear of it in time; beyond it these stay until they are overwritten.
 UNSETTLED_PER_RING = 1024
 UNSETTLED_RINGS = 256
 GOODBYE_TIMEOUT_S = 0.5
@@ -181,7 +181,7 @@ class Connections:
             self._unsettled.popitem(last=False)
 
     async def settle(self, channel: Channel, ring_id: bytes) -> None:
-        """Say again what a lost connection may have swallowed, so that those slots do not wait for another reader."""
+        """Send again the acknowledgements that a lost connection may have lost: their slots wait for them."""
         while waiting := self._unsettled.get(ring_id):
             exchange = waiting.popleft()  # nobody else's from here on: other reads of this ring settle at the same time
             try:
@@ -197,7 +197,7 @@ class Connections:
                 # settled already, or overwritten: nothing is left to say
         self._unsettled.pop(ring_id, None)
 
-    async def let_go(self, key: PortKey, waiting: deque[ReadExchange], told: list[bool], until_s: float) -> None:
+    async def discard(self, key: PortKey, waiting: deque[ReadExchange], told: list[bool], until_s: float) -> None:
         """Say of payloads of one ring that they arrived, although they were not fetched.
 
         Args:

@@ -251,7 +251,7 @@ class ClientCore:
             pooled_endpoints=remote.pooled_endpoints if remote is not None else 0,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
-            parked_buffers=link.statistics().parked_buffers if link is not None else 0,
+            leaked_buffers=link.statistics().leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import SlotRef
 
-# Rings whose worker died are let go this often: their memory is freed only when nobody maps it any more.
+# Rings whose worker died are closed this often: their memory is freed only when nobody maps it any more.
 PRUNE_INTERVAL_S = 5.0
 
 
@@ -150,7 +150,7 @@ class LocalReader:
         return not self._in_place or (self._verify and ref.checksum is not None)
 
     def close(self) -> None:
-        """Let go of all rings. Views still held keep their mapping."""
+        """Close all rings. Views still held keep their mapping."""
         with self._lock:
             for ring in self._rings.values():
                 ring.close()

@@ -99,6 +99,6 @@ class LoopThread:
 
         try:
             asyncio.run(main())  # cancels what still runs
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits for the loop must hear of it
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: those who wait for the loop must hear of it
             if not self._up.done():
                 self._up.set_exception(error)

@@ -52,7 +52,7 @@ class Membership:
         self._scopes: dict[bytes, set[asyncio.Timeout]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
-    def tell(self, on_gone: Callable[[SourceRecord], None], on_there: Callable[[SourceRecord], None]) -> None:
+    def subscribe(self, on_gone: Callable[[SourceRecord], None], on_there: Callable[[SourceRecord], None]) -> None:
         """Pass it on, in the loop of the reads.
 
         Args:
@@ -126,5 +126,5 @@ def _nothing(_: SourceRecord) -> None:
 
 
 def _gone(ref: SlotRef) -> PeerLostError:
-    message = "the source of this payload is gone: its worker died, left, or published itself anew"
+    message = "the source of this payload is gone: its worker died, left, or published itself again"
     return PeerLostError(message, host=ref.host, ring=ref.ring_name, slot=ref.slot, reason="removed")

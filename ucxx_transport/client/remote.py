@@ -98,7 +98,7 @@ class RemoteReader:
         self._connections = Connections(config, link_factory, reader=reader, counters=counters)
         self._membership = membership
         if membership is not None:
-            membership.tell(self._forget_source, self._welcome_source)
+            membership.subscribe(self._forget_source, self._welcome_source)
 
     async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
         """The slot layer: fresh calls while failures are worth one.
@@ -179,7 +179,7 @@ class RemoteReader:
                     key = turn.ports(self._quarantine, loop.time())[0]
                     try:
                         until_s = min(deadline_s, loop.time() + self._config.deadline_s)
-                        await self._connections.let_go(key, waiting, told, until_s)
+                        await self._connections.discard(key, waiting, told, until_s)
                     except (TransportError, TimeoutError) as error:
                         if isinstance(error, TransportError) and not error.retryable:
                             break  # asking again would be refused again

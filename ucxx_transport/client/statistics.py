@@ -65,7 +65,7 @@ class ClientStatistics:
         aged_out: idle endpoints closed for their age.
         confirms: late acknowledgements sent again.
         fallbacks: local reads that went over UCX instead.
-        parked_buffers: buffers that UCX never gave back.
+        leaked_buffers: buffers that UCX never gave back.
         pooled_endpoints: idle now.
         lent_buffers: in use now.
         idle_buffer_bytes: kept for reuse now.
@@ -97,7 +97,7 @@ class ClientStatistics:
     aged_out: int = 0
     confirms: int = 0
     fallbacks: int = 0
-    parked_buffers: int = 0
+    leaked_buffers: int = 0
     pooled_endpoints: int = 0
     lent_buffers: int = 0
     idle_buffer_bytes: int = 0

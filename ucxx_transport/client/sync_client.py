@@ -131,7 +131,7 @@ class SyncUCXXClient:
             return self._core.statistics(None)
 
     def close(self) -> None:
-        """Take leave of all servers and let go of all rings. Bounded; idempotent. Payloads still held stay valid."""
+        """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""
         if self._core.inherited:
             return  # a forked child's copy: thread and connections are its parent's
         atexit.unregister(self.close)

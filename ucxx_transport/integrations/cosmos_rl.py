@@ -236,7 +236,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
             raise TransportSetupError(error.message, **error.facts) from error
 
     def close_data_packer(self, packer: Any, *, timeout: float = 5.0) -> None:
-        """Let go of what `attach_data_packer` made."""
+        """Close what `attach_data_packer` made."""
         if isinstance(packer, UCXXDataPackerMixin):
             packer.shutdown_ucxx_data_packer()
         else:
@@ -254,8 +254,8 @@ def _compose(packer: Any, device: object, settings: Mapping[str, Any]) -> None:
     packer.set_transport_strategy(strategy)
     strategy.setup(device=device, **settings)
     # a batch keeps its own deadline; the scheduler's must not come first, since it ends the job
-    patience_s = 2 * float(settings.get("deadline_s", 30.0)) + 10.0
-    packer._setup_prefetch(prefetch_timeout=patience_s, thread_name="ucxx-cosmos")  # noqa: SLF001 - as its own transports do
+    limit_s = 2 * float(settings.get("deadline_s", 30.0)) + 10.0
+    packer._setup_prefetch(prefetch_timeout=limit_s, thread_name="ucxx-cosmos")  # noqa: SLF001 - as its own transports do
 
 
 def _settings_of(config: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class ActorRollouts(Iterator[Any]):
             except Exception as error:  # noqa: BLE001 - the answer is there: what the next one meets is raised after it
                 self._kept = error
             return answer
-        self._sweep(patience_s=_DYING_S)
+        self._sweep(wait_s=_DYING_S)
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
@@ -202,12 +202,12 @@ class ActorRollouts(Iterator[Any]):
         if replacement is not None:
             self._welcome(replacement)
 
-    def _sweep(self, *, patience_s: float = 0.0) -> None:
+    def _sweep(self, *, wait_s: float = 0.0) -> None:
         """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not.
 
         What cannot be removed yet is tried again with the next answer: nobody waits for it.
         """
-        until_s = time.monotonic() + patience_s
+        until_s = time.monotonic() + wait_s
         while self._unswept:
             self._unswept = {ring for ring in self._unswept if not remove_orphan(ring)}
             if time.monotonic() >= until_s:

@@ -66,15 +66,15 @@ class LinkStatistics:
         failed: operations that completed with an error, whatever its kind.
         truncated: of those, messages longer than their buffer.
         peers_lost: endpoints whose peer went away before this side closed them.
-        parked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
-        parked_bytes: their size.
+        leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
+        leaked_bytes: their size.
         progress_turns: turns of the progress driver.
         spins: waits that polled before they slept.
         inline_completions: of those, the ones whose operation ended meanwhile.
         sleeps: times the driver went to sleep on the event descriptor.
         wakeups: times that descriptor woke it.
-        stray_messages: messages that no receive had been posted for when their endpoint was closed.
-        swallowed_errors: errors of clean-up that had nobody to go to.
+        unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
+        suppressed_errors: errors of clean-up that had nobody to go to.
     """
 
     endpoints_connected: int = 0
@@ -88,15 +88,15 @@ class LinkStatistics:
     failed: int = 0
     truncated: int = 0
     peers_lost: int = 0
-    parked_buffers: int = 0
-    parked_bytes: int = 0
+    leaked_buffers: int = 0
+    leaked_bytes: int = 0
     progress_turns: int = 0
     inline_completions: int = 0
     sleeps: int = 0
     wakeups: int = 0
     spins: int = 0
-    stray_messages: int = 0
-    swallowed_errors: int = 0
+    unexpected_messages: int = 0
+    suppressed_errors: int = 0
 
 
 class Counters:
@@ -115,15 +115,15 @@ class Counters:
     failed: int
     truncated: int
     peers_lost: int
-    parked_buffers: int
-    parked_bytes: int
+    leaked_buffers: int
+    leaked_bytes: int
     progress_turns: int
     inline_completions: int
     sleeps: int
     wakeups: int
     spins: int
-    stray_messages: int
-    swallowed_errors: int
+    unexpected_messages: int
+    suppressed_errors: int
 
     def __init__(self) -> None:
         for name in self.__slots__:

@@ -251,7 +251,7 @@ class ProgressDriver:
         try:
             self._advance()
         except self._ucx_error:
-            self._counters.swallowed_errors += 1
+            self._counters.suppressed_errors += 1
             self._scheduled = True
             self.loop.remove_reader(self._descriptor)  # it stays readable, and would wake the loop without end
             self.loop.call_later(RETRY_S, self._retry)

@@ -1,4 +1,4 @@
-"""What outlives a link: clean-up at the end of the interpreter, forked children, parked buffers.
+"""What outlives a link: clean-up at the end of the interpreter, forked children, leaked buffers.
 
 - A link that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer
   the interpreter frees first would be a crash. A link whose thread still runs then (a daemon's) is left as it is.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.driver import ProgressDriver
     from ucxx_transport.link.pending import Operation
 
-__all__ = ["check_not_forked", "drain", "park", "register", "unregister"]
+__all__ = ["check_not_forked", "drain", "leak", "register", "unregister"]
 
 DRAIN_TIMEOUT_S = 1.0
 
@@ -37,7 +37,7 @@ class RegisteredLink(Protocol):
 
 
 _links: set[RegisteredLink] = set()
-_parked: list[object] = []
+_leaked: list[object] = []
 _pids_that_used_ucx: set[int] = set()
 
 
@@ -52,9 +52,9 @@ def unregister(link: RegisteredLink) -> None:
     _links.discard(link)
 
 
-def park(*things: object) -> None:
+def leak(*things: object) -> None:
     """Keep what UCX may still write to, for the life of the process."""
-    _parked.extend(things)
+    _leaked.extend(things)
 
 
 def check_not_forked() -> None:
@@ -84,12 +84,12 @@ def _close_all() -> None:
             _never_free(link)
         else:
             link.close_now()
-    for thing in _parked:
+    for thing in _leaked:
         _never_free(thing)
 
 
 def _in_forked_child() -> None:
-    for thing in (*_links, *_parked):
+    for thing in (*_links, *_leaked):
         _never_free(thing)
     for link in _links:
         link.disown()

@@ -13,7 +13,7 @@
 
 Over RDMA the rendezvous is the point, so where a host has a device for it the threshold stays UCX's own. It is not
 raised beyond what a segment carries: with `inf` a receive that its endpoint's close cuts off never ends, and its buffer
-would be parked for good.
+would be leaked for good.
 
 Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then the table.
 """

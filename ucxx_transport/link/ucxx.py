@@ -28,7 +28,7 @@ from ucxx_transport.link.ucxx_listener import UCXXListener
 
 __all__ = ["UCXXLink"]
 
-STRAYS = 4096
+UNEXPECTED_AT_ONCE = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the loop."""
 
 
@@ -66,7 +66,7 @@ class UCXXLink:
         )
         self.thread = threading.get_ident()
         self._any_tag, self._any_mask = lib.UCXXTag(0), lib.UCXXTagMask(0)
-        self.driver.on_turns = self.clear_strays
+        self.driver.on_turns = self.discard_unexpected
         self._closed = False
         self._endpoints: set[UCXXEndpoint] = set()
         self._listeners: set[UCXXListener] = set()
@@ -219,9 +219,9 @@ class UCXXLink:
     def forget(self, endpoint: UCXXEndpoint) -> None:
         """An endpoint is closed."""
         self._endpoints.discard(endpoint)
-        self.clear_strays()
+        self.discard_unexpected()
 
-    def clear_strays(self) -> None:
+    def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for, which UCX would keep until the worker's end.
 
         They are what came to an endpoint that has been closed, or under a tag that never was one's: tags are matched in
@@ -234,14 +234,14 @@ class UCXXLink:
             return
         nowhere = self.binding.make_array(bytearray(1))
         awaited = {endpoint.receive_tag for endpoint in self._endpoints}
-        for _ in range(STRAYS):
+        for _ in range(UNEXPECTED_AT_ONCE):
             tag = found.sender_tag
             if tag.value in awaited:
                 return  # its receive is about to be posted; what lies behind it is seen to next time
             request = self.worker.tag_recv(nowhere, tag)
-            self.counters.stray_messages += 1
+            self.counters.unexpected_messages += 1
             if not request.completed:  # UCX still refers to it: dropping it, or the array, could be a crash
-                lifetime.park(request, nowhere)
+                lifetime.leak(request, nowhere)
             found = self.worker.tag_probe(self._any_tag, self._any_mask)
             if not found.matched:
                 return
@@ -255,11 +255,11 @@ class UCXXLink:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def park(self, operation: Operation, ucx: UcxEndpoint | None) -> None:
+    def leak(self, operation: Operation, ucx: UcxEndpoint | None) -> None:
         """Keep the buffer of an operation that never ends, for good."""
-        self.counters.parked_buffers += 1
-        self.counters.parked_bytes += operation.nbytes
-        lifetime.park(operation, ucx)
+        self.counters.leaked_buffers += 1
+        self.counters.leaked_bytes += operation.nbytes
+        lifetime.leak(operation, ucx)
 
     async def _resolve(self, host: str, port: int, peer: str) -> str:
         try:

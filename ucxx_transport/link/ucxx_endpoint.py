@@ -42,7 +42,7 @@ CLOSE_TIMEOUT_S = 2.0
 
 GRACE_S = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
-(seen over shared-memory lanes): its waiters get an error, and its buffer is parked when the endpoint is closed."""
+(seen over shared-memory lanes): its waiters get an error, and its buffer is leaked when the endpoint is closed."""
 
 
 class UCXXEndpoint:
@@ -155,15 +155,15 @@ class UCXXEndpoint:
             try:
                 ucx.close_blocking()
             except self.ucx_error:
-                self.counters.swallowed_errors += 1
+                self.counters.suppressed_errors += 1
         self.driver.kick()
 
     def end_close(self) -> bool:
-        """Release UCX's endpoint; parks what has not ended. Returns whether nothing was parked."""
+        """Release UCX's endpoint; buffers of what has not ended are leaked. Returns whether none was."""
         clean = not self.in_flight
         for operation in tuple(self.in_flight):
             operation.give_up(self._why_lost())  # its waiters must not wait for ever
-            self.link.park(operation, self._ucx)
+            self.link.leak(operation, self._ucx)
         if self._ucx is not None and clean:
             release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None

@@ -17,7 +17,7 @@ from ucxx_transport.ring.owner import boot_id, owner_alive, pid_namespace, segme
 
 NAME_PREFIX: Final = "ucxx_transport-"
 
-_LOCK_PATIENCE_S: Final = 0.1
+_LOCK_WAIT_S: Final = 0.1
 """The kernel lets go of a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
 
 
@@ -89,7 +89,7 @@ def remove_orphan(path: Path) -> bool:
         if info.creator_alive:
             return False
         # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
-        locked = _lock(fd, _LOCK_PATIENCE_S)
+        locked = _lock(fd, _LOCK_WAIT_S)
         if not locked and info.identity is None:
             return False
         try:
@@ -150,8 +150,8 @@ def _open_plain(path: Path) -> int | None:
         return None
 
 
-def _lock(fd: int, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
+def _lock(fd: int, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

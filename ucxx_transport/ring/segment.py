@@ -28,7 +28,7 @@ from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
 from ucxx_transport.ring.owner import segment_folder
 
 _CHUNK_BYTES: Final = 256 << 20
-"""Allocated and touched at a time, so that signals are seen in between (the kernel starts an interrupted call anew)."""
+"""Allocated and touched at a time, so that signals are seen in between (the kernel restarts an interrupted call)."""
 
 _CREATE_ATTEMPTS: Final = 16
 _MADV_POPULATE_READ: Final = 22
@@ -138,7 +138,7 @@ class _Removal:
         return removed
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of the lock, which would otherwise outlive the creator."""
+        """In a forked child: release the lock, which would otherwise outlive the creator."""
         if not self._done:
             self._done = True
             os.close(self._lock_fd)

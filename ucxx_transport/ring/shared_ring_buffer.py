@@ -208,7 +208,7 @@ class SharedRingBuffer(RingHandle):
             sequence: the last write to drop, a `write_sequence` of before.
 
         Returns:
-            How many payloads of these writes are still being read, and slots written anew: call again, until there are
+            How many payloads of these writes are still being read, and slots written again: call again, until there are
             none. A write that is completed later than `sequence` keeps its payload, whenever it began.
 
         Raises:

@@ -32,7 +32,7 @@ _RECLAIM_EVERY_S: Final = 0.1
 """While waiting for a slot: how often to look for holds of processes that died since."""
 
 _REMEMBERED_SLOTS: Final = 1024
-"""Slots whose arrays are kept from write to write, some 150 bytes each: making 8 anew costs 2.5 µs."""
+"""Slots whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs."""
 
 
 class SlotWriter:

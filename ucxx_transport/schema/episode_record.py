@@ -149,7 +149,7 @@ class EpisodeRecord:
 
     @classmethod
     def from_dict(cls, data: object) -> EpisodeRecord:
-        """Rebuild a record from `to_dict`'s form, whoever wrote it.
+        """Rebuild a record from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.

@@ -174,7 +174,7 @@ class Schema:
 
     @classmethod
     def from_dict(cls, data: object) -> Schema:
-        """Rebuild a schema from `to_dict`'s form, whoever wrote it.
+        """Rebuild a schema from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed or of another version; the message names the field.
@@ -193,7 +193,7 @@ class Schema:
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> Schema:
-        """Rebuild a schema from `to_bytes`'s form, whoever wrote it.
+        """Rebuild a schema from `to_bytes`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed, over 1 MiB or of another version; the message names the field.

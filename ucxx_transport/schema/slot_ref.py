@@ -157,7 +157,7 @@ class SlotRef:
 
     @classmethod
     def from_dict(cls, data: object) -> SlotRef:
-        """Rebuild a reference from `to_dict`'s form, whoever wrote it.
+        """Rebuild a reference from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
@@ -177,7 +177,7 @@ class SlotRef:
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
-        """Rebuild a reference from `to_bytes`'s form, whoever wrote it.
+        """Rebuild a reference from `to_bytes`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed, too long or of another version; the message names the field.

@@ -83,7 +83,7 @@ class TensorSpec:
 
     @classmethod
     def from_dict(cls, data: object) -> TensorSpec:
-        """Rebuild a field from `to_dict`'s form, whoever wrote it.
+        """Rebuild a field from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed; the message names the field.

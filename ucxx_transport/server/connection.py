@@ -1,7 +1,7 @@
 """One connection carried out: frames in, the session's actions done on the ring, replies out.
 
 Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only
-    after UCX has let go of the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is
+    after UCX has released the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is
     closed and its send has completed.
 """
 
@@ -57,7 +57,7 @@ class ReadableRing(Protocol):
     def reclaim_dead(self) -> int: ...
 
 
-class ParkedSend(NamedTuple):
+class StuckSend(NamedTuple):
     """A send that outlived its connection, its slot, and whether the client has acknowledged the payload."""
 
     send: Pending
@@ -65,7 +65,7 @@ class ParkedSend(NamedTuple):
     delivered: bool
 
     def settle(self) -> bool:
-        """End the attempt if UCX has let go of the slot by now.
+        """End the attempt if UCX has released the slot by now.
 
         Returns:
             Whether it had.
@@ -87,7 +87,7 @@ class Connection:
         session: its protocol state.
         ring: where payloads come from.
         counters: of the port.
-        park: takes a send that never completed together with its lease, which must live as long as it.
+        keep_stuck: takes a send that never completed together with its lease, which must live as long as it.
         binding: whether the source has its epoch.
         clock: seconds, for the time limits.
     """
@@ -98,7 +98,7 @@ class Connection:
         session: Session,
         ring: ReadableRing,
         counters: PortCounters,
-        park: Callable[[ParkedSend], None],
+        keep_stuck: Callable[[StuckSend], None],
         *,
         binding: Binding,
         clock: Callable[[], float] = time.monotonic,
@@ -109,7 +109,7 @@ class Connection:
         self._ring = ring
         self._counters = counters
         self._binding = binding
-        self._park = park
+        self._keep_stuck = keep_stuck
         self._frame = bytearray(REQUEST_BYTES)
         self._lease: ReadLease | None = None
         self._send: Pending | None = None
@@ -251,8 +251,8 @@ class Connection:
             self._finalise()
             return
         self._lease = self._send = None
-        self._counters.add("parked")
-        self._park(ParkedSend(send, lease, self._delivered))
+        self._counters.add("stuck_sends")
+        self._keep_stuck(StuckSend(send, lease, self._delivered))
 
 
 def _status_of(error: TransportError) -> Status:

@@ -45,7 +45,7 @@ class PortStatistics:
         handshake_timeouts: connections closed by `first_frame_timeout_s`.
         idle_evictions: by `idle_timeout_s`.
         delivery_timeouts: by `send_timeout_s` or `ack_timeout_s`.
-        parked: sends that UCX did not end when their connection closed; each keeps its slot in READING until it ends.
+        stuck_sends: sends that UCX did not end when their connection closed; their slots stay in READING.
         confirms: late confirmations that still freed a slot.
         not_ready: reads while the source waited for its epoch.
     """
@@ -66,7 +66,7 @@ class PortStatistics:
     handshake_timeouts: int = 0
     idle_evictions: int = 0
     delivery_timeouts: int = 0
-    parked: int = 0
+    stuck_sends: int = 0
     confirms: int = 0
     not_ready: int = 0
 

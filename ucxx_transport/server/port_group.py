@@ -102,7 +102,7 @@ class PortThread:
     def _run(self) -> None:
         try:
             anyio.run(self._main)
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits for the port must hear of it
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: those who wait for the port must hear of it
             if not self._listening.done():
                 self._listening.set_exception(error)
             else:

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.server.connection import Connection, ParkedSend, ReadableRing
+from ucxx_transport.server.connection import Connection, ReadableRing, StuckSend
 from ucxx_transport.server.session import Session, SessionLimits, SessionSource
 from ucxx_transport.wire.frames import NONCE_BYTES
 
@@ -31,7 +31,7 @@ _log = get_logger(__name__)
 # and no limit needs to be kept more exactly.
 SWEEP_INTERVAL_S = 0.25
 # Sends that outlived their port: while UCX may read from a slot, its lease must not be dropped.
-_NEVER_ENDED: list[ParkedSend] = []
+_NEVER_ENDED: list[StuckSend] = []
 # A killed reader's slot is back this soon even if no writer asks for it.
 RECLAIM_INTERVAL_S = 1.0
 # Connections above the cap that are still answered BUSY; beyond them a newcomer is closed without a word.
@@ -77,7 +77,7 @@ class PortServer:
         self._binding = binding
         self._connections: set[Connection] = set()
         self._admitted = 0
-        self._parked: list[ParkedSend] = []
+        self._stuck: list[StuckSend] = []
         self._tasks: TaskGroup | None = None
 
     @asynccontextmanager
@@ -105,7 +105,7 @@ class PortServer:
         finally:
             self._counters.set("port", 0)
             self._release_parked()
-            _NEVER_ENDED.extend(self._parked)
+            _NEVER_ENDED.extend(self._stuck)
 
     def _admit(self, endpoint: Endpoint) -> None:
         tasks = self._tasks
@@ -127,7 +127,7 @@ class PortServer:
             admitted=admitted,
         )
         connection = Connection(
-            endpoint, session, self._ring, self._counters, self._park, binding=self._binding, clock=self._clock
+            endpoint, session, self._ring, self._counters, self._keep_stuck, binding=self._binding, clock=self._clock
         )
         self._connections.add(connection)
         self._admitted += admitted
@@ -170,20 +170,20 @@ class PortServer:
         except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
             _log.warning("reclaim_failed", reason=str(error))
 
-    def _park(self, parked: ParkedSend) -> None:
-        _log.warning("send_stuck", slot=parked.lease.slot, nbytes=parked.lease.nbytes)
-        self._parked.append(parked)
+    def _keep_stuck(self, send: StuckSend) -> None:
+        _log.warning("send_stuck", slot=send.lease.slot, nbytes=send.lease.nbytes)
+        self._stuck.append(send)
 
     def _release_parked(self) -> None:
         still = []
-        for parked in self._parked:
+        for send in self._stuck:
             try:
-                if not parked.settle():
-                    still.append(parked)
+                if not send.settle():
+                    still.append(send)
             except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
-                _log.warning("slot_not_released", slot=parked.lease.slot, reason=str(error))
-                still.append(parked)
-        self._parked = still
+                _log.warning("slot_not_released", slot=send.lease.slot, reason=str(error))
+                still.append(send)
+        self._stuck = still
 
 
 async def listen_on_first_free(

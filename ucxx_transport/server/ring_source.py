@@ -75,7 +75,7 @@ class RingSource:
         return left
 
     def release(self) -> None:
-        """No registry any more: serve whoever has a reference."""
+        """Published no longer: serve everyone who has a reference."""
         self._binding.awaited = False
 
     def is_healthy(self, within_s: float) -> bool:

@@ -152,14 +152,14 @@ class MemoryEndpoint:
         if self._delivery is not None:
             self._delivery.cancel()
         self._outbox.clear()
-        self.link.count(stray_messages=len(self.arrived))
+        self.link.count(unexpected_messages=len(self.arrived))
         self.arrived.clear()
         for pending in (*self.sends, *self._receives):
             if not pending.immortal:
                 pending.finish(lost(reason, peer=self.peer))
             elif itself:
                 pending.give_up(lost(reason, peer=self.peer))
-                self.link.count(parked_buffers=1, parked_bytes=pending.nbytes)
+                self.link.count(leaked_buffers=1, leaked_bytes=pending.nbytes)
         self.sends.clear()
 
     def _post(self, buffer: object, *, sending: bool) -> MemoryPending:

@@ -59,7 +59,7 @@ RING_ID_BYTES = 16
 MAX_SCHEMA_BYTES = 1 << 20
 # A client's id; one bit below a word, so that a ring can keep it beside a mark.
 MAX_READER = (1 << 63) - 1
-# A body length beyond this is a lie whoever says it: no machine's segment is larger.
+# A body length beyond this is a lie of any peer: no machine's segment is larger.
 MAX_BODY_BYTES = 1 << 46
 
 FLAG_CHECKSUM = 1

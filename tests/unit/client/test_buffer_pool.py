@@ -197,7 +197,7 @@ def test_a_buffer_that_a_link_still_holds_is_not_lent_again() -> None:
     pool = BufferPool(PLENTY)
     lent = pool.lend(8192)
     address = where(lent)
-    held_by_the_link = memoryview(lent.data)[:100]  # what a posted receive keeps until UCX has let go
+    held_by_the_link = memoryview(lent.data)[:100]  # what a posted receive keeps until UCX has released it
     del lent
     gc.collect()
     others = [pool.lend(8192) for _ in range(4)]

@@ -211,7 +211,7 @@ async def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
         rig.faults.never_complete = False
         await settle()
         statistics = client.statistics()
-        assert (statistics.lent_buffers, statistics.parked_buffers) == (1, 1)
+        assert (statistics.lent_buffers, statistics.leaked_buffers) == (1, 1)
         with await client.read(rig.write(EPISODE)) as payload:
             assert bytes(payload.buffer) == EPISODE
             assert client.statistics().lent_buffers == 2

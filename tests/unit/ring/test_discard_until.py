@@ -54,7 +54,7 @@ def test_what_is_being_written_is_reported_and_is_a_later_write_once_it_is_compl
     assert ring.slot_state(ref.slot) is FREE
 
 
-def test_a_slot_that_was_written_anew_is_a_new_write(make_ring: MakeRing) -> None:
+def test_a_slot_that_was_written_again_is_a_new_write(make_ring: MakeRing) -> None:
     ring = make_ring(slots=1)
     ring.write_raw(b"old")
     sequence = ring.write_sequence

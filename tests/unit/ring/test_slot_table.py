@@ -27,7 +27,7 @@ class CutOffError(BaseException):
 
 
 class CuttableWords:
-    """Plain memory that lets a given number of stores pass and then cuts off whoever stores."""
+    """Plain memory that lets a given number of stores pass and then cuts the store off."""
 
     def __init__(self, content: Iterable[int]) -> None:
         self.content = list(content)

@@ -1,4 +1,4 @@
-"""The shared statistics: one block a port, single words, outliving whoever counts."""
+"""The shared statistics: one block a port, single words, outliving the process that counts."""
 
 from __future__ import annotations
 

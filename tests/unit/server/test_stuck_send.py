@@ -202,7 +202,7 @@ async def test_a_send_that_outlives_its_connection_keeps_its_slot_until_it_ends(
         assert endpoint.closed
         assert counters.snapshot().connections == 0
         assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
-        assert counters.snapshot().parked == 1
+        assert counters.snapshot().stuck_sends == 1
         assert "send_stuck" in [event["event"] for event in log_events]
         endpoint.large_sends[0].end()
         await asyncio.sleep(1.0)
@@ -214,7 +214,7 @@ async def test_an_acknowledged_payload_whose_send_never_ends_frees_its_connectio
     async with serving(endpoint) as (ring, ref, counters):
         endpoint.hear(encode_request(ack_of(ref)))
         await asyncio.sleep(3600.0)
-        assert (endpoint.closed, counters.snapshot().connections, counters.snapshot().parked) == (True, 0, 1)
+        assert (endpoint.closed, counters.snapshot().connections, counters.snapshot().stuck_sends) == (True, 0, 1)
         assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
         endpoint.large_sends[0].end()
         await asyncio.sleep(1.0)

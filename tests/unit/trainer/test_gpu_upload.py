@@ -1,4 +1,4 @@
-"""Payloads to a GPU of pretence, whose copies move nothing until it is said to have got so far."""
+"""Payloads to a fake GPU, whose copies move nothing until it is said to have got so far."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(w
         found = prefetcher.statistics()
         assert (found.given_up, found.losses, found.batches) == (1, {"timeout": 3}, 1)
     # what was far away was never read; what had been read of the batch that was given up came back
-    wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 30, what="the payload is let go")
+    wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 30, what="the payload is discarded")
 
 
 @pytest.mark.parametrize(("discard_lost", "left"), [(True, SlotState.FREE), (False, SlotState.READY)])
@@ -127,7 +127,7 @@ def test_an_episode_that_is_given_up_makes_room_unless_it_is_another_trainer_s(
         assert prefetcher.statistics().losses == {"unreachable": 1}
         assert prefetcher.statistics().retried == 2
         prefetcher.start([])
-        wait_until(lambda: ring.slot_state(slot) is left, what="it is let go, or left")
+        wait_until(lambda: ring.slot_state(slot) is left, what="it is discarded, or left")
         assert prefetcher.client_statistics().discarded == int(discard_lost)
 
 

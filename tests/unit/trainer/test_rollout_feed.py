@@ -137,7 +137,7 @@ def test_what_is_too_old_makes_room_in_its_ring(worker: LocalWorker) -> None:
             assert len(rollouts) == 1
             feed.start([], policy_version=version)
             feed.collect()
-            wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 32, what="all are let go")
+            wait_until(lambda: worker.ring.slot_states().count(SlotState.FREE) == 32, what="all are discarded")
         assert feed.statistics().losses == {"too_old": 310}
 
 
@@ -172,7 +172,7 @@ def test_an_episode_that_is_asked_for_alone_is_judged_by_the_version_told_last(w
         assert [loss.reason for loss in losses] == [LossReason.TOO_OLD]
 
 
-def test_what_was_delivered_before_is_a_duplicate_whoever_asks_again(worker: LocalWorker) -> None:
+def test_what_was_delivered_before_is_a_duplicate_when_asked_for_again(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
         (record,) = worker.play(1)

@@ -1,4 +1,4 @@
-"""Leaves on a GPU into slots, with a GPU of pretence whose copies move nothing until they are waited for."""
+"""Leaves on a GPU into slots, with a fake GPU whose copies move nothing until they are waited for."""
 
 from __future__ import annotations
 
