@@ -158,7 +158,7 @@ class GroupMachine(RuleBasedStateMachine):
     def retrying(self, one: Process) -> Retrying:
         """For a hundred tries: each read of its clock is a second."""
         reads = count()
-        return Retrying(replace(one.context, clock=lambda: float(next(reads))), 100.0)
+        return Retrying(replace(one.context, clock=lambda: float(next(reads))), 100.0, "trying")
 
     # what a rank does
 

@@ -217,7 +217,7 @@ class RankGroup:
         """
         if type(version) is not int or not 0 <= version < 1 << 59:
             raise ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
-        thread, retrying = self._member(), Retrying(self._context, timeout_s)
+        thread, retrying = self._member(), Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(self._context, version, retrying, rewind=rewind)
 
         def seen(now: GroupState) -> bool:
@@ -235,7 +235,7 @@ class RankGroup:
             DeadlineExceededError: no such view came.
         """
         self._member()
-        retrying = Retrying(self._context, timeout_s)
+        retrying = Retrying(self._context, timeout_s, "waiting for a view")
         return self._shared.wait(lambda now: _notified(now, min_epoch), retrying, lambda now: _not_seen(now, min_epoch))
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
@@ -279,7 +279,7 @@ class RankGroup:
         late: Callable[[GroupState, int], DeadlineExceededError],
     ) -> GroupView:
         """Write a change, and wait for the view that has it; `find` and `late` get that one's epoch."""
-        thread, retrying = self._member(ranks), Retrying(self._context, timeout_s)
+        thread, retrying = self._member(ranks), Retrying(self._context, timeout_s, event.name.lower())
         epoch = change_view(self._context, event, ranks, retrying)
         if thread.is_own_thread and self.view is not None:
             return self.view  # the next one comes by this very thread

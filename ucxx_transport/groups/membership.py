@@ -267,7 +267,7 @@ class MemberLifecycle:
 
     def join(self, timeout_s: float) -> GroupState:
         """See `RankGroup.join_group`."""
-        retrying = Retrying(self._context, timeout_s, cancelled=self._cancelled)
+        retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         if not self._joining.acquire(timeout=retrying.left_s):
             text = "another join_group() of this rank is under way"
             raise DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
@@ -282,7 +282,7 @@ class MemberLifecycle:
                     return self._join_once(retrying)
                 except (LeaseLostError, StoreResetError) as error:
                     _log.warning("join_restarted", reason=str(error), **self._context.keys)
-                    retrying.pause(self._context.config.backoff_s, phase="joining")
+                    retrying.pause(self._context.config.backoff_s)
         finally:
             self._joining.release()
 
@@ -341,5 +341,5 @@ class MemberLifecycle:
         thread.stop(teardown, until_s)
 
     def _write_leave(self, incarnation: str, timeout_s: float) -> None:
-        retrying = Retrying(self._context, timeout_s)
+        retrying = Retrying(self._context, timeout_s, "leaving")
         change_view(self._context, RankEvent.LEAVE, [self._context.rank], retrying, incarnation=incarnation)

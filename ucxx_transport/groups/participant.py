@@ -46,8 +46,6 @@ LAST_TURN: Final = 20
 TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
 
-_PHASE: Final = "taking the rank"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcquiredRank:
@@ -93,12 +91,11 @@ def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying)
                 **context.keys,
             )
         else:
-            retrying.pause(POLL_S, phase=_PHASE)
+            retrying.pause(POLL_S)
             if retrying.left_s <= 0:
                 raise DeadlineExceededError(
                     f"rank {context.rank} of {context.group!r} has a holder whose lease may still end; "
                     "it was not waited out",
-                    phase=_PHASE,
                     waiting_for="the rank's holder",
                     **context.keys,
                 )
@@ -107,17 +104,17 @@ def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying)
 
 def _holder(context: RankContext, retrying: Retrying) -> MemberRecord | None:
     key = member_key(context.group, context.rank)
-    entry = retrying.call(lambda left_s: context.store.get(key, timeout_s=left_s), phase=_PHASE)
+    entry = retrying.call(lambda left_s: context.store.get(key, timeout_s=left_s))
     return None if entry is None else MemberRecord.from_bytes(entry.value)
 
 
 def _publish(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> AcquiredRank | None:
     """Put the record under a new lease; None: another process was first, just now, so it is alive."""
     while True:
-        lease = retrying.call(lambda left_s: context.store.grant(wanted.ttl_s, timeout_s=left_s), phase=_PHASE)
+        lease = retrying.call(lambda left_s: context.store.grant(wanted.ttl_s, timeout_s=left_s))
         acquired = AcquiredRank(record=replace(wanted, ttl_s=lease.ttl_s), lease=lease)
         try:
-            retrying.call(partial(_put_record, context, acquired), phase=_PHASE)
+            retrying.call(partial(_put_record, context, acquired))
         except LeaseLostError:
             continue  # the store was away for longer than the lease lived
         except ConflictError:

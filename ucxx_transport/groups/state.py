@@ -191,7 +191,7 @@ class SharedState:
                     raise copy(self.now.ended)  # several may wait, and come back
                 if retrying.left_s <= 0:
                     raise late(self.now)
-                retrying.check("waiting")
+                retrying.check()
                 self._changed.wait(min(retrying.left_s, POLL_S))
             return answer
 

@@ -36,7 +36,7 @@ MAX_POLICY_DIGITS: Final = 18
 
 _ENDINGS: Final = {event.value: event for event in (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)}
 _SEAT_KEYS: Final = ("rank", "incarnation", "state", "awaited", "ended_by")
-_RECORD_KEYS: Final = ("version", "rank", "incarnation", "address", "meta", "epoch", "ttl_s")
+_RECORD_KEYS: Final = ("rank", "incarnation", "address", "meta", "epoch", "ttl_s")
 
 T = TypeVar("T")
 KeyT = TypeVar("KeyT")
@@ -206,10 +206,7 @@ class MemberRecord:
             ConfigError: `address` or `meta` cannot be stored.
         """
         if len(self.address) > MAX_ADDRESS_CHARS:
-            raise ConfigError(
-                f"address must be text of at most {MAX_ADDRESS_CHARS} characters, not {describe(self.address)}",
-                field="address",
-            )
+            raise ConfigError(f"address must be text of at most {MAX_ADDRESS_CHARS} characters", field="address")
         try:
             nbytes = len(_to_json(dict(self.meta)))
         except (TypeError, ValueError) as exc:
@@ -223,17 +220,8 @@ class MemberRecord:
 
     def to_bytes(self) -> bytes:
         """For the store."""
-        return _to_json(
-            {
-                "version": WIRE_VERSION,
-                "rank": self.rank,
-                "incarnation": self.incarnation,
-                "epoch": self.epoch,
-                "ttl_s": self.ttl_s,
-                "address": self.address,
-                "meta": dict(self.meta),
-            }
-        )
+        values = {key: getattr(self, key) for key in _RECORD_KEYS}
+        return _to_json({"version": WIRE_VERSION, **values, "meta": dict(self.meta)})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> MemberRecord:
@@ -242,7 +230,7 @@ class MemberRecord:
         Raises:
             ProtocolError: it is malformed, or of another version.
         """
-        form = take_fields(_from_json(raw, "member record"), "member record", required=_RECORD_KEYS)
+        form = take_fields(_from_json(raw, "member record"), "member record", required=("version", *_RECORD_KEYS))
         check_version(form["version"], "member record")
         ttl_s, meta = form["ttl_s"], form["meta"]
         if type(ttl_s) not in (int, float) or not isinstance(meta, dict):

@@ -65,21 +65,24 @@ class RankContext:
 
 
 class Retrying:
-    """Calls of a store under one deadline, with growing pauses while it does not answer.
+    """Calls of a store for one purpose: under one deadline, with growing pauses while it does not answer.
 
     Args:
         context: has the pauses and the clock.
         timeout_s: seconds to the deadline.
+        purpose: what the calls are for, such as "joining", for the errors.
         cancelled: set when the result is no longer wanted; None: it always is.
 
     Raises:
         ConfigError: `timeout_s` is not more than 0.
     """
 
-    def __init__(self, context: RankContext, timeout_s: float, *, cancelled: threading.Event | None = None) -> None:
+    def __init__(
+        self, context: RankContext, timeout_s: float, purpose: str, *, cancelled: threading.Event | None = None
+    ) -> None:
         if timeout_s <= 0:
             raise ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
-        self._config, self._clock = context.config, context.clock
+        self._config, self._clock, self._purpose = context.config, context.clock, purpose
         self._deadline = context.clock() + timeout_s
         self._cancelled = threading.Event() if cancelled is None else cancelled
 
@@ -88,12 +91,11 @@ class Retrying:
         """Seconds to the deadline, never negative."""
         return max(0.0, self._deadline - self._clock())
 
-    def call(self, call: Callable[[float], T], *, phase: str) -> T:
+    def call(self, call: Callable[[float], T]) -> T:
         """Call until the store answers; an error that is an answer is raised.
 
         Args:
             call: takes the seconds that it may take.
-            phase: what it is for, for the errors.
 
         Raises:
             DeadlineExceededError: the store did not answer until the deadline.
@@ -109,31 +111,27 @@ class Retrying:
             except StoreUnavailableError as error:
                 unanswered = error
             jitter = random.random()  # noqa: S311 - spreads load, guards nothing
-            self.pause(pause_s(attempt, first_s=first_s, longest_s=longest_s, jitter=jitter), phase=phase)
-        raise DeadlineExceededError(
-            f"{phase}: the deadline passed before the store answered",
-            phase=phase,
-            waiting_for="store",
-            reason=str(unanswered),
-        ) from unanswered
+            self.pause(pause_s(attempt, first_s=first_s, longest_s=longest_s, jitter=jitter))
+        text = f"{self._purpose}: the deadline passed before the store answered"
+        raise DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
 
-    def pause(self, seconds: float, *, phase: str) -> None:
+    def pause(self, seconds: float) -> None:
         """Wait, at most until the deadline.
 
         Raises:
             RegistryError: it was cancelled.
         """
         self._cancelled.wait(min(seconds, self.left_s))
-        self.check(phase)
+        self.check()
 
-    def check(self, phase: str) -> None:
+    def check(self) -> None:
         """Go on only if the result is still wanted.
 
         Raises:
             RegistryError: it was cancelled.
         """
         if self._cancelled.is_set():
-            raise RegistryError(f"{phase}: cancelled by leave()", phase=phase)
+            raise RegistryError(f"{self._purpose}: cancelled by leave()")
 
 
 def change_view(
@@ -160,9 +158,9 @@ def change_view(
         NotReadyError: RECALL: a rank is not in the group.
         DeadlineExceededError: the store did not answer.
     """
-    store, group, phase = context.store, context.group, event.name.lower()
+    store, group = context.store, context.group
     while True:
-        found = retrying.call(lambda left_s: store.snapshot(group_prefix(group), timeout_s=left_s), phase=phase)
+        found = retrying.call(lambda left_s: store.snapshot(group_prefix(group), timeout_s=left_s))
         snapshot = GroupSnapshot.of(group, found)
         view = GroupView(epoch=0) if snapshot.view is None else snapshot.view
         absent = [rank for rank in ranks if not view.state_of(rank).is_seated]
@@ -198,7 +196,7 @@ def put_policy_version(context: RankContext, version: int, retrying: Retrying, *
     """
     store, key = context.store, policy_key(context.group)
     while True:
-        entry = retrying.call(lambda left_s: store.get(key, timeout_s=left_s), phase="reading the policy version")
+        entry = retrying.call(lambda left_s: store.get(key, timeout_s=left_s))
         known = None if entry is None else parse_policy_version(entry.value)
         if entry is not None and known == version:
             return entry.revision
@@ -215,9 +213,8 @@ def put_policy_version(context: RankContext, version: int, retrying: Retrying, *
 
 def _swap(store: Store, key: str, value: bytes, expected: int, retrying: Retrying) -> int | None:
     """The revision of the write; None: another came first, or it was this one, and its answer was lost: read again."""
-    phase = f"writing {key}"
     try:
-        return retrying.call(lambda left_s: store.put(key, value, expected=expected, timeout_s=left_s), phase=phase)
+        return retrying.call(lambda left_s: store.put(key, value, expected=expected, timeout_s=left_s))
     except ConflictError:
-        retrying.pause(RACE_S, phase=phase)
+        retrying.pause(RACE_S)
         return None

@@ -44,7 +44,7 @@ class Claimant:
 
     def acquire(self, timeout_s: float = 60.0) -> str:
         context = rank_context(self.store, 1, clock=self.clock, backoff_s=0.1, max_backoff_s=1.0)
-        acquire_rank(context, self.record("mine"), Retrying(context, timeout_s, cancelled=self.waiting))
+        acquire_rank(context, self.record("mine"), Retrying(context, timeout_s, "joining", cancelled=self.waiting))
         return MemberRecord.from_bytes(self.store.data.entries[KEY].value).incarnation
 
     def held_by(self, life: str) -> int:
@@ -154,7 +154,7 @@ class Member:
         self.store = MemoryStore(MemoryData(clock=clock))
         context = rank_context(self.store, 1, clock=clock)
         record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
-        acquired = acquire_rank(context, record, Retrying(context, 1.0))
+        acquired = acquire_rank(context, record, Retrying(context, 1.0, "joining"))
         self.shared = SharedState("g", 1)
         self.shared.begin("mine")
         self.participant = Participant(context, self.shared, acquired)

@@ -32,7 +32,7 @@ def ticking() -> Callable[[], float]:
 
 def change(store: MemoryStore, event: RankEvent, rank: int, *, incarnation: str | None = None) -> int:
     context = rank_context(store, 1, clock=ticking())
-    return change_view(context, event, [rank], Retrying(context, 100.0), incarnation=incarnation)
+    return change_view(context, event, [rank], Retrying(context, 100.0, "changing"), incarnation=incarnation)
 
 
 def stored(store: MemoryStore) -> GroupView:
