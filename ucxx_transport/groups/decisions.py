@@ -1,4 +1,4 @@
-"""Decisions of a group, over values and `now`: who may take a rank, who is admitted, becomes active, is dropped.
+"""Decisions of a group, over values and `now`: which ranks are taken, admitted, activated or dropped.
 
 Every live member takes them alone, from what it sees; the first view that is written by compare-and-swap wins, and the
 others read it. So no coordinator is needed.
@@ -50,7 +50,7 @@ def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: floa
 
     Args:
         holder: a member whose lease has not ended, which a dead one's has not until its TTL is over.
-        first: who had the rank when it was read first; None: it was free.
+        first: the holder when the rank was read first; None: it was free.
         waited_s: since it was read first.
 
     Returns:

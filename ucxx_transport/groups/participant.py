@@ -4,7 +4,7 @@
 `Participant.step` takes a snapshot of the group:
 
 1. is this rank still a member? Its key must be there, and its seat not GONE; else its membership is over;
-2. a newer view is applied: callbacks first, then those are woken who wait for it;
+2. a newer view is applied: callbacks first, then waiting calls return;
 3. it is acknowledged, in the rank's own key;
 4. if another view should follow (`decisions.next_view`), and it is this rank's turn, that is written, expecting the
    revision of the present one.
@@ -134,7 +134,7 @@ class MembershipEndedError(Exception):
 
     Attributes:
         event: how it ended.
-        error: for those who ask.
+        error: for waiting calls, and for `on_gone`.
     """
 
     def __init__(self, event: RankEvent, error: RegistryError) -> None:
@@ -161,7 +161,7 @@ class Participant:
         self.reset()
 
     def reset(self) -> None:
-        """The store was out of reach: that time does not count against those who could not acknowledge in it."""
+        """The store was out of reach: that time does not count against members that could not acknowledge in it."""
         self._waits: AckWaits = {}
         self._due: tuple[int, float] | None = None  # a view's revision, and since when another should follow it
         self._seen_revision = 0

@@ -247,7 +247,7 @@ class SharedState:
             self._changed.notify_all()
 
     def apply(self, view: GroupView, *, is_own: bool) -> None:
-        """Take a newer view: publish it, then notify the listeners, and only then wake those who wait for it.
+        """Take a newer view: publish it, notify the listeners, and only then wake waiting calls.
 
         Args:
             view: the newer one.
