@@ -38,7 +38,7 @@ class Rollouts(UCXXRolloutMixin):
     """A rollout worker: samples groups, writes each completion into its ring, sends the record."""
 
     def run(self, seat: int, records: Any, weights: Any, stopping: Any, tensor_bytes: int) -> None:
-        """Sample until told to stop."""
+        """Sample until asked to stop."""
         rng = np.random.default_rng(seat)
         hidden = rng.standard_normal(tensor_bytes // 4).astype(np.float32)
         version, policy = weights.get()
@@ -46,7 +46,7 @@ class Rollouts(UCXXRolloutMixin):
             f"worker-{seat}",
             varlen={"tokens": MAX_TOKENS, "logprobs": MAX_TOKENS, "reward": MAX_TOKENS},
             ring={"slots": 6 * GROUP, "on_full": "block", "block_timeout_s": 1.0},
-            on_error="drop",  # nobody fetches any more: the record says so, and the worker looks whether to stop
+            on_error="drop",  # with no slot free in time: the worker then checks whether to stop
             reward="reward",
         )
         while not stopping.is_set():
@@ -101,13 +101,13 @@ class TokenPacker:
 
 
 class Packer(UCXXDataPackerMixin, TokenPacker):
-    """The same on rings; counts what it could not have."""
+    """The same on rings; counts the episodes that are lost."""
 
     def __init__(self) -> None:
         self.lost: Counter[str] = Counter()
 
     def on_episode_lost(self, loss: Any) -> None:
-        """Too old, or gone."""
+        """Count it by reason."""
         self.lost[loss.reason.value] += 1
 
 

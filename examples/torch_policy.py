@@ -68,7 +68,7 @@ class Rollouts(UCXXRolloutMixin):
     """A rollout worker: plays whole episodes, writes each into its ring, sends the record."""
 
     def run(self, seat: int, options: Any, records: Any, weights: Any, stopping: Any) -> None:
-        """Play until told to stop."""
+        """Play until asked to stop."""
         torch.set_num_threads(1)
         environment = make_environment(options.env)
         space, steps = environment.observation_space, options.max_steps
@@ -80,7 +80,7 @@ class Rollouts(UCXXRolloutMixin):
             f"worker-{seat}",
             schema=Schema([TensorSpec(name, (steps, *shape), dtype, varlen=True) for name, shape, dtype in fields]),
             ring={"slots": 3 * options.batch, "on_full": "block", "block_timeout_s": 1.0},
-            on_error="drop",  # nobody fetches any more: the record says so, and the worker looks whether to stop
+            on_error="drop",  # with no slot free in time: the worker then checks whether to stop
             reward="reward",
         )
         observations = np.empty((steps, *space.shape), space.dtype)
@@ -150,14 +150,14 @@ class EpisodePacker:
 
 
 class Packer(UCXXDataPackerMixin, EpisodePacker):
-    """The same on rings; counts what it could not have."""
+    """The same on rings; counts the episodes that are lost."""
 
     def __init__(self, policy: Policy, discount: float) -> None:
         super().__init__(policy, discount)
         self.lost: Counter[str] = Counter()
 
     def on_episode_lost(self, loss: Any) -> None:
-        """Gone with its worker, say."""
+        """Count it by reason."""
         self.lost[loss.reason.value] += 1
 
 
@@ -215,7 +215,7 @@ class Trainer:
             learn(self.policy, self.optimiser, episodes)
             self.publish(version)
             if version % 10 == 0:
-                self.tell(version, time.monotonic() - began_s)
+                self.print_progress(version, time.monotonic() - began_s)
         return self.curve
 
     def publish(self, version: int) -> None:
@@ -231,8 +231,8 @@ class Trainer:
         """Records of the episodes to learn from after those on their way."""
         return [self.records.get(timeout=60) for _ in range(self.options.batch)]
 
-    def tell(self, version: int, elapsed_s: float) -> None:
-        """How it goes."""
+    def print_progress(self, version: int, elapsed_s: float) -> None:
+        """Print the mean return, the losses and the rate."""
         assert self.packer.ucxx_feed is not None
         rate = self.packer.ucxx_feed.statistics().nbytes / 1e6 / elapsed_s
         mean = np.mean(self.curve[-10:])
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         stopping.set()
         trainer.packer.shutdown_ucxx_data_packer()
         for each in weights:
-            each.cancel_join_thread()  # the last weights are larger than a pipe, and nobody takes them any more
+            each.cancel_join_thread()  # the last weights are larger than a pipe, and no worker takes them
         for worker in workers:
             worker.join(30)
 

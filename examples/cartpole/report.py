@@ -193,7 +193,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for reads in summary.get("reads", ()):
         durations = [format_duration(reads[name]) for name in ("p50_s", "p95_s", "p99_s")]
-        nbytes, speed = format_bytes(reads["bytes"]), f"{reads['gb_per_s']:.3g}"
+        nbytes, speed = format_bytes(reads["nbytes"]), f"{reads['gb_per_s']:.3g}"
         table.add_row(reads["transport"], str(reads["reads"]), nbytes, speed, *durations)
     console.print(table)
     facts = Table(title=f"{summary['env']}, seed {summary['seed']}", title_justify="left", show_header=False)

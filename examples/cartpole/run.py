@@ -166,6 +166,7 @@ class Run:
         """SIGKILL the last worker that runs. The next look replaces it."""
         running = [seat for seat, worker in enumerate(self.results.workers) if worker.state == "running"]
         if running:
+            self._read_counters(running[-1])
             self._processes[running[-1]].kill()
             self._processes[running[-1]].join(_END_S)
             self.results.kill = Kill(self.results.elapsed_s, len(self.results.episodes), running[-1])

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,15 +114,7 @@ class EpisodePacker(UCXXDataPackerMixin, Packer):
         assert self.ucxx_feed is not None
         fetch_s = max(self.ucxx_feed.statistics().fetch_s, 1e-9)
         return [
-            {
-                "transport": transport,
-                "reads": way.reads,
-                "bytes": way.nbytes,
-                "gb_per_s": way.nbytes / fetch_s / 1e9,
-                "p50_s": way.p50_s,
-                "p95_s": way.p95_s,
-                "p99_s": way.p99_s,
-            }
+            {"transport": transport, **asdict(way), "gb_per_s": way.nbytes / fetch_s / 1e9}
             for transport, way in self.ucxx_feed.client_statistics().ways.items()
         ]
 

@@ -83,7 +83,7 @@ def test_training_goes_on_after_a_worker_is_killed_and_nothing_is_left(
     assert summary["checksums"] == {"verified": summary["episodes"], "mismatched": 0}
     assert {reads["transport"] for reads in summary["reads"]} == transports
     assert sum(reads["reads"] for reads in summary["reads"]) == summary["episodes"]
-    assert sum(reads["bytes"] for reads in summary["reads"]) == summary["payload_bytes"] > 0
+    assert sum(reads["nbytes"] for reads in summary["reads"]) == summary["payload_bytes"] > 0
     assert summary["kill"]["episodes_of_its_replacement"] > 0
     assert [worker["state"] for worker in summary["workers"]] == ["stopped", "killed", "stopped"]
     assert summary["rings"]["written"] > 0

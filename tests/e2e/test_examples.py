@@ -1,4 +1,4 @@
-"""The examples of examples, at reduced size."""
+"""The scripts of examples/, at reduced size."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def run(example: str, *options: str) -> str:
     return done.stdout
 
 
-def last_number(said: str) -> float:
-    found = re.findall(r"last (?:ten )?batches: (\d+\.\d+)", said)
-    assert found, said
+def last_number(output: str) -> float:
+    found = re.findall(r"last (?:ten )?batches: (\d+\.\d+)", output)
+    assert found, output
     return float(found[-1])
 
 
 def test_groups_of_completions_are_learnt_from_and_old_ones_dropped() -> None:
-    said = run("llm_groups", "--tensor-bytes", "256KiB", "--steps", "120", "--max-staleness", "3")
-    assert last_number(said) > 0.3  # at random: 0.03
-    assert set(re.findall(r"'(\w+)'", said)) == {"too_old"}
+    output = run("llm_groups", "--tensor-bytes", "256KiB", "--steps", "120", "--max-staleness", "3")
+    assert last_number(output) > 0.3  # at random: 0.03
+    assert set(re.findall(r"'(\w+)'", output)) == {"too_old"}
 
 
 @NEEDS_TORCH
 def test_a_torch_policy_learns() -> None:
-    said = run("torch_policy", "--env", "CartPole-v1", "--steps", "50", "--batch", "8")
-    assert last_number(said) > 30  # at random: 22
-    assert "lost {}" in said
+    output = run("torch_policy", "--env", "CartPole-v1", "--steps", "50", "--batch", "8")
+    assert last_number(output) > 30  # at random: 22
+    assert "lost {}" in output
 
 
 @NEEDS_TORCH
-def test_a_torch_policy_ends_whose_last_weights_nobody_takes() -> None:
+def test_a_torch_policy_ends_whose_last_weights_no_worker_takes() -> None:
     """They are 230 KB, and a pipe holds 64 KiB."""
     assert "mean return" in run("torch_policy", "--units", "8192", "--steps", "2", "--batch", "2")

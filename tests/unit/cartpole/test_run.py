@@ -49,7 +49,15 @@ def results(plan: Plan, *, at_s: float, episodes: int, mean: float = 20.0, kille
         "checksums": {"verified": episodes, "mismatched": 0},
         "lost": {"stale": 1, "unreachable": 2},
         "reads": [
-            {"transport": "ucx", "reads": 30, "bytes": 10, "gb_per_s": 0.1, "p50_s": 1e-4, "p95_s": 1e-4, "p99_s": 1e-3}
+            {
+                "transport": "ucx",
+                "reads": 30,
+                "nbytes": 10,
+                "gb_per_s": 0.1,
+                "p50_s": 1e-4,
+                "p95_s": 1e-4,
+                "p99_s": 1e-3,
+            }
         ],
     }
     return run
