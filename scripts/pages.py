@@ -264,9 +264,36 @@ def _segment() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _log_events() -> str:
+    lines = ["# Log events", "", _NOTICE.format(source="the package's log calls"), ""]
+    lines += [
+        "How to see them is in [Logging](operations.md#logging). Some are explained in",
+        "[Troubleshooting](troubleshooting.md#in-the-log).",
+        "",
+    ]
+    for level in ("error", "warning", "info", "debug"):
+        rows = sorted({(event, keys, logger) for named, event, keys, logger in _logged() if named == level})
+        lines += [f"## {level.upper()}", "", *_table(("event", "keys", "logger"), rows)] if rows else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _logged() -> Iterator[tuple[str, str, str, str]]:
+    """Level, event, keys and logger of each call of a module's `_log`; an exception is an error."""
+    for path in sorted((DOCS.parent / "ucxx_transport").rglob("*.py")):
+        logger = ".".join(path.relative_to(DOCS.parent).with_suffix("").parts[:2])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="_log"), attr=level), args=[ast.Constant(value=event)]
+                ):
+                    keys = " ".join(keyword.arg for keyword in node.keywords if keyword.arg is not None)
+                    yield level.replace("exception", "error"), f"`{event}`", keys, f"`{logger}`"
+
+
 PARTS: Final = (
     Part(page="settings.md", name=None, make=_settings),
     Part(page="errors.md", name=None, make=_errors),
+    Part(page="log-events.md", name=None, make=_log_events),
     Part(page="wire.md", name=None, make=_wire),
     Part(page="segment.md", name=None, make=_segment),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),

@@ -19,7 +19,10 @@ from ucxx_transport.wire.frames import Status
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "examples/README.md")
+    ),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 ARGUMENTS = {"max_fetch_rounds", "timeout_s"}
