@@ -16,13 +16,12 @@ from ucxx_transport.client.endpoint_pool import EndpointPool
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, StaleSlotError, TransportError
-from ucxx_transport.schema import Schema
+from ucxx_transport.schema import Schema, SlotRef
 
 if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import Link
-    from ucxx_transport.schema import SlotRef
 
 LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.client.buffer_pool import BufferPool, Bytes, PageLocker
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
@@ -26,7 +26,6 @@ from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes, PageLocker
     from ucxx_transport.link.base import Link
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.reading import ReadLease

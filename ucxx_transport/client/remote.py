@@ -33,7 +33,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema import Schema
+from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import HEADER_BYTES
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import Link
     from ucxx_transport.membership.source_record import SourceRecord
-    from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)
 

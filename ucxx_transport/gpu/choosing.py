@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.tensors import as_array, is_on_device
+from ucxx_transport.schema.tensors import Array, as_array, is_on_device
 from ucxx_transport.schema.wire_form import describe
 
 if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import LeafRuntime, Receiver
-    from ucxx_transport.schema.tensors import Array
 
 RuntimeFinder: TypeAlias = "Callable[[object, str], LeafRuntime]"
 """Gives what can work with a leaf on a GPU, of the field named."""

@@ -23,13 +23,11 @@ import numpy as np
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu.page_lock import SUCCESS
-from ucxx_transport.gpu.runtime import DeviceArray, check_index
-from ucxx_transport.schema.dtypes import canonical_dtype
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, PageLocking, Upload, check_index
+from ucxx_transport.schema.dtypes import DType, canonical_dtype
 from ucxx_transport.schema.wire_form import describe
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu.runtime import Bytes, PageLocking, Upload
-    from ucxx_transport.schema.dtypes import DType
     from ucxx_transport.schema.tensors import Array
 
 

@@ -8,23 +8,17 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu.page_lock import ALREADY_REGISTERED, SUCCESS
-from ucxx_transport.gpu.runtime import DeviceArray, check_index
-from ucxx_transport.schema.dtypes import canonical_dtype
-from ucxx_transport.schema.tensors import as_array
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, PageLocking, Upload, check_index
+from ucxx_transport.schema.dtypes import DType, canonical_dtype
+from ucxx_transport.schema.tensors import Array, as_array
 from ucxx_transport.schema.wire_form import describe
-
-if TYPE_CHECKING:
-    from ucxx_transport.gpu.runtime import Bytes, PageLocking, Upload
-    from ucxx_transport.schema.dtypes import DType
-    from ucxx_transport.schema.tensors import Array
-
 
 _BITS: Final = {1: np.uint8, 2: np.int16}
 """What stands for a dtype that torch does not take from numpy, by its size."""

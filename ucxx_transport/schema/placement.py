@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
 from math import prod
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -27,8 +27,6 @@ from ucxx_transport.schema.tensor_spec import TensorSpec
 from ucxx_transport.schema.tensors import Array
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     from typing_extensions import Buffer
 
     # numpy tells type checkers of its buffers from Python 3.12 on

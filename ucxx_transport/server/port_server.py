@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,6 @@ from ucxx_transport.server.session import Session, SessionLimits, SessionSource
 from ucxx_transport.wire.frames import NONCE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-
     from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Link, Listener
     from ucxx_transport.server.counters import Binding, PortCounters

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from ucxx_transport.client.retry import attempt_budget_s
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, discardable_of, loss_of, sort_out
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from ucxx_transport.client import Payload, UCXXClient
     from ucxx_transport.client.loop_thread import LoopThread
-    from ucxx_transport.errors import TransportError
     from ucxx_transport.schema import SlotRef
 
 

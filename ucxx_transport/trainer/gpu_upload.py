@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucxx_transport.client import Payload
+from ucxx_transport.client import Payload, UCXXClient
 from ucxx_transport.client.results import gather_results
 from ucxx_transport.errors import ConfigError, SlotError, TransportError
-from ucxx_transport.gpu import page_lock
+from ucxx_transport.gpu import Receiver, Upload, page_lock
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import UCXXClient
-    from ucxx_transport.gpu import Receiver, Upload
     from ucxx_transport.gpu.runtime import Bytes
     from ucxx_transport.schema import Schema, SlotRef
     from ucxx_transport.schema.placement import Placement

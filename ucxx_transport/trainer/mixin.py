@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.loss_policy import is_ours
+from ucxx_transport.trainer.loss_policy import Loss, is_ours
 from ucxx_transport.trainer.rollout_feed import RolloutFeed, completion_of
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.trainer.loss_policy import Loss
 
 _log = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from ucxx_transport.client import UCXXClient
+from ucxx_transport.client import ClientStatistics, UCXXClient
 from ucxx_transport.client.loop_thread import LoopThread
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
@@ -30,15 +30,13 @@ from ucxx_transport.trainer.batch import (
     check_limits,
     fetch_batch,
 )
-from ucxx_transport.trainer.gpu_upload import UploadingReader
+from ucxx_transport.trainer.gpu_upload import DeviceUploader, UploadingReader
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, check_staleness, sort_out
 from ucxx_transport.trainer.prefetch import DoubleBuffer, FetchOrder
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.trainer.gpu_upload import DeviceUploader
 
 _log = get_logger(__name__)
 

@@ -19,18 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import page_lock, runtime_of
-from ucxx_transport.schema.dtypes import casts_exactly
-from ucxx_transport.schema.tensors import is_on_device
+from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLock, RuntimeFinder, page_lock, runtime_of
+from ucxx_transport.schema.dtypes import DType, casts_exactly
+from ucxx_transport.schema.tensors import Array, is_on_device
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.worker.narrowing import refuse_what_does_not_fit, too_large
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLock, RuntimeFinder
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import TensorSpec
-    from ucxx_transport.schema.dtypes import DType
-    from ucxx_transport.schema.tensors import Array
 
 
 def stand_in(shape: tuple[int, ...], dtype: DType) -> Array:

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import runtime_of
+from ucxx_transport.gpu import DeviceArray, RuntimeFinder, runtime_of
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema.dtypes import casts_exactly
+from ucxx_transport.schema.dtypes import DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array
 from ucxx_transport.worker.device_leaves import DeviceLeaves, stand_in
 from ucxx_transport.worker.narrowing import refuse_what_does_not_fit, too_large
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu import DeviceArray, RuntimeFinder
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
-    from ucxx_transport.schema.dtypes import DType
 
 _log = get_logger(__name__)
 
