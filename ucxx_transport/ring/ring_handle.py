@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.errors import SlotError
-from ucxx_transport.ring.address_board import AddressBoard, check_address
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.identity import Identity
 from ucxx_transport.ring.layout import SERVER_WORD, SERVER_WORDS
 from ucxx_transport.ring.opening import schema_bytes
 from ucxx_transport.ring.owner import Owner, owner_alive
 from ucxx_transport.ring.reading import SlotReader
-from ucxx_transport.ring.references import ReferenceMaker
+from ucxx_transport.ring.references import AddressBoard, ReferenceMaker, check_address
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.statistics import RingStatistics, read_statistics
