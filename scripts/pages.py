@@ -284,7 +284,7 @@ def _logged() -> Iterator[tuple[str, str, str, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(
-                    func=ast.Attribute(value=ast.Name(id="_log"), attr=level), args=[ast.Constant(value=event)]
+                    func=ast.Attribute(value=ast.Name(id="_log"), attr=level), args=[ast.Constant(value=str(event))]
                 ):
                     keys = " ".join(keyword.arg for keyword in node.keywords if keyword.arg is not None)
                     yield level.replace("exception", "error"), f"`{event}`", keys, f"`{logger}`"
