@@ -6,22 +6,27 @@ after the fact (`lose_answers`), or make lose races (`before_put`, `after_put`).
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
-from ucxx_transport.errors import (
-    CompactedError,
-    ConflictError,
-    LeaseLostError,
-    StoreResetError,
-    StoreUnavailableError,
+from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
+from ucxx_transport.membership.leases import checked_ttl_s
+from ucxx_transport.membership.store import (
+    Batch,
+    Entry,
+    Event,
+    Lease,
+    Snapshot,
+    Store,
+    Watch,
+    lease_lost,
+    revision_conflict,
 )
-from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot
 
 __all__ = ["FakeClock", "MemoryData", "MemoryStore", "MemoryWatch"]
 
@@ -45,7 +50,7 @@ class MemoryData:
 
     clock: Callable[[], float] = time.monotonic
     changed: threading.Condition = field(default_factory=lambda: threading.Condition(threading.RLock()))
-    identity: int = 0
+    identity: str = field(default_factory=lambda: secrets.token_hex(16))
     revision: int = 0
     lease_ids: int = 0
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -85,7 +90,7 @@ class MemoryData:
     def wipe(self) -> None:
         """Lose everything, as a store does whose disk was replaced."""
         with self.changed:
-            self.identity += 1
+            self.identity = secrets.token_hex(16)
             self.revision = self.compacted = 0
             for kept in (self.entries, self.leases, self.history):
                 kept.clear()
@@ -103,7 +108,7 @@ class MemoryData:
             self.end(lease_id)
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """A `Store` over shared data."""
 
     def __init__(self, data: MemoryData | None = None) -> None:
@@ -113,6 +118,8 @@ class MemoryStore:
         self.before_put: Callable[[str], None] = lambda _: None
         self.after_put: Callable[[str], object] = lambda _: None
         self.watches: set[MemoryWatch] = set()
+        self._namespace = Namespace("memory")
+        self._closed = False
 
     @property
     def url(self) -> str:
@@ -129,6 +136,8 @@ class MemoryStore:
             self.data.changed.notify_all()
 
     def _enter(self) -> None:
+        if self._closed:
+            raise ConfigError("the store is closed: open another", url=self.url)
         if not self.reachable:
             raise StoreUnavailableError("the store does not answer", url=self.url)
         self.data.expire()
@@ -142,10 +151,11 @@ class MemoryStore:
         del timeout_s
         with self.data.changed:
             self._enter()
-            return str(self.data.identity)
+            return self.data.identity
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         del timeout_s
+        ttl_s = checked_ttl_s(ttl_s)
         with self.data.changed:
             self._enter()
             self.data.lease_ids += 1
@@ -154,6 +164,7 @@ class MemoryStore:
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         del timeout_s
+        checked_lease_id(lease_id)
         with self.data.changed:
             self._enter()
             ttl_s, _ = self._lease(lease_id)
@@ -162,17 +173,19 @@ class MemoryStore:
 
     def _lease(self, lease_id: int) -> tuple[float, float]:
         if lease_id not in self.data.leases:
-            raise LeaseLostError("the lease has ended", lease=lease_id)
+            raise lease_lost(lease_id)
         return self.data.leases[lease_id]
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         del timeout_s
+        checked_lease_id(lease_id)
         with self.data.changed:
             self._enter()
             self.data.end(lease_id)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         del timeout_s
+        self._namespace.stored(key)
         with self.data.changed:
             self._enter()
             return self.data.entries.get(key)
@@ -187,6 +200,11 @@ class MemoryStore:
         timeout_s: float | None = None,
     ) -> int:
         del timeout_s
+        self._namespace.stored(key)
+        checked_value(value)
+        checked_expected(expected)
+        if lease_id is not None:
+            checked_lease_id(lease_id)
         self.before_put(key)
         with self.data.changed:
             self._enter()
@@ -204,10 +222,12 @@ class MemoryStore:
         entry = self.data.entries.get(key)
         found = 0 if entry is None else entry.revision
         if expected is not None and found != expected:
-            raise ConflictError("the key has another revision", key=key, expected=expected, found=found)
+            raise revision_conflict(self._namespace.stored(key), expected, found)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         del timeout_s
+        self._namespace.stored(key)
+        checked_expected(expected)
         with self.data.changed:
             self._enter()
             if key not in self.data.entries:
@@ -218,12 +238,14 @@ class MemoryStore:
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         del timeout_s
+        self._namespace.bounds(prefix)
         with self.data.changed:
             self._enter()
             entries = [self.data.entries[key] for key in sorted(self.data.entries) if key.startswith(prefix)]
             return Snapshot(revision=self.data.revision, entries=tuple(entries))
 
     def watch(self, prefix: str = "", *, after: int) -> MemoryWatch:
+        self._namespace.bounds(prefix)
         with self.data.changed:
             self._enter()
             watch = MemoryWatch(self, prefix, after)
@@ -231,19 +253,12 @@ class MemoryStore:
             return watch
 
     def close(self) -> None:
+        self._closed = True
         for watch in tuple(self.watches):
             watch.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class MemoryWatch:
+class MemoryWatch(Watch):
     """A `Watch` of a `MemoryStore`."""
 
     def __init__(self, store: MemoryStore, prefix: str, after: int) -> None:
@@ -284,11 +299,3 @@ class MemoryWatch:
             self._data.changed.notify_all()
         with suppress(KeyError):
             self._store.watches.remove(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

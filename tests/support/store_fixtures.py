@@ -1,4 +1,8 @@
-"""Fixtures of stores, for the conftests that need them: `own_rig`, `rig`, and what these need."""
+"""Fixtures of stores, for the conftest of each folder of tests that needs them.
+
+What stands on stores is tested on one, the local one: `rig` and `own_rig`. That the stores are equal is shown by
+`tests/conformance`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ from tests.support.etcd_server import EtcdServer, find_etcd
 from tests.support.store_processes import start_server
 from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
 
-__all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "rig", "shared_server"]
+__all__ = ["etcd_binary", "etcd_server", "fork_server", "own_etcd", "own_rig", "rig"]
 
-STORES = ["local", "etcd"]
 NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server), or let scripts/test fetch it"
 
 
@@ -31,15 +34,12 @@ def etcd_binary() -> None:
         pytest.skip(NO_ETCD)
 
 
-@pytest.fixture(scope="session", params=STORES)
-def shared_server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EtcdServer | None]:
-    """Of each kind of store the server that all tests share that do it no harm; a file needs none."""
-    if request.param == "local":
-        yield None
-        return
-    request.getfixturevalue("etcd_binary")
+@pytest.fixture(scope="session")
+def etcd_server(
+    etcd_binary: None,  # noqa: ARG001 - skips where no etcd is
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[EtcdServer]:
+    """The server that all tests of this process share. A test has a namespace of its own, and leaves it running."""
     with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
         yield server
 
@@ -52,16 +52,16 @@ def own_etcd(etcd_binary: None, tmp_path: Path) -> Iterator[EtcdServer]:  # noqa
 
 
 @pytest.fixture
-def rig(shared_server: EtcdServer | None, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind. Nothing may be done to it that others would notice: its server is shared."""
-    rig = LocalRig(tmp_path) if shared_server is None else EtcdRig(shared_server)
+def rig(tmp_path: Path) -> Iterator[StoreRig]:
+    """A store for one test."""
+    rig = LocalRig(tmp_path)
     with rig.stack:
         yield rig
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=["local"])
 def own_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store of one kind for one test alone, which may wipe, stall and restart it."""
+    """A store for one test alone, which may wipe, stall and restart it; of `etcd` where the test asks for that."""
     rig = LocalRig(tmp_path) if request.param == "local" else EtcdRig(request.getfixturevalue("own_etcd"))
     with rig.stack:
         yield rig

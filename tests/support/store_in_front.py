@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from ucxx_transport.errors import StoreUnavailableError
 from ucxx_transport.membership import Batch, Entry, Lease, Snapshot, Store, Watch
@@ -34,14 +33,14 @@ def _nothing(_: Call) -> None:
     """The call goes through."""
 
 
-class StoreInFront:
+class StoreInFront(Store):
     """A `Store` in front of another one, which it closes.
 
     Attributes:
         behind: that one.
         calls: every call so far, in order.
-        before: told of each call before it is made: what it raises is the call's outcome, and it may take its time.
-        after: told of each call that was made: what it raises is an answer that was lost.
+        before: called with each call before it is made: what it raises is the call's outcome, and it may take its time.
+        after: called with each call that was made: what it raises is an answer that was lost.
         reachable: whether calls reach the store; a watch that is being waited on loses what arrives meanwhile.
     """
 
@@ -120,16 +119,8 @@ class StoreInFront:
     def close(self) -> None:
         self.behind.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class WatchInFront:
+class WatchInFront(Watch):
     """A `Watch` of a `StoreInFront`."""
 
     def __init__(self, front: StoreInFront, behind: Watch) -> None:
@@ -141,11 +132,3 @@ class WatchInFront:
 
     def close(self) -> None:
         self.behind.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,29 +5,34 @@ from __future__ import annotations
 import sqlite3
 import uuid
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from tests.support.etcd_server import EtcdServer
+from tests.support.memory_store import MemoryData, MemoryStore
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.membership import open_store
 from ucxx_transport.membership.keys import MAX_VALUE_BYTES
 from ucxx_transport.membership.store import Store
 
-__all__ = ["EtcdRig", "LocalRig", "StoreRig"]
+__all__ = ["EtcdRig", "LocalRig", "MemoryRig", "StoreRig"]
 
 
 class StoreRig(ABC):
     """One place where data are kept.
 
     Attributes:
-        kind: of the store. url: opens it.
+        kind: of the store.
+        url: opens it.
+        ttl_s: a short lease, for tests in which one must run out.
         settings: what `StoreConfig` needs to reach it; a namespace of the test's own among them.
     """
 
     kind: str
     url: str
+    ttl_s: float
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {"namespace": f"test-{uuid.uuid4().hex}", "timeout_s": 10.0}
@@ -48,7 +53,7 @@ class StoreRig(ABC):
 
     @abstractmethod
     def restart(self) -> None:
-        """End what serves the store, kindly or not, and start it again with its data."""
+        """End what serves the store, and start it again with its data."""
 
     @abstractmethod
     def stall(self) -> None:
@@ -59,10 +64,45 @@ class StoreRig(ABC):
         """Let calls be answered again."""
 
 
+class MemoryRig(StoreRig):
+    """This process's memory: nothing to restart, and nothing that could stall."""
+
+    kind = "memory"
+    url = "memory://"
+    ttl_s = 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._namespaces: defaultdict[object, MemoryData] = defaultdict(MemoryData)
+
+    def open(self, **settings: object) -> Store:
+        chosen = {**self.settings, **settings}
+        return self.stack.enter_context(MemoryStore(self._namespaces[chosen["namespace"]]))
+
+    def compact(self, store: Store, between: Callable[[], object] = int) -> None:
+        store.put("compact", b"")
+        between()
+        self._namespaces[self.settings["namespace"]].compact()
+
+    def wipe(self) -> None:
+        for data in self._namespaces.values():
+            data.wipe()
+
+    def restart(self) -> None:
+        raise NotImplementedError
+
+    def stall(self) -> None:
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
+
+
 class LocalRig(StoreRig):
     """A file."""
 
     kind = "local"
+    ttl_s = 0.3
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -92,9 +132,10 @@ class LocalRig(StoreRig):
 
 
 class EtcdRig(StoreRig):
-    """A server, which another test may use too unless `wipe`, `restart` and `stall` are this test's to call."""
+    """A server, which the next test may use too: it has a namespace of its own."""
 
     kind = "etcd"
+    ttl_s = 1.0
 
     def __init__(self, server: EtcdServer) -> None:
         super().__init__()

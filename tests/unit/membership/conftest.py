@@ -9,14 +9,14 @@ import pytest
 
 from tests.support.group_ranks import ranks
 from tests.support.record_history import History
-from tests.support.store_fixtures import etcd_binary, fork_server, own_etcd, own_rig, rig, shared_server
+from tests.support.store_fixtures import etcd_binary, fork_server, own_etcd, own_rig, rig
 from tests.support.store_in_front import StoreInFront
 from tests.support.store_rigs import LocalRig, StoreRig
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.membership import Store
 from ucxx_transport.membership.local import LocalStore
 
-__all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "ranks", "rig", "shared_server"]
+__all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "ranks", "rig"]
 
 
 def opened(rig: StoreRig) -> Store:
