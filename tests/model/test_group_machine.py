@@ -395,7 +395,7 @@ class GroupMachine(RuleBasedStateMachine):
                 one.store.close()
 
 
-@pytest.mark.parametrize("steps", [3000, exhaustive(8000)])
+@pytest.mark.parametrize("steps", [4000, exhaustive(40_000)])
 def test_a_group_does_what_its_model_foretells(steps: int, log_events: list[MutableMapping[str, Any]]) -> None:
     GroupMachine.steps = 0
     while GroupMachine.steps < steps:
