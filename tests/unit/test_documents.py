@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import pkgutil
 import re
 import tomllib
 from collections.abc import Iterator
@@ -78,6 +79,14 @@ def test_every_file_script_verb_and_extra_that_is_named_exists() -> None:
             assert (ROOT / file).exists(), f"{path.name}: {file}"
         for extra in re.findall(r"(?:'\.|ucxx_transport)\[(\w+)\]", page):
             assert extra in extras, f"{path.name}: [{extra}]"
+
+
+def test_every_name_of_the_package_that_is_named_exists() -> None:
+    for path in PAGES:
+        page = "" if path.name == "CHANGELOG.md" else read(path)  # which names what was
+        for name in set(re.findall(r"(?:`|::: )(ucxx_transport(?:\.\w+)+)", page)) - {"ucxx_transport.toml"}:
+            if "integrations" not in name:  # those need their frameworks
+                assert pkgutil.resolve_name(name) is not None, f"{path.name}: {name}"
 
 
 def test_every_link_leads_somewhere_on_github_too() -> None:
