@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +25,11 @@ _RUN_MARK = b"DEMO_RUN_ID="
 
 
 @contextmanager
-def demo(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def demo(out: Path, *options: str, folder: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own; killed when the test leaves early."""
     command = [sys.executable, "-m", "ucxx_transport", "demo", "--json", "--out", str(out), *options]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             yield process
@@ -103,6 +104,17 @@ def test_workers_are_found_in_a_store_and_a_replacement_joins_late_while_trainin
     assert summary["kill"]["episodes_of_its_replacement"] > 0
     assert summary["checksums"] == {"verified": summary["episodes"], "mismatched": 0}
     assert summary["segments_left"] == summary["processes_left"] == []
+
+
+@pytest.mark.exhaustive
+def test_an_installed_package_runs_it_from_its_own_folder(tmp_path: Path) -> None:
+    package, without_bytecode = tmp_path / "ucxx_transport", shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "ucxx_transport", package, ignore=without_bytecode)
+    shutil.copytree(ROOT / "examples/cartpole", package / "_programs/cartpole", ignore=without_bytecode)
+    with demo(tmp_path / "curve.png", "--goal", "none", "--episodes", "40", folder=tmp_path) as process:
+        status, summary, errors = finish(process)
+    assert status == 0, f"{summary['problems']}\n{errors}"
+    assert (package / "_programs/cartpole/__pycache__").is_dir() or sys.dont_write_bytecode
 
 
 @pytest.mark.exhaustive

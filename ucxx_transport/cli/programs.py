@@ -5,7 +5,7 @@
 | cartpole | examples/cartpole | ucxx_transport/_programs/cartpole |
 | bench    | bench             | ucxx_transport/_programs/bench    |
 
-pyproject.toml has the wheel's column (`force-include`).
+pyproject.toml puts them there (`tool.hatch.build.targets.wheel`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,16 @@ def test_in_an_installed_wheel_it_lies_inside_the_package_and_a_neighbour_s_fold
     assert program_folder("bench", package) == package / "_programs/bench"
 
 
-@pytest.mark.parametrize("verb", ["demo"])
-def test_a_program_s_own_module_is_what_is_imported(verb: str) -> None:
-    module = VERBS[verb].partition(":")[0]
-    assert Path(str(import_program(module).__file__)).is_relative_to(ROOT)
+def test_the_wheel_has_every_program_where_it_is_looked_for() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for verb in ("bench", "demo"):
+        name = VERBS[verb].partition(".")[0]
+        folder = str(program_folder(name).relative_to(ROOT))
+        assert folder in wheel["only-include"], verb
+        assert wheel["sources"][folder] == f"ucxx_transport/_programs/{name}", verb
+
+
+def test_a_program_s_own_module_is_what_is_imported() -> None:
+    for verb in ("bench", "demo"):
+        module = VERBS[verb].partition(":")[0]
+        assert Path(str(import_program(module).__file__)).is_relative_to(ROOT), verb
