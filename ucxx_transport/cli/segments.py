@@ -1,20 +1,115 @@
-"""What `inspect` and `top` show of the segments on this host, as plain values and as a table."""
+"""The verbs about the rings of this host: `inspect` and `top` show them, `clean` removes those of dead processes."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.errors import TransportError
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.orphans import SegmentInfo, list_segments
+from ucxx_transport.ring.orphans import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["describe_segments", "segments_table"]
+__all__ = ["clean", "describe_segments", "inspect", "segments_table", "top"]
+
+
+def inspect(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Rings to show in full; without any, all in a table.")
+    ] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Show the rings on this host: creator, size, slots by state, address and counters."""
+    segments = describe_segments(names or ())
+    missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
+    if as_json:
+        print_json({"segments": segments, "missing": missing})
+    elif names:
+        for segment in segments:
+            console().print_json(data=segment)
+    elif segments:
+        console().print(segments_table(segments))
+    else:
+        typer.echo("no rings on this host")
+    for name in missing:
+        typer.echo(f"error: no ring {name!r} on this host", err=True)
+    if missing:
+        raise typer.Exit(1)
+
+
+def top(
+    *,
+    interval_s: Annotated[float, typer.Option("--interval-s", min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the rings on this host as they fill and empty, until interrupted."""
+    if once and not as_json:
+        console().print(segments_table(describe_segments()))
+    elif as_json:
+        print_json({"segments": describe_segments()})
+        while not once:
+            time.sleep(interval_s)
+            print_json({"segments": describe_segments()})
+    else:
+        _watch(interval_s)
+
+
+def _watch(interval_s: float) -> None:
+    from rich.live import Live
+
+    before: dict[str, dict[str, Any]] = {}
+    with Live(console=console(), auto_refresh=False) as live:
+        while True:
+            now = {segment["name"]: segment for segment in describe_segments()}
+            rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
+            live.update(segments_table(list(now.values()), rates), refresh=True)
+            before = now
+            time.sleep(interval_s)
+
+
+def _rate(before: dict[str, Any] | None, now: dict[str, Any], interval_s: float) -> str:
+    if before is None or "statistics" not in before or "statistics" not in now or before["ring_id"] != now["ring_id"]:
+        return ""
+    payloads = (now["statistics"]["committed"] - before["statistics"]["committed"]) / interval_s
+    nbytes = (now["statistics"]["committed_bytes"] - before["statistics"]["committed_bytes"]) / interval_s
+    return f"{payloads:.3g}/s  {format_bytes(nbytes)}/s"
+
+
+def clean(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the segments of dead processes; those of living ones are never touched."""
+    before = list_segments()
+    orphans = {info.name: info.nbytes for info in before if not info.creator_alive}
+    removed = list(orphans) if dry_run else sweep_orphans()
+    left = [] if dry_run else [info.name for info in list_segments() if not info.creator_alive]
+    freed = sum(orphans.get(name, 0) for name in removed)
+    if as_json:
+        in_use = [info.name for info in before if info.creator_alive]
+        print_json({"dry_run": dry_run, "removed": removed, "freed_bytes": freed, "left": left, "in_use": in_use})
+    else:
+        for name in removed:
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {name} ({format_bytes(orphans.get(name, 0))})")
+        in_use_count = len(before) - len(orphans)
+        typer.echo(
+            f"{len(removed)} {'to remove' if dry_run else 'removed'}, {format_bytes(freed)}; {in_use_count} in use"
+        )
+        for name in left:
+            typer.echo(f"could not remove {name}: it belongs to another user", err=True)
+    if left:
+        raise typer.Exit(1)
 
 
 def describe_segments(names: Sequence[str] = ()) -> list[dict[str, Any]]:

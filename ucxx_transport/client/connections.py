@@ -12,9 +12,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.channel import Channel
-from ucxx_transport.client.endpoint_pool import EndpointPool
 from ucxx_transport.client.exchange import ReadExchange
-from ucxx_transport.client.ports import PortKey
+from ucxx_transport.client.ports import EndpointPool, PortKey
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import Schema, SlotRef
 

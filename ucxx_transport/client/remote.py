@@ -1,14 +1,13 @@
 """Reads over UCX: the slot layer and the port layer of retry, under one deadline.
 
-Decisions live in `ports`, `endpoint_pool`, `retry` and `exchange`; this shell carries them out in one
-event loop.
+Decisions live in `ports`, `retry` and `exchange`; this shell carries them out in one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from ucxx_transport.client import retry
 from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.connections import Connections, LinkFactory
 from ucxx_transport.client.exchange import ReadExchange
-from ucxx_transport.client.fair_gate import FairGate
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.ports import PortKey, Quarantine, Rotation
 from ucxx_transport.client.results import clear_traceback_frames
@@ -38,6 +36,8 @@ from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
@@ -45,10 +45,11 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Link
     from ucxx_transport.membership.source_record import SourceRecord
 
+
 _log = get_logger(__name__)
 
 DISCARD_PAUSE_S = 0.25
-"""Between two tries to let payloads go: a server process that died is back after a second or two."""
+"""Between two tries to discard payloads: a server process that died is back after a second or two."""
 
 HASH_INLINE_BYTES = 4 << 20
 """Above this, hashing a payload would hold the event loop longer than a hop to a thread costs."""
@@ -326,3 +327,49 @@ class RemoteReader:
 
 def _ports_of(record: SourceRecord) -> list[PortKey]:
     return [(record.host, port) for port in record.ports] if record.host is not None else []
+
+
+class FairGate:
+    """Lets at most `limit` holders in; waiting sources take turns, each serving its own callers in order.
+
+    Args:
+        limit: holders at once, ≥ 1.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
+
+    def try_acquire(self) -> bool:
+        """Take a place if one is free now."""
+        if self._free > 0:
+            self._free -= 1
+            return True
+        return False
+
+    async def acquire(self, source: Hashable) -> None:
+        """Take a place, waiting for `source`'s turn. A cancelled wait takes none."""
+        if self.try_acquire():
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(source, deque()).append(turn)
+        try:
+            await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self.release()  # the place had been handed over in the same moment
+            else:
+                turn.cancel()
+            raise
+
+    def release(self) -> None:
+        """Give a place back, to the next source in turn."""
+        while self._waiting:
+            source, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[source] = turns  # to the end of the line
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ucxx_transport.client.endpoint_pool import EndpointPool
+from ucxx_transport.client.ports import EndpointPool
 
 PORT = ("10.0.0.1", 5001)
 OTHER = ("10.0.0.1", 5002)

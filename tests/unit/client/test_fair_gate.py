@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import pytest
 
 from tests.support.virtual_time import settle
-from ucxx_transport.client.fair_gate import FairGate
+from ucxx_transport.client.remote import FairGate
 
 pytestmark = pytest.mark.anyio
 
