@@ -33,11 +33,12 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.participant import AcquiredRank, MembershipEndedError, Participant, acquire_rank
+from ucxx_transport.groups.participant import MembershipEndedError, Participant, acquire_rank
 from ucxx_transport.groups.state import GroupListener, SharedState
 from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
 from ucxx_transport.groups.writes import RankContext, Retrying, change_view
+from ucxx_transport.membership.store import Lease
 
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 150
@@ -82,7 +83,7 @@ class Process:
     shared: SharedState
     store: MemoryStore
     incarnation: str = ""
-    acquired: AcquiredRank | None = None
+    lease: Lease | None = None
     participant: Participant | None = None
     watch: MemoryWatch | None = None
     snapshot: GroupSnapshot | None = None
@@ -97,8 +98,8 @@ class Process:
 
     @property
     def lease_id(self) -> int:
-        assert self.acquired is not None
-        return self.acquired.lease.lease_id
+        assert self.lease is not None
+        return self.lease.lease_id
 
 
 class GroupMachine(RuleBasedStateMachine):
@@ -145,7 +146,7 @@ class GroupMachine(RuleBasedStateMachine):
             self.clock.now += min(seconds, 1.0)
             seconds -= 1.0
             for one in self.all_processes():
-                if one.acquired is not None and not one.is_dead and one.store.reachable:
+                if one.lease is not None and not one.is_dead and one.store.reachable:
                     self.renew(one)
             self.judge()
 
@@ -168,9 +169,9 @@ class GroupMachine(RuleBasedStateMachine):
         wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.shared.now.epoch, ttl_s=TTL_S)
         self.model.alive.add(one.incarnation)
         self.model.applied[one.incarnation] = one.shared.now.epoch
-        one.acquired = acquire_rank(one.context, wanted, self.retrying(one))
+        one.lease = acquire_rank(one.context, wanted, self.retrying(one))
         one.shared.begin(one.incarnation)
-        one.participant = Participant(one.context, one.shared, one.acquired)
+        one.participant = Participant(one.context, one.shared, one.incarnation, one.lease_id)
         one.snapshot = one.watch = None
         self.judge()
 
@@ -208,7 +209,7 @@ class GroupMachine(RuleBasedStateMachine):
     def drop_out(self, one: Process, event: RankEvent) -> None:
         one.shared.end(event, NotReadyError("over"))
         one.participant = None
-        lease_id, one.acquired = one.lease_id, None
+        lease_id, one.lease = one.lease_id, None
         self.admin.revoke(lease_id)
         self.judge()
 

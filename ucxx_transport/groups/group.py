@@ -180,7 +180,7 @@ class RankGroup:
         """
 
         def active(now: GroupState, epoch: int) -> GroupView | None:
-            view = _notified(now, epoch)
+            view = now.notified_view(epoch)
             gone = [] if view is None else [rank for rank in ranks if not view.state_of(rank).is_seated]
             if gone:
                 raise NotReadyError(f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone)
@@ -205,7 +205,7 @@ class RankGroup:
             NotReadyError: this rank is not a member.
             DeadlineExceededError: the store did not answer.
         """
-        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s, _notified, _not_seen)
+        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s, GroupState.notified_view, _not_seen)
 
     def set_policy_version(self, version: int, timeout_s: float = CHANGE_TIMEOUT_S, *, rewind: bool = False) -> None:
         """Set which policy version the group trains; joiners get it. It is no part of the view: no epoch follows.
@@ -236,7 +236,9 @@ class RankGroup:
         """
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
-        return self._shared.wait(lambda now: _notified(now, min_epoch), retrying, lambda now: _not_seen(now, min_epoch))
+        return self._shared.wait(
+            lambda now: now.notified_view(min_epoch), retrying, lambda now: _not_seen(now, min_epoch)
+        )
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, also while joining; returns what ends that.
@@ -290,11 +292,6 @@ class RankGroup:
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank < end:
                 raise ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
-
-
-def _notified(now: GroupState, min_epoch: int) -> GroupView | None:
-    view = now.notified_view
-    return view if view is not None and view.epoch >= min_epoch else None
 
 
 def _not_seen(now: GroupState, epoch: int) -> DeadlineExceededError:

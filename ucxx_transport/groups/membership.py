@@ -29,7 +29,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
 )
 from ucxx_transport.groups.decisions import awaited_ranks
-from ucxx_transport.groups.participant import AcquiredRank, MembershipEndedError, Participant, acquire_rank
+from ucxx_transport.groups.participant import MembershipEndedError, Participant, acquire_rank
 from ucxx_transport.groups.state import GroupState, SharedState
 from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupSnapshot, MemberRecord
@@ -73,7 +73,6 @@ class LeaseRenewer:
         lease_id: int,
         interval_s: float,
         on_lost: Callable[[], object],
-        *,
         helper: Renewal | None = None,
     ) -> None:
         self._store, self._lease_id, self._interval_s = store, lease_id, interval_s
@@ -132,22 +131,21 @@ class MemberThread:
     Args:
         context: the group.
         shared: what this process knows of the group.
-        acquired: the rank that was taken.
+        incarnation: this life of the rank.
+        lease_id: what keeps the rank.
     """
 
-    def __init__(self, context: RankContext, shared: SharedState, acquired: AcquiredRank) -> None:
+    def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
         self._context, self._shared = context, shared
-        self.incarnation, self._lease_id = acquired.record.incarnation, acquired.lease.lease_id
-        self._participant = Participant(context, shared, acquired)
+        self.incarnation, self._lease_id = incarnation, lease_id
+        self._participant = Participant(context, shared, incarnation, lease_id)
         self._ending = threading.Event()
         self._lease_lost = threading.Event()
         self._watch: Watch | None = None
-        config, helper = context.config, None
-        if config.keeper == "process":
-            helper = renewal_of(context.store, context.store_config, config.interval_s)
-        self._renewer = LeaseRenewer(
-            context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper=helper
-        )
+        config = context.config
+        by_process = config.keeper == "process"
+        helper = renewal_of(context.store, context.store_config, config.interval_s) if by_process else None
+        self._renewer = LeaseRenewer(context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper)
         self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
 
     @property
@@ -289,12 +287,14 @@ class MemberLifecycle:
     def _join_once(self, retrying: Retrying) -> GroupState:
         incarnation, rank = uuid.uuid4().hex, self._context.rank
         wanted = replace(self._record, incarnation=incarnation, epoch=self._shared.now.epoch)
-        thread = MemberThread(self._context, self._shared, acquire_rank(self._context, wanted, retrying))
+        lease = acquire_rank(self._context, wanted, retrying)
+        thread = MemberThread(self._context, self._shared, incarnation, lease.lease_id)
         self._shared.begin(incarnation)
         self._thread = thread
 
         def joined(now: GroupState) -> GroupState | None:
-            is_in = now.notified_view is not None and now.notified_view.seats_incarnation(rank, incarnation)
+            view = now.notified_view()
+            is_in = view is not None and view.seats_incarnation(rank, incarnation)
             return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
         try:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -32,7 +32,7 @@ from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying
 from ucxx_transport.membership.keys import member_key, policy_key, view_key
 from ucxx_transport.membership.store import Lease
 
-__all__ = ["AcquiredRank", "MembershipEndedError", "Participant", "acquire_rank"]
+__all__ = ["MembershipEndedError", "Participant", "acquire_rank"]
 
 POLL_S: Final = 0.25
 """How often a rank whose lease may still end is read."""
@@ -47,20 +47,7 @@ TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AcquiredRank:
-    """A rank that is this process's, as long as its lease is renewed.
-
-    Attributes:
-        record: what was published.
-        lease: what keeps it.
-    """
-
-    record: MemberRecord
-    lease: Lease
-
-
-def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> AcquiredRank:
+def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> Lease:
     """Publish a member, once its rank is free.
 
     A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
@@ -69,6 +56,9 @@ def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying)
         context: the group.
         wanted: the record; its `ttl_s` is what is asked of the lease.
         retrying: until when.
+
+    Returns:
+        The lease, by which the rank is this process's as long as it is renewed.
 
     Raises:
         DuplicateSourceError: a live member has the rank.
@@ -79,9 +69,9 @@ def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying)
     first = holder = _holder(context, retrying)
     while True:
         if holder is None:
-            acquired = _publish(context, wanted, retrying)
-            if acquired is not None:
-                return acquired
+            lease = _publish(context, wanted, retrying)
+            if lease is not None:
+                return lease
         elif is_alive(holder, first=first, waited_s=context.clock() - began):
             raise DuplicateSourceError(
                 f"rank {context.rank} of {context.group!r} is a live member: give this process another rank, "
@@ -108,25 +98,24 @@ def _holder(context: RankContext, retrying: Retrying) -> MemberRecord | None:
     return None if entry is None else MemberRecord.from_bytes(entry.value)
 
 
-def _publish(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> AcquiredRank | None:
+def _publish(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> Lease | None:
     """Put the record under a new lease; None: another process was first, just now, so it is alive."""
     while True:
         lease = retrying.call(lambda left_s: context.store.grant(wanted.ttl_s, timeout_s=left_s))
-        acquired = AcquiredRank(record=replace(wanted, ttl_s=lease.ttl_s), lease=lease)
         try:
-            retrying.call(partial(_put_record, context, acquired))
+            retrying.call(partial(_put_record, context, replace(wanted, ttl_s=lease.ttl_s), lease.lease_id))
         except LeaseLostError:
             continue  # the store was away for longer than the lease lived
         except ConflictError:
             holder = _holder(context, retrying)
             # It is this process's own if the answer of a put was lost that had been done after all.
-            return acquired if holder is not None and holder.incarnation == wanted.incarnation else None
-        return acquired
+            return lease if holder is not None and holder.incarnation == wanted.incarnation else None
+        return lease
 
 
-def _put_record(context: RankContext, acquired: AcquiredRank, left_s: float) -> None:
-    key, value, lease_id = member_key(context.group, context.rank), acquired.record.to_bytes(), acquired.lease.lease_id
-    context.store.put(key, value, lease_id=lease_id, expected=0, timeout_s=left_s)
+def _put_record(context: RankContext, record: MemberRecord, lease_id: int, left_s: float) -> None:
+    key = member_key(context.group, context.rank)
+    context.store.put(key, record.to_bytes(), lease_id=lease_id, expected=0, timeout_s=left_s)
 
 
 class MembershipEndedError(Exception):
@@ -148,13 +137,14 @@ class Participant:
     Args:
         context: the group.
         shared: what this process knows of the group.
-        acquired: the rank that was taken.
+        incarnation: this life of the rank.
+        lease_id: what keeps the rank.
     """
 
-    def __init__(self, context: RankContext, shared: SharedState, acquired: AcquiredRank) -> None:
+    def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
         self._context, self._shared = context, shared
         self._group, self._rank = context.group, context.rank
-        self._incarnation, self._lease_id = acquired.record.incarnation, acquired.lease.lease_id
+        self._incarnation, self._lease_id = incarnation, lease_id
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
         self._written: GroupView | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
@@ -124,10 +125,9 @@ class GroupState:
         seats = () if self.view is None else self.view.seats
         return {seat.rank: self._member(seat) for seat in seats if seat.state.is_seated}
 
-    @property
-    def notified_view(self) -> GroupView | None:
-        """The view, once all callbacks have had it; None while they have not, or before the first."""
-        return self.view if self.notified_epoch == self.epoch else None
+    def notified_view(self, min_epoch: int = 1) -> GroupView | None:
+        """The view, once all callbacks have had it, if its epoch is not smaller; else None."""
+        return self.view if self.notified_epoch == self.epoch >= min_epoch else None
 
     def _member(self, seat: Seat) -> Member:
         member = Member(rank=seat.rank, state=seat.state, incarnation=seat.incarnation)
@@ -210,14 +210,11 @@ class SharedState:
             with self._changed:
                 self._listeners = tuple(other for other in self._listeners if other is not listener)
 
-        if with_present:
-            with self._notifying:
-                self.listen(listener)
-                for member in self.now.members.values():
-                    self._notify(listener.on_add, member)
-        else:
+        with self._notifying if with_present else nullcontext():
             with self._changed:
                 self._listeners += (listener,)
+            for member in self.now.members.values() if with_present else ():
+                self._notify(listener.on_add, member)
         return end
 
     def _notify(self, callback: Callable[..., object], fact: object) -> None:

@@ -154,10 +154,10 @@ class Member:
         self.store = MemoryStore(MemoryData(clock=clock))
         context = rank_context(self.store, 1, clock=clock)
         record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
-        acquired = acquire_rank(context, record, Retrying(context, 1.0, "joining"))
+        lease = acquire_rank(context, record, Retrying(context, 1.0, "joining"))
         self.shared = SharedState("g", 1)
         self.shared.begin("mine")
-        self.participant = Participant(context, self.shared, acquired)
+        self.participant = Participant(context, self.shared, "mine", lease.lease_id)
 
     def step(self) -> GroupStatistics:
         self.participant.step(GroupSnapshot.of("g", self.store.snapshot("groups/g/")))

@@ -95,10 +95,10 @@ def test_a_view_that_this_rank_wrote_is_counted_as_written_when_it_is_applied(sh
 
 def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState) -> None:
     found: list[GroupView | None] = []
-    shared.listen(GroupListener(on_view=lambda _: found.append(shared.now.notified_view)))
+    shared.listen(GroupListener(on_view=lambda _: found.append(shared.now.notified_view())))
     shared.apply(view(1), is_own=False)
     assert found == [None]
-    assert shared.now.notified_view == view(1)
+    assert shared.now.notified_view() == view(1)
 
 
 def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: SharedState) -> None:
