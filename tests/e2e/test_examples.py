@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ def run(example: str, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, f"examples/{example}.py", *options],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests have the other cores
         capture_output=True,
         text=True,
         check=False,
@@ -49,6 +51,7 @@ def test_a_torch_policy_learns() -> None:
 
 
 @NEEDS_TORCH
+@pytest.mark.exhaustive
 def test_a_torch_policy_ends_whose_last_weights_no_worker_takes() -> None:
     """They are 230 KB, and a pipe holds 64 KiB."""
     assert "mean return" in run("torch_policy", "--units", "8192", "--steps", "2", "--batch", "2")
