@@ -101,7 +101,7 @@ def publish(store: Store, index: int) -> Publication:
     record = record_of(index)
     epoch = next_epoch(store, record.worker_id, known=0)
     publication = Publication.begin(store, replace(record, epoch=epoch), ttl_s=TTL_S)
-    publication.say(SourceStatus.READY)
+    publication.update(SourceStatus.READY)
     return publication
 
 

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from types import FrameType
 from typing import Final
 
 from ucxx_transport.logs import get_logger
 
-__all__ = ["Outcome", "StepReport", "Teardown", "dump_stacks"]
+__all__ = ["Outcome", "StepReport", "Teardown", "dump_stacks", "exit_on_sigterm"]
 
 _log = get_logger(__name__)
 
@@ -144,3 +146,21 @@ def _run_until(name: str, call: Callable[[], object], until_s: float) -> tuple[B
     thread.join(max(0.0, until_s - time.monotonic()))
     has_ended = not thread.is_alive()
     return next(iter(errors), None) if has_ended else None, has_ended
+
+
+def exit_on_sigterm() -> None:
+    """From now on SIGTERM is `SystemExit(143)` in the main thread: `with` blocks and exit handlers run.
+
+    By default it ends a Python program without any of its clean-up. A handler that the program has already is left
+    alone. Call it in the main thread.
+
+    Raises:
+        ValueError: called in another thread.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up is bounded; a second one must not cut it short
+    sys.exit(128 + signal.SIGTERM)

@@ -1,10 +1,9 @@
-from ucxx_transport.membership.publishable import Offer as Offer
-from ucxx_transport.membership.publishable import Publishable as Publishable
+from ucxx_transport.membership.publication import Offer as Offer
+from ucxx_transport.membership.publication import Publishable as Publishable
+from ucxx_transport.membership.publication import PublisherState as PublisherState
+from ucxx_transport.membership.publication import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
-from ucxx_transport.membership.publisher_board import PublisherState as PublisherState
-from ucxx_transport.membership.publisher_board import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.replica_monitor import ReplicaMonitor as ReplicaMonitor
-from ucxx_transport.membership.signals import exit_on_sigterm as exit_on_sigterm
 from ucxx_transport.membership.source_record import SourceRecord as SourceRecord
 from ucxx_transport.membership.source_record import SourceStatus as SourceStatus
 from ucxx_transport.membership.store import Batch as Batch
@@ -16,4 +15,5 @@ from ucxx_transport.membership.store import Store as Store
 from ucxx_transport.membership.store import Watch as Watch
 from ucxx_transport.membership.store_url import open_store as open_store
 from ucxx_transport.membership.watcher import SourceWatcher as SourceWatcher
-from ucxx_transport.membership.watcher_statistics import WatcherStatistics as WatcherStatistics
+from ucxx_transport.membership.watcher import WatcherStatistics as WatcherStatistics
+from ucxx_transport.teardown import exit_on_sigterm as exit_on_sigterm

@@ -1,6 +1,4 @@
-"""Publication: one life of a worker's record in the store, from its lease to its end.
-
-For one thread, and another that withdraws it.
+"""Publication: one life of a worker's record in the store, from its lease to its end, and what is published.
 
 | step      | what                                        | when it fails                |
 |-----------|---------------------------------------------|------------------------------|
@@ -11,25 +9,125 @@ For one thread, and another that withdraws it.
 | ready     | the record, "ready", if it is still ours    | another's: start over        |
 | stale     | the record, "stale", and back               | as ready                     |
 | withdrawn | "stale", then the lease is revoked          | the lease runs out by itself |
+
+The publisher's state is where it is in that:
+
+```
+            start            visible             bound
+ NEW ──────► PUBLISHING ──────► STARTING ──────► LIVE ⇄ UNWELL
+                ▲  │ refused, a rival,             │
+                │  └────────► FAILED               │ lease lost, store wiped, record gone
+                └──────────────────────────────────┘
+ stop, from anywhere: STOPPED
+```
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
-from ucxx_transport.errors import ConflictError, LeaseLostError, TransportError
+from ucxx_transport.errors import ConflictError, DuplicateSourceError, LeaseLostError, ProtocolError, TransportError
 from ucxx_transport.membership.keys import epoch_key, source_key
-from ucxx_transport.membership.publishable import Offer
 from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
-from ucxx_transport.membership.store import Lease, Store
+
+if TYPE_CHECKING:
+    from ucxx_transport.membership.store import Lease, Store
+    from ucxx_transport.sidecar.launch import Sidecar
+
+__all__ = ["Offer", "Publication", "Publishable", "PublisherState", "PublisherStatistics", "Rival", "next_epoch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What can be read, and where.
+
+    Attributes:
+        ring_id: 16 bytes.
+        ring_name: the segment's name on its host.
+        host_id: which host and namespace that is.
+        host: the server's address, None without a server.
+        ports: its ports.
+    """
+
+    ring_id: bytes
+    ring_name: str
+    host_id: str
+    host: str | None
+    ports: tuple[int, ...]
+
+
+class Publishable(Protocol):
+    """What can be published: a ring with or without a server; `UCXXServer` is one."""
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """A process beside this one that may renew the lease of what is published, None where there is none."""
+
+    def offer(self) -> Offer:
+        """What can be read now."""
+
+    def hold(self) -> None:
+        """There is no epoch: answer NOT_READY until `bind`."""
+
+    def bind(self) -> None:
+        """There is an epoch: serve. Raises a `TransportError` when it cannot be done now; then it holds on."""
+
+    def discard_old(self) -> int:
+        """Drop what an ended epoch has left; returns how much of it is still in use."""
+
+    def release(self) -> None:
+        """Nothing is published any more, by wish: serve as if there were no store."""
+
+    def is_healthy(self, within_s: float) -> bool:
+        """Whether it has shown, within the last `within_s` seconds, that it serves."""
+
+
+class PublisherState(Enum):
+    """Where a publisher is; see the module's picture."""
+
+    NEW = "new"
+    PUBLISHING = "publishing"
+    STARTING = "starting"
+    LIVE = "live"
+    UNWELL = "unwell"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherStatistics:
+    """What a publisher has done, as of one moment.
+
+    Attributes:
+        state: now.
+        epoch: the last one, 0 before the first.
+        attempts: to publish.
+        publications: that succeeded.
+        losses: publications that ended unasked.
+        outages: times that the store stopped answering.
+        keeper_restarts: of the process that renews the lease.
+        keeper_keeps: whether it does; its start takes a second, and so long the publisher's thread renews.
+    """
+
+    state: PublisherState = PublisherState.NEW
+    epoch: int = 0
+    attempts: int = 0
+    publications: int = 0
+    losses: int = 0
+    outages: int = 0
+    keeper_restarts: int = 0
+    keeper_keeps: bool = False
 
 
 class Publication:
-    """The record of one epoch, as this worker keeps it.
+    """The record of one epoch, as this worker keeps it. For one thread, and another that withdraws it.
 
     Attributes:
-        record: as it was written last. lease: what it lives under.
+        record: as it was written last.
+        lease: what it lives under.
     """
 
     def __init__(self, store: Store, record: SourceRecord, lease: Lease, revision: int) -> None:
@@ -46,12 +144,12 @@ class Publication:
 
         Args:
             store: where.
-            record: what it says; its epoch is the one to have, see `next_epoch`.
+            record: what is published; its epoch is the one to have, see `next_epoch`.
             ttl_s: how long the lease is to live.
 
         Raises:
             ConflictError: there is a record of this worker id already.
-            StoreUnavailableError, StorePermissionError, LeaseLostError: as the store says. No lease is left behind
+            StoreUnavailableError, StorePermissionError, LeaseLostError: as the store answers. No lease is left behind
                 as far as the store can be reached.
         """
         lease = store.grant(ttl_s)
@@ -64,8 +162,8 @@ class Publication:
             raise
         return cls(store, first, lease, revision)
 
-    def say(self, status: SourceStatus, offer: Offer | None = None) -> bool:
-        """Write the record again where it says something else now.
+    def update(self, status: SourceStatus, offer: Offer | None = None) -> bool:
+        """Write the record again where it has changed.
 
         Args:
             status: what may be expected of the source.
@@ -77,7 +175,7 @@ class Publication:
         Raises:
             ConflictError, LeaseLostError: the record is not ours any more, or it was withdrawn.
         """
-        # Before the look: with what a withdrawal by another thread leaves behind nothing could be overwritten.
+        # Before the check: with the revision that a withdrawal by another thread leaves behind, nothing is overwritten.
         revision = self._revision
         if self._withdrawn:
             raise LeaseLostError("the record was withdrawn", key=self._key)
@@ -90,7 +188,7 @@ class Publication:
         return True
 
     def require_there(self) -> None:
-        """Look whether the store still has it as written last.
+        """Check that the store still has the record as it was written last.
 
         Raises:
             LeaseLostError: it has not.
@@ -100,10 +198,10 @@ class Publication:
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
     def withdraw(self, timeout_s: float) -> None:
-        """Say "stale", then end the lease, and the record with it. Nothing is said any more after that.
+        """Write "stale", then end the lease, and the record with it. Nothing is written any more after that.
 
         Raises:
-            TransportError: the store could not be told; then the lease runs out by itself.
+            TransportError: the store did not answer; then the lease runs out by itself.
         """
         self._withdrawn = True
         with suppress(ConflictError, LeaseLostError):
@@ -122,6 +220,62 @@ class Publication:
                 raise
             self._revision = entry.revision  # an earlier try had arrived, its answer had not
         self.record = record
+
+
+class Rival:
+    """Another worker of this id in the store: a dead one, whose record is about to end, or a second live one.
+
+    Args:
+        store: where.
+        worker_id: whose record.
+        session: this publisher's.
+        ttl_s: how long a record lives without a renewal; that of the other may say more.
+    """
+
+    def __init__(self, store: Store, worker_id: str, session: str, ttl_s: float) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._session = session
+        self._ttl_s = ttl_s
+        self._seen: tuple[tuple[str, int], float] | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether there was one at the last check."""
+        return self._seen is not None
+
+    def forget(self) -> None:
+        """Count its time from the next check: while the store did not answer, its lease may have been given more."""
+        self._seen = None
+
+    def yield_to(self, now: float) -> None:
+        """Check that there is none.
+
+        Raises:
+            ConflictError: there is one, which may be about to end.
+            DuplicateSourceError: there is one for longer than a dead one's record could live.
+        """
+        entry = self._store.get(source_key(self._worker_id))
+        if entry is None:
+            self._seen = None
+            return
+        try:
+            other = SourceRecord.from_bytes(entry.value)
+            who, ttl_s = (other.session, other.epoch), other.ttl_s
+        except ProtocolError:
+            who, ttl_s = ("", entry.revision), 0.0
+        if who[0] == self._session and entry.lease_id is not None:
+            self._store.revoke(entry.lease_id)  # written by a try whose answer was lost
+            return
+        if self._seen is None or self._seen[0] != who:
+            self._seen = (who, now)
+        if now - self._seen[1] > 2 * max(ttl_s, self._ttl_s) + 1.0:
+            raise DuplicateSourceError(
+                f"another live worker is published as {self._worker_id!r}; give each worker an id of its own",
+                worker_id=self._worker_id,
+                epoch=who[1],
+            )
+        raise ConflictError("a worker of this id is still in the store", worker_id=self._worker_id, epoch=who[1])
 
 
 def next_epoch(store: Store, worker_id: str, *, known: int) -> int:

@@ -1,32 +1,63 @@
-"""HeartbeatPublisher: a worker in the store, for as long as it lives."""
+"""The publisher: a worker in the store, for as long as it lives."""
 
 from __future__ import annotations
 
 import atexit
 import os
-import select
+import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import count
 from types import TracebackType
-from typing import Self
+from typing import Any, Final, Self
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.membership.publishable import Publishable
-from ucxx_transport.membership.publisher_board import PublisherBoard, PublisherState, PublisherStatistics
-from ucxx_transport.membership.publishing import Publishing
-from ucxx_transport.membership.renewal import Renewal, renewal_of
+from ucxx_transport.errors import (
+    ConfigError,
+    ConflictError,
+    DeadlineExceededError,
+    DuplicateSourceError,
+    LeaseLostError,
+    ProtocolError,
+    StorePermissionError,
+    StoreResetError,
+    StoreUnavailableError,
+    TransportError,
+)
+from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.publication import (
+    Publication,
+    Publishable,
+    PublisherState,
+    PublisherStatistics,
+    Rival,
+    next_epoch,
+)
+from ucxx_transport.membership.renewal import Renewal, renew, renewal_of
+from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
+from ucxx_transport.teardown import Teardown
+
+__all__ = ["HeartbeatPublisher"]
+
+_log = get_logger(__name__)
+
+LOOK_EVERY: Final = 5
+"""Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
 
 
 class HeartbeatPublisher:
     """Publishes a worker under a lease and keeps it there. Start it, stop it; or use `with`.
 
     A read that comes before the worker has its epoch is answered NOT_READY. When the lease is lost, since the worker
-    was stopped or the store wiped, it publishes anew under a larger epoch, and what was written under the old one is
-    discarded: trainers were told that it is gone.
+    was stopped or the store wiped, it publishes again under a larger epoch, and what was written under the old one is
+    discarded: trainers were notified that it is gone.
 
     ```python
     with UCXXServer(ring) as server, HeartbeatPublisher("local://", "worker-0", server) as publisher:
@@ -40,7 +71,7 @@ class HeartbeatPublisher:
         source: what is published: a `UCXXServer`, or a `RingSource` without one.
         config: settings.
         store_config: settings of the store.
-        meta: what else the record says, JSON values.
+        meta: what else the record holds, JSON values.
         clock: monotonic seconds.
 
     Raises:
@@ -59,39 +90,26 @@ class HeartbeatPublisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config if config is not None else PublisherConfig()
-        store_config = store_config if store_config is not None else StoreConfig()
+        self._store_config = store_config if store_config is not None else StoreConfig()
         self._worker_id = worker_id
         self._source = source
+        self._meta = dict(meta or {})
+        self._clock = clock
+        self._session = secrets.token_hex(16)
+        self._record(1).to_bytes()  # refused here rather than in the thread
         self._owns_store = isinstance(store, str)
-        self._store: Store = open_store(store, store_config) if isinstance(store, str) else store
-        self._board = PublisherBoard(clock)
-        self._keeper: Renewal | None = None
-        if self._config.keeper == "process":
-            interval_s = self._config.interval_s
-            self._keeper = renewal_of(self._store, store_config, interval_s, host=source.sidecar, on_news=self._wake_up)
-        self._stopping = threading.Event()
-        try:
-            self._publishing = Publishing(
-                self._store,
-                worker_id,
-                source,
-                self._config,
-                meta=meta or {},
-                board=self._board,
-                keeper=self._keeper,
-                pause=self._pause,
-                stopping=self._stopping.is_set,
-                clock=clock,
-            )
-        except TransportError:
-            if self._owns_store:
-                self._store.close()
-            raise
-        self._wake: tuple[int, int] | None = None
+        self._store: Store = open_store(store, self._store_config) if isinstance(store, str) else store
+        self._rival = Rival(self._store, worker_id, self._session, self._config.ttl_s)
+        self._publication: Publication | None = None
+        self._renewal: Renewal | None = None
+        self._is_away = False
+        # Both reentrant: a signal handler may stop what is just being stopped.
+        self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
+        self._now = PublisherStatistics()
+        self._error: TransportError | None = None
+        self._stopping = self._has_news = False
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
-        # Reentrant: a signal handler may stop what is just being stopped.
-        self._ending, self._stop_lock = threading.RLock(), threading.RLock()
-        self._thread_has_ended = True
+        self._holders = {"stop"}
         self._pid = os.getpid()
 
     @property
@@ -102,17 +120,17 @@ class HeartbeatPublisher:
     @property
     def state(self) -> PublisherState:
         """Where it is now."""
-        return self._board.state
+        return self._now.state
 
     @property
     def epoch(self) -> int:
         """The epoch published last; 0 before the first."""
-        return self._board.epoch
+        return self._now.epoch
 
     @property
     def error(self) -> TransportError | None:
-        """Why it has FAILED, or what the store said last while it does not let itself be published to."""
-        return self._board.error
+        """Why it has FAILED, or the store's last answer while that cannot be published to."""
+        return self._error
 
     def start(self) -> None:
         """Hold back the source until it has its epoch, and publish it from a thread; returns at once.
@@ -122,12 +140,13 @@ class HeartbeatPublisher:
         """
         if self.state is not PublisherState.NEW:
             raise ConfigError("this publisher was started before; make another")
-        if self._keeper is not None:
-            self._keeper.start()
+        if self._config.keeper == "process":
+            interval_s, host = self._config.interval_s, self._source.sidecar
+            self._renewal = renewal_of(self._store, self._store_config, interval_s, host=host, on_news=self._wake)
+            self._renewal.start()
         self._source.hold()
-        self._board.enter(PublisherState.PUBLISHING)
-        self._wake = os.pipe()
-        self._thread_has_ended = False
+        self._change(PublisherState.PUBLISHING)
+        self._holders.add("thread")
         self._thread.start()
         atexit.register(self.stop)
 
@@ -135,87 +154,247 @@ class HeartbeatPublisher:
         """Wait until the source is published and serves; returns its epoch.
 
         Raises:
-            DeadlineExceededError: not within `timeout_s`; says what the store answers.
+            DeadlineExceededError: not within `timeout_s`; its facts have the store's answer.
             TransportError: the publisher has failed for good, and why.
             ConfigError: it was stopped, or not started.
         """
-        return self._board.wait_live(timeout_s, self._store.url)
+        until_s = self._clock() + timeout_s
+        with self._changed:
+            while self.state is not PublisherState.LIVE:
+                if self.state is PublisherState.FAILED and self._error is not None:
+                    raise self._error
+                if self.state in {PublisherState.NEW, PublisherState.STOPPED}:
+                    raise ConfigError(f"the publisher is {self.state.value}")
+                left_s = until_s - self._clock()
+                if left_s <= 0:
+                    message = "the source was not published in time"
+                    raise DeadlineExceededError(message, store=self._store.url, reason=str(self._error))
+                self._changed.wait(left_s)
+            return self.epoch
 
     def stop(self) -> None:
         """Take the source out of the store. Bounded by `stop_timeout_s`; idempotent.
 
-        First no more is published, then the record says "stale", then it goes. Stop the server after this.
+        First nothing is published any more, then the record is "stale", then it goes. Stop the server after this.
         """
         if os.getpid() != self._pid:
             return  # a forked child's copy: the record is its parent's
         with self._stop_lock:
-            if self.state is not PublisherState.STOPPED:
-                self._stop()
-
-    def _stop(self) -> None:
-        atexit.unregister(self.stop)
-        until_s = time.monotonic() + self._config.stop_timeout_s
-        self._stopping.set()
-        if self._wake is not None:
-            os.write(self._wake[1], b"s")
-            self._thread.join(self._config.stop_timeout_s / 2)
-        self._publishing.withdraw(max(0.1, until_s - time.monotonic()))
-        with self._ending:
-            self._source.release()
-            self._board.enter(PublisherState.STOPPED)
-            is_last = self._thread_has_ended
-        if is_last:
-            self._let_go()
+            if self.state is PublisherState.STOPPED:
+                return
+            atexit.unregister(self.stop)
+            until_s = time.monotonic() + self._config.stop_timeout_s
+            teardown = Teardown("publisher", worker=self._worker_id)
+            self._stopping = True
+            self._wake()
+            if self._thread.ident is not None:
+                teardown.step("thread", self._thread.join, until_s - self._config.stop_timeout_s / 2)
+            # A thread that hangs in the store can publish no more: its lease ends here, and the revision it expects.
+            teardown.step("record", lambda: self._withdraw(max(0.1, until_s - time.monotonic())), until_s)
+            teardown.step("source", self._source.release, until_s)
+            self._change(PublisherState.STOPPED)
+            teardown.step("store", lambda: self._leave("stop"), until_s)
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
-        keeper = self._keeper
-        return self._board.statistics(
-            keeper_restarts=0 if keeper is None else keeper.restarts,
-            keeper_keeps=keeper is not None and keeper.is_kept,
-        )
+        if (renewal := self._renewal) is None:
+            return self._now
+        return replace(self._now, keeper_restarts=renewal.restarts, keeper_keeps=renewal.is_kept)
 
     def __enter__(self) -> Self:
-        """Start."""
         self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop."""
         self.stop()
 
-    def _run(self) -> None:
-        self._publishing.run()
-        if self._keeper is not None and not self._stopping.is_set():
-            self._keeper.close()  # it has failed: nothing is left to keep
-        with self._ending:
-            self._thread_has_ended = True
-            is_last = self.state is PublisherState.STOPPED
-        if is_last:  # it hung in the store, and what it has written there since is nobody's but its own
-            self._publishing.withdraw(self._config.stop_timeout_s)
-            self._source.release()
-            self._let_go()
+    def _change(self, state: PublisherState | None = None, error: TransportError | None = None, **values: Any) -> None:
+        """Another state, error and counts, all at once. A publisher that has stopped stays so."""
+        with self._changed:
+            if state is not None and self.state is not PublisherState.STOPPED:
+                values["state"] = state
+            if state is not None or error is not None:
+                self._error = error
+            self._now = replace(self._now, **values)
+            self._changed.notify_all()
 
-    def _let_go(self) -> None:
-        """Close what `stop` and the thread need: whichever of them ends last."""
-        if self._keeper is not None:
-            self._keeper.close()
-        wake, self._wake = self._wake, None
-        for descriptor in wake or ():
-            os.close(descriptor)
+    def _wake(self) -> None:
+        with self._changed:
+            self._has_news = True
+            self._changed.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        """Until then, a stop, or news of the renewal."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._has_news, seconds)
+            self._has_news = False
+
+    def _leave(self, holder: str) -> None:
+        """The stop's end, or the thread's: the later of the two closes what both use."""
+        with self._changed:
+            self._holders.discard(holder)
+            if self._holders:
+                return
+        if holder == "thread":  # it hung in the store, and what it has written there since was withdrawn by no one
+            self._withdraw(self._config.stop_timeout_s)
+            self._source.release()
+        if self._renewal is not None:
+            self._renewal.close()
         if self._owns_store:
             self._store.close()
 
-    def _pause(self, seconds: float) -> None:
-        assert self._wake is not None
-        watched = select.poll()
-        watched.register(self._wake[0], select.POLLIN)
-        if watched.poll(seconds * 1000) and not self._stopping.is_set():
-            os.read(self._wake[0], 64)
+    def _withdraw(self, timeout_s: float) -> None:
+        publication, self._publication = self._publication, None
+        if publication is None:
+            return
+        try:
+            publication.withdraw(timeout_s)
+        except TransportError as error:
+            _log.warning("record_not_withdrawn", worker=self._worker_id, reason=str(error))
 
-    def _wake_up(self) -> None:
-        with self._ending:
-            if self._wake is not None:
-                os.write(self._wake[1], b"w")
+    def _record(self, epoch: int) -> SourceRecord:
+        return SourceRecord(
+            worker_id=self._worker_id,
+            epoch=epoch,
+            session=self._session,
+            status=SourceStatus.STARTING,
+            meta=self._meta,
+            **asdict(self._source.offer()),
+        )
+
+    # the thread: publish the record, renew its lease, publish again if the lease is lost
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping and (publication := self._publish()) is not None:
+                self._live(publication)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
+            _log.exception("publisher_died", worker=self._worker_id)
+            known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
+            self._change(PublisherState.FAILED, known)
+        if self._renewal is not None and not self._stopping:
+            self._renewal.close()  # it has failed: there is nothing left to renew
+        self._leave("thread")
+
+    def _publish(self) -> Publication | None:
+        """Try until the source is published and bound; None when it was given up or stopped."""
+        began_s = self._clock()
+        attempt = 0
+        while not self._stopping:
+            attempt += 1
+            self._change(attempts=self._now.attempts + 1)
+            try:
+                return self._attempt()
+            except (StorePermissionError, DuplicateSourceError, ConfigError, ProtocolError) as error:
+                self._fail(error)
+                return None
+            except TransportError as error:
+                if isinstance(error, StoreUnavailableError):
+                    self._rival.forget()
+                is_late = self._clock() - began_s >= self._config.publish_timeout_s
+                if is_late and self._config.on_timeout == "stop":
+                    self._fail(error)
+                    return None
+                self._change(error=error)
+                if is_late:
+                    _log.error("source_not_published", worker=self._worker_id, reason=str(error), attempt=attempt)
+                elif attempt == 1:
+                    _log.warning("source_not_published", worker=self._worker_id, reason=str(error), attempt=attempt)
+            self._pause(self._pause_after(attempt, began_s))
+        return None
+
+    def _attempt(self) -> Publication | None:
+        publication = self._publication
+        try:
+            if publication is None:
+                publication = self._become_visible()
+            else:
+                self._renew(publication)
+            if self._stopping:
+                return None
+            self._source.bind()
+            publication.update(SourceStatus.READY, self._source.offer())
+        except (ConflictError, LeaseLostError) as error:
+            if publication is not None:
+                self._lose(str(error))
+            raise
+        self._is_away = False
+        self._change(PublisherState.LIVE, publications=self._now.publications + 1)
+        return publication
+
+    def _become_visible(self) -> Publication:
+        self._rival.yield_to(self._clock())
+        epoch = next_epoch(self._store, self._worker_id, known=self.epoch)
+        publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
+        self._publication = publication  # from here on there is something to withdraw, whatever happens
+        self._change(PublisherState.STARTING, epoch=epoch)
+        if self._renewal is not None:
+            self._renewal.keep(publication.lease.lease_id)
+        return publication
+
+    def _live(self, publication: Publication) -> None:
+        """Keep it until it is lost or a stop is asked for."""
+        for turn in count(1):
+            self._pause(self._config.interval_s)
+            if self._stopping:
+                return
+            try:
+                self._renew(publication)
+                self._show_health(publication)
+                self._source.discard_old()
+                if turn % LOOK_EVERY == 0:
+                    publication.require_there()
+                self._is_away = False
+            except (LeaseLostError, ConflictError, StoreResetError) as error:
+                self._lose(str(error))
+                return
+            except TransportError as error:
+                if not self._is_away:
+                    self._is_away = True
+                    self._change(outages=self._now.outages + 1)
+                    _log.warning("store_unreachable", worker=self._worker_id, reason=str(error))
+
+    def _renew(self, publication: Publication) -> None:
+        lease_id = publication.lease.lease_id
+        if self._renewal is None or not self._renewal.keeps(lease_id):
+            renew(self._store, lease_id)
+
+    def _show_health(self, publication: Publication) -> None:
+        is_healthy = self._source.is_healthy(2 * self._config.interval_s)
+        if is_healthy:
+            state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
+        else:  # it may be closed, and offer nothing
+            state, is_new = PublisherState.UNWELL, publication.update(SourceStatus.STALE)
+        if is_new and state is not self.state:
+            _log.warning("source_health_changed", worker=self._worker_id, is_healthy=is_healthy)
+            self._change(state)
+
+    def _lose(self, reason: str) -> None:
+        self._source.hold()
+        if self._renewal is not None:
+            self._renewal.keep(None)
+        self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
+        _log.warning("lease_lost", worker=self._worker_id, epoch=self.epoch, reason=reason)
+        self._revoke()
+
+    def _fail(self, error: TransportError) -> None:
+        _log.error("publisher_failed", worker=self._worker_id, store=self._store.url, reason=str(error))
+        self._revoke()
+        self._change(PublisherState.FAILED, error)
+
+    def _revoke(self) -> None:
+        publication, self._publication = self._publication, None
+        if publication is not None:
+            with suppress(TransportError):
+                self._store.revoke(publication.lease.lease_id)
+
+    def _pause_after(self, attempt: int, began_s: float) -> float:
+        longest_s = self._config.max_backoff_s
+        if self._rival.is_seen:
+            longest_s = min(longest_s, self._config.interval_s / 4)  # it ends any moment
+        jitter = random.random()  # noqa: S311 - it protects nothing
+        pause = pause_s(attempt, first_s=self._config.backoff_s, longest_s=longest_s, jitter=jitter)
+        left_s = began_s + self._config.publish_timeout_s - self._clock()
+        return min(pause, left_s) if left_s > 0 else pause

@@ -1,4 +1,4 @@
-"""ReplicaMonitor: tells of each replica's death once, and when none is left."""
+"""The replica monitor: calls back once for each replica's death, and when none is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES: Final = ("worker_id", "rank")
 
 
 class ReplicaFeed(Protocol[ReplicaT_co]):
-    """What says who comes and goes: a `SourceWatcher`, a `RankGroup`."""
+    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`."""
 
     def subscribe(
         self, *, on_add: Callable[[ReplicaT_co], None], on_remove: Callable[[ReplicaT_co], None]
@@ -34,7 +34,7 @@ class ReplicaMonitor:
     """Calls back when a replica is gone, and when all are. Thread-safe.
 
     A replica that was never there is never gone: before the first has registered nothing fires. One that registers
-    again is alive again, and its next death is told again.
+    again is alive again, and its next death is another one.
 
     The callbacks run one at a time, in order, in the thread that brings the news (or in that of another which is just
     calling back). An exception of theirs is logged and goes no further.
@@ -86,9 +86,9 @@ class ReplicaMonitor:
             self._alive.remove(name)
             self._due.append(lambda: self._on_dead(name))
             if not self._alive:
-                self._due.append(self._tell_all_gone)
+                self._due.append(self._report_all_gone)
             if self._is_calling:
-                return  # who is calling back now sees to these too
+                return  # the thread that is calling back sees to these too
             self._is_calling = True
         self._call_back()
 
@@ -101,11 +101,11 @@ class ReplicaMonitor:
                 callback = self._due.popleft()
             try:
                 callback()
-            except Exception:  # noqa: BLE001 - the application's trouble: the next death is told all the same
-                _log.exception("replica callback failed")
+            except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
+                _log.exception("replica_callback_failed")
 
-    def _tell_all_gone(self) -> None:
-        if not self.alive:  # else one has come back before this could be told
+    def _report_all_gone(self) -> None:
+        if not self.alive:  # else one has come back before this could be reported
             self._on_all_gone()
 
     def close(self) -> None:

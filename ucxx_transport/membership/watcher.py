@@ -1,12 +1,12 @@
-"""SourceWatcher: which sources there are, kept up to date by a thread.
+"""The watcher: which sources there are, kept up to date by a thread.
 
-| what happens to the store            | what the watcher does                                                 |
-|--------------------------------------|-----------------------------------------------------------------------|
-| it cannot be reached                 | keeps what it knows: a store that is away is no dead source; tries on |
-| the stream breaks                    | watches again after the last whole batch                              |
-| the changes since then are compacted | takes a snapshot and tells the difference                             |
-| it was reset: wiped, or another one  | takes a snapshot; those missing have `reset_grace_s` to publish anew  |
-| it refuses the user                  | tells it (`error`), tries on in case that the rights are mended       |
+| what happens to the store            | what the watcher does                                                        |
+|--------------------------------------|------------------------------------------------------------------------------|
+| it cannot be reached                 | keeps what it knows: a store that is away is no dead source; retries         |
+| the stream breaks                    | watches again after the last whole batch                                     |
+| the changes since then are compacted | takes a snapshot and notifies of the difference                              |
+| it was reset: wiped, or another one  | takes a snapshot; those missing have `reset_grace_s` to be published again   |
+| it refuses the user                  | reports it (`error`), retries in case that the rights are mended             |
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Final, Self
@@ -35,17 +36,58 @@ from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.source_view import SourceChange, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.membership.subscription import Listener, Subscription
-from ucxx_transport.membership.watcher_statistics import WatcherStatistics
 
 _log = get_logger(__name__)
 
 RESET_GRACE_S: Final = 10.0
-"""A wiped store's sources notice it with their next renewal, 2 s, and publish anew: five times that."""
+"""A wiped store's sources notice it with their next renewal, 2 s, and publish themselves again: five times that."""
 _TURN_S: Final = 0.5
 """How long one look at the watch takes at most: a stop is noticed after that even if the store's client is stuck."""
 _FIRST_PAUSE_S: Final = 0.05
 _MOST_PAUSE_S: Final = 2.0
+
+Listener = Callable[[SourceRecord], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatcherStatistics:
+    """What a watcher has seen, as of one moment.
+
+    Attributes:
+        sources: known now.
+        adds: sources that appeared, ever.
+        updates: of their address or status.
+        removes: sources that ended.
+        resyncs: snapshots taken.
+        resets: stores found wiped.
+        failures: calls and watches that the store did not answer.
+        malformed: records that are none.
+        listener_errors: exceptions of listeners.
+        synced: whether what is known is up to date, as far as the store's last answer goes.
+    """
+
+    sources: int
+    adds: int
+    updates: int
+    removes: int
+    resyncs: int
+    resets: int
+    failures: int
+    malformed: int
+    listener_errors: int
+    synced: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subscription:
+    """Listeners of one subscriber; known by identity, since two may name the same ones."""
+
+    on_add: Listener | None
+    on_update: Listener | None
+    on_remove: Listener | None
+
+    def listener_of(self, kind: str) -> Listener | None:
+        return {"add": self.on_add, "update": self.on_update, "remove": self.on_remove}[kind]
 
 
 class SourceWatcher:
@@ -65,7 +107,7 @@ class SourceWatcher:
         on_add: called with every source that appears, those there at the start too.
         on_update: called when a source's address or status changes.
         on_remove: called with every source that ends, and with the old epoch of one that came back with a new one.
-        reset_grace_s: how long the sources of a wiped store are still taken for known.
+        reset_grace_s: how long the sources of a wiped store count as known.
         clock: monotonic seconds.
     """
 
@@ -85,9 +127,11 @@ class SourceWatcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._subscriptions: list[Subscription] = []
-        self._telling = threading.RLock()
-        self._counts = dict.fromkeys(("add", "update", "remove", "resyncs", "resets", "failures", "listener_errors"), 0)
+        self._subscriptions: list[_Subscription] = []
+        self._notifying = threading.RLock()
+        self._counts = dict.fromkeys(
+            ("adds", "updates", "removes", "resyncs", "resets", "failures", "listener_errors"), 0
+        )
         self._synced = False
         self._identity = ""
         self._error: RegistryError | None = None
@@ -129,21 +173,21 @@ class SourceWatcher:
         on_update: Listener | None = None,
         on_remove: Listener | None = None,
     ) -> Callable[[], None]:
-        """Hear of changes; sources known already are told by `on_add` before this returns.
+        """Call these on changes; `on_add` with the sources known already, before this returns.
 
         Returns:
             What ends it.
         """
-        subscription = Subscription(on_add, on_update, on_remove)
-        with self._telling:
+        subscription = _Subscription(on_add, on_update, on_remove)
+        with self._notifying:
             with self._changed:
                 known = self._view.sources
             for record in known:
-                self._tell(subscription, SourceChange(kind="add", record=record))
+                self._notify(subscription, SourceChange(kind="add", record=record))
             self._subscriptions.append(subscription)
 
         def end() -> None:
-            with self._telling:
+            with self._notifying:
                 if subscription in self._subscriptions:
                     self._subscriptions.remove(subscription)
 
@@ -190,18 +234,8 @@ class SourceWatcher:
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""
         with self._changed:
-            counts = self._counts
             return WatcherStatistics(
-                sources=len(self._view.sources),
-                adds=counts["add"],
-                updates=counts["update"],
-                removes=counts["remove"],
-                resyncs=counts["resyncs"],
-                resets=counts["resets"],
-                failures=counts["failures"],
-                malformed=self._view.malformed,
-                listener_errors=counts["listener_errors"],
-                synced=self._synced,
+                sources=len(self._view.sources), malformed=self._view.malformed, synced=self._synced, **self._counts
             )
 
     def __enter__(self) -> Self:
@@ -249,39 +283,35 @@ class SourceWatcher:
                     revision, failures = seen, 0
             except (CompactedError, StoreResetError) as error:
                 revision = None
-                if isinstance(error, StoreResetError):
-                    grace_s = self._reset_grace_s
-                    self._count("resets")
-                self._note(error)
+                is_reset = isinstance(error, StoreResetError)
+                grace_s = self._reset_grace_s if is_reset else grace_s
+                self._note(error, resets=int(is_reset))
             except TransportError as error:
                 if self._stopping.is_set():
                     return  # its own watch, closed by `stop`
                 failures += 1
-                self._count("failures")
-                self._note(error)
+                self._note(error, failures=1)
                 jitter = random.random()  # noqa: S311 - spreads those who try
                 pause = pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S, jitter=jitter)
                 self._stopping.wait(pause)
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
-                _log.exception("watcher failed; starting over", store=self._store.url)
+                _log.exception("watcher_failed", store=self._store.url)
                 revision = None
-                self._count("failures")
-                self._note(RegistryError(f"{type(error).__name__}: {error}"))
+                self._note(RegistryError(f"{type(error).__name__}: {error}"), failures=1)
                 self._stopping.wait(_MOST_PAUSE_S)
 
     def _resync(self, grace_s: float) -> int:
         self._identity = self._store.identity()  # first: a store wiped in between is then found to be another one
         snapshot = self._store.snapshot(SOURCES)
-        self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s))
-        self._count("resyncs")
+        self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s), resyncs=1)
         return snapshot.revision
 
     def _follow(self, revision: int) -> Iterator[int]:
         """Applies what changes after `revision`; the revision known is given after every turn.
 
         Raises:
-            StoreResetError: the store is another one than that of the snapshot: wiped while nobody watched, it may have
-                got beyond `revision` since.
+            StoreResetError: the store is another one than that of the snapshot: wiped while it was not watched, it
+                may have got beyond `revision` since.
         """
         if self._store.identity() != self._identity:
             raise StoreResetError("the store was wiped while it could not be watched", url=self._store.url)
@@ -300,38 +330,42 @@ class SourceWatcher:
                 with self._changed:
                     self._watch = None
 
-    def _apply(self, change: Callable[[], list[SourceChange]]) -> None:
-        with self._telling:
+    def _apply(self, change: Callable[[], list[SourceChange]], **counts: int) -> None:
+        """Change what is known and its counts at once, then notify."""
+        with self._notifying:
             with self._changed:
                 changes = change()
+                self._count(**counts)
                 for one in changes:
-                    self._counts[one.kind] += 1
+                    self._counts[one.kind + "s"] += 1
                 self._synced, self._error = True, None
                 self._changed.notify_all()
-            told = list(self._subscriptions)  # who subscribes meanwhile is told by that what is known after them all
+            before = list(self._subscriptions)  # one that subscribes meanwhile gets what is known after all of them
             for one in changes:
-                for subscription in told:
+                for subscription in before:
                     if subscription in self._subscriptions:
-                        self._tell(subscription, one)
+                        self._notify(subscription, one)
 
-    def _tell(self, subscription: Subscription, change: SourceChange) -> None:
+    def _notify(self, subscription: _Subscription, change: SourceChange) -> None:
         listener = subscription.listener_of(change.kind)
         if listener is None:
             return
         try:
             listener(change.record)
         except Exception:  # noqa: BLE001 - a listener's bug must not blind the watcher
-            self._count("listener_errors")
-            _log.exception("a listener failed", event_kind=change.kind, source=change.record.worker_id)
+            self._count(listener_errors=1)
+            _log.exception("listener_failed", event_kind=change.kind, source=change.record.worker_id)
 
-    def _count(self, name: str) -> None:
+    def _count(self, **counts: int) -> None:
         with self._changed:
-            self._counts[name] += 1
+            for name, count in counts.items():
+                self._counts[name] += count
 
-    def _note(self, error: TransportError) -> None:
-        told = error if isinstance(error, RegistryError) else RegistryError(str(error))
+    def _note(self, error: TransportError, **counts: int) -> None:
+        new = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
-            known, self._error = self._error, told
+            known, self._error = self._error, new
             self._synced = False
-        if type(known) is not type(told):
-            _log.warning("store not followed", store=self._store.url, reason=str(error))
+            self._count(**counts)
+        if type(known) is not type(new):
+            _log.warning("store_not_followed", store=self._store.url, reason=str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ucxx_transport.membership.publishable import Offer
+from ucxx_transport.membership.publication import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import Binding
 

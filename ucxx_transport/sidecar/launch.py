@@ -287,8 +287,9 @@ class Sidecar:
                 return  # a server that never came up is its caller's to start again
             self._lose(was_up=up_s > 0)
             pause = self._restarts.pause_after(up_s, jitter=random.random())  # noqa: S311 - it protects nothing
-            keys = {"role": self._role, "reason": reason, "restarts": self.restarted, "pause_s": round(pause, 3)}
-            _log.warning("sidecar_died", **keys)
+            _log.warning(
+                "sidecar_died", role=self._role, reason=reason, restarts=self.restarted, pause_s=round(pause, 3)
+            )
             self._wait((), pause)
 
     def _attend(self) -> tuple[float, str]:

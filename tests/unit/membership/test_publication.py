@@ -91,15 +91,15 @@ def test_a_beginning_without_a_lease_writes_nothing(front: StoreInFront) -> None
 
 def test_what_is_said_is_written_and_only_what_is_new(store: Store, front: StoreInFront) -> None:
     publication = begun(front)
-    assert publication.say(SourceStatus.READY, OFFER)
+    assert publication.update(SourceStatus.READY, OFFER)
     found = stored(store)
     assert found is not None
     assert (found.status, found.host, found.ports) == (SourceStatus.READY, "10.0.0.9", (7,))
     puts = front.count("put")
-    assert not publication.say(SourceStatus.READY, OFFER)
-    assert not publication.say(SourceStatus.READY)
+    assert not publication.update(SourceStatus.READY, OFFER)
+    assert not publication.update(SourceStatus.READY)
     assert front.count("put") == puts
-    assert publication.say(SourceStatus.STALE)
+    assert publication.update(SourceStatus.STALE)
     assert stored(store) == publication.record
     assert publication.record.ports == (7,)
 
@@ -108,9 +108,9 @@ def test_a_write_that_did_not_arrive_is_made_again(history: History, front: Stor
     publication = begun(front)
     front.before = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
-        publication.say(SourceStatus.READY)
+        publication.update(SourceStatus.READY)
     assert publication.record.status is SourceStatus.STARTING
-    assert publication.say(SourceStatus.READY)
+    assert publication.update(SourceStatus.READY)
     assert history.statuses() == ["starting", "ready"]
 
 
@@ -118,9 +118,9 @@ def test_a_write_whose_answer_was_lost_is_known_for_its_own(history: History, fr
     publication = begun(front)
     front.after = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
-        publication.say(SourceStatus.READY)
-    assert publication.say(SourceStatus.READY)
-    assert publication.say(SourceStatus.STALE)  # its revision is known, too
+        publication.update(SourceStatus.READY)
+    assert publication.update(SourceStatus.READY)
+    assert publication.update(SourceStatus.STALE)  # its revision is known, too
     assert history.statuses() == ["starting", "ready", "stale"]
 
 
@@ -129,7 +129,7 @@ def test_another_s_record_is_never_overwritten(store: Store) -> None:
     other = record("w", 4, session="f" * 32)
     store.put(KEY, other.to_bytes())
     with pytest.raises(ConflictError):
-        publication.say(SourceStatus.READY)
+        publication.update(SourceStatus.READY)
     assert stored(store) == other
 
 
@@ -137,14 +137,14 @@ def test_nothing_is_written_under_a_lease_that_has_ended(store: Store) -> None:
     publication = begun(store)
     store.revoke(publication.lease.lease_id)
     with pytest.raises((ConflictError, LeaseLostError)):
-        publication.say(SourceStatus.READY)
+        publication.update(SourceStatus.READY)
     assert stored(store) is None
 
 
 def test_whether_the_record_is_there_is_looked_for_by_its_content(store: Store) -> None:
     publication = begun(store)
     publication.require_there()
-    publication.say(SourceStatus.READY)
+    publication.update(SourceStatus.READY)
     publication.require_there()
     store.put(KEY, record("w", 4).to_bytes())
     with pytest.raises(LeaseLostError):
@@ -156,7 +156,7 @@ def test_whether_the_record_is_there_is_looked_for_by_its_content(store: Store) 
 
 def test_a_withdrawal_says_stale_and_then_the_record_goes(store: Store, history: History) -> None:
     publication = begun(store)
-    publication.say(SourceStatus.READY)
+    publication.update(SourceStatus.READY)
     publication.withdraw(1.0)
     assert history.statuses() == ["starting", "ready", "stale", "gone"]
     with pytest.raises(LeaseLostError):
@@ -186,7 +186,7 @@ def test_a_withdrawal_that_cannot_say_stale_for_a_conflict_still_ends_the_lease(
     publication = begun(front)
     front.after = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
-        publication.say(SourceStatus.READY)  # it arrived, and so the next write expects too old a revision
+        publication.update(SourceStatus.READY)  # it arrived, and so the next write expects too old a revision
     publication.withdraw(1.0)
     assert stored(store) is None
 
@@ -207,7 +207,7 @@ def test_nothing_is_said_any_more_after_a_withdrawal_that_the_store_heard_in_par
     with pytest.raises(StoreUnavailableError):
         publication.withdraw(1.0)
     with pytest.raises(LeaseLostError):
-        publication.say(SourceStatus.READY)
+        publication.update(SourceStatus.READY)
     assert history.statuses() == ["starting", "stale"]
 
 

@@ -72,8 +72,8 @@ def is_put_of(call: Call, status: SourceStatus) -> bool:
     return call.name == "put" and call.key == KEY and SourceRecord.from_bytes(call.value).status is status
 
 
-class Parked:
-    """Holds the calls of a kind, from the first one on, until told to let them go."""
+class Held:
+    """Holds the calls of a kind, from the first one on, until `release`."""
 
     def __init__(self, wanted: Callable[[Call], bool]) -> None:
         self._wanted = wanted
@@ -83,12 +83,12 @@ class Parked:
     def __call__(self, call: Call) -> None:
         if self._wanted(call):
             self._arrived.set()
-            assert self._go.wait(MINUTE), "never let go"
+            assert self._go.wait(MINUTE), "never released"
 
     def wait_for_one(self) -> None:
         assert self._arrived.wait(MINUTE)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._go.set()
 
 
@@ -163,7 +163,7 @@ def test_a_source_that_cannot_be_bound_stays_starting_and_is_tried_again(
     assert history.statuses() == ["starting", "ready", "stale", "gone"]
 
 
-def test_a_lease_lost_before_the_source_is_bound_is_taken_anew(
+def test_a_lease_lost_before_the_source_is_bound_is_taken_again(
     store: Store, history: History, source: FakeSource
 ) -> None:
     source.bind_error = DeadlineExceededError("the ring's lock")
@@ -183,12 +183,12 @@ def lease_of(store: Store) -> int:
 def test_a_ready_in_flight_never_lands_after_the_stop(
     front: StoreInFront, history: History, source: FakeSource
 ) -> None:
-    front.before = parked = Parked(lambda call: is_put_of(call, SourceStatus.READY))
+    front.before = held = Held(lambda call: is_put_of(call, SourceStatus.READY))
     publisher = HeartbeatPublisher(front, "w", source, IMPATIENT)
     publisher.start()
-    parked.wait_for_one()
+    held.wait_for_one()
     publisher.stop()
-    parked.let_go()
+    held.release()
     ended_thread()
     assert history.look() == [(1, "starting"), (1, "stale"), "gone"]
     assert publisher.state is PublisherState.STOPPED
@@ -198,19 +198,19 @@ def test_a_ready_in_flight_never_lands_after_the_stop(
 def test_a_ready_in_flight_never_lands_after_a_stop_that_could_only_say_stale(
     front: StoreInFront, history: History, source: FakeSource
 ) -> None:
-    parked = Parked(lambda call: is_put_of(call, SourceStatus.READY))
+    held = Held(lambda call: is_put_of(call, SourceStatus.READY))
 
     def before(call: Call) -> None:
-        parked(call)
+        held(call)
         if call.name == "revoke":
             raise StoreUnavailableError("away")
 
     front.before = before
     publisher = HeartbeatPublisher(front, "w", source, IMPATIENT)
     publisher.start()
-    parked.wait_for_one()
+    held.wait_for_one()
     publisher.stop()
-    parked.let_go()
+    held.release()
     ended_thread()
     assert history.statuses() == ["starting", "stale"]
 
@@ -221,13 +221,13 @@ def test_a_record_in_flight_does_not_outlive_the_stop(
 ) -> None:
     config = replace(IMPATIENT, interval_s=20.0, keeper=keeper)
     with StoreInFront(LocalStore(tmp_path / "store.db")) as store:
-        store.before = parked = Parked(lambda call: is_put_of(call, SourceStatus.STARTING))
+        store.before = held = Held(lambda call: is_put_of(call, SourceStatus.STARTING))
         publisher = HeartbeatPublisher(store, "w", source, config)
         publisher.start()
-        parked.wait_for_one()
+        held.wait_for_one()
         publisher.stop()
         assert stored(store) is None
-        parked.let_go()
+        held.release()
         ended_thread()
         assert stored(store) is None
         assert source.serves == "released"
@@ -244,7 +244,7 @@ def test_a_stop_is_bounded_while_the_store_hangs_and_says_so(
     host.stall()
     publisher.stop()  # while the store is down: that it returns is the point
     assert publisher.state is PublisherState.STOPPED
-    assert "record not withdrawn; it runs out" in [event["event"] for event in log_events]
+    assert "record_not_withdrawn" in [event["event"] for event in log_events]
     assert source.serves == "released"
     host.resume()
     ended_thread()
@@ -335,7 +335,7 @@ def test_the_time_of_an_outage_makes_no_double_of_a_dead_worker(
         looks(1)
         front.reachable = False
         looks(1)
-        clock.now_s += 2 * other.ttl_s + 1.5  # in which a store that restarts gives its leases their time anew
+        clock.now_s += 2 * other.ttl_s + 1.5  # in which a store that restarts gives its leases their time again
         front.reachable = True
         looks(2)
         assert publisher.state is PublisherState.PUBLISHING
@@ -352,7 +352,7 @@ def test_the_place_of_another_worker_that_ends_is_taken(store: Store, source: Fa
 
 
 @pytest.mark.parametrize("how", ["lease", "record", "overwritten"])
-def test_what_is_lost_is_published_anew_under_a_larger_epoch(
+def test_what_is_lost_is_published_again_under_a_larger_epoch(
     store: Store, history: History, source: FakeSource, how: str
 ) -> None:
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
@@ -363,11 +363,33 @@ def test_what_is_lost_is_published_anew_under_a_larger_epoch(
             store.delete(KEY)
         else:
             store.put(KEY, record("w", 9).to_bytes(), lease_id=lease_of(store))
-        wait_until(lambda: publisher.epoch == 2, MINUTE, what="it publishes anew")
+        wait_until(lambda: publisher.epoch == 2, MINUTE, what="it publishes again")
         assert publisher.wait_published(MINUTE) == 2
         assert source.said == ["held", "bound", "held", "bound"]
         assert (publisher.statistics().losses, publisher.statistics().publications) == (1, 2)
     assert history.look()[-4:] == [(2, "starting"), (2, "ready"), (2, "stale"), "gone"]
+
+
+def test_a_state_and_its_counts_change_at_once(store: Store, front: StoreInFront, source: FakeSource) -> None:
+    seen: list[tuple[PublisherState, int, int, int]] = []
+
+    def look(call: Call) -> None:
+        if call.name in ("grant", "revoke"):
+            now = publisher.statistics()
+            seen.append((now.state, now.epoch, now.publications, now.losses))
+
+    front.before = look
+    publisher = HeartbeatPublisher(front, "w", source, FAST)
+    with publisher:
+        publisher.wait_published(MINUTE)
+        store.revoke(lease_of(store))
+        wait_until(lambda: publisher.epoch == 2, MINUTE, what="it is published again")
+        publisher.wait_published(MINUTE)
+    assert seen[:3] == [
+        (PublisherState.PUBLISHING, 0, 0, 0),
+        (PublisherState.PUBLISHING, 1, 1, 1),
+        (PublisherState.PUBLISHING, 1, 1, 1),
+    ]
 
 
 def test_one_answer_that_there_is_no_lease_is_no_verdict(front: StoreInFront, source: FakeSource) -> None:
@@ -399,7 +421,7 @@ def test_an_outage_is_counted_once_and_costs_nothing(front: StoreInFront, source
         assert source.said == ["held", "bound"]
 
 
-def test_a_bug_of_the_source_is_told_to_whoever_waits(store: Store, source: FakeSource) -> None:
+def test_a_bug_of_the_source_is_raised_where_it_is_waited_for(store: Store, source: FakeSource) -> None:
     source.bind_error = ZeroDivisionError("a bug")
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
         with pytest.raises(TransportError, match="ZeroDivisionError: a bug"):
@@ -422,7 +444,7 @@ def test_waiting_says_why_it_was_in_vain(front: StoreInFront, source: FakeSource
         publisher.wait_published(MINUTE)
 
 
-def test_whoever_waits_while_it_stops_is_told(front: StoreInFront, source: FakeSource) -> None:
+def test_waiting_ends_with_the_stop(front: StoreInFront, source: FakeSource) -> None:
     front.reachable = False
     clock = Clock()
     outcome: list[BaseException] = []
@@ -505,23 +527,36 @@ def test_two_threads_that_stop_it_end_it_once(store: Store) -> None:
     assert stored(store) is None
 
 
-class StopsItsPublisher(FakeSource):
-    """Stops its publisher in the middle of a stop, as a signal handler may."""
+class Interrupts(FakeSource):
+    """Sends this process a signal in the middle of a stop, and goes on when that was handled."""
 
-    publisher: HeartbeatPublisher | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.was_handled = False, threading.Event()
 
     def release(self) -> None:
         super().release()
-        publisher, self.publisher = self.publisher, None
-        if publisher is not None:
-            publisher.stop()
+        if not self.is_asked:
+            self.is_asked = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert self.was_handled.wait(MINUTE)
 
 
 def test_a_signal_handler_may_stop_what_is_just_being_stopped(store: Store) -> None:
-    source = StopsItsPublisher()
-    with HeartbeatPublisher(store, "w", source, FAST) as publisher:
-        source.publisher = publisher
+    source = Interrupts()
+    publisher = HeartbeatPublisher(store, "w", source, FAST)
+
+    def stop(_number: int, _frame: object) -> None:
+        publisher.stop()
+        source.was_handled.set()
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        publisher.start()
         publisher.wait_published(MINUTE)
+        publisher.stop()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert publisher.state is PublisherState.STOPPED
     assert source.said.count("released") == 2, "once by each"
     assert stored(store) is None

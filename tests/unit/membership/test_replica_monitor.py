@@ -92,7 +92,7 @@ def test_a_callback_that_fails_stops_nothing(log_events: list[MutableMapping[str
     monitor.added("a")
     monitor.removed("a")
     assert gone == ["all"]
-    assert [event["event"] for event in log_events] == ["replica callback failed"]
+    assert [event["event"] for event in log_events] == ["replica_callback_failed"]
 
 
 def test_callbacks_come_one_at_a_time_in_order_whatever_they_call() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
-from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
     ConfigError,
@@ -40,8 +40,8 @@ class Clock:
         return self.now_s
 
 
-class Told:
-    """What a listener was told: "+a1" for an addition of `a` in epoch 1, "-a1" for its removal, "~a1" for an update."""
+class Heard:
+    """What a listener heard: "+a1" for an addition of `a` in epoch 1, "-a1" for its removal, "~a1" for an update."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -56,25 +56,25 @@ class Told:
         self.words.append(f"-{source.worker_id}{source.epoch}")
 
     def wait_for(self, *words: str) -> None:
-        wait_until(lambda: self.words == list(words), MINUTE, what=f"{words} are told, not {self.words}")
+        wait_until(lambda: self.words == list(words), MINUTE, what=f"{words} are heard, not {self.words}")
 
 
-def watcher_of(store: Store | str, told: Told, **settings: object) -> SourceWatcher:
-    return SourceWatcher(store, on_add=told.add, on_update=told.update, on_remove=told.remove, **settings)  # type: ignore[arg-type]  # of any kind
-
-
-@pytest.fixture
-def told() -> Told:
-    return Told()
+def watcher_of(store: Store | str, heard: Heard, **settings: object) -> SourceWatcher:
+    return SourceWatcher(store, on_add=heard.add, on_update=heard.update, on_remove=heard.remove, **settings)  # type: ignore[arg-type]  # of any kind
 
 
 @pytest.fixture
-def watcher(front: StoreInFront, store: Store, told: Told) -> Iterator[SourceWatcher]:
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def watcher(front: StoreInFront, store: Store, heard: Heard) -> Iterator[SourceWatcher]:
     """Follows a store that has `a` and `b`, and has seen both."""
     for worker_id in "ab":
         publish(store, worker_id)
-    with watcher_of(front, told) as watcher:
-        told.wait_for("+a1", "+b1")
+    with watcher_of(front, heard) as watcher:
+        heard.wait_for("+a1", "+b1")
         yield watcher
 
 
@@ -105,12 +105,12 @@ def once(name: str, action: Callable[[], None]) -> Callable[[Call], None]:
     return hook
 
 
-def test_sources_are_told_as_they_come_change_and_go(store: Store, watcher: SourceWatcher, told: Told) -> None:
+def test_sources_are_reported_as_they_come_change_and_go(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
     publish(store, "c")
     publish(store, "a", ports=(7,))
     publish(store, "b", epoch=2)
     store.delete("sources/c")
-    told.wait_for("+a1", "+b1", "+c1", "~a1", "-b1", "+b2", "-c1")
+    heard.wait_for("+a1", "+b1", "+c1", "~a1", "-b1", "+b2", "-c1")
     assert ids(watcher) == ["a1", "b2"]
     counts = watcher.statistics()
     assert (counts.sources, counts.adds, counts.updates, counts.removes) == (2, 4, 1, 2)
@@ -119,16 +119,16 @@ def test_sources_are_told_as_they_come_change_and_go(store: Store, watcher: Sour
     assert watcher.error is None
 
 
-def test_sources_are_asked_for_by_status(store: Store, watcher: SourceWatcher, told: Told) -> None:
+def test_sources_are_asked_for_by_status(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
     publish(store, "a", status=SourceStatus.STALE)
-    told.wait_for("+a1", "+b1", "~a1")
+    heard.wait_for("+a1", "+b1", "~a1")
     assert [source.worker_id for source in watcher.sources()] == ["b"]
     assert [source.worker_id for source in watcher.sources(status=SourceStatus.STALE)] == ["a"]
     assert ids(watcher) == ["a1", "b1"]
 
 
 def test_a_store_that_cannot_be_reached_is_no_dead_source(
-    front: StoreInFront, watcher: SourceWatcher, told: Told
+    front: StoreInFront, watcher: SourceWatcher, heard: Heard
 ) -> None:
     with cut_off(front, watcher):
         wait_until(lambda: watcher.statistics().failures > 2, MINUTE, what="it tries on")
@@ -139,41 +139,41 @@ def test_a_store_that_cannot_be_reached_is_no_dead_source(
         assert len(watcher.wait_for(2, MINUTE)) == 2
     wait_until(lambda: watcher.statistics().synced, MINUTE, what="it follows again")
     assert watcher.error is None
-    assert told.words == ["+a1", "+b1"]
+    assert heard.words == ["+a1", "+b1"]
     assert watcher.statistics().resyncs == 1  # it went on where it was cut off
 
 
-def test_what_changes_while_it_is_cut_off_is_told_after_it(
-    front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
+def test_what_changes_while_it_is_cut_off_is_reported_after_it(
+    front: StoreInFront, store: Store, watcher: SourceWatcher, heard: Heard
 ) -> None:
     publish(store, "c")
-    told.wait_for("+a1", "+b1", "+c1")
+    heard.wait_for("+a1", "+b1", "+c1")
     with cut_off(front, watcher):
         store.delete("sources/a")
         publish(store, "b", epoch=2)
         publish(store, "d")
-    told.wait_for("+a1", "+b1", "+c1", "-a1", "-b1", "+b2", "+d1")
+    heard.wait_for("+a1", "+b1", "+c1", "-a1", "-b1", "+b2", "+d1")
 
 
 def test_after_a_compaction_while_it_was_cut_off_exactly_what_is_there_is_known(
-    rig: StoreRig, front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
+    data: MemoryData, front: StoreInFront, store: Store, watcher: SourceWatcher, heard: Heard
 ) -> None:
     with cut_off(front, watcher):
         store.delete("sources/a")
         publish(store, "b", epoch=2)
         publish(store, "c")
-        rig.compact(store)
+        data.compact()
     wait_until(lambda: watcher.statistics().resyncs == 2, MINUTE, what="it takes a snapshot")
-    told.wait_for("+a1", "+b1", "-b1", "+b2", "+c1", "-a1")
+    heard.wait_for("+a1", "+b1", "-b1", "+b2", "+c1", "-a1")
     assert ids(watcher) == ["b2", "c1"]
     assert watcher.statistics().resets == 0
     publish(store, "d")
-    told.wait_for("+a1", "+b1", "-b1", "+b2", "+c1", "-a1", "+d1")
+    heard.wait_for("+a1", "+b1", "-b1", "+b2", "+c1", "-a1", "+d1")
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_source_deleted_and_added_between_snapshot_and_watch_is_there(
-    front: StoreInFront, store: Store, told: Told, epoch: int
+    front: StoreInFront, store: Store, heard: Heard, epoch: int
 ) -> None:
     publish(store, "a")
 
@@ -182,37 +182,37 @@ def test_a_source_deleted_and_added_between_snapshot_and_watch_is_there(
         publish(store, "a", epoch)
 
     front.before = once("watch", delete_and_add)
-    with watcher_of(front, told) as watcher:
-        told.wait_for("+a1", "-a1", f"+a{epoch}")
+    with watcher_of(front, heard) as watcher:
+        heard.wait_for("+a1", "-a1", f"+a{epoch}")
         assert ids(watcher) == [f"a{epoch}"]
 
 
-def test_a_source_deleted_and_added_before_the_snapshot_is_told_once(
-    front: StoreInFront, store: Store, told: Told
+def test_a_source_deleted_and_added_before_the_snapshot_is_reported_once(
+    front: StoreInFront, store: Store, heard: Heard
 ) -> None:
     publish(store, "a")
     store.delete("sources/a")
     publish(store, "a", 2)
-    with watcher_of(front, told):
-        told.wait_for("+a2")
+    with watcher_of(front, heard):
+        heard.wait_for("+a2")
         publish(store, "b")
-        told.wait_for("+a2", "+b1")  # and so nothing of before came over the watch
+        heard.wait_for("+a2", "+b1")  # and so nothing of before came over the watch
 
 
 def test_of_two_keys_that_end_at_once_none_is_lost_when_the_connection_is_cut_in_between(
-    front: StoreInFront, store: Store, told: Told
+    front: StoreInFront, store: Store, heard: Heard
 ) -> None:
     lease_id = store.grant(MINUTE).lease_id
     for worker_id in "ab":
         publish(store, worker_id, lease_id=lease_id)
     publish(store, "c")
-    with watcher_of(front, told) as watcher:
-        told.wait_for("+a1", "+b1", "+c1")
+    with watcher_of(front, heard) as watcher:
+        heard.wait_for("+a1", "+b1", "+c1")
 
         with cut_after_next(front):
             store.revoke(lease_id)
             wait_until(lambda: watcher.statistics().failures, MINUTE, what="an answer was lost")
-        told.wait_for("+a1", "+b1", "+c1", "-a1", "-b1")
+        heard.wait_for("+a1", "+b1", "+c1", "-a1", "-b1")
         assert ids(watcher) == ["c1"]
 
 
@@ -229,54 +229,65 @@ def cut_after_next(front: StoreInFront) -> Iterator[None]:
     front.after = lambda _: None
 
 
-def test_the_sources_of_a_wiped_store_have_time_to_publish_themselves_anew(own_rig: StoreRig, told: Told) -> None:
-    store = own_rig.open()
+def test_the_sources_of_a_wiped_store_have_time_to_publish_themselves_again(
+    data: MemoryData, store: Store, heard: Heard
+) -> None:
     for worker_id in "abc":
         publish(store, worker_id)
     clock = Clock()
-    with watcher_of(own_rig.open(), told, reset_grace_s=10.0, clock=clock) as watcher:
-        told.wait_for("+a1", "+b1", "+c1")
-        own_rig.wipe()
+    with watcher_of(MemoryStore(data), heard, reset_grace_s=10.0, clock=clock) as watcher:
+        heard.wait_for("+a1", "+b1", "+c1")
+        data.wipe()
         wait_until(lambda: watcher.statistics().resets == 1, MINUTE, what="it notices")
         wait_until(lambda: watcher.statistics().synced, MINUTE, what="it follows the new one")
         assert ids(watcher) == ["a1", "b1", "c1"]
         publish(store, "a", 1)
         publish(store, "b", 2)
-        told.wait_for("+a1", "+b1", "+c1", "-b1", "+b2")
+        heard.wait_for("+a1", "+b1", "+c1", "-b1", "+b2")
         clock.now_s += 10.0
-        told.wait_for("+a1", "+b1", "+c1", "-b1", "+b2", "-c1")
+        heard.wait_for("+a1", "+b1", "+c1", "-b1", "+b2", "-c1")
         assert ids(watcher) == ["a1", "b2"]
 
 
 def test_a_store_wiped_while_it_was_cut_off_is_noticed_however_far_the_new_one_has_come(
-    own_rig: StoreRig, told: Told
+    data: MemoryData, store: Store, front: StoreInFront, heard: Heard
 ) -> None:
-    store = own_rig.open()
     publish(store, "a")
-    with StoreInFront(own_rig.open()) as front, watcher_of(front, told) as watcher:
-        told.wait_for("+a1")
+    with watcher_of(front, heard) as watcher:
+        heard.wait_for("+a1")
         with cut_off(front, watcher):
-            own_rig.wipe()
+            data.wipe()
             for epoch in range(1, 10):
                 publish(store, "a", epoch)
-            assert front_is_used_by_somebody_else(front)
         wait_until(lambda: watcher.statistics().resets == 1, MINUTE, what="it notices")
         wait_until(lambda: "a9" in ids(watcher), MINUTE, what="it knows what is there")
 
 
-def front_is_used_by_somebody_else(front: StoreInFront) -> bool:
-    """Another thread's call over the same store, which gets through before the watcher's."""
-    return front.behind.get("sources/a") is not None
+def test_what_is_known_and_its_counts_change_at_once(
+    data: MemoryData, front: StoreInFront, store: Store, watcher: SourceWatcher, heard: Heard
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def look(_: SourceRecord) -> None:
+        counts = watcher.statistics()
+        seen.append((counts.sources, counts.removes, counts.resyncs))
+
+    watcher.subscribe(on_remove=look)
+    with cut_off(front, watcher):
+        store.delete("sources/a")
+        data.compact()
+    heard.wait_for("+a1", "+b1", "-a1")
+    assert seen == [(1, 1, 2)]
 
 
-def test_a_store_that_refuses_is_shown_and_tried_again(front: StoreInFront, store: Store, told: Told) -> None:
+def test_a_store_that_refuses_is_shown_and_tried_again(front: StoreInFront, store: Store, heard: Heard) -> None:
     publish(store, "a")
 
     def refuse(_: Call) -> None:
         raise StorePermissionError("not yours")
 
     front.before = refuse
-    with watcher_of(front, told) as watcher:
+    with watcher_of(front, heard) as watcher:
         error = wait_until(lambda: watcher.error, MINUTE, what="it says so")
         assert isinstance(error, StorePermissionError)
         with pytest.raises(DeadlineExceededError, match="not yours"):
@@ -299,53 +310,53 @@ def test_a_bug_of_the_store_is_shown_and_costs_no_source(front: StoreInFront, wa
     assert ids(watcher) == ["a1", "b1"]
 
 
-def test_what_is_no_record_is_counted(store: Store, watcher: SourceWatcher, told: Told) -> None:
+def test_what_is_no_record_is_counted(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
     store.put("sources/a", b"{}")
     store.put("sources/z", b"nonsense")
     publish(store, "c")
-    told.wait_for("+a1", "+b1", "+c1")
+    heard.wait_for("+a1", "+b1", "+c1")
     assert watcher.statistics().malformed == 2
     assert ids(watcher) == ["a1", "b1", "c1"]
 
 
-def test_a_listener_that_fails_is_counted_and_blinds_nobody(store: Store, watcher: SourceWatcher, told: Told) -> None:
+def test_a_listener_that_fails_is_counted_and_blinds_nobody(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
     def fail(_: SourceRecord) -> None:
         raise ZeroDivisionError("a bug")
 
     watcher.subscribe(on_add=fail, on_remove=fail)
-    after = Told()
+    after = Heard()
     watcher.subscribe(on_add=after.add)
     assert watcher.statistics().listener_errors == 2  # of those known already
     publish(store, "c")
     store.delete("sources/c")
-    told.wait_for("+a1", "+b1", "+c1", "-c1")
+    heard.wait_for("+a1", "+b1", "+c1", "-c1")
     assert after.words == ["+a1", "+b1", "+c1"]
     assert watcher.statistics().listener_errors == 4
     assert watcher.error is None
 
 
-def test_who_subscribes_late_is_told_what_is_known_and_then_what_changes(store: Store, watcher: SourceWatcher) -> None:
-    late = Told()
+def test_who_subscribes_late_hears_what_is_known_and_then_what_changes(store: Store, watcher: SourceWatcher) -> None:
+    late = Heard()
     watcher.subscribe(on_add=late.add, on_remove=late.remove)
     assert late.words == ["+a1", "+b1"]
     store.delete("sources/a")
     late.wait_for("+a1", "+b1", "-a1")
 
 
-def test_who_has_unsubscribed_is_told_nothing_more(store: Store, watcher: SourceWatcher, told: Told) -> None:
-    former = Told()
+def test_who_has_unsubscribed_hears_nothing_more(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
+    former = Heard()
     end = watcher.subscribe(on_add=former.add)
     end()
     end()  # idempotent
     publish(store, "c")
-    told.wait_for("+a1", "+b1", "+c1")
+    heard.wait_for("+a1", "+b1", "+c1")
     assert former.words == ["+a1", "+b1"]
 
 
 def test_a_listener_may_end_another_s_subscription_and_its_own(
-    store: Store, watcher: SourceWatcher, told: Told
+    store: Store, watcher: SourceWatcher, heard: Heard
 ) -> None:
-    other = Told()
+    other = Heard()
     ends: list[Callable[[], None]] = []
 
     def end_all(source: SourceRecord) -> None:
@@ -357,14 +368,14 @@ def test_a_listener_may_end_another_s_subscription_and_its_own(
     ends.append(watcher.subscribe(on_add=other.add))
     publish(store, "c")
     publish(store, "d")
-    told.wait_for("+a1", "+b1", "+c1", "+d1")
+    heard.wait_for("+a1", "+b1", "+c1", "+d1")
     assert other.words == ["+a1", "+b1"]
 
 
 def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
-    rig: StoreRig, front: StoreInFront, store: Store, watcher: SourceWatcher, told: Told
+    data: MemoryData, front: StoreInFront, store: Store, watcher: SourceWatcher, heard: Heard
 ) -> None:
-    inner = Told()
+    inner = Heard()
 
     def subscribe_inner(source: SourceRecord) -> None:
         if source.worker_id == "c":
@@ -375,8 +386,8 @@ def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
         store.delete("sources/a")
         publish(store, "c")
         publish(store, "d")
-        rig.compact(store)  # so that all of it comes at once, as the difference to a snapshot
-    told.wait_for("+a1", "+b1", "+c1", "+d1", "-a1")
+        data.compact()  # so that all of it comes at once, as the difference to a snapshot
+    heard.wait_for("+a1", "+b1", "+c1", "+d1", "-a1")
     assert inner.words == ["+b1", "+c1", "+d1"]
 
 
@@ -462,10 +473,12 @@ def test_a_listener_may_stop_the_watcher(front: StoreInFront, store: Store) -> N
     assert "ucxx-watcher" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_watcher_is_used_once_and_what_it_knew_stays_readable(front: StoreInFront, store: Store, told: Told) -> None:
+def test_a_watcher_is_used_once_and_what_it_knew_stays_readable(
+    front: StoreInFront, store: Store, heard: Heard
+) -> None:
     publish(store, "a")
-    with watcher_of(front, told) as watcher:
-        told.wait_for("+a1")
+    with watcher_of(front, heard) as watcher:
+        heard.wait_for("+a1")
         with pytest.raises(ConfigError, match="make another"):
             watcher.start()
     with pytest.raises(ConfigError, match="make another"):
@@ -473,14 +486,14 @@ def test_a_watcher_is_used_once_and_what_it_knew_stays_readable(front: StoreInFr
     assert ids(watcher) == ["a1"]
     publish(store, "b")
     assert ids(watcher) == ["a1"]
-    assert told.words == ["+a1"]
+    assert heard.words == ["+a1"]
 
 
-def test_a_store_given_by_its_url_is_the_watcher_s_own(tmp_path: Path, told: Told) -> None:
+def test_a_store_given_by_its_url_is_the_watcher_s_own(tmp_path: Path, heard: Heard) -> None:
     with LocalStore(tmp_path / "own.db") as store:
         publish(store, "a")
-        with watcher_of(store.url, told) as watcher:
-            told.wait_for("+a1")
+        with watcher_of(store.url, heard) as watcher:
+            heard.wait_for("+a1")
         watcher.stop()
 
 
