@@ -1,4 +1,4 @@
-"""One run: this process trains, looks after the worker processes, kills one half-way, replaces it, ends them all.
+"""One run: this process trains, supervises the worker processes, kills one half-way, replaces it, ends them all.
 
 | reason to stop | when                                                                           |
 |----------------|--------------------------------------------------------------------------------|
@@ -31,7 +31,7 @@ from ucxx_transport.ring.orphans import list_segments, sweep_orphans
 
 __all__ = ["Run", "next_step"]
 
-_LOOK_EVERY_S = 0.1
+_CHECK_EVERY_S = 0.1
 _LINE_EVERY_S = 1.0
 _IDLE_S = 0.005
 _END_S = 8.0
@@ -64,14 +64,14 @@ class Run:
     Args:
         plan: its settings.
         signals: caught already.
-        say: called with each line of progress.
+        print_line: called with each line of progress.
     """
 
-    def __init__(self, plan: Plan, signals: StopSignals, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, signals: StopSignals, print_line: Callable[[str], None]) -> None:
         self.plan = plan
         self.results = Results(plan)
         self._signals = signals
-        self._say_line = say
+        self._print_line = print_line
         self._context = multiprocessing.get_context("spawn")
         self._seats = [Seat(self._context) for _ in range(plan.seats)]
         self._processes: list[SpawnProcess] = []  # of the workers, by seat
@@ -79,7 +79,7 @@ class Run:
         self._line_episodes = 0
 
     def execute(self) -> Results:
-        """Train until there is a reason to stop, end everything, and look what is left."""
+        """Train until there is a reason to stop, end everything, and check what is left."""
         results, plan = self.results, self.plan
         plan.log.write_bytes(b"")
         logging.getLogger("ucxx_transport").addHandler(logging.FileHandler(plan.log))
@@ -87,14 +87,14 @@ class Run:
         try:
             for worker in range(plan.workers):
                 self._start_worker(worker)
-            looked_s = 0.0
+            checked_s = 0.0
             while not results.reason:
                 if not trainer.turn():
                     time.sleep(_IDLE_S)
                 results.elapsed_s = time.monotonic() - self._started_s
-                if results.elapsed_s - looked_s >= _LOOK_EVERY_S:
-                    looked_s = results.elapsed_s
-                    self._look()
+                if results.elapsed_s - checked_s >= _CHECK_EVERY_S:
+                    checked_s = results.elapsed_s
+                    self._check()
             trainer.take_episodes(wait=results.reason != "interrupted")
             results.trainer = trainer.counters()
         finally:
@@ -109,14 +109,14 @@ class Run:
             plan.log.unlink()
         return results
 
-    def _look(self) -> None:
-        """Look at signals and processes, kill a worker when it is time to, and set the reason to stop."""
+    def _check(self) -> None:
+        """Check signals and processes, kill a worker when it is time to, and set the reason to stop."""
         results = self.results
         if self._signals.number is not None:
             results.reason = "interrupted"
         elif not self._replace_dead_workers():
             results.reason = "failed"
-            self._say(results.failure)
+            self._print(results.failure)
         elif (step := next_step(results)) == "kill":
             self._kill_one()
         else:
@@ -124,11 +124,11 @@ class Run:
         count, mean, since_s = len(results.episodes), results.mean_return, time.monotonic() - self._line_s
         if since_s >= _LINE_EVERY_S:
             shown = "none yet" if mean is None else f"mean return {mean:.1f}"
-            self._say(f"{count} episodes, {shown}, {(count - self._line_episodes) / since_s:.3g} episodes/s")
+            self._print(f"{count} episodes, {shown}, {(count - self._line_episodes) / since_s:.3g} episodes/s")
             self._line_s, self._line_episodes = time.monotonic(), count
 
-    def _say(self, text: str) -> None:
-        self._say_line(f"{self.results.elapsed_s:6.1f} s  {text}")
+    def _print(self, text: str) -> None:
+        self._print_line(f"{self.results.elapsed_s:6.1f} s  {text}")
 
     def _start_worker(self, worker: int) -> int | None:
         """Start a process for `worker` on the next free seat; returns the seat, None when there is none."""
@@ -139,7 +139,7 @@ class Run:
         self._processes.append(start_process(self._context, plan.run_id, run_worker, *arguments))
         pid, read = self._processes[-1].pid or 0, "over UCX" if plan.local_of(worker) == "off" else "in place"
         self.results.workers.append(Worker(worker=worker, pid=pid, read=read))
-        self._say(f"worker {worker}: started as pid {pid}, read {read}")
+        self._print(f"worker {worker}: started as pid {pid}, read {read}")
         return seat
 
     def _replace_dead_workers(self) -> bool:
@@ -154,7 +154,7 @@ class Run:
             if worker.state == "failed" and not worker.episodes:
                 results.failure = f"{what}; its output is in {self.plan.log}"  # another one would do the same
                 return False
-            self._say(what)
+            self._print(what)
             self._read_counters(seat)
             worker.replaced_by = self._start_worker(worker.worker)
             if worker.replaced_by is None:
@@ -163,14 +163,14 @@ class Run:
         return True
 
     def _kill_one(self) -> None:
-        """SIGKILL the last worker that runs. The next look replaces it."""
+        """SIGKILL the last worker that runs. The next check replaces it."""
         running = [seat for seat, worker in enumerate(self.results.workers) if worker.state == "running"]
         if running:
             self._read_counters(running[-1])
             self._processes[running[-1]].kill()
             self._processes[running[-1]].join(_END_S)
             self.results.kill = Kill(self.results.elapsed_s, len(self.results.episodes), running[-1])
-            self._say(f"worker {self.results.workers[running[-1]].worker}: killed by SIGKILL")
+            self._print(f"worker {self.results.workers[running[-1]].worker}: killed by SIGKILL")
 
     def _read_counters(self, seat: int) -> None:
         """Read the counters of a ring, which lie in its segment: a killed worker's are there until it is removed."""
@@ -185,6 +185,6 @@ class Run:
                 self._read_counters(seat)
                 self.results.workers[seat].state = "stopped"
         if late := end_processes(self._processes, limit_s=_END_S):
-            self._say(f"{late} processes did not stop in time and were killed")
+            self._print(f"{late} processes did not stop in time and were killed")
         for each in self._seats:
             each.close()
