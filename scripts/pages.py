@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+import ucxx_transport
 from ucxx_transport import config, errors, teardown
 from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.states import RankState
@@ -264,6 +265,19 @@ def _segment() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _names() -> str:
+    """What `ucxx_transport` itself exports, each with the first line of its docstring; settings and errors apart."""
+    exported: list[str] = vars(ucxx_transport)["__all__"]
+    named = ((name, getattr(ucxx_transport, name)) for name in sorted(exported, key=str.lower))
+    apart = {config.__name__, errors.__name__}
+    rows = (
+        (f"`{name}`", inspect.cleandoc(value.__doc__).partition("\n")[0])
+        for name, value in named
+        if callable(value) and value.__doc__ is not None and value.__module__ not in apart
+    )
+    return "\n".join(_table(("name", "is"), rows))
+
+
 def _log_events() -> str:
     lines = ["# Log events", "", _NOTICE.format(source="the package's log calls"), ""]
     lines += [
@@ -296,6 +310,7 @@ PARTS: Final = (
     Part(page="log-events.md", name=None, make=_log_events),
     Part(page="wire.md", name=None, make=_wire),
     Part(page="segment.md", name=None, make=_segment),
+    Part(page="api.md", name="names", make=_names),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
     Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
     Part(page="operations.md", name="teardown-table", make=lambda: _table_of(teardown)),

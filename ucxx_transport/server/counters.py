@@ -78,7 +78,7 @@ assert len(PORT_FIELDS) <= _BEAT_WORD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatistics:
-    """The whole server.
+    """What a server has done, port by port; the counts survive its process.
 
     Attributes:
         host: published address.
