@@ -116,7 +116,7 @@ def guarding_server(etcd_binary: None, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def guarded(guarding_server: EtcdServer, namespace: str) -> EtcdServer:
-    """The same; `worker` has all of the test's namespace, `trainer` what the documents say, `stranger` nothing."""
+    """The same server: `worker` has all of the test's namespace, `trainer` what the documents grant."""
     root = f"/ucxx_transport/{namespace}/"
     grants = [
         ("worker", "READWRITE", root, root[:-1] + "0"),
@@ -143,7 +143,7 @@ def test_a_user_with_its_password_has_the_whole_store(guarded: EtcdServer, opene
 
 
 def test_a_user_that_etcd_does_not_know_is_refused(guarded: EtcdServer, opened: Open) -> None:
-    for settings in ({}, {"user": "worker", "password": "wrong"}, {"user": "nobody", "password": PASSWORD}):
+    for settings in ({}, {"user": "worker", "password": "wrong"}, {"user": "unknown", "password": PASSWORD}):
         store = opened(guarded.url, **settings)
         calls: list[Callable[[], object]] = [
             partial(store.get, "a"),
@@ -332,7 +332,7 @@ def test_an_endpoint_that_refuses_is_passed_over(etcd_server: EtcdServer, opened
 
 
 def test_an_endpoint_that_is_silent_costs_its_share_once(etcd_server: EtcdServer, opened: Open) -> None:
-    with socket.create_server((HOST, 0)) as silent:  # takes connections, and says nothing
+    with socket.create_server((HOST, 0)) as silent:  # takes connections, and answers nothing
         store = opened(f"etcd://{HOST}:{silent.getsockname()[1]},{HOST}:{etcd_server.ports[0]}")
         assert store.get("a", timeout_s=2) is None
         for _ in range(3):
@@ -349,7 +349,7 @@ def test_calls_and_watches_go_on_at_another_endpoint(etcd_server: EtcdServer, op
             one.refuse()
             store.put("b", b"", lease_id=lease.lease_id)
             assert store.keep_alive(lease.lease_id) >= 60
-            moved = watch.next(DEADLINE_S)  # and nothing is said of it
+            moved = watch.next(DEADLINE_S)  # without an error
             assert moved is not None
             assert [event.key for event in moved.events] == ["b"]
             one.listen()

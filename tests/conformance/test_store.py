@@ -58,7 +58,7 @@ def error_of(watch: Watch) -> Exception:
             watch.next(1.0)
         except StoreUnavailableError:
             continue
-        except Exception as error:  # noqa: BLE001 - the test looks at it
+        except Exception as error:  # noqa: BLE001 - the test judges it
             return error
     raise AssertionError("the watch goes on")
 
@@ -330,9 +330,9 @@ def test_a_watch_goes_on_where_another_was_cut_off(store: Store) -> None:
 def test_a_watch_receives_changes_while_it_waits(rig: StoreRig) -> None:
     store, other = rig.open(), rig.open()
     with store.watch("w/", after=store.snapshot().revision) as watch, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next_batch, watch)
-        revision = other.put("w/a", b"now")
-        assert waiting.result().revision == revision
+        waiting = pool.submit(lambda: [next_batch(watch).revision for _ in range(20)])
+        revisions = [(store if number % 2 else other).put(f"w/{number}", b"now") for number in range(20)]
+        assert waiting.result() == revisions
 
 
 def test_many_watches_of_one_store_each_receive_everything(store: Store) -> None:

@@ -44,7 +44,7 @@ class EtcdServer:
 
     Attributes:
         ports: that clients may use, all of them alike.
-        log: where it writes what it has to say.
+        log: what it writes to stdout and stderr.
     """
 
     def __init__(self, folder: Path, *, clients: int = 1, options: Sequence[str] = (), scheme: str = "http") -> None:

@@ -31,11 +31,11 @@ from ucxx_transport.membership.store import (
 __all__ = ["FakeClock", "MemoryData", "MemoryStore", "MemoryWatch"]
 
 _LOOK_S = 0.02
-"""How often a watch that waits looks at a clock that it cannot hear."""
+"""How often a watch that waits reads the clock, which notifies it of nothing."""
 
 
 class FakeClock:
-    """Seconds that pass when a test says so."""
+    """Seconds that pass when a test advances them."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now

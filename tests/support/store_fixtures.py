@@ -1,6 +1,6 @@
 """Fixtures of stores, for the conftest of each folder of tests that needs them.
 
-What stands on stores is tested on one, the local one: `rig` and `own_rig`. That the stores are equal is shown by
+What is built on stores is tested on one, the local one: `rig` and `own_rig`. That the stores are equal is shown by
 `tests/conformance`.
 """
 

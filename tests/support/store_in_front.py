@@ -41,7 +41,7 @@ class StoreInFront(Store):
         calls: every call so far, in order.
         before: called with each call before it is made: what it raises is the call's outcome, and it may take its time.
         after: called with each call that was made: what it raises is an answer that was lost.
-        reachable: whether calls reach the store; a watch that is being waited on loses what arrives meanwhile.
+        reachable: whether calls reach the store; a watch that is being waited on loses what arrives in that time.
     """
 
     def __init__(self, behind: Store) -> None:

@@ -53,7 +53,7 @@ def elsewhere(
 
 
 def hold_lease(url: str, settings: Settings, pipe: Connection, ttl_s: float, keys: Sequence[str]) -> None:
-    """Put the keys under one lease and say which; then do nothing until killed."""
+    """Put the keys under one lease and send it; then do nothing until killed."""
     store = open_store(url, StoreConfig(**settings))
     lease = store.grant(ttl_s)
     for key in keys:
@@ -63,7 +63,7 @@ def hold_lease(url: str, settings: Settings, pipe: Connection, ttl_s: float, key
 
 
 def increment(url: str, settings: Settings, pipe: Connection, key: str, times: int) -> None:
-    """When told to, count a key up so often; say when done."""
+    """On a message, count a key up so often; send when done."""
     with open_store(url, StoreConfig(**settings)) as store:
         store.identity()
         pipe.send("ready")
@@ -86,7 +86,7 @@ def increments(store: Store, key: str, times: int) -> None:
 
 
 def take_once(url: str, settings: Settings, pipe: Connection, keys: Sequence[str], name: str) -> None:
-    """When told to, try to be the one who makes each key; say which were won."""
+    """On a message, try to create each key first; send which ones were."""
     with open_store(url, StoreConfig(**settings)) as store:
         store.identity()
         pipe.send("ready")
@@ -102,7 +102,7 @@ def take_once(url: str, settings: Settings, pipe: Connection, keys: Sequence[str
 
 
 def fork(url: str, settings: Settings, pipe: Connection) -> None:
-    """Use a store before, during and after a fork, in parent and child at once; say how the child ended."""
+    """Use a store before, during and after a fork, in parent and child at once; send how the child ended."""
     with open_store(url, StoreConfig(**settings)) as store:
         store.put("before", b"")
         watch = store.watch(after=store.snapshot().revision)

@@ -45,7 +45,7 @@ class StoreRig(ABC):
 
     @abstractmethod
     def compact(self, store: Store, between: Callable[[], object] = int) -> None:
-        """Let the store forget all revisions but the last few; `between` is called now and then meanwhile."""
+        """Let the store forget all revisions but the last few; `between` is called now and then."""
 
     @abstractmethod
     def wipe(self) -> None:

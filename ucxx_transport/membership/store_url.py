@@ -1,4 +1,4 @@
-"""A store by its URL: what the text says, and the store it opens.
+"""A store by its URL: the address that the text is, and the store that it opens.
 
 | text                             | the store                                                        |
 |----------------------------------|------------------------------------------------------------------|
@@ -79,7 +79,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
 
 
 def parse_store_url(url: object) -> LocalAddress | EtcdAddress:
-    """What the text says.
+    """The address that the text is.
 
     Raises:
         ConfigError: it is no address of a store; names what is wrong and what would be right, and repeats no secret.
@@ -145,7 +145,7 @@ def _wrong(url: object, problem: str) -> ConfigError:
 
 
 def _shown(url: object) -> str:
-    """The address without what stands before an "@": it may be a password."""
+    """The address without what comes before an "@": it may be a password."""
     if not isinstance(url, str):
         return f"is of {type(url).__name__} and"
     scheme, found, rest = url.rpartition("://") if "@" in url else ("", "", "")

@@ -1,4 +1,4 @@
-"""What etcd's JSON says, and what is made of its errors."""
+"""etcd's JSON both ways, and its refusals as errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a lease is over, and when a watcher looks again."""
+"""When a lease is over, and when a watcher reads again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_watcher_wakes_for_its_caller_for_a_lease_and_for_changes() -> None:
     assert pause_s(now=10, until=20, first_deadline=None, poll_s=0.05) == 0.05
     assert pause_s(now=10, until=10.01, first_deadline=None, poll_s=0.05) == pytest.approx(0.01)
     assert pause_s(now=10, until=20, first_deadline=10.02, poll_s=0.05) == pytest.approx(0.02)
-    assert pause_s(now=10, until=20, first_deadline=9.0, poll_s=0.05) == 0.05  # it is being ended by somebody
+    assert pause_s(now=10, until=20, first_deadline=9.0, poll_s=0.05) == 0.05  # another process is ending it
     assert pause_s(now=10, until=9, first_deadline=None, poll_s=0.05) == 0.0
 
 

@@ -32,13 +32,14 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local import LocalStore
+from ucxx_transport.membership.local import LocalStore, tables
+from ucxx_transport.membership.local.database import Database
 from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
 from ucxx_transport.ring.owner import segment_folder
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """Seconds that pass when the test advances them."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -397,6 +398,26 @@ def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None
             assert batch.events[0].kind == "delete"
 
 
+@pytest.mark.exhaustive  # waits for the call that never ends
+def test_a_child_that_was_forked_in_the_middle_of_a_call_is_refused(path: Path) -> None:
+    with elsewhere(_fork_in_a_call, f"local://{path}", {}) as (_process, pipe):
+        assert pipe.recv() == ("StoreUnavailableError", "after")
+
+
+def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
+    near, far = os.pipe()
+    database = Database(Path(url.removeprefix("local://")), boot_id="boot")
+    if (child := database.read(lambda _db: os.fork(), until=time.monotonic() + 60)) == 0:
+        with pytest.raises(StoreUnavailableError) as caught:
+            database.read(tables.state, until=time.monotonic() + 60)
+        os.write(far, type(caught.value).__name__.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    after = database.read(lambda _db: "after", until=time.monotonic() + 60)
+    pipe.send((os.read(near, 100).decode(), after))
+    database.close(1.0)
+
+
 # rights and space, which root is not bound by: in a process of another user's
 
 
@@ -405,7 +426,7 @@ Outcome = tuple[str | None, dict[str, str]]
 
 
 def _as_nobody(tasks: list[tuple[Task, Path]], pipe: Connection) -> None:
-    """Run the tasks as a user without rights; say the class and the facts of the error of each."""
+    """Run the tasks as a user without rights; send the class and the facts of the error of each."""
     with TemporaryDirectory() as folder:
         _write(Path(folder) / "store")  # imports all that is needed: the interpreter may be closed to that user
     if os.geteuid() == 0:

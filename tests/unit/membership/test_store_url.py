@@ -1,4 +1,4 @@
-"""What the address of a store says, and how a wrong one is worded."""
+"""The address of a store as text, and the error for a wrong one."""
 
 from __future__ import annotations
 

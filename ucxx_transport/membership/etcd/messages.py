@@ -218,7 +218,7 @@ def delete_request(key: bytes) -> Json:
 
 
 def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Json:
-    """Do `request` when the key has this revision (0: does not exist), else say what it has."""
+    """Do `request` when the key has this revision (0: does not exist), else answer with the key as it is."""
     return {
         "compare": [{"target": "MOD", "result": "EQUAL", "key": _text(key), "mod_revision": str(revision)}],
         "success": [{operation: request}],

@@ -1,4 +1,4 @@
-"""The watch: a thread of its own follows etcd's stream, so that `next` waits exactly as long as its caller says.
+"""The watch: a thread of its own follows etcd's stream, so that `next` waits exactly as long as its caller asks.
 
 The stream is taken up again after the last whole batch, at another endpoint where one fails. etcd sends nothing on a
 stream whose revision it will not reach for long, as after its data were wiped; nor does a dead machine. So every

@@ -76,6 +76,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
         self._file: FileIdentity | None = None
         self._file_log: FileIdentity | None = None
+        self._own_changes = 0
         self._closed = False
         self._lock = threading.Lock()
         self._paused = False
@@ -96,6 +97,11 @@ class Database:
     def write(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
         """What `body` returns; its changes are written all together, or none when it raises. Raises as `read`."""
         return self._run("IMMEDIATE", body, until)
+
+    def version(self, *, until: float) -> tuple[int, int]:
+        """A value that is another one whenever the file may have changed. Raises as `read`."""
+        # SQLite counts what other connections have changed, from any number on.
+        return self.read(lambda db: (self._own_changes, db.execute("PRAGMA data_version").fetchone()[0]), until=until)
 
     def check_open(self) -> None:
         """Raise a ConfigError once this is closed."""
@@ -137,8 +143,12 @@ class Database:
         attempt = 0
         while True:
             try:
-                with self._connected(until) as connection, _transaction(connection, mode):
-                    return body(connection)
+                with self._connected(until) as connection:
+                    try:
+                        with _transaction(connection, mode):
+                            return body(connection)
+                    finally:
+                        self._own_changes += mode == "IMMEDIATE"
             except sqlite3.Error as error:
                 attempt += 1
                 jitter = random.random()  # noqa: S311 - spreads those who wait
@@ -190,6 +200,7 @@ class Database:
             if file_identity(self.path) == identity:
                 self._connection, self._file, self.store_id = connection, identity, store_id
                 self._file_log = log_identity(self.path)
+                self._own_changes += 1
         finally:
             if self._connection is not connection:
                 connection.close()

@@ -215,6 +215,7 @@ class LocalWatch(Watch):
         self._store_id = database.store_id
         self._first_deadline: float | None = None
         self._locked_since: float | None = None
+        self._seen_version: tuple[int, int] | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
         self._pid = os.getpid()
@@ -255,9 +256,13 @@ class LocalWatch(Watch):
 
     def _read_log(self) -> None:
         until = time.monotonic() + self._timeout_s
+        version = self._database.version(until=until)
+        if version == self._seen_version:
+            return
         state, self._first_deadline, batches, self._after = self._database.read(self._changes, until=until)
         self._store_id = state.store_id
         self._batches.extend(batches)
+        self._seen_version = version if self._after == state.revision else None  # there is more than was fetched
 
     def _changes(self, db: sqlite3.Connection) -> tuple[tables.State, float | None, list[Batch], int]:
         state = tables.state(db)
