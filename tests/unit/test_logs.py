@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +184,19 @@ def test_the_library_loads_no_structlog() -> None:
         "print('structlog' in sys.modules)"
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_every_event_is_a_name_and_never_a_sentence() -> None:
+    events = {
+        (str(path.relative_to(ROOT)), node.lineno): node.args[0] if node.args else None
+        for path in sorted((ROOT / "ucxx_transport").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "_log"
+    }
+    assert len(events) > 20, "else this test looks in the wrong place"
+    for where, event in events.items():
+        assert isinstance(event, ast.Constant), where
+        assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)+", str(event.value)), (where, event.value)
