@@ -10,10 +10,17 @@ from collections.abc import Generator, Iterator, MutableMapping
 from multiprocessing import resource_tracker
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support.leaks import KINDS, leaks_since, mark_own_processes, snapshot
+from tests.support.ports import reserve_ports
 from tests.support.segment_folder import VARIABLE, SegmentFolder
+
+# A busy machine makes no example late. `--hypothesis-profile exhaustive` is how the nightly run looks deeper.
+hypothesis.settings.register_profile("gate", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("exhaustive", deadline=None, max_examples=500)
+hypothesis.settings.load_profile("gate")
 
 
 def pytest_configure() -> None:
@@ -38,6 +45,7 @@ def anyio_backend() -> str:
 def _folder_of_segments() -> Iterator[str]:
     """A folder of this test process's own; nothing may be left in it at the end."""
     mark_own_processes()
+    reserve_ports()
     # multiprocessing starts it when it is first needed and keeps it, with its pipe, for the whole process.
     resource_tracker.ensure_running()
     folder = SegmentFolder(os.environ.get("PYTEST_XDIST_WORKER", "main"))

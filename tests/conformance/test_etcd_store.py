@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.etcd_server import HOST, EtcdServer, free_ports
+from tests.support.etcd_server import HOST, EtcdServer
 from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
+from tests.support.ports import free_ports
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig

@@ -17,7 +17,8 @@ import pytest
 
 from tests.e2e.programs import content
 from tests.support.exhaustive import exhaustive
-from tests.support.served_ring import LOOPBACK, ServedRing, client_of, consecutive_free_ports, open_ring, served_ring
+from tests.support.ports import free_ports
+from tests.support.served_ring import LOOPBACK, ServedRing, client_of, open_ring, served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -320,7 +321,7 @@ def test_unfit_into_is_refused_before_anything_is_read(source: ServedRing) -> No
 
 
 def test_explicit_ports_are_the_ones_that_listen() -> None:
-    first = consecutive_free_ports(3)
+    first = free_ports(3)[0]
     wanted = (first + 2, first)
     with served_ring(ports=list(wanted)) as served, client_of() as client:
         assert served.server.ports == wanted
@@ -333,7 +334,7 @@ def test_explicit_ports_are_the_ones_that_listen() -> None:
 
 
 def test_base_port_skips_what_is_taken() -> None:
-    first = consecutive_free_ports(6)
+    first = free_ports(6)[0]
     with (
         socket.create_server(("", first)),
         socket.create_server(("", first + 2)),
@@ -343,7 +344,7 @@ def test_base_port_skips_what_is_taken() -> None:
 
 
 def test_taken_port_is_named_in_a_config_error() -> None:
-    port = consecutive_free_ports(1)
+    port = free_ports(1)[0]
     with socket.create_server(("", port)), open_ring() as ring:
         server = UCXXServer(ring, ServerConfig(host=LOOPBACK, ports=[port], start_timeout_s=60))
         with pytest.raises(ConfigError, match=str(port)):
@@ -353,7 +354,7 @@ def test_taken_port_is_named_in_a_config_error() -> None:
 
 @pytest.mark.parametrize("mode", [exhaustive("process"), "thread"])
 def test_server_stops_and_starts_again_on_its_ports_leaving_nothing(mode: Mode) -> None:
-    first = consecutive_free_ports(2)
+    first = free_ports(2)[0]
     config = ServerConfig(host=LOOPBACK, ports=[first, first + 1], mode=mode, start_timeout_s=60, stop_timeout_s=20)
     with open_ring() as ring, client_of(port_quarantine_s=0) as client:
         server = UCXXServer(ring, config)

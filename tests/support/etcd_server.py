@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.ports import free_ports
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 
@@ -28,15 +29,6 @@ def find_etcd() -> str | None:
     """The etcd to run: of PATH, or the one that `scripts/test` keeps in the environment's folder."""
     kept = Path(sys.prefix) / "etcd" / "usr" / "bin" / "etcd"
     return shutil.which("etcd") or (str(kept) if kept.exists() else None)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on just now."""
-    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class EtcdServer:

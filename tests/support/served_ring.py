@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,11 +20,9 @@ from ucxx_transport import (
     UCXXServer,
 )
 
-__all__ = ["ServedRing", "client_of", "consecutive_free_ports", "open_ring", "read_retrying", "served_ring"]
+__all__ = ["ServedRing", "client_of", "open_ring", "read_retrying", "served_ring"]
 
 LOOPBACK = "127.0.0.1"
-# Below the kernel's ephemeral ports (32768-60999): nothing that binds port 0 comes in between.
-_FIRST_PORT, _LAST_PORT = 20000, 30000
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +80,3 @@ def read_retrying(client: SyncUCXXClient, ref: SlotRef, *, deadline_s: float = 5
     payload = wait_until(attempt, 60, what=f"a read of {ref.name} succeeds")
     assert payload is not None
     return payload
-
-
-def consecutive_free_ports(count: int) -> int:
-    """The first of `count` TCP ports in a row that nobody has bound."""
-    for _ in range(1000):
-        first = random.randrange(_FIRST_PORT, _LAST_PORT - count)
-        if all(_is_free(port) for port in range(first, first + count)):
-            return first
-    raise AssertionError(f"no {count} free ports in a row")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("0.0.0.0", port))  # noqa: S104 - what UCX binds
-        except OSError:
-            return False
-        return True
