@@ -21,8 +21,6 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["format_bytes", "format_duration", "parse_bytes", "parse_duration"]
-
 _TEXT = re.compile(r"\s*([0-9]{1,400})(?:\.([0-9]{1,400}))?(?:e([+-]?[0-9]{1,3}))?\s*([a-zµμ]*)\s*", re.IGNORECASE)
 
 _BINARY = {letter: 1024**power for power, letter in enumerate("kmgtp", start=1)}

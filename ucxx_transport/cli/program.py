@@ -24,8 +24,6 @@ from ucxx_transport.cli.output import print_error, print_json
 from ucxx_transport.cli.programs import import_program
 from ucxx_transport.errors import ConfigError, TransportError
 
-__all__ = ["EXTRA_OF", "VERBS", "main"]
-
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "demo": "cartpole.command:demo",

@@ -20,8 +20,6 @@ from typing import Final
 import ucxx_transport
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["import_program", "program_folder"]
-
 _IN_CLONE: Final[Mapping[str, str]] = MappingProxyType({"cartpole": "examples/cartpole", "bench": "bench"})
 
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ucxx_transport.membership import SourceRecord, Store
 
-__all__ = ["registry"]
-
 
 class Action(StrEnum):
     """What to do with a store."""

@@ -18,8 +18,6 @@ from ucxx_transport.units import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["clean", "describe_segments", "inspect", "segments_table", "top"]
-
 
 def inspect(
     names: Annotated[

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.server import UCXXServer
 
-__all__ = ["serve"]
-
 
 def _size(text: str) -> int:
     try:

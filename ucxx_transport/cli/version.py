@@ -11,8 +11,6 @@ import typer
 from ucxx_transport import __version__
 from ucxx_transport.cli.output import AsJson, print_json
 
-__all__ = ["installed_version", "version"]
-
 
 def version(*, as_json: AsJson = False) -> None:
     """Show the version of this package, of Python, ucxx and UCX."""

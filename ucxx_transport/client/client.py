@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.client.core import ClientCore, Into, LinkFactory
@@ -155,13 +154,9 @@ class UCXXClient:
         self._core.close()
 
     async def __aenter__(self) -> Self:
-        """The client itself."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def _read_remote(self, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:

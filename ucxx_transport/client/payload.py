@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
@@ -102,12 +101,9 @@ class Payload:
         return moved
 
     def __enter__(self) -> Self:
-        """The payload itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Release."""
         self.release()
 

@@ -76,15 +76,12 @@ class CupyPageLocking:
         self._device = device
 
     def host_register(self, address: int, nbytes: int) -> int:
-        """See `PageLocking`."""
         return self._status_of("hostRegister", address, nbytes, _PORTABLE)
 
     def host_unregister(self, address: int) -> int:
-        """See `PageLocking`."""
         return self._status_of("hostUnregister", address)
 
     def error_words(self, status: int) -> str:
-        """See `PageLocking`."""
         return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"
 
     def _status_of(self, function: str, *arguments: int) -> int:
@@ -106,7 +103,6 @@ class CupyLeaves:
         self._cupy = import_cupy("an array on a GPU")
 
     def adopt(self, leaf: object, field: str) -> DeviceArray:
-        """See `LeafRuntime`."""
         cupy = self._cupy
         try:
             array = leaf if isinstance(leaf, cupy.ndarray) else self._seen_as_array(leaf)
@@ -125,7 +121,6 @@ class CupyLeaves:
         )
 
     def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        """See `LeafRuntime`."""
         cupy = self._cupy
         for wanted in (array.dtype, dtype):
             if not has_dtype(cupy, wanted):
@@ -139,14 +134,12 @@ class CupyLeaves:
         return DeviceArray(runtime=self, array=converted, shape=array.shape, dtype=dtype, device=array.device)
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        """See `LeafRuntime`."""
         if array.array.size == 0:
             return None
         with self._cupy.cuda.Device(array.device):
             return int(array.array.min()), int(array.array.max())
 
     def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        """See `LeafRuntime`."""
         cupy = self._cupy
         with cupy.cuda.Device(wide.device):
             # bfloat16 where cupy has it: not every ufunc takes it, and float32 has each of its values
@@ -155,7 +148,6 @@ class CupyLeaves:
             return bool((cupy.isfinite(low) != cupy.isfinite(high)).any())
 
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """See `LeafRuntime`."""
         if target.nbytes == 0:
             return
         cupy = self._cupy
@@ -168,18 +160,15 @@ class CupyLeaves:
             runtime.memcpyAsync(address, contiguous.data.ptr, target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
 
     def wait(self, device: int) -> None:
-        """See `LeafRuntime`."""
         with self._cupy.cuda.Device(device):
             self._cupy.cuda.get_current_stream().synchronize()
 
     def to_host(self, array: DeviceArray) -> Array:
-        """See `LeafRuntime`."""
         with self._cupy.cuda.Device(array.device):
             host: Array = self._cupy.asnumpy(array.array)
         return host
 
     def page_locking(self, device: int) -> PageLocking:
-        """See `LeafRuntime`."""
         return CupyPageLocking(self._cupy, device)
 
     def _seen_as_array(self, leaf: Any) -> Any:
@@ -226,15 +215,12 @@ class CupyReceiver:
 
     @property
     def name(self) -> str:
-        """See `Receiver`."""
         return f"cupy:{self._device}"
 
     def page_locking(self) -> PageLocking:
-        """See `Receiver`."""
         return CupyPageLocking(self._cupy, self._device)
 
     def upload(self, source: Bytes) -> Upload:
-        """See `Receiver`."""
         cupy = self._cupy
         runtime = cupy.cuda.runtime
         with cupy.cuda.Device(self._device), self._stream:
@@ -333,15 +319,12 @@ class _CupyUpload:
 
     @property
     def done(self) -> bool:
-        """See `Upload`."""
         return bool(self._event.done)
 
     def wait(self) -> None:
-        """See `Upload`."""
         self._event.synchronize()
 
     def ready(self) -> None:
-        """See `Upload`."""
         with self._cupy.cuda.Device(self._device):
             stream = self._cupy.cuda.get_current_stream()
             stream.wait_event(self._event)
@@ -349,7 +332,6 @@ class _CupyUpload:
                 self._loan.streams.append(stream)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """See `Upload`."""
         cupy = self._cupy
         if not has_dtype(cupy, dtype):
             raise ConfigError(

@@ -122,7 +122,6 @@ class TorchPageLocking:
         self._device = device
 
     def host_register(self, address: int, nbytes: int) -> int:
-        """See `PageLocking`."""
         with self._torch.cuda.device(self._device):
             status = int(self._torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
             if status != SUCCESS:
@@ -130,7 +129,6 @@ class TorchPageLocking:
         return status
 
     def host_unregister(self, address: int) -> int:
-        """See `PageLocking`."""
         with self._torch.cuda.device(self._device):
             status = int(self._torch.cuda.cudart().cudaHostUnregister(address))
             if status != SUCCESS:
@@ -138,7 +136,6 @@ class TorchPageLocking:
         return status
 
     def error_words(self, status: int) -> str:
-        """See `PageLocking`."""
         if status == ALREADY_REGISTERED:
             return "the memory is registered already"
         cudart = self._torch.cuda.cudart()
@@ -166,7 +163,6 @@ class TorchLeaves:
         self._torch = import_torch("cuda")
 
     def adopt(self, leaf: object, field: str) -> DeviceArray:
-        """See `LeafRuntime`."""
         torch = self._torch
         try:
             given = leaf if isinstance(leaf, torch.Tensor) else self._seen_as_tensor(leaf)
@@ -187,7 +183,6 @@ class TorchLeaves:
         )
 
     def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        """See `LeafRuntime`."""
         if dtype.name == _NO_SIGN:
             raise ConfigError(
                 f"field {field!r}: torch converts to {dtype.name} whatever the sign; convert it first "
@@ -198,7 +193,6 @@ class TorchLeaves:
         return DeviceArray(runtime=self, array=tensor, shape=array.shape, dtype=dtype, device=array.device)
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        """See `LeafRuntime`."""
         tensor = array.array
         if tensor.numel() == 0:
             return None
@@ -210,7 +204,6 @@ class TorchLeaves:
         return least, largest
 
     def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        """See `LeafRuntime`."""
         torch = self._torch
         # float8 has no arithmetic of its own; every value of it is one of float32's
         low = narrow.array.to(torch.float32) if narrow.dtype.itemsize == 1 else narrow.array
@@ -222,22 +215,18 @@ class TorchLeaves:
         return bool(wrong.any())
 
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """See `LeafRuntime`."""
         if target.nbytes:
             # bytes to bytes, both in one piece: torch then makes one cudaMemcpyAsync of it, and stages nothing
             place = host_tensor(self._torch, target.reshape(-1).view(np.uint8))
             place.copy_(flat_bytes(self._torch, array.array), non_blocking=True)
 
     def wait(self, device: int) -> None:
-        """See `LeafRuntime`."""
         self._torch.cuda.current_stream(device).synchronize()
 
     def to_host(self, array: DeviceArray) -> Array:
-        """See `LeafRuntime`."""
         return as_array(array.array.cpu(), "")
 
     def page_locking(self, device: int) -> PageLocking:
-        """See `LeafRuntime`."""
         return TorchPageLocking(self._torch, device)
 
     def _seen_as_tensor(self, leaf: Any) -> Any:
@@ -285,15 +274,12 @@ class TorchReceiver:
 
     @property
     def name(self) -> str:
-        """See `Receiver`."""
         return str(self._device)
 
     def page_locking(self) -> PageLocking:
-        """See `Receiver`."""
         return TorchPageLocking(self._torch, self._device.index)
 
     def upload(self, source: Bytes) -> Upload:
-        """See `Receiver`."""
         torch = self._torch
         # allocated under the stream that writes to it first: reused there it is in turn, whatever had it before
         with torch.cuda.stream(self._stream):
@@ -325,20 +311,16 @@ class _TorchUpload:
 
     @property
     def done(self) -> bool:
-        """See `Upload`."""
         return bool(self._event.query())
 
     def wait(self) -> None:
-        """See `Upload`."""
         self._event.synchronize()
 
     def ready(self) -> None:
-        """See `Upload`."""
         stream = self._torch.cuda.current_stream(self._memory.device)
         stream.wait_event(self._event)
         # without it the caching allocator would hand the memory to the next payload while this stream still reads it
         self._memory.record_stream(stream)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """See `Upload`."""
         return view_of_bytes(self._torch, self._memory, offset, shape, dtype)

@@ -47,15 +47,6 @@ from ucxx_transport.trainer.prefetcher import Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 from ucxx_transport.worker.mixin import UCXXRolloutMixin
 
-__all__ = [
-    "NAME",
-    "CosmosDataPackerMixin",
-    "CosmosPayloadTransport",
-    "CosmosRolloutMixin",
-    "TransportSetupError",
-    "UCXXStrategy",
-]
-
 NAME = "ucxx_transport"
 """Of the transport in `payload_transfer`, and of its table of settings."""
 

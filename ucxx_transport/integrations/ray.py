@@ -26,8 +26,6 @@ from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
-__all__ = ["ActorRollouts", "RolloutCounts", "server_config_of_node"]
-
 _log = get_logger(__name__)
 
 _DYING_S = 30.0

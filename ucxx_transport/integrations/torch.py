@@ -13,8 +13,6 @@ from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
 
-__all__ = ["EpisodeDataset", "arrays_of"]
-
 T = TypeVar("T")
 
 

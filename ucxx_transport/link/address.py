@@ -25,8 +25,6 @@ from pathlib import Path
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.settings import RDMA_FOLDER
 
-__all__ = ["Interface", "choose_address", "decide_address", "default_route_source", "list_interfaces"]
-
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
 _ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and nobody's
 

@@ -27,20 +27,6 @@ from typing import Literal, Protocol, TypeAlias
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = [
-    "Counters",
-    "Endpoint",
-    "Link",
-    "LinkStatistics",
-    "Listener",
-    "LostReason",
-    "OnEndpoint",
-    "Pending",
-    "byte_view",
-    "checked_port",
-    "hand_over",
-]
-
 LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "reset", "truncated", "unreachable"]
 """`PeerLostError.facts["reason"]`.
 
@@ -141,7 +127,6 @@ class Pending(Protocol):
     @property
     def completed(self) -> bool:
         """Whether the operation is over, well or badly. From then on the link does not touch the buffer."""
-        ...
 
     async def wait(self, until_s: float | None = None) -> None:
         """Return when the operation has succeeded. Ends with its endpoint's `close()` at the latest.
@@ -157,7 +142,6 @@ class Pending(Protocol):
             BusyError: UCX is out of resources that will come back.
             TimeoutError: not within `until_s`.
         """
-        ...
 
 
 class Endpoint(Protocol):
@@ -166,17 +150,14 @@ class Endpoint(Protocol):
     @property
     def peer(self) -> str:
         """`host:port` of the other end where it is known, for messages and logs."""
-        ...
 
     @property
     def alive(self) -> bool:
         """False once the peer is known to be lost, or this side has closed."""
-        ...
 
     @property
     def closed(self) -> bool:
         """Whether `close()` has been called."""
-        ...
 
     def post_receive(self, buffer: object) -> Pending:
         """Receive the next message that no earlier receive has taken.
@@ -188,7 +169,6 @@ class Endpoint(Protocol):
             PeerLostError: the endpoint is closed, or its peer lost.
             ConfigError: the buffer cannot be written or is not contiguous, or this is another thread.
         """
-        ...
 
     def post_send(self, buffer: object) -> Pending:
         """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
@@ -200,7 +180,6 @@ class Endpoint(Protocol):
             PeerLostError: the endpoint is closed, or its peer lost.
             ConfigError: the buffer is not contiguous, or this is another thread.
         """
-        ...
 
     async def close(self) -> bool:
         """Close the connection and end what is in flight on it.
@@ -211,7 +190,6 @@ class Endpoint(Protocol):
             True when no operation of this endpoint will touch any buffer again. False when one never ended within the
             bound: its buffer stays referenced by the link for good, and must not be reused by the caller.
         """
-        ...
 
 
 OnEndpoint: TypeAlias = Callable[[Endpoint], None]
@@ -224,11 +202,9 @@ class Listener(Protocol):
     @property
     def port(self) -> int:
         """The port really bound."""
-        ...
 
     async def close(self) -> None:
         """Take no further connection. Idempotent. Endpoints handed over before live on."""
-        ...
 
 
 class Link(Protocol):
@@ -241,7 +217,6 @@ class Link(Protocol):
             PeerLostError: refused, reset or unreachable (with UCX, nothing listening may also just take for ever).
             ProtocolError: something else than this package answers there.
         """
-        ...
 
     async def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
         """Take connections on a port.
@@ -253,19 +228,15 @@ class Link(Protocol):
         Raises:
             ConfigError: the port is in use or forbidden; `facts["port"]`.
         """
-        ...
 
     def statistics(self) -> LinkStatistics:
         """A snapshot of the counters."""
-        ...
 
     def transports(self) -> tuple[str, ...]:
         """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it cannot be told."""
-        ...
 
     async def aclose(self) -> None:
         """Close listeners and endpoints, end what is in flight, give back the resources. Idempotent, bounded."""
-        ...
 
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:

@@ -20,19 +20,6 @@ from typing import Any, Protocol
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = [
-    "SYMBOLS",
-    "Binding",
-    "UcxArray",
-    "UcxEndpoint",
-    "UcxListener",
-    "UcxProbe",
-    "UcxRequest",
-    "UcxTag",
-    "UcxWorker",
-    "load_binding",
-]
-
 SYMBOLS = MappingProxyType(
     {
         "ucxx._lib.arr": ("Array",),

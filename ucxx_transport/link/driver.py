@@ -25,8 +25,6 @@ from typing import Protocol
 from ucxx_transport.link.base import Counters
 from ucxx_transport.link.binding import UcxRequest, UcxWorker
 
-__all__ = ["ProgressDriver", "Watched"]
-
 BURST = 32
 """Progress calls in one turn: at 512 KiB a segment some 2 ms, so that other tasks need not wait for a transfer."""
 
@@ -60,7 +58,6 @@ class Watched(Protocol):
 
     def poll(self) -> bool:
         """Ask UCX; ends the operation if it is over."""
-        ...
 
 
 class ProgressDriver:

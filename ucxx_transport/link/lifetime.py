@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ucxx_transport.link.driver import ProgressDriver
     from ucxx_transport.link.pending import Operation
 
-__all__ = ["check_not_forked", "drain", "leak", "register", "unregister"]
-
 DRAIN_TIMEOUT_S = 1.0
 
 

@@ -18,8 +18,6 @@ import os
 import socket
 from pathlib import Path
 
-__all__ = ["endpoint_lanes", "endpoint_peer", "loaded_library", "quiet_ucxx_log", "release_cancelled"]
-
 _REMOTE_SOCKADDR, _TRANSPORTS = 1 << 2, 1 << 3  # enum ucp_ep_attr_field
 _MAX_LANES = 32
 _SOCKADDR_BYTES = 128

@@ -11,8 +11,6 @@ from ucxx_transport.link.binding import Binding, UcxEndpoint, UcxRequest, UcxWor
 from ucxx_transport.link.driver import ProgressDriver
 from ucxx_transport.link.translate import Translator, raisable
 
-__all__ = ["LinkContext", "Operation", "OperationOwner", "UCXXPending"]
-
 
 class OperationOwner(Protocol):
     """The endpoint, as its operations see it."""
@@ -24,7 +22,6 @@ class OperationOwner(Protocol):
 
     def explain(self, exc: Exception) -> TransportError:
         """The error to raise for one of UCX's."""
-        ...
 
 
 class LinkContext(Protocol):
@@ -141,11 +138,9 @@ class UCXXPending(Operation):
 
     @property
     def completed(self) -> bool:
-        """See `base.Pending.completed`."""
         return self.done or self.poll()
 
     async def wait(self, until_s: float | None = None) -> None:
-        """See `base.Pending.wait`."""
         driver = self._owner.driver
         if not self.done and not self.given_up and not driver.spin_for(self):
             driver.kick()

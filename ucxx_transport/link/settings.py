@@ -27,8 +27,6 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["RDMA_FOLDER", "SHM_LANES", "TUNED", "WITHOUT_RDMA", "context_settings", "rdma_devices"]
-
 RDMA_FOLDER: Final = Path("/sys/class/infiniband")
 """One entry a device, InfiniBand or not (RoCE, iWARP, EFA): Linux, Documentation/ABI/stable/sysfs-class-infiniband."""
 

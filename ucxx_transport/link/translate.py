@@ -20,8 +20,6 @@ from typing import Any
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import LostReason
 
-__all__ = ["Translator", "lost", "raisable"]
-
 
 class Translator:
     """Maps exceptions of one imported ucxx.

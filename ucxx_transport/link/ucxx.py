@@ -26,8 +26,6 @@ from ucxx_transport.link.translate import Translator, lost
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
 from ucxx_transport.link.ucxx_listener import UCXXListener
 
-__all__ = ["UCXXLink"]
-
 UNEXPECTED_AT_ONCE = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the loop."""
 
@@ -136,12 +134,10 @@ class UCXXLink:
         return listener
 
     def statistics(self) -> LinkStatistics:
-        """See `base.Link.statistics`."""
         self.counters.endpoints_open = len(self._endpoints)
         return self.counters.snapshot()
 
     def transports(self) -> tuple[str, ...]:
-        """See `base.Link.transports`."""
         lanes = [lane for endpoint in self._endpoints for lane in endpoint.lanes()]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)

@@ -30,8 +30,6 @@ from ucxx_transport.link.native import endpoint_lanes, release_cancelled
 from ucxx_transport.link.pending import LinkContext, Operation, UCXXPending
 from ucxx_transport.link.translate import lost, raisable
 
-__all__ = ["HELLO_BYTES", "UCXXEndpoint", "decode_hello", "encode_hello"]
-
 MAGIC = b"UXTL"
 VERSION = 1
 _HELLO = struct.Struct("<4sHHQ")
@@ -85,11 +83,9 @@ class UCXXEndpoint:
 
     @property
     def alive(self) -> bool:
-        """See `base.Endpoint.alive`."""
         return not (self.closed or self._lost)
 
     def post_receive(self, buffer: object) -> UCXXPending:
-        """See `base.Endpoint.post_receive`."""
         ucx = self._usable()
         view = byte_view(buffer, writable=True)
         pending = UCXXPending(self, view, sending=False)
@@ -112,7 +108,6 @@ class UCXXEndpoint:
         return pending
 
     async def close(self) -> bool:
-        """See `base.Endpoint.close`."""
         self.link.check_thread()
         if self._closing is None:
             self.begin_close()

@@ -16,8 +16,6 @@ from ucxx_transport.link.native import endpoint_peer
 from ucxx_transport.link.pending import LinkContext
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
 
-__all__ = ["UCXXListener"]
-
 
 class UCXXListener:
     """See `base.Listener`. After `close()` the port stays bound until the endpoints accepted on it are closed too.
@@ -41,7 +39,6 @@ class UCXXListener:
         self.port: int = self._ucx.port
 
     async def close(self) -> None:
-        """See `base.Listener.close`."""
         self.close_now()
 
     def close_now(self) -> None:

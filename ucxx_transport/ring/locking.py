@@ -36,8 +36,6 @@ from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, SlotError
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE, MUTEX_BYTES
 
-__all__ = ["ReenteredError", "SegmentLock", "initialise_mutex"]
-
 ArgumentTs = TypeVarTuple("ArgumentTs")
 ResultT = TypeVar("ResultT")
 

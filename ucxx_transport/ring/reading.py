@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -108,12 +107,9 @@ class ReadLease:
         return memory
 
     def __enter__(self) -> Self:
-        """The lease itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""
         if self._claim is not None and self._claim.is_live:
             self.release_reading()

@@ -26,8 +26,6 @@ from typing import Final
 
 from ucxx_transport.errors import SlotError
 
-__all__ = ["TRANSITIONS", "SlotEvent", "SlotState", "advance", "generation_of", "state_of"]
-
 
 class SlotState(IntEnum):
     """What a slot holds. The numbers are part of the segment's layout."""

@@ -364,7 +364,6 @@ class WriteLease:
         return self._writer.abort(self._claim)
 
     def __enter__(self) -> Self:
-        """The lease itself."""
         return self
 
     def __exit__(

@@ -7,7 +7,6 @@ import atexit
 import os
 import time
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.config import ServerConfig
@@ -150,9 +149,7 @@ class UCXXServer(RingSource):
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop."""
         self.stop()
 
@@ -168,9 +165,7 @@ class UCXXServer(RingSource):
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
         stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
         try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-__all__ = ["Faults"]
-
 
 @dataclass(slots=True, kw_only=True)
 class Faults:

@@ -16,15 +16,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self, TypeVarTuple
 
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.base import LinkStatistics, LostReason, OnEndpoint, byte_view, checked_port, hand_over
 from ucxx_transport.link.translate import lost
 from ucxx_transport.testing.faults import Faults
-
-__all__ = ["MemoryEndpoint", "MemoryLink", "MemoryListener", "MemoryNetwork", "MemoryPending"]
 
 EAGER_BYTES = 8191
 """Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
@@ -71,7 +68,6 @@ class MemoryPending:
         self._waiters.clear()
 
     async def wait(self, until_s: float | None = None) -> None:
-        """See `base.Pending.wait`."""
         if not self.completed and self._error is None:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -97,7 +93,6 @@ class MemoryEndpoint:
         self._outbox: deque[tuple[bytes | memoryview, MemoryPending]] = deque()
 
     def post_receive(self, buffer: object) -> MemoryPending:
-        """See `base.Endpoint.post_receive`."""
         pending = self._post(buffer, sending=False)
         pending.immortal = self.link.network.faults.never_complete
         self._receives.append(pending)
@@ -105,7 +100,6 @@ class MemoryEndpoint:
         return pending
 
     def post_send(self, buffer: object) -> MemoryPending:
-        """See `base.Endpoint.post_send`."""
         pending = self._post(buffer, sending=True)
         faults = self.link.network.faults
         if faults.breaks_connection():
@@ -124,7 +118,6 @@ class MemoryEndpoint:
         return pending
 
     async def close(self) -> bool:
-        """See `base.Endpoint.close`."""
         if not self.closed:
             self.closed = True
             self._end("closed", itself=True)
@@ -250,7 +243,6 @@ class MemoryListener:
         self.on_endpoint = on_endpoint
 
     async def close(self) -> None:
-        """See `base.Listener.close`."""
         if self.link.network.listeners.get(self.port) is self:
             del self.link.network.listeners[self.port]
 
@@ -285,9 +277,7 @@ class MemoryLink:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def connect(self, host: str, port: int) -> MemoryEndpoint:
@@ -309,7 +299,6 @@ class MemoryLink:
         return here
 
     async def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
-        """See `base.Link.listen`."""
         self.check_owner()
         self._loop = asyncio.get_running_loop()
         checked_port(port, lowest=0)
@@ -322,7 +311,6 @@ class MemoryLink:
         return listener
 
     def statistics(self) -> LinkStatistics:
-        """See `base.Link.statistics`."""
         return LinkStatistics(endpoints_open=len(self._endpoints), **self._counts)
 
     def transports(self) -> tuple[str, ...]:
@@ -330,7 +318,6 @@ class MemoryLink:
         return ("memory",)
 
     async def aclose(self) -> None:
-        """See `base.Link.aclose`."""
         self.closed = True
         for listener in self._listeners:
             await listener.close()

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
 
 
-__all__ = ["Batch", "BatchReader", "Loss", "fetch_batch"]
-
 DEFAULT_FETCH_ROUNDS: Final = 3
 
 ROUND_PAUSE_S: Final = 0.1

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ucxx_transport.errors import ConfigError
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
-
-__all__ = ["EpisodeStream", "StreamedEpisode"]
 
 _END = object()
 """The references have ended. Not an exception: kept, it would keep the frames that it was raised through."""
@@ -133,13 +130,9 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
-        """The stream itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _next_begun(self) -> tuple[AskedFor, PendingBatch]:

@@ -164,7 +164,6 @@ class UploadingReader:
     async def read_many(
         self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
     ) -> list[Payload | TransportError]:
-        """See `UCXXClient.read_many`."""
         return await gather_results(lambda ref: self._read(ref, deadline_s), refs)
 
     async def _read(self, ref: SlotRef, deadline_s: float | None) -> Payload:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.client import ClientStatistics, UCXXClient
@@ -268,13 +267,9 @@ class Prefetcher:
         self._thread.stop()
 
     def __enter__(self) -> Self:
-        """The prefetcher itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _request(self, records: Records, policy_version: int | None) -> FetchRequest:

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.errors import ConfigError, SlotError
@@ -299,13 +298,9 @@ class RolloutFeed:
             self._in_use = None
 
     def __enter__(self) -> Self:
-        """The feed itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _begun(self, asked: _Asked, policy_version: int | None) -> None:

@@ -78,7 +78,6 @@ class _Views:
     uploader = None
 
     def __call__(self, payload: Payload) -> ArrayTree:
-        """See `Unpacker`."""
         return payload.arrays
 
 
@@ -91,7 +90,6 @@ class _CpuTensors:
         self._torch = torch
 
     def __call__(self, payload: Payload) -> ArrayTree:
-        """See `Unpacker`."""
         tree: ArrayTree = map_leaves(self._tensor, payload.arrays)
         return tree
 
@@ -106,7 +104,6 @@ class _OnDevice:
         self.uploader = uploader
 
     def __call__(self, payload: Payload) -> ArrayTree:
-        """See `Unpacker`."""
         if isinstance(payload, DevicePayload):
             return payload.arrays
         with self.uploader.upload(payload) as uploaded:

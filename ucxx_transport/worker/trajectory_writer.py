@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -190,13 +189,9 @@ class TrajectoryWriter:
             self._open.close()
 
     def __enter__(self) -> Self:
-        """The writer itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _ready_for(self, trajectory: Mapping[str, object]) -> TrajectoryPacker:

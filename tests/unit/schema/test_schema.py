@@ -38,11 +38,8 @@ def test_a_table_of_lengths_comes_first_only_with_varlen_fields() -> None:
 
 def test_a_varlen_field_takes_only_the_rows_it_has() -> None:
     placement = VARLEN.layout({"obs": 1, "reward": 3})
-    assert [(field.name, field.offset, field.shape, field.nbytes) for field in placement.fields] == [
-        ("obs", 64, (1, 4), 16),
-        ("seed", 128, (), 8),
-        ("reward", 192, (3,), 6),
-    ]
+    assert placement.offsets == (64, 128, 192)
+    assert placement.shapes == ((1, 4), (), (3,))
     assert placement.nbytes == 198
     assert placement.lengths == (1, 3)
 

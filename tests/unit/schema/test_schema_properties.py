@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from typing import Any, TypeVar
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
@@ -134,10 +135,11 @@ def test_a_varlen_tree_comes_back_and_is_never_padded(tree: dict[str, Any], data
     table_bytes = -(-8 * len(chosen) // 64) * 64
     assert nbytes <= table_bytes + sum(-(-field.nbytes // 64) * 64 for field in example)
     assert nbytes == schema.layout(schema.lengths_of(tree)).nbytes
-    placed = schema.layout(schema.lengths_of(tree)).fields
-    assert all(field.offset % 64 == 0 for field in placed)
-    for before, after in pairwise(placed):
-        assert before.offset + before.nbytes <= after.offset
+    placed = schema.layout(schema.lengths_of(tree))
+    assert all(offset % 64 == 0 for offset in placed.offsets)
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(placed.shapes, placed.dtypes, strict=True)]
+    for size, (offset, following) in zip(sizes, pairwise(placed.offsets), strict=False):
+        assert offset + size <= following
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 12), min_size=3, max_size=3))

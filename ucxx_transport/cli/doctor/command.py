@@ -21,8 +21,6 @@ from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.units import format_bytes, format_duration
 
-__all__ = ["doctor"]
-
 _PAYLOAD_BYTES = 1 << 20
 _READS = 32
 _SIGNS: Final[dict[Verdict, str]] = {

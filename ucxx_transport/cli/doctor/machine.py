@@ -20,8 +20,6 @@ from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes
 
-__all__ = ["Finding", "Verdict", "host_findings", "segments_finding", "software_findings"]
-
 Verdict = Literal["ok", "note", "warning", "failure"]
 
 

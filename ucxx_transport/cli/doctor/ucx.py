@@ -18,9 +18,6 @@ from typing import Any
 from ucxx_transport.cli.doctor.machine import Finding
 from ucxx_transport.link.settings import rdma_devices
 
-__all__ = ["transport_findings", "ucx_findings"]
-
-
 _PROBE_LIMIT_S = 30.0
 _RDMA = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
 _PREFER_SYSTEM = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
