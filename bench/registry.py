@@ -44,8 +44,8 @@ from rich.table import Table
 
 from bench.core.host import commit_of, host_facts
 from tests.support.etcd_server import EtcdServer, find_etcd
-from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
+from tests.support.sidecars import sidecars_of
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.cli.output import console
 from ucxx_transport.membership import SourceRecord, SourceStatus, Store
@@ -263,7 +263,7 @@ ENDS: Final = {
     "stop": "stop()",
     "term": "SIGTERM",
     "kill": "SIGKILL",
-    "both": "SIGKILL, and its keeper's process",
+    "both": "SIGKILL, and its sidecar",
     "hang": "SIGSTOP",
 }
 
@@ -284,10 +284,8 @@ def end_worker(running: Program, end: str) -> None:
     if end == "stop":
         running.tell(stop=True)
     elif end == "both":
-        keeper = keeper_of(running.pid)
-        if keeper is None:
-            raise SystemExit("the worker has no keeper")
-        os.kill(keeper, signal.SIGKILL)
+        for sidecar in sidecars_of(running.pid):
+            os.kill(sidecar, signal.SIGKILL)
         running.signal(signal.SIGKILL)
     else:
         running.signal({"term": signal.SIGTERM, "kill": signal.SIGKILL, "hang": signal.SIGSTOP}[end])

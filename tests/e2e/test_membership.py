@@ -1,4 +1,8 @@
-"""Workers that come, go, hang and come back, as a trainer's watcher sees them: real processes, stores and UCX."""
+"""Workers that come, go, hang and come back, as a trainer's watcher sees them: real processes, stores and UCX.
+
+On one store in the gate, and on the other where there is time: the conformance suite proves the two equal. What
+`tests/unit/membership` shows in one process is repeated here only where there is time.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.etcd_server import EtcdServer
+from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
-from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
+from tests.support.sidecars import sidecars_of
 from tests.support.stopping import stop_process
-from tests.support.store_rigs import StoreRig
+from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -42,12 +48,24 @@ FAST = {"interval_s": INTERVAL_S, "backoff_s": 0.02, "max_backoff_s": 0.2}
 OVER_UCX = ClientConfig(local="off", connect_timeout_s=1.0)
 
 
+@pytest.fixture(params=["local", exhaustive("etcd")])
+def own_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
+    """A store for one test alone, which may wipe, stall and restart it."""
+    if request.param == "local":
+        rig: StoreRig = LocalRig(tmp_path)
+    else:
+        server: EtcdServer = request.getfixturevalue("own_etcd")
+        rig = EtcdRig(server)
+    with rig.stack:
+        yield rig
+
+
 @pytest.fixture
 def host(own_rig: StoreRig, monkeypatch: pytest.MonkeyPatch) -> StoreRig:
     """The store of the test, which the worker processes reach by their environment."""
     monkeypatch.setenv("UCXX_TRANSPORT_STORE__NAMESPACE", str(own_rig.settings["namespace"]))
     monkeypatch.setenv("UCXX_TRANSPORT_STORE__TIMEOUT_S", "0.5")  # what their calls wait for at most
-    own_rig.open().identity()  # a file is made by whoever asks first
+    own_rig.open().identity()  # the first call makes the file
     return own_rig
 
 
@@ -56,8 +74,8 @@ def store(host: StoreRig) -> Store:
     return host.open()
 
 
-class Told:
-    """What a watcher tells, in order."""
+class Heard:
+    """What a watcher reports, in order."""
 
     def __init__(self, store: Store) -> None:
         self.changes: list[tuple[str, str, int, SourceStatus]] = []
@@ -89,8 +107,8 @@ class Told:
 
 
 @pytest.fixture
-def told(store: Store) -> Iterator[Told]:
-    seen = Told(store)
+def heard(store: Store) -> Iterator[Heard]:
+    seen = Heard(store)
     with seen.watcher:
         yield seen
 
@@ -112,45 +130,47 @@ def ref_of(answer: dict[str, object]) -> SlotRef:
     return SlotRef.from_dict(answer["ref"])
 
 
-def test_a_worker_is_seen_with_where_it_serves_and_goes_when_it_stops(host: StoreRig, told: Told) -> None:
+@pytest.mark.parametrize("own_rig", ["local", "etcd"], indirect=True)
+def test_a_worker_is_seen_with_where_it_serves_and_goes_when_it_stops(host: StoreRig, heard: Heard) -> None:
     with worker(host, "a/b ü", serve="0") as running:
         assert running.ask(published=MINUTE) == {"epoch": 1}
-        (source,) = told.watcher.wait_for(1, MINUTE)
+        (source,) = heard.watcher.wait_for(1, MINUTE)
         assert (source.worker_id, source.host, list(source.ports)) == (
             "a/b ü",
             "127.0.0.1",
             running.ask(look=True)["ports"],
         )
         assert source.status is SourceStatus.READY
+        assert len(sidecars_of(running.pid)) == 1, "the process that serves renews the lease, too"
         ref = ref_of(running.ask(write="hello"))
         assert ref.ring_id == source.ring_id
-        with SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+        with SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
             assert bytes(client.read(ref, deadline_s=MINUTE).buffer) == b"hello"
         ended(running)
-    wait_until(lambda: told.of("remove") == [("a/b ü", 1)], MINUTE, what="the source is gone")
-    assert told.statuses(1)[-1] is SourceStatus.STALE  # as it was known when it went
-    assert told.watcher.sources(status=None) == ()
+    wait_until(lambda: heard.of("remove") == [("a/b ü", 1)], MINUTE, what="the source is gone")
+    assert heard.statuses(1)[-1] is SourceStatus.STALE  # as it was known when it went
+    assert heard.watcher.sources(status=None) == ()
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_is_killed_is_gone(host: StoreRig, told: Told, end: signal.Signals) -> None:
+def test_a_worker_that_is_killed_is_gone(host: StoreRig, heard: Heard, end: signal.Signals) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         running.signal(end)
         assert running.wait() == (-end if end is signal.SIGKILL else 128 + end)
-        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
+        wait_until(lambda: heard.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
     if end is signal.SIGTERM:
-        assert told.statuses(1)[-1] is SourceStatus.STALE
+        assert heard.statuses(1)[-1] is SourceStatus.STALE
 
 
-def test_a_worker_killed_with_all_its_group_is_gone_when_its_lease_is_over(host: StoreRig, told: Told) -> None:
+def test_a_worker_killed_with_all_its_group_is_gone_when_its_lease_is_over(host: StoreRig, heard: Heard) -> None:
     with worker(host, keeper="thread") as running:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         running.signal(signal.SIGKILL)
         running.wait()
-        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
+        wait_until(lambda: heard.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
 
 
 def test_a_read_in_the_bind_window_is_not_ready_and_is_served_after_it(host: StoreRig) -> None:
@@ -160,7 +180,7 @@ def test_a_read_in_the_bind_window_is_not_ready_and_is_served_after_it(host: Sto
         assert running.ask(look=True)["state"] == "publishing"
         with ThreadPoolExecutor(1) as thread:
             reading = thread.submit(client.read, ref, deadline_s=MINUTE)
-            wait_until(lambda: client.statistics().not_ready > 1, MINUTE, what="it is told to come again")
+            wait_until(lambda: client.statistics().not_ready > 1, MINUTE, what="it is answered NOT_READY")
             assert not reading.done()
             host.resume()
             assert running.ask(published=MINUTE) == {"epoch": 1}
@@ -168,6 +188,7 @@ def test_a_read_in_the_bind_window_is_not_ready_and_is_served_after_it(host: Sto
         ended(running)
 
 
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
 def test_a_store_that_comes_up_after_the_time_to_publish_is_published_to(host: StoreRig) -> None:
     host.stall()
     with worker(host, publish_timeout_s=0.1) as running:
@@ -178,7 +199,8 @@ def test_a_store_that_comes_up_after_the_time_to_publish_is_published_to(host: S
         ended(running)
 
 
-def test_a_worker_told_to_stop_trying_stops_with_the_store_s_answer(host: StoreRig) -> None:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_worker_that_is_not_to_retry_fails_with_the_store_s_answer(host: StoreRig) -> None:
     host.stall()
     with worker(host, publish_timeout_s=0.1, on_timeout="stop") as running:
         assert running.ask(published=MINUTE) == {"error": "StoreUnavailableError"}
@@ -189,11 +211,11 @@ def test_a_worker_told_to_stop_trying_stops_with_the_store_s_answer(host: StoreR
         ended(running)
 
 
-@pytest.mark.parametrize("outage_s", [TTL_S / 3, 2 * TTL_S])
-def test_a_trainer_reads_on_while_the_store_is_away(host: StoreRig, told: Told, outage_s: float) -> None:
-    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+@pytest.mark.parametrize("outage_s", [exhaustive(TTL_S / 3), 2 * TTL_S])
+def test_a_trainer_reads_on_while_the_store_is_away(host: StoreRig, heard: Heard, outage_s: float) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         host.stall()
         until_s = time.monotonic() + outage_s
         reads = 0
@@ -201,20 +223,20 @@ def test_a_trainer_reads_on_while_the_store_is_away(host: StoreRig, told: Told, 
             text = f"episode {reads}"
             assert bytes(client.read(ref_of(running.ask(write=text)), deadline_s=MINUTE).buffer) == text.encode()
             reads += 1
-        assert told.of("remove") == []
+        assert heard.of("remove") == []
         host.resume()
-        wait_until(lambda: is_settled(running, told), MINUTE, what="worker and watcher agree again")
+        wait_until(lambda: is_settled(running, heard), MINUTE, what="worker and watcher agree again")
         # a lease that was lost meanwhile is a new epoch: what is written just then may be lost with the old one
         wait_until(lambda: reads_one(client, running), MINUTE, what="it reads on")
         assert running.ask(look=True)["epoch"] <= 2
         ended(running)
 
 
-def is_settled(running: Program, told: Told) -> bool:
+def is_settled(running: Program, heard: Heard) -> bool:
     """Whether the watcher knows the worker by the epoch that it has."""
     looked = running.ask(look=True)
-    epochs = [source.epoch for source in told.watcher.sources()]
-    return looked["state"] == "live" and epochs == [looked["epoch"]] and told.watcher.statistics().synced
+    epochs = [source.epoch for source in heard.watcher.sources()]
+    return looked["state"] == "live" and epochs == [looked["epoch"]] and heard.watcher.statistics().synced
 
 
 def reads_one(client: SyncUCXXClient, running: Program) -> bool:
@@ -225,17 +247,17 @@ def reads_one(client: SyncUCXXClient, running: Program) -> bool:
         return False
 
 
-def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: StoreRig, heard: Heard) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         old = ref_of(running.ask(write="of the first epoch"))
         stop_process(running.pid)
-        wait_until(lambda: told.of("remove") == [("w", 1)], MINUTE, what="it is missed")
+        wait_until(lambda: heard.of("remove") == [("w", 1)], MINUTE, what="it is missed")
         with pytest.raises(PeerLostError, match="is gone"):
             client.read(old, deadline_s=MINUTE)
         running.signal(signal.SIGCONT)
-        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        wait_until(lambda: heard.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
         assert running.ask(published=MINUTE) == {"epoch": 2}
         with pytest.raises(StaleSlotError):
             client.read(old, deadline_s=MINUTE)
@@ -244,28 +266,30 @@ def test_a_stopped_worker_is_removed_and_comes_back_with_a_larger_epoch(host: St
         ended(running)
 
 
-@pytest.mark.parametrize("how", ["hold", "spin"])
-def test_a_busy_interpreter_costs_no_lease(host: StoreRig, told: Told, how: str) -> None:
+@pytest.mark.parametrize("how", ["hold", exhaustive("spin")])
+def test_a_busy_interpreter_costs_no_lease(host: StoreRig, heard: Heard, how: str) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
-        wait_until(lambda: keeper_keeps(running), MINUTE, what="the keeper keeps")
+        heard.watcher.wait_for(1, MINUTE)
+        wait_until(lambda: keeper_keeps(running), MINUTE, what="the sidecar renews")
         assert running.ask(**{how: 3 * TTL_S}) == {}
         assert running.ask(look=True)["statistics"]["losses"] == 0
-        assert told.of("remove") == []
+        assert heard.of("remove") == []
         ended(running)
 
 
-def test_a_lost_keeper_is_replaced(host: StoreRig, told: Told) -> None:
-    with worker(host) as running:
+@pytest.mark.parametrize("serve", ["0", exhaustive("unserved")])
+def test_a_killed_sidecar_is_replaced_and_costs_no_lease(host: StoreRig, heard: Heard, serve: str) -> None:
+    with worker(host, serve=serve) as running:
         running.ask(published=MINUTE)
-        wait_until(lambda: keeper_keeps(running), MINUTE, what="the keeper keeps")
-        keeper = keeper_of(running.pid)
-        assert keeper is not None
-        os.kill(keeper, signal.SIGKILL)
-        wait_until(lambda: keeper_keeps(running, restarts=1), MINUTE, what="another keeper keeps")
+        wait_until(lambda: keeper_keeps(running), MINUTE, what="the sidecar renews")
+        (sidecar,) = sidecars_of(running.pid)
+        ports = running.ask(look=True)["ports"]
+        os.kill(sidecar, signal.SIGKILL)
+        wait_until(lambda: keeper_keeps(running, restarts=1), MINUTE, what="another sidecar renews")
         running.ask(hold=2 * TTL_S)
-        assert told.of("remove") == []
+        assert running.ask(look=True)["ports"] == ports
+        assert heard.of("remove") == []
         ended(running)
 
 
@@ -274,92 +298,99 @@ def keeper_keeps(running: Program, restarts: int = 0) -> bool:
     return bool(statistics["keeper_keeps"]) and statistics["keeper_restarts"] == restarts
 
 
-def test_a_reaped_source_publishes_itself_anew(host: StoreRig, store: Store, told: Told) -> None:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_reaped_source_publishes_itself_again(host: StoreRig, store: Store, heard: Heard) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
         entry = store.get("sources/w")
         assert entry is not None
         assert entry.lease_id is not None
         store.revoke(entry.lease_id)
-        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
-        assert told.of("remove") == [("w", 1)]
+        wait_until(lambda: heard.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        assert heard.of("remove") == [("w", 1)]
         ended(running)
 
 
-def test_a_deleted_record_is_published_anew(host: StoreRig, store: Store, told: Told) -> None:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_deleted_record_is_published_again(host: StoreRig, store: Store, heard: Heard) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
         assert store.delete("sources/w")
-        wait_until(lambda: told.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
+        wait_until(lambda: heard.of("add")[1:] == [("w", 2)], MINUTE, what="it is back")
         ended(running)
 
 
-def test_of_two_workers_of_one_name_exactly_one_wins(host: StoreRig, told: Told) -> None:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_of_two_workers_of_one_name_exactly_one_wins(host: StoreRig, heard: Heard) -> None:
     with worker(host) as first, worker(host) as second:
         outcomes = [running.ask(published=MINUTE) for running in (first, second)]
         assert sorted(outcomes, key=str) == [{"epoch": 1}, {"error": "DuplicateSourceError"}]
         loser = first if "error" in outcomes[0] else second
         assert loser.ask(look=True)["state"] == "failed"
-        assert told.of("add") == [("w", 1)]
-        assert told.of("remove") == []
+        assert heard.of("add") == [("w", 1)]
+        assert heard.of("remove") == []
         for running in (first, second):
             ended(running)
 
 
-def test_a_dead_worker_s_name_is_taken_with_a_larger_epoch(host: StoreRig, told: Told) -> None:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_dead_worker_s_name_is_taken_with_a_larger_epoch(host: StoreRig, heard: Heard) -> None:
     with worker(host, keeper="thread") as dead:
         dead.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         dead.signal(signal.SIGKILL)
         dead.wait()
         with worker(host) as heir:
             assert heir.ask(published=MINUTE) == {"epoch": 2}
-            wait_until(lambda: told.of("add") == [("w", 1), ("w", 2)], MINUTE, what="the heir is seen")
-            assert told.of("remove") == [("w", 1)]
+            wait_until(lambda: heard.of("add") == [("w", 1), ("w", 2)], MINUTE, what="the heir is seen")
+            assert heard.of("remove") == [("w", 1)]
             ended(heir)
 
 
-def test_a_server_that_hangs_is_told_stale_once_and_ready_when_it_heals(host: StoreRig, told: Told) -> None:
+def test_a_server_that_hangs_is_reported_stale_once_and_ready_when_it_heals(host: StoreRig, heard: Heard) -> None:
     with worker(host, serve="0") as running:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         server = running.ask(server_pid=True)["server"]
         stop_process(server)
         try:
-            wait_until(lambda: SourceStatus.STALE in told.statuses(1), MINUTE, what="it is told stale")
-            assert told.watcher.sources() == ()
+            wait_until(lambda: SourceStatus.STALE in heard.statuses(1), MINUTE, what="it is reported stale")
+            assert heard.watcher.sources() == ()
         finally:
             os.kill(server, signal.SIGCONT)
-        wait_until(lambda: told.statuses(1)[-1] is SourceStatus.READY, MINUTE, what="it is told ready")
-        assert told.statuses(1).count(SourceStatus.STALE) == 1
-        assert told.of("remove") == []
+        wait_until(lambda: heard.statuses(1)[-1] is SourceStatus.READY, MINUTE, what="it is reported ready")
+        assert heard.statuses(1).count(SourceStatus.STALE) == 1
+        assert heard.of("remove") == []
         ended(running)
 
 
-def test_a_wiped_store_is_published_to_anew_and_nothing_restarts(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_wiped_store_is_published_to_again_and_nothing_restarts(host: StoreRig, heard: Heard) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         host.wipe()
-        wait_until(lambda: ("w", 2) in told.of("add"), MINUTE, what="it is back under a larger epoch")
-        assert told.of("remove") == [("w", 1)]
+        wait_until(lambda: ("w", 2) in heard.of("add"), MINUTE, what="it is back under a larger epoch")
+        assert heard.of("remove") == [("w", 1)]
         assert running.ask(published=MINUTE) == {"epoch": 2}
         ref = ref_of(running.ask(write="after the wipe"))
         assert bytes(client.read(ref, deadline_s=MINUTE).buffer) == b"after the wipe"
         ended(running)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("own_rig", ["etcd"], indirect=True)  # a file has nothing to restart
-def test_a_restarted_store_goes_on_with_its_sources(host: StoreRig, told: Told) -> None:
+def test_a_restarted_store_goes_on_with_its_sources(host: StoreRig, heard: Heard) -> None:
     with worker(host) as running:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         host.restart()
-        wait_until(lambda: is_settled(running, told), MINUTE, what="worker and watcher agree again")
+        wait_until(lambda: is_settled(running, heard), MINUTE, what="worker and watcher agree again")
         ended(running)
-    wait_until(lambda: told.watcher.sources(status=None) == (), MINUTE, what="its end is seen by the same watcher")
+    wait_until(lambda: heard.watcher.sources(status=None) == (), MINUTE, what="its end is seen by the same watcher")
 
 
+@pytest.mark.exhaustive  # the protocol's unit tests show it
 def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: StoreRig) -> None:
     with worker(host, "first", serve="0") as first, SyncUCXXClient(OVER_UCX) as client:
         first.ask(published=MINUTE)
@@ -379,10 +410,10 @@ def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: 
             ended(second)
 
 
-def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, told: Told) -> None:
-    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=told.watcher) as client:
+def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, heard: Heard) -> None:
+    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
         running.ask(published=MINUTE)
-        told.watcher.wait_for(1, MINUTE)
+        heard.watcher.wait_for(1, MINUTE)
         first, ref = ref_of(running.ask(write="one")), ref_of(running.ask(write="two"))
         assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
         server = running.ask(server_pid=True)["server"]
@@ -407,13 +438,14 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         assert client.statistics().pooled_endpoints == 0
 
 
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
 def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_first_came(
-    host: StoreRig, told: Told
+    host: StoreRig, heard: Heard
 ) -> None:
     dead: list[object] = []
     all_gone: list[bool] = []
-    with ReplicaMonitor(on_dead=dead.append, on_all_gone=lambda: all_gone.append(True), feed=told.watcher) as monitor:
-        wait_until(lambda: told.watcher.statistics().synced, MINUTE, what="the watcher knows that nobody is there")
+    with ReplicaMonitor(on_dead=dead.append, on_all_gone=lambda: all_gone.append(True), feed=heard.watcher) as monitor:
+        wait_until(lambda: heard.watcher.statistics().synced, MINUTE, what="the watcher knows that nobody is there")
         assert (dead, all_gone) == ([], [])
         with worker(host, "v") as first, worker(host, "w") as second:
             wait_until(lambda: monitor.alive == {"v", "w"}, MINUTE, what="both are there")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.support.exhaustive import exhaustive
-from tests.support.keepers import keeper_of
 from tests.support.programs import Program, program
+from tests.support.sidecars import sidecars_of
 from tests.support.stopping import stop_process
 from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
@@ -196,7 +196,7 @@ def test_a_busy_interpreter_costs_a_rank_nothing(cluster: Cluster) -> None:
 def test_a_killed_rank_is_gone_long_before_its_lease_would_have_been(cluster: Cluster) -> None:
     first, second = cluster.joined(0, 1, interval_s=10 * LONG_LIVED_S)
     until(lambda: state_of(first)["active"] == [0, 1], "the first has the view that it is to lose the second from")
-    until(lambda: keeper_of(second.pid), "it has a keeper")
+    until(lambda: sidecars_of(second.pid), "it has a sidecar")
     state_of(second)  # and has sent it the lease
     second.signal(signal.SIGKILL)
     alone = wait_until(

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import pytest
 
 from tests.support.fake_source import OFFER, FakeSource
-from tests.support.keepers import keeper_of
+from tests.support.memory_store import MemoryData
 from tests.support.record_history import History
+from tests.support.sidecars import sidecars_of
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
 from tests.support.store_rigs import LocalRig
@@ -351,6 +352,47 @@ def test_the_place_of_another_worker_that_ends_is_taken(store: Store, source: Fa
         assert publisher.wait_published(MINUTE) == 1
 
 
+def test_a_store_that_comes_up_after_the_time_to_publish_is_published_to(
+    front: StoreInFront, source: FakeSource, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    front.reachable = False
+    clock = Clock()
+    with HeartbeatPublisher(front, "w", source, FAST, clock=clock) as publisher:
+        wait_until(lambda: publisher.error, MINUTE, what="the store has not answered")
+        clock.now_s += FAST.publish_timeout_s
+        late = ("source_not_published", "error")
+        wait_until(
+            lambda: late in [(event["event"], event["log_level"]) for event in log_events], MINUTE, what="it is late"
+        )
+        front.reachable = True
+        assert publisher.wait_published(MINUTE) == 1
+
+
+def test_a_worker_that_is_not_to_retry_fails_with_the_store_s_answer(front: StoreInFront, source: FakeSource) -> None:
+    front.reachable = False
+    clock = Clock()
+    config = replace(FAST, on_timeout="stop")
+    with HeartbeatPublisher(front, "w", source, config, clock=clock) as publisher:
+        wait_until(lambda: publisher.error, MINUTE, what="the store has not answered")
+        clock.now_s += config.publish_timeout_s
+        with pytest.raises(StoreUnavailableError, match="the connection is cut"):
+            publisher.wait_published(2 * config.publish_timeout_s)
+        ended_thread()
+        front.reachable = True
+        assert publisher.state is PublisherState.FAILED
+
+
+def test_a_wiped_store_is_published_to_again(data: MemoryData, store: Store, source: FakeSource) -> None:
+    with HeartbeatPublisher(store, "w", source, FAST) as publisher:
+        publisher.wait_published(MINUTE)
+        data.wipe()
+        wait_until(lambda: publisher.epoch == 2, MINUTE, what="it is published again, under a larger epoch")
+        publisher.wait_published(MINUTE)
+        found = stored(store)
+        assert found is not None
+        assert (found.epoch, found.status) == (2, SourceStatus.READY)
+
+
 @pytest.mark.parametrize("how", ["lease", "record", "overwritten"])
 def test_what_is_lost_is_published_again_under_a_larger_epoch(
     store: Store, history: History, source: FakeSource, how: str
@@ -574,16 +616,15 @@ def test_a_stop_in_a_forked_child_is_not_its_parent_s(store: Store, source: Fake
         assert publisher.state is PublisherState.LIVE
 
 
-def test_a_keeper_that_died_before_the_source_is_ready_is_replaced_and_nobody_spins(
+def test_a_sidecar_that_died_before_the_source_is_ready_is_replaced_without_a_busy_loop(
     tmp_path: Path, source: FakeSource
 ) -> None:
     source.bind_error = DeadlineExceededError("the ring's lock")
     slow = replace(FAST, interval_s=5.0, keeper="process", backoff_s=MINUTE, max_backoff_s=MINUTE)
     with HeartbeatPublisher(f"local://{tmp_path}/store.db", "w", source, slow) as publisher:
         wait_until(lambda: publisher.state is PublisherState.STARTING, MINUTE, what="it is visible")
-        keeper = wait_until(lambda: keeper_of(os.getpid()), MINUTE, what="there is a keeper")
-        assert keeper is not None
-        os.kill(keeper, signal.SIGKILL)
+        (sidecar,) = wait_until(lambda: sidecars_of(os.getpid()), MINUTE, what="there is a sidecar")
+        os.kill(sidecar, signal.SIGKILL)
         wait_until(lambda: publisher.statistics().keeper_restarts == 1, MINUTE, what="another is started")
-        # each word of a keeper is worth one try, and there were its renewal, its end and its successor's renewal
+        # each news of a sidecar is worth one try, and there were its renewal, its end and its successor's renewal
         assert publisher.statistics().attempts <= 4
