@@ -174,4 +174,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestDoubleBuffer = Machine.TestCase
-TestDoubleBuffer.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestDoubleBuffer.settings = settings(stateful_step_count=40)
