@@ -68,7 +68,7 @@ def test_an_orphan_of_a_dead_child_is_found_too() -> None:
     assert "an orphan" in found["processes"][0]
 
 
-def test_a_segment_in_this_run_s_folder_is_found_whoever_made_it_and_a_neighbour_s_is_not() -> None:
+def test_a_segment_in_this_run_s_folder_is_found_and_a_neighbour_s_is_not() -> None:
     before = snapshot()
     neighbour = SegmentFolder("neighbour")
     mine, foreign = segment_path("guard"), segment_path("guard", neighbour.path)

@@ -21,7 +21,7 @@ PAST_THE_ACK_LIMIT_S = 11.0
 
 
 async def paused_before_the_answer(rig: ExchangeRig, client: UCXXClient, ref: SlotRef) -> asyncio.Task[Payload]:
-    """A read whose request has reached the server and whose answer is on its way; `let_go` delivers it."""
+    """A read whose request has reached the server and whose answer is on its way; `deliver_answer` delivers it."""
     rig.faults_of(1).hold = asyncio.Event()
     reading = asyncio.create_task(client.read(ref, deadline_s=60.0))
     await settle()
@@ -29,7 +29,7 @@ async def paused_before_the_answer(rig: ExchangeRig, client: UCXXClient, ref: Sl
     return reading
 
 
-def let_go(rig: ExchangeRig) -> None:
+def deliver_answer(rig: ExchangeRig) -> None:
     hold, rig.faults_of(1).hold = rig.faults_of(1).hold, None
     assert hold is not None
     hold.set()
@@ -48,7 +48,7 @@ async def read_losing_the_ack(rig: ExchangeRig, client: UCXXClient, ref: SlotRef
         rig.faults.reset_after = 0
     else:
         rig.faults.drop = 1
-    let_go(rig)
+    deliver_answer(rig)
     with await reading as payload:
         assert bytes(payload.buffer) == EPISODE
 
@@ -76,7 +76,7 @@ async def test_several_lost_acknowledgements_are_all_said_again() -> None:
         rig.faults_of(1).hold = asyncio.Event()
         readings = [asyncio.create_task(client.read(ref, deadline_s=60.0)) for ref in refs]
         await settle()
-        let_go(rig)
+        deliver_answer(rig)
         await settle()
         for ref in refs:
             assert rig.ring.slot_state(ref.slot) is SlotState.FREE
@@ -87,7 +87,7 @@ async def test_several_lost_acknowledgements_are_all_said_again() -> None:
         readings = [asyncio.create_task(client.read(ref, deadline_s=60.0)) for ref in refs]
         await settle()
         rig.faults.drop = 3
-        let_go(rig)
+        deliver_answer(rig)
         for reading in readings:
             (await reading).release()
         await asyncio.sleep(PAST_THE_ACK_LIMIT_S)
@@ -174,7 +174,7 @@ async def test_nothing_is_consumed_before_the_acknowledgement() -> None:
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        let_go(rig)
+        deliver_answer(rig)
         await settle()
         assert rig.ring.slot_state(ref.slot) is SlotState.READY
         assert rig.statistics(1).delivered == 1
@@ -192,7 +192,7 @@ async def test_a_cancelled_read_gives_everything_back() -> None:
         with pytest.raises(asyncio.CancelledError):
             await reading
         del reading
-        let_go(rig)
+        deliver_answer(rig)
         statistics = client.statistics()
         assert (statistics.lent_buffers, statistics.pooled_endpoints) == (0, 0)
         assert rig.opened_links[0].statistics().in_flight == 0
@@ -252,7 +252,7 @@ async def test_a_slot_being_read_by_two_attempts_is_not_written_until_both_have_
         await settle()
         for _ in range(8):
             assert rig.write(b"newer").slot != refs[0].slot
-        let_go(rig)
+        deliver_answer(rig)
         with await second as payload:
             assert bytes(payload.buffer) == EPISODE
         await settle()
