@@ -56,10 +56,6 @@ class PayloadSchema(Protocol):
         """The schema as plain values; `Any` because its shape is the schema package's own."""
 
 
-def _refuse(section: str, field: str, value: object, problem: str) -> ConfigError:
-    return ConfigError(f"{section}.{field} = {value!r}: {problem}", field=field, value=value)
-
-
 @section("ring", choice=frozenset({"schema", "slot_bytes"}))
 class RingConfig:
     """How a `SharedRingBuffer` is made: exactly one of `schema` and `slot_bytes` says what a slot holds."""
@@ -135,12 +131,16 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.base_port is None:
             return
+        field, value = "base_port", self.base_port
         if not isinstance(self.ports, int):
-            raise _refuse("server", "base_port", self.base_port, "ports names them already; drop one of the two")
-        if self.port_attempts < self.ports:
-            raise _refuse("server", "port_attempts", self.port_attempts, f"must be at least ports = {self.ports}")
-        if self.base_port + self.ports > 65536:
-            raise _refuse("server", "base_port", self.base_port, f"{self.ports} ports from there on pass 65535")
+            problem = "ports names them already; drop one of the two"
+        elif self.port_attempts < self.ports:
+            field, value, problem = "port_attempts", self.port_attempts, f"expected at least ports = {self.ports}"
+        elif self.base_port + self.ports > 65536:
+            problem = f"{self.ports} ports from there on pass 65535"
+        else:
+            return
+        raise ConfigError(f"server.{field} = {value}: {problem}", field=field, value=value)
 
 
 @section("client")

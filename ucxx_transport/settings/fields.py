@@ -30,26 +30,6 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_arg
 
 from ucxx_transport.units import parse_bytes, parse_duration
 
-__all__ = [
-    "MAX_PORTS",
-    "Bytes",
-    "Count",
-    "Folder",
-    "Name",
-    "OptionalBytes",
-    "OptionalCount",
-    "OptionalName",
-    "OptionalText",
-    "OptionalToken",
-    "Ports",
-    "Seconds",
-    "Secret",
-    "UCXSettings",
-    "kind_of",
-    "parse_token",
-    "parse_ucx_settings",
-]
-
 MAX_PORTS: Final = 64
 """As many ports as a segment's published address holds."""
 

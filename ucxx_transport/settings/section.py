@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, cast, dataclass_transform, get_type_hints
+from typing import Any, Final, NamedTuple, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings import fields
@@ -16,7 +16,7 @@ __all__ = ["Effective", "Rule", "effective", "section", "setting"]
 
 SectionT = TypeVar("SectionT")
 
-_SECTIONS: Final[dict[str, dict[str, tuple[fields.Parse, dataclasses.Field[Any]]]]] = {}
+_SECTIONS: Final[dict[str, dict[str, tuple[fields.Parse, Rule]]]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class Rule:
     """What is declared of a setting beside its kind; `metadata["rule"]` of the dataclass's field.
 
     Attributes:
+        default: as the section holds it.
         description: what it is for.
         gt: its value is more than this.
         ge: its value is at least this.
@@ -32,6 +33,7 @@ class Rule:
         code_only: whether it cannot stand in the environment or in TOML.
     """
 
+    default: object
     description: str
     gt: float | None = None
     ge: float | None = None
@@ -59,18 +61,14 @@ class Rule:
             raise ValueError(f"expected {self.bounds}")
 
 
-def setting(
-    *,
-    default: object,
-    description: str,
-    gt: float | None = None,
-    ge: float | None = None,
-    le: float | None = None,
-    max_length: int | None = None,
-    code_only: bool = False,
-) -> Any:  # `Any` as every field specifier returns: the value stands for a field of whatever type it is assigned to
-    """A field of a section: its default, as the section holds it, and its `Rule`."""
-    rule = Rule(description=description, gt=gt, ge=ge, le=le, max_length=max_length, code_only=code_only)
+def setting(*, default: object, **declared: Any) -> Any:  # as every field specifier: it stands for a field of any type
+    """A field of a section.
+
+    Args:
+        default: as the section holds it.
+        declared: what else its `Rule` says.
+    """
+    rule = Rule(default=default, **declared)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"rule": rule})
     return dataclasses.field(default=default, metadata={"rule": rule})
@@ -90,12 +88,12 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
     def decorate(cls: type[SectionT]) -> type[SectionT]:
         made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
         hints = get_type_hints(cls)
-        own = {field.name: (fields.kind_of(hints[field.name]), field) for field in dataclasses.fields(made)}
-        _SECTIONS[name] = own
+        own = _SECTIONS[name] = {
+            field.name: (fields.kind_of(hints[field.name]), field.metadata["rule"])
+            for field in dataclasses.fields(made)
+        }
         KNOWN[name] = {
-            field: kind is fields.parse_ucx_settings
-            for field, (kind, spec) in own.items()
-            if not spec.metadata["rule"].code_only
+            field: kind is fields.parse_ucx_settings for field, (kind, rule) in own.items() if not rule.code_only
         }
         store = made.__init__
 
@@ -115,15 +113,8 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
     return decorate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effective:
-    """A setting as a program gets it that does not set it in code.
-
-    Attributes:
-        value: as the section holds it.
-        source: where it comes from; "default" if from no source.
-        rule: what is declared of it.
-    """
+class Effective(NamedTuple):
+    """A setting as a program gets it that does not set it in code; `source` is "default" if none has it."""
 
     value: object
     source: str
@@ -139,17 +130,9 @@ def effective(section: str) -> Mapping[str, Effective]:
     given = gather(section, {})
     held = _validated(section, given)
     return {
-        field: Effective(
-            value=held[field] if field in held else _default(spec),
-            source=given[field].source if field in given else "default",
-            rule=spec.metadata["rule"],
-        )
-        for field, (_, spec) in _SECTIONS[section].items()
+        field: Effective(held.get(field, rule.default), given[field].source if field in given else "default", rule)
+        for field, (_, rule) in _SECTIONS[section].items()
     }
-
-
-def _default(spec: dataclasses.Field[Any]) -> object:
-    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 def _validated(section: str, given: Mapping[str, Given]) -> dict[str, object]:
@@ -158,10 +141,10 @@ def _validated(section: str, given: Mapping[str, Given]) -> dict[str, object]:
     problems: list[str] = []
     facts: dict[str, object] = {}
     for field, one in given.items():
-        kind, spec = _SECTIONS[section][field]
+        kind, rule = _SECTIONS[section][field]
         try:
             held[field] = kind(one.value)
-            spec.metadata["rule"].check(held[field])
+            rule.check(held[field])
         except ValueError as error:
             shown = "(hidden)" if kind is fields.parse_token else repr(one.value)
             problems.append(f"{section}.{field} = {shown} ({one.source}): {error}")
