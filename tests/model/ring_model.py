@@ -89,7 +89,11 @@ class RingModel:
             return "stale"
         if len(slot.had) >= slot.required or (reader and reader in slot.had):
             return "stale"
-        return "busy" if len(slot.holds) >= self.max_attempts else ""
+        if len(slot.holds) >= self.max_attempts:
+            return "busy"
+        in_flight = {hold.reader for hold in slot.holds.values()}
+        taken = len(slot.had) + len({other for other in in_flight if not other or other not in slot.had})
+        return "busy" if reader and reader not in in_flight and taken >= slot.required else ""
 
     def acquire(self, index: int, lease: int, owner: Owner, reader: int) -> bytes:
         slot = self.slots[index]

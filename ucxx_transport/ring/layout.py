@@ -3,7 +3,8 @@
 ```
 byte      words
 0         0-63     identity, written once at creation: magic, layout version, sizes, ring id, creator, policy
-512       64-127   what changes: write sequence, cursor, slot in transition, version of the published address
+512       64-127   what changes: write sequence, slot in transition, version of the published address, the two lists
+                   of slots (FREE; READY and READING by age), slots in each state, the count that writers wait on
 1024      128-135  the lock (pthread_mutex_t)
 1536      192-255  counters (`Counter`)
 2048      256-383  published address: two banks of 64 words, the version's lowest bit says which holds
@@ -20,6 +21,7 @@ word 1    bytes of the payload                     word 6     writer: lease id, 
 word 2    write sequence                           word 7, 8  writer: pid, start time
 word 3    checksum                                 word 16-   read entries of 4 words:
 word 4    1 when the checksum counts                          lease id << 1 | consumed (0: empty), pid, start, reader
+word 9    the slot before it in its list, + 1        word 10    the slot behind it in its list, + 1; 0: none
 ```
 
 A read entry is a read attempt in flight, or, once consumed, the record that its reader has had the payload. Consuming
@@ -36,7 +38,7 @@ from typing import Final, Protocol, overload
 from ucxx_transport.errors import ConfigError
 
 MAGIC: Final = int.from_bytes(b"UCXXRING", "little")
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 WORD_BYTES: Final = 8
 PAGE_BYTES: Final = 4096
 HEADER_WORDS: Final = 512
@@ -72,10 +74,21 @@ IDENTITY_WORDS: Final = 21
 
 # Words that change, under the lock.
 SEQUENCE_WORD: Final = 64
-CURSOR_WORD: Final = 65
 IN_TRANSITION_WORD: Final = 66
-"""1 + the slot whose header is being changed, 0 between changes. Not 0 on entering: the last holder was cut off."""
+"""1 + the slot whose header is being changed, 0 between changes: where the next holder of the lock repairs."""
 ADDRESS_VERSION_WORD: Final = 67
+FREE_FIRST_WORD: Final = 68
+FREE_LAST_WORD: Final = 69
+"""The FREE slots in the order in which they became so, each 1 + its number; writes take the first."""
+HELD_FIRST_WORD: Final = 70
+HELD_LAST_WORD: Final = 71
+"""The READY and READING slots in the order of their writes."""
+STATE_COUNT_WORD: Final = 72
+"""Slots in each of the four states."""
+FREED_WORD: Final = 76
+"""Slots that became FREE, modulo 2**32 in its low half, which a blocked write waits on (futex)."""
+SLEEPERS_WORD: Final = 77
+"""Not 0 while a write may be asleep on `FREED_WORD`."""
 
 MUTEX_BYTE: Final = 1024
 MUTEX_BYTES: Final = 64
@@ -95,6 +108,8 @@ REQUIRED_READS: Final = 5
 WRITER: Final = 6
 WRITER_PID: Final = 7
 WRITER_START: Final = 8
+PREVIOUS: Final = 9
+NEXT: Final = 10
 FIRST_ENTRY: Final = 16
 
 # Words of a read entry.
@@ -103,6 +118,23 @@ ENTRY_LEASE: Final = 0
 ENTRY_PID: Final = 1
 ENTRY_START: Final = 2
 ENTRY_READER: Final = 3
+
+# Words of a hold: what a caller and a transition say to each other of one write or read attempt.
+HOLD_SLOT: Final = 0
+HOLD_GENERATION: Final = 1
+HOLD_LEASE: Final = 2
+HOLD_PID: Final = 3
+HOLD_START: Final = 4
+HOLD_READER: Final = 5
+HOLD_NBYTES: Final = 6
+HOLD_CHECKSUM: Final = 7
+HOLD_HAS_CHECKSUM: Final = 8
+HOLD_STATE: Final = 9
+"""The slot's state word as the transition found it."""
+HOLD_OUTCOME: Final = 10
+HOLD_ATTEMPTS: Final = 11
+"""Attempts in flight that the transition found."""
+HOLD_WORDS: Final = 12
 
 POLICIES: Final = ("overwrite", "block", "raise")
 
@@ -130,6 +162,32 @@ class Counter(IntEnum):
     BLOCKED = 17
     LOCK_RECOVERIES = 18
     REPAIRED_SLOTS = 19
+
+
+class Outcome(IntEnum):
+    """What became of a transition."""
+
+    DONE = 0
+    LOCKED = 1
+    """The lock was not to be had in time."""
+    DAMAGED = 2
+    """The lock, or a list of slots, is unusable."""
+    FULL = 3
+    """No slot can be written."""
+    OUT_OF_RANGE = 4
+    """The ring has no such slot."""
+    STALE = 5
+    """Another generation, or no payload."""
+    HAD = 6
+    """This reader, or every reader that the payload asks for, has had it."""
+    CROWDED = 7
+    """The slot carries as many attempts as it can."""
+    TAKEN = 8
+    """All reads that the payload asks for are taken by other readers' attempts in flight."""
+    LATE = 9
+    """The hold had ended, or never was."""
+    ILLEGAL = 10
+    """The slot's state allows no such event."""
 
 
 class Words(Protocol):

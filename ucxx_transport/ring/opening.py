@@ -21,10 +21,10 @@ from ucxx_transport.ring.layout import (
     VERSION_WORD,
     Geometry,
 )
-from ucxx_transport.ring.locking import initialise_mutex
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.ring.owner import boot_id, current_owner, pid_namespace
 from ucxx_transport.ring.segment import Segment, create_segment, open_segment
+from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def schema_bytes(segment: Segment, identity: Identity) -> bytes:
 
 def _describe(segment: Segment, identity: Identity, schema: bytes) -> None:
     """Write what the segment says of itself; the word that makes it complete last."""
-    initialise_mutex(segment.words)
+    Transitions(segment, identity.geometry, lock_wait_s=0.0).initialise()
     segment.memory[SCHEMA_BYTE : SCHEMA_BYTE + len(schema)] = np.frombuffer(schema, np.uint8)
     for index, word in enumerate(identity.to_words()):
         segment.words[index] = word

@@ -1,60 +1,69 @@
-"""ReadLease and SlotReader: read attempts are entered, and payloads copied out."""
+"""SlotReader and ReadLease: read attempts are entered, and each is ended exactly once.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.errors import ChecksumError, ConfigError, SlotError, StaleSlotError, TransportError
-from ucxx_transport.ring.claims import Claim
 from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.layout import HEADROOM_BYTES, RAW_FIELD, Counter, frame_bytes
-from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.ring.holds import DetachedRead, Hold, has_unsettled, settle
+from ucxx_transport.ring.layout import (
+    HEADROOM_BYTES,
+    HOLD_CHECKSUM,
+    HOLD_HAS_CHECKSUM,
+    HOLD_NBYTES,
+    RAW_FIELD,
+    Counter,
+    frame_bytes,
+)
+from ucxx_transport.ring.states import MAX_GENERATION
+
+if TYPE_CHECKING:
+    from ucxx_transport.schema import Schema, SlotRef
 
 _MAX_READER: Final = (1 << 63) - 1
+_RELEASED: Final = Counter.RELEASED
 
 
-class ReadLease:
+class ReadLease(Hold):
     """One read attempt on a payload, from `acquire()`. As a context manager: leaving it unfinalised releases it."""
 
-    __slots__ = ("__weakref__", "_claim", "_core", "_detached", "_schema", "checksum")
+    __slots__ = ("_core", "_schema")
 
-    def __init__(self, core: RingCore, claim: Claim, checksum: int | None, schema: Schema | None) -> None:
-        """Wrap a claim; use `SharedRingBuffer.acquire`."""
+    def __init__(self, core: RingCore, slot: int, generation: int, reader: int, schema: Schema | None) -> None:
+        """Register an attempt that has not entered yet; use `SharedRingBuffer.acquire`."""
+        super().__init__(
+            core.transitions, core.owner(), slot=slot, generation=generation, reader=reader, reason=_RELEASED
+        )
         self._core = core
-        self._claim: Claim | None = claim
-        self._detached = claim.guard
         self._schema = schema
-        self.checksum = checksum
-        """xxh3_64 of the payload, None when the ring takes none."""
-
-    @property
-    def slot(self) -> int:
-        """The slot's index."""
-        return self._detached.hold.slot
-
-    @property
-    def generation(self) -> int:
-        """Which write to that slot is read."""
-        return self._detached.hold.generation
 
     @property
     def attempt(self) -> int:
         """The attempt's id, unique in this process."""
-        return self._detached.hold.lease_id
+        return self.lease_id
 
     @property
     def nbytes(self) -> int:
         """Bytes of the payload."""
-        return self._held().nbytes
+        self._require_held()
+        return self.words[HOLD_NBYTES]
+
+    @property
+    def checksum(self) -> int | None:
+        """xxh3_64 of the payload, None when the ring takes none."""
+        return self.words[HOLD_CHECKSUM] if self.words[HOLD_HAS_CHECKSUM] else None
 
     @property
     def buffer(self) -> memoryview:
         """The payload, read-only."""
-        return np.asarray(self._held()).data
+        self._require_held()
+        return np.asarray(self).data
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -62,7 +71,8 @@ class ReadLease:
 
         They are the slot's own memory: copy what must outlive `mark_consumed` or `release_reading`.
         """
-        memory = np.asarray(self._held())
+        self._require_held()
+        memory = np.asarray(self)
         return {RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
 
     def frame(self) -> memoryview:
@@ -70,9 +80,9 @@ class ReadLease:
 
         Headroom and tailroom are shared by all attempts on the slot: write only what every attempt would write.
         """
-        claim = self._held()
-        start = self._core.identity.geometry.payload_byte(claim.hold.slot) - HEADROOM_BYTES
-        return self._core.segment.memory[start : start + frame_bytes(claim.nbytes)].data
+        self._require_held()
+        start = self._core.identity.geometry.payload_byte(self.slot) - HEADROOM_BYTES
+        return self._core.segment.memory[start : start + frame_bytes(self.words[HOLD_NBYTES])].data
 
     def mark_consumed(self) -> bool:
         """End the attempt: its reader has had the payload.
@@ -80,7 +90,7 @@ class ReadLease:
         Returns:
             Whether this call ended it. False changes nothing and is counted: it had ended, or was reclaimed.
         """
-        return self._end(consumed=True)
+        return self._core.end_read(self, consumed=True)
 
     def release_reading(self) -> bool:
         """End the attempt without having had the payload: it is READY again unless another attempt has it.
@@ -88,7 +98,7 @@ class ReadLease:
         Returns:
             Whether this call ended it. False changes nothing and is counted.
         """
-        return self._end(consumed=False)
+        return self._core.end_read(self, consumed=False)
 
     def detach(self) -> npt.NDArray[np.uint8]:
         """Hand the attempt over to an array.
@@ -100,74 +110,64 @@ class ReadLease:
         Raises:
             SlotError: the lease has ended.
         """
-        claim = self._held()
-        memory: npt.NDArray[np.uint8] = np.asarray(claim)
-        claim.guard.consumes = True
-        self._claim = None
-        return memory
+        self._require_held()
+        return np.asarray(DetachedRead(self))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""
-        if self._claim is not None and self._claim.is_live:
+        if self.is_live:
             self.release_reading()
 
-    def _end(self, *, consumed: bool) -> bool:
-        if self._claim is None:
-            self._core.note_late(self._detached.hold)
-            return False
-        return self._core.end_read(self._claim, consumed=consumed)
-
-    def _held(self) -> Claim:
-        if self._claim is None or not self._claim.is_live:
+    def _require_held(self) -> None:
+        if not self.is_live:
             raise SlotError(
                 "this read lease has ended, or was inherited by a forked process",
                 slot=self.slot,
                 generation=self.generation,
             )
-        return self._claim
 
 
 class SlotReader:
     """The reading half of a ring handle."""
 
-    __slots__ = ("_core", "_schema")
+    __slots__ = ("_core", "_schema", "_slots")
 
     def __init__(self, core: RingCore, schema: Schema | None) -> None:
         """Bind to a ring."""
         self._core = core
         self._schema = schema
+        self._slots = core.identity.geometry.slots
 
     def acquire(self, slot: int, generation: int, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire_slot`."""
         core = self._core
-        if not 0 <= slot < core.identity.geometry.slots:
-            core.count(Counter.OUT_OF_RANGE)
-            raise SlotError("the ring has no such slot", slot=slot, slots=core.identity.geometry.slots)
+        if not 0 <= slot < self._slots:
+            core.transitions.count(Counter.OUT_OF_RANGE)
+            raise SlotError("the ring has no such slot", slot=slot, slots=self._slots)
         if not 0 <= reader <= _MAX_READER:
             raise ConfigError("a reader's id is 0 (nobody in particular) to 2**63 - 1", field="reader", value=reader)
-        claim = Claim(core, core.owner(), slot=slot, generation=generation)
+        if not 0 <= generation <= MAX_GENERATION:
+            raise self._stale("the slot has no such generation", slot, generation)
+        if has_unsettled():
+            settle()
+        lease = ReadLease(core, slot, generation, reader, self._schema)
         try:
-            if wait_s is None:
-                facts = core.transact(core.table.acquire, claim.hold, reader)
-            else:
-                facts = core.transact_within(wait_s, core.table.acquire, claim.hold, reader)
+            core.transitions.acquire(lease.words, wait_s)
         except TransportError:
-            claim.forget()
+            lease.forget()
             raise
-        claim.nbytes = facts.nbytes
-        return ReadLease(core, claim, facts.checksum, self._schema)
+        return lease
 
     def acquire_ref(self, ref: SlotRef, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire`."""
         if ref.ring_id != self._core.identity.ring_id:
-            self._core.count(Counter.STALE)
-            raise StaleSlotError(
-                "stale slot: the reference names another ring, or an earlier one of that name",
-                slot=ref.slot,
-                generation=ref.generation,
+            raise self._stale(
+                "the reference names another ring, or an earlier one of that name",
+                ref.slot,
+                ref.generation,
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self._core.identity.ring_id.hex(),
             )
@@ -187,3 +187,7 @@ class SlotReader:
             arrays = {RAW_FIELD: copy} if self._schema is None else self._schema.views(copy.data, writable=True)
             lease.mark_consumed()
         return arrays
+
+    def _stale(self, why: str, slot: int, generation: int, **facts: object) -> StaleSlotError:
+        self._core.transitions.count(Counter.STALE)
+        return StaleSlotError(f"stale slot: {why}", slot=slot, generation=generation, **facts)

@@ -38,20 +38,6 @@ class AddressBoard:
         self._last: Address = (None, ())
         self._last_version = 0
 
-    def publish(self, host: str | None, ports: Sequence[int]) -> None:
-        """Store an address. To be called with the lock held, after `check_address`."""
-        words = self._words
-        version = words[ADDRESS_VERSION_WORD] + 1
-        bank = ADDRESS_WORD + (version & 1) * ADDRESS_BANK_WORDS
-        name = (host or "").encode()
-        packed_ports = b"".join(port.to_bytes(2, "little") for port in ports).ljust(8 * _PORT_WORDS, b"\0")
-        packed_host = name.ljust(8 * _HOST_WORDS, b"\0")
-        words[bank] = len(ports)
-        words[bank + 1] = len(name)
-        for index, word in enumerate(memoryview(packed_ports + packed_host).cast("Q")):
-            words[bank + 2 + index] = word
-        words[ADDRESS_VERSION_WORD] = version
-
     def read(self) -> Address:
         """Host and ports as last published, (None, ()) before the first time."""
         words = self._words
@@ -80,6 +66,14 @@ def check_address(host: str | None, ports: Sequence[int]) -> None:
         raise ConfigError(f"a host has 1 to {MAX_HOST_BYTES} bytes", field="host", value=host)
     if not 1 <= len(ports) <= MAX_PORTS or not all(1 <= port <= 65535 for port in ports):
         raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
+
+
+def packed_address(host: str | None, ports: Sequence[int]) -> bytes:
+    """The bytes of a bank, for an address that `check_address` has passed."""
+    name = (host or "").encode()
+    packed_ports = b"".join(port.to_bytes(2, "little") for port in ports).ljust(8 * _PORT_WORDS, b"\0")
+    lengths = len(ports).to_bytes(8, "little") + len(name).to_bytes(8, "little")
+    return (lengths + packed_ports + name).ljust(8 * ADDRESS_BANK_WORDS, b"\0")
 
 
 def _decode(content: list[int]) -> Address:

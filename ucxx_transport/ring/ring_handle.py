@@ -13,14 +13,14 @@ import numpy.typing as npt
 from ucxx_transport.errors import SlotError
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import SERVER_WORD, SERVER_WORDS
+from ucxx_transport.ring.layout import SERVER_WORD, SERVER_WORDS, STATE_COUNT_WORD
 from ucxx_transport.ring.opening import schema_bytes
 from ucxx_transport.ring.owner import Owner, owner_alive
 from ucxx_transport.ring.reading import SlotReader
-from ucxx_transport.ring.references import AddressBoard, ReferenceMaker, check_address
+from ucxx_transport.ring.references import AddressBoard, ReferenceMaker, check_address, packed_address
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, state_of
-from ucxx_transport.ring.statistics import RingStatistics, read_statistics
+from ucxx_transport.ring.statistics import RingStatistics, statistics_of
 from ucxx_transport.ring.writing import SlotWriter
 from ucxx_transport.schema import Schema
 
@@ -127,17 +127,17 @@ class RingHandle:
         self._require_open()
         if not 0 <= slot < self.slots:
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots)
-        return state_of(self._core.table.peek(slot))
+        return state_of(self._core.state_word(slot))
 
     def slot_states(self) -> list[SlotState]:
         """What each slot holds now, in order."""
         self._require_open()
-        return [SlotState(state) for state in self._core.search.states().tolist()]
+        return [SlotState(state) for state in self._core.states().tolist()]
 
     def get_ready_count(self) -> int:
         """How many payloads wait to be read."""
         self._require_open()
-        return len(self._core.search.slots_in(SlotState.READY))
+        return self._core.words[STATE_COUNT_WORD + SlotState.READY]
 
     def creator_alive(self) -> bool:
         """Whether the process that made the ring lives."""
@@ -153,7 +153,7 @@ class RingHandle:
         """
         self._require_open()
         check_address(host, ports)
-        self._core.transact(self._board.publish, host, tuple(ports))
+        self._core.transitions.publish(packed_address(host, ports))
 
     def address(self) -> tuple[str | None, tuple[int, ...]]:
         """Host and ports as published last; (None, ()) before, and after a withdrawal."""
@@ -163,7 +163,7 @@ class RingHandle:
     def statistics(self) -> RingStatistics:
         """What has happened since the ring was made, and what its slots hold now."""
         self._require_open()
-        return read_statistics(self._core.words, self._core.search.states().tolist())
+        return statistics_of(*self._core.transitions.snapshot())
 
     def unlink(self) -> bool:
         """Remove the ring from the host, if this handle made it: nobody can attach any more, who has it keeps it.

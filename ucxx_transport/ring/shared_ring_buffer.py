@@ -14,7 +14,6 @@ from ucxx_transport.ring.opening import attach_ring, create_ring
 from ucxx_transport.ring.owner import Owner, owner_alive
 from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.ring.ring_handle import RingHandle
-from ucxx_transport.ring.states import generation_of
 from ucxx_transport.ring.writing import WriteLease
 from ucxx_transport.schema import SlotRef
 
@@ -193,7 +192,7 @@ class SharedRingBuffer(RingHandle):
         self._require_open()
         if ref.ring_id != self.ring_id or ref.slot >= self.slots:
             return False
-        return self._core.transact(self._core.table.discard, ref.slot, ref.generation)
+        return self._core.transitions.discard(ref.slot, ref.generation)
 
     @property
     def write_sequence(self) -> int:
@@ -215,12 +214,15 @@ class SharedRingBuffer(RingHandle):
             DeadlineExceededError: the ring's lock was not to be had in time.
         """
         self._require_open()
-        return self._core.transact(self._discard_until, sequence)
+        return self._core.transitions.discard_until(sequence)
 
     def ready_refs(self) -> list[SlotRef]:
         """References of the payloads that wait to be read, oldest first; without `meta`, which is not in the ring."""
         self._require_open()
-        return self._core.transact(self._ready_refs)
+        return [
+            self._references.make(ready.slot, ready.generation, ready.nbytes, ready.checksum, None)
+            for ready in self._core.transitions.ready()
+        ]
 
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
@@ -230,18 +232,3 @@ class SharedRingBuffer(RingHandle):
         """
         self._require_open()
         return self._core.reclaim_dead()
-
-    def _discard_until(self, sequence: int) -> int:
-        table = self._core.table
-        left = 0
-        for slot in self._core.search.written_until(sequence):
-            left += not table.discard(slot, generation_of(table.peek(slot)))
-        return left
-
-    def _ready_refs(self) -> list[SlotRef]:
-        refs = []
-        for slot in self._core.search.ready_by_age():
-            facts = self._core.table.facts(slot)
-            generation = generation_of(self._core.table.peek(slot))
-            refs.append(self._references.make(slot, generation, facts.nbytes, facts.checksum, None))
-        return refs

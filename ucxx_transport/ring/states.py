@@ -70,11 +70,16 @@ STATE_BITS: Final = 8
 STATE_MASK: Final = (1 << STATE_BITS) - 1
 MAX_GENERATION: Final = (1 << (64 - STATE_BITS)) - 1
 
-# The table again, as event → state → what to add to the word: one lookup of plain integers on the hot path.
-_STEP: Final[dict[int, dict[int, int]]] = {}
-for (_source, _event), _target in TRANSITIONS.items():
-    _new_generation = 1 << STATE_BITS if _target is SlotState.WRITING else 0
-    _STEP.setdefault(int(_event), {})[int(_source)] = int(_target) - int(_source) + _new_generation
+
+def step_of(state: SlotState, event: SlotEvent) -> int:
+    """What `event` adds to the state word of a slot in `state`.
+
+    Raises:
+        KeyError: the table has no such transition.
+    """
+    target = TRANSITIONS[state, event]
+    new_generation = 1 << STATE_BITS if target is SlotState.WRITING else 0
+    return int(target) - int(state) + new_generation
 
 
 def state_of(word: int) -> SlotState:
@@ -104,12 +109,12 @@ def advance(word: int, event: SlotEvent) -> int:
     Raises:
         SlotError: the table has no such transition; nothing has changed.
     """
-    step = _STEP[event].get(word & STATE_MASK)
-    if step is None:
+    state = state_of(word)
+    if (state, event) not in TRANSITIONS:
         raise SlotError(
-            f"a slot cannot {event.name} while {state_of(word).name}",
-            state=state_of(word).name,
+            f"a slot cannot {event.name} while {state.name}",
+            state=state.name,
             event=event.name,
             generation=generation_of(word),
         )
-    return word + step
+    return word + step_of(state, event)

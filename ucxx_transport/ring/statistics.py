@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ucxx_transport.ring.layout import COUNTER_WORD, Counter
+from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.states import SlotState
 
 
@@ -68,19 +68,14 @@ class RingStatistics:
     repaired_slots: int
 
 
-def read_statistics(words: Sequence[int], states: Sequence[int]) -> RingStatistics:
-    """The counters as they stand; taken without the lock, so two of them may be a transition apart.
-
-    Args:
-        words: the segment as 64-bit words.
-        states: the state of every slot.
-    """
-    counts = {counter.name.lower(): words[COUNTER_WORD + counter] for counter in Counter}
+def statistics_of(counters: Sequence[int], states: Sequence[int]) -> RingStatistics:
+    """The statistics, from the counters (`Counter`) and the number of slots in each state (`SlotState`)."""
+    counts = {counter.name.lower(): counters[counter] for counter in Counter}
     return RingStatistics(
-        slots=len(states),
-        free=states.count(SlotState.FREE),
-        writing=states.count(SlotState.WRITING),
-        ready=states.count(SlotState.READY),
-        reading=states.count(SlotState.READING),
+        slots=sum(states),
+        free=states[SlotState.FREE],
+        writing=states[SlotState.WRITING],
+        ready=states[SlotState.READY],
+        reading=states[SlotState.READING],
         **counts,
     )

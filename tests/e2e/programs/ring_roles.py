@@ -7,6 +7,7 @@ more. `hammer` talks to its twin through two inherited pipes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -25,8 +26,7 @@ from tests.e2e.programs import content
 from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
 from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.layout import IN_TRANSITION_WORD
+from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE
 from ucxx_transport.ring.opening import attach_ring
 from ucxx_transport.schema import SlotRef
 
@@ -163,16 +163,15 @@ def victim_reader(ring_name: str, seed: str) -> None:
 
 def sit_in_section(ring_name: str, how: str) -> None:
     """Enters the critical section and stays there until it is killed, or told to go on."""
-    core = RingCore(*attach_ring(ring_name, populate=False)[:2])
-
-    def sit() -> None:
-        if how == "in transition":
-            core.words[IN_TRANSITION_WORD] = 1
-        say("ready")
-        sys.stdin.readline()
-        core.words[IN_TRANSITION_WORD] = 0
-
-    core.transact(sit)
+    segment = attach_ring(ring_name, populate=False)[0]
+    libc, mutex = ctypes.CDLL(None), ctypes.c_void_p(segment.address + MUTEX_BYTE)
+    assert libc.pthread_mutex_lock(mutex) == 0
+    if how == "in transition":
+        segment.words[IN_TRANSITION_WORD] = 1
+    say("ready")
+    sys.stdin.readline()
+    segment.words[IN_TRANSITION_WORD] = 0
+    assert libc.pthread_mutex_unlock(mutex) == 0
     say("left")
 
 

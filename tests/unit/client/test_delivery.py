@@ -9,7 +9,8 @@ import pytest
 from tests.support.exchange_rig import ExchangeRig, open_rig
 from tests.support.virtual_time import settle
 from ucxx_transport.client import Payload, UCXXClient
-from ucxx_transport.errors import DeadlineExceededError, StaleSlotError, TransportError
+from ucxx_transport.config import RingConfig
+from ucxx_transport.errors import BusyError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
 
@@ -238,7 +239,8 @@ async def test_the_first_attempts_late_end_does_not_touch_what_the_second_one_se
 
 
 async def test_a_slot_being_read_by_two_attempts_is_not_written_until_both_have_ended() -> None:
-    async with open_rig(ports=1) as rig:
+    shared = RingConfig(slots=4, slot_bytes=64 << 10, readers=2, prefault=False)
+    async with open_rig(ports=1, ring=shared) as rig:
         client, other = rig.client(), rig.client()
         await warm(rig, client)
         await warm(rig, other)
@@ -256,7 +258,20 @@ async def test_a_slot_being_read_by_two_attempts_is_not_written_until_both_have_
         with await second as payload:
             assert bytes(payload.buffer) == EPISODE
         await settle()
-        assert rig.ring.slot_state(refs[0].slot) is SlotState.FREE
+        assert rig.ring.slot_state(refs[0].slot) is SlotState.READY, "one of two reads"
+
+
+async def test_a_payload_that_another_reader_is_reading_is_busy_and_to_be_had_once_it_is_given_back() -> None:
+    async with open_rig(ports=1) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        lease = rig.ring.acquire(ref, reader=7)
+        with pytest.raises(BusyError) as refused:
+            await client.read(ref)
+        assert refused.value.retryable
+        lease.release_reading()
+        with await client.read(ref) as payload:
+            assert bytes(payload.buffer) == EPISODE
 
 
 async def test_a_failed_read_kept_as_a_value_keeps_no_buffer() -> None:

@@ -330,3 +330,34 @@ def test_a_closed_handle_says_so(ring: SharedRingBuffer) -> None:
         with pytest.raises(SlotError, match="closed"):
             call()
     assert ring.name == ref.ring_name
+
+
+def test_of_two_readers_only_one_gets_a_payload_and_the_other_gets_it_if_it_is_given_back(make_ring: MakeRing) -> None:
+    ring = make_ring(slot_bytes=64)
+    ref = ring.write_raw(b"once")
+    first = ring.acquire(ref, reader=1)
+    with pytest.raises(BusyError) as refused:
+        ring.acquire(ref, reader=2)
+    assert refused.value.retryable
+    again = ring.acquire(ref, reader=1)  # it timed out, and rotated
+    assert again.release_reading()
+    with pytest.raises(BusyError):
+        ring.acquire(ref, reader=2)
+    assert first.release_reading()
+    assert ring.acquire(ref, reader=2).mark_consumed()
+    with pytest.raises(StaleSlotError):
+        ring.acquire(ref, reader=1)
+
+
+def test_a_payload_of_several_readers_is_busy_only_while_attempts_have_all_its_reads(make_ring: MakeRing) -> None:
+    ring = make_ring(slot_bytes=64, readers=2)
+    ref = ring.write_raw(b"twice")
+    first, second = ring.acquire(ref, reader=1), ring.acquire(ref, reader=2)
+    with pytest.raises(BusyError):
+        ring.acquire(ref, reader=3)
+    assert first.mark_consumed()
+    with pytest.raises(BusyError):
+        ring.acquire(ref, reader=3)
+    assert second.release_reading()
+    assert ring.acquire(ref, reader=3).mark_consumed()
+    assert ring.slot_state(ref.slot) is SlotState.FREE

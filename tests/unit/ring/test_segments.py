@@ -184,7 +184,7 @@ def test_a_file_that_is_no_ring_is_refused_with_what_was_found(file: Path) -> No
 
 def test_a_ring_that_is_not_what_it_says_is_refused(make_ring: MakeRing) -> None:
     rows: list[tuple[int, int, type[Exception]]] = [
-        (layout.VERSION_WORD, 2, ProtocolError),
+        (layout.VERSION_WORD, 1, ProtocolError),
         (layout.MAGIC_WORD, 2, ProtocolError),
         (layout.TOTAL_BYTES_WORD, 4096, ProtocolError),
         (layout.SLOTS_WORD, 2**40, ProtocolError),

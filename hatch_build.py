@@ -1,0 +1,42 @@
+"""The build hook: compiles `ucxx_transport/native/ring.c` into the wheel, or in place for an editable installation."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+NATIVE = Path(__file__).resolve().parent / "ucxx_transport" / "native"
+
+
+def _build() -> ModuleType:
+    # by path: the package's own imports are not there while it is being built
+    spec = importlib.util.spec_from_file_location("ring_build", NATIVE / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class RingBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hatchling is there while building only
+    """See the module."""
+
+    PLUGIN_NAME = "custom"
+
+    def dependencies(self) -> list[str]:
+        """ziglang, where there is no compiler: 100 MB to download, so only there."""
+        return [] if _build().compilers() else ["ziglang>=0.13,<0.18"]
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
+        """Compile, and say which platform the wheel is for."""
+        if self.target_name != "wheel":
+            return
+        library = NATIVE / "libring.so"
+        compiler = _build().compile_ring(library)
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{compiler.platform_tag}"
+        build_data["artifacts"].append("/ucxx_transport/native/libring.so")

@@ -1,0 +1,92 @@
+"""Compilation of `ring.c`: with `$CC`, cc, gcc or clang, else with the C compiler of the PyPI package ziglang.
+
+Standard library only: the package's build hook loads this file by its path, before the package can be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["CompilationError", "Compiler", "compile_ring", "compilers"]
+
+SOURCE = Path(__file__).with_name("ring.c")
+FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+
+ZIG_GLIBC = "2.28"
+"""The glibc that ziglang links for: manylinux_2_28, the oldest that a supported distribution has."""
+
+
+class CompilationError(RuntimeError):
+    """Nothing on this machine compiles `ring.c`."""
+
+
+class Compiler(NamedTuple):
+    """A command that compiles C.
+
+    Attributes:
+        name: where it comes from, for messages.
+        command: its words.
+        platform_tag: of the wheel (PEP 425) that holds what it makes.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    platform_tag: str
+
+
+def compilers() -> list[Compiler]:
+    """The compilers that are there, the preferred one first."""
+    machine = platform.machine()
+    own = f"linux_{machine}"
+    found = []
+    if chosen := os.environ.get("CC"):
+        found.append(Compiler(f"$CC ({chosen})", tuple(shlex.split(chosen)), own))
+    found += [Compiler(name, (path,), own) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    if importlib.util.find_spec("ziglang") is not None:
+        target = f"{machine}-linux-gnu.{ZIG_GLIBC}"
+        command = (sys.executable, "-m", "ziglang", "cc", "-target", target)
+        found.append(Compiler("ziglang", command, f"manylinux_{ZIG_GLIBC.replace('.', '_')}_{machine}"))
+    return found
+
+
+def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
+    """Compile `ring.c` into a shared library.
+
+    Args:
+        target: the file to write; replaced in one step, so that a process that has the old one mapped keeps it.
+        flags: further flags of the compiler, such as `-DRING_CUT`.
+
+    Returns:
+        The compiler that did it.
+
+    Raises:
+        CompilationError: none could; says what was tried and what each said.
+    """
+    tried = []
+    made = target.with_suffix(f".{os.getpid()}.tmp")
+    for compiler in compilers():
+        command = [*compiler.command, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as exc:
+            tried.append(f"{compiler.name}: {exc.strerror}")
+            continue
+        if done.returncode == 0:
+            made.replace(target)
+            return compiler
+        tried.append(f"{compiler.name}: exit {done.returncode}: {done.stderr.strip()[-400:]}")
+    made.unlink(missing_ok=True)
+    raise CompilationError(
+        "ring.c cannot be compiled. Tried: "
+        + ("; ".join(tried) or "nothing: there is no $CC, cc, gcc, clang or ziglang")
+        + ". Install gcc, or `pip install ziglang`, and install ucxx_transport again"
+    )

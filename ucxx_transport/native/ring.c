@@ -1,0 +1,704 @@
+/* The transitions of the slots of one segment, each a whole critical section: lock, look, store, unlock.
+ *
+ * `ring/states.py` and `ring/layout.py` are the specification; `ring_layout.h` is generated from them. What a transition
+ * stores is ordered so that a process killed at any instruction leaves a slot either before or after it: a change commits
+ * by one store of the slot's state word (within READING, of a read entry's first word). What is stored before that does
+ * not count while the old state stands, and what is stored after it does not count under the new one:
+ *
+ *   FREE     nothing of the header counts
+ *   WRITING  the writer
+ *   READY    nbytes, sequence, checksum, required reads, entries of readers that have had the payload
+ *   READING  the same, and the entries in flight
+ *
+ * The lock is a robust mutex: when its holder dies the kernel hands it on (EOWNERDEAD), and the next holder completes or
+ * undoes the one transition that was cut off and links the lists of slots again. Nothing here calls back, allocates, or
+ * trusts an index that it has not checked.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "ring_layout.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define SPINS 100           /* a critical section takes a fraction of a microsecond */
+#define SLICE_NS 20000000LL /* the longest wait for the lock in one call, so that the caller sees its signals */
+
+#ifdef RING_CUT
+static long stores_left = -1;
+EXPORT void ring_cut_after(long stores) { stores_left = stores; }
+static void cut(void) {
+    if (stores_left >= 0 && stores_left-- == 0)
+        _exit(97);
+}
+#else
+#define cut() ((void)0)
+#endif
+
+/* Where a segment lies in this process; the sizes are those that its attacher has checked. */
+struct ring {
+    uint64_t *words;
+    uint64_t slots, first_slot_word, slot_words, entries, max_attempts;
+};
+
+static inline uint64_t load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+
+static inline void store(uint64_t *word, uint64_t value) {
+    cut();
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+static inline void add(uint64_t *word, uint64_t amount) { store(word, *word + amount); }
+
+static inline void count(const struct ring *ring, unsigned counter) { add(ring->words + COUNTER_WORD + counter, 1); }
+
+static inline uint64_t *header(const struct ring *ring, uint64_t slot) {
+    return ring->words + ring->first_slot_word + slot * ring->slot_words;
+}
+
+static inline uint64_t *entry_of(uint64_t *slot, uint64_t index) { return slot + FIRST_ENTRY + index * ENTRY_WORDS; }
+
+static inline unsigned state_of(uint64_t word) { return (unsigned)(word & STATE_MASK); }
+
+static inline uint64_t generation_of(uint64_t word) { return word >> STATE_BITS; }
+
+/* The only maker of state words; 0 (FREE, generation 0: no transition makes it) where the table has no such step. */
+static inline uint64_t advance(uint64_t word, unsigned event) {
+    unsigned state = state_of(word);
+    if (state >= STATES || STEP[event][state] == NO_STEP)
+        return 0;
+    return word + (uint64_t)STEP[event][state];
+}
+
+/* ---- The lists of slots: FREE ones in the order in which they became so, READY and READING ones by age. ---- */
+
+static inline uint64_t first_word_of(unsigned state) { return state == FREE ? FREE_FIRST_WORD : HELD_FIRST_WORD; }
+
+static void append(const struct ring *ring, uint64_t first, uint64_t slot) {
+    uint64_t *words = ring->words, *own = header(ring, slot);
+    uint64_t last = words[first + 1];
+    store(own + PREVIOUS, last);
+    store(own + NEXT, 0);
+    if (last >= 1 && last <= ring->slots)
+        store(header(ring, last - 1) + NEXT, slot + 1);
+    else
+        store(words + first, slot + 1);
+    store(words + first + 1, slot + 1);
+}
+
+static void detach(const struct ring *ring, uint64_t first, uint64_t slot) {
+    uint64_t *words = ring->words, *own = header(ring, slot);
+    uint64_t before = own[PREVIOUS], behind = own[NEXT];
+    if (before >= 1 && before <= ring->slots)
+        store(header(ring, before - 1) + NEXT, behind);
+    else
+        store(words + first, behind);
+    if (behind >= 1 && behind <= ring->slots)
+        store(header(ring, behind - 1) + PREVIOUS, before);
+    else
+        store(words + first + 1, before);
+}
+
+/* Sort the list that begins at 1 + slot `list` by sequence, along NEXT: a merge sort that needs no memory. */
+static uint64_t sorted(const struct ring *ring, uint64_t list) {
+    for (uint64_t width = 1;; width *= 2) {
+        uint64_t left = list, merges = 0, tail = 0;
+        list = 0;
+        while (left) {
+            uint64_t right = left, lefts = 0, rights = width;
+            merges++;
+            while (lefts < width && right) {
+                lefts++;
+                right = header(ring, right - 1)[NEXT];
+            }
+            while (lefts || (rights && right)) {
+                uint64_t next;
+                if (!lefts || (rights && right && header(ring, right - 1)[SEQUENCE] < header(ring, left - 1)[SEQUENCE])) {
+                    next = right;
+                    right = header(ring, right - 1)[NEXT];
+                    rights--;
+                } else {
+                    next = left;
+                    left = header(ring, left - 1)[NEXT];
+                    lefts--;
+                }
+                if (tail)
+                    store(header(ring, tail - 1) + NEXT, next);
+                else
+                    list = next;
+                tail = next;
+            }
+            left = right;
+        }
+        if (tail)
+            store(header(ring, tail - 1) + NEXT, 0);
+        if (merges <= 1)
+            return list;
+    }
+}
+
+/* Make both lists and the counts of states anew from the state words, which alone are the truth. */
+static void relink(const struct ring *ring) {
+    uint64_t *words = ring->words, held = 0, counts[STATES] = {0};
+    store(words + FREE_FIRST_WORD, 0);
+    store(words + FREE_LAST_WORD, 0);
+    for (uint64_t slot = 0; slot < ring->slots; slot++) {
+        uint64_t *own = header(ring, slot);
+        unsigned state = state_of(own[STATE]);
+        if (state >= STATES)
+            continue; /* foreign words: a slot that nobody can use */
+        counts[state]++;
+        if (state == FREE) {
+            append(ring, FREE_FIRST_WORD, slot);
+        } else if (state != WRITING) {
+            store(own + NEXT, held);
+            held = slot + 1;
+        }
+    }
+    held = sorted(ring, held);
+    uint64_t before = 0;
+    store(words + HELD_FIRST_WORD, held);
+    for (; held; held = header(ring, held - 1)[NEXT]) {
+        store(header(ring, held - 1) + PREVIOUS, before);
+        before = held;
+    }
+    store(words + HELD_LAST_WORD, before);
+    for (unsigned state = 0; state < STATES; state++)
+        store(words + STATE_COUNT_WORD + state, counts[state]);
+}
+
+/* Store a slot's new state; the lists and counts follow it. */
+static void become(const struct ring *ring, uint64_t slot, uint64_t word) {
+    uint64_t *words = ring->words, *own = header(ring, slot);
+    unsigned old = state_of(own[STATE]), new = state_of(word);
+    if (old == new) {
+        store(own + STATE, word);
+        return;
+    }
+    int was_held = old == READY || old == READING, is_held = new == READY || new == READING;
+    store(own + STATE, word);
+    if (old != WRITING && !(was_held && is_held))
+        detach(ring, first_word_of(old), slot);
+    if (new != WRITING && !(was_held && is_held))
+        append(ring, first_word_of(new), slot);
+    add(words + STATE_COUNT_WORD + old, (uint64_t)-1);
+    add(words + STATE_COUNT_WORD + new, 1);
+    if (new == FREE)
+        __atomic_add_fetch((uint32_t *)(words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
+}
+
+/* ---- Read entries. ---- */
+
+struct survey {
+    uint64_t *empty;    /* the first empty entry, NULL when all are taken */
+    uint64_t in_flight; /* attempts in flight */
+    uint64_t reads;     /* reads that count, each by another reader */
+    uint64_t taken;     /* these, and the readers that have an attempt in flight */
+    int had;            /* whether the reader asked about is among the reads */
+    int enters_again;   /* whether it has an attempt in flight */
+};
+
+static int has_entry(uint64_t *slot, uint64_t before, uint64_t consumed, uint64_t reader) {
+    for (uint64_t index = 0; index < before; index++) {
+        const uint64_t *entry = entry_of(slot, index);
+        if (entry[ENTRY_LEASE] && (entry[ENTRY_LEASE] & 1) == consumed && entry[ENTRY_READER] == reader)
+            return 1;
+    }
+    return 0;
+}
+
+/* Count the entries of a slot, but `without` one of them. Reader 0 is nobody in particular: its attempts are one read. */
+static struct survey survey(const struct ring *ring, uint64_t *slot, uint64_t reader, const uint64_t *without) {
+    struct survey found = {0};
+    for (uint64_t index = 0; index < ring->entries; index++) {
+        uint64_t *entry = entry_of(slot, index);
+        uint64_t lease = entry[ENTRY_LEASE], whose = entry[ENTRY_READER];
+        if (!lease) {
+            if (!found.empty)
+                found.empty = entry;
+        } else if (entry == without) {
+            continue;
+        } else if (lease & 1) {
+            found.reads++;
+            found.taken++;
+            found.had |= reader && whose == reader;
+        } else {
+            found.in_flight++;
+            found.enters_again |= whose == reader;
+            if (!has_entry(slot, index, 0, whose) && !(whose && has_entry(slot, ring->entries, 1, whose)))
+                found.taken++;
+        }
+    }
+    return found;
+}
+
+static void clear_entries(const struct ring *ring, uint64_t *slot) {
+    for (uint64_t index = 0; index < ring->entries; index++) {
+        uint64_t *lease = entry_of(slot, index) + ENTRY_LEASE;
+        if (*lease)
+            store(lease, 0);
+    }
+}
+
+/* Take a READING slot out of READING when nothing is in flight any more. */
+static void leave_reading(const struct ring *ring, uint64_t slot, uint64_t in_flight, uint64_t reads) {
+    uint64_t *own = header(ring, slot), word = own[STATE];
+    if (in_flight) {
+        become(ring, slot, advance(word, LEAVE));
+    } else if (reads >= own[REQUIRED_READS]) {
+        count(ring, COUNT_FREED);
+        become(ring, slot, advance(word, CONSUME));
+        clear_entries(ring, own);
+    } else {
+        become(ring, slot, advance(word, RELEASE));
+    }
+}
+
+/* ---- The lock. ---- */
+
+extern int pthread_mutex_clocklock(pthread_mutex_t *, clockid_t, const struct timespec *) __attribute__((weak));
+
+static pthread_mutex_t *mutex(const struct ring *ring) {
+    return (pthread_mutex_t *)((unsigned char *)ring->words + MUTEX_BYTE);
+}
+
+/* Complete or undo the transition that was cut off, if any was. Idempotent, as it may be cut off itself. */
+static void repair(const struct ring *ring) {
+    uint64_t marked = ring->words[IN_TRANSITION_WORD];
+    if (marked >= 1 && marked <= ring->slots) {
+        uint64_t slot = marked - 1, *own = header(ring, slot);
+        unsigned state = state_of(own[STATE]);
+        relink(ring); /* the transition taken below moves the slot between the lists */
+        if (state != WRITING)
+            store(own + WRITER, 0);
+        if (state == FREE || state == WRITING) {
+            clear_entries(ring, own);
+        } else if (state == READY) {
+            for (uint64_t index = 0; index < ring->entries; index++) {
+                uint64_t *lease = entry_of(own, index) + ENTRY_LEASE;
+                if (*lease && !(*lease & 1))
+                    store(lease, 0);
+            }
+        } else if (state == READING) {
+            struct survey found = survey(ring, own, 0, NULL);
+            leave_reading(ring, slot, found.in_flight, found.reads);
+        }
+        count(ring, COUNT_REPAIRED_SLOTS);
+    } else {
+        relink(ring);
+    }
+    /* the wake-up of the dead may be missing */
+    __atomic_add_fetch((uint32_t *)(ring->words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
+    store(ring->words + IN_TRANSITION_WORD, 0);
+}
+
+static int wait_for(pthread_mutex_t *lock, int64_t wait_ns) {
+    clockid_t clock = pthread_mutex_clocklock ? CLOCK_MONOTONIC : CLOCK_REALTIME;
+    struct timespec until;
+    if (wait_ns > SLICE_NS)
+        wait_ns = SLICE_NS;
+    clock_gettime(clock, &until);
+    until.tv_nsec += (long)wait_ns;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    return pthread_mutex_clocklock ? pthread_mutex_clocklock(lock, clock, &until) : pthread_mutex_timedlock(lock, &until);
+}
+
+static int enter(const struct ring *ring, int64_t wait_ns) {
+    pthread_mutex_t *lock = mutex(ring);
+    int code = pthread_mutex_trylock(lock);
+    for (int turn = 0; code == EBUSY && turn < SPINS; turn++) {
+        if (turn >= SPINS / 2)
+            sched_yield();
+        code = pthread_mutex_trylock(lock);
+    }
+    if (code == EBUSY && wait_ns > 0)
+        code = wait_for(lock, wait_ns);
+    if (code == EOWNERDEAD) {
+        pthread_mutex_consistent(lock);
+        count(ring, COUNT_LOCK_RECOVERIES);
+        repair(ring);
+        return DONE;
+    }
+    return code == 0 ? DONE : code == EBUSY || code == ETIMEDOUT ? LOCKED : DAMAGED;
+}
+
+static int leave(const struct ring *ring, int outcome) {
+    pthread_mutex_unlock(mutex(ring));
+    uint64_t *sleepers = ring->words + SLEEPERS_WORD;
+    if (__atomic_load_n(sleepers, __ATOMIC_SEQ_CST) && __atomic_load_n(ring->words + STATE_COUNT_WORD + FREE, __ATOMIC_SEQ_CST)) {
+        __atomic_store_n(sleepers, 0, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+    return outcome;
+}
+
+static inline void mark(const struct ring *ring, uint64_t slot) { store(ring->words + IN_TRANSITION_WORD, slot + 1); }
+
+static inline void unmark(const struct ring *ring) { store(ring->words + IN_TRANSITION_WORD, 0); }
+
+/* ---- What is called. Each returns an Outcome; `wait_ns` bounds the wait for the lock, SLICE_NS at most. ---- */
+
+/* Make the lock and the lists of a segment that nobody else uses yet; 0, or an errno. */
+EXPORT int ring_initialise(const struct ring *ring) {
+    pthread_mutexattr_t attributes;
+    int code = pthread_mutexattr_init(&attributes);
+    if (sizeof(pthread_mutex_t) > MUTEX_BYTES)
+        return ENOTSUP;
+    if (!code)
+        code = pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+    if (!code)
+        code = pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    if (!code)
+        code = pthread_mutex_init(mutex(ring), &attributes);
+    pthread_mutexattr_destroy(&attributes);
+    if (!code)
+        relink(ring);
+    return code;
+}
+
+/* FREE → WRITING, or READY → WRITING of the oldest unread payload if `overwrites`.
+ * Takes lease and owner of the hold; gives slot, generation, and, when FULL, what `ring_wait` waits on. */
+EXPORT int ring_reserve(const struct ring *ring, uint64_t *hold, int overwrites, int64_t wait_ns) {
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    uint64_t *words = ring->words, chosen = words[FREE_FIRST_WORD];
+    unsigned event = RESERVE;
+    if (!chosen && overwrites && words[STATE_COUNT_WORD + READY]) {
+        event = OVERWRITE;
+        chosen = words[HELD_FIRST_WORD];
+        for (uint64_t turn = 0; turn < ring->slots && chosen >= 1 && chosen <= ring->slots; turn++) {
+            if (state_of(header(ring, chosen - 1)[STATE]) == READY)
+                break;
+            chosen = header(ring, chosen - 1)[NEXT];
+        }
+    }
+    if (!chosen) {
+        hold[HOLD_STATE] = (uint32_t)words[FREED_WORD];
+        return leave(ring, FULL);
+    }
+    if (chosen > ring->slots)
+        return leave(ring, DAMAGED);
+    uint64_t slot = chosen - 1, *own = header(ring, slot), word = advance(own[STATE], event);
+    if (!word)
+        return leave(ring, DAMAGED);
+    mark(ring, slot);
+    if (event == OVERWRITE) /* counted before it happens: a kill in between counts one too many, never one too few */
+        count(ring, COUNT_OVERWRITTEN);
+    count(ring, COUNT_WRITTEN);
+    store(own + WRITER_PID, hold[HOLD_PID]);
+    store(own + WRITER_START, hold[HOLD_START]);
+    store(own + WRITER, hold[HOLD_LEASE]);
+    hold[HOLD_GENERATION] = generation_of(word);
+    hold[HOLD_SLOT] = slot;
+    become(ring, slot, word);
+    if (event == OVERWRITE)
+        clear_entries(ring, own);
+    unmark(ring);
+    return leave(ring, DONE);
+}
+
+static int is_writer(const uint64_t *own, const uint64_t *hold) {
+    return state_of(own[STATE]) == WRITING && generation_of(own[STATE]) == hold[HOLD_GENERATION] &&
+           own[WRITER] == hold[HOLD_LEASE] && own[WRITER_PID] == hold[HOLD_PID] && own[WRITER_START] == hold[HOLD_START];
+}
+
+/* WRITING → READY: the payload is complete. Takes the hold with nbytes, checksum and whether it has one. */
+EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t required_reads, int64_t wait_ns) {
+    if (hold[HOLD_SLOT] >= ring->slots)
+        return OUT_OF_RANGE;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot);
+    if (!is_writer(own, hold)) {
+        hold[HOLD_STATE] = own[STATE];
+        count(ring, COUNT_LATE_FINALISE);
+        return leave(ring, LATE);
+    }
+    mark(ring, slot);
+    uint64_t sequence = ring->words[SEQUENCE_WORD] + 1;
+    store(ring->words + SEQUENCE_WORD, sequence);
+    store(own + NBYTES, hold[HOLD_NBYTES]);
+    store(own + SEQUENCE, sequence);
+    store(own + CHECKSUM, hold[HOLD_CHECKSUM]);
+    store(own + HAS_CHECKSUM, hold[HOLD_HAS_CHECKSUM]);
+    store(own + REQUIRED_READS, required_reads);
+    count(ring, COUNT_COMMITTED);
+    add(ring->words + COUNTER_WORD + COUNT_COMMITTED_BYTES, hold[HOLD_NBYTES]);
+    become(ring, slot, advance(own[STATE], COMMIT));
+    store(own + WRITER, 0);
+    unmark(ring);
+    return leave(ring, DONE);
+}
+
+/* WRITING → FREE: a write ends without a payload; `reason` is counted. LATE changes nothing. */
+EXPORT int ring_abort(const struct ring *ring, const uint64_t *hold, unsigned reason, int64_t wait_ns) {
+    if (hold[HOLD_SLOT] >= ring->slots || reason >= COUNTERS)
+        return OUT_OF_RANGE;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot);
+    if (!is_writer(own, hold))
+        return leave(ring, LATE);
+    mark(ring, slot);
+    count(ring, reason);
+    become(ring, slot, advance(own[STATE], ABORT));
+    store(own + WRITER, 0);
+    unmark(ring);
+    return leave(ring, DONE);
+}
+
+static int discard(const struct ring *ring, uint64_t slot) {
+    uint64_t *own = header(ring, slot), word = advance(own[STATE], DISCARD);
+    if (!word)
+        return LATE;
+    mark(ring, slot);
+    count(ring, COUNT_DISCARDED);
+    become(ring, slot, word);
+    clear_entries(ring, own);
+    unmark(ring);
+    return DONE;
+}
+
+/* READY → FREE, if the slot holds that generation, unread; else LATE. */
+EXPORT int ring_discard(const struct ring *ring, uint64_t slot, uint64_t generation, int64_t wait_ns) {
+    if (slot >= ring->slots)
+        return OUT_OF_RANGE;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    if (generation_of(header(ring, slot)[STATE]) != generation)
+        return leave(ring, LATE);
+    return leave(ring, discard(ring, slot));
+}
+
+/* READY → FREE of every write up to `sequence`; `left` is given those that are read or written over just now. */
+EXPORT int ring_discard_until(const struct ring *ring, uint64_t sequence, uint64_t *left, int64_t wait_ns) {
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    *left = 0;
+    for (uint64_t slot = 0; slot < ring->slots; slot++) {
+        const uint64_t *own = header(ring, slot);
+        if (state_of(own[STATE]) != FREE && own[SEQUENCE] <= sequence)
+            *left += discard(ring, slot) != DONE;
+    }
+    return leave(ring, DONE);
+}
+
+static int acquire(const struct ring *ring, uint64_t *hold) {
+    if (hold[HOLD_SLOT] >= ring->slots) {
+        count(ring, COUNT_OUT_OF_RANGE);
+        return OUT_OF_RANGE;
+    }
+    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot), word = own[STATE], reader = hold[HOLD_READER];
+    unsigned state = state_of(word);
+    hold[HOLD_STATE] = word;
+    hold[HOLD_ATTEMPTS] = 0;
+    if (generation_of(word) != hold[HOLD_GENERATION] || (state != READY && state != READING)) {
+        count(ring, COUNT_STALE);
+        return STALE;
+    }
+    uint64_t *entry = entry_of(own, 0); /* READY, and one reader: nobody has had it, so all entries are empty */
+    if (state != READY || own[REQUIRED_READS] != 1) {
+        struct survey found = survey(ring, own, reader, NULL);
+        hold[HOLD_ATTEMPTS] = found.in_flight;
+        if (found.had || found.reads >= own[REQUIRED_READS]) {
+            count(ring, COUNT_STALE);
+            return HAD;
+        }
+        if (found.in_flight >= ring->max_attempts || !found.empty) {
+            count(ring, COUNT_BUSY);
+            return CROWDED;
+        }
+        if (reader && !found.enters_again && found.taken >= own[REQUIRED_READS]) {
+            count(ring, COUNT_BUSY);
+            return TAKEN;
+        }
+        entry = found.empty;
+    }
+    mark(ring, slot);
+    count(ring, COUNT_ACQUIRED);
+    store(entry + ENTRY_PID, hold[HOLD_PID]);
+    store(entry + ENTRY_START, hold[HOLD_START]);
+    store(entry + ENTRY_READER, reader);
+    store(entry + ENTRY_LEASE, hold[HOLD_LEASE] << 1);
+    become(ring, slot, advance(word, state == READY ? ACQUIRE : JOIN));
+    unmark(ring);
+    hold[HOLD_NBYTES] = own[NBYTES];
+    hold[HOLD_CHECKSUM] = own[CHECKSUM];
+    hold[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
+    return DONE;
+}
+
+/* READY → READING, or one attempt more within READING, of `number` holds: slot, generation, lease, owner and reader of
+ * each; its outcome, nbytes, checksum, or what was found instead, are given back in it. */
+EXPORT int ring_acquire(const struct ring *ring, uint64_t *holds, uint64_t number, int64_t wait_ns) {
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    for (uint64_t index = 0; index < number; index++, holds += HOLD_WORDS)
+        holds[HOLD_OUTCOME] = (uint64_t)acquire(ring, holds);
+    return leave(ring, DONE);
+}
+
+static uint64_t *in_flight_entry(const struct ring *ring, uint64_t *own, const uint64_t *hold) {
+    for (uint64_t index = 0; index < ring->entries; index++) {
+        uint64_t *entry = entry_of(own, index); /* lease ids are unique in a process only */
+        if (entry[ENTRY_LEASE] == hold[HOLD_LEASE] << 1 && entry[ENTRY_PID] == hold[HOLD_PID] &&
+            entry[ENTRY_START] == hold[HOLD_START])
+            return entry;
+    }
+    return NULL;
+}
+
+static int finalise(const struct ring *ring, const uint64_t *hold, unsigned reason) {
+    if (hold[HOLD_SLOT] >= ring->slots || !hold[HOLD_LEASE])
+        return LATE;
+    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot), word = own[STATE];
+    if (state_of(word) != READING || generation_of(word) != hold[HOLD_GENERATION])
+        return LATE;
+    uint64_t *entry = in_flight_entry(ring, own, hold);
+    if (!entry)
+        return LATE;
+    struct survey others = survey(ring, own, entry[ENTRY_READER], entry);
+    /* a second read by one reader, or one more than asked for, is no record worth keeping */
+    uint64_t counts = reason == COUNT_CONSUMED && others.reads < own[REQUIRED_READS] && !others.had;
+    mark(ring, slot);
+    count(ring, reason);
+    store(entry + ENTRY_LEASE, counts ? hold[HOLD_LEASE] << 1 | 1 : 0);
+    leave_reading(ring, slot, others.in_flight, others.reads + counts);
+    unmark(ring);
+    return DONE;
+}
+
+/* End `number` read attempts for one reason: CONSUMED, or one that leaves the payload to be read. The last one in flight
+ * takes its slot to FREE, or back to READY while a reader is missing. LATE changes nothing. Returns the last outcome. */
+EXPORT int ring_finalise(const struct ring *ring, uint64_t *holds, uint64_t number, unsigned reason, int64_t wait_ns) {
+    if (reason >= COUNTERS)
+        return OUT_OF_RANGE;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    int last = DONE; /* for a caller of one, whose hold another thread may be ending too */
+    for (uint64_t index = 0; index < number; index++, holds += HOLD_WORDS)
+        holds[HOLD_OUTCOME] = (uint64_t)(last = finalise(ring, holds, reason));
+    return leave(ring, last);
+}
+
+static uint64_t *put_hold(uint64_t *out, uint64_t slot, const uint64_t *own, const uint64_t *owner, uint64_t lease) {
+    out[HOLD_SLOT] = slot;
+    out[HOLD_GENERATION] = generation_of(own[STATE]);
+    out[HOLD_STATE] = own[STATE];
+    out[HOLD_LEASE] = lease;
+    out[HOLD_PID] = owner[0];
+    out[HOLD_START] = owner[1];
+    return out + HOLD_WORDS;
+}
+
+/* The first half of reclaiming: the writes and attempts in the slots from `first` on, as many slots as their holds fit
+ * `room`. Gives how many holds there are and the next slot to look at; the second half is `ring_abort` and
+ * `ring_finalise`, which compare again. */
+EXPORT int ring_holds(
+    const struct ring *ring, uint64_t *first, uint64_t *holds, uint64_t room, uint64_t *number, int64_t wait_ns) {
+    *number = 0;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    const uint64_t *counts = ring->words + STATE_COUNT_WORD;
+    uint64_t slot = *first, *out = holds, *end = holds + room * HOLD_WORDS, *need;
+    if (!counts[WRITING] && !counts[READING])
+        slot = ring->slots;
+    for (; slot < ring->slots && (need = out + ring->entries * HOLD_WORDS) <= end; slot++) {
+        uint64_t *own = header(ring, slot);
+        if (state_of(own[STATE]) == WRITING) {
+            out = put_hold(out, slot, own, own + WRITER_PID, own[WRITER]);
+        } else if (state_of(own[STATE]) == READING) {
+            for (uint64_t index = 0; index < ring->entries; index++) {
+                const uint64_t *entry = entry_of(own, index);
+                if (entry[ENTRY_LEASE] && !(entry[ENTRY_LEASE] & 1))
+                    out = put_hold(out, slot, own, entry + ENTRY_PID, entry[ENTRY_LEASE] >> 1);
+            }
+        }
+    }
+    *first = slot;
+    *number = (uint64_t)(out - holds) / HOLD_WORDS;
+    return leave(ring, DONE);
+}
+
+/* The READY payloads, the oldest first: slot, generation, nbytes and checksum of each, `room` at most. */
+EXPORT int ring_ready(const struct ring *ring, uint64_t *holds, uint64_t room, uint64_t *number, int64_t wait_ns) {
+    *number = 0;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    uint64_t next = ring->words[HELD_FIRST_WORD], turn = 0;
+    for (; next >= 1 && next <= ring->slots && turn < ring->slots && *number < room; turn++) {
+        const uint64_t *own = header(ring, next - 1);
+        if (state_of(own[STATE]) == READY) {
+            holds[HOLD_SLOT] = next - 1;
+            holds[HOLD_GENERATION] = generation_of(own[STATE]);
+            holds[HOLD_NBYTES] = own[NBYTES];
+            holds[HOLD_CHECKSUM] = own[CHECKSUM];
+            holds[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
+            holds += HOLD_WORDS;
+            ++*number;
+        }
+        next = own[NEXT];
+    }
+    return leave(ring, DONE);
+}
+
+/* Add one to a counter. */
+EXPORT int ring_count(const struct ring *ring, unsigned counter, int64_t wait_ns) {
+    if (counter >= COUNTERS)
+        return OUT_OF_RANGE;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    count(ring, counter);
+    return leave(ring, DONE);
+}
+
+/* The counters, then the number of slots in each state, all of one moment. */
+EXPORT int ring_snapshot(const struct ring *ring, uint64_t *out, int64_t wait_ns) {
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    for (unsigned counter = 0; counter < COUNTERS; counter++)
+        *out++ = ring->words[COUNTER_WORD + counter];
+    for (unsigned state = 0; state < STATES; state++)
+        *out++ = ring->words[STATE_COUNT_WORD + state];
+    return leave(ring, DONE);
+}
+
+/* Sleep until a slot has become FREE since `ring_reserve` said FULL and gave `seen`, or `wait_ns` are over. */
+EXPORT void ring_wait(const struct ring *ring, uint32_t seen, int64_t wait_ns) {
+    struct timespec limit = {wait_ns / 1000000000LL, (long)(wait_ns % 1000000000LL)};
+    __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAIT, seen, &limit, NULL, 0);
+}
+
+/* Store the published address, ADDRESS_BANK_WORDS words, into the bank that does not hold, and make that one hold. */
+EXPORT int ring_publish(const struct ring *ring, const uint64_t *address, int64_t wait_ns) {
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    uint64_t version = ring->words[ADDRESS_VERSION_WORD] + 1;
+    uint64_t *bank = ring->words + ADDRESS_WORD + (version & 1) * ADDRESS_BANK_WORDS;
+    for (unsigned index = 0; index < ADDRESS_BANK_WORDS; index++)
+        store(bank + index, address[index]);
+    store(ring->words + ADDRESS_VERSION_WORD, version);
+    return leave(ring, DONE);
+}

@@ -1,0 +1,182 @@
+"""Holds: this process's writes and read attempts as objects, and what becomes of one that is dropped unfinished.
+
+A hold is registered here *before* its transition happens in the segment. So for every hold in a segment that names this
+process, either its object is alive here, or the hold is an orphan (its call was cut off by an exception, or its owner
+dropped it while the lock was taken) and may be reclaimed. Arrays over a hold's memory keep it alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import sys
+import weakref
+from typing import Any, Final
+
+from ucxx_transport.errors import TransportError
+from ucxx_transport.ring.layout import HOLD_GENERATION, HOLD_LEASE, HOLD_NBYTES, HOLD_SLOT, Counter
+from ucxx_transport.ring.owner import Owner
+from ucxx_transport.ring.transitions import HoldWords, Transitions
+
+_LOST_WAIT_S: Final = 0.05
+"""How long a finaliser waits for the lock, which runs wherever a reference goes."""
+
+_ABORTED: Final = Counter.ABORTED
+
+_next_lease_id = itertools.count(1).__next__
+_live: dict[int, Guard] = {}
+_unsettled: list[Guard] = []
+"""Holds that were dropped while the lock was not to be had."""
+
+
+class Guard(weakref.ref["Hold"]):
+    """What outlives a hold's object: its words, and how it ends when the object is dropped.
+
+    Attributes:
+        transitions: of its ring; they keep the memory mapped.
+        words: the hold, as the transitions take it.
+        reason: what a drop is counted as; `ABORTED` for a write.
+    """
+
+    __slots__ = ("reason", "transitions", "words")
+
+    transitions: Transitions
+    words: ctypes.Array[ctypes.c_uint64]
+    reason: Counter
+
+
+class Hold:
+    """One hold on one slot, by this process. numpy arrays made over it keep it.
+
+    Args:
+        transitions: of its ring.
+        owner: in whose name.
+        slot: of a read; a write is given one by its transition.
+        generation: which payload; likewise.
+        reader: who reads, 0 for nobody in particular.
+        reason: what a drop is counted as: `ABORTED` for a write, `RELEASED` for a read.
+
+    Attributes:
+        words: the hold, as the transitions take it; `layout` names the words.
+    """
+
+    __slots__ = ("__weakref__", "_guard", "words")
+
+    def __init__(
+        self,
+        transitions: Transitions,
+        owner: Owner,
+        *,
+        slot: int = 0,
+        generation: int = 0,
+        reader: int = 0,
+        reason: Counter = _ABORTED,
+    ) -> None:
+        lease_id = _next_lease_id()
+        words = HoldWords(slot, generation, lease_id, owner[0], owner[1], reader)
+        self._register(transitions, words, reason)
+
+    def _register(self, transitions: Transitions, words: ctypes.Array[ctypes.c_uint64], reason: Counter) -> None:
+        guard = Guard(self, _lost)
+        guard.transitions = transitions
+        guard.words = words
+        guard.reason = reason
+        self._guard = guard
+        self.words = words
+        _live[words[HOLD_LEASE]] = guard
+
+    @property
+    def slot(self) -> int:
+        """The slot's index."""
+        return self.words[HOLD_SLOT]
+
+    @property
+    def generation(self) -> int:
+        """Which write to that slot it is, or reads."""
+        return self.words[HOLD_GENERATION]
+
+    @property
+    def lease_id(self) -> int:
+        """Unique in this process."""
+        return self.words[HOLD_LEASE]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this process took the hold and has not ended it. A forked child inherits the object only."""
+        return _live.get(self.words[HOLD_LEASE]) is self._guard
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The payload's bytes for numpy, read-only for a read. An array made of this keeps the hold."""
+        words = self.words
+        return {
+            "shape": (words[HOLD_NBYTES],),
+            "typestr": "|u1",
+            "data": (self._guard.transitions.payload_address(words[HOLD_SLOT]), self._guard.reason is not _ABORTED),
+            "version": 3,
+        }
+
+    def forget(self) -> None:
+        """Take it out of the registry: it has ended, or never began."""
+        if self.is_live:
+            del _live[self.words[HOLD_LEASE]]
+
+
+class DetachedRead(Hold):
+    """A read attempt that arrays alone keep: it is consumed when the last of them is gone.
+
+    Args:
+        lease: the live hold that it takes the place of.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, lease: Hold) -> None:
+        guard = lease._guard  # noqa: SLF001 - of this class
+        self._register(guard.transitions, guard.words, Counter.CONSUMED)
+
+
+def is_live(lease_id: int) -> bool:
+    """Whether a hold of this process with that id has its object."""
+    guard = _live.get(lease_id)
+    return guard is not None and guard() is not None
+
+
+def settle() -> None:
+    """End the holds whose objects are gone and that could not be ended then."""
+    _unsettled.clear()
+    for guard in list(_live.values()):
+        if guard() is None:
+            _lost(guard)
+
+
+def has_unsettled() -> bool:
+    """Whether `settle` has anything to do."""
+    return bool(_unsettled)
+
+
+def _lost(guard: weakref.ref[Hold]) -> None:
+    """Callback of a hold's last reference going. It may run anywhere, and must not raise."""
+    if not isinstance(guard, Guard) or not hasattr(guard, "reason") or sys.is_finalizing():
+        return  # cut off before it was registered; or the process ends, and is reclaimed
+    words = guard.words
+    if _live.get(words[HOLD_LEASE]) is not guard:
+        return  # ended, or detached
+    try:
+        if guard.reason is _ABORTED:
+            guard.transitions.abort(words, _ABORTED, _LOST_WAIT_S)
+        else:
+            guard.transitions.finalise(words, guard.reason, _LOST_WAIT_S)
+    except TransportError:
+        _unsettled.append(guard)
+        return
+    _live.pop(words[HOLD_LEASE], None)
+
+
+def _forget_inherited() -> None:
+    _live.clear()
+    _unsettled.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

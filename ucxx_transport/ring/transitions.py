@@ -1,0 +1,412 @@
+"""Transitions: the calls into `native/ring.c`, and the errors that their outcomes are.
+
+Each call is one whole transition under the segment's lock. It is tried without releasing the GIL first, since a
+critical section takes a fraction of a microsecond; where the lock is taken for longer it is waited for with the GIL
+released, in slices, so that Ctrl-C is noticed.
+
+A hold is told to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from ucxx_transport.errors import (
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
+from ucxx_transport.native import load
+from ucxx_transport.ring.layout import (
+    ADDRESS_BANK_WORDS,
+    HOLD_ATTEMPTS,
+    HOLD_CHECKSUM,
+    HOLD_GENERATION,
+    HOLD_HAS_CHECKSUM,
+    HOLD_LEASE,
+    HOLD_NBYTES,
+    HOLD_OUTCOME,
+    HOLD_PID,
+    HOLD_SLOT,
+    HOLD_START,
+    HOLD_STATE,
+    HOLD_WORDS,
+    MUTEX_BYTE,
+    Counter,
+    Geometry,
+    Outcome,
+)
+from ucxx_transport.ring.owner import Owner
+from ucxx_transport.ring.segment import Segment
+from ucxx_transport.ring.states import SlotState, generation_of, state_of
+
+__all__ = ["HoldWords", "ReadyPayload", "SeenHold", "Transitions"]
+
+HoldWords = ctypes.c_uint64 * HOLD_WORDS
+Words = ctypes.Array[ctypes.c_uint64]
+
+_HOLDS_A_CALL: Final = 1024
+"""Holds or payloads listed in one critical section."""
+
+_THREAD_ID_MASK: Final = 0x3FFFFFFF
+"""Of a robust mutex's first word (<linux/futex.h>): who holds it."""
+
+# An attribute of an enum costs 0.3 µs in Python 3.11, a module's name nothing; these are on the hot path.
+_DONE: Final = int(Outcome.DONE)
+_LOCKED: Final = int(Outcome.LOCKED)
+_DAMAGED: Final = int(Outcome.DAMAGED)
+_FULL: Final = int(Outcome.FULL)
+
+
+class _Ring(ctypes.Structure):
+    """`struct ring` of `native/ring.c`."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("slots", ctypes.c_uint64),
+        ("first_slot_word", ctypes.c_uint64),
+        ("slot_words", ctypes.c_uint64),
+        ("entries", ctypes.c_uint64),
+        ("max_attempts", ctypes.c_uint64),
+    )
+
+
+class SeenHold(NamedTuple):
+    """A write or read attempt as the segment names it.
+
+    Attributes:
+        owner: whose it is.
+        lease_id: its id, unique in that process.
+        words: itself, as the calls take it.
+    """
+
+    owner: Owner
+    lease_id: int
+    words: Words
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it is a write."""
+        return state_of(self.words[HOLD_STATE]) is SlotState.WRITING
+
+
+class ReadyPayload(NamedTuple):
+    """A payload that waits to be read."""
+
+    slot: int
+    generation: int
+    nbytes: int
+    checksum: int | None
+
+
+class Transitions:
+    """The transitions of one segment's slots.
+
+    Args:
+        segment: the mapped memory.
+        geometry: where the slots' headers lie, checked against the segment.
+        lock_wait_s: how long one call waits for the lock, unless it says otherwise.
+        clock: monotonic seconds.
+    """
+
+    __slots__ = (
+        *("_brief", "_clock", "_first_payload", "_patient", "_ring", "_segment", "_stride", "_struct"),
+        "lock_wait_s",
+    )
+
+    def __init__(
+        self, segment: Segment, geometry: Geometry, *, lock_wait_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._segment = segment  # keeps the memory mapped
+        self._clock = clock
+        self.lock_wait_s = lock_wait_s
+        self._struct = _Ring(
+            segment.address,
+            geometry.slots,
+            geometry.first_slot_word,
+            geometry.slot_words,
+            geometry.entries,
+            geometry.max_attempts,
+        )
+        self._ring = ctypes.addressof(self._struct)
+        self._first_payload = segment.address + geometry.payload_byte(0)
+        self._stride = geometry.stride_bytes
+        library = load()
+        self._brief = _Calls(library.brief)
+        self._patient = _Calls(library.patient)
+
+    def initialise(self) -> None:
+        """Make the lock and the lists of a segment that nobody else uses yet.
+
+        Raises:
+            ConfigError: this C library has no robust mutexes.
+        """
+        code = self._brief.initialise(self._ring)
+        if code:
+            raise ConfigError(
+                f"a robust process-shared mutex cannot be made (errno {code}): ucxx_transport runs on Linux with glibc",
+                errno=code,
+            )
+
+    def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:
+        """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation.
+
+        Returns:
+            False when no slot can be written.
+        """
+        code = self._brief.reserve(self._ring, words, overwrites, 0)
+        if code:
+            if code != _FULL:
+                code = self._waited(code, wait_s, self._patient.reserve, words, overwrites)
+            if code == _FULL:
+                return False
+        return True
+
+    def commit(self, words: Words, required_reads: int) -> None:
+        """WRITING → READY: the payload of a write, whose size and checksum are in the words, is complete.
+
+        Raises:
+            SlotError: the hold has ended: committed, aborted, or reclaimed.
+        """
+        code = self._brief.commit(self._ring, words, required_reads, 0)
+        if code:
+            code = self._waited(code, None, self._patient.commit, words, required_reads)
+            if code:
+                raise SlotError(
+                    "this write lease no longer holds its slot; nothing was committed",
+                    slot=words[HOLD_SLOT],
+                    generation=words[HOLD_GENERATION],
+                    state=state_of(words[HOLD_STATE]).name,
+                )
+
+    def abort(self, words: Words, reason: Counter | int = Counter.ABORTED, wait_s: float | None = None) -> bool:
+        """WRITING → FREE: a write ends without a payload.
+
+        Returns:
+            Whether this hold had the slot; False changes nothing.
+        """
+        code = self._brief.abort(self._ring, words, reason, 0)
+        if code:
+            code = self._waited(code, wait_s, self._patient.abort, words, reason)
+        return code == _DONE
+
+    def discard(self, slot: int, generation: int) -> bool:
+        """READY → FREE, if the slot holds that generation, unread."""
+        code = self._brief.discard(self._ring, slot, generation, 0)
+        if code:
+            code = self._waited(code, None, self._patient.discard, slot, generation)
+        return code == _DONE
+
+    def discard_until(self, sequence: int) -> int:
+        """Discard every unread payload of the writes up to `sequence`.
+
+        Returns:
+            How many of their slots are being read, or written again.
+        """
+        left = ctypes.c_uint64()
+        self._waited(_LOCKED, None, self._patient.discard_until, sequence, ctypes.addressof(left))
+        return left.value
+
+    def acquire(self, words: Words, wait_s: float | None = None) -> None:
+        """READY → READING, or one attempt more within READING; gives nbytes and checksum.
+
+        Raises:
+            StaleSlotError: another generation, no payload, or one that all its readers, or this one, have had.
+            BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
+                the reads that the payload asks for.
+        """
+        code = self._brief.acquire(self._ring, words, 1, 0)
+        if code:
+            self._waited(code, wait_s, self._patient.acquire, words, 1)
+        if words[HOLD_OUTCOME]:
+            raise _refusal(words)
+
+    def finalise(self, words: Words, reason: Counter | int, wait_s: float | None = None) -> bool:
+        """End a read attempt. The last one takes the slot to FREE, or back to READY while a reader is missing.
+
+        Args:
+            words: the attempt.
+            reason: why, which is counted. `CONSUMED`: its reader has had the payload.
+            wait_s: how long to wait for the lock; None for `lock_wait_s`.
+
+        Returns:
+            Whether the attempt was in flight; False changes nothing.
+        """
+        code = self._brief.finalise(self._ring, words, 1, reason, 0)
+        if code:
+            code = self._waited(code, wait_s, self._patient.finalise, words, 1, reason)
+        return code == _DONE
+
+    def count(self, counter: Counter) -> None:
+        """Add one to a counter."""
+        code = self._brief.count(self._ring, counter, 0)
+        if code:
+            self._waited(code, None, self._patient.count, counter)
+
+    def holds(self) -> Iterator[SeenHold]:
+        """The writes and read attempts in the segment, read in several critical sections."""
+        first, number = ctypes.c_uint64(0), ctypes.c_uint64(0)
+        room = max(_HOLDS_A_CALL, self._struct.entries)
+        seen = (HoldWords * room)()
+        while first.value < self._struct.slots:
+            self._waited(
+                _LOCKED,
+                None,
+                self._patient.holds,
+                ctypes.addressof(first),
+                seen,
+                room,
+                ctypes.addressof(number),
+            )
+            for index in range(number.value):
+                words = HoldWords(*seen[index])
+                yield SeenHold(Owner(words[HOLD_PID], words[HOLD_START]), words[HOLD_LEASE], words)
+
+    def ready(self) -> list[ReadyPayload]:
+        """The payloads that wait to be read, the oldest first, all of one moment."""
+        room = self._struct.slots
+        seen, number = (HoldWords * room)(), ctypes.c_uint64(0)
+        self._waited(_LOCKED, None, self._patient.ready, seen, room, ctypes.addressof(number))
+        return [
+            ReadyPayload(
+                words[HOLD_SLOT],
+                words[HOLD_GENERATION],
+                words[HOLD_NBYTES],
+                words[HOLD_CHECKSUM] if words[HOLD_HAS_CHECKSUM] else None,
+            )
+            for words in seen[: number.value]
+        ]
+
+    def snapshot(self) -> tuple[list[int], list[int]]:
+        """The counters (`Counter`) and the number of slots in each state, of one moment."""
+        out = (ctypes.c_uint64 * (len(Counter) + len(SlotState)))()
+        self._waited(_LOCKED, None, self._patient.snapshot, out)
+        values = list(out)
+        return values[: len(Counter)], values[len(Counter) :]
+
+    def publish(self, address: bytes) -> None:
+        """Store the server's address, a bank of `ADDRESS_BANK_WORDS` words."""
+        bank = (ctypes.c_uint64 * ADDRESS_BANK_WORDS).from_buffer_copy(address)
+        self._waited(_LOCKED, None, self._patient.publish, bank)
+
+    def wait_for_free(self, seen: int, wait_s: float) -> None:
+        """Sleep until a slot has become FREE since `reserve` found none, or for `wait_s`.
+
+        Args:
+            seen: what `reserve` left in the word `HOLD_STATE`.
+            wait_s: the bound.
+        """
+        self._patient.wait(self._ring, seen, int(wait_s * 1e9))
+
+    def payload_address(self, slot: int) -> int:
+        """Where a slot's payload is in this process's memory."""
+        return self._first_payload + slot * self._stride
+
+    @property
+    def holder_thread_id(self) -> int:
+        """Kernel id of the thread that holds the lock now, 0 when none does."""
+        return self._segment.words[MUTEX_BYTE // 8] & _THREAD_ID_MASK
+
+    def _waited(self, code: int, wait_s: float | None, call: Callable[..., int], *arguments: Any) -> int:
+        """Repeat a call that found the lock taken (`code` LOCKED), and return its outcome.
+
+        Raises:
+            DeadlineExceededError: the lock was not to be had in time: its holder is stopped.
+            SlotError: the lock or a list of slots is damaged.
+        """
+        if code == _LOCKED:
+            bound_s = self.lock_wait_s if wait_s is None else min(wait_s, self.lock_wait_s)
+            until_s = self._clock() + bound_s
+            left_s = bound_s
+            while True:
+                code = call(self._ring, *arguments, max(1, int(left_s * 1e9)))
+                if code != _LOCKED:
+                    break
+                left_s = until_s - self._clock()
+                if left_s <= 0:
+                    raise DeadlineExceededError(
+                        "the ring's lock is held by a thread that does not get on (stopped?)",
+                        waited_s=bound_s,
+                        holder_thread_id=self.holder_thread_id,
+                    )
+        if code == _DAMAGED:
+            raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
+        return code
+
+
+class _Calls:
+    """The functions of one loading of the library, with their types."""
+
+    abort: Callable[..., int]
+    acquire: Callable[..., int]
+    commit: Callable[..., int]
+    count: Callable[..., int]
+    discard: Callable[..., int]
+    discard_until: Callable[..., int]
+    finalise: Callable[..., int]
+    holds: Callable[..., int]
+    initialise: Callable[..., int]
+    publish: Callable[..., int]
+    ready: Callable[..., int]
+    reserve: Callable[..., int]
+    snapshot: Callable[..., int]
+    wait: Callable[..., int]
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        memory, word, number, wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
+        for name, types in (
+            ("initialise", ()),
+            ("reserve", (memory, ctypes.c_int, wait_ns)),
+            ("commit", (memory, word, wait_ns)),
+            ("abort", (memory, number, wait_ns)),
+            ("discard", (word, word, wait_ns)),
+            ("discard_until", (word, memory, wait_ns)),
+            ("acquire", (memory, word, wait_ns)),
+            ("finalise", (memory, word, number, wait_ns)),
+            ("holds", (memory, memory, word, memory, wait_ns)),
+            ("ready", (memory, word, memory, wait_ns)),
+            ("count", (number, wait_ns)),
+            ("snapshot", (memory, wait_ns)),
+            ("publish", (memory, wait_ns)),
+            ("wait", (ctypes.c_uint32, wait_ns)),
+        ):
+            function = library[f"ring_{name}"]
+            function.argtypes = (memory, *types)
+            function.restype = ctypes.c_int
+            setattr(self, name, function)
+
+
+def _refusal(words: Words) -> TransportError:
+    """The error that an outcome of `acquire` is."""
+    outcome, found = Outcome(words[HOLD_OUTCOME]), words[HOLD_STATE]
+    slot, generation = words[HOLD_SLOT], words[HOLD_GENERATION]
+    if outcome is Outcome.OUT_OF_RANGE:
+        return SlotError("the ring has no such slot", slot=slot)
+    if outcome is Outcome.CROWDED:
+        return BusyError("the slot carries as many read attempts as it can", slot=slot, attempts=words[HOLD_ATTEMPTS])
+    if outcome is Outcome.TAKEN:
+        return BusyError(
+            "other readers have attempts in flight for all the reads that this payload asks for; it is theirs unless "
+            "one of them gives it back",
+            slot=slot,
+            generation=generation,
+            attempts=words[HOLD_ATTEMPTS],
+        )
+    why = (
+        "the payload was read already, though an attempt is still in flight"
+        if outcome is Outcome.HAD
+        else "the slot was recycled, or its payload was read, dropped or never written"
+    )
+    return StaleSlotError(
+        f"stale slot: {why}",
+        slot=slot,
+        generation=generation,
+        found_generation=generation_of(found),
+        state=state_of(found).name,
+    )
