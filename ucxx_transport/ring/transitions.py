@@ -22,7 +22,7 @@ from ucxx_transport.errors import (
     StaleSlotError,
     TransportError,
 )
-from ucxx_transport.native import load
+from ucxx_transport.native import Library, load
 from ucxx_transport.ring.layout import (
     ADDRESS_BANK_WORDS,
     HOLD_ATTEMPTS,
@@ -113,6 +113,7 @@ class Transitions:
         geometry: where the slots' headers lie, checked against the segment.
         lock_wait_s: how long one call waits for the lock, unless it says otherwise.
         clock: monotonic seconds.
+        library: another build of `ring.c` than the package's, for its tests.
     """
 
     __slots__ = (
@@ -121,7 +122,13 @@ class Transitions:
     )
 
     def __init__(
-        self, segment: Segment, geometry: Geometry, *, lock_wait_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        segment: Segment,
+        geometry: Geometry,
+        *,
+        lock_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        library: Library | None = None,
     ) -> None:
         self._segment = segment  # keeps the memory mapped
         self._clock = clock
@@ -137,7 +144,7 @@ class Transitions:
         self._ring = ctypes.addressof(self._struct)
         self._first_payload = segment.address + geometry.payload_byte(0)
         self._stride = geometry.stride_bytes
-        library = load()
+        library = library or load()
         self._brief = _Calls(library.brief)
         self._patient = _Calls(library.patient)
 

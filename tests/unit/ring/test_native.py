@@ -1,0 +1,94 @@
+"""`ring.c`: generated from its specification, built by what is there, and whole wherever it is cut off."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ucxx_transport import native
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.native import build
+from ucxx_transport.ring.states import SlotEvent
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 20_000
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_ring_header", ROOT / "scripts" / "generate_ring_header.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(program: str, *words: str, environment: dict[str, str] | None = None) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.programs.ring_native", program, *words],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said: dict[str, int] = json.loads(done.stdout)
+    return said
+
+
+def test_the_header_is_generated_from_the_layout_and_the_table_of_states() -> None:
+    made = generator()
+    assert made.HEADER.read_text() == made.header()
+
+
+def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
+    build.compile_ring(tmp_path / "libring.so", ["-Werror"])
+
+
+def test_a_transition_that_is_cut_off_before_any_of_its_stores_is_completed_or_undone(tmp_path: Path) -> None:
+    library = tmp_path / "libring_cut.so"
+    build.compile_ring(library, ["-DRING_CUT"])
+    stores = run("cut", str(library))
+    assert set(stores) == {event.name for event in SlotEvent}
+    assert all(count >= 3 for count in stores.values()), stores
+
+
+@pytest.mark.exhaustive
+def test_random_transitions_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("gcc, whose sanitizers' runtime is loaded first, is not installed")
+    runtime = subprocess.run([gcc, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    library = tmp_path / "libring_sanitized.so"
+    build.compile_ring(library, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"])
+    preload = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    assert run("random", str(library), str(STEPS), environment=preload) == {"steps": STEPS}
+
+
+def test_random_transitions_keep_lists_and_counts_true() -> None:
+    assert run("random", str(native.LIBRARY), str(STEPS)) == {"steps": STEPS}
+
+
+def test_without_any_compiler_the_error_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    if importlib.util.find_spec("ziglang") is not None:
+        pytest.skip("ziglang is installed, so there is a compiler")
+    with pytest.raises(build.CompilationError, match=r"no-such-compiler.*Install gcc, or `pip install ziglang`"):
+        build.compile_ring(tmp_path / "libring.so")
+
+
+def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_to_build_it(tmp_path: Path) -> None:
+    broken = tmp_path / "libring.so"
+    broken.write_bytes(b"no shared library")
+    with pytest.raises(ConfigError, match="install the package again with pip"):
+        native.load(broken)
