@@ -3,15 +3,73 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["LIBRARY", "Library", "load"]
+__all__ = ["LIBRARY", "Calls", "Library", "RingStruct", "load"]
 
 LIBRARY: Final = Path(__file__).with_name("libring.so")
+
+
+class RingStruct(ctypes.Structure):
+    """`struct ring` of `ring.c`: where a segment lies in this process, and its sizes."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("slots", ctypes.c_uint64),
+        ("first_slot_word", ctypes.c_uint64),
+        ("slot_words", ctypes.c_uint64),
+        ("entries", ctypes.c_uint64),
+        ("max_attempts", ctypes.c_uint64),
+    )
+
+
+class Calls:
+    """The functions of `ring.c`, with their types, of one loading of the library; the source says what each does."""
+
+    library: ctypes.CDLL
+    abort: Callable[..., int]
+    acquire: Callable[..., int]
+    commit: Callable[..., int]
+    count: Callable[..., int]
+    discard: Callable[..., int]
+    discard_until: Callable[..., int]
+    finalise: Callable[..., int]
+    holds: Callable[..., int]
+    initialise: Callable[..., int]
+    publish: Callable[..., int]
+    ready: Callable[..., int]
+    reserve: Callable[..., int]
+    snapshot: Callable[..., int]
+    wait: Callable[..., int]
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        memory, word, number, wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
+        for name, types in (
+            ("initialise", ()),
+            ("reserve", (memory, ctypes.c_int, wait_ns)),
+            ("commit", (memory, word, wait_ns)),
+            ("abort", (memory, number, wait_ns)),
+            ("discard", (word, word, wait_ns)),
+            ("discard_until", (word, memory, wait_ns)),
+            ("acquire", (memory, word, wait_ns)),
+            ("finalise", (memory, word, number, wait_ns)),
+            ("holds", (memory, memory, word, memory, wait_ns)),
+            ("ready", (memory, word, memory, wait_ns)),
+            ("count", (number, wait_ns)),
+            ("snapshot", (memory, wait_ns)),
+            ("publish", (memory, wait_ns)),
+            ("wait", (ctypes.c_uint32, wait_ns)),
+        ):
+            function = library[f"ring_{name}"]
+            function.argtypes = (memory, *types)
+            function.restype = ctypes.c_int
+            setattr(self, name, function)
 
 
 class Library(NamedTuple):
@@ -19,11 +77,11 @@ class Library(NamedTuple):
 
     Attributes:
         brief: keeps the interpreter's lock (GIL): for calls that take a microsecond, and never sleep.
-        patient: releases it: for calls that may sleep.
+        sleeping: releases it: for calls that may sleep.
     """
 
-    brief: ctypes.PyDLL
-    patient: ctypes.CDLL
+    brief: Calls
+    sleeping: Calls
 
 
 @cache
@@ -37,7 +95,7 @@ def load(path: Path = LIBRARY) -> Library:
         ConfigError: it is missing or is of another platform; says how to build it.
     """
     try:
-        return Library(ctypes.PyDLL(str(path)), ctypes.CDLL(str(path)))
+        return Library(Calls(ctypes.PyDLL(str(path))), Calls(ctypes.CDLL(str(path))))
     except OSError as exc:
         raise ConfigError(
             f"the compiled part of ucxx_transport cannot be loaded ({exc}): install the package again with pip, which "

@@ -1,5 +1,4 @@
-"""SlotReader and ReadLease: read attempts are entered, and each is ended exactly once.
-"""
+"""SlotReader and ReadLease: read attempts are entered, and each is ended exactly once."""
 
 from __future__ import annotations
 

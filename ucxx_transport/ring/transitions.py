@@ -22,7 +22,7 @@ from ucxx_transport.errors import (
     StaleSlotError,
     TransportError,
 )
-from ucxx_transport.native import Library, load
+from ucxx_transport.native import Library, RingStruct, load
 from ucxx_transport.ring.layout import (
     ADDRESS_BANK_WORDS,
     HOLD_ATTEMPTS,
@@ -62,19 +62,6 @@ _DONE: Final = int(Outcome.DONE)
 _LOCKED: Final = int(Outcome.LOCKED)
 _DAMAGED: Final = int(Outcome.DAMAGED)
 _FULL: Final = int(Outcome.FULL)
-
-
-class _Ring(ctypes.Structure):
-    """`struct ring` of `native/ring.c`."""
-
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("slots", ctypes.c_uint64),
-        ("first_slot_word", ctypes.c_uint64),
-        ("slot_words", ctypes.c_uint64),
-        ("entries", ctypes.c_uint64),
-        ("max_attempts", ctypes.c_uint64),
-    )
 
 
 class SeenHold(NamedTuple):
@@ -117,7 +104,7 @@ class Transitions:
     """
 
     __slots__ = (
-        *("_brief", "_clock", "_first_payload", "_patient", "_ring", "_segment", "_stride", "_struct"),
+        *("_brief", "_clock", "_first_payload", "_sleeping", "_ring", "_segment", "_stride", "_struct"),
         "lock_wait_s",
     )
 
@@ -133,7 +120,7 @@ class Transitions:
         self._segment = segment  # keeps the memory mapped
         self._clock = clock
         self.lock_wait_s = lock_wait_s
-        self._struct = _Ring(
+        self._struct = RingStruct(
             segment.address,
             geometry.slots,
             geometry.first_slot_word,
@@ -145,8 +132,8 @@ class Transitions:
         self._first_payload = segment.address + geometry.payload_byte(0)
         self._stride = geometry.stride_bytes
         library = library or load()
-        self._brief = _Calls(library.brief)
-        self._patient = _Calls(library.patient)
+        self._brief = library.brief
+        self._sleeping = library.sleeping
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment that nobody else uses yet.
@@ -170,7 +157,7 @@ class Transitions:
         code = self._brief.reserve(self._ring, words, overwrites, 0)
         if code:
             if code != _FULL:
-                code = self._waited(code, wait_s, self._patient.reserve, words, overwrites)
+                code = self._waited(code, wait_s, self._sleeping.reserve, words, overwrites)
             if code == _FULL:
                 return False
         return True
@@ -183,7 +170,7 @@ class Transitions:
         """
         code = self._brief.commit(self._ring, words, required_reads, 0)
         if code:
-            code = self._waited(code, None, self._patient.commit, words, required_reads)
+            code = self._waited(code, None, self._sleeping.commit, words, required_reads)
             if code:
                 raise SlotError(
                     "this write lease no longer holds its slot; nothing was committed",
@@ -200,14 +187,14 @@ class Transitions:
         """
         code = self._brief.abort(self._ring, words, reason, 0)
         if code:
-            code = self._waited(code, wait_s, self._patient.abort, words, reason)
+            code = self._waited(code, wait_s, self._sleeping.abort, words, reason)
         return code == _DONE
 
     def discard(self, slot: int, generation: int) -> bool:
         """READY → FREE, if the slot holds that generation, unread."""
         code = self._brief.discard(self._ring, slot, generation, 0)
         if code:
-            code = self._waited(code, None, self._patient.discard, slot, generation)
+            code = self._waited(code, None, self._sleeping.discard, slot, generation)
         return code == _DONE
 
     def discard_until(self, sequence: int) -> int:
@@ -217,7 +204,7 @@ class Transitions:
             How many of their slots are being read, or written again.
         """
         left = ctypes.c_uint64()
-        self._waited(_LOCKED, None, self._patient.discard_until, sequence, ctypes.addressof(left))
+        self._waited(_LOCKED, None, self._sleeping.discard_until, sequence, ctypes.addressof(left))
         return left.value
 
     def acquire(self, words: Words, wait_s: float | None = None) -> None:
@@ -230,7 +217,7 @@ class Transitions:
         """
         code = self._brief.acquire(self._ring, words, 1, 0)
         if code:
-            self._waited(code, wait_s, self._patient.acquire, words, 1)
+            self._waited(code, wait_s, self._sleeping.acquire, words, 1)
         if words[HOLD_OUTCOME]:
             raise _refusal(words)
 
@@ -247,14 +234,14 @@ class Transitions:
         """
         code = self._brief.finalise(self._ring, words, 1, reason, 0)
         if code:
-            code = self._waited(code, wait_s, self._patient.finalise, words, 1, reason)
+            code = self._waited(code, wait_s, self._sleeping.finalise, words, 1, reason)
         return code == _DONE
 
     def count(self, counter: Counter) -> None:
         """Add one to a counter."""
         code = self._brief.count(self._ring, counter, 0)
         if code:
-            self._waited(code, None, self._patient.count, counter)
+            self._waited(code, None, self._sleeping.count, counter)
 
     def holds(self) -> Iterator[SeenHold]:
         """The writes and read attempts in the segment, read in several critical sections."""
@@ -265,7 +252,7 @@ class Transitions:
             self._waited(
                 _LOCKED,
                 None,
-                self._patient.holds,
+                self._sleeping.holds,
                 ctypes.addressof(first),
                 seen,
                 room,
@@ -279,7 +266,7 @@ class Transitions:
         """The payloads that wait to be read, the oldest first, all of one moment."""
         room = self._struct.slots
         seen, number = (HoldWords * room)(), ctypes.c_uint64(0)
-        self._waited(_LOCKED, None, self._patient.ready, seen, room, ctypes.addressof(number))
+        self._waited(_LOCKED, None, self._sleeping.ready, seen, room, ctypes.addressof(number))
         return [
             ReadyPayload(
                 words[HOLD_SLOT],
@@ -293,14 +280,14 @@ class Transitions:
     def snapshot(self) -> tuple[list[int], list[int]]:
         """The counters (`Counter`) and the number of slots in each state, of one moment."""
         out = (ctypes.c_uint64 * (len(Counter) + len(SlotState)))()
-        self._waited(_LOCKED, None, self._patient.snapshot, out)
+        self._waited(_LOCKED, None, self._sleeping.snapshot, out)
         values = list(out)
         return values[: len(Counter)], values[len(Counter) :]
 
     def publish(self, address: bytes) -> None:
         """Store the server's address, a bank of `ADDRESS_BANK_WORDS` words."""
         bank = (ctypes.c_uint64 * ADDRESS_BANK_WORDS).from_buffer_copy(address)
-        self._waited(_LOCKED, None, self._patient.publish, bank)
+        self._waited(_LOCKED, None, self._sleeping.publish, bank)
 
     def wait_for_free(self, seen: int, wait_s: float) -> None:
         """Sleep until a slot has become FREE since `reserve` found none, or for `wait_s`.
@@ -309,7 +296,7 @@ class Transitions:
             seen: what `reserve` left in the word `HOLD_STATE`.
             wait_s: the bound.
         """
-        self._patient.wait(self._ring, seen, int(wait_s * 1e9))
+        self._sleeping.wait(self._ring, seen, int(wait_s * 1e9))
 
     def payload_address(self, slot: int) -> int:
         """Where a slot's payload is in this process's memory."""
@@ -345,48 +332,6 @@ class Transitions:
         if code == _DAMAGED:
             raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
         return code
-
-
-class _Calls:
-    """The functions of one loading of the library, with their types."""
-
-    abort: Callable[..., int]
-    acquire: Callable[..., int]
-    commit: Callable[..., int]
-    count: Callable[..., int]
-    discard: Callable[..., int]
-    discard_until: Callable[..., int]
-    finalise: Callable[..., int]
-    holds: Callable[..., int]
-    initialise: Callable[..., int]
-    publish: Callable[..., int]
-    ready: Callable[..., int]
-    reserve: Callable[..., int]
-    snapshot: Callable[..., int]
-    wait: Callable[..., int]
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        memory, word, number, wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
-        for name, types in (
-            ("initialise", ()),
-            ("reserve", (memory, ctypes.c_int, wait_ns)),
-            ("commit", (memory, word, wait_ns)),
-            ("abort", (memory, number, wait_ns)),
-            ("discard", (word, word, wait_ns)),
-            ("discard_until", (word, memory, wait_ns)),
-            ("acquire", (memory, word, wait_ns)),
-            ("finalise", (memory, word, number, wait_ns)),
-            ("holds", (memory, memory, word, memory, wait_ns)),
-            ("ready", (memory, word, memory, wait_ns)),
-            ("count", (number, wait_ns)),
-            ("snapshot", (memory, wait_ns)),
-            ("publish", (memory, wait_ns)),
-            ("wait", (ctypes.c_uint32, wait_ns)),
-        ):
-            function = library[f"ring_{name}"]
-            function.argtypes = (memory, *types)
-            function.restype = ctypes.c_int
-            setattr(self, name, function)
 
 
 def _refusal(words: Words) -> TransportError:

@@ -1,5 +1,4 @@
-"""SlotWriter and WriteLease: a slot is found under the ring's policy, filled, and its payload committed, or dropped.
-"""
+"""SlotWriter and WriteLease: a slot is found under the ring's policy, filled, and its payload committed, or dropped."""
 
 from __future__ import annotations
 

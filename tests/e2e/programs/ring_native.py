@@ -228,7 +228,7 @@ def cut_once(library: Library, event: SlotEvent, prepare: Callable[[Bench], Call
     before = bench.states()
     child = os.fork()
     if child == 0:
-        library.brief.ring_cut_after(ctypes.c_long(stores))
+        library.brief.library.ring_cut_after(ctypes.c_long(stores))
         call()
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
