@@ -28,7 +28,7 @@ Address = tuple[str | None, tuple[int, ...]]
 
 
 class AddressBoard:
-    """Publishes and reads the address, remembering the last one read."""
+    """Reads the address, remembering the last one."""
 
     __slots__ = ("_last", "_last_version", "_words")
 

@@ -1,8 +1,9 @@
-"""Other builds of `ring.c` than the package's: `python -m tests.e2e.programs.ring_native cut|random LIBRARY [STEPS]`.
+"""Other builds of `ring.c` than the package's: `python -m tests.e2e.programs.ring_native WHAT LIBRARY [NUMBER]`.
 
 `cut`: a build with RING_CUT. Every transition is cut off before each of its stores, by a process that ends there; the
-next to take the lock must find every slot before or after the transition, and nothing lost. `random`: a build with
-sanitizers; random transitions, many at a time. Each says in a line of JSON how much it did, or fails.
+next to take the lock must find that it has happened or has not, and the ring as usable as before. `repair`: the same,
+and the repair is cut off too, before every NUMBER-th of its stores. `random`: a build with sanitizers; NUMBER random
+transitions. Each says in a line of JSON how much it did, or fails.
 """
 
 from __future__ import annotations
@@ -16,216 +17,185 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ucxx_transport.config import RingConfig
+from tests.support.ring_bench import DYING, LIVING, RingBench
 from ucxx_transport.errors import BusyError, StaleSlotError
 from ucxx_transport.native import Library, load
 from ucxx_transport.ring import SlotState
-from ucxx_transport.ring.layout import (
-    ENTRY_WORDS,
-    FIRST_ENTRY,
-    FREE_FIRST_WORD,
-    HELD_FIRST_WORD,
-    HOLD_GENERATION,
-    HOLD_NBYTES,
-    HOLD_SLOT,
-    NEXT,
-    PREVIOUS,
-    SEQUENCE,
-    STATE,
-    STATE_COUNT_WORD,
-    Counter,
-)
-from ucxx_transport.ring.opening import create_ring
-from ucxx_transport.ring.owner import Owner
-from ucxx_transport.ring.states import TRANSITIONS, SlotEvent, state_of
-from ucxx_transport.ring.transitions import HoldWords, Transitions, Words
+from ucxx_transport.ring.layout import HOLD_GENERATION, HOLD_SLOT, Counter
+from ucxx_transport.ring.transitions import Words
 
 CUT = 97
 """The exit status of a process that RING_CUT ends."""
 
-LIVING = Owner(1, 1)
-DYING = Owner(2, 2)
-
-
-class Bench:
-    """A ring of three slots, and what its headers say of it."""
-
-    def __init__(self, library: Library, *, slots: int = 3, readers: int = 2) -> None:
-        config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
-        self.segment, self.identity, _ = create_ring(config)
-        self.geometry = self.identity.geometry
-        self.transitions = Transitions(self.segment, self.geometry, lock_wait_s=5.0, library=library)
-        self.leases = 0
-
-    def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:
-        self.leases += 1
-        return HoldWords(slot, generation, self.leases, owner.pid, owner.start, reader)
-
-    def base(self, slot: int) -> int:
-        """Word of a slot's header."""
-        return self.geometry.first_slot_word + slot * self.geometry.slot_words
-
-    def state(self, slot: int) -> SlotState:
-        return state_of(self.segment.words[self.base(slot) + STATE])
-
-    def states(self) -> list[SlotState]:
-        return [self.state(slot) for slot in range(self.geometry.slots)]
-
-    def listed(self, first: int) -> list[int]:
-        """The slots of a list, from its first to its last; checked against the same backwards."""
-        words, forwards, before = self.segment.words, [], 0
-        at = words[first]
-        while at:
-            base = self.base(at - 1)
-            assert words[base + PREVIOUS] == before, "a list reads backwards as it does forwards"
-            forwards.append(at - 1)
-            assert len(forwards) <= self.geometry.slots, "a list ends"
-            before, at = at, words[base + NEXT]
-        assert words[first + 1] == before, "a list's last word is its last slot"
-        return forwards
-
-    def check(self) -> None:
-        """Lists and counts say what the state words say."""
-        words, states = self.segment.words, self.states()
-        held = [slot for slot, state in enumerate(states) if state in (SlotState.READY, SlotState.READING)]
-        by_age = sorted(held, key=lambda slot: words[self.base(slot) + SEQUENCE])
-        assert self.listed(HELD_FIRST_WORD) == by_age
-        free = [slot for slot, state in enumerate(states) if state is SlotState.FREE]
-        assert sorted(self.listed(FREE_FIRST_WORD)) == free
-        counts = [words[STATE_COUNT_WORD + state] for state in SlotState]
-        assert counts == [states.count(state) for state in SlotState]
-        for slot, state in enumerate(states):
-            first = self.base(slot) + FIRST_ENTRY
-            leases = [words[first + ENTRY_WORDS * index] for index in range(self.geometry.entries)]
-            if state in (SlotState.FREE, SlotState.WRITING):
-                assert not any(leases), "a slot without a payload has no reader"
-            elif state is SlotState.READY:
-                assert all(lease & 1 for lease in leases if lease), "nothing is in flight on a READY slot"
-            else:
-                assert any(lease and not lease & 1 for lease in leases), "something is in flight on a READING slot"
-
-    # ways into a state
-
-    def written(self, required: int = 1) -> Words:
-        words = self.reserved(LIVING)
-        words[HOLD_NBYTES] = 8
-        self.transitions.commit(words, required)
-        return words
-
-    def reserved(self, owner: Owner) -> Words:
-        words = self.hold(owner)
-        assert self.transitions.reserve(words, overwrites=True)
-        return words
-
-    def reading(self, payload: Words, owner: Owner, reader: int = 0) -> Words:
-        words = self.hold(owner, payload[HOLD_SLOT], payload[HOLD_GENERATION], reader)
-        self.transitions.acquire(words)
-        return words
-
-    def reclaim(self, owner: Owner) -> None:
-        for seen in list(self.transitions.holds()):
-            if seen.owner == owner:
-                if seen.is_write:
-                    assert self.transitions.abort(seen.words, Counter.RECLAIMED_WRITES)
-                else:
-                    assert self.transitions.finalise(seen.words, Counter.RECLAIMED_READS)
-
-    def drain(self) -> None:
-        """Every slot can be written, read and freed, whatever has happened."""
-        for _ in range(2 * self.geometry.slots):
-            payload = self.written()
-            assert self.transitions.finalise(self.reading(payload, LIVING), Counter.CONSUMED)
-        self.check()
-        assert SlotState.WRITING not in self.states()
-        assert SlotState.READING not in self.states()
-
-
 Call = Callable[[], object]
 
 
-def reserve(bench: Bench) -> Call:
+def reserve(bench: RingBench) -> Call:
     return lambda: bench.reserved(DYING)
 
 
-def overwrite(bench: Bench) -> Call:
+def overwrite(bench: RingBench) -> Call:
     for _ in range(bench.geometry.slots):
         bench.written()
     return lambda: bench.reserved(DYING)
 
 
-def commit(bench: Bench) -> Call:
+def overwrite_what_one_of_three_has_read(bench: RingBench) -> Call:
+    consume_as(bench, bench.written(3), 7)
+    bench.written()
+    bench.written()
+    return lambda: bench.reserved(DYING)
+
+
+def commit(bench: RingBench) -> Call:
     words = bench.reserved(DYING)
-    return lambda: bench.transitions.commit(words, 1)
+    return lambda: bench.transitions.commit(words, 2)
 
 
-def abort(bench: Bench) -> Call:
+def abort(bench: RingBench) -> Call:
     words = bench.reserved(DYING)
     return lambda: bench.transitions.abort(words)
 
 
-def acquire(bench: Bench) -> Call:
+def discard(bench: RingBench) -> Call:
+    payload = bench.written()
+    return lambda: bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+
+
+def discard_what_one_of_three_has_read(bench: RingBench) -> Call:
+    payload = bench.written(3)
+    consume_as(bench, payload, 7)
+    return lambda: bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+
+
+def acquire(bench: RingBench) -> Call:
     payload = bench.written()
     return lambda: bench.reading(payload, DYING)
 
 
-def join(bench: Bench) -> Call:
+def acquire_as_the_second_of_three(bench: RingBench) -> Call:
+    payload = bench.written(3)
+    consume_as(bench, payload, 7)
+    return lambda: bench.reading(payload, DYING, 8)
+
+
+def join(bench: RingBench) -> Call:
     payload = bench.written(2)
     bench.reading(payload, LIVING, 1)
     return lambda: bench.reading(payload, DYING, 2)
 
 
-def leave(bench: Bench) -> Call:
+def consume(bench: RingBench) -> Call:
+    return ending(bench, bench.reading(bench.written(), DYING), Counter.CONSUMED)
+
+
+def consume_as_the_first_of_three(bench: RingBench) -> Call:
+    return ending(bench, bench.reading(bench.written(3), DYING, 1), Counter.CONSUMED)
+
+
+def release(bench: RingBench) -> Call:
+    return ending(bench, bench.reading(bench.written(), DYING), Counter.RELEASED)
+
+
+def consume_while_another_reads(bench: RingBench) -> Call:
     payload = bench.written(2)
     bench.reading(payload, LIVING, 1)
-    words = bench.reading(payload, DYING, 2)
-    return lambda: bench.transitions.finalise(words, Counter.CONSUMED)
+    return ending(bench, bench.reading(payload, DYING, 2), Counter.CONSUMED)
 
 
-def consume(bench: Bench) -> Call:
-    words = bench.reading(bench.written(), DYING)
-    return lambda: bench.transitions.finalise(words, Counter.CONSUMED)
+def release_while_another_reads(bench: RingBench) -> Call:
+    payload = bench.written(2)
+    bench.reading(payload, LIVING, 1)
+    return ending(bench, bench.reading(payload, DYING, 2), Counter.RELEASED)
 
 
-def release(bench: Bench) -> Call:
-    words = bench.reading(bench.written(), DYING)
-    return lambda: bench.transitions.finalise(words, Counter.RELEASED)
+def release_after_another_consumed(bench: RingBench) -> Call:
+    return ending(bench, left_by_another(bench), Counter.RELEASED)
 
 
-def discard(bench: Bench) -> Call:
+def consume_after_another_consumed(bench: RingBench) -> Call:
+    return ending(bench, left_by_another(bench), Counter.CONSUMED)
+
+
+def left_by_another(bench: RingBench) -> Words:
+    """An attempt in flight whose like, of the same reader, has consumed the payload."""
     payload = bench.written()
-    return lambda: bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+    first, second = bench.reading(payload, LIVING, 1), bench.reading(payload, DYING, 1)
+    assert bench.transitions.finalise(first, Counter.CONSUMED)
+    return second
 
 
-TRANSITIONS_CUT = {
-    SlotEvent.RESERVE: reserve,
-    SlotEvent.OVERWRITE: overwrite,
-    SlotEvent.COMMIT: commit,
-    SlotEvent.ABORT: abort,
-    SlotEvent.ACQUIRE: acquire,
-    SlotEvent.JOIN: join,
-    SlotEvent.LEAVE: leave,
-    SlotEvent.CONSUME: consume,
-    SlotEvent.RELEASE: release,
-    SlotEvent.DISCARD: discard,
-}
+def consume_as(bench: RingBench, payload: Words, reader: int) -> None:
+    assert bench.transitions.finalise(bench.reading(payload, LIVING, reader), Counter.CONSUMED)
+
+
+def ending(bench: RingBench, words: Words, reason: Counter) -> Call:
+    return lambda: bench.transitions.finalise(words, reason)
+
+
+STEPS = (
+    *(reserve, overwrite, overwrite_what_one_of_three_has_read, commit, abort, discard),
+    *(discard_what_one_of_three_has_read, acquire, acquire_as_the_second_of_three, join, consume),
+    *(consume_as_the_first_of_three, release, consume_while_another_reads, release_while_another_reads),
+    *(release_after_another_consumed, consume_after_another_consumed),
+)
 
 
 def cut(library: Library) -> dict[str, int]:
-    """Cut each transition off before every one of its stores; how many those were, by event."""
+    """Cut each step off before every one of its stores; how many those were."""
     done = {}
-    for event, prepare in TRANSITIONS_CUT.items():
+    for step in STEPS:
         stores = 0
-        while cut_once(library, event, prepare, stores):
+        while cut_once(library, step, stores):
             stores += 1
-        done[event.name] = stores
+        done[step.__name__] = stores
     return done
 
 
-def cut_once(library: Library, event: SlotEvent, prepare: Callable[[Bench], Call], stores: int) -> bool:
-    """Cut one off after so many stores; False when it was over by then."""
-    bench = Bench(library)
-    call = prepare(bench)
-    before = bench.states()
+def cut_repairs(library: Library, every: int) -> dict[str, int]:
+    """Cut each step off, and then its repair before every `every`-th of its stores; how many repairs were cut off."""
+    done = {}
+    for step in STEPS:
+        cuts = stores = 0
+        while cut_once(library, step, stores):
+            repair = stores % every
+            while cut_once(library, step, stores, repair):
+                repair += every
+                cuts += 1
+            stores += 1
+        done[step.__name__] = cuts
+    return done
+
+
+def cut_once(library: Library, step: Callable[[RingBench], Call], stores: int, repair: int | None = None) -> bool:
+    """Cut a step off after so many stores, and its repair likewise.
+
+    Returns:
+        Whether the last of the two was really cut off, and not over by then.
+    """
+    bench = RingBench(library)
+    call = step(bench)
+    before = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+    was_cut = dies_in(library, stores, call)
+    if repair is not None and was_cut:
+        was_cut = dies_in(library, repair, lambda: bench.transitions.count(Counter.STALE))
+    bench.transitions.count(Counter.STALE)  # takes the lock, and so repairs
+    bench.check()
+    after = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+    whole = step_done(library, step)
+    assert len(before) == len(after) == len(whole)
+    for slot, found in enumerate(after):
+        assert found in (before[slot], whole[slot]), (step.__name__, stores, repair, found)
+    bench.reclaim(DYING)
+    bench.reclaim(LIVING)
+    bench.check()
+    bench.drain()
+    bench.segment.unlink()
+    return was_cut
+
+
+def dies_in(library: Library, stores: int, call: Call) -> bool:
+    """Call it in a process that ends after so many stores; whether it did."""
     child = os.fork()
     if child == 0:
         library.brief.library.ring_cut_after(ctypes.c_long(stores))
@@ -233,28 +203,25 @@ def cut_once(library: Library, event: SlotEvent, prepare: Callable[[Bench], Call
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, CUT), status
-    bench.transitions.count(Counter.STALE)  # takes the lock, and so repairs
-    bench.check()
-    changed = [(old, new) for old, new in zip(before, bench.states(), strict=True) if old is not new]
-    allowed = {(source, target) for (source, what), target in TRANSITIONS.items() if what is event}
-    # a transition of a reader that was cut off may be completed, or undone, or end its slot's reading altogether
-    assert len(changed) <= 1, (event.name, stores, changed)
-    assert set(changed) <= allowed | {(SlotState.READING, SlotState.READY), (SlotState.READY, SlotState.READING)}, (
-        changed
-    )
-    counters, _ = bench.transitions.snapshot()
-    assert counters[Counter.LOCK_RECOVERIES] == (status == CUT)
-    bench.reclaim(DYING)
-    bench.reclaim(LIVING)
-    bench.check()
-    bench.drain()
-    bench.segment.unlink()
     return status == CUT
+
+
+def step_done(library: Library, step: Callable[[RingBench], Call]) -> list[tuple[object, ...]]:
+    """What every slot means once the step has happened."""
+    if step not in _done:
+        bench = RingBench(library)
+        step(bench)()
+        _done[step] = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+        bench.segment.unlink()
+    return _done[step]
+
+
+_done: dict[Callable[[RingBench], Call], list[tuple[object, ...]]] = {}
 
 
 def drive(library: Library, steps: int) -> dict[str, int]:
     """Random transitions of random holds, live and stale ones; the lists and counts are checked now and then."""
-    bench, choose = Bench(library, slots=17, readers=3), random.Random(steps)
+    bench, choose = RingBench(library, slots=17), random.Random(steps)
     payloads: list[Words] = []
     attempts: list[Words] = []
     for step in range(steps):
@@ -281,7 +248,7 @@ def drive(library: Library, steps: int) -> dict[str, int]:
     return {"steps": steps}
 
 
-def may_write(bench: Bench) -> bool:
+def may_write(bench: RingBench) -> bool:
     return bool({SlotState.FREE, SlotState.READY} & set(bench.states()))
 
 
@@ -289,7 +256,11 @@ def main() -> None:
     """Do it and say how much it was."""
     what, path, *rest = sys.argv[1:]
     library = load(Path(path))
-    sys.stdout.write(json.dumps(cut(library) if what == "cut" else drive(library, int(rest[0]))))
+    number = int(rest[0]) if rest else 1
+    done = {"cut": lambda: cut(library), "repair": lambda: cut_repairs(library, number)}.get(
+        what, lambda: drive(library, number)
+    )()
+    sys.stdout.write(json.dumps(done))
 
 
 if __name__ == "__main__":

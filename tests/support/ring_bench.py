@@ -1,0 +1,143 @@
+"""A ring's transitions without leases: its holds as words, and what its headers, lists and counts say."""
+
+from __future__ import annotations
+
+from ucxx_transport.config import RingConfig
+from ucxx_transport.native import Library
+from ucxx_transport.ring import SlotState
+from ucxx_transport.ring.layout import (
+    ENTRY_LEASE,
+    ENTRY_READER,
+    ENTRY_WORDS,
+    FIRST_ENTRY,
+    FREE_FIRST_WORD,
+    HELD_FIRST_WORD,
+    HOLD_GENERATION,
+    HOLD_NBYTES,
+    HOLD_SLOT,
+    NBYTES,
+    NEXT,
+    PREVIOUS,
+    REQUIRED_READS,
+    SEQUENCE,
+    STATE,
+    STATE_COUNT_WORD,
+    Counter,
+)
+from ucxx_transport.ring.opening import create_ring
+from ucxx_transport.ring.owner import Owner
+from ucxx_transport.ring.states import generation_of, state_of
+from ucxx_transport.ring.transitions import HoldWords, Transitions, Words
+
+LIVING = Owner(1, 1)
+DYING = Owner(2, 2)
+
+
+class RingBench:
+    """A ring of three slots, and what its headers say of it."""
+
+    def __init__(self, library: Library | None = None, *, slots: int = 3, readers: int = 3) -> None:
+        config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
+        self.segment, self.identity, _ = create_ring(config)
+        self.geometry = self.identity.geometry
+        self.transitions = Transitions(self.segment, self.geometry, lock_wait_s=5.0, library=library)
+        self.leases = 0
+
+    def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:
+        self.leases += 1
+        return HoldWords(slot, generation, self.leases, owner.pid, owner.start, reader)
+
+    def base(self, slot: int) -> int:
+        """Word of a slot's header."""
+        return self.geometry.first_slot_word + slot * self.geometry.slot_words
+
+    def state(self, slot: int) -> SlotState:
+        return state_of(self.segment.words[self.base(slot) + STATE])
+
+    def generation(self, slot: int) -> int:
+        return generation_of(self.segment.words[self.base(slot) + STATE])
+
+    def states(self) -> list[SlotState]:
+        return [self.state(slot) for slot in range(self.geometry.slots)]
+
+    def listed(self, first: int) -> list[int]:
+        """The slots of a list, from its first to its last; checked against the same backwards."""
+        words, forwards, before = self.segment.words, [], 0
+        at = words[first]
+        while at:
+            base = self.base(at - 1)
+            assert words[base + PREVIOUS] == before, "a list reads backwards as it does forwards"
+            forwards.append(at - 1)
+            assert len(forwards) <= self.geometry.slots, "a list ends"
+            before, at = at, words[base + NEXT]
+        assert words[first + 1] == before, "a list's last word is its last slot"
+        return forwards
+
+    def check(self) -> None:
+        """Lists and counts say what the state words say."""
+        words, states = self.segment.words, self.states()
+        held = [slot for slot, state in enumerate(states) if state in (SlotState.READY, SlotState.READING)]
+        by_age = sorted(held, key=lambda slot: words[self.base(slot) + SEQUENCE])
+        assert self.listed(HELD_FIRST_WORD) == by_age
+        free = [slot for slot, state in enumerate(states) if state is SlotState.FREE]
+        assert sorted(self.listed(FREE_FIRST_WORD)) == free
+        counts = [words[STATE_COUNT_WORD + state] for state in SlotState]
+        assert counts == [states.count(state) for state in SlotState]
+        for slot, state in enumerate(states):
+            first = self.base(slot) + FIRST_ENTRY
+            leases = [words[first + ENTRY_WORDS * index] for index in range(self.geometry.entries)]
+            if state in (SlotState.FREE, SlotState.WRITING):
+                assert not any(leases), "a slot without a payload has no reader"
+            elif state is SlotState.READY:
+                assert all(lease & 1 for lease in leases if lease), "nothing is in flight on a READY slot"
+            else:
+                assert any(lease and not lease & 1 for lease in leases), "something is in flight on a READING slot"
+
+    def meaning(self, slot: int) -> tuple[object, ...]:
+        """All of a slot that counts in its present state."""
+        words, base, state = self.segment.words, self.base(slot), self.state(slot)
+        owners = sorted(
+            (seen.owner, seen.lease_id) for seen in self.transitions.holds() if seen.words[HOLD_SLOT] == slot
+        )
+        if state in (SlotState.FREE, SlotState.WRITING):
+            return state, self.generation(slot), owners
+        first = base + FIRST_ENTRY
+        entries = [first + ENTRY_WORDS * index for index in range(self.geometry.entries)]
+        had = [words[entry + ENTRY_READER] for entry in entries if words[entry + ENTRY_LEASE] & 1]
+        facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS)]
+        return state, self.generation(slot), owners, facts, had
+
+    # ways into a state
+
+    def written(self, required: int = 1, *, nbytes: int = 8) -> Words:
+        words = self.reserved()
+        words[HOLD_NBYTES] = nbytes
+        self.transitions.commit(words, required)
+        return words
+
+    def reserved(self, owner: Owner = LIVING) -> Words:
+        words = self.hold(owner)
+        assert self.transitions.reserve(words, overwrites=True)
+        return words
+
+    def reading(self, payload: Words, owner: Owner = LIVING, reader: int = 0) -> Words:
+        words = self.hold(owner, payload[HOLD_SLOT], payload[HOLD_GENERATION], reader)
+        self.transitions.acquire(words)
+        return words
+
+    def reclaim(self, owner: Owner) -> None:
+        for seen in list(self.transitions.holds()):
+            if seen.owner == owner:
+                if seen.is_write:
+                    assert self.transitions.abort(seen.words, Counter.RECLAIMED_WRITES)
+                else:
+                    assert self.transitions.finalise(seen.words, Counter.RECLAIMED_READS)
+
+    def drain(self) -> None:
+        """Every slot can be written, read and freed, whatever has happened."""
+        for _ in range(2 * self.geometry.slots):
+            payload = self.written()
+            assert self.transitions.finalise(self.reading(payload, LIVING), Counter.CONSUMED)
+        self.check()
+        assert SlotState.WRITING not in self.states()
+        assert SlotState.READING not in self.states()
