@@ -31,7 +31,7 @@ from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.local import tables
-from ucxx_transport.membership.local.store_file import FileIdentity, discard_log, file_identity, log_identity, make_file
+from ucxx_transport.membership.local.store_file import FileIdentity, file_identity, log_identity, make_file
 
 __all__ = ["Database"]
 
@@ -161,7 +161,9 @@ class Database:
     def _connected(self, until: float) -> Iterator[sqlite3.Connection]:
         """The connection to the file that is there now: another one when it was deleted or replaced."""
         if self._forked_in_use:
-            raise StoreUnavailableError("the fork came in the middle of a call: open the store again", path=self.path)
+            raise StoreUnavailableError(
+                "the fork came in the middle of a call: open the store again", path=str(self.path)
+            )
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             raise StoreUnavailableError("other threads' calls took until the deadline", path=str(self.path))
         try:
@@ -174,14 +176,17 @@ class Database:
             self._lock.release()
 
     def _reconnect(self, until: float) -> None:
+        def fill(fresh: Path) -> None:
+            _fill(fresh, self._boot_id)
+
         if self._connection is not None:
             _log.warning("store_replaced", path=str(self.path), store_id=self.store_id)
-            discard_log(self.path, self._file_log, until=until)
+            make_file(self.path, fill, until=until, stale_log=self._file_log)
             self._disconnect()
         while True:
             identity = file_identity(self.path)
             if identity is None:
-                make_file(self.path, lambda fresh: _fill(fresh, self._boot_id), until=until)
+                make_file(self.path, fill, until=until)
                 continue
             try:
                 if self._connect(identity):

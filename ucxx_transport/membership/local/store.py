@@ -123,10 +123,10 @@ class LocalStore(Store):
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self._namespace.bounds(prefix)
 
-        def look(db: sqlite3.Connection) -> tuple[int, list[tables.Row]]:
+        def read(db: sqlite3.Connection) -> tuple[int, list[tables.Row]]:
             return tables.state(db).revision, tables.rows(db, first, end)
 
-        revision, found = self._read(look, timeout_s)
+        revision, found = self._read(read, timeout_s)
         return Snapshot(revision=revision, entries=tuple(self._entry(row) for row in found))
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
@@ -161,12 +161,12 @@ class LocalStore(Store):
         tables.expire(db, now, self._boot_id)
         return now
 
-    def _read(self, look: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        """What `look` sees when no lease is over."""
+    def _read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+        """What `body` reads when no lease is over."""
         until = self._until(timeout_s)
 
         def unless_over(db: sqlite3.Connection) -> tuple[ResultT] | None:
-            return None if is_over(tables.first_deadline(db), self._clock()) else (look(db),)
+            return None if is_over(tables.first_deadline(db), self._clock()) else (body(db),)
 
         while (seen := self._database.read(unless_over, until=until)) is None:
             self._database.write(self._expire, until=until)
@@ -285,7 +285,7 @@ class LocalWatch(Watch):
         )
 
     def _expired(self) -> bool:
-        """End what is over; where the file is locked, at a later look, as long as that is tolerated."""
+        """End what is over; where the file is locked, at a later poll, as long as that is tolerated."""
         now = time.monotonic()
         try:
             self._expire(now)

@@ -27,7 +27,7 @@ from typing import Final
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError
 from ucxx_transport.ring.owner import segment_folder
 
-__all__ = ["FileIdentity", "checked_path", "default_path", "discard_log", "file_identity", "log_identity", "make_file"]
+__all__ = ["FileIdentity", "checked_path", "default_path", "file_identity", "log_identity", "make_file"]
 
 FileIdentity = tuple[int, int]
 """Device and inode."""
@@ -71,7 +71,7 @@ def checked_path(path: Path) -> Path:
 
     Raises:
         ConfigError: the folder is missing or on a network, or something other than a file is there.
-        StorePermissionError: this user may not look.
+        StorePermissionError: this user may not read the folder.
     """
     real = Path(os.path.realpath(path))
     try:
@@ -99,7 +99,7 @@ def file_identity(path: Path) -> FileIdentity | None:
     """Which file is there; None: none, or an empty one, which no store is.
 
     Raises:
-        StorePermissionError: this user may not look.
+        StorePermissionError: this user may not read the folder.
         StoreUnavailableError: the disk does not answer.
     """
     try:
@@ -111,35 +111,6 @@ def file_identity(path: Path) -> FileIdentity | None:
     return (found.st_dev, found.st_ino) if found.st_size else None
 
 
-def make_file(path: Path, fill: Callable[[Path], None], *, until: float) -> None:
-    """Put a fresh store at `path` unless one is there by now.
-
-    Args:
-        path: the file.
-        fill: makes a store of the empty file that it is given.
-        until: on the monotonic clock, how long other processes that do the same are waited for.
-
-    Raises:
-        StorePermissionError: this user may not write there.
-        StoreUnavailableError: the folder is gone, the disk is full, or others took too long.
-    """
-    fresh = path.with_name(f".{path.name}.fresh")
-    try:
-        with _sole_maker(path.parent, until):
-            if file_identity(path) is not None:
-                return
-            try:
-                _remove(path, *_BESIDE)
-                _remove(fresh, "", *_BESIDE)  # of a maker that was killed
-                os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-                fill(fresh)
-                os.rename(fresh, path)
-            finally:
-                _remove(fresh, "", *_BESIDE)
-    except OSError as error:
-        raise _translated(error, path) from error
-
-
 def log_identity(path: Path) -> FileIdentity | None:
     """Which log is beside the file; None: none."""
     with suppress(OSError):
@@ -148,24 +119,35 @@ def log_identity(path: Path) -> FileIdentity | None:
     return None
 
 
-def discard_log(path: Path, log: FileIdentity | None, *, until: float) -> None:
-    """Remove what a replaced file has left beside its successor, unless another process has done so.
+def make_file(path: Path, fill: Callable[[Path], None], *, until: float, stale_log: FileIdentity | None = None) -> None:
+    """Put a fresh store at `path` unless one is there by now.
 
     Args:
         path: the file.
-        log: which log was the old file's; it is still open here, so that no other one can have its inode.
+        fill: makes a store of the empty file that it is given.
         until: on the monotonic clock, how long other processes that do the same are waited for.
+        stale_log: a log that is removed if it is still beside the file: that of an earlier file, which is still open
+            here, so that no other log can have its inode.
 
     Raises:
         StorePermissionError: this user may not write there.
-        StoreUnavailableError: others took too long.
+        StoreUnavailableError: the folder is gone, the disk is full, or others took too long.
     """
+    fresh = path.with_name(f".{path.name}.fresh")
     try:
         with _sole_maker(path.parent, until):
-            if log is not None and log_identity(path) == log:
+            missing = file_identity(path) is None
+            if missing or (stale_log is not None and log_identity(path) == stale_log):
                 _remove(path, *_BESIDE)
-    except FileNotFoundError:
-        return  # the folder is gone, and the log with it
+            if not missing:
+                return
+            try:
+                _remove(fresh, "", *_BESIDE)  # of a maker that was killed
+                os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+                fill(fresh)
+                os.rename(fresh, path)
+            finally:
+                _remove(fresh, "", *_BESIDE)
     except OSError as error:
         raise _translated(error, path) from error
 
