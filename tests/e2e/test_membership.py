@@ -118,7 +118,7 @@ def worker(host: StoreRig, worker_id: str = "w", *, serve: str = "unserved", **s
     with program("source_worker", host.url, worker_id, serve, json.dumps({**FAST, **settings})) as running:
         assert running.hear() == {"ready": True}
         yield running
-    sweep_orphans()  # of one that was killed: without a server beside it nobody else does
+    sweep_orphans()  # of one that was killed: without a server beside it no other process does
 
 
 def ended(running: Program) -> None:
@@ -152,11 +152,15 @@ def test_a_worker_is_seen_with_where_it_serves_and_goes_when_it_stops(host: Stor
     assert heard.watcher.sources(status=None) == ()
 
 
+@pytest.mark.parametrize("serve", ["0", exhaustive("unserved")])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_is_killed_is_gone(host: StoreRig, heard: Heard, end: signal.Signals) -> None:
-    with worker(host) as running:
+def test_a_worker_that_is_killed_is_gone_long_before_its_lease_would_have_been(
+    host: StoreRig, heard: Heard, end: signal.Signals, serve: str
+) -> None:
+    with worker(host, serve=serve, interval_s=MINUTE) as running:
         running.ask(published=MINUTE)
         heard.watcher.wait_for(1, MINUTE)
+        wait_until(lambda: keeper_keeps(running), MINUTE, what="the sidecar renews")
         running.signal(end)
         assert running.wait() == (-end if end is signal.SIGKILL else 128 + end)
         wait_until(lambda: heard.of("remove") == [("w", 1)], MINUTE, what="the source is gone")
@@ -445,7 +449,7 @@ def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_fir
     dead: list[object] = []
     all_gone: list[bool] = []
     with ReplicaMonitor(on_dead=dead.append, on_all_gone=lambda: all_gone.append(True), feed=heard.watcher) as monitor:
-        wait_until(lambda: heard.watcher.statistics().synced, MINUTE, what="the watcher knows that nobody is there")
+        wait_until(lambda: heard.watcher.statistics().synced, MINUTE, what="the watcher knows that there is none")
         assert (dead, all_gone) == ([], [])
         with worker(host, "v") as first, worker(host, "w") as second:
             wait_until(lambda: monitor.alive == {"v", "w"}, MINUTE, what="both are there")
@@ -453,7 +457,7 @@ def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_fir
             wait_until(lambda: dead == ["v"], MINUTE, what="the first is missed")
             assert all_gone == []
             second.signal(signal.SIGKILL)
-            wait_until(lambda: all_gone, MINUTE, what="nobody is left")
+            wait_until(lambda: all_gone, MINUTE, what="none is left")
     assert (dead, all_gone) == (["v", "w"], [True])
 
 

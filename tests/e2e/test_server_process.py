@@ -122,7 +122,7 @@ def test_server_dies_again_and_again_and_every_payload_arrives_once() -> None:
             wait_for_replacement(served, dead)
         assert served.server.statistics().restarts == 4
         assert client.statistics().reads == 4
-        # The client says again what a dying server may not have heard, with its next read.
+        # With its next read the client confirms again what a dying server may not have received.
         with read_retrying(client, write(served.ring, 9)) as payload:
             assert holds(payload, 9)
         wait_until(lambda: served.ring.slot_states().count(SlotState.FREE) == served.ring.slots, MINUTE)

@@ -1,4 +1,4 @@
-"""Something to publish that has no ring and no server, and does what a test says."""
+"""Something to publish that has no ring and no server, and does what a test sets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class FakeSource:
 
     Attributes:
         offered: what it offers; None: it is closed, and asking is an error.
-        serves: what a read would be answered: "held", "bound" or "released"; "new" before anything was said.
+        serves: what a read would be answered: "held", "bound" or "released"; "new" before any call.
         healthy: whether it shows that it serves.
         bind_error: what binding fails with; None: it succeeds.
         old: payloads that an ended epoch has left; one goes with every `discard_old`.
-        said: all that it was told, in order, `discard_old` and looks left out.
+        calls: those that change what it serves, in order.
     """
 
     offered: Offer | None = OFFER
@@ -32,7 +32,7 @@ class FakeSource:
     bind_error: Exception | None = None
     old: int = 0
     binds: int = 0
-    said: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None
 
     def offer(self) -> Offer:
@@ -66,4 +66,4 @@ class FakeSource:
 
     def _now(self, word: str) -> None:
         self.serves = word
-        self.said.append(word)
+        self.calls.append(word)

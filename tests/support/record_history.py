@@ -1,4 +1,4 @@
-"""What a worker's record has said in a store, from first to last."""
+"""A worker's record in a store, from its first state to its last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WAIT_LIMIT_S = 60.0
 
 
 class History:
-    """All that the record of `w` has said, as a watch sees it."""
+    """Every state of the record of `w`, as a watch sees it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -24,13 +24,13 @@ class History:
         self._looks += 1
         last = self._store.put("sources/~", str(self._looks).encode())
         while (batch := self._watch.next(WAIT_LIMIT_S)) and batch.revision < last:
-            told = [event.value for event in batch.events if event.key == source_key("w")]
-            self.records += [SourceRecord.from_bytes(value) if value else None for value in told]
+            values = [event.value for event in batch.events if event.key == source_key("w")]
+            self.records += [SourceRecord.from_bytes(value) if value else None for value in values]
         assert batch is not None, "the watch has not heard of its own key"
         return ["gone" if found is None else (found.epoch, found.status.value) for found in self.records]
 
     def statuses(self) -> list[str]:
-        return [said if isinstance(said, str) else said[1] for said in self.look()]
+        return [state if isinstance(state, str) else state[1] for state in self.look()]
 
     def close(self) -> None:
         self._watch.close()

@@ -1,4 +1,4 @@
-"""Source records and what a store says of them, made up: for the tests of what reads them."""
+"""Source records and a store's entries and events of them, made up: for the tests of what reads them."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ STOPPED = frozenset("TtZX")
 def stop_process(pid: int) -> None:
     """Send SIGSTOP, and wait until no thread of the process runs any more.
 
-    The signal is told to one thread, which stops the others: on a busy machine these go on for tens of milliseconds,
-    long enough to answer a peer.
+    The signal is delivered to one thread, which stops the others: on a busy machine these go on for tens of
+    milliseconds, long enough to answer a peer.
     """
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: states_of_threads(pid) <= STOPPED, 60, what=f"every thread of {pid} has stopped")

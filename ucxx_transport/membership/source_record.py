@@ -1,4 +1,4 @@
-"""SourceRecord: what a rollout worker says of itself in the store, as JSON that an operator can read there.
+"""The source record: what a rollout worker publishes of itself, as JSON that an operator can read in the store.
 
 | key       | value                                                                   |
 |-----------|-------------------------------------------------------------------------|
@@ -13,7 +13,7 @@
 | host      | null, or the server's address                                           |
 | ports     | its ports                                                               |
 | ttl_s     | how long the record lives without a renewal                             |
-| meta      | what else the worker says: a JSON object                                |
+| meta      | what else the worker publishes: a JSON object                           |
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SourceStatus(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRecord:
-    """A rollout worker, as the registry knows it.
+    """A rollout worker, as the store knows it.
 
     Attributes:
         worker_id: its name in the job.
@@ -74,7 +74,7 @@ class SourceRecord:
         host: address of its server, None without one.
         ports: of its server.
         ttl_s: how long the record lives without a renewal.
-        meta: what else the worker says.
+        meta: what else the worker publishes.
     """
 
     worker_id: str

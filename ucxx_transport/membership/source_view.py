@@ -1,6 +1,6 @@
-"""SourceView: the sources a watcher knows, and what a snapshot or a batch changes in them.
+"""The source view: the sources a watcher knows, and what a snapshot or a batch changes in them.
 
-| known before | the store says               | change told                                |
+| known before | the store has                | change                                     |
 |--------------|------------------------------|--------------------------------------------|
 | –            | a record                     | add                                        |
 | a record     | the same                     | –                                          |

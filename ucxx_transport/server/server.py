@@ -1,4 +1,4 @@
-"""UCXXServer: a ring's payloads on N ports, from a process of its own or from threads of this one."""
+"""The server: a ring's payloads in place, and on N ports from a process of its own or from threads of this one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.logs import get_logger
-from ucxx_transport.server.counters import PortCounters, ServerStatistics
+from ucxx_transport.membership.publication import Offer
+from ucxx_transport.ring.owner import host_id
+from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
 from ucxx_transport.server.port_group import LinkFactory, PortGroup, to_order, ucxx_links
-from ucxx_transport.server.ring_source import RingSource
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 from ucxx_transport.teardown import MARGIN_S, Teardown
 
@@ -26,6 +27,77 @@ _log = get_logger(__name__)
 
 SAME_PORTS_FOR_S: Final = 10.0
 """A port that something else took while the server was down is waited for this long; then any free ones do."""
+
+
+class RingSource:
+    """A ring as it is published: trainers of this host read it in place; `UCXXServer` puts ports in front of it.
+
+    Args:
+        ring: the ring; its creator keeps and closes it.
+    """
+
+    def __init__(self, ring: SharedRingBuffer) -> None:
+        self._ring = ring
+        self._binding = Binding(ring.server_words)
+        self._last_old: int | None = None
+        self._was_bound = False
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """A process beside this one that may renew its lease: a ring alone has none."""
+        return None
+
+    def offer(self) -> Offer:
+        """What can be read now, and where."""
+        host, ports = self._ring.address()
+        return Offer(
+            ring_id=self._ring.ring_id,
+            ring_name=self._ring.name,
+            host_id=host_id(self._ring.folder),
+            host=host,
+            ports=tuple(ports),
+        )
+
+    def hold(self) -> None:
+        """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
+        self._binding.awaited = True
+        if self._was_bound:
+            self._last_old = self._ring.write_sequence
+
+    def bind(self) -> None:
+        """Serve, without what was written under an epoch before.
+
+        Raises:
+            DeadlineExceededError: the ring's lock was not to be had in time; it still answers NOT_READY.
+        """
+        self.discard_old()
+        self._was_bound = True
+        self._binding.awaited = False
+
+    def discard_old(self) -> int:
+        """Drop what an epoch before has left and no one is reading now.
+
+        Returns:
+            How many of its payloads are still being read or written; call again until there are none.
+
+        Raises:
+            DeadlineExceededError: the ring's lock was not to be had in time.
+        """
+        if self._last_old is None:
+            return 0
+        left = self._ring.discard_until(self._last_old)
+        if left == 0:
+            self._last_old = None
+        return left
+
+    def release(self) -> None:
+        """Published no longer: serve everyone who has a reference."""
+        self._binding.awaited = False
+
+    def is_healthy(self, within_s: float) -> bool:
+        """Whether it can be read; `within_s` as for `UCXXServer.is_healthy`."""
+        del within_s
+        return not self._ring.closed
 
 
 class UCXXServer(RingSource):
@@ -224,7 +296,7 @@ class UCXXServer(RingSource):
     def _withdraw(self) -> None:
         self._address, self._ports = None, ()
         if self._ring.closed:
-            return  # its creator was faster; nobody can attach any more
+            return  # its creator was faster; no one can attach any more
         try:
             self._ring.publish_address(None, ())
         except TransportError as error:  # the server has stopped all the same

@@ -89,7 +89,7 @@ def test_a_beginning_without_a_lease_writes_nothing(front: StoreInFront) -> None
     assert [call.name for call in front.calls] == ["grant"]
 
 
-def test_what_is_said_is_written_and_only_what_is_new(store: Store, front: StoreInFront) -> None:
+def test_an_update_is_written_only_where_it_is_new(store: Store, front: StoreInFront) -> None:
     publication = begun(front)
     assert publication.update(SourceStatus.READY, OFFER)
     found = stored(store)
@@ -114,7 +114,7 @@ def test_a_write_that_did_not_arrive_is_made_again(history: History, front: Stor
     assert history.statuses() == ["starting", "ready"]
 
 
-def test_a_write_whose_answer_was_lost_is_known_for_its_own(history: History, front: StoreInFront) -> None:
+def test_a_write_whose_answer_was_lost_is_recognised(history: History, front: StoreInFront) -> None:
     publication = begun(front)
     front.after = failing("put", AWAY)
     with pytest.raises(StoreUnavailableError):
@@ -227,7 +227,7 @@ def test_an_epoch_outlives_leases_and_records(store: Store) -> None:
     assert next_epoch(store, "w", known=0) == 2
 
 
-def test_an_epoch_is_given_even_where_somebody_has_scribbled(store: Store) -> None:
+def test_an_epoch_is_given_even_over_a_malformed_one(store: Store) -> None:
     store.put("epochs/w", b"\xffnonsense")
     assert next_epoch(store, "w", known=4) == 5
     assert store.get("epochs/w").value == b"5"  # type: ignore[union-attr]  # None fails as well

@@ -48,7 +48,7 @@ IMPATIENT = replace(FAST, stop_timeout_s=0.1)
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Seconds that pass when a test has them pass."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -103,7 +103,7 @@ def ended_thread() -> None:
 def test_a_source_is_visible_first_then_bound_then_ready(store: Store, history: History, source: FakeSource) -> None:
     with HeartbeatPublisher(store, "w", source, FAST, meta={"gpu": 3}) as publisher:
         assert publisher.wait_published(MINUTE) == publisher.epoch == 1
-        assert source.said == ["held", "bound"]
+        assert source.calls == ["held", "bound"]
         found = stored(store)
         assert found is not None
         assert (found.ring_id, found.ring_name, found.host_id) == (OFFER.ring_id, OFFER.ring_name, OFFER.host_id)
@@ -134,7 +134,7 @@ def test_a_store_that_refuses_is_asked_exactly_once(
         assert isinstance(publisher.error, StorePermissionError)
         assert front.count(name) == 1
         assert stored(store) is None
-        assert source.said == ["held"]
+        assert source.calls == ["held"]
     assert source.serves == "released"
 
 
@@ -146,7 +146,7 @@ def test_a_stop_between_visible_and_ready_removes_the_record(
         wait_until(lambda: stored(store), MINUTE, what="it is visible")
         assert publisher.state is PublisherState.STARTING
     assert history.look() == [(1, "starting"), (1, "stale"), "gone"]
-    assert source.said == ["held", "released"]
+    assert source.calls == ["held", "released"]
 
 
 def test_a_source_that_cannot_be_bound_stays_starting_and_is_tried_again(
@@ -251,7 +251,7 @@ def test_a_stop_is_bounded_while_the_store_hangs_and_says_so(
     ended_thread()
 
 
-def test_health_is_told_once_each_way(store: Store, history: History, source: FakeSource) -> None:
+def test_health_is_reported_once_each_way(store: Store, history: History, source: FakeSource) -> None:
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
         publisher.wait_published(MINUTE)
         source.healthy = False
@@ -261,23 +261,25 @@ def test_health_is_told_once_each_way(store: Store, history: History, source: Fa
         source.healthy = True
         assert publisher.wait_published(MINUTE) == 1
     assert history.look() == [(1, "starting"), (1, "ready"), (1, "stale"), (1, "ready"), (1, "stale"), "gone"]
-    assert source.said == ["held", "bound", "released"]
+    assert source.calls == ["held", "bound", "released"]
 
 
-def test_a_source_that_was_closed_is_told_stale(store: Store, history: History, source: FakeSource) -> None:
+def test_a_source_that_was_closed_is_reported_stale(store: Store, history: History, source: FakeSource) -> None:
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
         publisher.wait_published(MINUTE)
         source.healthy, source.offered = False, None
-        wait_until(lambda: history.statuses()[-1] == "stale", MINUTE, what="it is told stale")
+        wait_until(lambda: history.statuses()[-1] == "stale", MINUTE, what="it is stale in the store")
         assert publisher.statistics().outages == 0
 
 
-def test_other_ports_are_told_under_the_same_epoch(store: Store, history: History, source: FakeSource) -> None:
+def test_other_ports_are_reported_under_the_same_epoch(store: Store, history: History, source: FakeSource) -> None:
     with HeartbeatPublisher(store, "w", source, FAST) as publisher:
         publisher.wait_published(MINUTE)
         source.move(6001, 6002)
         found = wait_until(
-            lambda: (found := stored(store)) and found.ports == (6001, 6002) and found, MINUTE, what="they are told"
+            lambda: (found := stored(store)) and found.ports == (6001, 6002) and found,
+            MINUTE,
+            what="they are stored",
         )
         assert isinstance(found, SourceRecord)
         assert (found.epoch, found.status) == (1, SourceStatus.READY)
@@ -407,7 +409,7 @@ def test_what_is_lost_is_published_again_under_a_larger_epoch(
             store.put(KEY, record("w", 9).to_bytes(), lease_id=lease_of(store))
         wait_until(lambda: publisher.epoch == 2, MINUTE, what="it publishes again")
         assert publisher.wait_published(MINUTE) == 2
-        assert source.said == ["held", "bound", "held", "bound"]
+        assert source.calls == ["held", "bound", "held", "bound"]
         assert (publisher.statistics().losses, publisher.statistics().publications) == (1, 2)
     assert history.look()[-4:] == [(2, "starting"), (2, "ready"), (2, "stale"), "gone"]
 
@@ -460,7 +462,7 @@ def test_an_outage_is_counted_once_and_costs_nothing(front: StoreInFront, source
         wait_until(lambda: front.count("get") > 4, MINUTE, what="it goes on")
         counts = publisher.statistics()
         assert (counts.state, counts.outages, counts.losses, counts.epoch) == (PublisherState.LIVE, 1, 0, 1)
-        assert source.said == ["held", "bound"]
+        assert source.calls == ["held", "bound"]
 
 
 def test_a_bug_of_the_source_is_raised_where_it_is_waited_for(store: Store, source: FakeSource) -> None:
@@ -530,7 +532,7 @@ def test_what_cannot_be_published_is_refused_at_once_and_leaves_nothing(
     with pytest.raises(ConfigError) as caught:
         HeartbeatPublisher(f"local://{tmp_path}/store.db", worker_id, source, FAST, meta=meta)
     assert caught.value.facts["field"] == field
-    assert source.said == []
+    assert source.calls == []
 
 
 def test_a_publisher_that_was_never_started_leaves_nothing(store: Store, source: FakeSource) -> None:
@@ -541,7 +543,7 @@ def test_a_publisher_that_was_never_started_leaves_nothing(store: Store, source:
 
 
 class SlowToRelease(FakeSource):
-    """Releases when it is told to, and says when it is about to."""
+    """Releases when a test lets it, and reports when it is about to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -565,7 +567,7 @@ def test_two_threads_that_stop_it_end_it_once(store: Store) -> None:
         source.go_on.set()
         first.result(MINUTE)
         second.result(MINUTE)
-    assert source.said.count("released") == 1
+    assert source.calls.count("released") == 1
     assert stored(store) is None
 
 
@@ -600,7 +602,7 @@ def test_a_signal_handler_may_stop_what_is_just_being_stopped(store: Store) -> N
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert publisher.state is PublisherState.STOPPED
-    assert source.said.count("released") == 2, "once by each"
+    assert source.calls.count("released") == 2, "once by each"
     assert stored(store) is None
 
 

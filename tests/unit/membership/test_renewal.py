@@ -106,7 +106,7 @@ def test_it_is_closed_before_it_has_begun(store: LocalStore, renewal: Renewal) -
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Seconds that pass when a test has them pass."""
 
     now_s = 1000.0
 

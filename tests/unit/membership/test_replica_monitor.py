@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.support.group_ranks import Ranks
 
 
-class Told:
-    """What a monitor has told, in order; "all" for all gone."""
+class Calls:
+    """What a monitor has called back with, in order; "all" for all gone."""
 
     def __init__(self) -> None:
         self.words: list[Hashable] = []
@@ -51,35 +51,35 @@ class Feed:
 
 
 def test_nothing_fires_before_anybody_has_registered() -> None:
-    told = Told()
-    monitor = told.monitor()
+    calls = Calls()
+    monitor = calls.monitor()
     monitor.removed("a")
-    assert told.words == []
+    assert calls.words == []
     assert monitor.alive == frozenset()
 
 
-def test_each_death_is_told_once_and_then_that_all_are_gone() -> None:
-    told = Told()
-    monitor = told.monitor()
+def test_each_death_is_calls_once_and_then_that_all_are_gone() -> None:
+    calls = Calls()
+    monitor = calls.monitor()
     for name in ("a", "b"):
         monitor.added(name)
     monitor.removed("b")
     monitor.removed("b")
-    assert told.words == ["b"]
+    assert calls.words == ["b"]
     monitor.removed("a")
-    assert told.words == ["b", "a", "all"]
+    assert calls.words == ["b", "a", "all"]
     monitor.removed("a")
-    assert told.words == ["b", "a", "all"]
+    assert calls.words == ["b", "a", "all"]
 
 
 def test_who_registers_again_can_die_again() -> None:
-    told = Told()
-    monitor = told.monitor()
+    calls = Calls()
+    monitor = calls.monitor()
     for _ in range(2):
         monitor.added("a")
         monitor.added("a")
         monitor.removed("a")
-    assert told.words == ["a", "all"] * 2
+    assert calls.words == ["a", "all"] * 2
 
 
 def test_a_callback_that_fails_stops_nothing(log_events: list[MutableMapping[str, Any]]) -> None:
@@ -96,42 +96,42 @@ def test_a_callback_that_fails_stops_nothing(log_events: list[MutableMapping[str
 
 
 def test_callbacks_come_one_at_a_time_in_order_whatever_they_call() -> None:
-    told: list[Hashable] = []
-    monitor = ReplicaMonitor(on_all_gone=lambda: told.append("all"))
+    calls: list[Hashable] = []
+    monitor = ReplicaMonitor(on_all_gone=lambda: calls.append("all"))
 
     def dead(name: Hashable) -> None:
-        told.append(("begins", name))
+        calls.append(("begins", name))
         if name == "a":
             monitor.removed("b")
-        told.append(("ends", name))
+        calls.append(("ends", name))
 
-    monitor = ReplicaMonitor(on_dead=dead, on_all_gone=lambda: told.append("all"))
+    monitor = ReplicaMonitor(on_dead=dead, on_all_gone=lambda: calls.append("all"))
     monitor.added("a")
     monitor.added("b")
     monitor.removed("a")
-    assert told == [("begins", "a"), ("ends", "a"), ("begins", "b"), ("ends", "b"), "all"]
+    assert calls == [("begins", "a"), ("ends", "a"), ("begins", "b"), ("ends", "b"), "all"]
 
 
-def test_all_are_not_gone_when_one_has_come_back_before_it_could_be_told() -> None:
-    told = Told()
+def test_all_are_not_gone_when_one_has_come_back_before_it_could_be_calls() -> None:
+    calls = Calls()
 
     def comes_back(name: Hashable) -> None:
-        told.words.append(name)
+        calls.words.append(name)
         monitor.added("b")
 
-    monitor = ReplicaMonitor(on_dead=comes_back, on_all_gone=lambda: told.words.append("all"))
+    monitor = ReplicaMonitor(on_dead=comes_back, on_all_gone=lambda: calls.words.append("all"))
     monitor.added("a")
     monitor.removed("a")
-    assert told.words == ["a"]
+    assert calls.words == ["a"]
     assert monitor.alive == {"b"}
 
 
 def test_a_callback_that_takes_its_time_does_not_hold_up_who_brings_further_news() -> None:
     is_in, go_on = threading.Event(), threading.Event()
-    told: list[Hashable] = []
+    calls: list[Hashable] = []
 
     def slow(name: Hashable) -> None:
-        told.append(name)
+        calls.append(name)
         is_in.set()
         go_on.wait(30)
 
@@ -142,22 +142,22 @@ def test_a_callback_that_takes_its_time_does_not_hold_up_who_brings_further_news
     thread.start()
     assert is_in.wait(10)
     monitor.removed("b")
-    assert told == ["a"]
+    assert calls == ["a"]
     go_on.set()
     thread.join(10)
-    assert told == ["a", "b"]
+    assert calls == ["a", "b"]
 
 
 def test_a_feed_is_followed_until_the_monitor_is_closed() -> None:
-    feed, told = Feed(), Told()
-    with told.monitor(feed=feed) as monitor:
+    feed, calls = Feed(), Calls()
+    with calls.monitor(feed=feed) as monitor:
         feed.on_add(Source("w0"))
         feed.on_remove(Source("w0"))
-        assert told.words == ["w0", "all"]
+        assert calls.words == ["w0", "all"]
         assert feed.subscribers == 1
     assert feed.subscribers == 0
     monitor.close()
-    named = Told()
+    named = Calls()
     with named.monitor(feed=feed, name_of=lambda source: source.worker_id.upper()):
         feed.on_add(Source("w1"))
         feed.on_remove(Source("w1"))
@@ -166,30 +166,30 @@ def test_a_feed_is_followed_until_the_monitor_is_closed() -> None:
 
 def test_a_group_s_members_are_replicas(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
-    told = Told()
-    with told.monitor(feed=first) as monitor:
+    calls = Calls()
+    with calls.monitor(feed=first) as monitor:
         wait_until(lambda: monitor.alive == {0, 1})
         ranks.data.kill(ranks.lease_of(second))
-        wait_until(lambda: told.words == [1])
+        wait_until(lambda: calls.words == [1])
         wait_until(lambda: second.state.state is RankState.GONE)
         second.join_group(10)
         wait_until(lambda: monitor.alive == {0, 1})
         second.leave()
-        wait_until(lambda: told.words == [1, 1])
+        wait_until(lambda: calls.words == [1, 1])
 
 
 def test_the_sources_of_a_watcher_are_replicas() -> None:
-    told = Told()
+    calls = Calls()
     with MemoryStore() as store, SourceWatcher(store) as watcher:
         first = store.grant(60).lease_id
         for worker, lease_id in (("w0", first), ("w1", store.grant(60).lease_id)):
             store.put(source_key(worker), record(worker).to_bytes(), lease_id=lease_id)
         watcher.wait_for(2, 10)
-        with told.monitor(feed=watcher) as monitor:
+        with calls.monitor(feed=watcher) as monitor:
             assert monitor.alive == {"w0", "w1"}, "those that were there before"
             store.revoke(first)
-            wait_until(lambda: told.words == ["w0"])
+            wait_until(lambda: calls.words == ["w0"])
             store.put(source_key("w0"), record("w0", 2).to_bytes())
             wait_until(lambda: monitor.alive == {"w0", "w1"})
             store.put(source_key("w0"), record("w0", 3).to_bytes())
-            wait_until(lambda: told.words == ["w0", "w0"] and monitor.alive == {"w0", "w1"}, what="its next life")
+            wait_until(lambda: calls.words == ["w0", "w0"] and monitor.alive == {"w0", "w1"}, what="its next life")

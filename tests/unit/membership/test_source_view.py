@@ -22,7 +22,7 @@ def batch(*events: Event) -> Batch:
     return Batch(revision=2, events=events)
 
 
-def told(changes: Iterable[SourceChange]) -> list[tuple[str, SourceRecord]]:
+def pairs(changes: Iterable[SourceChange]) -> list[tuple[str, SourceRecord]]:
     return [(change.kind, change.record) for change in changes]
 
 
@@ -30,12 +30,12 @@ def told(changes: Iterable[SourceChange]) -> list[tuple[str, SourceRecord]]:
 def view() -> SourceView:
     """Knows A."""
     view = SourceView()
-    assert told(view.take_snapshot(snapshot(entry_of(A)), now=0.0)) == [("add", A)]
+    assert pairs(view.take_snapshot(snapshot(entry_of(A)), now=0.0)) == [("add", A)]
     return view
 
 
 def test_a_record_is_added(view: SourceView) -> None:
-    assert told(view.take_batch(batch(put_event(B)))) == [("add", B)]
+    assert pairs(view.take_batch(batch(put_event(B)))) == [("add", B)]
     assert view.sources == (A, B)
 
 
@@ -51,7 +51,7 @@ def test_the_same_record_again_is_no_news(view: SourceView) -> None:
 )
 def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[str, object]) -> None:
     other = replace(A, **words)  # type: ignore[arg-type]  # one field of each kind
-    assert told(view.take_batch(batch(put_event(other)))) == [("update", other)]
+    assert pairs(view.take_batch(batch(put_event(other)))) == [("update", other)]
     assert view.get("a") == other
 
 
@@ -60,12 +60,12 @@ def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[st
 )
 def test_another_life_is_a_removal_and_an_addition(view: SourceView, life: dict[str, object]) -> None:
     other = replace(A, **life)  # type: ignore[arg-type]  # one field of each kind
-    assert told(view.take_batch(batch(put_event(other)))) == [("remove", A), ("add", other)]
+    assert pairs(view.take_batch(batch(put_event(other)))) == [("remove", A), ("add", other)]
     assert view.sources == (other,)
 
 
 def test_a_deleted_record_is_removed_as_it_was_known(view: SourceView) -> None:
-    assert told(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
+    assert pairs(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
     assert view.sources == ()
 
 
@@ -75,17 +75,17 @@ def test_what_was_never_known_is_never_removed(view: SourceView) -> None:
 
 
 def test_what_a_snapshot_lacks_is_removed(view: SourceView) -> None:
-    assert told(view.take_snapshot(snapshot(entry_of(B)), now=0.0)) == [("add", B), ("remove", A)]
+    assert pairs(view.take_snapshot(snapshot(entry_of(B)), now=0.0)) == [("add", B), ("remove", A)]
 
 
 def test_a_source_that_died_and_came_back_unseen_is_told_so(view: SourceView) -> None:
     again = replace(A, epoch=2)
-    assert told(view.take_snapshot(snapshot(entry_of(again)), now=0.0)) == [("remove", A), ("add", again)]
+    assert pairs(view.take_snapshot(snapshot(entry_of(again)), now=0.0)) == [("remove", A), ("add", again)]
 
 
 def test_a_batch_is_taken_in_its_order(view: SourceView) -> None:
     again = replace(A, epoch=2)
-    assert told(view.take_batch(batch(delete_event("a"), put_event(again), put_event(B)))) == [
+    assert pairs(view.take_batch(batch(delete_event("a"), put_event(again), put_event(B)))) == [
         ("remove", A),
         ("add", again),
         ("add", B),
@@ -96,7 +96,7 @@ def test_after_a_reset_a_source_is_missed_only_when_its_grace_is_over(view: Sour
     assert view.take_snapshot(snapshot(), now=100.0, grace_s=10.0) == []
     assert view.sources == (A,)
     assert view.expire(109.9) == []
-    assert told(view.expire(110.0)) == [("remove", A)]
+    assert pairs(view.expire(110.0)) == [("remove", A)]
     assert view.expire(200.0) == []
 
 
@@ -110,28 +110,28 @@ def test_a_source_that_is_back_within_its_grace_is_never_missed(view: SourceView
 def test_a_source_that_is_back_under_a_new_epoch_is_a_removal_and_an_addition(view: SourceView) -> None:
     view.take_snapshot(snapshot(), now=100.0, grace_s=10.0)
     again = replace(A, epoch=2)
-    assert told(view.take_batch(batch(put_event(again)))) == [("remove", A), ("add", again)]
+    assert pairs(view.take_batch(batch(put_event(again)))) == [("remove", A), ("add", again)]
     assert view.expire(1000.0) == []
 
 
 def test_a_second_reset_does_not_prolong_the_grace(view: SourceView) -> None:
     view.take_snapshot(snapshot(), now=100.0, grace_s=10.0)
     view.take_snapshot(snapshot(), now=105.0, grace_s=10.0)
-    assert told(view.expire(110.0)) == [("remove", A)]
+    assert pairs(view.expire(110.0)) == [("remove", A)]
 
 
 def test_a_resync_within_the_grace_does_not_cut_it_short(view: SourceView) -> None:
     view.take_batch(batch(put_event(B)))
     view.take_snapshot(snapshot(entry_of(B)), now=100.0, grace_s=10.0)
     # the changes since were compacted: of the two that it lacks only one is under grace
-    assert told(view.take_snapshot(snapshot(), now=101.0)) == [("remove", B)]
+    assert pairs(view.take_snapshot(snapshot(), now=101.0)) == [("remove", B)]
     assert view.sources == (A,)
-    assert told(view.expire(110.0)) == [("remove", A)]
+    assert pairs(view.expire(110.0)) == [("remove", A)]
 
 
 def test_a_deletion_within_the_grace_is_one(view: SourceView) -> None:
     view.take_snapshot(snapshot(), now=100.0, grace_s=10.0)
-    assert told(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
+    assert pairs(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
     assert view.expire(1000.0) == []
 
 
@@ -143,18 +143,18 @@ def test_what_is_no_record_changes_nothing_and_is_counted(view: SourceView, valu
     assert view.take_snapshot(snapshot(entry_of(value, "sources/a")), now=0.0) == []
     assert view.sources == (A,)
     assert view.malformed == 3
-    assert told(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
+    assert pairs(view.take_batch(batch(delete_event("a")))) == [("remove", A)]
 
 
 def test_another_spelling_of_a_key_is_not_that_source(view: SourceView) -> None:
     assert view.take_batch(batch(put_event(replace(A, epoch=9), "sources/%61"))) == []
     away = Event(kind="delete", key="sources/%61", value=b"", revision=3)
     assert view.take_batch(batch(away)) == []
-    assert told(view.take_snapshot(snapshot(entry_of(A, "sources/%61")), now=0.0)) == [("remove", A)]
+    assert pairs(view.take_snapshot(snapshot(entry_of(A, "sources/%61")), now=0.0)) == [("remove", A)]
 
 
 def test_ids_that_need_encoding_are_known_by_their_own_name() -> None:
     view = SourceView()
     odd = record("a/b ü%")
-    assert told(view.take_batch(batch(put_event(odd)))) == [("add", odd)]
-    assert told(view.take_batch(batch(delete_event("a/b ü%")))) == [("remove", odd)]
+    assert pairs(view.take_batch(batch(put_event(odd)))) == [("add", odd)]
+    assert pairs(view.take_batch(batch(delete_event("a/b ü%")))) == [("remove", odd)]

@@ -29,7 +29,7 @@ MINUTE = 60.0
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Seconds that pass when a test has them pass."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -288,7 +288,7 @@ def test_a_store_that_refuses_is_shown_and_tried_again(front: StoreInFront, stor
 
     front.before = refuse
     with watcher_of(front, heard) as watcher:
-        error = wait_until(lambda: watcher.error, MINUTE, what="it says so")
+        error = wait_until(lambda: watcher.error, MINUTE, what="it is reported")
         assert isinstance(error, StorePermissionError)
         with pytest.raises(DeadlineExceededError, match="not yours"):
             watcher.wait_for(1, 0.01)
@@ -302,7 +302,7 @@ def test_a_bug_of_the_store_is_shown_and_costs_no_source(front: StoreInFront, wa
         raise ZeroDivisionError("a bug")
 
     front.before = fail
-    error = wait_until(lambda: watcher.error, MINUTE, what="it says so")
+    error = wait_until(lambda: watcher.error, MINUTE, what="it is reported")
     assert isinstance(error, RegistryError)
     assert "ZeroDivisionError: a bug" in str(error)
     assert not watcher.statistics().synced

@@ -1,4 +1,4 @@
-"""The worker's side of its sidecar: when it is started again, and what a start that fails says."""
+"""The worker's side of its sidecar: when it is started again, and how a start fails."""
 
 from __future__ import annotations
 
