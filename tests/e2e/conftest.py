@@ -1,5 +1,5 @@
 """Stores for the tests with real processes."""
 
-from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig, rig
+from tests.support.store_fixtures import etcd_binary, own_etcd, own_rig
 
-__all__ = ["etcd_binary", "own_etcd", "own_rig", "rig"]
+__all__ = ["etcd_binary", "own_etcd", "own_rig"]

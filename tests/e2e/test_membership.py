@@ -19,13 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
 from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
 from tests.support.programs import Program, program
 from tests.support.sidecars import sidecars_of
 from tests.support.stopping import stop_process
-from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
+from tests.support.store_rigs import StoreRig
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -46,18 +45,6 @@ INTERVAL_S = 0.4
 TTL_S = 3 * INTERVAL_S
 FAST = {"interval_s": INTERVAL_S, "backoff_s": 0.02, "max_backoff_s": 0.2}
 OVER_UCX = ClientConfig(local="off", connect_timeout_s=1.0)
-
-
-@pytest.fixture(params=["local", exhaustive("etcd")])
-def own_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store for one test alone, which may wipe, stall and restart it."""
-    if request.param == "local":
-        rig: StoreRig = LocalRig(tmp_path)
-    else:
-        server: EtcdServer = request.getfixturevalue("own_etcd")
-        rig = EtcdRig(server)
-    with rig.stack:
-        yield rig
 
 
 @pytest.fixture

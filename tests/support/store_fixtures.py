@@ -1,7 +1,7 @@
 """Fixtures of stores, for the conftest of each folder of tests that needs them.
 
-What is built on stores is tested on one, the local one: `rig` and `own_rig`. That the stores are equal is shown by
-`tests/conformance`.
+What is built on stores is tested on one: in the gate that of `own_rig` is the local one. That the stores are equal is
+shown by `tests/conformance`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.etcd_server import EtcdServer, find_etcd
+from tests.support.exhaustive import exhaustive
 from tests.support.store_processes import start_server
 from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
 
-__all__ = ["etcd_binary", "etcd_server", "fork_server", "own_etcd", "own_rig", "rig"]
+__all__ = ["etcd_binary", "etcd_server", "fork_server", "own_etcd", "own_rig"]
 
 NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server), or let scripts/test fetch it"
 
@@ -51,17 +52,9 @@ def own_etcd(etcd_binary: None, tmp_path: Path) -> Iterator[EtcdServer]:  # noqa
         yield server
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[StoreRig]:
-    """A store for one test."""
-    rig = LocalRig(tmp_path)
-    with rig.stack:
-        yield rig
-
-
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", exhaustive("etcd")])
 def own_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
-    """A store for one test alone, which may wipe, stall and restart it; of `etcd` where the test asks for that."""
+    """A store for one test alone, which may wipe, stall and restart it."""
     rig = LocalRig(tmp_path) if request.param == "local" else EtcdRig(request.getfixturevalue("own_etcd"))
     with rig.stack:
         yield rig

@@ -9,10 +9,10 @@ import pytest
 from tests.support.group_ranks import ranks
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.record_history import History
-from tests.support.store_fixtures import etcd_binary, fork_server, own_etcd, own_rig, rig
+from tests.support.store_fixtures import fork_server
 from tests.support.store_in_front import StoreInFront
 
-__all__ = ["etcd_binary", "fork_server", "own_etcd", "own_rig", "ranks", "rig"]
+__all__ = ["fork_server", "ranks"]
 
 
 @pytest.fixture
