@@ -3,11 +3,20 @@
 | exit code | meaning                                                              |
 |-----------|----------------------------------------------------------------------|
 | 0         | done; for `serve`, ended by SIGTERM                                  |
-| 1         | failed: the reason is on stderr, with `--json` also on stdout |
+| 1         | failed: the reason is on stderr, with `--json` also on stdout        |
 | 2         | wrong use: unknown verb, option or value                             |
 | 130       | interrupted                                                          |
 
 Only the verb that is called is imported, so that `version` costs no more than it must.
+
+Two verbs are programs that are no part of the library, the demo and the benchmarks:
+
+| program  | in a clone        | in an installed wheel             |
+|----------|-------------------|-----------------------------------|
+| cartpole | examples/cartpole | ucxx_transport/_programs/cartpole |
+| bench    | bench             | ucxx_transport/_programs/bench    |
+
+pyproject.toml has the wheel's column.
 """
 
 from __future__ import annotations
@@ -15,13 +24,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from types import MappingProxyType
+from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Final, NoReturn
 
 import typer
 
+import ucxx_transport
 from ucxx_transport.cli.output import print_error, print_json
-from ucxx_transport.cli.programs import import_program
 from ucxx_transport.errors import ConfigError, TransportError
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
@@ -38,7 +48,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "version": "ucxx_transport.cli.version:version",
     }
 )
-"""Module and function of each verb; a module outside of the package is that of a program (`programs`)."""
+"""Module and function of each verb; a module outside of the package is that of a program."""
 
 EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -55,6 +65,7 @@ EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Which extra brings a module that a verb may find missing."""
 
+_IN_CLONE: Final[Mapping[str, str]] = MappingProxyType({"cartpole": "examples/cartpole", "bench": "bench"})
 _INTERRUPTED: Final = 130
 
 
@@ -150,3 +161,43 @@ def _fail(words: Sequence[str], kind: str, message: str, facts: Mapping[str, obj
     else:
         print_error(message, facts)
     sys.exit(1)
+
+
+def program_folder(name: str, package: Path | None = None) -> Path:
+    """The folder of a program.
+
+    Args:
+        name: a row of the table.
+        package: the folder of ucxx_transport; by default that of the package that is imported.
+
+    Raises:
+        ConfigError: the program is neither in the package nor beside it.
+    """
+    package = package or Path(ucxx_transport.__file__).parent
+    installed, cloned = package / "_programs" / name, package.parent / _IN_CLONE[name]
+    if installed.is_dir():
+        return installed
+    # Beside an installed package lie other packages: a folder of that name counts only in a clone.
+    if cloned.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return cloned
+    raise ConfigError(
+        f"the program {name!r} is not in this installation: install the wheel, or clone the repository",
+        installed=str(installed),
+        cloned=str(cloned),
+    )
+
+
+def import_program(module: str) -> ModuleType:
+    """Import a program's module, for example "cartpole.command".
+
+    The folder around the program goes to the head of `sys.path`, which multiprocessing hands to spawned children.
+
+    Raises:
+        ConfigError: as `program_folder`.
+        ModuleNotFoundError: a module that the program needs is not installed.
+    """
+    name = module.partition(".")[0]
+    around = str(program_folder(name).parent)
+    if sys.path[:1] != [around]:
+        sys.path.insert(0, around)
+    return import_module(module)

@@ -23,8 +23,7 @@ from ucxx_transport.link.native import quiet_ucxx_log
 from ucxx_transport.link.pending import Operation
 from ucxx_transport.link.settings import context_settings, rdma_devices
 from ucxx_transport.link.translate import Translator, lost
-from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint
-from ucxx_transport.link.ucxx_listener import UCXXListener
+from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint, UCXXListener
 
 UNEXPECTED_AT_ONCE = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the loop."""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ucxx_transport.cli.program import VERBS
-from ucxx_transport.cli.programs import import_program, program_folder
+from ucxx_transport.cli.program import VERBS, import_program, program_folder
 from ucxx_transport.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
