@@ -27,8 +27,6 @@ from ucxx_transport.settings.fields import (
 )
 from ucxx_transport.settings.section import section, setting
 
-__all__ = ["ClientConfig", "PayloadSchema", "PublisherConfig", "RingConfig", "ServerConfig", "StoreConfig"]
-
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
 

@@ -20,8 +20,6 @@ import sys
 import traceback
 from typing import Final
 
-__all__ = ["EventLogger", "effective_level", "get_logger", "log_to_stderr"]
-
 ROOT: Final = "ucxx_transport"
 logging.getLogger(ROOT).addHandler(logging.NullHandler())
 

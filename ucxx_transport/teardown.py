@@ -27,8 +27,6 @@ from typing import Final
 
 from ucxx_transport.logs import get_logger
 
-__all__ = ["Outcome", "StepReport", "Teardown", "dump_stacks", "exit_on_sigterm"]
-
 _log = get_logger(__name__)
 
 MARGIN_S: Final = 0.5

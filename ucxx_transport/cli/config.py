@@ -10,8 +10,6 @@ from ucxx_transport.settings.fields import Secret
 from ucxx_transport.settings.section import effective
 from ucxx_transport.settings.sources import ENV_PREFIX, KNOWN, TOML_NAME
 
-__all__ = ["config"]
-
 
 def config(*, as_json: AsJson = False) -> None:
     """Show every setting, its value and its source; what is wrong with them is an error here too."""

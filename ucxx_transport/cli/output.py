@@ -14,8 +14,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["AsJson", "console", "logs_to_stderr", "print_error", "print_json"]
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one document a line.")]
 """The option that every verb has."""
 

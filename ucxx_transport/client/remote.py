@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -36,8 +36,6 @@ from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters

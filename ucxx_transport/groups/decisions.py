@@ -17,18 +17,6 @@ from typing import Final
 from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupView, MemberRecord, Seat
 
-__all__ = [
-    "AckWaits",
-    "ack_waits",
-    "awaited_ranks",
-    "is_alive",
-    "next_epoch",
-    "next_view",
-    "overdue_ranks",
-    "turn_of",
-    "view_after",
-]
-
 Members = Mapping[int, MemberRecord]
 
 AckWaits = Mapping[tuple[int, int], float]

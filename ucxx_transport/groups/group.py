@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
 from typing import Final, Self
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
@@ -15,8 +14,6 @@ from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupView, MemberRecord
 from ucxx_transport.groups.writes import RankContext, Retrying, change_view, put_policy_version
 from ucxx_transport.membership.store import Store
-
-__all__ = ["RankGroup"]
 
 MAX_RANKS: Final = 1 << 20
 
@@ -159,9 +156,7 @@ class RankGroup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.leave()
 
     def activate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:

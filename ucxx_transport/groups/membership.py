@@ -40,8 +40,6 @@ from ucxx_transport.membership.renewal import Renewal, renew, renewal_of
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.teardown import Teardown
 
-__all__ = ["LeaseRenewer", "MemberLifecycle", "MemberThread"]
-
 _log = get_logger(__name__)
 
 PAUSE_S: Final = 0.2
@@ -264,7 +262,6 @@ class MemberLifecycle:
         return thread
 
     def join(self, timeout_s: float) -> GroupState:
-        """See `RankGroup.join_group`."""
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         if not self._joining.acquire(timeout=retrying.left_s):
             text = "another join_group() of this rank is under way"
@@ -317,7 +314,6 @@ class MemberLifecycle:
         )
 
     def leave(self) -> None:
-        """See `RankGroup.leave`."""
         self._cancelled.set()
         thread = self._thread
         is_callback = thread is not None and thread.is_own_thread

@@ -32,8 +32,6 @@ from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying
 from ucxx_transport.membership.keys import member_key, policy_key, view_key
 from ucxx_transport.membership.store import Lease
 
-__all__ = ["MembershipEndedError", "Participant", "acquire_rank"]
-
 POLL_S: Final = 0.25
 """How often a rank whose lease may still end is read."""
 

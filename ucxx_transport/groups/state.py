@@ -19,8 +19,6 @@ from ucxx_transport.groups.view import GroupSnapshot, GroupView, Seat
 from ucxx_transport.groups.writes import Retrying
 from ucxx_transport.logs import get_logger
 
-__all__ = ["GroupListener", "GroupState", "GroupStatistics", "Member", "SharedState"]
-
 _log = get_logger(__name__)
 
 T = TypeVar("T")

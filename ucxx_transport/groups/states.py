@@ -29,8 +29,6 @@ from typing import Final
 
 from ucxx_transport.errors import RegistryError
 
-__all__ = ["TRANSITIONS", "RankEvent", "RankState", "advance"]
-
 
 class RankState(Enum):
     """What a rank is to its group. The values are part of the stored view."""

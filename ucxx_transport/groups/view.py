@@ -27,8 +27,6 @@ from ucxx_transport.membership.keys import policy_key, rank_of, view_key
 from ucxx_transport.membership.store import Batch, Snapshot
 from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, describe, is_unsigned, take_fields
 
-__all__ = ["GroupSnapshot", "GroupView", "MemberRecord", "Seat", "parse_policy_version"]
-
 MAX_INCARNATION_CHARS: Final = 64
 MAX_ADDRESS_CHARS: Final = 1024
 MAX_META_BYTES: Final = 64 << 10

@@ -25,8 +25,6 @@ from ucxx_transport.groups.view import GroupSnapshot, GroupView, parse_policy_ve
 from ucxx_transport.membership.keys import group_prefix, policy_key, view_key
 from ucxx_transport.membership.store import Store
 
-__all__ = ["CALL_S", "RankContext", "Retrying", "change_view", "put_policy_version"]
-
 T = TypeVar("T")
 
 CALL_S: Final = 5.0

@@ -1,21 +1,30 @@
 """The link over UCX: one context and one worker per event loop.
 
 Nothing here changes `os.environ`; `settings` says which settings a context gets and why.
+
+What outlives a link:
+
+- One that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer the
+  interpreter frees first would be a crash. A link whose thread still runs then (a daemon's) is left as it is.
+- UCX does not survive a fork. In the child, what the parent had is never freed, so that nothing closes the parent's
+  connections, and every use is an error that says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import ipaddress
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.link import lifetime
 from ucxx_transport.link.base import Counters, LinkStatistics, OnEndpoint, checked_port
 from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
 from ucxx_transport.link.driver import ProgressDriver
@@ -28,12 +37,20 @@ from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint, UCXXListener
 UNEXPECTED_AT_ONCE = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the loop."""
 
+DRAIN_TIMEOUT_S = 1.0
+
+_links: set[UCXXLink] = set()
+_leaked: list[object] = []
+"""What UCX may still write to: kept for the life of the process."""
+
+_pids_that_used_ucx: set[int] = set()
+
 
 class UCXXLink:
     """See `base.Link`. Bound to the thread and running loop it is made in; made by `open()` or `create()`."""
 
     def __init__(self, *, shm_lanes: bool, spin_s: float, ucx: Mapping[str, str]) -> None:
-        lifetime.check_not_forked()
+        _check_not_forked()
         self.binding = load_binding()
         quiet_ucxx_log()
         lib = self.binding.lib
@@ -69,7 +86,8 @@ class UCXXLink:
         self._listeners: set[UCXXListener] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
-        lifetime.register(self)
+        _pids_that_used_ucx.add(os.getpid())
+        _links.add(self)
 
     @classmethod
     def create(cls, *, shm_lanes: bool = False, spin_s: float = 50e-6, ucx: Mapping[str, str] | None = None) -> Self:
@@ -170,7 +188,7 @@ class UCXXLink:
         endpoints = list(self._endpoints)
         for endpoint in endpoints:
             endpoint.begin_close()
-        lifetime.drain(self.driver, [operation for endpoint in endpoints for operation in endpoint.in_flight])
+        _drain(self.driver, [operation for endpoint in endpoints for operation in endpoint.in_flight])
         for endpoint in endpoints:
             endpoint.end_close()
         self._destroy()
@@ -178,7 +196,7 @@ class UCXXLink:
     def _destroy(self) -> None:
         self.driver.stop()
         self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
-        lifetime.unregister(self)
+        _links.discard(self)
         self.driver.release_worker()
         del self.worker, self._context
 
@@ -189,7 +207,7 @@ class UCXXLink:
             ConfigError: this is one of these.
         """
         if threading.get_ident() != self.thread:
-            lifetime.check_not_forked()
+            _check_not_forked()
             raise ConfigError("this link belongs to another thread; open one per event loop")
 
     def check_owner(self) -> None:
@@ -236,7 +254,7 @@ class UCXXLink:
             request = self.worker.tag_recv(nowhere, tag)
             self.counters.unexpected_messages += 1
             if not request.completed:  # UCX still refers to it: dropping it, or the array, could be a crash
-                lifetime.leak(request, nowhere)
+                _leaked.extend((request, nowhere))
             found = self.worker.tag_probe(self._any_tag, self._any_mask)
             if not found.matched:
                 return
@@ -254,7 +272,7 @@ class UCXXLink:
         """Keep the buffer of an operation that never ends, for good."""
         self.counters.leaked_buffers += 1
         self.counters.leaked_bytes += operation.nbytes
-        lifetime.leak(operation, ucx)
+        _leaked.extend((operation, ucx))
 
     async def _resolve(self, host: str, port: int, peer: str) -> str:
         try:
@@ -266,3 +284,48 @@ class UCXXLink:
         except (OSError, UnicodeError) as exc:  # UnicodeError: no name that can be looked up, such as "a..b"
             raise lost("unreachable", peer=peer) from exc
         return str(found[0][4][0])
+
+
+def _check_not_forked() -> None:
+    """Refuse to use UCX in a fork of a process that has used it.
+
+    Raises:
+        ConfigError: this is one.
+    """
+    if _pids_that_used_ucx - {os.getpid()}:
+        raise ConfigError("UCX does not survive a fork; start the process by spawn, or fork before the first link")
+
+
+def _drain(driver: ProgressDriver, operations: Iterable[Operation]) -> None:
+    """Progress until the operations have ended, for a second at most."""
+    left = list(operations)
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while left and time.monotonic() < deadline:
+        driver.progress_now()
+        left = [operation for operation in left if not operation.poll()]
+
+
+@atexit.register
+def _close_all() -> None:
+    running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    for link in list(_links):
+        if _pids_that_used_ucx - {os.getpid()} or link.thread in running:
+            _never_free(link)
+        else:
+            link.close_now()
+    for thing in _leaked:
+        _never_free(thing)
+
+
+def _in_forked_child() -> None:
+    for thing in (*_links, *_leaked):
+        _never_free(thing)
+    for link in _links:
+        link.disown()
+
+
+def _never_free(thing: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

@@ -10,8 +10,6 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["MAX_TTL_S", "checked_ttl_s", "is_over", "pause_s", "whole_seconds"]
-
 MAX_TTL_S: Final = 1e9
 """Thirty years; etcd refuses more than 9e9 s."""
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from ucxx_transport.membership.store import Lease, Store
     from ucxx_transport.sidecar.launch import Sidecar
 
-__all__ = ["Offer", "Publication", "Publishable", "PublisherState", "PublisherStatistics", "Rival", "next_epoch"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:

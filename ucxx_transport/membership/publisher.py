@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
-from types import TracebackType
 from typing import Any, Final, Self
 
 from ucxx_transport.backoff import pause_s
@@ -43,8 +42,6 @@ from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.teardown import Teardown
-
-__all__ = ["HeartbeatPublisher"]
 
 _log = get_logger(__name__)
 
@@ -205,9 +202,7 @@ class HeartbeatPublisher:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def _change(self, state: PublisherState | None = None, error: TransportError | None = None, **values: Any) -> None:

@@ -14,8 +14,6 @@ from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.sidecar.launch import Order, Restarts, Sidecar
 
-__all__ = ["Renewal", "renew", "renewal_of", "store_of_order"]
-
 CLOSE_S: Final = 0.5
 """A sidecar that only renews is killed after that: it may be in a call of a store that does not answer."""
 FRESH: Final = 1.25

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from ucxx_transport.logs import get_logger
-
-__all__ = ["ReplicaFeed", "ReplicaMonitor"]
 
 _log = get_logger(__name__)
 
@@ -116,9 +113,7 @@ class ReplicaMonitor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

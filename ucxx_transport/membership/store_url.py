@@ -23,8 +23,6 @@ from ucxx_transport.errors import ConfigError
 if TYPE_CHECKING:
     from ucxx_transport.membership.store import Store
 
-__all__ = ["EtcdAddress", "LocalAddress", "open_store", "parse_store_url"]
-
 ETCD_PORT: Final = 2379
 _HOST: Final = re.compile(r"(?=.{1,253}\.?$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CompilationError", "Compiler", "compile_ring", "compilers"]
-
 SOURCE = Path(__file__).with_name("ring.c")
 FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 

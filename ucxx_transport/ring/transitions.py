@@ -46,8 +46,6 @@ from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 
-__all__ = ["HoldWords", "ReadyPayload", "SeenHold", "Transitions"]
-
 HoldWords = ctypes.c_uint64 * HOLD_WORDS
 Words = ctypes.Array[ctypes.c_uint64]
 

@@ -12,8 +12,6 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings import fields
 from ucxx_transport.settings.sources import KNOWN, Given, gather, unknown_name
 
-__all__ = ["Effective", "Rule", "effective", "section", "setting"]
-
 SectionT = TypeVar("SectionT")
 
 _SECTIONS: Final[dict[str, dict[str, tuple[fields.Parse, Rule]]]] = {}

@@ -21,8 +21,6 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "KNOWN", "TOML_NAME", "Given", "gather", "unknown_name"]
-
 ENV_PREFIX: Final = "UCXX_TRANSPORT_"
 TOML_NAME: Final = "ucxx_transport.toml"
 

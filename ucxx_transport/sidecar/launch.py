@@ -40,8 +40,6 @@ from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
 
-__all__ = ["Order", "Restarts", "Sidecar", "Tenant"]
-
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]

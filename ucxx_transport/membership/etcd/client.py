@@ -21,8 +21,6 @@ from ucxx_transport.settings.fields import Secret
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Access", "Endpoints", "EtcdClient", "access", "httpx_module", "load_libraries", "share_s"]
-
 _HEADERS: Final = {"Content-Type": "application/json"}
 _HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
 """A member that has lost the others ends a watch that has this (clientv3.WithRequireLeader)."""

@@ -45,8 +45,6 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Entry, Event
 
-__all__ = ["EtcdReply", "Json", "WatchMessage", "answer_of", "entries", "identity_key", "is_not_logged_in", "refusal"]
-
 Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is read field by field here alone."""
 

@@ -17,8 +17,6 @@ from ucxx_transport.membership.keys import Namespace, checked_expected, checked_
 from ucxx_transport.membership.leases import whole_seconds
 from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store, lease_lost, revision_conflict
 
-__all__ = ["EtcdStore"]
-
 
 class EtcdStore(Store):
     """A store in etcd: many machines.

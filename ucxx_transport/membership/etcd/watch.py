@@ -37,8 +37,6 @@ from ucxx_transport.settings.fields import Secret
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["EtcdWatch"]
-
 _log = get_logger(__name__)
 
 PROBE_S: Final = 2.0

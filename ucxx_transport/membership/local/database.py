@@ -33,8 +33,6 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.local import tables
 from ucxx_transport.membership.local.store_file import FileIdentity, file_identity, log_identity, make_file
 
-__all__ = ["Database"]
-
 ResultT = TypeVar("ResultT")
 
 _log = get_logger(__name__)

@@ -21,8 +21,6 @@ from ucxx_transport.membership.local.database import Database
 from ucxx_transport.membership.local.store_file import checked_path, default_path
 from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
 
-__all__ = ["LocalStore"]
-
 ResultT = TypeVar("ResultT")
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")

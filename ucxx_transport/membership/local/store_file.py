@@ -27,8 +27,6 @@ from typing import Final
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError
 from ucxx_transport.ring.owner import segment_folder
 
-__all__ = ["FileIdentity", "checked_path", "default_path", "file_identity", "log_identity", "make_file"]
-
 FileIdentity = tuple[int, int]
 """Device and inode."""
 

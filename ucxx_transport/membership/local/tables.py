@@ -21,8 +21,6 @@ from typing import Final, NamedTuple
 from ucxx_transport.errors import CompactedError, StoreResetError
 from ucxx_transport.membership.store import lease_lost, revision_conflict
 
-__all__ = ["APPLICATION_ID", "FORMAT", "KEPT_BYTES", "KEPT_REVISIONS", "Change", "Row", "State"]
-
 APPLICATION_ID: Final = 0x75635374
 """Marks the file as a store of this package (`ucSt`)."""
 FORMAT: Final = 1
