@@ -77,7 +77,7 @@ class Renewal:
     @property
     def pid(self) -> int | None:
         """Of the sidecar that is up, None while there is none."""
-        return self._host.pid
+        return self._host.status.pid
 
     def start(self) -> None:
         """Start the sidecar before there is a lease: an interpreter takes a moment to be there."""

@@ -196,7 +196,7 @@ class UCXXServer(RingSource):
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
         words = self._ring.server_words
-        pid, restarts = (None, 0) if self._sidecar is None else (self._sidecar.pid, self._sidecar.restarted)
+        pid, restarts = (None, 0) if self._sidecar is None else self._sidecar.status
         return ServerStatistics(
             host=self._address,
             pid=os.getpid() if self._group is not None else pid,

@@ -34,7 +34,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
@@ -77,6 +77,13 @@ class Restarts:
         if self._young <= 1:
             return 0.0
         return pause_s(self._young - 1, first_s=self.first_s, longest_s=self.longest_s, jitter=jitter)
+
+
+class Status(NamedTuple):
+    """The pid of the process that is up, None while there is none; and how often one that was up has died unasked."""
+
+    pid: int | None
+    restarts: int
 
 
 class Tenant(Protocol):
@@ -166,8 +173,7 @@ class Sidecar:
         on_death: called in the thread when one has died unasked, before it is started again.
 
     Attributes:
-        restarted: how often one that was up has died unasked.
-        pid: of the process that is up, None while there is none.
+        status: now.
     """
 
     def __init__(
@@ -193,8 +199,7 @@ class Sidecar:
         self._stopping = threading.Event()
         self._stop_by_s = 0.0
         self._wake = -1
-        self.restarted = 0
-        self.pid: int | None = None
+        self.status = Status(None, 0)
 
     @property
     def is_running(self) -> bool:
@@ -242,7 +247,9 @@ class Sidecar:
                 os.eventfd_write(self._wake, 1)
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
         if thread.is_alive():
-            raise DeadlineExceededError("the sidecar was killed and has not ended", role=self._role, pid=self.pid)
+            raise DeadlineExceededError(
+                "the sidecar was killed and has not ended", role=self._role, pid=self.status.pid
+            )
         with self._lock:
             if self._thread is thread:
                 self._thread = None
@@ -283,17 +290,18 @@ class Sidecar:
                 self._fail(TransportError("the sidecar could not be started", role=self._role, reason=reason), error)
             if self._stopping.is_set() or (self._serve is not None and self._first.done() and self._first.exception()):
                 return  # a server that never came up is its caller's to start again
-            self._lose(was_up=up_s > 0)
+            if (tenant := self._tenant) is not None:
+                tenant.hear_death()
             pause = self._restarts.pause_after(up_s, jitter=random.random())  # noqa: S311 - it protects nothing
             _log.warning(
-                "sidecar_died", role=self._role, reason=reason, restarts=self.restarted, pause_s=round(pause, 3)
+                "sidecar_died", role=self._role, reason=reason, restarts=self.status.restarts, pause_s=round(pause, 3)
             )
             self._wait((), pause)
 
     def _attend(self) -> tuple[float, str]:
         """One process from its start to its end; returns how long it was up, and how it ended."""
-        process = _Process(self._role)
         serve = None if self._serve is None else self._serve()
+        process = _Process(self._role)
         with self._lock:
             self._process = process
             process.write({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
@@ -303,14 +311,19 @@ class Sidecar:
         try:
             came_up_s = self._follow(process)
         finally:
+            was_asked = self._stopping.is_set()
             with self._lock:
-                self._process = self.pid = None
-            if self._stopping.is_set():
+                self._process = None
+                self.status = Status(None, self.status.restarts + (came_up_s is not None and not was_asked))
+            if was_asked:
                 process.end(self._stop_by_s, self._role)
             elif came_up_s is None:
                 process.popen.kill()
             code = process.reap()
-        return 0.0 if came_up_s is None else time.monotonic() - came_up_s, _how(code)
+        up_s = 0.0 if came_up_s is None else time.monotonic() - came_up_s
+        if came_up_s is not None and not was_asked:
+            self._on_death()
+        return up_s, _how(code)
 
     def _follow(self, process: _Process) -> float | None:
         """Read its reports until it ends or a stop is asked for; returns when it came up."""
@@ -338,7 +351,7 @@ class Sidecar:
         return came_up_s
 
     def _come_up(self, process: _Process, facts: dict[str, Any]) -> None:
-        self.pid = process.popen.pid
+        self.status = Status(process.popen.pid, self.status.restarts)
         self._on_up(facts)
         if not self._first.done():
             self._first.set_result(facts)
@@ -346,23 +359,13 @@ class Sidecar:
     def _hear(self, report: dict[str, Any]) -> None:
         if "failed" in report:
             self._fail(_ERRORS.get(report["failed"], TransportError)(report["reason"]))
-            return
-        tenant = self._tenant
-        if tenant is not None:
+        elif (tenant := self._tenant) is not None:
             tenant.hear(report)
 
     def _fail(self, error: TransportError, cause: Exception | None = None) -> None:
         error.__cause__ = cause
         if not self._first.done():
             self._first.set_exception(error)
-
-    def _lose(self, *, was_up: bool) -> None:
-        self.restarted += was_up
-        tenant = self._tenant
-        if tenant is not None:
-            tenant.hear_death()
-        if was_up:
-            self._on_death()
 
     def _wait(self, descriptors: set[int] | tuple[()], timeout_s: float | None) -> set[int]:
         """Those that are readable; none when the time is up or a stop is asked for."""

@@ -47,8 +47,8 @@ REVOKE_S: Final = 10.0
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
 _KILL_MARGIN_S: Final = 2.0
 _STOPPED: Final = frozenset("Tt")
-# One write of so much to a pipe is whole or not at all.
-_REPORT_BYTES: Final = select.PIPE_BUF
+# Of the reason of a loss: so short a report (PIPE_BUF) is written whole or not at all.
+_REASON_CHARS: Final = 500
 
 
 class WorkerEnd:
@@ -103,9 +103,6 @@ class WorkerEnd:
         return self.is_gone
 
 
-REASON_CHARS: Final = 1000
-
-
 class Reports:
     """The pipe to the worker. A report that does not fit is dropped: the worker has been blocked for a long time.
 
@@ -119,8 +116,7 @@ class Reports:
 
     def __call__(self, **report: object) -> None:
         """Send one report."""
-        line = json.dumps(report).encode() + b"\n"
-        assert len(line) <= _REPORT_BYTES, "longer reports may be sent in part"
+        line = json.dumps(report, ensure_ascii=False).encode() + b"\n"
         with suppress(OSError):  # full, or the worker has died: what follows notices
             os.write(self._descriptor, line)
 
@@ -219,7 +215,7 @@ class Renewer:
         with self._changed:
             if self._lease_id == lease_id:
                 self._lease_id = None
-        self._report(lease_id=lease_id, lost=str(error)[:REASON_CHARS])
+        self._report(lease_id=lease_id, lost=str(error)[:_REASON_CHARS])
 
     def _note(self, error: Exception) -> None:
         """Once for each row of failures."""
@@ -323,7 +319,7 @@ def main(report_fd: int, role: str) -> int:
     try:
         served = None if order["serve"] is None else Served(order["serve"])
     except TransportError as error:
-        report(failed=type(error).__name__, reason=str(error)[:REASON_CHARS])
+        report(failed=type(error).__name__, reason=str(error))
         return 1
     renewer = Renewer(worker, report)
     report(up={"ports": [] if served is None else served.ports})

@@ -55,7 +55,7 @@ def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> Non
             with pytest.raises(ConfigError, match=str(port)):
                 second.wait_up(soon())
             second.stop(soon())
-            assert second.restarted == 0, "one that never came up is its caller's to start again"
+            assert second.status.restarts == 0, "one that never came up is its caller's to start again"
         finally:
             first.stop(soon())
         assert not first.is_running
@@ -103,18 +103,18 @@ def test_one_that_dies_is_started_again_and_its_tenant_hears_of_it() -> None:
     assert sidecar.adopt(tenant)
     assert not sidecar.adopt(other)
     sidecar.start()
-    dead = wait_until(lambda: sidecar.pid, MINUTE, what="it is up")
+    dead = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")
     assert dead is not None
     os.kill(dead, signal.SIGKILL)
     assert tenant.deaths.acquire(timeout=MINUTE)
     assert died.wait(MINUTE)
-    wait_until(lambda: sidecar.pid not in (None, dead), MINUTE, what="another one is up")
-    assert (sidecar.restarted, up) == (1, [{"ports": []}] * 2)
+    wait_until(lambda: sidecar.status.pid not in (None, dead), MINUTE, what="another one is up")
+    assert (sidecar.status.restarts, up) == (1, [{"ports": []}] * 2)
     sidecar.release(tenant)
     assert sidecar.adopt(other)
     sidecar.stop(soon())
     sidecar.stop(soon())
-    assert sidecar.pid is None
+    assert sidecar.status.pid is None
 
 
 def test_a_stopped_one_can_be_started_again() -> None:
@@ -131,8 +131,8 @@ def test_one_that_does_not_answer_its_close_frame_is_killed() -> None:
     sidecar = Sidecar("lease", restarts=AT_ONCE)
     sidecar.start()
     sidecar.wait_up(soon())
-    pid = wait_until(lambda: sidecar.pid, MINUTE, what="it is up")
+    pid = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     sidecar.stop(time.monotonic())
-    assert sidecar.pid is None
+    assert sidecar.status.pid is None
