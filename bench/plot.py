@@ -22,7 +22,7 @@ __all__ = ["plot_results"]
 INCHES: Final = (13.0, 6.5)
 DOTS_PER_INCH: Final = 120
 PANELS: Final = (
-    ("gb_per_s", "GB/s (views that nobody touches left out)"),
+    ("gb_per_s", "GB/s (untouched views left out)"),
     ("p50_us", "p50 of one read, µs"),
 )
 COLORS: Final = {

@@ -9,13 +9,13 @@ For each store and number of sources, by real calls of as many threads in one pr
 |------------------|-----------------------------------------------------------------------------------------|
 | publish          | sources published a second: epoch, lease, record "starting", record "ready"             |
 | renew            | leases renewed a second, and how many workers that is at one renewal each 2 s           |
-| watch delay      | from a change being asked for to a watcher's listener being told, the store at rest     |
+| watch delay      | from a change being asked for to a watcher's listener being called, the store at rest   |
 | watch delay, busy| the same while all leases are being renewed as often as their workers would             |
 | watcher CPU      | of the watcher's process with all sources known and renewed, in shares of one core      |
 | resync           | seconds until a new watcher knows all sources                                           |
 
 Renewals are no changes: a watcher hears nothing of them. And for each store, with a real worker at default settings:
-how long after its end a watcher is told, for each way to end. Writes registry.json under --out.
+how long after its end a watcher is notified, for each way to end. Writes registry.json under --out.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ ENDS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """How long after a worker's end its record was told to be gone, seconds."""
+    """How long after a worker's end its record was reported gone, seconds."""
 
     store: str
     end: str

@@ -87,7 +87,7 @@ def _answer(connection: Connection, answer: Mapping[str, object]) -> None:
     try:
         connection.send_bytes(msgpack.packb(answer))
     except (BrokenPipeError, ConnectionResetError):
-        return  # nobody is left to hear it; the next receive ends the process
+        return  # no process is left to hear it; the next receive ends this one
 
 
 def _run(main: Callable[..., None], *arguments: object) -> None:

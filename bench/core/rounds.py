@@ -111,7 +111,7 @@ def measure_size(
         lanes: what to measure, in the order of a round.
         size_bytes: length of every payload.
         plan: how much.
-        on_round: told of each turn as it ends.
+        on_round: called with each turn as it ends.
 
     Returns:
         One result a lane, in their order.

@@ -30,7 +30,7 @@ class Subject:
 
     @property
     def brings_bytes(self) -> bool:
-        """Whether a read brings every byte to the reader's processor or memory; a view that nobody touches does not."""
+        """Whether a read brings every byte to the reader's processor or memory; a view that is not touched does not."""
         return self.local != "view" or self.touch
 
 

@@ -2,7 +2,7 @@
 
 A buffer is lent as a numpy array that owns the loan: every view derived from it (a payload's arrays, a torch tensor
 over one of them) keeps the loan alive, and the buffer can be lent again only when the last of them is gone. So no
-later payload ever appears in an array that somebody still holds. The same keeps a buffer out of the pool while a
+later payload ever appears in an array that is still held. The same keeps a buffer out of the pool while a
 receive into it is in flight: the link holds a view of it until UCX has released it, for good if UCX never does.
 
 Buffers that a GPU copies from are page-locked: once, when they are allocated, for as long as they live.
@@ -110,7 +110,7 @@ class BufferPool:
             else:
                 try:
                     memory = _allocate(wanted, self._page_locker)
-                except MemoryError as exc:  # a reference's size is somebody's word
+                except MemoryError as exc:  # a reference's size is not trusted
                     raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
                 self._allocations += 1
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.

@@ -82,7 +82,7 @@ class Channel:
         self.unsettled = None  # the server answered, so it has handled every frame before
 
     def acknowledge(self, exchange: ReadExchange, *, delivered: bool) -> None:
-        """End an attempt. Returns at once; nobody waits for an acknowledgement.
+        """End an attempt. Returns at once, without waiting for the acknowledgement to be sent.
 
         Raises:
             PeerLostError: the connection is gone already.

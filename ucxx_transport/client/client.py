@@ -97,7 +97,7 @@ class UCXXClient:
                 return await core.read_local_aside(ring, ref, into, limit_s, began_s)
             try:
                 return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
-            except DeadlineExceededError:  # somebody sits on the ring's lock
+            except DeadlineExceededError:  # the ring's lock is held
                 return await core.read_local_aside(ring, ref, into, limit_s, began_s)
         except TransportError as error:
             core.count_failure(error)
@@ -121,12 +121,12 @@ class UCXXClient:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
 
         Args:
-            refs: payloads that nobody here wants any more; without it they would stay in their slots.
+            refs: payloads that this trainer will not read; without it they would stay in their slots.
             deadline_s: seconds for all of them together; default `ClientConfig.deadline_s`.
 
         Returns:
             How many were still there. Never raises for one that is not, nor for a worker that does not answer: it is
-            told with the next read from it (of the last 1024 payloads a ring).
+            notified with the next read from it (of the last 1024 payloads a ring).
 
         Raises:
             ConfigError: the client is closed, or belongs to another event loop.

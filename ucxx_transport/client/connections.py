@@ -132,7 +132,7 @@ class Connections:
     async def _connect(self, key: PortKey, until_s: float) -> Channel:
         link = await self._opened_link()
         now = asyncio.get_running_loop().time()
-        self.close_aside(self._idle.expired(now))  # also those to sources that nobody reads any more
+        self.close_aside(self._idle.expired(now))  # also those to sources that are not read any more
         limit_s = now + self._config.connect_timeout_s
         try:
             async with asyncio.timeout_at(min(limit_s, until_s)):
@@ -181,7 +181,7 @@ class Connections:
     async def settle(self, channel: Channel, ring_id: bytes) -> None:
         """Send again the acknowledgements that a lost connection may have lost: their slots wait for them."""
         while waiting := self._unsettled.get(ring_id):
-            exchange = waiting.popleft()  # nobody else's from here on: other reads of this ring settle at the same time
+            exchange = waiting.popleft()  # this task's from here on: other reads of this ring settle at the same time
             try:
                 await channel.confirm(exchange)
                 self._counters.add("confirms")
@@ -195,13 +195,13 @@ class Connections:
                 # settled already, or overwritten: nothing is left to say
         self._unsettled.pop(ring_id, None)
 
-    async def discard(self, key: PortKey, waiting: deque[ReadExchange], told: list[bool], until_s: float) -> None:
+    async def discard(self, key: PortKey, waiting: deque[ReadExchange], found: list[bool], until_s: float) -> None:
         """Say of payloads of one ring that they arrived, although they were not fetched.
 
         Args:
             key: the port to say it to.
             waiting: at least one; those that were said are taken out.
-            told: grows by one for each of these: whether its payload was still there.
+            found: grows by one for each of these: whether its payload was still there.
             until_s: on the loop's clock.
 
         Raises:
@@ -219,7 +219,7 @@ class Connections:
                     except StaleSlotError:
                         there = False
                     waiting.popleft()
-                    told.append(there)
+                    found.append(there)
         except BaseException:
             if channel is not None:
                 self.close_aside((channel,))

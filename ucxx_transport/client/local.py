@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import SlotRef
 
-# Rings whose worker died are closed this often: their memory is freed only when nobody maps it any more.
+# Rings whose worker died are closed this often: their memory is freed only when no process maps it any more.
 PRUNE_INTERVAL_S = 5.0
 
 

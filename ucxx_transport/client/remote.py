@@ -169,7 +169,7 @@ class RemoteReader:
         if not source.ports or not source.host:
             return 0
         waiting = deque(ReadExchange(ref, next(self._attempts)) for ref in refs)
-        told: list[bool] = []
+        found: list[bool] = []
         loop = asyncio.get_running_loop()
         try:
             with self._rotation.turn(source.host, source.ports) as turn:
@@ -177,7 +177,7 @@ class RemoteReader:
                     key = turn.ports(self._quarantine, loop.time())[0]
                     try:
                         until_s = min(deadline_s, loop.time() + self._config.deadline_s)
-                        await self._connections.discard(key, waiting, told, until_s)
+                        await self._connections.discard(key, waiting, found, until_s)
                     except (TransportError, TimeoutError) as error:
                         if isinstance(error, TransportError) and not error.retryable:
                             break  # asking again would be refused again
@@ -185,7 +185,7 @@ class RemoteReader:
                         await asyncio.sleep(min(DISCARD_PAUSE_S, max(0.0, deadline_s - loop.time())))
         finally:
             self._connections.owe(waiting)
-        return sum(told)
+        return sum(found)
 
     def _check_loop(self) -> None:
         if self._connections.closed:

@@ -89,9 +89,7 @@ class CupyPageLocking:
         try:
             with self._cupy.cuda.Device(self._device):
                 getattr(runtime, function)(*arguments)
-        except (
-            runtime.CUDARuntimeError
-        ) as error:  # cupy has asked CUDA for its last error, so that nobody else finds it
+        except runtime.CUDARuntimeError as error:  # cupy has cleared CUDA's last error already
             return int(error.status)
         return SUCCESS
 

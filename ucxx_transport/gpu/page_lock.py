@@ -3,10 +3,10 @@
 | `cudaHostRegister` says      | means                                                                          |
 |------------------------------|--------------------------------------------------------------------------------|
 | 0                            | locked; unregistered by `unlock()`, else right before the memory goes, or at exit|
-| 712, already registered      | locked by somebody else, who unregisters it                                    |
+| 712, already registered      | locked by another owner, which unregisters it                                  |
 | anything else                | `PageLockError`: never a slow copy through pageable memory in its place        |
 
-Memory that is unmapped while it is registered would leave CUDA with pages of somebody else. So the array that stands
+Memory that is unmapped while it is registered would leave CUDA with pages of another owner. So the array that stands
 for it is watched: its finaliser runs before the memory under it is given back.
 """
 

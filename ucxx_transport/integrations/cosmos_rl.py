@@ -76,10 +76,10 @@ class CosmosRolloutMixin(UCXXRolloutMixin):
             of every step (`trajectory["rewards"]`, a list of floats) and the episode's length.
         """
         rewards = trajectory.get(REWARDS)
-        told = [] if rewards is None else on_host(rewards, REWARDS).astype(float).reshape(-1).tolist()
+        values = [] if rewards is None else on_host(rewards, REWARDS).astype(float).reshape(-1).tolist()
         record = super().write_to_buffer(trajectory, **settings)
         length = record[EPISODE_LENGTH]
-        return {REFERENCE: record, REWARDS: told, EPISODE_LENGTH: len(told) if length is None else length}
+        return {REFERENCE: record, REWARDS: values, EPISODE_LENGTH: len(values) if length is None else length}
 
 
 def unwrapped(completion: Any) -> Any:

@@ -29,7 +29,7 @@ from ucxx_transport.trainer.loss_policy import is_ours, record_of
 _log = get_logger(__name__)
 
 _DYING_S = 30.0
-"""Ray tells of a death before the process is gone; on a busy host long before."""
+"""Ray reports a death before the process is gone; on a busy host long before."""
 
 _LOOK_S = 0.02
 
@@ -203,7 +203,7 @@ class ActorRollouts(Iterator[Any]):
     def _sweep(self, *, wait_s: float = 0.0) -> None:
         """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not.
 
-        What cannot be removed yet is tried again with the next answer: nobody waits for it.
+        What cannot be removed yet is tried again with the next answer, in the background.
         """
         until_s = time.monotonic() + wait_s
         while self._unswept:

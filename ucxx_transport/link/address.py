@@ -26,7 +26,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.settings import RDMA_FOLDER
 
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
-_ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and nobody's
+_ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and assigned to no host
 
 _UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING, netdevice(7)
 

@@ -60,7 +60,7 @@ class LinkStatistics:
         sleeps: times the driver went to sleep on the event descriptor.
         wakeups: times that descriptor woke it.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
-        suppressed_errors: errors of clean-up that had nobody to go to.
+        suppressed_errors: errors of clean-up that no caller could be given.
     """
 
     endpoints_connected: int = 0
@@ -233,7 +233,7 @@ class Link(Protocol):
         """A snapshot of the counters."""
 
     def transports(self) -> tuple[str, ...]:
-        """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it cannot be told."""
+        """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""
 
     async def aclose(self) -> None:
         """Close listeners and endpoints, end what is in flight, give back the resources. Idempotent, bounded."""

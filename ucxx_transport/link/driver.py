@@ -45,7 +45,7 @@ LONGEST_SPIN_S = 4e-3
 """A spin ends after this even while something moves: timers and other tasks wait meanwhile. 16 MiB take as long."""
 
 STRAYS_EVERY = 8
-"""Turns with progress between two looks for messages that nobody waits for: at 64 KiB each some 16 MiB of them."""
+"""Turns with progress between two looks for unexpected messages: at 64 KiB each some 16 MiB of them."""
 
 RETRY_S = 0.05
 """Pause after an error of UCX itself in a turn, so that a lasting one does not burn a core."""

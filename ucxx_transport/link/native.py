@@ -46,7 +46,7 @@ class _LogComponent(ctypes.Structure):
 
 
 def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
-    """(transport, device) of each lane, such as `("tcp", "lo")`; empty where it cannot be told.
+    """(transport, device) of each lane, such as `("tcp", "lo")`; empty where it is unknown.
 
     Args:
         handle: the `ucp_ep_h` of an endpoint that is alive.
@@ -65,7 +65,7 @@ def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
 
 
 def endpoint_peer(handle: int) -> str | None:
-    """`host:port` of the other end, or None where it cannot be told."""
+    """`host:port` of the other end, or None where it is unknown."""
     asked = _EndpointAttributes(field_mask=_REMOTE_SOCKADDR)
     if not _query(handle, asked):
         return None
@@ -88,7 +88,7 @@ def release_cancelled(pointer: int) -> bool:
         pointer: the `ucxx::Endpoint *`.
 
     Returns:
-        Whether nothing keeps the endpoint any more, as far as can be told.
+        Whether nothing keeps the endpoint any more, as far as is known.
     """
     try:
         count = loaded_library("libucxx.so")["_ZNK4ucxx8Endpoint16getCancelingSizeEv"]

@@ -132,7 +132,7 @@ class UCXXEndpoint:
             raise raisable(self._hello.error)
 
     def lanes(self) -> tuple[tuple[str, str], ...]:
-        """(transport, device) of each lane; empty where it cannot be told, or before the connection is up."""
+        """(transport, device) of each lane; empty where it is unknown, or before the connection is up."""
         ucx = self._ucx
         if ucx is None or not self.alive or self._send_tag is None:
             return ()

@@ -54,7 +54,7 @@ class Hold:
         owner: in whose name.
         slot: of a read; a write is given one by its transition.
         generation: which payload; likewise.
-        reader: who reads, 0 for nobody in particular.
+        reader: who reads, 0 for an unnamed reader.
         reason: what a drop is counted as: `ABORTED` for a write, `RELEASED` for a read.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Makes a segment a ring, and finds the ring in a segment that somebody else made."""
+"""Opening: a segment is made a ring, or the ring in a segment of another process is found."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def attach_ring(name: str, *, populate: bool, folder: Path | None = None) -> tup
     identity = Identity.from_words(words, segment.nbytes)
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
         raise ConfigError(
-            "the ring was made in another pid namespace, so a dead owner cannot be told from a live one: share the "
+            "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
             "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
             field="name",
             name=segment.name,

@@ -147,7 +147,7 @@ class SlotReader:
             core.transitions.count(Counter.OUT_OF_RANGE)
             raise SlotError("the ring has no such slot", slot=slot, slots=self._slots)
         if not 0 <= reader <= _MAX_READER:
-            raise ConfigError("a reader's id is 0 (nobody in particular) to 2**63 - 1", field="reader", value=reader)
+            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if not 0 <= generation <= MAX_GENERATION:
             raise self._stale("the slot has no such generation", slot, generation)
         if has_unsettled():

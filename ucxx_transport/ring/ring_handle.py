@@ -166,7 +166,7 @@ class RingHandle:
         return statistics_of(*self._core.transitions.snapshot())
 
     def unlink(self) -> bool:
-        """Remove the ring from the host, if this handle made it: nobody can attach any more, who has it keeps it.
+        """Remove the ring from the host, if this handle made it: processes that have it keep it, no other can attach.
 
         Returns:
             Whether this call removed it; False for a handle that attached.

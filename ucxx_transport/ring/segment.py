@@ -2,8 +2,8 @@
 
 A file of our own instead of `multiprocessing.shared_memory`: up to Python 3.12 the resource tracker of that module
 unlinks a segment when any process that attached to it exits. The creator holds `flock` on the file for life, through a
-descriptor of its own (not the mapping's, which forked children inherit), so that anyone can tell a half-made file from
-an abandoned one.
+descriptor of its own (not the mapping's, which forked children inherit), so that any process can distinguish
+a half-made file from an abandoned one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Segment:
 
 
 class _Removal:
-    """Removes a file once: when told to, when its segment is garbage, or at exit; never in a forked child."""
+    """Removes a file once: on request, when its segment is garbage, or at exit; never in a forked child."""
 
     def __init__(self, path: Path, lock_fd: int) -> None:
         self._path = path
@@ -130,7 +130,7 @@ class _Removal:
         self._at_exit.cancel()
         removed = False
         with contextlib.suppress(FileNotFoundError):
-            # held by flock until here, so nobody can have put another file in its place meanwhile
+            # held by flock until here, so no other file can have taken its place
             if os.stat(self._path, follow_symlinks=False).st_ino == self._inode:
                 os.unlink(self._path)
                 removed = True

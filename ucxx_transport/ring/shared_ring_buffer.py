@@ -156,8 +156,8 @@ class SharedRingBuffer(RingHandle):
 
         Args:
             ref: the payload's name.
-            reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: nobody in
-                particular, who always counts.
+            reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: unnamed; each
+                of its reads counts.
             deadline_s: how long to wait for the ring's lock; None: as configured.
 
         Raises:
@@ -201,7 +201,7 @@ class SharedRingBuffer(RingHandle):
         return self._core.words[SEQUENCE_WORD]
 
     def discard_until(self, sequence: int) -> int:
-        """Drop the unread payloads of all writes up to one: those who were told of them must not have them any more.
+        """Drop the unread payloads of all writes up to one: their references must not be read any more.
 
         Args:
             sequence: the last write to drop, a `write_sequence` of before.

@@ -4,7 +4,7 @@ Each call is one whole transition under the segment's lock. It is tried without 
 critical section takes a fraction of a microsecond; where the lock is taken for longer it is waited for with the GIL
 released, in slices, so that Ctrl-C is noticed.
 
-A hold is told to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
+A hold is passed to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Transitions:
         self._sleeping = library.sleeping
 
     def initialise(self) -> None:
-        """Make the lock and the lists of a segment that nobody else uses yet.
+        """Make the lock and the lists of a segment that no other process uses yet.
 
         Raises:
             ConfigError: this C library has no robust mutexes.

@@ -42,7 +42,7 @@ _REMEDIES = {
 def _table() -> dict[str, DType]:
     table: dict[str, DType] = {}
     for text in _BUILTIN:
-        # On a little-endian machine numpy's own object, so that identity tells equality: newbyteorder() makes another.
+        # On a little-endian machine numpy's own object, so that identity means equality: newbyteorder() makes another.
         dtype = np.dtype(text) if sys.byteorder == "little" else np.dtype(text).newbyteorder("<")
         table.setdefault(dtype.name, dtype)
     for text in _EXTENSION:

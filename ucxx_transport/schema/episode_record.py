@@ -1,4 +1,4 @@
-"""EpisodeRecord: what a rollout worker tells its control plane of one episode, as plain JSON- and msgpack-safe values.
+"""EpisodeRecord: what a rollout worker reports of one episode, as plain JSON- and msgpack-safe values.
 
 | key            | value                                                                         |
 |----------------|-------------------------------------------------------------------------------|

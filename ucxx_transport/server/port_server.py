@@ -110,7 +110,7 @@ class PortServer:
         if tasks is None:
             return
         self._counters.add("accepted")
-        # Those that only wait to hear BUSY take nobody's place.
+        # Those that only wait to hear BUSY do not count.
         admitted = self._admitted < self._settings.max_connections
         if not admitted:
             self._counters.add("refused")

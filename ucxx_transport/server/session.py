@@ -65,7 +65,7 @@ class Reply(NamedTuple):
 
 
 class Serve(NamedTuple):
-    """Acquire the named slot and send it; tell the session `refused()` when the ring says no."""
+    """Acquire the named slot and send it; call the session's `refused()` when the ring refuses."""
 
     request: ReadRequest
 
@@ -97,7 +97,7 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSource:
-    """What a session may tell its peer about the ring behind it."""
+    """What a session may send its peer about the ring behind it."""
 
     ring_id: bytes
     fingerprint: int

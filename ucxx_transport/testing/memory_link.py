@@ -1,6 +1,6 @@
 """MemoryNetwork and MemoryLink: a link inside one process, for tests of programs that transport payloads.
 
-It behaves as the UCX link does where callers can tell: small sends complete at once and larger ones when received, a
+It behaves as the UCX link does where callers can see it: small sends complete at once and larger ones when received, a
 shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other one. `Faults`
 makes it misbehave on purpose.
 

@@ -91,7 +91,7 @@ def software_findings() -> Iterator[Finding]:
 
 
 _SMALL_SHARED_MEMORY_BYTES = 1 << 30
-"""Docker gives 64 MiB unless told otherwise; a ring of a few large episodes needs more."""
+"""Docker's default is 64 MiB; a ring of a few large episodes needs more."""
 
 _FEW_DESCRIPTORS = 4096
 """1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
