@@ -36,7 +36,7 @@ from ucxx_transport.groups.view import GroupSnapshot, MemberRecord
 from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying, change_view
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import group_prefix
-from ucxx_transport.membership.renewal import Renewal, renew, renewal_of
+from ucxx_transport.membership.renewal import Renewal, renew
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.teardown import Teardown
 
@@ -142,7 +142,7 @@ class MemberThread:
         self._watch: Watch | None = None
         config = context.config
         by_process = config.keeper == "process"
-        helper = renewal_of(context.store, context.store_config, config.interval_s) if by_process else None
+        helper = Renewal(context.store, context.store_config, config.interval_s) if by_process else None
         self._renewer = LeaseRenewer(context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper)
         self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
 

@@ -37,7 +37,7 @@ from ucxx_transport.membership.publication import (
     Rival,
     next_epoch,
 )
-from ucxx_transport.membership.renewal import Renewal, renew, renewal_of
+from ucxx_transport.membership.renewal import Renewal, renew
 from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
@@ -139,7 +139,7 @@ class HeartbeatPublisher:
             raise ConfigError("this publisher was started before; make another")
         if self._config.keeper == "process":
             interval_s, host = self._config.interval_s, self._source.sidecar
-            self._renewal = renewal_of(self._store, self._store_config, interval_s, host=host, on_news=self._wake)
+            self._renewal = Renewal(self._store, self._store_config, interval_s, host=host, on_news=self._wake)
             self._renewal.start()
         self._source.hold()
         self._change(PublisherState.PUBLISHING)

@@ -22,13 +22,14 @@ _NEVER_S: Final = -float("inf")
 
 
 class Renewal:
-    """One lease at a time, renewed by a sidecar. Thread-safe.
+    """One lease at a time, renewed by a process that no blocked interpreter starves. Thread-safe; close it.
 
     Its owner renews the lease itself while `keeps` is False: until the sidecar is up, and while that is stopped
     or dead, or cannot reach the store.
 
     Args:
-        order: in which store, and how often; see `renewal_of`.
+        store: where the lease is; the sidecar opens its URL.
+        config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
         interval_s: how often the lease is renewed.
         host: a sidecar that may renew it beside its other work; where there is none, or it has a lease to renew
             already, one is started that does nothing else.
@@ -41,14 +42,17 @@ class Renewal:
 
     def __init__(
         self,
-        order: Order,
+        store: Store,
+        config: StoreConfig,
         interval_s: float,
         *,
         host: Sidecar | None = None,
         on_news: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._order = order
+        settings = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+        settings["password"] = config.password_text
+        self._store = {"url": store.url, "config": settings, "interval_s": interval_s}
         self._interval_s = interval_s
         self._on_news = on_news
         self._clock = clock
@@ -64,9 +68,9 @@ class Renewal:
         self.restarts = 0
 
     @property
-    def orders(self) -> tuple[Order, ...]:
-        """What a sidecar is sent at its start."""
-        return {"renew": self._order}, {"lease_id": self._lease_id}
+    def order(self) -> Order:
+        """What a sidecar is sent."""
+        return {"lease_id": self._lease_id, "store": self._store}
 
     @property
     def is_kept(self) -> bool:
@@ -86,9 +90,7 @@ class Renewal:
 
     def keep(self, lease_id: int | None) -> None:
         """Renew this lease from now on, or none."""
-        with self._lock:
-            self._lease_id, self._lost, self._renewed_s = lease_id, None, _NEVER_S
-        self._host.write({"lease_id": lease_id})
+        self._keep(lease_id)
         if lease_id is not None:
             self.start()
 
@@ -107,11 +109,15 @@ class Renewal:
 
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
-        with self._lock:
-            self._lease_id, self._renewed_s = None, _NEVER_S
+        self._keep(None)
         self._host.release(self)
         if self._own:
             self._host.stop(time.monotonic() + CLOSE_S)
+
+    def _keep(self, lease_id: int | None) -> None:
+        with self._lock:
+            self._lease_id, self._lost, self._renewed_s = lease_id, None, _NEVER_S
+        self._host.update(self)
 
     def hear(self, report: Mapping[str, Any]) -> None:
         """A report of the sidecar has arrived."""
@@ -133,30 +139,7 @@ class Renewal:
         self._on_news()
 
 
-def renewal_of(
-    store: Store,
-    config: StoreConfig,
-    interval_s: float,
-    *,
-    host: Sidecar | None = None,
-    on_news: Callable[[], None] = lambda: None,
-) -> Renewal:
-    """Leases of a store, renewed by a process that no blocked interpreter starves. Close it.
-
-    Args:
-        store: where the leases are; the sidecar opens its URL.
-        config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
-        interval_s: how often a lease is renewed.
-        host: a sidecar that may do it beside its other work; None: one is started for it.
-        on_news: called, in another thread, when `Renewal.keeps` may answer differently.
-    """
-    settings = {spec.name: getattr(config, spec.name) for spec in fields(config)}
-    settings["password"] = config.password_text
-    order = {"url": store.url, "config": settings, "interval_s": interval_s}
-    return Renewal(order, interval_s, host=host, on_news=on_news)
-
-
-def store_of_order(order: Mapping[str, Any]) -> Store:
+def open_ordered(order: Mapping[str, Any]) -> Store:
     """The store that an order names, opened in the sidecar.
 
     Raises:

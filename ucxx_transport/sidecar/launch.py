@@ -7,8 +7,7 @@ before it has cleaned up. Each way goes a pipe with lines of JSON:
 |---------|----------------------------------------------|-------------------------------------------------------------|
 | worker  | `{"worker_pid": n, "log_level": m,           | the first: whose sidecar,                                   |
 |         | "serve": {…}}`                               | what it serves (null: nothing)                              |
-| worker  | `{"renew": {…}}`                             | in which store leases are renewed, and how often            |
-| worker  | `{"lease_id": 7}`                            | renew this lease from now on; null: none                    |
+| worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease from now on (null: none), there, so often  |
 | worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
 | worker  | end of file without that                     | the worker is dying                                         |
 | sidecar | `{"up": {"ports": […]}}`                     | it is up                                                    |
@@ -90,8 +89,8 @@ class Tenant(Protocol):
     """Work that a sidecar does beside what it serves: a lease to renew (`ucxx_transport.membership.renewal`)."""
 
     @property
-    def orders(self) -> tuple[Order, ...]:
-        """What each process is sent at its start."""
+    def order(self) -> Order:
+        """What is to be done now: the first line of it that a process gets."""
 
     def hear(self, report: dict[str, Any]) -> None:
         """A report of its work has arrived."""
@@ -261,7 +260,7 @@ class Sidecar:
             if self._tenant is not None:
                 return False
             self._tenant = tenant
-            self.write(*tenant.orders)
+            self.update(tenant)
             return True
 
     def release(self, tenant: Tenant) -> None:
@@ -269,14 +268,12 @@ class Sidecar:
         with self._lock:
             if self._tenant is tenant:
                 self._tenant = None
-                self.write({"lease_id": None})
 
-    def write(self, *lines: Order) -> None:
-        """Send it lines, if it runs; one that is started later gets the tenant's orders."""
+    def update(self, tenant: Tenant) -> None:
+        """Send it the order of its tenant as it is now, if it runs; one that is started later gets it then."""
         with self._lock:
-            if self._process is not None:
-                for line in lines:
-                    self._process.write(line)
+            if self._process is not None and self._tenant is tenant:
+                self._process.write(tenant.order)
 
     # the thread
 
@@ -305,8 +302,8 @@ class Sidecar:
         with self._lock:
             self._process = process
             process.write({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
-            for line in () if self._tenant is None else self._tenant.orders:
-                process.write(line)
+            if self._tenant is not None:
+                process.write(self._tenant.order)
         came_up_s: float | None = None
         try:
             came_up_s = self._follow(process)

@@ -35,7 +35,7 @@ from ucxx_transport.teardown import MARGIN_S, Teardown
 
 _log = get_logger(__name__)
 
-# How often the worker is looked at besides its pidfd: there may be none.
+# How often the ports are looked at.
 LOOK_S: Final = 1.0
 # From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
 DYING_S: Final = 60.0
@@ -58,7 +58,7 @@ class WorkerEnd:
         pid: the worker's, which started this process.
 
     Attributes:
-        pidfd: readable when the worker has ended; -1 when it had before, or where the kernel has none (before 5.3).
+        pidfd: readable when the worker has ended, to its last thread: until then it holds its locks. -1: it had before.
     """
 
     def __init__(self, pid: int) -> None:
@@ -72,15 +72,8 @@ class WorkerEnd:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended, to its last thread: until then it holds its locks.
-
-        Its children get another parent before that, when its main thread has ended and the others are about to.
-        """
-        if self.pidfd < 0:
-            return os.getppid() != self._pid
-        ended = select.poll()
-        ended.register(self.pidfd, select.POLLIN)
-        return bool(ended.poll(0))
+        """Whether it has ended. Its children get another parent before that, with the end of its main thread."""
+        return self.wait_until_gone(0.0)
 
     @property
     def is_stopped(self) -> bool:
@@ -90,62 +83,35 @@ class WorkerEnd:
                 # the name in parentheses may hold anything
                 return stat.read().rpartition(b")")[2].split()[0].decode() in _STOPPED
         except OSError:
-            return False  # gone, and then is_gone says so; or not ours to look at
+            return False  # it is gone; or not ours to look at
 
     def wait_until_gone(self, limit_s: float) -> bool:
         """Wait for its end, `limit_s` at most; whether it came."""
-        watched = select.poll()
+        ended = select.poll()
         if self.pidfd >= 0:
-            watched.register(self.pidfd, select.POLLIN)
-        until_s = time.monotonic() + limit_s
-        while not self.is_gone and (left_s := until_s - time.monotonic()) > 0:
-            watched.poll(min(left_s, LOOK_S) * 1000)
-        return self.is_gone
-
-
-class Reports:
-    """The pipe to the worker. A report that does not fit is dropped: the worker has been blocked for a long time.
-
-    Args:
-        descriptor: its end to write to.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        os.set_blocking(descriptor, False)
-        self._descriptor = descriptor
-
-    def __call__(self, **report: object) -> None:
-        """Send one report."""
-        line = json.dumps(report, ensure_ascii=False).encode() + b"\n"
-        with suppress(OSError):  # full, or the worker has died: what follows notices
-            os.write(self._descriptor, line)
+            ended.register(self.pidfd, select.POLLIN)
+        return self.pidfd < 0 or bool(ended.poll(limit_s * 1000))
 
 
 class Renewer:
     """Renews one lease at a time, in a thread of its own: a store's client blocks, and the ports must not wait for it.
 
     Args:
+        store: the order of `ucxx_transport.membership.renewal`: which store, and how often.
         worker: while it is stopped, nothing is renewed.
         report: sends what came of a renewal.
     """
 
-    def __init__(self, worker: WorkerEnd, report: Callable[..., None]) -> None:
+    def __init__(self, store: Mapping[str, Any], worker: WorkerEnd, report: Callable[..., None]) -> None:
+        self.store = store
         self._worker = worker
         self._report = report
         self._changed = threading.Condition()
-        self._order: Mapping[str, Any] | None = None
         self._lease_id: int | None = None
         self._due_s = 0.0
         self._ending = self._revoking = self._is_away = False
         self._thread = threading.Thread(target=self._run, name="ucxx-renewer", daemon=True)
-
-    def use(self, order: Mapping[str, Any]) -> None:
-        """Renew in this store; another one than before takes the place of that."""
-        with self._changed:
-            self._order, self._lease_id = order, None
-            self._changed.notify_all()
-            if self._thread.ident is None:
-                self._thread.start()
+        self._thread.start()
 
     def keep(self, lease_id: int | None) -> None:
         """Renew this lease from now on, or none."""
@@ -154,44 +120,43 @@ class Renewer:
             self._changed.notify_all()
 
     def end(self, *, revoke: bool) -> None:
-        """Renew no more; `revoke`: go on until the worker is dead, and then end the lease."""
+        """Renew no more; `revoke`: end the lease when the worker is dead."""
         with self._changed:
             self._ending, self._revoking = True, revoke
             self._changed.notify_all()
 
     def join(self, limit_s: float) -> None:
         """Wait until it has ended; a store that does not answer is not waited for longer than that."""
-        if self._thread.ident is not None:
-            self._thread.join(limit_s)
+        self._thread.join(limit_s)
 
     def _run(self) -> None:
         while not self._ending:
-            order = self._order
-            assert order is not None
             try:
-                self._renew_by(order)
+                self._renew_on()
             except Exception as error:  # noqa: BLE001 - the edge of a thread: the ports go on whatever it was
                 self._note(error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._ending, RETRY_S)
 
-    def _renew_by(self, order: Mapping[str, Any]) -> None:
-        """In one store, until there is another one or the end."""
-        from ucxx_transport.membership.renewal import renew, store_of_order
+    def _renew_on(self) -> None:
+        from ucxx_transport.membership.renewal import open_ordered, renew
 
-        interval_s = float(order["interval_s"])
+        interval_s = float(self.store["interval_s"])
         retry_s = min(RETRY_S, interval_s)
-        with store_of_order(order) as store:
-            while (lease_id := self._next(order)) is not None:
-                if self._worker.is_stopped:
-                    self._due_s = time.monotonic() + retry_s
-                    continue
+        with open_ordered(self.store) as store:
+            while (lease_id := self._next()) is not None:
                 began_s = time.monotonic()
                 self._due_s = began_s + interval_s
+                if self._worker.is_stopped:
+                    self._due_s = began_s + retry_s
+                    continue
                 try:
                     renew(store, lease_id, timeout_s=interval_s)  # one that hangs must leave time for another
                 except (LeaseLostError, StoreResetError) as error:
-                    self._lose(lease_id, error)
+                    with self._changed:
+                        if self._lease_id == lease_id:
+                            self._lease_id = None
+                    self._report(lease_id=lease_id, lost=str(error)[:_REASON_CHARS])
                 except TransportError as error:
                     self._due_s = time.monotonic() + retry_s
                     self._note(error)
@@ -201,21 +166,15 @@ class Renewer:
             if self._revoking and self._lease_id is not None and self._worker.wait_until_gone(DYING_S):
                 store.revoke(self._lease_id)
 
-    def _next(self, order: Mapping[str, Any]) -> int | None:
-        """Wait until a lease is to be renewed; None: there is another store, or the end."""
+    def _next(self) -> int | None:
+        """Wait until a lease is to be renewed; None: the end."""
         with self._changed:
-            while not self._ending and self._order is order:
+            while not self._ending:
                 left_s = self._due_s - time.monotonic()
                 if self._lease_id is not None and left_s <= 0:
                     return self._lease_id
                 self._changed.wait(None if self._lease_id is None else left_s)
         return None
-
-    def _lose(self, lease_id: int, error: TransportError) -> None:
-        with self._changed:
-            if self._lease_id == lease_id:
-                self._lease_id = None
-        self._report(lease_id=lease_id, lost=str(error)[:_REASON_CHARS])
 
     def _note(self, error: Exception) -> None:
         """Once for each row of failures."""
@@ -272,69 +231,85 @@ class Served:
         sweep_orphans(self._ring.folder)
 
 
-def _obey(worker: WorkerEnd, renewer: Renewer, served: Served | None) -> _End:
-    """Carry out what the worker sends, until the end."""
-    watched = select.poll()
-    watched.register(0, select.POLLIN | select.POLLHUP)
-    if worker.pidfd >= 0:
-        watched.register(worker.pidfd, select.POLLIN)
-    unread = b""
-    while True:
-        seen = {descriptor for descriptor, _ in watched.poll(LOOK_S * 1000)}
-        if 0 in seen:
-            part = os.read(0, 65536)
-            if not part:
+class _Main:
+    """What a sidecar has been ordered to do."""
+
+    def __init__(self, order: Mapping[str, Any], report_fd: int) -> None:
+        os.set_blocking(report_fd, False)
+        self._report_fd = report_fd
+        self._worker = WorkerEnd(order["worker_pid"])
+        self._serve = order["serve"]
+        self._served: Served | None = None
+        self._renewer: Renewer | None = None
+
+    def report(self, **report: object) -> None:
+        """Send the worker a report; one that does not fit is dropped: the worker has been blocked for a long time."""
+        with suppress(OSError):  # or it has died: what follows notices
+            os.write(self._report_fd, json.dumps(report, ensure_ascii=False).encode() + b"\n")
+
+    def run(self, role: str) -> int:
+        """Serve and renew until the close frame, or the worker's end; returns the exit status."""
+        try:
+            self._served = None if self._serve is None else Served(self._serve)
+        except TransportError as error:
+            self.report(failed=type(error).__name__, reason=str(error))
+            return 1
+        self.report(up={"ports": [] if self._served is None else self._served.ports})
+        end = self._obey()
+        if self._renewer is not None:
+            self._renewer.end(revoke=end is _End.ABANDONED)
+        teardown = Teardown("sidecar", role=role)
+        if self._served is not None:
+            self._served.stop(teardown)
+        is_dead = end is _End.ABANDONED and self._worker.wait_until_gone(DYING_S)
+        if self._renewer is not None:
+            self._renewer.join(REVOKE_S if is_dead else LEAVE_S)
+        if self._served is not None and is_dead:
+            self._served.sweep()
+        return 0 if teardown.is_clean and end is not _End.BROKEN else 1
+
+    def _obey(self) -> _End:
+        watched = select.poll()
+        watched.register(0, select.POLLIN | select.POLLHUP)
+        if self._worker.pidfd >= 0:
+            watched.register(self._worker.pidfd, select.POLLIN)
+        unread = b""
+        while True:
+            seen = {descriptor for descriptor, _ in watched.poll(LOOK_S * 1000)}
+            if 0 in seen:
+                part = os.read(0, 65536)
+                *lines, unread = (unread + part).split(b"\n")
+                for line in map(json.loads, lines):
+                    if line.get("close"):
+                        return _End.CLOSED
+                    self._keep(line["lease_id"], line["store"])
+                if not part:
+                    return _End.ABANDONED
+            elif self._worker.is_gone:  # and all that it had sent was read
                 return _End.ABANDONED
-            *lines, unread = (unread + part).split(b"\n")
-            for line in map(json.loads, lines):
-                if line.get("close"):
-                    return _End.CLOSED
-                if "renew" in line:
-                    renewer.use(line["renew"])
-                else:
-                    renewer.keep(line["lease_id"])
-        elif worker.is_gone:  # and all that it had sent was read
-            return _End.ABANDONED
-        elif served is not None and not served.all_alive:
-            return _End.BROKEN
+            elif self._served is not None and not self._served.all_alive:
+                return _End.BROKEN
 
-
-def _first_line() -> bytes:
-    with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:  # what follows it stays in the pipe
-        return pipe.readline()
+    def _keep(self, lease_id: int | None, store: Mapping[str, Any]) -> None:
+        if self._renewer is None or self._renewer.store != store:
+            if self._renewer is not None:
+                self._renewer.end(revoke=False)
+            self._renewer = Renewer(store, self._worker, self.report)
+        self._renewer.keep(lease_id)
 
 
 def main(report_fd: int, role: str) -> int:
-    """Serve and renew until the close frame, or the worker's end; returns the exit status."""
+    """The process; returns its exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.dup2(2, 1)  # UCX logs to standard output, which may be what the worker talks to another program by
-    report = Reports(report_fd)
-    line = _first_line()
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:  # unbuffered: what follows stays in the pipe
+        line = pipe.readline()
     if not line:
         return 1  # the worker died before its order
     order = json.loads(line)
     log_to_stderr(role, order["log_level"])
-    worker = WorkerEnd(order["worker_pid"])
-    try:
-        served = None if order["serve"] is None else Served(order["serve"])
-    except TransportError as error:
-        report(failed=type(error).__name__, reason=str(error))
-        return 1
-    renewer = Renewer(worker, report)
-    report(up={"ports": [] if served is None else served.ports})
-    end = _obey(worker, renewer, served)
-    renewer.end(revoke=end is _End.ABANDONED)
-    teardown = Teardown("sidecar", role=role)
-    if served is not None:
-        served.stop(teardown)
-    if end is not _End.ABANDONED:
-        renewer.join(LEAVE_S)
-    elif worker.wait_until_gone(DYING_S):
-        renewer.join(REVOKE_S)
-        if served is not None:
-            served.sweep()
-    return 0 if teardown.is_clean and end is not _End.BROKEN else 1
+    return _Main(order, report_fd).run(role)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.membership.local import LocalStore
-from ucxx_transport.membership.renewal import FRESH, Renewal, renewal_of
+from ucxx_transport.membership.renewal import FRESH, Renewal
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 
 MINUTE = 60.0
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 @pytest.fixture
 def renewal(store: LocalStore) -> Iterator[Renewal]:
-    renewal = renewal_of(store, StoreConfig(), INTERVAL_S)
+    renewal = Renewal(store, StoreConfig(), INTERVAL_S)
     yield renewal
     renewal.close()
 
@@ -127,7 +127,14 @@ def news() -> list[str]:
 @pytest.fixture
 def hosted(clock: Clock, news: list[str]) -> Renewal:
     """One whose sidecar is never started: the test is its reports."""
-    return Renewal({}, 2.0, host=Sidecar("server", restarts=idle()), on_news=lambda: news.append("news"), clock=clock)
+    return Renewal(
+        MemoryStore(),
+        StoreConfig(),
+        2.0,
+        host=Sidecar("server", restarts=idle()),
+        on_news=lambda: news.append("news"),
+        clock=clock,
+    )
 
 
 def idle() -> Restarts:
@@ -170,13 +177,15 @@ def test_news_is_what_changes_the_answer(hosted: Renewal, clock: Clock, news: li
 
 def test_a_sidecar_that_has_a_lease_already_is_not_given_another() -> None:
     host = Sidecar("server", restarts=idle())
-    first = renewal_of(MemoryStore(), StoreConfig(), 2.0, host=host)
-    second = renewal_of(MemoryStore(), StoreConfig(), 2.0, host=host)
+    first = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
+    second = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
     first.start()
     assert not host.is_running, "its owner starts it"
     first.close()
-    third = renewal_of(MemoryStore(), StoreConfig(), 2.0, host=host)
+    third = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
     third.start()
     assert not host.is_running
+    first.close()
+    assert not host.adopt(second), "a second close takes nothing from another"
     for one in (second, third):
         one.close()

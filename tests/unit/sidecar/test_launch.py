@@ -85,8 +85,8 @@ class Tenant:
         self.reports: list[object] = []
 
     @property
-    def orders(self) -> tuple[Order, ...]:
-        return ({"lease_id": None},)
+    def order(self) -> Order:
+        return {"lease_id": None, "store": {"url": "local://", "config": {}, "interval_s": 1.0}}
 
     def hear(self, report: object) -> None:
         self.reports.append(report)

@@ -60,19 +60,6 @@ def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
     assert end.pidfd == -1
 
 
-def test_without_a_pidfd_the_parent_is_polled(
-    worker: subprocess.Popen[bytes], parent: Parent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(_: int) -> int:
-        raise OSError("no such system call")
-
-    monkeypatch.setattr(os, "pidfd_open", none)
-    end = WorkerEnd(worker.pid)
-    assert not end.is_gone
-    parent.pid = 1
-    assert end.is_gone
-
-
 def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes], parent: Parent) -> None:
     end = WorkerEnd(parent.pid)
     assert not end.is_stopped

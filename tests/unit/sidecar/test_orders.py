@@ -10,7 +10,7 @@ import pytest
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.membership import renewal
-from ucxx_transport.membership.renewal import renewal_of, store_of_order
+from ucxx_transport.membership.renewal import Renewal, open_ordered
 from ucxx_transport.server.port_group import of_order, to_order
 
 SECRET = "correct horse"
@@ -26,12 +26,12 @@ def as_sent(order: object) -> dict[str, Any]:
 
 def opened(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str, StoreConfig]:
     """What the sidecar would open for a store with these settings."""
-    renew, lease = renewal_of(MemoryStore(), config, 0.5).orders
-    assert lease == {"lease_id": None}
+    order = as_sent(Renewal(MemoryStore(), config, 0.5).order)
+    assert order["lease_id"] is None
     found: list[tuple[str, StoreConfig]] = []
     with monkeypatch.context() as patched:
         patched.setattr(renewal, "open_store", lambda url, config: found.append((url, config)))
-        store_of_order(as_sent(renew)["renew"])
+        open_ordered(order["store"])
     return found[0]
 
 
@@ -71,8 +71,8 @@ def test_the_settings_of_a_server_arrive_as_they_were_given(token: str | bytes |
 
 
 def test_secrets_are_never_printed() -> None:
-    lease = renewal_of(MemoryStore(), STORE, 0.5)
+    lease = Renewal(MemoryStore(), STORE, 0.5)
     server = ServerConfig(token=SECRET)
-    assert SECRET in json.dumps(lease.orders)  # they have to travel
+    assert SECRET in json.dumps(lease.order)  # they have to travel
     for words in (repr(lease), repr(STORE), repr(server), repr(of_order(to_order(server)))):
         assert SECRET not in words
