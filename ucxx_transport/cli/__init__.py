@@ -1,1 +1,1 @@
-"""The command `ucxx-transport`: one file or folder a verb."""
+"""The command `ucxx-transport`: its verbs, and what they print."""

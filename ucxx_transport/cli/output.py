@@ -1,4 +1,4 @@
-"""What verbs print: one JSON document a line for programs, tables for people, complaints on stderr."""
+"""Output of the verbs: one JSON document a line for programs, tables for people, complaints on stderr."""
 
 from __future__ import annotations
 

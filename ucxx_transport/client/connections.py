@@ -1,4 +1,4 @@
-"""A client's connections: opened, pooled, aged out, closed; and what must be said over them again.
+"""A client's connections: opened, pooled, aged out, closed; and the acknowledgements sent over them again.
 
 One of these belongs to one event loop, like the link it opens on first need.
 """

@@ -1,4 +1,4 @@
-"""What the async and the sync client share: identity, settings, local reads, delivery by name, counts."""
+"""ClientCore, which the async and the sync client share: identity, settings, local reads, delivery by name, counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a failed attempt is tried again, and how much of the deadline an attempt may use. Decisions, no I/O.
+"""The retry policy: whether a failed attempt is tried again, and how much of the deadline it may use. No I/O.
 
 | failure                                  | port layer            | slot layer          |
 |------------------------------------------|-----------------------|---------------------|

@@ -1,4 +1,4 @@
-"""What a client has done: counts, each loss with its reason."""
+"""Statistics of a client: counts, each loss with its reason."""
 
 from __future__ import annotations
 

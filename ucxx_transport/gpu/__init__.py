@@ -1,4 +1,4 @@
-"""What both ends need of CUDA: page-locked memory, copies that do not wait, and the order between streams.
+"""CUDA for both ends: page-locked memory, copies that do not wait, and the order between streams.
 
 | given to a rollout worker                  | goes through | which is imported                                     |
 |--------------------------------------------|--------------|-------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""Which library takes an array off a GPU, and which one receives on the GPU that `device` names."""
+"""The choice of a library: which one takes an array off a GPU, and which one receives on the GPU of `device`."""
 
 from __future__ import annotations
 

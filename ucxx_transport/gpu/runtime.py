@@ -1,4 +1,4 @@
-"""What an end of the transport needs of CUDA, as Protocols: torch and cupy fulfil them, and so does a fake in tests."""
+"""CUDA as Protocols, as far as the transport needs it: torch and cupy fulfil them, and so does a fake in tests."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One file a framework. Each needs its framework, which nothing else here imports."""
+"""Integrations: one file a framework. Each needs its framework, which nothing else here imports."""

@@ -1,4 +1,4 @@
-"""Which address a server publishes.
+"""The address that a server publishes.
 
 | order | rule                                                                                                  |
 |-------|-------------------------------------------------------------------------------------------------------|

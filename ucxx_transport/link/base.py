@@ -1,4 +1,4 @@
-"""What a link is: endpoints that carry ordered messages between two processes.
+"""The link, as Protocols: endpoints that carry ordered messages between two processes.
 
 | object     | what it is                                       | ends when                                       |
 |------------|--------------------------------------------------|-------------------------------------------------|

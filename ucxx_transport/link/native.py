@@ -1,4 +1,4 @@
-"""What ucxx's Python API does not reach, asked of the loaded libraries directly; everything here may answer "unknown".
+"""Native calls into the loaded libraries, for what ucxx's Python API does not reach; each may answer "unknown".
 
 | call                        | of                 | for                                                            |
 |-----------------------------|--------------------|----------------------------------------------------------------|

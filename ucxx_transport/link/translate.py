@@ -1,4 +1,4 @@
-"""UCX's errors into ours, by class.
+"""Translation of UCX's errors into ours, by class.
 
 | UCX                                                     | ours                          |
 |---------------------------------------------------------|-------------------------------|

@@ -1,4 +1,4 @@
-"""A value that a caller gives, as a numpy array that fits its field, or an error that says what to do.
+"""Arrays of a payload: values that a caller gives as numpy arrays that fit their fields, or an error with the remedy.
 
 | given                                     | becomes                                                    |
 |-------------------------------------------|------------------------------------------------------------|

@@ -1,1 +1,1 @@
-"""Where settings come from, what they may hold, and how they become a frozen section."""
+"""Settings: where they come from, what they may hold, and how they become a frozen section."""

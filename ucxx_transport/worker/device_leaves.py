@@ -1,4 +1,4 @@
-"""Leaves of a trajectory that lie on a GPU: stood in for while the rest is checked, then copied straight into the slot.
+"""DeviceLeaves: leaves of a trajectory on a GPU, with stand-ins for checks, copied straight into the slot.
 
 | step                      | a leaf on a GPU                                                                          |
 |---------------------------|------------------------------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""What may become of values whose field is narrower than they are, wherever they lie.
+"""Narrowing: what may become of values whose field is narrower than they are, on the host or on a GPU.
 
 | given to a field that may be narrowed | becomes                                                           |
 |---------------------------------------|-------------------------------------------------------------------|
