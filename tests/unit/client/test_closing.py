@@ -67,7 +67,7 @@ def test_read_after_close_starts_nothing(ring: SharedRingBuffer) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "ucxx-client"]
 
 
-def test_call_in_a_loop_that_stops_meanwhile_is_told() -> None:
+def test_call_in_a_loop_that_stops_raises() -> None:
     loop, entered = LoopThread("stops"), threading.Event()
     told: list[BaseException] = []
 

@@ -143,8 +143,8 @@ async def test_a_pending_read_ends_also_when_its_source_is_back_under_a_new_epoc
         assert await is_removed(task)
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-async def test_the_ports_of_a_source_that_is_there_are_tried_at_once(is_told: bool) -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_the_ports_of_a_source_that_is_there_are_tried_at_once(is_known: bool) -> None:
     async with open_rig(ports=2) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher, port_quarantine_s=3600.0)
@@ -152,12 +152,12 @@ async def test_the_ports_of_a_source_that_is_there_are_tried_at_once(is_told: bo
         (await client.read(rig.write(EPISODE))).release()
         assert client.statistics().quarantined == 1
         await rig.start_port(1)
-        if is_told:
+        if is_known:
             watcher.add(source_of(rig))
         await settle()
         for _ in range(4):
             await client.read_many([rig.write(EPISODE) for _ in range(2)])
-        assert (rig.statistics(1).requests > 0) is is_told
+        assert (rig.statistics(1).requests > 0) is is_known
 
 
 async def test_idle_connections_to_a_source_that_is_gone_are_closed_and_no_others() -> None:
@@ -227,7 +227,7 @@ async def test_a_closed_client_hears_nothing_more() -> None:
         await settle()
 
 
-async def test_a_client_may_be_closed_while_it_is_told() -> None:
+async def test_a_client_may_be_closed_during_a_notification() -> None:
     async with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
@@ -240,7 +240,7 @@ async def test_a_client_may_be_closed_while_it_is_told() -> None:
             await task
 
 
-async def test_a_client_whose_loop_has_ended_may_still_be_told() -> None:
+async def test_a_client_whose_loop_has_ended_may_still_be_notified() -> None:
     watcher = FakeWatcher()
     async with open_rig(ports=1) as rig:
         ref, source = rig.write(EPISODE), source_of(rig, 1)
@@ -258,7 +258,7 @@ async def test_a_client_whose_loop_has_ended_may_still_be_told() -> None:
         read_and_leave()
 
 
-async def test_a_ring_of_this_host_is_read_in_place_whatever_is_told() -> None:
+async def test_a_ring_of_this_host_is_read_in_place_whatever_the_watcher_reports() -> None:
     async with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         with SyncUCXXClient(ClientConfig(), watcher=watcher, link_factory=rig.client_link) as client:

@@ -72,7 +72,7 @@ def test_the_packer_is_given_the_episode_in_the_place_of_its_reference(packer: P
     assert packer.lost == []
 
 
-def test_a_lost_episode_is_none_and_the_hook_is_told(packer: Packer, worker: LocalWorker) -> None:
+def test_a_lost_episode_is_none_and_the_hook_is_called(packer: Packer, worker: LocalWorker) -> None:
     (record,) = worker.play(1)
     assert record.ref is not None
     worker.ring.discard(record.ref)
