@@ -1,8 +1,8 @@
 """kill -9 at random moments of writers, servers and clients that are all busy, and the books afterwards.
 
 ```
- home:    this process (ring, supervisor) ── server child        writer (attached)
- worker:  worker process (ring, supervisor, writer) ── server child
+ home:    this process (ring, server) ── its sidecar            writer (attached)
+ worker:  worker process (ring, server, writer) ── its sidecar
  readers: two over UCX, one in place (view or copy)              each reads from both rings
 ```
 

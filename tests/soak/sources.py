@@ -29,8 +29,8 @@ class Source:
     """A ring, its writer and its server.
 
     Attributes:
-        name: "home" (this process made the ring and supervises its server; the writer attaches) or "worker" (one
-            process is worker, writer and supervisor; this one only looks on).
+        name: "home" (this process made the ring and keeps its server; the writer attaches) or "worker" (one
+            process is worker, writer and server; this one only looks on).
         streams: writers so far; each payload carries its writer's number.
         server_pid, dead_pid: the server, as far as is known, and the one killed last. server_kills: how often.
     """

@@ -31,7 +31,7 @@ class Summary:
         kills: by victim. payloads: by fate. transports: deliveries by way. failures: reads tried again, by error.
         rings: counters of all rings that tell of kills.
         slots_idle_s: from the last answer of a cycle until no slot was WRITING or READING.
-        server_back_s: from a server's kill until its supervisor has it replaced, seen between other work.
+        server_back_s: from a server's kill until its worker has it replaced, seen between other work.
         swept_s: from a worker's kill until neither its server process nor its segment was left.
     """
 

@@ -348,8 +348,8 @@ class Sidecar:
         return came_up_s
 
     def _come_up(self, process: _Process, facts: dict[str, Any]) -> None:
-        self.status = Status(process.popen.pid, self.status.restarts)
         self._on_up(facts)
+        self.status = Status(process.popen.pid, self.status.restarts)
         if not self._first.done():
             self._first.set_result(facts)
 
