@@ -11,7 +11,14 @@ from ucxx_transport.ring.states import STATE_BITS, STATE_MASK, TRANSITIONS, Slot
 HEADER = Path(__file__).resolve().parent.parent / "ucxx_transport" / "native" / "ring_layout.h"
 
 _WORDS = (
-    *("SEQUENCE_WORD", "IN_TRANSITION_WORD", "ADDRESS_VERSION_WORD", "FREE_FIRST_WORD", "FREE_LAST_WORD"),
+    *(
+        "LAYOUT_VERSION",
+        "SEQUENCE_WORD",
+        "IN_TRANSITION_WORD",
+        "ADDRESS_VERSION_WORD",
+        "FREE_FIRST_WORD",
+        "FREE_LAST_WORD",
+    ),
     *("HELD_FIRST_WORD", "HELD_LAST_WORD", "STATE_COUNT_WORD", "FREED_WORD", "SLEEPERS_WORD", "MUTEX_BYTE"),
     *("MUTEX_BYTES", "COUNTER_WORD", "ADDRESS_WORD", "ADDRESS_BANK_WORDS"),
     *("STATE", "NBYTES", "SEQUENCE", "CHECKSUM", "HAS_CHECKSUM", "REQUIRED_READS", "WRITER", "WRITER_PID"),

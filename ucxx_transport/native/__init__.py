@@ -21,6 +21,7 @@ class RingStruct(ctypes.Structure):
     _fields_ = (
         ("words", ctypes.c_void_p),
         ("slots", ctypes.c_uint64),
+        ("slot_bytes", ctypes.c_uint64),
         ("first_slot_word", ctypes.c_uint64),
         ("slot_words", ctypes.c_uint64),
         ("entries", ctypes.c_uint64),
@@ -32,6 +33,7 @@ class Calls:
     """The functions of `ring.c`, with their types, of one loading of the library; the source says what each does."""
 
     library: ctypes.CDLL
+    abi: Callable[[], int]
     abort: Callable[..., int]
     acquire: Callable[..., int]
     commit: Callable[..., int]
@@ -70,6 +72,8 @@ class Calls:
             function.argtypes = (memory, *types)
             function.restype = ctypes.c_int
             setattr(self, name, function)
+        self.abi = library.ring_abi
+        self.abi.restype = ctypes.c_uint64
 
 
 class Library(NamedTuple):
@@ -92,11 +96,11 @@ def load(path: Path = LIBRARY) -> Library:
         path: the file.
 
     Raises:
-        ConfigError: it is missing or is of another platform; says how to build it.
+        ConfigError: it is missing, or of another platform or state of the source; says how to build it.
     """
     try:
         return Library(Calls(ctypes.PyDLL(str(path))), Calls(ctypes.CDLL(str(path))))
-    except OSError as exc:
+    except (OSError, AttributeError) as exc:
         raise ConfigError(
             f"the compiled part of ucxx_transport cannot be loaded ({exc}): install the package again with pip, which "
             "builds it with $CC, cc, gcc or clang, else with the compiler of the PyPI package ziglang",

@@ -46,7 +46,7 @@ static void cut(void) {
 /* Where a segment lies in this process; the sizes are those that its attacher has checked. */
 struct ring {
     uint64_t *words;
-    uint64_t slots, first_slot_word, slot_words, entries, max_attempts;
+    uint64_t slots, slot_bytes, first_slot_word, slot_words, entries, max_attempts;
 };
 
 static inline uint64_t load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -297,6 +297,7 @@ static void repair(const struct ring *ring) {
     }
     /* the wake-up of the dead may be missing */
     __atomic_add_fetch((uint32_t *)(ring->words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
     store(ring->words + IN_TRANSITION_WORD, 0);
 }
 
@@ -331,13 +332,15 @@ static int enter(const struct ring *ring, int64_t wait_ns) {
     return code == 0 ? DONE : code == EBUSY || code == ETIMEDOUT ? LOCKED : DAMAGED;
 }
 
+/* Unlock, and wake the writes that sleep if there is a slot for one. The word is looked at and cleared under the lock: a
+ * write that sets it after that has `seen` an older count than the one stored here, and does not fall asleep. */
 static int leave(const struct ring *ring, int outcome) {
-    pthread_mutex_unlock(mutex(ring));
     uint64_t *sleepers = ring->words + SLEEPERS_WORD;
-    if (__atomic_load_n(sleepers, __ATOMIC_SEQ_CST) && __atomic_load_n(ring->words + STATE_COUNT_WORD + FREE, __ATOMIC_SEQ_CST)) {
-        __atomic_store_n(sleepers, 0, __ATOMIC_SEQ_CST);
+    int wakes = ring->words[STATE_COUNT_WORD + FREE] && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) &&
+                __atomic_exchange_n(sleepers, 0, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(mutex(ring));
+    if (wakes)
         syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    }
     return outcome;
 }
 
@@ -347,12 +350,14 @@ static inline void unmark(const struct ring *ring) { store(ring->words + IN_TRAN
 
 /* ---- What is called. Each returns an Outcome; `wait_ns` bounds the wait for the lock, SLICE_NS at most. ---- */
 
+/* The layout that this was compiled for, and the size of what callers pass. */
+EXPORT uint64_t ring_abi(void) { return (uint64_t)LAYOUT_VERSION << 32 | HOLD_WORDS << 16 | COUNTERS << 8 | OUTCOMES; }
+
 /* Make the lock and the lists of a segment that nobody else uses yet; 0, or an errno. */
 EXPORT int ring_initialise(const struct ring *ring) {
     pthread_mutexattr_t attributes;
+    _Static_assert(sizeof(pthread_mutex_t) <= MUTEX_BYTES, "the segment has no room for the mutex");
     int code = pthread_mutexattr_init(&attributes);
-    if (sizeof(pthread_mutex_t) > MUTEX_BYTES)
-        return ENOTSUP;
     if (!code)
         code = pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
     if (!code)
@@ -510,6 +515,8 @@ static int acquire(const struct ring *ring, uint64_t *hold) {
         count(ring, COUNT_STALE);
         return STALE;
     }
+    if (own[NBYTES] > ring->slot_bytes) /* what a caller makes an array of must lie within the slot */
+        return DAMAGED;
     uint64_t *entry = entry_of(own, 0); /* READY, and one reader: nobody has had it, so all entries are empty */
     if (state != READY || own[REQUIRED_READS] != 1) {
         struct survey found = survey(ring, own, reader, NULL);

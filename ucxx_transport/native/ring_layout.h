@@ -2,6 +2,7 @@
 #ifndef UCXX_TRANSPORT_RING_LAYOUT_H
 #define UCXX_TRANSPORT_RING_LAYOUT_H
 
+#define LAYOUT_VERSION 2
 #define SEQUENCE_WORD 64
 #define IN_TRANSITION_WORD 66
 #define ADDRESS_VERSION_WORD 67
@@ -107,8 +108,7 @@ enum outcome {
     CROWDED = 7,
     TAKEN = 8,
     LATE = 9,
-    ILLEGAL = 10,
-    OUTCOMES = 11
+    OUTCOMES = 10
 };
 
 /* What an event adds to a state word: `advance` of ring/states.py. */

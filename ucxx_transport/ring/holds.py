@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 from ucxx_transport.errors import TransportError
@@ -20,7 +21,8 @@ from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.transitions import HoldWords, Transitions
 
 _LOST_WAIT_S: Final = 0.05
-"""How long a finaliser waits for the lock, which runs wherever a reference goes."""
+"""How long a finaliser waits for the lock, which runs wherever a reference goes. While others are to be settled it does
+not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once."""
 
 _ABORTED: Final = Counter.ABORTED
 
@@ -156,18 +158,20 @@ def has_unsettled() -> bool:
     return bool(_unsettled)
 
 
-def _lost(guard: weakref.ref[Hold]) -> None:
+def _lost(guard: weakref.ref[Hold], is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
     """Callback of a hold's last reference going. It may run anywhere, and must not raise."""
-    if not isinstance(guard, Guard) or not hasattr(guard, "reason") or sys.is_finalizing():
-        return  # cut off before it was registered; or the process ends, and is reclaimed
+    # at the end of the process, which is reclaimed, the names of this module may be gone
+    if is_ending() or not isinstance(guard, Guard) or not hasattr(guard, "reason"):
+        return  # or cut off before it was registered
     words = guard.words
     if _live.get(words[HOLD_LEASE]) is not guard:
         return  # ended, or detached
+    wait_s = 0.0 if _unsettled else _LOST_WAIT_S
     try:
         if guard.reason is _ABORTED:
-            guard.transitions.abort(words, _ABORTED, _LOST_WAIT_S)
+            guard.transitions.abort(words, _ABORTED, wait_s)
         else:
-            guard.transitions.finalise(words, guard.reason, _LOST_WAIT_S)
+            guard.transitions.finalise(words, guard.reason, wait_s)
     except TransportError:
         _unsettled.append(guard)
         return

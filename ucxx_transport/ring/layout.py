@@ -30,10 +30,9 @@ is one store: it turns the one into the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final, Protocol, overload
+from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
@@ -186,18 +185,6 @@ class Outcome(IntEnum):
     """All reads that the payload asks for are taken by other readers' attempts in flight."""
     LATE = 9
     """The hold had ended, or never was."""
-    ILLEGAL = 10
-    """The slot's state allows no such event."""
-
-
-class Words(Protocol):
-    """A segment as unsigned 64-bit words: a `memoryview`, whose store of one aligned word is atomic."""
-
-    @overload
-    def __getitem__(self, index: int, /) -> int: ...
-    @overload
-    def __getitem__(self, index: slice, /) -> Iterable[int]: ...
-    def __setitem__(self, index: int, word: int, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

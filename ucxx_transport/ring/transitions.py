@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from ucxx_transport.errors import (
@@ -37,6 +38,7 @@ from ucxx_transport.ring.layout import (
     HOLD_START,
     HOLD_STATE,
     HOLD_WORDS,
+    LAYOUT_VERSION,
     MUTEX_BYTE,
     Counter,
     Geometry,
@@ -121,6 +123,7 @@ class Transitions:
         self._struct = RingStruct(
             segment.address,
             geometry.slots,
+            geometry.slot_bytes,
             geometry.first_slot_word,
             geometry.slot_words,
             geometry.entries,
@@ -129,7 +132,7 @@ class Transitions:
         self._ring = ctypes.addressof(self._struct)
         self._first_payload = segment.address + geometry.payload_byte(0)
         self._stride = geometry.stride_bytes
-        library = library or load()
+        library = library or own_library()
         self._brief = library.brief
         self._sleeping = library.sleeping
 
@@ -332,12 +335,33 @@ class Transitions:
         return code
 
 
+@cache
+def own_library() -> Library:
+    """The package's build of `ring.c`.
+
+    Raises:
+        ConfigError: it was compiled from another state of the source.
+    """
+    library = load()
+    expected = LAYOUT_VERSION << 32 | HOLD_WORDS << 16 | len(Counter) << 8 | len(Outcome)
+    if (found := library.brief.abi()) != expected:
+        raise ConfigError(
+            "the compiled part of ucxx_transport is of another release than its Python part: install the package again",
+            field="library",
+            found=f"{found:#x}",
+            expected=f"{expected:#x}",
+        )
+    return library
+
+
 def _refusal(words: Words) -> TransportError:
     """The error that an outcome of `acquire` is."""
     outcome, found = Outcome(words[HOLD_OUTCOME]), words[HOLD_STATE]
     slot, generation = words[HOLD_SLOT], words[HOLD_GENERATION]
     if outcome is Outcome.OUT_OF_RANGE:
         return SlotError("the ring has no such slot", slot=slot)
+    if outcome is Outcome.DAMAGED:
+        return SlotError("the header of the slot is damaged; recreate the ring", slot=slot, generation=generation)
     if outcome is Outcome.CROWDED:
         return BusyError("the slot carries as many read attempts as it can", slot=slot, attempts=words[HOLD_ATTEMPTS])
     if outcome is Outcome.TAKEN:

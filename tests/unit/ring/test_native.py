@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport import native
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.native import build
@@ -101,5 +102,6 @@ def test_without_any_compiler_the_error_names_what_was_tried(tmp_path: Path, mon
 def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_to_build_it(tmp_path: Path) -> None:
     broken = tmp_path / "libring.so"
     broken.write_bytes(b"no shared library")
-    with pytest.raises(ConfigError, match="install the package again with pip"):
-        native.load(broken)
+    for path in (broken, tmp_path / "missing.so", Path("libm.so.6")):  # the last: without the functions
+        with row(path=path), pytest.raises(ConfigError, match="install the package again with pip"):
+            native.load(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -11,7 +13,8 @@ import pytest
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import SlotError
-from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring import SharedRingBuffer, SlotState, holds
+from ucxx_transport.ring.layout import MUTEX_BYTE
 from ucxx_transport.ring.owner import Owner
 
 A, B = Owner(2**22 + 1, 1), Owner(2**22 + 2, 1)
@@ -193,3 +196,20 @@ def in_forked_child(work: Callable[[], bool]) -> bool:
         finally:
             os._exit(2)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_views_that_go_while_the_lock_is_held_wait_for_it_once_and_are_settled_later(
+    cast_of: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "_LOST_WAIT_S", 0.2)
+    ring = cast_of.create(A, slots=20)
+    views = [ring.acquire(ring.write_raw(b"x")).detach() for _ in range(20)]
+    libc, mutex = ctypes.CDLL(None), ring.mapping.ctypes.data + MUTEX_BYTE
+    assert libc.pthread_mutex_lock(ctypes.c_void_p(mutex)) == 0
+    started = time.monotonic()
+    views.clear()
+    assert time.monotonic() - started < 10 * 0.2
+    assert libc.pthread_mutex_unlock(ctypes.c_void_p(mutex)) == 0
+    assert ring.slot_states() == [SlotState.READING] * 20
+    ring.write_raw(b"y")
+    assert ring.slot_states().count(SlotState.FREE) == 19

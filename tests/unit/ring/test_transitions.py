@@ -8,13 +8,17 @@ import pytest
 
 from tests.support.ring_bench import DYING, LIVING, RingBench
 from tests.support.rows import row
-from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
+from ucxx_transport.errors import BusyError, ConfigError, SlotError, StaleSlotError
+from ucxx_transport.ring import transitions
 from ucxx_transport.ring.layout import (
     HOLD_GENERATION,
     HOLD_LEASE,
+    HOLD_NBYTES,
     HOLD_PID,
     HOLD_SLOT,
     HOLD_START,
+    NBYTES,
+    REQUIRED_READS,
     Counter,
 )
 from ucxx_transport.ring.owner import Owner
@@ -204,6 +208,24 @@ def test_room_for_attempts_remains_when_all_readers_but_one_have_had_the_payload
     with pytest.raises(BusyError):
         bench.reading(payload, LIVING, 64)
     bench.segment.unlink()
+
+
+def test_a_payload_longer_than_its_slot_is_damage_and_gives_no_memory(bench: RingBench) -> None:
+    payload = bench.written()
+    length = bench.base(payload[HOLD_SLOT]) + NBYTES
+    bench.segment.words[length] = bench.geometry.slot_bytes + 1
+    for required in (1, 2):
+        bench.segment.words[bench.base(payload[HOLD_SLOT]) + REQUIRED_READS] = required
+        with row(required=required), pytest.raises(SlotError, match="damaged"):
+            bench.reading(payload)
+    bench.segment.words[length] = bench.geometry.slot_bytes
+    assert bench.reading(payload)[HOLD_NBYTES] == bench.geometry.slot_bytes
+
+
+def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transitions, "LAYOUT_VERSION", 99)
+    with pytest.raises(ConfigError, match="install the package again"):
+        transitions.own_library.__wrapped__()
 
 
 def test_holds_of_many_slots_are_listed_in_several_critical_sections() -> None:
