@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring.layout import PAGE_BYTES
+from ucxx_transport.ring.memory_limit import MemoryLimit, is_charged, memory_limit
 from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
 from ucxx_transport.ring.owner import segment_folder
 
@@ -94,6 +95,18 @@ class Segment:
                 else:
                     pages.max()
 
+    @property
+    def lost_its_name(self) -> bool:
+        """Whether somebody else removed the file's name, which this object made, in this process."""
+        return self._remove is not None and self._remove.pending and self._remove.nothing_left
+
+    def duplicate(self) -> int | None:
+        """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
+
+        None where this object did not make the file, in this process.
+        """
+        return None if self._remove is None or not self._remove.pending else self._remove.duplicate()
+
     def unlink(self) -> bool:
         """Remove the file's name, if this object made it, in this process; mappings stay valid.
 
@@ -119,6 +132,14 @@ class _Removal:
     @property
     def pending(self) -> bool:
         return not self._done and self._process_id == os.getpid()
+
+    @property
+    def nothing_left(self) -> bool:
+        return os.fstat(self._lock_fd).st_nlink == 0
+
+    def duplicate(self) -> int:
+        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
+        return os.open(f"/proc/self/fd/{self._lock_fd}", os.O_RDWR | os.O_CLOEXEC)
 
     def watch(self, segment: Segment) -> None:
         weakref.finalize(segment, self)
@@ -180,7 +201,8 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
         folder: where to make it; None for `segment_folder()`.
 
     Raises:
-        ConfigError: the name is in use by a live creator, or the memory is not there; says how much is needed and free.
+        ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's
+            cgroup may have; says how much is needed and free.
     """
     path = segment_path(name, folder)
     lock_fd = _open_fresh(path)
@@ -193,19 +215,21 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
         raise
 
 
-def open_segment(name: str, folder: Path | None = None) -> Segment:
+def open_segment(name: str, folder: Path | None = None, descriptor: int | None = None) -> Segment:
     """Map an existing file, whatever it holds.
 
     Args:
         name: of the file, with or without the common prefix.
         folder: where it is; None for `segment_folder()`.
+        descriptor: of the file itself, whose name may be gone; stays the caller's.
 
     Raises:
         ConfigError: there is none, or it is not ours to open.
         ProtocolError: it is no regular file of whole pages.
         NotReadyError: it has no size yet: its creator is at work.
     """
-    return Segment(path := segment_path(name, folder), _map_file(path), None)
+    path = segment_path(name, folder)
+    return Segment(path, _map_file(path) if descriptor is None else _map_descriptor(descriptor, path), None)
 
 
 def _map_file(path: Path) -> mmap.mmap:
@@ -221,6 +245,13 @@ def _map_file(path: Path) -> mmap.mmap:
     except OSError as exc:
         raise ConfigError(f"{path} cannot be opened: {exc.strerror}", field="name", reason="refused") from exc
     try:
+        return _map_descriptor(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _map_descriptor(fd: int, path: Path) -> mmap.mmap:
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:
             raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
@@ -229,8 +260,6 @@ def _map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(fd, facts.st_size)
     except OSError as exc:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
-    finally:
-        os.close(fd)
 
 
 def _open_fresh(path: Path) -> int:
@@ -260,11 +289,13 @@ def _open_fresh(path: Path) -> int:
 
 
 def _allocate(fd: int, nbytes: int, path: Path) -> None:
-    """Give the file all its memory now: what is not there is an error here, and never SIGBUS at a write later."""
+    """Give the file all its memory now: what is not there is an error here, and never SIGBUS or SIGKILL later."""
     folder = os.fstatvfs(fd)
     free = folder.f_bavail * folder.f_frsize
     if folder.f_blocks and nbytes > free:
         raise _too_large(nbytes, free, path)
+    if is_charged(fd) and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
+        raise _over_limit(nbytes, limit)
     for start in range(0, nbytes, _CHUNK_BYTES):
         try:
             os.posix_fallocate(fd, start, min(_CHUNK_BYTES, nbytes - start))
@@ -282,4 +313,18 @@ def _too_large(nbytes: int, free: int, path: Path) -> ConfigError:
         field="slots",
         needed_bytes=nbytes,
         free_bytes=free,
+    )
+
+
+def _over_limit(nbytes: int, limit: MemoryLimit) -> ConfigError:
+    room, most = limit.room_bytes, limit.limit_bytes
+    return ConfigError(
+        f"a ring of {nbytes} bytes ({nbytes / 2**20:.1f} MiB) is more than its cgroup may have (SIGKILL): "
+        f"{limit.folder} has {room} bytes ({room / 2**20:.1f} MiB) left of {most} ({most / 2**20:.1f} MiB). "
+        "Lower ring.slots or the size of a slot, or raise the limit (docker: --memory; Kubernetes: "
+        "resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)",
+        field="slots",
+        needed_bytes=nbytes,
+        room_bytes=room,
+        limit_bytes=most,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.command_line import call
-from ucxx_transport.cli.doctor.machine import Finding, segments_finding
+from ucxx_transport.cli.doctor.machine import Finding, memory_limit_finding, segments_finding
 from ucxx_transport.cli.doctor.ucx import transport_findings
+from ucxx_transport.ring.memory_limit import MemoryLimit
 from ucxx_transport.ring.orphans import SegmentInfo
 from ucxx_transport.ring.owner import segment_folder
 from ucxx_transport.ring.segment import segment_path
@@ -51,6 +53,16 @@ def test_what_dead_processes_left_is_counted_with_the_way_to_remove_it() -> None
     assert (found.verdict, found.value) == ("warning", "1 in use, 2 left by dead processes")
     assert "ucxx-transport clean frees 2 MiB" in found.remedy
     assert segments_finding([segment("a", alive=True)]).verdict == "ok"
+
+
+def test_a_memory_limit_is_shown_with_what_it_leaves_and_a_small_rest_is_a_warning() -> None:
+    def found(used_bytes: int) -> Finding:
+        return memory_limit_finding(MemoryLimit(Path("/sys/fs/cgroup/pod"), 8 << 30, used_bytes, 0))
+
+    assert memory_limit_finding(None).value == "none"
+    assert (found(1 << 30).verdict, found(1 << 30).remedy) == ("ok", "")
+    assert (found(15 << 29).verdict, found(15 << 29).value) == ("warning", "512 MiB left of 8 GiB (/sys/fs/cgroup/pod)")
+    assert "docker: --memory" in found(15 << 29).remedy
 
 
 def test_the_whole_way_is_tried_and_its_bytes_compared(capsys: Capture) -> None:

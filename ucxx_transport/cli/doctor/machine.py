@@ -16,6 +16,7 @@ from ucxx_transport.cli.version import installed_version
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.settings import rdma_devices
+from ucxx_transport.ring.memory_limit import MemoryLimit, memory_limit
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes
@@ -101,6 +102,7 @@ def host_findings() -> Iterator[Finding]:
     """What the transport needs of this host."""
     yield from _network_findings()
     yield _shared_memory()
+    yield memory_limit_finding(memory_limit())
     yield segments_finding(list_segments())
     yield _descriptors()
     yield _locked_memory()
@@ -147,6 +149,26 @@ def _shared_memory() -> Finding:
         value=f"{format_bytes(free)} free of {format_bytes(total)}" + ("" if writable else ", not writable"),
         verdict=verdict,
         remedy="" if verdict == "ok" else f"docker: --shm-size=8g; else: mount -o remount,size=8g {folder}",
+    )
+
+
+def memory_limit_finding(limit: MemoryLimit | None) -> Finding:
+    """What the cgroup leaves for rings, which count as its memory wherever they lie in /dev/shm.
+
+    Args:
+        limit: of the group that leaves the least; None without a limit.
+    """
+    if limit is None:
+        return Finding(topic="host", name="memory limit", value="none")
+    small = limit.room_bytes < _SMALL_SHARED_MEMORY_BYTES
+    return Finding(
+        topic="host",
+        name="memory limit",
+        value=f"{format_bytes(limit.room_bytes)} left of {format_bytes(limit.limit_bytes)} ({limit.folder})",
+        verdict="warning" if small else "ok",
+        remedy="a ring is memory of its worker: raise it (docker: --memory; Kubernetes: resources.limits.memory)"
+        if small
+        else "",
     )
 
 
