@@ -59,6 +59,18 @@ def wait_for_replacement(served: ServedRing, dead: int) -> None:
     wait_until(lambda: served.server.statistics().pid not in {None, dead}, MINUTE, what="another server process")
 
 
+def test_a_ring_whose_name_was_removed_is_served_read_and_served_again_after_a_death() -> None:
+    with served_ring() as served, client_of(local="auto") as client:
+        segment_path(served.ring.name).unlink()
+        for sequence in range(2):
+            with read_retrying(client, write(served.ring, sequence)) as payload:
+                assert holds(payload, sequence)
+                assert payload.transport == "ucx"
+            if sequence == 0:
+                wait_for_replacement(served, kill_server(served))
+        assert client.statistics().fallbacks >= 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, exhaustive(signal.SIGABRT), exhaustive(signal.SIGSEGV)])
 def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
     number: signal.Signals, log_events: list[MutableMapping[str, Any]], record_property: Callable[[str, object], None]

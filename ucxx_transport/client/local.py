@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import SlotRef
+
+_LISTENING = "0A"  # in /proc/net/tcp (proc(5))
 
 # Rings whose worker died are closed this often: their memory is freed only when no process maps it any more.
 PRUNE_INTERVAL_S = 5.0
@@ -48,7 +51,8 @@ class LocalReader:
     """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
 
     Args:
-        mode: "auto" falls back to UCX where a ring cannot be attached, "off" never reads locally.
+        mode: "auto" falls back to UCX where a ring cannot be attached, or has lost its name and is served; "off" never
+            reads locally.
         in_place: payloads stay in their slots; else they are copied out, and the slots are free at once.
         reader: this client's id.
         pool: where copies go.
@@ -167,7 +171,7 @@ class LocalReader:
         try:
             ring = SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
         except (ConfigError, ProtocolError) as error:
-            if error.facts.get("reason") == "missing":
+            if error.facts.get("reason") == "missing" and not (self._mode == "auto" and _is_served(ref)):
                 raise _gone(ref) from None
             if self._mode != "auto":
                 raise
@@ -176,7 +180,11 @@ class LocalReader:
             return None
         if ring.ring_id != ref.ring_id:
             ring.close()
-            raise _gone(ref)
+            if self._mode != "auto" or not _is_served(ref):
+                raise _gone(ref)
+            self._unreachable.add(ref.ring_id)
+            self._on_fallback()
+            return None
         self._rings[ref.ring_id] = ring
         while len(self._rings) > self._max_rings:
             self._rings.popitem(last=False)[1].close()
@@ -192,6 +200,21 @@ class LocalReader:
             if not ring.creator_alive():
                 del self._rings[ring_id]
                 ring.close()
+
+
+def _is_served(ref: SlotRef) -> bool:
+    """Whether a program on this host listens on a port of the reference's: its ring may live, though its name is gone.
+
+    Asked of the kernel, not of the network: a worker that is gone must cost no connection.
+    """
+    ports = {f"{port:04X}" for port in ref.ports}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6") if ports else ():
+        with suppress(OSError), open(table, encoding="ascii") as sockets:
+            for line in sockets:
+                _, local, _, state, *_ = line.split()
+                if state == _LISTENING and local.rpartition(":")[2] in ports:
+                    return True
+    return False
 
 
 def _gone(ref: SlotRef) -> StaleSlotError:

@@ -50,6 +50,7 @@ class RingCore:
         "_given_owner",
         "_state_words",
         "_warned_late",
+        "_warned_name",
         "clock",
         "identity",
         "segment",
@@ -81,7 +82,7 @@ class RingCore:
         self._state_words = headers[:, STATE]
         self._given_owner = owner
         self._alive = alive
-        self._warned_late = False
+        self._warned_late = self._warned_name = False
 
     def owner(self) -> Owner:
         """In whose name this handle takes holds."""
@@ -135,6 +136,18 @@ class RingCore:
                 attempt=hold.lease_id,
                 pid=os.getpid(),
                 reason="the lease had ended; counted from here on",
+            )
+
+    def look_for_name(self) -> None:
+        """Say once when somebody else removed the ring's name: readers on this host then go over the network."""
+        if not self._warned_name and self.segment.lost_its_name:
+            self._warned_name = True
+            _log.warning(
+                "ring_name_removed",
+                ring=self.segment.name,
+                path=str(self.segment.path),
+                reason="removed by another program, such as systemd-logind (RemoveIPC; `loginctl enable-linger`); the "
+                "ring works on, over UCX for those who have not attached yet",
             )
 
     def reclaim_dead(self) -> int:

@@ -76,20 +76,23 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
     return segment, identity, schema
 
 
-def attach_ring(name: str, *, populate: bool, folder: Path | None = None) -> tuple[Segment, Identity, Schema | None]:
+def attach_ring(
+    name: str, *, populate: bool, folder: Path | None = None, descriptor: int | None = None
+) -> tuple[Segment, Identity, Schema | None]:
     """Map a ring by its name and check that it is one.
 
     Args:
         name: of the ring.
         populate: map all its pages now.
         folder: where its segment is; None for `segment_folder()`.
+        descriptor: of its segment, whose name may be gone; stays the caller's.
 
     Raises:
         ConfigError: there is no such ring here, or its creator's pids mean nothing here.
         NotReadyError: it is still being made.
         ProtocolError: it is no ring, of another layout version, or damaged; says what was found.
     """
-    segment = open_segment(name, folder)
+    segment = open_segment(name, folder, descriptor)
     words = segment.words[:IDENTITY_WORDS].tolist()
     blank = not any(words[: COMPLETE_WORD + 1])
     of_ours = words[MAGIC_WORD] == MAGIC and words[VERSION_WORD] == LAYOUT_VERSION

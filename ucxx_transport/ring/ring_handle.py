@@ -112,6 +112,14 @@ class RingHandle:
         self._require_open()
         return self._segment.memory
 
+    def duplicate(self) -> int | None:
+        """A descriptor of its segment for a process that is to `attach` whatever became of the name; to be closed.
+
+        None where this handle did not make the ring, in this process.
+        """
+        self._require_open()
+        return self._segment.duplicate()
+
     @property
     def server_words(self) -> memoryview:
         """`SERVER_WORDS` unsigned 64-bit words for the server's own shared statistics; each should have one writer."""

@@ -66,6 +66,7 @@ class SharedRingBuffer(RingHandle):
         name: str,
         *,
         folder: Path | str | None = None,
+        descriptor: int | None = None,
         populate: bool = True,
         owner: Owner | None = None,
         alive: Callable[[int, int], bool] = owner_alive,
@@ -76,6 +77,7 @@ class SharedRingBuffer(RingHandle):
         Args:
             name: its `name`, or that of a SlotRef (`ring_name`).
             folder: where its segment is; None for the setting `ring.folder` of this process.
+            descriptor: of its segment (`RingHandle.duplicate`), whose name may be gone; stays the caller's.
             populate: map all its pages now; the first read of each is half as fast otherwise.
             owner: in whose name this handle takes slots; None for this process.
             alive: whether the process (pid, start time) lives.
@@ -87,7 +89,8 @@ class SharedRingBuffer(RingHandle):
             ProtocolError: no ring, another layout version, or damaged; says what was found.
         """
         where = None if folder is None else Path(folder)
-        return cls(*attach_ring(name, populate=populate, folder=where), owner=owner, alive=alive, clock=clock)
+        parts = attach_ring(name, populate=populate, folder=where, descriptor=descriptor)
+        return cls(*parts, owner=owner, alive=alive, clock=clock)
 
     def write(
         self,

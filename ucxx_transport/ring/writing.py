@@ -278,6 +278,8 @@ class SlotWriter:
         ref = self._references.make(words[HOLD_SLOT], words[HOLD_GENERATION], words[HOLD_NBYTES], checksum, meta)
         self._core.transitions.commit(words, required)
         hold.forget()
+        if not words[HOLD_SLOT]:  # once a round
+            self._core.look_for_name()
         return ref
 
     def abort(self, hold: Hold) -> bool:

@@ -275,7 +275,12 @@ class UCXXServer(RingSource):
         config = self._config
         if self._ports and time.monotonic() - self._died_s < SAME_PORTS_FOR_S:
             config = replace(config, ports=self._ports, base_port=None)
-        return {"ring_name": self._ring.name, "ring_folder": str(self._ring.folder), "settings": to_order(config)}
+        return {
+            "ring_name": self._ring.name,
+            "ring_folder": str(self._ring.folder),
+            "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
+            "settings": to_order(config),
+        }
 
     def _on_up(self, facts: dict[str, Any]) -> None:
         ports = tuple(facts["ports"])

@@ -42,7 +42,7 @@ from ucxx_transport.logs import effective_level, get_logger
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]
-"""What a sidecar is to do, as plain JSON values."""
+"""What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
 
 _REAP_S: Final = 5.0
 _READ_BYTES: Final = 65536
@@ -102,7 +102,7 @@ class Tenant(Protocol):
 class _Process:
     """One process of a sidecar, and its pipes."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, inherits: tuple[int, ...]) -> None:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.reports, theirs = os.pipe()
@@ -113,7 +113,7 @@ class _Process:
                 [sys.executable, "-P", "-m", _MODULE, str(theirs), role],
                 stdin=subprocess.PIPE,
                 bufsize=0,
-                pass_fds=(theirs,),
+                pass_fds=(theirs, *inherits),
                 process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
@@ -298,7 +298,13 @@ class Sidecar:
     def _attend(self) -> tuple[float, str]:
         """One process from its start to its end; returns how long it was up, and how it ended."""
         serve = None if self._serve is None else self._serve()
-        process = _Process(self._role)
+        descriptor = None if serve is None else serve.get("descriptor")
+        inherits = (descriptor,) if isinstance(descriptor, int) else ()
+        try:
+            process = _Process(self._role, inherits)
+        finally:
+            for number in inherits:
+                os.close(number)
         with self._lock:
             self._process = process
             process.write({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})

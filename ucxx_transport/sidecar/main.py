@@ -205,7 +205,10 @@ class Served:
 
         settings = of_order(order["settings"])
         self._stop_timeout_s = settings.stop_timeout_s
-        self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"])
+        descriptor = order.get("descriptor")
+        self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"], descriptor=descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         self._group = PortGroup(self._ring, settings, ucxx_links(settings))
         self.ports = self._group.start(time.monotonic() + settings.start_timeout_s)
 

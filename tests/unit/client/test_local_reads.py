@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from socket import socket
 
 import numpy as np
 import pytest
 
 from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.core import LinkFactory
+from ucxx_transport.client.local import LocalReader
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring.segment import segment_path
 
 EPISODE = bytes(range(256)) * 16
 
@@ -123,6 +127,32 @@ def test_a_ring_that_is_gone_is_stale_and_nobody_is_asked_over_the_network() -> 
         ref = replace(ring.write_raw(EPISODE), host="10.0.0.1", ports=(5001,))
     with client_of() as client, pytest.raises(StaleSlotError, match="gone"):
         client.read(ref)
+
+
+def test_a_served_ring_that_lost_its_name_is_read_over_the_network_and_never_by_name_alone() -> None:
+    with SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=8192, prefault=False)) as ring, socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        ref = replace(ring.write_raw(EPISODE), host="127.0.0.1", ports=(1, listener.getsockname()[1]))
+        segment_path(ring.name).unlink()
+        with client_of(local="auto") as client, pytest.raises(StaleSlotError, match="gone"):
+            client.read(ref)  # bound, but nobody listens
+        listener.listen()
+        for local in ("view", "copy"):
+            with client_of(local=local) as client, pytest.raises(StaleSlotError, match="gone"):
+                client.read(ref)
+        fallbacks: list[bool] = []
+        reader = LocalReader(
+            "auto",
+            in_place=True,
+            reader=1,
+            pool=BufferPool(0, None),
+            max_rings=2,
+            verify=True,
+            on_fallback=lambda: fallbacks.append(True),
+            claim=lambda _: None,
+        )
+        assert [reader.ring_of(ref), reader.ring_of(ref)] == [None, None]
+        assert fallbacks == [True], "once for a ring, until it is looked for again"
 
 
 def test_a_new_ring_of_the_same_name_is_not_the_one_the_reference_names() -> None:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,3 +277,33 @@ def test_a_folder_that_is_missing_or_relative_is_refused_with_its_name(tmp_path:
         host_id(missing)
     with pytest.raises(ConfigError, match=r"ring\.folder = 'here'"):
         make_ring(folder="here")
+
+
+def test_a_ring_whose_name_was_removed_is_attached_by_its_descriptor_and_its_lock_stays_the_creators(
+    ring: SharedRingBuffer,
+) -> None:
+    file_of(ring).unlink()
+    descriptor = ring.duplicate()
+    assert descriptor is not None
+    with SharedRingBuffer.attach(ring.name, descriptor=descriptor) as other:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # of an open file of its own, so the creator keeps its lock
+        assert other.duplicate() is None
+        assert other.read(ring.write_raw(b"payload"))["data"].tobytes() == b"payload"
+        with open(f"/proc/self/fd/{descriptor}", "rb") as again, pytest.raises(BlockingIOError):
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+def test_a_writer_is_told_once_when_somebody_removed_its_rings_name(
+    make_ring: MakeRing, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    ring = make_ring(slots=2)
+    for removed in (False, True):
+        if removed:
+            file_of(ring).unlink()
+        for _ in range(6):
+            ring.write_raw(b"payload")
+        told = [event for event in log_events if event["event"] == "ring_name_removed"]
+        assert len(told) == removed
+    ring.close()
+    assert len(log_events) == 1
