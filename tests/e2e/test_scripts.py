@@ -16,10 +16,11 @@ SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".c
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """A checkout of the scripts alone, and beside it a PATH without any Python."""
+    """A checkout of the scripts and what is compiled, and beside it a PATH without any Python."""
     checkout = tmp_path / "a checkout"
     shutil.copytree(ROOT / "scripts", checkout / "scripts")
     shutil.copytree(ROOT / ".ci", checkout / ".ci")
+    shutil.copytree(ROOT / "ucxx_transport/native", checkout / "ucxx_transport/native")
     shutil.copy(ROOT / "pyproject.toml", checkout)
     tools = tmp_path / "bin"
     tools.mkdir()
