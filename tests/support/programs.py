@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,19 @@ class Program:
 
 
 @contextmanager
-def program(module: str, *words: str, package: str = "tests.e2e.programs") -> Iterator[Program]:
-    """Run `python -m PACKAGE.MODULE` in a process group of its own; killed at the end if it still runs."""
+def program(
+    module: str, *words: str, package: str = "tests.e2e.programs", prefix: Sequence[str] = ()
+) -> Iterator[Program]:
+    """Run `python -m PACKAGE.MODULE` in a process group of its own; killed at the end if it still runs.
+
+    Args:
+        module: what runs.
+        words: its arguments.
+        package: where the module is.
+        prefix: what its command line begins with, such as `Host.prefix`.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{package}.{module}", *words],
+        [*prefix, sys.executable, "-m", f"{package}.{module}", *words],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@
 | TCP_TX_SEG_SIZE      | 256K  | 1.7 -> 7.9 GB/s at 16 MiB over TCP; touches TCP alone                                 |
 | TCP_RX_SEG_SIZE      | 512K  | must not be smaller than the above                                                    |
 | TCP_CM_REUSEADDR     | y     | the port of a killed server can be listened on again at once                          |
+| TCP_CONN_NB          | y     | a port connects back to each client: one that drops packets must not stop the others  |
 | MEMTYPE_CACHE        | n     | what ucxx itself sets: with the cache, UCX may take GPU memory for host memory        |
 | LOG_LEVEL            | fatal | UCX logs to stdout; what it would say comes as an exception here                      |
 | WARN_UNUSED_ENV_VARS | n     | a `UCX_IB_*` of the cluster is no news on a host without that fabric                  |
@@ -35,6 +36,7 @@ TUNED: Mapping[str, str] = MappingProxyType(
         "TCP_TX_SEG_SIZE": "256K",
         "TCP_RX_SEG_SIZE": "512K",
         "TCP_CM_REUSEADDR": "y",
+        "TCP_CONN_NB": "y",
         "MEMTYPE_CACHE": "n",
         "LOG_LEVEL": "fatal",
         "WARN_UNUSED_ENV_VARS": "n",

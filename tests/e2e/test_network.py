@@ -1,0 +1,58 @@
+"""The network as it is: firewalls that drop, in network namespaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from tests.support.namespaces import Host, two_hosts
+from tests.support.programs import Program, program
+
+PORTS = range(15001, 15002)
+DATA_PORTS = range(15100, 15132)
+
+
+@contextmanager
+def worker(host: Host, **server: Any) -> Iterator[Program]:
+    """A ring that is served on `PORTS`, by a thread."""
+    settings = {"host": host.address, "ports": list(PORTS), "mode": "thread", "start_timeout_s": 60.0, **server}
+    with program("writer", prefix=host.prefix) as running:
+        running.ask(create={"slots": 8, "slot_bytes": 4096}, server=settings, stream=1)
+        yield running
+
+
+@contextmanager
+def trainer(host: Host, **client: Any) -> Iterator[Program]:
+    """A client that reads everything over UCX."""
+    with program("reader", prefix=host.prefix) as running:
+        running.ask(client={"local": "off", "connect_timeout_s": 2.0, **client})
+        yield running
+
+
+def written(at: Program, sequence: int) -> str:
+    """The reference of one more payload."""
+    answer = at.ask(id=sequence, what="write", sequence=sequence, nbytes=1000, how="write_raw", dwell_s=0)
+    assert answer["outcome"] == "written", answer
+    return str(answer["ref"])
+
+
+def begin_read(by: Program, ref: str, *, deadline_s: float) -> None:
+    by.tell(id=0, ref=ref, deadline_s=deadline_s, dwell_s=0)
+
+
+def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_of_its_port() -> None:
+    with two_hosts() as (near, far), ExitStack() as stack:
+        far.drop_what_comes(near.address, reached=PORTS)
+        source = stack.enter_context(worker(near))
+        walled = stack.enter_context(trainer(far))
+        free = stack.enter_context(trainer(near))
+        first, second = written(source, 1), written(source, 2)
+        begin_read(walled, first, deadline_s=4.0)
+        outcome = walled.hear()
+        assert outcome["outcome"] in {"PeerLostError", "DeadlineExceededError"}, outcome
+        begin_read(free, second, deadline_s=30.0)
+        assert free.hear()["outcome"] == "delivered"
+        for running in (walled, free, source):
+            running.end_input()
+            assert running.wait() == 0

@@ -1,0 +1,118 @@
+"""Hosts for one test: network namespaces with a wire between them, and firewalls that drop.
+
+A firewall here is a routing rule: the host sends nothing by TCP but from or to the ports that are open, so the answer to
+a connection request that comes from outside is dropped in silence. That needs iproute2 alone, which a packet filter
+would not.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+__all__ = ["Host", "lone_host", "two_hosts"]
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One namespace.
+
+    Attributes:
+        name: of the namespace.
+        address: its IPv4 or IPv6 address.
+    """
+
+    name: str
+    address: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What a command line begins with to run there."""
+        return ("ip", "netns", "exec", self.name)
+
+    def drop_what_comes(self, peer: str, *, reached: range, open_ports: range | None = None) -> None:
+        """Drop what `peer` begins; connections of this host's own go on.
+
+        Args:
+            peer: the other host's address.
+            reached: ports of the peer that this host connects to.
+            open_ports: ports of this host that are not dropped.
+        """
+        lanes = [f"to {peer} dport {reached.start}-{reached.stop - 1}"]
+        if open_ports is not None:
+            lanes.append(f"to {peer} sport {open_ports.start}-{open_ports.stop - 1}")
+        for lane in lanes:
+            _ip("-n", self.name, "rule", "add", *lane.split(), *"ipproto tcp priority 10 table main".split())
+        _ip("-n", self.name, "rule", "add", "to", peer, *"ipproto tcp priority 20 blackhole".split())
+
+
+@contextmanager
+def lone_host(address: str = "fd00::2") -> Iterator[Host]:
+    """A host with loopback and one interface, `eth0`; skips the test where namespaces are not to be had."""
+    with _namespaces(1) as (name,):
+        _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+        _interface(name, "eth0", address)
+        _ip("-n", name, "link", "set", "eth1", "up")
+        yield Host(name, address)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts on one wire; skips the test where namespaces are not to be had."""
+    with _namespaces(2) as (one, other):
+        ends = (f"{one}v", f"{other}v")
+        _ip("link", "add", ends[0], "netns", one, "type", "veth", "peer", "name", ends[1], "netns", other)
+        hosts = (Host(one, "10.77.0.1"), Host(other, "10.77.0.2"))
+        for host, end in zip(hosts, ends, strict=True):
+            _interface(host.name, end, host.address)
+        yield hosts
+
+
+def _interface(host: str, interface: str, address: str) -> None:
+    length, *flags = ("64", "nodad") if ":" in address else ("24",)
+    _ip("-n", host, "addr", "add", f"{address}/{length}", "dev", interface, *flags)
+    _ip("-n", host, "link", "set", interface, "up")
+
+
+@contextmanager
+def _namespaces(count: int) -> Iterator[list[str]]:
+    if problem := _what_is_missing():
+        pytest.skip(problem)
+    names = [f"ut{os.getpid()}n{next(_numbers)}" for _ in range(count)]  # an interface's name has 15 characters at most
+    with ExitStack() as stack:
+        for name in names:
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        yield names
+
+
+@functools.cache
+def _what_is_missing() -> str:
+    """Why there are no namespaces here, or ""."""
+    name = f"ut{os.getpid()}try"
+    try:
+        _ip("netns", "add", name)
+    except (OSError, AssertionError) as error:
+        return f"needs network namespaces (root, iproute2): {error}"
+    try:
+        _ip("-n", name, "rule", "add", *"ipproto tcp dport 1-2 priority 10 table main".split())
+    except AssertionError as error:
+        return f"needs routing rules by port: {error}"
+    finally:
+        _ip("netns", "del", name)
+    return ""
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)  # noqa: S607
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
