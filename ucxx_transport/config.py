@@ -8,6 +8,7 @@ validated again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from ucxx_transport.errors import ConfigError
@@ -19,6 +20,7 @@ from ucxx_transport.settings.fields import (
     OptionalBytes,
     OptionalCount,
     OptionalName,
+    OptionalPortRange,
     OptionalText,
     OptionalToken,
     Ports,
@@ -35,7 +37,14 @@ _SETTINGS_OF_UCX = (
 )
 _TOKEN_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"  # noqa: S105 - words
 _SHM_LANES_IN_WORDS = "let UCX use shared memory between processes of one host; both sides must agree"
+_DATA_PORTS_IN_WORDS = (
+    "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
+)
 _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU and costs about 50 µs a read"
+
+
+def _link_settings(ucx: Mapping[str, str], data_ports: tuple[int, int] | None) -> dict[str, str]:
+    return dict(ucx) if data_ports is None else {**ucx, "TCP_PORT_RANGE": f"{data_ports[0]}-{data_ports[1]}"}
 
 
 @runtime_checkable
@@ -117,6 +126,7 @@ class ServerConfig:
     ack_timeout_s: Seconds = setting(default=10.0, gt=0, description="a payload not acknowledged goes back to its slot")
     max_connections: Count = setting(default=256, ge=1, le=65536, description="connections of one port")
     port_attempts: Count = setting(default=64, ge=1, le=65535, description="ports tried from base_port on")
+    data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)
     start_timeout_s: Seconds = setting(default=30.0, gt=0, description="bound on start()")
     stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
     ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
@@ -126,7 +136,13 @@ class ServerConfig:
         """The shared secret itself, or None."""
         return None if self.token is None else self.token.reveal()
 
+    @property
+    def link_settings(self) -> dict[str, str]:
+        """`ucx`, and what follows from `data_ports`."""
+        return _link_settings(self.ucx, self.data_ports)
+
     def __post_init__(self) -> None:
+        self._check_data_ports()
         if self.base_port is None:
             return
         field, value = "base_port", self.base_port
@@ -139,6 +155,22 @@ class ServerConfig:
         else:
             return
         raise ConfigError(f"server.{field} = {value}: {problem}", field=field, value=value)
+
+    def _check_data_ports(self) -> None:
+        if self.data_ports is None:
+            return
+        first, last = self.data_ports
+        count = self.ports if isinstance(self.ports, int) else len(self.ports)
+        listening = range(self.base_port or 0, (self.base_port or 0) + count)
+        named = set(listening if isinstance(self.ports, int) else self.ports)
+        if last - first + 1 < count:
+            problem = f"expected at least ports = {count}: each listening port takes one of these too"
+        elif clash := sorted(port for port in named if first <= port <= last):
+            problem = f"{clash[0]} is to be listened on already"
+        else:
+            return
+        value = f"{first}-{last}"
+        raise ConfigError(f"server.data_ports = {value}: {problem}", field="data_ports", value=value)
 
 
 @section("client")
@@ -168,6 +200,7 @@ class ClientConfig:
     max_concurrent_reads: Count = setting(default=4, ge=1, le=4096, description="reads in flight")
     buffer_pool_bytes: Bytes = setting(default=1 << 30, ge=0, description="receive buffers kept for reuse")
     max_payload_bytes: Bytes = setting(default=64 << 30, ge=1, description="a SlotRef that promises more is refused")
+    data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)
     max_attached_rings: Count = setting(default=256, ge=1, le=65536, description="local rings kept mapped")
     verify_checksum: bool = setting(default=True, description="check the SlotRef's checksum when it has one")
     ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
@@ -176,6 +209,11 @@ class ClientConfig:
     def token_bytes(self) -> bytes | None:
         """The shared secret itself, or None."""
         return None if self.token is None else self.token.reveal()
+
+    @property
+    def link_settings(self) -> dict[str, str]:
+        """`ucx`, and what follows from `data_ports`."""
+        return _link_settings(self.ucx, self.data_ports)
 
 
 @section("store")

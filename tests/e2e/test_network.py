@@ -41,18 +41,30 @@ def begin_read(by: Program, ref: str, *, deadline_s: float) -> None:
     by.tell(id=0, ref=ref, deadline_s=deadline_s, dwell_s=0)
 
 
-def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_of_its_port() -> None:
+def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_and_learns_why() -> None:
     with two_hosts() as (near, far), ExitStack() as stack:
         far.drop_what_comes(near.address, reached=PORTS)
         source = stack.enter_context(worker(near))
         walled = stack.enter_context(trainer(far))
         free = stack.enter_context(trainer(near))
         first, second = written(source, 1), written(source, 2)
-        begin_read(walled, first, deadline_s=4.0)
+        begin_read(walled, first, deadline_s=2.5)
         outcome = walled.hear()
         assert outcome["outcome"] in {"PeerLostError", "DeadlineExceededError"}, outcome
+        assert "the listener answered, the data port did not" in outcome["message"], outcome
         begin_read(free, second, deadline_s=30.0)
         assert free.hear()["outcome"] == "delivered"
         for running in (walled, free, source):
             running.end_input()
             assert running.wait() == 0
+
+
+def test_data_ports_that_both_firewalls_open_are_all_that_ucx_needs() -> None:
+    span = (DATA_PORTS.start, DATA_PORTS.stop - 1)
+    with two_hosts() as (near, far), ExitStack() as stack:
+        near.drop_what_comes(far.address, reached=DATA_PORTS, opened=[PORTS, DATA_PORTS])
+        far.drop_what_comes(near.address, reached=range(PORTS.start, DATA_PORTS.stop), opened=[DATA_PORTS])
+        source = stack.enter_context(worker(near, data_ports=span))
+        reads = stack.enter_context(trainer(far, data_ports=span))
+        begin_read(reads, written(source, 1), deadline_s=30.0)
+        assert reads.hear()["outcome"] == "delivered"

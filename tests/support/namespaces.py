@@ -1,8 +1,7 @@
 """Hosts for one test: network namespaces with a wire between them, and firewalls that drop.
 
-A firewall here is a routing rule: the host sends nothing by TCP but from or to the ports that are open, so the answer to
-a connection request that comes from outside is dropped in silence. That needs iproute2 alone, which a packet filter
-would not.
+A firewall here is a routing rule: the host sends nothing by TCP but from or to the ports that are open, so that the
+answer to a connection request from outside is dropped in silence. That needs iproute2 alone, and no packet filter.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import functools
 import itertools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -39,29 +38,27 @@ class Host:
         """What a command line begins with to run there."""
         return ("ip", "netns", "exec", self.name)
 
-    def drop_what_comes(self, peer: str, *, reached: range, open_ports: range | None = None) -> None:
+    def drop_what_comes(self, peer: str, *, reached: range, opened: Iterable[range] = ()) -> None:
         """Drop what `peer` begins; connections of this host's own go on.
 
         Args:
             peer: the other host's address.
             reached: ports of the peer that this host connects to.
-            open_ports: ports of this host that are not dropped.
+            opened: ports of this host that are not dropped.
         """
-        lanes = [f"to {peer} dport {reached.start}-{reached.stop - 1}"]
-        if open_ports is not None:
-            lanes.append(f"to {peer} sport {open_ports.start}-{open_ports.stop - 1}")
+        lanes = [f"dport {_span(reached)}", *(f"sport {_span(ports)}" for ports in opened)]
         for lane in lanes:
-            _ip("-n", self.name, "rule", "add", *lane.split(), *"ipproto tcp priority 10 table main".split())
-        _ip("-n", self.name, "rule", "add", "to", peer, *"ipproto tcp priority 20 blackhole".split())
+            _ip(f"-n {self.name} rule add to {peer} {lane} ipproto tcp priority 10 table main")
+        _ip(f"-n {self.name} rule add to {peer} ipproto tcp priority 20 blackhole")
 
 
 @contextmanager
 def lone_host(address: str = "fd00::2") -> Iterator[Host]:
     """A host with loopback and one interface, `eth0`; skips the test where namespaces are not to be had."""
     with _namespaces(1) as (name,):
-        _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+        _ip(f"-n {name} link add eth0 type veth peer name eth1")
         _interface(name, "eth0", address)
-        _ip("-n", name, "link", "set", "eth1", "up")
+        _ip(f"-n {name} link set eth1 up")
         yield Host(name, address)
 
 
@@ -70,7 +67,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts on one wire; skips the test where namespaces are not to be had."""
     with _namespaces(2) as (one, other):
         ends = (f"{one}v", f"{other}v")
-        _ip("link", "add", ends[0], "netns", one, "type", "veth", "peer", "name", ends[1], "netns", other)
+        _ip(f"link add {ends[0]} netns {one} type veth peer name {ends[1]} netns {other}")
         hosts = (Host(one, "10.77.0.1"), Host(other, "10.77.0.2"))
         for host, end in zip(hosts, ends, strict=True):
             _interface(host.name, end, host.address)
@@ -78,9 +75,9 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _interface(host: str, interface: str, address: str) -> None:
-    length, *flags = ("64", "nodad") if ":" in address else ("24",)
-    _ip("-n", host, "addr", "add", f"{address}/{length}", "dev", interface, *flags)
-    _ip("-n", host, "link", "set", interface, "up")
+    length = "64" if ":" in address else "24"
+    _ip(f"-n {host} addr add {address}/{length} dev {interface}")
+    _ip(f"-n {host} link set {interface} up")
 
 
 @contextmanager
@@ -90,9 +87,9 @@ def _namespaces(count: int) -> Iterator[list[str]]:
     names = [f"ut{os.getpid()}n{next(_numbers)}" for _ in range(count)]  # an interface's name has 15 characters at most
     with ExitStack() as stack:
         for name in names:
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
-            _ip("-n", name, "link", "set", "lo", "up")
+            _ip(f"netns add {name}")
+            stack.callback(_ip, f"netns del {name}")
+            _ip(f"-n {name} link set lo up")
         yield names
 
 
@@ -101,18 +98,22 @@ def _what_is_missing() -> str:
     """Why there are no namespaces here, or ""."""
     name = f"ut{os.getpid()}try"
     try:
-        _ip("netns", "add", name)
+        _ip(f"netns add {name}")
     except (OSError, AssertionError) as error:
         return f"needs network namespaces (root, iproute2): {error}"
     try:
-        _ip("-n", name, "rule", "add", *"ipproto tcp dport 1-2 priority 10 table main".split())
+        _ip(f"-n {name} rule add ipproto tcp dport 1-2 priority 10 table main")
     except AssertionError as error:
         return f"needs routing rules by port: {error}"
     finally:
-        _ip("netns", "del", name)
+        _ip(f"netns del {name}")
     return ""
 
 
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)  # noqa: S607
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
+def _span(ports: range) -> str:
+    return f"{ports.start}-{ports.stop - 1}"
+
+
+def _ip(command: str) -> None:
+    done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, timeout=20, check=False)  # noqa: S607
+    assert done.returncode == 0, f"ip {command}: {done.stderr.strip()}"

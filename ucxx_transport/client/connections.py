@@ -15,6 +15,7 @@ from ucxx_transport.client.channel import Channel
 from ucxx_transport.client.exchange import ReadExchange
 from ucxx_transport.client.ports import EndpointPool, PortKey
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, StaleSlotError, TransportError
+from ucxx_transport.link.base import DATA_PORT_SILENT, was_data_port_silent
 from ucxx_transport.schema import Schema, SlotRef
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ class Connections:
         except TimeoutError as error:
             if isinstance(error, TransportError):
                 raise
-            message = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
+            silent = was_data_port_silent(error)
+            unknown = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
+            message = DATA_PORT_SILENT if silent else unknown
             raise PeerLostError(message, host=key[0], port=key[1], reason="unreachable") from None
         self._counters.add("connections")
         return channel

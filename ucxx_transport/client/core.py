@@ -309,6 +309,6 @@ def _ucxx_links(config: ClientConfig) -> LinkFactory:
     def open_link() -> AbstractAsyncContextManager[Link]:
         from ucxx_transport.link.ucxx import UCXXLink
 
-        return UCXXLink.open(shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.ucx)
+        return UCXXLink.open(shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.link_settings)
 
     return open_link

@@ -30,6 +30,7 @@ from ucxx_transport.errors import (
     ProtocolError,
     TransportError,
 )
+from ucxx_transport.link.base import DATA_PORT_SILENT, was_data_port_silent
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.wire.codec import clear_ends
@@ -142,8 +143,9 @@ class RemoteReader:
                         error, attempt=attempt, read_attempts=self._config.read_attempts, remaining_s=remaining_s
                     )
                     if not again:
-                        if remaining_s <= 0 and error.retryable:
-                            raise self._too_late(ref) from error
+                        late = isinstance(error, DeadlineExceededError)
+                        if remaining_s <= 0 and error.retryable and not late:
+                            raise self._too_late(ref, last=error.message) from error
                         raise
                     self._counters.add("retries")
                     await asyncio.sleep(retry.backoff_s(error, attempt))
@@ -256,7 +258,8 @@ class RemoteReader:
             if channel is not None:
                 connections.close_aside((channel,))
             if isinstance(error, TimeoutError) and not isinstance(error, TransportError):
-                raise self._too_late(ref, port=key[1]) from None
+                last = {"last": DATA_PORT_SILENT} if was_data_port_silent(error) else {}
+                raise self._too_late(ref, port=key[1], **last) from None
             raise
         try:
             exchange.verify(message)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from ucxx_transport.errors import ConfigError
 
@@ -36,6 +36,18 @@ message was longer than the posted buffer (the endpoint is still usable). `abort
 """
 
 
+DATA_PORT_SILENT: Final = (
+    "the listener answered, the data port did not: a firewall? UCX connects in both directions; set data_ports on both "
+    "sides and open them"
+)
+"""A note on the CancelledError that ended `Link.connect`, where the peer's end of it was seen to answer."""
+
+
+def was_data_port_silent(error: BaseException) -> bool:
+    """Whether the cancellation behind a TimeoutError carries that note."""
+    return DATA_PORT_SILENT in getattr(error.__cause__, "__notes__", ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkStatistics:
     """Counters of one link since it was opened.
@@ -43,6 +55,7 @@ class LinkStatistics:
     Attributes:
         endpoints_connected: connections this side opened.
         endpoints_accepted: connections its listeners took.
+        accepts_failed: connections that failed while its listeners took them.
         endpoints_open: of both, those not closed yet.
         sends: sends posted.
         receives: receives posted.
@@ -65,6 +78,7 @@ class LinkStatistics:
 
     endpoints_connected: int = 0
     endpoints_accepted: int = 0
+    accepts_failed: int = 0
     endpoints_open: int = 0
     sends: int = 0
     receives: int = 0
@@ -92,6 +106,7 @@ class Counters:
 
     endpoints_connected: int
     endpoints_accepted: int
+    accepts_failed: int
     endpoints_open: int
     sends: int
     receives: int

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.link.libraries import check_loadable, check_loaded, library_in_use
 
 SYMBOLS = MappingProxyType(
     {
@@ -49,6 +50,7 @@ SYMBOLS = MappingProxyType(
             "UCXInvalidAddrError",
             "UCXInvalidParamError",
             "UCXListener.create",
+            "UCXListener.create_endpoint_from_conn_request",
             "UCXListener.ip",
             "UCXListener.port",
             "UCXMessageTruncatedError",
@@ -122,6 +124,7 @@ class UcxEndpoint(Protocol):
 class UcxListener(Protocol):
     """`UCXListener`. UCX keeps a raw pointer into it until every endpoint it accepted is gone."""
 
+    def create_endpoint_from_conn_request(self, conn_request: int, endpoint_error_handling: bool) -> UcxEndpoint: ...  # noqa: FBT001
     @property
     def ip(self) -> str: ...
     @property
@@ -173,17 +176,26 @@ def load_binding() -> Binding:
 
 @functools.cache
 def _import_binding() -> Binding:
+    check_loadable()
     before = {name for name in os.environ if name.startswith("UCX")}
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # UCX logs to stdout, and reads this once, when it is loaded
     try:
         lib = importlib.import_module("ucxx._lib.libucxx")
         arr = importlib.import_module("ucxx._lib.arr")
-    except ImportError as exc:
+    except ModuleNotFoundError as exc:
         raise ConfigError(
             'UCX is not installed; run pip install "ucxx_transport[cu12]" (or [cu13] with CUDA 13)', missing=exc.name
+        ) from exc
+    except (ImportError, OSError) as exc:  # OSError: a shared library does not fit the others
+        raise ConfigError(
+            "ucxx cannot be imported; another UCX or ucxx of this machine may be in its way",
+            reason=f"{type(exc).__name__}: {exc}",
+            ucx=library_in_use(),
         ) from exc
     finally:
         for name in [name for name in os.environ if name.startswith("UCX") and name not in before]:
             del os.environ[name]
+    check_loaded()
     missing = [name for name in SYMBOLS["ucxx._lib.libucxx"] if not _has(lib, name)]
     if missing:
         raise ConfigError(

@@ -3,6 +3,7 @@
 | call                        | of                 | for                                                            |
 |-----------------------------|--------------------|----------------------------------------------------------------|
 | `ucp_ep_query`              | libucp, public API | the lanes and the peer's address of one endpoint               |
+| `ucp_conn_request_query`    | libucp, public API | who asks for a connection that then fails                      |
 | `Endpoint.getCancelingSize` | libucxx, a symbol  | letting go of operations that a close has cancelled            |
 | `ucxx_log_component_config` | libucxx, a symbol  | ucxx's log, on stdout, which only `UCXX_LOG_LEVEL` sets else   |
 
@@ -13,14 +14,16 @@ known here.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import socket
-from pathlib import Path
+
+from ucxx_transport.link.libraries import loaded_library
 
 _REMOTE_SOCKADDR, _TRANSPORTS = 1 << 2, 1 << 3  # enum ucp_ep_attr_field
+_CLIENT_ADDRESS = 1  # enum ucp_conn_request_attr_field
 _MAX_LANES = 32
 _SOCKADDR_BYTES = 128
+_TCP_INFO_BYTES, _BYTES_RECEIVED = 136, 128  # struct tcp_info of linux/tcp.h, to the end of tcpi_bytes_received
 _FATAL = 0  # UCS_LOG_LEVEL_FATAL
 
 
@@ -38,6 +41,14 @@ class _EndpointAttributes(ctypes.Structure):
         ("num_entries", ctypes.c_uint),
         ("entry_size", ctypes.c_size_t),
         ("user_data", ctypes.c_void_p),
+    )
+
+
+class _RequestAttributes(ctypes.Structure):
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("client_sockaddr", ctypes.c_uint64 * (_SOCKADDR_BYTES // 8)),
+        ("client_id", ctypes.c_uint64),
     )
 
 
@@ -69,13 +80,54 @@ def endpoint_peer(handle: int) -> str | None:
     asked = _EndpointAttributes(field_mask=_REMOTE_SOCKADDR)
     if not _query(handle, asked):
         return None
-    raw = bytes(asked.remote_sockaddr)
+    return _in_words(bytes(asked.remote_sockaddr))
+
+
+def request_peer(handle: int) -> str | None:
+    """`host:port` of who asks for a connection, or None where it cannot be told.
+
+    Args:
+        handle: the `ucp_conn_request_h`, inside its listener's callback.
+    """
+    asked = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
+    try:
+        query = loaded_library("libucp.so").ucp_conn_request_query
+    except (OSError, AttributeError):
+        return None
+    query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    query.restype = ctypes.c_int
+    return _in_words(bytes(asked.client_sockaddr)) if int(query(handle, ctypes.byref(asked))) == 0 else None
+
+
+def _in_words(raw: bytes) -> str | None:
     family, port = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:4], "big")
     if family == socket.AF_INET:
         return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{port}"
     if family == socket.AF_INET6:
         return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{port}"
     return None
+
+
+def listener_has_answered(host: str, port: int) -> bool:
+    """Whether a TCP connection of this process to that address has received anything.
+
+    UCX's connections are set up in two steps: over the listener's port, and then by a connection to a data port of each
+    end. This tells whether the first one is done; a stopped peer accepts, too, but says nothing.
+
+    Args:
+        host: numeric.
+        port: the listener's.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as probe:
+                if probe.getpeername()[:2] == (host, port):
+                    info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                    if int.from_bytes(info[_BYTES_RECEIVED : _BYTES_RECEIVED + 8], "little"):
+                        return True
+        except OSError:  # no socket, not connected, or closed meanwhile
+            continue
+    return False
 
 
 def release_cancelled(pointer: int) -> bool:
@@ -125,17 +177,3 @@ def _query(handle: int, attributes: _EndpointAttributes) -> bool:
     query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     query.restype = ctypes.c_int
     return int(query(handle, ctypes.byref(attributes))) == 0
-
-
-@functools.cache
-def loaded_library(name: str) -> ctypes.CDLL:
-    """The library of that name which this process has loaded already; never loads another copy.
-
-    Raises:
-        OSError: there is none.
-    """
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.partition("/")[2]
-        if path and Path(path).name.startswith(name):
-            return ctypes.CDLL(f"/{path}", mode=os.RTLD_NOLOAD)
-    raise OSError(f"{name} is not loaded")

@@ -21,12 +21,14 @@ Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import BusyError, ConfigError
 
 RDMA_FOLDER: Final = Path("/sys/class/infiniband")
 """One entry a device, InfiniBand or not (RoCE, iWARP, EFA): Linux, Documentation/ABI/stable/sysfs-class-infiniband."""
@@ -88,6 +90,94 @@ def context_settings(
     if users_rx and merged["TCP_TX_SEG_SIZE"] == TUNED["TCP_TX_SEG_SIZE"]:
         del merged["TCP_TX_SEG_SIZE"]  # UCX refuses one larger than the receive segment, as ours may be now
     return {name: value for name, value in merged.items() if not _set_by_user(name, environment)}
+
+
+_RESOURCE: Final = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flags\s+\S+\s+(\S+)/(\S+)")
+_WITHIN_A_HOST: Final = ("self", "posix", "sysv", "cma", "knem", "xpmem", "cuda", "gdr_copy", "rocm", "ze_")
+"""How the names of transports begin that reach no other host; every other one is a network's."""
+
+_CHOOSING: Final = ("TLS", "NET_DEVICES")
+"""The settings that limit which transports a context has."""
+
+
+def resources_of(context_info: str) -> list[tuple[str, str]]:
+    """(transport, device) of each resource of a context, such as `("tcp", "eth0")`.
+
+    Args:
+        context_info: what UCX says of the context (`ucp_context_print_info`).
+    """
+    return _RESOURCE.findall(context_info)
+
+
+def networks_of(resources: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those that reach another process without shared memory."""
+    return [(transport, device) for transport, device in resources if not transport.startswith(_WITHIN_A_HOST)]
+
+
+def limits_in_words(given: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """Who limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nobody does.
+
+    Args:
+        given: the context's settings, without prefix.
+        environment: the process's.
+    """
+    of_environment = [
+        f"UCX_{name}={environment[f'UCX_{name}']} (environment)" for name in _CHOOSING if f"UCX_{name}" in environment
+    ]
+    return ", ".join(of_environment + [f"{name}={given[name]} (ucx=)" for name in _CHOOSING if name in given])
+
+
+def require_network(context_info: str, given: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Refuse a context without a network transport: over it every read would fail as if the peer were away.
+
+    Raises:
+        ConfigError: names what limits the transports.
+    """
+    resources = resources_of(context_info)
+    if not resources or networks_of(resources):  # without resources UCX's words have changed, and prove nothing
+        return
+    limits = limits_in_words(given, environment)
+    raise ConfigError(
+        f"{limits or 'this host'} leaves UCX no network transport; remove it, or add tcp and an interface of this host",
+        transports=", ".join(sorted({transport for transport, _ in resources})),
+    )
+
+
+def loopback_only(context_info: str) -> bool:
+    """Whether every network transport of a context is on `lo`."""
+    return {device for _, device in networks_of(resources_of(context_info))} == {"lo"}
+
+
+def require_free_port(port_range: str, addresses: Iterable[str]) -> None:
+    """Refuse a port range of which every port is in use: UCX would look for a free one for ever.
+
+    Args:
+        port_range: as UCX's TCP_PORT_RANGE; what is none is left to UCX.
+        addresses: that UCX listens on.
+
+    Raises:
+        BusyError: names the range and the address.
+    """
+    found = re.fullmatch(r"(\d+)-(\d+)", port_range)
+    if found is None:
+        return
+    for address in addresses:
+        if not any(_is_free(address, port) for port in range(int(found[1]), int(found[2]) + 1)):
+            raise BusyError(
+                "every one of data_ports is in use; each listening port and each client of this host takes one, and a "
+                "connection that has ended keeps its own for a minute: choose more",
+                data_ports=port_range,
+                address=address,
+            )
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+        return True
 
 
 def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:

@@ -24,13 +24,21 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.base import Counters, LinkStatistics, OnEndpoint, checked_port
+from ucxx_transport.errors import ConfigError, PeerLostError
+from ucxx_transport.link.address import list_interfaces
+from ucxx_transport.link.base import DATA_PORT_SILENT, Counters, LinkStatistics, OnEndpoint, checked_port
 from ucxx_transport.link.binding import UcxEndpoint, UcxWorker, load_binding
 from ucxx_transport.link.driver import ProgressDriver
-from ucxx_transport.link.native import quiet_ucxx_log
+from ucxx_transport.link.native import listener_has_answered, quiet_ucxx_log
 from ucxx_transport.link.pending import Operation
-from ucxx_transport.link.settings import context_settings, rdma_devices
+from ucxx_transport.link.settings import (
+    context_settings,
+    limits_in_words,
+    loopback_only,
+    rdma_devices,
+    require_free_port,
+    require_network,
+)
 from ucxx_transport.link.translate import Translator, lost
 from ucxx_transport.link.ucxx_endpoint import UCXXEndpoint, UCXXListener
 
@@ -57,9 +65,14 @@ class UCXXLink:
         self.translator = Translator(lib)
         self.counters = Counters()
         settings = context_settings(shm_lanes=shm_lanes, rdma=bool(rdma_devices()), ucx=ucx, environment=os.environ)
+        port_range = os.environ.get("UCX_TCP_PORT_RANGE", settings.get("TCP_PORT_RANGE"))
+        if port_range is not None:
+            require_free_port(port_range, [one.address for one in list_interfaces() if one.up])
         features = (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP)
+        self._settings = settings
         try:
             self._context: Any = lib.UCXContext(settings, features)
+            require_network(self._context.info, settings, os.environ)
             self.worker: UcxWorker = lib.UCXWorker(
                 self._context, enable_delayed_submission=False, enable_python_future=False
             )
@@ -67,9 +80,9 @@ class UCXXLink:
         except self.translator.root as exc:
             raise ConfigError(
                 "UCX does not start with these settings",
-                settings=settings,
-                environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
                 ucx=f"{type(exc).__name__}: {exc}",
+                environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
+                settings=settings,
             ) from exc
         self.driver = ProgressDriver(
             worker=self.worker,
@@ -132,10 +145,19 @@ class UCXXLink:
         self.counters.endpoints_connected += 1
         try:
             await endpoint.connected()
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and listener_has_answered(address, port):
+                exc.add_note(DATA_PORT_SILENT)
             await endpoint.close()
+            if isinstance(exc, PeerLostError) and exc.facts["reason"] == "unreachable":
+                self._require_way_out(address)
             raise
         return endpoint
+
+    def _require_way_out(self, address: str) -> None:
+        limits = limits_in_words(self._settings, os.environ)
+        if limits and loopback_only(self._context.info) and not ipaddress.ip_address(address).is_loopback:
+            raise ConfigError(f"{limits} leaves UCX nothing but loopback; add an interface of this host", host=address)
 
     async def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
         """See `base.Link.listen`. Binds 0.0.0.0: UCX's Python API takes no address."""

@@ -30,9 +30,12 @@ from threading import get_ident
 from ucxx_transport.errors import ProtocolError, TransportError
 from ucxx_transport.link.base import LostReason, OnEndpoint, byte_view, hand_over
 from ucxx_transport.link.binding import UcxEndpoint, UcxListener, UcxTag
-from ucxx_transport.link.native import endpoint_lanes, endpoint_peer, release_cancelled
+from ucxx_transport.link.native import endpoint_lanes, endpoint_peer, release_cancelled, request_peer
 from ucxx_transport.link.pending import LinkContext, Operation, UCXXPending
 from ucxx_transport.link.translate import lost, raisable
+from ucxx_transport.logs import get_logger
+
+_log = get_logger(__name__)
 
 MAGIC = b"UXTL"
 VERSION = 1
@@ -41,6 +44,9 @@ HELLO_BYTES = _HELLO.size
 
 CLOSE_TIMEOUT_S = 2.0
 """How long `close()` waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
+
+QUIET_S = 60.0
+"""After one event about connections that fail while they are accepted, further ones are only counted for so long."""
 
 GRACE_S = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
@@ -304,9 +310,11 @@ class UCXXListener:
         self._arrived: deque[UcxEndpoint] = deque()
         here = weakref.ref(self)
         self._ucx: UcxListener | None = link.binding.lib.UCXListener.create(
-            link.worker, port, lambda ucx: _note_arrival(here, ucx), deliver_endpoint=True
+            link.worker, port, lambda request: _note_request(here, request)
         )
         self._closed = False
+        self._failed: tuple[str | None, str] | None = None
+        self._quiet_until_s = 0.0
         self._open_endpoints = 0
         self.port: int = self._ucx.port
 
@@ -330,13 +338,33 @@ class UCXXListener:
         if self._closed and not self._open_endpoints:
             self._ucx = None
 
-    def note_arrival(self, ucx: UcxEndpoint) -> None:
-        """A connection came. Called inside progress: takes note, no more."""
-        self._arrived.append(ucx)
+    def note_request(self, request: int) -> None:
+        """Somebody connects. Called inside progress: takes note, no more.
+
+        Args:
+            request: the `ucp_conn_request_h`, which the endpoint takes over.
+        """
+        assert self._ucx is not None
+        peer = request_peer(request)
+        try:
+            self._arrived.append(self._ucx.create_endpoint_from_conn_request(request, True))  # noqa: FBT003
+        except self._link.translator.root as exc:  # it has gone already, or its address cannot be reached
+            self._link.counters.accepts_failed += 1
+            self._failed = (peer, f"{type(exc).__name__}: {exc}")
         self._link.driver.soon(self.hand_over)
+
+    def _log_failed(self) -> None:
+        now = self._link.driver.loop.time()
+        if self._failed is not None and now >= self._quiet_until_s:
+            self._quiet_until_s = now + QUIET_S
+            peer, reason = self._failed
+            failed = self._link.counters.accepts_failed
+            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=failed)
+        self._failed = None
 
     def hand_over(self) -> None:
         """Give the connections that came to their owner."""
+        self._log_failed()
         while self._arrived:
             ucx = self._arrived.popleft()
             if not ucx.alive:
@@ -355,7 +383,7 @@ class UCXXListener:
                 self._link.keep(failed)
 
 
-def _note_arrival(listener: weakref.ref[UCXXListener], ucx: UcxEndpoint) -> None:
+def _note_request(listener: weakref.ref[UCXXListener], request: int) -> None:
     alive = listener()
     if alive is not None:
-        alive.note_arrival(ucx)
+        alive.note_request(request)

@@ -48,6 +48,7 @@ class PortStatistics:
         stuck_sends: sends that UCX did not end when their connection closed; their slots stay in READING.
         confirms: late confirmations that still freed a slot.
         not_ready: reads while the source waited for its epoch.
+        accepts_failed: connections that failed before they were accepted.
     """
 
     port: int = 0
@@ -69,6 +70,7 @@ class PortStatistics:
     stuck_sends: int = 0
     confirms: int = 0
     not_ready: int = 0
+    accepts_failed: int = 0
 
 
 PORT_FIELDS: Final = tuple(spec.name for spec in fields(PortStatistics))

@@ -48,7 +48,7 @@ def ucxx_links(settings: ServerConfig) -> LinkFactory:
     """Opens links over UCX."""
     from ucxx_transport.link.ucxx import UCXXLink
 
-    return partial(UCXXLink.open, shm_lanes=settings.shm_lanes, spin_s=settings.spin_s, ucx=settings.ucx)
+    return partial(UCXXLink.open, shm_lanes=settings.shm_lanes, spin_s=settings.spin_s, ucx=settings.link_settings)
 
 
 class PortThread:

@@ -92,7 +92,7 @@ class PortServer:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                tasks.start_soon(self._sweep)
+                tasks.start_soon(self._sweep, link)
                 try:
                     yield listener.port
                 finally:
@@ -142,11 +142,14 @@ class PortServer:
             self._admitted -= admitted
             self._counters.set("connections", len(self._connections))
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, link: Link) -> None:
         next_reclaim_s = self._clock()
+        failed = 0
         while True:
             await anyio.sleep(SWEEP_INTERVAL_S)
             now = self._clock()
+            before, failed = failed, link.statistics().accepts_failed
+            self._counters.add("accepts_failed", failed - before)
             self._counters.beat(time.monotonic_ns())
             overdue = [connection for connection in self._connections if connection.expire(now)]
             for connection in overdue:

@@ -10,6 +10,7 @@
 | `Folder`                  | an absolute path, as text or `Path`           | `str`                                |
 | `OptionalToken`           | `bytes`, or text, which is taken as UTF-8     | `Secret`, which no `repr` shows      |
 | `Ports`                   | a count, or port numbers (`5001,5002`)        | `int`, or a tuple of `int`           |
+| `OptionalPortRange`       | first and last (`15100-15131`), 1024 to 65535 | a tuple of two `int`                 |
 | `UCXSettings`             | names to values, with or without `UCX_`       | names without `UCX_` to text         |
 | `bool`                    | true/false, yes/no, on/off, 1/0, also as text | `bool`                               |
 | `Literal[...]`            | one of its words                              | that word                            |
@@ -129,6 +130,16 @@ def _ports(value: object) -> int | tuple[int, ...]:
     return count
 
 
+def _port_range(value: object) -> tuple[int, int]:
+    words = value.strip().strip("[]").replace("-", ",").split(",") if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or isinstance(words, bytes) or len(words) != 2:
+        raise ValueError("expected the first and the last port, such as (15100, 15131)")
+    first, last = map(_count, words)
+    if not 1024 <= first <= last <= 65535:
+        raise ValueError("expected 1024 <= first <= last <= 65535")
+    return first, last
+
+
 def parse_ucx_settings(value: object) -> dict[str, str]:
     """`UCXSettings` at run time."""
     if not isinstance(value, Mapping):
@@ -192,6 +203,7 @@ if TYPE_CHECKING:
     OptionalText = str | None
     OptionalToken = _Field[Secret | None, Secret | bytes | str | None]
     Ports = _Field[int | tuple[int, ...], int | Sequence[int]]
+    OptionalPortRange = _Field[tuple[int, int] | None, Sequence[int] | str | None]
     UCXSettings = _Field[Mapping[str, str], Mapping[str, str | int | float | bool]]
 else:
     Count, OptionalCount = _count, _optional(_count)
@@ -207,4 +219,5 @@ else:
     OptionalText = _optional(partial(_matching, r"(?s:.)+", "text that is not empty"))
     OptionalToken = parse_token
     Ports = _ports
+    OptionalPortRange = _optional(_port_range)
     UCXSettings = parse_ucx_settings

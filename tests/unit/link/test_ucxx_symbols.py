@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.link import binding
-from ucxx_transport.link.native import loaded_library
+from ucxx_transport.link.libraries import loaded_library
 
 LINK = Path(binding.__file__).parent
 NATIVE_SYMBOLS = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from ucxx_transport.cli.doctor.machine import Finding
-from ucxx_transport.link.settings import rdma_devices
+from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
+from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
 
 _PROBE_LIMIT_S = 30.0
 _RDMA = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
-_PREFER_SYSTEM = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
-_RESOURCE = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flags\s+\S+\s+(\S+)/(\S+)")
 
 
 def ucx_findings() -> Iterator[Finding]:
@@ -44,7 +42,7 @@ def ucx_findings() -> Iterator[Finding]:
     except (ValueError, IndexError) as error:
         yield _does_not_start(f"its answer makes no sense: {error}")
     else:
-        yield Finding(topic="ucx", name="version", value=str(facts["version"]))
+        yield Finding(topic="ucx", name="version", value=f"{facts['version']} at {facts['library']}")
         yield from transport_findings(facts, rdma_devices=rdma_devices(), environment=os.environ)
     yield from _setting_findings(os.environ)
 
@@ -60,11 +58,19 @@ def transport_findings(
         environment: the process's environment.
     """
     ways = sorted({f"{transport}/{device}" for transport, device in facts["resources"]})
-    yield Finding(topic="ucx", name="transports", value=", ".join(ways) or "none")
+    networks = networks_of(facts["resources"])
+    limits = limits_in_words({}, environment)
+    yield Finding(
+        topic="ucx",
+        name="transports",
+        value=", ".join(ways) or "none",
+        verdict="ok" if networks else "failure",
+        remedy="" if networks else f"{limits or 'this host'} leaves no network transport: remove it, or add tcp",
+    )
     if _RDMA & {transport for transport, _ in facts["resources"]}:
         yield Finding(topic="ucx", name="rdma", value="available")
         return
-    is_asked_for = environment.get(_PREFER_SYSTEM, "").lower() == "true"
+    is_asked_for = environment.get(PREFER_SYSTEM, "").lower() == "true"
     yield Finding(
         topic="ucx",
         name="rdma",
@@ -73,7 +79,7 @@ def transport_findings(
         else "no device here",
         verdict="warning" if rdma_devices else "note",
         remedy="the UCX of the wheel has no verbs: where there is RDMA install a UCX that has, and set "
-        f"{_PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}",
+        f"{PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}",
     )
 
 
@@ -97,13 +103,14 @@ def _does_not_start(reason: str) -> Finding:
 
 def describe_ucx() -> dict[str, object]:
     """The version of UCX and its resources, such as `["tcp", "eth0"]`, from a context as the link makes one."""
-    from importlib import import_module
+    from ucxx_transport.link.binding import load_binding
 
-    ucx = import_module("ucxx._lib.libucxx")
+    ucx = load_binding().lib
     context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
     return {
         "version": ".".join(str(part) for part in ucx.get_ucx_version()),
-        "resources": _RESOURCE.findall(context.info),
+        "library": str(library_in_use()),
+        "resources": resources_of(context.info),
         "cuda": bool(context.cuda_support),
     }
 
