@@ -1,13 +1,17 @@
-"""The network as it is: firewalls that drop, in network namespaces."""
+"""The network as it is: firewalls that drop, hosts without IPv4, in network namespaces."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tests.support.namespaces import Host, two_hosts
+from tests.support.namespaces import Host, lone_host, two_hosts
 from tests.support.programs import Program, program
+from tests.support.rows import row
 
 PORTS = range(15001, 15002)
 DATA_PORTS = range(15100, 15132)
@@ -20,14 +24,18 @@ def worker(host: Host, **server: Any) -> Iterator[Program]:
     with program("writer", prefix=host.prefix) as running:
         running.ask(create={"slots": 8, "slot_bytes": 4096}, server=settings, stream=1)
         yield running
+        running.end_input()
+        assert running.wait() == 0
 
 
 @contextmanager
 def trainer(host: Host, **client: Any) -> Iterator[Program]:
     """A client that reads everything over UCX."""
     with program("reader", prefix=host.prefix) as running:
-        running.ask(client={"local": "off", "connect_timeout_s": 2.0, **client})
+        running.ask(client={"local": "off", "connect_timeout_s": 1.0, **client})
         yield running
+        running.end_input()
+        assert running.wait() == 0
 
 
 def written(at: Program, sequence: int) -> str:
@@ -54,9 +62,6 @@ def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_and_lear
         assert "the listener answered, the data port did not" in outcome["message"], outcome
         begin_read(free, second, deadline_s=30.0)
         assert free.hear()["outcome"] == "delivered"
-        for running in (walled, free, source):
-            running.end_input()
-            assert running.wait() == 0
 
 
 def test_data_ports_that_both_firewalls_open_are_all_that_ucx_needs() -> None:
@@ -68,3 +73,35 @@ def test_data_ports_that_both_firewalls_open_are_all_that_ucx_needs() -> None:
         reads = stack.enter_context(trainer(far, data_ports=span))
         begin_read(reads, written(source, 1), deadline_s=30.0)
         assert reads.hear()["outcome"] == "delivered"
+
+
+SERVE = """
+import json, sys
+from ucxx_transport import ConfigError, RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
+with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=64)) as ring:
+    for host in json.loads(sys.argv[1]):
+        try:
+            with UCXXServer(ring, ServerConfig(ports=1, host=host, mode="thread")) as server:
+                print(json.dumps(["published", server.address]))
+        except ConfigError as error:
+            print(json.dumps(["refused", str(error)]))
+"""
+
+
+def test_host_without_ipv4_publishes_no_address_that_clients_cannot_reach() -> None:
+    rows: list[tuple[str | None, str, str]] = [
+        (None, "refused", "it has fd00::2, and UCX listens on IPv4 alone"),
+        ("fd00::2", "refused", "IPv4 alone"),
+        ("eth0", "refused", "IPv4 alone"),
+        ("1.2.3.4", "refused", "not an address of this machine"),
+        ("1.2.3.4:5000", "refused", "base_port"),
+        ("127.0.0.1", "published", "127.0.0.1"),
+    ]
+    with lone_host("fd00::2") as host:
+        command = [*host.prefix, sys.executable, "-c", SERVE, json.dumps([asked for asked, _, _ in rows])]
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    for (asked, outcome, words), line in zip(rows, lines, strict=True):
+        with row(asked=asked, line=line):
+            found, text = json.loads(line)
+            assert found == outcome
+            assert words in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,14 @@ with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=4096)) as ring:
 
 
 def test_a_write_its_reads_and_a_failure_leave_standard_output_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "UCX_LOG_LEVEL": "info"},  # what UCX logs, by default to standard output
+    )
+    assert "UCX  INFO" in done.stderr
     assert done.returncode == 0, done.stderr
     assert done.stdout == "failed: PeerLostError\n"

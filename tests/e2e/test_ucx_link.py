@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -22,8 +23,10 @@ import pytest
 from tests.e2e.programs import link_exit, link_peer
 from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
+from tests.support.rows import row
 from tests.support.stopping import stop_process
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError
+from ucxx_transport.link.address import list_interfaces
 from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.link.ucxx import UCXXLink
 
@@ -491,6 +494,66 @@ async def test_settings_that_ucx_refuses_are_a_configuration_error() -> None:
     for ucx in ({"NO_SUCH_SETTING": "1"}, {"TLS": "no_such_transport"}, {"TCP_TX_SEG_SIZE": "1G"}):
         with pytest.raises(ConfigError):
             UCXXLink.create(ucx=ucx)
+
+
+async def test_environment_that_leaves_no_network_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, str]] = [
+        {"UCX_TLS": "self,sm"},
+        {"UCX_TLS": "^tcp"},
+        {"UCX_NET_DEVICES": "no_such_device:1"},
+        {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "eth99"},
+    ]
+    for environment in rows:
+        with row(environment=environment), monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(ConfigError) as caught:
+                UCXXLink.create()
+            assert all(word in str(caught.value) for pair in environment.items() for word in pair)
+
+
+async def test_loopback_alone_is_named_where_another_host_is_to_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    outward = [one.address for one in list_interfaces() if one.up and not one.loopback]
+    if not outward:
+        pytest.skip("needs an interface besides loopback")
+    async with UCXXLink.open() as server:
+        listener = await server.listen(0, lambda _: None)
+        monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+        async with UCXXLink.open() as client:
+            with pytest.raises(ConfigError, match=r"UCX_NET_DEVICES=lo .* nothing but loopback"):
+                await client.connect(outward[0], listener.port)
+
+
+async def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
+    log_events: list[MutableMapping[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with UCXXLink.open() as link:
+        listener = await link.listen(0, lambda _: None)
+        for client in [connecting(listener.port) for _ in range(3)]:  # this loop does not turn meanwhile
+            with client:
+                assert client.stdout is not None
+                assert client.stdout.readline()
+                client.kill()
+        await until(lambda: link.statistics().accepts_failed == 3)
+        (event,) = (event for event in log_events if event["event"] == "accept_failed")
+        assert (event["port"], event["peer"].partition(":")[0]) == (listener.port, HOST)
+    assert "UCXPY" not in capfd.readouterr().err
+
+
+def connecting(port: int) -> subprocess.Popen[bytes]:
+    """A process that connects, says so, and waits."""
+    code = (
+        "import asyncio, sys\n"
+        "from ucxx_transport.link.ucxx import UCXXLink\n"
+        "async def main():\n"
+        "    async with UCXXLink.open() as link:\n"
+        f"        connecting = asyncio.create_task(link.connect({HOST!r}, {port}))\n"
+        "        await asyncio.sleep(0.3)\n"
+        "        print('connecting', flush=True)\n"
+        "        await connecting\n"
+        "asyncio.run(main())\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
 
 
 async def test_idle_connections_sleep() -> None:

@@ -75,8 +75,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _interface(host: str, interface: str, address: str) -> None:
-    length = "64" if ":" in address else "24"
-    _ip(f"-n {host} addr add {address}/{length} dev {interface}")
+    how = "/64 nodad" if ":" in address else "/24"  # nodad: it is usable at once
+    _ip(f"-n {host} addr add {address}{how} dev {interface}")
     _ip(f"-n {host} link set {interface} up")
 
 

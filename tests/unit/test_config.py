@@ -202,6 +202,33 @@ class TestServer:
         assert "drop one" in str(refusal(ServerConfig, base_port=5000, ports=[5001]))
         assert "port_attempts" in str(refusal(ServerConfig, base_port=5000, ports=4, port_attempts=3))
 
+    def test_data_ports_are_a_range_that_becomes_ucx_s_own(self) -> None:
+        rows: list[Any] = [(15100, 15131), [15100, 15131], "15100-15131", "15100,15131", "[15100, 15131]"]
+        for given in rows:
+            with row(given=given):
+                for config in (ServerConfig(data_ports=given), ClientConfig(data_ports=given)):
+                    assert config.data_ports == (15100, 15131)
+                    assert config.link_settings == {"TCP_PORT_RANGE": "15100-15131"}
+        assert ServerConfig(ucx={"TLS": "tcp"}).link_settings == {"TLS": "tcp"}
+
+    def test_data_ports_that_cannot_work_are_refused(self) -> None:
+        rows: list[tuple[dict[str, Any], str]] = [
+            ({"data_ports": (15131, 15100)}, "first <= last"),
+            ({"data_ports": (80, 90)}, "1024"),
+            ({"data_ports": (65000, 65536)}, "65535"),
+            ({"data_ports": 15100}, "first and the last"),
+            ({"data_ports": (1, 2, 3)}, "first and the last"),
+            ({"data_ports": "open"}, "first and the last"),
+            ({"data_ports": (15100, 15102), "ports": 4}, "at least ports = 4"),
+            ({"data_ports": (15100, 15131), "ports": [15001, 15120]}, "15120 is to be listened on"),
+            ({"data_ports": (15003, 15131), "base_port": 15000}, "15003 is to be listened on"),
+        ]
+        for given, problem in rows:
+            with row(given=given, problem=problem):
+                error = refusal(ServerConfig, **given)
+                assert error.facts["field"] == "data_ports"
+                assert problem in str(error)
+
     def test_ucx_settings_lose_their_prefix_and_become_text(self) -> None:
         config = ServerConfig(ucx={"UCX_TLS": "tcp", "max_eager_lanes": 2, "WARN_UNUSED_ENV_VARS": False})
         assert config.ucx == {"TLS": "tcp", "MAX_EAGER_LANES": "2", "WARN_UNUSED_ENV_VARS": "n"}

@@ -7,9 +7,10 @@
 | 3     | an RDMA interface that is up: UCX takes the fabric of the address it connects to                        |
 | 4     | the source address of the default route                                                               |
 | 5     | any other interface that is up, a container bridge last                                               |
-| 6     | loopback, when there is nothing else                                                                  |
+| 6     | loopback, when there is nothing else, not even an IPv6 address                                        |
 
-IPv4 only: UCX's listener binds 0.0.0.0.
+IPv4 only: UCX's listener binds 0.0.0.0, and ucxx takes no other address. What clients could not reach is refused: an
+IPv6 address, a name without an IPv4 address, and an address of another host where nothing answers.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ import ctypes
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.settings import RDMA_FOLDER
 
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
 _ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and assigned to no host
+
+_SOCKADDR_BYTES: dict[int, int] = {socket.AF_INET: 8, socket.AF_INET6: 24}
+
+REACH_LIMIT_S = 3.0
+"""How long an address of another host may take to answer."""
 
 _UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING, netdevice(7)
 
@@ -66,14 +73,52 @@ def choose_address(host: str | None = None, *, interfaces: Sequence[Interface] |
         interfaces: to choose from; those of this machine by default.
 
     Raises:
-        ConfigError: the host is a wildcard or empty, or this machine has no IPv4 address at all.
+        ConfigError: the host is a wildcard, empty, IPv6 or unknown, or this machine has no IPv4 address to publish.
     """
-    return decide_address(
+    address = decide_address(
         host,
         interfaces=list_interfaces() if interfaces is None else interfaces,
         route_source=default_route_source(),
         net_devices=os.environ.get("UCX_NET_DEVICES"),
+        ipv6=ipv6_addresses(),
     )
+    _resolve(address)
+    return address
+
+
+def require_reachable(address: str, port: int) -> None:
+    """Refuse an address of another host than this one where our own listener does not answer.
+
+    Args:
+        address: as `choose_address` returned it.
+        port: of a server of this host, which listens on all of its addresses.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    numeric = _resolve(address)
+    if ipaddress.ip_address(numeric).is_loopback or numeric in {one.address for one in list_interfaces()}:
+        return
+    try:
+        with socket.create_connection((numeric, port), timeout=REACH_LIMIT_S):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"host = {address!r} is not an address of this machine, and the server does not answer there: {error}",
+            host=address,
+            port=port,
+        ) from None
+
+
+def _resolve(address: str) -> str:
+    try:
+        return str(socket.getaddrinfo(address, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
+        port = "; a port goes into base_port" if ":" in address else ""
+        raise ConfigError(
+            f"host = {address!r} is neither an interface of this machine nor an IPv4 address, nor a name of one{port}",
+            host=address,
+        ) from None
 
 
 def decide_address(
@@ -82,6 +127,7 @@ def decide_address(
     interfaces: Sequence[Interface],
     route_source: str | None,
     net_devices: str | None = None,
+    ipv6: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The decision alone; see `choose_address`.
 
@@ -90,21 +136,27 @@ def decide_address(
         interfaces: to choose from.
         route_source: source address of the default route, or None.
         net_devices: value of `UCX_NET_DEVICES`, or None.
+        ipv6: interfaces with an IPv6 address that other hosts may reach, and that address.
 
     Raises:
         ConfigError: as `choose_address`.
     """
     if host is not None:
-        return _asked_for(host, interfaces)
+        return _asked_for(host, interfaces, ipv6)
     usable = [interface for interface in interfaces if interface.up]
     usable = _allowed(usable, net_devices) or usable
     outward = sorted((interface for interface in usable if not interface.loopback), key=lambda one: one.bridge)
     rdma = [interface for interface in outward if interface.rdma_device is not None]
     routed = [interface for interface in outward if interface.address == route_source]
-    for candidates in (rdma, routed, outward, usable):
+    inward = [] if ipv6 and not net_devices else usable
+    for candidates in (rdma, routed, outward, inward):
         if candidates:
             return candidates[0].address
-    raise ConfigError("this machine has no IPv4 address to publish; give one as the server's host")
+    only = f"; it has {', '.join(ipv6.values())}, and UCX listens on IPv4 alone" if ipv6 else ""
+    raise ConfigError(
+        f"this machine has no IPv4 address to publish{only}; give one as the server's host, or '127.0.0.1' for this "
+        "host alone"
+    )
 
 
 def list_interfaces() -> list[Interface]:
@@ -112,11 +164,23 @@ def list_interfaces() -> list[Interface]:
     rdma = _rdma_interfaces()
     return sorted(
         (
-            Interface(name=name, address=address, up=flags & _UP == _UP, rdma_device=rdma.get(name))
-            for name, address, flags in _ipv4_addresses()
+            Interface(name=name, address=socket.inet_ntoa(raw[4:8]), up=flags & _UP == _UP, rdma_device=rdma.get(name))
+            for name, family, raw, flags in _addresses()
+            if family == socket.AF_INET
         ),
         key=lambda one: one.name,
     )
+
+
+def ipv6_addresses() -> dict[str, str]:
+    """The interfaces that have an IPv6 address beyond this host and its own wire, each with one."""
+    found = {}
+    for name, family, raw, _ in _addresses():
+        if family == socket.AF_INET6:
+            address = ipaddress.IPv6Address(raw[8:24])
+            if not (address.is_loopback or address.is_link_local):
+                found[name] = str(address)
+    return found
 
 
 def default_route_source() -> str | None:
@@ -140,8 +204,12 @@ class _IfAddrs(ctypes.Structure):
     )
 
 
-def _ipv4_addresses() -> Iterator[tuple[str, str, int]]:
-    """Name, address and flags of every interface, once for each of its IPv4 addresses."""
+def _addresses() -> Iterator[tuple[str, int, bytes, int]]:
+    """Name, family, socket address and flags of every interface, once for each of its internet addresses.
+
+    `sockaddr_in` begins with two bytes of family, two of port and four of address, ip(7); `sockaddr_in6` with two of
+    family, two of port, four of flow and sixteen of address, ipv6(7).
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     first = ctypes.c_void_p()
     if libc.getifaddrs(ctypes.byref(first)):
@@ -151,24 +219,27 @@ def _ipv4_addresses() -> Iterator[tuple[str, str, int]]:
         following = first.value
         while following:
             entry = _IfAddrs.from_address(following)
-            # `sockaddr_in` begins with two bytes of family, two of port and four of address, ip(7)
-            if entry.sockaddr and ctypes.c_ushort.from_address(entry.sockaddr).value == socket.AF_INET:
-                yield os.fsdecode(entry.name), socket.inet_ntoa(ctypes.string_at(entry.sockaddr + 4, 4)), entry.flags
+            family = ctypes.c_ushort.from_address(entry.sockaddr).value if entry.sockaddr else socket.AF_UNSPEC
+            if nbytes := _SOCKADDR_BYTES.get(family):
+                yield os.fsdecode(entry.name), family, ctypes.string_at(entry.sockaddr, nbytes), entry.flags
             following = entry.next
     finally:
         libc.freeifaddrs(first)
 
 
-def _asked_for(host: str, interfaces: Sequence[Interface]) -> str:
+def _asked_for(host: str, interfaces: Sequence[Interface], ipv6: Mapping[str, str]) -> str:
     for interface in interfaces:
         if interface.name == host:
             return interface.address
     try:
-        wildcard = ipaddress.ip_address(host).is_unspecified
+        literal = ipaddress.ip_address(host)
     except ValueError:
-        wildcard = not host.strip()
-    if wildcard:
+        literal = None
+    if not host.strip() if literal is None else literal.is_unspecified:
         raise ConfigError("host is what clients connect to; give an address, a name or an interface", host=host)
+    if host in ipv6 or (literal is not None and literal.version == 6):
+        problem = f"host = {host!r} is IPv6, and UCX listens on IPv4 alone; give an IPv4 address of this machine"
+        raise ConfigError(problem, host=host)
     return host
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
-from ucxx_transport.link.address import choose_address
+from ucxx_transport.link.address import choose_address, require_reachable
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.publication import Offer
 from ucxx_transport.ring.owner import host_id
@@ -154,7 +154,7 @@ class UCXXServer(RingSource):
         """Listen on all ports and publish them in the segment; returns when clients can connect.
 
         Raises:
-            ConfigError: a port is taken, the address is not this host's, or UCX is not installed.
+            ConfigError: a port is taken, clients cannot reach the address, or UCX does not start.
             DeadlineExceededError: not up within `start_timeout_s`.
             TransportError: the server is running already, or its process died at its start.
         """
@@ -171,10 +171,15 @@ class UCXXServer(RingSource):
             self._address = None
             raise
         try:
+            if self._link_factory is None:
+                require_reachable(address, ports[0])
             self._publish(ports)
         except BaseException:
             self.stop()
+            self._address = None
             raise
+        if self._config.host is None and address.startswith("127."):
+            _log.warning("loopback_published", address=address, ring=self._ring.name)
         atexit.register(self.stop)
 
     def stop(self) -> None:

@@ -82,6 +82,28 @@ def test_settings_of_ucx_are_shown_since_they_win(capsys: Capture, monkeypatch: 
     assert "UCX_NET_DEVICES" in answer.out
 
 
+def test_ports_of_both_directions_are_named_with_those_that_are_set(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__BASE_PORT", "15001")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__DATA_PORTS", "15100-15131")
+    answer = call(capsys, "doctor", "--no-loopback", "--json")
+    (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
+    assert ports["value"] == "worker: listens on 4 from 15001 on, data on 15100-15131; trainer: data on any free"
+    assert "worker to trainer" in ports["remedy"]
+
+
+def test_environment_without_a_network_and_the_library_in_use_are_named(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "self,sm")
+    answer = call(capsys, "doctor", "--no-loopback", "--json")
+    found = {finding["name"]: finding for finding in answer.document["findings"]}
+    assert (answer.code, found["transports"]["verdict"]) == (1, "failure")
+    assert "UCX_TLS=self,sm" in found["transports"]["remedy"]
+    assert "/libucp.so" in found["version"]["value"]
+
+
 def test_a_ucx_that_does_not_start_is_a_failure_not_a_crash(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "no_such_transport")
     answer = call(capsys, "doctor", "--no-loopback", "--json")

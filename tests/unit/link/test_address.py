@@ -15,6 +15,7 @@ from ucxx_transport.link.address import (
     decide_address,
     default_route_source,
     list_interfaces,
+    require_reachable,
 )
 
 LO = Interface(name="lo", address="127.0.0.1")
@@ -79,6 +80,44 @@ def test_wildcard_cannot_be_published() -> None:
     for host in rows:
         with row(host=host), pytest.raises(ConfigError):
             decide_address(host, interfaces=[LO, ETH], route_source=None)
+
+
+def test_address_that_clients_cannot_reach_is_not_published() -> None:
+    ipv6 = {"eth0": "fd00::2"}
+    rows: list[tuple[str | None, str]] = [
+        (None, "fd00::2"),
+        ("eth0", "IPv4 alone"),
+        ("fd00::2", "IPv4 alone"),
+        ("::1", "IPv4 alone"),
+    ]
+    for host, problem in rows:
+        with row(host=host, problem=problem), pytest.raises(ConfigError) as caught:
+            decide_address(host, interfaces=[LO], route_source=None, ipv6=ipv6)
+        assert problem in str(caught.value)
+    assert decide_address("lo", interfaces=[LO], route_source=None, ipv6=ipv6) == "127.0.0.1"
+    assert decide_address(None, interfaces=[LO, SECOND], route_source=None, ipv6=ipv6) == "10.1.0.5"
+    assert decide_address(None, interfaces=[LO], route_source=None, net_devices="lo", ipv6=ipv6) == "127.0.0.1"
+
+
+def test_name_that_nobody_can_look_up_is_refused() -> None:
+    rows: list[tuple[str, str]] = [
+        ("no-such-host.invalid", "name of one"),
+        ("10.0.0.5:5000", "base_port"),
+        ("a..b", ""),
+    ]
+    for host, problem in rows:
+        with row(host=host), pytest.raises(ConfigError) as caught:
+            choose_address(host)
+        assert problem in str(caught.value)
+
+
+def test_address_of_another_host_is_refused_where_nothing_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    require_reachable("127.0.0.1", port)  # of this host: the server does listen there
+    with pytest.raises(ConfigError) as caught:
+        require_reachable("255.255.255.255", port)
+    assert "not an address of this machine" in str(caught.value)
 
 
 def test_machine_without_any_address_is_told_so() -> None:

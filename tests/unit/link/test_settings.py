@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.settings import SHM_LANES, TUNED, WITHOUT_RDMA, context_settings
+from tests.support.rows import row
+from ucxx_transport.errors import BusyError, ConfigError
+from ucxx_transport.link.settings import (
+    SHM_LANES,
+    TUNED,
+    WITHOUT_RDMA,
+    context_settings,
+    loopback_only,
+    require_free_port,
+    require_network,
+)
 
 
 def test_tuned_settings_apply_where_nobody_says_otherwise() -> None:
@@ -67,3 +78,47 @@ def test_value_that_is_no_string_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         context_settings(rdma=True, shm_lanes=False, ucx={"TCP_MAX_POLL": 5}, environment={})
     assert caught.value.facts["name"] == "TCP_MAX_POLL"
+
+
+def info(*resources: str) -> str:
+    """What UCX says of a context with these, as `ucp_context_print_info` of UCX 1.21 words it."""
+    lines = [
+        f"#      resource {number}  :  md 0  dev {number}  flags -- {name}" for number, name in enumerate(resources)
+    ]
+    return "\n".join(["#", "# UCP context", "#", "#     component 1  :  tcp", *lines, "#"])
+
+
+def test_context_that_reaches_no_other_process_is_refused_by_the_name_of_what_limits_it() -> None:
+    inside = info("self/memory", "posix/memory", "sysv/memory", "cma/memory", "cuda_copy/cuda", "cuda_ipc/cuda")
+    rows: list[tuple[dict[str, str], dict[str, str], str]] = [
+        ({}, {"UCX_TLS": "self,sm"}, "UCX_TLS=self,sm (environment)"),
+        ({"NET_DEVICES": "eth9"}, {}, "NET_DEVICES=eth9 (ucx=)"),
+        ({}, {"UCX_TLS": "ib", "UCX_NET_DEVICES": "mlx5_0:1"}, "UCX_TLS=ib (environment), UCX_NET_DEVICES=mlx5_0:1"),
+        ({}, {}, "this host"),
+    ]
+    for given, environment, named in rows:
+        with row(given=given, environment=environment), pytest.raises(ConfigError) as caught:
+            require_network(inside, given, environment)
+        assert caught.value.message.startswith(named)
+
+
+def test_any_network_will_do() -> None:
+    for network in ("tcp/eth0", "rc_mlx5/mlx5_0:1", "ud_verbs/mlx5_0:1", "srd/efa_0"):
+        with row(network=network):
+            require_network(info("self/memory", network), {}, {"UCX_TLS": "whatever"})
+    require_network("other words than today's", {}, {})
+
+
+def test_loopback_alone_is_told_from_an_interface() -> None:
+    assert loopback_only(info("self/memory", "tcp/lo"))
+    assert not loopback_only(info("tcp/lo", "tcp/eth0"))
+
+
+def test_range_of_ports_that_are_all_in_use_is_refused_since_ucx_would_look_for_ever() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BusyError) as caught:
+            require_free_port(f"{port}-{port}", ["127.0.0.1"])
+        assert caught.value.facts["data_ports"] == f"{port}-{port}"
+        require_free_port(f"{port - 20}-{port}", ["127.0.0.1"])
+        require_free_port("0", ["127.0.0.1"])

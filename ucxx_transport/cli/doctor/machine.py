@@ -13,6 +13,7 @@ from typing import Literal
 
 from ucxx_transport import __version__
 from ucxx_transport.cli.version import installed_version
+from ucxx_transport.config import ClientConfig, ServerConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.settings import rdma_devices
@@ -126,6 +127,7 @@ def _network_findings() -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding(topic="network", name="published address", value=error.message, verdict="failure")
         return
+    yield _ports()
     alone = chosen.startswith("127.")
     yield Finding(
         topic="network",
@@ -133,6 +135,30 @@ def _network_findings() -> Iterator[Finding]:
         value=f"{chosen} (listening is on all interfaces)",
         verdict="warning" if alone else "ok",
         remedy="only this host reaches it; another: server.host or UCXX_TRANSPORT_SERVER__HOST" if alone else "",
+    )
+
+
+def _ports() -> Finding:
+    """Which ports a firewall has to open, by the settings; UCX over TCP connects in both directions."""
+    try:
+        server, client = ServerConfig(), ClientConfig()
+    except ConfigError as error:
+        return Finding(topic="network", name="ports", value=error.message, verdict="failure")
+    pinned = os.environ.get("UCX_TCP_PORT_RANGE")
+    serving, reading = (
+        pinned or ("any free" if one.data_ports is None else "-".join(map(str, one.data_ports)))
+        for one in (server, client)
+    )
+    listening = ", ".join(map(str, () if isinstance(server.ports, int) else server.ports)) or (
+        f"{server.ports} any free" if server.base_port is None else f"{server.ports} from {server.base_port} on"
+    )
+    return Finding(
+        topic="network",
+        name="ports",
+        value=f"worker: listens on {listening}, data on {serving}; trainer: data on {reading}",
+        verdict="note",
+        remedy="UCX connects both ways. Behind a firewall set server.base_port and data_ports of both sides, and open: "
+        "trainer to worker, listening and data ports; worker to trainer, data ports",
     )
 
 
