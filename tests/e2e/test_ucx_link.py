@@ -25,6 +25,7 @@ from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.stopping import stop_process
+from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError
 from ucxx_transport.link.address import list_interfaces
 from ucxx_transport.link.base import Endpoint, Pending
@@ -529,31 +530,43 @@ async def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
 ) -> None:
     async with UCXXLink.open() as link:
         listener = await link.listen(0, lambda _: None)
-        for client in [connecting(listener.port) for _ in range(3)]:  # this loop does not turn meanwhile
-            with client:
-                assert client.stdout is not None
-                assert client.stdout.readline()
+        clients = [connecting(listener.port) for _ in range(3)]
+        try:  # this loop does not turn meanwhile
+            wait_until(lambda: begun_connections(listener.port) == 3, DEADLINE_S, what="three clients have begun")
+        finally:
+            for client in clients:
                 client.kill()
+                client.wait()
         await until(lambda: link.statistics().accepts_failed == 3)
         (event,) = (event for event in log_events if event["event"] == "accept_failed")
         assert (event["port"], event["peer"].partition(":")[0]) == (listener.port, HOST)
     assert "UCXPY" not in capfd.readouterr().err
 
 
+def begun_connections(port: int) -> int:
+    """How many connections that this process took at that port have sent something: tcpi_bytes_received, tcp(7)."""
+    begun = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as probe:
+                    if probe.getsockname()[1:2] == (port,):
+                        info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                        begun += int.from_bytes(info[128:136], "little") > 0
+    return begun
+
+
 def connecting(port: int) -> subprocess.Popen[bytes]:
-    """A process that connects, says so, and waits."""
+    """A process that connects."""
     code = (
         "import asyncio, sys\n"
         "from ucxx_transport.link.ucxx import UCXXLink\n"
         "async def main():\n"
         "    async with UCXXLink.open() as link:\n"
-        f"        connecting = asyncio.create_task(link.connect({HOST!r}, {port}))\n"
-        "        await asyncio.sleep(0.3)\n"
-        "        print('connecting', flush=True)\n"
-        "        await connecting\n"
+        f"        await link.connect({HOST!r}, {port})\n"
         "asyncio.run(main())\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
 async def test_idle_connections_sleep() -> None:

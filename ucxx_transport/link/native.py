@@ -120,12 +120,14 @@ def listener_has_answered(host: str, port: int) -> bool:
     """
     for name in os.listdir("/proc/self/fd"):
         try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as probe:
                 if probe.getpeername()[:2] == (host, port):
                     info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
                     if int.from_bytes(info[_BYTES_RECEIVED : _BYTES_RECEIVED + 8], "little"):
                         return True
-        except OSError:  # no socket, not connected, or closed meanwhile
+        except OSError:  # not connected, of another kind, or closed meanwhile
             continue
     return False
 
