@@ -65,35 +65,32 @@ def check_loadable() -> None:
     other = [file for file in _loaded_files() if file not in files]
     if other:
         one, needed = other[0], own / "libucp.so"
-        raise ConfigError(
+        words = (
             f"two UCX libraries in one process: {one} is loaded, and ucxx needs {needed}. {_REMEDY}; or let ucxx use "
-            f"that one, if it is {_words(OLDEST)} or later, by {PREFER_SYSTEM}=true",
-            loaded=str(one),
-            needed=str(needed),
         )
+        words += f"that one, if it is {_words(OLDEST)} or later, by {PREFER_SYSTEM}=true"
+        raise ConfigError(words, loaded=str(one), needed=str(needed))
 
 
-def check_loaded() -> None:
+def check_loaded(files: list[Path] | None = None) -> None:
     """Refuse a UCX that was put together from two. Call it when ucxx is imported, before a context is made.
+
+    Args:
+        files: of UCX; those that this process has loaded by default.
 
     Raises:
         ConfigError: names a file of each.
     """
-    _check_of_one_piece(_loaded_files())
+    by_folder = {file.parent: file for file in files or _loaded_files()}
+    if len(by_folder) > 1:
+        one, other, *_ = by_folder.values()
+        words = f"two UCX libraries in one process: {one} and {other}. {_REMEDY}"
+        raise ConfigError(words, loaded=str(one), needed=str(other))
 
 
 def library_in_use() -> Path | None:
     """The file of `libucp` that this process has loaded; None before that."""
     return next((file for file in _loaded_files() if file.name.startswith("libucp")), None)
-
-
-def _check_of_one_piece(files: list[Path]) -> None:
-    by_folder = {file.parent: file for file in files}
-    if len(by_folder) > 1:
-        one, other, *_ = by_folder.values()
-        raise ConfigError(
-            f"two UCX libraries in one process: {one} and {other}. {_REMEDY}", loaded=str(one), needed=str(other)
-        )
 
 
 def _check_what_the_loader_finds(own: Path) -> None:
@@ -116,7 +113,7 @@ def _check_what_the_loader_finds(own: Path) -> None:
         ) from None
     found = [Path(file) for file in files if _FILE.fullmatch(Path(file).name)]
     _check_version(next(file for file in found if file.name.startswith("libucp")), tuple(version))
-    _check_of_one_piece(found)
+    check_loaded(found)
 
 
 def _check_version(file: Path, version: tuple[int, ...] | None) -> None:
