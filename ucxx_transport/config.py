@@ -111,7 +111,7 @@ class ServerConfig:
         default=None, ge=1, le=65535, description="first port to try; unset takes any free ones"
     )
     mode: Literal["process", "thread"] = setting(
-        default="process", description="a supervised process of its own, or threads of this one"
+        default="process", description="each port a supervised process, or a thread of this one"
     )
     token: OptionalToken = setting(default=None, description=_TOKEN_IN_WORDS)
     shm_lanes: bool = setting(default=False, description=_SHM_LANES_IN_WORDS)
@@ -129,6 +129,9 @@ class ServerConfig:
     data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)
     start_timeout_s: Seconds = setting(default=30.0, gt=0, description="bound on start()")
     stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
+    stall_timeout_s: Seconds = setting(
+        default=10.0, gt=0, description="a port's process whose loop has not turned for so long is replaced"
+    )
     ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
 
     @property

@@ -104,7 +104,7 @@ def log_to_stderr(role: str, level: int = logging.INFO) -> None:
     """Log this process's events to standard error, each with the role in front; for helper processes.
 
     Args:
-        role: what the process is to its worker, such as "ucxx server".
+        role: what the process is to its worker, such as "ucxx port 0".
         level: the lowest that is logged; a worker hands over its `effective_level()`.
     """
     handler = logging.StreamHandler(sys.stderr)

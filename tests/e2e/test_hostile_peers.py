@@ -76,7 +76,7 @@ def count(served: ServedRing, name: str) -> int:
 
 def listening_ports(served: ServedRing) -> list[int]:
     """Every TCP port of the server's process: its own, and the one UCX opens for its data connections."""
-    pid = wait_until(lambda: served.server.statistics().pid, MINUTE)
+    pid = wait_until(lambda: served.server.statistics().pids[0], MINUTE)
     assert pid is not None
     return sorted(
         connection.laddr.port

@@ -36,12 +36,12 @@ class NoMemory:
 
 def test_restart_that_fails_for_want_of_resources_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with served_ring() as served, client_of(port_quarantine_s=0) as client:
-        pid = served.server.statistics().pid
+        pid = served.server.statistics().pids[0]
         assert pid is not None
         popen = NoMemory(times=3)
         monkeypatch.setattr("subprocess.Popen", popen)
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: served.server.statistics().pid not in {None, pid}, MINUTE, what="another server process")
+        wait_until(lambda: served.server.statistics().pids[0] not in {None, pid}, MINUTE, what="another server process")
         assert popen.left == 0
         read_retrying(client, served.ring.write_raw(b"after")).release()
 

@@ -1,4 +1,4 @@
-"""The server as a process of its own: its death, its worker's death, and what a stopped or busy one does to others."""
+"""Ports as processes of their own: a port's death, its worker's, and what a stopped or busy one does to others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def holds(payload: Payload, sequence: int) -> bool:
 
 
 def pid_of_server(served: ServedRing) -> int:
-    pid = wait_until(lambda: served.server.statistics().pid, MINUTE, what="a server process")
+    pid = wait_until(lambda: served.server.statistics().pids[0], MINUTE, what="a server process")
     assert pid is not None
     return pid
 
@@ -56,7 +56,7 @@ def kill_server(served: ServedRing, number: signal.Signals = signal.SIGKILL) -> 
 
 
 def wait_for_replacement(served: ServedRing, dead: int) -> None:
-    wait_until(lambda: served.server.statistics().pid not in {None, dead}, MINUTE, what="another server process")
+    wait_until(lambda: served.server.statistics().pids[0] not in {None, dead}, MINUTE, what="another server process")
 
 
 def test_a_ring_whose_name_was_removed_is_served_read_and_served_again_after_a_death() -> None:
@@ -94,6 +94,46 @@ def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
         wait_until(lambda: served.server.statistics().total("delivered") == 4, MINUTE)  # counts outlive the process
         deaths = [event for event in log_events if event["event"] == "sidecar_died"]
         assert [(event["reason"], event["restarts"]) for event in deaths] == [(number.name, 1)]
+
+
+def test_one_port_is_killed_and_the_other_answers_without_a_gap(record_property: Callable[[str, object], None]) -> None:
+    with served_ring(ring={"slots": 64}, ports=2) as served:
+        ports, pids = served.server.ports, served.server.statistics().pids
+        assert len({os.getpid(), *pids}) == 3
+        with client_of(connect_timeout_s=1.0, port_quarantine_s=0.0) as client:
+            for sequence in range(4):  # both ports have a connection by now
+                client.read(write(served.ring, sequence)).release()
+            os.kill(pids[0] or 0, signal.SIGKILL)
+            longest_s, sequence = 0.0, 4
+            while served.server.statistics().pids[0] in {None, pids[0]}:
+                began_s = time.monotonic()
+                with client.read(write(served.ring, sequence)) as payload:  # no retry of ours: the client rotates
+                    assert holds(payload, sequence)
+                longest_s, sequence = max(longest_s, time.monotonic() - began_s), sequence + 1
+            record_property("longest_read_s", round(longest_s, 3))
+        now = served.server.statistics()
+        assert (now.restarts, now.pids[1], served.server.ports, served.ring.address()[1]) == (1, pids[1], ports, ports)
+
+
+def test_a_port_whose_loop_does_not_turn_is_replaced_like_a_dead_one(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    with served_ring(stall_timeout_s=1.0) as served, client_of(connect_timeout_s=1.0) as client:
+        ports, stalled = served.server.ports, pid_of_server(served)
+        stop_process(stalled)
+        wait_for_replacement(served, stalled)
+        with read_retrying(client, write(served.ring, 0)) as payload:
+            assert holds(payload, 0)
+        assert (served.server.ports, served.server.statistics().restarts) == (ports, 1)
+        assert [event["pid"] for event in log_events if event["event"] == "sidecar_stalled"] == [stalled]
+
+
+def test_ports_come_up_and_end_side_by_side() -> None:
+    with served_ring(ports=4) as served:
+        pids = served.server.statistics().pids
+        assert len(set(served.server.ports)) == len(set(pids)) == 4
+        assert None not in pids
+    assert not any(psutil.pid_exists(pid or 0) for pid in pids)
 
 
 def test_server_process_is_told_the_folder_of_its_ring(tmp_path: Path) -> None:
@@ -141,7 +181,11 @@ def test_server_dies_again_and_again_and_every_payload_arrives_once() -> None:
 
 
 def test_stopped_server_costs_a_read_its_deadline_and_nothing_else() -> None:
-    with served_ring() as served, client_of(connect_timeout_s=0.5) as client, client_of(connect_timeout_s=0.5) as other:
+    with (
+        served_ring(stall_timeout_s=600.0) as served,
+        client_of(connect_timeout_s=0.5) as client,
+        client_of(connect_timeout_s=0.5) as other,
+    ):
         with client.read(write(served.ring, 0)) as payload:  # a connection to find stopped
             assert holds(payload, 0)
         refs = [write(served.ring, sequence) for sequence in (1, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -77,10 +78,14 @@ class Source:
         return True
 
     def find_server(self) -> int:
-        """The process that serves now, 0 while there is none."""
+        """The process of the port whose turn it is to be killed, 0 while it has none."""
         if self.home_server is not None:
-            self.server_pid = self.home_server.statistics().pid or 0
+            self.find_server_among(self.home_server.statistics().pids)
         return 0 if self.server_pid == self.dead_pid else self.server_pid
+
+    def find_server_among(self, pids: Sequence[int | None]) -> None:
+        """Learn the processes of the ports: they are killed in turn."""
+        self.server_pid = pids[self.server_kills % len(pids)] or 0
 
     def server_killed(self, pid: int) -> None:
         """Who asks from here on gets the next one."""

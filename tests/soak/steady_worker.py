@@ -49,7 +49,7 @@ class Worker(UCXXRolloutMixin):
                 sequence += 1
             assert self.ucxx_writer is not None
             assert self.ucxx_writer.server is not None
-            answer({"records": records, "server": self.ucxx_writer.server.statistics().pid})
+            answer({"records": records, "server": self.ucxx_writer.server.statistics().pids[0]})
         self.cleanup_ucxx()
 
 

@@ -121,7 +121,7 @@ class Traffic:
                 self._on_read(actor, request, answer)
             case "server":
                 source = next(source for source in self._sources if source.writer is actor)
-                source.server_pid = answer["pid"] or 0
+                source.find_server_among(answer["pids"])
 
     def _on_write(self, actor: Actor, answer: Message) -> None:
         source = next(source for source in self._sources if source.writer is actor)

@@ -45,10 +45,10 @@ def open_ring(**settings: Any) -> Iterator[SharedRingBuffer]:
 
 @contextmanager
 def served_ring(*, ring: dict[str, Any] | None = None, **server: Any) -> Iterator[ServedRing]:
-    """A ring served on loopback; two ports of a process, unless `server` says otherwise."""
+    """A ring served on loopback, at one port, unless `server` says otherwise."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_ring(**(ring or {})))
-        settings = {"host": LOOPBACK, "ports": 2, "start_timeout_s": 60.0, "stop_timeout_s": 20.0, **server}
+        settings = {"host": LOOPBACK, "ports": 1, "start_timeout_s": 60.0, "stop_timeout_s": 20.0, **server}
         serving = stack.enter_context(UCXXServer(opened, ServerConfig(**settings)))
         yield ServedRing(opened, serving)
 

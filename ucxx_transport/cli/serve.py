@@ -104,7 +104,7 @@ def _announce(ring: SharedRingBuffer, server: UCXXServer, refs: list[SlotRef], *
         "host": server.address,
         "ports": list(server.ports),
         "pid": os.getpid(),
-        "server_pid": server.statistics().pid,
+        "server_pids": server.statistics().pids,
         "refs": [ref.to_dict() for ref in refs],
     }
     if as_json:
@@ -121,4 +121,4 @@ def _report(ring: SharedRingBuffer, server: UCXXServer, *, as_json: bool) -> Non
         print_json({"event": "stopping", "server": counts, "ring": ring.statistics()})
     else:
         delivered, sent = counts.total("delivered"), format_bytes(counts.total("bytes_sent"))
-        typer.echo(f"stopping: {delivered} payloads delivered, {sent}; {counts.restarts} restarts of the server")
+        typer.echo(f"stopping: {delivered} payloads delivered, {sent}; {counts.restarts} restarts of its ports")

@@ -80,17 +80,17 @@ assert len(PORT_FIELDS) <= _BEAT_WORD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatistics:
-    """What a server has done, port by port; the counts survive its process.
+    """What a server has done, port by port; the counts survive its processes.
 
     Attributes:
         host: published address.
-        pid: of the process that serves, None when stopped.
-        restarts: of that process.
+        pids: of the process of each port, None while it has none; with `mode="thread"` this process's, for each.
+        restarts: of those processes, together.
         ports: one entry a port.
     """
 
     host: str | None
-    pid: int | None
+    pids: tuple[int | None, ...]
     restarts: int
     ports: tuple[PortStatistics, ...] = field(default=())
 

@@ -1,4 +1,4 @@
-"""All ports of a server in this process: one thread, one event loop and one link each."""
+"""Ports of a server in this process: one thread, one event loop and one link each."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def ucxx_links(settings: ServerConfig) -> LinkFactory:
     from ucxx_transport.link.ucxx import UCXXLink
 
     return partial(UCXXLink.open, shm_lanes=settings.shm_lanes, spin_s=settings.spin_s, ucx=settings.link_settings)
+
+
+def candidates_of(settings: ServerConfig, index: int) -> Sequence[int]:
+    """The ports that the port number `index` of a server tries, in order; 0 is any free one.
+
+    Ports that start side by side begin at different ones from `base_port` on, and each takes the next that is free.
+    """
+    wanted = 0 if isinstance(settings.ports, int) else settings.ports[index]
+    base = settings.base_port
+    if wanted or base is None:
+        return (wanted,)
+    every = range(base, min(65536, base + settings.port_attempts))
+    return (*every[index:], *every[:index])
+
+
+def number_of_ports(settings: ServerConfig) -> int:
+    """How many ports a server has."""
+    return settings.ports if isinstance(settings.ports, int) else len(settings.ports)
 
 
 class PortThread:
@@ -117,18 +135,26 @@ class PortThread:
 
 
 class PortGroup:
-    """N ports over one ring, in this process.
+    """Ports over one ring, in this process.
 
     Args:
         ring: the ring, created or attached here.
-        settings: what to bind, and how.
+        settings: of the server.
         link_factory: opens one link a port.
+        indices: which of the server's ports; None for all.
     """
 
-    def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, link_factory: LinkFactory) -> None:
+    def __init__(
+        self,
+        ring: SharedRingBuffer,
+        settings: ServerConfig,
+        link_factory: LinkFactory,
+        *,
+        indices: Sequence[int] | None = None,
+    ) -> None:
         self._ring = ring
         self._settings = settings
-        self._wanted = (0,) * settings.ports if isinstance(settings.ports, int) else settings.ports
+        self._indices = range(number_of_ports(settings)) if indices is None else indices
         self._link_factory = link_factory
         self._threads: list[PortThread] = []
 
@@ -143,8 +169,8 @@ class PortGroup:
         """
         ports: list[int] = []
         try:
-            for index, wanted in enumerate(self._wanted):
-                candidates = self._candidates(wanted, ports)
+            for index in self._indices:
+                candidates = candidates_of(self._settings, index)
                 thread = PortThread(self._port_server(index), self._link_factory, candidates, f"ucxx-port-{index}")
                 self._threads.append(thread)
                 ports.append(thread.start(deadline_s))
@@ -165,13 +191,6 @@ class PortGroup:
         ended = [thread.stop(deadline_s) for thread in self._threads]
         self._threads = []
         return all(ended)
-
-    def _candidates(self, wanted: int, bound: Sequence[int]) -> Sequence[int]:
-        base = self._settings.base_port
-        if wanted or base is None:
-            return (wanted,)
-        first = bound[-1] + 1 if bound else base
-        return range(first, min(65536, base + self._settings.port_attempts))
 
     def _port_server(self, index: int) -> PortServer:
         source = SessionSource(

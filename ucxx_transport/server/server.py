@@ -1,12 +1,14 @@
-"""The server: a ring's payloads in place, and on N ports from a process of its own or from threads of this one."""
+"""The server: a ring's payloads in place, and on N ports, each a process of its own, or all threads of this one."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import os
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.config import ServerConfig
@@ -16,7 +18,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.publication import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
-from ucxx_transport.server.port_group import LinkFactory, PortGroup, to_order, ucxx_links
+from ucxx_transport.server.port_group import LinkFactory, PortGroup, number_of_ports, to_order, ucxx_links
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 from ucxx_transport.teardown import MARGIN_S, Teardown
 
@@ -108,7 +110,7 @@ class UCXXServer(RingSource):
 
     Args:
         ring: the ring to serve; its creator keeps and closes it.
-        config: settings; the default is 4 ports served by a supervised process.
+        config: settings; the default is 2 ports, each a supervised process.
         link_factory: opens one link a port, for `mode="thread"` only; the default is UCX.
     """
 
@@ -118,21 +120,16 @@ class UCXXServer(RingSource):
         super().__init__(ring)
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
-        self._sidecar: Sidecar | None = None
+        self._sidecars: tuple[Sidecar, ...] = ()
         if self._config.mode == "process":
-            self._sidecar = Sidecar(
-                "ucxx server",
-                serve=self._order,
-                restarts=Restarts(longest_s=1.0, healthy_after_s=1.0),
-                start_timeout_s=self._config.start_timeout_s,
-                on_up=self._on_up,
-                on_death=self._on_death,
-            )
+            self._sidecars = tuple(self._sidecar_of(index) for index in range(number_of_ports(self._config)))
         self._group: PortGroup | None = None
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
         self._port_count = 0
-        self._died_s = 0.0
+        self._came_up: dict[int, int] = {}
+        self._died_s: dict[int, float] = {}
+        self._publishing = threading.Lock()  # each sidecar has a thread
         self._pid = os.getpid()
 
     @property
@@ -147,8 +144,8 @@ class UCXXServer(RingSource):
 
     @property
     def sidecar(self) -> Sidecar | None:
-        """The process that serves, which may renew a lease too; None with `mode="thread"`, and while not serving."""
-        return self._sidecar if self._ports else None
+        """The first port's process, which may renew a lease too; None with `mode="thread"`, and while not serving."""
+        return self._sidecars[0] if self._sidecars and self._ports else None
 
     def start(self) -> None:
         """Listen on all ports and publish them in the segment; returns when clients can connect.
@@ -156,7 +153,7 @@ class UCXXServer(RingSource):
         Raises:
             ConfigError: a port is taken, clients cannot reach the address, or UCX does not start.
             DeadlineExceededError: not up within `start_timeout_s`.
-            TransportError: the server is running already, or its process died at its start.
+            TransportError: the server is running already, or a port's process died at its start.
         """
         if self._ports:
             raise TransportError("the server is running already; stop() it first")
@@ -165,8 +162,7 @@ class UCXXServer(RingSource):
         until_s = time.monotonic() + self._config.start_timeout_s
         self._address = address
         try:
-            sidecar = self._sidecar
-            ports = self._start_threads(until_s) if sidecar is None else self._start_process(sidecar, until_s)
+            ports = self._start_processes(until_s) if self._sidecars else self._start_threads(until_s)
         except BaseException:
             self._address = None
             raise
@@ -190,8 +186,8 @@ class UCXXServer(RingSource):
         until_s = time.monotonic() + self._config.stop_timeout_s
         teardown = Teardown("server", ring=self._ring.name)
         group, self._group = self._group, None
-        if self._sidecar is not None and self._sidecar.is_running:
-            teardown.step("sidecar", lambda: self._end_process(until_s), until_s)
+        if any(sidecar.is_running for sidecar in self._sidecars):
+            teardown.step("sidecars", lambda: self._end_processes(until_s), until_s)
         if group is not None:
             # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
             teardown.step("ports", lambda: group.stop(until_s + 2 * MARGIN_S), until_s)
@@ -200,13 +196,13 @@ class UCXXServer(RingSource):
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
-        words = self._ring.server_words
-        pid, restarts = (None, 0) if self._sidecar is None else self._sidecar.status
+        words, ports = self._ring.server_words, range(self._port_count)
+        status = [sidecar.status for sidecar in self._sidecars]
         return ServerStatistics(
             host=self._address,
-            pid=os.getpid() if self._group is not None else pid,
-            restarts=restarts,
-            ports=tuple(PortCounters(words, index).snapshot() for index in range(self._port_count)),
+            pids=tuple(one.pid for one in status) if status else (os.getpid(),) * len(self._ports),
+            restarts=sum(one.restarts for one in status),
+            ports=tuple(PortCounters(words, index).snapshot() for index in ports),
         )
 
     def is_healthy(self, within_s: float) -> bool:
@@ -251,20 +247,27 @@ class UCXXServer(RingSource):
             await asyncio.wait([stopping])
             raise
 
-    def _start_process(self, sidecar: Sidecar, until_s: float) -> tuple[int, ...]:
-        sidecar.start()
+    def _start_processes(self, until_s: float) -> tuple[int, ...]:
+        """All side by side: a process takes a second to be up."""
         try:
-            return tuple(sidecar.wait_up(until_s)["ports"])
+            self._came_up.clear()
+            for sidecar in self._sidecars:
+                sidecar.start()
+            for sidecar in self._sidecars:
+                sidecar.wait_up(until_s)
         except BaseException as error:
-            sidecar.stop(time.monotonic() + self._config.stop_timeout_s)
+            self._end_processes(time.monotonic() + self._config.stop_timeout_s)
             if isinstance(error, DeadlineExceededError):
-                message = "the server process did not come up in time; see ServerConfig(start_timeout_s=…)"
+                message = "a port's process did not come up in time; see ServerConfig(start_timeout_s=…)"
                 raise DeadlineExceededError(message) from None
             raise
+        return self._ports_up()
 
-    def _end_process(self, until_s: float) -> None:
-        assert self._sidecar is not None
-        self._sidecar.stop(until_s)
+    def _end_processes(self, until_s: float) -> None:
+        for sidecar in self._sidecars:
+            sidecar.begin_stop(until_s)
+        for sidecar in self._sidecars:
+            sidecar.stop(until_s)
         self._reclaim()
 
     def _start_threads(self, until_s: float) -> tuple[int, ...]:
@@ -273,28 +276,49 @@ class UCXXServer(RingSource):
         self._group = group
         return ports
 
-    # in the sidecar's thread
+    # in a sidecar's thread
 
-    def _order(self) -> dict[str, object]:
-        """What a process is to serve: after another's death the very ports that are published."""
+    def _sidecar_of(self, index: int) -> Sidecar:
+        return Sidecar(
+            f"ucxx port {index}",
+            serve=partial(self._order, index),
+            restarts=Restarts(longest_s=1.0, healthy_after_s=1.0),
+            start_timeout_s=self._config.start_timeout_s,
+            on_up=partial(self._on_up, index),
+            on_death=partial(self._on_death, index),
+            is_stalled=partial(self._is_stalled, index),
+        )
+
+    def _order(self, index: int) -> dict[str, object]:
+        """What a process is to serve: after another's death the very port that is published."""
         config = self._config
-        if self._ports and time.monotonic() - self._died_s < SAME_PORTS_FOR_S:
+        if self._ports and time.monotonic() - self._died_s.get(index, 0.0) < SAME_PORTS_FOR_S:
             config = replace(config, ports=self._ports, base_port=None)
         return {
             "ring_name": self._ring.name,
             "ring_folder": str(self._ring.folder),
             "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
+            "index": index,
             "settings": to_order(config),
         }
 
-    def _on_up(self, facts: dict[str, Any]) -> None:
-        ports = tuple(facts["ports"])
-        if self._ports and ports != self._ports:
-            self._publish(ports)
+    def _on_up(self, index: int, facts: dict[str, Any]) -> None:
+        with self._publishing:
+            self._came_up[index] = facts["port"]
+            if self._ports and self._ports_up() != self._ports:
+                self._publish(self._ports_up())
 
-    def _on_death(self) -> None:
-        self._died_s = time.monotonic()
+    def _on_death(self, index: int) -> None:
+        self._died_s[index] = time.monotonic()
         self._reclaim()
+
+    def _is_stalled(self, index: int) -> bool:
+        """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
+        silent_ns = time.monotonic_ns() - PortCounters(self._ring.server_words, index).beat_ns
+        return silent_ns > self._config.stall_timeout_s * 1e9
+
+    def _ports_up(self) -> tuple[int, ...]:
+        return tuple(port for _, port in sorted(self._came_up.items()))
 
     # the ring
 

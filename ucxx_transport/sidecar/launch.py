@@ -1,4 +1,4 @@
-"""The sidecar as its worker sees it: a process that serves a ring's ports, renews a lease, or both, and is kept alive.
+"""The sidecar as its worker sees it: a process that serves a port of a ring, renews a lease, or both; kept alive.
 
 A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
 before it has cleaned up. Each way goes a pipe with lines of JSON:
@@ -10,7 +10,7 @@ before it has cleaned up. Each way goes a pipe with lines of JSON:
 | worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease from now on (null: none), there, so often  |
 | worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
 | worker  | end of file without that                     | the worker is dying                                         |
-| sidecar | `{"up": {"ports": […]}}`                     | it is up                                                    |
+| sidecar | `{"up": {"port": 5001}}`                     | it is up                                                    |
 | sidecar | `{"failed": class, "reason": …}`             | it could not start, and ends                                |
 | sidecar | `{"lease_id": 7, "renewed_s": …}`            | renewed, by a call made then (CLOCK_MONOTONIC)              |
 | sidecar | `{"lease_id": 7, "lost": reason}`            | the store answered twice that there is no such lease        |
@@ -43,6 +43,9 @@ _log = get_logger(__name__)
 
 Order = Mapping[str, object]
 """What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
+
+LOOK_S: Final = 1.0
+"""How often a sidecar that is up is looked at. A worker that was itself stopped for several of these does not judge."""
 
 _REAP_S: Final = 5.0
 _READ_BYTES: Final = 65536
@@ -164,12 +167,13 @@ class Sidecar:
     It may be started again after a stop. A forked child must leave it alone.
 
     Args:
-        role: in front of its log lines, such as "ucxx server".
+        role: in front of its log lines, such as "ucxx port 0".
         serve: makes the order of what it serves, at every start; None: it only renews.
         restarts: when it is started again.
         start_timeout_s: one that is not up by then is killed and started again.
         on_up: called in the thread with the facts of each that is up.
         on_death: called in the thread when one has died unasked, before it is started again.
+        is_stalled: asked in the thread every `LOOK_S` while one is up; True: it is killed, and so started again.
 
     Attributes:
         status: now.
@@ -184,12 +188,13 @@ class Sidecar:
         start_timeout_s: float = 30.0,
         on_up: Callable[[dict[str, Any]], None] = lambda _: None,
         on_death: Callable[[], None] = lambda: None,
+        is_stalled: Callable[[], bool] | None = None,
     ) -> None:
         self._role = role
         self._serve = serve
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
-        self._on_up, self._on_death = on_up, on_death
+        self._on_up, self._on_death, self._is_stalled = on_up, on_death, is_stalled
         self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
         self._thread: threading.Thread | None = None
         self._process: _Process | None = None
@@ -230,20 +235,25 @@ class Sidecar:
         except FutureTimeoutError:
             raise DeadlineExceededError("the sidecar did not come up in time", role=self._role) from None
 
+    def begin_stop(self, until_s: float) -> None:
+        """`stop` without its wait, so that several end side by side."""
+        with self._lock:
+            if self._thread is not None and not self._stopping.is_set():
+                self._stop_by_s = until_s
+                self._stopping.set()
+                os.eventfd_write(self._wake, 1)
+
     def stop(self, until_s: float) -> None:
         """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent.
 
         Raises:
             DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
         """
+        self.begin_stop(until_s)
         with self._lock:
             thread = self._thread
-            if thread is None:
-                return
-            if not self._stopping.is_set():
-                self._stop_by_s = until_s
-                self._stopping.set()
-                os.eventfd_write(self._wake, 1)
+        if thread is None:
+            return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
         if thread.is_alive():
             raise DeadlineExceededError(
@@ -331,14 +341,20 @@ class Sidecar:
     def _follow(self, process: _Process) -> float | None:
         """Read its reports until it ends or a stop is asked for; returns when it came up."""
         came_up_s: float | None = None
-        start_by_s = time.monotonic() + self._start_timeout_s
+        looked_s = time.monotonic()
+        start_by_s = looked_s + self._start_timeout_s
         watched = {process.reports, process.pidfd}
         while not self._stopping.is_set():
-            left_s = None if came_up_s is not None else start_by_s - time.monotonic()
-            seen = self._wait(watched, left_s)
-            if not seen and left_s is not None and not self._stopping.is_set():
+            seen = self._wait(watched, LOOK_S if came_up_s is not None else start_by_s - time.monotonic())
+            if not seen and came_up_s is None and not self._stopping.is_set():
                 self._fail(DeadlineExceededError("the sidecar did not come up in time", role=self._role))
                 return None
+            last_s, looked_s = looked_s, time.monotonic()
+            if not seen and looked_s - last_s < 2 * LOOK_S and self._is_stalled is not None and self._is_stalled():
+                _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
+                process.popen.kill()
+                watched.discard(process.reports)
+                continue
             reports = process.read() if process.reports in seen else []
             if reports is None:  # its end; another thread's fork may hold the other end open, so that this may not come
                 watched.discard(process.reports)

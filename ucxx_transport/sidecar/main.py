@@ -1,18 +1,18 @@
 """The sidecar process: `python -m ucxx_transport.sidecar.main REPORT_FD ROLE`, started by `launch` and by nothing else.
 
-It serves the ports of a ring, renews a lease, or both, for as long as its worker lives, whatever else it is sent:
+It serves a port of a ring, renews a lease, or both, for as long as its worker lives, whatever else it is sent:
 signals that ask a whole job to end are the worker's affair, which may still have payloads to hand out.
 
-| what it sees                                      | the ports  | the lease                      | then              |
+| what it sees                                      | the port   | the lease                      | then              |
 |---------------------------------------------------|------------|--------------------------------|-------------------|
-| the worker runs, however busy                     | are served | is renewed                     | –                 |
-| the worker is stopped (SIGSTOP, a debugger)       | are served | is not renewed                 | –                 |
-| the close frame on its standard input             | are closed | is left as it is               | it ends           |
-| end of file there without it: the worker is dying | are closed | is revoked when that is dead   | as when it is dead|
-| the worker is dead (its pidfd)                    | are closed | is revoked                     | it sweeps, ends   |
-| the thread of a port has died                     | are closed | is left as it is               | it ends           |
-| SIGTERM, SIGINT, SIGHUP                           | are served | is renewed                     | –                 |
-| a store that does not answer                      | are served | is tried again                 | –                 |
+| the worker runs, however busy                     | is served  | is renewed                     | –                 |
+| the worker is stopped (SIGSTOP, a debugger)       | is served  | is not renewed                 | –                 |
+| the close frame on its standard input             | is closed  | is left as it is               | it ends           |
+| end of file there without it: the worker is dying | is closed  | is revoked when that is dead   | as when it is dead|
+| the worker is dead (its pidfd)                    | is closed  | is revoked                     | it sweeps, ends   |
+| the thread of its port has died                   | is closed  | is left as it is               | it ends           |
+| SIGTERM, SIGINT, SIGHUP                           | is served  | is renewed                     | –                 |
+| a store that does not answer                      | is served  | is tried again                 | –                 |
 """
 
 from __future__ import annotations
@@ -186,17 +186,17 @@ class Renewer:
 class _End(enum.Enum):
     CLOSED = "the close frame"
     ABANDONED = "the worker is dead or dying"
-    BROKEN = "a port has died"
+    BROKEN = "the port has died"
 
 
 class Served:
-    """The ports of a ring, all of them.
+    """One port of a ring.
 
     Args:
-        order: which ring, and the server's settings; see `ucxx_transport.server.server`.
+        order: which ring, which of its server's ports, and the server's settings; see `ucxx_transport.server.server`.
 
     Raises:
-        TransportError: the ring is gone, or not every port can listen.
+        TransportError: the ring is gone, or the port cannot listen.
     """
 
     def __init__(self, order: Mapping[str, Any]) -> None:
@@ -209,21 +209,21 @@ class Served:
         self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"], descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
-        self._group = PortGroup(self._ring, settings, ucxx_links(settings))
-        self.ports = self._group.start(time.monotonic() + settings.start_timeout_s)
+        self._group = PortGroup(self._ring, settings, ucxx_links(settings), indices=[order["index"]])
+        (self.port,) = self._group.start(time.monotonic() + settings.start_timeout_s)
 
     @property
-    def all_alive(self) -> bool:
-        """Whether every port still runs."""
+    def is_alive(self) -> bool:
+        """Whether the port still runs."""
         return self._group.all_alive
 
     def stop(self, teardown: Teardown) -> None:
-        """Close the ports and unmap the ring, in bounded steps."""
+        """Close the port and unmap the ring, in bounded steps."""
         until_s = time.monotonic() + self._stop_timeout_s
         # SIGALRM ends a process whose interpreter hangs, in a call of UCX that keeps its lock
         signal.setitimer(signal.ITIMER_REAL, self._stop_timeout_s + _KILL_MARGIN_S)
         # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
-        teardown.step("ports", lambda: self._group.stop(until_s + 2 * MARGIN_S), until_s)
+        teardown.step("port", lambda: self._group.stop(until_s + 2 * MARGIN_S), until_s)
         teardown.step("ring", self._ring.close, until_s)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -257,7 +257,7 @@ class _Main:
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error))
             return 1
-        self.report(up={"ports": [] if self._served is None else self._served.ports})
+        self.report(up={"port": None if self._served is None else self._served.port})
         end = self._obey()
         if self._renewer is not None:
             self._renewer.end(revoke=end is _End.ABANDONED)
@@ -290,7 +290,7 @@ class _Main:
                     return _End.ABANDONED
             elif self._worker.is_gone:  # and all that it had sent was read
                 return _End.ABANDONED
-            elif self._served is not None and not self._served.all_alive:
+            elif self._served is not None and not self._served.is_alive:
                 return _End.BROKEN
 
     def _keep(self, lease_id: int | None, store: Mapping[str, Any]) -> None:

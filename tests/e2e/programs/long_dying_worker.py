@@ -22,21 +22,21 @@ def main() -> None:
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
     reports, theirs = os.pipe()
     sidecar = subprocess.Popen(
-        [sys.executable, "-m", "ucxx_transport.sidecar.main", str(theirs), "ucxx server"],
+        [sys.executable, "-m", "ucxx_transport.sidecar.main", str(theirs), "ucxx port 0"],
         stdin=subprocess.PIPE,
         pass_fds=(theirs,),
     )
     os.close(theirs)
     assert sidecar.stdin is not None
     settings = to_order(ServerConfig(host="127.0.0.1", ports=1))
-    serve = {"ring_name": ring.name, "ring_folder": str(ring.folder), "settings": settings}
+    serve = {"ring_name": ring.name, "ring_folder": str(ring.folder), "index": 0, "settings": settings}
     order = {"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
     sidecar.stdin.write(json.dumps(order).encode() + b"\n")
     sidecar.stdin.flush()
     with open(reports, "rb") as lines:
-        ports = json.loads(lines.readline())["up"]["ports"]
+        port = json.loads(lines.readline())["up"]["port"]
     sidecar.stdin.close()
-    answer({"ring": ring.name, "port": ports[0], "server": sidecar.pid})
+    answer({"ring": ring.name, "port": port, "server": sidecar.pid})
     signal.pause()
 
 

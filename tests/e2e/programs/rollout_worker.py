@@ -40,7 +40,7 @@ class Worker(UCXXRolloutMixin):
         assert self.ucxx_writer is not None
         server = self.ucxx_writer.server
         assert server is not None
-        return wait_until(lambda: server.statistics().pid, 60, what="a server process")
+        return wait_until(lambda: server.statistics().pids[0], 60, what="a server process")
 
     def ring_statistics(self) -> dict[str, int]:
         """Counts of the ring, which the first episode has made."""

@@ -84,7 +84,7 @@ class Worker:
     def server_pid(self, _: object) -> Message:
         server = self.server
         assert server is not None
-        return {"server": wait_until(lambda: server.statistics().pid, 60, what="a server process")}
+        return {"server": wait_until(lambda: server.statistics().pids[0], 60, what="a server process")}
 
     def stop(self, _: object) -> Message:
         self.publisher.stop()

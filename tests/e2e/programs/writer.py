@@ -44,7 +44,7 @@ def main() -> None:
             if request["what"] == "server":
                 assert server is not None
                 now = server.statistics()
-                return {"pid": now.pid, "ports": list(server.ports), "restarts": now.restarts}
+                return {"pids": now.pids, "ports": list(server.ports), "restarts": now.restarts}
             try:
                 ref = write(ring, settings["stream"], request)
             except TransportError as error:

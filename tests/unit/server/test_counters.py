@@ -53,6 +53,6 @@ def test_an_unknown_counter_is_an_error_not_a_loss(words: memoryview) -> None:
 
 def test_the_server_sums_its_ports() -> None:
     ports = (PortStatistics(delivered=2, stale=1), PortStatistics(delivered=3))
-    statistics = ServerStatistics(host="h", pid=1, restarts=0, ports=ports)
+    statistics = ServerStatistics(host="h", pids=(1, 2), restarts=0, ports=ports)
     assert statistics.total("delivered") == 5
     assert statistics.total("stale") == 1

@@ -27,7 +27,12 @@ def soon() -> float:
 
 def order_of(ring_name: str, **settings: object) -> Order:
     config = ServerConfig(**{"host": "127.0.0.1", "ports": 1, **settings})  # type: ignore[arg-type]
-    return {"ring_name": ring_name, "ring_folder": str(segment_folder()), "settings": to_order(config)}
+    return {
+        "ring_name": ring_name,
+        "ring_folder": str(segment_folder()),
+        "index": 0,
+        "settings": to_order(config),
+    }
 
 
 def test_the_first_that_dies_young_is_replaced_at_once_and_the_next_ones_ever_later() -> None:
@@ -49,7 +54,7 @@ def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> Non
         first = Sidecar("first", restarts=AT_ONCE, serve=lambda: order_of(ring.name))
         first.start()
         try:
-            (port,) = first.wait_up(soon())["ports"]
+            port = first.wait_up(soon())["port"]
             second = Sidecar("second", restarts=AT_ONCE, serve=lambda: order_of(ring.name, ports=[port]))
             second.start()
             with pytest.raises(ConfigError, match=str(port)):
@@ -109,7 +114,7 @@ def test_one_that_dies_is_started_again_and_its_tenant_hears_of_it() -> None:
     assert tenant.deaths.acquire(timeout=MINUTE)
     assert died.wait(MINUTE)
     wait_until(lambda: sidecar.status.pid not in (None, dead), MINUTE, what="another one is up")
-    assert (sidecar.status.restarts, up) == (1, [{"ports": []}] * 2)
+    assert (sidecar.status.restarts, up) == (1, [{"port": None}] * 2)
     sidecar.release(tenant)
     assert sidecar.adopt(other)
     sidecar.stop(soon())
@@ -122,7 +127,7 @@ def test_a_stopped_one_can_be_started_again() -> None:
     for _ in range(2):
         sidecar.start()
         sidecar.start()
-        assert sidecar.wait_up(soon()) == {"ports": []}
+        assert sidecar.wait_up(soon()) == {"port": None}
         sidecar.stop(soon())
         assert not sidecar.is_running
 
