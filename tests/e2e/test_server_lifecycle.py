@@ -56,7 +56,7 @@ def test_start_that_fails_for_want_of_resources_says_so_and_leaves_nothing(monke
 
 
 def test_child_that_is_gone_before_its_order_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/bin/false")
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", b"/bin/false")
     with open_ring() as ring, pytest.raises(TransportError, match="died at its start"):
         UCXXServer(ring, CONFIG).start()
 

@@ -13,5 +13,5 @@ def sidecars_of(pid: int) -> list[int]:
         child
         for children in Path(f"/proc/{pid}/task").glob("*/children")
         for child in map(int, children.read_text().split())
-        if b"ucxx_transport.sidecar.main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"ucxx_transport/sidecar/boot.py" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]

@@ -5,8 +5,8 @@ before it has cleaned up. Each way goes a pipe with lines of JSON:
 
 | from    | line                                         | means                                                       |
 |---------|----------------------------------------------|-------------------------------------------------------------|
-| worker  | `{"worker_pid": n, "log_level": m,           | the first: whose sidecar,                                   |
-|         | "serve": {…}}`                               | what it serves (null: nothing)                              |
+| worker  | `{"sys_path": […], "worker_pid": n,          | the first: where its modules are, whose sidecar it is,      |
+|         | "log_level": m, "serve": {…}}`               | and what it serves (null: nothing)                          |
 | worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease from now on (null: none), there, so often  |
 | worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
 | worker  | end of file without that                     | the worker is dying                                         |
@@ -18,26 +18,21 @@ before it has cleaned up. Each way goes a pipe with lines of JSON:
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
-from ucxx_transport.logs import effective_level, get_logger
+from ucxx_transport.logs import get_logger
+from ucxx_transport.sidecar.process import SidecarProcess
 
 _log = get_logger(__name__)
 
@@ -45,11 +40,9 @@ Order = Mapping[str, object]
 """What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
 
 LOOK_S: Final = 1.0
-"""How often a sidecar that is up is looked at. A worker that was itself stopped for several of these does not judge."""
+"""How often a sidecar that is up is looked at."""
 
 _REAP_S: Final = 5.0
-_READ_BYTES: Final = 65536
-_MODULE: Final = "ucxx_transport.sidecar.main"
 _ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
 
 
@@ -102,65 +95,6 @@ class Tenant(Protocol):
         """The process has died, or could not be started: its reports count no more."""
 
 
-class _Process:
-    """One process of a sidecar, and its pipes."""
-
-    def __init__(self, role: str, inherits: tuple[int, ...]) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.reports, theirs = os.pipe()
-        self._unread = b""
-        try:
-            self.popen = subprocess.Popen(
-                # -P: a file of the worker's folder that is named like a standard module must not be imported.
-                [sys.executable, "-P", "-m", _MODULE, str(theirs), role],
-                stdin=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(theirs, *inherits),
-                process_group=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
-            self.pidfd = _pidfd_of(self.popen)
-        except BaseException:
-            os.close(self.reports)
-            raise
-        finally:
-            os.close(theirs)
-        os.set_blocking(self.reports, False)
-
-    def write(self, line: Order) -> None:
-        assert self.popen.stdin is not None
-        with suppress(OSError):  # it has died: its pidfd says so
-            self.popen.stdin.write(json.dumps(line).encode() + b"\n")
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """The reports that have arrived; None at the end of file."""
-        try:
-            part = os.read(self.reports, _READ_BYTES)
-        except BlockingIOError:
-            return []
-        *lines, self._unread = (self._unread + part).split(b"\n")
-        return [json.loads(line) for line in lines] if part else None
-
-    def end(self, until_s: float, role: str) -> None:
-        """By the close frame, and by SIGKILL once `until_s` has passed."""
-        self.write({"close": True})
-        self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
-        ended = select.poll()
-        ended.register(self.pidfd, select.POLLIN)
-        if not ended.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            _log.warning("sidecar_killed", role=role, pid=self.popen.pid, reason="it did not stop in time")
-            self.popen.kill()
-
-    def reap(self) -> int:
-        code = self.popen.wait()
-        os.close(self.pidfd)
-        os.close(self.reports)
-        assert self.popen.stdin is not None
-        self.popen.stdin.close()
-        return code
-
-
 class Sidecar:
     """Keeps one sidecar beside this process, from a thread: starts it, reads its reports, starts it again when it dies.
 
@@ -188,7 +122,7 @@ class Sidecar:
         start_timeout_s: float = 30.0,
         on_up: Callable[[dict[str, Any]], None] = lambda _: None,
         on_death: Callable[[], None] = lambda: None,
-        is_stalled: Callable[[], bool] | None = None,
+        is_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._role = role
         self._serve = serve
@@ -197,7 +131,7 @@ class Sidecar:
         self._on_up, self._on_death, self._is_stalled = on_up, on_death, is_stalled
         self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
         self._thread: threading.Thread | None = None
-        self._process: _Process | None = None
+        self._process: SidecarProcess | None = None
         self._tenant: Tenant | None = None
         self._first: Future[dict[str, Any]] = Future()
         self._stopping = threading.Event()
@@ -308,16 +242,9 @@ class Sidecar:
     def _attend(self) -> tuple[float, str]:
         """One process from its start to its end; returns how long it was up, and how it ended."""
         serve = None if self._serve is None else self._serve()
-        descriptor = None if serve is None else serve.get("descriptor")
-        inherits = (descriptor,) if isinstance(descriptor, int) else ()
-        try:
-            process = _Process(self._role, inherits)
-        finally:
-            for number in inherits:
-                os.close(number)
+        process = SidecarProcess(self._role, serve)
         with self._lock:
             self._process = process
-            process.write({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
             if self._tenant is not None:
                 process.write(self._tenant.order)
         came_up_s: float | None = None
@@ -329,47 +256,51 @@ class Sidecar:
                 self._process = None
                 self.status = Status(None, self.status.restarts + (came_up_s is not None and not was_asked))
             if was_asked:
-                process.end(self._stop_by_s, self._role)
+                process.end(self._stop_by_s)
             elif came_up_s is None:
                 process.popen.kill()
-            code = process.reap()
+            how = process.reap()
         up_s = 0.0 if came_up_s is None else time.monotonic() - came_up_s
         if came_up_s is not None and not was_asked:
             self._on_death()
-        return up_s, _how(code)
+        return up_s, how
 
-    def _follow(self, process: _Process) -> float | None:
+    def _follow(self, process: SidecarProcess) -> float | None:
         """Read its reports until it ends or a stop is asked for; returns when it came up."""
         came_up_s: float | None = None
         looked_s = time.monotonic()
         start_by_s = looked_s + self._start_timeout_s
-        watched = {process.reports, process.pidfd}
+        watched = {process.reports, process.pidfd} - {-1}
         while not self._stopping.is_set():
-            seen = self._wait(watched, LOOK_S if came_up_s is not None else start_by_s - time.monotonic())
-            if not seen and came_up_s is None and not self._stopping.is_set():
+            seen = self._wait(watched, LOOK_S if came_up_s is not None else min(LOOK_S, start_by_s - looked_s))
+            was_looked_s, looked_s = looked_s, time.monotonic()
+            if came_up_s is None and looked_s >= start_by_s:
                 self._fail(DeadlineExceededError("the sidecar did not come up in time", role=self._role))
                 return None
-            last_s, looked_s = looked_s, time.monotonic()
-            if not seen and looked_s - last_s < 2 * LOOK_S and self._is_stalled is not None and self._is_stalled():
-                _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
-                process.popen.kill()
-                watched.discard(process.reports)
-                continue
-            reports = process.read() if process.reports in seen else []
+            had_ended = process.has_ended  # looked at first: all that it reported is there to be read
+            reports = process.read()
             if reports is None:  # its end; another thread's fork may hold the other end open, so that this may not come
                 watched.discard(process.reports)
-            elif not reports and process.pidfd in seen:
-                self._fail(TransportError("the sidecar died at its start; its standard error says why"))
-                return came_up_s
             for report in reports or ():
                 if "up" in report:
-                    came_up_s = time.monotonic()
+                    came_up_s = looked_s
                     self._come_up(process, report["up"])
                 else:
                     self._hear(report)
+            if had_ended and not reports:
+                if came_up_s is None:
+                    last = process.pass_errors_on() or "nothing on its standard error"
+                    self._fail(TransportError(f"the sidecar died at its start: {last}", role=self._role))
+                return came_up_s
+            # a worker that was itself stopped meanwhile does not judge
+            may_judge = came_up_s is not None and not seen and looked_s - was_looked_s < 2 * LOOK_S
+            if may_judge and self._is_stalled():
+                _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
+                process.popen.kill()
         return came_up_s
 
-    def _come_up(self, process: _Process, facts: dict[str, Any]) -> None:
+    def _come_up(self, process: SidecarProcess, facts: dict[str, Any]) -> None:
+        process.pass_errors_on()
         self._on_up(facts)
         self.status = Status(process.popen.pid, self.status.restarts)
         if not self._first.done():
@@ -394,22 +325,3 @@ class Sidecar:
         watched.register(self._wake, select.POLLIN)
         ready = watched.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
         return {number for number, _ in ready} - {self._wake}
-
-
-def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return os.pidfd_open(process.pid)
-    except OSError:
-        process.kill()
-        process.communicate()
-        raise
-
-
-def _how(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"exit status {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"

@@ -1,4 +1,4 @@
-"""The sidecar process: `python -m ucxx_transport.sidecar.main REPORT_FD ROLE`, started by `launch` and by nothing else.
+"""The sidecar process, once `boot` has started it for `launch`.
 
 It serves a port of a ring, renews a lease, or both, for as long as its worker lives, whatever else it is sent:
 signals that ask a whole job to end are the worker's affair, which may still have payloads to hand out.
@@ -22,7 +22,6 @@ import json
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -46,51 +45,78 @@ LEAVE_S: Final = 0.5
 REVOKE_S: Final = 10.0
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
 _KILL_MARGIN_S: Final = 2.0
-_STOPPED: Final = frozenset("Tt")
+_STOPPED: Final = frozenset({b"T", b"t"})
+# Fields of /proc/<pid>/stat behind the name.
+_STATE: Final = 0
+_THREADS: Final = 17
+_START: Final = 19
+# How often /proc is read where there is no pidfd.
+POLL_S: Final = 0.1
 # Of the reason of a loss: so short a report (PIPE_BUF) is written whole or not at all.
 _REASON_CHARS: Final = 500
 
 
 class WorkerEnd:
-    """The worker, as its sidecar sees it.
+    """The worker, as its sidecar sees it: gone once its last thread has ended, since until then it holds its locks.
 
     Args:
         pid: the worker's, which started this process.
 
     Attributes:
-        pidfd: readable when the worker has ended, to its last thread: until then it holds its locks. -1: it had before.
+        pidfd: readable when the worker is gone; -1 where there is none: then /proc is polled.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.pidfd = -1
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # AttributeError: a Python that was built without it
             self.pidfd = os.pidfd_open(pid)
-        if self.pidfd >= 0 and os.getppid() != pid:  # it had ended before: its pid is another process's now
+        # a pid is given to another process some day, and its start time tells the two apart
+        stat = self._stat()
+        self._start = stat[_START] if stat is not None and os.getppid() == pid else None
+        if self._start is None and self.pidfd >= 0:  # it had ended before
             os.close(self.pidfd)
             self.pidfd = -1
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended. Its children get another parent before that, with the end of its main thread."""
+        """Whether it has ended."""
         return self.wait_until_gone(0.0)
 
     @property
     def is_stopped(self) -> bool:
         """Whether it is stopped, by SIGSTOP or a debugger, and so answers no request."""
-        try:
-            with open(f"/proc/{self._pid}/stat", "rb") as stat:
-                # the name in parentheses may hold anything
-                return stat.read().rpartition(b")")[2].split()[0].decode() in _STOPPED
-        except OSError:
-            return False  # it is gone; or not ours to look at
+        stat = self._stat()
+        return stat is not None and stat[_STATE] in _STOPPED
 
     def wait_until_gone(self, limit_s: float) -> bool:
         """Wait for its end, `limit_s` at most; whether it came."""
-        ended = select.poll()
+        if self._start is None:
+            return True
         if self.pidfd >= 0:
+            ended = select.poll()
             ended.register(self.pidfd, select.POLLIN)
-        return self.pidfd < 0 or bool(ended.poll(limit_s * 1000))
+            return bool(ended.poll(limit_s * 1000))
+        until_s = time.monotonic() + limit_s
+        while self._runs():
+            if (left_s := until_s - time.monotonic()) <= 0:
+                return False
+            time.sleep(min(left_s, POLL_S))
+        return True
+
+    def _runs(self) -> bool:
+        stat = self._stat()
+        if stat is None or stat[_START] != self._start:
+            return False
+        return not (stat[_STATE] in b"ZX" and int(stat[_THREADS]) <= 1)
+
+    def _stat(self) -> list[bytes] | None:
+        """Its line in /proc from the state on (proc(5)); None when it is gone, or not ours to look at."""
+        try:
+            with open(f"/proc/{self._pid}/stat", "rb") as stat:
+                return stat.read().rpartition(b")")[2].split()  # the name in parentheses may hold anything
+        except OSError:
+            return None
 
 
 class Renewer:
@@ -237,9 +263,10 @@ class Served:
 class _Main:
     """What a sidecar has been ordered to do."""
 
-    def __init__(self, order: Mapping[str, Any], report_fd: int) -> None:
+    def __init__(self, order: Mapping[str, Any], report_fd: int, stderr_fd: int) -> None:
         os.set_blocking(report_fd, False)
         self._report_fd = report_fd
+        self._stderr_fd = stderr_fd
         self._worker = WorkerEnd(order["worker_pid"])
         self._serve = order["serve"]
         self._served: Served | None = None
@@ -257,6 +284,8 @@ class _Main:
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error))
             return 1
+        for descriptor in (1, 2):  # UCX logs to standard output, which may be what the worker talks to a program by
+            os.dup2(self._stderr_fd, descriptor)
         self.report(up={"port": None if self._served is None else self._served.port})
         end = self._obey()
         if self._renewer is not None:
@@ -301,19 +330,16 @@ class _Main:
         self._renewer.keep(lease_id)
 
 
-def main(report_fd: int, role: str) -> int:
-    """The process; returns its exit status."""
+def main(order: Mapping[str, Any], *, report_fd: int, stderr_fd: int, role: str) -> int:
+    """The process; returns its exit status.
+
+    Args:
+        order: the first line on standard input; see `launch`.
+        report_fd: where reports are written to.
+        stderr_fd: the worker's standard error, for the time when it is up.
+        role: in front of its log lines.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.dup2(2, 1)  # UCX logs to standard output, which may be what the worker talks to another program by
-    with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:  # unbuffered: what follows stays in the pipe
-        line = pipe.readline()
-    if not line:
-        return 1  # the worker died before its order
-    order = json.loads(line)
     log_to_stderr(role, order["log_level"])
-    return _Main(order, report_fd).run(role)
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
+    return _Main(order, report_fd, stderr_fd).run(role)

@@ -15,6 +15,7 @@ import sys
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
 from ucxx_transport.server.port_group import to_order
+from ucxx_transport.sidecar import boot
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
     reports, theirs = os.pipe()
     sidecar = subprocess.Popen(
-        [sys.executable, "-m", "ucxx_transport.sidecar.main", str(theirs), "ucxx port 0"],
+        [sys.executable, "-P", boot.__file__, str(theirs), "2", "ucxx port 0"],
         stdin=subprocess.PIPE,
         pass_fds=(theirs,),
     )
@@ -30,7 +31,7 @@ def main() -> None:
     assert sidecar.stdin is not None
     settings = to_order(ServerConfig(host="127.0.0.1", ports=1))
     serve = {"ring_name": ring.name, "ring_folder": str(ring.folder), "index": 0, "settings": settings}
-    order = {"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
+    order = {"sys_path": sys.path, "worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
     sidecar.stdin.write(json.dumps(order).encode() + b"\n")
     sidecar.stdin.flush()
     with open(reports, "rb") as lines:

@@ -14,6 +14,11 @@ from tests.support.waiting import wait_until
 from ucxx_transport.sidecar.main import WorkerEnd
 
 
+def close(end: WorkerEnd) -> None:
+    if end.pidfd >= 0:
+        os.close(end.pidfd)
+
+
 class Parent:
     """What `getppid` answers."""
 
@@ -22,6 +27,12 @@ class Parent:
 
     def __call__(self) -> int:
         return self.pid
+
+
+@pytest.fixture(params=["pidfd", "no pidfd"], autouse=True)
+def _with_and_without_pidfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no pidfd":  # an old kernel, a filter of system calls, a Python built without it
+        monkeypatch.delattr(os, "pidfd_open")
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def test_a_worker_whose_children_have_another_parent_is_there_until_its_last_thr
     assert not end.wait_until_gone(0.0)
     worker.kill()
     assert end.wait_until_gone(60)
-    os.close(end.pidfd)
+    close(end)
 
 
 def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
@@ -66,7 +77,7 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
     worker.send_signal(signal.SIGSTOP)
     wait_until(lambda: end.is_stopped, 60, what="it is seen to be stopped")
     assert not end.is_gone
-    os.close(end.pidfd)
+    close(end)
 
 
 @pytest.mark.parametrize(

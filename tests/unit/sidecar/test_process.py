@@ -1,0 +1,112 @@
+"""A sidecar's process: the worker's interpreter, flags and modules, and what is said of one that does not come up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.spawn
+import os
+import signal
+import sys
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.rows import row
+from tests.support.waiting import wait_until
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.sidecar.launch import Restarts, Sidecar
+from ucxx_transport.sidecar.process import interpreter
+
+MINUTE = 60.0
+REPORTING = """
+import json, os, sys
+def main(order, *, report_fd, stderr_fd, role):
+    facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
+    os.write(report_fd, json.dumps({"up": facts}).encode() + b"\\n")
+    sys.stdin.read()
+    return 0
+"""
+
+
+def soon() -> float:
+    return time.monotonic() + MINUTE
+
+
+def sidecar() -> Sidecar:
+    return Sidecar("test", restarts=Restarts(longest_s=0.0, healthy_after_s=0.0), serve=dict)
+
+
+@pytest.fixture
+def in_place_of_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a package `ucxx_transport` of the worker's own path has its `sidecar/main.py`."""
+    folder = tmp_path / "ucxx_transport" / "sidecar"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder / "main.py"
+
+
+def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
+    in_place_of_main: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A back-port in site-packages is harmless to the worker, whose standard library comes first: to a sidecar too."""
+    in_place_of_main.write_text(REPORTING)
+    (tmp_path / "back-ports").mkdir()
+    (tmp_path / "back-ports" / "enum.py").write_text("raise ImportError('a back-port took the place of a module')")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "back-ports")])
+    monkeypatch.setattr(sys, "warnoptions", ["error::UserWarning"])
+    one = sidecar()
+    one.start()
+    try:
+        facts = one.wait_up(soon())
+    finally:
+        one.stop(soon())
+    assert facts["sys_path"] == sys.path
+    assert "error::UserWarning" in facts["warnings"]
+
+
+def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
+    in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_place_of_main.write_text("raise RuntimeError('no such library')")
+    one = sidecar()
+    one.start()
+    with pytest.raises(TransportError, match=r"died at its start: RuntimeError: no such library"):
+        one.wait_up(soon())
+    one.stop(soon())
+    assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
+
+
+def test_the_interpreter_is_the_one_that_multiprocessing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
+    for embedding in ("", None, "/opt/simulator/kit", "/usr/sbin/uwsgi"):
+        with row(executable=embedding):
+            monkeypatch.setattr(sys, "executable", embedding)
+            multiprocessing.set_executable(embedding or "")
+            with pytest.raises(ConfigError, match=r"multiprocessing\.set_executable.*mode='thread'"):
+                interpreter()
+            multiprocessing.set_executable("/opt/simulator/python.sh")
+            assert interpreter() == "/opt/simulator/python.sh"
+
+
+def test_without_pidfd_a_death_is_noticed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr("ucxx_transport.sidecar.process._pidfd_is_missed", False)
+    one = Sidecar("test", restarts=Restarts(longest_s=0.0, healthy_after_s=0.0))
+    one.start()
+    try:
+        one.wait_up(soon())
+        dead = wait_until(lambda: one.status.pid, MINUTE, what="it is up")
+        assert dead is not None
+        os.kill(dead, signal.SIGKILL)
+        wait_until(lambda: one.status.pid not in {None, dead}, MINUTE, what="another one is up")
+    finally:
+        one.stop(soon())
+    assert one.status.restarts == 1
+    assert [event["event"] for event in log_events].count("pidfd_missing") == 1, "said once"
