@@ -68,7 +68,7 @@ def test_a_transition_cut_off_at_any_store_has_happened_or_has_not(cut_library: 
     assert all(count >= 3 for count in stores.values()), stores
 
 
-@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("every", [307, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_repair_cut_off_at_any_store_is_completed_by_the_next(cut_library: str, every: int) -> None:
     cuts = run("repair", cut_library, str(every))
     assert all(count >= 3 for count in cuts.values()), cuts
