@@ -36,16 +36,20 @@ class Calls:
     abi: Callable[[], int]
     abort: Callable[..., int]
     acquire: Callable[..., int]
+    acquire_now: Callable[[object], int]
     commit: Callable[..., int]
+    commit_now: Callable[[object], int]
     count: Callable[..., int]
     discard: Callable[..., int]
     discard_until: Callable[..., int]
     finalise: Callable[..., int]
+    finalise_now: Callable[[object], int]
     holds: Callable[..., int]
     initialise: Callable[..., int]
     publish: Callable[..., int]
     ready: Callable[..., int]
     reserve: Callable[..., int]
+    reserve_now: Callable[[object], int]
     snapshot: Callable[..., int]
     wait: Callable[..., int]
 
@@ -71,6 +75,10 @@ class Calls:
             function = library[f"ring_{name}"]
             function.argtypes = (memory, *types)
             function.restype = ctypes.c_int
+            setattr(self, name, function)
+        for name in ("reserve_now", "commit_now", "acquire_now", "finalise_now"):
+            function = library[f"ring_{name}"]
+            function.argtypes = (memory,)
             setattr(self, name, function)
         self.abi = library.ring_abi
         self.abi.restype = ctypes.c_uint64

@@ -709,3 +709,21 @@ EXPORT int ring_publish(const struct ring *ring, const uint64_t *address, int64_
     store(ring->words + ADDRESS_VERSION_WORD, version);
     return leave(ring, DONE);
 }
+
+/* ---- The calls of every read and write again, each with the hold alone: ctypes takes 0.3 us for one argument and 1.4 for
+ * five. They do not wait for the lock. ---- */
+
+static const struct ring *ring_of(const uint64_t *hold) { return (const struct ring *)hold[HOLD_RING]; }
+
+EXPORT int ring_reserve_now(uint64_t *hold) { return ring_reserve(ring_of(hold), hold, (int)hold[HOLD_ARGUMENT], 0); }
+
+EXPORT int ring_commit_now(uint64_t *hold) { return ring_commit(ring_of(hold), hold, hold[HOLD_ARGUMENT], 0); }
+
+EXPORT int ring_acquire_now(uint64_t *hold) {
+    int code = ring_acquire(ring_of(hold), hold, 1, 0);
+    return code ? code : (int)hold[HOLD_OUTCOME];
+}
+
+EXPORT int ring_finalise_now(uint64_t *hold) {
+    return ring_finalise(ring_of(hold), hold, 1, (unsigned)hold[HOLD_ARGUMENT], 0);
+}

@@ -47,7 +47,9 @@
 #define HOLD_STATE 9
 #define HOLD_OUTCOME 10
 #define HOLD_ATTEMPTS 11
-#define HOLD_WORDS 12
+#define HOLD_RING 12
+#define HOLD_ARGUMENT 13
+#define HOLD_WORDS 14
 #define STATE_BITS 8
 #define STATE_MASK 255ULL
 

@@ -133,7 +133,11 @@ HOLD_STATE: Final = 9
 HOLD_OUTCOME: Final = 10
 HOLD_ATTEMPTS: Final = 11
 """Attempts in flight that the transition found."""
-HOLD_WORDS: Final = 12
+HOLD_RING: Final = 12
+"""Where the caller's `struct ring` is, for the calls that take nothing but a hold."""
+HOLD_ARGUMENT: Final = 13
+"""The one argument of such a call."""
+HOLD_WORDS: Final = 14
 
 POLICIES: Final = ("overwrite", "block", "raise")
 

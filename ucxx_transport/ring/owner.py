@@ -25,9 +25,13 @@ class Owner(NamedTuple):
     start: int
 
 
+@cache
 def current_owner() -> Owner:
     """This process. Right in a forked child too."""
-    return _current()
+    return Owner(os.getpid(), process_start(os.getpid()))
+
+
+os.register_at_fork(after_in_child=current_owner.cache_clear)
 
 
 def owner_alive(pid: int, start: int) -> bool:
@@ -125,11 +129,3 @@ def _exists_unseen(pid: int) -> bool:
     except (OSError, OverflowError):
         return False
     return Path(f"/proc/{pid}").exists()
-
-
-@cache
-def _current() -> Owner:
-    return Owner(os.getpid(), process_start(os.getpid()))
-
-
-os.register_at_fork(after_in_child=_current.cache_clear)

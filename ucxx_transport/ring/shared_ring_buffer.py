@@ -16,6 +16,7 @@ from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.ring.ring_handle import RingHandle
 from ucxx_transport.ring.writing import WriteLease
 from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.slot_ref import renumbered
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -113,7 +114,8 @@ class SharedRingBuffer(RingHandle):
             RingFullError: every slot is being read or written, or, with `on_full="raise"`, none is free.
             DeadlineExceededError: no slot, or the lock, in time.
         """
-        self._require_open()
+        if not self._open:
+            self._require_open()
         return self._writer.write(data, readers, meta, deadline_s)
 
     def write_raw(
@@ -125,7 +127,8 @@ class SharedRingBuffer(RingHandle):
         deadline_s: float | None = None,
     ) -> SlotRef:
         """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
-        self._require_open()
+        if not self._open:
+            self._require_open()
         return self._writer.write_raw(buffer, readers, meta, deadline_s)
 
     def reserve(
@@ -168,7 +171,8 @@ class SharedRingBuffer(RingHandle):
             SlotError: the ring has no such slot.
             BusyError: the slot carries as many read attempts as it can.
         """
-        self._require_open()
+        if not self._open:
+            self._require_open()
         return self._reader.acquire_ref(ref, reader, deadline_s)
 
     def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease:
@@ -222,8 +226,9 @@ class SharedRingBuffer(RingHandle):
     def ready_refs(self) -> list[SlotRef]:
         """References of the payloads that wait to be read, oldest first; without `meta`, which is not in the ring."""
         self._require_open()
+        template = self._references.template(None)
         return [
-            self._references.make(ready.slot, ready.generation, ready.nbytes, ready.checksum, None)
+            renumbered(template, ready.slot, ready.generation, ready.nbytes, ready.checksum)
             for ready in self._core.transitions.ready()
         ]
 

@@ -26,6 +26,7 @@ from ucxx_transport.errors import (
 from ucxx_transport.native import Library, RingStruct, load
 from ucxx_transport.ring.layout import (
     ADDRESS_BANK_WORDS,
+    HOLD_ARGUMENT,
     HOLD_ATTEMPTS,
     HOLD_CHECKSUM,
     HOLD_GENERATION,
@@ -34,6 +35,7 @@ from ucxx_transport.ring.layout import (
     HOLD_NBYTES,
     HOLD_OUTCOME,
     HOLD_PID,
+    HOLD_RING,
     HOLD_SLOT,
     HOLD_START,
     HOLD_STATE,
@@ -104,7 +106,8 @@ class Transitions:
     """
 
     __slots__ = (
-        *("_brief", "_clock", "_first_payload", "_sleeping", "_ring", "_segment", "_stride", "_struct"),
+        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_first_payload", "_reserve", "_ring", "_segment"),
+        *("_sleeping", "_stride", "_struct"),
         "lock_wait_s",
     )
 
@@ -135,6 +138,10 @@ class Transitions:
         library = library or own_library()
         self._brief = library.brief
         self._sleeping = library.sleeping
+        self._reserve = self._brief.reserve_now
+        self._commit = self._brief.commit_now
+        self._acquire = self._brief.acquire_now
+        self._finalise = self._brief.finalise_now
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment that no other process uses yet.
@@ -155,7 +162,8 @@ class Transitions:
         Returns:
             False when no slot can be written.
         """
-        code = self._brief.reserve(self._ring, words, overwrites, 0)
+        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, overwrites
+        code = self._reserve(words)
         if code:
             if code != _FULL:
                 code = self._waited(code, wait_s, self._sleeping.reserve, words, overwrites)
@@ -169,7 +177,8 @@ class Transitions:
         Raises:
             SlotError: the hold has ended: committed, aborted, or reclaimed.
         """
-        code = self._brief.commit(self._ring, words, required_reads, 0)
+        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, required_reads
+        code = self._commit(words)
         if code:
             code = self._waited(code, None, self._sleeping.commit, words, required_reads)
             if code:
@@ -216,11 +225,14 @@ class Transitions:
             BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
                 the reads that the payload asks for.
         """
-        code = self._brief.acquire(self._ring, words, 1, 0)
+        words[HOLD_RING] = self._ring
+        code = self._acquire(words)
         if code:
-            self._waited(code, wait_s, self._sleeping.acquire, words, 1)
-        if words[HOLD_OUTCOME]:
-            raise _refusal(words)
+            if code == _LOCKED:
+                self._waited(code, wait_s, self._sleeping.acquire, words, 1)
+                code = words[HOLD_OUTCOME]
+            if code:
+                raise _refusal(Outcome(code), words)
 
     def finalise(self, words: Words, reason: Counter | int, wait_s: float | None = None) -> bool:
         """End a read attempt. The last one takes the slot to FREE, or back to READY while a reader is missing.
@@ -233,7 +245,8 @@ class Transitions:
         Returns:
             Whether the attempt was in flight; False changes nothing.
         """
-        code = self._brief.finalise(self._ring, words, 1, reason, 0)
+        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, reason
+        code = self._finalise(words)
         if code:
             code = self._waited(code, wait_s, self._sleeping.finalise, words, 1, reason)
         return code == _DONE
@@ -354,14 +367,14 @@ def own_library() -> Library:
     return library
 
 
-def _refusal(words: Words) -> TransportError:
+def _refusal(outcome: Outcome, words: Words) -> TransportError:
     """The error that an outcome of `acquire` is."""
-    outcome, found = Outcome(words[HOLD_OUTCOME]), words[HOLD_STATE]
+    found = words[HOLD_STATE]
     slot, generation = words[HOLD_SLOT], words[HOLD_GENERATION]
     if outcome is Outcome.OUT_OF_RANGE:
         return SlotError("the ring has no such slot", slot=slot)
     if outcome is Outcome.DAMAGED:
-        return SlotError("the header of the slot is damaged; recreate the ring", slot=slot, generation=generation)
+        return SlotError("the lock or the slot's header is damaged; recreate the ring", slot=slot)
     if outcome is Outcome.CROWDED:
         return BusyError("the slot carries as many read attempts as it can", slot=slot, attempts=words[HOLD_ATTEMPTS])
     if outcome is Outcome.TAKEN:

@@ -12,7 +12,7 @@ import xxhash
 
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, SlotError, TransportError
 from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.holds import Hold, has_unsettled, settle
+from ucxx_transport.ring.holds import Hold, settle, unsettled
 from ucxx_transport.ring.layout import (
     HOLD_CHECKSUM,
     HOLD_GENERATION,
@@ -26,6 +26,7 @@ from ucxx_transport.ring.layout import (
 from ucxx_transport.ring.references import ReferenceMaker
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.placement import Placement, byte_view, view_fields
+from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, copy_fields
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 _RECLAIM_EVERY_S: Final = 0.1
 """While waiting for a slot: how often to look for holds of processes that died since."""
+
+_SMALL_BYTES: Final = 16 << 10
+"""Copied with the interpreter's lock held, which takes less than releasing it."""
 
 _REMEMBERED_SLOTS: Final = 1024
 """Slots whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs."""
@@ -164,11 +168,19 @@ class WriteLease:
 class SlotWriter:
     """The writing half of a ring handle."""
 
-    __slots__ = ("_core", "_overwrites", "_references", "_schema", "_targets")
+    __slots__ = (
+        *("_bytes", "_core", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema", "_slot_bytes"),
+        *("_stride", "_targets", "_takes_checksums"),
+    )
 
     def __init__(self, core: RingCore, schema: Schema | None, references: ReferenceMaker) -> None:
         """Bind to a ring."""
         self._core = core
+        geometry = core.identity.geometry
+        self._bytes = core.segment.memory.data
+        self._first_byte, self._stride = geometry.payload_byte(0), geometry.stride_bytes
+        self._slot_bytes, self._most_readers = geometry.slot_bytes, geometry.readers
+        self._takes_checksums = core.identity.checksum
         self._overwrites = core.identity.on_full == "overwrite"
         self._schema = schema
         self._references = references
@@ -213,12 +225,17 @@ class SlotWriter:
             raise ConfigError("this ring has a schema: write(data) takes its arrays", field="buffer")
         required = self._required_reads(readers)
         # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
-        data = buffer.data if isinstance(buffer, np.ndarray) else buffer
-        source = np.frombuffer(byte_view(data, writable=False), np.uint8)
-        self._check_size(source.nbytes)
-        hold = self._take(source.nbytes, deadline_s)
+        source = byte_view(buffer.data if isinstance(buffer, np.ndarray) else buffer, writable=False)
+        nbytes = source.nbytes
+        if nbytes > self._slot_bytes:
+            self._check_size(nbytes)
+        hold = self._take(nbytes, deadline_s)
         try:
-            np.copyto(self._core.memory(hold), source)
+            if nbytes <= _SMALL_BYTES:
+                start = self._first_byte + hold.words[HOLD_SLOT] * self._stride
+                self._bytes[start : start + nbytes] = source
+            else:  # releases the interpreter's lock
+                np.copyto(self._core.memory(hold), np.frombuffer(source, np.uint8))
             return self.commit(hold, required, meta)
         except BaseException:
             self._undo(hold)
@@ -270,15 +287,17 @@ class SlotWriter:
         """
         words = hold.words
         checksum = None
-        if self._core.identity.checksum:
+        if self._takes_checksums:
             checksum = xxhash.xxh3_64_intdigest(self._core.memory(hold).data)
             words[HOLD_CHECKSUM] = checksum
             words[HOLD_HAS_CHECKSUM] = 1
         # made first: what can go wrong with it must not leave a payload that has no reference
-        ref = self._references.make(words[HOLD_SLOT], words[HOLD_GENERATION], words[HOLD_NBYTES], checksum, meta)
+        template = self._references.template(meta)
+        slot = words[HOLD_SLOT]
+        ref = renumbered(template, slot, words[HOLD_GENERATION], words[HOLD_NBYTES], checksum)
         self._core.transitions.commit(words, required)
         hold.forget()
-        if not words[HOLD_SLOT]:  # once a round
+        if not slot:  # once a round
             self._core.look_for_name()
         return ref
 
@@ -293,7 +312,7 @@ class SlotWriter:
             RingFullError: none is to be had and the policy is not to wait.
             DeadlineExceededError: none became free in time.
         """
-        if has_unsettled():
+        if unsettled:
             settle()
         core = self._core
         hold = Hold(core.transitions, core.owner())
@@ -365,7 +384,7 @@ class SlotWriter:
         struct.pack_into(f"<{count}Q", self._core.segment.memory.data, start, *placement.lengths)
 
     def _required_reads(self, readers: int | None) -> int:
-        most = self._core.identity.geometry.readers
+        most = self._most_readers
         if readers is None:
             return most
         if not 1 <= readers <= most:
@@ -377,7 +396,7 @@ class SlotWriter:
         return readers
 
     def _check_size(self, nbytes: int) -> None:
-        most = self._core.identity.geometry.slot_bytes
+        most = self._slot_bytes
         if not 0 <= nbytes <= most:
             raise ConfigError(
                 f"a payload of {nbytes} bytes does not fit a slot of {most}: raise ring.slot_bytes",

@@ -14,9 +14,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any, TypeVar
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.slot_ref import SlotRef
@@ -36,6 +37,8 @@ MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
+_MAX_U64 = (1 << 64) - 1
+_MAX_I64 = 1 << 63
 _REWARD_KEYS = ("sum", "mean", "min", "max")
 
 
@@ -67,7 +70,7 @@ class RewardSummary:
 
     def to_dict(self) -> dict[str, float]:
         """Under the keys "sum", "mean", "min" and "max"."""
-        return dict(zip(_REWARD_KEYS, (self.total, self.mean, self.least, self.most), strict=True))
+        return {"sum": self.total, "mean": self.mean, "min": self.least, "max": self.most}
 
     @classmethod
     def from_dict(cls, data: object) -> RewardSummary:
@@ -77,8 +80,11 @@ class RewardSummary:
             ProtocolError: it is malformed.
         """
         form = take_fields(data, "reward summary", required=_REWARD_KEYS)
+        values = (form["sum"], form["mean"], form["min"], form["max"])
+        if {*map(type, values)} == {float} and all(map(isfinite, values)):  # type: ignore[arg-type]  # looked at first
+            return _assembled(RewardSummary, _reward_puts, values)
         try:
-            return cls(total=form["sum"], mean=form["mean"], least=form["min"], most=form["max"])  # type: ignore[arg-type]  # __post_init__ checks every type
+            return cls(total=values[0], mean=values[1], least=values[2], most=values[3])  # type: ignore[arg-type]  # refuses
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -154,17 +160,44 @@ class EpisodeRecord:
         Raises:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        form = dict(take_fields(data, "episode record", required=_KEYS))
-        check_version(form.pop(MARK), "episode record")
-        ref, rewards = form.pop("ref"), form.pop("rewards")
+        form: Mapping[str, Any] = take_fields(data, "episode record", required=_KEYS)
+        check_version(form[MARK], "episode record")
+        _, worker_id, sequence, ref, dropped, steps, rewards, version = values = [form[key] for key in _KEYS]
+        values[3] = None if ref is None else SlotRef.from_dict(ref)
+        values[6] = None if rewards is None else RewardSummary.from_dict(rewards)
+        if (
+            type(worker_id) is str
+            and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
+            and worker_id.isprintable()
+            and type(sequence) is int
+            and 0 <= sequence <= _MAX_U64
+            and (steps is None or (type(steps) is int and 0 <= steps <= _MAX_U64))
+            and (version is None or (type(version) is int and -_MAX_I64 <= version < _MAX_I64))
+            and ref is not None
+            and dropped is None
+        ):
+            return _assembled(EpisodeRecord, _record_puts, values[1:])
         try:
-            return cls(
-                ref=None if ref is None else SlotRef.from_dict(ref),
-                rewards=None if rewards is None else RewardSummary.from_dict(rewards),
-                **form,  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
-            )
+            return cls(**dict(zip(_KEYS[1:], values[1:], strict=True)))  # names the value that is wrong
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
+
+
+T = TypeVar("T")
+Put = Callable[[object, object], None]
+
+_reward_puts: tuple[Put, ...] = tuple(
+    getattr(RewardSummary, name).__set__ for name in ("total", "mean", "least", "most")
+)
+_record_puts: tuple[Put, ...] = tuple(getattr(EpisodeRecord, name).__set__ for name in _KEYS[1:])
+
+
+def _assembled(kind: type[T], puts: Sequence[Put], values: Sequence[object]) -> T:
+    """An instance of checked values, by its members: the constructor takes three times as long, and checks again."""
+    made = object.__new__(kind)
+    for put, value in zip(puts, values, strict=True):
+        put(made, value)
+    return made
 
 
 def check_policy_version(version: object) -> None:

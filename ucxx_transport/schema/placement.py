@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
 from math import prod
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
         ConfigError: not a contiguous buffer, or read-only where writable was asked for.
     """
     try:
-        memory = memoryview(cast("Buffer", buffer))
+        memory = memoryview(buffer)  # type: ignore[arg-type]  # an array is one, to type checkers too from 3.12 on
         # cast() refuses memory with gaps
         if memory.ndim != 1 or memory.format != "B" or not memory.contiguous:
             memory = memory.cast("B")

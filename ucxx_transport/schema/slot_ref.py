@@ -18,11 +18,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import isfinite
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 
@@ -143,7 +144,7 @@ class SlotRef:
             "ports": list(self.ports),
             "fingerprint": self.fingerprint,
             "checksum": self.checksum,
-            "meta": _plain(self.meta, 0),
+            "meta": _plain(self.meta, 0) if self.meta else {},
         }
 
     def to_bytes(self) -> bytes:
@@ -151,7 +152,7 @@ class SlotRef:
         return pack(
             (
                 *(WIRE_VERSION, self.ring_id, self.ring_name, self.slot, self.generation, self.nbytes, self.host_id),
-                *(self.host, self.ports, self.fingerprint, self.checksum, dict(self.meta)),
+                *(self.host, self.ports, self.fingerprint, self.checksum, dict(self.meta) if self.meta else {}),
             )
         )
 
@@ -162,18 +163,22 @@ class SlotRef:
         Raises:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        form = dict(take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL))
-        ring_id = form["ring_id"]
-        if (
-            not isinstance(ring_id, str)
-            or len(ring_id) != 2 * RING_ID_BYTES
-            or not set(ring_id) <= set("0123456789abcdef")
-        ):
+        form = take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL)
+        check_version(form["version"], "slot reference")
+        text = form["ring_id"]
+        try:
+            ring_id = bytes.fromhex(text)  # type: ignore[arg-type]  # what is no text is refused
+        except (TypeError, ValueError):
+            ring_id = b""
+        if len(ring_id) != RING_ID_BYTES or ring_id.hex() != text:
             raise ProtocolError(
-                f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(ring_id)}", field="ring_id"
+                f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(text)}", field="ring_id"
             )
-        form["ring_id"] = bytes.fromhex(ring_id)
-        return cls._rebuild(form)
+        get = form.get
+        return _rebuilt(
+            *(ring_id, form["ring_name"], form["slot"], form["generation"], form["nbytes"], form["host_id"]),
+            *(get("host"), get("ports", ()), get("fingerprint", 0), get("checksum"), get("meta", _NO_META)),
+        )
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -190,15 +195,84 @@ class SlotRef:
             raise ProtocolError(
                 f"a slot reference of {len(values)} values, not {len(_IN_BYTES)}", field="slot reference"
             )
-        return cls._rebuild(dict(zip(_IN_BYTES, values, strict=True)))
+        return _rebuilt(*values[1:])
 
-    @classmethod
-    def _rebuild(cls, form: dict[str, object]) -> SlotRef:
-        check_version(form.pop("version"), "slot reference")
-        try:
-            return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, **exc.facts) from exc
+
+# References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
+# they have in common is checked once, in a template, and a reference is one of its copies, made by the members: the
+# constructor takes 6 µs.
+_new: Final = object.__new__
+_puts: tuple[Callable[[SlotRef, object], None], ...] = tuple(getattr(SlotRef, name).__set__ for name in _IN_BYTES[1:])
+_put_ring_id, _put_ring_name, _put_slot, _put_generation, _put_nbytes, _put_host_id = _puts[:6]
+_put_host, _put_ports, _put_fingerprint, _put_checksum, _put_meta = _puts[6:]
+
+_MAX_U32: Final = (1 << 32) - 1
+_MAX_U64: Final = (1 << 64) - 1
+
+
+def renumbered(template: SlotRef, slot: int, generation: int, nbytes: int, checksum: int | None) -> SlotRef:
+    """A reference to another payload of the same ring, by numbers that were checked before. Cannot fail."""
+    ref = _new(SlotRef)
+    _put_ring_id(ref, template.ring_id)
+    _put_ring_name(ref, template.ring_name)
+    _put_slot(ref, slot)
+    _put_generation(ref, generation)
+    _put_nbytes(ref, nbytes)
+    _put_host_id(ref, template.host_id)
+    _put_host(ref, template.host)
+    _put_ports(ref, template.ports)
+    _put_fingerprint(ref, template.fingerprint)
+    _put_checksum(ref, checksum)
+    _put_meta(ref, template.meta)
+    return ref
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fingerprint: int, *ports: int) -> SlotRef:
+    """A reference with these, checked."""
+    return SlotRef(
+        ring_id=ring_id,
+        ring_name=ring_name,
+        slot=0,
+        generation=0,
+        nbytes=0,
+        host_id=host_id,
+        host=host,
+        ports=ports,
+        fingerprint=fingerprint,
+    )
+
+
+def _rebuilt(*values: Any) -> SlotRef:
+    """A reference of a form's values, in order, which are not trusted.
+
+    Raises:
+        ProtocolError: one is out of its bounds.
+    """
+    ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
+    try:
+        if (
+            type(slot) is int
+            and 0 <= slot <= _MAX_U32
+            and type(generation) is int
+            and 0 <= generation <= _MAX_U64
+            and type(nbytes) is int
+            and 0 <= nbytes <= _MAX_U64
+            and (checksum is None or (type(checksum) is int and 0 <= checksum <= _MAX_U64))
+            and (type(ports) is list or type(ports) is tuple)
+        ):
+            try:
+                template = _template(ring_id, ring_name, host_id, host, fingerprint, *ports)
+            except TypeError:
+                pass  # a value that has no hash, and is refused below
+            else:
+                ref = renumbered(template, slot, generation, nbytes, checksum)
+                if meta or type(meta) is not dict:
+                    _put_meta(ref, _checked_meta(meta))
+                return ref
+        return SlotRef(**dict(zip(_IN_BYTES[1:], values, strict=True)))  # names the field that is wrong
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, **exc.facts) from exc
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
