@@ -104,7 +104,8 @@ class ClientCore:
             ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
                 or this is a forked copy of the client.
         """
-        self._require_usable()
+        if self._closed or os.getpid() != self._pid:
+            self._require_usable()
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
                 f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
@@ -135,7 +136,15 @@ class ClientCore:
             limit_s: how long to wait for the ring's lock.
             began_s: when the read was called, by `time.perf_counter`.
         """
-        return self._counted(self.local.finish(ref, *self._begin_local(ring, ref, limit_s)), into, began_s)
+        try:
+            begun = ring, *self.local.begin(ring, ref, limit_s)
+        except SlotError:
+            begun = self._begin_elsewhere(ring, ref, limit_s)
+        payload = self.local.finish(ref, *begun)
+        if into is not None:
+            payload = payload.copied_into(into)
+        self.counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
+        return payload
 
     def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
         """Discard a payload of an attached ring; whether it was still there."""
@@ -189,13 +198,19 @@ class ClientCore:
         try:
             return ring, *self.local.begin(ring, ref, limit_s)
         except SlotError:
-            if not ring.closed:
-                raise
-            # Another read closed this handle in the meantime, to make room or because its worker died.
-            replacement = self.local.ring_of(ref)
-            if replacement is None:
-                raise
-            return replacement, *self.local.begin(replacement, ref, limit_s)
+            return self._begin_elsewhere(ring, ref, limit_s)
+
+    def _begin_elsewhere(
+        self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
+    ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
+        """While an error is handled: begin by another handle, if another read has closed this one meanwhile.
+
+        It does so to make room, or because the worker died.
+        """
+        replacement = self.local.ring_of(ref) if ring.closed else None
+        if replacement is None:
+            raise  # noqa: PLE0704 - the error being handled
+        return replacement, *self.local.begin(replacement, ref, limit_s)
 
     @property
     def closed(self) -> bool:
@@ -294,8 +309,9 @@ class Deduplicator:
             StaleSlotError: as `check`.
         """
         with self._lock:
-            self.check(ref)
             slots = self._rings.get(ref.ring_id)
+            if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+                self.check(ref)
             if slots is None:
                 slots = self._rings[ref.ring_id] = {}
                 while len(self._rings) > self._max_rings:

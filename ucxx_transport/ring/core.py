@@ -35,6 +35,7 @@ class RingCore:
     Attributes:
         segment: the mapped memory.
         identity: what the segment says of itself.
+        owner: in whose name this handle takes holds.
         words: the segment as 64-bit words.
         transitions: of its slots.
         clock: monotonic seconds.
@@ -42,12 +43,12 @@ class RingCore:
 
     __slots__ = (
         "_alive",
-        "_given_owner",
         "_state_words",
         "_warned_late",
         "_warned_name",
         "clock",
         "identity",
+        "owner",
         "segment",
         "transitions",
         "words",
@@ -75,13 +76,9 @@ class RingCore:
             offset=geometry.first_slot_word * WORD_BYTES,
         ).reshape(geometry.slots, geometry.slot_words)
         self._state_words = headers[:, STATE]
-        self._given_owner = owner
+        self.owner: Callable[[], Owner] = current_owner if owner is None else lambda: owner
         self._alive = alive
         self._warned_late = self._warned_name = False
-
-    def owner(self) -> Owner:
-        """In whose name this handle takes holds."""
-        return self._given_owner or current_owner()
 
     def memory(self, hold: Hold) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,); they do not keep the hold."""

@@ -109,17 +109,25 @@ class Hold:
     @property
     def __array_interface__(self) -> dict[str, Any]:
         """The payload's bytes for numpy, read-only for a read. An array made of this keeps the hold."""
-        words = self.words
+        words, guard = self.words, self._guard
+        transitions = guard.transitions
         return {
             "shape": (words[HOLD_NBYTES],),
             "typestr": "|u1",
-            "data": (self._guard.transitions.payload_address(words[HOLD_SLOT]), self._guard.reason is not _ABORTED),
+            "data": (transitions.first_payload + words[HOLD_SLOT] * transitions.stride, guard.reason is not _ABORTED),
             "version": 3,
         }
 
     def forget(self) -> None:
         """Take a live one out of the registry: it has ended, or never began."""
         _live.pop(self.words[HOLD_LEASE], None)
+
+
+class _Nothing:
+    """Can be referred to weakly."""
+
+
+_ENDED: Final = Guard(_Nothing())  # type: ignore[arg-type]  # of no hold, so that no hold with it is live
 
 
 class DetachedRead(Hold):
@@ -138,6 +146,7 @@ class DetachedRead(Hold):
         guard.reason = _CONSUMED
         self._guard = guard
         _live[lease.words[HOLD_LEASE]] = guard
+        lease._guard = _ENDED  # noqa: SLF001 - whose guard is gone with this, and called by nothing
 
 
 def is_live(lease_id: int) -> bool:

@@ -36,11 +36,8 @@ class ReadLease(Hold):
 
     __slots__ = ("_core", "_schema")
 
-    def __init__(self, core: RingCore, slot: int, generation: int, reader: int, schema: Schema | None) -> None:
-        """Register an attempt that has not entered yet; use `SharedRingBuffer.acquire`."""
-        Hold.__init__(self, core.transitions, core.owner(), slot, generation, reader, _RELEASED)
-        self._core = core
-        self._schema = schema
+    _core: RingCore
+    _schema: Schema | None
 
     @property
     def attempt(self) -> int:
@@ -109,7 +106,8 @@ class ReadLease(Hold):
         Raises:
             SlotError: the lease has ended.
         """
-        self._require_held()
+        if not self.is_live:
+            self._require_held()
         return np.asarray(DetachedRead(self))
 
     def __enter__(self) -> Self:
@@ -150,21 +148,6 @@ class SlotReader:
             raise self._stale("the slot has no such generation", slot, generation)
         return self._enter(slot, generation, reader, wait_s)
 
-    def _enter(self, slot: int, generation: int, reader: int, wait_s: float | None) -> ReadLease:
-        """Enter an attempt on any u64 as slot and generation: `ring.c` refuses those that there are not."""
-        core = self._core
-        if not 0 <= reader <= _MAX_READER:
-            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
-        if unsettled:
-            settle()
-        lease = ReadLease(core, slot, generation, reader, self._schema)
-        try:
-            core.transitions.acquire(lease.words, wait_s)
-        except TransportError:
-            lease.forget()
-            raise
-        return lease
-
     def acquire_ref(self, ref: SlotRef, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire`."""
         if ref.ring_id != self._ring_id:
@@ -176,6 +159,23 @@ class SlotReader:
                 found_ring_id=self._ring_id.hex(),
             )
         return self._enter(ref.slot, ref.generation, reader, wait_s)
+
+    def _enter(self, slot: int, generation: int, reader: int, wait_s: float | None) -> ReadLease:
+        """Enter an attempt on any u64 as slot and generation: `ring.c` refuses those that there are not."""
+        if not 0 <= reader <= _MAX_READER:
+            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
+        if unsettled:
+            settle()
+        core = self._core
+        lease = ReadLease(core.transitions, core.owner(), slot, generation, reader, _RELEASED)
+        lease._core = core  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
+        lease._schema = self._schema  # noqa: SLF001
+        try:
+            core.transitions.acquire(lease.words, wait_s)
+        except TransportError:
+            lease.forget()
+            raise
+        return lease
 
     def read(self, ref: SlotRef, reader: int) -> dict[str, Any]:
         """See `SharedRingBuffer.read`."""

@@ -103,12 +103,16 @@ class Transitions:
         lock_wait_s: how long one call waits for the lock, unless it says otherwise.
         clock: monotonic seconds.
         library: another build of `ring.c` than the package's, for its tests.
+
+    Attributes:
+        first_payload: where slot 0's payload is in this process's memory.
+        stride: bytes from there to the next slot's.
+        lock_wait_s: how long one call waits for the lock.
     """
 
     __slots__ = (
-        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_first_payload", "_reserve", "_ring", "_segment"),
-        *("_sleeping", "_stride", "_struct"),
-        "lock_wait_s",
+        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_reserve", "_ring", "_segment"),
+        *("_sleeping", "_struct", "first_payload", "lock_wait_s", "stride"),
     )
 
     def __init__(
@@ -133,8 +137,8 @@ class Transitions:
             geometry.max_attempts,
         )
         self._ring = ctypes.addressof(self._struct)
-        self._first_payload = segment.address + geometry.payload_byte(0)
-        self._stride = geometry.stride_bytes
+        self.first_payload = segment.address + geometry.payload_byte(0)
+        self.stride = geometry.stride_bytes
         library = library or own_library()
         self._brief = library.brief
         self._sleeping = library.sleeping
@@ -311,10 +315,6 @@ class Transitions:
             wait_s: the bound.
         """
         self._sleeping.wait(self._ring, seen, int(wait_s * 1e9))
-
-    def payload_address(self, slot: int) -> int:
-        """Where a slot's payload is in this process's memory."""
-        return self._first_payload + slot * self._stride
 
     @property
     def holder_thread_id(self) -> int:

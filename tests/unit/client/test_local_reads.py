@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from socket import socket
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -218,3 +221,22 @@ def test_a_closed_client_reads_nothing(ring: SharedRingBuffer) -> None:
     with pytest.raises(ConfigError, match="closed"):
         client.read(ref)
     assert ring.slot_state(ref.slot) is SlotState.READY
+
+
+def test_a_read_in_place_is_twenty_calls_of_the_package(ring: SharedRingBuffer) -> None:
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "ucxx_transport" in Path(frame.f_code.co_filename).parts:
+            calls.append(frame.f_code.co_qualname)
+
+    with client_of(local="view", verify_checksum=False) as client:
+        client.read(ring.write_raw(EPISODE)).release()  # attaches
+        ref = ring.write_raw(EPISODE)
+        sys.setprofile(note)
+        try:
+            payload = client.read(ref)
+        finally:
+            sys.setprofile(None)
+        payload.release()
+    assert len(calls) <= 20, calls
