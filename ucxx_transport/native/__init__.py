@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ucxx_transport.errors import ConfigError
 
@@ -33,25 +33,9 @@ class Calls:
     """The functions of `ring.c`, with their types, of one loading of the library; the source says what each does."""
 
     library: ctypes.CDLL
-    abi: Callable[[], int]
-    abort: Callable[..., int]
-    acquire: Callable[..., int]
-    acquire_now: Callable[[object], int]
-    commit: Callable[..., int]
-    commit_now: Callable[[object], int]
-    count: Callable[..., int]
-    discard: Callable[..., int]
-    discard_until: Callable[..., int]
-    finalise: Callable[..., int]
-    finalise_now: Callable[[object], int]
-    holds: Callable[..., int]
-    initialise: Callable[..., int]
-    publish: Callable[..., int]
-    ready: Callable[..., int]
-    reserve: Callable[..., int]
-    reserve_now: Callable[[object], int]
-    snapshot: Callable[..., int]
-    wait: Callable[..., int]
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., int]: ...
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library

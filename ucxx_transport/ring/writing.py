@@ -138,7 +138,7 @@ class WriteLease:
         Returns:
             Whether this call did; False when the lease was committed, aborted or reclaimed before.
         """
-        return self._writer.abort(self._hold)
+        return self._writer.core.end_write(self._hold)
 
     def __enter__(self) -> Self:
         return self
@@ -169,13 +169,13 @@ class SlotWriter:
     """The writing half of a ring handle."""
 
     __slots__ = (
-        *("_bytes", "_core", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema", "_slot_bytes"),
-        *("_stride", "_targets", "_takes_checksums"),
+        *("_bytes", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema", "_slot_bytes"),
+        *("_stride", "_takes_checksums", "_targets", "core"),
     )
 
     def __init__(self, core: RingCore, schema: Schema | None, references: ReferenceMaker) -> None:
         """Bind to a ring."""
-        self._core = core
+        self.core = core
         geometry = core.identity.geometry
         self._bytes = core.segment.memory.data
         self._first_byte, self._stride = geometry.payload_byte(0), geometry.stride_bytes
@@ -227,15 +227,14 @@ class SlotWriter:
         # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
         source = byte_view(buffer.data if isinstance(buffer, np.ndarray) else buffer, writable=False)
         nbytes = source.nbytes
-        if nbytes > self._slot_bytes:
-            self._check_size(nbytes)
+        self._check_size(nbytes)
         hold = self._take(nbytes, deadline_s)
         try:
             if nbytes <= _SMALL_BYTES:
                 start = self._first_byte + hold.words[HOLD_SLOT] * self._stride
                 self._bytes[start : start + nbytes] = source
             else:  # releases the interpreter's lock
-                np.copyto(self._core.memory(hold), np.frombuffer(source, np.uint8))
+                np.copyto(self.core.memory(hold), np.frombuffer(source, np.uint8))
             return self.commit(hold, required, meta)
         except BaseException:
             self._undo(hold)
@@ -255,7 +254,7 @@ class SlotWriter:
         if self._schema is None:
             if lengths is not None:
                 raise ConfigError("a raw ring has no varlen fields: give nbytes", field="lengths")
-            size = self._core.identity.geometry.slot_bytes if nbytes is None else nbytes
+            size = self.core.identity.geometry.slot_bytes if nbytes is None else nbytes
             self._check_size(size)
         else:
             if nbytes is not None:
@@ -288,22 +287,17 @@ class SlotWriter:
         words = hold.words
         checksum = None
         if self._takes_checksums:
-            checksum = xxhash.xxh3_64_intdigest(self._core.memory(hold).data)
+            checksum = xxhash.xxh3_64_intdigest(self.core.memory(hold).data)
             words[HOLD_CHECKSUM] = checksum
             words[HOLD_HAS_CHECKSUM] = 1
         # made first: what can go wrong with it must not leave a payload that has no reference
-        template = self._references.template(meta)
         slot = words[HOLD_SLOT]
-        ref = renumbered(template, slot, words[HOLD_GENERATION], words[HOLD_NBYTES], checksum)
-        self._core.transitions.commit(words, required)
+        ref = renumbered(self._references.template(meta), slot, words[HOLD_GENERATION], words[HOLD_NBYTES], checksum)
+        self.core.transitions.commit(words, required)
         hold.forget()
         if not slot:  # once a round
-            self._core.look_for_name()
+            self.core.look_for_name()
         return ref
-
-    def abort(self, hold: Hold) -> bool:
-        """Give a slot back without a payload; False when it was not held any more."""
-        return self._core.end_write(hold)
 
     def _take(self, nbytes: int, deadline_s: float | None) -> Hold:
         """A slot in WRITING.
@@ -314,7 +308,7 @@ class SlotWriter:
         """
         if unsettled:
             settle()
-        core = self._core
+        core = self.core
         hold = Hold(core.transitions, core.owner())
         hold.words[HOLD_NBYTES] = nbytes
         try:
@@ -326,7 +320,7 @@ class SlotWriter:
         return hold
 
     def _wait_for_slot(self, hold: Hold, deadline_s: float | None) -> None:
-        core, words = self._core, hold.words
+        core, words = self.core, hold.words
         core.reclaim_dead()
         # tried whatever it found: another process may have been the one who took the dead's slots back
         if core.transitions.reserve(words, overwrites=self._overwrites):
@@ -363,15 +357,15 @@ class SlotWriter:
 
     def _undo(self, hold: Hold) -> None:
         """After an exception anywhere in a write: no payload of it remains."""
-        if not self._core.end_write(hold):
-            self._core.transitions.discard(hold.slot, hold.generation)
+        if not self.core.end_write(hold):
+            self.core.transitions.discard(hold.slot, hold.generation)
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot, for this layout, with the lengths written."""
         slot = hold.words[HOLD_SLOT]
         placed, targets = self._targets.get(slot, (None, []))
         if placed is not placement:
-            targets = view_fields(self._core.memory(hold).data, placement)
+            targets = view_fields(self.core.memory(hold).data, placement)
             if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
                 self._targets[slot] = (placement, targets)
         if placement.lengths:
@@ -380,8 +374,8 @@ class SlotWriter:
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:
         count = len(placement.lengths)
-        start = self._core.identity.geometry.payload_byte(hold.words[HOLD_SLOT])
-        struct.pack_into(f"<{count}Q", self._core.segment.memory.data, start, *placement.lengths)
+        start = self.core.identity.geometry.payload_byte(hold.words[HOLD_SLOT])
+        struct.pack_into(f"<{count}Q", self.core.segment.memory.data, start, *placement.lengths)
 
     def _required_reads(self, readers: int | None) -> int:
         most = self._most_readers
