@@ -83,6 +83,10 @@ class ExchangeRig:
         """Something else listens on `port`: every connection to it is handed to `on_endpoint`."""
         await MemoryLink(MemoryNetwork(listeners=self._listeners)).listen(port, on_endpoint)
 
+    def fail_accepts(self, port: int, count: int) -> None:
+        """So many clients go away while the link of `port` takes them."""
+        self._listeners[port].link.count(accepts_failed=count)
+
     def publish(self, *ports: int) -> None:
         """References written from now on name these ports; default all that serve."""
         self.ring.publish_address(HOST, ports or tuple(self._ports))

@@ -173,10 +173,10 @@ def list_interfaces() -> list[Interface]:
 
 
 def ipv6_addresses() -> dict[str, str]:
-    """The interfaces that have an IPv6 address beyond this host and its own wire, each with one."""
+    """The interfaces that are up and have an IPv6 address beyond this host and its own wire, each with one."""
     found = {}
-    for name, family, raw, _ in _addresses():
-        if family == socket.AF_INET6:
+    for name, family, raw, flags in _addresses():
+        if family == socket.AF_INET6 and flags & _UP == _UP:
             address = ipaddress.IPv6Address(raw[8:24])
             if not (address.is_loopback or address.is_link_local):
                 found[name] = str(address)

@@ -56,6 +56,14 @@ async def test_garbage_is_answered_bad_request_and_closed() -> None:
                 assert await still_serves(rig)
 
 
+async def test_clients_that_the_link_could_not_accept_are_counted_once() -> None:
+    async with open_rig(ports=1) as rig:
+        for count, counted in [(2, 2), (0, 2), (1, 3)]:
+            rig.fail_accepts(1, count)
+            await asyncio.sleep(SWEEP_S)
+            assert rig.statistics(1).accepts_failed == counted
+
+
 async def test_a_message_longer_than_any_frame_ends_the_connection() -> None:
     async with open_rig(ports=1) as rig:
         peer = await RawPeer.connect(rig)
