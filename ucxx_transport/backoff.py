@@ -4,16 +4,10 @@ from __future__ import annotations
 
 
 def pause_s(attempt: int, *, first_s: float, longest_s: float, jitter: float = 0.0) -> float:
-    """The pause after a failed try: doubled with every try, up to a bound.
+    """The pause after failed try number `attempt` (from 1): doubled with every try, up to a bound.
 
-    With a random `jitter` it is between half of that and all of it ("equal jitter": M. Brooker, AWS Architecture Blog,
-    2015), so that a thousand workers do not come at the same time.
-
-    Args:
-        attempt: which try failed, from 1.
-        first_s: seconds of the first pause.
-        longest_s: seconds of the longest.
-        jitter: a number of [0, 1), `random.random()` for one; 0 takes the pause as it is.
+    With a `jitter` of [0, 1), such as `random.random()`, it is between half of that and all of it ("equal jitter": M.
+    Brooker, AWS Architecture Blog, 2015), so that a thousand workers do not come at the same time.
     """
     bound_s = min(longest_s, first_s * 2.0 ** min(attempt - 1, 60))
     return bound_s * (1.0 - 0.5 * jitter)

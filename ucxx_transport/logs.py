@@ -40,11 +40,7 @@ class _Message:
 
 
 class EventLogger:
-    """Logs events with keys; a key whose name a `LogRecord` needs itself gets a `_` behind it there.
-
-    Args:
-        name: the logger's, usually `__name__`.
-    """
+    """Logs events with keys; a key whose name a `LogRecord` needs itself gets a `_` behind it there."""
 
     __slots__ = ("_logger",)
 
@@ -87,11 +83,7 @@ class EventLogger:
 
 
 def get_logger(name: str) -> EventLogger:
-    """The event logger of a module.
-
-    Args:
-        name: the module's `__name__`.
-    """
+    """The event logger of the module with this `__name__`."""
     return EventLogger(name)
 
 
@@ -101,12 +93,7 @@ def effective_level() -> int:
 
 
 def log_to_stderr(role: str, level: int = logging.INFO) -> None:
-    """Log this process's events to standard error, each with the role in front; for helper processes.
-
-    Args:
-        role: what the process is to its worker, such as "ucxx port 0".
-        level: the lowest that is logged; a worker hands over its `effective_level()`.
-    """
+    """Log this process's events from `level` on to standard error, its role in front; for helper processes."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{role}] %(levelname)s %(message)s"))
     root = logging.getLogger(ROOT)

@@ -111,11 +111,7 @@ def clean(
 
 
 def describe_segments(names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every segment of this host that this user may open, each as a JSON-safe document.
-
-    Args:
-        names: only these; all if empty.
-    """
+    """Every segment of this host that this user may open, or those of `names`, each as a JSON-safe document."""
     return [_describe(info) for info in list_segments() if not names or info.name in names]
 
 

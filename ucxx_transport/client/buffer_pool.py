@@ -74,9 +74,7 @@ class BufferPoolStatistics:
 class BufferPool:
     """Lends byte buffers and takes them back when nothing refers to them any more. Thread-safe.
 
-    Args:
-        keep_bytes: idle buffers beyond this total are given back to the system.
-        page_locker: page-locks every buffer; None leaves them as they are.
+    Idle buffers beyond `keep_bytes` in all are given back to the system; `page_locker` page-locks every buffer.
     """
 
     def __init__(self, keep_bytes: int, page_locker: PageLocker | None = None) -> None:

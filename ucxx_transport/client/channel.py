@@ -82,11 +82,7 @@ class Channel:
         self.unsettled = None  # the server answered, so it has handled every frame before
 
     def acknowledge(self, exchange: ReadExchange, *, delivered: bool) -> None:
-        """End an attempt. Returns at once, without waiting for the acknowledgement to be sent.
-
-        Raises:
-            PeerLostError: the connection is gone already.
-        """
+        """End an attempt, without waiting for this to be sent. A PeerLostError: the connection is gone already."""
         if delivered:
             self.unsettled = exchange
         self._endpoint.post_send(exchange.ack(delivered=delivered))
@@ -96,11 +92,7 @@ class Channel:
         return described(await self.ask(describe_request(ring_id), DESCRIBE_RECEIVE_BYTES))
 
     async def confirm(self, exchange: ReadExchange) -> None:
-        """Say again that a payload arrived, after its connection was lost.
-
-        Raises:
-            StaleSlotError: it was settled already.
-        """
+        """Say again that a payload arrived, after its connection was lost. A StaleSlotError: it was settled already."""
         check_ok(await self.ask(exchange.confirm(), HANDSHAKE_RECEIVE_BYTES))
 
     async def say_goodbye(self) -> None:

@@ -33,14 +33,7 @@ GOODBYE_TIMEOUT_S = 0.5
 
 
 class Connections:
-    """Channels to any port of any source.
-
-    Args:
-        config: the client's settings.
-        link_factory: opens the link, with the first connection.
-        reader: the client's id.
-        counters: shared with the client.
-    """
+    """Channels to any port of any source; the link is opened with the first."""
 
     def __init__(
         self, config: ClientConfig, link_factory: LinkFactory, *, reader: int, counters: ClientCounters

@@ -39,17 +39,7 @@ REMEMBERED_RINGS = 1 << 16
 
 
 class ClientCore:
-    """The part of a client that needs no event loop. Thread-safe.
-
-    Args:
-        config: settings.
-        link_factory: opens the link when one is needed; the default is UCX.
-        watcher: says which sources there are.
-        page_locker: page-locks receive buffers, and has local payloads copied into such.
-
-    Raises:
-        ConfigError: local reads shall be in place and page-locked.
-    """
+    """The part of a client that needs no event loop; arguments and errors as `UCXXClient`. Thread-safe."""
 
     def __init__(
         self,
@@ -127,15 +117,7 @@ class ClientCore:
     def read_local(
         self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
     ) -> Payload:
-        """Read from an attached ring, counted.
-
-        Args:
-            ring: of `ref`.
-            ref: the payload's reference.
-            into: as for `read`.
-            limit_s: how long to wait for the ring's lock.
-            began_s: when the read was called, by `time.perf_counter`.
-        """
+        """Read from an attached ring, counted from `began_s` (`perf_counter`); `limit_s` is for the ring's lock."""
         try:
             begun = ring, *self.local.begin(ring, ref, limit_s)
         except SlotError:
@@ -233,11 +215,7 @@ class ClientCore:
     def deliver_remote(
         self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None, began_s: float
     ) -> Payload:
-        """Hand over what came over UCX, counted; `began_s` as for `read_local`.
-
-        Raises:
-            StaleSlotError: another read of this client was faster; this copy is dropped.
-        """
+        """Hand over what came over UCX, counted. A StaleSlotError: another read of this client was faster."""
         self._delivered.claim(ref)
         return self._counted(Payload(ref, content, schema, "ucx"), into, began_s)
 
@@ -274,10 +252,7 @@ class Deduplicator:
     """The newest generation of each ring's slots that this client has delivered or discarded. Thread-safe.
 
     It drops the duplicates that a lost acknowledgement allows. A generation only grows, so the newest one of each slot
-    is all there is to remember.
-
-    Args:
-        max_rings: rings remembered; the one longest unused is forgotten first.
+    is all there is to remember. Beyond `max_rings` the ring longest unused is forgotten.
     """
 
     def __init__(self, max_rings: int) -> None:

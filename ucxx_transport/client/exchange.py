@@ -75,13 +75,7 @@ def _expect_body(message: Message) -> ReadReply:
 
 
 class Handshake:
-    """HELLO, and AUTH when a token is configured on either side.
-
-    Args:
-        reader: this client's id, u64, not 0.
-        nonce: 32 fresh random bytes.
-        token: the shared secret, or None.
-    """
+    """HELLO, and AUTH when a token is configured on either side; `nonce` is 32 fresh random bytes."""
 
     def __init__(self, *, reader: int, nonce: bytes, token: bytes | None) -> None:
         self._reader = reader
@@ -116,11 +110,7 @@ class Handshake:
         return encode_request(Auth(mac=token_mac(self._token, "client", self._nonce, self._server_nonce)))
 
     def authenticated(self, message: Message) -> None:
-        """Judge the answer to AUTH: the server must know the token too.
-
-        Raises:
-            AuthenticationError: it does not, or refuses ours.
-        """
+        """Judge the answer to AUTH. An AuthenticationError: the server does not know the token, or refuses ours."""
         reply = _expect_body(message)
         mac = bytes(message[HEADER_BYTES : HEADER_BYTES + MAC_BYTES])
         expected = token_mac(self._token or b"", "server", self._nonce, self._server_nonce)
@@ -129,12 +119,7 @@ class Handshake:
 
 
 class ReadExchange:
-    """One attempt to read one payload.
-
-    Args:
-        ref: the payload's reference.
-        attempt: this client's number for the attempt, u64.
-    """
+    """One attempt to read one payload; `attempt` is this client's number for it, u64."""
 
     def __init__(self, ref: SlotRef, attempt: int) -> None:
         self._ref = ref
@@ -207,11 +192,7 @@ def describe_request(ring_id: bytes) -> bytes:
 
 
 def described(message: Message) -> bytes:
-    """The schema's msgpack in an answer to DESCRIBE.
-
-    Raises:
-        StaleSlotError: the server stands before another ring. ProtocolError: not a proper answer.
-    """
+    """The schema's msgpack in an answer to DESCRIBE. A StaleSlotError: the server stands before another ring."""
     reply = _expect_body(message)
     if reply.nbytes > MAX_SCHEMA_BYTES:
         raise ProtocolError("a schema is larger than the wire allows", nbytes=reply.nbytes, limit=MAX_SCHEMA_BYTES)
@@ -224,9 +205,5 @@ def bye_request() -> bytes:
 
 
 def check_ok(message: Message) -> None:
-    """Judge an answer without a body of interest (to BYE, CONFIRM).
-
-    Raises:
-        StaleSlotError: the payload of a CONFIRM is gone already. Others as the server says.
-    """
+    """Judge an answer without a body of interest (to BYE, CONFIRM); a StaleSlotError: a CONFIRM's payload is gone."""
     _expect_body(message)

@@ -110,18 +110,13 @@ class LocalReader:
     def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> tuple[ReadLease, Bytes | None]:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace.
 
-        Args:
-            ring: attached.
-            ref: of one of its payloads.
-            limit_s: how long to wait for the ring's lock at most.
-
         Returns:
             The attempt in flight, and the copy if the mode asks for one; for `finish`.
 
         Raises:
             StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
             ChecksumError: its bytes have changed since they were written.
-            DeadlineExceededError: the lock was not to be had in time.
+            DeadlineExceededError: the lock was not to be had in `limit_s`.
         """
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         try:

@@ -24,9 +24,6 @@ class LoopThread:
     A daemon that stops at exit: a trainer that forgets to close its client must still be able to end. Not anyio's
     blocking portal, which keeps the interpreter from exiting until it is stopped, and costs a call as much again as the
     two hops between the threads.
-
-    Args:
-        name: of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -51,11 +48,7 @@ class LoopThread:
             raise self._stopped() from None
 
     def call(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run `function()` in the loop and return its result; interrupted, the task is cancelled there.
-
-        Raises:
-            ConfigError: it has been stopped, before or meanwhile.
-        """
+        """`submit`, and wait for the `result`; errors as both."""
         return self.result(self.submit(function))
 
     def result(self, future: Future[T]) -> T:

@@ -37,11 +37,7 @@ class Watcher(Protocol):
 
 
 class Membership:
-    """What a watcher says, from here on. Told in the watcher's thread, asked in the client's loop.
-
-    Args:
-        watcher: whom to listen to.
-    """
+    """What a watcher says, from here on. Told in the watcher's thread, asked in the client's loop."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._on_gone: Callable[[SourceRecord], None] = _nothing
@@ -53,12 +49,7 @@ class Membership:
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
     def subscribe(self, on_gone: Callable[[SourceRecord], None], on_there: Callable[[SourceRecord], None]) -> None:
-        """Pass it on, in the loop of the reads.
-
-        Args:
-            on_gone: called with a source that is gone: its connections are to be closed.
-            on_there: called with a source that is there: its ports are worth a try.
-        """
+        """Pass it on, in the loop of the reads: a source that is gone, and one that is there."""
         self._on_gone, self._on_there = on_gone, on_there
 
     def close(self) -> None:

@@ -22,11 +22,7 @@ PortKey = tuple[str, int]
 
 
 class Quarantine:
-    """Ports to avoid for a while after a transport-class failure.
-
-    Args:
-        duration_s: how long a port is avoided after its last failure, in seconds.
-    """
+    """Ports to avoid for `duration_s` seconds after their last transport-class failure."""
 
     def __init__(self, duration_s: float) -> None:
         self._duration_s = duration_s
@@ -60,12 +56,7 @@ class Quarantine:
 
 
 class Turn:
-    """A source's ports, and the calls under way at them. As a context manager: one such call.
-
-    Args:
-        keys: the ports, at least one.
-        position: which of them is due, to be taken modulo the number of candidates.
-    """
+    """A source's ports, at least one, and the calls under way at them. As a context manager: one such call."""
 
     __slots__ = ("_calls", "_keys", "_position")
 
@@ -106,11 +97,7 @@ class Turn:
 
 
 class Rotation:
-    """The turns of all sources.
-
-    Args:
-        first: the port that a source's first call takes, modulo their number; clients should differ in it.
-    """
+    """The turns of all sources; `first` is the port that a source's first call takes: clients should differ in it."""
 
     def __init__(self, first: int = 0) -> None:
         self._first = first

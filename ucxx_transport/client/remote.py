@@ -65,16 +65,7 @@ _REASONS: tuple[tuple[type[TransportError], str], ...] = (
 
 
 class RemoteReader:
-    """Everything of a client that needs a link. Bound to the event loop that first reads with it.
-
-    Args:
-        config: the client's settings.
-        link_factory: opens the link, on the first read.
-        reader: the client's id.
-        pool: receive buffers.
-        counters: shared with the client.
-        membership: which sources are gone; None: not known.
-    """
+    """Everything of a client that needs a link, which the first read opens. Bound to the event loop of that read."""
 
     def __init__(
         self,
@@ -100,11 +91,7 @@ class RemoteReader:
             membership.subscribe(self._forget_source, self._welcome_source)
 
     async def read(self, ref: SlotRef, deadline_s: float) -> tuple[Bytes, Schema | None]:
-        """The slot layer: fresh calls while failures are worth one.
-
-        Args:
-            ref: names the payload and where it is.
-            deadline_s: absolute, on the event loop's clock.
+        """The slot layer: fresh calls while failures are worth one, until `deadline_s` on the event loop's clock.
 
         Returns:
             The payload's bytes in a pooled buffer, and its schema.
@@ -154,11 +141,7 @@ class RemoteReader:
             self._gate.release()
 
     async def discard(self, rings: Sequence[Sequence[SlotRef]], deadline_s: float) -> int:
-        """Let payloads go without fetching them.
-
-        Args:
-            rings: each one's payloads, at least one.
-            deadline_s: absolute, on the event loop's clock.
+        """Let payloads, by ring, go without fetching them, until `deadline_s` on the event loop's clock.
 
         Returns:
             How many were still there, as far as the servers could be asked.
@@ -331,11 +314,7 @@ def _ports_of(record: SourceRecord) -> list[PortKey]:
 
 
 class FairGate:
-    """Lets at most `limit` holders in; waiting sources take turns, each serving its own callers in order.
-
-    Args:
-        limit: holders at once, ≥ 1.
-    """
+    """Lets at most `limit` holders in; waiting sources take turns, each serving its own callers in order."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit

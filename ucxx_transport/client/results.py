@@ -49,9 +49,7 @@ async def gather_results(
 def clear_traceback_frames(error: BaseException) -> None:
     """Empty the variables of the frames that `error` has left behind, from this package on downwards.
 
-    The traceback of an error refers to the frames it came through, and their variables to receive buffers of any size:
-    an error that is kept (a batch's result, a log) must not keep these.
-
+    They refer to receive buffers of any size, which an error that is kept (a batch's result, a log) must not keep.
     Frames of the package's callers, and those that still run, stay as they are; so do the traceback's lines.
     """
     link: BaseException | None = error

@@ -58,13 +58,9 @@ def retries_slot(error: TransportError, *, attempt: int, read_attempts: int, rem
 
 
 def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
-    """How much of the remaining deadline one try may use.
+    """How much of the remaining deadline one try may use, of `tries_left`, itself included.
 
     Half of what is left while other tries may follow, all of it on the last: a silent port can cost half the
     deadline, never all of it, and a slow link still gets the longest possible time.
-
-    Args:
-        remaining_s: seconds until the caller's deadline.
-        tries_left: tries that may still be made, this one included.
     """
     return remaining_s if tries_left <= 1 else remaining_s / 2

@@ -64,12 +64,7 @@ def has_dtype(cupy: Any, dtype: DType) -> bool:
 
 
 class CupyPageLocking:
-    """See `PageLocking`.
-
-    Args:
-        cupy: the module.
-        device: the GPU whose context is used.
-    """
+    """See `PageLocking`."""
 
     def __init__(self, cupy: Any, device: int) -> None:
         self._cupy = cupy
@@ -188,10 +183,6 @@ _PER_THREAD_STREAM: Final = 2
 class CupyReceiver:
     """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
 
-    Args:
-        device: as the caller has it.
-        index: the number in it, None for cupy's current device.
-
     Raises:
         ConfigError: cupy is not installed, or finds no such GPU.
     """
@@ -259,11 +250,7 @@ class _Guard(weakref.ref[_Loan]):
 
 
 class _HeldMemory:
-    """Memory whose arrays are gone and which a stream may still read. Thread-safe.
-
-    Args:
-        cupy: the module.
-    """
+    """Memory whose arrays are gone and which a stream may still read. Thread-safe."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy

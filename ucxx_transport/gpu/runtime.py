@@ -131,16 +131,10 @@ class Receiver(Protocol):
 
 
 def check_index(device: str, index: int | None, count: int, current: Callable[[], int]) -> int:
-    """The number of the GPU that `device` names.
-
-    Args:
-        device: as the caller has it, for the error.
-        index: the number in it, None for the current one.
-        count: GPUs that there are, at least 1.
-        current: gives the current one's number.
+    """The number of the GPU that `device` names, `current()` where `index` is None.
 
     Raises:
-        ConfigError: there is no such GPU.
+        ConfigError: there is no such GPU among the `count` that there are.
     """
     if index is None:
         return current()

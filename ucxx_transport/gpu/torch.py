@@ -41,11 +41,7 @@ def import_torch(device: str) -> Any:
 
 
 def torch_dtype(torch: Any, dtype: DType) -> Any:
-    """Torch's dtype for elements of a payload.
-
-    Raises:
-        ConfigError: torch has none.
-    """
+    """Torch's dtype for elements of a payload; a ConfigError where it has none."""
     found = getattr(torch, dtype.name, None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"torch has no {dtype.name}; unpack such payloads with device='numpy'", field="device")
@@ -80,18 +76,7 @@ def flat_bytes(torch: Any, tensor: Any) -> Any:
 
 
 def view_of_bytes(torch: Any, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-    """A tensor over a row of bytes.
-
-    Args:
-        torch: the module.
-        memory: a contiguous tensor of uint8.
-        offset: the first byte; a multiple of the element's size.
-        shape: of the tensor.
-        dtype: of its elements.
-
-    Raises:
-        ConfigError: torch has no such dtype.
-    """
+    """A tensor over a row of bytes, a contiguous tensor of uint8; errors as `torch_dtype`."""
     found = torch_dtype(torch, dtype)
     return memory[offset : offset + prod(shape) * dtype.itemsize].view(found).view(shape)
 
@@ -110,12 +95,7 @@ _PORTABLE: Final = 1
 
 
 class TorchPageLocking:
-    """See `PageLocking`.
-
-    Args:
-        torch: the module.
-        device: the GPU whose context is used: any other would be given one by the call.
-    """
+    """See `PageLocking`. Calls are made in the context of `device`: any other GPU would be given one by them."""
 
     def __init__(self, torch: Any, device: int) -> None:
         self._torch = torch
@@ -250,10 +230,6 @@ def _largest_that_rounds_into(dtype: DType) -> float:
 
 class TorchReceiver:
     """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
-
-    Args:
-        device: as the caller has it.
-        index: the number in it, None for torch's current device.
 
     Raises:
         ConfigError: torch is not installed, or finds no such GPU.

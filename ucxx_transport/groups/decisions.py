@@ -36,13 +36,8 @@ _CONCERNS: Final = {
 def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: float) -> bool:
     """Whether a rank's holder is known to live, so that the rank is refused to another process.
 
-    Args:
-        holder: a member whose lease has not ended, which a dead one's has not until its TTL is over.
-        first: the holder when the rank was read first; None: it was free.
-        waited_s: since it was read first.
-
-    Returns:
-        True: it came after the first read, or its lease has outlived its TTL since. False: it may be dead.
+    It does when it came after `first`, whoever held the rank `waited_s` ago, or when its lease, which a dead one's
+    does not, has outlived its TTL since.
     """
     return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
 
@@ -115,14 +110,7 @@ def awaited_ranks(view: GroupView | None, members: Members, rank: int) -> tuple[
 def view_after(
     view: GroupView, members: Members, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None
 ) -> GroupView | None:
-    """The view after a member's request.
-
-    Args:
-        view: the present one.
-        members: those whose lease lives.
-        event: RECALL, DEACTIVATE or LEAVE.
-        ranks: for which it is asked.
-        incarnation: only for this life of the ranks; None: for any.
+    """The view after a member's request: RECALL, DEACTIVATE or LEAVE, of this life of the ranks or (None) any.
 
     Returns:
         None when nothing changes.

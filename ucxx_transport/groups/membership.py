@@ -124,14 +124,7 @@ class LeaseRenewer:
 
 
 class MemberThread:
-    """One incarnation of a rank: its lease, and the thread in which it takes part.
-
-    Args:
-        context: the group.
-        shared: what this process knows of the group.
-        incarnation: this life of the rank.
-        lease_id: what keeps the rank.
-    """
+    """One incarnation of a rank: its lease, and the thread in which it takes part."""
 
     def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
         self._context, self._shared = context, shared
@@ -157,12 +150,7 @@ class MemberThread:
         self._thread.start()
 
     def stop(self, teardown: Teardown, until_s: float) -> None:
-        """Take part no longer, and give the lease back. Idempotent.
-
-        Args:
-            teardown: has the steps.
-            until_s: their deadline on `time.monotonic()`.
-        """
+        """Take part no longer, and give the lease back, until `until_s` on `time.monotonic()`. Idempotent."""
         self._ending.set()
         self._interrupt()
         if self._thread.ident is not None and not self.is_own_thread:
@@ -235,13 +223,7 @@ class MemberThread:
 
 
 class MemberLifecycle:
-    """Joins, leaves and joins again. Thread-safe.
-
-    Args:
-        context: the group.
-        shared: what this process knows of the group.
-        record: what this rank publishes; incarnation and epoch are new at each join.
-    """
+    """Joins, leaves and joins again; `record` is what it publishes, but for incarnation and epoch. Thread-safe."""
 
     def __init__(self, context: RankContext, shared: SharedState, record: MemberRecord) -> None:
         self._context, self._shared, self._record = context, shared, record
@@ -251,11 +233,7 @@ class MemberLifecycle:
 
     @property
     def thread(self) -> MemberThread:
-        """The present incarnation's.
-
-        Raises:
-            NotReadyError: this rank is not a member.
-        """
+        """The present incarnation's; a NotReadyError while this rank is not a member."""
         thread = self._thread
         if thread is None or not self._shared.now.state.is_seated:
             raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)

@@ -130,14 +130,7 @@ class MembershipEndedError(Exception):
 
 
 class Participant:
-    """See the module. Used by one thread.
-
-    Args:
-        context: the group.
-        shared: what this process knows of the group.
-        incarnation: this life of the rank.
-        lease_id: what keeps the rank.
-    """
+    """See the module. Used by one thread; `lease_id` keeps the rank in this life, `incarnation`."""
 
     def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
         self._context, self._shared = context, shared
@@ -162,8 +155,7 @@ class Participant:
             In how many seconds to step again at the latest, if nothing changes; None: only a change matters.
 
         Raises:
-            MembershipEndedError: this rank is not a member any more.
-            LeaseLostError, ConflictError, StoreUnavailableError, StorePermissionError: the store's answers to a write.
+            MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
         """
         self._shared.show(snapshot)
         self._check_key(snapshot)

@@ -153,10 +153,6 @@ class GroupListener:
 class SharedState:
     """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
 
-    Args:
-        group: its name.
-        rank: this process's.
-
     Attributes:
         now: everything at one moment; read it once for several facts that belong together.
     """
@@ -172,12 +168,7 @@ class SharedState:
     def wait(
         self, find: Callable[[GroupState], T | None], retrying: Retrying, late: Callable[[GroupState], TransportError]
     ) -> T:
-        """The first true answer of `find`, which is asked at each change.
-
-        Args:
-            find: takes the present state; must not block.
-            retrying: until when.
-            late: makes the error for the deadline.
+        """The first true answer of `find`, which is asked at each change, and must not block.
 
         Raises:
             TransportError: this rank is a member no longer; or `late`'s, when the deadline has passed.

@@ -60,11 +60,7 @@ class Seat:
 
     @classmethod
     def admitted(cls, rank: int, incarnation: str, *, before: Seat | None, epoch: int) -> Seat:
-        """The seat of a new incarnation, in place of a GONE one or of none.
-
-        Raises:
-            RegistryError: the seat before it is not GONE.
-        """
+        """The seat of a new incarnation, in place of a GONE one or of none; a RegistryError in place of another."""
         state = advance(RankState.ISOLATED if before is None else before.state, RankEvent.ADMIT)
         return cls(rank=rank, incarnation=incarnation, state=state, awaited_epoch=epoch)
 
@@ -244,11 +240,7 @@ class MemberRecord:
 
 
 def parse_policy_version(value: bytes) -> int:
-    """A policy version, from the store.
-
-    Raises:
-        ProtocolError: it is no number.
-    """
+    """A policy version, from the store; a ProtocolError where it is no number."""
     if not value.isdigit() or len(value) > MAX_POLICY_DIGITS:
         raise ProtocolError(f"a policy version that is no number: {describe(value)}", field="policy")
     return int(value)
@@ -331,11 +323,7 @@ def _parsed(value: bytes | None, parse: Callable[[bytes], T]) -> tuple[T | None,
 
 
 def _to_json(form: Mapping[str, object]) -> bytes:
-    """Encode; equal forms give equal bytes.
-
-    Raises:
-        TypeError, ValueError: a value that JSON does not have.
-    """
+    """Encode; equal forms give equal bytes. A TypeError or ValueError: JSON has no such value."""
     return json.dumps(form, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -67,12 +67,9 @@ class Retrying:
 
     Args:
         context: has the pauses and the clock.
-        timeout_s: seconds to the deadline.
+        timeout_s: seconds to the deadline; a ConfigError unless more than 0.
         purpose: what the calls are for, such as "joining", for the errors.
         cancelled: set when the result is no longer wanted; None: it always is.
-
-    Raises:
-        ConfigError: `timeout_s` is not more than 0.
     """
 
     def __init__(
@@ -114,20 +111,12 @@ class Retrying:
         raise DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
 
     def pause(self, seconds: float) -> None:
-        """Wait, at most until the deadline.
-
-        Raises:
-            RegistryError: it was cancelled.
-        """
+        """Wait, at most until the deadline; a RegistryError when it was cancelled."""
         self._cancelled.wait(min(seconds, self.left_s))
         self.check()
 
     def check(self) -> None:
-        """Go on only if the result is still wanted.
-
-        Raises:
-            RegistryError: it was cancelled.
-        """
+        """Raise a RegistryError when the result is no longer wanted."""
         if self._cancelled.is_set():
             raise RegistryError(f"{self._purpose}: cancelled by leave()")
 
@@ -177,19 +166,10 @@ def change_view(
 
 
 def put_policy_version(context: RankContext, version: int, retrying: Retrying, *, rewind: bool) -> int:
-    """Write the policy version.
-
-    Args:
-        context: the group.
-        version: the new one.
-        retrying: until when.
-        rewind: also if a larger one is there.
-
-    Returns:
-        The store's revision that has it.
+    """Write the policy version; returns the store's revision that has it.
 
     Raises:
-        ConfigError: a larger one is there.
+        ConfigError: a larger one is there, and it is not to `rewind`.
         DeadlineExceededError: the store did not answer.
     """
     store, key = context.store, policy_key(context.group)

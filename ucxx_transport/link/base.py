@@ -280,11 +280,7 @@ def byte_view(buffer: object, *, writable: bool) -> memoryview:
 
 
 def checked_port(port: int, *, lowest: int) -> int:
-    """The port.
-
-    Raises:
-        ConfigError: it is none: below `lowest` (0 to listen on any, 1 to connect to), or above 65535.
-    """
+    """The port; a ConfigError below `lowest` (0 to listen on any, 1 to connect to), or above 65535."""
     if not lowest <= port <= 65535:
         raise ConfigError(f"port is not between {lowest} and 65535", port=port)
     return port

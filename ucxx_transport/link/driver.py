@@ -61,11 +61,11 @@ class Watched(Protocol):
 
 
 class ProgressDriver:
-    """Owns the worker's event descriptor in the loop.
+    """Owns the event descriptor of a worker in blocking progress mode, in the running loop.
 
     Args:
-        worker: in blocking progress mode.
-        loop: the running loop.
+        worker: in that mode.
+        loop: the running one.
         spin_s: how long to poll after the last progress before sleeping.
         counters: of the link.
         ucx_error: root class of UCX's errors.

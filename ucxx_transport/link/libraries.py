@@ -163,11 +163,7 @@ def _words(version: tuple[int, ...]) -> str:
 
 @functools.cache
 def loaded_library(name: str) -> ctypes.CDLL:
-    """The library of that name which this process has loaded already; never loads another copy.
-
-    Raises:
-        OSError: there is none.
-    """
+    """The library of that name which this process has loaded already, never another copy; an OSError without one."""
     for path in sorted(_mapped()):
         if path.name.startswith(name):
             return ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)

@@ -133,13 +133,10 @@ def listener_has_answered(host: str, port: int) -> bool:
 
 
 def release_cancelled(pointer: int) -> bool:
-    """Let a closed endpoint forget its cancelled operations once they have ended.
+    """Let a closed endpoint (`ucxx::Endpoint *`) forget its cancelled operations once they have ended.
 
     ucxx keeps them in a list of the endpoint, and they keep the endpoint: neither would ever be freed, nor the worker.
     Counting that list drops the ended ones.
-
-    Args:
-        pointer: the `ucxx::Endpoint *`.
 
     Returns:
         Whether nothing keeps the endpoint any more, as far as is known.

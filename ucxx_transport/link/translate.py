@@ -22,11 +22,7 @@ from ucxx_transport.link.base import LostReason
 
 
 class Translator:
-    """Maps exceptions of one imported ucxx.
-
-    Args:
-        lib: `ucxx._lib.libucxx`, whose exception classes exist only once it is imported.
-    """
+    """Maps exceptions of one imported `ucxx._lib.libucxx`, whose classes exist only once it is imported."""
 
     def __init__(self, lib: Any) -> None:
         self.root: type[Exception] = lib.UCXError
@@ -45,13 +41,7 @@ class Translator:
         )
 
     def error(self, exc: Exception, *, peer: str, connected: bool) -> TransportError:
-        """Our error for one of UCX's; raise it `from exc`.
-
-        Args:
-            exc: of ucxx's root class.
-            peer: for the facts.
-            connected: whether the connection had ever been up.
-        """
+        """Our error for one of UCX's, of a connection that had been up or not; raise it `from exc`."""
         words = f"{type(exc).__name__}: {exc}"
         if isinstance(exc, self._busy):
             return BusyError("UCX is out of a resource for now; try again", peer=peer, ucx=words)

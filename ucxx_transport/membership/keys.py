@@ -101,11 +101,7 @@ class Namespace:
         return self.root + _encoded(key, "key")
 
     def bounds(self, prefix: str) -> tuple[bytes, bytes]:
-        """The stored keys that begin with `prefix`: from the first of these on, below the second.
-
-        Raises:
-            ConfigError: `prefix` cannot begin a key.
-        """
+        """The stored keys with `prefix`: from the first of these on, below the second. Errors as `stored`."""
         first = self.root + _encoded(prefix, "prefix")
         return first, _successor(first)
 
@@ -130,22 +126,14 @@ def checked_value(value: object) -> bytes:
 
 
 def checked_lease_id(lease_id: object) -> int:
-    """A number that a lease can have.
-
-    Raises:
-        ConfigError: it is none: a `Lease.lease_id` is wanted.
-    """
+    """A number that a lease can have; a ConfigError where it is none."""
     if isinstance(lease_id, bool) or not isinstance(lease_id, int) or not 0 < lease_id <= _MAX_INT64:
         raise ConfigError(f"lease_id = {lease_id!r}: not the number of a lease", field="lease_id")
     return lease_id
 
 
 def checked_expected(expected: object) -> int | None:
-    """A revision that a key can be expected to have; 0: none; None: any.
-
-    Raises:
-        ConfigError: it is no revision.
-    """
+    """A revision that a key can be expected to have (0: none; None: any); a ConfigError where it is none."""
     if expected is None:
         return None
     if isinstance(expected, bool) or not isinstance(expected, int) or not 0 <= expected <= _MAX_INT64:

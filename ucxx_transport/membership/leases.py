@@ -15,11 +15,7 @@ MAX_TTL_S: Final = 1e9
 
 
 def checked_ttl_s(ttl_s: object) -> float:
-    """A time to live that a store can grant.
-
-    Raises:
-        ConfigError: it is not a number above 0 and up to `MAX_TTL_S`.
-    """
+    """A time to live that a store can grant; a ConfigError unless it is a number above 0 and up to `MAX_TTL_S`."""
     if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
         raise ConfigError(
             f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
@@ -38,14 +34,7 @@ def is_over(deadline: float | None, now: float) -> bool:
 
 
 def pause_s(*, now: float, until: float, first_deadline: float | None, poll_s: float) -> float:
-    """How long a watcher may sleep: never past its caller's time, nor past the end of a lease.
-
-    Args:
-        now: the time.
-        until: when its caller wants an answer.
-        first_deadline: when the next lease ends; None: there is none.
-        poll_s: how long it sleeps when neither is near.
-    """
+    """How long a watcher may sleep, `poll_s` at most: never past its caller's time, nor past the end of a lease."""
     wanted = max(0.0, until - now)
     if first_deadline is not None and first_deadline > now:
         wanted = min(wanted, first_deadline - now)

@@ -138,12 +138,7 @@ class Publication:
 
     @classmethod
     def begin(cls, store: Store, record: SourceRecord, *, ttl_s: float) -> Publication:
-        """Make a record visible, "starting", under a lease of its own.
-
-        Args:
-            store: where.
-            record: what is published; its epoch is the one to have, see `next_epoch`.
-            ttl_s: how long the lease is to live.
+        """Make a record visible, "starting", under a lease of its own; its epoch is of `next_epoch`.
 
         Raises:
             ConflictError: there is a record of this worker id already.
@@ -161,14 +156,7 @@ class Publication:
         return cls(store, first, lease, revision)
 
     def update(self, status: SourceStatus, offer: Offer | None = None) -> bool:
-        """Write the record again where it has changed.
-
-        Args:
-            status: what may be expected of the source.
-            offer: where it is; None: as before.
-
-        Returns:
-            Whether there was something new to write.
+        """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
 
         Raises:
             ConflictError, LeaseLostError: the record is not ours any more, or it was withdrawn.
@@ -186,11 +174,7 @@ class Publication:
         return True
 
     def require_there(self) -> None:
-        """Check that the store still has the record as it was written last.
-
-        Raises:
-            LeaseLostError: it has not.
-        """
+        """Raise a LeaseLostError unless the store still has the record as it was written last."""
         entry = self._store.get(self._key)
         if entry is None or entry.value != self.record.to_bytes():
             raise LeaseLostError("the record is not in the store any more", key=self._key)
@@ -223,11 +207,7 @@ class Publication:
 class Rival:
     """Another worker of this id in the store: a dead one, whose record is about to end, or a second live one.
 
-    Args:
-        store: where.
-        worker_id: whose record.
-        session: this publisher's.
-        ttl_s: how long a record lives without a renewal; that of the other may say more.
+    A record lives `ttl_s` without a renewal; that of the other may say more.
     """
 
     def __init__(self, store: Store, worker_id: str, session: str, ttl_s: float) -> None:
@@ -277,12 +257,7 @@ class Rival:
 
 
 def next_epoch(store: Store, worker_id: str, *, known: int) -> int:
-    """A new epoch for a worker id, larger than any before.
-
-    Args:
-        store: keeps the last one.
-        worker_id: whose.
-        known: the last this worker has had: a wiped store does not know it any more.
+    """A new epoch for a worker id, larger than any before, and than `known`: a wiped store has forgotten that.
 
     Raises:
         ConflictError: another publisher of this worker id was faster; look again.

@@ -140,21 +140,12 @@ class Renewal:
 
 
 def open_ordered(order: Mapping[str, Any]) -> Store:
-    """The store that an order names, opened in the sidecar.
-
-    Raises:
-        TransportError: as `open_store` does.
-    """
+    """The store that an order names, opened in the sidecar; errors as `open_store`."""
     return open_store(order["url"], StoreConfig(**order["config"]))
 
 
 def renew(store: Store, lease_id: int, *, timeout_s: float | None = None) -> None:
-    """Renew a lease; one answer that there is none is evidence, two are the verdict.
-
-    Raises:
-        LeaseLostError: the store answered twice that there is no such lease.
-        StoreUnavailableError: it did not answer.
-    """
+    """Renew a lease. A LeaseLostError: the store answered twice that there is none; once is evidence, no verdict."""
     try:
         store.keep_alive(lease_id, timeout_s=timeout_s)
     except LeaseLostError:

@@ -218,13 +218,7 @@ def lease_lost(lease_id: int) -> LeaseLostError:
 
 
 def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
-    """The error for a key with another revision than expected.
-
-    Args:
-        stored: the bytes that the store knows the key by.
-        expected: the revision that the caller expected.
-        revision: the one that it has; 0: it does not exist.
-    """
+    """The error for a key, as stored, with another revision than expected; 0: it does not exist."""
     return ConflictError(
         "the key has another revision than expected; nothing was changed",
         key=stored.decode(errors="replace"),

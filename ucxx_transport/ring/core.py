@@ -38,7 +38,6 @@ class RingCore:
         owner: in whose name this handle takes holds.
         words: the segment as 64-bit words.
         transitions: of its slots.
-        clock: monotonic seconds.
     """
 
     __slots__ = (

@@ -131,11 +131,7 @@ _ENDED: Final = Guard(_Nothing())  # type: ignore[arg-type]  # of no hold, so th
 
 
 class DetachedRead(Hold):
-    """A read attempt that arrays alone keep: it is consumed when the last of them is gone.
-
-    Args:
-        lease: the live hold that it takes the place of.
-    """
+    """A read attempt, a live hold before, that arrays alone keep: consumed when the last of them is gone."""
 
     __slots__ = ()
 

@@ -54,12 +54,7 @@ class MemoryLimit(NamedTuple):
 def memory_limit(
     membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> MemoryLimit | None:
-    """The group, of this process's own and all above it, that leaves the least; None when none has a limit.
-
-    Args:
-        membership: which groups this process is in (cgroups(7)).
-        mount: where they are mounted.
-    """
+    """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
     found = [limit for folder, files in _groups(membership, mount) if (limit := _read(folder, files)) is not None]
     return min(found, key=lambda limit: limit.room_bytes, default=None)
 

@@ -43,11 +43,7 @@ class SegmentInfo:
 
 
 def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
-    """All segments in a folder that this user may open, by name.
-
-    Args:
-        folder: where to look; None for `segment_folder()`.
-    """
+    """All segments in a folder (None: `segment_folder()`) that this user may open, by name."""
     found = [inspect_segment(path) for path in _segment_paths(folder)]
     return [info for info in found if info is not None]
 
@@ -64,13 +60,9 @@ def inspect_segment(path: Path) -> SegmentInfo | None:
 
 
 def sweep_orphans(folder: Path | None = None) -> list[str]:
-    """Remove the segments of dead creators.
+    """Remove the segments of dead creators in a folder (None: `segment_folder()`); returns their names.
 
-    Args:
-        folder: where to look; None for `segment_folder()`.
-
-    Returns:
-        The names removed, without the common prefix. Processes that have one mapped keep it.
+    Processes that have one mapped keep it.
     """
     return [path.name.removeprefix(NAME_PREFIX) for path in _segment_paths(folder) if remove_orphan(path)]
 

@@ -50,11 +50,7 @@ def owner_alive(pid: int, start: int) -> bool:
 
 
 def process_start(pid: int) -> int:
-    """Start time of a process in clock ticks since boot.
-
-    Raises:
-        OSError: there is no such process.
-    """
+    """Start time of a process in clock ticks since boot; an OSError where there is none."""
     return _read_stat(pid)[1]
 
 
@@ -69,25 +65,15 @@ def pid_namespace() -> int:
 
 
 def segment_folder() -> Path:
-    """The folder of segments where a caller names none: the setting `ring.folder` of this process.
-
-    Raises:
-        ConfigError: a setting of the ring, in the environment or in TOML, is wrong.
-    """
+    """The folder of segments where a caller names none: the setting `ring.folder`, a ConfigError if it is wrong."""
     return Path(RingConfig(slot_bytes=1).folder)
 
 
 def host_id(folder: Path | None = None) -> str:
-    """32 hex digits that are equal exactly where the segments of a folder can be attached.
+    """32 hex digits that are equal exactly where the segments of a folder (None: `segment_folder()`) can be attached.
 
     Made of the boot id, the pid namespace, and the device and inode of the folder: two containers on one machine differ
-    unless they share namespace and folder.
-
-    Args:
-        folder: where the segments are; None for `segment_folder()`.
-
-    Raises:
-        ConfigError: the folder is not there.
+    unless they share namespace and folder. A ConfigError: the folder is not there.
     """
     folder = folder or segment_folder()
     try:

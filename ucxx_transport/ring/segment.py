@@ -108,11 +108,7 @@ class Segment:
         return None if self._remove is None or not self._remove.pending else self._remove.duplicate()
 
     def unlink(self) -> bool:
-        """Remove the file's name, if this object made it, in this process; mappings stay valid.
-
-        Returns:
-            Whether this call removed it.
-        """
+        """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
         return self._remove is not None and self._remove()
 
 
@@ -177,15 +173,7 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
-    """The file of a segment.
-
-    Args:
-        name: with or without the common prefix.
-        folder: where it is; None for `segment_folder()`.
-
-    Raises:
-        ConfigError: not a plain file name.
-    """
+    """The file of a segment, named with or without the common prefix; a ConfigError for no plain file name."""
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
         raise ConfigError(f"{name!r} is not a segment's name: a file name, without a slash", field="name", value=name)
@@ -194,11 +182,6 @@ def segment_path(name: str, folder: Path | None = None) -> Path:
 
 def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segment:
     """Make a zeroed file, all of it allocated, and map it. It holds no complete identity yet.
-
-    Args:
-        name: of the file, with or without the common prefix.
-        nbytes: its size.
-        folder: where to make it; None for `segment_folder()`.
 
     Raises:
         ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's
@@ -216,12 +199,7 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
 
 
 def open_segment(name: str, folder: Path | None = None, descriptor: int | None = None) -> Segment:
-    """Map an existing file, whatever it holds.
-
-    Args:
-        name: of the file, with or without the common prefix.
-        folder: where it is; None for `segment_folder()`.
-        descriptor: of the file itself, whose name may be gone; stays the caller's.
+    """Map an existing file, whatever it holds; by its descriptor, which stays the caller's, whatever its name.
 
     Raises:
         ConfigError: there is none, or it is not ours to open.

@@ -72,22 +72,14 @@ MAX_GENERATION: Final = (1 << (64 - STATE_BITS)) - 1
 
 
 def step_of(state: SlotState, event: SlotEvent) -> int:
-    """What `event` adds to the state word of a slot in `state`.
-
-    Raises:
-        KeyError: the table has no such transition.
-    """
+    """What `event` adds to the state word of a slot in `state`; a KeyError where the table has no such transition."""
     target = TRANSITIONS[state, event]
     new_generation = 1 << STATE_BITS if target is SlotState.WRITING else 0
     return int(target) - int(state) + new_generation
 
 
 def state_of(word: int) -> SlotState:
-    """The state in a state word.
-
-    Raises:
-        SlotError: the word holds no state: the memory is not a slot's, or damaged.
-    """
+    """The state in a state word; a SlotError where it holds none: the memory is not a slot's, or damaged."""
     try:
         return SlotState(word & STATE_MASK)
     except ValueError:
@@ -101,10 +93,6 @@ def generation_of(word: int) -> int:
 
 def advance(word: int, event: SlotEvent) -> int:
     """The state word after `event`: the only maker of state words.
-
-    Args:
-        word: the slot's present state word.
-        event: what happens to it.
 
     Raises:
         SlotError: the table has no such transition; nothing has changed.

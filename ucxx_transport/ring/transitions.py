@@ -95,14 +95,7 @@ class ReadyPayload(NamedTuple):
 
 
 class Transitions:
-    """The transitions of one segment's slots.
-
-    Args:
-        segment: the mapped memory.
-        geometry: where the slots' headers lie, checked against the segment.
-        lock_wait_s: how long one call waits for the lock, unless it says otherwise.
-        clock: monotonic seconds.
-        library: another build of `ring.c` than the package's, for its tests.
+    """The transitions of one segment's slots; each waits `lock_wait_s` for the lock, unless it says otherwise.
 
     Attributes:
         first_payload: where slot 0's payload is in this process's memory.
@@ -194,11 +187,7 @@ class Transitions:
                 )
 
     def abort(self, words: Words, reason: Counter | int = Counter.ABORTED, wait_s: float | None = None) -> bool:
-        """WRITING → FREE: a write ends without a payload.
-
-        Returns:
-            Whether this hold had the slot; False changes nothing.
-        """
+        """WRITING → FREE: a write ends without a payload; False, and nothing changes, unless this hold had the slot."""
         code = self._brief.abort(self._ring, words, reason, 0)
         if code:
             code = self._waited(code, wait_s, self._sleeping.abort, words, reason)
@@ -212,11 +201,7 @@ class Transitions:
         return code == _DONE
 
     def discard_until(self, sequence: int) -> int:
-        """Discard every unread payload of the writes up to `sequence`.
-
-        Returns:
-            How many of their slots are being read, or written again.
-        """
+        """Discard the unread payloads of the writes up to `sequence`; how many of these are being read or written."""
         left = ctypes.c_uint64()
         self._waited(_LOCKED, None, self._sleeping.discard_until, sequence, ctypes.addressof(left))
         return left.value
@@ -239,15 +224,9 @@ class Transitions:
                 raise _refusal(Outcome(code), words)
 
     def finalise(self, words: Words, reason: Counter | int, wait_s: float | None = None) -> bool:
-        """End a read attempt. The last one takes the slot to FREE, or back to READY while a reader is missing.
+        """End a read attempt, counted by `reason`: `CONSUMED` when its reader has had the payload; False: it was over.
 
-        Args:
-            words: the attempt.
-            reason: why, which is counted. `CONSUMED`: its reader has had the payload.
-            wait_s: how long to wait for the lock; None for `lock_wait_s`.
-
-        Returns:
-            Whether the attempt was in flight; False changes nothing.
+        The last one takes the slot to FREE, or back to READY while a reader is missing.
         """
         words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, reason
         code = self._finalise(words)
@@ -308,12 +287,7 @@ class Transitions:
         self._waited(_LOCKED, None, self._sleeping.publish, bank)
 
     def wait_for_free(self, seen: int, wait_s: float) -> None:
-        """Sleep until a slot has become FREE since `reserve` found none, or for `wait_s`.
-
-        Args:
-            seen: what `reserve` left in the word `HOLD_STATE`.
-            wait_s: the bound.
-        """
+        """Sleep until a slot is FREE since `reserve` found none and left `seen` in `HOLD_STATE`, or for `wait_s`."""
         self._sleeping.wait(self._ring, seen, int(wait_s * 1e9))
 
     @property

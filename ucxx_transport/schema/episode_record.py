@@ -74,11 +74,7 @@ class RewardSummary:
 
     @classmethod
     def from_dict(cls, data: object) -> RewardSummary:
-        """Rebuild from `to_dict`'s form.
-
-        Raises:
-            ProtocolError: it is malformed.
-        """
+        """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         form = take_fields(data, "reward summary", required=_REWARD_KEYS)
         values = (form["sum"], form["mean"], form["min"], form["max"])
         if {*map(type, values)} == {float} and all(map(isfinite, values)):  # type: ignore[arg-type]  # looked at first
@@ -201,11 +197,7 @@ def _assembled(kind: type[T], puts: Sequence[Put], values: Sequence[object]) -> 
 
 
 def check_policy_version(version: object) -> None:
-    """Refuse what a record cannot say of its weights.
-
-    Raises:
-        ConfigError: neither None nor an int of 64 bits.
-    """
+    """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
     if version is not None and (type(version) is not int or not -(1 << 63) <= version < 1 << 63):
         raise ConfigError(f"policy_version must be an i64, not {describe(version)}", field="policy_version")
 

@@ -50,13 +50,7 @@ def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
 def take_fields(
     data: object, what: str, *, required: Collection[str], optional: Collection[str] = ()
 ) -> Mapping[str, object]:
-    """`data` as a mapping that has exactly the expected keys.
-
-    Args:
-        data: the decoded form, of any type.
-        what: the form's name for the error.
-        required: keys that must be there.
-        optional: keys that may be there.
+    """`data` as a mapping that has exactly the expected keys; `what` names the form in errors.
 
     Raises:
         ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.

@@ -80,16 +80,9 @@ class StuckSend(NamedTuple):
 
 
 class Connection:
-    """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit.
+    """Serves one endpoint, its own from now on, until it closes, breaks the protocol or exceeds a time limit.
 
-    Args:
-        endpoint: owned by this object from now on.
-        session: its protocol state.
-        ring: where payloads come from.
-        counters: of the port.
-        keep_stuck: takes a send that never completed together with its lease, which must live as long as it.
-        binding: whether the source has its epoch.
-        clock: seconds, for the time limits.
+    A send that never completed goes to `keep_stuck`, with its lease, which must live as long as it.
     """
 
     def __init__(

@@ -100,12 +100,7 @@ class ServerStatistics:
 
 
 class PortCounters:
-    """The block of one port, as its single writer sees it.
-
-    Args:
-        words: the ring's `server_words`.
-        index: which port, 0..63.
-    """
+    """The block of port 0..63 in the ring's `server_words`, as its single writer sees it."""
 
     __slots__ = ("_words",)
 
@@ -139,11 +134,7 @@ _POSITIONS: Final = {name: position for position, name in enumerate(PORT_FIELDS)
 
 
 class Binding:
-    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves.
-
-    Args:
-        words: the ring's `server_words`.
-    """
+    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves."""
 
     __slots__ = ("_words",)
 

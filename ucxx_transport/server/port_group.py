@@ -70,13 +70,7 @@ def number_of_ports(settings: ServerConfig) -> int:
 
 
 class PortThread:
-    """Runs one `PortServer` in a thread of its own.
-
-    Args:
-        server: the port.
-        link_factory: opens the link inside the thread's loop.
-        candidates: ports to try, in order; 0 is any free one.
-    """
+    """Runs one `PortServer` in a thread of its own, on the first of the candidates that is to be had; 0 is any."""
 
     def __init__(self, server: PortServer, link_factory: LinkFactory, candidates: Sequence[int], name: str) -> None:
         self._server = server
@@ -135,14 +129,7 @@ class PortThread:
 
 
 class PortGroup:
-    """Ports over one ring, in this process.
-
-    Args:
-        ring: the ring, created or attached here.
-        settings: of the server.
-        link_factory: opens one link a port.
-        indices: which of the server's ports; None for all.
-    """
+    """Ports over one ring, in this process, each with a link: all of a server's, or those of `indices`."""
 
     def __init__(
         self,

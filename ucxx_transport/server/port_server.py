@@ -37,17 +37,7 @@ BUSY_ANSWERS = 16
 
 
 class PortServer:
-    """Serves one port of a ring over one link.
-
-    Args:
-        ring: where payloads come from.
-        source: its identity, schema and token.
-        settings: limits.
-        counters: this port's block.
-        binding: whether the source has its epoch.
-        reclaims: whether this port's sweep also frees what killed processes held (one port of a server does).
-        clock: seconds, for the time limits.
-    """
+    """Serves one port of a ring over one link; one port of a server also `reclaims` what killed processes held."""
 
     def __init__(
         self,

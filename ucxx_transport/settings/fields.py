@@ -43,11 +43,7 @@ _BOOLEANS: Final = {
 
 
 class Secret:
-    """Bytes that no `repr`, log line or traceback shows.
-
-    Args:
-        value: the bytes themselves.
-    """
+    """Bytes that no `repr`, log line or traceback shows."""
 
     __slots__ = ("_value",)
 

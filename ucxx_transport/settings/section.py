@@ -60,12 +60,7 @@ class Rule:
 
 
 def setting(*, default: object, **declared: Any) -> Any:  # as every field specifier: it stands for a field of any type
-    """A field of a section.
-
-    Args:
-        default: as the section holds it.
-        declared: what else its `Rule` says.
-    """
+    """A field of a section, with its default as the section holds it, and what else its `Rule` says."""
     rule = Rule(default=default, **declared)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"rule": rule})

@@ -128,11 +128,7 @@ async def fetch_batch(
 
 
 def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:
-    """Refuse limits under which nothing could be fetched.
-
-    Raises:
-        ConfigError: one is out of its bounds.
-    """
+    """Refuse limits under which nothing could be fetched, by a ConfigError."""
     if max_fetch_rounds < 1:
         raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
     if not deadline_s > 0:
@@ -144,12 +140,7 @@ Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
 
 
 class FetchRequest:
-    """A batch to fetch.
-
-    Args:
-        given: its episodes.
-        policy_version: of the trainer's weights when it was asked for.
-    """
+    """A batch to fetch, and the version of the trainer's weights when it was asked for."""
 
     def __init__(self, given: Records, policy_version: int | None) -> None:
         self._given = given if callable(given) else tuple(given)
@@ -199,13 +190,7 @@ _log = get_logger(__name__)
 
 
 class LossDiscarder:
-    """Discards, in the background, what of a trainer's losses may still lie in its slot. Of one event loop.
-
-    Args:
-        client: discards at the servers.
-        discard_lost: whether also episodes that were given up although they may still lie in their slots.
-        deadline_s: of each discard, its own.
-    """
+    """Discards, in the background, what of a trainer's losses may still lie in its slot. Of one event loop."""
 
     def __init__(self, client: UCXXClient, *, discard_lost: bool, deadline_s: float) -> None:
         self._client = client

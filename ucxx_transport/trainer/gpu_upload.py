@@ -36,13 +36,7 @@ _PAGE_BYTES = 4096
 
 
 class DevicePayload(Payload):
-    """A payload on a device, or on its way there; `arrays` are of the device's library. Its host memory is given back.
-
-    Args:
-        payload: as it was read.
-        upload: its copy.
-        placement: of its fields; None for a raw payload.
-    """
+    """A payload on a device, or on its way there, with `arrays` of its library. Its host memory is given back."""
 
     __slots__ = ("_placement", "_upload")
 
@@ -53,11 +47,7 @@ class DevicePayload(Payload):
 
     @property
     def buffer(self) -> memoryview:
-        """Not here.
-
-        Raises:
-            SlotError: always: the bytes are on the device.
-        """
+        """Not here: always a SlotError, the bytes are on the device."""
         raise SlotError("the payload's bytes are on a GPU; take its arrays", slot=self.ref.slot)
 
     @property
@@ -89,9 +79,6 @@ class DevicePayload(Payload):
 class DeviceUploader:
     """Copies payloads to one device as they come, and holds their receive buffers meanwhile. Thread-safe.
 
-    Args:
-        receiver: the device.
-
     Raises:
         ConfigError: memory cannot be page-locked for it.
     """
@@ -104,11 +91,7 @@ class DeviceUploader:
         self.page_locker(_a_page())  # that none can be locked here is said now rather than with every read
 
     def page_locker(self, memory: Bytes) -> object:
-        """Page-lock a receive buffer for as long as it lives; see `BufferPool`.
-
-        Raises:
-            PageLockError: it cannot be.
-        """
+        """Page-lock a receive buffer for as long as it lives, or raise a PageLockError; see `BufferPool`."""
         return page_lock(
             memory, self._receiver.page_locking(), what="a receive buffer", remedy="lower client.buffer_pool_bytes"
         )
@@ -150,12 +133,7 @@ class DeviceUploader:
 
 
 class UploadingReader:
-    """Reads a batch as a client does, every payload on its way to the device while the others are still being read.
-
-    Args:
-        client: reads.
-        uploader: takes each payload to the device.
-    """
+    """Reads a batch as a client does, every payload on its way to the device while the others are still being read."""
 
     def __init__(self, client: UCXXClient, uploader: DeviceUploader) -> None:
         self._client = client

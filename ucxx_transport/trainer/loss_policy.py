@@ -126,12 +126,7 @@ def sort_out(
 
 
 def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list[SlotRef]:
-    """Payloads that may be there and will not be fetched: discard them, or their slots would never be free.
-
-    Args:
-        losses: of a batch.
-        discard_lost: also what could not be fetched, rather than only what is too old.
-    """
+    """Payloads that are not fetched and may be there: too old, and with `discard_lost` those that could not be."""
     reasons = _MAY_BE_THERE if discard_lost else {LossReason.TOO_OLD}
     return [
         loss.record.ref

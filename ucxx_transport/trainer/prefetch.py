@@ -107,11 +107,7 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
         return len(self._deferred)
 
     def start(self, rollouts: RolloutsT) -> FetchOrder[RolloutsT]:
-        """Fetch these now.
-
-        Raises:
-            ConfigError: a batch is on its way or waits to be collected.
-        """
+        """Fetch these now; a ConfigError while a batch is on its way or waits to be collected."""
         if not self.is_cold_start:
             raise ConfigError(
                 "a batch is on its way or waits to be collected; collect_prefetch() first, or defer_prefetch(rollouts)"

@@ -63,12 +63,7 @@ class _Asked:
 
 
 class _InUse:
-    """The rollouts that are trained on.
-
-    Args:
-        asked: as asked for.
-        batch: what came of them; None when nothing did.
-    """
+    """The rollouts that are trained on, as asked for, and what came of them; None when nothing did."""
 
     def __init__(self, asked: _Asked, batch: Batch | None) -> None:
         payloads = {} if batch is None else batch.payloads

@@ -50,12 +50,7 @@ def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = 
 
 
 class DeviceLeaves:
-    """Takes leaves off GPUs into the slots of one ring, whose memory it page-locks at the first. Thread-safe.
-
-    Args:
-        ring: where to.
-        runtimes: what works with a leaf.
-    """
+    """Takes leaves off GPUs into the slots of one ring, whose memory it page-locks at the first. Thread-safe."""
 
     def __init__(self, ring: SharedRingBuffer, runtimes: RuntimeFinder = runtime_of) -> None:
         self._ring = ring

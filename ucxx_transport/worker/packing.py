@@ -31,14 +31,8 @@ _log = get_logger(__name__)
 class TrajectoryPacker:
     """Writes trajectories of one schema into one ring. Close it before the ring.
 
-    Args:
-        ring: made for `schema`.
-        schema: the fields.
-        narrow: names of the fields whose values may lose precision on the way in; each is warned of once.
-        runtimes: what works with leaves on a GPU.
-
     Raises:
-        ConfigError: `narrow` names no field of the schema.
+        ConfigError: `narrow`, the fields whose values may lose precision, names no field of the schema.
     """
 
     def __init__(

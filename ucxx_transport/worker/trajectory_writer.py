@@ -264,11 +264,7 @@ class TrajectoryWriter:
 
 
 def _as_version(policy_version: int | None) -> int | None:
-    """A policy version as a record takes it, refused before anything is written rather than after.
-
-    Raises:
-        ConfigError: it is no integer of 64 bits.
-    """
+    """A policy version as a record takes it, refused (ConfigError) before anything is written rather than after."""
     version = policy_version if type(policy_version) is int or policy_version is None else _index_of(policy_version)
     check_policy_version(version)
     return version

@@ -31,11 +31,7 @@ _NO_TOKEN: Final = Secret(b"")
 
 
 def httpx_module() -> ModuleType:
-    """The httpx package.
-
-    Raises:
-        ConfigError: it is not installed; names the extra that brings it.
-    """
+    """The httpx package; a ConfigError, which names the extra that brings it, where it is not installed."""
     try:
         import httpx
     except ImportError as error:
@@ -46,10 +42,8 @@ def httpx_module() -> ModuleType:
 def load_libraries() -> None:
     """Import everything that requests need, also what would otherwise be imported where it is first used.
 
-    That is in a watch's thread: a child that is forked in the middle of such an import waits for it for ever.
-
-    Raises:
-        ConfigError: httpx is not installed.
+    That is in a watch's thread: a child that is forked in the middle of such an import waits for it for ever. Errors as
+    `httpx_module`.
     """
     httpx_module()
     for name in _IMPORTED_LATE:
@@ -178,16 +172,10 @@ class EtcdClient:
         self._unsent: tuple[type[Exception], ...] = (library.ConnectError, library.ConnectTimeout, library.PoolTimeout)
 
     def call(self, path: str, body: Json, *, until: float, repeatable: bool = True) -> EtcdReply:
-        """The answer of the first endpoint that gives one.
+        """The answer of the first endpoint that gives one, until the deadline on the monotonic clock.
 
-        Args:
-            path: below `/v3/`.
-            body: the request.
-            until: the deadline, on the monotonic clock.
-            repeatable: whether it may be sent again where it is not known whether it was carried out.
-
-        Raises:
-            TransportError: see `messages`, and `unreachable`.
+        One that is not `repeatable` is not sent again where it is not known whether it was carried out. Raises the
+        errors of `messages`, and `unreachable`.
         """
         token = self.token(until)
         try:

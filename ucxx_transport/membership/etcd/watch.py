@@ -297,21 +297,13 @@ class _Connection:
         self._timeout_s = timeout_s
 
     async def ask(self, path: str, body: Json) -> EtcdReply:
-        """The answer to one request, within the time limit.
-
-        Raises:
-            TransportError: see `messages`.
-        """
+        """The answer to one request, within the time limit; errors of `messages`."""
         async with self.within(self._timeout_s), self._response(path, body) as response:
             return messages.answer_of(response.status_code, await _whole(response), self.endpoint)
 
     @asynccontextmanager
     async def lines(self, path: str, body: Json) -> AsyncIterator[AsyncIterator[Json]]:
-        """The objects that the answer streams, one a line. They end where the stream ends or is cut.
-
-        Raises:
-            TransportError: it is refused: see `messages`.
-        """
+        """The objects that the answer streams, one a line, until it ends or is cut; errors of `messages`."""
         async with self._response(path, body) as response:
             if response.status_code != 200:
                 messages.answer_of(response.status_code, await _whole(response), self.endpoint)

@@ -83,13 +83,7 @@ class Database:
             _databases.add(self)
 
     def read(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
-        """What `body` returns, all of whose reading is of one moment.
-
-        Raises:
-            ConfigError: the file is no store, or this is closed.
-            StorePermissionError: see the module's table.
-            StoreUnavailableError: see the module's table.
-        """
+        """What `body` returns, all of whose reading is of one moment. Raises by the module's table."""
         return self._run("DEFERRED", body, until)
 
     def write(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
