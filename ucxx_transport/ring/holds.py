@@ -51,6 +51,14 @@ class Guard(weakref.ref["Hold"]):
     reason: Counter
 
 
+class _Nothing:
+    """Can be referred to weakly."""
+
+
+_ENDED: Final = Guard(_Nothing())  # type: ignore[arg-type]
+"""Stands for the guard of a hold that has ended, whose own is gone with that, and is not called when the hold goes."""
+
+
 class Hold:
     """One hold on one slot, by this process. numpy arrays made over it keep it.
 
@@ -121,13 +129,7 @@ class Hold:
     def forget(self) -> None:
         """Take a live one out of the registry: it has ended, or never began."""
         _live.pop(self.words[HOLD_LEASE], None)
-
-
-class _Nothing:
-    """Can be referred to weakly."""
-
-
-_ENDED: Final = Guard(_Nothing())  # type: ignore[arg-type]  # of no hold, so that no hold with it is live
+        self._guard = _ENDED
 
 
 class DetachedRead(Hold):
@@ -142,7 +144,7 @@ class DetachedRead(Hold):
         guard.reason = _CONSUMED
         self._guard = guard
         _live[lease.words[HOLD_LEASE]] = guard
-        lease._guard = _ENDED  # noqa: SLF001 - whose guard is gone with this, and called by nothing
+        lease._guard = _ENDED  # noqa: SLF001
 
 
 def is_live(lease_id: int) -> bool:

@@ -295,8 +295,8 @@ class SlotWriter:
         ref = renumbered(self._references.template(meta), slot, words[HOLD_GENERATION], words[HOLD_NBYTES], checksum)
         self.core.transitions.commit(words, required)
         hold.forget()
-        if not slot:  # once a round
-            self.core.look_for_name()
+        if not slot:
+            self.core.look_for_name(words[HOLD_GENERATION])
         return ref
 
     def _take(self, nbytes: int, deadline_s: float | None) -> Hold:

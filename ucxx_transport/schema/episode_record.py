@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.slot_ref import SlotRef
@@ -27,7 +27,7 @@ from ucxx_transport.schema.wire_form import (
     describe,
     is_plain_text,
     is_unsigned,
-    take_fields,
+    take_values,
 )
 
 MARK = "ucxx_transport"
@@ -75,12 +75,11 @@ class RewardSummary:
     @classmethod
     def from_dict(cls, data: object) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
-        form = take_fields(data, "reward summary", required=_REWARD_KEYS)
-        values = (form["sum"], form["mean"], form["min"], form["max"])
-        if {*map(type, values)} == {float} and all(map(isfinite, values)):  # type: ignore[arg-type]  # looked at first
+        values = take_values(data, "reward summary", _REWARD_KEYS)
+        if {*map(type, values)} == {float} and all(map(isfinite, values)):
             return _assembled(RewardSummary, _reward_puts, values)
         try:
-            return cls(total=values[0], mean=values[1], least=values[2], most=values[3])  # type: ignore[arg-type]  # refuses
+            return cls(total=values[0], mean=values[1], least=values[2], most=values[3])  # refuses
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -156,9 +155,9 @@ class EpisodeRecord:
         Raises:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        form: Mapping[str, Any] = take_fields(data, "episode record", required=_KEYS)
-        check_version(form[MARK], "episode record")
-        _, worker_id, sequence, ref, dropped, steps, rewards, version = values = [form[key] for key in _KEYS]
+        values = take_values(data, "episode record", _KEYS)
+        mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
+        check_version(mark, "episode record")
         values[3] = None if ref is None else SlotRef.from_dict(ref)
         values[6] = None if rewards is None else RewardSummary.from_dict(rewards)
         if (

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
@@ -55,6 +55,7 @@ _REQUIRED = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", 
 _OPTIONAL = ("host", "ports", "fingerprint", "checksum", "meta")
 _IN_BYTES = (*_REQUIRED, *_OPTIONAL)
 _NO_META: Mapping[str, object] = MappingProxyType({})
+_DEFAULTS = (None, (), 0, None, _NO_META)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,22 +164,24 @@ class SlotRef:
         Raises:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        form = take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL)
-        check_version(form["version"], "slot reference")
-        text = form["ring_id"]
+        if type(data) is dict and tuple(data) == _IN_BYTES:  # as `to_dict` makes it
+            values = list(data.values())
+        else:
+            form = take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL)
+            values = [form[key] for key in _REQUIRED]
+            values += [form.get(key, default) for key, default in zip(_OPTIONAL, _DEFAULTS, strict=True)]
+        check_version(values[0], "slot reference")
+        text = values[1]
         try:
-            ring_id = bytes.fromhex(text)  # type: ignore[arg-type]  # what is no text is refused
+            ring_id = bytes.fromhex(text)
         except (TypeError, ValueError):
             ring_id = b""
         if len(ring_id) != RING_ID_BYTES or ring_id.hex() != text:
             raise ProtocolError(
                 f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(text)}", field="ring_id"
             )
-        get = form.get
-        return _rebuilt(
-            *(ring_id, form["ring_name"], form["slot"], form["generation"], form["nbytes"], form["host_id"]),
-            *(get("host"), get("ports", ()), get("fingerprint", 0), get("checksum"), get("meta", _NO_META)),
-        )
+        values[1] = ring_id
+        return _rebuilt(values)
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -190,12 +193,13 @@ class SlotRef:
         values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if not isinstance(values, list) or not values:
             raise ProtocolError(f"a slot reference must be an array, not {describe(values)}", field="slot reference")
-        check_version(values[0], "slot reference")
+        if type(values[0]) is not int or values[0] != WIRE_VERSION:
+            check_version(values[0], "slot reference")
         if len(values) != len(_IN_BYTES):
             raise ProtocolError(
                 f"a slot reference of {len(values)} values, not {len(_IN_BYTES)}", field="slot reference"
             )
-        return _rebuilt(*values[1:])
+        return _rebuilt(values)
 
 
 # References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
@@ -243,13 +247,13 @@ def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fi
     )
 
 
-def _rebuilt(*values: Any) -> SlotRef:
-    """A reference of a form's values, in order, which are not trusted.
+def _rebuilt(values: Sequence[Any]) -> SlotRef:
+    """A reference of a form's values, in the order of the module's table; all but the version are not trusted.
 
     Raises:
         ProtocolError: one is out of its bounds.
     """
-    ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
+    _, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     try:
         if (
             type(slot) is int
@@ -270,7 +274,7 @@ def _rebuilt(*values: Any) -> SlotRef:
                 if meta or type(meta) is not dict:
                     _put_meta(ref, _checked_meta(meta))
                 return ref
-        return SlotRef(**dict(zip(_IN_BYTES[1:], values, strict=True)))  # names the field that is wrong
+        return SlotRef(**dict(zip(_IN_BYTES[1:], values[1:], strict=True)))  # names the field that is wrong
     except ConfigError as exc:
         raise ProtocolError(exc.message, **exc.facts) from exc
 

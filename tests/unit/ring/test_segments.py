@@ -301,7 +301,7 @@ def test_a_writer_is_told_once_when_somebody_removed_its_rings_name(
     for removed in (False, True):
         if removed:
             file_of(ring).unlink()
-        for _ in range(6):
+        for _ in range(2 * 1024):
             ring.write_raw(b"payload")
         told = [event for event in log_events if event["event"] == "ring_name_removed"]
         assert len(told) == removed
