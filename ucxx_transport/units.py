@@ -46,10 +46,7 @@ _NANOSECONDS: Mapping[str, int] = MappingProxyType(
 
 
 def parse_bytes(value: object) -> int:
-    """A size in bytes from a number or from text such as `"512MiB"`.
-
-    Args:
-        value: an int, a whole float, or text: a number and an optional unit (see the table above).
+    """A size in bytes from a number, or text such as `"512MiB"` with a unit of the table above.
 
     Raises:
         ValueError: not a size, or not a whole number of bytes; the message says what would be.
@@ -73,10 +70,7 @@ def parse_bytes(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """A duration in seconds from a number or from text such as `"250ms"`.
-
-    Args:
-        value: an int or float of seconds, or text: a number and an optional unit (see the table above).
+    """A duration in seconds from a number, or text such as `"250ms"` with a unit of the table above.
 
     Raises:
         ValueError: not a finite duration; the message says what would be.

@@ -106,11 +106,7 @@ class Connections:
         return self._schemas[ref.fingerprint] if ref.fingerprint else None
 
     async def checkout(self, key: PortKey, until_s: float) -> Channel:
-        """A connection to `key` for one exchange; give it to `checkin` or `close_aside`.
-
-        Raises:
-            PeerLostError: nothing answers there. BusyError, ProtocolError, AuthenticationError: as `Channel.open`.
-        """
+        """A connection to `key` for one exchange; give it to `checkin` or `close_aside`. Errors as `Channel.open`."""
         loop = asyncio.get_running_loop()
         while True:
             checkout = self._idle.checkout(key, loop.time())
@@ -192,16 +188,10 @@ class Connections:
         self._unsettled.pop(ring_id, None)
 
     async def discard(self, key: PortKey, waiting: deque[ReadExchange], found: list[bool], until_s: float) -> None:
-        """Say of payloads of one ring that they arrived, although they were not fetched.
+        """Say of payloads of one ring, until `until_s` on the loop's clock, that they arrived, though none was fetched.
 
-        Args:
-            key: the port to say it to.
-            waiting: at least one; those that were said are taken out.
-            found: grows by one for each of these: whether its payload was still there.
-            until_s: on the loop's clock.
-
-        Raises:
-            TransportError, TimeoutError: the others could not be said.
+        What was said is taken out of `waiting`, and `found` grows by whether that payload was still there. A
+        TransportError or TimeoutError: the others could not be said.
         """
         channel: Channel | None = None
         try:
@@ -228,11 +218,7 @@ class Connections:
             self._owe(exchange)
 
     async def schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
-        """The schema a reference names, asked for once; None for raw bytes.
-
-        Raises:
-            ProtocolError: the server's schema is another one.
-        """
+        """The schema a reference names, asked for once; None for raw bytes. A ProtocolError: the server has another."""
         if ref.fingerprint == 0:
             return None
         schema = self._schemas.get(ref.fingerprint)

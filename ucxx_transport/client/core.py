@@ -138,11 +138,7 @@ class ClientCore:
             return False
 
     def discard_here(self, refs: Sequence[SlotRef], limit_s: float) -> tuple[int, list[list[SlotRef]]]:
-        """Discard those of rings on this host.
-
-        Returns:
-            How many of these were still there; and the others, by ring, their names taken.
-        """
+        """Discard those of rings on this host: how many were still there; and the others by ring, their names taken."""
         self._require_usable()
         until_s = time.monotonic() + limit_s
         found = 0
@@ -261,11 +257,7 @@ class Deduplicator:
         self._lock = threading.Lock()
 
     def check(self, ref: SlotRef) -> None:
-        """Refuse a payload that was delivered before.
-
-        Raises:
-            StaleSlotError: this payload, or a newer one of its slot, was delivered to this client already.
-        """
+        """Refuse (StaleSlotError) a payload that this client, or a newer one of its slot, was delivered before."""
         slots = self._rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
             raise StaleSlotError(
@@ -276,12 +268,9 @@ class Deduplicator:
             )
 
     def claim(self, ref: SlotRef) -> None:
-        """Deliver a payload, once: of several reads of it that came this far, one gets it.
+        """Deliver a payload, once: of several reads of it that came this far, one gets it. Errors as `check`.
 
         Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
-
-        Raises:
-            StaleSlotError: as `check`.
         """
         with self._lock:
             slots = self._rings.get(ref.ring_id)

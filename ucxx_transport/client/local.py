@@ -29,11 +29,7 @@ PRUNE_INTERVAL_S = 5.0
 
 
 def verify_checksum(content: Bytes, ref: SlotRef) -> None:
-    """Compare the payload with the checksum its reference carries, if it carries one.
-
-    Raises:
-        ChecksumError: they differ.
-    """
+    """Compare the payload with the checksum its reference may carry; a ChecksumError where they differ."""
     if ref.checksum is None:
         return
     found = xxhash.xxh3_64_intdigest(content.data)
@@ -129,11 +125,7 @@ class LocalReader:
         return lease, root
 
     def finish(self, ref: SlotRef, ring: SharedRingBuffer, lease: ReadLease, root: Bytes | None) -> Payload:
-        """Deliver what `begin` has read.
-
-        Raises:
-            StaleSlotError: it is a duplicate.
-        """
+        """Deliver what `begin` has read; a StaleSlotError for a duplicate."""
         try:
             self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
         except StaleSlotError:

@@ -35,11 +35,7 @@ class LoopThread:
         atexit.register(self.stop)
 
     def submit(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Run `function()` in the loop; cancelling the future cancels the task there.
-
-        Raises:
-            ConfigError: it has been stopped.
-        """
+        """Run `function()` in the loop; cancelling the future cancels the task. A ConfigError: it has been stopped."""
         coroutine = function()
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -52,11 +48,7 @@ class LoopThread:
         return self.result(self.submit(function))
 
     def result(self, future: Future[T]) -> T:
-        """Wait for what was submitted; interrupted, the task is cancelled in the loop.
-
-        Raises:
-            ConfigError: the loop has been stopped meanwhile.
-        """
+        """Wait for what was submitted; interrupted, the task is cancelled. A ConfigError: the loop has been stopped."""
         try:
             while True:
                 try:

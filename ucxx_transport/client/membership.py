@@ -59,11 +59,7 @@ class Membership:
             unsubscribe()
 
     async def guarded(self, ref: SlotRef, reading: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Read, unless the source of `ref` is gone or goes meanwhile.
-
-        Raises:
-            PeerLostError: it is gone; `facts["reason"]` is "removed".
-        """
+        """Read, unless the source of `ref` is gone or goes meanwhile: a PeerLostError with the reason "removed"."""
         self._loop = asyncio.get_running_loop()
         scope = asyncio.timeout(None)
         scopes = self._scopes.setdefault(ref.ring_id, set())

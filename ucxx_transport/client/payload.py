@@ -121,11 +121,7 @@ class Payload:
 
 
 def writable_bytes(into: Buffer, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The first `nbytes` bytes of a caller's buffer, as a writable array.
-
-    Raises:
-        ConfigError: it is read-only, not contiguous, or shorter.
-    """
+    """The first `nbytes` bytes of a caller's buffer, or a ConfigError: read-only, not contiguous, or shorter."""
     view = memoryview(into)
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
         raise ConfigError(

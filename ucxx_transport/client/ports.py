@@ -77,12 +77,7 @@ class Turn:
         self._calls -= 1
 
     def ports(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:
-        """The one or two ports the call may use, best first.
-
-        Args:
-            quarantine: ports to avoid; when it holds all of them, all are candidates: never starve.
-            now: the caller's clock, seconds.
-        """
+        """The one or two ports the call may use, best first; all are candidates when all are in quarantine."""
         candidates = self._keys
         if len(quarantine):
             # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
@@ -104,12 +99,7 @@ class Rotation:
         self._turns: OrderedDict[tuple[str, tuple[int, ...]], Turn] = OrderedDict()
 
     def turn(self, host: str, ports: tuple[int, ...]) -> Turn:
-        """For one call to a source: enter it.
-
-        Args:
-            host: the source's address.
-            ports: its ports, at least one.
-        """
+        """For one call to a source, by its address and ports, at least one: enter it."""
         source = (host, ports)
         turn = self._turns.get(source)
         if turn is None:

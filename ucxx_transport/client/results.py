@@ -19,10 +19,6 @@ async def gather_results(
 ) -> list[Payload | TransportError]:
     """Read concurrently; one that fails costs none of the others.
 
-    Args:
-        read: reads one payload.
-        refs: what to read.
-
     Returns:
         A list as long as `refs`: the payload, or the error that `read` raised. Cancelled, or ended by an error of
         another kind, it releases what it has.

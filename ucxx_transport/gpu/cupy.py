@@ -36,11 +36,7 @@ _PORTABLE: Final = 1
 
 
 def import_cupy(why: str) -> Any:
-    """The module.
-
-    Raises:
-        ConfigError: it is not installed, or cannot be loaded here.
-    """
+    """The module; a ConfigError where it is not installed, or cannot be loaded here."""
     try:
         import cupy
     except ImportError as exc:

@@ -25,11 +25,7 @@ _BITS: Final = {1: np.uint8, 2: np.int16}
 
 
 def import_torch(device: str) -> Any:
-    """The module.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The module; a ConfigError where it is not installed."""
     try:
         import torch
     except ImportError as exc:
@@ -54,11 +50,7 @@ def name_of(dtype: Any) -> str:
 
 
 def host_tensor(torch: Any, array: Array) -> Any:
-    """A torch tensor over an array's memory, without a copy.
-
-    Raises:
-        ConfigError: torch has no such dtype.
-    """
+    """A torch tensor over an array's memory, without a copy; errors as `torch_dtype`."""
     dtype = torch_dtype(torch, array.dtype)
     plain = array
     if array.dtype.name.startswith(("bfloat16", "float8")):  # what torch does not take from numpy

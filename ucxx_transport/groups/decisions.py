@@ -48,16 +48,7 @@ def next_epoch(view: GroupView | None, members: Members) -> int:
 
 
 def next_view(view: GroupView | None, members: Members, *, overdue: Collection[int] = ()) -> GroupView | None:
-    """The view that should follow.
-
-    Args:
-        view: the present one; None: there is none.
-        members: those whose lease lives.
-        overdue: ranks whose acknowledgement was waited for long enough: see `overdue_ranks`.
-
-    Returns:
-        None when the present one is right.
-    """
+    """The view that should follow, with the `overdue_ranks` dropped; None when the present one is right."""
     before = GroupView(epoch=0) if view is None else view
     epoch = next_epoch(view, members)
     changed: dict[int, Seat] = {}
@@ -110,11 +101,7 @@ def awaited_ranks(view: GroupView | None, members: Members, rank: int) -> tuple[
 def view_after(
     view: GroupView, members: Members, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None
 ) -> GroupView | None:
-    """The view after a member's request: RECALL, DEACTIVATE or LEAVE, of this life of the ranks or (None) any.
-
-    Returns:
-        None when nothing changes.
-    """
+    """The view after RECALL, DEACTIVATE or LEAVE of this life of the ranks or (None) any; None: no change."""
     epoch = next_epoch(view, members)
     changed = {
         seat.rank: seat.after(event, epoch=epoch)

@@ -50,13 +50,8 @@ def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying)
 
     A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
 
-    Args:
-        context: the group.
-        wanted: the record; its `ttl_s` is what is asked of the lease.
-        retrying: until when.
-
     Returns:
-        The lease, by which the rank is this process's as long as it is renewed.
+        The lease, by which the rank is this process's as long as it is renewed; its TTL is asked for by `wanted`.
 
     Raises:
         DuplicateSourceError: a live member has the rank.

@@ -185,14 +185,9 @@ class SharedState:
             return answer
 
     def listen(self, listener: GroupListener, *, with_present: bool = False) -> Callable[[], None]:
-        """Notify `listener` from now on.
+        """Notify `listener` from now on, until what is returned is called.
 
-        Args:
-            listener: the callbacks.
-            with_present: also call `on_add` with each member there is. Waits while a view's callbacks run.
-
-        Returns:
-            What ends that.
+        `with_present`: also call `on_add` with each member there is, which waits while a view's callbacks run.
         """
 
         def end() -> None:
@@ -233,12 +228,7 @@ class SharedState:
             self._changed.notify_all()
 
     def apply(self, view: GroupView, *, is_own: bool) -> None:
-        """Take a newer view: publish it, notify the listeners, and only then wake waiting calls.
-
-        Args:
-            view: the newer one.
-            is_own: whether this rank wrote it.
-        """
+        """Take a newer view: publish it, notify the listeners, and only then wake waiting calls."""
         with self._notifying:
             with self._changed:
                 before, listeners = self.now, self._listeners
@@ -273,12 +263,7 @@ class SharedState:
         return replace(after, statistics=statistics)
 
     def end(self, event: RankEvent, error: TransportError) -> None:
-        """This rank's membership is over: waiting calls raise `error`; `on_gone`, if it had joined and did not leave.
-
-        Args:
-            event: LEAVE, LOSE or DROP.
-            error: why.
-        """
+        """This rank is a member no more: waiting calls raise `error`; `on_gone`, if it had joined and did not leave."""
         with self._changed:
             if not self.now.state.is_seated:
                 return

@@ -80,11 +80,7 @@ TRANSITIONS: Final[Mapping[tuple[RankState, RankEvent], RankState]] = MappingPro
 
 
 def advance(state: RankState, event: RankEvent) -> RankState:
-    """The state after `event`: the only maker of states.
-
-    Raises:
-        RegistryError: the table has no such transition; nothing has changed.
-    """
+    """The state after `event`: the only maker of states. A RegistryError: the table has no such transition."""
     after = TRANSITIONS.get((state, event))
     if after is None:
         raise RegistryError(f"a rank cannot {event.name} while {state.name}", state=state.name, event=event.name)

@@ -136,11 +136,7 @@ class GroupView:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
-        """From the store.
-
-        Raises:
-            ProtocolError: it is malformed, or of another version.
-        """
+        """From the store; a ProtocolError where it is malformed, or of another version."""
         form = take_fields(_from_json(raw, "group view"), "group view", required=("version", "epoch", "seats"))
         check_version(form["version"], "group view")
         if not isinstance(form["seats"], list):
@@ -194,11 +190,7 @@ class MemberRecord:
     meta: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        """Check what the caller chose.
-
-        Raises:
-            ConfigError: `address` or `meta` cannot be stored.
-        """
+        """Check what the caller chose; a ConfigError where `address` or `meta` cannot be stored."""
         if len(self.address) > MAX_ADDRESS_CHARS:
             raise ConfigError(f"address must be text of at most {MAX_ADDRESS_CHARS} characters", field="address")
         try:
@@ -219,11 +211,7 @@ class MemberRecord:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> MemberRecord:
-        """From the store.
-
-        Raises:
-            ProtocolError: it is malformed, or of another version.
-        """
+        """From the store; a ProtocolError where it is malformed, or of another version."""
         form = take_fields(_from_json(raw, "member record"), "member record", required=("version", *_RECORD_KEYS))
         check_version(form["version"], "member record")
         ttl_s, meta = form["ttl_s"], form["meta"]

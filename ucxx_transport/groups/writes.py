@@ -87,10 +87,7 @@ class Retrying:
         return max(0.0, self._deadline - self._clock())
 
     def call(self, call: Callable[[float], T]) -> T:
-        """Call until the store answers; an error that is an answer is raised.
-
-        Args:
-            call: takes the seconds that it may take.
+        """Call, with the seconds that it may take, until the store answers; an error that is an answer is raised.
 
         Raises:
             DeadlineExceededError: the store did not answer until the deadline.
@@ -129,14 +126,7 @@ def change_view(
     *,
     incarnation: str | None = None,
 ) -> int:
-    """Make `event` happen to those of `ranks` that it concerns.
-
-    Args:
-        context: the group.
-        event: RECALL, DEACTIVATE or LEAVE.
-        ranks: for which it is asked.
-        retrying: until when.
-        incarnation: only for this life of the ranks; None: for any.
+    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
 
     Returns:
         The epoch of the view in which it is so.

@@ -291,8 +291,7 @@ def hand_over(
 ) -> asyncio.Task[bool] | None:
     """Give an accepted endpoint to its owner, at the edge between the link and foreign code.
 
-    Returns:
-        None; or, when the owner raised, which goes to the loop's exception handler, the task that closes the endpoint.
+    An owner that raises is reported to the loop's exception handler; the task that closes the endpoint is returned.
     """
     try:
         on_endpoint(endpoint)

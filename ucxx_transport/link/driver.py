@@ -139,11 +139,7 @@ class ProgressDriver:
         return self.clock() - self._turn_began > TURN_S
 
     def spin_for(self, operation: Watched) -> bool:
-        """Poll for one operation inside the task that waits for it.
-
-        Returns:
-            True when it is over; False when the task should sleep: the time is up, or others have something to do.
-        """
+        """Poll for one operation inside the task that waits for it; False: the time is up, or others have work."""
         request = operation.request
         if request is None or self.stopped or not self._spin_s:
             return operation.poll()

@@ -57,11 +57,7 @@ class _LogComponent(ctypes.Structure):
 
 
 def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
-    """(transport, device) of each lane, such as `("tcp", "lo")`; empty where it is unknown.
-
-    Args:
-        handle: the `ucp_ep_h` of an endpoint that is alive.
-    """
+    """(transport, device) of each lane of a live `ucp_ep_h`, such as `("tcp", "lo")`; empty where it is unknown."""
     entries = (_TransportEntry * _MAX_LANES)()
     asked = _EndpointAttributes(
         field_mask=_TRANSPORTS,
@@ -84,11 +80,7 @@ def endpoint_peer(handle: int) -> str | None:
 
 
 def request_peer(handle: int) -> str | None:
-    """`host:port` of who asks for a connection, or None where it cannot be told.
-
-    Args:
-        handle: the `ucp_conn_request_h`, inside its listener's callback.
-    """
+    """`host:port` of a `ucp_conn_request_h` inside its listener's callback, or None where it cannot be told."""
     asked = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
     try:
         query = loaded_library("libucp.so").ucp_conn_request_query
@@ -151,11 +143,7 @@ def release_cancelled(pointer: int) -> bool:
 
 
 def quiet_ucxx_log() -> bool:
-    """Keep ucxx's log of ordinary events (a refused connection) off stdout, unless the user has chosen a level.
-
-    Returns:
-        Whether it is quiet now.
-    """
+    """Keep ucxx's log of ordinary events off stdout, unless the user has chosen a level; whether it is quiet now."""
     if "UCXX_LOG_LEVEL" in os.environ:
         return False
     try:

@@ -111,11 +111,7 @@ class Namespace:
 
 
 def checked_value(value: object) -> bytes:
-    """A value that a store takes.
-
-    Raises:
-        ConfigError: it is not `bytes`, or longer than `MAX_VALUE_BYTES`.
-    """
+    """A value that a store takes; a ConfigError unless it is `bytes`, of `MAX_VALUE_BYTES` at most."""
     if not isinstance(value, bytes):
         raise ConfigError(f"value is of {type(value).__name__}: a store keeps bytes", field="value")
     if len(value) > MAX_VALUE_BYTES:

@@ -95,11 +95,7 @@ class Renewal:
             self.start()
 
     def keeps(self, lease_id: int) -> bool:
-        """Whether the sidecar has just renewed this lease; while it has not, its owner must.
-
-        Raises:
-            LeaseLostError: the store has answered that the lease has ended.
-        """
+        """Whether the sidecar has just renewed this lease, else its owner must; a LeaseLostError when it has ended."""
         with self._lock:
             if lease_id != self._lease_id:
                 return False

@@ -37,8 +37,6 @@ class RingCore:
         clock: monotonic seconds.
 
     Attributes:
-        segment: the mapped memory.
-        identity: what the segment says of itself.
         owner: in whose name this handle takes holds.
         words: the segment as 64-bit words.
         transitions: of its slots.
@@ -142,8 +140,7 @@ class RingCore:
     def look_for_name(self, generation: int) -> None:
         """Say once when another program removed the ring's name: readers on this host then go over the network.
 
-        Args:
-            generation: of slot 0, which is written; at some of them this looks.
+        It looks at some generations of slot 0, which is written.
         """
         if generation % self._look_every == 0 and not self._warned_name and self.segment.lost_its_name:
             self._warned_name = True
@@ -156,10 +153,7 @@ class RingCore:
             )
 
     def reclaim_dead(self) -> int:
-        """End every hold whose process is dead, and those of this process whose objects are gone.
-
-        Returns:
-            How many holds were ended.
+        """End every hold whose process is dead, and those of this process whose objects are gone; returns how many.
 
         Raises:
             DeadlineExceededError: the lock was not to be had in time.

@@ -6,30 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.ring.layout import (
-    BLOCK_TIMEOUT_NS_WORD,
-    BOOT_ID_WORD,
-    CHECKSUM_WORD,
-    CREATOR_PID_WORD,
-    CREATOR_START_WORD,
-    FINGERPRINT_WORD,
-    LAYOUT_VERSION,
-    LOCK_TIMEOUT_NS_WORD,
-    MAGIC,
-    MAGIC_WORD,
-    PID_NAMESPACE_WORD,
-    POLICIES,
-    POLICY_WORD,
-    READERS_WORD,
-    RING_ID_WORD,
-    SCHEMA_BYTES_WORD,
-    SLOT_BYTES_WORD,
-    SLOTS_WORD,
-    TOTAL_BYTES_WORD,
-    VERSION_WORD,
-    WORD_BYTES,
-    Geometry,
-)
+from ucxx_transport.ring import layout
+from ucxx_transport.ring.layout import Geometry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +44,10 @@ class Identity:
         """The identity's words in order, still marked incomplete."""
         geometry = self.geometry
         return [
-            *(MAGIC, LAYOUT_VERSION, geometry.total_bytes, 0),
+            *(layout.MAGIC, layout.LAYOUT_VERSION, geometry.total_bytes, 0),
             *_words_of(self.ring_id),
             *(geometry.slots, geometry.slot_bytes, geometry.readers, geometry.schema_bytes, self.fingerprint),
-            *(POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns, 0),
+            *(layout.POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns, 0),
             *(self.creator_pid, self.creator_start, *_words_of(self.boot_id), self.pid_namespace),
         ]
 
@@ -84,48 +62,49 @@ class Identity:
         Raises:
             ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
         """
-        if words[MAGIC_WORD] != MAGIC:
-            found = words[MAGIC_WORD].to_bytes(WORD_BYTES, "little")
+        if words[layout.MAGIC_WORD] != layout.MAGIC:
+            found = words[layout.MAGIC_WORD].to_bytes(layout.WORD_BYTES, "little")
             raise ProtocolError(f"not a ring: it begins with {found!r}", field="magic", found=found.hex())
-        if words[VERSION_WORD] != LAYOUT_VERSION:
+        version, expected = words[layout.VERSION_WORD], layout.LAYOUT_VERSION
+        if version != expected:
             raise ProtocolError(
-                f"a ring of layout version {words[VERSION_WORD]}; this program reads version {LAYOUT_VERSION}: "
-                "run the same release of ucxx_transport on both sides",
+                f"a ring of layout version {version}; this program reads version {expected}: run the same release of "
+                "ucxx_transport on both sides",
                 field="layout_version",
-                found=words[VERSION_WORD],
-                expected=LAYOUT_VERSION,
+                found=version,
+                expected=expected,
             )
         try:
             geometry = Geometry(
-                slots=words[SLOTS_WORD],
-                slot_bytes=words[SLOT_BYTES_WORD],
-                readers=words[READERS_WORD],
-                schema_bytes=words[SCHEMA_BYTES_WORD],
+                slots=words[layout.SLOTS_WORD],
+                slot_bytes=words[layout.SLOT_BYTES_WORD],
+                readers=words[layout.READERS_WORD],
+                schema_bytes=words[layout.SCHEMA_BYTES_WORD],
             )
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
-        if not geometry.total_bytes == words[TOTAL_BYTES_WORD] == segment_bytes:
+        if not geometry.total_bytes == words[layout.TOTAL_BYTES_WORD] == segment_bytes:
             raise ProtocolError(
                 "a ring whose sizes contradict each other",
                 field="total_bytes",
                 segment_bytes=segment_bytes,
-                declared_bytes=words[TOTAL_BYTES_WORD],
+                declared_bytes=words[layout.TOTAL_BYTES_WORD],
                 computed_bytes=geometry.total_bytes,
             )
-        if words[POLICY_WORD] >= len(POLICIES):
-            raise ProtocolError("a ring of an unknown policy", field="on_full", found=words[POLICY_WORD])
+        if words[layout.POLICY_WORD] >= len(layout.POLICIES):
+            raise ProtocolError("a ring of an unknown policy", field="on_full", found=words[layout.POLICY_WORD])
         return cls(
             geometry=geometry,
-            ring_id=_bytes_of(words, RING_ID_WORD),
-            fingerprint=words[FINGERPRINT_WORD],
-            on_full=POLICIES[words[POLICY_WORD]],
-            checksum=bool(words[CHECKSUM_WORD]),
-            block_timeout_ns=words[BLOCK_TIMEOUT_NS_WORD],
-            lock_timeout_ns=words[LOCK_TIMEOUT_NS_WORD],
-            creator_pid=words[CREATOR_PID_WORD],
-            creator_start=words[CREATOR_START_WORD],
-            boot_id=_bytes_of(words, BOOT_ID_WORD),
-            pid_namespace=words[PID_NAMESPACE_WORD],
+            ring_id=_bytes_of(words, layout.RING_ID_WORD),
+            fingerprint=words[layout.FINGERPRINT_WORD],
+            on_full=layout.POLICIES[words[layout.POLICY_WORD]],
+            checksum=bool(words[layout.CHECKSUM_WORD]),
+            block_timeout_ns=words[layout.BLOCK_TIMEOUT_NS_WORD],
+            lock_timeout_ns=words[layout.LOCK_TIMEOUT_NS_WORD],
+            creator_pid=words[layout.CREATOR_PID_WORD],
+            creator_start=words[layout.CREATOR_START_WORD],
+            boot_id=_bytes_of(words, layout.BOOT_ID_WORD),
+            pid_namespace=words[layout.PID_NAMESPACE_WORD],
         )
 
 

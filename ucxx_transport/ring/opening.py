@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
+from ucxx_transport.ring import layout
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import (
-    COMPLETE_WORD,
-    IDENTITY_WORDS,
-    LAYOUT_VERSION,
-    MAGIC,
-    MAGIC_WORD,
-    SCHEMA_BYTE,
-    VERSION_WORD,
-    Geometry,
-)
+from ucxx_transport.ring.layout import Geometry
 from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.ring.owner import boot_id, current_owner, pid_namespace
 from ucxx_transport.ring.segment import Segment, create_segment, open_segment
@@ -32,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
-    """Make a segment that describes itself; sweeps what dead creators left behind first.
-
-    Raises:
-        ConfigError: the name is in use, or the ring does not fit the memory.
-    """
+    """Make a segment that describes itself, after a sweep of what dead creators left; errors as `create_segment`."""
     folder = Path(config.folder)
     sweep_orphans(folder)
     schema = None
@@ -93,10 +81,10 @@ def attach_ring(
         ProtocolError: it is no ring, of another layout version, or damaged; says what was found.
     """
     segment = open_segment(name, folder, descriptor)
-    words = segment.words[:IDENTITY_WORDS].tolist()
-    blank = not any(words[: COMPLETE_WORD + 1])
-    of_ours = words[MAGIC_WORD] == MAGIC and words[VERSION_WORD] == LAYOUT_VERSION
-    if blank or (of_ours and not words[COMPLETE_WORD]):  # its sizes may not be there yet
+    words = segment.words[: layout.IDENTITY_WORDS].tolist()
+    blank = not any(words[: layout.COMPLETE_WORD + 1])
+    of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
+    if blank or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
         raise NotReadyError("the ring is still being made; try again", name=segment.name)
     identity = Identity.from_words(words, segment.nbytes)
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
@@ -121,13 +109,13 @@ def attach_ring(
 
 def schema_bytes(segment: Segment, identity: Identity) -> bytes:
     """The schema's msgpack form as the segment holds it, b"" for a raw ring."""
-    return segment.memory[SCHEMA_BYTE : SCHEMA_BYTE + identity.geometry.schema_bytes].tobytes()
+    return segment.memory[layout.SCHEMA_BYTE : layout.SCHEMA_BYTE + identity.geometry.schema_bytes].tobytes()
 
 
 def _describe(segment: Segment, identity: Identity, schema: bytes) -> None:
     """Write what the segment says of itself; the word that makes it complete last."""
     Transitions(segment, identity.geometry, lock_wait_s=0.0).initialise()
-    segment.memory[SCHEMA_BYTE : SCHEMA_BYTE + len(schema)] = np.frombuffer(schema, np.uint8)
+    segment.memory[layout.SCHEMA_BYTE : layout.SCHEMA_BYTE + len(schema)] = np.frombuffer(schema, np.uint8)
     for index, word in enumerate(identity.to_words()):
         segment.words[index] = word
-    segment.words[COMPLETE_WORD] = 1
+    segment.words[layout.COMPLETE_WORD] = 1

@@ -68,11 +68,7 @@ def sweep_orphans(folder: Path | None = None) -> list[str]:
 
 
 def remove_orphan(path: Path) -> bool:
-    """Remove a segment if its creator is dead.
-
-    Returns:
-        Whether the name is free now, as far as this process is concerned. False: the creator lives, or may.
-    """
+    """Remove a segment if its creator is dead; whether the name is free now. False: the creator lives, or may."""
     fd = _open_plain(path)
     if fd is None:
         return not os.path.lexists(path)

@@ -55,11 +55,7 @@ class AddressBoard:
 
 
 def check_address(host: str | None, ports: Sequence[int]) -> None:
-    """Refuse what does not fit; None and no ports withdraw an address.
-
-    Raises:
-        ConfigError: a host of no or over 255 bytes, no port or over 64, or a port that is none.
-    """
+    """Refuse (ConfigError) a host of no or over 255 bytes, and no ports or over 64; None and no ports withdraw."""
     if host is None and not ports:
         return
     if host is None or not 1 <= len(host.encode()) <= MAX_HOST_BYTES:

@@ -71,10 +71,7 @@ class Segment:
         return self._remove is not None and self._remove.pending
 
     def populate(self, *, write: bool) -> None:
-        """Touch all pages now, so that the first use runs at memory speed.
-
-        Args:
-            write: allocate them for writing (creator), or map the ones that are there (attacher).
+        """Touch all pages now, to write (creator) or as they are (attacher): the first use then runs at memory speed.
 
         Raises:
             ConfigError: the kernel has no memory for them.

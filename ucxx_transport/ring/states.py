@@ -92,11 +92,7 @@ def generation_of(word: int) -> int:
 
 
 def advance(word: int, event: SlotEvent) -> int:
-    """The state word after `event`: the only maker of state words.
-
-    Raises:
-        SlotError: the table has no such transition; nothing has changed.
-    """
+    """The state word after `event`: the only maker of state words. A SlotError: the table has no such transition."""
     state = state_of(word)
     if (state, event) not in TRANSITIONS:
         raise SlotError(

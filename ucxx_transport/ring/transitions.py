@@ -141,11 +141,7 @@ class Transitions:
         self._finalise = self._brief.finalise_now
 
     def initialise(self) -> None:
-        """Make the lock and the lists of a segment that no other process uses yet.
-
-        Raises:
-            ConfigError: this C library has no robust mutexes.
-        """
+        """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
         code = self._brief.initialise(self._ring)
         if code:
             raise ConfigError(
@@ -154,11 +150,7 @@ class Transitions:
             )
 
     def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:
-        """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation.
-
-        Returns:
-            False when no slot can be written.
-        """
+        """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation. False: there is none."""
         words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, overwrites
         code = self._reserve(words)
         if code:
@@ -324,11 +316,7 @@ class Transitions:
 
 @cache
 def own_library() -> Library:
-    """The package's build of `ring.c`.
-
-    Raises:
-        ConfigError: it was compiled from another state of the source.
-    """
+    """The package's build of `ring.c`; a ConfigError where it was compiled from another state of the source."""
     library = load()
     expected = LAYOUT_VERSION << 32 | HOLD_WORDS << 16 | len(Counter) << 8 | len(Outcome)
     if (found := library.brief.abi()) != expected:

@@ -273,12 +273,7 @@ class SlotWriter:
         return self._schema.nest(view_fields(memory.data, placement))
 
     def commit(self, hold: Hold, required: int, meta: Mapping[str, object] | None) -> SlotRef:
-        """Make a filled slot readable.
-
-        Args:
-            hold: the write; its word `HOLD_NBYTES` says how long the payload is.
-            required: reads that free it.
-            meta: for its reference.
+        """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is.
 
         Raises:
             SlotError: the hold was reclaimed.
@@ -300,12 +295,7 @@ class SlotWriter:
         return ref
 
     def _take(self, nbytes: int, deadline_s: float | None) -> Hold:
-        """A slot in WRITING.
-
-        Raises:
-            RingFullError: none is to be had and the policy is not to wait.
-            DeadlineExceededError: none became free in time.
-        """
+        """A slot in WRITING; a RingFullError or DeadlineExceededError, by the policy, where none is to be had."""
         if unsettled:
             settle()
         core = self.core

@@ -248,11 +248,7 @@ def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fi
 
 
 def _rebuilt(values: Sequence[Any]) -> SlotRef:
-    """A reference of a form's values, in the order of the module's table; all but the version are not trusted.
-
-    Raises:
-        ProtocolError: one is out of its bounds.
-    """
+    """A reference of a form's values, in the module's order, all but the version untrusted; errors as `from_dict`."""
     _, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     try:
         if (

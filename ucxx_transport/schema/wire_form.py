@@ -84,11 +84,7 @@ def take_values(data: object, what: str, keys: tuple[str, ...]) -> list[Any]:
 
 
 def check_version(version: object, what: str) -> None:
-    """Refuse a form that was written by another version of its format.
-
-    Raises:
-        ProtocolError: `version` is not `WIRE_VERSION`.
-    """
+    """Refuse, by a ProtocolError, a form that was written by another version of its format."""
     if type(version) is not int or version != WIRE_VERSION:
         raise ProtocolError(
             f"a {what} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "

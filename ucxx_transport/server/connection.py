@@ -65,11 +65,7 @@ class StuckSend(NamedTuple):
     delivered: bool
 
     def settle(self) -> bool:
-        """End the attempt if UCX has released the slot by now.
-
-        Returns:
-            Whether it had.
-        """
+        """End the attempt if UCX has released the slot by now; returns whether it had."""
         if not self.send.completed:
             return False
         if self.delivered:

@@ -146,14 +146,7 @@ class PortGroup:
         self._threads: list[PortThread] = []
 
     def start(self, deadline_s: float) -> tuple[int, ...]:
-        """Bring all ports up, or none.
-
-        Returns:
-            The bound ports.
-
-        Raises:
-            ConfigError, DeadlineExceededError: see `PortThread.start`.
-        """
+        """Bring all ports up, or none; returns them. Errors as `PortThread.start`."""
         ports: list[int] = []
         try:
             for index in self._indices:

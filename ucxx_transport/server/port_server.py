@@ -180,11 +180,7 @@ class PortServer:
 async def listen_on_first_free(
     link: Link, candidates: Sequence[int], on_endpoint: Callable[[Endpoint], None]
 ) -> Listener:
-    """Bind the first port of `candidates` that is not in use.
-
-    Raises:
-        ConfigError: every one is in use.
-    """
+    """Bind the first port of `candidates` that is not in use; a ConfigError where every one is."""
     last: TransportError | None = None
     for port in candidates:
         try:

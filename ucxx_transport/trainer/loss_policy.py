@@ -92,19 +92,9 @@ class Wanted:
 def sort_out(
     records: Sequence[AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
-    """What to fetch of a batch, and what not.
+    """What to fetch of a batch, and what is lost already, each in the batch's order.
 
-    Args:
-        records: the batch, in order.
-        policy_version: of the trainer's weights now.
-        max_staleness: versions that an episode's weights may be behind those; None: any. An episode that does not name
-            its version is as old as can be.
-
-    Returns:
-        The episodes to fetch and those that are lost already, each in the batch's order.
-
-    Raises:
-        ConfigError: `max_staleness` is negative, or given without `policy_version`.
+    An episode that does not name its version is as old as can be. Errors as `check_staleness`.
     """
     check_staleness(max_staleness, policy_version)
     wanted: list[Wanted] = []
@@ -136,11 +126,7 @@ def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list
 
 
 def check_staleness(max_staleness: int | None, policy_version: int | None) -> None:
-    """Refuse a bound that cannot be applied.
-
-    Raises:
-        ConfigError: `max_staleness` is negative, or given without `policy_version`.
-    """
+    """Refuse, by a ConfigError, a negative `max_staleness`, or one without `policy_version`."""
     if max_staleness is None:
         return
     if max_staleness < 0:
@@ -156,13 +142,7 @@ def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: i
 
 
 def loss_of(wanted: Wanted, error: TransportError, *, again: bool) -> Loss | None:
-    """What a failed fetch means: None to try it in the next round.
-
-    Args:
-        wanted: what was fetched.
-        error: what came instead.
-        again: whether there is another round and time for it.
-    """
+    """What a failed fetch means: None to try it in the next round, if there is one (`again`) and time for it."""
     if error.retryable and again:
         return None
     if isinstance(error, StaleSlotError):

@@ -137,11 +137,7 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
         return self._next()
 
     def collect(self) -> Collected[BatchT, RolloutsT]:
-        """Take the fetched batch into use.
-
-        Raises:
-            ConfigError: there is none (yet).
-        """
+        """Take the fetched batch into use; a ConfigError where there is none (yet)."""
         if self._fetched is None:
             raise ConfigError(
                 "the batch is still on its way: wait_prefetch() first"

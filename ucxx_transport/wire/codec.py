@@ -175,11 +175,7 @@ def encode_header_into(buffer: memoryview | bytearray, reply: ReadReply) -> None
 
 
 def seal(message: memoryview | bytearray, reply: ReadReply) -> int:
-    """Put header, padding and trailer round the body that already lies at offset 64 of `message`.
-
-    Returns:
-        The length of the whole message in bytes.
-    """
+    """Put header, padding and trailer round the body at offset 64 of `message`; returns the length of it all."""
     encode_header_into(message, reply)
     end = HEADER_BYTES + reply.nbytes
     pad = padded(reply.nbytes) - reply.nbytes
@@ -267,11 +263,7 @@ def clear_ends(buffer: memoryview, nbytes: int) -> None:
 
 
 def check_trailer(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> None:
-    """Verify that the body arrived to its end.
-
-    Raises:
-        ProtocolError: the trailer is not there: the message was shorter than its header says.
-    """
+    """Verify that the body arrived to its end; a ProtocolError where the message was shorter than its header says."""
     end = HEADER_BYTES + padded(reply.nbytes)
     if len(buffer) < end + TRAILER_BYTES:
         raise ProtocolError("a reply claims more bytes than were posted for it", nbytes=reply.nbytes)

@@ -36,11 +36,7 @@ def stand_in(shape: tuple[int, ...], dtype: DType) -> Array:
 
 
 def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = runtime_of) -> dict[str, object]:
-    """Leaves by path, those on a GPU stood in for: what a schema is made from.
-
-    Raises:
-        ConfigError: one cannot be a payload.
-    """
+    """Leaves by path, those on a GPU stood in for, for a schema; a ConfigError where one cannot be a payload."""
     leaves = flatten(trajectory)
     for name, leaf in leaves.items():
         if is_on_device(leaf):
@@ -69,13 +65,8 @@ class DeviceLeaves:
     ) -> dict[int, DeviceArray]:
         """Those of `leaves` that are on a GPU, by position, each ready for its field; stood in for in `leaves`.
 
-        A leaf whose dtype its field cannot have stays as it is: its stand-in fails the check of the fields.
-
-        Args:
-            leaves: in field order.
-            fields: of the schema.
-            may_narrow: names of the fields whose values may lose precision.
-            warn: called with a dtype and the field that it is narrowed for.
+        A leaf whose dtype its field cannot have stays as it is: its stand-in fails the check of the fields. `warn` is
+        called with a dtype and the field that it is narrowed for.
 
         Raises:
             ConfigError: a leaf cannot be taken, or a value does not fit its field; the message names the field.
@@ -97,12 +88,7 @@ class DeviceLeaves:
 
     @contextmanager
     def copying(self, taken: Mapping[int, DeviceArray], targets: Sequence[Array]) -> Iterator[None]:
-        """Copies of what was taken, to its places in a slot: begun here, over when the block is left, however it is.
-
-        Args:
-            taken: by position.
-            targets: the slot's arrays, in field order.
-        """
+        """Copies of what was taken, to its places in a slot: begun here, over when the block is left, however it is."""
         with self._copying, ExitStack() as waits:
             self._require_open()
             # noted before they begin: a copy that raises may have begun
@@ -113,11 +99,7 @@ class DeviceLeaves:
             yield
 
     def lock_pages(self, array: DeviceArray) -> None:
-        """Page-lock the ring's memory for copies from the device of `array`, unless it is.
-
-        Raises:
-            PageLockError: CUDA refuses.
-        """
+        """Page-lock the ring's memory for copies from the device of `array`, unless it is, or raise a PageLockError."""
         with self._copying:
             self._require_open()
             if self._page_lock is None:

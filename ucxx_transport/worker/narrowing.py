@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 def refuse_what_does_not_fit(given: DType, field: TensorSpec, bounds_of: Callable[[], tuple[int, int] | None]) -> None:
-    """Refuse values that would be others in the field's dtype, but for rounding.
-
-    Args:
-        given: their dtype.
-        field: where they shall go.
-        bounds_of: gives the least and the largest of integers, None of no values.
+    """Refuse values that would be others in the field's dtype, but for rounding; `bounds_of` gives those of integers.
 
     Raises:
         ConfigError: another kind, or an integer that does not fit; the message names the field and the remedy.

@@ -100,15 +100,7 @@ class Access:
     def request(
         self, endpoint: str, path: str, body: Json, *, token: Secret, timeouts: Mapping[str, float | None]
     ) -> httpx.Request:
-        """A request for `/v3/<path>`.
-
-        Args:
-            endpoint: where to.
-            path: below `/v3/`.
-            body: a JSON object, whose values may be secrets.
-            token: of the user; empty for none.
-            timeouts: seconds for `connect`, `read`, `write` and `pool`.
-        """
+        """A request for `/v3/<path>`, whose body may have secrets, with timeouts to connect, read, write and pool."""
         made: httpx.Request = httpx_module().Request(
             "POST",
             f"{self.scheme}://{endpoint}/v3/{path}",
@@ -125,11 +117,6 @@ class Access:
 
 def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Access:
     """The access that the URL and the settings describe.
-
-    Args:
-        endpoints: `host:port` of at least one.
-        config: user and files of TLS.
-        tls: whether the URL asks for it.
 
     Raises:
         ConfigError: a file of TLS cannot be used, or TLS is half turned on.
@@ -155,11 +142,7 @@ class EtcdClient:
     """One process's connections to a cluster. Thread-safe."""
 
     def __init__(self, access: Access) -> None:
-        """Nothing is connected yet.
-
-        Args:
-            access: how the cluster is reached.
-        """
+        """Nothing is connected yet."""
         self.access = access
         self.endpoints = access.endpoints
         self._token: Secret | None = None if access.user else _NO_TOKEN
@@ -274,12 +257,7 @@ class EtcdClient:
 
 
 def unreachable(error: Exception, endpoint: str) -> TransportError:
-    """The error for a request that httpx could not bring to an answer.
-
-    Args:
-        error: of httpx.
-        endpoint: where it was sent to.
-    """
+    """The error for a request that httpx could not bring to an answer."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -114,11 +114,7 @@ class WatchMessage:
 
 
 def parsed(text: bytes, endpoint: str) -> Json:
-    """The object that the text is.
-
-    Raises:
-        StoreUnavailableError: it is none: cut off, or not etcd's.
-    """
+    """The object that the text is; a StoreUnavailableError where it is none: cut off, or not etcd's."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -129,11 +125,7 @@ def parsed(text: bytes, endpoint: str) -> Json:
 
 
 def answer_of(status: int, text: bytes, endpoint: str) -> EtcdReply:
-    """The answer in a response.
-
-    Raises:
-        TransportError: it is none: see the module's table.
-    """
+    """The answer in a response; where it is none, an error of the module's table."""
     if status != 200:
         try:
             body = parsed(text, endpoint)
@@ -159,13 +151,7 @@ def code_of(body: Json) -> int:
 
 
 def refusal(status: int, body: Json, endpoint: str) -> TransportError:
-    """The error for an answer that is none.
-
-    Args:
-        status: of HTTP.
-        body: of the answer; empty when it is not JSON.
-        endpoint: whose answer it is.
-    """
+    """The error for an answer that is none; its body is empty when it is not JSON."""
     code = code_of(body)
     facts: dict[str, object] = {"endpoint": endpoint, "status": status, "code": code, "reason": _words(body)}
     if code == _NOT_FOUND:

@@ -311,11 +311,7 @@ class _Connection:
 
     @asynccontextmanager
     async def within(self, timeout_s: float) -> AsyncIterator[None]:
-        """Bound what is done in this block.
-
-        Raises:
-            StoreUnavailableError: it took longer.
-        """
+        """Bound what is done in this block; a StoreUnavailableError where it takes longer."""
         try:
             async with asyncio.timeout(timeout_s):
                 yield

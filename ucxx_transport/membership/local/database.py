@@ -62,12 +62,7 @@ class Database:
     """
 
     def __init__(self, path: Path, *, boot_id: str) -> None:
-        """Nothing is opened yet.
-
-        Args:
-            path: the file; a store is made there when none is.
-            boot_id: names the boot of the machine: leases of another one are over.
-        """
+        """Nothing is opened yet; leases of another boot than `boot_id` are over."""
         self.path = path
         self.store_id = ""
         self._boot_id = boot_id
@@ -101,11 +96,7 @@ class Database:
             raise ConfigError("the store is closed: open another", path=str(self.path))
 
     def close(self, timeout_s: float) -> None:
-        """Refuse from now on. Idempotent.
-
-        Args:
-            timeout_s: how long calls that are under way are waited for: a signal handler may have interrupted one.
-        """
+        """Refuse from now on. Calls under way are waited for: a signal handler may have interrupted one. Idempotent."""
         self._closed = True
         if self._lock.acquire(timeout=timeout_s):
             try:

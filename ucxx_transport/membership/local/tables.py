@@ -166,11 +166,7 @@ def add_lease(db: sqlite3.Connection, ttl_s: float, now: float) -> int:
 
 
 def renew(db: sqlite3.Connection, lease_id: int, now: float) -> float:
-    """Move a lease's deadline; returns its time to live.
-
-    Raises:
-        LeaseLostError: there is no such lease.
-    """
+    """Move a lease's deadline; returns its time to live. A LeaseLostError: there is no such lease."""
     found = db.execute("SELECT ttl_s FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
     if found is None:
         raise lease_lost(lease_id)
@@ -209,11 +205,7 @@ def put(db: sqlite3.Connection, key: bytes, value: bytes, *, lease_id: int | Non
 
 
 def delete(db: sqlite3.Connection, key: bytes, *, expected: int | None) -> bool:
-    """Remove an entry; returns whether it was there.
-
-    Raises:
-        ConflictError: it has another revision than the expected one.
-    """
+    """Remove an entry; returns whether it was there. A ConflictError: it has another revision than expected."""
     found = row(db, key)
     if found is None:
         return False
