@@ -174,7 +174,10 @@ class RingHandle:
         return statistics_of(*self._core.transitions.snapshot())
 
     def unlink(self) -> bool:
-        """Remove the ring from the host, if this handle made it (whether it did): who has it keeps it, no other attaches.
+        """Remove the ring from the host, if this handle made it: processes that have it keep it, no other can attach.
+
+        Returns:
+            Whether this call removed it; False for a handle that attached.
         """
         return self._segment.unlink()
 
