@@ -150,7 +150,7 @@ class UCXXClient:
         """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""
         remote = self._remote
         if remote is not None:
-            await remote.aclose()
+            await remote.connections.aclose()
         self._core.close()
 
     async def __aenter__(self) -> Self:

@@ -33,7 +33,12 @@ GOODBYE_TIMEOUT_S = 0.5
 
 
 class Connections:
-    """Channels to any port of any source; the link is opened with the first."""
+    """Channels to any port of any source.
+
+    Attributes:
+        link: None until the first is opened.
+        closed: whether `aclose` has been called.
+    """
 
     def __init__(
         self, config: ClientConfig, link_factory: LinkFactory, *, reader: int, counters: ClientCounters
@@ -43,9 +48,9 @@ class Connections:
         self._reader = reader
         self._counters = counters
         self._stack = AsyncExitStack()
-        self._link: Link | None = None
+        self.link: Link | None = None
         self._opening = asyncio.Lock()
-        self._closed = False
+        self.closed = False
         self._idle: EndpointPool[Channel] = EndpointPool(
             max_age_s=config.pool_endpoint_max_age_s, max_idle=config.max_pooled_endpoints
         )
@@ -54,23 +59,13 @@ class Connections:
         self._closing: set[asyncio.Task[bool]] = set()
 
     @property
-    def closed(self) -> bool:
-        """Whether `aclose` has been called."""
-        return self._closed
-
-    @property
-    def link(self) -> Link | None:
-        """The link, once a read has opened it."""
-        return self._link
-
-    @property
     def pooled_endpoints(self) -> int:
         """Idle connections now."""
         return len(self._idle)
 
     async def aclose(self) -> None:
         """Take leave of every server, close every connection and the link. Bounded; idempotent."""
-        self._closed = True
+        self.closed = True
         channels = self._idle.drain()
         try:
             async with asyncio.timeout(GOODBYE_TIMEOUT_S):
@@ -81,7 +76,7 @@ class Connections:
             await channel.close()
         await asyncio.gather(*self._closing, return_exceptions=True)
         async with self._opening:  # a read that is just opening the link must not leave it behind
-            self._link = None
+            self.link = None
             await self._stack.aclose()
 
     def evict(self, key: PortKey) -> None:
@@ -139,16 +134,16 @@ class Connections:
 
     async def _opened_link(self) -> Link:
         async with self._opening:
-            if self._closed:
+            if self.closed:
                 raise ConfigError("the client is closed")
-            if self._link is None:
-                self._link = await self._stack.enter_async_context(self._link_factory())
-            return self._link
+            if self.link is None:
+                self.link = await self._stack.enter_async_context(self._link_factory())
+            return self.link
 
     def checkin(self, channel: Channel) -> None:
         """Keep a connection for the next call."""
         loop = asyncio.get_running_loop()
-        surplus = (channel,) if self._closed else self._idle.checkin(channel.key, channel, loop.time())
+        surplus = (channel,) if self.closed else self._idle.checkin(channel.key, channel, loop.time())
         if surplus:
             self.close_aside(surplus)
 

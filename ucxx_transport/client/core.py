@@ -63,7 +63,7 @@ class ClientCore:
         self._link_factory = link_factory or _ucxx_links(self.config)
         self._membership = Membership(watcher) if watcher is not None else None
         self._pid = os.getpid()
-        self._closed = False
+        self.closed = False
         self.local = LocalReader(
             self.config.local,
             in_place=self.config.local != "copy" and page_locker is None,
@@ -94,7 +94,7 @@ class ClientCore:
             ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
                 or this is a forked copy of the client.
         """
-        if self._closed or os.getpid() != self._pid:
+        if self.closed or os.getpid() != self._pid:
             self._require_usable()
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
@@ -109,7 +109,7 @@ class ClientCore:
         return self.local.ring_of(ref)
 
     def _require_usable(self) -> None:
-        if self._closed:
+        if self.closed:
             raise ConfigError("the client is closed; make another")
         if self.inherited:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
@@ -191,18 +191,13 @@ class ClientCore:
         return replacement, *self.local.begin(replacement, ref, limit_s)
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` has been called."""
-        return self._closed
-
-    @property
     def inherited(self) -> bool:
         """Whether this is a forked child's copy: connections and threads are its parent's."""
         return os.getpid() != self._pid
 
     def close(self) -> None:
         """Refuse further reads, close all rings and release idle buffers."""
-        self._closed = True
+        self.closed = True
         if self._membership is not None:
             self._membership.close()
         self.local.close()
@@ -234,9 +229,9 @@ class ClientCore:
     def statistics(self, remote: RemoteReader | None) -> ClientStatistics:
         """The counts now."""
         pool = self.pool.statistics()
-        link = remote.link if remote is not None else None
+        link = remote.connections.link if remote is not None else None
         return self.counters.snapshot(
-            pooled_endpoints=remote.pooled_endpoints if remote is not None else 0,
+            pooled_endpoints=remote.connections.pooled_endpoints if remote is not None else 0,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
             leaked_buffers=link.statistics().leaked_buffers if link is not None else 0,

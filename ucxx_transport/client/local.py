@@ -116,7 +116,9 @@ class LocalReader:
         """
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         try:
-            root = None if self._in_place else self._copied(lease)
+            root = None if self._in_place else self._pool.lend(lease.nbytes)
+            if root is not None:
+                np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
             if self._verify and ref.checksum is not None:
                 verify_checksum(root if root is not None else np.frombuffer(lease.buffer, dtype=np.uint8), ref)
         except BaseException:
@@ -146,11 +148,6 @@ class LocalReader:
             for ring in self._rings.values():
                 ring.close()
             self._rings.clear()
-
-    def _copied(self, lease: ReadLease) -> Bytes:
-        root = self._pool.lend(lease.nbytes)
-        np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
-        return root
 
     def _attach(self, ref: SlotRef) -> SharedRingBuffer | None:
         if ref.ring_id in self._unreachable:

@@ -40,8 +40,9 @@ class Membership:
     """What a watcher says, from here on. Told in the watcher's thread, asked in the client's loop."""
 
     def __init__(self, watcher: Watcher) -> None:
-        self._on_gone: Callable[[SourceRecord], None] = _nothing
-        self._on_there: Callable[[SourceRecord], None] = _nothing
+        # until `subscribe` nobody reads over UCX, so nothing is open
+        self._on_gone: Callable[[SourceRecord], None] = lambda _: None
+        self._on_there: Callable[[SourceRecord], None] = lambda _: None
         self._lock = threading.Lock()
         self._gone: OrderedDict[bytes, None] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,7 +89,7 @@ class Membership:
     def _added(self, record: SourceRecord) -> None:
         with self._lock:
             self._gone.pop(record.ring_id, None)
-        self._in_loop(self._welcome, record)
+        self._in_loop(self._on_there, record)
 
     def _in_loop(self, action: Callable[[SourceRecord], None], record: SourceRecord) -> None:
         loop = self._loop
@@ -97,19 +98,12 @@ class Membership:
         with suppress(RuntimeError):  # it was closed in between
             loop.call_soon_threadsafe(action, record)
 
-    def _welcome(self, record: SourceRecord) -> None:
-        self._on_there(record)
-
     def _end_reads(self, record: SourceRecord) -> None:
         assert self._loop is not None
         for scope in self._scopes.get(record.ring_id, ()):
             if not scope.expired():
                 scope.reschedule(self._loop.time())
         self._on_gone(record)
-
-
-def _nothing(_: SourceRecord) -> None:
-    """Nobody reads over UCX yet, so nothing is open."""
 
 
 def _gone(ref: SlotRef) -> PeerLostError:

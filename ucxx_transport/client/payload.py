@@ -104,11 +104,9 @@ class Payload:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Release."""
         self.release()
 
     def __repr__(self) -> str:
-        """Name, size and way of transport."""
         state = " released" if self._root is None else ""
         ref = self.ref
         name = f"{ref.ring_name} slot={ref.slot} generation={ref.generation}"

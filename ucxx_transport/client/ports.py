@@ -66,14 +66,12 @@ class Turn:
         self._calls = 0
 
     def __enter__(self) -> Self:
-        """A call begins."""
         if self._calls:
             self._position += 1
         self._calls += 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        """It is over."""
         self._calls -= 1
 
     def ports(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:

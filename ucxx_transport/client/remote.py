@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import Link
     from ucxx_transport.membership.source_record import SourceRecord
 
 
@@ -85,7 +84,7 @@ class RemoteReader:
         self._quarantine = Quarantine(config.port_quarantine_s)
         self._rotation = Rotation(reader)
         self._attempts = itertools.count(1)
-        self._connections = Connections(config, link_factory, reader=reader, counters=counters)
+        self.connections = Connections(config, link_factory, reader=reader, counters=counters)
         self._membership = membership
         if membership is not None:
             membership.subscribe(self._forget_source, self._welcome_source)
@@ -162,38 +161,24 @@ class RemoteReader:
                     key = turn.ports(self._quarantine, loop.time())[0]
                     try:
                         until_s = min(deadline_s, loop.time() + self._config.deadline_s)
-                        await self._connections.discard(key, waiting, found, until_s)
+                        await self.connections.discard(key, waiting, found, until_s)
                     except (TransportError, TimeoutError) as error:
                         if isinstance(error, TransportError) and not error.retryable:
                             break  # asking again would be refused again
                         turn.advance()
                         await asyncio.sleep(min(DISCARD_PAUSE_S, max(0.0, deadline_s - loop.time())))
         finally:
-            self._connections.owe(waiting)
+            self.connections.owe(waiting)
         return sum(found)
 
     def _check_loop(self) -> None:
-        if self._connections.closed:
+        if self.connections.closed:
             raise ConfigError("the client is closed")
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._loop is not None:
                 raise ConfigError("this client belongs to another event loop; make one client a loop")
             self._loop = loop
-
-    async def aclose(self) -> None:
-        """Take leave of every server, close every connection and the link. Bounded; idempotent."""
-        await self._connections.aclose()
-
-    @property
-    def link(self) -> Link | None:
-        """The link, once a read has opened it."""
-        return self._connections.link
-
-    @property
-    def pooled_endpoints(self) -> int:
-        """Idle connections now."""
-        return self._connections.pooled_endpoints
 
     async def _call(self, ref: SlotRef, deadline_s: float, attempt: int) -> tuple[Bytes, Schema | None]:
         """The port layer: the port that is due and, after a transport-class failure, the next one."""
@@ -228,7 +213,7 @@ class RemoteReader:
         lent = self._pool.lend(exchange.receive_nbytes)
         message = lent.data
         clear_ends(message, ref.nbytes)
-        connections = self._connections
+        connections = self.connections
         channel = connections.at_hand(key, ref)
         try:
             if channel is None:
@@ -260,7 +245,7 @@ class RemoteReader:
         # If the connection is gone the payload is whole all the same: the next checkout settles it.
         with suppress(PeerLostError):
             channel.acknowledge(exchange, delivered=True)
-        self._connections.checkin(channel)
+        self.connections.checkin(channel)
 
     def _refuse(self, channel: Channel, exchange: ReadExchange, error: BaseException) -> None:
         """After an answer that cannot be delivered: keep the connection only if the peer played by the rules."""
@@ -268,12 +253,12 @@ class RemoteReader:
             try:
                 channel.acknowledge(exchange, delivered=False)
             except PeerLostError:
-                self._connections.close_aside((channel,))
+                self.connections.close_aside((channel,))
                 return
         elif not isinstance(error, TransportError) or isinstance(error, ProtocolError | AuthenticationError):
-            self._connections.close_aside((channel,))
+            self.connections.close_aside((channel,))
             return
-        self._connections.checkin(channel)
+        self.connections.checkin(channel)
 
     async def _check(self, payload: Bytes, ref: SlotRef) -> None:
         if ref.nbytes > HASH_INLINE_BYTES:
@@ -288,11 +273,11 @@ class RemoteReader:
         if not self._quarantine.holds(key, now):  # each further failure prolongs it, and is counted
             _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
         self._quarantine.add(key, now)
-        self._connections.evict(key)
+        self.connections.evict(key)
 
     def _forget_source(self, record: SourceRecord) -> None:
         for key in _ports_of(record):
-            self._connections.evict(key)
+            self.connections.evict(key)
 
     def _welcome_source(self, record: SourceRecord) -> None:
         for key in _ports_of(record):

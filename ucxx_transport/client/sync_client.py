@@ -141,7 +141,7 @@ class SyncUCXXClient:
         if loop is not None:
             if remote is not None:
                 with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
-                    loop.call(remote.aclose)
+                    loop.call(remote.connections.aclose)
             loop.stop()
 
     def __enter__(self) -> Self:

@@ -297,9 +297,5 @@ def hand_over(
         on_endpoint(endpoint)
     except Exception as exc:  # noqa: BLE001  # the edge to the owner's code; reported there
         loop.call_exception_handler({"message": "on_endpoint failed; its endpoint is closed", "exception": exc})
-        return loop.create_task(_closed(endpoint))
+        return loop.create_task(endpoint.close())
     return None
-
-
-async def _closed(endpoint: Endpoint) -> bool:
-    return await endpoint.close()

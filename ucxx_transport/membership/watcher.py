@@ -238,21 +238,16 @@ class SourceWatcher:
             )
 
     def __enter__(self) -> Self:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """Start."""
-        self.start()
-        return self
+        return self.__enter__()
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop, without blocking the event loop."""
         await asyncio.shield(asyncio.to_thread(self.stop))
 
     def _too_few(self, wanted: int, ready: int, timeout_s: float) -> DeadlineExceededError:

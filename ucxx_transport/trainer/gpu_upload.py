@@ -28,7 +28,7 @@ from ucxx_transport.gpu import Receiver, Upload, page_lock
 
 if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import Bytes
-    from ucxx_transport.schema import Schema, SlotRef
+    from ucxx_transport.schema import SlotRef
     from ucxx_transport.schema.placement import Placement
     from ucxx_transport.schema.tree import ArrayTree
 
@@ -105,7 +105,7 @@ class DeviceUploader:
         """
         with payload:
             source = np.frombuffer(payload.buffer, np.uint8)
-            placement = _placement_of(payload.schema, payload.buffer)
+            placement = None if payload.schema is None else payload.schema.placement_in(payload.buffer)
             with self._lock:
                 if self._closed:
                     raise ConfigError("the prefetcher is closed; make another")
@@ -152,10 +152,6 @@ class UploadingReader:
         except TransportError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the buffer, and the error may be kept
             raise
-
-
-def _placement_of(schema: Schema | None, memory: memoryview) -> Placement | None:
-    return None if schema is None else schema.placement_in(memory)
 
 
 def _a_page() -> Any:

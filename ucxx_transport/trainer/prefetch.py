@@ -70,31 +70,26 @@ class Closed(Generic[BatchT, RolloutsT]):
 
 
 class DoubleBuffer(Generic[RolloutsT, BatchT]):
-    """Which batch is trained on, which one is on its way, and what waits behind it."""
+    """Which batch is trained on, which one is on its way, and what waits behind it.
 
-    __slots__ = ("_deferred", "_fetched", "_fetching", "_ids", "_in_use")
+    Attributes:
+        in_use: the batch that was collected last.
+        fetching: id of the batch on its way.
+    """
+
+    __slots__ = ("_deferred", "_fetched", "_ids", "fetching", "in_use")
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._deferred: deque[RolloutsT] = deque()
-        self._fetching: int | None = None
+        self.fetching: int | None = None
         self._fetched: BatchT | None = None
-        self._in_use: BatchT | None = None
+        self.in_use: BatchT | None = None
 
     @property
     def is_cold_start(self) -> bool:
         """Whether there is nothing to collect and nothing on its way: the trainer has to wait for a whole fetch."""
-        return self._fetching is None and self._fetched is None
-
-    @property
-    def in_use(self) -> BatchT | None:
-        """The batch that was collected last."""
-        return self._in_use
-
-    @property
-    def fetching(self) -> int | None:
-        """Id of the batch on its way."""
-        return self._fetching
+        return self.fetching is None and self._fetched is None
 
     @property
     def fetched(self) -> bool:
@@ -123,17 +118,17 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
 
     def finished(self, batch_id: int, batch: BatchT) -> bool:
         """A fetch has ended. False: it is not the one that is waited for, and the batch is the caller's to release."""
-        if batch_id != self._fetching:
+        if batch_id != self.fetching:
             return False
-        self._fetching = None
+        self.fetching = None
         self._fetched = batch
         return True
 
     def abandon(self, batch_id: int) -> FetchOrder[RolloutsT] | None:
         """Wait no longer for this batch: what still comes of it is late. What to fetch instead, if anything waits."""
-        if batch_id != self._fetching:
+        if batch_id != self.fetching:
             return None
-        self._fetching = None
+        self.fetching = None
         return self._next()
 
     def collect(self) -> Collected[BatchT, RolloutsT]:
@@ -141,21 +136,21 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
         if self._fetched is None:
             raise ConfigError(
                 "the batch is still on its way: wait_prefetch() first"
-                if self._fetching is not None
+                if self.fetching is not None
                 else "nothing was prefetched: start_prefetch(rollouts) first"
             )
-        done, self._in_use, self._fetched = self._in_use, self._fetched, None
-        return Collected(self._in_use, done, self._next())
+        done, self.in_use, self._fetched = self.in_use, self._fetched, None
+        return Collected(self.in_use, done, self._next())
 
     def release(self) -> BatchT | None:
         """Use the batch in use no longer; it, to be released."""
-        done, self._in_use = self._in_use, None
+        done, self.in_use = self.in_use, None
         return done
 
     def close(self) -> Closed[BatchT, RolloutsT]:
         """Forget everything. What still comes is late."""
-        closed = Closed(self._in_use, self._fetched, tuple(self._deferred))
-        self._in_use = self._fetched = self._fetching = None
+        closed = Closed(self.in_use, self._fetched, tuple(self._deferred))
+        self.in_use = self._fetched = self.fetching = None
         self._deferred.clear()
         return closed
 
@@ -163,5 +158,5 @@ class DoubleBuffer(Generic[RolloutsT, BatchT]):
         return self._order(self._deferred.popleft()) if self._deferred else None
 
     def _order(self, rollouts: RolloutsT) -> FetchOrder[RolloutsT]:
-        self._fetching = next(self._ids)
-        return FetchOrder(self._fetching, rollouts)
+        self.fetching = next(self._ids)
+        return FetchOrder(self.fetching, rollouts)

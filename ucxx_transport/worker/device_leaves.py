@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLock, RuntimeFinder, page_lock, runtime_of
+from ucxx_transport.gpu import DeviceArray, PageLock, RuntimeFinder, page_lock, runtime_of
 from ucxx_transport.schema.dtypes import DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, is_on_device
 from ucxx_transport.schema.tree import flatten
@@ -92,7 +92,8 @@ class DeviceLeaves:
         with self._copying, ExitStack() as waits:
             self._require_open()
             # noted before they begin: a copy that raises may have begun
-            for (device, _), runtime in _sources(taken).items():
+            sources = {(array.device, type(array.runtime)): array.runtime for array in taken.values()}
+            for (device, _), runtime in sources.items():
                 waits.callback(runtime.wait, device)
             for index, array in taken.items():
                 array.runtime.copy_to_host(array, targets[index])
@@ -120,10 +121,6 @@ class DeviceLeaves:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("the writer is closed; make another")
-
-
-def _sources(taken: Mapping[int, DeviceArray]) -> dict[tuple[int, type], LeafRuntime]:
-    return {(array.device, type(array.runtime)): array.runtime for array in taken.values()}
 
 
 def _narrowed(array: DeviceArray, field: TensorSpec, warn: Callable[[DType, TensorSpec], None]) -> DeviceArray:

@@ -16,7 +16,7 @@ from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, Sto
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership import HeartbeatPublisher, Publishable
+from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
@@ -220,21 +220,19 @@ class TrajectoryWriter:
             if self._serve:
                 self.server = stack.enter_context(UCXXServer(ring, self._server_config))
             if self._store is not None:
-                self.publisher = stack.enter_context(self._publisher_of(self.server or RingSource(ring), self._store))
+                publisher = HeartbeatPublisher(
+                    self._store,
+                    self._worker_id,
+                    self.server or RingSource(ring),
+                    self._publisher_config,
+                    store_config=self._store_config,
+                    meta=self._store_meta,
+                )
+                self.publisher = stack.enter_context(publisher)
             self._open = stack.pop_all()
         self.ring = ring
         self._packer = packer
         return packer
-
-    def _publisher_of(self, source: Publishable, store: str) -> HeartbeatPublisher:
-        return HeartbeatPublisher(
-            store,
-            self._worker_id,
-            source,
-            self._publisher_config,
-            store_config=self._store_config,
-            meta=self._store_meta,
-        )
 
     def _reward_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
         if self._reward is None:

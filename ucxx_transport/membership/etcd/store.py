@@ -51,7 +51,6 @@ class EtcdStore(Store):
         return self._url
 
     def __repr__(self) -> str:
-        """What it is and where."""
         return f"EtcdStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:

@@ -96,7 +96,9 @@ class EtcdWatch(Watch):
             raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
         until = time.monotonic() + max(0.0, timeout_s)
         with self._changed:
-            self._start()
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="ucxx-etcd-watch", daemon=True)
+                self._thread.start()
             while True:
                 if self._closed:
                     raise StoreUnavailableError("the watch is closed")
@@ -124,11 +126,6 @@ class EtcdWatch(Watch):
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)  # a login that is under way ends by its own deadline
-
-    def _start(self) -> None:
-        if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="ucxx-etcd-watch", daemon=True)
-            self._thread.start()
 
     def _run(self) -> None:
         try:

@@ -71,7 +71,6 @@ class LocalStore(Store):
         return self._database.path.as_uri().replace("file://", "local://", 1)
 
     def __repr__(self) -> str:
-        """What it is and where."""
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
@@ -129,10 +128,6 @@ class LocalStore(Store):
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
         self._database.check_open()
-
-        def expire(until: float) -> None:
-            self._database.write(self._expire, until=until)
-
         watch = LocalWatch(
             self._database,
             self._namespace,
@@ -140,7 +135,7 @@ class LocalStore(Store):
             after=after,
             timeout_s=self._config.timeout_s,
             clock=self._clock,
-            expire=expire,
+            expire=lambda until: self._database.write(self._expire, until=until),
         )
         self._watches.add(watch)
         return watch
@@ -190,7 +185,7 @@ class LocalWatch(Watch):
         after: int,
         timeout_s: float,
         clock: Callable[[], float],
-        expire: Callable[[float], None],
+        expire: Callable[[float], object],
     ) -> None:
         """Nothing is read yet.
 
