@@ -7,11 +7,7 @@ from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit; without the extra, say what to install.
-
-    Args:
-        arguments: what stands behind the command's name; None for this process's own.
-    """
+    """Run the command and exit; without the extra, say what to install."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         from ucxx_transport.cli import program

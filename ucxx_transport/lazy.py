@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 
 def lazy_names(package: str, *own: str) -> "tuple[list[str], Callable[[str], object], Callable[[], list[str]]]":
-    """The `__all__`, `__getattr__` and `__dir__` of a package.
-
-    Args:
-        package: its `__name__`.
-        own: names it defines itself, which its `__all__` has too.
-    """
+    """The `__all__`, `__getattr__` and `__dir__` of a package, by its `__name__`, with the names it defines itself."""
     module = sys.modules[package]
     with open(module.__path__[0] + "/__init__.pyi", encoding="utf-8") as stub:
         lines = [words for line in stub if (words := line.split())[::2] == ["from", "import", "as"]]

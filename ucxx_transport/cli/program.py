@@ -70,11 +70,7 @@ _INTERRUPTED: Final = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit.
-
-    Args:
-        arguments: what stands behind the command's name; None for this process's own.
-    """
+    """Run the command, with `arguments` behind its name or this process's own, and exit."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     called = [words[0]] if words and words[0] in VERBS else list(VERBS)
     try:

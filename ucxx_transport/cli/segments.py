@@ -116,12 +116,7 @@ def describe_segments(names: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def segments_table(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Table:
-    """The documents of `describe_segments` as a table, a row a segment.
-
-    Args:
-        segments: the documents.
-        rates: a last column, by name of the segment.
-    """
+    """The documents of `describe_segments` as a table, a row a segment; `rates` is a last column, by its name."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -14,6 +14,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire import frames
 from ucxx_transport.wire.codec import (
     check_trailer,
     decode_header,
@@ -25,50 +26,34 @@ from ucxx_transport.wire.codec import (
     macs_equal,
     token_mac,
 )
-from ucxx_transport.wire.frames import (
-    HEADER_BYTES,
-    MAC_BYTES,
-    MAX_SCHEMA_BYTES,
-    NONCE_BYTES,
-    Ack,
-    Auth,
-    Bye,
-    Describe,
-    Hello,
-    Kind,
-    ReadReply,
-    ReadRequest,
-    Status,
-    receive_bytes,
-)
 
-HANDSHAKE_RECEIVE_BYTES = receive_bytes(NONCE_BYTES)
-DESCRIBE_RECEIVE_BYTES = receive_bytes(MAX_SCHEMA_BYTES)
+HANDSHAKE_RECEIVE_BYTES = frames.receive_bytes(frames.NONCE_BYTES)
+DESCRIBE_RECEIVE_BYTES = frames.receive_bytes(frames.MAX_SCHEMA_BYTES)
 
 Message = bytes | bytearray | memoryview
 
-_OK = Status.OK  # an enum's attribute costs 0.3 µs in Python 3.11
+_OK = frames.Status.OK  # an enum's attribute costs 0.3 µs in Python 3.11
 
-_ERRORS: dict[Status, tuple[type[TransportError], str]] = {
-    Status.STALE: (StaleSlotError, "the slot no longer holds this payload"),
-    Status.NOT_READY: (NotReadyError, "the source is not bound to its ring yet"),
-    Status.BUSY: (BusyError, "the server is at a limit"),
-    Status.BAD_REQUEST: (ProtocolError, "the server refused the request"),
-    Status.UNAUTHORIZED: (AuthenticationError, "the server refused this client"),
-    Status.INTERNAL: (PeerLostError, "the server failed inside"),
+_ERRORS: dict[frames.Status, tuple[type[TransportError], str]] = {
+    frames.Status.STALE: (StaleSlotError, "the slot no longer holds this payload"),
+    frames.Status.NOT_READY: (NotReadyError, "the source is not bound to its ring yet"),
+    frames.Status.BUSY: (BusyError, "the server is at a limit"),
+    frames.Status.BAD_REQUEST: (ProtocolError, "the server refused the request"),
+    frames.Status.UNAUTHORIZED: (AuthenticationError, "the server refused this client"),
+    frames.Status.INTERNAL: (PeerLostError, "the server failed inside"),
 }
 
 
-def _raise_status(reply: ReadReply, message: Message) -> NoReturn:
+def _raise_status(reply: frames.ReadReply, message: Message) -> NoReturn:
     cls, words = _ERRORS[reply.status]
     detail = error_text(message, reply)
     facts = {"slot": reply.slot, "generation": reply.generation} if reply.generation else {}
     raise cls(f"{words}: {detail}" if detail else words, status=reply.status.name, **facts)
 
 
-def _expect_body(message: Message) -> ReadReply:
+def _expect_body(message: Message) -> frames.ReadReply:
     reply = decode_header(message)
-    if reply.status is not Status.OK:
+    if reply.status is not frames.Status.OK:
         _raise_status(reply, message)
     check_trailer(message, reply)
     return reply
@@ -85,7 +70,7 @@ class Handshake:
 
     def hello(self) -> bytes:
         """The first frame to send."""
-        return encode_request(Hello(reader=self._reader, nonce=self._nonce))
+        return encode_request(frames.Hello(reader=self._reader, nonce=self._nonce))
 
     def welcome(self, message: Message) -> bytes | None:
         """Judge the answer to HELLO.
@@ -98,7 +83,7 @@ class Handshake:
             ProtocolError, BusyError: as the server says, or it is not ours.
         """
         reply = _expect_body(message)
-        if reply.nbytes != NONCE_BYTES:
+        if reply.nbytes != frames.NONCE_BYTES:
             raise ProtocolError("the server's nonce has a wrong length", nbytes=reply.nbytes)
         if self._token is None:
             if reply.token_required:
@@ -106,15 +91,15 @@ class Handshake:
             return None
         if not reply.token_required:
             raise AuthenticationError("this client has a token but the server asks for none; set ServerConfig(token=…)")
-        self._server_nonce = bytes(message[HEADER_BYTES : HEADER_BYTES + NONCE_BYTES])
-        return encode_request(Auth(mac=token_mac(self._token, "client", self._nonce, self._server_nonce)))
+        self._server_nonce = bytes(message[frames.HEADER_BYTES : frames.HEADER_BYTES + frames.NONCE_BYTES])
+        return encode_request(frames.Auth(mac=token_mac(self._token, "client", self._nonce, self._server_nonce)))
 
     def authenticated(self, message: Message) -> None:
         """Judge the answer to AUTH. An AuthenticationError: the server does not know the token, or refuses ours."""
         reply = _expect_body(message)
-        mac = bytes(message[HEADER_BYTES : HEADER_BYTES + MAC_BYTES])
+        mac = bytes(message[frames.HEADER_BYTES : frames.HEADER_BYTES + frames.MAC_BYTES])
         expected = token_mac(self._token or b"", "server", self._nonce, self._server_nonce)
-        if reply.nbytes != MAC_BYTES or not macs_equal(mac, expected):
+        if reply.nbytes != frames.MAC_BYTES or not macs_equal(mac, expected):
             raise AuthenticationError("the server does not know the token; it may be an impostor")
 
 
@@ -123,10 +108,10 @@ class ReadExchange:
 
     def __init__(self, ref: SlotRef, attempt: int) -> None:
         self._ref = ref
-        self._named = ReadRequest(
+        self._named = frames.ReadRequest(
             ring_id=ref.ring_id, slot=ref.slot, generation=ref.generation, attempt=attempt, nbytes=ref.nbytes
         )
-        self.receive_nbytes = receive_bytes(ref.nbytes)
+        self.receive_nbytes = frames.receive_bytes(ref.nbytes)
 
     @property
     def ring_id(self) -> bytes:
@@ -139,14 +124,16 @@ class ReadExchange:
 
     def confirm(self) -> bytes:
         """The CONFIRM frame: this payload was delivered although its acknowledgement may have been lost."""
-        return encode_read(self._named, Kind.CONFIRM)
+        return encode_read(self._named, frames.Kind.CONFIRM)
 
     def ack(self, *, delivered: bool) -> bytes:
         """The frame that ends the attempt."""
         named = self._named
-        return encode_ack(Ack(slot=named.slot, generation=named.generation, attempt=named.attempt, delivered=delivered))
+        return encode_ack(
+            frames.Ack(slot=named.slot, generation=named.generation, attempt=named.attempt, delivered=delivered)
+        )
 
-    def verify(self, message: Message) -> ReadReply:
+    def verify(self, message: Message) -> frames.ReadReply:
         """Check that `message` carries exactly the payload the reference names, whole.
 
         Returns:
@@ -157,7 +144,7 @@ class ReadExchange:
             ProtocolError: another name, another length, a missing trailer, or not our protocol.
         """
         ref = self._ref
-        promised = ReadReply(
+        promised = frames.ReadReply(
             status=_OK,
             nbytes=ref.nbytes,
             ring_id=ref.ring_id,
@@ -188,20 +175,22 @@ class ReadExchange:
 
 def describe_request(ring_id: bytes) -> bytes:
     """The frame that asks for a ring's schema; post `DESCRIBE_RECEIVE_BYTES` for its answer."""
-    return encode_request(Describe(ring_id=ring_id))
+    return encode_request(frames.Describe(ring_id=ring_id))
 
 
 def described(message: Message) -> bytes:
     """The schema's msgpack in an answer to DESCRIBE. A StaleSlotError: the server stands before another ring."""
     reply = _expect_body(message)
-    if reply.nbytes > MAX_SCHEMA_BYTES:
-        raise ProtocolError("a schema is larger than the wire allows", nbytes=reply.nbytes, limit=MAX_SCHEMA_BYTES)
-    return bytes(message[HEADER_BYTES : HEADER_BYTES + reply.nbytes])
+    if reply.nbytes > frames.MAX_SCHEMA_BYTES:
+        raise ProtocolError(
+            "a schema is larger than the wire allows", nbytes=reply.nbytes, limit=frames.MAX_SCHEMA_BYTES
+        )
+    return bytes(message[frames.HEADER_BYTES : frames.HEADER_BYTES + reply.nbytes])
 
 
 def bye_request() -> bytes:
     """The last frame of a connection."""
-    return encode_request(Bye())
+    return encode_request(frames.Bye())
 
 
 def check_ok(message: Message) -> None:

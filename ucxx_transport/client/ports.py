@@ -114,12 +114,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkout(Generic[T]):
-    """What to do for one call.
-
-    Attributes:
-        endpoint: use this one, or open a new one when None.
-        expired: close these: idle longer than the maximum age.
-    """
+    """What to do for one call: use this endpoint, or open one when None; and close those idle for too long."""
 
     endpoint: T | None
     expired: tuple[T, ...]

@@ -34,15 +34,7 @@ class PageLocking(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceArray:
-    """An array on a GPU.
-
-    Attributes:
-        runtime: what can work with it.
-        array: its library's own object, which keeps the memory.
-        shape: as a field has it.
-        dtype: as a field has it.
-        device: the GPU's number.
-    """
+    """An array on a GPU, of shape and dtype as a field has them: its library's own object, which keeps the memory."""
 
     runtime: LeafRuntime
     array: Any

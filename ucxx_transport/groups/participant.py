@@ -112,12 +112,7 @@ def _put_record(context: RankContext, record: MemberRecord, lease_id: int, left_
 
 
 class MembershipEndedError(Exception):
-    """This rank is not in the group any more.
-
-    Attributes:
-        event: how it ended.
-        error: for waiting calls, and for `on_gone`.
-    """
+    """This rank is not in the group any more; `error` is for waiting calls, and for `on_gone`."""
 
     def __init__(self, event: RankEvent, error: RegistryError) -> None:
         super().__init__(str(error))

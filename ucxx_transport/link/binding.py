@@ -21,60 +21,28 @@ from typing import Any, Protocol
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.libraries import check_loadable, check_loaded, library_in_use
 
+
+def _members(of: str, names: str) -> list[str]:
+    return [f"{of}.{name}" for name in names.split()]
+
+
+_ERRORS = (
+    "Busy Canceled Config ConnectionReset EndpointTimeout ExceedsLimit InvalidAddr InvalidParam MessageTruncated "
+    "NoDevice NoMemory NoResource NotConnected NotImplemented Rejected TimedOut Unreachable Unsupported"
+)
 SYMBOLS = MappingProxyType(
     {
         "ucxx._lib.arr": ("Array",),
         "ucxx._lib.libucxx": (
-            "Feature.STREAM",
-            "Feature.TAG",
-            "Feature.WAKEUP",
-            "UCXBusyError",
-            "UCXCanceledError",
-            "UCXConfigError",
-            "UCXConnectionResetError",
-            "UCXContext",
-            "UCXEndpoint.alive",
-            "UCXEndpoint.close_blocking",
-            "UCXEndpoint.create",
-            "UCXEndpoint.handle",
-            "UCXEndpoint.raise_on_error",
-            "UCXEndpoint.set_close_callback",
-            "UCXEndpoint.stream_recv",
-            "UCXEndpoint.stream_send",
-            "UCXEndpoint.tag_recv",
-            "UCXEndpoint.tag_send",
-            "UCXEndpoint.ucxx_ptr",
-            "UCXEndpointTimeoutError",
-            "UCXError",
-            "UCXExceedsLimitError",
-            "UCXInvalidAddrError",
-            "UCXInvalidParamError",
-            "UCXListener.create",
-            "UCXListener.create_endpoint_from_conn_request",
-            "UCXListener.ip",
-            "UCXListener.port",
-            "UCXMessageTruncatedError",
-            "UCXNoDeviceError",
-            "UCXNoMemoryError",
-            "UCXNoResourceError",
-            "UCXNotConnectedError",
-            "UCXNotImplementedError",
-            "UCXRejectedError",
-            "UCXRequest.check_error",
-            "UCXRequest.completed",
-            "UCXTimedOutError",
-            "UCXUnreachableError",
-            "UCXUnsupportedError",
-            "UCXWorker",
-            "UCXWorker.arm",
-            "UCXWorker.cancel_inflight_requests",
-            "UCXWorker.epoll_file_descriptor",
-            "UCXWorker.init_blocking_progress_mode",
-            "UCXWorker.progress_once",
-            "UCXWorker.tag_probe",
-            "UCXWorker.tag_recv",
-            "UCXXTag",
-            "UCXXTagMask",
+            *_members("Feature", "STREAM TAG WAKEUP"),
+            *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback ucxx_ptr"),
+            *_members("UCXEndpoint", "stream_recv stream_send tag_recv tag_send"),
+            *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
+            *_members("UCXRequest", "check_error completed"),
+            *_members("UCXWorker", "arm cancel_inflight_requests epoll_file_descriptor init_blocking_progress_mode"),
+            *_members("UCXWorker", "progress_once tag_probe tag_recv"),
+            *(f"UCX{name}Error" for name in _ERRORS.split()),
+            *("UCXContext", "UCXError", "UCXWorker", "UCXXTag", "UCXXTagMask"),
         ),
     }
 )

@@ -75,11 +75,8 @@ def check_loadable() -> None:
 def check_loaded(files: list[Path] | None = None) -> None:
     """Refuse a UCX that was put together from two. Call it when ucxx is imported, before a context is made.
 
-    Args:
-        files: of UCX; those that this process has loaded by default.
-
     Raises:
-        ConfigError: names a file of each.
+        ConfigError: names a file of each, among those that this process has loaded, or `files`.
     """
     by_folder = {file.parent: file for file in files or _loaded_files()}
     if len(by_folder) > 1:

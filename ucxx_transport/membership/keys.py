@@ -77,11 +77,7 @@ def rank_of(key: str, group: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """The keys below one namespace.
-
-    Attributes:
-        name: as `StoreConfig.namespace`.
-    """
+    """The keys below one namespace, named as `StoreConfig.namespace`."""
 
     name: str
 

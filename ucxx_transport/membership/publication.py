@@ -121,12 +121,7 @@ class PublisherStatistics:
 
 
 class Publication:
-    """The record of one epoch, as this worker keeps it. For one thread, and another that withdraws it.
-
-    Attributes:
-        record: as it was written last.
-        lease: what it lives under.
-    """
+    """The record of one epoch, as it was written last, and its lease. For one thread, and another that withdraws it."""
 
     def __init__(self, store: Store, record: SourceRecord, lease: Lease, revision: int) -> None:
         self._store = store

@@ -25,12 +25,7 @@ from ucxx_transport.membership.store import Batch, Snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChange:
-    """One change of what is known.
-
-    Attributes:
-        kind: "add", "update" or "remove".
-        record: the source; for a "remove" as it was known.
-    """
+    """One change of what is known: "add", "update" or "remove", for which `record` is as it was known."""
 
     kind: Literal["add", "update", "remove"]
     record: SourceRecord

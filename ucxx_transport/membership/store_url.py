@@ -31,11 +31,7 @@ _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalAddress:
-    """A file on this machine.
-
-    Attributes:
-        path: the file; None: this user's own.
-    """
+    """A file on this machine; None: this user's own."""
 
     path: PurePosixPath | None
 

@@ -84,9 +84,6 @@ class Library(NamedTuple):
 def load(path: Path = LIBRARY) -> Library:
     """The library, loaded once a process.
 
-    Args:
-        path: the file.
-
     Raises:
         ConfigError: it is missing, or of another platform or state of the source; says how to build it.
     """

@@ -31,7 +31,7 @@ _V1: Final = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_in
 
 
 class MemoryLimit(NamedTuple):
-    """A cgroup with a limit.
+    """A cgroup with a limit, and what is charged to it now.
 
     Attributes:
         folder: of the group.

@@ -67,13 +67,7 @@ _FULL: Final = int(Outcome.FULL)
 
 
 class SeenHold(NamedTuple):
-    """A write or read attempt as the segment names it.
-
-    Attributes:
-        owner: whose it is.
-        lease_id: its id, unique in that process.
-        words: itself, as the calls take it.
-    """
+    """A write or read attempt as the segment names it; `words` are itself, as the calls take it."""
 
     owner: Owner
     lease_id: int

@@ -41,10 +41,6 @@ class Given:
 def gather(section: str, arguments: Mapping[str, object]) -> dict[str, Given]:
     """What the three sources say about `section`, the stronger one winning; not validated.
 
-    Args:
-        section: one of `KNOWN`.
-        arguments: the keyword arguments of the call.
-
     Raises:
         ConfigError: an unknown name in any source, or a TOML file that cannot be read.
     """

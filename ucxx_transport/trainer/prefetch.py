@@ -28,12 +28,7 @@ BatchT = TypeVar("BatchT")
 
 @dataclass(frozen=True, slots=True)
 class FetchOrder(Generic[RolloutsT]):
-    """What to fetch next.
-
-    Attributes:
-        batch_id: to give with its result.
-        rollouts: what was asked for.
-    """
+    """What to fetch next: the id to give with its result, and what was asked for."""
 
     batch_id: int
     rollouts: RolloutsT
@@ -41,13 +36,7 @@ class FetchOrder(Generic[RolloutsT]):
 
 @dataclass(frozen=True, slots=True)
 class Collected(Generic[BatchT, RolloutsT]):
-    """What a `collect` gave.
-
-    Attributes:
-        batch: to train on now.
-        done: the batch before it, to be released.
-        order: what to fetch next.
-    """
+    """What a `collect` gave: the batch to train on, the one before it to be released, and what to fetch next."""
 
     batch: BatchT
     done: BatchT | None
@@ -56,13 +45,7 @@ class Collected(Generic[BatchT, RolloutsT]):
 
 @dataclass(frozen=True, slots=True)
 class Closed(Generic[BatchT, RolloutsT]):
-    """What a `close` found.
-
-    Attributes:
-        done: the batch in use, to be released.
-        unused: the one that was not collected, to be released.
-        waiting: rollouts whose turn never came.
-    """
+    """What a `close` found: the batch in use, the one not collected, both to be released, and what never had a turn."""
 
     done: BatchT | None
     unused: BatchT | None

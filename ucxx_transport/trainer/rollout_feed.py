@@ -29,12 +29,9 @@ def completion_of(rollout: object) -> object:
 
 
 class _Asked:
-    """Rollouts to fetch, or fetched. What takes long is done by the thread that fetches, which asks first.
+    """Rollouts to fetch, or fetched: as given, the outputs of ours among them in order, and the places of these.
 
-    Attributes:
-        rollouts: as given.
-        outputs: of those of them that are ours, in order.
-        places: of these among the rollouts.
+    What takes long is done by the thread that fetches, which asks first.
     """
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:

@@ -81,15 +81,7 @@ def share_s(left_s: float, others: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How a cluster is reached, the same for all processes. Proxies of the environment are not asked.
-
-    Attributes:
-        endpoints: of the cluster.
-        scheme: `http` or `https`.
-        tls: what is trusted and shown.
-        user: a user of etcd; "" for none.
-        password: the user's.
-    """
+    """How a cluster is reached, the same for all processes. Proxies of the environment are not asked."""
 
     endpoints: Endpoints
     scheme: str

@@ -63,11 +63,7 @@ _NOT_A_GATEWAY: Final = frozenset({400, 404, 405, 415, 426})
 
 @dataclass(frozen=True, slots=True)
 class EtcdReply:
-    """An answer of etcd.
-
-    Attributes:
-        body: the JSON object.
-    """
+    """An answer of etcd, a JSON object."""
 
     body: Json
 
