@@ -33,7 +33,7 @@ def test_worker_that_forgets_to_stop_ends_well_and_takes_everything_along(mode: 
             assert worker.wait() == 0
         assert not segment_exists(facts["ring"])
         if mode == "process":
-            wait_until(lambda: gone(facts["server"]), 60)
+            wait_until(lambda: all(map(gone, facts["servers"])), 60)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -55,4 +55,4 @@ def test_ctrl_c_ends_a_worker_and_its_server(mode: str) -> None:
         assert worker.wait() == -signal.SIGINT
         wait_until(lambda: not segment_exists(facts["ring"]), 60)
         if mode == "process":
-            wait_until(lambda: gone(facts["server"]), 60)
+            wait_until(lambda: all(map(gone, facts["servers"])), 60)

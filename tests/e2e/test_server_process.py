@@ -216,20 +216,20 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def started_worker(worker: Program) -> tuple[str, int, SlotRef]:
+def started_worker(worker: Program) -> tuple[str, list[int], SlotRef]:
     facts = worker.hear()
-    return facts["ring"], facts["server"], SlotRef.from_bytes(bytes.fromhex(facts["ref"]))
+    return facts["ring"], facts["servers"], SlotRef.from_bytes(bytes.fromhex(facts["ref"]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, exhaustive(signal.SIGTERM)])
 def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals) -> None:
     with program("forgetful", "worker-process") as worker, client_of(connect_timeout_s=1.0) as client:
-        ring, server, ref = started_worker(worker)
+        ring, servers, ref = started_worker(worker)
         with client.read(ref) as payload:
             assert bytes(payload.buffer) == bytes(1000)
         worker.signal(number)
         assert worker.wait() == -number
-        wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
+        wait_until(lambda: not any(map(psutil.pid_exists, servers)), MINUTE, what="the ports' processes end")
         assert not segment_path(ring).exists()
         assert not any(is_listening(port) for port in ref.ports)
         with pytest.raises((PeerLostError, DeadlineExceededError)):
@@ -240,10 +240,10 @@ def test_dead_worker_takes_server_ports_and_segment_along(number: signal.Signals
 def test_signal_to_the_worker_s_whole_group_leaves_nothing(number: signal.Signals) -> None:
     """As `timeout`, a shell's `kill -- -PGID`, and launchers of training jobs send it."""
     with program("forgetful", "worker-process") as worker:
-        ring, server, ref = started_worker(worker)
+        ring, servers, ref = started_worker(worker)
         os.killpg(worker.pid, number)
         worker.wait()
-        wait_until(lambda: not psutil.pid_exists(server), MINUTE, what="the server process ends")
+        wait_until(lambda: not any(map(psutil.pid_exists, servers)), MINUTE, what="the ports' processes end")
         assert not segment_path(ring).exists()
         assert not any(is_listening(port) for port in ref.ports)
 
@@ -273,12 +273,14 @@ def test_server_of_a_worker_that_takes_long_to_die_still_sweeps() -> None:
 
 def test_segment_that_nobody_could_sweep_goes_with_the_next_creation() -> None:
     with program("forgetful", "worker-process") as worker:
-        ring, server, _ = started_worker(worker)
-        stop_process(server)
+        ring, servers, _ = started_worker(worker)
+        for server in servers:
+            stop_process(server)
         worker.signal(signal.SIGKILL)
         worker.wait()
-        os.kill(server, signal.SIGKILL)
-        wait_until(lambda: not psutil.pid_exists(server), MINUTE)
+        for server in servers:
+            os.kill(server, signal.SIGKILL)
+        wait_until(lambda: not any(map(psutil.pid_exists, servers)), MINUTE)
         with open_ring():  # or another process's creation on this host, before this one
             assert not segment_path(ring).exists()
 

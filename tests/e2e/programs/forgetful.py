@@ -37,7 +37,7 @@ def worker(mode: str) -> None:
     refs = [ring.write_raw(bytes(1000)) for _ in range(2)]
     lease = ring.acquire(refs[1])
     kept.extend([ring, server, lease, lease.buffer, ring.reserve(1000)])
-    answer({"ref": refs[0].to_bytes().hex(), "ring": ring.name, "server": server.statistics().pids[0]})
+    answer({"ref": refs[0].to_bytes().hex(), "ring": ring.name, "servers": server.statistics().pids})
     for _ in requests():
         pass
 

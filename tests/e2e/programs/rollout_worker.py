@@ -55,7 +55,7 @@ class Worker(UCXXRolloutMixin):
             worker_id,
             varlen=dict.fromkeys(("obs/image", "obs/speed", "reward"), MAX_STEPS),
             ring={"slots": 4, "on_full": "raise", "checksum": True, **ring_settings},
-            server=ServerConfig(host="127.0.0.1", ports=2),
+            server=ServerConfig(host="127.0.0.1", ports=1),  # the tests that stop "the server" mean all of it
             on_error="drop",
             reward="reward",
         )
