@@ -90,11 +90,7 @@ class BufferPool:
         self._returned: deque[_Loan] = deque()
 
     def lend(self, nbytes: int) -> Bytes:
-        """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined.
-
-        Raises:
-            ConfigError: the system has no memory of this size, or it cannot be page-locked.
-        """
+        """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined, or a ConfigError: no such memory."""
         with self._lock:
             self._take_back()
             wanted = size_class(nbytes)

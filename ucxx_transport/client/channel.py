@@ -71,11 +71,7 @@ class Channel:
         return answer
 
     async def fetch(self, exchange: ReadExchange, message: memoryview, until_s: float) -> None:
-        """Ask for a payload and wait until the whole answer lies in `message`, which was posted first.
-
-        Raises:
-            PeerLostError: the connection broke. TimeoutError: nothing came until `until_s`, on the loop's clock.
-        """
+        """Ask for a payload and wait until the whole answer lies in `message`, posted first, or `until_s` has come."""
         arriving = self._endpoint.post_receive(message)
         self._endpoint.post_send(exchange.request())
         await arriving.wait(until_s)

@@ -54,11 +54,7 @@ class LeafRuntime(Protocol):
         """
 
     def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        """The array with its elements as `dtype`, on its device, rounded to the nearest.
-
-        Raises:
-            ConfigError: the library has no such conversion.
-        """
+        """The array with its elements as `dtype`, rounded to the nearest, on its device; or a ConfigError."""
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
         """The least and the largest of an array of integers, None of none; waits for the device."""
@@ -96,11 +92,7 @@ class Upload(Protocol):
         """Let the calling thread's current stream wait for the copy, and the memory for that stream."""
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """An array over the bytes from `offset` on.
-
-        Raises:
-            ConfigError: the library has no such dtype.
-        """
+        """An array over the bytes from `offset` on; a ConfigError where the library has no such dtype."""
 
 
 @runtime_checkable

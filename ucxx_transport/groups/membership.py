@@ -61,8 +61,8 @@ class LeaseRenewer:
         interval_s: between two renewals.
         on_lost: called once, in the renewer's thread, when the store answers twice that the lease has ended. A store
             that does not answer says nothing: it is asked again, for as long as it takes.
-        helper: a process that renews in its place from when it can, closed at the end; None: an interpreter that a long
-            call blocks (the GIL held for longer than a lease lives) starves the lease.
+        helper: a process that renews in its place from when it can, closed at the end; None: a call that holds the GIL
+            for longer than a lease lives starves the lease.
     """
 
     def __init__(

@@ -65,11 +65,7 @@ class Seat:
         return cls(rank=rank, incarnation=incarnation, state=state, awaited_epoch=epoch)
 
     def after(self, event: RankEvent, *, epoch: int) -> Seat:
-        """The seat after an event, in the view of `epoch`: one that is RECALLed waits for that one's acknowledgement.
-
-        Raises:
-            RegistryError: the table has no such transition.
-        """
+        """The seat after an event, in the view of `epoch`: one that is RECALLed waits for its acknowledgement."""
         state = advance(self.state, event)
         return replace(
             self,

@@ -87,11 +87,7 @@ class Namespace:
         return f"{ROOT}{self.name}/".encode()
 
     def stored(self, key: str) -> bytes:
-        """The bytes that a store knows `key` by.
-
-        Raises:
-            ConfigError: it is no key: empty, with a leading "/", longer than `MAX_KEY_BYTES`, or not text.
-        """
+        """The bytes that a store knows `key` by, or a ConfigError: empty, too long, not text, or with a leading "/"."""
         if key == "":
             raise ConfigError("key = '': a key has at least one character", field="key")
         return self.root + _encoded(key, "key")

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,7 +83,7 @@ class SourceView:
     def expire(self, now: float) -> list[SourceChange]:
         """Removes those that are missing since a reset and have not come back in time."""
         late = sorted(worker_id for worker_id, until_s in self._missing_until_s.items() if now >= until_s)
-        return _flat(self._remove(worker_id) for worker_id in late)
+        return [change for worker_id in late for change in self._remove(worker_id)]
 
     def _put(self, key: str, value: bytes) -> list[SourceChange]:
         try:
@@ -115,7 +114,3 @@ class SourceView:
 
 def _life(record: SourceRecord) -> tuple[int, str, bytes]:
     return record.epoch, record.session, record.ring_id
-
-
-def _flat(lists: Iterable[list[SourceChange]]) -> list[SourceChange]:
-    return [change for changes in lists for change in changes]

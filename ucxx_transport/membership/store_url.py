@@ -73,11 +73,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
 
 
 def parse_store_url(url: object) -> LocalAddress | EtcdAddress:
-    """The address that the text is.
-
-    Raises:
-        ConfigError: it is no address of a store; names what is wrong and what would be right, and repeats no secret.
-    """
+    """The address that the text is; a ConfigError says what is wrong and would be right, and repeats no secret."""
     scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     if not found:
         raise _wrong(url, "has no scheme")

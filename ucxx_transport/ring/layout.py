@@ -212,11 +212,7 @@ class Geometry:
     stride_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the bounds before anything is sized by them.
-
-        Raises:
-            ConfigError: a number is out of its bounds; `facts["field"]` names it.
-        """
+        """Check the bounds before anything is sized by them; a ConfigError names the number in `facts["field"]`."""
         for name, value, low, high in (
             ("slots", self.slots, 1, MAX_SLOTS),
             ("slot_bytes", self.slot_bytes, 1, MAX_SLOT_BYTES),

@@ -59,11 +59,7 @@ class RewardSummary:
     most: float
 
     def __post_init__(self) -> None:
-        """Check that all are finite: JSON has no others.
-
-        Raises:
-            ConfigError: one is not; `facts["field"]` names it.
-        """
+        """Check that all are finite: JSON has no others."""
         for name, value in zip(_REWARD_KEYS, (self.total, self.mean, self.least, self.most), strict=True):
             if type(value) is not float or not isfinite(value):
                 raise ConfigError(f"rewards.{name} must be a finite float, not {describe(value)}", field="rewards")

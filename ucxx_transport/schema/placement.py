@@ -141,11 +141,7 @@ def view_fields(memory: memoryview, placement: Placement) -> list[Array]:
 
 
 def read_lengths(memory: memoryview, count: int) -> tuple[int, ...]:
-    """The table of lengths at the start of a payload, as its writer left it: unchecked numbers, each once read.
-
-    Raises:
-        ProtocolError: the payload ends before the table does.
-    """
+    """The table of lengths that a writer left, unchecked, each once read; a ProtocolError for a shorter payload."""
     if len(memory) < count * LENGTH_BYTES:
         raise ProtocolError(
             f"a payload of {len(memory)} bytes ends within its table of {count} lengths", nbytes=len(memory)

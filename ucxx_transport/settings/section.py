@@ -115,11 +115,7 @@ class Effective(NamedTuple):
 
 
 def effective(section: str) -> Mapping[str, Effective]:
-    """Every setting of a section with its value and its source.
-
-    Raises:
-        ConfigError: an unknown name or a wrong value, or a file that cannot be read.
-    """
+    """Every setting of a section with its value and its source; errors as `gather`, and of a wrong value."""
     given = gather(section, {})
     held = _validated(section, given)
     return {

@@ -170,11 +170,7 @@ class PendingBatch:
         self._leave = leave
 
     def result(self) -> Batch:
-        """Wait for it: counted, its losses reported. The caller releases it.
-
-        Raises:
-            ConfigError: the prefetcher has been closed meanwhile.
-        """
+        """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
         batch = self._thread.result(self._future)
         self._hand_out(batch)
         return batch

@@ -15,6 +15,7 @@ in a slot that others read too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ucxx_transport.errors import ConfigError
@@ -24,7 +25,6 @@ from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
-    from ucxx_transport.schema.tensors import Array
     from ucxx_transport.schema.tree import ArrayTree
 
 
@@ -90,11 +90,8 @@ class _CpuTensors:
         self._torch = torch
 
     def __call__(self, payload: Payload) -> ArrayTree:
-        tree: ArrayTree = map_leaves(self._tensor, payload.arrays)
+        tree: ArrayTree = map_leaves(partial(host_tensor, self._torch), payload.arrays)
         return tree
-
-    def _tensor(self, array: Array) -> Any:
-        return host_tensor(self._torch, array)
 
 
 class _OnDevice:

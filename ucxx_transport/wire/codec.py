@@ -142,11 +142,7 @@ _DECODERS: Final[dict[int, Callable[[_Words], Request]]] = {
 
 
 def decode_request(buffer: bytes | bytearray | memoryview) -> Request:
-    """The frame in the first 128 bytes of `buffer`.
-
-    Raises:
-        ProtocolError: wrong length, magic, version, kind or end mark, or a field out of its range.
-    """
+    """The frame in the first 128 bytes of `buffer`, or a ProtocolError: one of its fields is not as the table says."""
     if len(buffer) < REQUEST_BYTES:
         raise ProtocolError("a request is shorter than a frame", nbytes=len(buffer), expected=REQUEST_BYTES)
     magic, version, kind, *words, end = _REQUEST.unpack_from(buffer)

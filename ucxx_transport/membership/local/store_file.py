@@ -42,11 +42,7 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset(
 
 
 def default_path() -> Path:
-    """The file of this user on this machine; its folder is made when it is missing.
-
-    Raises:
-        StorePermissionError: the folder is another user's, or open to others, or something else is there.
-    """
+    """The file of this user on this machine; its folder is made where it is missing, refused where not private."""
     memory = segment_folder()
     memory_is_there = memory.is_dir() and os.access(memory, os.W_OK | os.X_OK)
     parent = memory if memory_is_there else Path(tempfile.gettempdir())
