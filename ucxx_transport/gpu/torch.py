@@ -61,10 +61,11 @@ def host_tensor(torch: Any, array: Array) -> Any:
 
 def flat_bytes(torch: Any, tensor: Any) -> Any:
     """A tensor's elements in their order, as one row of bytes on its own device; no copy of a contiguous tensor."""
-    bits = tensor
-    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.uint8:
-        bits = tensor.view(torch.uint8)  # of float8 not every kernel is there
-    return bits.contiguous().reshape(-1).view(torch.uint8)
+    bits = tensor.resolve_conj().resolve_neg()  # what is conjugated or negated in name only has no bytes of its own
+    if bits.dtype.itemsize == 1 and bits.dtype != torch.uint8:
+        bits = bits.view(torch.uint8)  # of float8 not every kernel is there
+    # strided anew, for a row of one element is contiguous whatever its stride
+    return bits.contiguous().as_strided((bits.numel(),), (1,)).view(torch.uint8)
 
 
 def view_of_bytes(torch: Any, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:

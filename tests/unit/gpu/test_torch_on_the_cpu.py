@@ -47,6 +47,26 @@ def test_a_copy_is_the_elements_in_their_order_whatever_the_layout() -> None:
                 assert target.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
+def test_a_copy_is_the_elements_of_a_view_of_one_element_of_a_conjugate_and_of_its_parts() -> None:
+    made_rows: list[Any] = [
+        lambda t: t[:1],
+        lambda t: t[::2][:1],
+        lambda t: t[1:2],
+        lambda t: t.reshape(2, 2)[::2],
+        lambda t: t.conj(),
+        lambda t: t.conj()[:1],
+        lambda t: t.conj().imag,
+        lambda t: t.conj().imag[:1],
+        lambda t: t.real[::2][:1],
+    ]
+    for made in made_rows:
+        for name in ("complex64", "complex128"):
+            with row(made=made, name=name):
+                tensor = made(torch.tensor([1 + 2j, 3 - 4j, 5 + 6j, -7 + 8j], dtype=getattr(torch, name)))
+                expected = np.ascontiguousarray(tensor.resolve_conj().resolve_neg().numpy())
+                assert flat_bytes(torch, tensor).numpy().tobytes() == expected.tobytes()
+
+
 def test_a_contiguous_tensor_is_not_copied_on_the_device() -> None:
     for name in NAMES:
         tensor = torch.tensor(VALUES).to(getattr(torch, name))
