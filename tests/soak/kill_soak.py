@@ -199,6 +199,7 @@ class KillSoak:
             if not self._traffic.server_of(source):
                 return False
             self.summary.server_back_s.append(time.monotonic() - began)
+            source.turn += 1
             return True
 
         return [is_back]

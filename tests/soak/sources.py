@@ -34,6 +34,7 @@ class Source:
             process is worker, writer and server; this one only looks on).
         streams: writers so far; each payload carries its writer's number.
         server_pid, dead_pid: the server, as far as is known, and the one killed last. server_kills: how often.
+        turn: which port's process is killed next.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     server_pid: int = 0
     dead_pid: int = 0
     server_kills: int = 0
+    turn: int = 0
 
     def open(self, stage: Stage) -> None:
         """Make the ring, or have it made, and start a writer."""
@@ -85,7 +87,7 @@ class Source:
 
     def find_server_among(self, pids: Sequence[int | None]) -> None:
         """Learn the processes of the ports: they are killed in turn."""
-        self.server_pid = pids[self.server_kills % len(pids)] or 0
+        self.server_pid = pids[self.turn % len(pids)] or 0
 
     def server_killed(self, pid: int) -> None:
         """Who asks from here on gets the next one."""
