@@ -141,13 +141,17 @@ class PortServer:
             before, failed = failed, link.statistics().accepts_failed
             self._counters.add("accepts_failed", failed - before)
             self._counters.beat(time.monotonic_ns())
-            for connection in self._connections:
-                if connection.expire(now) and self._tasks is not None:
-                    self._tasks.start_soon(connection.close)
+            overdue = [connection for connection in self._connections if connection.expire(now)]
+            for connection in overdue:
+                self._start_closing(connection)
             self._release_parked()
             if now >= next_reclaim_s:
                 next_reclaim_s = now + RECLAIM_INTERVAL_S
                 self._reclaim()
+
+    def _start_closing(self, connection: Connection) -> None:
+        if self._tasks is not None:
+            self._tasks.start_soon(connection.close)
 
     def _reclaim(self) -> None:
         if not self._reclaims:
