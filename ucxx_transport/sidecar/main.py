@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ucxx_transport.errors import LeaseLostError, StoreResetError, TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
@@ -43,6 +43,8 @@ RETRY_S: Final = 0.25
 # How long a call of a store that does not answer is waited for at the end: to leave a lease as it is, and to revoke it.
 LEAVE_S: Final = 0.5
 REVOKE_S: Final = 10.0
+# A killed worker is dead that soon, unless it has much memory: so long its port stays open.
+SOON_S: Final = 0.5
 # After a bounded stop the kernel ends what is left: a process inside UCX may not answer.
 _KILL_MARGIN_S: Final = 2.0
 _STOPPED: Final = frozenset({b"T", b"t"})
@@ -290,15 +292,28 @@ class _Main:
         end = self._obey()
         if self._renewer is not None:
             self._renewer.end(revoke=end is _End.ABANDONED)
+        if end is _End.ABANDONED and self._sweep_within(SOON_S):
+            self._leave_at_once()
         teardown = Teardown("sidecar", role=role)
         if self._served is not None:
             self._served.stop(teardown)
-        is_dead = end is _End.ABANDONED and self._worker.wait_until_gone(DYING_S)
+        is_dead = end is _End.ABANDONED and self._sweep_within(DYING_S)
         if self._renewer is not None:
             self._renewer.join(REVOKE_S if is_dead else LEAVE_S)
-        if self._served is not None and is_dead:
-            self._served.sweep()
         return 0 if teardown.is_clean and end is not _End.BROKEN else 1
+
+    def _leave_at_once(self) -> NoReturn:
+        """Once nothing is left to be done: peers see their connections reset, and UCX has no chance to crash."""
+        if self._renewer is not None:
+            self._renewer.join(REVOKE_S)
+        os._exit(0)
+
+    def _sweep_within(self, limit_s: float) -> bool:
+        """Remove the segments of dead workers once this one is dead; False: it is not yet."""
+        is_dead = self._worker.wait_until_gone(limit_s)
+        if is_dead and self._served is not None:
+            self._served.sweep()
+        return is_dead
 
     def _obey(self) -> _End:
         watched = select.poll()
