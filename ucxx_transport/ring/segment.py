@@ -112,12 +112,13 @@ class Segment:
 class _Removal:
     """Removes a file once: on request, when its segment is garbage, or at exit; never in a forked child."""
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
+    def __init__(self, path: Path, held: list[int]) -> None:
         self._path = path
-        self._lock_fd = lock_fd
-        self._inode = os.fstat(lock_fd).st_ino
+        self._held = held
+        self._inode = os.fstat(held[0]).st_ino
         self._process_id = os.getpid()
         self._done = False
+        self._at_exit: multiprocessing.util.Finalize | None = None
         _removals.add(self)
         # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
         self._at_exit = multiprocessing.util.Finalize(None, self, exitpriority=0)
@@ -128,11 +129,11 @@ class _Removal:
 
     @property
     def nothing_left(self) -> bool:
-        return os.fstat(self._lock_fd).st_nlink == 0
+        return os.fstat(self._held[0]).st_nlink == 0
 
     def duplicate(self) -> int:
         # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
-        return os.open(f"/proc/self/fd/{self._lock_fd}", os.O_RDWR | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{self._held[0]}", os.O_RDWR | os.O_CLOEXEC)
 
     def watch(self, segment: Segment) -> None:
         weakref.finalize(segment, self)
@@ -140,22 +141,27 @@ class _Removal:
     def __call__(self) -> bool:
         if not self.pending:
             return False
-        self._done = True
-        self._at_exit.cancel()
         removed = False
         with contextlib.suppress(FileNotFoundError):
             # held by flock until here, so no other file can have taken its place
             if os.stat(self._path, follow_symlinks=False).st_ino == self._inode:
                 os.unlink(self._path)
                 removed = True
-        os.close(self._lock_fd)
+        self._done = True  # not before: what an interrupt cuts off is done by the next call
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+        self._close()
         return removed
 
     def leave_to_parent(self) -> None:
         """In a forked child: release the lock, which would otherwise outlive the creator."""
         if not self._done:
             self._done = True
-            os.close(self._lock_fd)
+            self._close()
+
+    def _close(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
 
 _removals: weakref.WeakSet[_Removal] = weakref.WeakSet()
@@ -185,13 +191,19 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
             cgroup may have; says how much is needed and free.
     """
     path = segment_path(name, folder)
-    lock_fd = _open_fresh(path)
-    removal = _Removal(path, lock_fd)
+    held: list[int] = []
+    removal: _Removal | None = None
     try:
-        _allocate(lock_fd, nbytes, path)
+        _open_fresh(path, held)
+        removal = _Removal(path, held)
+        _allocate(held[0], nbytes, path)
         return Segment(path, _map_file(path), removal)
     except BaseException:
-        removal()
+        if removal is not None:
+            removal()
+        while held:
+            os.close(held.pop())
+        remove_orphan(path)  # an interrupt may have come between the file and what removes it
         raise
 
 
@@ -237,11 +249,11 @@ def _map_descriptor(fd: int, path: Path) -> mmap.mmap:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
 
 
-def _open_fresh(path: Path) -> int:
-    """A descriptor of a new empty file that holds its lock."""
+def _open_fresh(path: Path, held: list[int]) -> None:
+    """Make a new empty file; `held` is given a descriptor of it, which holds its lock."""
     for _ in range(_CREATE_ATTEMPTS):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         except FileExistsError:
             if not remove_orphan(path):
                 break
@@ -249,12 +261,12 @@ def _open_fresh(path: Path) -> int:
         except OSError as exc:
             raise ConfigError(f"{path} cannot be made: {exc.strerror}", field="name", errno=exc.errno) from exc
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
-                return fd
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held[0]).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
+                return
         except BlockingIOError:
             pass  # a sweep is about to take it
-        os.close(fd)
+        os.close(held.pop())
     raise ConfigError(
         "a ring of that name is in use; choose another ring.name, or leave it out for a random one",
         field="name",
