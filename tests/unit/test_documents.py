@@ -149,3 +149,17 @@ def messages() -> str:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
     return "\0".join(found)
+
+
+def test_code_and_documents_use_the_field_s_terms() -> None:
+    # written so that this file does not hold them
+    idioms = re.compile(r"let[ ]go|who[e]ver|pati[e]nce|stan[d]ing|aut[o]psy|less[o]n|an[e]w|prete[n]ce", re.IGNORECASE)
+    folders = ("ucxx_transport", "tests", "bench", "examples", "scripts")
+    files = [*(path for folder in folders for path in (ROOT / folder).rglob("*.py")), ROOT / "hatch_build.py", *PAGES]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(read(path).splitlines(), 1)
+        if idioms.search(line)
+    ]
+    assert not found, found

@@ -64,7 +64,7 @@ def flat_bytes(torch: Any, tensor: Any) -> Any:
     bits = tensor.resolve_conj().resolve_neg()  # what is conjugated or negated in name only has no bytes of its own
     if bits.dtype.itemsize == 1 and bits.dtype != torch.uint8:
         bits = bits.view(torch.uint8)  # of float8 not every kernel is there
-    # strided anew, for a row of one element is contiguous whatever its stride
+    # with a stride of 1, since a row of one element counts as contiguous whatever its stride
     return bits.contiguous().as_strided((bits.numel(),), (1,)).view(torch.uint8)
 
 

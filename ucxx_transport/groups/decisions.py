@@ -36,7 +36,7 @@ _CONCERNS: Final = {
 def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: float) -> bool:
     """Whether a rank's holder is known to live, so that the rank is refused to another process.
 
-    It does when it came after `first`, whoever held the rank `waited_s` ago, or when its lease, which a dead one's
+    It does when it came after `first`, the holder of `waited_s` ago, or when its lease, which a dead one's
     does not, has outlived its TTL since.
     """
     return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
