@@ -4,215 +4,273 @@ It behaves as the UCX link does where callers can see it: small sends complete a
 shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other one. `Faults`
 makes it misbehave on purpose.
 
-Each link belongs to the thread and event loop it is used in, as every link does; those of one network reach each other
-whatever their threads. Between two loops, what one end does to the other is handed to the other's loop.
+Links of one network reach each other whatever threads run them: what one end does to the other lies in the inbox of the
+other's link until that progresses. What a link has to call back waits in the same inbox.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import threading
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeVarTuple
 
-from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import LinkStatistics, LostReason, OnEndpoint, byte_view, checked_port, hand_over
-from ucxx_transport.link.translate import lost
-from ucxx_transport.testing.faults import Faults
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.link.base import (
+    CLOSED,
+    FORKED,
+    Counters,
+    EndpointEvents,
+    LinkStatistics,
+    LostReason,
+    OnDone,
+    OnEndpoint,
+    Timers,
+    byte_view,
+    checked_port,
+    lost,
+)
+from ucxx_transport.link.reactor import Wakeup
+from ucxx_transport.testing.faults import Faults, Hold
 
 EAGER_BYTES = 8191
 """Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
 
+BURST = 256
+"""What one `progress` takes out of the inbox."""
 
-Arguments = TypeVarTuple("Arguments")
+CLOSING_ROUNDS = 10_000
+"""How often `close` empties the inbox, which its own callbacks may fill."""
 
 
-class MemoryPending:
-    """One operation of a `MemoryEndpoint`."""
+class MemoryMessage:
+    """See `base.Message`."""
 
-    __slots__ = ("_endpoint", "_error", "_waiters", "completed", "immortal", "nbytes", "sending", "view")
+    __slots__ = ("nbytes", "view")
 
-    def __init__(self, endpoint: MemoryEndpoint, view: memoryview, *, sending: bool) -> None:
-        self._endpoint = endpoint
-        self._error: PeerLostError | None = None
-        self._waiters: list[asyncio.Future[None]] = []
-        self.completed = False
-        self.immortal = False
-        self.view: memoryview | None = view
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
         self.nbytes = view.nbytes
+
+
+class MemoryOperation:
+    """One operation of a `MemoryEndpoint`. See `base.Operation`."""
+
+    __slots__ = ("completed", "error", "immortal", "nbytes", "on_done", "sending", "view")
+
+    def __init__(self, view: memoryview, on_done: OnDone | None, *, sending: bool) -> None:
+        self.view: memoryview | None = view.cast("B") if view.nbytes else memoryview(b"")
+        self.nbytes = view.nbytes
+        self.on_done = on_done
         self.sending = sending
-
-    def finish(self, error: PeerLostError | None = None) -> None:
-        """End the operation, once; its buffer is released."""
-        if self.completed:
-            return
-        self.completed = True
-        self._error = error
-        self.view = None
-        self._endpoint.link.count_end(self, error)
-        self._wake()
-
-    def give_up(self, error: PeerLostError) -> None:
-        """Wake the waiters with an error: it never ends, and the buffer is still in use."""
-        if not self.completed:
-            self._error = error
-            self._wake()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
-
-    async def wait(self, until_s: float | None = None) -> None:
-        if not self.completed and self._error is None:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            async with asyncio.timeout_at(until_s):
-                await waiter
-        if self._error is not None:
-            raise self._error
+        self.completed = False
+        self.error: TransportError | None = None
+        self.immortal = False
 
 
 class MemoryEndpoint:
-    """One end of a connection; `other` is the end its messages go to, perhaps in another thread."""
+    """One end of a connection; `other` is the end its messages go to, once connected. See `base.Endpoint`."""
 
-    def __init__(self, link: MemoryLink, peer: str) -> None:
+    def __init__(self, link: MemoryLink, peer: str, other: MemoryEndpoint | None = None) -> None:
         self.link = link
         self.peer = peer
+        self.events: EndpointEvents | None = None
         self.alive = True
-        self.closed = False
-        self.other: MemoryEndpoint | None = None
-        self._receives: deque[MemoryPending] = deque()
-        self.sends: deque[MemoryPending] = deque()  # not yet matched by the other end's receives
-        self.arrived: deque[tuple[bytes | memoryview, MemoryPending]] = deque()  # of the other end
-        self._delivery: asyncio.Task[None] | None = None
-        self._outbox: deque[tuple[bytes | memoryview, MemoryPending]] = deque()
+        self.other = other
+        self.waits_for_ever = False
+        self._closed = False
+        self._clean: bool | None = None
+        self._on_closed: list[Callable[[bool], None]] = []
+        self._in_flight: dict[MemoryOperation, None] = {}
+        self._receives: defaultdict[int, deque[MemoryOperation]] = defaultdict(deque)
+        self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
+        self._outbox: deque[tuple[int, bytes, MemoryOperation]] = deque()
+        self._held = False
 
-    def post_receive(self, buffer: object) -> MemoryPending:
-        pending = self._post(buffer, sending=False)
-        pending.immortal = self.link.network.faults.never_complete
-        self._receives.append(pending)
-        self.match()
-        return pending
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(buffer, on_done, sending=False)
+        operation.immortal = self.link.network.faults.never_complete
+        self._receives[channel].append(operation)
+        if channel in self._arrived:
+            self.link.call(self._match, channel)
+        return operation
 
-    def post_send(self, buffer: object) -> MemoryPending:
-        pending = self._post(buffer, sending=True)
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(buffer, on_done, sending=True)
+        assert operation.view is not None  # just made
         faults = self.link.network.faults
         if faults.breaks_connection():
-            pending.finish(lost("reset", peer=self.peer))
-            self.reset()
-            return pending
-        content = faults.apply(self._content(pending))
-        if content is None:
-            pending.finish()
-            return pending
-        self.sends.append(pending)
-        self._outbox.append((content, pending))
-        if pending.nbytes <= EAGER_BYTES:
-            pending.finish()
+            self.link.call(self.reset)
+            return operation
+        content = faults.apply(bytes(operation.view))
+        if content is not None:
+            self._outbox.append((channel, content, operation))
+        if content is None or operation.nbytes <= EAGER_BYTES:
+            self._completed(operation)
+            self.link.call(self._call_done, operation)
         self._deliver(faults.hold)
-        return pending
+        return operation
 
-    async def close(self) -> bool:
-        if not self.closed:
-            self.closed = True
-            self._end("closed", itself=True)
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        if on_closed is not None:
+            self._on_closed.append(on_closed)
+        if not self._closed:
+            self._closed = True
+            self._stop()
             self._reset_other()
-            self.link.forget(self)
-        return not any(pending.immortal and not pending.completed for pending in self._receives)
+            self.link.call(self._finish_close)
+        elif self._clean is not None:
+            self.link.call(self._call_closed)
+
+    def listener_has_answered(self) -> bool:
+        """Whether connecting goes further than to the listener, as `Faults.hang_connect` has it."""
+        return self.waits_for_ever
+
+    def connected(self, other: MemoryEndpoint) -> None:
+        """The listener has taken the connection. In the link's own turn, as all that follows."""
+        if not self.alive:
+            other.link.call(other.lose, "reset")
+            return
+        self.other = other
+        self._deliver(None)
+        if self.events is not None:
+            self.events.connected()
+
+    def accepted(self) -> None:
+        """Say to the owner that the connection is up, which it is from the start."""
+        if self.alive and self.events is not None:
+            self.events.connected()
+
+    def take(self, channel: int, content: bytes, send: MemoryOperation) -> None:
+        """A message of the other end has arrived."""
+        if self.alive:
+            self._arrived[channel].append((content, send))
+            self._match(channel)
+
+    def sent(self, send: MemoryOperation) -> None:
+        """A message of this end has been received."""
+        self._end(send)
 
     def reset(self) -> None:
         """Break the connection, as a fault does: both ends find their peer lost."""
         self.lose("reset")
         self._reset_other()
 
+    def lose(self, reason: LostReason) -> None:
+        """The other end is gone, or was never there."""
+        if not self.alive:
+            return
+        if self.other is not None:
+            self.link.counters.peers_lost += 1
+        self._stop()
+        if self.events is not None:
+            self.events.lost(lost(reason, peer=self.peer))
+        self._end_all(reason)
+
+    def _posted(self, buffer: object, on_done: OnDone | None, *, sending: bool) -> MemoryOperation:
+        self.link.check_usable()
+        if not self.alive:
+            raise lost("closed" if self._closed else "reset", peer=self.peer)
+        view = buffer.view if isinstance(buffer, MemoryMessage) else byte_view(buffer, writable=not sending)
+        operation = MemoryOperation(view, on_done, sending=sending)
+        counters = self.link.counters
+        if sending:
+            counters.sends += 1
+        else:
+            counters.receives += 1
+        self._in_flight[operation] = None
+        return operation
+
+    def _deliver(self, hold: Hold | None) -> None:
+        if self._held or self.other is None:
+            return  # what is kept back goes first
+        if hold is not None and not hold.is_set():
+            self._held = True
+            hold.when_set(lambda: self.link.call(self._release))
+            return
+        other = self.other
+        while self._outbox:
+            other.link.call(other.take, *self._outbox.popleft())
+
+    def _release(self) -> None:
+        self._held = False
+        self._deliver(None)
+
+    def _match(self, channel: int) -> None:
+        """Bring what has arrived and the receives posted for it together. In the link's own turn."""
+        while (arrived := self._arrived.get(channel)) and (receives := self._receives[channel]):
+            if receives[0].immortal:
+                break
+            content, send = arrived.popleft()
+            if not arrived:
+                del self._arrived[channel]
+            if self.other is not None:
+                self.other.link.call(self.other.sent, send)
+            receive = receives.popleft()
+            assert receive.view is not None  # in flight
+            if len(content) > receive.nbytes:
+                self._end(receive, lost("truncated", peer=self.peer))
+            else:
+                receive.view[: len(content)] = content
+                self._end(receive)
+
+    def _end(self, operation: MemoryOperation, error: PeerLostError | None = None) -> None:
+        """End an operation and call back, in the link's own turn."""
+        if not operation.completed:
+            self._completed(operation, error)
+            self._call_done(operation)
+
+    def _completed(self, operation: MemoryOperation, error: PeerLostError | None = None) -> None:
+        operation.completed = True
+        operation.error = error
+        operation.view = None
+        del self._in_flight[operation]
+        counters = self.link.counters
+        counters.ended += 1
+        if error is not None:
+            counters.failed += 1
+            counters.truncated += error.facts["reason"] == "truncated"
+        elif operation.sending:
+            counters.sent_bytes += operation.nbytes
+        else:
+            counters.posted_receive_bytes += operation.nbytes
+
+    def _call_done(self, operation: MemoryOperation) -> None:
+        on_done, operation.on_done = operation.on_done, None
+        if on_done is not None:
+            on_done(operation)
+
+    def _end_all(self, reason: LostReason) -> None:
+        for operation in tuple(self._in_flight):
+            if operation.immortal:
+                operation.error = lost(reason, peer=self.peer)
+                self._call_done(operation)
+            else:
+                self._end(operation, lost(reason, peer=self.peer))
+
+    def _stop(self) -> None:
+        self.alive = False
+        self._outbox.clear()
+        self.link.counters.unexpected_messages += sum(map(len, self._arrived.values()))
+        self._arrived.clear()
+
     def _reset_other(self) -> None:
         if self.other is not None:
             self.other.link.call(self.other.lose, "reset")
 
-    def lose(self, reason: LostReason) -> None:
-        """The other end is gone."""
-        if self.alive:
-            self.link.count(peers_lost=1)
-            self._end(reason)
+    def _finish_close(self) -> None:
+        self._end_all("closed")
+        for operation in self._in_flight:
+            self.link.counters.leaked_buffers += 1
+            self.link.counters.leaked_bytes += operation.nbytes
+        self._clean = not self._in_flight
+        self.link.endpoints.discard(self)
+        self.link.call(self._call_closed)
 
-    def _end(self, reason: LostReason, *, itself: bool = False) -> None:
-        self.alive = False
-        if self._delivery is not None:
-            self._delivery.cancel()
-        self._outbox.clear()
-        self.link.count(unexpected_messages=len(self.arrived))
-        self.arrived.clear()
-        for pending in (*self.sends, *self._receives):
-            if not pending.immortal:
-                pending.finish(lost(reason, peer=self.peer))
-            elif itself:
-                pending.give_up(lost(reason, peer=self.peer))
-                self.link.count(leaked_buffers=1, leaked_bytes=pending.nbytes)
-        self.sends.clear()
-
-    def _post(self, buffer: object, *, sending: bool) -> MemoryPending:
-        self.link.check_owner()
-        if not self.alive:
-            raise lost("closed" if self.closed else "reset", peer=self.peer)
-        view = byte_view(buffer, writable=not sending)
-        self.link.count(**{"sends" if sending else "receives": 1, "in_flight": 1})
-        return MemoryPending(self, view.cast("B") if view.nbytes else memoryview(b""), sending=sending)
-
-    def _deliver(self, hold: asyncio.Event | None) -> None:
-        if self._delivery is not None and not self._delivery.done():
-            return  # what is held goes first
-        if hold is not None and not hold.is_set():
-            self._delivery = asyncio.get_running_loop().create_task(self._deliver_after(hold))
-            return
-        if self.other is not None:
-            messages = tuple(self._outbox)
-            self._outbox.clear()
-            self.other.link.call(self.other.take, messages)
-
-    async def _deliver_after(self, hold: asyncio.Event) -> None:
-        await hold.wait()
-        self._delivery = None
-        self._deliver(None)
-
-    def take(self, messages: tuple[tuple[bytes | memoryview, MemoryPending], ...]) -> None:
-        """Messages of the other end have arrived."""
-        if self.alive:
-            self.arrived.extend(messages)
-            self.match()
-
-    def sent(self, send: MemoryPending) -> None:
-        """A message of this end has been received."""
-        send.finish()
-        if send in self.sends:
-            self.sends.remove(send)
-
-    def match(self) -> None:
-        """Bring what has arrived and the receives posted for it together."""
-        while self.arrived and self._receives and not self._receives[0].immortal:
-            content, send = self.arrived.popleft()
-            receive = self._receives.popleft()
-            if receive.view is None:  # already ended; cannot be while the endpoint lives
-                continue
-            if len(content) > receive.nbytes:
-                receive.finish(lost("truncated", peer=self.peer))
-            else:
-                receive.view[: len(content)] = content
-                receive.finish()
-            if self.other is not None:
-                self.other.link.call(self.other.sent, send)
-
-    def _content(self, pending: MemoryPending) -> bytes | memoryview:
-        view = pending.view
-        assert view is not None  # just made by the caller
-        assert self.other is not None  # connected
-        # a large message is read from the sender's buffer, but not while the sender's own thread may take that back
-        is_read_in_place = pending.nbytes > EAGER_BYTES and self.other.link.thread == self.link.thread
-        return view if is_read_in_place else bytes(view)
+    def _call_closed(self) -> None:
+        while self._on_closed:
+            self._on_closed.pop(0)(self._clean is True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -229,78 +287,83 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self) -> MemoryLink:
-        """A link of this network: `link_factory=network.link` for a server or a client."""
-        return MemoryLink(self)
+    def link(self, timers: Timers) -> MemoryLink:
+        """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
+        return MemoryLink(timers, self)
 
 
 class MemoryListener:
-    """One port of a `MemoryNetwork`."""
+    """One port of a `MemoryNetwork`. See `base.Listener`."""
 
     def __init__(self, link: MemoryLink, port: int, on_endpoint: OnEndpoint) -> None:
         self.link = link
         self.port = port
-        self.on_endpoint = on_endpoint
+        self._on_endpoint = on_endpoint
 
-    async def close(self) -> None:
+    def close(self) -> None:
         if self.link.network.listeners.get(self.port) is self:
             del self.link.network.listeners[self.port]
 
-    def accept(self, endpoint: MemoryEndpoint) -> None:
-        """Hand over the end of a new connection, in the link's own thread."""
-        if self.link.closed:
-            endpoint.reset()
+    def accept(self, near: MemoryEndpoint) -> None:
+        """Take a connection, in the link's own turn.
+
+        Args:
+            near: the end of the one who connects.
+        """
+        if self.link.closed or self.link.network.listeners.get(self.port) is not self:
+            near.link.call(near.lose, "refused")
             return
-        self.link.adopt(endpoint, "endpoints_accepted")
-        failed = hand_over(endpoint, self.on_endpoint, asyncio.get_running_loop())
-        if failed is not None:
-            self.link.keep(failed)
+        far = MemoryEndpoint(self.link, f"memory:{id(near):x}", near)
+        self.link.endpoints.add(far)
+        self.link.counters.endpoints_accepted += 1
+        near.link.call(near.connected, far)
+        self.link.call(far.accepted)
+        far.events = self._on_endpoint(far)
+        if far.events is None:
+            far.close()
 
 
 class MemoryLink:
-    """A `Link` whose peers are other links of the same network. Bound to the thread it is made in.
+    """A `base.Link` whose peers are other links of the same network, and itself.
 
     Args:
+        timers: of the reactor that drives it.
         network: shared with the links to talk to; a new one by default, on which the link can only reach itself.
     """
 
-    def __init__(self, network: MemoryNetwork | None = None) -> None:
+    def __init__(self, timers: Timers, network: MemoryNetwork | None = None) -> None:
+        self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
         self.closed = False
-        self.thread = threading.get_ident()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._counts: dict[str, int] = {}
-        self._endpoints: set[MemoryEndpoint] = set()
+        self.forked = False
+        self.counters = Counters()
+        self.endpoints: set[MemoryEndpoint] = set()
         self._listeners: list[MemoryListener] = []
-        self._tasks: set[asyncio.Task[bool]] = set()
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._wakeup = Wakeup()
+        self._armed = False  # others notify only then
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()
-
-    async def connect(self, host: str, port: int) -> MemoryEndpoint:
+    def connect(self, host: str, port: int, events: EndpointEvents) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
-        self.check_owner()
-        self._loop = asyncio.get_running_loop()
-        peer = f"{host}:{checked_port(port, lowest=1)}"
-        if self.network.faults.hang_connect:
-            await self._loop.create_future()
+        self.check_usable()
+        near = MemoryEndpoint(self, f"{host}:{checked_port(port, lowest=1)}")
+        near.events = events
+        near.waits_for_ever = self.network.faults.hang_connect
+        self.endpoints.add(near)
+        self.counters.endpoints_connected += 1
         listener = self.network.listeners.get(port)
-        if listener is None or self.network.faults.refuse:
-            raise lost("refused", peer=peer)
-        here = MemoryEndpoint(self, peer)
-        there = MemoryEndpoint(listener.link, f"memory:{id(here):x}")
-        here.other, there.other = there, here
-        if not listener.link.call(listener.accept, there):
-            raise lost("refused", peer=peer)
-        self.adopt(here, "endpoints_connected")
-        return here
+        if near.waits_for_ever:
+            pass
+        elif listener is None or self.network.faults.refuse:
+            self.call(near.lose, "refused")
+        else:
+            listener.link.call(listener.accept, near)
+            if listener.link.closed:  # meanwhile, and it takes nothing any more
+                self.call(near.lose, "refused")
+        return near
 
-    async def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
-        self.check_owner()
-        self._loop = asyncio.get_running_loop()
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
+        self.check_usable()
         checked_port(port, lowest=0)
         used = self.network.listeners
         chosen = port or next(number for number in self.network.free_ports if number not in used)
@@ -310,68 +373,77 @@ class MemoryLink:
         self._listeners.append(listener)
         return listener
 
+    def message(self, buffer: object) -> MemoryMessage:
+        self.check_usable()
+        return MemoryMessage(byte_view(buffer, writable=False))
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        self.check_usable()
+        self.counters.progress_turns += 1
+        if self._armed:
+            self._armed = False
+            self._wakeup.drain()
+        if not self._inbox and spin_s:
+            end = time.perf_counter() + spin_s
+            while not self._inbox and time.perf_counter() < end:
+                time.sleep(0)
+        return self._take()
+
+    def arm(self) -> bool:
+        self._armed = True
+        if self._inbox:
+            return False
+        self.counters.sleeps += 1
+        return True
+
+    def fileno(self) -> int:
+        return self._wakeup.fileno()
+
     def statistics(self) -> LinkStatistics:
-        return LinkStatistics(endpoints_open=len(self._endpoints), **self._counts)
+        self.counters.endpoints_open = len(self.endpoints)
+        return self.counters.snapshot()
 
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""
         return ("memory",)
 
-    async def aclose(self) -> None:
-        self.closed = True
+    def close(self) -> None:
+        if self.closed or self.forked:
+            return
         for listener in self._listeners:
-            await listener.close()
-        for endpoint in list(self._endpoints):
-            await endpoint.close()
-        await asyncio.gather(*self._tasks)
+            listener.close()
+        for _ in range(CLOSING_ROUNDS):
+            for endpoint in list(self.endpoints):
+                endpoint.close()
+            if not self._take():
+                break
+        self.closed = True
+        while self._inbox:  # who connects meanwhile is refused, and who sends is reset
+            action, arguments = self._inbox.popleft()
+            if getattr(action, "__func__", None) is MemoryListener.accept:
+                action(*arguments)
 
-    def check_owner(self) -> None:
-        """Refuse another thread, and a closed link."""
-        if threading.get_ident() != self.thread:
-            raise ConfigError("this link belongs to another thread; open one per event loop")
+    def forget(self) -> None:
+        self.forked = True
+
+    def check_usable(self) -> None:
+        """Refuse a closed link, and one of a parent process."""
+        if self.forked:
+            raise ConfigError(FORKED)
         if self.closed:
-            raise ConfigError("this link is closed; open another")
+            raise ConfigError(CLOSED)
 
-    def call(self, function: Callable[[*Arguments], object], *arguments: *Arguments) -> bool:
-        """Call a function in this link's thread: now where that is the caller's, else in a turn of the loop there.
+    def call(self, action: Callable[..., object], *arguments: object) -> None:
+        """Call this in a turn of this link. From any thread."""
+        self._inbox.append((action, arguments))
+        if self._armed:
+            self._wakeup.notify()
 
-        Returns:
-            Whether it is called; False when that loop is closed.
-        """
-        if threading.get_ident() == self.thread:
-            function(*arguments)
-            return True
-        if self._loop is None or self._loop.is_closed():
-            return False
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # closed in the meantime
-            return False
-        return True
-
-    def keep(self, task: asyncio.Task[bool]) -> None:
-        """Hold a task of clean-up until it is done."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def count(self, **steps: int) -> None:
-        """Add to counters of `LinkStatistics`, by name."""
-        for name, step in steps.items():
-            self._counts[name] = self._counts.get(name, 0) + step
-
-    def count_end(self, pending: MemoryPending, error: PeerLostError | None) -> None:
-        """Count the end of an operation."""
-        if error is None:
-            self.count(**{"sent_bytes" if pending.sending else "posted_receive_bytes": pending.nbytes})
-        else:
-            self.count(failed=1, truncated=int(error.facts["reason"] == "truncated"))
-        self.count(in_flight=-1)
-
-    def forget(self, endpoint: MemoryEndpoint) -> None:
-        """Drop a closed endpoint."""
-        self._endpoints.discard(endpoint)
-
-    def adopt(self, endpoint: MemoryEndpoint, counter: str) -> None:
-        """Count an endpoint among the open ones."""
-        self._endpoints.add(endpoint)
-        self.count(**{counter: 1})
+    def _take(self) -> bool:
+        inbox = self._inbox
+        moved = False
+        for _ in range(min(len(inbox), BURST)):
+            action, arguments = inbox.popleft()
+            moved = True
+            action(*arguments)
+        return moved
