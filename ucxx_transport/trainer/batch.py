@@ -1,25 +1,32 @@
-"""Batches of episodes: fetched in rounds under one deadline; begun in the background; counted."""
+"""Batches of episodes: the rounds in which one is fetched under one deadline, what drives them, and what is counted.
+
+| driver        | a round is                            | the pause after it is | runs in                    |
+|---------------|---------------------------------------|-----------------------|----------------------------|
+| `BatchFetch`  | a job of a client's core              | a timer of its reactor| the thread of that reactor |
+| `fetch_batch` | `read_many` of an asynchronous client | a sleep               | the task that awaits it    |
+"""
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
+import anyio
+
 from ucxx_transport.client.retry import attempt_budget_s
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, discardable_of, loss_of, sort_out
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, check_staleness, loss_of, sort_out
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from ucxx_transport.client import Payload, UCXXClient
-    from ucxx_transport.client.loop_thread import LoopThread
+    from ucxx_transport.client import Payload
+    from ucxx_transport.client.core import ClientCore
+    from ucxx_transport.client.reads import Job
+    from ucxx_transport.link.base import Timer
     from ucxx_transport.schema import SlotRef
 
 
@@ -27,15 +34,6 @@ DEFAULT_FETCH_ROUNDS: Final = 3
 
 ROUND_PAUSE_S: Final = 0.1
 """Between two rounds: a server process that died takes a second or two to be back."""
-
-
-class BatchReader(Protocol):
-    """What a fetch needs of a client; `UCXXClient` is one."""
-
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
-        """See `UCXXClient.read_many`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,117 @@ class Batch:
             payload.release()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchLimits:
+    """Bounds of every batch, as `fetch_batch` takes them.
+
+    Raises:
+        ConfigError: nothing could be fetched under them.
+    """
+
+    deadline_s: float
+    max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_fetch_rounds < 1:
+            raise ConfigError(
+                f"max_fetch_rounds must be at least 1, not {self.max_fetch_rounds}", field="max_fetch_rounds"
+            )
+        if not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s must be positive, not {self.deadline_s}", field="deadline_s")
+        check_staleness(self.max_staleness, policy_version=0)
+
+
+Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
+"""The episodes of a batch; or what gives them, called in the background thread."""
+
+
+class FetchRequest:
+    """A batch to fetch, and the version of the trainer's weights when it was asked for.
+
+    Raises:
+        ConfigError: `limits` have a `max_staleness`, and `policy_version` is missing.
+    """
+
+    def __init__(self, given: Records, policy_version: int | None, limits: FetchLimits) -> None:
+        check_staleness(limits.max_staleness, policy_version)
+        self._given = given if callable(given) else tuple(given)
+        self._policy_version = policy_version
+        self.limits = limits
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """Its episodes."""
+        return tuple(self._given()) if callable(self._given) else self._given
+
+    def sort_out(self) -> tuple[list[Wanted], list[Loss]]:
+        """What to fetch of it, and what is lost already."""
+        limits = self.limits
+        return sort_out(self.records, policy_version=self._policy_version, max_staleness=limits.max_staleness)
+
+
+class Rounds:
+    """The rounds of one batch as decisions: times come in, and nothing is read or waited for here.
+
+    Attributes:
+        wanted: the episodes of the round that is due or under way; empty once the batch is complete.
+    """
+
+    def __init__(self, request: FetchRequest, now_s: float) -> None:
+        self.wanted, self._losses = request.sort_out()
+        self._rounds_left = request.limits.max_fetch_rounds
+        self._began_s = now_s
+        self._until_s = now_s + request.limits.deadline_s
+        self._payloads: dict[int, Payload] = {}
+        self._rounds = self._retried = 0
+
+    def begin(self, now_s: float) -> tuple[list[SlotRef], float]:
+        """A round begins: what to read, and in how many seconds."""
+        limit_s = attempt_budget_s(max(0.0, self._until_s - now_s), self._rounds_left)
+        self._rounds += 1
+        self._rounds_left -= 1
+        return [entry.ref for entry in self.wanted], limit_s
+
+    def end(self, outcomes: Sequence[Payload | TransportError], now_s: float) -> None:
+        """A round is over; `wanted` has what is to be asked for again, after ROUND_PAUSE_S."""
+        may_follow = self._rounds_left > 0 and self._until_s - now_s > ROUND_PAUSE_S
+        again: list[Wanted] = []
+        for entry, outcome in zip(self.wanted, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                self._payloads[entry.index] = outcome
+            elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
+                self._losses.append(loss)
+            else:
+                again.append(entry)
+        self.wanted = again
+        self._retried += len(again)
+
+    def batch(self, now_s: float) -> Batch:
+        """The complete batch."""
+        return Batch(
+            payloads=dict(sorted(self._payloads.items())),
+            losses=tuple(sorted(self._losses, key=lambda loss: loss.index)),
+            rounds=self._rounds,
+            retried=self._retried,
+            took_s=now_s - self._began_s,
+        )
+
+    def release(self) -> None:
+        """Release what was fetched: there will be no batch."""
+        for payload in self._payloads.values():
+            payload.release()
+
+
+class BatchReader(Protocol):
+    """What `fetch_batch` needs of a client; `UCXXClient` is one."""
+
+    async def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
+    ) -> list[Payload | TransportError]:
+        """See `UCXXClient.read_many`."""
+
+
 async def fetch_batch(
     client: BatchReader,
     records: Sequence[AskedFor],
@@ -72,6 +181,8 @@ async def fetch_batch(
     max_staleness: int | None = None,
 ) -> Batch:
     """Fetch a batch; an episode that cannot be had costs the others nothing.
+
+    Without an event loop, use `Prefetcher.fetch`.
 
     Args:
         client: reads; `UCXXClient`.
@@ -88,129 +199,127 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    check_limits(deadline_s, max_fetch_rounds)
-    clock = asyncio.get_running_loop().time
-    began_s = clock()
-    until_s = began_s + deadline_s
-    wanted, losses = sort_out(records, policy_version=policy_version, max_staleness=max_staleness)
-    payloads: dict[int, Payload] = {}
-    rounds = retried = 0
+    limits = FetchLimits(deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness)
+    rounds = Rounds(FetchRequest(records, policy_version, limits), anyio.current_time())
     try:
-        while wanted:
-            rounds += 1
-            rounds_left = max_fetch_rounds - rounds + 1
-            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
-            outcomes = await client.read_many([entry.ref for entry in wanted], deadline_s=limit_s)
-            may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
-            again: list[Wanted] = []
-            for entry, outcome in zip(wanted, outcomes, strict=True):
-                if not isinstance(outcome, Exception):
-                    payloads[entry.index] = outcome
-                elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
-                    losses.append(loss)
-                else:
-                    again.append(entry)
-            wanted = again
-            if wanted:
-                retried += len(wanted)
-                await asyncio.sleep(ROUND_PAUSE_S)
+        while rounds.wanted:
+            refs, limit_s = rounds.begin(anyio.current_time())
+            rounds.end(await client.read_many(refs, deadline_s=limit_s), anyio.current_time())
+            if rounds.wanted:
+                await anyio.sleep(ROUND_PAUSE_S)
     except BaseException:
-        for payload in payloads.values():  # the traceback would hold them, and they their slots
-            payload.release()
+        rounds.release()  # the traceback would hold them, and they their slots
         raise
-    return Batch(
-        payloads=dict(sorted(payloads.items())),
-        losses=tuple(sorted(losses, key=lambda loss: loss.index)),
-        rounds=rounds,
-        retried=retried,
-        took_s=clock() - began_s,
-    )
+    return rounds.batch(anyio.current_time())
 
 
-def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:
-    """Refuse limits under which nothing could be fetched, by a ConfigError."""
-    if max_fetch_rounds < 1:
-        raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
-    if not deadline_s > 0:
-        raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+class BatchFetch:
+    """The fetch of one batch, by the thread that runs the core's reactor. `start` it; its outcome goes to `on_done`.
 
+    Args:
+        core: reads.
+        request: the batch.
+        on_done: called once, in that thread, with the batch, or with what ended the fetch that was no TransportError of
+            one episode; not called after `abandon`. Must not raise.
+        on_payload: given every payload as it comes, gives what stands in its place; what it raises beside
+            TransportErrors ends the fetch.
+    """
 
-Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
-"""The episodes of a batch; or what gives them, called in the background thread."""
-
-
-class FetchRequest:
-    """A batch to fetch, and the version of the trainer's weights when it was asked for."""
-
-    def __init__(self, given: Records, policy_version: int | None) -> None:
-        self._given = given if callable(given) else tuple(given)
-        self.policy_version = policy_version
-
-    @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
-        """Its episodes."""
-        return tuple(self._given()) if callable(self._given) else self._given
-
-
-class PendingBatch:
-    """A batch that was begun. Take its `result`, or `cancel` it."""
-
-    __slots__ = ("_future", "_hand_out", "_leave", "_thread")
+    __slots__ = ("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer", "request")
 
     def __init__(
         self,
-        thread: LoopThread,
-        future: Future[Batch],
-        hand_out: Callable[[Batch], None],
-        leave: Callable[[], None],
+        core: ClientCore,
+        request: FetchRequest,
+        on_done: Callable[[Batch | Exception], None],
+        on_payload: Callable[[Payload], Payload] | None = None,
     ) -> None:
-        self._thread = thread
-        self._future = future
-        self._hand_out = hand_out
-        self._leave = leave
+        self._core = core
+        self.request = request
+        self._on_done = on_done
+        self._on_payload = on_payload
+        self._rounds: Rounds | None = None
+        self._job: Job | None = None
+        self._timer: Timer | None = None
+        self._error: Exception | None = None
+        self._over = False
 
-    def result(self) -> Batch:
-        """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
-        batch = self._thread.result(self._future)
-        self._hand_out(batch)
-        return batch
+    def start(self, after_s: float = 0.0) -> None:
+        """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
+        if after_s > 0:
+            self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self.start)
+        elif not self._over:
+            self._guarded(self._begin)
 
-    def cancel(self) -> None:
-        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
-        self._leave()
-        if not self._future.cancel() and self._future.exception() is None:
-            self._future.result().release()
+    def abandon(self) -> None:
+        """Give it up: what came of it is released, and `on_done` is not called. Idempotent."""
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        job, self._job = self._job, None
+        if job is not None:
+            self._core.abandon(job)
+            for outcome in job.outcomes:
+                if outcome is not None and not isinstance(outcome, Exception):
+                    outcome.release()
+        if self._rounds is not None:
+            self._rounds.release()
 
+    def _begin(self) -> None:
+        self._rounds = Rounds(self.request, self._core.reactor.now())
+        self._next()
 
-_log = get_logger(__name__)
+    def _next(self) -> None:
+        assert self._rounds is not None
+        if not self._rounds.wanted:
+            self._finish(self._rounds.batch(self._core.reactor.now()))
+            return
+        refs, limit_s = self._rounds.begin(self._core.reactor.now())
+        on_payload = None if self._on_payload is None else self._replaced
+        job = self._core.begin(refs, limit_s, on_done=self._round_over, on_payload=on_payload)
+        if not job.done:
+            self._job = job
 
+    def _round_over(self, job: Job) -> None:
+        self._job = None
+        self._guarded(lambda: self._take(job))
 
-class LossDiscarder:
-    """Discards, in the background, what of a trainer's losses may still lie in its slot. Of one event loop."""
+    def _take(self, job: Job) -> None:
+        assert self._rounds is not None
+        reactor = self._core.reactor
+        outcomes = [outcome for outcome in job.outcomes if outcome is not None]
+        self._rounds.end(outcomes, reactor.now())
+        if self._error is not None:
+            raise self._error
+        if self._rounds.wanted:
+            self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, lambda: self._guarded(self._next))
+        else:
+            self._next()
 
-    def __init__(self, client: UCXXClient, *, discard_lost: bool, deadline_s: float) -> None:
-        self._client = client
-        self._discard_lost = discard_lost
-        self._deadline_s = deadline_s
-        self._tasks: set[asyncio.Task[int]] = set()
+    def _replaced(self, index: int, payload: Payload) -> Payload:
+        del index
+        assert self._on_payload is not None
+        try:
+            return self._on_payload(payload)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the payload's memory, and the error may be kept
+            if isinstance(error, TransportError):
+                raise
+            self._error = error
+            raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
 
-    def discard(self, losses: Sequence[Loss]) -> None:
-        """Begin to discard what of these may still lie in its slot."""
-        refs = discardable_of(losses, discard_lost=self._discard_lost)
-        if refs:
-            task = asyncio.create_task(self._client.discard(refs, deadline_s=self._deadline_s))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """One step, within a callback of the reactor: what it raises ends this fetch and nothing else."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
+            self.abandon()
+            self._on_done(error)
 
-    def cancel(self) -> None:
-        """Give up what is on its way."""
-        for task in self._tasks:
-            task.cancel()
-
-    def _ended(self, task: asyncio.Task[int]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
+    def _finish(self, batch: Batch) -> None:
+        self._over = True
+        self._rounds = None
+        self._on_done(batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PendingBatch, PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PrefetchStatistics
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
-from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
 
 _END = object()

@@ -1,38 +1,54 @@
-"""DeviceUploader: payloads from receive buffers to a GPU, each from the moment it has come.
+"""DeviceUploader: payloads to a GPU, each from the moment it has come, by one copy from page-locked memory.
 
-| when                 | the payload's bytes                                        | its receive buffer               |
-|----------------------|------------------------------------------------------------|----------------------------------|
-| it has been read     | `upload`: one copy of all begins, and the next read goes   | held for the copy                |
-|                      | on at the same time                                        |                                  |
-| the copy has ended   | on the device                                              | to the pool, at the next read    |
-| `arrays` are taken   | the consumer's stream waits for the copy, its thread does  |                                  |
-|                      | not; fields are views by the schema's offsets              |                                  |
-| it is released,      | freed when the last array is gone, and used again only     | still held until the copy has    |
-| whenever that is     | after what its streams had to do with it                   | ended                            |
+| a payload of                | is copied from                                                                         |
+|-----------------------------|----------------------------------------------------------------------------------------|
+| a ring of this host         | its slot: the ring's memory is page-locked once, by a thread beside the reads          |
+| … until that has been done, | a receive buffer, which is page-locked when it is allocated                            |
+| or where it cannot be       |                                                                                        |
+| another host                | a receive buffer                                                                       |
+
+| when                        | the payload's bytes                                       | its slot or receive buffer |
+|-----------------------------|-----------------------------------------------------------|----------------------------|
+| it has been read            | `upload`: the copy begins, and the next read goes on      | held for the copy          |
+| the copy has ended          | on the device                                             | released when that is seen:|
+|                             |                                                           | by a timer, or an `upload` |
+| `arrays` are taken          | the consumer's stream waits for the copy, its thread does | as before                  |
+|                             | not; fields are views by the schema's offsets             |                            |
+| it is released, whenever    | freed when the last array is gone, and used again only    | held until the copy has    |
+| that is                     | after what its streams had to do with it                  | ended                      |
 """
 
 from __future__ import annotations
 
 import threading
-import traceback
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ucxx_transport.client import Payload, UCXXClient
-from ucxx_transport.client.results import gather_results
-from ucxx_transport.errors import ConfigError, SlotError, TransportError
-from ucxx_transport.gpu import Receiver, Upload, page_lock
+from ucxx_transport.client import Payload
+from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.gpu import PageLockError, Receiver, Upload, page_lock
+from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import Bytes
-    from ucxx_transport.schema import SlotRef
+    from ucxx_transport.link.base import Timers
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.placement import Placement
     from ucxx_transport.schema.tree import ArrayTree
 
 _PAGE_BYTES = 4096
+
+FIRST_LOOK_S: Final = 0.25e-3
+LONGEST_LOOK_S: Final = 4e-3
+"""After an upload it is looked whether copies have ended: so soon, then ever later."""
+
+_JOIN_TIMEOUT_S: Final = 5.0
+
+_log = get_logger(__name__)
 
 
 class DevicePayload(Payload):
@@ -77,7 +93,10 @@ class DevicePayload(Payload):
 
 
 class DeviceUploader:
-    """Copies payloads to one device as they come, and holds their receive buffers meanwhile. Thread-safe.
+    """Copies payloads to one device as they come, and holds their memory meanwhile. Thread-safe.
+
+    Attributes:
+        unlocked_rings: rings of this host whose memory could not be page-locked.
 
     Raises:
         ConfigError: memory cannot be page-locked for it.
@@ -87,7 +106,11 @@ class DeviceUploader:
         self._receiver = receiver
         self._lock = threading.Lock()
         self._in_flight: deque[tuple[Upload, Bytes]] = deque()
+        self._is_watched = False
         self._closed = False
+        self._rings: WeakKeyDictionary[SharedRingBuffer, bool] = WeakKeyDictionary()
+        self._locking: set[threading.Thread] = set()
+        self.unlocked_rings = 0
         self.page_locker(_a_page())  # that none can be locked here is said now rather than with every read
 
     def page_locker(self, memory: Bytes) -> object:
@@ -96,8 +119,22 @@ class DeviceUploader:
             memory, self._receiver.page_locking(), what="a receive buffer", remedy="lower client.buffer_pool_bytes"
         )
 
-    def upload(self, payload: Payload) -> DevicePayload:
+    def is_locked(self, ring: SharedRingBuffer) -> bool:
+        """Whether an attached ring's memory is page-locked; the first time that it is asked for, this begins."""
+        locked = self._rings.get(ring)
+        if locked is None:
+            self._rings[ring] = locked = False
+            thread = threading.Thread(target=self._lock_ring, args=(ring,), name="ucxx-page-lock", daemon=True)
+            self._locking.add(thread)
+            thread.start()
+        return locked
+
+    def upload(self, payload: Payload, timers: Timers | None = None) -> DevicePayload:
         """Begin to copy a payload to the device, and take its place. What was given is released in any case.
+
+        Args:
+            payload: in page-locked memory.
+            timers: of the calling thread, to release the memory soon after the copy; without, the next upload does.
 
         Raises:
             ProtocolError: the bytes are not a payload of the schema.
@@ -109,49 +146,51 @@ class DeviceUploader:
             with self._lock:
                 if self._closed:
                     raise ConfigError("the prefetcher is closed; make another")
-                self._release_buffers()
+                self._release_copied()
                 upload = self._receiver.upload(source)
                 self._in_flight.append((upload, source))
-            return DevicePayload(payload, upload, placement)
-
-    def release_buffers(self) -> None:
-        """Release the buffers whose copies have ended."""
-        with self._lock:
-            self._release_buffers()
+        if timers is not None and not self._is_watched:
+            self._is_watched = True
+            self._look_again(timers, FIRST_LOOK_S)
+        return DevicePayload(payload, upload, placement)
 
     def close(self) -> None:
-        """Wait for the copies under way and release their buffers; nothing is uploaded any more. Idempotent."""
+        """Wait for the copies under way and release their memory; nothing is uploaded any more. Idempotent."""
         with self._lock:
             self._closed = True
             while self._in_flight:
                 self._in_flight[0][0].wait()
                 self._in_flight.popleft()
+        for thread in tuple(self._locking):
+            thread.join(_JOIN_TIMEOUT_S)
 
-    def _release_buffers(self) -> None:
+    def _look_again(self, timers: Timers, after_s: float) -> None:
+        timers.call_at(timers.now() + after_s, partial(self._look, timers, after_s))
+
+    def _look(self, timers: Timers, after_s: float) -> None:
+        with self._lock:
+            self._release_copied()
+            self._is_watched = bool(self._in_flight)
+        if self._is_watched:
+            self._look_again(timers, min(2 * after_s, LONGEST_LOOK_S))
+
+    def _release_copied(self) -> None:
         while self._in_flight and self._in_flight[0][0].done:  # they end in the order in which they began
             self._in_flight.popleft()
 
-
-class UploadingReader:
-    """Reads a batch as a client does, every payload on its way to the device while the others are still being read."""
-
-    def __init__(self, client: UCXXClient, uploader: DeviceUploader) -> None:
-        self._client = client
-        self._uploader = uploader
-
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
-        return await gather_results(lambda ref: self._read(ref, deadline_s), refs)
-
-    async def _read(self, ref: SlotRef, deadline_s: float | None) -> Payload:
-        self._uploader.release_buffers()
-        payload = await self._client.read(ref, deadline_s=deadline_s)
+    def _lock_ring(self, ring: SharedRingBuffer) -> None:
+        """In a thread of its own: it takes 0.7 s a GB (H200)."""
         try:
-            return self._uploader.upload(payload)
-        except TransportError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the buffer, and the error may be kept
-            raise
+            memory = ring.mapping
+            page_lock(memory, self._receiver.page_locking(), what="a ring", remedy="make the ring smaller")
+            self._rings[ring] = True
+        except PageLockError as error:
+            self.unlocked_rings += 1
+            _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
+        except SlotError:  # it was closed meanwhile
+            pass
+        finally:
+            self._locking.discard(threading.current_thread())
 
 
 def _a_page() -> Any:

@@ -1,55 +1,89 @@
-"""Prefetcher: fetches a trainer's next batch while it trains on this one."""
+"""Prefetcher: fetches a trainer's next batch while it trains on this one.
+
+| call              | nothing under way  | a batch is being fetched    | a batch has been fetched            |
+|-------------------|--------------------|-----------------------------|-------------------------------------|
+| `start(records)`  | is fetched         | refused: collect or defer   | refused: collect or defer           |
+| `defer(records)`  | is fetched         | queued                      | queued                              |
+| `wait()`          | refused: start it  | waits; in vain: given up    | nothing                             |
+| `collect()`       | refused: start it  | refused: wait first         | the batch; the one before goes      |
+| `release()`       | the one in use goes | the one in use goes        | the one in use goes                 |
+
+After `collect`, and after a batch was given up, the oldest deferred one is fetched next.
+
+Fetches begin and end in the prefetcher's own thread, which runs the reactor of its client's core, and sleeps while
+nothing is on its way. Calls hand over what that thread is to do, and wait on a condition.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import atexit
+import math
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Self
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self
 
-from ucxx_transport.client import ClientStatistics, UCXXClient
-from ucxx_transport.client.loop_thread import LoopThread
-from ucxx_transport.config import ClientConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError
+from ucxx_transport.client.core import ClientCore
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import (
     DEFAULT_FETCH_ROUNDS,
     Batch,
-    BatchReader,
+    BatchFetch,
+    FetchLimits,
     FetchRequest,
-    LossDiscarder,
-    PendingBatch,
     PrefetchCounters,
     PrefetchStatistics,
     Records,
-    check_limits,
-    fetch_batch,
 )
-from ucxx_transport.trainer.gpu_upload import DeviceUploader, UploadingReader
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, check_staleness, sort_out
-from ucxx_transport.trainer.prefetch import DoubleBuffer, FetchOrder
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, discardable_of
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.trainer.gpu_upload import DeviceUploader
 
 _log = get_logger(__name__)
 
 _GRACE_S = 5.0
-"""A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost."""
+"""A fetch keeps its own deadline; who waits for it gives the thread this much more before the batch counts as lost."""
 
+_JOIN_TIMEOUT_S = 5.0
 
 YIELD_S: Final = 1e-3
 """A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
 so much later, rather than take the interpreter from it at once."""
 
 
+class PendingBatch:
+    """A batch that was begun. Take its `result`, or `cancel` it."""
+
+    __slots__ = ("_prefetcher", "fetch", "is_left", "outcome")
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+        self.fetch: BatchFetch
+        self.is_left = False
+        self.outcome: Batch | Exception | None = None
+
+    def result(self) -> Batch:
+        """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
+        return self._prefetcher.take(self)
+
+    def cancel(self) -> None:
+        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
+        self._prefetcher.leave(len(self.fetch.request.records))
+        self._prefetcher.drop(self)
+
+
 class Prefetcher:
-    """One background thread with one event loop and one client, for a trainer's life. Thread-safe.
+    """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
 
     Args:
         config: settings of the client.
@@ -81,49 +115,48 @@ class Prefetcher:
         link_factory: LinkFactory | None = None,
         uploader: DeviceUploader | None = None,
     ) -> None:
-        check_limits(deadline_s, max_fetch_rounds)
-        check_staleness(max_staleness, policy_version=0)
-        self._client = UCXXClient(
+        self._limits = FetchLimits(
+            deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
+        )
+        self._core = ClientCore(
             config,
+            link_factory,
             watcher=watcher,
-            link_factory=link_factory,
             page_locker=None if uploader is None else uploader.page_locker,
+            in_place=None if uploader is None else uploader.is_locked,
         )
         self._uploader = uploader
-        self._reader: BatchReader = self._client if uploader is None else UploadingReader(self._client, uploader)
-        self._deadline_s = deadline_s
-        self._max_fetch_rounds = max_fetch_rounds
-        self._max_staleness = max_staleness
-        self._discarder = LossDiscarder(self._client, discard_lost=discard_lost, deadline_s=deadline_s)
+        self._on_payload = None if uploader is None else partial(uploader.upload, timers=self._core.reactor)
+        self._discard_lost = discard_lost
         self._on_loss = on_loss
         self._changed = threading.Condition()
-        self._buffer: DoubleBuffer[FetchRequest, Batch | Exception] = DoubleBuffer()
-        self._running: dict[int, tuple[Future[None], FetchRequest]] = {}
-        self._beside: set[Future[Batch]] = set()
+        self._head: PendingBatch | None = None
+        self._deferred: deque[FetchRequest] = deque()
+        self._in_use: Batch | None = None
+        self._running: set[PendingBatch] = set()
         self._counters = PrefetchCounters()
-        self._closed = False
+        self._pid = os.getpid()
+        self._closed = self._stopping = False
         self._is_awaited = True
-        self._thread = LoopThread("ucxx-prefetch")
-        atexit.register(self.close)  # registered after the loop's own, so run before it
+        self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     @property
     def is_cold_start(self) -> bool:
         """Whether nothing is on its way and nothing waits to be collected."""
-        with self._changed:
-            return self._buffer.is_cold_start
+        return self._head is None
 
     @property
     def is_ready(self) -> bool:
         """Whether a batch waits to be collected."""
-        with self._changed:
-            return self._buffer.fetched
+        head = self._head
+        return head is not None and head.outcome is not None
 
     @property
     def batch(self) -> Batch | None:
         """The batch that was collected last; its payloads are released by the next `collect`."""
-        with self._changed:
-            in_use = self._buffer.in_use
-        return in_use if isinstance(in_use, Batch) else None
+        return self._in_use
 
     def start(self, records: Records, *, policy_version: int | None = None) -> None:
         """Begin to fetch a batch, and return at once.
@@ -132,9 +165,14 @@ class Prefetcher:
             ConfigError: a batch is on its way or waits to be collected; `policy_version` is missing; or the prefetcher
                 is closed.
         """
-        with self._changed:
-            self._require_open()
-            self._begin(self._buffer.start(self._request(records, policy_version)))
+        request = FetchRequest(records, policy_version, self._limits)
+        with self._opened():
+            if self._head is not None:
+                raise ConfigError(
+                    "a batch is on its way or waits to be collected; collect_prefetch() first, or "
+                    "defer_prefetch(rollouts)"
+                )
+            self._head = self._begun(request)
 
     def defer(self, records: Records, *, policy_version: int | None = None) -> None:
         """Fetch a batch as soon as those before it are out of the way: at once when there are none.
@@ -142,9 +180,10 @@ class Prefetcher:
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        with self._changed:
-            self._require_open()
-            self._begin(self._buffer.defer(self._request(records, policy_version)))
+        request = FetchRequest(records, policy_version, self._limits)
+        with self._opened():
+            self._deferred.append(request)
+            self._begin_next()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the batch on its way can be collected.
@@ -159,23 +198,22 @@ class Prefetcher:
         Raises:
             ConfigError: nothing is on its way, or the prefetcher is closed.
         """
-        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else timeout_s
+        limit_s = self._limits.deadline_s + _GRACE_S if timeout_s is None else timeout_s
         until_s = time.monotonic() + limit_s
-        with self._changed:
-            self._require_open()
-            batch_id = self._buffer.fetching
-            self._is_awaited = batch_id is not None
-            if batch_id is None:
-                if self._buffer.fetched:
-                    return True
+        with self._opened():
+            head = self._head
+            if head is None:
                 raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
-            while self._buffer.fetching == batch_id and (left_s := until_s - time.monotonic()) > 0:
+            self._is_awaited = head.outcome is None
+            while head is self._head and head.outcome is None and (left_s := until_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
-            self._require_open()
-            if self._buffer.fetching != batch_id:
+                self._require_open()
+            if head is not self._head or head.outcome is not None:
                 return True
-            losses = self._give_up(batch_id)
-        self._report(losses)
+            self.drop(head)
+            self._head = None
+            self._begin_next()
+        self._report(self._given_up(head.fetch.request))
         return False
 
     def collect(self) -> Batch:
@@ -185,22 +223,27 @@ class Prefetcher:
             ConfigError: there is none yet.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        with self._changed:
-            self._require_open()
-            collected = self._buffer.collect()
-            self._begin(collected.order)
-        if isinstance(collected.done, Batch):
-            collected.done.release()
-        if isinstance(collected.batch, Exception):
-            raise collected.batch
-        self._hand_out(collected.batch)
-        return collected.batch
+        with self._opened():
+            if self._head is None:
+                raise ConfigError("nothing was prefetched: start_prefetch(rollouts) first")
+            outcome = self._head.outcome
+            if outcome is None:
+                raise ConfigError("the batch is still on its way: wait_prefetch() first")
+            done, self._in_use = self._in_use, outcome if isinstance(outcome, Batch) else None
+            self._head = None
+            self._begin_next()
+        if done is not None:
+            done.release()
+        if isinstance(outcome, Exception):
+            raise outcome
+        self._hand_out(outcome)
+        return outcome
 
     def release(self) -> None:
         """Release the batch in use now rather than with the next `collect`. Nothing without one."""
         with self._changed:
-            done = self._buffer.release()
-        if isinstance(done, Batch):
+            done, self._in_use = self._in_use, None
+        if done is not None:
             done.release()
 
     def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
@@ -217,13 +260,36 @@ class Prefetcher:
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        request = self._request(records, policy_version)
+        request = FetchRequest(records, policy_version, self._limits)
+        with self._opened():
+            return self._begun(request, at_once=True)
+
+    def take(self, pending: PendingBatch) -> Batch:
+        """See `PendingBatch.result`."""
+        try:
+            if pending.outcome is None:
+                with self._opened():
+                    while pending.outcome is None:
+                        self._changed.wait()
+                        self._require_open()
+        except BaseException:
+            self.drop(pending)
+            raise
+        if isinstance(pending.outcome, Exception):
+            raise pending.outcome
+        self._hand_out(pending.outcome)
+        return pending.outcome
+
+    def drop(self, pending: PendingBatch) -> None:
+        """Fetch it no longer, and release what came of it."""
         with self._changed:
-            self._require_open()
-            future = self._thread.submit(lambda: self._fetch(request))
-            self._beside.add(future)
-        future.add_done_callback(self._beside.discard)  # outside the lock: it may be done, and then this calls it
-        return PendingBatch(self._thread, future, self._hand_out, lambda: self.leave(len(request.records)))
+            pending.is_left = True
+            outcome, pending.outcome = pending.outcome, None
+            if pending in self._running:
+                self._running.discard(pending)
+                self._core.reactor.submit(pending.fetch.abandon)
+        if isinstance(outcome, Batch):
+            outcome.release()
 
     def leave(self, count: int) -> None:
         """Count episodes that were asked for and will not be taken, as lost by "closed"."""
@@ -235,36 +301,35 @@ class Prefetcher:
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
-
-        async def seen() -> ClientStatistics:
-            return self._client.statistics()
-
-        try:
-            return self._thread.call(seen)  # UCX's endpoints are that thread's alone
-        except ConfigError:  # closed
-            return self._client.statistics()
+        return self._core.statistics()
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, take leave of the servers, end the thread. Idempotent."""
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the thread is its parent's
         with self._changed:
             if self._closed:
                 return
             self._closed = True
-            closed = self._buffer.close()
-            running = list(self._running.values())
-            futures: list[Future[Any]] = [*(future for future, _ in running), *self._beside]
-            self._running.clear()
+            head, self._head = self._head, None
+            done, self._in_use = self._in_use, None
+            waiting = [*self._deferred]
             self._changed.notify_all()
-        self._count_left([*(request for _, request in running), *closed.waiting], closed.unused)
-        for future in futures:
-            future.cancel()
-        for batch in (closed.done, closed.unused):
+        atexit.unregister(self.close)
+        unused = None if head is None else head.outcome
+        if head is not None and unused is None:
+            waiting.append(head.fetch.request)
+        count = sum(len(request.records) for request in waiting)
+        if isinstance(unused, Batch):
+            count += len(unused.payloads)
+            self._counters.lost(unused.losses)
+        if total := self._counters.left(count):
+            _log.warning("episodes_not_taken", episodes=total)
+        for batch in (done, unused):
             if isinstance(batch, Batch):
                 batch.release()
-        atexit.unregister(self.close)
-        with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
-            self._thread.call(self._aclose)
-        self._thread.stop()
+        self._core.reactor.submit(self._stop)
+        self._thread.join(_JOIN_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -272,75 +337,42 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _request(self, records: Records, policy_version: int | None) -> FetchRequest:
-        check_staleness(self._max_staleness, policy_version)
-        return FetchRequest(records, policy_version)
+    # --- in any thread ------------------------------------------------------------------------------------------------
 
-    def _begin(self, order: FetchOrder[FetchRequest] | None) -> None:
-        if order is not None:
-            future = self._thread.submit(lambda: self._prefetch(order))
-            self._running[order.batch_id] = (future, order.rollouts)
-
-    async def _fetch(self, request: FetchRequest) -> Batch:
-        batch = await fetch_batch(
-            self._reader,
-            request.records,
-            deadline_s=self._deadline_s,
-            max_fetch_rounds=self._max_fetch_rounds,
-            policy_version=request.policy_version,
-            max_staleness=self._max_staleness,
-        )
-        self._discarder.discard(batch.losses)
-        return batch
-
-    async def _aclose(self) -> None:
-        self._discarder.cancel()
-        if self._uploader is not None:
-            self._uploader.close()  # before the client, which frees the buffers that come back
-        await self._client.aclose()
-
-    async def _prefetch(self, order: FetchOrder[FetchRequest]) -> None:
-        outcome: Batch | Exception
-        if not self._is_awaited:
-            await asyncio.sleep(YIELD_S)
-        try:
-            outcome = await self._fetch(order.rollouts)
-        except Exception as error:  # noqa: BLE001 - the edge of a task: `collect` raises it to the trainer
-            outcome = error
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """The lock, for what needs the prefetcher open."""
+        if os.getpid() != self._pid:  # before the lock, which a thread of the parent may have held at the fork
+            raise ConfigError("a prefetcher cannot be used in a forked child; make one in the process that reads")
         with self._changed:
-            taken = self._buffer.finished(order.batch_id, outcome)
-            self._running.pop(order.batch_id, None)
-            self._changed.notify_all()
-        if not taken and isinstance(outcome, Batch):
-            outcome.release()  # its episodes were counted as lost when it was given up
+            self._require_open()
+            yield
 
-    def _count_left(self, requests: Sequence[FetchRequest], unused: Batch | Exception | None) -> None:
-        left = sum(len(request.records) for request in requests)
-        if isinstance(unused, Batch):
-            left += len(unused.payloads)
-            self._counters.lost(unused.losses)
-        if total := self._counters.left(left):
-            _log.warning("episodes_not_taken", episodes=total)
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the prefetcher is closed; make another")
 
-    def _give_up(self, batch_id: int) -> list[Loss]:
-        future, request = self._running.pop(batch_id)
-        future.cancel()
+    def _begun(self, request: FetchRequest, *, at_once: bool = False) -> PendingBatch:
+        pending = PendingBatch(self)
+        fetch = pending.fetch = BatchFetch(self._core, request, partial(self._came, pending), self._on_payload)
+        self._running.add(pending)
+        self._core.reactor.submit(partial(fetch.start, 0.0 if at_once or self._is_awaited else YIELD_S))
+        return pending
+
+    def _begin_next(self) -> None:
+        if self._head is None and self._deferred:
+            self._head = self._begun(self._deferred.popleft())
+
+    def _given_up(self, request: FetchRequest) -> list[Loss]:
         self._counters.gave_up()
-        self._begin(self._buffer.abandon(batch_id))
-        _log.warning("batch_abandoned", batch=batch_id, episodes=len(request.records))
-        error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
-        wanted, losses = sort_out(
-            request.records, policy_version=request.policy_version, max_staleness=self._max_staleness
-        )
+        _log.warning("batch_abandoned", episodes=len(request.records))
+        error = DeadlineExceededError("the batch did not come in time")
+        wanted, losses = request.sort_out()
         losses += [
             Loss(index=entry.index, record=entry.record, reason=LossReason.TIMEOUT, error=error) for entry in wanted
         ]
         losses.sort(key=lambda loss: loss.index)
-
-        async def discard() -> None:
-            self._discarder.discard(losses)
-
-        self._thread.submit(discard)
+        self._core.reactor.submit(partial(self._discard, losses))
         return losses
 
     def _hand_out(self, batch: Batch) -> None:
@@ -352,6 +384,47 @@ class Prefetcher:
         for loss in losses:
             self._on_loss(loss)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ConfigError("the prefetcher is closed; make another")
+    # --- in the prefetcher's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reactor = self._core.reactor
+        try:
+            while not self._stopping:
+                reactor.run_once(math.inf)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
+            _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
+        finally:
+            with self._changed:
+                self._closed = True
+                fetches = [pending.fetch for pending in self._running]
+                self._running.clear()
+                self._changed.notify_all()
+            for fetch in fetches:
+                fetch.abandon()
+            if self._uploader is not None:
+                self._uploader.close()  # before the core, which frees the buffers that come back
+            self._core.close()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _came(self, pending: PendingBatch, outcome: Batch | Exception) -> None:
+        if isinstance(outcome, Batch):
+            self._discard(outcome.losses)
+        with self._changed:
+            self._running.discard(pending)
+            if not pending.is_left and not self._closed:
+                pending.outcome = outcome
+                self._changed.notify_all()
+                return
+        if isinstance(outcome, Batch):
+            outcome.release()  # whose episodes were counted as lost
+
+    def _discard(self, losses: Sequence[Loss]) -> None:
+        """Begin to discard what of these may still lie in its slot."""
+        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        if refs:
+            try:
+                self._core.begin_discard(refs, self._limits.deadline_s)
+            except TransportError as error:
+                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")

@@ -17,9 +17,9 @@ from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics, Payload
-    from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
 
 
