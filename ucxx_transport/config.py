@@ -106,7 +106,7 @@ class ServerConfig:
     host: OptionalText = setting(
         default=None, max_length=255, description="address to publish; unset finds one (RDMA interface first)"
     )
-    ports: Ports = setting(default=4, description="how many ports, or a list of port numbers (0 for any free one)")
+    ports: Ports = setting(default=2, description="how many ports, or a list of port numbers (0 for any free one)")
     base_port: OptionalCount = setting(
         default=None, ge=1, le=65535, description="first port to try; unset takes any free ones"
     )

@@ -103,12 +103,14 @@ class Reactor:
 
     Attributes:
         now: the clock.
+        turns: of `run_once` and `poll`, so far.
     """
 
     def __init__(
         self, link_factory: LinkFactory, *, spin_s: float = 50e-6, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.now = clock
+        self.turns = 0
         self._link_factory = link_factory
         self._spin_s = spin_s
         self._link: Link | None = None
@@ -285,6 +287,7 @@ class Reactor:
     def _turn(self, spin_s: float, until_s: float) -> bool:
         if self._closed or self._forked:
             self.check_usable()
+        self.turns += 1
         ran = bool(self._submitted) and self._run_submitted()
         if self._heap:
             now = self.now()

@@ -1,33 +1,53 @@
-"""One connection carried out: frames in, the session's actions done on the ring, replies out.
+"""One connection of a port, as callbacks of its reactor: frames in, the session's actions done on the ring, answers out.
 
-Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only
-    after UCX has released the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is
-    closed and its send has completed.
+A read attempt has one owner, its entry in the session, and one end:
+
+| its message                     | its end           | then                                               |
+|---------------------------------|-------------------|----------------------------------------------------|
+| is on its way                   | is here           | nothing yet: UCX still reads the slot              |
+| has left                        | is not here       | the session's limit for the acknowledgement counts |
+| has left                        | is here           | it is consumed if delivered, else released         |
+| ended with the connection       | is here, or never | likewise; without an end it is released            |
+| outlived even the connection    | is here, or never | the port keeps it until the message is over        |
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
-
-import anyio
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
-from ucxx_transport.link.base import Endpoint, Pending
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.reading import ReadLease
-from ucxx_transport.server.counters import Binding, PortCounters
-from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
-from ucxx_transport.wire.codec import seal
-from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
+from ucxx_transport.ring.layout import HOLD_NBYTES
+from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
+from ucxx_transport.wire.server_side import End, Phase, Reply, Serve, Settle, Take
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.server.port import Port
+    from ucxx_transport.wire.server_side import Action, Attempt, Limit, ServerSession
 
 _log = get_logger(__name__)
-_BLANK = bytes(REQUEST_BYTES)
+
+FRAMES_POSTED: Final = 4
+"""Receives for frames: a client's next ones arrive while one is handled."""
+
+MAX_COPIED_BYTES: Final = 512 << 10
+"""Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
+
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
-_CLOSING = Phase.CLOSING
-_OK = Status.OK
-_COUNTED = {
+_CLOSING: Final = Phase.CLOSING
+_OK: Final = Status.OK
+_STALE: Final = Status.STALE
+_BUSY: Final = Status.BUSY
+_NOT_READY: Final = Status.NOT_READY
+_BAD_REQUEST: Final = Status.BAD_REQUEST
+_COUNTED: Final = {
     Status.STALE: "stale",
     Status.NOT_READY: "not_ready",
     Status.BUSY: "busy",
@@ -35,220 +55,350 @@ _COUNTED = {
     Status.UNAUTHORIZED: "unauthorized",
     Status.INTERNAL: "internal",
 }
-_TIMEOUT_COUNTERS = {
-    Phase.GREETING: "handshake_timeouts",
-    Phase.CHALLENGED: "handshake_timeouts",
-    Phase.IDLE: "idle_evictions",
-    Phase.SERVING: "delivery_timeouts",
-}
-
-
-class ReadableRing(Protocol):
-    """What a connection needs of a ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-
-    @property
-    def fingerprint(self) -> int: ...
-
-    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
-
-    def reclaim_dead(self) -> int: ...
-
-
-class StuckSend(NamedTuple):
-    """A send that outlived its connection, its slot, and whether the client has acknowledged the payload."""
-
-    send: Pending
-    lease: ReadLease
-    delivered: bool
-
-    def settle(self) -> bool:
-        """End the attempt if UCX has released the slot by now; returns whether it had."""
-        if not self.send.completed:
-            return False
-        if self.delivered:
-            self.lease.mark_consumed()
-        else:
-            self.lease.release_reading()
-        return True
+_NO_EPOCH: Final = "the worker has no epoch yet"
+_LOCKED: Final = "the ring's lock is held by a process that does not get on"
 
 
 class Connection:
-    """Serves one endpoint, its own from now on, until it closes, breaks the protocol or exceeds a time limit.
+    """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit; it hears the endpoint's events.
 
-    A send that never completed goes to `keep_stuck`, with its lease, which must live as long as it.
+    Args:
+        port: whose connection it is.
+        session: its half of the protocol.
+        endpoint: its own from now on.
+        is_admitted: False above the limit of connections: it only waits for its BUSY.
+
+    Attributes:
+        is_closing: nothing is served any more.
+        is_deferred: the port comes to its next frame.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        session: Session,
-        ring: ReadableRing,
-        counters: PortCounters,
-        keep_stuck: Callable[[StuckSend], None],
-        *,
-        binding: Binding,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    __slots__ = (
+        *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_on_reply_done", "_receives", "_turn"),
+        *("is_admitted", "is_closing", "is_deferred", "port", "session"),
+    )
+
+    def __init__(self, port: Port, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
+        self.port = port
+        self.session = session
+        self.is_admitted = is_admitted
+        self.is_closing = self.is_deferred = False
         self._endpoint = endpoint
-        self._clock = clock
-        self._session = session
-        self._ring = ring
-        self._counters = counters
-        self._binding = binding
-        self._keep_stuck = keep_stuck
-        self._frame = bytearray(REQUEST_BYTES)
-        self._lease: ReadLease | None = None
-        self._send: Pending | None = None
-        self._reply_pending: Pending | None = None
-        self._delivered = False
-        self._expired = False
+        self._receives: deque[tuple[Operation, bytearray]] = deque()
+        self._on_frame_done = self._on_frame
+        self._on_reply_done = self._on_replied
+        self._turn = -1
+        self._copied_bytes = 0
+        self._is_full = False
 
-    async def serve(self) -> None:
-        """Run the connection to its end; returns with everything released."""
+    def open(self) -> None:
+        """Begin to take frames."""
         try:
-            await self._exchange_frames()
-        except PeerLostError:
-            pass  # the ordinary end: the client closed, died, or a limit closed the endpoint under us
+            for _ in range(FRAMES_POSTED):
+                self._post_receive(bytearray(FRAME_BYTES))
         except TransportError as error:
-            _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
-        finally:
-            await self._release()
+            self._fail(error)
 
-    def expire(self, now: float) -> bool:
-        """Called by the port's sweep: whether this connection's time is up (it is counted, the sweep closes it)."""
-        session = self._session
-        if self._send is not None and self._send.completed:
-            session.sent(now)
-        if self._expired or now < session.deadline_s:
-            return False
-        self._expired = True
-        counter = _TIMEOUT_COUNTERS.get(session.phase)
-        if counter is not None:
-            self._counters.add(counter)
-        return True
+    def connected(self) -> None:
+        """The endpoint's hello has come: nothing to do, the client speaks first."""
 
-    async def close(self) -> None:
-        """Break the connection; `serve()` then ends by itself."""
-        await self._endpoint.close()
+    def lost(self, error: TransportError) -> None:
+        """The client has closed, or died."""
+        del error
+        self.close()
 
-    async def _exchange_frames(self) -> None:
-        endpoint, session, frame = self._endpoint, self._session, self._frame
-        arriving = endpoint.post_receive(frame)
-        while True:
-            await arriving.wait()
-            action = session.receive(frame, self._clock())
-            # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
-            frame[:] = _BLANK
-            if isinstance(action, Finish):
-                self._delivered = action.delivered  # it counts, even if the client is gone by now
-                # The client's next frame is on its way already; and a send may have to be waited for.
-                arriving = endpoint.post_receive(frame)
-                await self._finish()
-                continue
-            reply = self._reply_pending
-            if reply is not None and not reply.completed:
-                await reply.wait()  # one at a time, within the session's limit: a peer that reads none piles up none
-            self._answer(action)
-            arriving = endpoint.post_receive(frame)  # behind the reply: its answer is a round trip away
+    # --- Frames ---
+
+    def _on_frame(self, operation: Operation) -> None:
+        if operation.error is not None:
+            self.close()  # a message longer than any frame, or the end of the connection
+        elif self.is_closing:
+            self._hear_out()
+        elif not self.is_deferred:
+            turn = self.port.reactor.turns
+            if turn == self._turn:
+                self._defer()
+            else:
+                self._turn = turn
+                self.serve_next()
+
+    def serve_next(self) -> None:
+        """Handle the next frame, if it has arrived; one that waits behind it comes after those of others."""
+        receives = self._receives
+        if self._is_full or self.is_closing or not receives:
+            return
+        operation, frame = receives[0]
+        if not operation.completed or operation.error is not None:
+            return
+        del receives[0]
+        session = self.session
+        try:
+            for action in session.receive(frame, self.port.now()):
+                self._do(action)
             if session.phase is _CLOSING:
-                await arriving.wait()  # the client closes, or the sweep does
-                return
-
-    def _answer(self, action: Serve | Reply | Settle) -> None:
-        match action:
-            case Serve(request=request):
-                self._serve_slot(request)
-            case Reply():
-                self._reply(action)
-            case Settle(request=request):
-                self._reply(self._session.settled(self._settle(request)))
-
-    def _serve_slot(self, request: ReadRequest) -> None:
-        self._counters.add("requests")
-        if self._binding.awaited:
-            self._reply(self._session.refused(Status.NOT_READY, "the worker has no epoch yet", self._clock()))
-            return
-        try:
-            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
+                return  # the client closes, or the sweep does
+            receives.append((self._endpoint.post_receive(frame, self._on_frame_done), frame))
         except TransportError as error:
-            self._reply(self._session.refused(_status_of(error), error.message, self._clock()))
+            self._fail(error)
+        except Exception:  # noqa: BLE001 - the edge of a callback: one connection's bug must not take the port down
+            self._crash()
+        if receives[0][0].completed:
+            self._defer()
+
+    def _do(self, action: Action) -> None:
+        kind = type(action)
+        if kind is Serve:
+            self._serve(action)
+        elif kind is End:
+            attempt = action.attempt
+            if attempt.sent_s is not None:
+                self._finish(attempt)
+        elif kind is Reply:
+            self._reply(action)
+        elif kind is Take:
+            self._take(action)
+        else:
+            self._reply(self.session.settled(action, self._settle(action.names)))
+
+    def _post_receive(self, frame: bytearray) -> None:
+        self._receives.append((self._endpoint.post_receive(frame, self._on_frame_done), frame))
+
+    def _defer(self) -> None:
+        if not self.is_deferred:
+            self.is_deferred = True
+            self.port.defer(self)
+
+    # --- Attempts ---
+
+    def _serve(self, serve: Serve) -> None:
+        if serve.shared:
+            self._serve_packed(serve)
             return
-        nbytes = lease.nbytes
-        if nbytes != request.nbytes:
-            text = f"the payload has {nbytes} bytes, the reference says {request.nbytes}"
-            lease.release_reading()
-            self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
-            return
-        self._lease = lease
-        frame = lease.frame()
-        reply = ReadReply(
-            status=_OK,
-            nbytes=nbytes,
-            ring_id=self._ring.ring_id,
-            slot=request.slot,
-            generation=request.generation,
-            checksum=lease.checksum,
-            fingerprint=self._ring.fingerprint,
+        for attempt in serve.attempts:
+            refusal = self._acquire(attempt)
+            if refusal is None:
+                self._send_slot(attempt)
+            else:
+                self._reply(self.session.refused(attempt, *refusal))
+
+    def _serve_packed(self, serve: Serve) -> None:
+        port, acquired, offset = self.port, [], 0
+        buffer = port.pack_buffers.pop() if port.pack_buffers else bytearray(PACK_BYTES)
+        room = memoryview(buffer)
+        for attempt in serve.attempts:
+            end = offset + message_bytes(attempt.nbytes)
+            refusal = self._acquire(attempt)
+            if refusal is None:
+                room[offset:end] = port.answer_of(attempt)[1]
+                acquired.append(attempt)
+            else:
+                self._count(refusal[0])
+                room[offset:end] = self.session.refused_part(attempt, *refusal)
+            offset = end
+        port.counters.add("packed", len(acquired))
+        self._copy_leaves(offset)
+        send = self._endpoint.post_send(
+            room[:offset], partial(self._on_packed_sent, acquired, buffer), channel=serve.shared
         )
-        seal(frame, reply)
-        self._send = self._endpoint.post_send(frame[: message_bytes(nbytes)])
+        for attempt in acquired:
+            attempt.send = send
 
-    async def _finish(self) -> None:
-        send = self._send
-        assert send is not None
-        if not send.completed:
-            await send.wait()
-        self._finalise()
+    def _send_slot(self, attempt: Attempt) -> None:
+        """Send the whole slot from where it lies."""
+        attempt.send = self._endpoint.post_send(
+            self.port.answer_of(attempt)[0], partial(self._on_sent, attempt), channel=attempt.number & MAX_CHANNEL
+        )
 
-    def _finalise(self) -> None:
-        lease, delivered = self._lease, self._delivered
-        self._lease, self._send, self._delivered = None, None, False
+    def _acquire(self, attempt: Attempt) -> tuple[Status, str] | None:
+        """Enter the attempt at its slot; why not, if so."""
+        port = self.port
+        port.words[REQUESTS] += 1
+        if port.awaited[0]:
+            return _NOT_READY, _NO_EPOCH
+        if port.locked_turn == port.reactor.turns:
+            return _BUSY, _LOCKED
+        try:
+            lease = port.ring.acquire_slot(attempt.slot, attempt.generation, reader=self.session.reader)
+        except TransportError as error:
+            port.note_lock(error)
+            return _status_of(error), error.message
+        nbytes = lease.words[HOLD_NBYTES]
+        if nbytes != attempt.nbytes:
+            port.end(lease, delivered=False)
+            return _BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}"
+        attempt.lease = lease
+        return None
+
+    def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
+        if operation.error is not None:
+            self.close()
+            if not operation.completed:
+                return  # UCX has not released the slot, although the connection ends
+        if self.session.sent(attempt, self.port.now()):
+            self._finish(attempt)
+
+    def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
+        if operation.completed:
+            self.port.pack_buffers.append(buffer)
+        for attempt in attempts:
+            self._on_sent(attempt, operation)
+        self._copy_left(operation)
+
+    def _finish(self, attempt: Attempt) -> None:
+        """Its message is over, and its end known, or will never be: the slot is given back."""
+        lease, attempt.lease = attempt.lease, None
         if lease is None:
             return
-        if delivered:
-            nbytes = lease.nbytes
-            lease.mark_consumed()
-            self._counters.add("delivered")
-            self._counters.add("bytes_sent", nbytes)
+        words = self.port.words
+        if attempt.delivered:
+            words[DELIVERED] += 1
+            words[BYTES_SENT] += attempt.nbytes
         else:
-            lease.release_reading()
-            self._counters.add("released")
+            words[RELEASED] += 1
+        self.port.end(lease, delivered=attempt.delivered is True)
 
-    def _settle(self, request: ReadRequest) -> Status:
+    # --- What is no FETCH ---
+
+    def _take(self, take: Take) -> None:
+        if not self.offer(take):
+            self.port.look_later(self, take)
+
+    def offer(self, take: Take) -> bool:
+        """Answer a TAKE: by payloads, or by nothing once its time has come. False: there is none, and it has time."""
+        port, session = self.port, self.session
+        if self.is_closing or session.phase is _CLOSING:
+            return True
         try:
-            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
+            if port.awaited[0]:
+                self._reply(session.nothing(take, _NO_EPOCH, _NOT_READY))
+                return True
+            payloads, nbytes = session.take_room(take)
+            leases = port.pick(payloads, nbytes, newest=take.newest, reader=session.reader)
+            if not leases:
+                if port.now() < take.until_s:
+                    return False
+                self._reply(session.nothing(take))
+                return True
+            self._send_taken(take, leases)
         except TransportError as error:
-            return Status.BUSY if error.retryable else Status.STALE
-        consumed = lease.mark_consumed()
-        self._counters.add("confirms", int(consumed))
-        return _OK if consumed else Status.STALE
+            self._fail(error)
+        except Exception:  # noqa: BLE001 - the edge of a callback
+            self._crash()
+        return True
+
+    def _send_taken(self, take: Take, leases: list[ReadLease]) -> None:
+        offered = [
+            OfferedPayload(
+                lease.slot, lease.generation, lease.nbytes, lease.checksum, lease.commit_time_ns, lease.envelope
+            )
+            for lease in leases
+        ]
+        reply, attempts = self.session.taken(take, offered, self.port.now())
+        for attempt, lease in zip(attempts, leases, strict=True):
+            attempt.lease = lease
+        self.port.counters.add("takes", len(leases))
+        self._reply(reply)
+        for attempt in attempts:
+            self._send_slot(attempt)
+
+    def _settle(self, names: Iterable[tuple[int, int]]) -> list[Status]:
+        """Consume what the client has had of these, as far as it is still there."""
+        port, statuses = self.port, []
+        for slot, generation in names:
+            status = _BUSY
+            if port.locked_turn != port.reactor.turns:
+                try:
+                    consumed = port.ring.acquire_slot(slot, generation, reader=self.session.reader).mark_consumed()
+                    port.counters.add("confirms", int(consumed))
+                    status = _OK if consumed else _STALE
+                except TransportError as error:
+                    port.note_lock(error)
+                    status = _BUSY if error.retryable else _STALE
+            statuses.append(status)
+        return statuses
 
     def _reply(self, reply: Reply) -> None:
-        counter = _COUNTED.get(reply.status)
-        if counter is not None:
-            self._counters.add(counter)
-        self._reply_pending = self._endpoint.post_send(reply.message)
+        self._count(reply.status)
+        self._copy_leaves(len(reply.message))
+        self._endpoint.post_send(reply.message, self._on_reply_done, channel=reply.channel)
 
-    async def _release(self) -> None:
-        with anyio.CancelScope(shield=True):  # bounded by the link; a stopping port still gives its slots back
-            ended = await self._endpoint.close()
-        lease, send = self._lease, self._send
-        if ended or send is None or lease is None or send.completed:
-            self._finalise()
-            return
-        self._lease = self._send = None
-        self._counters.add("stuck_sends")
-        self._keep_stuck(StuckSend(send, lease, self._delivered))
+    def _on_replied(self, operation: Operation) -> None:
+        self.session.replied()
+        if operation.error is not None:
+            self.close()
+        self._copy_left(operation)
+
+    def _count(self, status: Status) -> None:
+        counter = _COUNTED.get(status)
+        if counter is not None:
+            self.port.counters.add(counter)
+
+    def _copy_leaves(self, nbytes: int) -> None:
+        self._copied_bytes += nbytes
+        self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
+
+    def _copy_left(self, operation: Operation) -> None:
+        self._copied_bytes -= operation.nbytes
+        if self._is_full and self._copied_bytes < MAX_COPIED_BYTES:
+            self._is_full = False
+            self._defer()
+
+    # --- The end ---
+
+    def limit(self) -> Limit:
+        """When its time is up, as things are."""
+        return self.session.limit()
+
+    def close(self) -> None:
+        """Break the connection; what it holds is given back once nothing is on its way any more. Idempotent."""
+        if not self.is_closing:
+            self.is_closing = True
+            self._hear_out()
+            self._endpoint.close(self._on_closed)
+
+    def _fail(self, error: TransportError) -> None:
+        if not isinstance(error, PeerLostError):
+            _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
+        self.close()
+
+    def _crash(self) -> None:
+        _log.exception("connection_crashed", peer=self._endpoint.peer)
+        self.close()
+
+    def _hear_out(self) -> None:
+        """What the client said before it left counts: its ends and its confirmations."""
+        receives, session = self._receives, self.session
+        try:
+            while receives and receives[0][0].completed and session.phase is not _CLOSING:
+                operation, frame = receives.popleft()
+                if operation.error is not None:
+                    return
+                for action in session.receive(frame, self.port.now()):
+                    if type(action) is End and action.attempt.sent_s is not None:
+                        self._finish(action.attempt)
+                    elif type(action) is Settle:
+                        self._settle(action.names)
+        except Exception:  # noqa: BLE001 - the edge of a callback
+            _log.exception("connection_crashed", peer=self._endpoint.peer)
+
+    def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
+        del clean  # what has not ended is looked at one by one
+        session = self.session
+        for attempt in (*session.in_flight.values(), *session.leaving.values()):
+            lease, send = attempt.lease, attempt.send
+            if lease is not None and send is not None and not send.completed:
+                attempt.lease = None
+                self.port.keep_stuck(send, lease, delivered=attempt.delivered is True)
+            else:
+                self._finish(attempt)
+        self.port.forget(self)
 
 
 def _status_of(error: TransportError) -> Status:
     if isinstance(error, StaleSlotError):
-        return Status.STALE
+        return _STALE
     if isinstance(error, BusyError):
-        return Status.BUSY
+        return _BUSY
     if isinstance(error, SlotError):
-        return Status.BAD_REQUEST
-    return Status.INTERNAL if not error.retryable else Status.BUSY
+        return _BAD_REQUEST
+    return _BUSY if error.retryable else Status.INTERNAL

@@ -18,11 +18,12 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.publication import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
-from ucxx_transport.server.port_group import LinkFactory, PortGroup, number_of_ports, to_order, ucxx_links
+from ucxx_transport.server.port_thread import PortThread, number_of_ports, to_order
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 from ucxx_transport.teardown import MARGIN_S, Teardown
 
 if TYPE_CHECKING:
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
@@ -123,7 +124,7 @@ class UCXXServer(RingSource):
         self._sidecars: tuple[Sidecar, ...] = ()
         if self._config.mode == "process":
             self._sidecars = tuple(self._sidecar_of(index) for index in range(number_of_ports(self._config)))
-        self._group: PortGroup | None = None
+        self._threads: list[PortThread] = []
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
         self._port_count = 0
@@ -185,12 +186,11 @@ class UCXXServer(RingSource):
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         teardown = Teardown("server", ring=self._ring.name)
-        group, self._group = self._group, None
         if any(sidecar.is_running for sidecar in self._sidecars):
             teardown.step("sidecars", lambda: self._end_processes(until_s), until_s)
-        if group is not None:
+        if self._threads:
             # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
-            teardown.step("ports", lambda: group.stop(until_s + 2 * MARGIN_S), until_s)
+            teardown.step("ports", lambda: self._end_threads(until_s + 2 * MARGIN_S), until_s)
         if self._ports:
             teardown.step("address", self._withdraw, until_s)
 
@@ -271,10 +271,22 @@ class UCXXServer(RingSource):
         self._reclaim()
 
     def _start_threads(self, until_s: float) -> tuple[int, ...]:
-        group = PortGroup(self._ring, self._config, self._link_factory or ucxx_links(self._config))
-        ports = group.start(until_s)
-        self._group = group
-        return ports
+        ports: list[int] = []
+        try:
+            for index in range(number_of_ports(self._config)):
+                self._threads.append(PortThread(self._ring, self._config, index, self._link_factory))
+                ports.append(self._threads[-1].start(until_s))
+        except BaseException:
+            self._end_threads(time.monotonic() + self._config.stop_timeout_s)
+            raise
+        return tuple(ports)
+
+    def _end_threads(self, until_s: float) -> None:
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.begin_stop(until_s)
+        for thread in threads:
+            thread.stop(until_s)
 
     # in a sidecar's thread
 
