@@ -1,4 +1,4 @@
-"""One connection of a port, as callbacks of its reactor: frames in, the session's actions done on the ring, answers out.
+"""One connection of a port, as callbacks of its reactor: frames in, the session's actions done, answers out.
 
 A read attempt has one owner, its entry in the session, and one end:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
@@ -57,6 +57,13 @@ _COUNTED: Final = {
 }
 _NO_EPOCH: Final = "the worker has no epoch yet"
 _LOCKED: Final = "the ring's lock is held by a process that does not get on"
+
+
+class Refusal(NamedTuple):
+    """Why the ring gives a slot not now, or never."""
+
+    status: Status
+    text: str
 
 
 class Connection:
@@ -146,16 +153,15 @@ class Connection:
             self._defer()
 
     def _do(self, action: Action) -> None:
-        kind = type(action)
-        if kind is Serve:
-            self._serve(action)
-        elif kind is End:
+        if isinstance(action, End):
             attempt = action.attempt
             if attempt.sent_s is not None:
                 self._finish(attempt)
-        elif kind is Reply:
+        elif isinstance(action, Serve):
+            self._serve(action)
+        elif isinstance(action, Reply):
             self._reply(action)
-        elif kind is Take:
+        elif isinstance(action, Take):
             self._take(action)
         else:
             self._reply(self.session.settled(action, self._settle(action.names)))
@@ -175,11 +181,11 @@ class Connection:
             self._serve_packed(serve)
             return
         for attempt in serve.attempts:
-            refusal = self._acquire(attempt)
-            if refusal is None:
-                self._send_slot(attempt)
+            lease = self._acquire(attempt)
+            if isinstance(lease, Refusal):
+                self._reply(self.session.refused(attempt, *lease))
             else:
-                self._reply(self.session.refused(attempt, *refusal))
+                self._send_slot(attempt, lease)
 
     def _serve_packed(self, serve: Serve) -> None:
         port, acquired, offset = self.port, [], 0
@@ -187,13 +193,13 @@ class Connection:
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
-            refusal = self._acquire(attempt)
-            if refusal is None:
-                room[offset:end] = port.answer_of(attempt)[1]
-                acquired.append(attempt)
+            lease = self._acquire(attempt)
+            if isinstance(lease, Refusal):
+                self._count(lease.status)
+                room[offset:end] = self.session.refused_part(attempt, *lease)
             else:
-                self._count(refusal[0])
-                room[offset:end] = self.session.refused_part(attempt, *refusal)
+                room[offset:end] = port.answer_of(attempt, lease)[1]
+                acquired.append(attempt)
             offset = end
         port.counters.add("packed", len(acquired))
         self._copy_leaves(offset)
@@ -203,31 +209,33 @@ class Connection:
         for attempt in acquired:
             attempt.send = send
 
-    def _send_slot(self, attempt: Attempt) -> None:
+    def _send_slot(self, attempt: Attempt, lease: ReadLease) -> None:
         """Send the whole slot from where it lies."""
         attempt.send = self._endpoint.post_send(
-            self.port.answer_of(attempt)[0], partial(self._on_sent, attempt), channel=attempt.number & MAX_CHANNEL
+            self.port.answer_of(attempt, lease)[0],
+            partial(self._on_sent, attempt),
+            channel=attempt.number & MAX_CHANNEL,
         )
 
-    def _acquire(self, attempt: Attempt) -> tuple[Status, str] | None:
-        """Enter the attempt at its slot; why not, if so."""
+    def _acquire(self, attempt: Attempt) -> ReadLease | Refusal:
+        """Enter the attempt at its slot."""
         port = self.port
         port.words[REQUESTS] += 1
         if port.awaited[0]:
-            return _NOT_READY, _NO_EPOCH
+            return Refusal(_NOT_READY, _NO_EPOCH)
         if port.locked_turn == port.reactor.turns:
-            return _BUSY, _LOCKED
+            return Refusal(_BUSY, _LOCKED)
         try:
             lease = port.ring.acquire_slot(attempt.slot, attempt.generation, reader=self.session.reader)
         except TransportError as error:
             port.note_lock(error)
-            return _status_of(error), error.message
+            return Refusal(_status_of(error), error.message)
         nbytes = lease.words[HOLD_NBYTES]
         if nbytes != attempt.nbytes:
             port.end(lease, delivered=False)
-            return _BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}"
+            return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
         attempt.lease = lease
-        return None
+        return lease
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
         if operation.error is not None:
@@ -298,8 +306,8 @@ class Connection:
             attempt.lease = lease
         self.port.counters.add("takes", len(leases))
         self._reply(reply)
-        for attempt in attempts:
-            self._send_slot(attempt)
+        for attempt, lease in zip(attempts, leases, strict=True):
+            self._send_slot(attempt, lease)
 
     def _settle(self, names: Iterable[tuple[int, int]]) -> list[Status]:
         """Consume what the client has had of these, as far as it is still there."""
@@ -374,9 +382,9 @@ class Connection:
                 if operation.error is not None:
                     return
                 for action in session.receive(frame, self.port.now()):
-                    if type(action) is End and action.attempt.sent_s is not None:
+                    if isinstance(action, End) and action.attempt.sent_s is not None:
                         self._finish(action.attempt)
-                    elif type(action) is Settle:
+                    elif isinstance(action, Settle):
                         self._settle(action.names)
         except Exception:  # noqa: BLE001 - the edge of a callback
             _log.exception("connection_crashed", peer=self._endpoint.peer)
@@ -388,7 +396,7 @@ class Connection:
             lease, send = attempt.lease, attempt.send
             if lease is not None and send is not None and not send.completed:
                 attempt.lease = None
-                self.port.keep_stuck(send, lease, delivered=attempt.delivered is True)
+                self.port.keep_stuck(attempt, send, lease)
             else:
                 self._finish(attempt)
         self.port.forget(self)

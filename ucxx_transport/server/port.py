@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ucxx_transport.config import ServerConfig
-    from ucxx_transport.link.base import Endpoint, Listener, Message, Operation
+    from ucxx_transport.link.base import Endpoint, Listener, Message
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.wire.server_side import Attempt, Take
+    from ucxx_transport.wire.server_side import Attempt, Lease, Send, Take
 
 _log = get_logger(__name__)
 
@@ -80,8 +80,8 @@ class KeptAttempt(NamedTuple):
         send: what UCX has not ended; None: the ring's lock was not to be had.
     """
 
-    send: Operation | None
-    lease: ReadLease
+    send: Send | None
+    lease: Lease
     delivered: bool
 
 
@@ -98,7 +98,7 @@ class Port:
         reclaims: whether it also gives back what dead processes hold; one port of a server does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it is made of
         self,
         ring: ServedRing,
         source: SessionSource,
@@ -180,12 +180,12 @@ class Port:
             self.reactor.call_at(self.now(), self._serve_deferred)
         self._deferred.append(connection)
 
-    def answer_of(self, attempt: Attempt) -> tuple[Message, memoryview]:
+    def answer_of(self, attempt: Attempt, lease: ReadLease) -> tuple[Message, memoryview]:
         """The whole answer that the attempt's slot is: prepared for the link, and as memory."""
         key = attempt.slot, attempt.nbytes
         found = self._answers.get(key)
         if found is None:
-            memory = attempt.lease.frame()[: message_bytes(attempt.nbytes)]
+            memory = lease.frame()[: message_bytes(attempt.nbytes)]
             if len(self._answers) >= MAX_ANSWERS:
                 del self._answers[next(iter(self._answers))]
             found = self._answers[key] = (self.reactor.link.message(memory), memory)
@@ -197,7 +197,7 @@ class Port:
                 self.ring.ring_id,
                 attempt.slot,
                 attempt.generation,
-                attempt.lease.checksum,
+                lease.checksum,
                 self.ring.fingerprint,
             ),
         )
@@ -220,7 +220,7 @@ class Port:
             self.reactor.call_at(self.now() + SOON_S, self._look_for_payloads)
         self._waiting.append((connection, take))
 
-    def end(self, lease: ReadLease, *, delivered: bool) -> None:
+    def end(self, lease: Lease, *, delivered: bool) -> None:
         """End an attempt that nothing is read for any more: now, or as soon as the ring's lock is to be had."""
         if self.locked_turn == self.reactor.turns:
             self._kept.append(KeptAttempt(None, lease, delivered))
@@ -232,7 +232,7 @@ class Port:
                 lease.release_reading()
         except TransportError as error:
             self.note_lock(error)
-            _log.warning("slot_not_released", slot=lease.slot, reason=str(error))
+            _log.warning("slot_not_released", reason=str(error))
             self._kept.append(KeptAttempt(None, lease, delivered))
 
     def note_lock(self, error: TransportError) -> None:
@@ -240,11 +240,11 @@ class Port:
         if isinstance(error, DeadlineExceededError):
             self.locked_turn = self.reactor.turns
 
-    def keep_stuck(self, send: Operation, lease: ReadLease, *, delivered: bool) -> None:
+    def keep_stuck(self, attempt: Attempt, send: Send, lease: Lease) -> None:
         """End this attempt once UCX does not read the slot any more."""
         self.counters.add("stuck_sends")
-        _log.warning("send_stuck", slot=lease.slot, nbytes=lease.nbytes)
-        self._kept.append(KeptAttempt(send, lease, delivered))
+        _log.warning("send_stuck", slot=attempt.slot, nbytes=attempt.nbytes)
+        self._kept.append(KeptAttempt(send, lease, attempt.delivered is True))
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed, and holds nothing any more."""
