@@ -6,8 +6,6 @@ No allocation is sized by a word of a peer: the lengths in a frame are bounded b
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
 from collections.abc import Sequence
 from typing import Final
@@ -23,7 +21,6 @@ from ucxx_transport.wire.frames import (
     FLAG_TOKEN_REQUIRED,
     FRAME_HEAD_BYTES,
     HEADER_BYTES,
-    MAC_BYTES,
     MAX_ATTEMPT,
     MAX_BODY_BYTES,
     MAX_CHANNEL,
@@ -46,7 +43,6 @@ from ucxx_transport.wire.frames import (
     OfferedPayload,
     ReplyHeader,
     Status,
-    Window,
     message_bytes,
     padded,
 )
@@ -62,7 +58,6 @@ _NAMES: Final = tuple(struct.Struct("<" + "IIQQQ" * count) for count in range(MA
 _ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
-_WELCOME: Final = struct.Struct(f"<{NONCE_BYTES}sIIQ")
 _NO_HEADER: Final = struct.Struct(f"{HEADER_BYTES}x")
 _NO_TRAILER: Final = struct.Struct(f"{TRAILER_BYTES}x")
 _NO_SECRET: Final = bytes(NONCE_BYTES)
@@ -140,6 +135,8 @@ def decode_frame(buffer: Message) -> Frame:
     for _, zero, generation, number, nbytes in names:
         if zero or generation == 0 or number > MAX_ATTEMPT or nbytes > MAX_BODY_BYTES:
             _refuse_name(zero, generation, number, nbytes)
+    if flags and kind == _FETCH:
+        _check_packed(names)
     return Frame(kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, tuple(ends))
 
 
@@ -199,9 +196,9 @@ def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
         raise ProtocolError("the attempts of a TAKE leave their range", attempt=attempt, count=count)
 
 
-def check_packed(names: Sequence[tuple[int, int, int, int, int]]) -> None:
+def _check_packed(names: Sequence[tuple[int, int, int, int, int]]) -> None:
     """Verify that the answers to `names` may share a message."""
-    if len(names) < 2 or sum(message_bytes(name[4]) for name in names) > PACK_BYTES:
+    if len(names) < 2 or sum([message_bytes(name[4]) for name in names]) > PACK_BYTES:
         raise ProtocolError(f"two answers or more of at most {PACK_BYTES} bytes share a message", names=len(names))
 
 
@@ -321,22 +318,7 @@ def check_trailer(buffer: Message, header: ReplyHeader) -> None:
         raise ProtocolError("an answer was cut short: its trailer is missing", nbytes=header.nbytes)
 
 
-# --- Bodies ----------------------------------------------------------------------------------------------------------
-
-
-def encode_welcome(nonce: bytes, window: Window) -> bytes:
-    """The body of the answer to HELLO."""
-    return _WELCOME.pack(nonce, window.attempts, 0, window.nbytes)
-
-
-def decode_welcome(body: Message) -> tuple[bytes, Window]:
-    """The server's nonce, and the window it grants."""
-    if len(body) != _WELCOME.size:
-        raise ProtocolError("a welcome has a wrong length", nbytes=len(body), expected=_WELCOME.size)
-    nonce, attempts, _, nbytes = _WELCOME.unpack(body)
-    if not 0 < attempts <= MAX_NAMES or nbytes == 0:
-        raise ProtocolError("a welcome grants no possible window", attempts=attempts, nbytes=nbytes)
-    return nonce, Window(attempts, nbytes)
+# --- Offers ----------------------------------------------------------------------------------------------------------
 
 
 def encode_offer(payloads: Sequence[OfferedPayload]) -> bytes:
@@ -378,16 +360,3 @@ def decode_offer(body: Message) -> list[OfferedPayload]:
     if end != len(body):
         raise ProtocolError("an offer is longer than its envelopes", nbytes=len(body), expected=end)
     return payloads
-
-
-def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 over the role ("client" or "server") and both nonces; each side proves the token to the other."""
-    text = b"ucxx_transport/2 " + role.encode() + b"\0" + client_nonce + server_nonce
-    mac = hmac.new(token, text, hashlib.sha256).digest()
-    assert len(mac) == MAC_BYTES
-    return mac
-
-
-def macs_equal(left: bytes, right: bytes) -> bool:
-    """Constant-time comparison of two macs."""
-    return hmac.compare_digest(left, right)

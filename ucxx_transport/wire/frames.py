@@ -152,7 +152,7 @@ class Frame(NamedTuple):
     """
 
     kind: int
-    sequence: int
+    sequence: int = 0
     ring_id: bytes = bytes(RING_ID_BYTES)
     flags: int = 0
     attempt: int = 0
