@@ -17,7 +17,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
@@ -281,7 +281,11 @@ class Connection:
                 self._reply(session.nothing(take, _NO_EPOCH, _NOT_READY))
                 return True
             payloads, nbytes = session.take_room(take)
-            leases = port.pick(payloads, nbytes, newest=take.newest, reader=session.reader)
+            try:
+                leases = port.pick(payloads, nbytes, newest=take.newest, reader=session.reader)
+            except ConfigError as error:
+                self._reply(session.nothing(take, error.message))
+                return True
             if not leases:
                 if port.now() < take.until_s:
                     return False

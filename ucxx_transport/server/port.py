@@ -68,8 +68,6 @@ class ServedRing(Protocol):
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]: ...
 
-    def get_ready_count(self) -> int: ...
-
     def reclaim_dead(self) -> int: ...
 
 
@@ -204,8 +202,12 @@ class Port:
         return found
 
     def pick(self, max_payloads: int, max_bytes: int, *, newest: bool, reader: int) -> list[ReadLease]:
-        """Payloads for a client that names none; [] where there is none now."""
-        if max_payloads == 0 or self.locked_turn == self.reactor.turns or self.ring.get_ready_count() == 0:
+        """Payloads for a client that names none; [] where there is none now.
+
+        Raises:
+            ConfigError: the next one is larger than `max_bytes`.
+        """
+        if max_payloads == 0 or self.locked_turn == self.reactor.turns:
             return []
         try:
             return self.ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
@@ -18,7 +18,7 @@ from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port import Port
-from ucxx_transport.testing import Faults, MemoryNetwork
+from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import (
     FLAG_PACKED,
@@ -55,10 +55,12 @@ class Answer:
     """What is received on one channel.
 
     Attributes:
+        channel: which one.
         buffer: as it arrived.
         operation: its receive; None before it is posted.
     """
 
+    channel: int
     buffer: bytearray
     operation: Operation | None = None
 
@@ -124,8 +126,8 @@ class RawPeer:
 
     def expect(self, channel: int, nbytes: int = ROOM_BYTES) -> Answer:
         """Post a receive."""
-        answer = Answer(bytearray(nbytes))
-        answer.operation = self.endpoint.post_receive(answer.buffer, lambda _: None, channel=channel & 0xFFFF)
+        answer = Answer(channel & 0xFFFF, bytearray(nbytes))
+        answer.operation = self.endpoint.post_receive(answer.buffer, lambda _: None, channel=answer.channel)
         return answer
 
     def ask(self, kind: Kind, **words: Any) -> Answer:
@@ -195,11 +197,14 @@ class PortRig:
     """See the module; made by `open_rig`.
 
     Attributes:
-        ring: that is served. clock: of both sides. faults: of what the port sends. peer_faults: of what peers send.
+        ring: that is served. before: what the port is given in its place, if so. clock: of both sides. faults: of what the port sends. peer_faults: of what peers send.
     """
+
+    RING: ClassVar = RingConfig(slots=4, slot_bytes=64 << 10, prefault=False)
 
     def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, ring_before: Any = None) -> None:
         self.ring = ring
+        self.before = ring_before
         self.clock = Clock()
         self.faults, self.peer_faults = Faults(), Faults()
         self._network = MemoryNetwork(faults=self.faults)
@@ -250,6 +255,21 @@ class PortRig:
                 return
         raise AssertionError("the two sides never come to rest")
 
+    def turns_until(self, condition: Callable[[], bool]) -> None:
+        """Both sides run, turn by turn, until the condition holds."""
+        for _ in range(TURNS):
+            if condition():
+                return
+            self.reactor.poll()
+            self._peers.poll()
+        raise AssertionError("it never comes to that")
+
+    def fail_accepts(self, count: int) -> None:
+        """So many clients go away while the link takes them."""
+        link = self.reactor.link
+        assert isinstance(link, MemoryLink)
+        link.counters.accepts_failed += count
+
     def advance(self, seconds: float) -> None:
         """Time passes, and whatever is due happens at its time."""
         until_s = self.clock.now_s + seconds
@@ -284,8 +304,7 @@ def open_rig(*, ring: RingConfig | None = None, before: Any = None, **settings: 
         before: makes of the ring what the port is given.
         settings: of the server.
     """
-    config = ring or RingConfig(slots=4, slot_bytes=64 << 10, prefault=False)
-    with SharedRingBuffer.create(config) as made:
+    with SharedRingBuffer.create(ring or PortRig.RING) as made:
         rig = PortRig(made, ServerConfig(mode="thread", **settings), before and before(made))
         try:
             yield rig
