@@ -21,8 +21,9 @@ from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, SlotErr
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
-from ucxx_transport.wire.server_side import End, Phase, Reply, Serve, Settle, Take
+from ucxx_transport.wire.server_side import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Endpoint, Operation
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.port import Port
-    from ucxx_transport.wire.server_side import Action, Attempt, Limit, ServerSession
+    from ucxx_transport.wire.actions import Action, Attempt
+    from ucxx_transport.wire.server_side import Limit, ServerSession
 
 _log = get_logger(__name__)
 

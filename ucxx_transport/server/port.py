@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.wire.server_side import Attempt, Lease, Send, Take
+    from ucxx_transport.wire.actions import Attempt, Lease, Send, Take
 
 _log = get_logger(__name__)
 
@@ -257,10 +257,10 @@ class Port:
     # --- Callbacks ---
 
     def _listen(self, candidates: Sequence[int]) -> Listener:
-        last: TransportError | None = None
+        link, last = self.reactor.link, None
         for port in candidates:
             try:
-                return self.reactor.link.listen(port, self._admit)
+                return link.listen(port, self._admit)
             except ConfigError as error:
                 last = error
         raise ConfigError(

@@ -197,7 +197,8 @@ class PortRig:
     """See the module; made by `open_rig`.
 
     Attributes:
-        ring: that is served. before: what the port is given in its place, if so. clock: of both sides. faults: of what the port sends. peer_faults: of what peers send.
+        ring: that is served. before: what the port is given in its place, if so. clock: of both sides.
+        faults: of what the port sends. peer_faults: of what peers send.
     """
 
     RING: ClassVar = RingConfig(slots=4, slot_bytes=64 << 10, prefault=False)
@@ -310,4 +311,3 @@ def open_rig(*, ring: RingConfig | None = None, before: Any = None, **settings: 
             yield rig
         finally:
             rig.close()
-

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator
 
 import pytest
 
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import Link
+from ucxx_transport.link.base import Link, LinkFactory, Timers
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
-from ucxx_transport.testing import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
-Factory = Callable[[], AbstractAsyncContextManager[Link]]
 
 
 @pytest.fixture
@@ -38,23 +36,19 @@ def network() -> MemoryNetwork:
 
 
 @pytest.fixture
-def factory(network: MemoryNetwork) -> Factory:
+def factory(network: MemoryNetwork) -> LinkFactory:
     """Opens links on the one network; each lives in its own port's thread."""
-
-    def open_link() -> AbstractAsyncContextManager[Link]:
-        return MemoryLink(network)
-
-    return open_link
+    return network.link
 
 
-def server_of(ring: SharedRingBuffer, factory: Factory, **settings: object) -> UCXXServer:
+def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: object) -> UCXXServer:
     values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
     config = ServerConfig(**values)  # type: ignore[arg-type]  # checked at run time
     return UCXXServer(ring, config, link_factory=factory)
 
 
 def test_references_carry_the_address_while_the_server_runs_and_not_after(
-    ring: SharedRingBuffer, factory: Factory
+    ring: SharedRingBuffer, factory: LinkFactory
 ) -> None:
     assert ring.write_raw(b"before").ports == ()
     with server_of(ring, factory) as server:
@@ -68,7 +62,7 @@ def test_references_carry_the_address_while_the_server_runs_and_not_after(
     assert server.address is None
 
 
-def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     def port_threads() -> list[str]:
         return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ucxx-port"))
 
@@ -77,7 +71,7 @@ def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuff
     assert port_threads() == []
 
 
-def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     with server_of(ring, factory, ports=[5001, 5003]) as server:
         assert server.ports == (5001, 5003)
         assert [port.port for port in server.statistics().ports] == [5001, 5003]
@@ -85,7 +79,7 @@ def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory
 
 
 def test_from_a_base_port_taken_ones_are_stepped_over(
-    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
 ) -> None:
     with server_of(ring, factory, ports=[5001, 5002]):
         with server_of(another_ring, factory, ports=3, base_port=5000) as second:
@@ -96,7 +90,7 @@ def test_from_a_base_port_taken_ones_are_stepped_over(
 
 
 def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
-    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
 ) -> None:
     with server_of(ring, factory, ports=[5001]):
         server = server_of(another_ring, factory, ports=[5000, 5001])
@@ -108,8 +102,8 @@ def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
         assert set(network.listeners) == {5001}
 
 
-def test_a_link_that_cannot_be_opened_is_told_by_start(ring: SharedRingBuffer) -> None:
-    def broken() -> AbstractAsyncContextManager[Link]:
+def test_a_link_that_cannot_be_opened_is_an_error_of_start(ring: SharedRingBuffer) -> None:
+    def broken(_: Timers) -> Link:
         raise ConfigError("pip install ucxx_transport[cu12]")
 
     with pytest.raises(ConfigError, match="pip install"):
@@ -117,7 +111,9 @@ def test_a_link_that_cannot_be_opened_is_told_by_start(ring: SharedRingBuffer) -
     assert ring.address() == (None, ())
 
 
-def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(
+    ring: SharedRingBuffer, factory: LinkFactory
+) -> None:
     server = server_of(ring, factory)
     server.stop()
     server.start()
@@ -130,7 +126,7 @@ def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(ring: Share
     server.stop()
 
 
-def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     server = server_of(ring, factory)
     server.start()
     ring.close()
@@ -139,7 +135,7 @@ def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuf
 
 
 @pytest.mark.anyio
-async def test_it_is_an_async_context_manager_too(ring: SharedRingBuffer, factory: Factory) -> None:
+async def test_it_is_an_async_context_manager_too(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     async with server_of(ring, factory) as server:
         assert ring.address() == (LOOPBACK, server.ports)
         statistics = server.statistics()
