@@ -106,7 +106,7 @@ class MemoryEndpoint:
         content = faults.apply(bytes(operation.view))
         if content is not None:
             self._outbox.append((channel, content, operation))
-        if content is None or operation.nbytes <= EAGER_BYTES:
+        if content is None or (self.other is not None and operation.nbytes <= EAGER_BYTES):
             self._completed(operation)
             self.link.call(self._call_done, operation)
         self._deliver(faults.hold)
@@ -133,7 +133,10 @@ class MemoryEndpoint:
             other.link.call(other.lose, "reset")
             return
         self.other = other
-        self._deliver(None)
+        for operation in tuple(self._in_flight):
+            if operation.sending and operation.nbytes <= EAGER_BYTES:
+                self._end(operation)
+        self._deliver(self.link.network.faults.hold)
         if self.events is not None:
             self.events.connected()
 
@@ -172,7 +175,7 @@ class MemoryEndpoint:
         self.link.check_usable()
         if not self.alive:
             raise lost("closed" if self._closed else "reset", peer=self.peer)
-        view = buffer.view if isinstance(buffer, MemoryMessage) else byte_view(buffer, writable=not sending)
+        view = byte_view(buffer.view if isinstance(buffer, MemoryMessage) else buffer, writable=not sending)
         operation = MemoryOperation(view, on_done, sending=sending)
         counters = self.link.counters
         if sending:
@@ -318,9 +321,11 @@ class MemoryListener:
         self.link.counters.endpoints_accepted += 1
         near.link.call(near.connected, far)
         self.link.call(far.accepted)
-        far.events = self._on_endpoint(far)
-        if far.events is None:
-            far.close()
+        try:
+            far.events = self._on_endpoint(far)
+        finally:
+            if far.events is None:
+                far.close()
 
 
 class MemoryLink:

@@ -1,0 +1,443 @@
+"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close.
+
+The hello is the first 16 bytes that each end sends, on the connection's own stream, to name the tags it receives by:
+
+| offset | bytes | field                                                         |
+|--------|-------|---------------------------------------------------------------|
+| 0      | 4     | magic `b"UXTL"`                                               |
+| 4      | 2     | version, little-endian, 2                                     |
+| 6      | 2     | zero                                                          |
+| 8      | 8     | tag base, little-endian, below 2^48, that the sender receives by |
+
+Channel `n` of an end is the tag `base << 16 | n`. UCX matches tagged messages in the whole worker, not per connection,
+so each end draws a random base per connection: no connection can take, or forge, another one's message without guessing
+48 bits.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
+from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
+from ucxx_transport.link.translate import raisable
+from ucxx_transport.link.ucx_api import (
+    IN_PROGRESS,
+    UcxArray,
+    UcxEndpoint,
+    UcxRequest,
+    endpoint_lanes,
+    listener_has_answered,
+    release_cancelled,
+)
+
+if TYPE_CHECKING:
+    from ucxx_transport.link.ucx import UCXXLink
+
+MAGIC: Final = b"UXTL"
+VERSION: Final = 2
+_HELLO: Final = struct.Struct("<4sHHQ")
+HELLO_BYTES: Final = _HELLO.size
+
+CHANNEL_BITS: Final = 16
+BASE_BITS: Final = 48
+
+CLOSE_TIMEOUT_S: Final = 2.0
+"""How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
+
+GRACE_S: Final = 0.05
+"""How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
+(seen over shared-memory lanes): it is given up, and its buffer leaked when the endpoint is closed."""
+
+RECEIVE, SEND, HELLO = range(3)
+
+
+class UCXXMessage:
+    """See `base.Message`."""
+
+    __slots__ = ("array", "nbytes", "writable")
+
+    def __init__(self, view: memoryview, array: UcxArray) -> None:
+        self.array = array
+        self.nbytes = view.nbytes
+        self.writable = not view.readonly
+
+
+class UCXXOperation:
+    """Something that UCX was asked to do for an endpoint. See `base.Operation`.
+
+    Attributes:
+        request: UCX's; None before it was asked, and when it is over.
+        array: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
+        kind: RECEIVE, SEND or HELLO; of the last, either direction, nothing is counted.
+    """
+
+    __slots__ = ("array", "completed", "error", "kind", "nbytes", "on_done", "request")
+
+    def __init__(
+        self, kind: int, array: UcxArray, nbytes: int, on_done: OnDone | None, request: UcxRequest | None
+    ) -> None:
+        self.kind = kind
+        self.array: UcxArray | None = array
+        self.nbytes = nbytes
+        self.on_done = on_done
+        self.request = request
+        self.completed = False
+        self.error: TransportError | None = None
+
+
+class UCXXEndpoint:
+    """See `base.Endpoint`. Made by `UCXXLink.connect` and its listeners.
+
+    Args:
+        link: that owns it.
+        ucx: the connection, which may not be up yet; None where UCX did not even begin.
+        peer: `host:port`, for messages.
+        events: of its owner; a listener sets it later.
+        address: numeric address and port of the listener it connects to.
+        on_ended: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
+            listener, into which UCX points.
+        error: why UCX did not begin.
+
+    Attributes:
+        receives, sends: what is in flight, oldest first.
+    """
+
+    def __init__(
+        self,
+        link: UCXXLink,
+        ucx: UcxEndpoint | None,
+        peer: str,
+        *,
+        events: EndpointEvents | None = None,
+        address: tuple[str, int] | None = None,
+        on_ended: Callable[[], None] | None = None,
+        error: TransportError | None = None,
+    ) -> None:
+        self.peer = peer
+        self.events = events
+        self.alive = ucx is not None
+        self.receives: list[UCXXOperation] = []
+        self.sends: list[UCXXOperation] = []
+        self.base = secrets.randbits(BASE_BITS)
+        self._link = link
+        self._counters = link.counters
+        self._make_array = link.binding.make_array
+        self._make_tag = link.binding.lib.UCXXTag
+        self._ucx = ucx
+        self._address = address
+        self._on_ended = on_ended
+        self._receive_base = self.base << CHANNEL_BITS
+        self._send_base = -1  # not known before the hello
+        self._deferred: deque[tuple[UCXXOperation, UcxArray, int]] = deque()
+        self._error = error
+        self._closed = False
+        self._clean: bool | None = None
+        self._on_closed: list[Callable[[bool], None]] = []
+        if ucx is None:
+            link.note_lost(self)
+            return
+        here = weakref.ref(self)
+        ucx.set_close_callback(lambda: _note_loss(here))
+        out, into = self._make_array(encode_hello(self.base)), bytearray(HELLO_BYTES)
+        array = self._make_array(into)
+        self.sends.append(UCXXOperation(HELLO, out, HELLO_BYTES, None, ucx.stream_send(out)))
+        self.receives.append(
+            UCXXOperation(HELLO, array, HELLO_BYTES, lambda hello: self._greeted(hello, into), ucx.stream_recv(array))
+        )
+
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
+        if not self.alive:
+            raise self.refusal()
+        if type(buffer) is UCXXMessage:
+            if not buffer.writable:
+                raise ConfigError("buffer is read-only; a receive needs a writable one")
+            array, nbytes = buffer.array, buffer.nbytes
+        else:
+            view = byte_view(buffer, writable=True)
+            array, nbytes = self._make_array(view), view.nbytes
+        assert self._ucx is not None  # alive
+        request = self._ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
+        self._counters.receives += 1
+        operation = UCXXOperation(RECEIVE, array, nbytes, on_done, request)
+        if request.status == IN_PROGRESS:
+            self.receives.append(operation)
+            self._link.order.move_to_end(self, last=False)
+        else:  # the message was there already
+            self._take_outcome(operation)
+            self._link.ready.append((on_done, operation))
+        return operation
+
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
+        """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
+        if not self.alive:
+            raise self.refusal()
+        if type(buffer) is UCXXMessage:
+            array, nbytes = buffer.array, buffer.nbytes
+        else:
+            view = byte_view(buffer, writable=False)
+            array, nbytes = self._make_array(view), view.nbytes
+        self._counters.sends += 1
+        base = self._send_base
+        if base < 0:
+            operation = UCXXOperation(SEND, array, nbytes, on_done, None)
+            self._deferred.append((operation, array, channel))
+            return operation
+        assert self._ucx is not None  # alive
+        request = self._ucx.tag_send(array, self._make_tag(base | channel))
+        operation = UCXXOperation(SEND, array, nbytes, on_done, request)
+        if request.status == IN_PROGRESS:
+            self.sends.append(operation)
+            self._link.order.move_to_end(self, last=False)
+        else:
+            self._take_outcome(operation)
+            if on_done is not None:
+                self._link.ready.append((on_done, operation))
+        return operation
+
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        """See `base.Endpoint.close`. Takes 20 to 80 us, some milliseconds while connecting."""
+        if on_closed is not None:
+            self._on_closed.append(on_closed)
+        if self._clean is not None:
+            self._link.ready.append((UCXXEndpoint.call_closed, self))
+        elif not self._closed:
+            self._closed = True
+            self.alive = False
+            self._break()
+            self._link.note_closing(self)
+
+    def listener_has_answered(self) -> bool:
+        return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
+
+    def lanes(self) -> tuple[tuple[str, str], ...]:
+        """(transport, device) of each lane; empty where it is unknown, or before the connection is up."""
+        if self._ucx is None or not self.alive or self._send_base < 0:
+            return ()
+        return endpoint_lanes(self._ucx.handle)
+
+    def scan(self, misses: int) -> bool:
+        """Call back what has ended.
+
+        Args:
+            misses: stop after so many, of the sends and of the receives, that have not.
+        """
+        found = False
+        for flight in (self.receives, self.sends):
+            index = 0
+            while index < len(flight):
+                operation = flight[index]
+                request = operation.request
+                assert request is not None  # in flight
+                if request.status == IN_PROGRESS:
+                    index += 1
+                    if index > misses:
+                        break
+                else:
+                    found = True
+                    del flight[index]
+                    self._take_outcome(operation)
+                    on_done, operation.on_done = operation.on_done, None
+                    if on_done is not None:
+                        on_done(operation)
+        return found
+
+    def note_loss(self) -> None:
+        """UCX found the peer gone. Called inside its progress: takes note, no more."""
+        if self.alive:
+            self.alive = False
+            self._link.note_lost(self)
+
+    def lose(self) -> None:
+        """Say to the owner that the peer is lost. What had arrived has been called back."""
+        if self._closed:
+            return
+        if self._send_base >= 0:
+            self._counters.peers_lost += 1
+        error = self._error = self._why_lost()
+        self._break()
+        self._link.in_turn_after(GRACE_S, UCXXEndpoint.give_up, self)
+        if self.events is not None:
+            self.events.lost(error)
+
+    def ended(self) -> bool:
+        """Whether nothing is in flight any more."""
+        return not (self.receives or self.sends or self._deferred)
+
+    def end_close(self) -> None:
+        """Release UCX's endpoint; buffers of what has not ended are leaked."""
+        self.give_up()
+        self._clean = not (self.receives or self.sends)
+        for operation in (*self.receives, *self.sends):
+            self._link.leak(operation, self._ucx)
+        self.receives, self.sends = [], []
+        if self._ucx is not None and self._clean:
+            release_cancelled(self._ucx.ucxx_ptr)
+        self._ucx = None
+        self._link.forget_endpoint(self)
+        on_ended, self._on_ended = self._on_ended, None
+        if on_ended is not None:
+            on_ended()
+        self.call_closed()
+
+    def call_closed(self) -> None:
+        """Say to those who closed it that it is over."""
+        while self._on_closed:
+            self._on_closed.pop(0)(self._clean is True)
+
+    def refusal(self) -> TransportError:
+        """The error of an operation that cannot be posted."""
+        self._link.check_usable()
+        return self._why_lost()
+
+    def _greeted(self, operation: object, hello: bytearray) -> None:
+        """The peer's hello has come, or never will."""
+        assert isinstance(operation, UCXXOperation)  # its own
+        if self._closed:
+            return
+        error = operation.error
+        if error is None:
+            try:
+                base = decode_hello(hello, peer=self.peer)
+            except TransportError as exc:
+                error = exc.with_traceback(None)
+            else:
+                self._send_base = base << CHANNEL_BITS
+                self._send_deferred()
+                if self.events is not None:
+                    self.events.connected()
+                return
+        if self._error is None:
+            self._error = error
+        self.note_loss()
+
+    def _take_outcome(self, operation: UCXXOperation) -> None:
+        """An operation is over: its buffer is free."""
+        request = operation.request
+        assert request is not None
+        operation.request = operation.array = None
+        operation.completed = True
+        counters = self._counters
+        if request.status == 0:
+            if operation.kind == RECEIVE:
+                counters.ended += 1
+                counters.posted_receive_bytes += operation.nbytes
+            elif operation.kind == SEND:
+                counters.ended += 1
+                counters.sent_bytes += operation.nbytes
+        else:
+            self._take_error(operation, request)
+
+    def _take_error(self, operation: UCXXOperation, request: UcxRequest) -> None:
+        translator = self._link.translator
+        try:
+            request.check_error()
+        except translator.root as exc:
+            truncated = operation.kind == RECEIVE and isinstance(exc, translator.truncated)
+            if truncated or (self.alive and not self._closed):
+                error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+            else:
+                error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
+            operation.error = error
+            if operation.kind != HELLO:
+                self._counters.ended += 1
+                self._counters.failed += 1
+                self._counters.truncated += truncated
+
+    def _break(self) -> None:
+        """Break the connection and cancel what is in flight, which ends in a later turn at the latest."""
+        ucx = self._ucx
+        if ucx is not None and ucx.alive:
+            # Not `close()`: it loses its FORCE flag on the way to UCX, so it waits for a peer that may be stopped, and
+            # it never ends a receive that nothing has matched.
+            try:
+                ucx.close_blocking()
+            except self._link.translator.root:
+                self._counters.suppressed_errors += 1
+        self._link.cancel_due = True
+        if self._deferred:
+            self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+
+    def fail_deferred(self) -> None:
+        """End what waits for a hello that never comes."""
+        while self._deferred:
+            operation = self._deferred.popleft()[0]
+            operation.completed = True
+            operation.array = None
+            operation.error = self._why_lost()
+            self._counters.ended += 1
+            self._counters.failed += 1
+            if operation.on_done is not None:
+                operation.on_done(operation)
+
+    def give_up(self) -> None:
+        """Call back what has not ended in time; UCX still holds its buffer."""
+        self.scan(len(self.receives) + len(self.sends))
+        for operation in (*self.receives, *self.sends):
+            on_done, operation.on_done = operation.on_done, None
+            if on_done is not None:
+                operation.error = self._why_lost()
+                on_done(operation)
+
+    def _why_lost(self) -> TransportError:
+        if self._error is not None:
+            return raisable(self._error)
+        if self._closed or self.alive:
+            return lost("closed", peer=self.peer)
+        if self._ucx is not None:
+            translator = self._link.translator
+            try:
+                self._ucx.raise_on_error()
+            except translator.root as exc:
+                error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+                return self._link.explain_unreachable(error, self._address)
+        return lost("reset", peer=self.peer)
+
+    def _send_deferred(self) -> None:
+        while self._deferred and self._ucx is not None:
+            operation, array, channel = self._deferred.popleft()
+            request = self._ucx.tag_send(array, self._make_tag(self._send_base | channel))
+            operation.request = request
+            if request.status == IN_PROGRESS:
+                self.sends.append(operation)
+            else:
+                self._take_outcome(operation)
+                if operation.on_done is not None:
+                    self._link.ready.append((operation.on_done, operation))
+
+
+def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:
+    alive = endpoint()
+    if alive is not None:
+        alive.note_loss()
+
+
+def encode_hello(base: int) -> bytes:
+    """The hello of an end that receives by tags of this base (48 bits)."""
+    return _HELLO.pack(MAGIC, VERSION, 0, base)
+
+
+def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
+    """The peer's tag base.
+
+    Raises:
+        ProtocolError: not a hello of this version.
+    """
+    magic, version, zero, base = _HELLO.unpack(hello)
+    if magic != MAGIC or zero != 0:
+        raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
+    if version != VERSION:
+        raise ProtocolError(
+            "the peer speaks another version of the link; upgrade both sides",
+            peer=peer,
+            found=version,
+            expected=VERSION,
+        )
+    if base >> BASE_BITS:
+        raise ProtocolError("the peer's tag base is out of range", peer=peer, found=base)
+    return int(base)
