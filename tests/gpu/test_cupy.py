@@ -88,9 +88,9 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert is_page_locked(cupy, mapping[-64:])
     assert not is_page_locked(cupy, mapping)
     locking = CupyPageLocking(cupy, 0)
-    held = page_lock(mapping, locking, what="", remedy="")
+    unlock = page_lock(mapping, locking, what="", remedy="")
     assert locking.host_register(mapping.__array_interface__["data"][0], mapping.nbytes) == 712
-    held.unlock()
+    unlock()
     assert "error 712" in locking.error_words(712)
 
 

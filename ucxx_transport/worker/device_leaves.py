@@ -13,23 +13,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, PageLock, RuntimeFinder, page_lock, runtime_of
+from ucxx_transport.gpu import DeviceArray, RuntimeFinder, page_lock, runtime_of
 from ucxx_transport.schema.dtypes import DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, is_on_device
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.worker.narrowing import refuse_what_does_not_fit, too_large
 
 if TYPE_CHECKING:
+    from ucxx_transport.gpu import LeafRuntime
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import TensorSpec
 
 
+@lru_cache(maxsize=256)
 def stand_in(shape: tuple[int, ...], dtype: DType) -> Array:
     """An array of that shape and dtype for what looks at no more; without bytes of its own, whatever its shape."""
     return np.broadcast_to(np.zeros((), dtype), shape)
@@ -53,7 +56,7 @@ class DeviceLeaves:
         self._runtimes = runtimes
         # One at a time: a GPU copies one thing at a time to the host, and the ring must not be unlocked under a copy.
         self._copying = threading.Lock()
-        self._page_lock: PageLock | None = None
+        self._unlock: Callable[[], object] | None = None
         self._closed = False
 
     def take(
@@ -89,22 +92,23 @@ class DeviceLeaves:
     @contextmanager
     def copying(self, taken: Mapping[int, DeviceArray], targets: Sequence[Array]) -> Iterator[None]:
         """Copies of what was taken, to its places in a slot: begun here, over when the block is left, however it is."""
-        with self._copying, ExitStack() as waits:
+        with self._copying:
             self._require_open()
             # noted before they begin: a copy that raises may have begun
             sources = {(array.device, type(array.runtime)): array.runtime for array in taken.values()}
-            for (device, _), runtime in sources.items():
-                waits.callback(runtime.wait, device)
-            for index, array in taken.items():
-                array.runtime.copy_to_host(array, targets[index])
-            yield
+            try:
+                for index, array in taken.items():
+                    array.runtime.copy_to_host(array, targets[index])
+                yield
+            finally:
+                _wait_for(sources)
 
     def lock_pages(self, array: DeviceArray) -> None:
         """Page-lock the ring's memory for copies from the device of `array`, unless it is, or raise a PageLockError."""
         with self._copying:
             self._require_open()
-            if self._page_lock is None:
-                self._page_lock = page_lock(
+            if self._unlock is None:
+                self._unlock = page_lock(
                     self._ring.mapping,
                     array.runtime.page_locking(array.device),
                     what="a ring",
@@ -115,8 +119,8 @@ class DeviceLeaves:
         """Wait for the copies under way, and unlock the ring's memory. Idempotent."""
         with self._copying:
             self._closed = True
-            if self._page_lock is not None:
-                self._page_lock.unlock()
+            if self._unlock is not None:
+                self._unlock()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -131,3 +135,14 @@ def _narrowed(array: DeviceArray, field: TensorSpec, warn: Callable[[DType, Tens
     if array.dtype.kind not in "iu" and runtime.overflowed(array, narrow):
         raise too_large(array.dtype, field)
     return narrow
+
+
+def _wait_for(sources: Mapping[tuple[int, type], LeafRuntime]) -> None:
+    """Wait for the copies from each device, for the others too where one raises."""
+    waiting = iter(sources.items())
+    for (device, _), runtime in waiting:
+        try:
+            runtime.wait(device)
+        except BaseException:
+            _wait_for(dict(waiting))
+            raise
