@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
-from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.server.counters import REQUESTS
 from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase
@@ -28,7 +28,7 @@ from ucxx_transport.wire.server_side import Phase
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.link.base import Endpoint, Message, Operation
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.port import Port
     from ucxx_transport.wire.actions import Action, Attempt
@@ -93,7 +93,7 @@ class Connection:
         self.is_admitted = is_admitted
         self.is_closing = self.is_deferred = False
         self._endpoint = endpoint
-        self._receives: deque[tuple[Operation, bytearray]] = deque()
+        self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._on_frame_done = self._on_frame
         self._on_reply_done = self._on_replied
         self._turn = -1
@@ -104,7 +104,9 @@ class Connection:
         """Begin to take frames."""
         try:
             for _ in range(FRAMES_POSTED):
-                self._post_receive(bytearray(FRAME_BYTES))
+                frame = bytearray(FRAME_BYTES)
+                message = self.port.reactor.link.message(frame)
+                self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except TransportError as error:
             self._fail(error)
 
@@ -136,40 +138,27 @@ class Connection:
         receives = self._receives
         if self._is_full or self.is_closing or not receives:
             return
-        operation, frame = receives[0]
+        operation, message, frame = receives[0]
         if not operation.completed or operation.error is not None:
             return
         del receives[0]
-        session = self.session
+        session, finish = self.session, self.port.finish
         try:
             for action in session.receive(frame, self.port.now()):
-                self._do(action)
+                if isinstance(action, End):
+                    if action.attempt.sent_s is not None:
+                        finish(action.attempt)
+                elif isinstance(action, Serve):
+                    self._serve(action)
+                else:
+                    self._answer(action)
             if session.phase is _CLOSING:
                 return  # the client closes, or the sweep does
-            receives.append((self._endpoint.post_receive(frame, self._on_frame_done), frame))
-        except TransportError as error:
+            receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+        except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self._fail(error)
-        except Exception:  # noqa: BLE001 - the edge of a callback: one connection's bug must not take the port down
-            self._crash()
-        if receives[0][0].completed:
+        if receives and receives[0][0].completed:
             self._defer()
-
-    def _do(self, action: Action) -> None:
-        if isinstance(action, End):
-            attempt = action.attempt
-            if attempt.sent_s is not None:
-                self._finish(attempt)
-        elif isinstance(action, Serve):
-            self._serve(action)
-        elif isinstance(action, Reply):
-            self._reply(action)
-        elif isinstance(action, Take):
-            self._take(action)
-        else:
-            self._reply(self.session.settled(action, self._settle(action.names)))
-
-    def _post_receive(self, frame: bytearray) -> None:
-        self._receives.append((self._endpoint.post_receive(frame, self._on_frame_done), frame))
 
     def _defer(self) -> None:
         if not self.is_deferred:
@@ -232,11 +221,11 @@ class Connection:
         except TransportError as error:
             port.note_lock(error)
             return Refusal(_status_of(error), error.message)
+        attempt.lease = lease
         nbytes = lease.words[HOLD_NBYTES]
         if nbytes != attempt.nbytes:
-            port.end(lease, delivered=False)
+            port.finish(attempt)
             return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
-        attempt.lease = lease
         return lease
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
@@ -245,7 +234,7 @@ class Connection:
             if not operation.completed:
                 return  # UCX has not released the slot, although the connection ends
         if self.session.sent(attempt, self.port.now()):
-            self._finish(attempt)
+            self.port.finish(attempt)
 
     def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
         if operation.completed:
@@ -254,20 +243,15 @@ class Connection:
             self._on_sent(attempt, operation)
         self._copy_left(operation)
 
-    def _finish(self, attempt: Attempt) -> None:
-        """Its message is over, and its end known, or will never be: the slot is given back."""
-        lease, attempt.lease = attempt.lease, None
-        if lease is None:
-            return
-        words = self.port.words
-        if attempt.delivered:
-            words[DELIVERED] += 1
-            words[BYTES_SENT] += attempt.nbytes
-        else:
-            words[RELEASED] += 1
-        self.port.end(lease, delivered=attempt.delivered is True)
-
     # --- What is no FETCH ---
+
+    def _answer(self, action: Action) -> None:
+        if isinstance(action, Reply):
+            self._reply(action)
+        elif isinstance(action, Take):
+            self._take(action)
+        elif isinstance(action, Settle):
+            self._reply(self.session.settled(action, self._settle(action.names)))
 
     def _take(self, take: Take) -> None:
         if not self.offer(take):
@@ -294,10 +278,8 @@ class Connection:
                 self._reply(session.nothing(take))
                 return True
             self._send_taken(take, leases)
-        except TransportError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of a callback
             self._fail(error)
-        except Exception:  # noqa: BLE001 - the edge of a callback
-            self._crash()
         return True
 
     def _send_taken(self, take: Take, leases: list[ReadLease]) -> None:
@@ -370,13 +352,12 @@ class Connection:
             self._hear_out()
             self._endpoint.close(self._on_closed)
 
-    def _fail(self, error: TransportError) -> None:
-        if not isinstance(error, PeerLostError):
+    def _fail(self, error: Exception) -> None:
+        """Close it, with a log line unless the client is just gone."""
+        if not isinstance(error, TransportError):
+            _log.error("connection_crashed", peer=self._endpoint.peer, exc_info=error)
+        elif not isinstance(error, PeerLostError):
             _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
-        self.close()
-
-    def _crash(self) -> None:
-        _log.exception("connection_crashed", peer=self._endpoint.peer)
         self.close()
 
     def _hear_out(self) -> None:
@@ -384,27 +365,26 @@ class Connection:
         receives, session = self._receives, self.session
         try:
             while receives and receives[0][0].completed and session.phase is not _CLOSING:
-                operation, frame = receives.popleft()
+                operation, _, frame = receives.popleft()
                 if operation.error is not None:
                     return
                 for action in session.receive(frame, self.port.now()):
                     if isinstance(action, End) and action.attempt.sent_s is not None:
-                        self._finish(action.attempt)
+                        self.port.finish(action.attempt)
                     elif isinstance(action, Settle):
                         self._settle(action.names)
-        except Exception:  # noqa: BLE001 - the edge of a callback
-            _log.exception("connection_crashed", peer=self._endpoint.peer)
+        except Exception as error:  # noqa: BLE001 - the edge of a callback
+            self._fail(error)
 
     def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
         del clean  # what has not ended is looked at one by one
         session = self.session
         for attempt in (*session.in_flight.values(), *session.leaving.values()):
-            lease, send = attempt.lease, attempt.send
-            if lease is not None and send is not None and not send.completed:
-                attempt.lease = None
-                self.port.keep_stuck(attempt, send, lease)
+            send = attempt.send
+            if send is not None and not send.completed:
+                self.port.keep_stuck(attempt)
             else:
-                self._finish(attempt)
+                self.port.finish(attempt)
         self.port.forget(self)
 
 

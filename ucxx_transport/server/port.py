@@ -13,11 +13,12 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
+from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED
 from ucxx_transport.wire.codec import seal
 from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status, message_bytes
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.wire.actions import Attempt, Lease, Send, Take
+    from ucxx_transport.wire.actions import Attempt, Take
 
 _log = get_logger(__name__)
 
@@ -51,7 +52,7 @@ LATER_S: Final = 5e-3
 MAX_ANSWERS: Final = 4096
 """Slots, by length, whose memory is kept prepared for the link."""
 
-_NEVER_ENDED: list[KeptAttempt] = []
+_NEVER_ENDED: list[Attempt] = []
 """Of ports that are gone: while UCX may read from a slot, its lease must not be dropped."""
 
 
@@ -69,18 +70,6 @@ class ServedRing(Protocol):
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]: ...
 
     def reclaim_dead(self) -> int: ...
-
-
-class KeptAttempt(NamedTuple):
-    """An attempt that could not be ended with its connection, and whether the client has had the payload.
-
-    Attributes:
-        send: what UCX has not ended; None: the ring's lock was not to be had.
-    """
-
-    send: Send | None
-    lease: Lease
-    delivered: bool
 
 
 class Port:
@@ -128,7 +117,7 @@ class Port:
         self._connections: dict[Connection, None] = {}
         self._admitted = 0
         self._deferred: list[Connection] = []
-        self._kept: list[KeptAttempt] = []
+        self._kept: list[Attempt] = []
         self._answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self._waiting: list[tuple[Connection, Take]] = []
         self._pause_s = SOON_S
@@ -222,31 +211,42 @@ class Port:
             self.reactor.call_at(self.now() + SOON_S, self._look_for_payloads)
         self._waiting.append((connection, take))
 
-    def end(self, lease: Lease, *, delivered: bool) -> None:
-        """End an attempt that nothing is read for any more: now, or as soon as the ring's lock is to be had."""
+    def finish(self, attempt: Attempt) -> None:
+        """Its message is over, and its end known, or will never be: the slot is given back, exactly once."""
+        lease = attempt.lease
+        if lease is None:
+            return
         if self.locked_turn == self.reactor.turns:
-            self._kept.append(KeptAttempt(None, lease, delivered))
+            self._kept.append(attempt)
             return
         try:
-            if delivered:
+            if attempt.delivered:
                 lease.mark_consumed()
             else:
                 lease.release_reading()
-        except TransportError as error:
+        except TransportError as error:  # the ring's lock is held by a stopped process: the next sweep tries again
             self.note_lock(error)
-            _log.warning("slot_not_released", reason=str(error))
-            self._kept.append(KeptAttempt(None, lease, delivered))
+            _log.warning("slot_not_released", slot=attempt.slot, reason=str(error))
+            self._kept.append(attempt)
+            return
+        attempt.lease = None
+        words = self.words
+        if attempt.delivered:
+            words[DELIVERED] += 1
+            words[BYTES_SENT] += attempt.nbytes
+        else:
+            words[RELEASED] += 1
 
     def note_lock(self, error: TransportError) -> None:
         """If the ring's lock was waited for in vain: not again in this turn, since others wait too."""
         if isinstance(error, DeadlineExceededError):
             self.locked_turn = self.reactor.turns
 
-    def keep_stuck(self, attempt: Attempt, send: Send, lease: Lease) -> None:
+    def keep_stuck(self, attempt: Attempt) -> None:
         """End this attempt once UCX does not read the slot any more."""
         self.counters.add("stuck_sends")
         _log.warning("send_stuck", slot=attempt.slot, nbytes=attempt.nbytes)
-        self._kept.append(KeptAttempt(send, lease, attempt.delivered is True))
+        self._kept.append(attempt)
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed, and holds nothing any more."""
@@ -334,8 +334,8 @@ class Port:
 
     def _settle_kept(self) -> None:
         kept, self._kept = self._kept, []
-        for one in kept:
-            if one.send is not None and not one.send.completed:
-                self._kept.append(one)
+        for attempt in kept:
+            if attempt.send is not None and not attempt.send.completed:
+                self._kept.append(attempt)
             else:
-                self.end(one.lease, delivered=one.delivered)
+                self.finish(attempt)
