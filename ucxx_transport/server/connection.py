@@ -355,7 +355,7 @@ class Connection:
     def _fail(self, error: Exception) -> None:
         """Close it, with a log line unless the client is just gone."""
         if not isinstance(error, TransportError):
-            _log.error("connection_crashed", peer=self._endpoint.peer, exc_info=error)
+            _log.exception("connection_crashed", peer=self._endpoint.peer)
         elif not isinstance(error, PeerLostError):
             _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
         self.close()

@@ -43,9 +43,9 @@ def of_order(order: Mapping[str, Any]) -> ServerConfig:
 
 def ucxx_links(settings: ServerConfig) -> LinkFactory:
     """Opens links over UCX."""
-    from ucxx_transport.link.ucxx import UCXXLink
+    from ucxx_transport.link.ucx import UCXXLink
 
-    return partial(UCXXLink.open, shm_lanes=settings.shm_lanes, ucx=settings.link_settings)
+    return partial(UCXXLink, shm_lanes=settings.shm_lanes, ucx=settings.link_settings)
 
 
 def candidates_of(settings: ServerConfig, index: int) -> Sequence[int]:
