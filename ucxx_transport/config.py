@@ -28,9 +28,11 @@ from ucxx_transport.settings.fields import (
     UCXSettings,
 )
 from ucxx_transport.settings.section import section, setting
+from ucxx_transport.units import parse_duration
 
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
+_LONGEST_S: Final = float("inf")
 
 _SETTINGS_OF_UCX = (
     "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
@@ -41,6 +43,29 @@ _DATA_PORTS_IN_WORDS = (
     "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
 )
 _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU and costs about 50 µs a read"
+
+
+def checked_seconds(value: float | str, field: str) -> float:
+    """A time limit that a call was given, in seconds: a number, or text such as `"250ms"`.
+
+    Args:
+        value: what the caller passed.
+        field: the argument's name, for the error.
+
+    Raises:
+        ConfigError: no finite duration, or a negative one.
+    """
+    if type(value) is float and 0.0 <= value < _LONGEST_S:
+        return value
+    try:
+        seconds = parse_duration(value)
+    except ValueError as exc:
+        raise ConfigError(f"{field} = {value!r}: {exc}", field=field, value=value) from exc
+    if seconds < 0:
+        raise ConfigError(
+            f"{field} = {value!r}: a time limit is not negative; 0 does not wait at all", field=field, value=value
+        )
+    return seconds
 
 
 def _link_settings(ucx: Mapping[str, str], data_ports: tuple[int, int] | None) -> dict[str, str]:
@@ -197,10 +222,9 @@ class ClientConfig:
         gt=0,
         description="an idle connection is not used again; keep it below the server's idle_timeout_s",
     )
-    max_pooled_endpoints: Count = setting(
-        default=4, ge=0, le=1024, description="idle connections kept for one address and port"
+    max_connections: OptionalCount = setting(
+        default=None, ge=1, le=65536, description="connections at a time; unset follows the limit of open files"
     )
-    max_concurrent_reads: Count = setting(default=4, ge=1, le=4096, description="reads in flight")
     buffer_pool_bytes: Bytes = setting(default=1 << 30, ge=0, description="receive buffers kept for reuse")
     max_payload_bytes: Bytes = setting(default=64 << 30, ge=1, description="a SlotRef that promises more is refused")
     data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)

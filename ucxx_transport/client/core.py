@@ -1,45 +1,69 @@
-"""ClientCore, which the async and the sync client share: identity, settings, local reads, delivery by name, counts."""
+"""ClientCore, which the blocking and the asyncio client and the prefetcher share.
+
+Identity, settings, reads of this host's rings, delivery by name, counts; and the reactor with the reads over the link.
+What begins or ends jobs is for the thread that runs the reactor; `admit` and the local reads are thread-safe.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import Buffer
 
 from ucxx_transport.client.buffer_pool import BufferPool, Bytes, PageLocker
+from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
-from ucxx_transport.client.remote import RemoteReader
-from ucxx_transport.client.results import clear_traceback_frames
+from ucxx_transport.client.reads import Job, OnJobDone, OnPayload, Reads
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
-from ucxx_transport.config import ClientConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.config import ClientConfig, checked_seconds
+from ucxx_transport.errors import ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.link.reactor import Reactor
 
 if TYPE_CHECKING:
-    from ucxx_transport.link.base import Link
+    from ucxx_transport.link.base import Link, LinkFactory, Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.reading import ReadLease
-    from ucxx_transport.schema import Schema, SlotRef
+    from ucxx_transport.schema import SlotRef
 
-LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
 Into = Buffer
 
-# Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time.
-REMEMBERED_RINGS = 1 << 16
+REMEMBERED_RINGS: Final = 1 << 16
+"""Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
+
+_OWN_CODE: Final = str(Path(__file__).parent)
 
 
 class ClientCore:
-    """The part of a client that needs no event loop; arguments and errors as `UCXXClient`. Thread-safe."""
+    """See the module; arguments and errors as `UCXXClient`.
+
+    Args:
+        config: settings.
+        link_factory: opens the link on the first read that needs one; the default is UCX.
+        watcher: which sources there are.
+        page_locker: page-locks the memory that payloads are received in; payloads of this host's rings are then copied
+            into such memory too.
+        in_place: beside a page_locker: of which rings payloads may stay in their slots all the same.
+        clock: of the reactor and of every deadline.
+
+    Attributes:
+        config: the settings. reader: this client's random id. counters: its counts. pool: its buffers.
+        reactor: runs everything that is not local; opens the link only when it is needed.
+        local: reads of this host's rings. reads: those over the link.
+        closed: whether `close` has been called.
+    """
 
     def __init__(
         self,
@@ -48,6 +72,8 @@ class ClientCore:
         *,
         watcher: Watcher | None = None,
         page_locker: PageLocker | None = None,
+        in_place: Callable[[SharedRingBuffer], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config if config is not None else ClientConfig()
         if page_locker is not None and self.config.local == "view":
@@ -59,14 +85,17 @@ class ClientCore:
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(self.config.buffer_pool_bytes, page_locker)
-        self._delivered = Deduplicator(REMEMBERED_RINGS)
-        self._link_factory = link_factory or _ucxx_links(self.config)
-        self._membership = Membership(watcher) if watcher is not None else None
-        self._pid = os.getpid()
+        self.reactor = Reactor(link_factory or _ucxx_links(self.config), spin_s=self.config.spin_s, clock=clock)
         self.closed = False
+        self._delivered = Deduplicator(REMEMBERED_RINGS)
+        self._membership = Membership(watcher, self.reactor) if watcher is not None else None
+        self._pid = os.getpid()
+        stays: bool | Callable[[SharedRingBuffer], bool] = self.config.local != "copy"
+        if page_locker is not None:
+            stays = in_place if in_place is not None and self.config.local != "copy" else False
         self.local = LocalReader(
             self.config.local,
-            in_place=self.config.local != "copy" and page_locker is None,
+            in_place=stays,
             reader=self.reader,
             pool=self.pool,
             max_rings=self.config.max_attached_rings,
@@ -74,28 +103,128 @@ class ClientCore:
             on_fallback=partial(self.counters.add, "fallbacks"),
             claim=self._delivered.claim,
         )
-
-    def remote(self) -> RemoteReader:
-        """A reader over UCX for the running event loop."""
-        return RemoteReader(
+        self.reads = Reads(
             self.config,
-            self._link_factory,
+            self.reactor,
             reader=self.reader,
             pool=self.pool,
             counters=self.counters,
-            membership=self._membership,
+            claim=self._delivered.claim,
+            is_gone=None if self._membership is None else self._membership.is_gone,
         )
+        if self._membership is not None:
+            self._membership.bind(self.reads)
+
+    # --- Jobs: in the thread that runs the reactor ---
+
+    def begin(
+        self,
+        refs: Sequence[SlotRef],
+        deadline_s: float | str | None = None,
+        *,
+        on_done: OnJobDone | None = None,
+        on_payload: OnPayload | None = None,
+        into: Into | None = None,
+    ) -> Job:
+        """Read payloads: those of this host's rings now, the others as the reactor is run.
+
+        Args:
+            refs: what to read.
+            deadline_s: for all of them together; default `ClientConfig.deadline_s`.
+            on_done: called with the job once it is done; before this returns, when nothing is to be waited for.
+            on_payload: called with each payload and its index as it comes; what it returns takes the payload's place, a
+                TransportError that it raises becomes the outcome.
+            into: memory of the caller's for the payload, of a job of one.
+
+        Raises:
+            ConfigError: the client is closed or a forked copy, or `deadline_s` is no duration.
+        """
+        self.require_usable()
+        limit_s = self.limit_s(deadline_s)
+        job = Job(refs, self.reactor.now() + limit_s, on_done, on_payload, into)
+        remote = self.read_here(job)
+        if remote:
+            self.reads.start(job, remote)
+        else:
+            job.done = True
+            if on_done is not None:
+                on_done(job)
+        return job
+
+    def begin_discard(
+        self,
+        refs: Sequence[SlotRef],
+        deadline_s: float | str | None = None,
+        *,
+        on_done: Callable[[Discard], None] | None = None,
+    ) -> Discard:
+        """Let payloads go unread: those of this host's rings now, the others as the reactor is run.
+
+        Args:
+            refs: payloads. deadline_s: for all of them together, as for `begin`.
+            on_done: called once it is done; before this returns, when nothing is to be waited for.
+
+        Raises:
+            ConfigError: as for `begin`.
+        """
+        limit_s = self.limit_s(deadline_s)
+        until_s = self.reactor.now() + limit_s
+        found, elsewhere = self.discard_here(refs, limit_s)
+        return self.discard_there(Discard(found, on_done), elsewhere, until_s)
+
+    def discard_there(self, call: Discard, rings: Sequence[Sequence[SlotRef]], until_s: float) -> Discard:
+        """The part of `begin_discard` that needs a link: references by ring, their names taken."""
+        for refs in rings:
+            self.reads.discard(call, refs, until_s)
+        call.one_over()
+        return call
+
+    def abandon(self, job: Job) -> None:
+        """Nobody wants a job any more: its payloads are released, and what is in flight ends as not delivered."""
+        self.reads.abandon(job)
+
+    def limit_s(self, deadline_s: float | str | None) -> float:
+        """The seconds that a call may take; a ConfigError when they are no duration."""
+        return self.config.deadline_s if deadline_s is None else checked_seconds(deadline_s, "deadline_s")
+
+    def close(self) -> None:
+        """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
+        if self.reactor.closed or self.inherited:
+            return
+        said: list[bool] = []
+        self.begin_goodbye(lambda: said.append(True))
+        while not said and self.reactor.has_link:
+            self.reactor.run_once(math.inf)
+        self.end()
+
+    def begin_goodbye(self, on_said: Callable[[], None]) -> None:
+        """The first half of closing: refuse further reads, fail those under way, take leave of the servers."""
+        self.closed = True
+        if self._membership is not None:
+            self._membership.close()
+        self.fail_all()
+        self.reads.connections.say_goodbye(on_said)
+
+    def fail_all(self) -> None:
+        """Fail every job under way, because the client is closed."""
+        self.reads.fail_all(PeerLostError("the client was closed", reason="closed"))
+
+    def end(self) -> None:
+        """The second half: nothing is left behind. Payloads still held stay valid."""
+        self.reads.connections.close()
+        self.reactor.close()
+        self.local.close()
+        self.pool.close()
+
+    # --- Local reads and names: in any thread ---
 
     def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
         """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
 
         Raises:
             StaleSlotError: delivered before, or its ring on this host is gone.
-            ConfigError: the client is closed, the payload is larger than `max_payload_bytes` or does not fit `into`,
-                or this is a forked copy of the client.
+            ConfigError: the payload is larger than `max_payload_bytes` or does not fit `into`.
         """
-        if self.closed or os.getpid() != self._pid:
-            self._require_usable()
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
                 f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
@@ -108,10 +237,29 @@ class ClientCore:
         self._delivered.check(ref)
         return self.local.ring_of(ref)
 
-    def _require_usable(self) -> None:
+    def read_here(self, job: Job) -> list[int]:
+        """Read what a job reads on this host; returns the indices of the rest, for `Reads.start`."""
+        remote: list[int] = []
+        for index, ref in enumerate(job.refs):
+            try:
+                ring = self.admit(ref, job.into)
+                if ring is None:
+                    remote.append(index)
+                    continue
+                left_s = max(0.0, job.until_s - self.reactor.now())
+                payload = self.read_local(ring, ref, job.into, left_s, job.began_s)
+                job.outcomes[index] = payload if job.on_payload is None else job.on_payload(index, payload)
+            except TransportError as error:
+                self.count_failure(error)
+                job.outcomes[index] = error
+            job.left -= 1
+        return remote
+
+    def require_usable(self) -> None:
+        """Refuse a closed client, and a forked copy of one, by a ConfigError."""
         if self.closed:
             raise ConfigError("the client is closed; make another")
-        if self.inherited:
+        if os.getpid() != self._pid:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
 
     def read_local(
@@ -128,6 +276,17 @@ class ClientCore:
         self.counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
         return payload
 
+    async def read_local_aside(
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+    ) -> Payload:
+        """`read_local` with its copying and waiting in a thread. Cancelled, the payload stays in its slot."""
+        begun = await asyncio.to_thread(self._begin_local, ring, ref, limit_s)
+        payload = self.local.finish(ref, *begun)
+        if into is not None:
+            payload = payload.copied_into(into)
+        self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
+        return payload
+
     def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
         """Discard a payload of an attached ring; whether it was still there."""
         try:
@@ -139,7 +298,7 @@ class ClientCore:
 
     def discard_here(self, refs: Sequence[SlotRef], limit_s: float) -> tuple[int, list[list[SlotRef]]]:
         """Discard those of rings on this host: how many were still there; and the others by ring, their names taken."""
-        self._require_usable()
+        self.require_usable()
         until_s = time.monotonic() + limit_s
         found = 0
         elsewhere: dict[bytes, list[SlotRef]] = {}
@@ -163,13 +322,6 @@ class ClientCore:
             return False
         return True
 
-    async def read_local_aside(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
-    ) -> Payload:
-        """`read_local` with its copying and waiting in a thread. Cancelled, the payload stays in its slot."""
-        begun = await asyncio.to_thread(self._begin_local, ring, ref, limit_s)
-        return self._counted(self.local.finish(ref, *begun), into, began_s)
-
     def _begin_local(
         self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
     ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
@@ -192,46 +344,21 @@ class ClientCore:
 
     @property
     def inherited(self) -> bool:
-        """Whether this is a forked child's copy: connections and threads are its parent's."""
+        """Whether this is a forked child's copy: connections are its parent's."""
         return os.getpid() != self._pid
-
-    def close(self) -> None:
-        """Refuse further reads, close all rings and release idle buffers."""
-        self.closed = True
-        if self._membership is not None:
-            self._membership.close()
-        self.local.close()
-        self.pool.close()
-
-    def deliver_remote(
-        self, ref: SlotRef, content: Bytes, schema: Schema | None, into: Into | None, began_s: float
-    ) -> Payload:
-        """Hand over what came over UCX, counted. A StaleSlotError: another read of this client was faster."""
-        self._delivered.claim(ref)
-        return self._counted(Payload(ref, content, schema, "ucx"), into, began_s)
 
     def count_failure(self, error: TransportError) -> None:
         """Count a read that raised; the error may be kept, its buffers are not."""
         clear_traceback_frames(error)
-        count = self.counters.add
-        count("failed")
-        if isinstance(error, StaleSlotError):
-            count("duplicates" if "delivered" in error.facts else "stale")
-        elif isinstance(error, DeadlineExceededError):
-            count("deadlines")
+        self.counters.failed(error)
 
-    def _counted(self, payload: Payload, into: Into | None, began_s: float) -> Payload:
-        if into is not None:
-            payload = payload.copied_into(into)
-        self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
-        return payload
-
-    def statistics(self, remote: RemoteReader | None) -> ClientStatistics:
+    def statistics(self) -> ClientStatistics:
         """The counts now."""
         pool = self.pool.statistics()
-        link = remote.connections.link if remote is not None else None
+        connections = self.reads.connections
+        link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
         return self.counters.snapshot(
-            pooled_endpoints=remote.connections.pooled_endpoints if remote is not None else 0,
+            pooled_endpoints=connections.idle_count,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
             leaked_buffers=link.statistics().leaked_buffers if link is not None else 0,
@@ -280,10 +407,25 @@ class Deduplicator:
             slots[ref.slot] = ref.generation
 
 
+def clear_traceback_frames(error: BaseException) -> None:
+    """Empty the variables of the frames that `error` has left behind, from this package on downwards.
+
+    They refer to receive buffers of any size, which an error that is kept (a batch's result, a log) must not keep.
+    Frames of the package's callers, and those that still run, stay as they are; so do the traceback's lines.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        trace = link.__traceback__
+        while trace is not None and not trace.tb_frame.f_code.co_filename.startswith(_OWN_CODE):
+            trace = trace.tb_next
+        traceback.clear_frames(trace)
+        link = link.__context__
+
+
 def _ucxx_links(config: ClientConfig) -> LinkFactory:
-    def open_link() -> AbstractAsyncContextManager[Link]:
+    def open_link(timers: Timers) -> Link:
         from ucxx_transport.link.ucxx import UCXXLink
 
-        return UCXXLink.open(shm_lanes=config.shm_lanes, spin_s=config.spin_s, ucx=config.link_settings)
+        return UCXXLink.open(timers, shm_lanes=config.shm_lanes, ucx=config.link_settings)
 
     return open_link

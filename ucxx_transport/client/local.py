@@ -49,7 +49,8 @@ class LocalReader:
     Args:
         mode: "auto" falls back to UCX where a ring cannot be attached, or has lost its name and is served; "off" never
             reads locally.
-        in_place: payloads stay in their slots; else they are copied out, and the slots are free at once.
+        in_place: of which rings payloads stay in their slots; of others they are copied out, and the slots are free at
+            once.
         reader: this client's id.
         pool: where copies go.
         max_rings: mappings kept.
@@ -62,7 +63,7 @@ class LocalReader:
         self,
         mode: Literal["auto", "view", "copy", "off"],
         *,
-        in_place: bool,
+        in_place: bool | Callable[[SharedRingBuffer], bool],
         reader: int,
         pool: BufferPool,
         max_rings: int,
@@ -72,7 +73,8 @@ class LocalReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mode = mode
-        self._in_place = in_place
+        self._in_place = in_place if isinstance(in_place, bool) else False
+        self._is_in_place = None if isinstance(in_place, bool) else in_place
         self._reader = reader
         self._pool = pool
         self._max_rings = max_rings
@@ -116,7 +118,8 @@ class LocalReader:
         """
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         try:
-            root = None if self._in_place else self._pool.lend(lease.nbytes)
+            stays = self._in_place or (self._is_in_place is not None and self._is_in_place(ring))
+            root = None if stays else self._pool.lend(lease.nbytes)
             if root is not None:
                 np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
             if self._verify and ref.checksum is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import anyio
 
-from ucxx_transport.client.retry import attempt_budget_s
+from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, check_staleness, loss_of, sort_out
 

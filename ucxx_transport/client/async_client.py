@@ -1,0 +1,266 @@
+"""UCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX; for an event loop.
+
+The reactor hangs in the loop: its descriptor by `add_reader`, its next timer by `call_later`. A read that is alone polls
+for its answer within the calling task, for as long as a blocking client would: most answers come sooner than a loop
+gets round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Self
+
+from ucxx_transport.client.core import ClientCore, Into
+from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.reads import Job
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import PageLocker
+    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.schema import SlotRef
+
+# Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
+INLINE_BYTES: Final = 1 << 20
+# So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
+INLINE_WAIT_S: Final = 0.005
+
+TURN_S: Final = 0.001
+"""The reactor gives the loop back after this at the latest."""
+
+
+class LoopWaiter:
+    """Runs a reactor within an asyncio loop."""
+
+    def __init__(self, reactor: Reactor, spin_s: float) -> None:
+        self._reactor = reactor
+        self._spin_s = spin_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._descriptor = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
+        self._soon: asyncio.Handle | None = None
+
+    def bind(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which this belongs to from the first call on; a ConfigError in another one."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                raise ConfigError("this client belongs to another event loop; make one client a loop")
+            self._loop = loop
+        return loop
+
+    async def wait(self, job: Job | Discard, *, alone: bool) -> None:
+        """Return when the job is done."""
+        reactor = self._reactor
+        if alone:
+            give_up_s = reactor.now() + TURN_S
+            while reactor.poll(self._spin_s):
+                if job.done:
+                    break
+                if reactor.now() > give_up_s:
+                    break
+            if job.done:
+                self._look_later()
+                return
+        loop = self.bind()
+        came = loop.create_future()
+
+        def on_done(_: object) -> None:
+            if not came.done():
+                came.set_result(None)
+
+        job.on_done = on_done
+        self.turn()
+        await came
+
+    def unbind(self) -> None:
+        """Leave the loop."""
+        loop, self._loop = self._loop, None
+        if loop is None or loop.is_closed():
+            return
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+        if self._descriptor >= 0:
+            loop.remove_reader(self._descriptor)
+            self._descriptor = -1
+
+    def _look_later(self) -> None:
+        """Nothing is waited for; what happens now is looked at when the loop gets round to it."""
+        if self._descriptor < 0:
+            self.turn()
+        elif self._soon is None:
+            assert self._loop is not None
+            self._soon = self._loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        """Run the reactor until it has nothing to do, or `TURN_S`; then wait for its descriptor and its next timer."""
+        reactor, loop = self._reactor, self._loop
+        self._soon = None
+        if loop is None or reactor.closed:
+            return
+        give_up_s = reactor.now() + TURN_S
+        while reactor.poll() or not reactor.arm():
+            if reactor.now() > give_up_s:
+                self._soon = loop.call_soon(self.turn)
+                return
+        if self._descriptor < 0:
+            self._descriptor = reactor.fileno()
+            loop.add_reader(self._descriptor, self.turn)
+        next_s = reactor.next_timer_s
+        if next_s != self._timer_s:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._timer_s = next_s
+            if next_s != math.inf:
+                self._timer = loop.call_later(max(0.0, next_s - reactor.now()), self._timer_due)
+
+    def _timer_due(self) -> None:
+        self._timer = None
+        self._timer_s = math.inf
+        self.turn()
+
+
+class UCXXClient:
+    """Reads payloads. Belongs to the event loop it is first used in; close it with `aclose()` or `async with`.
+
+    Args and guarantees as `SyncUCXXClient`.
+
+    Args:
+        config: settings; the default reads local rings in place and everything else over UCX.
+        watcher: as for `SyncUCXXClient`.
+        link_factory: opens the link on the first read that needs one; the default is UCX.
+        page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
+            of this host are then copied out of too.
+
+    Raises:
+        ConfigError: page-locked, and `local="view"`.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | None = None,
+        *,
+        watcher: Watcher | None = None,
+        link_factory: LinkFactory | None = None,
+        page_locker: PageLocker | None = None,
+    ) -> None:
+        self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
+        self._waiter = LoopWaiter(self._core.reactor, self._core.config.spin_s)
+        self._kept_s = 0.0
+
+    @property
+    def config(self) -> ClientConfig:
+        """The settings in force."""
+        return self._core.config
+
+    @property
+    def reader_id(self) -> int:
+        """This client's random id, u64, as servers and rings see it."""
+        return self._core.reader
+
+    async def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
+        """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
+        core = self._core
+        core.require_usable()
+        limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
+        until_s = core.reactor.now() + limit_s
+        if self._kept_s > TURN_S:
+            self._kept_s = 0.0
+            await asyncio.sleep(0)  # before the read: cancelled here, it has lost nothing
+        began_s = time.perf_counter()
+        try:
+            ring = core.admit(ref, into)
+            if ring is not None:
+                if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
+                    return await core.read_local_aside(ring, ref, into, limit_s, began_s)
+                try:
+                    return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
+                except DeadlineExceededError:  # the ring's lock is held
+                    return await core.read_local_aside(ring, ref, into, limit_s, began_s)
+        except TransportError as error:
+            core.count_failure(error)
+            raise
+        job = Job((ref,), until_s, None, None, into)
+        await self._run(job, (0,))
+        self._kept_s += time.perf_counter() - began_s
+        outcome = job.outcomes.pop()
+        if isinstance(outcome, Payload):
+            return outcome
+        assert outcome is not None
+        try:
+            raise outcome
+        finally:
+            del outcome  # which would refer to itself, by this frame
+
+    async def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None
+    ) -> list[Payload | TransportError]:
+        """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
+        core = self._core
+        core.require_usable()
+        job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
+        remote = core.read_here(job)
+        if remote:
+            await self._run(job, remote)
+        return [outcome for outcome in job.outcomes if outcome is not None]
+
+    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
+        """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
+        core = self._core
+        limit_s = core.limit_s(deadline_s)
+        until_s = core.reactor.now() + limit_s
+        found, elsewhere = await asyncio.to_thread(core.discard_here, refs, limit_s)  # it may wait for rings' locks
+        call = Discard(found, None)
+        if elsewhere:
+            self._waiter.bind()
+            core.discard_there(call, elsewhere, until_s)
+            if not call.done:
+                await self._waiter.wait(call, alone=False)
+        core.counters.add("discarded", call.found)
+        return call.found
+
+    def statistics(self) -> ClientStatistics:
+        """Counts since this client was made."""
+        return self._core.statistics()
+
+    async def aclose(self) -> None:
+        """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""
+        core = self._core
+        if core.inherited or core.reactor.closed:
+            return
+        if core.reactor.has_link:
+            said = asyncio.get_running_loop().create_future()
+            core.begin_goodbye(lambda: None if said.done() else said.set_result(None))
+            self._waiter.turn()
+            await said
+        self._waiter.unbind()
+        core.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    async def _run(self, job: Job, indices: Sequence[int]) -> None:
+        """Read what a job reads over the link; returns when it is done."""
+        core = self._core
+        self._waiter.bind()
+        try:
+            core.reads.start(job, indices)
+            if not job.done:
+                await self._waiter.wait(job, alone=core.reads.in_flight == 1)
+        except BaseException:
+            core.abandon(job)
+            raise
