@@ -34,15 +34,19 @@ class FakeGpu:
         log: what was asked of it, in order.
         registered: bytes by address, page-locked now.
         refuse: the status of every further `host_register`, 0 to let it succeed.
+        lockable: bytes that can be page-locked in one piece; what is larger is refused.
         on_wait: called before the host waits for copies.
+        on_register: called before memory is page-locked.
     """
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.registered: dict[int, int] = {}
         self.refuse = 0
+        self.lockable = 1 << 40
         self.unregister_status = 0
         self.on_wait: Callable[[], object] = lambda: None
+        self.on_register: Callable[[int], object] = lambda _: None
         self.downloads: list[tuple[int, Array, Array]] = []
         self.uploads: list[FakeUpload] = []
 
@@ -114,8 +118,9 @@ class FakePageLocking(PageLocking):
 
     def _register(self, address: int, nbytes: int, flags: int) -> int:
         assert flags == PORTABLE
-        if self._gpu.refuse:
-            return self._gpu.refuse
+        self._gpu.on_register(nbytes)
+        if self._gpu.refuse or nbytes > self._gpu.lockable:
+            return self._gpu.refuse or 2
         self._gpu.log.append(f"register {nbytes}")
         self._gpu.registered[address] = nbytes
         return 0

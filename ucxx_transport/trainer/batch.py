@@ -334,6 +334,7 @@ class PrefetchStatistics:
         retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
         given_up: batches that did not come in time; their episodes are lost by "timeout".
+        unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
     """
 
     batches: int
@@ -343,6 +344,7 @@ class PrefetchStatistics:
     retried: int
     losses: Mapping[str, int]
     given_up: int
+    unlocked_rings: int = 0
 
 
 class PrefetchCounters:
@@ -380,7 +382,7 @@ class PrefetchCounters:
         with self._lock:
             self._given_up += 1
 
-    def snapshot(self) -> PrefetchStatistics:
+    def snapshot(self, unlocked_rings: int) -> PrefetchStatistics:
         """The counts now."""
         with self._lock:
             return PrefetchStatistics(
@@ -391,4 +393,5 @@ class PrefetchCounters:
                 retried=self._retried,
                 losses=dict(self._losses),
                 given_up=self._given_up,
+                unlocked_rings=unlocked_rings,
             )

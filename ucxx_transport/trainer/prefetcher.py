@@ -297,7 +297,8 @@ class Prefetcher:
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
-        return self._counters.snapshot()
+        uploader = self._uploader
+        return self._counters.snapshot(0 if uploader is None else uploader.unlocked_rings)
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""

@@ -145,15 +145,14 @@ def test_a_wrong_argument_is_refused_at_once() -> None:
 
 
 def test_what_ends_a_fetch_is_raised_to_who_collects_and_the_next_batch_is_fine(worker: LocalWorker) -> None:
-    def broken() -> NoReturn:
+    def broken(_: object) -> NoReturn:
         raise ZeroDivisionError
 
     with Prefetcher(link_factory=broken) as prefetcher:
         prefetcher.start(worker.play_far_away(1))
         assert prefetcher.wait()
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(ZeroDivisionError):
             prefetcher.collect()
-        assert caught.group_contains(ZeroDivisionError)
         prefetcher.start(worker.play(1))
         assert prefetcher.wait()
         assert sequences(prefetcher.collect()) == [1]

@@ -328,4 +328,4 @@ def test_what_no_library_can_take_off_its_gpu_is_dropped_or_raised_like_any_misf
         "w", schema=SCHEMA, on_error="drop", serve=False, ring={"slots": 2}, runtimes=FakeLeaves(gpu)
     ) as end:
         record = end.write(trajectory(gpu, obs=Foreign()))
-        assert str(record.dropped).startswith("ConfigError: field 'obs': not of this library")
+        assert str(record.dropped).startswith("ConfigError: field 'obs': numpy cannot take a Foreign")
