@@ -151,11 +151,14 @@ class Operation(Protocol):
         error: why it failed, or was given up: PeerLostError with `facts["reason"]`, ProtocolError where what answered
             is not of this package, or BusyError. None in flight and after a success.
         nbytes: size of the buffer.
+        on_done: what is called when it is over. While it is not `completed` the poster may still set it, so that what
+            is over at once costs no call.
     """
 
     completed: bool
     error: TransportError | None
     nbytes: int
+    on_done: OnDone | None
 
 
 OnDone: TypeAlias = Callable[[Operation], None]

@@ -83,7 +83,7 @@ class Connection:
     """
 
     __slots__ = (
-        *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_on_reply_done", "_receives", "_turn"),
+        *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_receives", "_turn"),
         *("is_admitted", "is_closing", "is_deferred", "port", "session"),
     )
 
@@ -95,7 +95,6 @@ class Connection:
         self._endpoint = endpoint
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._on_frame_done = self._on_frame
-        self._on_reply_done = self._on_replied
         self._turn = -1
         self._copied_bytes = 0
         self._is_full = False
@@ -148,8 +147,8 @@ class Connection:
                 if isinstance(action, End):
                     if action.attempt.sent_s is not None:
                         finish(action.attempt)
-                elif isinstance(action, Serve):
-                    self._serve(action)
+                elif isinstance(action, Serve) and not action.shared:
+                    self._serve(action.attempts)
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
@@ -167,49 +166,54 @@ class Connection:
 
     # --- Attempts ---
 
-    def _serve(self, serve: Serve) -> None:
-        if serve.shared:
-            self._serve_packed(serve)
-            return
-        for attempt in serve.attempts:
-            lease = self._acquire(attempt)
-            if isinstance(lease, Refusal):
-                self._reply(self.session.refused(attempt, *lease))
+    def _serve(self, attempts: Iterable[Attempt]) -> None:
+        """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
+        port, session, post_send = self.port, self.session, self._endpoint.post_send
+        answers = port.answers
+        for attempt in attempts:
+            if attempt.lease is None:
+                refusal = self._acquire(attempt)
+                if refusal is not None:
+                    self._reply(session.refused(attempt, *refusal))
+                    continue
+            message, _ = answers.get((attempt.slot, attempt.nbytes)) or port.prepare(attempt)
+            send = attempt.send = post_send(message, channel=attempt.number & MAX_CHANNEL)
+            if not send.completed:
+                send.on_done = partial(self._on_sent, attempt)
+            elif send.error is None:
+                session.sent(attempt, port.now())
             else:
-                self._send_slot(attempt, lease)
+                self.close()
 
     def _serve_packed(self, serve: Serve) -> None:
+        """Copy the slots into one message, and send that."""
         port, acquired, offset = self.port, [], 0
         buffer = port.pack_buffers.pop() if port.pack_buffers else bytearray(PACK_BYTES)
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
-            lease = self._acquire(attempt)
-            if isinstance(lease, Refusal):
-                self._count(lease.status)
-                room[offset:end] = self.session.refused_part(attempt, *lease)
-            else:
-                room[offset:end] = port.answer_of(attempt, lease)[1]
+            refusal = self._acquire(attempt)
+            if refusal is None:
+                _, room[offset:end] = port.answers.get((attempt.slot, attempt.nbytes)) or port.prepare(attempt)
                 acquired.append(attempt)
+            else:
+                self._count(refusal.status)
+                room[offset:end] = self.session.refused_part(attempt, *refusal)
             offset = end
         port.counters.add("packed", len(acquired))
-        self._copy_leaves(offset)
-        send = self._endpoint.post_send(
-            room[:offset], partial(self._on_packed_sent, acquired, buffer), channel=serve.shared
-        )
+        send = self._endpoint.post_send(room[:offset], channel=serve.shared)
         for attempt in acquired:
             attempt.send = send
+        on_sent = partial(self._on_packed_sent, acquired, buffer)
+        self._copied_bytes += offset
+        if send.completed:
+            on_sent(send)
+        else:
+            send.on_done = on_sent
+            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
-    def _send_slot(self, attempt: Attempt, lease: ReadLease) -> None:
-        """Send the whole slot from where it lies."""
-        attempt.send = self._endpoint.post_send(
-            self.port.answer_of(attempt, lease)[0],
-            partial(self._on_sent, attempt),
-            channel=attempt.number & MAX_CHANNEL,
-        )
-
-    def _acquire(self, attempt: Attempt) -> ReadLease | Refusal:
-        """Enter the attempt at its slot."""
+    def _acquire(self, attempt: Attempt) -> Refusal | None:
+        """Enter the attempt at its slot; why not, if so."""
         port = self.port
         port.words[REQUESTS] += 1
         if port.awaited[0]:
@@ -217,16 +221,16 @@ class Connection:
         if port.locked_turn == port.reactor.turns:
             return Refusal(_BUSY, _LOCKED)
         try:
-            lease = port.ring.acquire_slot(attempt.slot, attempt.generation, reader=self.session.reader)
+            lease = attempt.lease = port.ring.acquire_slot(attempt.slot, attempt.generation, reader=self.session.reader)
         except TransportError as error:
             port.note_lock(error)
             return Refusal(_status_of(error), error.message)
-        attempt.lease = lease
         nbytes = lease.words[HOLD_NBYTES]
         if nbytes != attempt.nbytes:
             port.finish(attempt)
             return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
-        return lease
+        port.seal_slot(attempt)  # until commit does
+        return None
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
         if operation.error is not None:
@@ -248,6 +252,8 @@ class Connection:
     def _answer(self, action: Action) -> None:
         if isinstance(action, Reply):
             self._reply(action)
+        elif isinstance(action, Serve):
+            self._serve_packed(action)
         elif isinstance(action, Take):
             self._take(action)
         elif isinstance(action, Settle):
@@ -292,10 +298,10 @@ class Connection:
         reply, attempts = self.session.taken(take, offered, self.port.now())
         for attempt, lease in zip(attempts, leases, strict=True):
             attempt.lease = lease
+            self.port.seal_slot(attempt)  # until commit does
         self.port.counters.add("takes", len(leases))
         self._reply(reply)
-        for attempt, lease in zip(attempts, leases, strict=True):
-            self._send_slot(attempt, lease)
+        self._serve(attempts)
 
     def _settle(self, names: Iterable[tuple[int, int]]) -> list[Status]:
         """Consume what the client has had of these, as far as it is still there."""
@@ -315,8 +321,13 @@ class Connection:
 
     def _reply(self, reply: Reply) -> None:
         self._count(reply.status)
-        self._copy_leaves(len(reply.message))
-        self._endpoint.post_send(reply.message, self._on_reply_done, channel=reply.channel)
+        send = self._endpoint.post_send(reply.message, channel=reply.channel)
+        self._copied_bytes += send.nbytes
+        if send.completed:
+            self._on_replied(send)
+        else:
+            send.on_done = self._on_replied
+            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
     def _on_replied(self, operation: Operation) -> None:
         self.session.replied()
@@ -328,10 +339,6 @@ class Connection:
         counter = _COUNTED.get(status)
         if counter is not None:
             self.port.counters.add(counter)
-
-    def _copy_leaves(self, nbytes: int) -> None:
-        self._copied_bytes += nbytes
-        self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
     def _copy_left(self, operation: Operation) -> None:
         self._copied_bytes -= operation.nbytes

@@ -13,14 +13,13 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
 from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED
-from ucxx_transport.wire.codec import seal
-from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status, message_bytes
+from ucxx_transport.wire.frames import NONCE_BYTES, message_bytes
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
 
 if TYPE_CHECKING:
@@ -102,6 +101,7 @@ class Port:
         self.awaited = binding.words
         self.reactor = reactor
         self.now = reactor.now
+        self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self.pack_buffers: list[bytearray] = []
         self.locked_turn = -1
         self._source = source
@@ -118,7 +118,6 @@ class Port:
         self._admitted = 0
         self._deferred: list[Connection] = []
         self._kept: list[Attempt] = []
-        self._answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self._waiting: list[tuple[Connection, Take]] = []
         self._pause_s = SOON_S
         self._sweeper: Timer | None = None
@@ -167,28 +166,34 @@ class Port:
             self.reactor.call_at(self.now(), self._serve_deferred)
         self._deferred.append(connection)
 
-    def answer_of(self, attempt: Attempt, lease: ReadLease) -> tuple[Message, memoryview]:
-        """The whole answer that the attempt's slot is: prepared for the link, and as memory."""
-        key = attempt.slot, attempt.nbytes
-        found = self._answers.get(key)
-        if found is None:
-            memory = lease.frame()[: message_bytes(attempt.nbytes)]
-            if len(self._answers) >= MAX_ANSWERS:
-                del self._answers[next(iter(self._answers))]
-            found = self._answers[key] = (self.reactor.link.message(memory), memory)
+    def prepare(self, attempt: Attempt) -> tuple[Message, memoryview]:
+        """The whole answer that the attempt's slot is: prepared for the link, and as memory; kept in `answers`."""
+        lease = cast("ReadLease", attempt.lease)
+        memory = lease.frame()[: message_bytes(attempt.nbytes)]
+        if len(self.answers) >= MAX_ANSWERS:
+            del self.answers[next(iter(self.answers))]
+        answer = self.answers[attempt.slot, attempt.nbytes] = (self.reactor.link.message(memory), memory)
+        return answer
+
+    def seal_slot(self, attempt: Attempt) -> None:
+        """Until commit seals."""
+        from ucxx_transport.wire.codec import seal
+        from ucxx_transport.wire.frames import ReplyHeader, Status
+
+        _, memory = self.answers.get((attempt.slot, attempt.nbytes)) or self.prepare(attempt)
+        ring, lease = self.ring, cast("ReadLease", attempt.lease)
         seal(
-            found[1],
+            memory,
             ReplyHeader(
                 Status.OK,
                 attempt.nbytes,
-                self.ring.ring_id,
+                ring.ring_id,
                 attempt.slot,
                 attempt.generation,
                 lease.checksum,
-                self.ring.fingerprint,
+                ring.fingerprint,
             ),
         )
-        return found
 
     def pick(self, max_payloads: int, max_bytes: int, *, newest: bool, reader: int) -> list[ReadLease]:
         """Payloads for a client that names none; [] where there is none now.

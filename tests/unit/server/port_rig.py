@@ -109,7 +109,6 @@ class RawPeer:
         """Keep why."""
         self.error = error
 
-    @property
     def is_closed(self) -> bool:
         """Whether the port has broken the connection."""
         self.rig.settle()
@@ -220,7 +219,8 @@ class PortRig:
             token=settings.token_bytes,
         )
         binding = Binding(ring.server_words)
-        self.port = Port(ring_before or ring, source, settings, self.counters, binding, self.reactor, reclaims=True)
+        given: Any = ring_before or ring
+        self.port = Port(given, source, settings, self.counters, binding, self.reactor, reclaims=True)
         self.port.start([PORT])
 
     def connect(self) -> RawPeer:

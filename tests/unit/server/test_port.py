@@ -43,7 +43,7 @@ def test_garbage_is_answered_bad_request_and_closed() -> None:
             assert answer.status is Status.BAD_REQUEST
             assert answer.body
             rig.advance(1.0 + SWEEP_S)
-            assert peer.is_closed
+            assert peer.is_closed()
             assert rig.counts.bad_requests == 1
             assert still_serves(rig)
 
@@ -58,7 +58,7 @@ def test_clients_that_the_link_could_not_accept_are_counted_once(rig: PortRig) -
 def test_a_message_longer_than_any_frame_ends_the_connection(rig: PortRig) -> None:
     peer = rig.connect()
     peer.say(bytes(100_000))
-    assert peer.is_closed
+    assert peer.is_closed()
     assert still_serves(rig)
 
 
@@ -84,15 +84,15 @@ def test_frames_out_of_sequence_end_the_connection(rig: PortRig) -> None:
             answer = peer.ask(Kind.DESCRIBE, ring_id=rig.ring.ring_id)
             assert answer.status is Status.BAD_REQUEST
             rig.advance(1.0 + SWEEP_S)
-            assert peer.is_closed
+            assert peer.is_closed()
 
 
 def test_a_connection_that_says_nothing_is_closed(rig: PortRig) -> None:
     peer = rig.connect()
     rig.advance(4.9)
-    assert not peer.is_closed
+    assert not peer.is_closed()
     rig.advance(0.1 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert rig.counts.handshake_timeouts == 1
     assert rig.counts.connections == 0
 
@@ -102,7 +102,7 @@ def test_a_challenge_left_unanswered_is_closed_too() -> None:
         peer = rig.connect()
         assert peer.greet().header.token_required
         rig.advance(5.0 + SWEEP_S)
-        assert peer.is_closed
+        assert peer.is_closed()
         assert rig.counts.handshake_timeouts == 1
 
 
@@ -136,8 +136,8 @@ def test_an_idle_connection_is_evicted_and_a_used_one_is_not(rig: PortRig) -> No
     rig.advance(100.0)
     assert used.ask(Kind.DESCRIBE, ring_id=rig.ring.ring_id).status is Status.OK
     rig.advance(20.0 + SWEEP_S)
-    assert idle.is_closed
-    assert not used.is_closed
+    assert idle.is_closed()
+    assert not used.is_closed()
     assert rig.counts.idle_evictions == 1
 
 
@@ -149,7 +149,7 @@ def test_a_payload_that_is_never_acknowledged_is_ready_again(nbytes: int, rig: P
     rig.advance(9.9)
     assert rig.states(ref) == [SlotState.READING]
     rig.advance(0.1 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert rig.states(ref) == [SlotState.READY]
     assert rig.counts.delivery_timeouts == 1
     assert rig.counts.released == 1
@@ -162,7 +162,7 @@ def test_a_payload_that_does_not_move_is_given_up_after_its_own_longer_limit(rig
     rig.advance(59.0)
     assert rig.states(ref) == [SlotState.READING]
     rig.advance(1.0 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert rig.states(ref) == [SlotState.READY]
     assert rig.counts.delivery_timeouts == 1
 
@@ -208,7 +208,7 @@ def test_an_end_of_another_attempt_consumes_nothing_and_ends_the_connection(rig:
     peer.fetch(ref)
     peer.end(peer.attempt + 1)
     rig.advance(1.0 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert rig.states(ref) == [SlotState.READY]
     assert (rig.counts.delivered, rig.counts.released, rig.counts.bad_requests) == (0, 1, 1)
 
@@ -221,7 +221,7 @@ def test_an_attempt_ends_once(rig: PortRig) -> None:
     peer.end(ended)
     peer.end(ended, left)
     rig.advance(1.0 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert rig.states(first, second) == [SlotState.FREE, SlotState.READY]
     assert rig.ring.statistics().late_finalise == 0
 
@@ -351,7 +351,7 @@ def test_connections_above_the_limit_are_answered_busy_and_closed() -> None:
         newcomer = rig.connect()
         assert newcomer.greet().status is Status.BUSY
         rig.advance(1.0 + SWEEP_S)
-        assert newcomer.is_closed
+        assert newcomer.is_closed()
         assert rig.counts.refused == 1
         for peer in admitted:
             assert peer.ask(Kind.DESCRIBE, ring_id=rig.ring.ring_id).status is Status.OK
@@ -363,14 +363,14 @@ def test_connections_that_wait_to_be_refused_take_no_one_s_place() -> None:
         lingering = [rig.connect() for _ in range(5)]  # above the limit, and silent
         admitted[0].reset()
         assert rig.connect().greet().status is Status.OK, "one of two places is free"
-        assert not any(peer.is_closed for peer in lingering)
+        assert not any(peer.is_closed() for peer in lingering)
 
 
 def test_a_flood_of_connections_is_cut_off_and_those_admitted_go_on() -> None:
     with open_rig(max_connections=2) as rig:
         admitted = rig.peer()
         flood = [rig.connect() for _ in range(200)]
-        assert sum(not peer.is_closed for peer in flood) < 40
+        assert sum(not peer.is_closed() for peer in flood) < 40
         assert admitted.ask(Kind.DESCRIBE, ring_id=rig.ring.ring_id).status is Status.OK
         rig.advance(6.0 + SWEEP_S)
         assert still_serves(rig)
@@ -423,12 +423,12 @@ def test_one_connection_with_many_frames_leaves_room_for_the_others(rig: PortRig
 def test_a_peer_that_reads_no_answer_loses_its_connection_before_it_piles_up_answers(rig: PortRig) -> None:
     peer = rig.peer()
     for _ in range(300):
-        if peer.is_closed:
+        if peer.is_closed():
             break
         peer.attempt += 1
         peer.say(peer.frame(Kind.DESCRIBE, attempt=peer.attempt, ring_id=rig.ring.ring_id))
     rig.advance(120.0 + SWEEP_S)
-    assert peer.is_closed
+    assert peer.is_closed()
     assert still_serves(rig)
 
 
@@ -440,7 +440,7 @@ def test_a_peer_that_names_more_than_its_window_loses_its_connection_only() -> N
         peer.begin_fetch(refs[64])
         rig.settle()
         rig.advance(1.0 + SWEEP_S)
-        assert peer.is_closed
+        assert peer.is_closed()
         assert set(rig.states(*refs)) == {SlotState.READY}
         assert other.fetch(refs[0])[0].status is Status.OK
 

@@ -115,7 +115,7 @@ def test_a_wait_ends_when_its_time_is_up(rig: PortRig) -> None:
     assert not answer.has_come
     rig.advance(0.02)
     assert answer.status is Status.EMPTY
-    assert not peer.is_closed
+    assert not peer.is_closed()
 
 
 def test_clients_that_wait_are_served_in_turn(rig: PortRig) -> None:
