@@ -281,7 +281,8 @@ def test_unusable_buffers_are_refused_with_the_reason(sides: Sides) -> None:
 
 def test_callbacks_run_in_a_turn_alone_and_once(sides: Sides) -> None:
     pair = sides.connect()
-    over, closed = Done(), []
+    over = Done()
+    closed: list[bool] = []
     for _ in range(3):
         pair.near.post_send(b"small", over)
         pair.far.post_receive(bytearray(5), over)
@@ -310,14 +311,14 @@ def test_callbacks_come_in_the_order_of_the_messages_of_their_channel(sides: Sid
 
 def test_every_call_is_allowed_inside_a_callback(sides: Sides) -> None:
     pair = sides.connect()
-    got, answers = bytearray(4), []
-    said = Done()
+    got, said = bytearray(4), Done()
+    answers: list[bool] = []
 
     def answer(_operation: Operation) -> None:
         pair.far.post_send(b"pong", said)
-        pair.far.post_receive(got, close)
+        pair.far.post_receive(got, end)
 
-    def close(_operation: Operation) -> None:
+    def end(_operation: Operation) -> None:
         other = sides.server.link.listen(0, lambda _endpoint: None)
         other.close()
         sides.server.link.connect(HOST, sides.port, Owner()).close()
@@ -450,7 +451,8 @@ def test_close_ends_what_is_in_flight_before_it_is_said_to_be_over(sides: Sides)
 
 def test_close_ends_sends_that_wait_for_the_connection(sides: Sides) -> None:
     port = sides.port
-    over, closed = Done(), []
+    over = Done()
+    closed: list[bool] = []
     near = sides.client.link.connect(HOST, port, Owner())
     for _ in range(3):
         near.post_send(bytes(100_000), over)
@@ -519,7 +521,7 @@ def test_last_words_before_a_close_arrive_and_come_before_the_loss(sides: Sides)
         finish(sides, pair.far.post_send(pattern(nbytes, nbytes)))
         pair.far.close()
         sides.until(lambda owner=owner: owner.error)  # type: ignore[misc]
-        assert (events, got) == (["None"], pattern(nbytes, nbytes))
+        assert (events, bytes(got)) == (["None"], pattern(nbytes, nbytes))
         assert close(sides, pair.near)
 
 

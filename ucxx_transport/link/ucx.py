@@ -1,34 +1,16 @@
 """UCXXLink: the link over UCX, one context and one worker.
 
 Nothing here changes `os.environ`; `settings` says which settings a context gets and why.
-
-How completions are found. UCX's requests say whether they are over when asked, so what is in flight is scanned after
-progress moved something. That is bounded:
-
-- endpoints in the order of their last post or completion; the search ends `IDLE_ENDPOINTS` after the last find, and
-  after `HOT_ENDPOINTS` without one;
-- of each endpoint the oldest first, up to `MISSES` that are in progress;
-- all of them every `FULL_EVERY` scans, and before `progress` says that nothing moved: so also before every sleep.
-
-What outlives a link:
-
-- One that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer the
-  interpreter frees first would be a crash. A link whose last thread still runs then (a daemon's) is left as it is.
-- UCX does not survive a fork. In the child, what the parent had is never freed, so that nothing closes the parent's
-  connections, and every use is an error that says so.
 """
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import ipaddress
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
@@ -59,22 +41,16 @@ from ucxx_transport.link.ucx_endpoint import (
     CHANNEL_BITS,
     CLOSE_TIMEOUT_S,
     UCXXEndpoint,
-    UCXXMessage,
-    UCXXOperation,
 )
+from ucxx_transport.link.ucx_flight import EVERYTHING, Flight, UCXXMessage, UCXXOperation
 from ucxx_transport.link.ucx_listener import UCXXListener
+from ucxx_transport.link.ucx_process import check_not_forked, keep_for_good, link_closed, link_opened
 
 BURST: Final = 32
 """Progress calls in a row: at 512 KiB a segment some 2 ms, so that timers and peers need not wait for a transfer."""
 
 TURN_S: Final = 1e-3
 """How long a spinning `progress` goes on while something moves that ends no operation."""
-
-IDLE_ENDPOINTS: Final = 4
-HOT_ENDPOINTS: Final = 64
-MISSES: Final = 4
-FULL_EVERY: Final = 16
-EVERYTHING: Final = 1 << 30
 
 STRAYS_EVERY: Final = 8
 """Turns in which something moved between two looks for unexpected messages: at 64 KiB each some 16 MiB of them."""
@@ -84,12 +60,6 @@ UNEXPECTED_AT_ONCE: Final = 4096
 
 PAUSE_S: Final = 1e-3
 """Pause after an error of UCX itself in a turn, and between two turns of a close, so as not to burn a core."""
-
-_links: set[UCXXLink] = set()
-_leaked: list[object] = []
-"""What UCX may still write to: kept for the life of the process."""
-
-_pids_that_used_ucx: set[int] = set()
 
 
 class UCXXLink:
@@ -101,16 +71,15 @@ class UCXXLink:
         ucx: further UCX settings, such as `{"TLS": "tcp"}`.
 
     Attributes:
-        order: the open endpoints, most recently used first.
-        ready: what is to be called in the next turn, with its argument.
-        cancel_due: operations of a broken connection are to be ended in the next turn.
+        thread: that had the last turn.
+        For the others see `ucx_flight.LinkContext`.
 
     Raises:
         ConfigError: ucxx is missing, UCX refuses a setting, or this is a fork of a process that used UCX.
     """
 
     def __init__(self, timers: Timers, *, shm_lanes: bool = False, ucx: Mapping[str, str] | None = None) -> None:
-        _check_not_forked()
+        check_not_forked()
         self.timers = timers
         self.binding = load_binding()
         quiet_ucxx_log()
@@ -139,10 +108,10 @@ class UCXXLink:
                 environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
                 settings=settings,
             ) from exc
-        self._progress_once = self.worker.progress_once
-        self._descriptor = self.worker.epoll_file_descriptor
+        self._progress_once: Callable[[], bool] = self.worker.progress_once
+        self._descriptor: int = self.worker.epoll_file_descriptor
         self._any_tag, self._any_mask = lib.UCXXTag(0), lib.UCXXTagMask(0)
-        self.order: OrderedDict[UCXXEndpoint, None] = OrderedDict()
+        self.flight = Flight()
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.cancel_due = False
         self.thread = threading.get_ident()
@@ -150,12 +119,9 @@ class UCXXLink:
         self._closing: dict[UCXXEndpoint, Timer] = {}
         self._listeners: set[UCXXListener] = set()
         self._bases: set[int] = set()
-        self._scans = 0
-        self._unscanned = False
         self._closed = False
         self._forked = False
-        _pids_that_used_ucx.add(os.getpid())
-        _links.add(self)
+        link_opened(self)
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> UCXXEndpoint:
         self.check_usable()
@@ -190,8 +156,6 @@ class UCXXLink:
         return UCXXMessage(view, self.binding.make_array(view))
 
     def progress(self, spin_s: float = 0.0) -> bool:
-        if self._closed or self._forked:
-            self.check_usable()
         self.thread = threading.get_ident()
         self.counters.progress_turns += 1
         progress_once = self._progress_once
@@ -199,7 +163,7 @@ class UCXXLink:
         turn_end = 0.0
         while True:
             moved = 0
-            looks = self._unscanned
+            looks = self.flight.overlooked
             try:
                 if progress_once():
                     moved = 1
@@ -215,7 +179,7 @@ class UCXXLink:
             if self._call_back(moved):
                 return True
             if not spin_s or not (moved or looks):
-                return bool(moved)
+                return moved > 0
             now = clock()
             turn_end = turn_end or now + TURN_S
             if now > turn_end:
@@ -224,7 +188,7 @@ class UCXXLink:
     def arm(self) -> bool:
         if self._forked or self._closed:
             self.check_usable()
-        if self.ready or self.cancel_due or self._unscanned or self._lost or not self.worker.arm():
+        if self.ready or self.cancel_due or self.flight.overlooked or self._lost or not self.worker.arm():
             return False
         self.counters.sleeps += 1
         return True
@@ -233,11 +197,11 @@ class UCXXLink:
         return self._descriptor
 
     def statistics(self) -> LinkStatistics:
-        self.counters.endpoints_open = len(self.order)
+        self.counters.endpoints_open = len(self.flight.order)
         return self.counters.snapshot()
 
     def transports(self) -> tuple[str, ...]:
-        lanes = [lane for endpoint in self.order for lane in endpoint.lanes()]
+        lanes = [lane for endpoint in self.flight.order for lane in endpoint.lanes()]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)
 
@@ -247,7 +211,7 @@ class UCXXLink:
             return
         failure: Exception | None = None
         late_s = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self.order or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
+        while (self.flight.order or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
             try:
                 self._end_all(late=time.monotonic() > late_s)
                 if not self.progress():
@@ -256,15 +220,16 @@ class UCXXLink:
                 failure = failure or exc
         self._closed = True
         self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
-        _links.discard(self)
-        del self._progress_once, self.worker, self._context
+        link_closed(self)
+        self._progress_once = self._refused
+        del self.worker, self._context
         if failure is not None:
             raise failure
 
     def forget(self) -> None:
         self._forked = True
-        _never_free(self)
-        for endpoint in self.order:
+        self._progress_once = self._refused
+        for endpoint in self.flight.order:
             endpoint.alive = False
 
     def check_usable(self) -> None:
@@ -280,8 +245,7 @@ class UCXXLink:
 
     def adopt(self, endpoint: UCXXEndpoint) -> None:
         """Count an endpoint among the open ones."""
-        self.order[endpoint] = None
-        self.order.move_to_end(endpoint, last=False)
+        self.flight.add(endpoint)
         self._bases.add(endpoint.base)
 
     def note_lost(self, endpoint: UCXXEndpoint) -> None:
@@ -300,7 +264,7 @@ class UCXXLink:
 
     def forget_endpoint(self, endpoint: UCXXEndpoint) -> None:
         """An endpoint is closed."""
-        del self.order[endpoint]
+        del self.flight.order[endpoint]
         self._bases.discard(endpoint.base)
         self._discard_unexpected()
 
@@ -312,7 +276,7 @@ class UCXXLink:
         """Keep the buffer of an operation that never ends, for good."""
         self.counters.leaked_buffers += 1
         self.counters.leaked_bytes += operation.nbytes
-        _leaked.extend((operation, ucx))
+        keep_for_good(operation, ucx)
 
     def explain_unreachable(self, error: TransportError, address: tuple[str, int] | None) -> TransportError:
         """The same error, or a ConfigError where it is this side's settings that leave no way to another host."""
@@ -325,6 +289,10 @@ class UCXXLink:
             )
         return error
 
+    def _refused(self) -> bool:
+        self.check_usable()
+        raise AssertionError
+
     def _call_back(self, moved: int) -> bool:
         """Call what is ready, what has ended, who is lost and who is closed; whether anything was called."""
         called = False
@@ -333,15 +301,15 @@ class UCXXLink:
             for _ in range(len(self.ready)):
                 action, argument = self.ready.popleft()
                 action(argument)
-        everywhere = self._unscanned and not moved
+        everywhere = self.flight.overlooked and not moved
         if self.cancel_due and moved < BURST:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
             self.cancel_due = False
             self.worker.cancel_inflight_requests()
             everywhere = True
         if everywhere or moved:
-            called = self._scan(everywhere=everywhere) or called
-            if self._scans % STRAYS_EVERY == 0:
+            called = self.flight.search(everywhere=everywhere) or called
+            if self.flight.searches % STRAYS_EVERY == 0:
                 self._discard_unexpected()
         if self._closing:
             called = self._end_closing() or called
@@ -350,34 +318,8 @@ class UCXXLink:
             self._lost.popleft().lose()
         return called
 
-    def _scan(self, *, everywhere: bool) -> bool:
-        self._scans += 1
-        if everywhere or self._scans % FULL_EVERY == 0:
-            endpoints = tuple(self.order)
-            misses = EVERYTHING
-        else:
-            endpoints = tuple(islice(self.order, HOT_ENDPOINTS))
-            misses = MISSES
-        found = False
-        idle = 0
-        partial = len(endpoints) < len(self.order)
-        self._unscanned = True  # until it is through: a callback may raise
-        for endpoint in endpoints:
-            if endpoint.scan(misses):
-                found = True
-                idle = 0
-            elif found and misses == MISSES:
-                idle += 1
-                if idle == IDLE_ENDPOINTS:
-                    partial = True
-                    break
-            if len(endpoint.receives) > misses or len(endpoint.sends) > misses:
-                partial = True
-        self._unscanned = partial
-        return found
-
     def _end_closing(self) -> bool:
-        ended = [endpoint for endpoint in tuple(self._closing) if endpoint.scan(EVERYTHING) or endpoint.ended()]
+        ended = [endpoint for endpoint in tuple(self._closing) if endpoint.search(EVERYTHING) or endpoint.ended()]
         for endpoint in ended:
             if endpoint.ended() and endpoint in self._closing:
                 self._closing.pop(endpoint).cancel()
@@ -393,7 +335,7 @@ class UCXXLink:
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self._listeners):
             listener.close()
-        for endpoint in list(self.order):
+        for endpoint in list(self.flight.order):
             endpoint.close()
             if late:
                 self._end_late(endpoint)
@@ -415,43 +357,7 @@ class UCXXLink:
             request = self.worker.tag_recv(nowhere, tag)
             self.counters.unexpected_messages += 1
             if request.status == IN_PROGRESS:  # UCX still refers to it: dropping it, or the array, could be a crash
-                _leaked.extend((request, nowhere))
+                keep_for_good(request, nowhere)
             found = self.worker.tag_probe(self._any_tag, self._any_mask)
             if not found.matched:
                 return
-
-
-def _check_not_forked() -> None:
-    """Refuse to use UCX in a fork of a process that has used it.
-
-    Raises:
-        ConfigError: this is one.
-    """
-    if _pids_that_used_ucx - {os.getpid()}:
-        raise ConfigError(FORKED)
-
-
-@atexit.register
-def _close_all() -> None:
-    running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-    for link in list(_links):
-        if _pids_that_used_ucx - {os.getpid()} or link.thread in running:
-            _never_free(link)
-        else:
-            link.close()
-    for thing in _leaked:
-        _never_free(thing)
-
-
-def _in_forked_child() -> None:
-    for thing in _leaked:
-        _never_free(thing)
-    for link in _links:
-        link.forget()
-
-
-def _never_free(thing: object) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

@@ -21,7 +21,7 @@ import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
@@ -35,9 +35,7 @@ from ucxx_transport.link.ucx_api import (
     listener_has_answered,
     release_cancelled,
 )
-
-if TYPE_CHECKING:
-    from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.link.ucx_flight import EVERYTHING, HELLO, RECEIVE, SEND, LinkContext, UCXXMessage, UCXXOperation
 
 MAGIC: Final = b"UXTL"
 VERSION: Final = 2
@@ -54,55 +52,17 @@ GRACE_S: Final = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
 (seen over shared-memory lanes): it is given up, and its buffer leaked when the endpoint is closed."""
 
-RECEIVE, SEND, HELLO = range(3)
-
-
-class UCXXMessage:
-    """See `base.Message`."""
-
-    __slots__ = ("array", "nbytes", "writable")
-
-    def __init__(self, view: memoryview, array: UcxArray) -> None:
-        self.array = array
-        self.nbytes = view.nbytes
-        self.writable = not view.readonly
-
-
-class UCXXOperation:
-    """Something that UCX was asked to do for an endpoint. See `base.Operation`.
-
-    Attributes:
-        request: UCX's; None before it was asked, and when it is over.
-        array: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
-        kind: RECEIVE, SEND or HELLO; of the last, either direction, nothing is counted.
-    """
-
-    __slots__ = ("array", "completed", "error", "kind", "nbytes", "on_done", "request")
-
-    def __init__(
-        self, kind: int, array: UcxArray, nbytes: int, on_done: OnDone | None, request: UcxRequest | None
-    ) -> None:
-        self.kind = kind
-        self.array: UcxArray | None = array
-        self.nbytes = nbytes
-        self.on_done = on_done
-        self.request = request
-        self.completed = False
-        self.error: TransportError | None = None
-
 
 class UCXXEndpoint:
     """See `base.Endpoint`. Made by `UCXXLink.connect` and its listeners.
 
     Args:
-        link: that owns it.
-        ucx: the connection, which may not be up yet; None where UCX did not even begin.
+        ucx: the connection, which may not be up yet; None where UCX did not even begin, for the reason `error`.
         peer: `host:port`, for messages.
         events: of its owner; a listener sets it later.
-        address: numeric address and port of the listener it connects to.
+        address: of the listener that it connects to.
         on_ended: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
             listener, into which UCX points.
-        error: why UCX did not begin.
 
     Attributes:
         receives, sends: what is in flight, oldest first.
@@ -110,7 +70,7 @@ class UCXXEndpoint:
 
     def __init__(
         self,
-        link: UCXXLink,
+        link: LinkContext,
         ucx: UcxEndpoint | None,
         peer: str,
         *,
@@ -129,6 +89,7 @@ class UCXXEndpoint:
         self._counters = link.counters
         self._make_array = link.binding.make_array
         self._make_tag = link.binding.lib.UCXXTag
+        self._touch = link.flight.order.move_to_end
         self._ucx = ucx
         self._address = address
         self._on_ended = on_ended
@@ -153,7 +114,7 @@ class UCXXEndpoint:
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
         if not self.alive:
-            raise self.refusal()
+            raise self._why_lost()
         if type(buffer) is UCXXMessage:
             if not buffer.writable:
                 raise ConfigError("buffer is read-only; a receive needs a writable one")
@@ -167,7 +128,7 @@ class UCXXEndpoint:
         operation = UCXXOperation(RECEIVE, array, nbytes, on_done, request)
         if request.status == IN_PROGRESS:
             self.receives.append(operation)
-            self._link.order.move_to_end(self, last=False)
+            self._touch(self, False)  # noqa: FBT003  # positional is what it costs least
         else:  # the message was there already
             self._take_outcome(operation)
             self._link.ready.append((on_done, operation))
@@ -176,7 +137,7 @@ class UCXXEndpoint:
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
         """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
         if not self.alive:
-            raise self.refusal()
+            raise self._why_lost()
         if type(buffer) is UCXXMessage:
             array, nbytes = buffer.array, buffer.nbytes
         else:
@@ -193,7 +154,7 @@ class UCXXEndpoint:
         operation = UCXXOperation(SEND, array, nbytes, on_done, request)
         if request.status == IN_PROGRESS:
             self.sends.append(operation)
-            self._link.order.move_to_end(self, last=False)
+            self._touch(self, False)  # noqa: FBT003  # positional is what it costs least
         else:
             self._take_outcome(operation)
             if on_done is not None:
@@ -221,11 +182,11 @@ class UCXXEndpoint:
             return ()
         return endpoint_lanes(self._ucx.handle)
 
-    def scan(self, misses: int) -> bool:
-        """Call back what has ended.
+    def search(self, misses: int) -> bool:
+        """Call back what has ended; whether anything has. See `ucx_flight`.
 
         Args:
-            misses: stop after so many, of the sends and of the receives, that have not.
+            misses: how many of the receives, and of the sends, may be in progress.
         """
         found = False
         for flight in (self.receives, self.sends):
@@ -290,11 +251,6 @@ class UCXXEndpoint:
         while self._on_closed:
             self._on_closed.pop(0)(self._clean is True)
 
-    def refusal(self) -> TransportError:
-        """The error of an operation that cannot be posted."""
-        self._link.check_usable()
-        return self._why_lost()
-
     def _greeted(self, operation: object, hello: bytearray) -> None:
         """The peer's hello has come, or never will."""
         assert isinstance(operation, UCXXOperation)  # its own
@@ -339,11 +295,10 @@ class UCXXEndpoint:
             request.check_error()
         except translator.root as exc:
             truncated = operation.kind == RECEIVE and isinstance(exc, translator.truncated)
-            if truncated or (self.alive and not self._closed):
-                error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+            if truncated or self.alive:
+                operation.error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
             else:
-                error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
-            operation.error = error
+                operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
             if operation.kind != HELLO:
                 self._counters.ended += 1
                 self._counters.failed += 1
@@ -367,9 +322,7 @@ class UCXXEndpoint:
         """End what waits for a hello that never comes."""
         while self._deferred:
             operation = self._deferred.popleft()[0]
-            operation.completed = True
-            operation.array = None
-            operation.error = self._why_lost()
+            operation.completed, operation.array, operation.error = True, None, self._why_lost()
             self._counters.ended += 1
             self._counters.failed += 1
             if operation.on_done is not None:
@@ -377,7 +330,7 @@ class UCXXEndpoint:
 
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
-        self.scan(len(self.receives) + len(self.sends))
+        self.search(EVERYTHING)
         for operation in (*self.receives, *self.sends):
             on_done, operation.on_done = operation.on_done, None
             if on_done is not None:
@@ -385,6 +338,7 @@ class UCXXEndpoint:
                 on_done(operation)
 
     def _why_lost(self) -> TransportError:
+        self._link.check_usable()
         if self._error is not None:
             return raisable(self._error)
         if self._closed or self.alive:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ucxx_transport.link.base import OnEndpoint
 from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, endpoint_peer, request_peer
 from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
+from ucxx_transport.link.ucx_flight import LinkContext
 from ucxx_transport.logs import get_logger
-
-if TYPE_CHECKING:
-    from ucxx_transport.link.ucx import UCXXLink
 
 _log = get_logger(__name__)
 
@@ -34,7 +32,7 @@ class UCXXListener:
         on_endpoint: gets each connection, in a turn of the link, outside of UCX's callbacks.
     """
 
-    def __init__(self, link: UCXXLink, port: int, on_endpoint: OnEndpoint) -> None:
+    def __init__(self, link: LinkContext, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
         self._on_endpoint = on_endpoint
         self._arrived: deque[UcxEndpoint] = deque()
