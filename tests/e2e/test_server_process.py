@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -154,16 +153,13 @@ def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
     with served_ring() as served:
         ref = write(served.ring, 0, 200_000)
 
-        async def read_and_say_nothing() -> None:
-            async with raw_peer(served.server.ports[0]) as peer:
-                await peer.greet()
-                reply, _ = await peer.read(ref)
-                assert reply.nbytes == ref.nbytes
-                assert served.ring.slot_state(ref.slot) is SlotState.READING
-                kill_server(served)
-                await asyncio.to_thread(wait_until, lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
-
-        asyncio.run(read_and_say_nothing())
+        with raw_peer(served.server.ports[0], served.ring.ring_id) as peer:
+            peer.greet()
+            (answer,) = peer.fetch(ref)
+            assert answer.header.nbytes == ref.nbytes
+            assert served.ring.slot_state(ref.slot) is SlotState.READING
+            kill_server(served)
+            wait_until(lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
         wait_until(lambda: served.ring.statistics().reclaimed_reads == 1, MINUTE)  # the state changes first
         with client_of(connect_timeout_s=1.0) as client, read_retrying(client, ref) as payload:
             assert holds(payload, 0)

@@ -1,42 +1,24 @@
-"""A ring and a port before it, over the in-memory link; the test runs both sides, turn by turn, under its own clock.
-
-`RawPeer` sends exactly what a test wants, byte by byte, and nothing else.
-"""
+"""A ring and a port before it, over the in-memory link; a test runs both sides, turn by turn, under its own clock."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tests.support.raw_peer import READER, RawPeer
 from ucxx_transport.config import RingConfig, ServerConfig
-from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Endpoint, Operation
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
 from ucxx_transport.server.port import Port
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
-from ucxx_transport.wire.codec import decode_header, encode_frame
-from ucxx_transport.wire.frames import (
-    FLAG_PACKED,
-    HEADER_BYTES,
-    Frame,
-    Kind,
-    ReplyHeader,
-    Status,
-    message_bytes,
-    receive_bytes,
-)
+from ucxx_transport.wire.frames import Status
 from ucxx_transport.wire.server_side import SessionSource
 
 HOST = "10.0.0.1"
 PORT = 5001
-ROOM_BYTES = receive_bytes(64 << 10)
-NONCE = bytes(range(32))
-READER = 5
 TURNS = 10_000
 
 
@@ -48,148 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-@dataclass(slots=True)
-class Answer:
-    """What is received on one channel.
-
-    Attributes:
-        channel: which one.
-        buffer: as it arrived.
-        operation: its receive; None before it is posted.
-    """
-
-    channel: int
-    buffer: bytearray
-    operation: Operation | None = None
-
-    @property
-    def has_come(self) -> bool:
-        """Whether a message has arrived."""
-        return self.operation is not None and self.operation.completed and self.operation.error is None
-
-    @property
-    def header(self) -> ReplyHeader:
-        """Of the message."""
-        assert self.has_come
-        return decode_header(self.buffer)
-
-    @property
-    def status(self) -> Status:
-        """Of the message."""
-        return self.header.status
-
-    @property
-    def body(self) -> bytes:
-        """What follows the header: the body, or the text of an error."""
-        return bytes(self.buffer[HEADER_BYTES : HEADER_BYTES + self.header.nbytes])
-
-
-@dataclass(eq=False)
-class RawPeer:
-    """One connection to a port, and the events of its endpoint.
-
-    Attributes:
-        endpoint: as the link gave it.
-        sequence: of the frame sent last.
-        attempt: of the number used last.
-    """
-
-    rig: PortRig
-    endpoint: Endpoint = field(init=False)
-    error: TransportError | None = None
-    sequence: int = 0
-    attempt: int = 0
-
-    def connected(self) -> None:
-        """Nothing to do."""
-
-    def lost(self, error: TransportError) -> None:
-        """Keep why."""
-        self.error = error
-
-    def is_closed(self) -> bool:
-        """Whether the port has broken the connection."""
-        self.rig.settle()
-        return not self.endpoint.alive
-
-    def frame(self, kind: Kind, **words: Any) -> bytes:
-        """The next frame."""
-        self.sequence += 1
-        return encode_frame(Frame(kind, self.sequence, **words))
-
-    def say(self, message: bytes) -> None:
-        """Send, and let nothing happen yet."""
-        self.endpoint.post_send(message)
-
-    def expect(self, channel: int, nbytes: int = ROOM_BYTES) -> Answer:
-        """Post a receive."""
-        answer = Answer(channel & 0xFFFF, bytearray(nbytes))
-        answer.operation = self.endpoint.post_receive(answer.buffer, lambda _: None, channel=answer.channel)
-        return answer
-
-    def ask(self, kind: Kind, **words: Any) -> Answer:
-        """Send a frame of any kind but FETCH; returns when nothing moves any more."""
-        self.attempt += 1
-        answer = self.expect(self.attempt)
-        self.say(self.frame(kind, attempt=self.attempt, **words))
-        self.rig.settle()
-        return answer
-
-    def greet(self, reader: int = READER) -> Answer:
-        """Shake hands without a token."""
-        return self.ask(Kind.HELLO, word=reader, secret=NONCE)
-
-    def names(self, refs: Sequence[SlotRef]) -> tuple[tuple[int, int, int, int, int], ...]:
-        """These payloads, each with an attempt of its own."""
-        names = []
-        for ref in refs:
-            self.attempt += 1
-            names.append((ref.slot, 0, ref.generation, self.attempt, ref.nbytes))
-        return tuple(names)
-
-    def fetch(self, *refs: SlotRef, ends: Sequence[tuple[int, bool]] = (), **changed: Any) -> list[Answer]:
-        """Ask for payloads, each in a message of its own; returns when nothing moves any more."""
-        answers = self.begin_fetch(*refs, ends=ends, **changed)
-        self.rig.settle()
-        return answers
-
-    def begin_fetch(self, *refs: SlotRef, ends: Sequence[tuple[int, bool]] = (), **changed: Any) -> list[Answer]:
-        """The same; nothing has happened yet."""
-        names = self.names(refs)
-        if changed:
-            order = ("slot", "zero", "generation", "attempt", "nbytes")
-            names = tuple(tuple({**dict(zip(order, name, strict=True)), **changed}.values()) for name in names)
-        answers = [self.expect(name[3]) for name in names]
-        self.say(self.frame(Kind.FETCH, ring_id=self.rig.ring.ring_id, names=names, ends=self.ends(ends)))
-        return answers
-
-    def fetch_packed(self, *refs: SlotRef) -> tuple[bytes, list[int]]:
-        """Ask for payloads in one message; returns it and their attempts."""
-        self.attempt += 1
-        shared, names = self.attempt, self.names(refs)
-        answer = self.expect(shared, sum(message_bytes(ref.nbytes) for ref in refs))
-        ring_id = self.rig.ring.ring_id
-        self.say(self.frame(Kind.FETCH, ring_id=ring_id, flags=FLAG_PACKED, attempt=shared, names=names))
-        self.rig.settle()
-        assert answer.has_come
-        return bytes(answer.buffer), [name[3] for name in names]
-
-    def end(self, *attempts: int, delivered: bool = True) -> None:
-        """End attempts, in a frame without names."""
-        self.say(self.frame(Kind.FETCH, ends=self.ends([(attempt, delivered) for attempt in attempts])))
-        self.rig.settle()
-
-    @staticmethod
-    def ends(ends: Sequence[tuple[int, bool]]) -> tuple[int, ...]:
-        """As the frame has them."""
-        return tuple(attempt << 1 | delivered for attempt, delivered in ends)
-
-    def reset(self) -> None:
-        """Be gone, as when the process dies."""
-        self.endpoint.close()
-        self.rig.settle()
 
 
 class PortRig:
@@ -225,7 +65,7 @@ class PortRig:
 
     def connect(self) -> RawPeer:
         """A connection that says nothing."""
-        peer = RawPeer(self)
+        peer = RawPeer(lambda _: self.settle(), self.ring.ring_id)
         peer.endpoint = self._peers.link.connect(HOST, PORT, peer)
         self.settle()
         return peer

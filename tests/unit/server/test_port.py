@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.raw_peer import NONCE, READER, RawPeer
 from tests.support.rows import row
-from tests.unit.server.port_rig import NONCE, READER, PortRig, RawPeer, open_rig
+from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.ring import SlotState
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import HEADER_BYTES, Frame, Kind, Status, message_bytes

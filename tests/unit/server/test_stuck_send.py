@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.server.port_rig import NONCE, PORT, Clock
+from tests.support.raw_peer import NONCE
+from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
 from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, OnDone, OnEndpoint

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.server.port_rig import Answer, PortRig, RawPeer, open_rig
+from tests.support.raw_peer import Answer, RawPeer
+from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -28,12 +29,11 @@ def begin_take(peer: RawPeer, count: int = 16, *, nbytes: int = MiB, wait_ms: in
     """Send a TAKE; room for its payloads is posted too."""
     peer.attempt += 1
     answer = peer.expect(peer.attempt, offer_receive_bytes(count))
-    ring_id = peer.rig.ring.ring_id
     peer.say(
         peer.frame(
             Kind.TAKE,
             attempt=peer.attempt,
-            ring_id=ring_id,
+            ring_id=peer.ring_id,
             word=nbytes,
             max_payloads=count,
             wait_ms=wait_ms,
@@ -41,7 +41,7 @@ def begin_take(peer: RawPeer, count: int = 16, *, nbytes: int = MiB, wait_ms: in
         )
     )
     peer.attempt += count  # the numbers of what it may get
-    peer.rig.settle()
+    peer.wait_for()
     return answer
 
 
@@ -50,7 +50,7 @@ def taken(peer: RawPeer, answer: Answer) -> list[bytes]:
     contents = []
     for number, offered in enumerate(decode_offer(answer.body), 1):
         payload = peer.expect(answer.channel + number)
-        peer.rig.settle()
+        peer.wait_for()
         assert payload.header.generation == offered.generation
         assert len(payload.body) == offered.nbytes
         contents.append(payload.body)
