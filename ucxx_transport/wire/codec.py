@@ -141,10 +141,11 @@ def decode_frame(buffer: Message) -> Frame:
 
 
 def answer_channel(buffer: Message) -> int:
-    """Where to answer a frame that is none: the channel that its attempt would have, or 1, that of a HELLO."""
+    """Where to answer a frame that is none: on its attempt's channel if it has one, else on 1, that of a HELLO."""
     if len(buffer) < FRAME_HEAD_BYTES:
         return 1
-    return _HEAD.unpack_from(buffer)[8] & MAX_CHANNEL or 1
+    magic, version, *words = _HEAD.unpack_from(buffer)
+    return words[6] & MAX_CHANNEL or 1 if (magic, version) == (REQUEST_MAGIC, VERSION) else 1
 
 
 def _refuse_stranger(magic: int, version: int) -> None:

@@ -88,9 +88,9 @@ class ServerHandshake:
         self._client_nonce = client_nonce
         return _WELCOME.pack(self._nonce, window.attempts, 0, window.nbytes)
 
-    def prove(self, mac: bytes) -> bytes | None:
-        """The body of the answer to AUTH, the server's own mac; None: the client's is wrong."""
+    def prove(self, mac: bytes) -> bytes:
+        """The body of the answer to AUTH, the server's own mac; empty: the client's is wrong."""
         token = self._token or b""
         if not hmac.compare_digest(mac, token_mac(token, "client", self._client_nonce, self._nonce)):
-            return None
+            return b""
         return token_mac(token, "server", self._client_nonce, self._nonce)

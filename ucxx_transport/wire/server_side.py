@@ -17,9 +17,8 @@
 Every phase has a time limit; the shell around a session closes the connection once `limit()` has passed. A session that
 has sent its last reply lingers for a moment, so that the client reads it before the connection breaks.
 
-An attempt is over when two things are known, in any order: how it ended, and that its message has left. The shell
-finalises its lease then, once. What has not left yet is bounded, attempts and other replies: a peer that reads nothing
-loses its connection before it piles anything up.
+An attempt is over when two things are known, in any order: how it ended, and that its message has left; the shell
+finalises its lease then, once. What has not left is bounded: who reads nothing loses the connection before it piles up.
 """
 
 from __future__ import annotations
@@ -31,14 +30,7 @@ from typing import Final, NamedTuple
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire.actions import Action, Attempt, End, Reply, Serve, Settle, Take
-from ucxx_transport.wire.codec import (
-    Message,
-    answer_channel,
-    decode_frame,
-    encode_error,
-    encode_offer,
-    encode_reply,
-)
+from ucxx_transport.wire.codec import Message, answer_channel, decode_frame, encode_error, encode_offer, encode_reply
 from ucxx_transport.wire.frames import (
     FLAG_NEWEST,
     MAX_CHANNEL,
@@ -76,6 +68,7 @@ class Phase(Enum):
 _OPEN: Final = Phase.OPEN
 _FETCH: Final = int(Kind.FETCH)
 _DUE: Final = {Phase.GREETING: Kind.HELLO, Phase.CHALLENGED: Kind.AUTH}
+_FULL: Final = "this port is at its limit of connections; try another port or later"
 _FOREIGN: Final = "this server stands before another ring"
 
 
@@ -151,7 +144,7 @@ class ServerSession:
         try:
             decoded = decode_frame(frame)
         except ProtocolError as error:
-            return self._turn_away(Status.BAD_REQUEST, str(error), answer_channel(frame), now)
+            return self._turn_away(str(error), answer_channel(frame), now)
         self._sequence += 1
         if self.phase is not _OPEN or decoded[1] != self._sequence:
             return self._out_of_line(decoded, now)
@@ -213,7 +206,7 @@ class ServerSession:
             self._unsent_shared += 1
         return [Serve(attempts, shared & MAX_CHANNEL)]
 
-    def _obey(self, frame: Frame, now: float) -> Action:
+    def _obey(self, frame: Frame, now: float) -> Action:  # noqa: PLR0911 - one a kind, and one a fault
         """What comes on an open connection and is no FETCH."""
         kind, attempt = Kind(frame.kind), frame.attempt
         if kind in (Kind.HELLO, Kind.AUTH):
@@ -222,7 +215,7 @@ class ServerSession:
             return self._wrong(frame, f"attempt {attempt} is not new", now)
         self._last = attempt + (frame.max_payloads if kind is Kind.TAKE else 0)
         if kind is Kind.BYE:
-            self._last_word(now)
+            self.phase = Phase.CLOSING
             return self._ok(attempt)
         is_foreign = frame.ring_id != self._source.ring_id
         if kind is Kind.CONFIRM:
@@ -231,21 +224,19 @@ class ServerSession:
             return Settle([(name[0], name[2]) for name in frame.names], attempt)
         if is_foreign:
             return self._error(Status.STALE, _FOREIGN, attempt)
-        return self._take(frame, now) if kind is Kind.TAKE else self._describe(attempt)
-
-    def _take(self, frame: Frame, now: float) -> Action:
-        if len(self.takes) >= MAX_TAKES:
-            return self._error(Status.BUSY, f"{MAX_TAKES} TAKEs wait on this connection already", frame.attempt)
-        until_s = now + frame.wait_ms / 1000
-        take = Take(frame.attempt, frame.max_payloads, frame.word, frame.flags == FLAG_NEWEST, until_s)
-        self.takes[take.attempt] = take
-        return take
-
-    def _describe(self, attempt: int) -> Reply:
+        if kind is Kind.TAKE:
+            return self._take(frame, now)
         schema = self._source.schema_bytes
         if len(schema) > MAX_SCHEMA_BYTES:
             return self._error(Status.INTERNAL, "the schema is larger than the wire allows", attempt)
         return self._ok(attempt, schema)
+
+    def _take(self, frame: Frame, now: float) -> Action:
+        if len(self.takes) >= MAX_TAKES:
+            return self._error(Status.BUSY, f"{MAX_TAKES} TAKEs wait on this connection already", frame.attempt)
+        newest, until_s = frame.flags == FLAG_NEWEST, now + frame.wait_ms / 1000
+        take = self.takes[frame.attempt] = Take(frame.attempt, frame.max_payloads, frame.word, newest, until_s)
+        return take
 
     # --- What the shell reports ---
 
@@ -332,18 +323,18 @@ class ServerSession:
         """A frame of the handshake, or one that comes where another is due."""
         if frame.sequence != self._sequence:
             text = f"frame {frame.sequence} came where {self._sequence} was due"
-            return self._turn_away(Status.BAD_REQUEST, text, _channel_of(frame), now)
+            return self._turn_away(text, _channel_of(frame), now)
         if self.phase is Phase.CLOSING or not self._admitted:
-            return self._turn_away(Status.BUSY, "", _channel_of(frame), now)
+            return self._turn_away("", _channel_of(frame), now)
         return [self._greet(frame, now)]
 
-    def _turn_away(self, status: Status, text: str, channel: int, now: float) -> list[Action]:
-        """The last reply, unless it has been given."""
+    def _turn_away(self, text: str, channel: int, now: float) -> list[Action]:
+        """The last reply, unless it has been given; a connection above the cap is BUSY, whatever it says."""
         if self.phase is Phase.CLOSING:
             return []
         if not self._admitted:
-            status, text = Status.BUSY, "this port is at its limit of connections; try another port or later"
-        return [self._close(status, text, channel, now)]
+            return [self._close(Status.BUSY, _FULL, channel, now)]
+        return [self._close(Status.BAD_REQUEST, text, channel, now)]
 
     def _greet(self, frame: Frame, now: float) -> Reply:
         kind, attempt = Kind(frame.kind), frame.attempt
@@ -361,11 +352,10 @@ class ServerSession:
                 self.phase = Phase.CHALLENGED  # the first-frame limit covers the whole handshake
                 return self._ok(attempt, body, token_required=True)
         else:
-            proof = self._handshake.prove(frame.secret)
-            if proof is None:
+            body = self._handshake.prove(frame.secret)
+            if not body:
                 text = "wrong token; give client and server the same one"
                 return self._close(Status.UNAUTHORIZED, text, attempt & MAX_CHANNEL, now)
-            body = proof
         self.phase = _OPEN
         self._since_s = now
         return self._ok(attempt, body)
@@ -388,11 +378,7 @@ class ServerSession:
     def _ok(self, attempt: int, body: bytes = b"", *, token_required: bool = False) -> Reply:
         source = self._source
         header = ReplyHeader(
-            status=Status.OK,
-            nbytes=len(body),
-            ring_id=source.ring_id,
-            fingerprint=source.fingerprint,
-            token_required=token_required,
+            Status.OK, len(body), source.ring_id, fingerprint=source.fingerprint, token_required=token_required
         )
         self._unsent_replies += 1
         return Reply(encode_reply(header, body), attempt & MAX_CHANNEL, Status.OK)
@@ -405,12 +391,9 @@ class ServerSession:
         return self._close(Status.BAD_REQUEST, text, _channel_of(frame), now)
 
     def _close(self, status: Status, text: str, channel: int, now: float) -> Reply:
-        self._last_word(now)
-        return self._error(status, text, channel)
-
-    def _last_word(self, now: float) -> None:
         self.phase = Phase.CLOSING
         self._since_s = now
+        return self._error(status, text, channel)
 
 
 def _channel_of(frame: Frame) -> int:
