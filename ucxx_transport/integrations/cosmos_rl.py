@@ -119,7 +119,7 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         deadline_s: float = 30.0,
         max_fetch_rounds: int = 3,
     ) -> None:
-        """Make the client, with a thread and an event loop of its own.
+        """Make the client, with a thread of its own.
 
         Args:
             device: as for `RolloutFeed`.

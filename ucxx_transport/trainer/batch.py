@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +17,9 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import anyio
 
 from ucxx_transport.client.ports import attempt_budget_s
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, check_staleness, loss_of, sort_out
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, check_staleness, loss_of, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -175,7 +174,7 @@ async def fetch_batch(
     client: BatchReader,
     records: Sequence[AskedFor],
     *,
-    deadline_s: float,
+    deadline_s: float | str,
     max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
     policy_version: int | None = None,
     max_staleness: int | None = None,
@@ -199,7 +198,11 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    limits = FetchLimits(deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness)
+    limits = FetchLimits(
+        deadline_s=checked_seconds(deadline_s, "deadline_s"),
+        max_fetch_rounds=max_fetch_rounds,
+        max_staleness=max_staleness,
+    )
     rounds = Rounds(FetchRequest(records, policy_version, limits), anyio.current_time())
     try:
         while rounds.wanted:
@@ -219,19 +222,27 @@ class BatchFetch:
     Args:
         core: reads.
         request: the batch.
-        on_done: called once, in that thread, with the batch, or with what ended the fetch that was no TransportError of
-            one episode; not called after `abandon`. Must not raise.
+        on_done: called once, in that thread, with this fetch and the batch, or what ended it that was no TransportError
+            of one episode; not called after `abandon`. Must not raise.
         on_payload: given every payload as it comes, gives what stands in its place; what it raises beside
             TransportErrors ends the fetch.
+
+    Attributes:
+        request: as given.
+        outcome: for who waits for it: what `on_done` was given, unless it is dropped.
+        is_dropped: whether nobody waits for it any more.
     """
 
-    __slots__ = ("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer", "request")
+    __slots__ = (
+        *("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer"),
+        *("is_dropped", "outcome", "request"),
+    )
 
     def __init__(
         self,
         core: ClientCore,
         request: FetchRequest,
-        on_done: Callable[[Batch | Exception], None],
+        on_done: Callable[[BatchFetch, Batch | Exception], None],
         on_payload: Callable[[Payload], Payload] | None = None,
     ) -> None:
         self._core = core
@@ -243,6 +254,8 @@ class BatchFetch:
         self._timer: Timer | None = None
         self._error: Exception | None = None
         self._over = False
+        self.is_dropped = False
+        self.outcome: Batch | Exception | None = None
 
     def start(self, after_s: float = 0.0) -> None:
         """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
@@ -259,11 +272,13 @@ class BatchFetch:
         job, self._job = self._job, None
         if job is not None:
             self._core.abandon(job)
-            for outcome in job.outcomes:
-                if outcome is not None and not isinstance(outcome, Exception):
-                    outcome.release()
         if self._rounds is not None:
             self._rounds.release()
+
+    def fail(self, error: Exception) -> None:
+        """Give it up: `on_done` is called with this."""
+        self.abandon()
+        self._on_done(self, error)
 
     def _begin(self) -> None:
         self._rounds = Rounds(self.request, self._core.reactor.now())
@@ -313,13 +328,12 @@ class BatchFetch:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
-            self.abandon()
-            self._on_done(error)
+            self.fail(error)
 
     def _finish(self, batch: Batch) -> None:
         self._over = True
         self._rounds = None
-        self._on_done(batch)
+        self._on_done(self, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,53 +359,3 @@ class PrefetchStatistics:
     losses: Mapping[str, int]
     given_up: int
     unlocked_rings: int = 0
-
-
-class PrefetchCounters:
-    """The running counts behind `PrefetchStatistics`. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
-        self._fetch_s = 0.0
-        self._losses: Counter[str] = Counter()
-
-    def handed_out(self, batch: Batch) -> None:
-        """Count a batch that the trainer has taken; its losses are counted by `lost`."""
-        with self._lock:
-            self._batches += 1
-            self._episodes += len(batch.payloads)
-            self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
-            self._retried += batch.retried
-            self._fetch_s += batch.took_s
-
-    def lost(self, losses: Sequence[Loss]) -> None:
-        """Count episodes by why they are in no batch."""
-        with self._lock:
-            self._losses.update(loss.reason.value for loss in losses)
-
-    def left(self, count: int) -> int:
-        """Count episodes that were asked for and will not be taken; returns how many there have been."""
-        with self._lock:
-            if count:
-                self._losses[LossReason.CLOSED.value] += count
-            return self._losses[LossReason.CLOSED.value]
-
-    def gave_up(self) -> None:
-        """Count a batch that did not come in time."""
-        with self._lock:
-            self._given_up += 1
-
-    def snapshot(self, unlocked_rings: int) -> PrefetchStatistics:
-        """The counts now."""
-        with self._lock:
-            return PrefetchStatistics(
-                batches=self._batches,
-                episodes=self._episodes,
-                nbytes=self._nbytes,
-                fetch_s=self._fetch_s,
-                retried=self._retried,
-                losses=dict(self._losses),
-                given_up=self._given_up,
-                unlocked_rings=unlocked_rings,
-            )

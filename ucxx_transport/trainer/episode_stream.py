@@ -68,7 +68,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         *,
         device: object = None,
         ahead: int = 8,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,

@@ -34,7 +34,7 @@ from ucxx_transport.gpu import PageLockError, Receiver, Upload, page_lock
 from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu.runtime import Bytes
+    from ucxx_transport.gpu.page_lock import Bytes
     from ucxx_transport.link.base import Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.placement import Placement

@@ -106,7 +106,7 @@ class RolloutFeed:
         config: ClientConfig | None = None,
         *,
         device: object = None,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
@@ -189,7 +189,7 @@ class RolloutFeed:
             self._prefetcher.defer(lambda: asked.records, policy_version=policy_version)
             self._begun(asked, policy_version)
 
-    def wait(self, timeout_s: float | None = None) -> bool:
+    def wait(self, timeout_s: float | str | None = None) -> bool:
         """Wait for the batch on its way and take it into use; the one before it is released, with the next that comes.
 
         Args:
@@ -207,7 +207,7 @@ class RolloutFeed:
         self._report()
         return came
 
-    def collect(self, timeout_s: float | None = None) -> list[object] | None:
+    def collect(self, timeout_s: float | str | None = None) -> list[object] | None:
         """The rollouts to train on now: waits for the batch on its way, if one is.
 
         Returns:
@@ -313,7 +313,7 @@ class RolloutFeed:
         self._report()
         return changed
 
-    def _take_next(self, timeout_s: float | None) -> bool:
+    def _take_next(self, timeout_s: float | str | None) -> bool:
         """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
         if not self._pending:
             raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")

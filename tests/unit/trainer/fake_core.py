@@ -75,6 +75,9 @@ class FakeCore:
 
     def abandon(self, job: FakeJob) -> None:
         self.abandoned.append(job)
+        for outcome in job.outcomes:
+            if isinstance(outcome, Payload):
+                outcome.release()
 
     def run(self, until_s: float = math.inf) -> None:
         """Let time pass as far as there is something to be done, or to `until_s` from the start."""

@@ -27,7 +27,7 @@ from ucxx_transport import (
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, fetch_batch
-from ucxx_transport.trainer.batch import ROUND_PAUSE_S, BatchFetch, FetchLimits, FetchRequest
+from ucxx_transport.trainer.batch import ROUND_PAUSE_S, BatchFetch, FetchLimits, FetchRequest, Records
 from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
 
 LOST = PeerLostError("gone")
@@ -40,18 +40,19 @@ def episode(number: int, **other: Any) -> EpisodeRecord:
 
 def begun(
     core: FakeCore,
-    records: Sequence[AskedFor],
+    records: Records,
     *,
     deadline_s: float = 10,
     policy_version: int | None = None,
     on_payload: Any = None,
+    after_s: float = 0.0,
     **limits: Any,
 ) -> tuple[BatchFetch, list[Batch | Exception]]:
     """A fetch, and where its outcome will be."""
     outcomes: list[Batch | Exception] = []
     request = FetchRequest(records, policy_version, FetchLimits(deadline_s=deadline_s, **limits))
-    fetch = BatchFetch(cast("ClientCore", core), request, outcomes.append, on_payload)
-    fetch.start()
+    fetch = BatchFetch(cast("ClientCore", core), request, lambda _, outcome: outcomes.append(outcome), on_payload)
+    fetch.start(after_s)
     return fetch, outcomes
 
 
@@ -167,7 +168,7 @@ def test_a_wrong_argument_is_named() -> None:
         ({"max_staleness": -1, "policy_version": 1}, "max_staleness"),
     ):
         with row(**settings), pytest.raises(ConfigError) as caught:
-            begun(FakeCore(), [], **settings)  # type: ignore[arg-type]
+            begun(FakeCore(), [], **settings)
         assert caught.value.facts["field"] == field
 
 
@@ -183,9 +184,7 @@ def test_rounds_of_several_batches_go_on_side_by_side() -> None:
 
 def test_a_fetch_that_begins_later_has_its_whole_deadline() -> None:
     core = FakeCore()
-    request = FetchRequest([episode(0)], None, FetchLimits(deadline_s=4, max_fetch_rounds=1))
-    outcomes: list[Batch | Exception] = []
-    BatchFetch(cast("ClientCore", core), request, outcomes.append).start(after_s=3)
+    _, outcomes = begun(core, [episode(0)], deadline_s=4, max_fetch_rounds=1, after_s=3)
     assert core.asked == []
     core.run()
     assert (core.began_s, core.limits_s, len(outcomes)) == ([1003.0], [4.0], 1)
@@ -205,8 +204,7 @@ def test_an_abandoned_fetch_leaves_no_payload_behind_wherever_it_was() -> None:
             assert (outcomes, len(core.asked)) == ([], jobs)
             assert all(payload.released for payload in core.delivered)
     core = FakeCore()
-    fetch = BatchFetch(cast("ClientCore", core), fetch.request, outcomes.append)
-    fetch.start(after_s=1)
+    fetch, outcomes = begun(core, [episode(0)], after_s=1)
     fetch.abandon()
     core.run()
     assert (core.asked, outcomes) == ([], [])
@@ -223,9 +221,7 @@ def test_what_a_fetch_meets_beside_errors_of_episodes_ends_it_and_releases_what_
     def records() -> list[EpisodeRecord]:
         raise ZeroDivisionError("no records")
 
-    outcomes.clear()
-    request = FetchRequest(records, None, FetchLimits(deadline_s=1))
-    BatchFetch(cast("ClientCore", core), request, outcomes.append).start()
+    _, outcomes = begun(core, records)
     assert str(outcomes[0]) == "no records"
 
 
