@@ -488,7 +488,8 @@ class Reads:
         for read in reads:
             read.attempt = None
         if stale and isinstance(error, PeerLostError):
-            self._moved.setdefault(key, []).extend(reads)  # no reason to distrust the port
+            if reads:
+                self._moved.setdefault(key, []).extend(reads)  # no reason to distrust the port
         else:
             failed = [read for read in (asked if connection.is_open else reads) if read.job is not None]
             if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE and (failed or not connection.is_open):
@@ -614,7 +615,9 @@ class Reads:
                 elif self._moved:
                     moved, self._moved = self._moved, {}
                     for key, reads in moved.items():
-                        self._enqueue(key, [read for read in reads if read.job is not None], self._now())
+                        wanted = [read for read in reads if read.job is not None]
+                        if wanted:
+                            self._enqueue(key, wanted, self._now())
                 elif self.finished:
                     self.connections.send_ends()
                     job = self.finished.pop(0)
