@@ -72,9 +72,9 @@ class RigClient:
             raise outcome
         return outcome
 
-    def consume(self, *refs: SlotRef) -> None:
+    def consume(self, *refs: SlotRef, deadline_s: float | None = None) -> None:
         """Read payloads together, and release them."""
-        for outcome in self.read_many(refs):
+        for outcome in self.read_many(refs, deadline_s=deadline_s):
             assert isinstance(outcome, Payload), outcome
             outcome.release()
 

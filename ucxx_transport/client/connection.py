@@ -160,7 +160,7 @@ class Connection:
         self.proved = False
         self.used_s = 0.0
         self._in_flight_bytes = 0
-        self._undescribed: dict[int, list[Attempt]] = {}
+        self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self._errands: list[Errand] = []
         self._running: list[Errand] = []
         self._endpoint: Endpoint | None = None
@@ -361,10 +361,13 @@ class Connection:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
             return
         if ref.fingerprint and ref.fingerprint not in self._pool.schemas:
-            waiting = self._undescribed.get(ref.fingerprint)
-            if waiting is None:
-                waiting = self._describe(ref.ring_id, ref.fingerprint)
-            waiting.append(attempt)
+            waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
+            if isinstance(waiting, TransportError):
+                self._answered(attempt)
+                self._reads.refused(attempt, waiting)
+                session.end(attempt.number, delivered=False)
+            else:
+                waiting.append(attempt)
             return
         del self.attempts[attempt.number]  # as `_answered`
         self._in_flight_bytes -= ref.nbytes
@@ -415,8 +418,10 @@ class Connection:
 
     # --- Schemas, confirmations, the end ---
 
-    def _describe(self, ring_id: bytes, fingerprint: int) -> list[Attempt]:
-        waiting = self._undescribed[fingerprint] = []
+    def _describe(self, ring_id: bytes, fingerprint: int) -> None:
+        """Ask for a ring's schema; payloads that come before it wait for it, or fail as it does."""
+        waiting: list[Attempt] = []
+        self._undescribed[fingerprint] = waiting
 
         def described(asked: Asked, answer: bytearray) -> None:
             error: TransportError | None = None
@@ -429,9 +434,9 @@ class Connection:
                         found=f"{schema.fingerprint:#018x}",
                     )
                 self._pool.schemas[fingerprint] = schema
+                del self._undescribed[fingerprint]
             except TransportError as caught:
-                error = caught
-            self._undescribed.pop(fingerprint, None)
+                error = self._undescribed[fingerprint] = caught
             for attempt in waiting:
                 self._answered(attempt)
                 if error is None:
@@ -443,7 +448,6 @@ class Connection:
             self.after_answers()
 
         self._ask(self._session.describe(ring_id), DESCRIBE_RECEIVE_BYTES, described)
-        return waiting
 
     def settle(self, ring_id: bytes) -> None:
         """Say again what the server may not know; its answer is not waited for: frames are handled in order."""

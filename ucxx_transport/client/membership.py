@@ -72,8 +72,6 @@ class Membership:
         self._report(record, is_there=True)
 
     def _report(self, record: SourceRecord, *, is_there: bool) -> None:
-        if self._unsubscribe is None and not is_there:
-            return  # closed
         with self._lock:
             is_first = not self._news
             was_removed = self._news.get(record.ring_id, (record, True))[1] is False

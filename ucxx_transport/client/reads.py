@@ -512,8 +512,12 @@ class Reads:
                 break
         now = self._now()
         alternate = read.alternate
-        may_rotate = alternate is not None and now < read.limit_s and not self._quarantine.holds(alternate, now)
-        if alternate is None or not may_rotate or judge_port(error) is PortVerdict.PROPAGATE:
+        if (
+            alternate is None
+            or now >= read.limit_s
+            or judge_port(error) is PortVerdict.PROPAGATE
+            or (read.source.probe is not read and self._quarantine.holds(alternate, now))
+        ):
             self._call_failed(read, error, now)
             return
         self._counters.add("rotations")

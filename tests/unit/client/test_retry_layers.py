@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import struct
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.exchange_rig import ExchangeRig, open_rig
-from tests.support.raw_server import welcome
+from tests.support.exchange_rig import ExchangeRig, SilentPeer, open_rig
+from tests.support.rows import row
+from ucxx_transport.client import Payload
+from ucxx_transport.client.ports import PROBE_S
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import (
     AuthenticationError,
     BusyError,
+    ConfigError,
     DeadlineExceededError,
     PeerLostError,
     ProtocolError,
@@ -21,21 +25,20 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
-from ucxx_transport.schema import Schema, TensorSpec
+from ucxx_transport.schema import Schema, SlotRef, TensorSpec
+from ucxx_transport.testing.faults import Hold
 from ucxx_transport.wire.codec import encode_reply
-from ucxx_transport.wire.frames import ReadReply, Status
+from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status
 
 EPISODE = bytes(range(256)) * 16
+_BODY = struct.pack("<32sIIQ", bytes(NONCE_BYTES), 64, 0, 1 << 30)
+WELCOME = encode_reply(ReplyHeader(status=Status.OK, nbytes=len(_BODY)), _BODY)
 
 
-def rig.now_s -> float:
-    return asyncio.get_running_loop().time()
-
-
-def nothing_is_held(rig: ExchangeRig, *slots: int) -> bool:
+def nothing_is_held(rig: ExchangeRig, *refs: SlotRef) -> bool:
     """Whether, once both sides have come to rest, every slot is READY and none is held."""
-    rig.advance(30.0)  # virtual: beyond the server's acknowledgement limit and its sweep
-    return all(rig.ring.slot_state(slot) is SlotState.READY for slot in slots)
+    rig.advance(30.0)  # beyond the server's acknowledgement limit and its sweep
+    return rig.states(*refs) == [SlotState.READY] * len(refs)
 
 
 def test_a_dead_port_costs_one_rotation_and_is_avoided_from_then_on() -> None:
@@ -55,7 +58,8 @@ def test_a_port_that_dies_with_idle_connections_is_no_failure_of_the_others() ->
     with open_rig(ports=2) as rig:
         client = rig.client()
         for _ in range(2):
-            client.read_many([rig.write(EPISODE) for _ in range(2)])
+            jobs = [client.core.begin((rig.write(EPISODE),)) for _ in range(2)]
+            client.outcomes(*jobs)
         assert client.counts.pooled_endpoints == 2
         refs = [rig.write(EPISODE) for _ in range(3)]
         rig.stop_port(2)
@@ -75,7 +79,7 @@ def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
         client.consume(refs[1])
         assert rig.statistics(1).delivered == 0
         rig.advance(31.0)
-        client.read_many(refs[2:])
+        client.outcomes(*(client.core.begin((ref,)) for ref in refs[2:]))
         rig.settle()
         assert rig.statistics(1).delivered == 1
 
@@ -83,7 +87,7 @@ def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
 def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
-    def told() -> int:
+    def logged() -> int:
         return [event["event"] for event in log_events].count("port_quarantined")
 
     with open_rig(ports=1) as rig:
@@ -93,11 +97,11 @@ def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
         for _ in range(3):
             with pytest.raises(PeerLostError):
                 client.read(ref)
-        assert (client.counts.peers_lost, told()) == (3, 1)
+        assert (client.counts.peers_lost, logged()) == (3, 1)
         rig.advance(31.0)
         with pytest.raises(PeerLostError):
             client.read(ref)
-        assert told() == 2
+        assert logged() == 2
 
 
 def test_when_every_port_is_quarantined_they_are_still_tried() -> None:
@@ -178,7 +182,7 @@ def test_a_truncated_payload_is_never_delivered_and_its_slot_is_ready_again() ->
 def test_a_full_port_is_passed_over_without_quarantine() -> None:
     with open_rig(ports=2, server=ServerConfig(mode="thread", max_connections=1)) as rig:
         occupant, client = rig.client(), rig.client()
-        occupant.read_many([rig.write(EPISODE) for _ in range(2)])
+        occupant.outcomes(*(occupant.core.begin((rig.write(EPISODE),)) for _ in range(2)))
         rig.settle()
         rig.stop_port(2)
         rig.start_port(2)
@@ -203,7 +207,7 @@ def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> No
         assert client.counts.retries == 2
         assert rig.statistics(1).refused == 3
         assert rig.statistics(1).busy == 3
-        occupant.aclose()
+        occupant.close()
         rig.advance(2.0)
         client.consume(ref)
 
@@ -211,9 +215,7 @@ def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> No
 def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
     with open_rig(ports=2) as rig:
         client = rig.client()
-        warm = [rig.write(EPISODE) for _ in range(2)]
-        for ref in warm:
-            client.consume(ref)
+        client.outcomes(*(client.core.begin((rig.write(EPISODE),)) for _ in range(2)))
         ref, started = rig.write(EPISODE), rig.now_s
         rig.faults_of(1).drop = rig.faults_of(2).drop = 1000
         with pytest.raises(DeadlineExceededError) as caught:
@@ -221,8 +223,8 @@ def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
         assert 3.0 <= rig.now_s - started < 3.001
         assert isinstance(caught.value, TimeoutError)
         statistics = client.counts
-        assert (statistics.deadlines, statistics.failed, statistics.pooled_endpoints) == (1, 1, 0)
-        assert nothing_is_held(rig, ref.slot)
+        assert (statistics.deadlines, statistics.failed) == (1, 1)
+        assert nothing_is_held(rig, ref)
         rig.faults_of(1).drop = rig.faults_of(2).drop = 0
         client.consume(ref)
 
@@ -260,47 +262,52 @@ def test_a_deadline_that_has_passed_fails_without_a_word_against_any_port() -> N
         assert rig.requests() == 0
 
 
-def test_waiting_for_a_place_counts_against_the_deadline_but_not_against_a_port() -> None:
-    with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=1)
+def test_waiting_for_room_counts_against_the_deadline_but_not_against_a_port() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=8, slot_bytes=2 << 20, prefault=False)) as rig:
+        client = rig.client()
         client.consume(rig.write(EPISODE))
-        slow, waiting = rig.write(EPISODE), rig.write(EPISODE)
-        hold = rig.faults_of(1).hold = asyncio.Event()
-        first = asyncio.create_task(client.read(slow, deadline_s=60.0))
-        rig.settle()
+        slow = [rig.write(bytes(2 << 20)) for _ in range(2)]
+        waiting = rig.write(EPISODE)
+        hold = rig.faults_of(1).hold = Hold()
+        first = client.begin(*slow, deadline_s=60.0)
         started = rig.now_s
         with pytest.raises(DeadlineExceededError):
             client.read(waiting, deadline_s=2.0)
         assert 2.0 <= rig.now_s - started < 2.001
+        rig.faults_of(1).hold = None
         hold.set()
-        (first).release()
+        assert all(isinstance(outcome, Payload) for outcome in client.outcomes(first))
         assert client.counts.quarantined == 0
         client.consume(waiting)
 
 
-def test_a_batch_has_one_deadline_however_many_of_its_reads_wait_for_a_place() -> None:
-    with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=1)
+def test_a_batch_has_one_deadline_however_many_of_its_reads_wait_for_room() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=8, slot_bytes=2 << 20, prefault=False)) as rig:
+        client = rig.client()
         client.consume(rig.write(EPISODE))
-        refs = [rig.write(EPISODE) for _ in range(4)]
+        refs = [rig.write(bytes(2 << 20)) for _ in range(4)]
         rig.faults_of(1).drop = 1000
         started = rig.now_s
         outcomes = client.read_many(refs, deadline_s=3.0)
         assert 3.0 <= rig.now_s - started < 3.001
-        assert isinstance(outcomes[0], PeerLostError | DeadlineExceededError), "it had all the time there was"
-        assert [type(outcome) for outcome in outcomes[1:]] == [DeadlineExceededError] * 3
-        assert nothing_is_held(rig, *(ref.slot for ref in refs))
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 4
+        assert nothing_is_held(rig, *refs)
+
+
+class Impostor(SilentPeer):
+    """Answers whatever comes on each channel with the next of its messages."""
+
+    def __init__(self, endpoint: Endpoint, messages: Sequence[bytes]) -> None:
+        for channel, message in enumerate(messages, start=1):
+            endpoint.post_send(message, channel=channel)
 
 
 def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
-    def greet(endpoint: Endpoint) -> None:
-        endpoint.post_send(b"SSH-2.0-OpenSSH_9.2\r\n")
-
     with open_rig(ports=1) as rig:
         client = rig.client()
-        rig.impostor(9, greet)
+        rig.impostor(9, lambda endpoint: Impostor(endpoint, [b"SSH-2.0-OpenSSH_9.2\r\n"]))
         rig.publish(9)
-        with pytest.raises(ProtocolError, match="not a ucxx_transport reply"):
+        with pytest.raises(ProtocolError, match="not an answer of ucxx_transport"):
             client.read(rig.write(EPISODE))
         assert client.counts.protocol_errors == 1
         assert client.counts.lent_buffers == 0
@@ -316,23 +323,25 @@ def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
         "nesting": b"\x91" * 5000,
         "a list of 2**32": b"\xdd\xff\xff\xff\xff",
     }
-
-    def describes(body: bytes) -> Callable[[Endpoint], None]:
-        def greet(endpoint: Endpoint) -> None:
-            endpoint.post_send(welcome())
-            endpoint.post_send(encode_reply(ReadReply(status=Status.OK, nbytes=len(body)), body))
-
-        return greet
-
     with open_rig(ports=1, ring=RingConfig(slots=8, schema=schema, prefault=False)) as rig:
         for port, (lie, body) in enumerate(lies.items(), start=20):
             client = rig.client(read_attempts=1)
-            rig.impostor(port, describes(body))
+
+            def describes(endpoint: Endpoint, body: bytes = body) -> SilentPeer:
+                answer = encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body)
+                return Impostor(endpoint, [WELCOME, answer, payload])
+
             rig.publish(port)
-            with pytest.raises(TransportError) as caught:
-                client.read(rig.ring.write({"a": np.zeros(10, np.uint8)}))
-            assert isinstance(caught.value, ProtocolError), lie
-            assert client.counts.lent_buffers == 0, lie
+            ref = rig.ring.write({"a": np.zeros(10, np.uint8)})
+            header = ReplyHeader(
+                Status.OK, ref.nbytes, ref.ring_id, ref.slot, ref.generation, ref.checksum, ref.fingerprint
+            )
+            payload = encode_reply(header, bytes(ref.nbytes))
+            rig.impostor(port, describes)
+            with row(lie=lie):
+                with pytest.raises(ProtocolError):
+                    client.read(ref)
+                assert client.counts.lent_buffers == 0
 
 
 def test_nothing_behind_the_port_is_peer_lost() -> None:
@@ -366,3 +375,110 @@ def test_with_the_same_token_on_both_sides_reads_work() -> None:
         for _ in range(3):
             client.consume(rig.write(EPISODE))
         assert client.counts.connections == 1
+
+
+# --- A source that does not answer, in a batch with others ---
+
+
+def two_sources(rig: ExchangeRig) -> tuple[list[SlotRef], list[SlotRef]]:
+    """Payloads of a source behind port 1 and of one behind port 2 (one ring, for all the client knows two)."""
+    rig.publish(1)
+    first = [rig.write(EPISODE) for _ in range(3)]
+    rig.publish(2)
+    return first, [rig.write(EPISODE) for _ in range(3)]
+
+
+RING_OF_MANY = RingConfig(slots=32, slot_bytes=8192, prefault=False)
+
+
+def test_a_stopped_source_costs_a_batch_one_attempt_the_first_time_and_little_afterwards() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        thaw = rig.freeze_port(1)
+        for took_s in (4.0, PROBE_S, PROBE_S):
+            stopped, healthy = two_sources(rig)
+            began_s = rig.now_s
+            outcomes = client.read_many([*stopped, *healthy], deadline_s=8.0)
+            assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 3 + [Payload] * 3
+            assert rig.now_s - began_s <= took_s + 0.001
+        thaw()
+        rig.settle()
+        refs = [ref for source in two_sources(rig) for ref in source]
+        client.consume(*refs)
+
+
+def test_the_others_of_such_a_batch_come_at_once() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        rig.freeze_port(1)
+        stopped, healthy = two_sources(rig)
+        job = client.begin(*stopped, *healthy, deadline_s=8.0)
+        assert [outcome is None for outcome in job.outcomes] == [True] * 3 + [False] * 3
+        client.outcomes(job)
+
+
+def test_a_source_in_quarantine_that_is_back_delivers_all_of_a_batch() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        rig.stop_port(1)
+        stopped, healthy = two_sources(rig)
+        outcomes = client.read_many([*stopped, *healthy])
+        assert [type(outcome) for outcome in outcomes] == [PeerLostError] * 3 + [Payload] * 3
+        rig.start_port(1)
+        began_s = rig.now_s
+        client.consume(*stopped, *healthy[:0])
+        assert rig.now_s == began_s
+        assert client.counts.quarantined >= 1
+
+
+def test_one_read_probes_a_source_in_quarantine_and_the_others_wait_for_it() -> None:
+    with open_rig(ports=1, ring=RING_OF_MANY) as rig:
+        client = rig.client(read_attempts=1)
+        client.consume(rig.write(EPISODE))
+        rig.stop_port(1)
+        with pytest.raises(PeerLostError):
+            client.read(rig.write(EPISODE))
+        rig.start_port(1)
+        rig.faults_of(1).hold = hold = Hold()
+        job = client.begin(*(rig.write(EPISODE) for _ in range(6)), deadline_s=60.0)
+        rig.faults_of(1).hold = None
+        assert rig.requests() == 0 + 1 + 0 or rig.requests() <= 2
+        hold.set()
+        rig.settle()
+        assert job.done
+        assert all(isinstance(outcome, Payload) for outcome in job.outcomes)
+
+
+def test_reads_with_hardly_any_time_leave_a_connection_to_those_that_follow() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        hold = rig.faults_of(1).hold = Hold()  # connecting takes longer than any of these reads may
+        for limit_ms in (0.4, 0.8, 1.6) * 10:
+            with pytest.raises(DeadlineExceededError):
+                client.read(rig.write(EPISODE), deadline_s=limit_ms / 1000)
+        hold.set()
+        rig.faults_of(1).hold = None
+        rig.settle()
+        client.consume(rig.write(EPISODE), deadline_s=0.0004)
+        statistics = client.counts
+        assert (statistics.connections, statistics.quarantined) == (1, 0)
+
+
+def test_every_time_limit_of_a_call_is_checked_where_it_comes_in() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        for given in (-1, -0.001, float("nan"), float("inf"), "soon", "", True, b"5s", [1]):
+            with row(given=given):
+                for call in (client.core.begin, client.core.begin_discard):
+                    with pytest.raises(ConfigError, match="deadline_s") as caught:
+                        call([], given)  # type: ignore[arg-type, operator]  # what is refused
+                    assert caught.value.facts["field"] == "deadline_s"
+        for accepted in ("5s", "250ms", 1, 2.5, 0):
+            with row(accepted=accepted):
+                client.core.begin([], accepted)
