@@ -424,8 +424,8 @@ def clear_traceback_frames(error: BaseException) -> None:
 
 def _ucxx_links(config: ClientConfig) -> LinkFactory:
     def open_link(timers: Timers) -> Link:
-        from ucxx_transport.link.ucxx import UCXXLink
+        from ucxx_transport.link.ucx import UCXXLink
 
-        return UCXXLink.open(timers, shm_lanes=config.shm_lanes, ucx=config.link_settings)
+        return UCXXLink(timers, shm_lanes=config.shm_lanes, ucx=config.link_settings)
 
     return open_link
