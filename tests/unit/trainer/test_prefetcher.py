@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
@@ -231,3 +234,106 @@ def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> N
     for call in (prefetcher.wait, prefetcher.collect, lambda: prefetcher.start([]), lambda: prefetcher.fetch([])):
         with pytest.raises(ConfigError, match="closed"):
             call()
+
+
+def test_a_forked_child_neither_uses_nor_ends_what_is_its_parent_s(worker: LocalWorker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        prefetcher.start(worker.play(1))
+        child = os.fork()
+        if child == 0:
+            calls = (prefetcher.wait, prefetcher.collect, lambda: prefetcher.start([]), lambda: prefetcher.fetch([]))
+            refused = 0
+            for call in calls:
+                try:
+                    call()
+                except ConfigError as error:
+                    refused += "forked" in error.message
+            prefetcher.close()
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+        assert prefetcher.wait()
+        assert sequences(prefetcher.collect()) == [0]
+
+
+class Machine(RuleBasedStateMachine):
+    """Every episode asked for is collected once, in order, or lost with a reason; every slot comes back."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.ring = SharedRingBuffer.create(RingConfig(slots=256, slot_bytes=8, on_full="raise"))
+        self.worker = LocalWorker(self.ring)
+        self.lost: list[int] = []
+        self.collected: list[int] = []
+        self.cancelled = 0
+        self.prefetcher = Prefetcher(LOCAL, on_loss=self.lose)
+
+    def lose(self, loss: Loss) -> None:
+        assert loss.record is not None
+        assert loss.reason is LossReason.TIMEOUT
+        self.lost.append(loss.record.sequence)
+
+    @rule()
+    def defer(self) -> None:
+        self.prefetcher.defer(self.worker.play(2))
+
+    @precondition(lambda self: self.prefetcher.is_cold_start)
+    @rule()
+    def start(self) -> None:
+        self.prefetcher.start(self.worker.play(1))
+
+    @precondition(lambda self: not self.prefetcher.is_cold_start)
+    @rule()
+    def wait(self) -> None:
+        assert self.prefetcher.wait()
+        assert self.prefetcher.is_ready
+
+    @precondition(lambda self: not self.prefetcher.is_cold_start)
+    @rule()
+    def give_up(self) -> None:
+        before = len(self.lost)
+        assert self.prefetcher.wait(0) == (len(self.lost) == before)
+
+    @precondition(lambda self: self.prefetcher.is_ready)
+    @rule()
+    def collect(self) -> None:
+        before = self.prefetcher.batch
+        batch = self.prefetcher.collect()
+        assert self.prefetcher.batch is batch
+        assert before is None or all(payload.released for payload in before.payloads.values())
+        self.collected += sequences(batch)
+
+    @rule()
+    def release(self) -> None:
+        self.prefetcher.release()
+        assert self.prefetcher.batch is None
+
+    @rule()
+    def fetch_beside(self) -> None:
+        (record,) = self.worker.play(1)
+        with self.prefetcher.fetch([record]).payloads[0] as payload:
+            assert int.from_bytes(payload.buffer, "little") == record.sequence
+
+    @rule()
+    def cancel_one_beside(self) -> None:
+        self.prefetcher.begin(self.worker.play(1)).cancel()
+        self.cancelled += 1
+
+    @invariant()
+    def nothing_is_given_twice_or_out_of_turn(self) -> None:
+        assert self.collected == sorted(set(self.collected))
+        assert not set(self.collected) & set(self.lost)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "prefetcher"):
+            return
+        found = self.prefetcher.statistics()
+        self.prefetcher.close()
+        closed = self.prefetcher.statistics().losses.get("closed", 0)
+        asked = self.ring.statistics().written
+        assert asked == found.episodes + len(self.lost) + closed
+        wait_until(lambda: SlotState.READING not in self.ring.slot_states())
+        self.ring.close()
+
+
+TestPrefetcher = Machine.TestCase
+TestPrefetcher.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
