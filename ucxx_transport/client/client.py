@@ -220,9 +220,6 @@ class SyncUCXXClient:
 
     def _perform(self, call: Call, start: Callable[[], object], abandon: Callable[[], object]) -> None:
         """Start a call and run the reactor until it is done, or let the thread that leads do so."""
-        if not self._closes_at_exit:
-            self._closes_at_exit = True
-            atexit.register(self.close)
         lead = self._lead
         if not lead.acquire(blocking=False):
             self._follow(call, start, abandon)
@@ -239,6 +236,9 @@ class SyncUCXXClient:
             lead.release()
             if self._followers:
                 self._wake_next()
+            if not self._closes_at_exit:  # after the link was opened, which is closed at exit too: in reverse order
+                self._closes_at_exit = True
+                atexit.register(self.close)
 
     def _follow(self, call: Call, start: Callable[[], object], abandon: Callable[[], object]) -> None:
         """Let the thread that leads start a call, and lead when it has left."""

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -192,9 +193,10 @@ class ClientCore:
         if self.reactor.closed or self.inherited:
             return
         said: list[bool] = []
-        self.begin_goodbye(lambda: said.append(True))
-        while not said and self.reactor.has_link:
-            self.reactor.run_once(math.inf)
+        with suppress(ConfigError):  # the link was closed before: the interpreter exits
+            self.begin_goodbye(lambda: said.append(True))
+            while not said and self.reactor.has_link:
+                self.reactor.run_once(math.inf)
         self.end()
 
     def begin_goodbye(self, on_said: Callable[[], None]) -> None:
