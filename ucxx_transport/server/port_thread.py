@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
+
+LAST_FRAMES_S: Final = 0.1
+"""How long a port that is to stop takes in what had arrived: acknowledgements, above all."""
 
 
 def to_order(config: ServerConfig) -> dict[str, object]:
@@ -137,6 +140,9 @@ class PortThread:
             self._is_up.set()
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
+            heard_by_s = time.monotonic() + LAST_FRAMES_S
+            while reactor.poll() and time.monotonic() < heard_by_s:
+                pass
             port.stop()
             while not port.stopped and time.monotonic() < self._stop_by_s:
                 reactor.run_once(self._stop_by_s)
