@@ -1,11 +1,11 @@
 """The link, as Protocols: endpoints that carry ordered messages between two processes, without threads or event loops.
 
-| object      | what it is                                     | ends when                               |
-|-------------|------------------------------------------------|-----------------------------------------|
-| `Link`      | everything of one worker; driven by a `Reactor`  | `close()`                               |
-| `Listener`  | one port; hands over an endpoint per connection | `close()`: no further endpoint           |
-| `Endpoint`  | one connection; messages on numbered channels  | `close()`, also after a loss            |
-| `Operation` | one posted send or receive                     | it completes, or its endpoint is closed |
+| object      | what it is                                      | ends when                               |
+|-------------|-------------------------------------------------|-----------------------------------------|
+| `Link`      | everything of one worker; driven by a `Reactor` | `close()`                               |
+| `Listener`  | one port; hands over an endpoint per connection | `close()`: no further endpoint          |
+| `Endpoint`  | one connection; messages on numbered channels   | `close()`, also after a loss            |
+| `Operation` | one posted send or receive                      | it completes, or its endpoint is closed |
 
 Rules that every link keeps, and that the conformance suite checks:
 
@@ -20,6 +20,7 @@ Rules that every link keeps, and that the conformance suite checks:
   is in flight back is `Endpoint.close`.
 - `on_done` is called once for each operation, in the order of their ends. Where `completed` is False by then, the link
   has given the operation up (its peer is lost, or its endpoint closed, and it never ended): its buffer is still in use.
+- What is posted before the owner has heard of a loss ends with an error in a turn; from then on, posting raises it.
 - A send that is completed has left this side; only an answer of the peer proves that it arrived.
 - Messages may be posted from the moment that `connect` returns: they leave when the connection is up.
 - One thread at a time; which one may change between calls.

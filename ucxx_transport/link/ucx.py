@@ -38,11 +38,11 @@ from ucxx_transport.link.settings import (
 from ucxx_transport.link.translate import Translator
 from ucxx_transport.link.ucx_api import IN_PROGRESS, UcxEndpoint, UcxWorker, load_binding, quiet_ucxx_log
 from ucxx_transport.link.ucx_endpoint import (
-    CHANNEL_BITS,
     CLOSE_TIMEOUT_S,
     UCXXEndpoint,
 )
 from ucxx_transport.link.ucx_flight import EVERYTHING, Flight, UCXXMessage, UCXXOperation
+from ucxx_transport.link.ucx_hello import CHANNEL_BITS
 from ucxx_transport.link.ucx_listener import UCXXListener
 from ucxx_transport.link.ucx_process import check_not_forked, keep_for_good, link_closed, link_opened
 
@@ -230,7 +230,7 @@ class UCXXLink:
         self._forked = True
         self._progress_once = self._refused
         for endpoint in self.flight.order:
-            endpoint.alive = False
+            endpoint.disown()
 
     def check_usable(self) -> None:
         """Refuse a closed link, and one of a parent process.

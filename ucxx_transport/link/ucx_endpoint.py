@@ -1,29 +1,14 @@
-"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close.
-
-The hello is the first 16 bytes that each end sends, on the connection's own stream, to name the tags it receives by:
-
-| offset | bytes | field                                                         |
-|--------|-------|---------------------------------------------------------------|
-| 0      | 4     | magic `b"UXTL"`                                               |
-| 4      | 2     | version, little-endian, 2                                     |
-| 6      | 2     | zero                                                          |
-| 8      | 8     | tag base, little-endian, below 2^48, that the sender receives by |
-
-Channel `n` of an end is the tag `base << 16 | n`. UCX matches tagged messages in the whole worker, not per connection,
-so each end draws a random base per connection: no connection can take, or forge, another one's message without guessing
-48 bits.
-"""
+"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close. See `ucx_hello`."""
 
 from __future__ import annotations
 
 import secrets
-import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
 from ucxx_transport.link.translate import raisable
 from ucxx_transport.link.ucx_api import (
@@ -36,14 +21,7 @@ from ucxx_transport.link.ucx_api import (
     release_cancelled,
 )
 from ucxx_transport.link.ucx_flight import EVERYTHING, HELLO, RECEIVE, SEND, LinkContext, UCXXMessage, UCXXOperation
-
-MAGIC: Final = b"UXTL"
-VERSION: Final = 2
-_HELLO: Final = struct.Struct("<4sHHQ")
-HELLO_BYTES: Final = _HELLO.size
-
-CHANNEL_BITS: Final = 16
-BASE_BITS: Final = 48
+from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
 CLOSE_TIMEOUT_S: Final = 2.0
 """How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
@@ -81,7 +59,8 @@ class UCXXEndpoint:
     ) -> None:
         self.peer = peer
         self.events = events
-        self.alive = ucx is not None
+        self.alive = True
+        self._usable = ucx is not None
         self.receives: list[UCXXOperation] = []
         self.sends: list[UCXXOperation] = []
         self.base = secrets.randbits(BASE_BITS)
@@ -113,8 +92,8 @@ class UCXXEndpoint:
         )
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
-        if not self.alive:
-            raise self._why_lost()
+        if not self._usable:
+            return self._refused(RECEIVE, buffer, on_done)
         if type(buffer) is UCXXMessage:
             if not buffer.writable:
                 raise ConfigError("buffer is read-only; a receive needs a writable one")
@@ -122,7 +101,7 @@ class UCXXEndpoint:
         else:
             view = byte_view(buffer, writable=True)
             array, nbytes = self._make_array(view), view.nbytes
-        assert self._ucx is not None  # alive
+        assert self._ucx is not None  # usable
         request = self._ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
         self._counters.receives += 1
         operation = UCXXOperation(RECEIVE, array, nbytes, on_done, request)
@@ -136,8 +115,8 @@ class UCXXEndpoint:
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
         """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
-        if not self.alive:
-            raise self._why_lost()
+        if not self._usable:
+            return self._refused(SEND, buffer, on_done)
         if type(buffer) is UCXXMessage:
             array, nbytes = buffer.array, buffer.nbytes
         else:
@@ -149,7 +128,7 @@ class UCXXEndpoint:
             operation = UCXXOperation(SEND, array, nbytes, on_done, None)
             self._deferred.append((operation, array, channel))
             return operation
-        assert self._ucx is not None  # alive
+        assert self._ucx is not None  # usable
         request = self._ucx.tag_send(array, self._make_tag(base | channel))
         operation = UCXXOperation(SEND, array, nbytes, on_done, request)
         if request.status == IN_PROGRESS:
@@ -169,7 +148,7 @@ class UCXXEndpoint:
             self._link.ready.append((UCXXEndpoint.call_closed, self))
         elif not self._closed:
             self._closed = True
-            self.alive = False
+            self.alive = self._usable = False
             self._break()
             self._link.note_closing(self)
 
@@ -178,7 +157,7 @@ class UCXXEndpoint:
 
     def lanes(self) -> tuple[tuple[str, str], ...]:
         """(transport, device) of each lane; empty where it is unknown, or before the connection is up."""
-        if self._ucx is None or not self.alive or self._send_base < 0:
+        if self._ucx is None or not self._usable or self._send_base < 0:
             return ()
         return endpoint_lanes(self._ucx.handle)
 
@@ -210,14 +189,15 @@ class UCXXEndpoint:
 
     def note_loss(self) -> None:
         """UCX found the peer gone. Called inside its progress: takes note, no more."""
-        if self.alive:
-            self.alive = False
+        if self._usable:
+            self._usable = False
             self._link.note_lost(self)
 
     def lose(self) -> None:
         """Say to the owner that the peer is lost. What had arrived has been called back."""
         if self._closed:
             return
+        self.alive = False
         if self._send_base >= 0:
             self._counters.peers_lost += 1
         error = self._error = self._why_lost()
@@ -225,6 +205,10 @@ class UCXXEndpoint:
         self._link.in_turn_after(GRACE_S, UCXXEndpoint.give_up, self)
         if self.events is not None:
             self.events.lost(error)
+
+    def disown(self) -> None:
+        """This process is a fork of the one whose endpoint it is."""
+        self.alive = self._usable = False
 
     def ended(self) -> bool:
         """Whether nothing is in flight any more."""
@@ -272,6 +256,20 @@ class UCXXEndpoint:
             self._error = error
         self.note_loss()
 
+    def _refused(self, kind: int, buffer: object, on_done: OnDone | None) -> UCXXOperation:
+        """Until its owner has heard of a loss, what it posts ends in a turn; from then on it is an error."""
+        if not self.alive:
+            raise self._why_lost()
+        array = self._link.message(buffer).array
+        operation = UCXXOperation(kind, array, array.nbytes, on_done, None)
+        if kind == SEND:
+            self._counters.sends += 1
+        else:
+            self._counters.receives += 1
+        self._deferred.append((operation, array, 0))
+        self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+        return operation
+
     def _take_outcome(self, operation: UCXXOperation) -> None:
         """An operation is over: its buffer is free."""
         request = operation.request
@@ -295,7 +293,7 @@ class UCXXEndpoint:
             request.check_error()
         except translator.root as exc:
             truncated = operation.kind == RECEIVE and isinstance(exc, translator.truncated)
-            if truncated or self.alive:
+            if truncated or self._usable:
                 operation.error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
             else:
                 operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
@@ -341,7 +339,7 @@ class UCXXEndpoint:
         self._link.check_usable()
         if self._error is not None:
             return raisable(self._error)
-        if self._closed or self.alive:
+        if self._closed:
             return lost("closed", peer=self.peer)
         if self._ucx is not None:
             translator = self._link.translator
@@ -369,29 +367,3 @@ def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:
     alive = endpoint()
     if alive is not None:
         alive.note_loss()
-
-
-def encode_hello(base: int) -> bytes:
-    """The hello of an end that receives by tags of this base (48 bits)."""
-    return _HELLO.pack(MAGIC, VERSION, 0, base)
-
-
-def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
-    """The peer's tag base.
-
-    Raises:
-        ProtocolError: not a hello of this version.
-    """
-    magic, version, zero, base = _HELLO.unpack(hello)
-    if magic != MAGIC or zero != 0:
-        raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
-    if version != VERSION:
-        raise ProtocolError(
-            "the peer speaks another version of the link; upgrade both sides",
-            peer=peer,
-            found=version,
-            expected=VERSION,
-        )
-    if base >> BASE_BITS:
-        raise ProtocolError("the peer's tag base is out of range", peer=peer, found=base)
-    return int(base)
