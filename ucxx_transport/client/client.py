@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from os import getpid
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from ucxx_transport.client.core import ClientCore, Into
@@ -114,7 +115,8 @@ class SyncUCXXClient:
             ConfigError: the reference has no address, is too large, `into` is unfit, or `deadline_s` is no duration.
         """
         core = self._core
-        core.require_usable()
+        if core.closed or getpid() != core.pid:
+            core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         try:
             ring = core.admit(ref, into)
@@ -124,7 +126,7 @@ class SyncUCXXClient:
             core.count_failure(error)
             raise
         job = Job((ref,), core.reactor.now() + limit_s, None, None, into)
-        self._run(job, (0,))
+        self._perform(job, partial(core.reads.start_one, job), partial(core.reads.abandon, job))
         outcome = job.outcomes.pop()
         if isinstance(outcome, Payload):
             return outcome
@@ -151,7 +153,7 @@ class SyncUCXXClient:
         job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
         remote = core.read_here(job)
         if remote:
-            self._run(job, remote)
+            self._perform(job, partial(core.reads.start, job, remote), partial(core.reads.abandon, job))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
@@ -212,11 +214,6 @@ class SyncUCXXClient:
         self.close()
 
     # --- Who runs the reactor ---
-
-    def _run(self, job: Job, indices: Sequence[int]) -> None:
-        """Read what a job reads over the link; returns when it is done."""
-        core = self._core
-        self._perform(job, partial(core.reads.start, job, indices), partial(core.abandon, job))
 
     def _perform(self, call: Call, start: Callable[[], object], abandon: Callable[[], object]) -> None:
         """Start a call and run the reactor until it is done, or let the thread that leads do so."""

@@ -43,6 +43,9 @@ class Connections:
     """See the module. Of the thread that runs the reactor.
 
     Attributes:
+        known: by port, least recently used first.
+        ending: connections with ends that wait for a request to go along with.
+        max_age_s: one that has not been used for so long is not used again.
         schemas: by fingerprint, all that were asked for.
         unsettled: by ring, deliveries that its servers may not know of.
         waiting: connections that wait for descriptors.
@@ -64,28 +67,29 @@ class Connections:
         self.reads = reads
         self.counters = counters
         self.lend = lend
+        self.max_age_s = config.pool_endpoint_max_age_s
         self.schemas: dict[int, Schema] = {}
         self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
         self.waiting: deque[Connection] = deque()
         self.listeners: list[Callable[[Sequence[Named], Sequence[Status]], int]] = []
         self.closed = False
-        self._known: OrderedDict[PortKey, Connection] = OrderedDict()
+        self.known: OrderedDict[PortKey, Connection] = OrderedDict()
         self._closing = 0
         self._budget: int | None = None
-        self._ending: set[Connection] = set()
+        self.ending: set[Connection] = set()
         self._goodbyes = 0
 
     @property
     def idle_count(self) -> int:
         """Open connections that nothing uses now."""
-        return sum(connection.idle for connection in tuple(self._known.values()))
+        return sum(connection.idle for connection in tuple(self.known.values()))
 
     def to(self, key: PortKey, now: float) -> Connection:
         """The connection to a port, opened if there is none."""
-        known = self._known
+        known = self.known
         connection = known.get(key)
         if connection is not None:
-            if now - connection.used_s <= self.config.pool_endpoint_max_age_s or not connection.idle:
+            if now - connection.used_s <= self.max_age_s or not connection.idle:
                 known.move_to_end(key)
                 connection.used_s = now
                 return connection
@@ -94,13 +98,13 @@ class Connections:
 
     def evict(self, key: PortKey) -> None:
         """Close the connection to a port if nothing uses it."""
-        connection = self._known.get(key)
+        connection = self.known.get(key)
         if connection is not None and connection.idle:
             connection.close()
 
     def _open(self, key: PortKey, now: float) -> Connection:
         self._close_aged(now)  # also those to sources that are not read any more
-        connection = self._known[key] = Connection(self, key)
+        connection = self.known[key] = Connection(self, key)
         connection.used_s = now
         if self._has_room():
             self.reactor.call_at(now, connection.start)  # in the next turn: who asked has not queued anything yet
@@ -112,11 +116,11 @@ class Connections:
     def _has_room(self) -> bool:
         if self._budget is None:
             self._budget = _raised_budget(self.config.max_connections)
-        return len(self._known) - len(self.waiting) + self._closing <= self._budget
+        return len(self.known) - len(self.waiting) + self._closing <= self._budget
 
     def _close_aged(self, now: float) -> None:
-        limit_s = now - self.config.pool_endpoint_max_age_s
-        for connection in tuple(self._known.values()):
+        limit_s = now - self.max_age_s
+        for connection in tuple(self.known.values()):
             if connection.used_s >= limit_s:
                 return  # they are in the order of their use
             if connection.idle:
@@ -125,7 +129,7 @@ class Connections:
 
     def _close_idle(self) -> None:
         """Make room for one that waits."""
-        for connection in self._known.values():
+        for connection in self.known.values():
             if connection.idle:
                 connection.close()
                 return
@@ -137,11 +141,11 @@ class Connections:
 
     def removed(self, connection: Connection) -> None:
         """It is closed, and its descriptors are not free yet."""
-        if self._known.get(connection.key) is connection:
-            del self._known[connection.key]
+        if self.known.get(connection.key) is connection:
+            del self.known[connection.key]
         with suppress(ValueError):
             self.waiting.remove(connection)
-        self._ending.discard(connection)
+        self.ending.discard(connection)
         self._closing += 1
 
     def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
@@ -158,14 +162,14 @@ class Connections:
 
     def delay_ends(self, connection: Connection) -> None:
         """Its ends go with its next request, or a little later."""
-        if not self._ending:
+        if not self.ending:
             self.reactor.call_at(self.reactor.now() + ENDS_DELAY_S, self.send_ends)
-        self._ending.add(connection)
+        self.ending.add(connection)
 
     def send_ends(self) -> None:
         """Send all ends that wait."""
-        while self._ending:
-            self._ending.pop().send_ends()
+        while self.ending:
+            self.ending.pop().send_ends()
 
     def owe(self, names: Iterable[Named]) -> None:
         """Remember payloads that are ours, or are not wanted, of which a server may not know."""
@@ -190,7 +194,7 @@ class Connections:
 
     def say_goodbye(self, on_said: Callable[[], None]) -> None:
         """Take leave of every server; called back when all have answered, or in `GOODBYE_TIMEOUT_S`."""
-        connections = [connection for connection in self._known.values() if connection.is_open]
+        connections = [connection for connection in self.known.values() if connection.is_open]
         left = len(connections) + 1
 
         def said() -> None:
@@ -214,7 +218,7 @@ class Connections:
         """Close every connection. Idempotent."""
         self.closed = True
         self.waiting.clear()
-        for connection in tuple(self._known.values()):
+        for connection in tuple(self.known.values()):
             connection.close()
 
 

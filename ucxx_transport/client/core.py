@@ -63,7 +63,7 @@ class ClientCore:
         config: the settings. reader: this client's random id. counters: its counts. pool: its buffers.
         reactor: runs everything that is not local; opens the link only when it is needed.
         local: reads of this host's rings. reads: those over the link.
-        closed: whether `close` has been called.
+        closed: whether `close` has been called. pid: of the process that made it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ClientCore:
         self.closed = False
         self._delivered = Deduplicator(REMEMBERED_RINGS)
         self._membership = Membership(watcher, self.reactor) if watcher is not None else None
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         stays: bool | Callable[[SharedRingBuffer], bool] = self.config.local != "copy"
         if page_locker is not None:
             stays = in_place if in_place is not None and self.config.local != "copy" else False
@@ -111,7 +111,7 @@ class ClientCore:
             pool=self.pool,
             counters=self.counters,
             claim=self._delivered.claim,
-            is_gone=None if self._membership is None else self._membership.is_gone,
+            gone=() if self._membership is None else self._membership.gone,
         )
         if self._membership is not None:
             self._membership.bind(self.reads)
@@ -236,8 +236,11 @@ class ClientCore:
             )
         if into is not None:
             writable_bytes(into, ref.nbytes)
-        self._delivered.check(ref)
-        return self.local.ring_of(ref)
+        slots = self._delivered.rings.get(ref.ring_id)
+        if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            self._delivered.check(ref)
+        local = self.local
+        return None if local.is_off or ref.host_id != local.host_id else local.ring_of(ref)
 
     def read_here(self, job: Job) -> list[int]:
         """Read what a job reads on this host; returns the indices of the rest, for `Reads.start`."""
@@ -261,7 +264,7 @@ class ClientCore:
         """Refuse a closed client, and a forked copy of one, by a ConfigError."""
         if self.closed:
             raise ConfigError("the client is closed; make another")
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
 
     def read_local(
@@ -347,7 +350,7 @@ class ClientCore:
     @property
     def inherited(self) -> bool:
         """Whether this is a forked child's copy: connections are its parent's."""
-        return os.getpid() != self._pid
+        return os.getpid() != self.pid
 
     def count_failure(self, error: TransportError) -> None:
         """Count a read that raised; the error may be kept, its buffers are not."""
@@ -373,16 +376,19 @@ class Deduplicator:
 
     It drops the duplicates that a lost acknowledgement allows. A generation only grows, so the newest one of each slot
     is all there is to remember. Beyond `max_rings` the ring longest unused is forgotten.
+
+    Attributes:
+        rings: by id, the newest generation of each slot.
     """
 
     def __init__(self, max_rings: int) -> None:
         self._max_rings = max_rings
-        self._rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        self.rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, ref: SlotRef) -> None:
         """Refuse (StaleSlotError) a payload that this client, or a newer one of its slot, was delivered before."""
-        slots = self._rings.get(ref.ring_id)
+        slots = self.rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
             raise StaleSlotError(
                 "this client has already received or discarded this payload, or a newer one of its slot",
@@ -397,15 +403,15 @@ class Deduplicator:
         Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
         """
         with self._lock:
-            slots = self._rings.get(ref.ring_id)
+            slots = self.rings.get(ref.ring_id)
             if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
                 self.check(ref)
             if slots is None:
-                slots = self._rings[ref.ring_id] = {}
-                while len(self._rings) > self._max_rings:
-                    self._rings.popitem(last=False)
+                slots = self.rings[ref.ring_id] = {}
+                while len(self.rings) > self._max_rings:
+                    self.rings.popitem(last=False)
             else:
-                self._rings.move_to_end(ref.ring_id)
+                self.rings.move_to_end(ref.ring_id)
             slots[ref.slot] = ref.generation
 
 

@@ -57,6 +57,9 @@ class LocalReader:
         verify: whether checksums are checked.
         on_fallback: called when "auto" gives a local read to UCX.
         claim: called with a reference whose payload is here and not consumed yet; raises when it is a duplicate.
+
+    Attributes:
+        is_off: whether nothing is read locally. host_id: of this host.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class LocalReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mode = mode
+        self.is_off = mode == "off"
         self._in_place = in_place if isinstance(in_place, bool) else False
         self._is_in_place = None if isinstance(in_place, bool) else in_place
         self._reader = reader
@@ -83,7 +87,7 @@ class LocalReader:
         self._claim = claim
         self._clock = clock
         self._folder = segment_folder()
-        self._host_id = host_id(self._folder)
+        self.host_id = host_id(self._folder)
         self._lock = threading.Lock()
         self._rings: OrderedDict[bytes, SharedRingBuffer] = OrderedDict()
         self._unreachable: set[bytes] = set()
@@ -96,7 +100,7 @@ class LocalReader:
             StaleSlotError: the ring was on this host and is gone.
             ConfigError: it is on this host but cannot be attached, and the mode is not "auto".
         """
-        if self._mode == "off" or ref.host_id != self._host_id:
+        if self.is_off or ref.host_id != self.host_id:
             return None
         ring = self._rings.get(ref.ring_id)
         if ring is not None and self._clock() < self._prune_at_s:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.reads import Reads
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.source_record import SourceRecord
-    from ucxx_transport.schema import SlotRef
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings that are gone, 100 bytes each: more than a job loses."""
@@ -33,13 +32,17 @@ class Watcher(Protocol):
 
 
 class Membership:
-    """What a watcher reports, in its thread, and what follows from it for the reads, in the reactor's."""
+    """What a watcher reports, in its thread, and what follows from it for the reads, in the reactor's.
+
+    Attributes:
+        gone: rings whose sources are.
+    """
 
     def __init__(self, watcher: Watcher, reactor: Reactor) -> None:
         self._reactor = reactor
         self._reads: Reads | None = None
         self._lock = threading.Lock()
-        self._gone: OrderedDict[bytes, None] = OrderedDict()
+        self.gone: OrderedDict[bytes, None] = OrderedDict()
         # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and what
         # waits for it must not grow with every report.
         self._news: dict[bytes, tuple[SourceRecord, bool]] = {}
@@ -49,10 +52,6 @@ class Membership:
         """Reads begin here: from now on they are notified."""
         self._reads = reads
 
-    def is_gone(self, ref: SlotRef) -> bool:
-        """Whether the source of a reference is known to be gone."""
-        return ref.ring_id in self._gone
-
     def close(self) -> None:
         """Hear no more. Idempotent."""
         unsubscribe, self._unsubscribe = self._unsubscribe, None
@@ -61,14 +60,14 @@ class Membership:
 
     def _removed(self, record: SourceRecord) -> None:
         with self._lock:
-            self._gone[record.ring_id] = None
-            while len(self._gone) > REMEMBERED_RINGS:
-                self._gone.popitem(last=False)
+            self.gone[record.ring_id] = None
+            while len(self.gone) > REMEMBERED_RINGS:
+                self.gone.popitem(last=False)
         self._report(record, is_there=False)
 
     def _added(self, record: SourceRecord) -> None:
         with self._lock:
-            self._gone.pop(record.ring_id, None)
+            self.gone.pop(record.ring_id, None)
         self._report(record, is_there=True)
 
     def _report(self, record: SourceRecord, *, is_there: bool) -> None:

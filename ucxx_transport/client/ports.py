@@ -140,20 +140,20 @@ class Source(Generic[ReadT]):
     """One source's ports, at least one, and the reads under way at them.
 
     Attributes:
-        keys: its ports.
+        keys: its ports. position: of the one that is due.
         under_way: reads that are not over.
         probe: the read that tries a port while all are in quarantine, None when none does.
         waiting: reads that wait for what comes of it.
     """
 
-    __slots__ = ("_position", "keys", "probe", "under_way", "waiting")
+    __slots__ = ("keys", "position", "probe", "under_way", "waiting")
 
     def __init__(self, keys: tuple[PortKey, ...], position: int) -> None:
         self.keys = keys
         self.under_way = 0
         self.probe: ReadT | None = None
         self.waiting: deque[ReadT] = deque()
-        self._position = position
+        self.position = position
 
     def healthy(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:
         """Its ports that are not in quarantine."""
@@ -163,31 +163,35 @@ class Source(Generic[ReadT]):
         """Which of `keys`, some of its ports, is due for what is to be read now, alone or beside other reads."""
         # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
         if not alone:
-            self._position += 1
-        return self._position % len(keys)
+            self.position += 1
+        return self.position % len(keys)
 
     def advance(self) -> None:
         """An attempt failed: the next port is due."""
-        self._position += 1
+        self.position += 1
 
 
 class Sources(Generic[ReadT]):
-    """All sources; `first` is the port that a source's first read takes: clients should differ in it."""
+    """All sources; `first` is the port that a source's first read takes: clients should differ in it.
+
+    Attributes:
+        known: by address and ports; use `of`, which keeps their order, unless one has just been used.
+    """
 
     def __init__(self, first: int = 0) -> None:
         self._first = first
-        self._known: OrderedDict[tuple[str, tuple[int, ...]], Source[ReadT]] = OrderedDict()
+        self.known: OrderedDict[tuple[str, tuple[int, ...]], Source[ReadT]] = OrderedDict()
 
     def of(self, host: str, ports: tuple[int, ...]) -> Source[ReadT]:
         """A source by its address and ports, at least one."""
         name = (host, ports)
-        source = self._known.get(name)
+        source = self.known.get(name)
         if source is None:
-            source = self._known[name] = Source(tuple((host, port) for port in ports), self._first)
-            if len(self._known) > REMEMBERED_SOURCES:
-                self._known.popitem(last=False)
+            source = self.known[name] = Source(tuple((host, port) for port in ports), self._first)
+            if len(self.known) > REMEMBERED_SOURCES:
+                self.known.popitem(last=False)
         else:
-            self._known.move_to_end(name)
+            self.known.move_to_end(name)
         return source
 
 
