@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.counters import Binding, PortCounters
@@ -70,7 +71,14 @@ def number_of_ports(settings: ServerConfig) -> int:
 
 
 class PortThread:
-    """Serves the port number `index` of a server; the first of them also reclaims what dead processes hold."""
+    """Serves the port number `index` of a server; the first of them also reclaims what dead processes hold.
+
+    Args:
+        ring: the ring.
+        settings: of the server.
+        index: of the port among the server's.
+        link_factory: opens its link; None for one over UCX.
+    """
 
     def __init__(
         self, ring: SharedRingBuffer, settings: ServerConfig, index: int, link_factory: LinkFactory | None = None
@@ -160,7 +168,18 @@ class PortThread:
         )
         counters = PortCounters(ring.server_words, self._index)
         binding = Binding(ring.server_words)
+        settings = replace(settings, max_connections=self._max_connections())
         return Port(ring, source, settings, counters, binding, self._reactor, reclaims=self._index == 0)
+
+    def _max_connections(self) -> int:
+        """The setting, or less where the process has no descriptors for so many; the ports in it share them."""
+        asked = self._settings.max_connections
+        sharing = number_of_ports(self._settings) if self._settings.mode == "thread" else 1
+        limit = raised_limit()
+        budget = connection_budget(limit=limit, in_use=descriptors_in_use(), asked=asked * sharing) // sharing
+        if budget < asked:
+            _log.warning("connections_limited", connections=budget, asked=asked, descriptors=limit, see="ulimit -n")
+        return max(1, budget)
 
 
 def _nothing() -> None:
