@@ -1,17 +1,18 @@
-"""Batches of episodes: the rounds in which one is fetched under one deadline, what drives them, and what is counted.
+"""Batches of episodes: the rounds in which one is fetched under one deadline, and what drives them.
 
-| driver        | a round is                            | the pause after it is | runs in                    |
-|---------------|---------------------------------------|-----------------------|----------------------------|
-| `BatchFetch`  | a job of a client's core              | a timer of its reactor| the thread of that reactor |
-| `fetch_batch` | `read_many` of an asynchronous client | a sleep               | the task that awaits it    |
+| driver        | a round is                            | the pause after it is  | runs in                    |
+|---------------|---------------------------------------|------------------------|----------------------------|
+| `BatchFetch`  | a job of a client's core              | a timer of its reactor | the thread of that reactor |
+| `fetch_batch` | `read_many` of an asynchronous client | a sleep                | the task that awaits it    |
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import anyio
@@ -109,56 +110,60 @@ class FetchRequest:
         return sort_out(self.records, policy_version=self._policy_version, max_staleness=limits.max_staleness)
 
 
-class Rounds:
-    """The rounds of one batch as decisions: times come in, and nothing is read or waited for here.
+Outcomes: TypeAlias = "Sequence[Payload | TransportError]"
 
-    Attributes:
-        wanted: the episodes of the round that is due or under way; empty once the batch is complete.
+Rounds: TypeAlias = "Generator[tuple[list[SlotRef], float] | None, Outcomes | None, Batch]"
+
+
+def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
+    """The rounds of one batch, written once for every driver. Closed before its end, it releases what it has.
+
+    Args:
+        request: the batch.
+        clock: seconds.
+
+    Yields:
+        What to read, and in how many seconds: to be sent the outcomes. None: to be resumed after ROUND_PAUSE_S.
+
+    Returns:
+        The batch.
     """
-
-    def __init__(self, request: FetchRequest, now_s: float) -> None:
-        self.wanted, self._losses = request.sort_out()
-        self._rounds_left = request.limits.max_fetch_rounds
-        self._began_s = now_s
-        self._until_s = now_s + request.limits.deadline_s
-        self._payloads: dict[int, Payload] = {}
-        self._rounds = self._retried = 0
-
-    def begin(self, now_s: float) -> tuple[list[SlotRef], float]:
-        """A round begins: what to read, and in how many seconds."""
-        limit_s = attempt_budget_s(max(0.0, self._until_s - now_s), self._rounds_left)
-        self._rounds += 1
-        self._rounds_left -= 1
-        return [entry.ref for entry in self.wanted], limit_s
-
-    def end(self, outcomes: Sequence[Payload | TransportError], now_s: float) -> None:
-        """A round is over; `wanted` has what is to be asked for again, after ROUND_PAUSE_S."""
-        may_follow = self._rounds_left > 0 and self._until_s - now_s > ROUND_PAUSE_S
-        again: list[Wanted] = []
-        for entry, outcome in zip(self.wanted, outcomes, strict=True):
-            if not isinstance(outcome, Exception):
-                self._payloads[entry.index] = outcome
-            elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
-                self._losses.append(loss)
-            else:
-                again.append(entry)
-        self.wanted = again
-        self._retried += len(again)
-
-    def batch(self, now_s: float) -> Batch:
-        """The complete batch."""
-        return Batch(
-            payloads=dict(sorted(self._payloads.items())),
-            losses=tuple(sorted(self._losses, key=lambda loss: loss.index)),
-            rounds=self._rounds,
-            retried=self._retried,
-            took_s=now_s - self._began_s,
-        )
-
-    def release(self) -> None:
-        """Release what was fetched: there will be no batch."""
-        for payload in self._payloads.values():
+    began_s = clock()
+    until_s = began_s + request.limits.deadline_s
+    wanted, losses = request.sort_out()
+    payloads: dict[int, Payload] = {}
+    rounds = retried = 0
+    try:
+        while wanted:
+            rounds_left = request.limits.max_fetch_rounds - rounds
+            rounds += 1
+            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
+            outcomes = yield [entry.ref for entry in wanted], limit_s
+            assert outcomes is not None
+            may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
+            again: list[Wanted] = []
+            for entry, outcome in zip(wanted, outcomes, strict=True):
+                if not isinstance(outcome, Exception):
+                    payloads[entry.index] = outcome
+                elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
+                    losses.append(loss)
+                else:
+                    again.append(entry)
+            wanted = again
+            if wanted:
+                retried += len(wanted)
+                yield None
+    except BaseException:
+        for payload in payloads.values():  # the traceback would hold them, and they their slots
             payload.release()
+        raise
+    return Batch(
+        payloads=dict(sorted(payloads.items())),
+        losses=tuple(sorted(losses, key=lambda loss: loss.index)),
+        rounds=rounds,
+        retried=retried,
+        took_s=clock() - began_s,
+    )
 
 
 class BatchReader(Protocol):
@@ -203,17 +208,19 @@ async def fetch_batch(
         max_fetch_rounds=max_fetch_rounds,
         max_staleness=max_staleness,
     )
-    rounds = Rounds(FetchRequest(records, policy_version, limits), anyio.current_time())
-    try:
-        while rounds.wanted:
-            refs, limit_s = rounds.begin(anyio.current_time())
-            rounds.end(await client.read_many(refs, deadline_s=limit_s), anyio.current_time())
-            if rounds.wanted:
+    with closing(rounds_of(FetchRequest(records, policy_version, limits), anyio.current_time)) as rounds:
+        outcomes: Outcomes | None = None
+        while True:
+            try:
+                asked = rounds.send(outcomes)
+            except StopIteration as end:
+                batch: Batch = end.value
+                return batch
+            if asked is None:
+                outcomes = None
                 await anyio.sleep(ROUND_PAUSE_S)
-    except BaseException:
-        rounds.release()  # the traceback would hold them, and they their slots
-        raise
-    return rounds.batch(anyio.current_time())
+            else:
+                outcomes = await client.read_many(asked[0], deadline_s=asked[1])
 
 
 class BatchFetch:
@@ -249,7 +256,7 @@ class BatchFetch:
         self.request = request
         self._on_done = on_done
         self._on_payload = on_payload
-        self._rounds: Rounds | None = None
+        self._rounds = rounds_of(request, core.reactor.now)
         self._job: Job | None = None
         self._timer: Timer | None = None
         self._error: Exception | None = None
@@ -262,7 +269,7 @@ class BatchFetch:
         if after_s > 0:
             self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self.start)
         elif not self._over:
-            self._guarded(self._begin)
+            self._step(None)
 
     def abandon(self) -> None:
         """Give it up: what came of it is released, and `on_done` is not called. Idempotent."""
@@ -272,44 +279,38 @@ class BatchFetch:
         job, self._job = self._job, None
         if job is not None:
             self._core.abandon(job)
-        if self._rounds is not None:
-            self._rounds.release()
+        self._rounds.close()
 
     def fail(self, error: Exception) -> None:
         """Give it up: `on_done` is called with this."""
         self.abandon()
         self._on_done(self, error)
 
-    def _begin(self) -> None:
-        self._rounds = Rounds(self.request, self._core.reactor.now())
-        self._next()
-
-    def _next(self) -> None:
-        assert self._rounds is not None
-        if not self._rounds.wanted:
-            self._finish(self._rounds.batch(self._core.reactor.now()))
-            return
-        refs, limit_s = self._rounds.begin(self._core.reactor.now())
-        on_payload = None if self._on_payload is None else self._replaced
-        job = self._core.begin(refs, limit_s, on_done=self._round_over, on_payload=on_payload)
-        if not job.done:
-            self._job = job
+    def _step(self, outcomes: Outcomes | None) -> None:
+        """Go on, within a callback of the reactor: what is raised here ends this fetch and nothing else."""
+        reactor = self._core.reactor
+        try:
+            asked = self._rounds.send(outcomes)
+            if asked is None:
+                self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, partial(self._step, None))
+                return
+            on_payload = None if self._on_payload is None else self._replaced
+            job = self._core.begin(*asked, on_done=self._round_over, on_payload=on_payload)
+            if not job.done:
+                self._job = job
+        except StopIteration as end:
+            self._over = True
+            self._on_done(self, end.value)
+        except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
+            self.fail(error)
 
     def _round_over(self, job: Job) -> None:
-        self._job = None
-        self._guarded(lambda: self._take(job))
-
-    def _take(self, job: Job) -> None:
-        assert self._rounds is not None
-        reactor = self._core.reactor
-        outcomes = [outcome for outcome in job.outcomes if outcome is not None]
-        self._rounds.end(outcomes, reactor.now())
-        if self._error is not None:
-            raise self._error
-        if self._rounds.wanted:
-            self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, lambda: self._guarded(self._next))
+        if self._error is None:
+            self._job = None
+            self._step([outcome for outcome in job.outcomes if outcome is not None])
         else:
-            self._next()
+            self._job = job
+            self.fail(self._error)
 
     def _replaced(self, index: int, payload: Payload) -> Payload:
         del index
@@ -322,18 +323,6 @@ class BatchFetch:
                 raise
             self._error = error
             raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
-
-    def _guarded(self, step: Callable[[], None]) -> None:
-        """One step, within a callback of the reactor: what it raises ends this fetch and nothing else."""
-        try:
-            step()
-        except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
-            self.fail(error)
-
-    def _finish(self, batch: Batch) -> None:
-        self._over = True
-        self._rounds = None
-        self._on_done(self, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
