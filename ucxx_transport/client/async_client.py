@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore, Into
@@ -172,7 +174,8 @@ class UCXXClient:
     async def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
         core = self._core
-        core.require_usable()
+        if core.closed or getpid() != core.pid:
+            core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s
         if self._kept_s > TURN_S:
@@ -192,7 +195,9 @@ class UCXXClient:
             core.count_failure(error)
             raise
         job = Job((ref,), until_s, None, None, into)
-        await self._run(job, (0,))
+        job.is_held = True
+        await self._run(job, partial(core.reads.start_one, job))
+        core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
         self._kept_s += time.perf_counter() - began_s
         outcome = job.outcomes.pop()
         if isinstance(outcome, Payload):
@@ -212,7 +217,7 @@ class UCXXClient:
         job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
         remote = core.read_here(job)
         if remote:
-            await self._run(job, remote)
+            await self._run(job, partial(core.reads.start, job, remote))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
     async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
@@ -253,14 +258,14 @@ class UCXXClient:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _run(self, job: Job, indices: Sequence[int]) -> None:
-        """Read what a job reads over the link; returns when it is done."""
-        core = self._core
-        self._waiter.bind()
+    async def _run(self, job: Job, start: Callable[[], None]) -> None:
+        """Start a job and return when it is done."""
+        core, waiter = self._core, self._waiter
+        waiter.bind()
         try:
-            core.reads.start(job, indices)
+            start()
             if not job.done:
-                await self._waiter.wait(job, alone=core.reads.in_flight == 1)
+                await waiter.wait(job, alone=core.reads.in_flight == 1)
         except BaseException:
             core.abandon(job)
             raise

@@ -397,7 +397,17 @@ class Connection:
         self._in_flight_bytes -= ref.nbytes
         if attempt.late:
             self.late -= 1
-        session.end(attempt.number, delivered=self._reads.arrived(attempt))
+        delivered = self._reads.arrived(attempt)
+        if delivered is not None:
+            session.end(attempt.number, delivered=delivered)
+
+    def end_held(self, attempt: Attempt, *, delivered: bool) -> None:
+        """End an attempt that was kept in suspense; where the connection is lost meanwhile, by the next one."""
+        if not self.closed:
+            self._session.end(attempt.number, delivered=delivered)
+            self.send_ends()
+        elif delivered:
+            self._pool.owe((attempt.ref,))
 
     def _answered(self, attempt: Attempt) -> None:
         """An attempt is in flight no more."""
@@ -463,12 +473,13 @@ class Connection:
                 error = self._undescribed[fingerprint] = caught
             for attempt in waiting:
                 self._answered(attempt)
+                delivered: bool | None = False
                 if error is None:
                     delivered = self._reads.arrived(attempt)
                 else:
-                    delivered = False
                     self._reads.refused(attempt, error)
-                self._session.end(attempt.number, delivered=delivered)
+                if delivered is not None:
+                    self._session.end(attempt.number, delivered=delivered)
             self.after_answers()
 
         self._ask(self._session.describe(ring_id), DESCRIBE_RECEIVE_BYTES, described)

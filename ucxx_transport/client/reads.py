@@ -97,13 +97,16 @@ class Job:
         on_done: called once it is.
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
         into: the caller's memory for the payload; of a job of one.
+        is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
+        held: that payload's attempt. Of a job of one, like `is_held`.
         began_s: of `perf_counter`.
         alone: whether all that it reads over the link is of one source: then nothing else waits for it.
         reads: those over the link.
     """
 
     __slots__ = (
-        "alone", "began_s", "done", "into", "left", "on_done", "on_payload", "outcomes", "reads", "refs", "until_s",
+        "alone", "began_s", "done", "held", "into", "is_held", "left", "on_done", "on_payload", "outcomes", "reads",
+        "refs", "until_s",
     )  # fmt: skip
 
     def __init__(
@@ -122,6 +125,8 @@ class Job:
         self.on_done = on_done
         self.on_payload = on_payload
         self.into = into
+        self.is_held = False
+        self.held: Attempt | None = None
         self.began_s = time.perf_counter()
         self.alone = True
         self.reads: list[Read] = []
@@ -280,6 +285,9 @@ class Reads:
     def abandon(self, job: Job) -> None:
         """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
         job.on_done = None
+        if job.held is not None:
+            job.held.connection.end_held(job.held, delivered=False)
+            job.held = None
         for read in tuple(job.reads):
             if read.job is not None:
                 self._over(read, PeerLostError("abandoned", reason="cancelled"))
@@ -439,8 +447,12 @@ class Reads:
             self._look_at(limit_s)
         return limit_s
 
-    def arrived(self, attempt: Attempt) -> bool:
-        """An attempt has brought its payload, and its schema is known; whether it is to be ended as delivered."""
+    def arrived(self, attempt: Attempt) -> bool | None:
+        """An attempt has brought its payload, and its schema is known.
+
+        Returns:
+            Whether it is to be ended as delivered; None: it is not to be ended yet.
+        """
         if self._wary:
             self.forgive(attempt.connection.key)
         read = attempt.read
@@ -462,6 +474,10 @@ class Reads:
                 self._failed(read, error)
                 return False
         payload = Payload(ref, content, self._schemas[ref.fingerprint] if ref.fingerprint else None, "ucx")
+        if job.is_held:
+            job.held = attempt
+            self._over(read, payload)
+            return None
         try:
             self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
         except StaleSlotError as error:
@@ -491,6 +507,23 @@ class Reads:
             job.reads.clear()
             self.finished.append(job)
         return True
+
+    def deliver(self, job: Job) -> None:
+        """The caller has got this far: what was held for it is its own now, and the server hears so."""
+        attempt, job.held = job.held, None
+        payload = job.outcomes[0]
+        if attempt is None or not isinstance(payload, Payload):
+            return
+        try:
+            self._claim(attempt.ref)
+            if job.into is not None:
+                job.outcomes[0] = payload.copied_into(job.into)
+            self._counters.delivered("ucx", attempt.ref.nbytes, time.perf_counter() - job.began_s)
+        except TransportError as error:
+            error.__traceback__ = None  # its frames hold the payload
+            self._counters.failed(error)
+            job.outcomes[0] = error
+        attempt.connection.end_held(attempt, delivered=True)
 
     def refused(self, attempt: Attempt, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
