@@ -5,56 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
-from ucxx_transport.client import Payload, UCXXClient
-from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from tests.support.port_beside import port_beside
+from ucxx_transport.client import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.server.port_thread import PortThread
-from ucxx_transport.testing import Faults, MemoryNetwork
 from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(range(256)) * 16
-
-
-@dataclass
-class Served:
-    """A ring and a port before it, in a thread of its own.
-
-    Attributes:
-        faults: of what the port sends. client_faults: of what clients send.
-    """
-
-    ring: SharedRingBuffer
-    faults: Faults = field(default_factory=Faults)
-    client_faults: Faults = field(default_factory=Faults)
-
-    def client(self, **settings: object) -> UCXXClient:
-        """A client that reads everything over the link."""
-        network = MemoryNetwork(faults=self.client_faults, listeners=self.network.listeners)
-        values: dict[str, object] = {"local": "off", **settings}
-        return UCXXClient(ClientConfig(**values), link_factory=network.link)  # type: ignore[arg-type]  # checked at run time
-
-    def __post_init__(self) -> None:
-        self.network = MemoryNetwork(faults=self.faults)
-
-
-@contextmanager
-def served(*, slots: int = 16, slot_bytes: int = 64 << 10) -> Iterator[Served]:
-    with SharedRingBuffer.create(RingConfig(slots=slots, slot_bytes=slot_bytes, prefault=False)) as ring:
-        made = Served(ring)
-        port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, link_factory=made.network.link)
-        try:
-            port.start(time.monotonic() + 30.0)
-            ring.publish_address("10.0.0.1", (5001,))
-            yield made
-        finally:
-            port.stop(time.monotonic() + 30.0)
 
 
 async def until_free(ring: SharedRingBuffer, slot: int) -> None:
@@ -65,8 +27,8 @@ async def until_free(ring: SharedRingBuffer, slot: int) -> None:
 
 def test_a_read_returns_its_payload_and_frees_its_slot() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 for nbytes in (0, 1, 4096, 60_000):
                     ref = rig.ring.write_raw(bytes(nbytes))
                     with await client.read(ref) as payload:
@@ -78,8 +40,8 @@ def test_a_read_returns_its_payload_and_frees_its_slot() -> None:
 
 def test_reads_beside_each_other_and_batches_come_in_order() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 refs = [rig.ring.write_raw(bytes([number]) * 1000) for number in range(8)]
                 payloads = await asyncio.gather(*(client.read(ref) for ref in refs))
                 assert [bytes(payload.buffer)[:1] for payload in payloads] == [bytes([number]) for number in range(8)]
@@ -93,8 +55,8 @@ def test_reads_beside_each_other_and_batches_come_in_order() -> None:
 
 def test_into_a_buffer_of_the_caller() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 into = bytearray(5000)
                 payload = await client.read(rig.ring.write_raw(EPISODE), into=into)
                 assert into[: len(EPISODE)] == EPISODE == bytes(payload.buffer)
@@ -105,8 +67,8 @@ def test_into_a_buffer_of_the_caller() -> None:
 
 def test_the_loop_goes_on_while_an_answer_is_awaited() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 hold = rig.faults.hold = Hold()
                 reading = asyncio.create_task(client.read(rig.ring.write_raw(EPISODE), deadline_s=60))
@@ -122,8 +84,8 @@ def test_the_loop_goes_on_while_an_answer_is_awaited() -> None:
 
 def test_a_deadline_is_kept_while_nothing_else_happens() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 rig.faults.drop = 1000
                 began_s = time.monotonic()
@@ -137,8 +99,8 @@ def test_a_deadline_is_kept_while_nothing_else_happens() -> None:
 
 def test_a_read_cancelled_at_any_of_its_steps_loses_no_payload_and_keeps_no_buffer() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client(spin_s=0.0) as client:
+        with port_beside() as rig:
+            async with rig.async_client(spin_s=0.0) as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 cut = delivered = 0
                 for steps in range(40):
@@ -168,8 +130,8 @@ def test_a_read_cancelled_at_any_of_its_steps_loses_no_payload_and_keeps_no_buff
 
 def test_a_payload_that_had_come_when_its_task_was_cancelled_can_be_read_again() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 ref = rig.ring.write_raw(EPISODE)
                 hold = rig.faults.hold = Hold()
@@ -192,8 +154,8 @@ def test_a_payload_that_had_come_when_its_task_was_cancelled_can_be_read_again()
 
 def test_a_cancelled_batch_releases_what_had_come() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 rig.faults.spare, rig.faults.drop = 1, 1
                 refs = [rig.ring.write_raw(bytes(60_000)) for _ in range(2)]
@@ -209,8 +171,8 @@ def test_a_cancelled_batch_releases_what_had_come() -> None:
 
 
 def test_a_client_belongs_to_the_loop_it_is_first_used_in() -> None:
-    with served() as rig:
-        client = rig.client()
+    with port_beside() as rig:
+        client = rig.async_client()
         first, second = (rig.ring.write_raw(EPISODE) for _ in range(2))
 
         async def read() -> None:
@@ -231,8 +193,8 @@ def test_a_client_belongs_to_the_loop_it_is_first_used_in() -> None:
 
 def test_closing_ends_reads_in_flight_and_is_idempotent() -> None:
     async def main() -> None:
-        with served() as rig:
-            client = rig.client()
+        with port_beside() as rig:
+            client = rig.async_client()
             (await client.read(rig.ring.write_raw(EPISODE))).release()
             rig.faults.drop = 1000
             reading = asyncio.create_task(client.read(rig.ring.write_raw(EPISODE), deadline_s=60))
@@ -249,9 +211,9 @@ def test_closing_ends_reads_in_flight_and_is_idempotent() -> None:
 
 def test_no_thread_is_started_for_reads_over_the_link() -> None:
     async def main() -> None:
-        with served() as rig:
+        with port_beside() as rig:
             before = threading.active_count()
-            async with rig.client() as client:
+            async with rig.async_client() as client:
                 (await client.read(rig.ring.write_raw(EPISODE))).release()
                 assert threading.active_count() == before
 
@@ -260,8 +222,8 @@ def test_no_thread_is_started_for_reads_over_the_link() -> None:
 
 def test_discards_over_the_link_free_the_slots() -> None:
     async def main() -> None:
-        with served() as rig:
-            async with rig.client() as client:
+        with port_beside() as rig:
+            async with rig.async_client() as client:
                 refs = [rig.ring.write_raw(EPISODE) for _ in range(3)]
                 assert await client.discard([*refs, replace(refs[0])]) == 3
                 assert [rig.ring.slot_state(ref.slot) for ref in refs] == [SlotState.FREE] * 3

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.rows import row
-from ucxx_transport.client.retry import (
+from ucxx_transport.client.ports import (
     BACKOFF_LIMIT_S,
     SHORTEST_ATTEMPT_S,
     PortVerdict,
