@@ -295,19 +295,13 @@ class Prefetcher:
             done, self._in_use = self._in_use, None
             waiting = [*self._deferred]
         atexit.unregister(self.close)
-        unused = None if head is None else head.outcome
-        if head is not None and unused is None:
-            waiting.append(head.request)
-        count = sum(len(request.records) for request in waiting)
-        if isinstance(unused, Batch):
-            count += len(unused.payloads)
-            self._count(unused.losses)
-        if total := self.leave(count):
-            _log.warning("episodes_not_taken", episodes=total)
-        for batch in (done, unused):
-            if isinstance(batch, Batch):
-                batch.release()
-        self._thread.close()
+        try:
+            self._count_left(head, waiting)
+        finally:
+            for batch in (done, None if head is None else head.outcome):
+                if isinstance(batch, Batch):
+                    batch.release()
+            self._thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -334,6 +328,16 @@ class Prefetcher:
         losses.sort(key=lambda loss: loss.index)
         self._thread.discard(losses)
         return losses
+
+    def _count_left(self, head: BatchFetch | None, waiting: list[FetchRequest]) -> None:
+        count = sum(len(request.records) for request in waiting)
+        if head is not None and isinstance(head.outcome, Batch):
+            count += len(head.outcome.payloads)
+            self._count(head.outcome.losses)
+        elif head is not None and head.outcome is None:
+            count += len(head.request.records)
+        if total := self.leave(count):
+            _log.warning("episodes_not_taken", episodes=total)
 
     def _hand_out(self, batch: Batch) -> None:
         with self._changed:
