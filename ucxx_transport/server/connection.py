@@ -42,6 +42,9 @@ FRAMES_POSTED: Final = 4
 MAX_COPIED_BYTES: Final = 512 << 10
 """Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
 
+MAX_PACK_BUFFERS: Final = 16
+"""Kept by a port for further packed payloads."""
+
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
 _OK: Final = Status.OK
@@ -241,8 +244,9 @@ class Connection:
             self.port.finish(attempt)
 
     def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
-        if operation.completed:
-            self.port.pack_buffers.append(buffer)
+        buffers = self.port.pack_buffers
+        if operation.completed and len(buffers) < MAX_PACK_BUFFERS:
+            buffers.append(buffer)
         for attempt in attempts:
             self._on_sent(attempt, operation)
         self._copy_left(operation)

@@ -87,6 +87,8 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
         (
             ("ucxx_transport.sidecar.main", "ucxx_transport.server.port_thread", "ucxx_transport.ring"),
             {
+                "anyio",
+                "asyncio",
                 "httpx",
                 "psutil",
                 "rich",
