@@ -16,7 +16,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -109,7 +108,7 @@ class CupyLeaves(LeafRuntime):
                     field=field,
                 )
         with cupy.cuda.Device(array.device):
-            return replace(array, array=array.array.astype(dtype), dtype=dtype)
+            return array._replace(array=array.array.astype(dtype), dtype=dtype)
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
         if array.array.size == 0:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import Any, Final
@@ -152,7 +151,7 @@ class TorchLeaves(LeafRuntime):
                 f"(tensor.to(torch.{dtype.name})), knowing that",
                 field=field,
             )
-        return replace(array, array=array.array.to(torch_dtype(self.library, dtype)), dtype=dtype)
+        return array._replace(array=array.array.to(torch_dtype(self.library, dtype)), dtype=dtype)
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
         tensor = array.array
