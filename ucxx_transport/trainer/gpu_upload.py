@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -161,8 +162,9 @@ class DeviceUploader:
             while self._in_flight:
                 self._in_flight[0][0].wait()
                 self._in_flight.popleft()
+        until_s = time.monotonic() + _JOIN_TIMEOUT_S
         for thread in tuple(self._locking):
-            thread.join(_JOIN_TIMEOUT_S)
+            thread.join(max(0.0, until_s - time.monotonic()))
 
     def _look_again(self, timers: Timers, after_s: float) -> None:
         timers.call_at(timers.now() + after_s, partial(self._look, timers, after_s))
