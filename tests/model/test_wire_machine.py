@@ -2,9 +2,9 @@
 
 Frames of a connection stay in order, its channels overtake each other, sends complete before or after their messages
 arrive; connections break between any two messages and each side learns of it on its own; clients give up, die and come
-back; the port dies. A *step* is one rule. Between any two steps no attempt has two owners, no window is exceeded, nothing
-is consumed that no client has, and no two clients have one payload unless a connection broke. When all has settled, a
-payload is consumed if and only if a client has it, and no one owes anything.
+back; the port dies. A *step* is one rule. Between any two steps no attempt has two owners, no window is exceeded,
+nothing is consumed that no client has, and no two clients have one payload unless a connection broke. When all has
+settled, a payload is consumed if and only if a client has it, and no one owes anything.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ STEPS_AN_EXAMPLE = 60
 SLOTS = 5
 WINDOW = Window(4, 300)
 CLIENTS = 3
+SIZES = st.sampled_from([0, 8, 40, 100, 200, 400])
+STEPS = st.lists(st.sampled_from(["frame", "send", "answer"]), max_size=4)
+"""What happens to one connection next, of what is on its way."""
 INDEX = st.integers(0, 1 << 20)
 """Picks among what is there, whatever is there."""
 
@@ -98,8 +101,8 @@ class WireMachine(RuleBasedStateMachine):
         super().__init__()
         self.stack = ExitStack()
 
-    @initialize(token=st.booleans())
-    def open(self, *, token: bool) -> None:
+    @initialize(token=st.booleans(), payloads=st.integers(0, SLOTS))
+    def open(self, *, token: bool, payloads: int) -> None:
         self.ring: ModelRing = PlainRing(SLOTS)
         if self.real:
             config = RingConfig(slots=SLOTS, slot_bytes=512, prefault=False)
@@ -115,7 +118,19 @@ class WireMachine(RuleBasedStateMachine):
         self.born = CLIENTS
         self.names: list[Name] = []
         self.contents: dict[Key, bytes] = {}
-        self.dead: list[Client] = []
+        self.steps_of = {"frame": self.port.receive_frame, "send": self.first_send, "answer": self.first_answer}
+        for number in range(payloads):
+            self.write(number * 60)
+        for client in self.clients[:2]:
+            self.pump(self.port.connect(client))
+
+    def first_send(self, connection: Connection) -> None:
+        if connection.sending and not connection.server_knows:
+            self.port.complete_send(connection, 0)
+
+    def first_answer(self, connection: Connection) -> None:
+        if connection.answers:
+            self.port.receive_answer(connection, next(iter(connection.answers)))
 
     def connections(self) -> list[Connection]:
         return [one for one in self.port.connections if not (one.client_knows and one.server_knows)]
@@ -125,7 +140,7 @@ class WireMachine(RuleBasedStateMachine):
 
     # --- What writers and clients do ---
 
-    @rule(nbytes=st.sampled_from([0, 8, 40, 100, 200, 400]))
+    @rule(nbytes=SIZES)
     def write(self, nbytes: int) -> None:
         content = (b"%06d-" % len(self.contents) * 60)[:nbytes]
         name = self.ring.write(content)
@@ -142,8 +157,8 @@ class WireMachine(RuleBasedStateMachine):
             self.port.connect(client)
 
     @precondition(lambda self: self.names and self.opened())
-    @rule(which=INDEX, picks=st.lists(st.integers(0, 7), min_size=1, max_size=4), packed=st.booleans())
-    def fetch(self, which: int, picks: list[int], *, packed: bool) -> None:
+    @rule(which=INDEX, picks=st.lists(st.integers(0, 7), min_size=1, max_size=4), packed=st.booleans(), then=STEPS)
+    def fetch(self, which: int, picks: list[int], then: list[str], *, packed: bool) -> None:
         connection = pick(self.opened(), which)
         names: list[Name] = []
         for offset in picks:  # the latest ones, mostly still there
@@ -154,13 +169,21 @@ class WireMachine(RuleBasedStateMachine):
         if names:
             fits = len(names) > 1 and sum(message_bytes(name.nbytes) for name in names) <= PACK_BYTES
             self.port.fetch(connection, names, packed=packed and fits)
+        self.go_on(connection, then)
 
     @precondition(lambda self: self.opened())
-    @rule(which=INDEX, count=st.integers(1, 5), nbytes=st.sampled_from([0, 50, 300, 5000]), newest=st.booleans())
-    def take(self, which: int, count: int, nbytes: int, *, newest: bool) -> None:
+    @rule(
+        which=INDEX,
+        count=st.integers(1, 5),
+        nbytes=st.sampled_from([0, 50, 300, 5000]),
+        newest=st.booleans(),
+        then=STEPS,
+    )
+    def take(self, which: int, count: int, nbytes: int, then: list[str], *, newest: bool) -> None:
         connection = pick(self.opened(), which)
         if len(connection.server.takes) + len(connection.frames) < 6:
             self.port.take(connection, count, nbytes, newest=newest, wait_ms=1000)
+        self.go_on(connection, then)
 
     @precondition(lambda self: self.opened())
     @rule(which=INDEX)
@@ -168,9 +191,11 @@ class WireMachine(RuleBasedStateMachine):
         self.port.describe(pick(self.opened(), which))
 
     @precondition(lambda self: self.opened())
-    @rule(which=INDEX)
-    def send_ends(self, which: int) -> None:
-        self.port.send_ends(pick(self.opened(), which))
+    @rule(which=INDEX, then=STEPS)
+    def send_ends(self, which: int, then: list[str]) -> None:
+        connection = pick(self.opened(), which)
+        self.port.send_ends(connection)
+        self.go_on(connection, then)
 
     @precondition(lambda self: self.names and self.opened())
     @rule(which=INDEX, offset=st.integers(0, 7))
@@ -194,12 +219,14 @@ class WireMachine(RuleBasedStateMachine):
 
     # --- What the network and the port do ---
 
-    @precondition(lambda self: any(one.frames for one in self.connections()))
-    @rule(which=INDEX, count=st.integers(1, 3))
-    def frames_arrive(self, which: int, count: int) -> None:
-        connection = pick([one for one in self.connections() if one.frames], which)
-        for _ in range(count):
-            self.port.receive_frame(connection)
+    def go_on(self, connection: Connection, steps: list[str]) -> None:
+        for step in steps:
+            self.steps_of[step](connection)
+
+    @precondition(lambda self: self.connections())
+    @rule(which=INDEX, steps=STEPS)
+    def things_arrive(self, which: int, steps: list[str]) -> None:
+        self.go_on(pick(self.connections(), which), steps)
 
     @precondition(lambda self: any(one.answers for one in self.connections()))
     @rule(which=INDEX, channel=INDEX)
@@ -250,7 +277,6 @@ class WireMachine(RuleBasedStateMachine):
         client = self.clients[which % CLIENTS]
         for connection in list(client.connections):
             self.port.client_notices(connection)
-        self.dead.append(client)
         self.born += 1
         self.clients[which % CLIENTS] = Client(self.born)
 
