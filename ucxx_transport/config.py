@@ -1,6 +1,6 @@
 """Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`).
+Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.section`).
 Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
 names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy,
 validated again.
