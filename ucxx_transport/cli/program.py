@@ -60,7 +60,6 @@ EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
         "ale_py": "atari",
         "cupy": "cu12",
         "torch": "torch",
-        "httpx": "etcd",
     }
 )
 """Which extra brings a module that a verb may find missing."""

@@ -58,7 +58,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
         config: its settings; None: those of the environment and the file.
 
     Raises:
-        ConfigError: the URL or a setting is wrong, or etcd is asked for and httpx is not installed.
+        ConfigError: the URL or a setting is wrong.
         StorePermissionError: the file of a local store is not this user's to use.
     """
     address = parse_store_url(url)
