@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 from ucxx_transport.errors import PeerLostError
 
 if TYPE_CHECKING:
-    from ucxx_transport.membership.source_record import SourceRecord
+    from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
 
 ResultT = TypeVar("ResultT")

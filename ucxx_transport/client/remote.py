@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.membership.source_record import SourceRecord
+    from ucxx_transport.membership.sources import SourceRecord
 
 
 _log = get_logger(__name__)

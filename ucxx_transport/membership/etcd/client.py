@@ -221,6 +221,8 @@ class Connection:
                 reason=error.verify_message,
             )
         facts = {"endpoint": self.endpoint, "reason": type(error).__name__, "detail": str(error), "sent": self._sent}
+        if isinstance(error, TimeoutError):
+            return StoreUnavailableError("etcd does not answer in time", **facts)
         return StoreUnavailableError("etcd cannot be reached", **facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
@@ -14,8 +15,7 @@ from ucxx_transport.membership.etcd import messages
 from ucxx_transport.membership.etcd.client import EtcdClient, access
 from ucxx_transport.membership.etcd.messages import EtcdReply, Json
 from ucxx_transport.membership.etcd.watch import EtcdWatch
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
-from ucxx_transport.membership.leases import whole_seconds
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
 from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store, lease_lost, revision_conflict
 
 
@@ -60,7 +60,8 @@ class EtcdStore(Store):
         return self._identity
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        reply = self._call("lease/grant", {"TTL": str(whole_seconds(ttl_s))}, self._until(timeout_s))
+        whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
+        reply = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
         return Lease(lease_id=reply.number("ID"), ttl_s=float(reply.number("TTL")))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
