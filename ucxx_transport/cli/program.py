@@ -54,7 +54,7 @@ EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
         "ucxx": "cpu",
         "rich": "cli",
-        "psutil": "bench",
+        "zmq": "bench",
         "gymnasium": "examples",
         "matplotlib": "examples",
         "ale_py": "atari",
