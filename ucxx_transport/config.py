@@ -84,6 +84,12 @@ class RingConfig:
     readers: Count = setting(default=1, ge=1, le=MAX_READERS, description="reads that free a payload")
     prefault: bool = setting(default=True, description="touch all pages at creation, so that the first lap is fast too")
     checksum: bool = setting(default=False, description="xxh3_64 of every payload, carried by its SlotRef")
+    envelope_bytes: Bytes = setting(
+        default=1024,
+        ge=0,
+        le=1024,
+        description="room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
+    )
     block_timeout_s: Seconds = setting(
         default=30.0, gt=0, description="on_full='block': how long a write waits at most"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
 
@@ -65,23 +65,6 @@ def take_fields(
         if not isinstance(key, str) or (key not in required and key not in optional):
             raise ProtocolError(f"a {what} with the unknown field {describe(key)}", field=describe(key))
     return data
-
-
-def take_values(data: object, what: str, keys: tuple[str, ...]) -> list[Any]:
-    """The values of a mapping that has exactly these keys, in their order.
-
-    Args:
-        data: the decoded form, of any type.
-        what: the form's name for the error.
-        keys: those that must be there.
-
-    Raises:
-        ProtocolError: as for `take_fields`.
-    """
-    if type(data) is dict and tuple(data) == keys:  # as this side writes it
-        return list(data.values())
-    form = take_fields(data, what, required=keys)
-    return [form[key] for key in keys]
 
 
 def check_version(version: object, what: str) -> None:

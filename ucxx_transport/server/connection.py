@@ -19,8 +19,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
-from ucxx_transport.wire.codec import seal
-from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, ReadRequest, Status, message_bytes
+from ucxx_transport.wire.frames import REQUEST_BYTES, ReadRequest, Status
 
 _log = get_logger(__name__)
 _BLANK = bytes(REQUEST_BYTES)
@@ -45,12 +44,6 @@ _TIMEOUT_COUNTERS = {
 
 class ReadableRing(Protocol):
     """What a connection needs of a ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-
-    @property
-    def fingerprint(self) -> int: ...
 
     def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
 
@@ -183,18 +176,7 @@ class Connection:
             self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
             return
         self._lease = lease
-        frame = lease.frame()
-        reply = ReadReply(
-            status=_OK,
-            nbytes=nbytes,
-            ring_id=self._ring.ring_id,
-            slot=request.slot,
-            generation=request.generation,
-            checksum=lease.checksum,
-            fingerprint=self._ring.fingerprint,
-        )
-        seal(frame, reply)
-        self._send = self._endpoint.post_send(frame[: message_bytes(nbytes)])
+        self._send = self._endpoint.post_send(lease.message)
 
     async def _finish(self) -> None:
         send = self._send
