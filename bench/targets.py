@@ -1,158 +1,239 @@
-"""What the transport has to reach, as figures of one run.
+"""What the transport has to reach, as figures of one run. Ratios are taken round by round; the median is compared.
 
-| target                            | figure                                                | bound              |
-|-----------------------------------|-------------------------------------------------------|--------------------|
-| UCX over TCP, 1 MiB               | GB/s × naive                                          | ≥ 8                |
-| UCX over TCP, 16 MiB              | GB/s × naive                                          | ≥ 6                |
-| UCX over TCP, 64 KiB              | p50 of naive ÷ its own                                | ≥ 8                |
-| UCX, shared-memory lanes, 16 MiB  | GB/s × naive                                          | ≥ 12               |
-| local copy, each size from 16 MiB | GB/s × memcpy                                         | ≥ 0.7              |
-| local view, any size              | p50                                                   | ≤ 100 µs; sync 30  |
-| idle server                       | percent of one core, 4 ports, 16 idle connections     | ≤ 2                |
-| worker whose main thread spins    | added p50 of a 64 KiB read, server in its own process | ≤ 1 ms             |
-
-Ratios are taken round by round between neighbours in time, with the async client; the median of them is the figure.
+Figures of other programs are those of the same run, so a target says the same on every machine. Microseconds of Python
+are scaled to a machine whose empty call takes 70 ns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from bench.busy_worker import BusyWorker
-from bench.core.results import Result, Spread, paired_ratio
-from bench.idle_cpu import IdleCpu
-from ucxx_transport.units import format_bytes
+from bench import batch, gpu, idle, lanes, local, ports, read, ring, sources, spinning
+from bench.core.figures import Figures, Row, Spread
+from bench.trainer import UCX_AHEAD, VIEW_AHEAD
 
-__all__ = ["NAIVE", "Target", "check_targets"]
+__all__ = ["TARGETS", "Target", "Verdict", "judge"]
 
-NAIVE: Final = "naive"
-KIB: Final = 1024
-MIB: Final = 1024 * KIB
-LARGE_BYTES: Final = 16 * MIB
+MANY: Final = 1 << 20
+EVERY: Final = range(1, MANY)
 
-RATES_OVER_NAIVE: Final = (
-    ("ucx_tcp_async", "UCX over TCP", 1 * MIB, 8.0),
-    ("ucx_tcp_async", "UCX over TCP", 16 * MIB, 6.0),
-    ("ucx_shm_async", "UCX, shared-memory lanes", 16 * MIB, 12.0),
-)
-TCP_P50_SIZE_BYTES: Final = 64 * KIB
-TCP_P50_RATIO: Final = 8.0
-COPY_OVER_MEMCPY: Final = 0.7
-VIEW_P50_US: Final = (("view_async", "async", 100.0), ("view_sync", "sync", 30.0))
-IDLE_PERCENT: Final = 2.0
-BUSY_ADDED_US: Final = 1000.0
+BATCH_RATIO: Final = "reads/s of read_many over pyzmq's one by one"
+PORTS_RATIO: Final = "reads/s of 4 clients and 4 ports over those of one of each"
+SCALED: Final = "a view's p50 in µs at 70 ns a call"
+WAITS: Final = "share of a computing trainer's time that it waits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One figure beside its bound.
+    """A bound of one figure.
 
     Attributes:
+        question: whose rows it needs.
         what: in words.
-        unit: of the figures.
-        bound: the least or greatest that will do.
-        sense: which of the two.
-        figure: over the rounds; None when this run did not measure it, which does not meet it.
+        rows: subject and case of each row; the second is what the first is divided by.
+        figure: of each.
+        sense: whether the bound is the least or the greatest that will do.
+        bound: that number.
+        scaled: microseconds, to be scaled to a call of 70 ns.
+        cores: machines on which it holds.
     """
 
+    question: str
     what: str
-    unit: str
+    rows: tuple[tuple[str, str], ...]
+    figure: str
     sense: Literal["≥", "≤"]
     bound: float
+    scaled: bool = False
+    cores: range = EVERY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A target with this run's figure.
+
+    Attributes:
+        target: which.
+        figure: over the rounds; None where it was not measured.
+        reason: why not.
+    """
+
+    target: Target
     figure: Spread | None
+    reason: str = ""
 
     @property
-    def met(self) -> bool:
+    def word(self) -> Literal["met", "missed", "not measured here"]:
         """Whether the median keeps to the bound."""
         if self.figure is None:
-            return False
-        return self.figure.median >= self.bound if self.sense == "≥" else self.figure.median <= self.bound
+            return "not measured here"
+        value, bound = self.figure.median, self.target.bound
+        met = value >= bound if self.target.sense == "≥" else value <= bound
+        return "met" if met else "missed"
+
+    @property
+    def measured_over_bound(self) -> float | None:
+        """The figure as a share of its bound."""
+        return None if self.figure is None else self.figure.median / self.target.bound
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "met": self.met}
+        target = {key: value for key, value in asdict(self.target).items() if key != "cores"}
+        figure = None if self.figure is None else asdict(self.figure)
+        return {
+            **target,
+            "measured": figure,
+            "measured_over_bound": self.measured_over_bound,
+            "verdict": self.word,
+            "reason": self.reason,
+        }
 
 
-def check_targets(
-    results: Sequence[Result], idle: IdleCpu | None = None, busy: Sequence[BusyWorker] = ()
+def judge(
+    rows: Iterable[Row],
+    questions: Iterable[str],
+    *,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+    cores: int | None = None,
+) -> list[Verdict]:
+    """Every target of these questions, with this run's figure.
+
+    Args:
+        rows: what came out.
+        questions: those that were asked.
+        reasons: why some of them have no rows.
+        cores: of the machine; by default those that this process may use.
+    """
+    figures, asked = Figures(rows, reasons), set(questions)
+    cores = cores or len(os.sched_getaffinity(0))
+    return [_verdict(target, figures, cores) for target in TARGETS if target.question in asked]
+
+
+def _verdict(target: Target, figures: Figures, cores: int) -> Verdict:
+    if cores not in target.cores:
+        return Verdict(target=target, figure=None, reason=f"asked of other machines than one of {cores} cores")
+    rows = [figures.find(target.question, subject, case) for subject, case in target.rows]
+    for row in rows:
+        if target.figure not in row.figures:
+            return Verdict(target=target, figure=None, reason=f"{row.subject}: {row.skipped or 'without that figure'}")
+    if target.scaled:
+        return Verdict(target=target, figure=figures.scaled(rows[0], target.figure))
+    if len(rows) == 1:
+        return Verdict(target=target, figure=rows[0].spread(target.figure))
+    return Verdict(target=target, figure=figures.ratio(rows[0], rows[1], target.figure))
+
+
+def _each(
+    question: str,
+    what: str,
+    rows: Sequence[str],
+    figure: str,
+    *,
+    at_least: Mapping[str, float] = MappingProxyType({}),
+    at_most: Mapping[str, float] = MappingProxyType({}),
+    scaled: bool = False,
+    cores: range = EVERY,
 ) -> list[Target]:
-    """Every target with this run's figure."""
-    by_name = {(result.subject, result.size_bytes): result for result in results}
-    sizes = sorted({result.size_bytes for result in results})
+    """One target a case: the figure of one subject, or that of the first over the second's."""
     return [
-        *_over_naive(by_name),
-        *_copy_over_memcpy(by_name, [size for size in sizes if size >= LARGE_BYTES]),
-        *_view_p50(by_name, sizes),
-        *_whole_machine(idle, busy),
+        Target(
+            question=question,
+            what=f"{case}: {what}" if case else what,
+            rows=tuple((subject, case) for subject in rows),
+            figure=figure,
+            sense="≥" if at_least else "≤",
+            bound=bound,
+            scaled=scaled,
+            cores=cores,
+        )
+        for case, bound in (at_least or at_most).items()
     ]
 
 
-Results = dict[tuple[str, int], Result]
+def _of(cases: Iterable[str], bound: float) -> dict[str, float]:
+    """The same bound in each of these cases."""
+    return dict.fromkeys(cases, bound)
 
 
-def _over_naive(results: Results) -> Iterator[Target]:
-    for subject, label, size, bound in RATES_OVER_NAIVE:
-        yield Target(
-            what=f"{label}, {format_bytes(size)}: GB/s over the naive protocol's",
-            unit="×",
-            sense="≥",
-            bound=bound,
-            figure=_ratio(results, subject, NAIVE, "gb_per_s", size),
-        )
-    yield Target(
-        what=f"UCX over TCP, {format_bytes(TCP_P50_SIZE_BYTES)}: p50 of the naive protocol over its own",
-        unit="×",
-        sense="≥",
-        bound=TCP_P50_RATIO,
-        figure=_ratio(results, NAIVE, "ucx_tcp_async", "p50_us", TCP_P50_SIZE_BYTES),
-    )
+def _calls(bounds: Mapping[str, float]) -> list[Target]:
+    return [
+        target
+        for call, bound in bounds.items()
+        for target in _each("ring", f"{call}: µs at 70 ns a call", [call], "us", at_most={"": bound}, scaled=True)
+    ]
 
 
-def _copy_over_memcpy(results: Results, sizes: Sequence[int]) -> Iterator[Target]:
-    for size in sizes or [LARGE_BYTES]:
-        for client in ("async", "sync"):
-            yield Target(
-                what=f"local copy ({client}), {format_bytes(size)}: GB/s over memcpy's",
-                unit="×",
-                sense="≥",
-                bound=COPY_OVER_MEMCPY,
-                figure=_ratio(results, f"copy_{client}", "memcpy", "gb_per_s", size),
-            )
+K4, K64, M1, M16, M64, M256 = "4 KiB", "64 KiB", "1 MiB", "16 MiB", "64 MiB", "256 MiB"
+EACH: Final = (K4, K64, M1, M16, M64)
+SMALL: Final = (K4, K64)
+LARGE: Final = (M1, M16, M64)
+EPISODES: Final = (K64, M1, M16)
 
-
-def _view_p50(results: Results, sizes: Sequence[int]) -> Iterator[Target]:
-    for subject, client, bound_us in VIEW_P50_US:
-        spreads = [results[subject, size].spread("p50_us") for size in sizes if (subject, size) in results]
-        yield Target(
-            what=f"local view ({client}), slowest size: p50",
-            unit="µs",
-            sense="≤",
-            bound=bound_us,
-            figure=max(spreads, key=lambda spread: spread.median, default=None),
-        )
-
-
-def _whole_machine(idle: IdleCpu | None, busy: Sequence[BusyWorker]) -> Iterator[Target]:
-    yield Target(
-        what="idle server, 4 ports and 16 idle connections: CPU",
-        unit="% of one core",
-        sense="≤",
-        bound=IDLE_PERCENT,
-        figure=None if idle is None else Spread.of([idle.server_percent]),
-    )
-    in_process = next((entry for entry in busy if entry.mode == "process"), None)
-    yield Target(
-        what="worker whose main thread spins in Python: added p50 of a 64 KiB read",
-        unit="µs",
-        sense="≤",
-        bound=BUSY_ADDED_US,
-        figure=None if in_process is None else in_process.added_p50_us,
-    )
-
-
-def _ratio(results: Results, above: str, below: str, figure: str, size_bytes: int) -> Spread | None:
-    if (above, size_bytes) not in results or (below, size_bytes) not in results:
-        return None
-    return paired_ratio(results[above, size_bytes], results[below, size_bytes], figure)
+TARGETS: Final = (
+    *_each(
+        *("read", "pyzmq's p50 over the blocking client's", [read.ZEROMQ, read.BLOCKING], "p50_us"),
+        at_least={K4: 1.0, K64: 0.8, M1: 0.8, M16: 0.95, M64: 0.95},
+    ),
+    *_each(
+        *("read", "the blocking client's p50 over the bare ping's", [read.BLOCKING, read.BARE], "p50_us"),
+        at_most={K4: 2.5, K64: 1.7, **_of(LARGE, 1.3)},
+    ),
+    *_each(
+        *("read", "the blocking client's GB/s over a TCP socket's", [read.BLOCKING, read.SOCKET], "gb_per_s"),
+        at_least={M16: 0.95, M64: 0.95},
+    ),
+    *_each(
+        *("read", "the asyncio client's p50 over the blocking one's", [read.ASYNCIO, read.BLOCKING], "p50_us"),
+        at_most={**_of(SMALL, 1.5), **_of(LARGE, 1.1)},
+    ),
+    *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K4: 2.0, M1: 0.9}),
+    *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K64: 1.0}, cores=range(1, 8)),
+    *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K64: 2.0}, cores=range(8, MANY)),
+    *_each(
+        *("lanes", "our p50 over TCP over that of shared-memory lanes", [lanes.TCP, lanes.LANES], "p50_us"),
+        at_least={K64: 1.5, M1: 1.5},
+    ),
+    *_each(
+        *("lanes", "NIXL's p50 over TCP over that of our shared-memory lanes", [lanes.NIXL_TCP, lanes.LANES]),
+        "p50_us",
+        at_least=_of((K4, K64, M1, M16), 1.0),
+    ),
+    *_each("local", f"blocking, {SCALED}", [local.VIEW_BLOCKING], "p50_us", at_most=_of(EACH, 15.0), scaled=True),
+    *_each("local", f"asyncio, {SCALED}", [local.VIEW_ASYNCIO], "p50_us", at_most=_of(EACH, 25.0), scaled=True),
+    *_calls({"write_raw of 4 KiB": 10.0, "write of 4 KiB, one field": 10.0, "acquire and mark_consumed": 6.0}),
+    *_calls({"SlotRef.to_bytes": 3.0, "SlotRef.from_bytes": 5.0}),
+    *_calls({"EpisodeRecord.to_dict": 3.0, "EpisodeRecord.from_dict": 5.0}),
+    *_each("ring", f"{ring.FULL}, over that into 8", [ring.FULL, ring.FEW], "us", at_most={"": 1.5}),
+    *_each("ring", f"{ring.SCATTERED}, over that into 8", [ring.SCATTERED, ring.FEW], "us", at_most={"": 1.5}),
+    *_each("ports", PORTS_RATIO, [ports.FOUR, ports.ONE], "per_s", at_least={K64: 3.0}, cores=range(10, MANY)),
+    *_each("ports", PORTS_RATIO, [ports.FOUR, ports.ONE], "per_s", at_least={K64: 1.0}, cores=range(1, 10)),
+    *_each(
+        "sources",
+        "reads/s from 64 sources over those from one",
+        [sources.MANY, sources.ONE],
+        "per_s",
+        at_least={K64: 0.8},
+    ),
+    *_each("sources", "sources read by one client", [sources.MANY], "sources_read", at_least={K64: sources.SOURCES}),
+    *_each(
+        "sources", "share of all sources that are read", [sources.LIMITED], "read_share", at_least={sources.CASE: 1.0}
+    ),
+    *_each("idle", "% of a core, all processes together", [idle.ALL], "percent", at_most={idle.CASE: 1.0}),
+    *_each("spinning", "added by a worker that spins, µs", [spinning.SUBJECT], "added_us", at_most={K64: 500.0}),
+    *_each(
+        *("gpu", "slot → device: GB/s over a page-locked copy's", [gpu.SLOT_TO_DEVICE, gpu.PINNED_UP], "gb_per_s"),
+        at_least={M16: 0.8, M256: 0.9},
+    ),
+    *_each(
+        *("gpu", "device → slot: GB/s over a page-locked copy's", [gpu.DEVICE_TO_SLOT, gpu.PINNED_DOWN]),
+        "gb_per_s",
+        at_least={M16: 0.8, M256: 0.9},
+    ),
+    *_each("trainer", f"{VIEW_AHEAD}: {WAITS}", [VIEW_AHEAD], "waiting_share", at_most=_of(EPISODES, 0.05)),
+    *_each("trainer", f"{UCX_AHEAD}: {WAITS}", [UCX_AHEAD], "waiting_share", at_most=_of(EPISODES, 0.05)),
+)
+"""All of them, in the order of the questions."""

@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
-from bench.core.control import Handlers, serve_orders
 from bench.core.payloads import PayloadPattern
 from ucxx_transport import ClientConfig, DeadlineExceededError, ServerConfig
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.worker import TrajectoryWriter
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
     from multiprocessing.queues import Queue
 
     from numpy.typing import NDArray
 
-__all__ = ["Episode", "QueueEnd", "RayEnd", "TrainerEnd", "TransportEnd", "Way", "run_worker"]
+__all__ = ["Episode", "EpisodeWorker", "QueueEnd", "RayEnd", "TrainerEnd", "TransportEnd", "Way"]
 
 Way = Literal["transport", "queue"]
 
@@ -98,6 +96,8 @@ class TransportEnd:
 
     def close(self) -> None:
         """See `TrainerEnd`."""
+        if self._started:
+            self._feed.collect()
         self._feed.close()
 
     def _start(self) -> None:
@@ -179,19 +179,12 @@ class RayWorker:
         return number, self._pattern.payload(number)
 
 
-def run_worker(connection: Connection, way: Way, channel: Queue[Any]) -> None:
-    """Be a worker process: `open` begins to produce, `close` ends it."""
-    worker = _Worker(way, channel)
-    handlers: Handlers = {"open": worker.open, "close": worker.close}
-    try:
-        serve_orders(connection, handlers)
-    finally:
-        worker.close()
-        channel.cancel_join_thread()
+class EpisodeWorker:
+    """Produces episodes in a thread, as many as the way has room for.
 
-
-class _Worker:
-    """Produces episodes in a thread, as many as the way has room for."""
+    Args:
+        way: how they travel. channel: of the records, or of the episodes themselves.
+    """
 
     def __init__(self, way: Way, channel: Queue[Any]) -> None:
         self._way = way
@@ -200,16 +193,19 @@ class _Worker:
         self._thread: threading.Thread | None = None
 
     def open(self, *, size_bytes: int, batch: int) -> None:
+        """Begin to produce."""
         self._stopping.clear()
         produce = self._into_ring if self._way == "transport" else self._into_queue
         self._thread = threading.Thread(target=produce, args=(PayloadPattern(size_bytes), batch), name="producer")
         self._thread.start()
 
     def close(self) -> None:
+        """Stop."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
         self._thread = None
+        self._channel.cancel_join_thread()
 
     def _into_ring(self, pattern: PayloadPattern, batch: int) -> None:
         ring = {"slots": BATCHES_AHEAD * batch, "on_full": "block"}

@@ -1,6 +1,6 @@
 """Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.sources`).
+Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.section`).
 Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
 names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy,
 validated again.
@@ -109,6 +109,12 @@ class RingConfig:
     readers: Count = setting(default=1, ge=1, le=MAX_READERS, description="reads that free a payload")
     prefault: bool = setting(default=True, description="touch all pages at creation, so that the first lap is fast too")
     checksum: bool = setting(default=False, description="xxh3_64 of every payload, carried by its SlotRef")
+    envelope_bytes: Bytes = setting(
+        default=1024,
+        ge=0,
+        le=1024,
+        description="room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
+    )
     block_timeout_s: Seconds = setting(
         default=30.0, gt=0, description="on_full='block': how long a write waits at most"
     )

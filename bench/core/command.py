@@ -1,86 +1,123 @@
-"""`ucxx-transport bench`: what this machine gives, in half a minute."""
+"""`ucxx-transport bench`, which is also `scripts/bench`: what this machine gives, beside peers of the same run.
+
+A question is a module of `bench` with `measure(question, plan) -> list[Row]`; its docstring's first line is its title.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Annotated, Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.core.document import as_document
-from bench.core.lineup import transport_lanes
-from bench.core.results import Result, Round
-from bench.core.ring_source import SourceSettings
-from bench.core.rounds import DEFAULT_MAX_SLOTS, Lane, Plan, measure_size
-from bench.core.table import disturbance, size_table
+from bench.core import figures as figures_module
+from bench.core.figures import Row, SkippedError
+from bench.core.host import host_facts
+from bench.core.rounds import Plan
+from bench.core.table import disturbance, question_table, verdict_table
+from bench.targets import judge
 from ucxx_transport.cli.output import AsJson, console, print_json
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.units import format_bytes, parse_bytes
+from ucxx_transport.errors import ConfigError, TransportError
 
-__all__ = ["bench", "measure_sizes", "parse_sizes"]
+__all__ = ["QUESTIONS", "bench", "chosen_questions"]
 
-DEFAULT_SIZES: Final = "64KiB,1MiB,16MiB"
+QUESTIONS: Final = (
+    *("read", "batch", "lanes", "local", "ring", "ports"),
+    *("sources", "idle", "spinning", "gpu", "trainer"),
+)
+FORMAT: Final = "ucxx_transport.bench/2"
+ROUNDS: Final = 5
+QUICK_ROUNDS: Final = 3
+TURN_S: Final = 0.3
+QUICK_TURN_S: Final = 0.1
 
 
 def bench(
     *,
-    sizes: Annotated[str, typer.Option(help="payload sizes, separated by commas")] = DEFAULT_SIZES,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of every subject at every size")] = 3,
-    turn_s: Annotated[float, typer.Option("--turn-s", min=0.0, help="seconds timed in one turn, at least")] = 0.1,
-    in_flight: Annotated[int, typer.Option(min=1, help="reads kept in flight by the async client")] = 1,
-    ports: Annotated[int, typer.Option(min=1, max=64, help="ports of the server")] = 4,
-    max_slots: Annotated[int, typer.Option(min=4, help="slots of a ring, and so reads of a batch")] = DEFAULT_MAX_SLOTS,
+    only: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(QUESTIONS)}; commas or repeated")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small payloads, fewer and shorter turns")] = False,
+    check: Annotated[bool, typer.Option("--check", help="print all targets; exit 1 when one is missed")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="turns of every subject in every case")] = None,
+    turn_s: Annotated[float | None, typer.Option("--turn-s", min=0.0, help="seconds timed in a turn, at least")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure local reads and UCX between two processes of this machine, with memcpy beside them."""
-    plan = Plan(rounds=rounds, turn_s=turn_s, in_flight=in_flight, max_slots=max_slots)
-    settings = SourceSettings(ports=ports)
-    chosen = parse_sizes(sizes)
-    with ExitStack() as stack:
-        lanes = transport_lanes(stack, settings)
-        results = measure_sizes(lanes, chosen, plan, console(stderr=as_json))
+    """Measure reads over UCX and in place, batches, many clients and sources: each beside its peers and ceilings."""
+    names = chosen_questions(only or [])
+    terminal = console(stderr=as_json)
+    with Progress(console=terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        plan = Plan(
+            rounds=rounds or (QUICK_ROUNDS if quick else ROUNDS),
+            turn_s=(QUICK_TURN_S if quick else TURN_S) if turn_s is None else turn_s,
+            quick=quick,
+            on_turn=lambda words: progress.update(task, description=words),
+        )
+        asked = _ask(names, plan, terminal)
+    verdicts = judge(asked.rows, names, reasons={**asked.skipped, **asked.failed})
     if as_json:
-        print_json(as_document(results, [lane.subject for lane in lanes], plan, settings))
+        print_json({**_header(plan), **asked.to_dict(), "targets": [verdict.to_dict() for verdict in verdicts]})
+    elif check:
+        terminal.print(verdict_table(verdicts))
+    if asked.failed or (check and any(verdict.word == "missed" for verdict in verdicts)):
+        raise typer.Exit(1)
 
 
-def parse_sizes(text: str) -> list[int]:
-    """Sizes from text such as `"4KiB,1MiB"`, ascending, each once.
+def chosen_questions(only: Iterable[str]) -> list[str]:
+    """Questions by name, in their order; all of them where none is named.
 
     Raises:
-        ConfigError: one of them is not a size of at least one byte.
+        ConfigError: there is no such question.
     """
-    sizes = set()
-    for word in text.split(","):
+    named = [word.strip() for words in only for word in words.split(",")]
+    for word in named:
+        if word not in QUESTIONS:
+            raise ConfigError(f"--only {word}: the questions are {', '.join(QUESTIONS)}", field="only", value=word)
+    return [name for name in QUESTIONS if name in named or not named]
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What came of all questions: rows, and why there are none, by question."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": [row.to_dict() for row in self.rows], "skipped": self.skipped, "failed": self.failed}
+
+
+def _ask(names: Sequence[str], plan: Plan, terminal: Console) -> _Asked:
+    """Ask all, and show each answer as it comes: a question that fails costs no other its answer."""
+    asked = _Asked()
+    for name in names:
+        module = import_module(f"bench.{name}")
+        title = f"{name}: {(module.__doc__ or '').partition('?')[0]}?"
         try:
-            size_bytes = parse_bytes(word)
-        except ValueError as error:
-            raise ConfigError(f"--sizes {word!r}: {error}", field="sizes", value=word) from None
-        if size_bytes < 1:
-            raise ConfigError("--sizes: a payload has at least one byte", field="sizes", value=word)
-        sizes.add(size_bytes)
-    return sorted(sizes)
-
-
-def measure_sizes(
-    lanes: list[Lane], sizes: list[int], plan: Plan, terminal: Console, *, baseline: str | None = None
-) -> list[Result]:
-    """Measure all sizes, showing progress and a table as each is done."""
-    subjects = {lane.subject.name: lane.subject for lane in lanes}
-    results: list[Result] = []
-    with Progress(console=terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(sizes) * plan.rounds * len(lanes))
-
-        for size_bytes in sizes:
-
-            def show(entry: Round, size_bytes: int = size_bytes) -> None:
-                progress.update(task, advance=1, description=f"{format_bytes(size_bytes)} · round {entry.number + 1}")
-
-            of_size = measure_size(lanes, size_bytes, plan, on_round=show)
-            results.extend(of_size)
-            progress.console.print(size_table(of_size, subjects, baseline=baseline))
-    warning = disturbance(results)
+            rows = module.measure(name, plan)
+        except SkippedError as error:
+            asked.skipped[name] = str(error)
+            terminal.print(f"{title} Skipped: {error}")
+        except TransportError as error:
+            asked.failed[name] = str(error)
+            terminal.print(f"{title} Failed: {error}", style="red")
+        else:
+            asked.rows += rows
+            terminal.print(question_table(title, rows))
+    warning = disturbance(asked.rows)
     if warning is not None:
-        terminal.print(f"[yellow]{warning}[/yellow]")
-    return results
+        terminal.print(warning, style="yellow")
+    return asked
+
+
+def _header(plan: Plan) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "host": host_facts(),
+        "figures": figures_module.__doc__,
+        "plan": {"rounds": plan.rounds, "turn_s": plan.turn_s, "quick": plan.quick},
+    }

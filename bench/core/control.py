@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import signal
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
@@ -24,13 +27,10 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from types import TracebackType
 
-__all__ = ["AsyncHandlers", "BenchError", "ControlledProcess", "Handlers", "serve_orders", "serve_orders_async"]
+__all__ = ["BenchError", "ControlledProcess", "serve_orders", "serve_orders_async"]
 
 ORDER_TIMEOUT_S: Final = 300.0
 STOP_TIMEOUT_S: Final = 20.0
-
-Handlers = Mapping[str, Callable[..., object]]
-AsyncHandlers = Mapping[str, Callable[..., Awaitable[object]]]
 
 
 class BenchError(TransportError):
@@ -38,13 +38,15 @@ class BenchError(TransportError):
 
 
 def serve_orders(
-    connection: Connection, handlers: Handlers, *, before_order: Callable[[Connection], None] | None = None
+    connection: Connection,
+    handler: Callable[[str], Callable[..., object]],
+    before_order: Callable[[Connection], None] | None = None,
 ) -> None:
     """Carry out orders until the pipe closes.
 
     Args:
         connection: the process's end of the pipe.
-        handlers: what each verb calls, with the order's arguments as keywords; the result is the answer.
+        handler: what a verb calls, with the order's arguments as keywords; the result is the answer.
         before_order: runs before each order is waited for, on this thread.
     """
     while True:
@@ -54,21 +56,23 @@ def serve_orders(
         if order is None:
             return
         try:
-            answer = handlers[order["verb"]](**order["arguments"])
+            answer = handler(order["verb"])(**order["arguments"])
         except Exception:
             _answer(connection, {"failure": traceback.format_exc()})
             raise
         _answer(connection, {"answer": answer})
 
 
-async def serve_orders_async(connection: Connection, handlers: AsyncHandlers) -> None:
+async def serve_orders_async(
+    connection: Connection, handler: Callable[[str], Callable[..., Awaitable[object]]]
+) -> None:
     """The same for coroutines; the event loop stays free while an order is waited for."""
     while True:
         order = await asyncio.to_thread(_receive, connection)
         if order is None:
             return
         try:
-            answer = await handlers[order["verb"]](**order["arguments"])
+            answer = await handler(order["verb"])(**order["arguments"])
         except Exception:
             _answer(connection, {"failure": traceback.format_exc()})
             raise
@@ -113,18 +117,29 @@ class ControlledProcess:
         theirs.close()
         self._tree: tuple[int, ...] = ()
 
-    def call(self, verb: str, *, timeout_s: float = ORDER_TIMEOUT_S, **arguments: object) -> Any:
+    def call(self, verb: str, **arguments: object) -> Any:
         """Give an order and return its answer (plain values; `Any` because each verb has its own).
 
         Raises:
-            BenchError: the process failed, ended, or did not answer within `timeout_s`.
+            BenchError: the process failed, ended, or did not answer in time.
         """
+        self.order(verb, **arguments)
+        return self.answer(verb)
+
+    def order(self, verb: str, **arguments: object) -> None:
+        """Give an order; `answer` is to be called before the next."""
         try:
             self._connection.send_bytes(msgpack.packb({"verb": verb, "arguments": arguments}))
-            if not self._connection.poll(timeout_s):
-                raise BenchError(f"{self.name} did not answer `{verb}` within {timeout_s:g} s")
+        except BrokenPipeError:
+            return  # `answer` says what became of it
+
+    def answer(self, verb: str) -> Any:
+        """The answer to the order that was given: see `call`."""
+        try:
+            if not self._connection.poll(ORDER_TIMEOUT_S):
+                raise BenchError(f"{self.name} did not answer `{verb}` within {ORDER_TIMEOUT_S:g} s")
             reply = msgpack.unpackb(self._connection.recv_bytes())
-        except (EOFError, ConnectionResetError, BrokenPipeError) as error:
+        except (EOFError, ConnectionResetError) as error:
             self._process.join(STOP_TIMEOUT_S)
             raise BenchError(f"{self.name} ended during `{verb}`, exit code {self._process.exitcode}") from error
         if "failure" in reply:
@@ -141,8 +156,20 @@ class ControlledProcess:
         """CPU seconds used so far by the processes seen at the last `watch_cpu()`."""
         return tree_cpu_s(self._tree)
 
+    def pause(self) -> None:
+        """Stop the process, threads and all, so that one which polls takes nothing from others; `resume` undoes it."""
+        assert self._process.pid is not None, "started in __init__"
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the process run."""
+        assert self._process.pid is not None, "started in __init__"
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """End the process: by its pipe, and by force where that is not enough."""
+        self.resume()
         self._connection.close()
         self._process.join(STOP_TIMEOUT_S)
         if self._process.is_alive():

@@ -1,6 +1,6 @@
 """The machine and the software that a measurement was taken on, and how fast Python runs there at the moment.
 
-Virtual machines are slowed by their neighbours without any sign of it in `/proc/stat`; the same loop then takes three
+Virtual machines are slowed by their neighbours without any sign of it in `/proc/stat`; an empty call then takes three
 times as long, while large copies take no longer than before.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import time
 from importlib import metadata
@@ -18,26 +17,30 @@ from typing import Any, Final
 
 from ucxx_transport.ring.owner import segment_folder
 
-__all__ = ["commit_of", "host_facts", "interpreter_speed"]
+__all__ = ["call_ns", "commit_of", "host_facts"]
 
-SAMPLES: Final = 200
-LOOPS: Final = 1000
-DISTRIBUTIONS: Final = ("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "numpy", "ucxx_transport")
+SAMPLES: Final = 5
+CALLS: Final = 2000
+DISTRIBUTIONS: Final = (
+    *("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "numpy", "ucxx_transport"),
+    *("pyzmq", "nixl", "torch", "ray"),
+)
 
 
 def host_facts() -> dict[str, Any]:
-    """Processor, cores, memory, load, kernel, Python, versions of what moves the bytes, and `UCX_*` in force."""
+    """Processor, cores, memory, load, kernel, Python, versions of what moves the bytes, `UCX_*` in force, commit."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "shm_free_bytes": shutil.disk_usage(segment_folder()).free,
-        "interpreter_speed": interpreter_speed(),
+        "call_ns": call_ns(),
         "load_average_1min": os.getloadavg()[0],
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": _versions(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(("UCX_", "UCXPY_"))},
+        "commit": commit_of(Path(__file__).resolve().parent),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -77,22 +80,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def interpreter_speed() -> dict[str, Any]:
-    """CPU time of a trivial loop, sampled for some hundredths of a second: its best and its usual."""
-    samples_us = []
+def call_ns() -> float:
+    """What a call of an empty Python function takes now: the least of a few samples, loop included."""
+    least_s = float("inf")
     for _ in range(SAMPLES):
-        began_ns = time.thread_time_ns()
-        _loop()
-        samples_us.append((time.thread_time_ns() - began_ns) / 1e3)
-    return {
-        "what": f"CPU time of {LOOPS} turns of a Python loop with one call in it",
-        "best_us": min(samples_us),
-        "median_us": statistics.median(samples_us),
-    }
+        began_s = time.perf_counter()
+        for _ in range(CALLS):
+            _empty()
+        least_s = min(least_s, time.perf_counter() - began_s)
+    return least_s / CALLS * 1e9
 
 
-def _loop() -> int:
-    total = 0
-    for _ in range(LOOPS):
-        total += len("abc")
-    return total
+def _empty() -> None:
+    """Nothing."""

@@ -1,39 +1,41 @@
-"""The processes that the transport's own subjects need, and who reads from which."""
+"""The processes of a question, which end with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from typing import Any
 
 from bench.core.control import ControlledProcess
-from bench.core.memory_copy import OwnMemory, run_memory_copy_reader
-from bench.core.ring_source import SourceSettings, run_ring_source
-from bench.core.rounds import Lane, ProcessSource
-from bench.core.subjects import COPY_SUBJECTS, MEMCPY, SHM_SUBJECTS, TCP_SUBJECTS, VIEW_SUBJECTS
-from bench.core.transport_reader import run_transport_reader, run_transport_reader_async
+from bench.core.ends import AsyncReader, Reader, run_async_reader, run_reader, run_source
+from bench.core.ours import AsyncClientReader, BlockingReader, RingSource
 
-__all__ = ["transport_lanes"]
+__all__ = ["Lineup"]
 
 
-def transport_lanes(stack: ExitStack, settings: SourceSettings) -> list[Lane]:
-    """Start the processes and line up the subjects: local view and copy, UCX over TCP and shared memory, and memcpy.
+class Lineup(ExitStack):
+    """Starts sources and readers; ends them all when it is left."""
 
-    Args:
-        stack: ends the processes when it is closed.
-        settings: of both servers, but for `shm_lanes`; reads in place take place in the ring of the first.
-    """
-    start = stack.enter_context
-    plain = ProcessSource(start(ControlledProcess("ring, TCP", run_ring_source, replace(settings, shm_lanes=False))))
-    lanes = ProcessSource(
-        start(ControlledProcess("ring, shm lanes", run_ring_source, replace(settings, shm_lanes=True)))
-    )
-    readers = {
-        "async": start(ControlledProcess("async client", run_transport_reader_async)),
-        "sync": start(ControlledProcess("sync client", run_transport_reader)),
-    }
-    memory_copy = Lane(MEMCPY, OwnMemory(), start(ControlledProcess("memcpy", run_memory_copy_reader)))
-    own = [
-        Lane(subject, lanes if subject.shm_lanes else plain, readers[subject.client])
-        for subject in (*VIEW_SUBJECTS, *COPY_SUBJECTS, *SHM_SUBJECTS, *TCP_SUBJECTS)
-    ]
-    return [*own, memory_copy]
+    def source(self, name: str, make: Callable[..., Any], *arguments: Any) -> ControlledProcess:
+        """A process that carries out orders with what `make(*arguments)` makes; it has a `close()`."""
+        return self.enter_context(ControlledProcess(f"source of {name}", run_source, make, *arguments))
+
+    def reader(self, name: str, make: Callable[[], Reader]) -> ControlledProcess:
+        """A process with a blocking client."""
+        return self.enter_context(ControlledProcess(f"reader of {name}", run_reader, make))
+
+    def async_reader(self, name: str, make: Callable[[], AsyncReader]) -> ControlledProcess:
+        """A process with a client on an event loop."""
+        return self.enter_context(ControlledProcess(f"reader of {name}", run_async_reader, make))
+
+    def ring(self, name: str, **server: Any) -> ControlledProcess:
+        """A worker of this package, whose server has these settings."""
+        return self.source(name, RingSource, server)
+
+    def blocking(self, name: str = "blocking client") -> ControlledProcess:
+        """`SyncUCXXClient`."""
+        return self.reader(name, BlockingReader)
+
+    def asyncio(self, name: str = "asyncio client") -> ControlledProcess:
+        """`UCXXClient`."""
+        return self.async_reader(name, AsyncClientReader)

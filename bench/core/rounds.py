@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import array
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from bench.core.control import ControlledProcess
 from bench.core.cpu_time import ForeignLoad
-from bench.core.reader import Offer, ReaderSettings
-from bench.core.results import BYTES_PER_GB, Result, Round, percentile_us
-from bench.core.subjects import Subject
+from bench.core.ends import Offer
+from bench.core.figures import Row, percentile_us
+from ucxx_transport.units import format_bytes
 
-__all__ = ["DEFAULT_MAX_SLOTS", "Lane", "Plan", "ProcessSource", "Source", "measure_size", "open_sources", "take_turn"]
-
-MIN_SLOTS: Final = 4
-DEFAULT_MAX_SLOTS: Final = 512
+__all__ = ["Lane", "Plan", "Source", "measure_sizes", "take_turn"]
 
 TURN_LIMIT_S: Final = 3.0
-"""A turn begins no batch after this: a view of 256 MiB takes 60 us, and refilling its slots for the next one 0.3 s."""
+"""A turn begins no batch after this: reads in place take no time, and refilling their slots for the next batch does."""
+
+QUICK_BYTES: Final = 1 << 20
+"""Payloads of a first look are no larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,173 +33,165 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        rounds: turns of every subject at every size.
+        rounds: turns of every subject in every case.
         turn_s: how long one turn is timed at least, in batches of as many reads as there are slots; less where
             refilling the slots takes too long for that (`TURN_LIMIT_S`).
-        in_flight: reads kept in flight by async clients.
-        pool_bytes: payload bytes that a source holds at once, within 4 to `max_slots` slots.
-        max_slots: slots of a source, at most; also the reads of one batch.
+        quick: fewer cases, for a first look.
+        most_slots: slots of a source, at most.
+        pool_bytes: payload bytes that a source holds at most, but for `least_slots`.
+        least_slots: slots of a source, at least.
+        on_turn: called with words about what has just been measured.
     """
 
-    rounds: int
-    turn_s: float
-    in_flight: int = 1
-    pool_bytes: int = 128 * 1024 * 1024
-    max_slots: int = DEFAULT_MAX_SLOTS
+    rounds: int = 5
+    turn_s: float = 0.3
+    quick: bool = False
+    most_slots: int = 64
+    pool_bytes: int = 512 << 20
+    least_slots: int = 4
+    on_turn: Callable[[str], None] = lambda _: None
 
     def slots(self, size_bytes: int) -> int:
         """Slots of a source at one size."""
-        return max(MIN_SLOTS, min(self.max_slots, self.pool_bytes // size_bytes))
+        return max(self.least_slots, min(self.most_slots, self.pool_bytes // size_bytes))
+
+    def sizes(self, sizes: Sequence[int]) -> Sequence[int]:
+        """These payload sizes; the small ones of them for a first look."""
+        return [size for size in sizes if size <= QUICK_BYTES] if self.quick else sizes
 
 
 class Source(Protocol):
-    """Where payloads come from."""
+    """Where payloads come from, as the measuring process sees it: a `ControlledProcess` that runs a source."""
+
+    def call(self, verb: str, **arguments: object) -> Any:
+        """Give an order and return its answer."""
+
+    def watch_cpu(self) -> None:
+        """Take note of the processes whose CPU time counts."""
 
     @property
     def cpu_s(self) -> float:
         """CPU seconds used so far."""
 
-    def open(self, *, size_bytes: int, slots: int) -> None:
-        """Make room for `slots` payloads, and serve them."""
 
-    def fill(self) -> Sequence[Offer]:
-        """Write a payload into every slot; never inside a timed part."""
-
-    def watch_cpu(self) -> None:
-        """Take note of the processes whose CPU time counts."""
-
-
-class ProcessSource:
-    """A source that is a process."""
-
-    def __init__(self, process: ControlledProcess) -> None:
-        self.process = process
-
-    @property
-    def cpu_s(self) -> float:
-        """See `Source`."""
-        return self.process.cpu_s
-
-    def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
-        self.process.call("open", size_bytes=size_bytes, slots=slots)
-
-    def fill(self) -> Sequence[Offer]:
-        """See `Source`."""
-        offers: Sequence[Offer] = self.process.call("fill")
-        return offers
-
-    def watch_cpu(self) -> None:
-        """See `Source`."""
-        self.process.watch_cpu()
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """A subject, with where its payloads come from and who reads them."""
+    """A subject, with where its payloads come from and who reads them.
 
-    subject: Subject
+    Attributes:
+        subject: its name.
+        source: where payloads come from; lanes may share one.
+        reader: the process that reads.
+        options: of the reader's `open`.
+        batch: payloads of one call; 0: one by one.
+        hold: whether the reader holds as many payloads as the source has slots; reads in place are released at once.
+        touch: whether it reads every byte of each.
+        polls: whether its processes poll while they have nothing to do: they are stopped while others are measured.
+    """
+
+    subject: str
     source: Source
     reader: ControlledProcess
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 0
+    hold: bool = True
+    touch: bool = False
+    polls: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A turn."""
+        if not self.polls:
+            yield
+            return
+        assert isinstance(self.source, ControlledProcess)
+        processes = (self.source, self.reader)
+        for process in processes:
+            process.resume()
+        yield
+        for process in processes:
+            process.pause()
 
 
-def measure_size(
-    lanes: Sequence[Lane], size_bytes: int, plan: Plan, *, on_round: Callable[[Round], None] | None = None
-) -> list[Result]:
-    """Measure every lane at one size.
+def measure_sizes(question: str, lanes: Sequence[Lane], sizes: Sequence[int], plan: Plan) -> list[Row]:
+    """Measure every lane at every size.
 
     Args:
+        question: its name, for the rows.
         lanes: what to measure, in the order of a round.
-        size_bytes: length of every payload.
+        sizes: lengths of payloads; each is a case.
         plan: how much.
-        on_round: called with each turn as it ends.
-
-    Returns:
-        One result a lane, in their order.
     """
-    open_sources(lanes, size_bytes, plan)
-    rounds: list[list[Round]] = [[] for _ in lanes]
-    for number in range(plan.rounds):
-        for lane, taken in zip(lanes, rounds, strict=True):
-            entry = take_turn(lane, size_bytes, plan, number)
-            taken.append(entry)
-            if on_round is not None:
-                on_round(entry)
-    return [
-        Result(subject=lane.subject.name, size_bytes=size_bytes, rounds=tuple(taken))
-        for lane, taken in zip(lanes, rounds, strict=True)
-    ]
-
-
-def open_sources(lanes: Sequence[Lane], size_bytes: int, plan: Plan) -> None:
-    """Let every source of the lanes hold payloads of this size."""
-    for source in {id(lane.source): lane.source for lane in lanes}.values():
-        source.open(size_bytes=size_bytes, slots=plan.slots(size_bytes))
-        source.watch_cpu()
+    rows = []
+    for size_bytes in sizes:
+        for lane in {id(lane.source): lane for lane in lanes}.values():
+            with lane.running():
+                lane.source.call("open", size_bytes=size_bytes, slots=plan.slots(size_bytes))
+                lane.source.watch_cpu()
+        figures: list[dict[str, list[float]]] = [{} for _ in lanes]
+        for number in range(plan.rounds):
+            for lane, of_lane in zip(lanes, figures, strict=True):
+                with lane.running():
+                    values = take_turn(lane, size_bytes, plan)
+                for figure, value in values.items():
+                    of_lane.setdefault(figure, []).append(value)
+            plan.on_turn(f"{question}: {format_bytes(size_bytes)}, round {number + 1} of {plan.rounds}")
+        rows += [
+            Row(question=question, case=format_bytes(size_bytes), subject=lane.subject, figures=of_lane)
+            for lane, of_lane in zip(lanes, figures, strict=True)
+        ]
+    return rows
 
 
 def take_turn(
-    lane: Lane, size_bytes: int, plan: Plan, number: int, *, clock: Callable[[], float] = time.monotonic
-) -> Round:
+    lane: Lane, size_bytes: int, plan: Plan, *, clock: Callable[[], float] = time.monotonic
+) -> dict[str, float]:
     """One turn of one lane, whose source is open: connect and verify (which warms up), then time batches."""
-    settings = _reader_settings(lane.subject, size_bytes, plan)
-    lane.reader.call("open", **asdict(settings))
-    verified = int(lane.reader.call("verify", offers=lane.source.fill()))
+    slots = plan.slots(size_bytes)
+    options = dict(lane.options)
+    lane.reader.call("open", size_bytes=size_bytes, slots=slots, hold=slots if lane.hold else 0, **options)
+    lane.reader.call("verify", offers=lane.source.call("fill"), batch=lane.batch)
     foreign_load = ForeignLoad()
     tally = _Tally()
     last_batch_s = clock() + TURN_LIMIT_S
-    while not tally.latencies_ns or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
-        offers = lane.source.fill()
+    while not tally.reads or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
+        offers: Sequence[Offer] = lane.source.call("fill")
         cpu_s = lane.source.cpu_s
-        answer = lane.reader.call("time", offers=offers)
-        tally.add(answer, source_cpu_s=lane.source.cpu_s - cpu_s)
+        answer = lane.reader.call("time", offers=offers, batch=lane.batch, touch=lane.touch)
+        tally.add(answer, reads=len(offers), source_cpu_s=lane.source.cpu_s - cpu_s)
     foreign_cores = foreign_load.cores()
     lane.reader.call("close")
-    return tally.as_round(number=number, size_bytes=size_bytes, verified=verified, foreign_cores=foreign_cores)
-
-
-def _reader_settings(subject: Subject, size_bytes: int, plan: Plan) -> ReaderSettings:
-    return ReaderSettings(
-        local=subject.local,
-        shm_lanes=subject.shm_lanes,
-        touch=subject.touch,
-        size_bytes=size_bytes,
-        slots=plan.slots(size_bytes),
-        in_flight=plan.in_flight if subject.client == "async" else 1,
-    )
+    return {**tally.figures(size_bytes), "foreign_cores": foreign_cores}
 
 
 class _Tally:
     """Batches of one turn, added up."""
 
     def __init__(self) -> None:
-        self.latencies_ns = array.array("q")
+        self.reads = 0
         self.wall_ns = 0
-        self.reader_cpu_s = 0.0
-        self.source_cpu_s = 0.0
-        self.transport = ""
+        self._latencies_ns = array.array("q")
+        self._reader_cpu_s = 0.0
+        self._source_cpu_s = 0.0
+        self._call_ns = float("inf")
 
-    def add(self, answer: dict[str, Any], *, source_cpu_s: float) -> None:
-        self.latencies_ns.frombytes(answer["latencies_ns"])
+    def add(self, answer: Mapping[str, Any], *, reads: int, source_cpu_s: float) -> None:
+        self._latencies_ns.frombytes(answer["latencies_ns"])
+        self.reads += reads
         self.wall_ns += answer["wall_ns"]
-        self.reader_cpu_s += answer["cpu_ns"] / 1e9
-        self.source_cpu_s += source_cpu_s
-        self.transport = answer["transport"]
+        self._reader_cpu_s += answer["cpu_ns"] / 1e9
+        self._source_cpu_s += source_cpu_s
+        self._call_ns = min(self._call_ns, answer["call_ns"])
 
-    def as_round(self, *, number: int, size_bytes: int, verified: int, foreign_cores: float) -> Round:
-        reads = len(self.latencies_ns)
-        gigabytes = reads * size_bytes / BYTES_PER_GB
-        return Round(
-            number=number,
-            reads=reads,
-            verified=verified,
-            gb_per_s=gigabytes / (self.wall_ns / 1e9),
-            p50_us=percentile_us(self.latencies_ns, 0.50),
-            p99_us=percentile_us(self.latencies_ns, 0.99),
-            reader_cpu_s_per_gb=self.reader_cpu_s / gigabytes,
-            source_cpu_s_per_gb=self.source_cpu_s / gigabytes,
-            reader_cpu_us_per_read=self.reader_cpu_s / reads * 1e6,
-            source_cpu_us_per_read=self.source_cpu_s / reads * 1e6,
-            foreign_cores=foreign_cores,
-            transport=self.transport,
-        )
+    def figures(self, size_bytes: int) -> dict[str, float]:
+        wall_s, gigabytes = self.wall_ns / 1e9, self.reads * size_bytes / 1e9
+        return {
+            "p50_us": percentile_us(self._latencies_ns, 0.50),
+            "p99_us": percentile_us(self._latencies_ns, 0.99),
+            "per_s": self.reads / wall_s,
+            "gb_per_s": gigabytes / wall_s,
+            "reader_cpu_us": self._reader_cpu_s / self.reads * 1e6,
+            "source_cpu_us": self._source_cpu_s / self.reads * 1e6,
+            "cpu_s_per_gb": (self._reader_cpu_s + self._source_cpu_s) / gigabytes,
+            "call_ns": self._call_ns,
+        }

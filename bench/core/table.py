@@ -1,67 +1,114 @@
-"""Results for people: one table a size."""
+"""Results for people: one table a question, one of the targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 
-from bench.core.results import Result, Spread, paired_ratio
-from bench.core.subjects import Subject
-from ucxx_transport.units import format_bytes, format_duration
+from bench.core.figures import Row, Spread
+from ucxx_transport.units import format_duration
 
-__all__ = ["DISTURBED_CORES", "disturbance", "size_table"]
+if TYPE_CHECKING:
+    from bench.targets import Verdict
 
-NO_BYTES: Final = "–"
+__all__ = ["disturbance", "question_table", "verdict_table"]
+
 DISTURBED_CORES: Final = 0.15
 """More than this used by others in the median turn makes figures not worth quoting."""
 
 
-def size_table(results: Sequence[Result], subjects: Mapping[str, Subject], *, baseline: str | None = None) -> Table:
-    """The results of one size.
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
-    Args:
-        results: of one size, in the order of the rows.
-        subjects: by name.
-        baseline: name of the subject that the others are compared with, where it is among them.
-    """
-    beside = next((result for result in results if result.subject == baseline), None)
-    table = Table(title=f"{format_bytes(results[0].size_bytes)} payloads", title_justify="left")
+
+def _duration(us: float) -> str:
+    return format_duration(us / 1e6)
+
+
+SHOWN: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
+    "us": ("µs", _number),
+    "p50_us": ("p50", _duration),
+    "p99_us": ("p99", _duration),
+    "per_s": ("reads/s", _number),
+    "gb_per_s": ("GB/s", _number),
+    "reader_cpu_us": ("reader CPU µs/read", _number),
+    "source_cpu_us": ("source CPU µs/read", _number),
+    "cpu_s_per_gb": ("CPU s/GB", _number),
+    "quiet_us": ("worker quiet", _duration),
+    "spinning_us": ("worker spinning", _duration),
+    "added_us": ("added, µs", _number),
+    "percent": ("% of a core", _number),
+    "sources": ("sources", _number),
+    "read": ("read", _number),
+    "sources_read": ("sources read", _number),
+    "episodes_per_s": ("episodes/s", _number),
+    "waiting_share": ("waits", lambda share: f"{share:.1%}"),
+    "fetch_us": ("a batch is waited for", _duration),
+    "compute_us": ("a step computes", _duration),
+}
+"""Figures that are shown, in this order; the document has all."""
+
+
+def question_table(title: str, rows: Sequence[Row]) -> Table:
+    """The rows of one question: medians, and the spread of the first figure."""
+    shown = [figure for figure in SHOWN if any(figure in row.figures for row in rows)]
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    headings = ["GB/s", "min … max", "p50", "p99", "reader CPU s/GB", "source CPU s/GB"]
-    for heading in [*headings, "GB/s × baseline"] if beside is not None else headings:
-        table.add_column(heading, justify="right")
-    for result in results:
-        subject = subjects[result.subject]
-        rate, cost = _rate_cells(result), _cost_cells(result)
-        if beside is not None:
-            cost.append(f"{paired_ratio(result, beside, 'gb_per_s').median:.1f}")
-        if not subject.brings_bytes:
-            rate, cost = [NO_BYTES] * len(rate), [NO_BYTES] * len(cost)
-        table.add_row(subject.label, *rate, *_latency_cells(result), *cost)
+    table.add_column("")
+    for place, figure in enumerate(shown):
+        table.add_column(SHOWN[figure][0], justify="right")
+        if place == 0:
+            table.add_column("min … max", justify="right")
+    for number, row in enumerate(rows):
+        if number and row.case != rows[number - 1].case:
+            table.add_section()
+        table.add_row(row.case, row.subject, *(_cells(row, shown) if not row.skipped else [f"skipped: {row.skipped}"]))
     return table
 
 
-def disturbance(results: Sequence[Result]) -> str | None:
+def _cells(row: Row, shown: Sequence[str]) -> list[str]:
+    cells = []
+    for place, figure in enumerate(shown):
+        spread = row.spread(figure) if figure in row.figures else None
+        words = SHOWN[figure][1]
+        cells.append("" if spread is None else words(spread.median))
+        if place == 0:
+            cells.append("" if spread is None else f"{words(spread.min)} … {words(spread.max)}")
+    return cells
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """Every target: measured, bound, their ratio, and the verdict."""
+    table = Table(title="Targets", title_justify="left")
+    for heading in ("", "", "measured", "min … max", "bound", "measured/bound", ""):
+        table.add_column(heading)
+    colors = {"met": "green", "missed": "red", "not measured here": "yellow"}
+    for verdict in verdicts:
+        target, figure = verdict.target, verdict.figure
+        ratio = verdict.measured_over_bound
+        table.add_row(
+            target.question,
+            target.what,
+            "" if figure is None else _number(figure.median),
+            "" if figure is None else f"{_number(figure.min)} … {_number(figure.max)}",
+            f"{target.sense} {target.bound:.4g}",
+            "" if ratio is None else f"{ratio:.2f}",
+            f"[{colors[verdict.word]}]{verdict.word}[/]{f': {verdict.reason}' if verdict.reason else ''}",
+        )
+    return table
+
+
+def disturbance(rows: Sequence[Row]) -> str | None:
     """A warning when other processes used the machine meanwhile, else None."""
-    load = Spread.of([cores for result in results for cores in result.values("foreign_cores")])
+    cores = [value for row in rows for value in row.figures.get("foreign_cores", ())]
+    if not cores:
+        return None
+    load = Spread.of(cores)
     if load.median <= DISTURBED_CORES:
         return None
     return (
         f"other processes used {load.median:.2f} cores in the median turn (up to {load.max:.2f}): "
         "these figures are of a busy machine, and subjects that poll suffer most"
     )
-
-
-def _rate_cells(result: Result) -> list[str]:
-    rate = result.spread("gb_per_s")
-    return [f"{rate.median:.3g}", f"{rate.min:.3g} … {rate.max:.3g}"]
-
-
-def _latency_cells(result: Result) -> list[str]:
-    return [format_duration(result.spread(figure).median / 1e6) for figure in ("p50_us", "p99_us")]
-
-
-def _cost_cells(result: Result) -> list[str]:
-    return [f"{result.spread(figure).median:.3g}" for figure in ("reader_cpu_s_per_gb", "source_cpu_s_per_gb")]

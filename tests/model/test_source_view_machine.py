@@ -16,7 +16,7 @@ from tests.support.exhaustive import exhaustive
 from tests.support.source_records import delete_event, entry_of, put_event, record
 from ucxx_transport.membership import Batch, Event, Snapshot, SourceRecord
 from ucxx_transport.membership.keys import source_key
-from ucxx_transport.membership.source_view import SourceChange, SourceView
+from ucxx_transport.membership.sources import SourceChange, SourceView
 
 STEPS_AN_EXAMPLE = 40
 GRACE_S = 10.0

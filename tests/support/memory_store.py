@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
-from ucxx_transport.membership.leases import checked_ttl_s
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
 from ucxx_transport.membership.store import (
     Batch,
     Entry,

@@ -6,28 +6,36 @@ from ucxx_transport.config import RingConfig
 from ucxx_transport.native import Library
 from ucxx_transport.ring import SlotState
 from ucxx_transport.ring.layout import (
+    COMMIT_TIME,
     ENTRY_LEASE,
     ENTRY_READER,
     ENTRY_WORDS,
+    ENVELOPE_BYTES,
     FIRST_ENTRY,
     FREE_FIRST_WORD,
+    HEADROOM_BYTES,
     HELD_FIRST_WORD,
+    HOLD_ENVELOPE_BYTES,
     HOLD_GENERATION,
     HOLD_NBYTES,
     HOLD_SLOT,
     NBYTES,
-    NEXT,
     PREVIOUS,
+    READY_FIRST_WORD,
+    READY_PREVIOUS,
     REQUIRED_READS,
     SEQUENCE,
     STATE,
     STATE_COUNT_WORD,
+    TAKE_NUMBER,
     Counter,
+    message_bytes,
 )
 from ucxx_transport.ring.opening import create_ring
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.states import generation_of, state_of
-from ucxx_transport.ring.transitions import HoldWords, Transitions, Words
+from ucxx_transport.ring.transitions import HoldWords, TakeWords, Transitions, Words
+from ucxx_transport.wire import codec
 
 LIVING = Owner(1, 1)
 DYING = Owner(2, 2)
@@ -60,16 +68,16 @@ class RingBench:
     def states(self) -> list[SlotState]:
         return [self.state(slot) for slot in range(self.geometry.slots)]
 
-    def listed(self, first: int) -> list[int]:
+    def listed(self, first: int, links: int = PREVIOUS) -> list[int]:
         """The slots of a list, from its first to its last; checked against the same backwards."""
         words, forwards, before = self.segment.words, [], 0
         at = words[first]
         while at:
             base = self.base(at - 1)
-            assert words[base + PREVIOUS] == before, "a list reads backwards as it does forwards"
+            assert words[base + links] == before, "a list reads backwards as it does forwards"
             forwards.append(at - 1)
             assert len(forwards) <= self.geometry.slots, "a list ends"
-            before, at = at, words[base + NEXT]
+            before, at = at, words[base + links + 1]
         assert words[first + 1] == before, "a list's last word is its last slot"
         return forwards
 
@@ -79,6 +87,8 @@ class RingBench:
         held = [slot for slot, state in enumerate(states) if state in (SlotState.READY, SlotState.READING)]
         by_age = sorted(held, key=lambda slot: words[self.base(slot) + SEQUENCE])
         assert self.listed(HELD_FIRST_WORD) == by_age
+        ready = [slot for slot in by_age if states[slot] is SlotState.READY]
+        assert self.listed(READY_FIRST_WORD, READY_PREVIOUS) == ready
         free = [slot for slot, state in enumerate(states) if state is SlotState.FREE]
         assert sorted(self.listed(FREE_FIRST_WORD)) == free
         counts = [words[STATE_COUNT_WORD + state] for state in SlotState]
@@ -104,7 +114,13 @@ class RingBench:
         first = base + FIRST_ENTRY
         entries = [first + ENTRY_WORDS * index for index in range(self.geometry.entries)]
         had = [words[entry + ENTRY_READER] for entry in entries if words[entry + ENTRY_LEASE] & 1]
-        facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS)]
+        facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS, ENVELOPE_BYTES)]
+        assert words[base + COMMIT_TIME]
+        start = self.geometry.payload_byte(slot) - HEADROOM_BYTES
+        message = self.segment.memory[start : start + message_bytes(facts[0])].data
+        header = codec.decode_header(message)
+        codec.check_trailer(message, header)
+        assert (header.slot, header.generation, header.nbytes) == (slot, self.generation(slot), facts[0])
         return state, self.generation(slot), owners, facts, had
 
     # ways into a state
@@ -112,6 +128,7 @@ class RingBench:
     def written(self, required: int = 1, *, nbytes: int = 8) -> Words:
         words = self.reserved()
         words[HOLD_NBYTES] = nbytes
+        words[HOLD_ENVELOPE_BYTES] = 3
         self.transitions.commit(words, required)
         return words
 
@@ -124,6 +141,12 @@ class RingBench:
         words = self.hold(owner, payload[HOLD_SLOT], payload[HOLD_GENERATION], reader)
         self.transitions.acquire(words)
         return words
+
+    def taking(self, owner: Owner, reader: int, number: int = 2, *, newest: bool = False) -> list[Words]:
+        holds = [self.hold(owner, reader=reader) for _ in range(number)]
+        asked = TakeWords(number, 2**64 - 1, newest)
+        self.transitions.take(holds, asked)
+        return holds[: asked[TAKE_NUMBER]]
 
     def reclaim(self, owner: Owner) -> None:
         for seen in list(self.transitions.holds()):

@@ -29,8 +29,7 @@ def fork_server() -> None:
 
 @pytest.fixture(scope="session")
 def etcd_binary() -> None:
-    """There is an etcd, and the library to reach it."""
-    pytest.importorskip("httpx", reason="httpx is not installed: pip install 'ucxx_transport[etcd]'")
+    """There is an etcd."""
     if find_etcd() is None:
         pytest.skip(NO_ETCD)
 

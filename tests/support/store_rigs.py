@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
+import fcntl
+import os
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -106,9 +107,9 @@ class LocalRig(StoreRig):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.path = folder / "store.sqlite"
+        self.path = folder / "store"
         self.url = f"local://{self.path}"
-        self._lock: sqlite3.Connection | None = None
+        self._lock: int | None = None
 
     def compact(self, store: Store, between: Callable[[], object] = int) -> None:
         for _ in range(20):
@@ -122,12 +123,12 @@ class LocalRig(StoreRig):
         self.stack.close()
 
     def stall(self) -> None:
-        self._lock = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._lock.execute("BEGIN IMMEDIATE")
+        self._lock = os.open(self.path, os.O_RDWR)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def resume(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
 

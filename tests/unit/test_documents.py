@@ -15,7 +15,7 @@ from ucxx_transport import errors
 from ucxx_transport.cli.program import VERBS
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
-from ucxx_transport.settings.sources import KNOWN
+from ucxx_transport.settings.section import SECTIONS
 from ucxx_transport.wire.frames import Status
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_every_setting_that_is_named_exists() -> None:
         for name in re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page):
             assert name in known or name.startswith("test_"), f"{path.name}: {name}"
         for section, name in re.findall(r"UCXX_TRANSPORT_([A-Z]+)__([A-Z_]+?)(?:__|\b)", page):
-            assert name.lower() in KNOWN[section.lower()], f"{path.name}: {section}__{name}"
+            assert name.lower() in SECTIONS[section.lower()], f"{path.name}: {section}__{name}"
 
 
 def test_every_file_script_verb_and_extra_that_is_named_exists() -> None:

@@ -38,14 +38,14 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "demo": "cartpole.command:demo",
         "serve": "ucxx_transport.cli.serve:serve",
-        "doctor": "ucxx_transport.cli.doctor.command:doctor",
+        "doctor": "ucxx_transport.cli.doctor:doctor",
         "inspect": "ucxx_transport.cli.segments:inspect",
         "top": "ucxx_transport.cli.segments:top",
         "bench": "bench.core.command:bench",
         "registry": "ucxx_transport.cli.registry:registry",
         "clean": "ucxx_transport.cli.segments:clean",
-        "config": "ucxx_transport.cli.config:config",
-        "version": "ucxx_transport.cli.version:version",
+        "config": "ucxx_transport.cli.installation:config",
+        "version": "ucxx_transport.cli.installation:version",
     }
 )
 """Module and function of each verb; a module outside of the package is that of a program."""
@@ -54,13 +54,12 @@ EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
         "ucxx": "cpu",
         "rich": "cli",
-        "psutil": "bench",
+        "zmq": "bench",
         "gymnasium": "examples",
         "matplotlib": "examples",
         "ale_py": "atari",
         "cupy": "cu12",
         "torch": "torch",
-        "httpx": "etcd",
     }
 )
 """Which extra brings a module that a verb may find missing."""

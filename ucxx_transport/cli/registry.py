@@ -55,7 +55,7 @@ def registry(
 
 def _list(store: Store, *, as_json: bool) -> None:
     from ucxx_transport.membership.keys import SOURCES
-    from ucxx_transport.membership.source_view import SourceView
+    from ucxx_transport.membership.sources import SourceView
 
     view = SourceView()
     snapshot = store.snapshot(SOURCES)

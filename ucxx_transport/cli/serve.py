@@ -57,7 +57,7 @@ def serve(
     from ucxx_transport.config import RingConfig, ServerConfig
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server import UCXXServer
-    from ucxx_transport.settings.sources import gather
+    from ucxx_transport.settings.section import gather
 
     logs_to_stderr(log_level)
     with _terminated_cleanly():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from ucxx_transport.client.reads import Reads
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.membership.source_record import SourceRecord
+    from ucxx_transport.membership.sources import SourceRecord
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings that are gone, 100 bytes each: more than a job loses."""

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor, Timer
-    from ucxx_transport.membership.source_record import SourceRecord
+    from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Final, Self
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, NotReadyError, TransportError
-from ucxx_transport.groups.membership import MemberLifecycle, MemberThread
+from ucxx_transport.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    LeaseLostError,
+    NotReadyError,
+    RegistryError,
+    StoreResetError,
+    TransportError,
+)
+from ucxx_transport.groups.decisions import awaited_ranks
+from ucxx_transport.groups.participant import MemberThread, acquire_rank
 from ucxx_transport.groups.state import GroupListener, GroupState, GroupStatistics, Member, SharedState
 from ucxx_transport.groups.states import RankEvent, RankState
 from ucxx_transport.groups.view import GroupView, MemberRecord
 from ucxx_transport.groups.writes import RankContext, Retrying, change_view, put_policy_version
+from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
+from ucxx_transport.teardown import Teardown
+
+_log = get_logger(__name__)
 
 MAX_RANKS: Final = 1 << 20
 
@@ -79,8 +95,10 @@ class RankGroup:
         )
         self._shared = SharedState(group, rank)
         ttl_s = self._context.config.ttl_s
-        record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
-        self._lifecycle = MemberLifecycle(self._context, self._shared, record)
+        self._record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
+        self._joining = threading.Lock()
+        self._cancelled = threading.Event()
+        self._thread: MemberThread | None = None
 
     @property
     def rank(self) -> int:
@@ -98,11 +116,11 @@ class RankGroup:
     @property
     def view(self) -> GroupView | None:
         """The view that was applied last; None before the first. It stays when the store cannot be reached."""
-        return self._shared.now.view
+        return self.state.view
 
     def statistics(self) -> GroupStatistics:
         """What was seen of the group so far: `state.statistics`."""
-        return self._shared.now.statistics
+        return self.state.statistics
 
     def get_peer_state(self, rank: int) -> RankState:
         """The state of a rank, as far as this one knows: without asking the store.
@@ -112,7 +130,7 @@ class RankGroup:
             NotReadyError: this rank has seen no view yet: `join_group()` first.
         """
         self._check_ranks([rank])
-        now = self._shared.now
+        now = self.state
         if rank == self.rank:
             return now.state
         if now.view is None:
@@ -142,7 +160,24 @@ class RankGroup:
                 "store", that it was waiting for.
             RegistryError: it was cancelled by `leave`, or the store refuses this user.
         """
-        return self._lifecycle.join(timeout_s)
+        retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
+        if not self._joining.acquire(timeout=retrying.left_s):
+            text = "another join_group() of this rank is under way"
+            raise DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
+        try:
+            self._cancelled.clear()
+            if self._thread is not None:
+                if self.state.state.is_seated:
+                    return self.state
+                self._stop(self._thread)  # one that is over: it may just be ending
+            while True:
+                try:
+                    return self._join_once(retrying)
+                except (LeaseLostError, StoreResetError) as error:
+                    _log.warning("join_restarted", reason=str(error), **self._context.keys)
+                    retrying.pause(self._context.config.backoff_s)
+        finally:
+            self._joining.release()
 
     def leave(self) -> None:
         """End the membership: in the view first, then the lease is given back. Idempotent, and bounded.
@@ -151,7 +186,16 @@ class RankGroup:
         `join_group` that is under way in another thread is cancelled. If the store cannot be reached, the lease ends by
         itself. `join_group` may be called again.
         """
-        self._lifecycle.leave()
+        self._cancelled.set()
+        is_callback = self._thread is not None and self._thread.is_own_thread
+        has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)
+        try:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._stop(thread, leaves=True)
+        finally:
+            if has_lock:
+                self._joining.release()
 
     def __enter__(self) -> Self:
         return self
@@ -263,9 +307,58 @@ class RankGroup:
         """
         return self._shared.listen(GroupListener(on_add=on_add, on_remove=on_remove), with_present=True)
 
-    def _member(self, ranks: Collection[int] = ()) -> MemberThread:
-        self._check_ranks(ranks)
-        return self._lifecycle.thread
+    def _join_once(self, retrying: Retrying) -> GroupState:
+        incarnation = uuid.uuid4().hex
+        wanted = replace(self._record, incarnation=incarnation, epoch=self.state.epoch)
+        lease = acquire_rank(self._context, wanted, retrying)
+        thread = MemberThread(self._context, self._shared, incarnation, lease.lease_id)
+        self._shared.begin(incarnation)
+        self._thread = thread
+
+        def joined(now: GroupState) -> GroupState | None:
+            view = now.notified_view()
+            is_in = view is not None and view.seats_incarnation(self.rank, incarnation)
+            return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
+
+        try:
+            thread.start()
+            return self._shared.wait(joined, retrying, self._not_joined)
+        except BaseException:
+            self._stop(thread)
+            self._shared.end(RankEvent.LEAVE, RegistryError("joining was cancelled", **self._context.keys))
+            self._thread = None
+            raise
+
+    def _not_joined(self, now: GroupState) -> DeadlineExceededError:
+        snapshot = now.snapshot
+        return DeadlineExceededError(
+            f"rank {self.rank} did not become active in {now.group!r} in time",
+            waiting_for="store" if snapshot is None else awaited_ranks(snapshot.view, snapshot.members, self.rank),
+            epoch=now.epoch,
+            problems={} if snapshot is None else dict(snapshot.problems),
+            **self._context.keys,
+        )
+
+    def _stop(self, thread: MemberThread, *, leaves: bool = False) -> None:
+        timeout_s, keys = self._context.config.stop_timeout_s, self._context.keys
+        until_s = time.monotonic() + timeout_s
+        teardown = Teardown("rank", group=self._context.group, rank=self.rank)
+        if leaves and self.state.state.is_seated:
+            teardown.step("view", lambda: self._write_leave(thread.incarnation, timeout_s), until_s)
+        if leaves:
+            self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **keys))
+        thread.stop(teardown, until_s)
+
+    def _write_leave(self, incarnation: str, timeout_s: float) -> None:
+        retrying = Retrying(self._context, timeout_s, "leaving")
+        change_view(self._context, RankEvent.LEAVE, [self.rank], retrying, incarnation=incarnation)
+
+    def _member(self) -> MemberThread:
+        """The present incarnation's thread; a NotReadyError while this rank is not a member."""
+        thread = self._thread
+        if thread is None or not self.state.state.is_seated:
+            raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
+        return thread
 
     def _change(
         self,
@@ -276,7 +369,8 @@ class RankGroup:
         late: Callable[[GroupState, int], DeadlineExceededError],
     ) -> GroupView:
         """Write a change, and wait for the view that has it; `find` and `late` get that one's epoch."""
-        thread, retrying = self._member(ranks), Retrying(self._context, timeout_s, event.name.lower())
+        self._check_ranks(ranks)
+        thread, retrying = self._member(), Retrying(self._context, timeout_s, event.name.lower())
         epoch = change_view(self._context, event, ranks, retrying)
         if thread.is_own_thread and self.view is not None:
             return self.view  # the next one comes by this very thread

@@ -1,4 +1,4 @@
-"""A participant of a group: it takes a rank, then applies, acknowledges and writes views.
+"""A participant of a group: it takes a rank, then applies, acknowledges and writes views, in a thread of its own.
 
 `acquire_rank` publishes the rank's record under a new lease, while no live member has the rank. After that each
 `Participant.step` takes a snapshot of the group:
@@ -8,35 +8,57 @@
 3. it is acknowledged, in the rank's own key;
 4. if another view should follow (`decisions.next_view`), and it is this rank's turn, that is written, expecting the
    revision of the present one.
+
+| thread       | does                                                                                                |
+|--------------|-----------------------------------------------------------------------------------------------------|
+| `ucxx-group` | a snapshot, then a watch after it, and a participant's step at each change. Runs all callbacks      |
+| `ucxx-lease` | renews the lease, or has a helper process renew it: a callback that takes long costs no lease       |
+
+A store that does not answer changes nothing: the rank goes on with what it knows, and starts over with a snapshot.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from ucxx_transport.errors import (
+    CompactedError,
     ConflictError,
     DeadlineExceededError,
     DuplicateSourceError,
     LeaseLostError,
     RegistryError,
     StoreResetError,
+    StoreUnavailableError,
 )
 from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of
 from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.states import RankEvent
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
 from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying
-from ucxx_transport.membership.keys import member_key, policy_key, view_key
-from ucxx_transport.membership.store import Lease
+from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
+from ucxx_transport.membership.renewal import LeaseRenewer, Renewal
+from ucxx_transport.membership.store import Lease, Watch
+from ucxx_transport.teardown import Teardown
+
+_log = get_logger(__name__)
 
 POLL_S: Final = 0.25
 """How often a rank whose lease may still end is read."""
 
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
+
+PAUSE_S: Final = 0.2
+"""Between two tries to reach a store that does not answer, and before a group is read again."""
+
+LEAST_CALL_S: Final = 0.1
+"""For the last call of a teardown whose deadline has passed."""
 
 LAST_TURN: Final = 20
 """The most turns that any member waits for, however many are before it."""
@@ -237,3 +259,102 @@ class Participant:
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
         store = self._context.store
         self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
+
+
+class MemberThread:
+    """One incarnation of a rank: its lease, and the thread in which it takes part."""
+
+    def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
+        self._context, self._shared = context, shared
+        self.incarnation, self._lease_id = incarnation, lease_id
+        self._participant = Participant(context, shared, incarnation, lease_id)
+        self._ending = threading.Event()
+        self._lease_lost = threading.Event()
+        self._watch: Watch | None = None
+        config = context.config
+        by_process = config.keeper == "process"
+        helper = Renewal(context.store, context.store_config, config.interval_s) if by_process else None
+        self._renewer = LeaseRenewer(context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper)
+        self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller is a callback: it must not wait for what only this thread can bring."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Renew the lease, and take part."""
+        self._renewer.start()
+        self._thread.start()
+
+    def stop(self, teardown: Teardown, until_s: float) -> None:
+        """Take part no longer, and give the lease back, until `until_s` on `time.monotonic()`. Idempotent."""
+        self._ending.set()
+        self._interrupt()
+        if self._thread.ident is not None and not self.is_own_thread:
+            teardown.step("thread", self._thread.join, until_s)
+        teardown.step("lease", lambda: self._give_back(until_s), until_s)
+
+    def _give_back(self, until_s: float) -> None:
+        """End the renewals, then the lease; if the store does not answer, it ends by itself."""
+        self._renewer.stop()
+        if not self._lease_lost.is_set():
+            self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
+
+    def _on_lease_lost(self) -> None:
+        self._lease_lost.set()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        watch = self._watch
+        if watch is not None:
+            watch.close()
+
+    def _run(self) -> None:
+        keys = self._context.keys
+        while not self._ending.is_set():
+            try:
+                self._take_part()
+            except (CompactedError, StoreResetError, ConflictError) as error:
+                _log.info("group_read_again", reason=str(error), **keys)
+            except StoreUnavailableError as error:
+                if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
+                    self._shared.count(outages=1)
+                    _log.warning("group_store_away", reason=str(error), **keys)
+            except MembershipEndedError as ended:
+                return self._end(ended.event, ended.error)
+            except LeaseLostError as error:
+                return self._end(RankEvent.LOSE, error)
+            except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
+                _log.exception("group_thread_failed", **keys)
+            self._ending.wait(PAUSE_S)
+        return None
+
+    def _take_part(self) -> None:
+        self._check_lease()
+        store, group = self._context.store, self._context.group
+        self._participant.reset()
+        snapshot = GroupSnapshot.of(group, store.snapshot(group_prefix(group), timeout_s=CALL_S))
+        with store.watch(group_prefix(group), after=snapshot.revision) as watch:
+            self._watch = watch  # from here on it is closed to end this
+            while not self._ending.is_set():
+                self._check_lease()
+                step_in_s = self._participant.step(snapshot)
+                batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
+                while batch is not None:  # what came together is one step
+                    snapshot = snapshot.after(batch)
+                    batch = watch.next(0.0)
+
+    def _check_lease(self) -> None:
+        if self._lease_lost.is_set():
+            text = "this rank's lease has ended: join_group() again"
+            raise LeaseLostError(text, lease=self._lease_id, **self._context.keys)
+
+    def _end(self, event: RankEvent, error: RegistryError) -> None:
+        if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
+            _log.warning("membership_lost", reason=str(error), **self._context.keys)
+        try:  # before anything else hears of it: the next `join_group` finds the rank free
+            self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
+        except RegistryError as failure:
+            _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
+        self._shared.end(event, error)

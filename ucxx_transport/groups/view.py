@@ -15,7 +15,6 @@ to be hostile, but not to be of this version: keys and types are checked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -23,9 +22,17 @@ from typing import Final, TypeVar
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.groups.states import RankEvent, RankState, advance
-from ucxx_transport.membership.keys import policy_key, rank_of, view_key
+from ucxx_transport.membership.keys import MAX_VALUE_BYTES, policy_key, rank_of, view_key
 from ucxx_transport.membership.store import Batch, Snapshot
-from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, describe, is_unsigned, take_fields
+from ucxx_transport.schema.wire_form import (
+    WIRE_VERSION,
+    check_version,
+    describe,
+    is_unsigned,
+    pack_json,
+    take_fields,
+    unpack_json,
+)
 
 MAX_INCARNATION_CHARS: Final = 64
 MAX_ADDRESS_CHARS: Final = 1024
@@ -128,12 +135,13 @@ class GroupView:
             }
             for seat in self.seats
         ]
-        return _to_json({"version": WIRE_VERSION, "epoch": self.epoch, "seats": seats})
+        return pack_json({"version": WIRE_VERSION, "epoch": self.epoch, "seats": seats})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        form = take_fields(_from_json(raw, "group view"), "group view", required=("version", "epoch", "seats"))
+        data = unpack_json(raw, "group view", max_bytes=MAX_VALUE_BYTES)
+        form = take_fields(data, "group view", required=("version", "epoch", "seats"))
         check_version(form["version"], "group view")
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
@@ -190,7 +198,7 @@ class MemberRecord:
         if len(self.address) > MAX_ADDRESS_CHARS:
             raise ConfigError(f"address must be text of at most {MAX_ADDRESS_CHARS} characters", field="address")
         try:
-            nbytes = len(_to_json(dict(self.meta)))
+            nbytes = len(pack_json(dict(self.meta)))
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"meta must be a mapping of plain JSON values: {exc}", field="meta") from exc
         if nbytes > MAX_META_BYTES:
@@ -203,12 +211,13 @@ class MemberRecord:
     def to_bytes(self) -> bytes:
         """For the store."""
         values = {key: getattr(self, key) for key in _RECORD_KEYS}
-        return _to_json({"version": WIRE_VERSION, **values, "meta": dict(self.meta)})
+        return pack_json({"version": WIRE_VERSION, **values, "meta": dict(self.meta)})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> MemberRecord:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        form = take_fields(_from_json(raw, "member record"), "member record", required=("version", *_RECORD_KEYS))
+        data = unpack_json(raw, "member record", max_bytes=MAX_VALUE_BYTES)
+        form = take_fields(data, "member record", required=("version", *_RECORD_KEYS))
         check_version(form["version"], "member record")
         ttl_s, meta = form["ttl_s"], form["meta"]
         if type(ttl_s) not in (int, float) or not isinstance(meta, dict):
@@ -304,19 +313,6 @@ def _parsed(value: bytes | None, parse: Callable[[bytes], T]) -> tuple[T | None,
         return parse(value), ""
     except ProtocolError as error:
         return None, str(error)
-
-
-def _to_json(form: Mapping[str, object]) -> bytes:
-    """Encode; equal forms give equal bytes. A TypeError or ValueError: JSON has no such value."""
-    return json.dumps(form, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _from_json(raw: bytes, what: str) -> object:
-    try:
-        decoded: object = json.loads(raw)
-    except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"a {what} that is not JSON: {describe(raw)}", field=what) from exc
-    return decoded
 
 
 def _take_count(value: object, field: str) -> int:

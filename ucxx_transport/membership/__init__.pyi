@@ -1,11 +1,11 @@
-from ucxx_transport.membership.publication import Offer as Offer
 from ucxx_transport.membership.publication import Publishable as Publishable
 from ucxx_transport.membership.publication import PublisherState as PublisherState
 from ucxx_transport.membership.publication import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
 from ucxx_transport.membership.replica_monitor import ReplicaMonitor as ReplicaMonitor
-from ucxx_transport.membership.source_record import SourceRecord as SourceRecord
-from ucxx_transport.membership.source_record import SourceStatus as SourceStatus
+from ucxx_transport.membership.sources import Offer as Offer
+from ucxx_transport.membership.sources import SourceRecord as SourceRecord
+from ucxx_transport.membership.sources import SourceStatus as SourceStatus
 from ucxx_transport.membership.store import Batch as Batch
 from ucxx_transport.membership.store import Entry as Entry
 from ucxx_transport.membership.store import Event as Event

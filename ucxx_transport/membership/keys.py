@@ -1,4 +1,4 @@
-"""What keys and values may be, where everything lies below a namespace, and the bytes that a store knows them by.
+"""What keys, values and leases may be, where all lies below a namespace, and the bytes that a store knows a key by.
 
 | key                             | value                                              | lease         |
 |---------------------------------|----------------------------------------------------|---------------|
@@ -26,6 +26,8 @@ GROUPS: Final = "groups/"
 ROOT: Final = "/ucxx_transport/"
 MAX_KEY_BYTES: Final = 4096
 MAX_VALUE_BYTES: Final = 1 << 20
+MAX_TTL_S: Final = 1e9
+"""Thirty years; etcd refuses more than 9e9 s."""
 _MAX_INT64: Final = (1 << 63) - 1
 
 
@@ -111,6 +113,15 @@ def checked_value(value: object) -> bytes:
             f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)
         )
     return value
+
+
+def checked_ttl_s(ttl_s: object) -> float:
+    """A time to live that a store can grant; a ConfigError unless it is a number above 0 and up to `MAX_TTL_S`."""
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
+        raise ConfigError(
+            f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
+        )
+    return float(ttl_s)
 
 
 def checked_lease_id(lease_id: object) -> int:

@@ -31,30 +31,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from ucxx_transport.errors import ConflictError, DuplicateSourceError, LeaseLostError, ProtocolError, TransportError
 from ucxx_transport.membership.keys import epoch_key, source_key
-from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
+from ucxx_transport.membership.sources import Offer, SourceRecord, SourceStatus
 
 if TYPE_CHECKING:
     from ucxx_transport.membership.store import Lease, Store
     from ucxx_transport.sidecar.launch import Sidecar
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """What can be read, and where.
-
-    Attributes:
-        ring_id: 16 bytes.
-        ring_name: the segment's name on its host.
-        host_id: which host and namespace that is.
-        host: the server's address, None without a server.
-        ports: its ports.
-    """
-
-    ring_id: bytes
-    ring_name: str
-    host_id: str
-    host: str | None
-    ports: tuple[int, ...]
 
 
 class Publishable(Protocol):

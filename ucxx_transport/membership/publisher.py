@@ -38,7 +38,7 @@ from ucxx_transport.membership.publication import (
     next_epoch,
 )
 from ucxx_transport.membership.renewal import Renewal, renew
-from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
+from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.teardown import Teardown

@@ -1,4 +1,4 @@
-"""Renewal of leases: by a sidecar, whatever the worker's interpreter is busy with, and once by a call."""
+"""Renewal of leases: by a sidecar, whatever the interpreter is busy with; by a thread; and once by a call."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any, Final
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.sidecar.launch import Order, Restarts, Sidecar
+
+_log = get_logger(__name__)
 
 CLOSE_S: Final = 0.5
 """A sidecar that only renews is killed after that: it may be in a call of a store that does not answer."""
 FRESH: Final = 1.25
 """A renewal counts for so many intervals: the next one that its owner makes is in time for a lease of three."""
 _NEVER_S: Final = -float("inf")
+_RETRIES_AN_INTERVAL: Final = 4
+"""After a renewal that failed the next comes this much sooner: a lease of three intervals is then tried eight times."""
 
 
 class Renewal:
@@ -146,3 +151,74 @@ def renew(store: Store, lease_id: int, *, timeout_s: float | None = None) -> Non
         store.keep_alive(lease_id, timeout_s=timeout_s)
     except LeaseLostError:
         store.keep_alive(lease_id, timeout_s=timeout_s)
+
+
+class LeaseRenewer:
+    """Renews one lease until it is stopped, or the store says that the lease has ended. A daemon thread.
+
+    Args:
+        store: where the lease is.
+        lease_id: the lease.
+        interval_s: between two renewals.
+        on_lost: called once, in the renewer's thread, when the store answers twice that the lease has ended. A store
+            that does not answer says nothing: it is asked again, for as long as it takes.
+        helper: a process that renews in its place from when it can, closed at the end; None: a call that holds the GIL
+            for longer than a lease lives starves the lease.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lease_id: int,
+        interval_s: float,
+        on_lost: Callable[[], object],
+        helper: Renewal | None = None,
+    ) -> None:
+        self._store, self._lease_id, self._interval_s = store, lease_id, interval_s
+        self._on_lost, self._helper = on_lost, helper
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ucxx-lease", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, bounded; the lease stays as it is. Idempotent, and callable from `on_lost`."""
+        self._stopping.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(2 * self._interval_s)
+            if self._thread.is_alive():
+                _log.warning("lease_renewer_hung", lease=self._lease_id)
+
+    def _run(self) -> None:
+        try:
+            if self._helper is not None:
+                self._helper.keep(self._lease_id)
+            self._renew_until_stopped()
+        except LeaseLostError as error:
+            if not self._stopping.is_set():
+                _log.warning("lease_lost", lease=self._lease_id, reason=str(error))
+                self._on_lost()
+        finally:
+            if self._helper is not None:
+                self._helper.close()
+
+    def _renew_until_stopped(self) -> None:
+        pause_s, failures = self._interval_s, 0
+        while not self._stopping.wait(pause_s):
+            try:
+                if self._helper is None or not self._helper.keeps(self._lease_id):
+                    renew(self._store, self._lease_id, timeout_s=self._interval_s)
+            except LeaseLostError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: whatever it was, the lease is to live
+                failures += 1
+                if failures == 1:
+                    reason = f"{type(error).__name__}: {error}"
+                    _log.warning("lease_not_renewed", lease=self._lease_id, reason=reason)
+            else:
+                if failures:
+                    _log.info("lease_renewed_again", lease=self._lease_id, attempts=failures)
+                failures = 0
+            pause_s = self._interval_s / (_RETRIES_AN_INTERVAL if failures else 1)

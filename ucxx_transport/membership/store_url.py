@@ -58,7 +58,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
         config: its settings; None: those of the environment and the file.
 
     Raises:
-        ConfigError: the URL or a setting is wrong, or etcd is asked for and httpx is not installed.
+        ConfigError: the URL or a setting is wrong.
         StorePermissionError: the file of a local store is not this user's to use.
     """
     address = parse_store_url(url)
@@ -88,14 +88,14 @@ def _local(url: object, rest: str) -> LocalAddress:
     if not rest:
         return LocalAddress(path=None)
     if not rest.startswith("/"):
-        raise _wrong(url, "names a path that is not absolute: three slashes, as in local:///tmp/store.sqlite")
+        raise _wrong(url, "names a path that is not absolute: three slashes, as in local:///tmp/job.store")
     if "?" in rest or "#" in rest:
         raise _wrong(url, "has a '?' or '#': percent-encode it as %3F or %23 where it is part of the path")
     path = unquote(rest)
     if "\0" in path:
         raise _wrong(url, "names a path with a zero byte")
     if path.endswith("/"):
-        raise _wrong(url, "names a folder: add the file's name, as in local:///tmp/store.sqlite")
+        raise _wrong(url, "names a folder: add the file's name, as in local:///tmp/job.store")
     return LocalAddress(path=PurePosixPath(path))
 
 

@@ -31,8 +31,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import SOURCES
-from ucxx_transport.membership.source_record import SourceRecord, SourceStatus
-from ucxx_transport.membership.source_view import SourceChange, SourceView
+from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
 

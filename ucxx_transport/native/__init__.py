@@ -26,6 +26,9 @@ class RingStruct(ctypes.Structure):
         ("slot_words", ctypes.c_uint64),
         ("entries", ctypes.c_uint64),
         ("max_attempts", ctypes.c_uint64),
+        ("first_payload", ctypes.c_uint64),
+        ("stride", ctypes.c_uint64),
+        ("envelope_bytes", ctypes.c_uint64),
     )
 
 
@@ -51,10 +54,12 @@ class Calls:
             ("finalise", (memory, word, number, wait_ns)),
             ("holds", (memory, memory, word, memory, wait_ns)),
             ("ready", (memory, word, memory, wait_ns)),
+            ("take", (memory, memory, wait_ns)),
             ("count", (number, wait_ns)),
             ("snapshot", (memory, wait_ns)),
             ("publish", (memory, wait_ns)),
             ("wait", (ctypes.c_uint32, wait_ns)),
+            ("wait_ready", (ctypes.c_uint32, wait_ns)),
         ):
             function = library[f"ring_{name}"]
             function.argtypes = (memory, *types)

@@ -7,7 +7,7 @@
  *
  *   FREE     nothing of the header counts
  *   WRITING  the writer
- *   READY    nbytes, sequence, checksum, required reads, entries of readers that have had the payload
+ *   READY    nbytes, sequence, checksum, required reads, envelope, message, entries of readers that have had the payload
  *   READING  the same, and the entries in flight
  *
  * The lock is a robust mutex: when its holder dies the kernel hands it on (EOWNERDEAD), and the next holder completes or
@@ -32,6 +32,10 @@
 #define SPINS 100           /* a critical section takes a fraction of a microsecond */
 #define SLICE_NS 20000000LL /* the longest wait for the lock in one call, so that the caller sees its signals */
 
+/* Bits of TAKERS_WORD. */
+#define ASLEEP 1ULL
+#define WAKE 2ULL /* something has become READY since */
+
 #ifdef RING_CUT
 static long stores_left = -1;
 EXPORT void ring_cut_after(long stores) { stores_left = stores; }
@@ -46,7 +50,7 @@ static void cut(void) {
 /* Where a segment lies in this process; the sizes are those that its attacher has checked. */
 struct ring {
     uint64_t *words;
-    uint64_t slots, slot_bytes, first_slot_word, slot_words, entries, max_attempts;
+    uint64_t slots, slot_bytes, first_slot_word, slot_words, entries, max_attempts, first_payload, stride, envelope_bytes;
 };
 
 static inline uint64_t load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -78,33 +82,60 @@ static inline uint64_t advance(uint64_t word, unsigned event) {
     return word + (uint64_t)STEP[event][state];
 }
 
-/* ---- The lists of slots: FREE ones in the order in which they became so, READY and READING ones by age. ---- */
+/* ---- The lists of slots: FREE ones in the order in which they became so, READY and READING ones by age, and READY ones
+ * by age. `links` is the first of a list's two words in a slot's header: the slot before, the slot behind. ---- */
 
 static inline uint64_t first_word_of(unsigned state) { return state == FREE ? FREE_FIRST_WORD : HELD_FIRST_WORD; }
 
-static void append(const struct ring *ring, uint64_t first, uint64_t slot) {
+static inline int is_listed(const struct ring *ring, uint64_t number) { return number >= 1 && number <= ring->slots; }
+
+static void insert(const struct ring *ring, uint64_t first, unsigned links, uint64_t before, uint64_t slot, uint64_t behind) {
     uint64_t *words = ring->words, *own = header(ring, slot);
-    uint64_t last = words[first + 1];
-    store(own + PREVIOUS, last);
-    store(own + NEXT, 0);
-    if (last >= 1 && last <= ring->slots)
-        store(header(ring, last - 1) + NEXT, slot + 1);
-    else
-        store(words + first, slot + 1);
-    store(words + first + 1, slot + 1);
+    store(own + links, before);
+    store(own + links + 1, behind);
+    store(is_listed(ring, before) ? header(ring, before - 1) + links + 1 : words + first, slot + 1);
+    store(is_listed(ring, behind) ? header(ring, behind - 1) + links : words + first + 1, slot + 1);
 }
 
-static void detach(const struct ring *ring, uint64_t first, uint64_t slot) {
+static void append(const struct ring *ring, uint64_t first, uint64_t slot) {
+    insert(ring, first, PREVIOUS, ring->words[first + 1], slot, 0);
+}
+
+static void detach(const struct ring *ring, uint64_t first, unsigned links, uint64_t slot) {
     uint64_t *words = ring->words, *own = header(ring, slot);
+    uint64_t before = own[links], behind = own[links + 1];
+    store(is_listed(ring, before) ? header(ring, before - 1) + links + 1 : words + first, behind);
+    store(is_listed(ring, behind) ? header(ring, behind - 1) + links : words + first + 1, before);
+}
+
+/* Put a slot that has become READY, and is in the list by age, where it belongs among the READY ones: next to the nearest
+ * of them, either way. Those in between are READING; many that are given back one by one lie next to each other. */
+static void append_ready(const struct ring *ring, uint64_t slot) {
+    const uint64_t *own = header(ring, slot);
     uint64_t before = own[PREVIOUS], behind = own[NEXT];
-    if (before >= 1 && before <= ring->slots)
-        store(header(ring, before - 1) + NEXT, behind);
-    else
-        store(words + first, behind);
-    if (behind >= 1 && behind <= ring->slots)
-        store(header(ring, behind - 1) + PREVIOUS, before);
-    else
-        store(words + first + 1, before);
+    if (!ring->words[READY_FIRST_WORD])
+        before = behind = 0;
+    for (uint64_t turn = 0; turn < ring->slots; turn++) {
+        if (!is_listed(ring, before)) {
+            before = 0, behind = ring->words[READY_FIRST_WORD];
+            break;
+        }
+        if (!is_listed(ring, behind)) {
+            before = ring->words[READY_LAST_WORD], behind = 0;
+            break;
+        }
+        const uint64_t *older = header(ring, before - 1), *newer = header(ring, behind - 1);
+        if (state_of(older[STATE]) == READY) {
+            behind = older[READY_NEXT];
+            break;
+        }
+        if (state_of(newer[STATE]) == READY) {
+            before = newer[READY_PREVIOUS];
+            break;
+        }
+        before = older[PREVIOUS], behind = newer[NEXT];
+    }
+    insert(ring, READY_FIRST_WORD, READY_PREVIOUS, before, slot, behind);
 }
 
 /* Sort the list that begins at 1 + slot `list` by sequence, along NEXT: a merge sort that needs no memory. */
@@ -145,7 +176,7 @@ static uint64_t sorted(const struct ring *ring, uint64_t list) {
     }
 }
 
-/* Make both lists and the counts of states anew from the state words, which alone are the truth. */
+/* Make the lists and the counts of states anew from the state words, which alone are the truth. */
 static void relink(const struct ring *ring) {
     uint64_t *words = ring->words, held = 0, counts[STATES] = {0};
     store(words + FREE_FIRST_WORD, 0);
@@ -166,13 +197,26 @@ static void relink(const struct ring *ring) {
     held = sorted(ring, held);
     uint64_t before = 0;
     store(words + HELD_FIRST_WORD, held);
+    store(words + READY_FIRST_WORD, 0);
+    store(words + READY_LAST_WORD, 0);
     for (; held; held = header(ring, held - 1)[NEXT]) {
-        store(header(ring, held - 1) + PREVIOUS, before);
+        uint64_t *own = header(ring, held - 1);
+        store(own + PREVIOUS, before);
+        if (state_of(own[STATE]) == READY)
+            insert(ring, READY_FIRST_WORD, READY_PREVIOUS, words[READY_LAST_WORD], held - 1, 0);
         before = held;
     }
     store(words + HELD_LAST_WORD, before);
     for (unsigned state = 0; state < STATES; state++)
         store(words + STATE_COUNT_WORD + state, counts[state]);
+}
+
+/* Something can be taken that could not. */
+static void readied(const struct ring *ring) {
+    uint64_t *words = ring->words;
+    __atomic_add_fetch((uint32_t *)(words + READIED_WORD), 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(words + TAKERS_WORD, __ATOMIC_SEQ_CST))
+        __atomic_or_fetch(words + TAKERS_WORD, WAKE, __ATOMIC_SEQ_CST);
 }
 
 /* Store a slot's new state; the lists and counts follow it. */
@@ -185,14 +229,20 @@ static void become(const struct ring *ring, uint64_t slot, uint64_t word) {
     }
     int was_held = old == READY || old == READING, is_held = new == READY || new == READING;
     store(own + STATE, word);
+    if (old == READY)
+        detach(ring, READY_FIRST_WORD, READY_PREVIOUS, slot);
     if (old != WRITING && !(was_held && is_held))
-        detach(ring, first_word_of(old), slot);
+        detach(ring, first_word_of(old), PREVIOUS, slot);
     if (new != WRITING && !(was_held && is_held))
         append(ring, first_word_of(new), slot);
     add(words + STATE_COUNT_WORD + old, (uint64_t)-1);
     add(words + STATE_COUNT_WORD + new, 1);
-    if (new == FREE)
+    if (new == FREE) {
         __atomic_add_fetch((uint32_t *)(words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
+    } else if (new == READY) {
+        append_ready(ring, slot);
+        readied(ring);
+    }
 }
 
 /* ---- Read entries. ---- */
@@ -253,6 +303,7 @@ static void leave_reading(const struct ring *ring, uint64_t slot, uint64_t in_fl
     uint64_t *own = header(ring, slot), word = own[STATE];
     if (in_flight) {
         become(ring, slot, advance(word, LEAVE));
+        readied(ring); /* another reader may have it now */
     } else if (reads >= own[REQUIRED_READS]) {
         count(ring, COUNT_FREED);
         become(ring, slot, advance(word, CONSUME));
@@ -298,6 +349,8 @@ static void repair(const struct ring *ring) {
     /* the wake-up of the dead may be missing */
     __atomic_add_fetch((uint32_t *)(ring->words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch((uint32_t *)(ring->words + READIED_WORD), 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(ring->words + TAKERS_WORD, ASLEEP | WAKE, __ATOMIC_SEQ_CST);
     store(ring->words + IN_TRANSITION_WORD, 0);
 }
 
@@ -332,15 +385,20 @@ static int enter(const struct ring *ring, int64_t wait_ns) {
     return code == 0 ? DONE : code == EBUSY || code == ETIMEDOUT ? LOCKED : DAMAGED;
 }
 
-/* Unlock, and wake the writes that sleep if there is a slot for one. The word is looked at and cleared under the lock: a
- * write that sets it after that has `seen` an older count than the one stored here, and does not fall asleep. */
+/* Unlock, and wake the writes that sleep if there is a slot for one, and the takers if there is something new for them.
+ * The words are looked at and cleared under the lock: who sets one after that has `seen` an older count than the one
+ * stored here, and does not fall asleep. */
 static int leave(const struct ring *ring, int outcome) {
-    uint64_t *sleepers = ring->words + SLEEPERS_WORD;
-    int wakes = ring->words[STATE_COUNT_WORD + FREE] && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) &&
+    uint64_t *words = ring->words, *sleepers = words + SLEEPERS_WORD, *takers = words + TAKERS_WORD;
+    int wakes = words[STATE_COUNT_WORD + FREE] && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) &&
                 __atomic_exchange_n(sleepers, 0, __ATOMIC_SEQ_CST);
+    int wakes_takers =
+        __atomic_load_n(takers, __ATOMIC_SEQ_CST) & WAKE && __atomic_exchange_n(takers, 0, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(mutex(ring));
     if (wakes)
-        syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        syscall(SYS_futex, words + FREED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    if (wakes_takers)
+        syscall(SYS_futex, words + READIED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     return outcome;
 }
 
@@ -380,12 +438,7 @@ EXPORT int ring_reserve(const struct ring *ring, uint64_t *hold, int overwrites,
     unsigned event = RESERVE;
     if (!chosen && overwrites && words[STATE_COUNT_WORD + READY]) {
         event = OVERWRITE;
-        chosen = words[HELD_FIRST_WORD];
-        for (uint64_t turn = 0; turn < ring->slots && chosen >= 1 && chosen <= ring->slots; turn++) {
-            if (state_of(header(ring, chosen - 1)[STATE]) == READY)
-                break;
-            chosen = header(ring, chosen - 1)[NEXT];
-        }
+        chosen = words[READY_FIRST_WORD];
     }
     if (!chosen) {
         hold[HOLD_STATE] = (uint32_t)words[FREED_WORD];
@@ -417,9 +470,32 @@ static int is_writer(const uint64_t *own, const uint64_t *hold) {
            own[WRITER] == hold[HOLD_LEASE] && own[WRITER_PID] == hold[HOLD_PID] && own[WRITER_START] == hold[HOLD_START];
 }
 
-/* WRITING → READY: the payload is complete. Takes the hold with nbytes, checksum and whether it has one. */
+/* Make the slot's memory the message that a server sends: header | payload | zeros to 8 | trailer, as in wire/frames.py. */
+static void write_message(const struct ring *ring, const uint64_t *hold) {
+    _Static_assert(HEADROOM_BYTES == 64 && TAILROOM_BYTES >= 8 + TRAILER_BYTES, "the message does not fit round a payload");
+    uint64_t slot = hold[HOLD_SLOT], generation = hold[HOLD_GENERATION], nbytes = hold[HOLD_NBYTES];
+    uint64_t *payload = ring->words + (ring->first_payload + slot * ring->stride) / 8, *head = payload - 8;
+    store(head, MESSAGE_WORD);
+    store(head + 1, generation);
+    store(head + 2, nbytes);
+    store(head + 3, hold[HOLD_HAS_CHECKSUM] ? hold[HOLD_CHECKSUM] : 0);
+    store(head + 4, ring->words[RING_ID_WORD]);
+    store(head + 5, ring->words[RING_ID_WORD + 1]);
+    store(head + 6, slot | (hold[HOLD_HAS_CHECKSUM] ? MESSAGE_CHECKSUM << 32 : 0));
+    store(head + 7, ring->words[FINGERPRINT_WORD]);
+    uint64_t *end = payload + nbytes / 8;
+    if (nbytes % 8) {
+        store(end, *end & ((1ULL << nbytes % 8 * 8) - 1));
+        end++;
+    }
+    store(end, MESSAGE_TRAILER ^ generation);
+    store(end + 1, nbytes);
+}
+
+/* WRITING → READY: the payload is complete. Takes the hold with nbytes, bytes of the envelope, which lies in its place,
+ * checksum and whether it has one. */
 EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t required_reads, int64_t wait_ns) {
-    if (hold[HOLD_SLOT] >= ring->slots)
+    if (hold[HOLD_SLOT] >= ring->slots || hold[HOLD_NBYTES] > ring->slot_bytes)
         return OUT_OF_RANGE;
     int code = enter(ring, wait_ns);
     if (code != DONE)
@@ -430,7 +506,15 @@ EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t require
         count(ring, COUNT_LATE_FINALISE);
         return leave(ring, LATE);
     }
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t envelope = hold[HOLD_ENVELOPE_BYTES];
     mark(ring, slot);
+    if (envelope > ring->envelope_bytes) {
+        envelope = 0;
+        count(ring, COUNT_ENVELOPES_LEFT_OUT);
+    }
+    write_message(ring, hold);
     uint64_t sequence = ring->words[SEQUENCE_WORD] + 1;
     store(ring->words + SEQUENCE_WORD, sequence);
     store(own + NBYTES, hold[HOLD_NBYTES]);
@@ -438,6 +522,8 @@ EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t require
     store(own + CHECKSUM, hold[HOLD_CHECKSUM]);
     store(own + HAS_CHECKSUM, hold[HOLD_HAS_CHECKSUM]);
     store(own + REQUIRED_READS, required_reads);
+    store(own + ENVELOPE_BYTES, envelope);
+    store(own + COMMIT_TIME, (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec);
     count(ring, COUNT_COMMITTED);
     add(ring->words + COUNTER_WORD + COUNT_COMMITTED_BYTES, hold[HOLD_NBYTES]);
     become(ring, slot, advance(own[STATE], COMMIT));
@@ -546,6 +632,8 @@ static int acquire(const struct ring *ring, uint64_t *hold) {
     hold[HOLD_NBYTES] = own[NBYTES];
     hold[HOLD_CHECKSUM] = own[CHECKSUM];
     hold[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
+    hold[HOLD_ENVELOPE_BYTES] = own[ENVELOPE_BYTES] > ring->envelope_bytes ? 0 : own[ENVELOPE_BYTES];
+    hold[HOLD_COMMIT_TIME] = own[COMMIT_TIME];
     return DONE;
 }
 
@@ -557,6 +645,74 @@ EXPORT int ring_acquire(const struct ring *ring, uint64_t *holds, uint64_t numbe
         return code;
     for (uint64_t index = 0; index < number; index++, holds += HOLD_WORDS)
         holds[HOLD_OUTCOME] = (uint64_t)acquire(ring, holds);
+    return leave(ring, DONE);
+}
+
+enum chance { NEVER, LATER, NOW };
+
+/* Whether a reader may take the payload of a slot that is READY or READING. For a named one NEVER is true until an attempt
+ * ends unread. */
+static enum chance chance_of(const struct ring *ring, uint64_t *own, uint64_t reader) {
+    unsigned state = state_of(own[STATE]);
+    if (own[NBYTES] > ring->slot_bytes || (state != READY && state != READING))
+        return NEVER;
+    if (own[REQUIRED_READS] == 1)
+        return state == READY ? NOW : NEVER;
+    struct survey found = survey(ring, own, reader, NULL);
+    if (found.had || found.enters_again || found.taken >= own[REQUIRED_READS])
+        return NEVER;
+    return found.in_flight >= ring->max_attempts || !found.empty ? LATER : NOW;
+}
+
+/* Enter an attempt for each of the holds on a payload that their reader has neither had nor holds, the oldest or the
+ * newest first, until one is larger than what is left of the bytes; `take` says what is asked for and what came of it. */
+EXPORT int ring_take(const struct ring *ring, uint64_t *const *holds, uint64_t *take, int64_t wait_ns) {
+    take[TAKE_NUMBER] = take[TAKE_LARGE] = 0;
+    int code = enter(ring, wait_ns);
+    if (code != DONE)
+        return code;
+    const uint64_t *words = ring->words, *counters = words + COUNTER_WORD;
+    uint64_t returns = counters[COUNT_RELEASED] + counters[COUNT_RECLAIMED_READS] + counters[COUNT_LOCK_RECOVERIES];
+    uint64_t room = take[TAKE_ROOM], left = take[TAKE_BYTES], cursor = take[TAKE_SLOT], number = 0;
+    /* where one read frees a payload, none that is being read can be taken */
+    int shared = ring->entries > ring->max_attempts + 1, newest = take[TAKE_NEWEST] != 0;
+    /* an unnamed reader may take again what it has had */
+    int follows = shared && !newest && room && holds[0][HOLD_READER];
+    unsigned first = shared ? HELD_FIRST_WORD : READY_FIRST_WORD, links = shared ? PREVIOUS : READY_PREVIOUS;
+    uint64_t next = words[newest ? first + 1 : first];
+    take[TAKE_SLOT] = 0;
+    if (follows && is_listed(ring, cursor) && take[TAKE_RETURNS] == returns) {
+        const uint64_t *own = header(ring, cursor - 1);
+        unsigned state = state_of(own[STATE]);
+        if ((state == READY || state == READING) && own[SEQUENCE] == take[TAKE_SEQUENCE]) {
+            next = own[NEXT];
+            take[TAKE_SLOT] = cursor;
+        }
+    }
+    take[TAKE_SEEN] = (uint32_t)words[READIED_WORD];
+    take[TAKE_RETURNS] = returns;
+    for (uint64_t turn = 0; is_listed(ring, next) && turn < ring->slots && number < room; turn++) {
+        uint64_t slot = next - 1, *own = header(ring, slot);
+        next = own[newest ? links : links + 1];
+        enum chance chance = chance_of(ring, own, holds[number][HOLD_READER]);
+        if (chance == NOW) {
+            if (own[NBYTES] > left) {
+                take[TAKE_LARGE] = own[NBYTES] + 1;
+                break;
+            }
+            uint64_t *hold = holds[number++];
+            hold[HOLD_SLOT] = slot;
+            hold[HOLD_GENERATION] = generation_of(own[STATE]);
+            left -= own[NBYTES];
+            hold[HOLD_OUTCOME] = (uint64_t)acquire(ring, hold);
+        }
+        follows &= chance != LATER;
+        if (follows) {
+            take[TAKE_SLOT] = slot + 1;
+            take[TAKE_SEQUENCE] = own[SEQUENCE];
+        }
+    }
+    take[TAKE_NUMBER] = number;
     return leave(ring, DONE);
 }
 
@@ -650,19 +806,16 @@ EXPORT int ring_ready(const struct ring *ring, uint64_t *holds, uint64_t room, u
     int code = enter(ring, wait_ns);
     if (code != DONE)
         return code;
-    uint64_t next = ring->words[HELD_FIRST_WORD], turn = 0;
-    for (; next >= 1 && next <= ring->slots && turn < ring->slots && *number < room; turn++) {
+    uint64_t next = ring->words[READY_FIRST_WORD];
+    for (; is_listed(ring, next) && *number < room; ++*number) {
         const uint64_t *own = header(ring, next - 1);
-        if (state_of(own[STATE]) == READY) {
-            holds[HOLD_SLOT] = next - 1;
-            holds[HOLD_GENERATION] = generation_of(own[STATE]);
-            holds[HOLD_NBYTES] = own[NBYTES];
-            holds[HOLD_CHECKSUM] = own[CHECKSUM];
-            holds[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
-            holds += HOLD_WORDS;
-            ++*number;
-        }
-        next = own[NEXT];
+        holds[HOLD_SLOT] = next - 1;
+        holds[HOLD_GENERATION] = generation_of(own[STATE]);
+        holds[HOLD_NBYTES] = own[NBYTES];
+        holds[HOLD_CHECKSUM] = own[CHECKSUM];
+        holds[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
+        holds += HOLD_WORDS;
+        next = own[READY_NEXT];
     }
     return leave(ring, DONE);
 }
@@ -695,6 +848,13 @@ EXPORT void ring_wait(const struct ring *ring, uint32_t seen, int64_t wait_ns) {
     struct timespec limit = {wait_ns / 1000000000LL, (long)(wait_ns % 1000000000LL)};
     __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
     syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAIT, seen, &limit, NULL, 0);
+}
+
+/* Sleep until a slot has become READY since `ring_take` gave `seen`, or `wait_ns` are over. */
+EXPORT void ring_wait_ready(const struct ring *ring, uint32_t seen, int64_t wait_ns) {
+    struct timespec limit = {wait_ns / 1000000000LL, (long)(wait_ns % 1000000000LL)};
+    __atomic_or_fetch(ring->words + TAKERS_WORD, ASLEEP, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, ring->words + READIED_WORD, FUTEX_WAIT, seen, &limit, NULL, 0);
 }
 
 /* Store the published address, ADDRESS_BANK_WORDS words, into the bank that does not hold, and make that one hold. */

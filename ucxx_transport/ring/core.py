@@ -10,15 +10,19 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ucxx_transport.errors import DeadlineExceededError, RingFullError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring import holds
+from ucxx_transport.ring import holds, layout
 from ucxx_transport.ring.holds import Hold
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import HOLD_NBYTES, HOLD_SLOT, STATE, WORD_BYTES, Counter
+from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.owner import Owner, current_owner, owner_alive
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import STATE_MASK
-from ucxx_transport.ring.transitions import Transitions
+from ucxx_transport.ring.transitions import Transitions, Words
+
+_RECLAIM_EVERY_S: Final = 0.1
+"""While waiting for a slot: how often to look for holds of processes that died since."""
 
 _WRITES_A_LOOK: Final = 1024
 """Writes, about, from one look whether the ring still has its name to the next: one takes 0.8 µs."""
@@ -37,7 +41,10 @@ class RingCore:
         clock: monotonic seconds.
 
     Attributes:
+        first_payload_byte: where slot 0's payload begins.
         owner: in whose name this handle takes holds.
+        readable: the segment as bytes, read-only.
+        stride_bytes: from one slot's payload to the next's.
         words: the segment as 64-bit words.
         transitions: of its slots.
     """
@@ -49,9 +56,12 @@ class RingCore:
         "_warned_late",
         "_warned_name",
         "clock",
+        "first_payload_byte",
         "identity",
         "owner",
+        "readable",
         "segment",
+        "stride_bytes",
         "transitions",
         "words",
     )
@@ -70,14 +80,16 @@ class RingCore:
         self.identity = identity
         self.words = segment.words
         self.clock = clock
+        self.readable = segment.memory.data.toreadonly()
+        self.first_payload_byte, self.stride_bytes = geometry.payload_byte(0), geometry.stride_bytes
         self.transitions = Transitions(segment, geometry, lock_wait_s=identity.lock_timeout_ns / 1e9, clock=clock)
         headers = np.frombuffer(
             segment.words,
             np.uint64,
             count=geometry.slots * geometry.slot_words,
-            offset=geometry.first_slot_word * WORD_BYTES,
+            offset=geometry.first_slot_word * layout.WORD_BYTES,
         ).reshape(geometry.slots, geometry.slot_words)
-        self._state_words = headers[:, STATE]
+        self._state_words = headers[:, layout.STATE]
         self.owner: Callable[[], Owner] = current_owner if owner is None else lambda: owner
         self._alive = alive
         self._warned_late = self._warned_name = False
@@ -85,8 +97,8 @@ class RingCore:
 
     def memory(self, hold: Hold) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,); they do not keep the hold."""
-        start = self.identity.geometry.payload_byte(hold.words[HOLD_SLOT])
-        return self.segment.memory[start : start + hold.words[HOLD_NBYTES]]
+        start = self.first_payload_byte + hold.words[layout.HOLD_SLOT] * self.stride_bytes
+        return self.segment.memory[start : start + hold.words[layout.HOLD_NBYTES]]
 
     def states(self) -> npt.NDArray[np.uint64]:
         """The state of every slot, shape (slots,), a copy taken without the lock."""
@@ -151,6 +163,47 @@ class RingCore:
                 reason="removed by another program, such as systemd-logind (RemoveIPC; `loginctl enable-linger`); the "
                 "ring works on, over UCX for those who have not attached yet",
             )
+
+    def wait_for_slot(self, words: Words, deadline_s: float | None, *, overwrites: bool) -> None:
+        """Reserve a slot for a write that found none, by the ring's policy.
+
+        Raises:
+            RingFullError: there is none, and the policy is not to wait.
+            DeadlineExceededError: none became free in time.
+        """
+        self.reclaim_dead()
+        # tried whatever it found: another process may have been the one who took the dead's slots back
+        if self.transitions.reserve(words, overwrites=overwrites):
+            return
+        on_full = self.identity.on_full
+        if on_full != "block":
+            self.transitions.count(Counter.FULL)
+            raise RingFullError(
+                "no slot can be written: every one is being read or written"
+                if overwrites
+                else "no slot is free and the ring's policy is to raise",
+                slots=self.identity.geometry.slots,
+                on_full=on_full,
+            )
+        self.transitions.count(Counter.BLOCKED)
+        started = self.clock()
+        wait_s = self.identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
+        next_reclaim = started + _RECLAIM_EVERY_S
+        while (now := self.clock()) - started < wait_s:
+            # in slices: a signal is noticed between two, and so is a reader's death
+            self.transitions.wait_for_free(words[layout.HOLD_STATE], min(started + wait_s - now, _RECLAIM_EVERY_S))
+            if self.clock() >= next_reclaim:
+                self.reclaim_dead()
+                next_reclaim = self.clock() + _RECLAIM_EVERY_S
+            if self.transitions.reserve(words, overwrites=False):
+                return
+        self.transitions.count(Counter.FULL)
+        raise DeadlineExceededError(
+            "no slot became free in time: the readers are too slow, or gone; enlarge ring.slots or choose "
+            "on_full='overwrite'",
+            waited_s=round(self.clock() - started, 3),
+            slots=self.identity.geometry.slots,
+        )
 
     def reclaim_dead(self) -> int:
         """End every hold whose process is dead, and those of this process whose objects are gone; returns how many.

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.ring.layout import HOLD_GENERATION, HOLD_LEASE, HOLD_NBYTES, HOLD_SLOT, Counter
+from ucxx_transport.ring import layout
+from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.transitions import HoldWords, Transitions
 
@@ -92,27 +93,27 @@ class Hold:
         guard.words = self.words = words
         guard.reason = reason
         self._guard = guard
-        _live[words[HOLD_LEASE]] = guard
+        _live[words[layout.HOLD_LEASE]] = guard
 
     @property
     def slot(self) -> int:
         """The slot's index."""
-        return self.words[HOLD_SLOT]
+        return self.words[layout.HOLD_SLOT]
 
     @property
     def generation(self) -> int:
         """Which write to that slot it is, or reads."""
-        return self.words[HOLD_GENERATION]
+        return self.words[layout.HOLD_GENERATION]
 
     @property
     def lease_id(self) -> int:
         """Unique in this process."""
-        return self.words[HOLD_LEASE]
+        return self.words[layout.HOLD_LEASE]
 
     @property
     def is_live(self) -> bool:
         """Whether this process took the hold and has not ended it. A forked child inherits the object only."""
-        return _live.get(self.words[HOLD_LEASE]) is self._guard
+        return _live.get(self.words[layout.HOLD_LEASE]) is self._guard
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -120,15 +121,18 @@ class Hold:
         words, guard = self.words, self._guard
         transitions = guard.transitions
         return {
-            "shape": (words[HOLD_NBYTES],),
+            "shape": (words[layout.HOLD_NBYTES],),
             "typestr": "|u1",
-            "data": (transitions.first_payload + words[HOLD_SLOT] * transitions.stride, guard.reason is not _ABORTED),
+            "data": (
+                transitions.first_payload + words[layout.HOLD_SLOT] * transitions.stride,
+                guard.reason is not _ABORTED,
+            ),
             "version": 3,
         }
 
     def forget(self) -> None:
         """Take a live one out of the registry: it has ended, or never began."""
-        _live.pop(self.words[HOLD_LEASE], None)
+        _live.pop(self.words[layout.HOLD_LEASE], None)
         self._guard = _ENDED
 
 
@@ -143,7 +147,7 @@ class DetachedRead(Hold):
         guard.words = self.words = lease.words
         guard.reason = _CONSUMED
         self._guard = guard
-        _live[lease.words[HOLD_LEASE]] = guard
+        _live[lease.words[layout.HOLD_LEASE]] = guard
         lease._guard = _ENDED  # noqa: SLF001
 
 
@@ -167,7 +171,7 @@ def _lost(guard: weakref.ref[Hold], is_ending: Callable[[], bool] = sys.is_final
     if is_ending() or not isinstance(guard, Guard) or not hasattr(guard, "reason"):
         return  # or cut off before it was registered
     words = guard.words
-    if _live.get(words[HOLD_LEASE]) is not guard:
+    if _live.get(words[layout.HOLD_LEASE]) is not guard:
         return  # ended, or detached
     wait_s = 0.0 if unsettled else _LOST_WAIT_S
     try:
@@ -178,7 +182,7 @@ def _lost(guard: weakref.ref[Hold], is_ending: Callable[[], bool] = sys.is_final
     except TransportError:
         unsettled.append(guard)
         return
-    _live.pop(words[HOLD_LEASE], None)
+    _live.pop(words[layout.HOLD_LEASE], None)
 
 
 def _forget_inherited() -> None:

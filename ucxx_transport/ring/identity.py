@@ -47,7 +47,8 @@ class Identity:
             *(layout.MAGIC, layout.LAYOUT_VERSION, geometry.total_bytes, 0),
             *_words_of(self.ring_id),
             *(geometry.slots, geometry.slot_bytes, geometry.readers, geometry.schema_bytes, self.fingerprint),
-            *(layout.POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns, 0),
+            *(layout.POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns),
+            geometry.envelope_bytes,
             *(self.creator_pid, self.creator_start, *_words_of(self.boot_id), self.pid_namespace),
         ]
 
@@ -80,6 +81,7 @@ class Identity:
                 slot_bytes=words[layout.SLOT_BYTES_WORD],
                 readers=words[layout.READERS_WORD],
                 schema_bytes=words[layout.SCHEMA_BYTES_WORD],
+                envelope_bytes=words[layout.ENVELOPE_BYTES_WORD],
             )
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc

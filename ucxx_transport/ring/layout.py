@@ -3,16 +3,20 @@
 ```
 byte      words
 0         0-63     identity, written once at creation: magic, layout version, sizes, ring id, creator, policy
-512       64-127   what changes: write sequence, slot in transition, version of the published address, the two lists
-                   of slots (FREE; READY and READING by age), slots in each state, the count that writers wait on
+512       64-127   what changes: write sequence, slot in transition, version of the published address, the lists of
+                   slots (FREE; READY and READING by age; READY by age), slots in each state, the counts that writers
+                   and takers wait on
 1024      128-135  the lock (pthread_mutex_t)
 1536      192-255  counters (`Counter`)
 2048      256-383  published address: two banks of 64 words, the version's lowest bit says which holds
 4096      512-     words of the server (SERVER_WORDS)
 …                  the schema as msgpack, padded to 64
 …                  slot headers: 16 words + 4 words a read entry, padded to 64 bytes, one after another
-…4096              slots: [headroom 64 | payload, padded to 64 | tailroom 64], one after another
+…4096              slots: [envelope | headroom 64 | payload, padded to 64 | tailroom 64], one after another
 ```
+
+Headroom, payload and tailroom are the message that a server sends: the header of `wire.frames` lies in the headroom,
+zeros and the trailer behind the payload. A commit writes them, once. The envelope is msgpack.
 
 A slot header:
 ```
@@ -22,6 +26,8 @@ word 2    write sequence                           word 7, 8  writer: pid, start
 word 3    checksum                                 word 16-   read entries of 4 words:
 word 4    1 when the checksum counts                          lease id << 1 | consumed (0: empty), pid, start, reader
 word 9    the slot before it in its list, + 1        word 10    the slot behind it in its list, + 1; 0: none
+word 11   bytes of the envelope                     word 12    time of the commit: ns since 1970
+word 13   the READY slot before it, + 1             word 14    the READY slot behind it, + 1; 0: none
 ```
 
 A read entry is a read attempt in flight, or, once consumed, the record that its reader has had the payload. Consuming
@@ -37,17 +43,19 @@ from typing import Final
 from ucxx_transport.errors import ConfigError
 
 MAGIC: Final = int.from_bytes(b"UCXXRING", "little")
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 WORD_BYTES: Final = 8
 PAGE_BYTES: Final = 4096
 HEADER_WORDS: Final = 512
 HEADROOM_BYTES: Final = 64
 TAILROOM_BYTES: Final = 64
+TRAILER_BYTES: Final = 16
 SERVER_WORDS: Final = 64 * 32 + 64
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
 MAX_SCHEMA_BYTES: Final = 4 << 20
 MAX_SLOT_BYTES: Final = 1 << 48
+MAX_ENVELOPE_BYTES: Final = 1024
 
 # Words of the identity.
 MAGIC_WORD: Final = 0
@@ -65,6 +73,7 @@ POLICY_WORD: Final = 11
 CHECKSUM_WORD: Final = 12
 BLOCK_TIMEOUT_NS_WORD: Final = 13
 LOCK_TIMEOUT_NS_WORD: Final = 14
+ENVELOPE_BYTES_WORD: Final = 15
 CREATOR_PID_WORD: Final = 16
 CREATOR_START_WORD: Final = 17
 BOOT_ID_WORD: Final = 18
@@ -88,6 +97,13 @@ FREED_WORD: Final = 76
 """Slots that became FREE, modulo 2**32 in its low half, which a blocked write waits on (futex)."""
 SLEEPERS_WORD: Final = 77
 """Not 0 while a write may be asleep on `FREED_WORD`."""
+READY_FIRST_WORD: Final = 78
+READY_LAST_WORD: Final = 79
+"""The READY slots in the order of their writes."""
+READIED_WORD: Final = 80
+"""Slots that became READY, modulo 2**32 in its low half, which takers wait on (futex)."""
+TAKERS_WORD: Final = 81
+"""Not 0 while a taker may be asleep on `READIED_WORD`."""
 
 MUTEX_BYTE: Final = 1024
 MUTEX_BYTES: Final = 64
@@ -109,6 +125,10 @@ WRITER_PID: Final = 7
 WRITER_START: Final = 8
 PREVIOUS: Final = 9
 NEXT: Final = 10
+ENVELOPE_BYTES: Final = 11
+COMMIT_TIME: Final = 12
+READY_PREVIOUS: Final = 13
+READY_NEXT: Final = 14
 FIRST_ENTRY: Final = 16
 
 # Words of a read entry.
@@ -137,7 +157,24 @@ HOLD_RING: Final = 12
 """Where the caller's `struct ring` is, for the calls that take nothing but a hold."""
 HOLD_ARGUMENT: Final = 13
 """The one argument of such a call."""
-HOLD_WORDS: Final = 14
+HOLD_ENVELOPE_BYTES: Final = 14
+"""Of a write: what its envelope takes, also when that is more than there is room for."""
+HOLD_COMMIT_TIME: Final = 15
+HOLD_WORDS: Final = 16
+
+# Words of a take: payloads and bytes at most, and 1 for the newest first; 1 + the slot behind which to begin, the count
+# of its write, and how many attempts had ended unread when nothing was left for this reader up to there, now likewise.
+# Given back: payloads taken, 1 + the size of one that was left for want of bytes (or 0), `READIED_WORD` of that moment.
+TAKE_ROOM: Final = 0
+TAKE_BYTES: Final = 1
+TAKE_NEWEST: Final = 2
+TAKE_SLOT: Final = 3
+TAKE_SEQUENCE: Final = 4
+TAKE_RETURNS: Final = 5
+TAKE_NUMBER: Final = 6
+TAKE_LARGE: Final = 7
+TAKE_SEEN: Final = 8
+TAKE_WORDS: Final = 9
 
 POLICIES: Final = ("overwrite", "block", "raise")
 
@@ -165,6 +202,7 @@ class Counter(IntEnum):
     BLOCKED = 17
     LOCK_RECOVERIES = 18
     REPAIRED_SLOTS = 19
+    ENVELOPES_LEFT_OUT = 20
 
 
 class Outcome(IntEnum):
@@ -193,13 +231,14 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """Where everything lies, from the four numbers that decide it.
+    """Where everything lies, from the five numbers that decide it.
 
     Attributes:
         slots: number of slots.
         slot_bytes: largest payload of a slot.
         readers: reads that free a payload, unless a write asks for fewer.
         schema_bytes: size of the schema's msgpack form, 0 for a raw ring.
+        envelope_bytes: largest envelope of a payload, a multiple of 64; 0: there are none.
         header_bytes: bytes before slot 0's memory.
         stride_bytes: bytes from one slot's memory to the next's.
     """
@@ -208,6 +247,7 @@ class Geometry:
     slot_bytes: int
     readers: int
     schema_bytes: int
+    envelope_bytes: int
     header_bytes: int = field(init=False)
     stride_bytes: int = field(init=False)
 
@@ -218,13 +258,16 @@ class Geometry:
             ("slot_bytes", self.slot_bytes, 1, MAX_SLOT_BYTES),
             ("readers", self.readers, 1, MAX_READERS),
             ("schema_bytes", self.schema_bytes, 0, MAX_SCHEMA_BYTES),
+            ("envelope_bytes", self.envelope_bytes, 0, MAX_ENVELOPE_BYTES),
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be {low} to {high}, not {value}", field=name, value=value)
+        if self.envelope_bytes % 64:
+            raise ConfigError("envelope_bytes must be a multiple of 64", field="envelope_bytes")
         # Both are asked for at every read and write, so they are worked out once.
         words = self.first_slot_word + self.slots * self.slot_words
-        object.__setattr__(self, "header_bytes", _round_up(words * WORD_BYTES, PAGE_BYTES))
-        stride_bytes = HEADROOM_BYTES + _round_up(self.slot_bytes, 64) + TAILROOM_BYTES
+        object.__setattr__(self, "header_bytes", round_up(words * WORD_BYTES, PAGE_BYTES))
+        stride_bytes = self.envelope_bytes + HEADROOM_BYTES + round_up(self.slot_bytes, 64) + TAILROOM_BYTES
         object.__setattr__(self, "stride_bytes", stride_bytes)
 
     @property
@@ -240,31 +283,32 @@ class Geometry:
     @property
     def slot_words(self) -> int:
         """Words from one slot header to the next."""
-        return _round_up(FIRST_ENTRY + ENTRY_WORDS * self.entries, 8)
+        return round_up(FIRST_ENTRY + ENTRY_WORDS * self.entries, 8)
 
     @property
     def first_slot_word(self) -> int:
         """Word of slot 0's header."""
-        return _round_up(SCHEMA_BYTE + self.schema_bytes, 64) // WORD_BYTES
+        return round_up(SCHEMA_BYTE + self.schema_bytes, 64) // WORD_BYTES
 
     @property
     def total_bytes(self) -> int:
         """Size of the segment."""
-        return _round_up(self.header_bytes + self.slots * self.stride_bytes, PAGE_BYTES)
+        return round_up(self.header_bytes + self.slots * self.stride_bytes, PAGE_BYTES)
 
     def payload_byte(self, slot: int) -> int:
-        """First byte of a slot's payload; 64 bytes of headroom lie in front of it."""
-        return self.header_bytes + slot * self.stride_bytes + HEADROOM_BYTES
+        """First byte of a slot's payload; 64 bytes of headroom lie in front of it, and the envelope before these."""
+        return self.header_bytes + slot * self.stride_bytes + self.envelope_bytes + HEADROOM_BYTES
 
 
 RAW_FIELD = "data"
 """The one array of a raw ring's payload: its bytes as uint8."""
 
 
-def frame_bytes(nbytes: int) -> int:
-    """Size of a payload with its headroom and tailroom: 64 + nbytes padded to 8 + 64."""
-    return HEADROOM_BYTES + _round_up(nbytes, 8) + TAILROOM_BYTES
+def message_bytes(nbytes: int) -> int:
+    """Size of a payload's message, which begins in its headroom and ends in its tailroom."""
+    return HEADROOM_BYTES + round_up(nbytes, 8) + TRAILER_BYTES
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple from `value` on."""
     return (value + multiple - 1) // multiple * multiple

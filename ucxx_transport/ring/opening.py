@@ -40,6 +40,7 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
             slot_bytes=max(1, schema.nbytes) if schema is not None else (config.slot_bytes or 1),
             readers=config.readers,
             schema_bytes=len(schema_bytes),
+            envelope_bytes=layout.round_up(config.envelope_bytes, 64),
         ),
         ring_id=secrets.token_bytes(16),
         fingerprint=0 if schema is None else schema.fingerprint,

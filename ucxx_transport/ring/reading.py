@@ -9,18 +9,12 @@ import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.errors import ChecksumError, ConfigError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.ring import layout
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.holds import DetachedRead, Hold, settle, unsettled
-from ucxx_transport.ring.layout import (
-    HEADROOM_BYTES,
-    HOLD_CHECKSUM,
-    HOLD_HAS_CHECKSUM,
-    HOLD_NBYTES,
-    RAW_FIELD,
-    Counter,
-    frame_bytes,
-)
+from ucxx_transport.ring.layout import Counter, message_bytes
 from ucxx_transport.ring.states import MAX_GENERATION
+from ucxx_transport.schema.envelope import unpack_envelope
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import Schema, SlotRef
@@ -48,12 +42,12 @@ class ReadLease(Hold):
     def nbytes(self) -> int:
         """Bytes of the payload."""
         self._require_held()
-        return self.words[HOLD_NBYTES]
+        return self.words[layout.HOLD_NBYTES]
 
     @property
     def checksum(self) -> int | None:
         """xxh3_64 of the payload, None when the ring takes none."""
-        return self.words[HOLD_CHECKSUM] if self.words[HOLD_HAS_CHECKSUM] else None
+        return self.words[layout.HOLD_CHECKSUM] if self.words[layout.HOLD_HAS_CHECKSUM] else None
 
     @property
     def buffer(self) -> memoryview:
@@ -69,16 +63,48 @@ class ReadLease(Hold):
         """
         self._require_held()
         memory = np.asarray(self)
-        return {RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
+        return {layout.RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
 
-    def frame(self) -> memoryview:
-        """[64 bytes headroom | payload | padding to 8 | 64 bytes tailroom], writable, for the server to send from.
+    @property
+    def commit_time_ns(self) -> int:
+        """When the payload was committed: nanoseconds since 1970 by its writer's clock."""
+        return self.words[layout.HOLD_COMMIT_TIME]
 
-        Headroom and tailroom are shared by all attempts on the slot: write only what every attempt would write.
+    @property
+    def message(self) -> memoryview:
+        """The payload as a server sends it, read-only: [header of 64 bytes | payload | zeros to 8 | trailer of 16].
+
+        It does not keep the attempt.
         """
+        if not self.is_live:
+            self._require_held()
+        core, words = self._core, self.words
+        start = core.first_payload_byte + words[layout.HOLD_SLOT] * core.stride_bytes - layout.HEADROOM_BYTES
+        return core.readable[start : start + message_bytes(words[layout.HOLD_NBYTES])]
+
+    @property
+    def envelope(self) -> bytes:
+        """What the writer said of the payload, as msgpack; b"" when it said nothing, or too much."""
         self._require_held()
-        start = self._core.identity.geometry.payload_byte(self.slot) - HEADROOM_BYTES
-        return self._core.segment.memory[start : start + frame_bytes(self.words[HOLD_NBYTES])].data
+        core, words = self._core, self.words
+        room = core.identity.geometry.envelope_bytes
+        start = core.first_payload_byte + words[layout.HOLD_SLOT] * core.stride_bytes - layout.HEADROOM_BYTES - room
+        return bytes(core.readable[start : start + words[layout.HOLD_ENVELOPE_BYTES]])
+
+    @property
+    def record(self) -> dict[str, object] | None:
+        """The envelope's content: the payload's `meta`, or, of a rollout worker's, its record; None without one.
+
+        `EpisodeRecord.from_envelope(lease.record, ring.reference(lease))` makes a record of it.
+
+        Raises:
+            ProtocolError: the envelope is no mapping of plain values.
+        """
+        return unpack_envelope(self.envelope)
+
+    def is_of(self, ring_id: bytes) -> bool:
+        """Whether it is an attempt on that ring."""
+        return self._core.identity.ring_id == ring_id
 
     def mark_consumed(self) -> bool:
         """End the attempt: its reader has had the payload.
@@ -146,7 +172,13 @@ class SlotReader:
             raise SlotError("the ring has no such slot", slot=slot, slots=self._slots)
         if not 0 <= generation <= MAX_GENERATION:
             raise self._stale("the slot has no such generation", slot, generation)
-        return self._enter(slot, generation, reader, wait_s)
+        lease = self.new_lease(slot, generation, reader)
+        try:
+            self._core.transitions.acquire(lease.words, wait_s)
+        except TransportError:
+            lease.forget()
+            raise
+        return lease
 
     def acquire_ref(self, ref: SlotRef, reader: int, wait_s: float | None = None) -> ReadLease:
         """See `SharedRingBuffer.acquire`."""
@@ -158,10 +190,16 @@ class SlotReader:
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self._ring_id.hex(),
             )
-        return self._enter(ref.slot, ref.generation, reader, wait_s)
+        lease = self.new_lease(ref.slot, ref.generation, reader)
+        try:
+            self._core.transitions.acquire(lease.words, wait_s)
+        except TransportError:
+            lease.forget()
+            raise
+        return lease
 
-    def _enter(self, slot: int, generation: int, reader: int, wait_s: float | None) -> ReadLease:
-        """Enter an attempt on any u64 as slot and generation: `ring.c` refuses those that there are not."""
+    def new_lease(self, slot: int, generation: int, reader: int) -> ReadLease:
+        """A lease of an attempt yet to begin, on any u64 as slot and generation: `ring.c` refuses what is not there."""
         if not 0 <= reader <= _MAX_READER:
             raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:
@@ -170,11 +208,6 @@ class SlotReader:
         lease = ReadLease(core.transitions, core.owner(), slot, generation, reader, _RELEASED)
         lease._core = core  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
         lease._schema = self._schema  # noqa: SLF001
-        try:
-            core.transitions.acquire(lease.words, wait_s)
-        except TransportError:
-            lease.forget()
-            raise
         return lease
 
     def read(self, ref: SlotRef, reader: int) -> dict[str, Any]:
@@ -188,7 +221,7 @@ class SlotReader:
                     generation=ref.generation,
                     expected=lease.checksum,
                 )
-            arrays = {RAW_FIELD: copy} if self._schema is None else self._schema.views(copy.data, writable=True)
+            arrays = {layout.RAW_FIELD: copy} if self._schema is None else self._schema.views(copy.data, writable=True)
             lease.mark_consumed()
         return arrays
 

@@ -7,13 +7,13 @@ version, so a writer killed half-way leaves the old address, and a reader sees e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.ring import layout
 from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.layout import ADDRESS_BANK_WORDS, ADDRESS_VERSION_WORD, ADDRESS_WORD
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.schema import SlotRef
 
@@ -41,12 +41,12 @@ class AddressBoard:
     def read(self) -> Address:
         """Host and ports as last published, (None, ()) before the first time."""
         words = self._words
-        version = words[ADDRESS_VERSION_WORD]
+        version = words[layout.ADDRESS_VERSION_WORD]
         while version != self._last_version:
-            bank = ADDRESS_WORD + (version & 1) * ADDRESS_BANK_WORDS
+            bank = layout.ADDRESS_WORD + (version & 1) * layout.ADDRESS_BANK_WORDS
             # copied before it is looked at; the other bank is being written at most while the version stands still
-            content = list(words[bank : bank + ADDRESS_BANK_WORDS])
-            after = words[ADDRESS_VERSION_WORD]
+            content = list(words[bank : bank + layout.ADDRESS_BANK_WORDS])
+            after = words[layout.ADDRESS_VERSION_WORD]
             if after == version:
                 self._last, self._last_version = _decode(content), version
                 break
@@ -69,7 +69,7 @@ def packed_address(host: str | None, ports: Sequence[int]) -> bytes:
     name = (host or "").encode()
     packed_ports = b"".join(port.to_bytes(2, "little") for port in ports).ljust(8 * _PORT_WORDS, b"\0")
     lengths = len(ports).to_bytes(8, "little") + len(name).to_bytes(8, "little")
-    return (lengths + packed_ports + name).ljust(8 * ADDRESS_BANK_WORDS, b"\0")
+    return (lengths + packed_ports + name).ljust(8 * layout.ADDRESS_BANK_WORDS, b"\0")
 
 
 def _decode(content: list[int]) -> Address:
@@ -102,14 +102,10 @@ class ReferenceMaker:
             fingerprint=core.identity.fingerprint,
         )
 
-    def template(self, meta: Mapping[str, object] | None) -> SlotRef:
-        """What a reference made now has in common with the ring's others, and its `meta`.
-
-        Raises:
-            ConfigError: `meta` cannot be written as msgpack and JSON, or is too large.
-        """
-        version = self._words[ADDRESS_VERSION_WORD]
+    def template(self) -> SlotRef:
+        """What a reference made now has in common with the ring's others."""
+        version = self._words[layout.ADDRESS_VERSION_WORD]
         if version != self._version:
             host, ports = self._board.read()  # of this version, or of a later one, which is then read again
             self._template, self._version = replace(self._template, host=host, ports=ports), version
-        return replace(self._template, meta=meta) if meta else self._template
+        return self._template

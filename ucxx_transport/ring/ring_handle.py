@@ -1,9 +1,10 @@
-"""RingHandle: what a process has of a ring: its name and sizes, its state, its address, and the end of its use."""
+"""RingHandle: what a process has of a ring: its name, sizes, state, statistics, address, and the end of its use."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -13,22 +14,95 @@ import numpy.typing as npt
 from ucxx_transport.errors import SlotError
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import SERVER_WORD, SERVER_WORDS, STATE_COUNT_WORD
+from ucxx_transport.ring.layout import SERVER_WORD, SERVER_WORDS, STATE_COUNT_WORD, Counter
 from ucxx_transport.ring.opening import schema_bytes
 from ucxx_transport.ring.owner import Owner, owner_alive
 from ucxx_transport.ring.reading import SlotReader
 from ucxx_transport.ring.references import AddressBoard, ReferenceMaker, check_address, packed_address
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, state_of
-from ucxx_transport.ring.statistics import RingStatistics, statistics_of
+from ucxx_transport.ring.taking import SlotTaker
 from ucxx_transport.ring.writing import SlotWriter
 from ucxx_transport.schema import Schema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingStatistics:
+    """Counts since the ring was made, of all its processes. They live in the segment, so a process's death loses none.
+
+    Attributes:
+        slots: number of slots.
+        free: slots that hold nothing.
+        writing: slots being written.
+        ready: slots with a payload to read.
+        reading: slots being read.
+        written: writes begun.
+        committed: writes completed.
+        committed_bytes: payload bytes of these.
+        overwritten: unread payloads dropped for a new one (`on_full="overwrite"`).
+        aborted: writes that ended without a payload: failed, or given up.
+        acquired: read attempts begun.
+        consumed: read attempts that ended with the payload received.
+        released: read attempts that ended without.
+        freed: payloads that all their readers have had.
+        discarded: payloads dropped on request.
+        stale: reads refused because the slot no longer held that payload.
+        out_of_range: reads refused because the ring has no such slot.
+        busy: reads refused because the slot carried as many attempts as it can.
+        late_finalise: finalises by a lease that had ended; they changed nothing.
+        reclaimed_writes: writes ended because their process had died, or forgotten them.
+        reclaimed_reads: read attempts ended for the same reason.
+        full: writes refused because no slot was to be had.
+        blocked: writes that had to wait for a slot.
+        lock_recoveries: times the lock was taken over from a thread that died with it.
+        repaired_slots: transitions that were cut off (kill, interrupt) and completed or undone by the next process.
+        envelopes_left_out: payloads whose record or meta is larger than the ring's `envelope_bytes`; it is in their
+            reference alone.
+    """
+
+    slots: int
+    free: int
+    writing: int
+    ready: int
+    reading: int
+    written: int
+    committed: int
+    committed_bytes: int
+    overwritten: int
+    aborted: int
+    acquired: int
+    consumed: int
+    released: int
+    freed: int
+    discarded: int
+    stale: int
+    out_of_range: int
+    busy: int
+    late_finalise: int
+    reclaimed_writes: int
+    reclaimed_reads: int
+    full: int
+    blocked: int
+    lock_recoveries: int
+    repaired_slots: int
+    envelopes_left_out: int
 
 
 class RingHandle:
     """The part of `SharedRingBuffer` that moves no payload."""
 
-    __slots__ = ("__weakref__", "_board", "_core", "_open", "_reader", "_references", "_schema", "_segment", "_writer")
+    __slots__ = (
+        "__weakref__",
+        "_board",
+        "_core",
+        "_open",
+        "_reader",
+        "_references",
+        "_schema",
+        "_segment",
+        "_taker",
+        "_writer",
+    )
 
     def __init__(
         self,
@@ -48,6 +122,7 @@ class RingHandle:
         self._references = ReferenceMaker(self._core, self._board)
         self._writer = SlotWriter(self._core, schema, self._references)
         self._reader = SlotReader(self._core, schema)
+        self._taker = SlotTaker(self._core, self._reader.new_lease)
         self._open = True
 
     @property
@@ -171,7 +246,7 @@ class RingHandle:
     def statistics(self) -> RingStatistics:
         """What has happened since the ring was made, and what its slots hold now."""
         self._require_open()
-        return statistics_of(*self._core.transitions.snapshot())
+        return _statistics_of(*self._core.transitions.snapshot())
 
     def unlink(self) -> bool:
         """Remove the ring from the host, if this handle made it: processes that have it keep it, no other can attach.
@@ -200,3 +275,16 @@ class RingHandle:
     def _require_open(self) -> None:
         if not self._open:
             raise SlotError("this handle of the ring is closed", name=self.name)
+
+
+def _statistics_of(counters: Sequence[int], states: Sequence[int]) -> RingStatistics:
+    """The statistics, from the counters (`Counter`) and the number of slots in each state (`SlotState`)."""
+    counts = {counter.name.lower(): counters[counter] for counter in Counter}
+    return RingStatistics(
+        slots=sum(states),
+        free=states[SlotState.FREE],
+        writing=states[SlotState.WRITING],
+        ready=states[SlotState.READY],
+        reading=states[SlotState.READING],
+        **counts,
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
 
+from ucxx_transport.errors import SlotError
 from ucxx_transport.ring.layout import SEQUENCE_WORD
 from ucxx_transport.ring.opening import attach_ring, create_ring
 from ucxx_transport.ring.owner import Owner, owner_alive
@@ -16,7 +17,8 @@ from ucxx_transport.ring.reading import ReadLease
 from ucxx_transport.ring.ring_handle import RingHandle
 from ucxx_transport.ring.writing import WriteLease
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.schema.envelope import meta_of
+from ucxx_transport.schema.slot_ref import renumbered, with_meta
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -100,14 +102,17 @@ class SharedRingBuffer(RingHandle):
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
         deadline_s: float | None = None,
+        envelope: bytes | None = None,
     ) -> SlotRef:
         """Copy arrays into a slot and make them readable. A failed write leaves no trace but its count.
 
         Args:
             data: a value for every field of the schema, nested as its names say.
             readers: reads that free this payload, at most the ring's own; None for that.
-            meta: what to say about the payload in its reference; msgpack- and JSON-safe, 64 KiB at most.
+            meta: what to say about the payload in its reference; msgpack- and JSON-safe, 64 KiB at most. Those who
+                `take` it have it too, if it takes no more than the ring's `envelope_bytes` as msgpack.
             deadline_s: how long to wait for a slot under `on_full="block"`, and for the lock; None: as configured.
+            envelope: what those who `take` it have instead of `meta`: a mapping as msgpack (`schema.envelope`).
 
         Raises:
             ConfigError: the data does not fit the schema; no slot was touched.
@@ -116,7 +121,7 @@ class SharedRingBuffer(RingHandle):
         """
         if not self._open:
             self._require_open()
-        return self._writer.write(data, readers, meta, deadline_s)
+        return self._writer.write(data, readers, meta, deadline_s, envelope)
 
     def write_raw(
         self,
@@ -125,11 +130,12 @@ class SharedRingBuffer(RingHandle):
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
         deadline_s: float | None = None,
+        envelope: bytes | None = None,
     ) -> SlotRef:
         """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
         if not self._open:
             self._require_open()
-        return self._writer.write_raw(buffer, readers, meta, deadline_s)
+        return self._writer.write_raw(buffer, readers, meta, deadline_s, envelope)
 
     def reserve(
         self,
@@ -139,6 +145,7 @@ class SharedRingBuffer(RingHandle):
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
         deadline_s: float | None = None,
+        envelope: bytes | None = None,
     ) -> WriteLease:
         """A slot to produce a payload in, without a copy: `with ring.reserve() as lease: lease.arrays["obs"][:] = …`.
 
@@ -148,6 +155,7 @@ class SharedRingBuffer(RingHandle):
             readers: as for `write`.
             meta: as for `write`.
             deadline_s: as for `write`.
+            envelope: as for `write`.
 
         Raises:
             ConfigError: a size or length does not fit.
@@ -155,7 +163,7 @@ class SharedRingBuffer(RingHandle):
             DeadlineExceededError: as for `write`.
         """
         self._require_open()
-        return self._writer.reserve(nbytes, lengths, readers, meta, deadline_s)
+        return self._writer.reserve(nbytes, lengths, readers, meta, deadline_s, envelope=envelope)
 
     def acquire(self, ref: SlotRef, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
         """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
@@ -179,6 +187,63 @@ class SharedRingBuffer(RingHandle):
         """`acquire` for the server: the ring's id has been checked, the numbers have not."""
         self._require_open()
         return self._reader.acquire(slot, generation, reader)
+
+    def take(
+        self,
+        max_payloads: int,
+        *,
+        max_bytes: int | None = None,
+        newest: bool = False,
+        reader: int = 0,
+        deadline_s: float | None = None,
+    ) -> list[ReadLease]:
+        """Begin to read what is there, without references. No two takers get the same payload for the same read.
+
+        Args:
+            max_payloads: how many at most.
+            max_bytes: of them all; the first that exceeds what is left of it ends the list. None: without a limit.
+            newest: the newest first; else the oldest.
+            reader: as for `acquire`; it is given none that it has had or holds.
+            deadline_s: how long to wait for the ring's lock; None: as configured.
+
+        Returns:
+            A lease for each payload, in order; [] when there is none for this reader (see `wait_for_ready`). Each has
+            the payload's `record`; `reference` gives its name.
+
+        Raises:
+            ConfigError: the very first payload is larger than `max_bytes`; `facts["nbytes"]` says how large. Or one of
+                the numbers is out of its range.
+        """
+        self._require_open()
+        return self._taker.take(max_payloads, max_bytes, reader, deadline_s, newest=newest)
+
+    def wait_for_ready(self, wait_s: float, *, reader: int = 0) -> bool:
+        """Wait until something has become READY since `take` left nothing for this reader, through this handle.
+
+        Args:
+            wait_s: how long at most. Any other thread runs meanwhile, and Ctrl-C ends it.
+            reader: as for `take`.
+
+        Returns:
+            Whether something has: `take` again, another taker may be faster. Before the first `take`: whether anything
+            is READY.
+        """
+        self._require_open()
+        return self._taker.wait(wait_s, reader)
+
+    def reference(self, lease: ReadLease) -> SlotRef:
+        """The reference of a payload that was taken, with the `meta` that its writer gave it, if its envelope has it.
+
+        Raises:
+            SlotError: the lease has ended, or is of another ring.
+            ProtocolError: the payload's envelope is malformed.
+        """
+        self._require_open()
+        if not lease.is_of(self.ring_id):
+            raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
+        ref = renumbered(self._references.template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
+        meta = meta_of(lease.record)
+        return with_meta(ref, meta)[0] if meta else ref
 
     def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
         """A copy of a payload's arrays, nested as the schema says (`{"data": uint8}` of a raw ring); consumes it.
@@ -224,9 +289,9 @@ class SharedRingBuffer(RingHandle):
         return self._core.transitions.discard_until(sequence)
 
     def ready_refs(self) -> list[SlotRef]:
-        """References of the payloads that wait to be read, oldest first; without `meta`, which is not in the ring."""
+        """References of the payloads that wait to be read, oldest first; without `meta` (see `take`, `reference`)."""
         self._require_open()
-        template = self._references.template(None)
+        template = self._references.template()
         return [
             renumbered(template, ready.slot, ready.generation, ready.nbytes, ready.checksum)
             for ready in self._core.transitions.ready()

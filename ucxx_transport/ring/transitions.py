@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -24,33 +24,14 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.native import Library, RingStruct, load
-from ucxx_transport.ring.layout import (
-    ADDRESS_BANK_WORDS,
-    HOLD_ARGUMENT,
-    HOLD_ATTEMPTS,
-    HOLD_CHECKSUM,
-    HOLD_GENERATION,
-    HOLD_HAS_CHECKSUM,
-    HOLD_LEASE,
-    HOLD_NBYTES,
-    HOLD_OUTCOME,
-    HOLD_PID,
-    HOLD_RING,
-    HOLD_SLOT,
-    HOLD_START,
-    HOLD_STATE,
-    HOLD_WORDS,
-    LAYOUT_VERSION,
-    MUTEX_BYTE,
-    Counter,
-    Geometry,
-    Outcome,
-)
+from ucxx_transport.ring import layout
+from ucxx_transport.ring.layout import Counter, Geometry, Outcome
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 
-HoldWords = ctypes.c_uint64 * HOLD_WORDS
+HoldWords = ctypes.c_uint64 * layout.HOLD_WORDS
+TakeWords = ctypes.c_uint64 * layout.TAKE_WORDS
 Words = ctypes.Array[ctypes.c_uint64]
 
 _HOLDS_A_CALL: Final = 1024
@@ -76,7 +57,7 @@ class SeenHold(NamedTuple):
     @property
     def is_write(self) -> bool:
         """Whether it is a write."""
-        return state_of(self.words[HOLD_STATE]) is SlotState.WRITING
+        return state_of(self.words[layout.HOLD_STATE]) is SlotState.WRITING
 
 
 class ReadyPayload(NamedTuple):
@@ -122,6 +103,9 @@ class Transitions:
             geometry.slot_words,
             geometry.entries,
             geometry.max_attempts,
+            geometry.payload_byte(0),
+            geometry.stride_bytes,
+            geometry.envelope_bytes,
         )
         self._ring = ctypes.addressof(self._struct)
         self.first_payload = segment.address + geometry.payload_byte(0)
@@ -145,7 +129,7 @@ class Transitions:
 
     def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:
         """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation. False: there is none."""
-        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, overwrites
+        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, overwrites
         code = self._reserve(words)
         if code:
             if code != _FULL:
@@ -160,16 +144,16 @@ class Transitions:
         Raises:
             SlotError: the hold has ended: committed, aborted, or reclaimed.
         """
-        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, required_reads
+        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, required_reads
         code = self._commit(words)
         if code:
             code = self._waited(code, None, self._sleeping.commit, words, required_reads)
             if code:
                 raise SlotError(
                     "this write lease no longer holds its slot; nothing was committed",
-                    slot=words[HOLD_SLOT],
-                    generation=words[HOLD_GENERATION],
-                    state=state_of(words[HOLD_STATE]).name,
+                    slot=words[layout.HOLD_SLOT],
+                    generation=words[layout.HOLD_GENERATION],
+                    state=state_of(words[layout.HOLD_STATE]).name,
                 )
 
     def abort(self, words: Words, reason: Counter | int = Counter.ABORTED, wait_s: float | None = None) -> bool:
@@ -200,12 +184,12 @@ class Transitions:
             BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
                 the reads that the payload asks for.
         """
-        words[HOLD_RING] = self._ring
+        words[layout.HOLD_RING] = self._ring
         code = self._acquire(words)
         if code:
             if code == _LOCKED:
                 self._waited(code, wait_s, self._sleeping.acquire, words, 1)
-                code = words[HOLD_OUTCOME]
+                code = words[layout.HOLD_OUTCOME]
             if code:
                 raise _refusal(Outcome(code), words)
 
@@ -214,11 +198,24 @@ class Transitions:
 
         The last one takes the slot to FREE, or back to READY while a reader is missing.
         """
-        words[HOLD_RING], words[HOLD_ARGUMENT] = self._ring, reason
+        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, reason
         code = self._finalise(words)
         if code:
             code = self._waited(code, wait_s, self._sleeping.finalise, words, 1, reason)
         return code == _DONE
+
+    def take(self, holds: Sequence[Words], asked: Words, wait_s: float | None = None) -> None:
+        """READY → READING of payloads that the holds' reader has neither had nor holds; `TAKE_NUMBER` of them are.
+
+        Args:
+            holds: as many as `TAKE_ROOM` says; those that are given a payload are the first.
+            asked: `layout` names its words.
+            wait_s: how long to wait for the lock.
+        """
+        pointers = (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds))
+        code = self._brief.take(self._ring, pointers, asked, 0)
+        if code:
+            self._waited(code, wait_s, self._sleeping.take, pointers, asked)
 
     def count(self, counter: Counter) -> None:
         """Add one to a counter."""
@@ -243,7 +240,7 @@ class Transitions:
             )
             for index in range(number.value):
                 words = HoldWords(*seen[index])
-                yield SeenHold(Owner(words[HOLD_PID], words[HOLD_START]), words[HOLD_LEASE], words)
+                yield SeenHold(Owner(words[layout.HOLD_PID], words[layout.HOLD_START]), words[layout.HOLD_LEASE], words)
 
     def ready(self) -> list[ReadyPayload]:
         """The payloads that wait to be read, the oldest first, all of one moment."""
@@ -252,10 +249,10 @@ class Transitions:
         self._waited(_LOCKED, None, self._sleeping.ready, seen, room, ctypes.addressof(number))
         return [
             ReadyPayload(
-                words[HOLD_SLOT],
-                words[HOLD_GENERATION],
-                words[HOLD_NBYTES],
-                words[HOLD_CHECKSUM] if words[HOLD_HAS_CHECKSUM] else None,
+                words[layout.HOLD_SLOT],
+                words[layout.HOLD_GENERATION],
+                words[layout.HOLD_NBYTES],
+                words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None,
             )
             for words in seen[: number.value]
         ]
@@ -269,17 +266,21 @@ class Transitions:
 
     def publish(self, address: bytes) -> None:
         """Store the server's address, a bank of `ADDRESS_BANK_WORDS` words."""
-        bank = (ctypes.c_uint64 * ADDRESS_BANK_WORDS).from_buffer_copy(address)
+        bank = (ctypes.c_uint64 * layout.ADDRESS_BANK_WORDS).from_buffer_copy(address)
         self._waited(_LOCKED, None, self._sleeping.publish, bank)
 
     def wait_for_free(self, seen: int, wait_s: float) -> None:
         """Sleep until a slot is FREE since `reserve` found none and left `seen` in `HOLD_STATE`, or for `wait_s`."""
         self._sleeping.wait(self._ring, seen, int(wait_s * 1e9))
 
+    def wait_for_ready(self, seen: int, wait_s: float) -> None:
+        """Sleep until a slot is READY since `take` left `seen` in `TAKE_SEEN`, or for `wait_s`."""
+        self._sleeping.wait_ready(self._ring, seen, int(wait_s * 1e9))
+
     @property
     def holder_thread_id(self) -> int:
         """Kernel id of the thread that holds the lock now, 0 when none does."""
-        return self._segment.words[MUTEX_BYTE // 8] & _THREAD_ID_MASK
+        return self._segment.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK
 
     def _waited(self, code: int, wait_s: float | None, call: Callable[..., int], *arguments: Any) -> int:
         """Repeat a call that found the lock taken (`code` LOCKED), and return its outcome.
@@ -312,7 +313,7 @@ class Transitions:
 def own_library() -> Library:
     """The package's build of `ring.c`; a ConfigError where it was compiled from another state of the source."""
     library = load()
-    expected = LAYOUT_VERSION << 32 | HOLD_WORDS << 16 | len(Counter) << 8 | len(Outcome)
+    expected = layout.LAYOUT_VERSION << 32 | layout.HOLD_WORDS << 16 | len(Counter) << 8 | len(Outcome)
     if (found := library.brief.abi()) != expected:
         raise ConfigError(
             "the compiled part of ucxx_transport is of another release than its Python part: install the package again",
@@ -325,21 +326,23 @@ def own_library() -> Library:
 
 def _refusal(outcome: Outcome, words: Words) -> TransportError:
     """The error that an outcome of `acquire` is."""
-    found = words[HOLD_STATE]
-    slot, generation = words[HOLD_SLOT], words[HOLD_GENERATION]
+    found = words[layout.HOLD_STATE]
+    slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
     if outcome is Outcome.OUT_OF_RANGE:
         return SlotError("the ring has no such slot", slot=slot)
     if outcome is Outcome.DAMAGED:
         return SlotError("the lock or the slot's header is damaged; recreate the ring", slot=slot)
     if outcome is Outcome.CROWDED:
-        return BusyError("the slot carries as many read attempts as it can", slot=slot, attempts=words[HOLD_ATTEMPTS])
+        return BusyError(
+            "the slot carries as many read attempts as it can", slot=slot, attempts=words[layout.HOLD_ATTEMPTS]
+        )
     if outcome is Outcome.TAKEN:
         return BusyError(
             "other readers have attempts in flight for all the reads that this payload asks for; it is theirs unless "
             "one of them gives it back",
             slot=slot,
             generation=generation,
-            attempts=words[HOLD_ATTEMPTS],
+            attempts=words[layout.HOLD_ATTEMPTS],
         )
     why = (
         "the payload was read already, though an attempt is still in flight"

@@ -10,30 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, SlotError, TransportError
+from ucxx_transport.errors import ConfigError, SlotError, TransportError
+from ucxx_transport.logs import get_logger
+from ucxx_transport.ring import layout
 from ucxx_transport.ring.core import RingCore
 from ucxx_transport.ring.holds import Hold, settle, unsettled
-from ucxx_transport.ring.layout import (
-    HOLD_CHECKSUM,
-    HOLD_GENERATION,
-    HOLD_HAS_CHECKSUM,
-    HOLD_NBYTES,
-    HOLD_SLOT,
-    HOLD_STATE,
-    RAW_FIELD,
-    Counter,
-)
 from ucxx_transport.ring.references import ReferenceMaker
+from ucxx_transport.ring.transitions import Words
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.placement import Placement, byte_view, view_fields
-from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.schema.slot_ref import renumbered, with_meta
 from ucxx_transport.schema.tensors import Array, copy_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_RECLAIM_EVERY_S: Final = 0.1
-"""While waiting for a slot: how often to look for holds of processes that died since."""
+_log = get_logger(__name__)
 
 _SMALL_BYTES: Final = 16 << 10
 """Copied with the interpreter's lock held, which takes less than releasing it."""
@@ -48,7 +40,7 @@ class WriteLease:
     Fill `arrays` or `buffer`, then `commit()`. As a context manager: a clean exit commits, an exception aborts.
     """
 
-    __slots__ = ("__weakref__", "_hold", "_meta", "_placement", "_readers", "_ref", "_writer")
+    __slots__ = ("__weakref__", "_envelope", "_hold", "_meta", "_placement", "_readers", "_ref", "_writer")
 
     def __init__(
         self,
@@ -58,6 +50,7 @@ class WriteLease:
         placement: Placement | None,
         readers: int,
         meta: Mapping[str, object] | None,
+        envelope: bytes | None,
     ) -> None:
         """Wrap a hold; use `SharedRingBuffer.reserve`."""
         self._writer = writer
@@ -65,6 +58,7 @@ class WriteLease:
         self._placement = placement
         self._readers = readers
         self._meta = meta
+        self._envelope = envelope
         self._ref: SlotRef | None = None
 
     @property
@@ -80,7 +74,7 @@ class WriteLease:
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return self._hold.words[HOLD_NBYTES]
+        return self._hold.words[layout.HOLD_NBYTES]
 
     @property
     def buffer(self) -> memoryview:
@@ -128,8 +122,8 @@ class WriteLease:
                     value=nbytes,
                 )
             self._require_open()
-            self._hold.words[HOLD_NBYTES] = used
-            self._ref = self._writer.commit(self._hold, self._readers, self._meta)
+            self._hold.words[layout.HOLD_NBYTES] = used
+            self._ref = self._writer.commit(self._hold, self._readers, self._meta, self._envelope)
         return self._ref
 
     def abort(self) -> bool:
@@ -169,8 +163,8 @@ class SlotWriter:
     """The writing half of a ring handle."""
 
     __slots__ = (
-        *("_bytes", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema", "_slot_bytes"),
-        *("_stride", "_takes_checksums", "_targets", "core"),
+        *("_bytes", "_envelope_bytes", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema"),
+        *("_slot_bytes", "_stride", "_takes_checksums", "_targets", "_warned_envelope", "core"),
     )
 
     def __init__(self, core: RingCore, schema: Schema | None, references: ReferenceMaker) -> None:
@@ -180,6 +174,8 @@ class SlotWriter:
         self._bytes = core.segment.memory.data
         self._first_byte, self._stride = geometry.payload_byte(0), geometry.stride_bytes
         self._slot_bytes, self._most_readers = geometry.slot_bytes, geometry.readers
+        self._envelope_bytes = geometry.envelope_bytes
+        self._warned_envelope = False
         self._takes_checksums = core.identity.checksum
         self._overwrites = core.identity.on_full == "overwrite"
         self._schema = schema
@@ -192,23 +188,24 @@ class SlotWriter:
         readers: int | None,
         meta: Mapping[str, object] | None,
         deadline_s: float | None,
+        envelope: bytes | None,
     ) -> SlotRef:
         """See `SharedRingBuffer.write`."""
         if self._schema is None:
-            if set(data) != {RAW_FIELD}:
+            if set(data) != {layout.RAW_FIELD}:
                 raise ConfigError(
-                    f"a raw ring takes write_raw(buffer), or write({{{RAW_FIELD!r}: buffer}}): it has no other fields",
+                    f"a raw ring takes write_raw(buffer), or write({{{layout.RAW_FIELD!r}: buffer}}): it has no others",
                     field="data",
                 )
             # whatever is no buffer is refused by byte_view
-            return self.write_raw(data[RAW_FIELD], readers, meta, deadline_s)  # type: ignore[arg-type]  # see above
+            return self.write_raw(data[layout.RAW_FIELD], readers, meta, deadline_s, envelope)  # type: ignore[arg-type]  # see above
         required = self._required_reads(readers)
         # checked in full before a slot is touched: data that does not fit must not cost an unread payload
         arrays, placement = self._schema.arrange(data)
         hold = self._take(placement.nbytes, deadline_s)
         try:
             copy_fields(self._targets_in(hold, placement), arrays)
-            return self.commit(hold, required, meta)
+            return self.commit(hold, required, meta, envelope)
         except BaseException:
             self._undo(hold)
             raise
@@ -219,6 +216,7 @@ class SlotWriter:
         readers: int | None,
         meta: Mapping[str, object] | None,
         deadline_s: float | None,
+        envelope: bytes | None,
     ) -> SlotRef:
         """See `SharedRingBuffer.write_raw`."""
         if self._schema is not None:
@@ -231,11 +229,11 @@ class SlotWriter:
         hold = self._take(nbytes, deadline_s)
         try:
             if nbytes <= _SMALL_BYTES:
-                start = self._first_byte + hold.words[HOLD_SLOT] * self._stride
+                start = self._first_byte + hold.words[layout.HOLD_SLOT] * self._stride
                 self._bytes[start : start + nbytes] = source
             else:  # releases the interpreter's lock
                 np.copyto(self.core.memory(hold), np.frombuffer(source, np.uint8))
-            return self.commit(hold, required, meta)
+            return self.commit(hold, required, meta, envelope)
         except BaseException:
             self._undo(hold)
             raise
@@ -247,6 +245,8 @@ class SlotWriter:
         readers: int | None,
         meta: Mapping[str, object] | None,
         deadline_s: float | None,
+        *,
+        envelope: bytes | None,
     ) -> WriteLease:
         """See `SharedRingBuffer.reserve`."""
         required = self._required_reads(readers)
@@ -264,15 +264,17 @@ class SlotWriter:
         hold = self._take(size, deadline_s)
         if placement is not None:
             self._write_lengths(hold, placement)
-        return WriteLease(self, hold, placement=placement, readers=required, meta=meta)
+        return WriteLease(self, hold, placement=placement, readers=required, meta=meta, envelope=envelope)
 
     def arrays_over(self, memory: npt.NDArray[np.uint8], placement: Placement | None) -> dict[str, Any]:
         """Writable arrays over a slot's memory, as the schema says."""
         if self._schema is None or placement is None:
-            return {RAW_FIELD: memory}
+            return {layout.RAW_FIELD: memory}
         return self._schema.nest(view_fields(memory.data, placement))
 
-    def commit(self, hold: Hold, required: int, meta: Mapping[str, object] | None) -> SlotRef:
+    def commit(
+        self, hold: Hold, required: int, meta: Mapping[str, object] | None, envelope: bytes | None = None
+    ) -> SlotRef:
         """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is.
 
         Raises:
@@ -283,16 +285,39 @@ class SlotWriter:
         checksum = None
         if self._takes_checksums:
             checksum = xxhash.xxh3_64_intdigest(self.core.memory(hold).data)
-            words[HOLD_CHECKSUM] = checksum
-            words[HOLD_HAS_CHECKSUM] = 1
+            words[layout.HOLD_CHECKSUM] = checksum
+            words[layout.HOLD_HAS_CHECKSUM] = 1
         # made first: what can go wrong with it must not leave a payload that has no reference
-        slot = words[HOLD_SLOT]
-        ref = renumbered(self._references.template(meta), slot, words[HOLD_GENERATION], words[HOLD_NBYTES], checksum)
+        slot = words[layout.HOLD_SLOT]
+        template = self._references.template()
+        if meta:
+            template, packed = with_meta(template, meta)
+            envelope = envelope or packed
+        ref = renumbered(template, slot, words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES], checksum)
+        if envelope and self._envelope_bytes:
+            self._write_envelope(words, envelope)
         self.core.transitions.commit(words, required)
         hold.forget()
         if not slot:
-            self.core.look_for_name(words[HOLD_GENERATION])
+            self.core.look_for_name(words[layout.HOLD_GENERATION])
         return ref
+
+    def _write_envelope(self, words: Words, envelope: bytes) -> None:
+        nbytes = words[layout.HOLD_ENVELOPE_BYTES] = len(envelope)
+        room = self._envelope_bytes
+        if nbytes <= room:
+            start = self._first_byte + words[layout.HOLD_SLOT] * self._stride - layout.HEADROOM_BYTES - room
+            self._bytes[start : start + nbytes] = envelope
+        elif not self._warned_envelope:  # counted by the commit
+            self._warned_envelope = True
+            _log.warning(
+                "envelope_left_out",
+                ring=self.core.segment.name,
+                slot=words[layout.HOLD_SLOT],
+                generation=words[layout.HOLD_GENERATION],
+                nbytes=nbytes,
+                reason=f"larger than ring.envelope_bytes = {room}: those who take the payload do not have it",
+            )
 
     def _take(self, nbytes: int, deadline_s: float | None) -> Hold:
         """A slot in WRITING; a RingFullError or DeadlineExceededError, by the policy, where none is to be had."""
@@ -300,50 +325,14 @@ class SlotWriter:
             settle()
         core = self.core
         hold = Hold(core.transitions, core.owner())
-        hold.words[HOLD_NBYTES] = nbytes
+        hold.words[layout.HOLD_NBYTES] = nbytes
         try:
             if not core.transitions.reserve(hold.words, overwrites=self._overwrites, wait_s=deadline_s):
-                self._wait_for_slot(hold, deadline_s)
+                core.wait_for_slot(hold.words, deadline_s, overwrites=self._overwrites)
         except TransportError:
             hold.forget()  # no slot was given
             raise
         return hold
-
-    def _wait_for_slot(self, hold: Hold, deadline_s: float | None) -> None:
-        core, words = self.core, hold.words
-        core.reclaim_dead()
-        # tried whatever it found: another process may have been the one who took the dead's slots back
-        if core.transitions.reserve(words, overwrites=self._overwrites):
-            return
-        on_full = core.identity.on_full
-        if on_full != "block":
-            core.transitions.count(Counter.FULL)
-            raise RingFullError(
-                "no slot can be written: every one is being read or written"
-                if self._overwrites
-                else "no slot is free and the ring's policy is to raise",
-                slots=core.identity.geometry.slots,
-                on_full=on_full,
-            )
-        core.transitions.count(Counter.BLOCKED)
-        started = core.clock()
-        wait_s = core.identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
-        next_reclaim = started + _RECLAIM_EVERY_S
-        while (now := core.clock()) - started < wait_s:
-            # in slices: a signal is noticed between two, and so is a reader's death
-            core.transitions.wait_for_free(words[HOLD_STATE], min(started + wait_s - now, _RECLAIM_EVERY_S))
-            if core.clock() >= next_reclaim:
-                core.reclaim_dead()
-                next_reclaim = core.clock() + _RECLAIM_EVERY_S
-            if core.transitions.reserve(words, overwrites=False):
-                return
-        core.transitions.count(Counter.FULL)
-        raise DeadlineExceededError(
-            "no slot became free in time: the readers are too slow, or gone; enlarge ring.slots or choose "
-            "on_full='overwrite'",
-            waited_s=round(core.clock() - started, 3),
-            slots=core.identity.geometry.slots,
-        )
 
     def _undo(self, hold: Hold) -> None:
         """After an exception anywhere in a write: no payload of it remains."""
@@ -352,7 +341,7 @@ class SlotWriter:
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot, for this layout, with the lengths written."""
-        slot = hold.words[HOLD_SLOT]
+        slot = hold.words[layout.HOLD_SLOT]
         placed, targets = self._targets.get(slot, (None, []))
         if placed is not placement:
             targets = view_fields(self.core.memory(hold).data, placement)
@@ -364,7 +353,7 @@ class SlotWriter:
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:
         count = len(placement.lengths)
-        start = self.core.identity.geometry.payload_byte(hold.words[HOLD_SLOT])
+        start = self.core.identity.geometry.payload_byte(hold.words[layout.HOLD_SLOT])
         struct.pack_into(f"<{count}Q", self.core.segment.memory.data, start, *placement.lengths)
 
     def _required_reads(self, readers: int | None) -> int:

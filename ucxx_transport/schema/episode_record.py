@@ -14,12 +14,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.envelope import MARK, checked_meta
 from ucxx_transport.schema.slot_ref import SlotRef
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
@@ -27,11 +29,9 @@ from ucxx_transport.schema.wire_form import (
     describe,
     is_plain_text,
     is_unsigned,
-    take_values,
+    pack,
+    take_fields,
 )
-
-MARK = "ucxx_transport"
-"""The key by which a record is known among other dicts."""
 
 MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
@@ -69,13 +69,23 @@ class RewardSummary:
         return {"sum": self.total, "mean": self.mean, "min": self.least, "max": self.most}
 
     @classmethod
-    def from_dict(cls, data: object) -> RewardSummary:
+    def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
-        values = take_values(data, "reward summary", _REWARD_KEYS)
-        if {*map(type, values)} == {float} and all(map(isfinite, values)):
-            return _assembled(RewardSummary, _reward_puts, values)
         try:
-            return cls(total=values[0], mean=values[1], least=values[2], most=values[3])  # refuses
+            values = _rewards_of(data) if len(data) == 4 else None
+        except (KeyError, TypeError, IndexError):
+            values = None
+        if values is None:
+            values = _rewards_of(take_fields(data, "reward summary", required=_REWARD_KEYS))
+        total, mean, least, most = values
+        if type(total) is type(mean) is type(least) is type(most) is float and isfinite(total + mean + least + most):
+            summary: Any = _DraftSummary()
+            summary.total, summary.mean, summary.least, summary.most = total, mean, least, most
+            summary.__class__ = RewardSummary
+            made: RewardSummary = summary
+            return made
+        try:
+            return cls(total=total, mean=mean, least=least, most=most)  # takes it, or names what is wrong
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -145,17 +155,33 @@ class EpisodeRecord:
         }
 
     @classmethod
-    def from_dict(cls, data: object) -> EpisodeRecord:
+    def from_envelope(cls, envelope: Mapping[str, object], ref: SlotRef) -> EpisodeRecord:
+        """The record of a payload that was taken, from its envelope, which is not trusted, and its reference.
+
+        Raises:
+            ProtocolError: the envelope is no record's.
+        """
+        record = cls.from_dict({**envelope, "ref": None, "dropped": "not yet known"})
+        return replace(record, ref=ref, dropped=None)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> EpisodeRecord:
         """Rebuild a record from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        values = take_values(data, "episode record", _KEYS)
+        try:
+            values = _record_of(data) if len(data) == 8 else None
+        except (KeyError, TypeError, IndexError):
+            values = None
+        if values is None:
+            values = _record_of(take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
-        check_version(mark, "episode record")
-        values[3] = None if ref is None else SlotRef.from_dict(ref)
-        values[6] = None if rewards is None else RewardSummary.from_dict(rewards)
+        if mark is not WIRE_VERSION:
+            check_version(mark, "episode record")
+        ref = None if ref is None else SlotRef.from_dict(ref)
+        rewards = None if rewards is None else RewardSummary.from_dict(rewards)
         if (
             type(worker_id) is str
             and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
@@ -167,28 +193,56 @@ class EpisodeRecord:
             and ref is not None
             and dropped is None
         ):
-            return _assembled(EpisodeRecord, _record_puts, values[1:])
+            record: Any = _DraftRecord()
+            record.worker_id, record.sequence, record.ref, record.dropped = worker_id, sequence, ref, None
+            record.episode_length, record.rewards, record.policy_version = steps, rewards, version
+            record.__class__ = EpisodeRecord
+            made: EpisodeRecord = record
+            return made
         try:
-            return cls(**dict(zip(_KEYS[1:], values[1:], strict=True)))  # names the value that is wrong
+            return cls(
+                worker_id=worker_id,
+                sequence=sequence,
+                ref=ref,
+                dropped=dropped,
+                episode_length=steps,
+                rewards=rewards,
+                policy_version=version,
+            )  # takes it, or names what is wrong
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
 
-T = TypeVar("T")
-Put = Callable[[object, object], None]
-
-_reward_puts: tuple[Put, ...] = tuple(
-    getattr(RewardSummary, name).__set__ for name in ("total", "mean", "least", "most")
-)
-_record_puts: tuple[Put, ...] = tuple(getattr(EpisodeRecord, name).__set__ for name in _KEYS[1:])
+# Made of checked values, not by the constructors: these take three times as long. Drafts are not frozen.
+_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARD_KEYS)
+_record_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
 
 
-def _assembled(kind: type[T], puts: Sequence[Put], values: Sequence[object]) -> T:
-    """An instance of checked values, by its members: the constructor takes three times as long, and checks again."""
-    made = object.__new__(kind)
-    for put, value in zip(puts, values, strict=True):
-        put(made, value)
-    return made
+class _DraftSummary:
+    __slots__ = RewardSummary.__slots__
+
+
+class _DraftRecord:
+    __slots__ = EpisodeRecord.__slots__
+
+
+def record_envelope(
+    *,
+    worker_id: str,
+    sequence: int,
+    episode_length: int | None = None,
+    rewards: RewardSummary | None = None,
+    policy_version: int | None = None,
+    meta: Mapping[str, object] | None = None,
+) -> bytes:
+    """The envelope of a payload that a rollout worker is to write: its record, with the reference's meta as `ref`.
+
+    Raises:
+        ConfigError: no reference can have this `meta`.
+    """
+    words = (WIRE_VERSION, worker_id, sequence, dict(checked_meta(meta)[0]) if meta else None, None, episode_length)
+    summary = None if rewards is None else rewards.to_dict()
+    return pack(dict(zip(_KEYS, (*words, summary, policy_version), strict=True)))
 
 
 def check_policy_version(version: object) -> None:

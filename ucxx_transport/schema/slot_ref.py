@@ -21,13 +21,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite
-from types import MappingProxyType
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import numpy as np
-
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.envelope import MAX_META_BYTES, NO_META, checked_meta, plain
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -47,15 +45,12 @@ MAX_RING_NAME_CHARS = 200
 MAX_HOST_ID_CHARS = 128
 MAX_HOST_CHARS = 255
 MAX_PORTS = 64
-MAX_META_BYTES = 64 << 10
-MAX_META_DEPTH = 16
 MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
 _REQUIRED = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
-_OPTIONAL = ("host", "ports", "fingerprint", "checksum", "meta")
-_IN_BYTES = (*_REQUIRED, *_OPTIONAL)
-_NO_META: Mapping[str, object] = MappingProxyType({})
-_DEFAULTS = (None, (), 0, None, _NO_META)
+_DEFAULTS = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
+_IN_BYTES = (*_REQUIRED, *_DEFAULTS)
+_COMMON = ("ring_id", "ring_name", "host_id", "host", "fingerprint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +83,7 @@ class SlotRef:
     ports: tuple[int, ...] = ()
     fingerprint: int = 0
     checksum: int | None = None
-    meta: Mapping[str, object] = field(default_factory=lambda: _NO_META)
+    meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
 
     def __post_init__(self) -> None:
         """Check every field against its bounds.
@@ -116,7 +111,7 @@ class SlotRef:
         if self.checksum is not None and not is_unsigned(self.checksum, 64):
             _refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
         object.__setattr__(self, "ports", _checked_ports(self.ports))
-        object.__setattr__(self, "meta", _checked_meta(self.meta))
+        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     @property
     def name(self) -> tuple[bytes, int, int]:
@@ -145,7 +140,7 @@ class SlotRef:
             "ports": list(self.ports),
             "fingerprint": self.fingerprint,
             "checksum": self.checksum,
-            "meta": _plain(self.meta, 0) if self.meta else {},
+            "meta": plain(self.meta) if self.meta else {},
         }
 
     def to_bytes(self) -> bytes:
@@ -158,30 +153,21 @@ class SlotRef:
         )
 
     @classmethod
-    def from_dict(cls, data: object) -> SlotRef:
+    def from_dict(cls, data: Any) -> SlotRef:
         """Rebuild a reference from `to_dict`'s form, which is not trusted.
 
         Raises:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
-        if type(data) is dict and tuple(data) == _IN_BYTES:  # as `to_dict` makes it
-            values = list(data.values())
-        else:
-            form = take_fields(data, "slot reference", required=_REQUIRED, optional=_OPTIONAL)
-            values = [form[key] for key in _REQUIRED]
-            values += [form.get(key, default) for key, default in zip(_OPTIONAL, _DEFAULTS, strict=True)]
-        check_version(values[0], "slot reference")
-        text = values[1]
         try:
-            ring_id = bytes.fromhex(text)
-        except (TypeError, ValueError):
-            ring_id = b""
-        if len(ring_id) != RING_ID_BYTES or ring_id.hex() != text:
-            raise ProtocolError(
-                f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(text)}", field="ring_id"
+            values = _values_of(data) if len(data) == 12 else None
+        except (KeyError, TypeError, IndexError):
+            values = None
+        if values is None:
+            values = _values_of(
+                {**_DEFAULTS, **take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS)}
             )
-        values[1] = ring_id
-        return _rebuilt(values)
+        return _rebuilt(values, _template_by_digits)
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -191,44 +177,54 @@ class SlotRef:
             ProtocolError: the form is malformed, too long or of another version; the message names the field.
         """
         values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
-        if not isinstance(values, list) or not values:
-            raise ProtocolError(f"a slot reference must be an array, not {describe(values)}", field="slot reference")
-        if type(values[0]) is not int or values[0] != WIRE_VERSION:
-            check_version(values[0], "slot reference")
-        if len(values) != len(_IN_BYTES):
+        if type(values) is not list or len(values) != len(_IN_BYTES):
+            if isinstance(values, list) and values:
+                check_version(values[0], "slot reference")
             raise ProtocolError(
-                f"a slot reference of {len(values)} values, not {len(_IN_BYTES)}", field="slot reference"
+                f"a slot reference must be an array of {len(_IN_BYTES)}, not {describe(values)}", field="slot reference"
             )
-        return _rebuilt(values)
+        return _rebuilt(values, _template)
 
 
 # References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
-# they have in common is checked once, in a template, and a reference is one of its copies, made by the members: the
-# constructor takes 6 µs.
-_new: Final = object.__new__
-_puts: tuple[Callable[[SlotRef, object], None], ...] = tuple(getattr(SlotRef, name).__set__ for name in _IN_BYTES[1:])
-_put_ring_id, _put_ring_name, _put_slot, _put_generation, _put_nbytes, _put_host_id = _puts[:6]
-_put_host, _put_ports, _put_fingerprint, _put_checksum, _put_meta = _puts[6:]
-
+# they have in common is checked once, in a template, and a reference is one of its copies, made as a draft, which is
+# not frozen: the constructor takes 6 µs.
+_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_IN_BYTES)
 _MAX_U32: Final = (1 << 32) - 1
 _MAX_U64: Final = (1 << 64) - 1
 
 
+class _Draft:
+    """A reference that is being made."""
+
+    __slots__ = SlotRef.__slots__
+
+
 def renumbered(template: SlotRef, slot: int, generation: int, nbytes: int, checksum: int | None) -> SlotRef:
     """A reference to another payload of the same ring, by numbers that were checked before. Cannot fail."""
-    ref = _new(SlotRef)
-    _put_ring_id(ref, template.ring_id)
-    _put_ring_name(ref, template.ring_name)
-    _put_slot(ref, slot)
-    _put_generation(ref, generation)
-    _put_nbytes(ref, nbytes)
-    _put_host_id(ref, template.host_id)
-    _put_host(ref, template.host)
-    _put_ports(ref, template.ports)
-    _put_fingerprint(ref, template.fingerprint)
-    _put_checksum(ref, checksum)
-    _put_meta(ref, template.meta)
-    return ref
+    ref: Any = _Draft()
+    ref.ring_id = template.ring_id
+    ref.ring_name = template.ring_name
+    ref.slot = slot
+    ref.generation = generation
+    ref.nbytes = nbytes
+    ref.host_id = template.host_id
+    ref.host = template.host
+    ref.ports = template.ports
+    ref.fingerprint = template.fingerprint
+    ref.checksum = checksum
+    ref.meta = template.meta
+    ref.__class__ = SlotRef
+    made: SlotRef = ref
+    return made
+
+
+def with_meta(template: SlotRef, meta: object) -> tuple[SlotRef, bytes]:
+    """A template with this `meta`, and the msgpack form of that; a ConfigError where no reference can have it."""
+    copy, packed = checked_meta(meta)
+    ref = renumbered(template, template.slot, template.generation, template.nbytes, template.checksum)
+    object.__setattr__(ref, "meta", copy)
+    return ref, packed
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -247,30 +243,49 @@ def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fi
     )
 
 
-def _rebuilt(values: Sequence[Any]) -> SlotRef:
-    """A reference of a form's values, in the module's order, all but the version untrusted; errors as `from_dict`."""
-    _, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
+@lru_cache(maxsize=1024, typed=True)
+def _template_by_digits(digits: object, *common: Any) -> SlotRef:
+    """Likewise, with the ring's id as hex digits."""
     try:
+        ring_id = bytes.fromhex(digits)  # type: ignore[arg-type]  # a TypeError then
+    except (TypeError, ValueError):
+        ring_id = b""
+    if len(ring_id) != RING_ID_BYTES or ring_id.hex() != digits:
+        raise ConfigError(f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(digits)}", field="ring_id")
+    return _template(ring_id, *common)
+
+
+def _rebuilt(values: Sequence[Any], template_of: Callable[..., SlotRef]) -> SlotRef:
+    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`."""
+    version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
+    if version is not WIRE_VERSION:
+        check_version(version, "slot reference")
+    try:
+        try:
+            template = template_of(ring_id, ring_name, host_id, host, fingerprint, *ports)
+        except TypeError:  # a value that has no hash
+            for name, value in zip(_COMMON, (ring_id, ring_name, host_id, host, fingerprint), strict=True):
+                if isinstance(value, (dict, list)):
+                    _refuse(name, value, "a plain value")
+            _refuse("ports", ports, f"at most {MAX_PORTS} port numbers")
         if (
-            type(slot) is int
+            type(slot) is type(generation) is type(nbytes) is int
             and 0 <= slot <= _MAX_U32
-            and type(generation) is int
             and 0 <= generation <= _MAX_U64
-            and type(nbytes) is int
             and 0 <= nbytes <= _MAX_U64
             and (checksum is None or (type(checksum) is int and 0 <= checksum <= _MAX_U64))
-            and (type(ports) is list or type(ports) is tuple)
+            and type(ports) in (list, tuple)
         ):
-            try:
-                template = _template(ring_id, ring_name, host_id, host, fingerprint, *ports)
-            except TypeError:
-                pass  # a value that has no hash, and is refused below
-            else:
-                ref = renumbered(template, slot, generation, nbytes, checksum)
-                if meta or type(meta) is not dict:
-                    _put_meta(ref, _checked_meta(meta))
-                return ref
-        return SlotRef(**dict(zip(_IN_BYTES[1:], values[1:], strict=True)))  # names the field that is wrong
+            ref = renumbered(template, slot, generation, nbytes, checksum)
+            return with_meta(ref, meta)[0] if meta or type(meta) is not dict else ref
+        return SlotRef(
+            **{name: getattr(template, name) for name in (*_COMMON, "meta")},
+            slot=slot,
+            generation=generation,
+            nbytes=nbytes,
+            ports=ports,
+            checksum=checksum,
+        )  # names the field that is wrong
     except ConfigError as exc:
         raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -286,44 +301,3 @@ def _checked_ports(ports: object) -> tuple[int, ...]:
         if not is_unsigned(port, 16) or port == 0:
             _refuse("ports", port, "numbers from 1 to 65535")
     return tuple(ports)
-
-
-def _checked_meta(meta: object) -> Mapping[str, object]:
-    if not isinstance(meta, Mapping):
-        _refuse("meta", meta, "a mapping")
-    if not meta:
-        return _NO_META
-    plain = _plain(meta, 0)
-    try:
-        nbytes = len(pack(plain))
-    except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
-        raise ConfigError(f"meta cannot be written as msgpack: {exc}", field="meta") from exc
-    if nbytes > MAX_META_BYTES:
-        raise ConfigError(
-            f"meta takes {nbytes} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
-            field="meta",
-            nbytes=nbytes,
-        )
-    return MappingProxyType(plain)  # type: ignore[arg-type]  # a Mapping's plain form is a dict
-
-
-def _plain(value: object, depth: int) -> object:
-    """A copy of `value` in types that both JSON and msgpack have."""
-    if depth > MAX_META_DEPTH:
-        raise ConfigError(f"meta is deeper than {MAX_META_DEPTH}", field="meta")
-    if isinstance(value, np.generic):  # rewards.mean() and the like
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        if not isfinite(value):
-            _refuse("meta", value, "made of finite numbers (JSON has no others; use None)")
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, depth + 1) for item in value]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                _refuse("meta", key, "keyed by text")
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
-    _refuse("meta", value, "made of None, bools, numbers, text, lists and mappings")

@@ -1,4 +1,4 @@
-"""Refusal of malformed dict and msgpack forms: what a peer, a queue or a file hands to `from_dict` and `from_bytes`.
+"""Refusal of malformed dict, msgpack and JSON forms: what a peer, a queue or a store hands to `from_dict` and the like.
 
 Nothing here trusts its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value
 quoted in an error is cut short first.
@@ -6,8 +6,9 @@ quoted in an error is cut short first.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
 
@@ -66,23 +67,6 @@ def take_fields(
     return data
 
 
-def take_values(data: object, what: str, keys: tuple[str, ...]) -> list[Any]:
-    """The values of a mapping that has exactly these keys, in their order.
-
-    Args:
-        data: the decoded form, of any type.
-        what: the form's name for the error.
-        keys: those that must be there.
-
-    Raises:
-        ProtocolError: as for `take_fields`.
-    """
-    if type(data) is dict and tuple(data) == keys:  # as this side writes it
-        return list(data.values())
-    form = take_fields(data, what, required=keys)
-    return [form[key] for key in keys]
-
-
 def check_version(version: object, what: str) -> None:
     """Refuse, by a ProtocolError, a form that was written by another version of its format."""
     if type(version) is not int or version != WIRE_VERSION:
@@ -127,6 +111,30 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     except (ValueError, TypeError, OverflowError) as exc:
         raise ProtocolError(f"a {what} that is not msgpack: {type(exc).__name__}", field=what) from exc
     return decoded
+
+
+def pack_json(form: object) -> bytes:
+    """Encode plain values as JSON, as short as it can be. A TypeError or ValueError: JSON has no such value."""
+    return json.dumps(form, allow_nan=False, separators=(",", ":")).encode()
+
+
+def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
+    """Decode JSON of bounded size, of the finite numbers that the standard has.
+
+    Raises:
+        ProtocolError: too long, or no JSON.
+    """
+    if len(raw) > max_bytes:
+        raise ProtocolError(f"a {what} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
+    try:
+        decoded: object = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"a {what} that is not JSON: {exc}", field=what) from exc
+    return decoded
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _refuse_extension(code: int, _data: bytes) -> object:

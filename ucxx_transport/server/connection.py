@@ -232,7 +232,6 @@ class Connection:
         if nbytes != attempt.nbytes:
             port.finish(attempt)
             return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
-        port.seal_slot(attempt)  # until commit does
         return None
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
@@ -302,7 +301,6 @@ class Connection:
         reply, attempts = self.session.taken(take, offered, self.port.now())
         for attempt, lease in zip(attempts, leases, strict=True):
             attempt.lease = lease
-            self.port.seal_slot(attempt)  # until commit does
         self.port.counters.add("takes", len(leases))
         self._reply(reply)
         self._serve(attempts)

@@ -19,7 +19,7 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportE
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
 from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED
-from ucxx_transport.wire.frames import NONCE_BYTES, message_bytes
+from ucxx_transport.wire.frames import NONCE_BYTES
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
 
 if TYPE_CHECKING:
@@ -169,31 +169,11 @@ class Port:
     def prepare(self, attempt: Attempt) -> tuple[Message, memoryview]:
         """The whole answer that the attempt's slot is: prepared for the link, and as memory; kept in `answers`."""
         lease = cast("ReadLease", attempt.lease)
-        memory = lease.frame()[: message_bytes(attempt.nbytes)]
+        memory = lease.message
         if len(self.answers) >= MAX_ANSWERS:
             del self.answers[next(iter(self.answers))]
         answer = self.answers[attempt.slot, attempt.nbytes] = (self.reactor.link.message(memory), memory)
         return answer
-
-    def seal_slot(self, attempt: Attempt) -> None:
-        """Until commit seals."""
-        from ucxx_transport.wire.codec import seal
-        from ucxx_transport.wire.frames import ReplyHeader, Status
-
-        _, memory = self.answers.get((attempt.slot, attempt.nbytes)) or self.prepare(attempt)
-        ring, lease = self.ring, cast("ReadLease", attempt.lease)
-        seal(
-            memory,
-            ReplyHeader(
-                Status.OK,
-                attempt.nbytes,
-                ring.ring_id,
-                attempt.slot,
-                attempt.generation,
-                lease.checksum,
-                ring.fingerprint,
-            ),
-        )
 
     def pick(self, max_payloads: int, max_bytes: int, *, newest: bool, reader: int) -> list[ReadLease]:
         """Payloads for a client that names none; [] where there is none now.

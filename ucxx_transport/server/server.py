@@ -15,7 +15,7 @@ from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address, require_reachable
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.publication import Offer
+from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
 from ucxx_transport.server.port_thread import PortThread, number_of_ports, to_order

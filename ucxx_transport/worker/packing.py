@@ -54,47 +54,33 @@ class TrajectoryPacker:
         self._devices = DeviceLeaves(ring, runtimes)
         self._meets_devices = False
 
-    def write(
-        self,
-        trajectory: Mapping[str, object],
-        *,
-        readers: int | None = None,
-        meta: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
-    ) -> SlotRef:
-        """Write one trajectory; arguments and errors as `SharedRingBuffer.write`."""
+    def write(self, trajectory: Mapping[str, object], **options: Any) -> SlotRef:
+        """Write one trajectory; options and errors as `SharedRingBuffer.write`."""
         if not self._meets_devices:
             try:
                 if not self._narrow:
-                    return self._ring.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s)
-                return self._write_leaf_by_leaf(self._schema.gather(trajectory), {}, readers, meta, deadline_s)
+                    return self._ring.write(trajectory, **options)
+                return self._write_leaf_by_leaf(self._schema.gather(trajectory), {}, **options)
             except DeviceArrayError:  # before a slot was touched
                 self._meets_devices = True
         leaves = self._schema.gather(trajectory)
         taken = self._devices.take(leaves, self._schema.fields, self._may_narrow, self._warn)
-        return self._write_leaf_by_leaf(leaves, taken, readers, meta, deadline_s)
+        return self._write_leaf_by_leaf(leaves, taken, **options)
 
     def close(self) -> None:
         """Wait for the copies under way, and let the ring's memory be unmapped. Idempotent."""
         self._devices.close()
 
-    def _write_leaf_by_leaf(
-        self,
-        leaves: list[Any],
-        taken: dict[int, DeviceArray],
-        readers: int | None,
-        meta: Mapping[str, object] | None,
-        deadline_s: float | None,
-    ) -> SlotRef:
+    def _write_leaf_by_leaf(self, leaves: list[Any], taken: dict[int, DeviceArray], **options: Any) -> SlotRef:
         wide = self._take_wide(leaves, taken)
         tree = self._schema.nest(leaves)
         if not wide and not taken:
-            return self._ring.write(tree, readers=readers, meta=meta, deadline_s=deadline_s)
+            return self._ring.write(tree, **options)
         arrays, placement = self._schema.arrange(tree)
         lengths = dict(zip(self._schema.varlen, placement.lengths, strict=True))
         if taken:
             self._devices.lock_pages(next(iter(taken.values())))
-        with self._ring.reserve(lengths=lengths, readers=readers, meta=meta, deadline_s=deadline_s) as lease:
+        with self._ring.reserve(lengths=lengths, **options) as lease:
             targets = self._schema.gather(lease.arrays)
             with self._devices.copying(taken, targets) if taken else nullcontext():
                 for index, (target, array) in enumerate(zip(targets, arrays, strict=True)):

@@ -19,7 +19,13 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, RewardSummary, check_policy_version
+from ucxx_transport.schema.episode_record import (
+    MAX_REASON_CHARS,
+    EpisodeRecord,
+    RewardSummary,
+    check_policy_version,
+    record_envelope,
+)
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
@@ -156,7 +162,15 @@ class TrajectoryWriter:
         length, rewards = None, None
         try:
             length, rewards = self._reward_of(trajectory)
-            ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s)
+            envelope = record_envelope(
+                worker_id=self._worker_id,
+                sequence=sequence,
+                episode_length=length,
+                rewards=rewards,
+                policy_version=policy_version,
+                meta=meta,
+            )
+            ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
         except TransportError as error:
             if self._on_error == "raise" or isinstance(error, PageLockError):
                 raise

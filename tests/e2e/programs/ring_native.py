@@ -21,7 +21,14 @@ from tests.support.ring_bench import DYING, LIVING, RingBench
 from ucxx_transport.errors import BusyError, StaleSlotError
 from ucxx_transport.native import Library, load
 from ucxx_transport.ring import SlotState
-from ucxx_transport.ring.layout import HOLD_GENERATION, HOLD_SLOT, Counter
+from ucxx_transport.ring.layout import (
+    HOLD_ENVELOPE_BYTES,
+    HOLD_GENERATION,
+    HOLD_HAS_CHECKSUM,
+    HOLD_NBYTES,
+    HOLD_SLOT,
+    Counter,
+)
 from ucxx_transport.ring.transitions import Words
 
 CUT = 97
@@ -55,6 +62,31 @@ def commit(bench: RingBench) -> Call:
 def abort(bench: RingBench) -> Call:
     words = bench.reserved(DYING)
     return lambda: bench.transitions.abort(words)
+
+
+def commit_of_odd_size_with_too_large_an_envelope(bench: RingBench) -> Call:
+    words = bench.reserved(DYING)
+    words[HOLD_NBYTES], words[HOLD_ENVELOPE_BYTES], words[HOLD_HAS_CHECKSUM] = 61, 2**40, 1
+    return lambda: bench.transitions.commit(words, 2)
+
+
+def take(bench: RingBench) -> Call:
+    bench.written()
+    consume_as(bench, bench.written(3), 7)
+    return lambda: bench.taking(DYING, 8)
+
+
+def take_the_newest_of_those_that_another_reads(bench: RingBench) -> Call:
+    bench.reading(bench.written(), LIVING, 1)
+    bench.reading(bench.written(2), LIVING, 1)
+    return lambda: bench.taking(DYING, 2, newest=True)
+
+
+def release_between_two_that_are_read(bench: RingBench) -> Call:
+    first, second, third = [bench.reading(bench.written(), DYING) for _ in range(3)]
+    assert bench.transitions.finalise(first, Counter.RELEASED)
+    assert bench.transitions.finalise(third, Counter.RELEASED)
+    return ending(bench, second, Counter.RELEASED)
 
 
 def discard(bench: RingBench) -> Call:
@@ -137,7 +169,8 @@ STEPS = (
     *(reserve, overwrite, overwrite_what_one_of_three_has_read, commit, abort, discard),
     *(discard_what_one_of_three_has_read, acquire, acquire_as_the_second_of_three, join, consume),
     *(consume_as_the_first_of_three, release, consume_while_another_reads, release_while_another_reads),
-    *(release_after_another_consumed, consume_after_another_consumed),
+    *(release_after_another_consumed, consume_after_another_consumed, release_between_two_that_are_read),
+    *(commit_of_odd_size_with_too_large_an_envelope, take, take_the_newest_of_those_that_another_reads),
 )
 
 
@@ -225,7 +258,7 @@ def drive(library: Library, steps: int) -> dict[str, int]:
     payloads: list[Words] = []
     attempts: list[Words] = []
     for step in range(steps):
-        match choose.randrange(6):
+        match choose.randrange(7):
             case 0 | 1:
                 payloads = [*payloads[-40:], bench.written(choose.randint(1, 3))] if may_write(bench) else payloads
             case 2 | 3 if payloads:
@@ -238,6 +271,10 @@ def drive(library: Library, steps: int) -> dict[str, int]:
             case 5 if payloads:
                 payload = choose.choice(payloads)
                 bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+            case 6:
+                attempts += bench.taking(
+                    LIVING, choose.randrange(4), choose.randint(1, 9), newest=choose.random() < 0.5
+                )
         if step % 50 == 0:
             bench.check()
             ready = bench.transitions.ready()

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import call
-from ucxx_transport.cli.doctor.machine import Finding, memory_limit_finding, segments_finding
-from ucxx_transport.cli.doctor.ucx import transport_findings
+from ucxx_transport.cli.doctor import Finding, memory_limit_finding, segments_finding, transport_findings
 from ucxx_transport.ring.memory_limit import MemoryLimit
 from ucxx_transport.ring.orphans import SegmentInfo
 from ucxx_transport.ring.owner import segment_folder

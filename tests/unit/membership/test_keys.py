@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership.keys import MAX_KEY_BYTES, Namespace
+from ucxx_transport.membership.keys import MAX_KEY_BYTES, MAX_TTL_S, Namespace, checked_ttl_s
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda key: not key.startswith("/")
@@ -45,3 +48,11 @@ def test_stored_keys_have_the_order_of_the_keys(one: str, other: str) -> None:
 def test_what_is_no_key_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="key"):
         Namespace("job").stored(key)
+
+
+def test_a_time_to_live_is_a_number_above_zero() -> None:
+    wrong: list[Any] = [0, -1, math.nan, math.inf, 2 * MAX_TTL_S, True, "5", None]
+    for ttl_s in wrong:
+        with pytest.raises(ConfigError, match="ttl_s") as caught:
+            checked_ttl_s(ttl_s)
+        assert repr(ttl_s) in str(caught.value)

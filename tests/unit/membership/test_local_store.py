@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
 import signal
-import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +32,9 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local import LocalStore, tables
-from ucxx_transport.membership.local.database import Database
-from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
+from ucxx_transport.membership.local import LocalStore
+from ucxx_transport.membership.local.content import KEPT_REVISIONS, Content, Step
+from ucxx_transport.membership.local.log_file import KIND, MAGIC, LogFile
 from ucxx_transport.ring.owner import segment_folder
 
 
@@ -50,7 +50,7 @@ class Clock:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.sqlite"
+    return tmp_path / "store"
 
 
 @pytest.fixture
@@ -139,17 +139,12 @@ def test_after_a_reboot_all_leases_are_over_and_everything_else_is_there(opened:
 # the log
 
 
-def test_the_newest_revisions_are_kept_and_older_ones_compacted(opened: Callable[..., LocalStore], path: Path) -> None:
+def test_the_newest_revisions_are_kept_and_older_ones_compacted(opened: Callable[..., LocalStore]) -> None:
     store = opened()
     first = store.put("a", b"")
-    for _ in range(200):
-        store.put("a", b"")
-    store.close()
-    with sqlite3.connect(path) as raw:  # as if so many had been written
-        raw.execute("UPDATE state SET revision = revision + ?", (KEPT_REVISIONS - 100,))
-    raw.close()
+    *_, last = (store.put("a", b"last") for _ in range(KEPT_REVISIONS + 1))
     store = opened()
-    last = store.put("a", b"last")
+    assert store.snapshot().revision == last
     with store.watch(after=last - KEPT_REVISIONS) as watch:
         assert watch.next(5) is not None
     for after in (first, last - KEPT_REVISIONS - 1):
@@ -157,20 +152,38 @@ def test_the_newest_revisions_are_kept_and_older_ones_compacted(opened: Callable
             watch.next(5)
 
 
+def test_a_file_that_has_grown_is_rewritten_and_nobody_notices(opened: Callable[..., LocalStore], path: Path) -> None:
+    store, other = opened(), opened()
+    lease = store.grant(60)
+    revision = store.put("kept", b"1", lease_id=lease.lease_id)
+    identity = other.identity()
+    with other.watch(after=revision) as watch:
+        assert watch.next(0) is None
+        path.chmod(0o660)
+        before = path.stat()
+        for _ in range(30_000):
+            store.keep_alive(lease.lease_id)  # no revision, and superseded by the next one
+            if path.stat().st_ino != before.st_ino:
+                break
+        assert path.stat().st_size < 2 * before.st_size
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert store.put("new", b"") == revision + 1
+        batch = watch.next(5)
+        assert batch is not None
+        assert batch.revision == revision + 1
+    assert identity == store.identity() == other.identity()
+    assert [(entry.key, entry.lease_id) for entry in other.snapshot()] == [("kept", lease.lease_id), ("new", None)]
+    with opened().watch(after=revision - 1) as watch:
+        batches = [watch.next(5) for _ in range(2)]
+    assert [batch.revision for batch in batches if batch] == [revision, revision + 1]
+
+
 # the place
 
 
 def test_the_file_is_this_users_alone(opened: Callable[..., LocalStore], path: Path) -> None:
     opened().put("a", b"")
-    files = [found for found in path.parent.iterdir() if not found.is_symlink()]
-    assert {stat.S_IMODE(found.stat().st_mode) for found in files} == {0o600}
-    assert len(files) == 3
-
-
-def test_nothing_but_the_file_is_left(opened: Callable[..., LocalStore], path: Path) -> None:
-    store = opened()
-    store.put("a", b"")
-    store.close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
@@ -188,7 +201,7 @@ def test_the_default_store_is_in_a_folder_of_this_users_own() -> None:
 
 
 def test_the_url_of_a_store_opens_it(opened: Callable[..., LocalStore], tmp_path: Path) -> None:
-    store = opened(path=tmp_path / "a b%20ü.sqlite")
+    store = opened(path=tmp_path / "a b%20ü")
     store.put("a", b"")
     with open_store(store.url) as other:
         assert other.identity() == store.identity()
@@ -207,7 +220,7 @@ def test_a_place_that_can_hold_no_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_store_is_left_as_it_is(opened: Callable[..., LocalStore], path: Path) -> None:
-    for content in (b"not a database, but rather long" * 100, b"x"):
+    for content in (b"not a store, but rather long" * 100, b"x", KIND + b" but of another kind"):
         path.write_bytes(content)
         store = opened()
         for call in (partial(store.get, "a"), partial(store.put, "a", b"")):
@@ -217,21 +230,11 @@ def test_a_file_that_is_no_store_is_left_as_it_is(opened: Callable[..., LocalSto
         assert path.read_bytes() == content
 
 
-def test_another_programs_database_is_no_store(opened: Callable[..., LocalStore], path: Path) -> None:
-    with sqlite3.connect(path) as raw:
-        raw.execute("CREATE TABLE notes (text)")
-    raw.close()
-    with pytest.raises(ConfigError, match="no store"):
-        opened().get("a")
-
-
 def test_another_versions_store_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
     store = opened()
     store.put("a", b"")
     store.close()
-    with sqlite3.connect(path) as raw:
-        raw.execute(f"PRAGMA user_version = {FORMAT + 1}")
-    raw.close()
+    path.write_bytes(path.read_bytes().replace(MAGIC, MAGIC[:-1] + b"2", 1))
     with pytest.raises(ConfigError, match="another version"):
         opened().put("a", b"")
 
@@ -298,18 +301,6 @@ def test_a_wiped_file_is_noticed_by_watches_and_made_again_for_calls(
         assert batch.events[0].key == "newer"
 
 
-def test_another_programs_log_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
-    raw = sqlite3.connect(path, isolation_level=None)
-    raw.execute("PRAGMA journal_mode = WAL")
-    raw.execute("CREATE TABLE notes (text)")
-    names = sorted(found.name for found in path.parent.iterdir())
-    assert len(names) == 3
-    with pytest.raises(ConfigError, match="no store"):
-        opened().get("a")
-    assert sorted(found.name for found in path.parent.iterdir()) == names
-    raw.close()
-
-
 def test_processes_that_make_the_same_file_at_once_share_it(path: Path) -> None:
     with ExitStack() as stack:
         pipes = [stack.enter_context(elsewhere(_make_one, f"local://{path}", {}))[1] for _ in range(3)]
@@ -330,10 +321,17 @@ def _make_one(url: str, settings: dict[str, Any], pipe: Connection) -> None:
         pipe.send(store.identity())
 
 
-def test_what_a_killed_maker_left_is_swept(opened: Callable[..., LocalStore], path: Path) -> None:
-    path.with_name(f".{path.name}.fresh").write_bytes(b"half")
-    opened().put("a", b"")
-    assert not [found for found in path.parent.iterdir() if found.name.startswith(".")]
+def test_what_a_killed_writer_left_is_written_over(opened: Callable[..., LocalStore], path: Path) -> None:
+    path.with_name(f".{path.name}.fresh").write_bytes(b"half")  # of one that was about to put it in the file's place
+    for beginning in (b"", MAGIC[:5], MAGIC + b"identity", MAGIC + bytes(16) + b"half a frame"):
+        path.write_bytes(beginning)
+        opened().put("a", b"")
+        with path.open("ab") as file:
+            file.write(b"half a frame")
+        other = opened()
+        assert [entry.key for entry in other.snapshot()] == ["a"], beginning
+        other.put("b", b"")
+        assert [entry.key for entry in opened().snapshot()] == ["a", "b"], beginning
 
 
 def test_a_folder_that_is_gone_is_an_outage(tmp_path: Path) -> None:
@@ -374,9 +372,9 @@ def _put(store: LocalStore) -> bool:
 
 
 def _hold_the_lock(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
-    raw = sqlite3.connect(url.removeprefix("local://"), isolation_level=None)
-    raw.execute("BEGIN IMMEDIATE")
-    raw.execute("UPDATE state SET revision = revision + 1000")
+    file = os.open(url.removeprefix("local://"), os.O_RDWR | os.O_APPEND)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.write(file, b"half a frame")
     pipe.send("locked")
     signal.pause()
 
@@ -386,36 +384,42 @@ def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None
     with LocalStore(path, StoreConfig(timeout_s=0.2), clock=clock) as store:
         lease = store.grant(5)
         revision = store.put("a", b"", lease_id=lease.lease_id)
-        raw = sqlite3.connect(path, isolation_level=None)
-        raw.execute("BEGIN IMMEDIATE")
+        file = path.open("rb")
+        fcntl.flock(file, fcntl.LOCK_EX)
         with store.watch(after=revision) as watch:
             clock.now += 5
             with pytest.raises(StoreUnavailableError, match="locked"):
                 watch.next(10)
-            raw.close()
+            file.close()
             batch = watch.next(10)
             assert batch is not None
             assert batch.events[0].kind == "delete"
 
 
-@pytest.mark.exhaustive  # waits for the call that never ends
-def test_a_child_that_was_forked_in_the_middle_of_a_call_is_refused(path: Path) -> None:
+def test_a_child_that_was_forked_in_the_middle_of_a_call_writes_nothing_by_it(path: Path) -> None:
     with elsewhere(_fork_in_a_call, f"local://{path}", {}) as (_process, pipe):
-        assert pipe.recv() == ("StoreUnavailableError", "after")
+        assert pipe.recv() == ("StoreUnavailableError", 2)
 
 
 def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
     near, far = os.pipe()
-    database = Database(Path(url.removeprefix("local://")), boot_id="boot")
-    if (child := database.read(lambda _db: os.fork(), until=time.monotonic() + 60)) == 0:
-        with pytest.raises(StoreUnavailableError) as caught:
-            database.read(tables.state, until=time.monotonic() + 60)
-        os.write(far, type(caught.value).__name__.encode())
+    file = LogFile(Path(url.removeprefix("local://")), "boot", lambda _content: [])
+
+    def fork(_content: Content) -> tuple[list[Step], int]:
+        return [["put", b"a", b"", None]], os.fork()
+
+    error = ""
+    try:
+        child = file.write(fork, until=time.monotonic() + 60)
+    except StoreUnavailableError as caught:  # in the child
+        child, error = 0, type(caught).__name__
+    if child == 0:
+        file.write(lambda _content: ([["put", b"b", b"", None]], None), until=time.monotonic() + 60)
+        os.write(far, error.encode())
         os._exit(0)
     os.waitpid(child, 0)
-    after = database.read(lambda _db: "after", until=time.monotonic() + 60)
-    pipe.send((os.read(near, 100).decode(), after))
-    database.close(1.0)
+    revision = file.read(lambda content: content.revision, until=time.monotonic() + 60)
+    pipe.send((os.read(near, 100).decode(), revision))
 
 
 # rights and space, which root is not bound by: in a process of another user's
@@ -530,15 +534,12 @@ def _default_in_a_strangers_folder(parent: Path) -> None:
         folder.unlink()
 
 
-def test_the_connection_to_a_deleted_file_leaves_its_successors_log(
-    opened: Callable[..., LocalStore], path: Path
-) -> None:
-    """The connection to a deleted file, when closed, must not take the new file's log with it."""
+def test_a_user_of_a_deleted_file_leaves_its_successor_as_it_is(opened: Callable[..., LocalStore], path: Path) -> None:
     old, new = opened(), opened()
     old.put("old", b"")
     path.unlink()
-    new.put("new", b"1")  # into the log beside the new file
-    old.close()  # the last one that had the old file open
+    new.put("new", b"1")
+    old.close()  # the last one that had seen the old file
     third = opened()
     assert [entry.key for entry in third.snapshot()] == ["new"]
     third.put("newer", b"")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.source_records import delete_event, entry_of, put_event, record
 from ucxx_transport.membership import Batch, Entry, Event, Snapshot, SourceRecord, SourceStatus
-from ucxx_transport.membership.source_view import SourceChange, SourceView
+from ucxx_transport.membership.sources import SourceChange, SourceView
 
 A, B = record("a"), record("b")
 

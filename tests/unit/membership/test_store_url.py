@@ -71,7 +71,6 @@ def test_an_etcd_address_names_endpoints() -> None:
 
 
 def test_the_url_of_an_etcd_store_opens_it_again() -> None:
-    pytest.importorskip("httpx")
     for url in ETCD:
         with open_store(url) as store, open_store(store.url) as again:
             assert again.url == store.url, url

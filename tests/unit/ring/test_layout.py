@@ -9,12 +9,14 @@ from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import Geometry, frame_bytes
+from ucxx_transport.ring.layout import Geometry, message_bytes
 
 GEOMETRIES = [
-    Geometry(slots=slots, slot_bytes=slot_bytes, readers=readers, schema_bytes=schema_bytes)
-    for slots, slot_bytes, readers, schema_bytes in itertools.product(
-        [1, 3, 64, 65536], [1, 63, 64, 4096, 94_000_001], [1, 2, 64], [0, 1, 777]
+    Geometry(
+        slots=slots, slot_bytes=slot_bytes, readers=readers, schema_bytes=schema_bytes, envelope_bytes=envelope_bytes
+    )
+    for slots, slot_bytes, readers, schema_bytes, envelope_bytes in itertools.product(
+        [1, 3, 64, 65536], [1, 63, 64, 4096, 94_000_001], [1, 2, 64], [0, 1, 777], [0, 64, 1024]
     )
 ]
 
@@ -40,7 +42,7 @@ def test_no_two_parts_of_a_segment_overlap() -> None:
         last = geometry.slots - 1
         parts = [
             (0, layout.IDENTITY_WORDS * 8),
-            (layout.SEQUENCE_WORD * 8, (layout.ADDRESS_VERSION_WORD + 1) * 8),
+            (layout.SEQUENCE_WORD * 8, (layout.TAKERS_WORD + 1) * 8),
             (layout.MUTEX_BYTE, layout.MUTEX_BYTE + layout.MUTEX_BYTES),
             (layout.COUNTER_WORD * 8, (layout.COUNTER_WORD + len(layout.Counter)) * 8),
             (layout.ADDRESS_WORD * 8, (layout.ADDRESS_WORD + 2 * layout.ADDRESS_BANK_WORDS) * 8),
@@ -51,8 +53,10 @@ def test_no_two_parts_of_a_segment_overlap() -> None:
             start = (geometry.first_slot_word + slot * geometry.slot_words) * 8
             parts.append((start, start + (layout.FIRST_ENTRY + layout.ENTRY_WORDS * geometry.entries) * 8))
         for slot in sorted({0, min(1, last), last}):
-            start = geometry.payload_byte(slot) - layout.HEADROOM_BYTES
-            parts.append((start, start + frame_bytes(geometry.slot_bytes)))
+            start = geometry.payload_byte(slot) - layout.HEADROOM_BYTES - geometry.envelope_bytes
+            parts.append((start, start + geometry.envelope_bytes + message_bytes(geometry.slot_bytes)))
+            start = geometry.payload_byte(slot)
+            assert start + geometry.stride_bytes == geometry.payload_byte(slot + 1)
         assert all(end <= following for (_, end), (following, _) in itertools.pairwise(parts))
         assert parts[-1][1] <= geometry.total_bytes
 
@@ -68,7 +72,7 @@ def test_payloads_are_aligned_to_cache_lines_and_the_segment_to_pages() -> None:
 
 def test_a_slot_has_room_for_all_attempts_and_all_records_of_its_readers() -> None:
     for readers in (1, 3, 4, 64):
-        geometry = Geometry(slots=1, slot_bytes=1, readers=readers, schema_bytes=0)
+        geometry = Geometry(slots=1, slot_bytes=1, readers=readers, schema_bytes=0, envelope_bytes=0)
         assert geometry.max_attempts >= max(8, 2 * readers + 2)
         assert geometry.entries >= geometry.max_attempts + readers
 
@@ -83,10 +87,13 @@ def test_numbers_out_of_bounds_size_nothing() -> None:
         ("readers", 65),
         ("schema_bytes", -1),
         ("schema_bytes", (4 << 20) + 1),
+        ("envelope_bytes", -64),
+        ("envelope_bytes", 63),
+        ("envelope_bytes", 1024 + 64),
     ]
     for field, value in rows:
         with row(field=field, value=value):
-            good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0)
+            good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0, envelope_bytes=0)
             with pytest.raises(ConfigError) as caught:
                 dataclasses.replace(good, **{field: value})
             assert caught.value.facts["field"] == field
@@ -111,10 +118,12 @@ def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found() -> None:
         (layout.TOTAL_BYTES_WORD, 4096, "total_bytes"),
         (layout.SLOTS_WORD, 50, "total_bytes"),
         (layout.POLICY_WORD, 3, "on_full"),
+        (layout.ENVELOPE_BYTES_WORD, 2**63, "envelope_bytes"),
+        (layout.ENVELOPE_BYTES_WORD, 1024, "total_bytes"),
     ]
     for word, value, field in rows:
         with row(word=word, value=value, field=field):
-            geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
+            geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10, envelope_bytes=64)
             words = identity(geometry).to_words()
             words[word] = value
             with pytest.raises(ProtocolError) as caught:
@@ -123,6 +132,6 @@ def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found() -> None:
 
 
 def test_an_identity_of_another_size_than_the_file_is_refused() -> None:
-    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10)
+    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10, envelope_bytes=64)
     with pytest.raises(ProtocolError, match="contradict"):
         Identity.from_words(identity(geometry).to_words(), geometry.total_bytes + 4096)

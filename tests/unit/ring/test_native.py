@@ -64,7 +64,7 @@ def cut_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_transition_cut_off_at_any_store_has_happened_or_has_not(cut_library: str) -> None:
     stores = run("cut", cut_library)
-    assert len(stores) == 17
+    assert len(stores) == 21
     assert all(count >= 3 for count in stores.values()), stores
 
 

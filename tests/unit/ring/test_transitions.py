@@ -9,7 +9,7 @@ import pytest
 from tests.support.ring_bench import DYING, LIVING, RingBench
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, SlotError, StaleSlotError
-from ucxx_transport.ring import transitions
+from ucxx_transport.ring import layout, transitions
 from ucxx_transport.ring.layout import (
     HOLD_GENERATION,
     HOLD_LEASE,
@@ -223,7 +223,7 @@ def test_a_payload_longer_than_its_slot_is_damage_and_gives_no_memory(bench: Rin
 
 
 def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transitions, "LAYOUT_VERSION", 99)
+    monkeypatch.setattr(layout, "LAYOUT_VERSION", 99)
     with pytest.raises(ConfigError, match="install the package again"):
         transitions.own_library.__wrapped__()
 

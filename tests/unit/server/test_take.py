@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgpack
 import pytest
 
 from tests.support.raw_peer import Answer, RawPeer
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError
-from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.server import RingSource
 from ucxx_transport.wire.codec import decode_offer
 from ucxx_transport.wire.frames import FLAG_NEWEST, Kind, Status, offer_receive_bytes
@@ -21,7 +22,7 @@ MiB = 1 << 20
 
 @pytest.fixture
 def rig() -> Iterator[PortRig]:
-    with open_rig(ring=RingConfig(slots=8, slot_bytes=64 << 10, prefault=False), before=TakingRing) as made:
+    with open_rig(ring=RingConfig(slots=8, slot_bytes=64 << 10, prefault=False), before=LockedRing) as made:
         yield made
 
 
@@ -77,9 +78,9 @@ def test_the_newest_come_first_where_that_is_asked(rig: PortRig) -> None:
 
 
 def test_what_its_writer_said_comes_with_each(rig: PortRig) -> None:
-    rig.write(b"one")
+    rig.ring.write_raw(b"one", meta={"policy": 7})
     (offered,) = decode_offer(begin_take(rig.peer()).body)
-    assert offered.envelope == TakingRing.ENVELOPE
+    assert msgpack.unpackb(offered.envelope) == {"policy": 7}
     assert offered.commit_time_ns > 0
 
 
@@ -194,10 +195,8 @@ def test_a_lock_that_is_not_to_be_had_is_waited_for_once_a_turn_and_costs_no_con
     assert rig.states(ref) == [SlotState.READING]
 
 
-class TakingRing:
-    """A ring whose payloads can be taken."""
-
-    ENVELOPE = b"what its writer said"
+class LockedRing:
+    """A ring whose lock is held while the test says so."""
 
     def __init__(self, ring: SharedRingBuffer) -> None:
         self._ring = ring
@@ -206,29 +205,7 @@ class TakingRing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ring, name)
 
-    def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[Any]:
+    def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
         if self.is_locked:
             raise DeadlineExceededError("the ring's lock is held")
-        refs = self._ring.ready_refs()
-        leases: list[Any] = []
-        for ref in refs[::-1] if newest else refs:
-            if len(leases) == max_payloads or ref.nbytes > max_bytes:
-                if not leases:
-                    raise ConfigError(f"the next payload has {ref.nbytes} bytes", field="max_bytes")
-                break
-            max_bytes -= ref.nbytes
-            leases.append(TakenLease(self._ring.acquire(ref, reader=reader)))
-        return leases
-
-
-class TakenLease:
-    """A lease with an envelope."""
-
-    commit_time_ns = 7
-
-    def __init__(self, lease: Any) -> None:
-        self._lease = lease
-        self.envelope = TakingRing.ENVELOPE
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lease, name)
+        return self._ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)

@@ -83,13 +83,13 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
 @pytest.mark.parametrize(
     ("modules", "spared"),
     [
-        (("ucxx_transport.sidecar.main",), {"asyncio", "httpx", "numpy", "sqlite3"}),
+        (("ucxx_transport.sidecar.main",), {"asyncio", "http", "numpy", "sqlite3"}),
         (
             ("ucxx_transport.sidecar.main", "ucxx_transport.server.port_thread", "ucxx_transport.ring"),
             {
                 "anyio",
                 "asyncio",
-                "httpx",
+                "http",
                 "psutil",
                 "rich",
                 "sqlite3",
@@ -99,7 +99,7 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
         ),
         (
             ("ucxx_transport.sidecar.main", "ucxx_transport.membership.renewal", "ucxx_transport.membership.local"),
-            {"httpx", "numpy", "psutil", "rich"},
+            {"http", "numpy", "psutil", "rich"},
         ),
     ],
     ids=["neither", "serve", "renew"],

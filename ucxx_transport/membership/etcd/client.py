@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import select
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Final, TypeVar
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.etcd.messages import FAILED_PRECONDITION, EtcdReply, Json, answer_of, is_not_logged_in
+from ucxx_transport.membership.etcd.messages import (
+    FAILED_PRECONDITION,
+    EtcdReply,
+    Json,
+    answer_of,
+    is_not_logged_in,
+    parsed,
+)
 from ucxx_transport.settings.fields import Secret
 
-if TYPE_CHECKING:
-    import httpx
+T = TypeVar("T")
 
-_HEADERS: Final = {"Content-Type": "application/json"}
-_HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
-"""A member that has lost the others ends a watch that has this (clientv3.WithRequireLeader)."""
-_IMPORTED_LATE: Final = ("anyio._backends._asyncio", "concurrent.futures.thread")
 _IDLE_CONNECTIONS: Final = 8
 _IDLE_S: Final = 30.0
-_NO_TOKEN: Final = Secret(b"")
-
-
-def httpx_module() -> ModuleType:
-    """The httpx package; a ConfigError, which names the extra that brings it, where it is not installed."""
-    try:
-        import httpx
-    except ImportError as error:
-        raise ConfigError("etcd:// needs httpx: pip install 'ucxx_transport[etcd]'", field="url") from error
-    return httpx
-
-
-def load_libraries() -> None:
-    """Import everything that requests need, also what would otherwise be imported where it is first used.
-
-    That is in a watch's thread: a child that is forked in the middle of such an import waits for it for ever. Errors as
-    `httpx_module`.
-    """
-    httpx_module()
-    for name in _IMPORTED_LATE:
-        with suppress(ImportError):  # these are the libraries' own modules, which may be renamed
-            importlib.import_module(name)
+_LEAST_S: Final = 0.001
+_PIECE_BYTES: Final = 1 << 16
+NO_TOKEN: Final = Secret(b"")
 
 
 class Endpoints:
@@ -73,6 +58,27 @@ class Endpoints:
         if self._endpoints[self._good] == endpoint:
             self._good = (self._good + 1) % len(self._endpoints)
 
+    def first(self, ask: Callable[[str, float], T], until: float, *, repeatable: bool = True) -> T:
+        """What `ask` returns for the first endpoint that does not fail, given its share of the time in seconds.
+
+        One that is not `repeatable` is not asked of another endpoint where it is not known whether it was carried out.
+        """
+        found: TransportError | None = None
+        for endpoint, others in self.in_turn():
+            try:
+                answer = ask(endpoint, share_s(until - time.monotonic(), others))
+            except (StoreUnavailableError, ConfigError) as error:
+                self.failed(endpoint)
+                if found is None or isinstance(error, StoreUnavailableError):
+                    found = error  # rather than one that is never tried again: the endpoint may come back
+                if not (repeatable or error.facts.get("sent") is False) or time.monotonic() >= until:
+                    break
+            else:
+                self.answered(endpoint)
+                return answer
+        assert found is not None  # there is an endpoint, and it has not answered
+        raise found
+
 
 def share_s(left_s: float, others: int) -> float:
     """How long one endpoint may take of the time that is left, when so many others shall have their turn."""
@@ -84,27 +90,9 @@ class Access:
     """How a cluster is reached, the same for all processes. Proxies of the environment are not asked."""
 
     endpoints: Endpoints
-    scheme: str
-    tls: ssl.SSLContext | bool
+    tls: ssl.SSLContext | None
     user: str
     password: Secret
-
-    def request(
-        self, endpoint: str, path: str, body: Json, *, token: Secret, timeouts: Mapping[str, float | None]
-    ) -> httpx.Request:
-        """A request for `/v3/<path>`, whose body may have secrets, with timeouts to connect, read, write and pool."""
-        made: httpx.Request = httpx_module().Request(
-            "POST",
-            f"{self.scheme}://{endpoint}/v3/{path}",
-            headers={
-                **_HEADERS,
-                **({"Authorization": token.reveal().decode()} if token != _NO_TOKEN else {}),
-                **(_HAS_LEADER if path == "watch" else {}),
-            },
-            content=json.dumps(body, default=_revealed).encode(),
-            extensions={"timeout": dict(timeouts)},
-        )
-        return made
 
 
 def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Access:
@@ -113,7 +101,7 @@ def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Acc
     Raises:
         ConfigError: a file of TLS cannot be used, or TLS is half turned on.
     """
-    context: ssl.SSLContext | bool = False
+    context: ssl.SSLContext | None = None
     if tls or config.ca_file is not None:
         context = _tls_context(config)
     elif config.cert_file is not None:
@@ -121,13 +109,121 @@ def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Acc
             "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too",
             field="cert_file",
         )
-    return Access(
-        endpoints=Endpoints(endpoints),
-        scheme="https" if context else "http",
-        tls=context,
-        user=config.user or "",
-        password=config.password or Secret(b""),
-    )
+    password = config.password or NO_TOKEN
+    return Access(endpoints=Endpoints(endpoints), tls=context, user=config.user or "", password=password)
+
+
+class Connection:
+    """One connection to an endpoint, made by its first request; one request at a time.
+
+    No exception of the libraries is chained to an error of it: their frames hold the token and the password.
+
+    Attributes:
+        endpoint: `host:port`.
+        is_reusable: whether the last answer was read to its end.
+    """
+
+    def __init__(self, endpoint: str, tls: ssl.SSLContext | None) -> None:
+        self.endpoint = endpoint
+        self.is_reusable = True
+        self._http = HTTPConnection(endpoint) if tls is None else HTTPSConnection(endpoint, context=tls)
+        self._socket: socket.socket | None = None
+        self._sent = self._closed = False
+        self._used_s = time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the other side has not ended it, and it has not been idle for too long to know."""
+        if self._socket is None or time.monotonic() - self._used_s > _IDLE_S:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def ask(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> EtcdReply:
+        """The answer to one request, by a time on the monotonic clock; errors of `messages`, and `unreachable`."""
+        self.is_reusable = False
+        response = self._post(path, body, token, until=until, connect_s=connect_s)
+        return answer_of(response.status, self._whole(response, until), self.endpoint)
+
+    def stream(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> Iterator[Json]:
+        """The objects that the answer streams, one a line: the first by `until`, then until it ends or is cut."""
+        self.is_reusable = False
+        response = self._post(path, body, token, until=until, connect_s=connect_s)
+        if response.status != 200:
+            answer_of(response.status, self._whole(response, until), self.endpoint)
+        return self._lines(response)
+
+    def unbounded(self) -> None:
+        """Let the stream be silent from now on for as long as it likes."""
+        if self._socket is not None:
+            self._socket.settimeout(None)
+
+    def close(self) -> None:
+        """End it, and the request that is under way in another thread. Idempotent."""
+        self._closed = True
+        if self._socket is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # which wakes who reads; TLS's own does not
+        self._http.close()
+
+    def _post(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> HTTPResponse:
+        self._sent = False
+        try:
+            if self._socket is None:
+                self._http.timeout = max(_LEAST_S, min(connect_s, until - time.monotonic()))
+                self._http.connect()
+                self._socket = self._http.sock
+            if self._closed:
+                raise ConnectionAbortedError("closed in the meantime")
+            self._socket.settimeout(max(_LEAST_S, until - time.monotonic()))
+            self._sent = True
+            self._http.request(
+                "POST", f"/v3/{path}", json.dumps(body, default=_revealed).encode(), _headers(path, token)
+            )
+            return self._http.getresponse()
+        except (OSError, HTTPException) as error:
+            failure = self._unreachable(error)
+        raise failure
+
+    def _whole(self, response: HTTPResponse, until: float) -> bytes:
+        """The body, which must be whole by then: the socket bounds each of its pieces alone."""
+        assert self._socket is not None
+        pieces: list[bytes] = []
+        try:
+            while piece := response.read1(_PIECE_BYTES):
+                pieces.append(piece)
+                if time.monotonic() > until:
+                    raise TimeoutError("the answer was not whole at the deadline")
+                self._socket.settimeout(max(_LEAST_S, until - time.monotonic()))
+        except (OSError, HTTPException) as error:
+            raise self._unreachable(error) from None
+        self.is_reusable = not (response.length or response.will_close)
+        response.close()
+        self._used_s = time.monotonic()
+        return b"".join(pieces)
+
+    def _lines(self, response: HTTPResponse) -> Iterator[Json]:
+        try:
+            while (line := response.readline()).endswith(b"\n"):
+                if line != b"\n":
+                    yield parsed(line, self.endpoint)
+        except (OSError, HTTPException) as error:
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> TransportError:
+        """The error for a request that could not be brought to an answer."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return ConfigError(
+                "etcd's certificate is not trusted: store.ca_file must hold the authority that signed it, and the "
+                "certificate must name the host",
+                endpoint=self.endpoint,
+                reason=error.verify_message,
+            )
+        facts = {"endpoint": self.endpoint, "reason": type(error).__name__, "detail": str(error), "sent": self._sent}
+        if isinstance(error, TimeoutError):
+            return StoreUnavailableError("etcd does not answer in time", **facts)
+        return StoreUnavailableError("etcd cannot be reached", **facts)
 
 
 class EtcdClient:
@@ -137,37 +233,41 @@ class EtcdClient:
         """Nothing is connected yet."""
         self.access = access
         self.endpoints = access.endpoints
-        self._token: Secret | None = None if access.user else _NO_TOKEN
+        self._token: Secret | None = None if access.user else NO_TOKEN
         self._login_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
+        self._busy: set[Connection] = set()
         self._closed = False
-        library = httpx_module()
-        limits = library.Limits(max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_IDLE_S)
-        self._transport: httpx.HTTPTransport = library.HTTPTransport(verify=access.tls, trust_env=False, limits=limits)
-        self._errors: tuple[type[Exception], ...] = (library.TransportError, library.StreamError)
-        self._unsent: tuple[type[Exception], ...] = (library.ConnectError, library.ConnectTimeout, library.PoolTimeout)
 
     def call(self, path: str, body: Json, *, until: float, repeatable: bool = True) -> EtcdReply:
         """The answer of the first endpoint that gives one, until the deadline on the monotonic clock.
 
         One that is not `repeatable` is not sent again where it is not known whether it was carried out. Raises the
-        errors of `messages`, and `unreachable`.
+        errors of `messages`, and those of a connection.
         """
-        token = self.token(until)
-        try:
-            return self._ask_in_turn(path, body, token, until, repeatable=repeatable)
-        except StorePermissionError as error:
-            if not self.access.user or not is_not_logged_in(error):
-                raise
-        self.forget(token)  # it has run out, or etcd was started again; a refused request was not carried out
-        return self._ask_in_turn(path, body, self.token(until), until, repeatable=repeatable)
+        return self.as_user(lambda token: self._ask(path, body, token, until, repeatable=repeatable), until)
 
-    def token(self, until: float) -> Secret:
-        """The user's token; empty without a user, or where etcd asks for none.
+    def as_user(self, work: Callable[[Secret], T], until: float) -> T:
+        """What `work` does with the user's token; done again with a new one where etcd does not know that any more.
 
         Raises:
             StorePermissionError: etcd does not know this user with this password.
             StoreUnavailableError: it does not answer.
         """
+        token = self.token(until)
+        try:
+            return work(token)
+        except StorePermissionError as error:
+            if not self.access.user or not is_not_logged_in(error):
+                raise
+        with self._login_lock:  # unless another thread has a new one already
+            if self._token == token:
+                self._token = None
+        return work(self.token(until))  # it had run out, or etcd was started again; nothing was carried out
+
+    def token(self, until: float) -> Secret:
+        """The user's token; empty without a user, or where etcd asks for none; errors as `as_user`."""
         token = self._token
         if token is not None:
             return token
@@ -179,100 +279,67 @@ class EtcdClient:
         finally:
             self._login_lock.release()
 
-    def forget(self, token: Secret) -> None:
-        """Log in again before the next call, unless another thread has done so since this token was given."""
-        with self._login_lock:
-            if self._token == token and self.access.user:
-                self._token = None
-
     def close(self) -> None:
         """Close all connections; a call that is under way ends with an error."""
-        self._closed = True
-        self._transport.close()
+        with self._lock:
+            self._closed = True
+            connections = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
+        for connection in connections:
+            connection.close()
 
     def _logged_in(self, until: float) -> Secret:
         credentials = {"name": self.access.user, "password": self.access.password}
         try:
-            reply = self._ask_in_turn("auth/authenticate", credentials, _NO_TOKEN, until, repeatable=True)
+            reply = self._ask("auth/authenticate", credentials, NO_TOKEN, until, repeatable=True)
         except StoreUnavailableError as error:
             if error.facts.get("code") == FAILED_PRECONDITION:
-                return _NO_TOKEN  # authentication is not turned on
+                return NO_TOKEN  # authentication is not turned on
             raise
         token = str(reply.body.get("token", ""))
-        if not token.isascii() or not token.isprintable():  # httpx would show it in its error: no header can have it
+        if not token.isascii() or not token.isprintable():  # no header can have it
             raise StoreUnavailableError("the answer is not etcd's: no token")
         return Secret(token.encode())
 
-    def _ask_in_turn(self, path: str, body: Json, token: Secret, until: float, *, repeatable: bool) -> EtcdReply:
-        found: TransportError | None = None
-        for endpoint, others in self.endpoints.in_turn():
-            share = share_s(until - time.monotonic(), others)
+    def _ask(self, path: str, body: Json, token: Secret, until: float, *, repeatable: bool) -> EtcdReply:
+        def ask(endpoint: str, share: float) -> EtcdReply:
+            """One endpoint's answer, within its share, or, once connected, all of the time for what is sent once."""
+            end = min(until, time.monotonic() + share) if repeatable else until
+            connection = self._taken(endpoint)
             try:
-                reply = self._ask(endpoint, path, body, token, until=until, share=share, whole=not repeatable)
-            except (StoreUnavailableError, ConfigError) as error:
-                self.endpoints.failed(endpoint)
-                if found is None or isinstance(error, StoreUnavailableError):
-                    found = error  # rather than one that is never tried again: the endpoint may come back
-                if not (repeatable or error.facts.get("sent") is False) or time.monotonic() >= until:
-                    break
-            else:
-                self.endpoints.answered(endpoint)
-                return reply
-        assert found is not None  # there is an endpoint, and it has not answered
-        raise found
-
-    def _ask(
-        self, endpoint: str, path: str, body: Json, token: Secret, *, until: float, share: float, whole: bool
-    ) -> EtcdReply:
-        """One endpoint's answer, within its share of the time, or, once connected, the `whole` of it."""
-        if self._closed:
-            raise ConfigError("the store is closed: open another")
-        end = until if whole else min(until, time.monotonic() + share)
-        left_s = max(0.001, end - time.monotonic())
-        timeouts = {"connect": max(0.001, min(share, left_s)), "read": left_s, "write": left_s, "pool": left_s}
-        request = self.access.request(endpoint, path, body, token=token, timeouts=timeouts)
-        try:
-            response = self._transport.handle_request(request)
-            try:
-                text = _read(response, end, endpoint)
+                return connection.ask(path, body, token, until=end, connect_s=share)
             finally:
-                response.close()
-        except self._errors as error:
-            failure = unreachable(error, endpoint)
-            failure.facts["sent"] = not isinstance(error, self._unsent)
-            raise failure from error
-        except RuntimeError as error:  # of a pool that is closed while it is used
-            if not self._closed:
-                raise
-            raise StoreUnavailableError("the store was closed in the meantime", endpoint=endpoint) from error
-        return answer_of(response.status_code, text, endpoint)
+                self._give_back(connection)
+
+        return self.endpoints.first(ask, until, repeatable=repeatable)
+
+    def _taken(self, endpoint: str) -> Connection:
+        with self._lock:
+            if self._closed:
+                raise ConfigError("the store is closed: open another")
+            idle = self._idle[endpoint]
+            while idle and not idle[-1].is_fresh:
+                idle.pop().close()
+            connection = idle.pop() if idle else Connection(endpoint, self.access.tls)
+            self._busy.add(connection)
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            idle = self._idle[connection.endpoint]
+            if connection.is_reusable and not self._closed and len(idle) < _IDLE_CONNECTIONS:
+                idle.append(connection)
+                return
+        connection.close()
 
 
-def unreachable(error: Exception, endpoint: str) -> TransportError:
-    """The error for a request that httpx could not bring to an answer."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return ConfigError(
-                "etcd's certificate is not trusted: store.ca_file must hold the authority that signed it, and the "
-                "certificate must name the host",
-                endpoint=endpoint,
-                reason=cause.verify_message,
-            )
-        cause = cause.__cause__ or cause.__context__
-    return StoreUnavailableError(
-        "etcd cannot be reached", endpoint=endpoint, reason=type(error).__name__, detail=str(error)
-    )
-
-
-def _read(response: httpx.Response, until: float, endpoint: str) -> bytes:
-    """The body, which must be whole by the deadline: httpx bounds each of its pieces alone."""
-    pieces: list[bytes] = []
-    for piece in response.iter_raw():
-        pieces.append(piece)
-        if time.monotonic() > until:
-            raise StoreUnavailableError("the answer was not whole at the deadline", endpoint=endpoint)
-    return b"".join(pieces)
+def _headers(path: str, token: Secret) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if token != NO_TOKEN:
+        headers["Authorization"] = token.reveal().decode()
+    if path == "watch":  # a member that has lost the others ends a watch that has this (clientv3.WithRequireLeader)
+        headers["Grpc-Metadata-hasleader"] = "true"
+    return headers
 
 
 def _revealed(value: object) -> str:

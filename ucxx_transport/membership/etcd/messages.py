@@ -29,7 +29,7 @@ import base64
 import binascii
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, Literal
@@ -90,6 +90,10 @@ class EtcdReply:
         """The answers of a transaction's ranges, in their order."""
         found = self.body.get("responses") or []
         return [EtcdReply(each.get("response_range") or {}) for each in found if isinstance(each, dict)]
+
+
+Ask = Callable[[str, Json], EtcdReply]
+"""Asks etcd: a path below `/v3/` and a request, to the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,10 +215,12 @@ def both_ranges(*requests: Json) -> Json:
     return {"success": [{"request_range": request} for request in requests]}
 
 
-def new_identity(key: bytes) -> tuple[str, Json]:
-    """A random word, and the request that makes it the store's identity unless it has one."""
-    word = secrets.token_hex(16)
-    return word, if_revision(key, 0, "request_put", put_request(key, word.encode(), None))
+def given_identity(ask: Ask, namespace: Namespace) -> str:
+    """The store's identity: a random word that it is given now if it has none. Raises what `ask` does."""
+    key, word = identity_key(namespace), secrets.token_hex(16)
+    put = put_request(key, word.encode(), None)
+    reply = ask("kv/txn", if_revision(key, 0, "request_put", put))
+    return word if reply.succeeded else value_of(reply.ranges()[0].kvs())
 
 
 def watch_request(first: bytes, end: bytes, *, after: int) -> Json:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
 from contextlib import suppress
+from functools import partial
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StorePermissionError
 from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.client import EtcdClient, access, load_libraries
+from ucxx_transport.membership.etcd.client import EtcdClient, access
 from ucxx_transport.membership.etcd.messages import EtcdReply, Json
 from ucxx_transport.membership.etcd.watch import EtcdWatch
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
-from ucxx_transport.membership.leases import whole_seconds
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
 from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store, lease_lost, revision_conflict
 
 
@@ -34,9 +35,8 @@ class EtcdStore(Store):
             tls: whether it is spoken without a `ca_file` too.
 
         Raises:
-            ConfigError: httpx is not installed, or a setting of TLS cannot be used.
+            ConfigError: a setting of TLS cannot be used.
         """
-        load_libraries()
         self._config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._namespace = Namespace(self._config.namespace)
@@ -54,18 +54,14 @@ class EtcdStore(Store):
         return f"EtcdStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        until = self._until(timeout_s)
-        key = messages.identity_key(self._namespace)
-        found = messages.value_of(self._call("kv/range", messages.range_request(key), until).kvs())
-        if not found:
-            word, request = messages.new_identity(key)
-            reply = self._call("kv/txn", request, until)
-            found = word if reply.succeeded else messages.value_of(reply.ranges()[0].kvs())
-        self._identity = found
-        return found
+        ask = partial(self._call, until=self._until(timeout_s))
+        known = ask("kv/range", messages.range_request(messages.identity_key(self._namespace)))
+        self._identity = messages.value_of(known.kvs()) or messages.given_identity(ask, self._namespace)
+        return self._identity
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        reply = self._call("lease/grant", {"TTL": str(whole_seconds(ttl_s))}, self._until(timeout_s))
+        whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
+        reply = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
         return Lease(lease_id=reply.number("ID"), ttl_s=float(reply.number("TTL")))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:

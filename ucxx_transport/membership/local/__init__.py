@@ -1,4 +1,4 @@
-"""A store in one SQLite file: many processes of one machine, no server."""
+"""A store in one file: many processes of one machine, no server."""
 
 from ucxx_transport.membership.local.store import LocalStore
 

@@ -1,32 +1,28 @@
-"""`LocalStore`: the Store protocol over one SQLite file."""
+"""`LocalStore`: the Store protocol over one file."""
 
 from __future__ import annotations
 
 import os
-import sqlite3
+import secrets
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, TypeVar, cast
+from typing import Final, TypeVar
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StoreResetError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_value
-from ucxx_transport.membership.leases import checked_ttl_s, is_over, pause_s
-from ucxx_transport.membership.local import tables
-from ucxx_transport.membership.local.database import Database
-from ucxx_transport.membership.local.store_file import checked_path, default_path
+from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
+from ucxx_transport.membership.local.content import Content, Row, Step
+from ucxx_transport.membership.local.log_file import LogFile, checked_path, default_path
 from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
 
 ResultT = TypeVar("ResultT")
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S: Final = 0.05
-_READ_BYTES: Final = 4 << 20
-"""Of keys and values that a watch fetches at once, give or take a revision."""
 
 
 def _boot_time() -> float:
@@ -50,7 +46,7 @@ class LocalStore(Store):
         """Name the file; it is opened, or made, by the first call.
 
         Args:
-            path: of the file; None: this user's own on this machine (see `local.store_file`).
+            path: of the file; None: this user's own on this machine (see `local.log_file`).
             config: namespace and time limit.
             clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
             boot_id: changes when that clock begins again: the leases of another one are over.
@@ -62,36 +58,39 @@ class LocalStore(Store):
         self._config = config or StoreConfig()
         self._namespace = Namespace(self._config.namespace)
         self._clock = clock
-        self._boot_id = boot_id or _BOOT_ID.read_text(encoding="ascii").strip()
-        self._database = Database(checked_path(path or default_path()), boot_id=self._boot_id)
+        boot = boot_id or _BOOT_ID.read_text(encoding="ascii").strip()
+        self._file = LogFile(checked_path(path or default_path()), boot, lambda content: content.due(clock(), boot))
         self._watches: weakref.WeakSet[LocalWatch] = weakref.WeakSet()
 
     @property
     def url(self) -> str:
-        return self._database.path.as_uri().replace("file://", "local://", 1)
+        return self._file.path.as_uri().replace("file://", "local://", 1)
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        return self._read(lambda db: tables.state(db).store_id, timeout_s)
+        return self._read(lambda _: self._file.store_id, timeout_s)
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        checked_ttl_s(ttl_s)
-        lease_id = self._write(lambda db, now: tables.add_lease(db, ttl_s, now), timeout_s)
-        return Lease(lease_id=lease_id, ttl_s=float(ttl_s))
+        lease = Lease(lease_id=secrets.randbelow((1 << 63) - 1) + 1, ttl_s=checked_ttl_s(ttl_s))
+
+        def grant(_: Content) -> tuple[list[Step], Lease]:
+            return [["lease", lease.lease_id, lease.ttl_s, self._clock() + lease.ttl_s]], lease
+
+        return self._write(grant, timeout_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         checked_lease_id(lease_id)
-        return self._write(lambda db, now: tables.renew(db, lease_id, now), timeout_s)
+        return self._write(lambda content: content.renewing(lease_id, self._clock()), timeout_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         checked_lease_id(lease_id)
-        self._write(lambda db, _now: tables.end_lease(db, lease_id), timeout_s)
+        self._write(lambda content: (content.ending(lease_id), None), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         stored = self._namespace.stored(key)
-        found = self._read(lambda db: tables.row(db, stored), timeout_s)
+        found = self._read(lambda content: content.entries.get(stored), timeout_s)
         return None if found is None else self._entry(found)
 
     def put(
@@ -108,107 +107,71 @@ class LocalStore(Store):
         checked_expected(expected)
         if lease_id is not None:
             checked_lease_id(lease_id)
-        return self._write(
-            lambda db, _now: tables.put(db, stored, value, lease_id=lease_id, expected=expected), timeout_s
-        )
+
+        def put(content: Content) -> tuple[list[Step], int]:
+            return content.putting(stored, value, lease_id=lease_id, expected=expected), content.revision + 1
+
+        return self._write(put, timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
         checked_expected(expected)
-        return self._write(lambda db, _now: tables.delete(db, stored, expected=expected), timeout_s)
+
+        def delete(content: Content) -> tuple[list[Step], bool]:
+            steps = content.deleting(stored, expected=expected)
+            return steps, bool(steps)
+
+        return self._write(delete, timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self._namespace.bounds(prefix)
-
-        def read(db: sqlite3.Connection) -> tuple[int, list[tables.Row]]:
-            return tables.state(db).revision, tables.rows(db, first, end)
-
-        revision, found = self._read(read, timeout_s)
-        return Snapshot(revision=revision, entries=tuple(self._entry(row) for row in found))
+        revision, rows = self._read(lambda content: (content.revision, content.rows(first, end)), timeout_s)
+        return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)))
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
-        self._database.check_open()
-        watch = LocalWatch(
-            self._database,
-            self._namespace,
-            prefix,
-            after=after,
-            timeout_s=self._config.timeout_s,
-            clock=self._clock,
-            expire=lambda until: self._database.write(self._expire, until=until),
-        )
+        self._file.check_open()
+        watch = LocalWatch(self._file, self._namespace, prefix, after=after, timeout_s=self._config.timeout_s)
         self._watches.add(watch)
         return watch
 
     def close(self) -> None:
         for watch in list(self._watches):
             watch.close()
-        self._database.close(self._config.timeout_s)
+        self._file.close()
 
-    def _entry(self, row: tables.Row) -> Entry:
+    def _entry(self, row: Row) -> Entry:
         return Entry(key=self._namespace.key(row.key), value=row.value, revision=row.revision, lease_id=row.lease_id)
 
-    def _expire(self, db: sqlite3.Connection) -> float:
-        """End the leases that are over; returns the time."""
-        now = self._clock()
-        tables.expire(db, now, self._boot_id)
-        return now
+    def _read(self, body: Callable[[Content], ResultT], timeout_s: float | None) -> ResultT:
+        return self._file.read(body, until=self._until(timeout_s))
 
-    def _read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        """What `body` reads when no lease is over."""
-        until = self._until(timeout_s)
-
-        def unless_over(db: sqlite3.Connection) -> tuple[ResultT] | None:
-            return None if is_over(tables.first_deadline(db), self._clock()) else (body(db),)
-
-        while (seen := self._database.read(unless_over, until=until)) is None:
-            self._database.write(self._expire, until=until)
-        return seen[0]
-
-    def _write(self, change: Callable[[sqlite3.Connection, float], ResultT], timeout_s: float | None) -> ResultT:
-        """What `change` returns, made after the leases that are over have ended."""
-        return self._database.write(lambda db: change(db, self._expire(db)), until=self._until(timeout_s))
+    def _write(self, decide: Callable[[Content], tuple[list[Step], ResultT]], timeout_s: float | None) -> ResultT:
+        return self._file.write(decide, until=self._until(timeout_s))
 
     def _until(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
 
 
 class LocalWatch(Watch):
-    """Changes below a prefix: reads the log 20 times a second, and ends leases that are over."""
+    """Changes below a prefix: looks at the file 20 times a second, and ends leases that are over."""
 
-    def __init__(
-        self,
-        database: Database,
-        namespace: Namespace,
-        prefix: str,
-        *,
-        after: int,
-        timeout_s: float,
-        clock: Callable[[], float],
-        expire: Callable[[float], object],
-    ) -> None:
+    def __init__(self, file: LogFile, namespace: Namespace, prefix: str, *, after: int, timeout_s: float) -> None:
         """Nothing is read yet.
 
         Args:
-            database: the store's; its identity now, where it is known, is the one that is watched.
+            file: the store's; its identity now, where it is known, is the one that is watched.
             namespace: of the keys.
             prefix: of the keys.
             after: the revision after which changes are wanted.
             timeout_s: how long a locked file is tolerated.
-            clock: of the leases' deadlines.
-            expire: ends the leases that are over, until a time on the monotonic clock.
         """
-        self._database = database
+        self._file = file
         self._key = namespace.key
         self._first, self._end = namespace.bounds(prefix)
         self._after = after
         self._timeout_s = timeout_s
-        self._clock = clock
-        self._expire = expire
-        self._store_id = database.store_id
-        self._first_deadline: float | None = None
+        self._store_id = file.store_id
         self._locked_since: float | None = None
-        self._seen_version: tuple[int, int] | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
         self._pid = os.getpid()
@@ -230,62 +193,34 @@ class LocalWatch(Watch):
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return None
-            now = self._clock()
-            pause = pause_s(now=now, until=now + left_s, first_deadline=self._first_deadline, poll_s=_POLL_S)
-            self._closing.wait(pause)
+            self._closing.wait(min(left_s, _POLL_S))
 
     def close(self) -> None:
         self._closing.set()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
-            raise StoreUnavailableError("the watch is closed", path=str(self._database.path))
+            raise StoreUnavailableError("the watch is closed", path=str(self._file.path))
 
     def _fetch(self) -> None:
-        """Take what has changed, after having ended what is over."""
-        self._read_log()
-        if is_over(self._first_deadline, self._clock()) and self._expired():
-            self._read_log()
-
-    def _read_log(self) -> None:
-        until = time.monotonic() + self._timeout_s
-        version = self._database.version(until=until)
-        if version == self._seen_version:
-            return
-        state, self._first_deadline, batches, self._after = self._database.read(self._changes, until=until)
-        self._store_id = state.store_id
-        self._batches.extend(batches)
-        self._seen_version = version if self._after == state.revision else None  # there is more than was fetched
-
-    def _changes(self, db: sqlite3.Connection) -> tuple[tables.State, float | None, list[Batch], int]:
-        state = tables.state(db)
-        if self._store_id not in {"", state.store_id}:
-            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._database.path))
-        after, found = tables.changes(db, self._first, self._end, after=self._after, limit_bytes=_READ_BYTES)
-        batches = [
-            Batch(revision=changes[0].revision, events=tuple(self._event(change) for change in changes))
-            for changes in found
-        ]
-        return state, tables.first_deadline(db), batches, after
-
-    def _event(self, change: tables.Change) -> Event:
-        return Event(
-            kind=cast("Literal['put', 'delete']", change.kind),
-            key=self._key(change.key),
-            value=change.value,
-            revision=change.revision,
-            lease_id=change.lease_id,
-        )
-
-    def _expired(self) -> bool:
-        """End what is over; where the file is locked, at a later poll, as long as that is tolerated."""
+        """Take what has changed, after what is due is done: at a later poll where the file is locked, if tolerated."""
         now = time.monotonic()
         try:
-            self._expire(now)
+            self._file.read(self._take, until=now + _POLL_S)
         except StoreUnavailableError:
             self._locked_since = self._locked_since or now
             if now - self._locked_since > self._timeout_s:
                 raise
-            return False
-        self._locked_since = None
-        return True
+        else:
+            self._locked_since = None
+
+    def _take(self, content: Content) -> None:
+        if self._store_id not in {"", self._file.store_id}:
+            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._file.path))
+        for revision, changes in content.changes(self._first, self._end, after=self._after):
+            events = (
+                Event(kind=one.kind, key=self._key(one.key), value=one.value, revision=revision, lease_id=one.lease_id)
+                for one in changes
+            )
+            self._batches.append(Batch(revision=revision, events=tuple(events)))
+        self._store_id, self._after = self._file.store_id, content.revision

@@ -9,7 +9,7 @@ import pytest
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import LeaseLostError, StoreUnavailableError
-from ucxx_transport.groups.membership import LeaseRenewer
+from ucxx_transport.membership.renewal import LeaseRenewer
 
 TTL_S = 60.0
 INTERVAL_S = 0.02

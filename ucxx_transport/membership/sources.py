@@ -1,4 +1,6 @@
-"""The source record: what a rollout worker publishes of itself, as JSON that an operator can read in the store.
+"""Sources: what a rollout worker publishes of itself, and the view of all of them that a watcher keeps.
+
+A record is JSON, which an operator can read in the store:
 
 | key       | value                                                                   |
 |-----------|-------------------------------------------------------------------------|
@@ -14,19 +16,32 @@
 | ports     | its ports                                                               |
 | ttl_s     | how long the record lives without a renewal                             |
 | meta      | what else the worker publishes: a JSON object                           |
+
+What a snapshot or a batch changes in a view:
+
+| known before | the store has                | change                                     |
+|--------------|------------------------------|--------------------------------------------|
+| –            | a record                     | add                                        |
+| a record     | the same                     | –                                          |
+| a record     | same epoch, other words      | update                                     |
+| a record     | another epoch, session, ring | remove of the old, add of the new          |
+| a record     | deleted, not in a snapshot   | remove                                     |
+| a record     | missing after a reset        | remove, unless it is back within `grace_s` |
+| anything     | what is no record            | – (counted)                                |
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.membership.keys import source_key, worker_id_of
+from ucxx_transport.membership.store import Batch, Snapshot
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_PORTS, MAX_RING_NAME_CHARS
 from ucxx_transport.schema.wire_form import (
@@ -35,7 +50,9 @@ from ucxx_transport.schema.wire_form import (
     describe,
     is_plain_text,
     is_unsigned,
+    pack_json,
     take_fields,
+    unpack_json,
 )
 
 MAX_RECORD_BYTES: Final = 64 << 10
@@ -60,7 +77,26 @@ class SourceStatus(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceRecord:
+class Offer:
+    """What can be read, and where.
+
+    Attributes:
+        ring_id: 16 bytes.
+        ring_name: the segment's name on its host.
+        host_id: which host and namespace that is; equal to a reader's own means: the ring can be read in place.
+        host: the server's address, None without a server.
+        ports: its ports.
+    """
+
+    ring_id: bytes
+    ring_name: str
+    host_id: str
+    host: str | None = None
+    ports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord(Offer):
     """A rollout worker, as the store knows it.
 
     Attributes:
@@ -68,11 +104,6 @@ class SourceRecord:
         epoch: which publication of that name; larger is later.
         session: random, of one publisher's life.
         status: what may be expected of it.
-        ring_id: of the ring it serves, 16 bytes.
-        ring_name: the segment's name on its host.
-        host_id: equal to a reader's own means: the ring can be read in place.
-        host: address of its server, None without one.
-        ports: of its server.
         ttl_s: how long the record lives without a renewal.
         meta: what else the worker publishes.
     """
@@ -81,11 +112,6 @@ class SourceRecord:
     epoch: int
     session: str
     status: SourceStatus
-    ring_id: bytes
-    ring_name: str
-    host_id: str
-    host: str | None = None
-    ports: tuple[int, ...] = ()
     ttl_s: float = 0.0
     meta: Mapping[str, object] = field(default_factory=lambda: _NO_META)
 
@@ -145,7 +171,7 @@ class SourceRecord:
             ConfigError: `meta` is not JSON, or the record is larger than 64 KiB.
         """
         try:
-            raw = json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":")).encode()
+            raw = pack_json(self.to_dict())
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"meta must be JSON: {exc}", field="meta") from exc
         if len(raw) > MAX_RECORD_BYTES:
@@ -159,12 +185,7 @@ class SourceRecord:
         Raises:
             ProtocolError: it is malformed or of another version; the message names the field.
         """
-        if len(raw) > MAX_RECORD_BYTES:
-            raise ProtocolError(f"a source record of {len(raw)} bytes; at most {MAX_RECORD_BYTES}", nbytes=len(raw))
-        try:
-            data = json.loads(raw)
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"a source record is not JSON: {exc}", field="source record") from exc
+        data = unpack_json(raw, "source record", max_bytes=MAX_RECORD_BYTES)
         form = dict(take_fields(data, "source record", required=_KEYS))
         check_version(form.pop("version"), "source record")
         # what these do not take they leave as it is, for __post_init__ to refuse by its name
@@ -196,3 +217,97 @@ def _are_ports(ports: object) -> bool:
         and len(ports) <= MAX_PORTS
         and all(is_unsigned(port, 16) and port > 0 for port in ports)
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceChange:
+    """One change of what is known: "add", "update" or "remove", for which `record` is as it was known."""
+
+    kind: Literal["add", "update", "remove"]
+    record: SourceRecord
+
+
+class SourceView:
+    """What is known of the sources of a store, by worker id. Keys lie below `SOURCES`."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, SourceRecord] = {}
+        self._missing_until_s: dict[str, float] = {}
+        self.malformed = 0
+
+    @property
+    def sources(self) -> tuple[SourceRecord, ...]:
+        """All known, by worker id."""
+        return tuple(self._known[worker_id] for worker_id in sorted(self._known))
+
+    def get(self, worker_id: str) -> SourceRecord | None:
+        """One source, or None."""
+        return self._known.get(worker_id)
+
+    def take_snapshot(self, snapshot: Snapshot, *, now: float, grace_s: float = 0.0) -> list[SourceChange]:
+        """What a whole picture of the store changes.
+
+        Args:
+            snapshot: of all sources.
+            now: seconds.
+            grace_s: how long a source that is not in it is still taken for known: after a reset the store is empty,
+                though its sources live and are about to say so again. One that has a grace already keeps that.
+        """
+        changes: list[SourceChange] = []
+        there: set[str] = set()
+        for entry in snapshot:
+            there.add(entry.key)
+            changes += self._put(entry.key, entry.value)
+        for worker_id in sorted(self._known):
+            if source_key(worker_id) in there:
+                continue
+            if grace_s > 0:
+                self._missing_until_s.setdefault(worker_id, now + grace_s)
+            elif worker_id not in self._missing_until_s:
+                changes += self._remove(worker_id)
+        return changes
+
+    def take_batch(self, batch: Batch) -> list[SourceChange]:
+        """What the changes of one revision change."""
+        changes: list[SourceChange] = []
+        for event in batch.events:
+            if event.kind == "put":
+                changes += self._put(event.key, event.value)
+            elif source_key(worker_id := worker_id_of(event.key)) == event.key:
+                changes += self._remove(worker_id)
+        return changes
+
+    def expire(self, now: float) -> list[SourceChange]:
+        """Removes those that are missing since a reset and have not come back in time."""
+        late = sorted(worker_id for worker_id, until_s in self._missing_until_s.items() if now >= until_s)
+        return [change for worker_id in late for change in self._remove(worker_id)]
+
+    def _put(self, key: str, value: bytes) -> list[SourceChange]:
+        try:
+            record = SourceRecord.from_bytes(value)
+        except ProtocolError:
+            self.malformed += 1
+            return []
+        worker_id = record.worker_id
+        if source_key(worker_id) != key:
+            self.malformed += 1
+            return []
+        self._missing_until_s.pop(worker_id, None)
+        before = self._known.get(worker_id)
+        if before == record:
+            return []
+        self._known[worker_id] = record
+        if before is None:
+            return [SourceChange(kind="add", record=record)]
+        if _life(before) == _life(record):
+            return [SourceChange(kind="update", record=record)]
+        return [SourceChange(kind="remove", record=before), SourceChange(kind="add", record=record)]
+
+    def _remove(self, worker_id: str) -> list[SourceChange]:
+        self._missing_until_s.pop(worker_id, None)
+        before = self._known.pop(worker_id, None)
+        return [] if before is None else [SourceChange(kind="remove", record=before)]
+
+
+def _life(record: SourceRecord) -> tuple[int, str, bytes]:
+    return record.epoch, record.session, record.ring_id

@@ -1,0 +1,245 @@
+"""The two ends of a measurement, each a process that takes orders: a source that holds payloads, a reader that reads.
+
+| order  | the source                                  | the reader                                                   |
+|--------|---------------------------------------------|--------------------------------------------------------------|
+| open   | make room for payloads, and serve them      | make the client; nothing is connected yet                    |
+| fill   | write a payload into every slot             |                                                              |
+| verify |                                             | read all, compare every byte: also the warm-up               |
+| time   |                                             | read all, each one timed; or in batches                      |
+| close  | end what was opened                         | the same                                                     |
+
+A read is timed from the call until its bytes are held, and an older payload is released in their place: the reader
+holds as many as the source has slots, so that for every subject the receiving side rotates over as much memory as the
+sending one. Reads in place are released at once.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from bench.core.control import serve_orders, serve_orders_async
+from bench.core.host import call_ns
+from bench.core.payloads import PayloadPattern
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["AsyncReader", "BatchReader", "Held", "Offer", "Reader", "run_async_reader", "run_reader", "run_source"]
+
+IO_TIMEOUT_S: Final = 60.0
+
+Offer = tuple[int, Any]
+"""Number of a payload, and the reference to it: plain values that the subject's own reader understands."""
+
+
+class Held(Protocol):
+    """The bytes of one read, until they are given back."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """The payload."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
+class Reader(Protocol):
+    """A blocking client in the reader's process. What a reference resolves to is its own affair, hence `Any`."""
+
+    @property
+    def open(self) -> Callable[..., None]:
+        """`open(*, size_bytes, slots, **options)` makes the client."""
+
+    def resolve(self, reference: Any) -> Any:
+        """What `read` takes; not timed."""
+
+    @property
+    def read(self) -> Callable[[Any], Held]:
+        """`read(reference)` reads one payload."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+@runtime_checkable
+class BatchReader(Protocol):
+    """One that can also read many at once."""
+
+    def read_batch(self, references: Sequence[Any]) -> Sequence[Held]:
+        """The payloads, in the order of the references."""
+
+
+class AsyncReader(Protocol):
+    """The same for a client on an event loop."""
+
+    @property
+    def open(self) -> Callable[..., Awaitable[None]]:
+        """See `Reader`."""
+
+    def resolve(self, reference: Any) -> Any:
+        """See `Reader`."""
+
+    @property
+    def read(self) -> Callable[[Any], Awaitable[Held]]:
+        """See `Reader`."""
+
+    async def close(self) -> None:
+        """See `Reader`."""
+
+
+def run_source(connection: Connection, make: Callable[..., Any], *arguments: Any) -> None:
+    """Be a source until the pipe closes; every public method of what `make` makes can be ordered."""
+    source = make(*arguments)
+    try:
+        serve_orders(connection, lambda verb: getattr(source, verb), getattr(source, "before_order", None))
+    finally:
+        source.close()
+
+
+def run_reader(connection: Connection, make: Callable[[], Reader]) -> None:
+    """Be a reader with a blocking client until the pipe closes."""
+    desk = _Desk(make())
+    serve_orders(connection, lambda verb: getattr(desk, verb))
+
+
+def run_async_reader(connection: Connection, make: Callable[[], AsyncReader]) -> None:
+    """Be a reader with a client on an event loop until the pipe closes."""
+    desk = _AsyncDesk(make())
+    asyncio.run(serve_orders_async(connection, lambda verb: getattr(desk, verb)))
+
+
+class _Watch:
+    """Times one order's reads, and keeps the last payloads held."""
+
+    def __init__(self, hold: int, *, touch: bool) -> None:
+        self.latencies_ns = array.array("q")
+        self.touch = _read_every_byte if touch else None
+        self._held: list[Held | None] = [None] * hold
+        self._turn = 0
+
+    def __enter__(self) -> Self:
+        self._cpu_ns = time.process_time_ns()
+        self._wall_ns = time.perf_counter_ns()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_ns = time.perf_counter_ns() - self._wall_ns
+        self._cpu_ns = time.process_time_ns() - self._cpu_ns
+        for held in self._held:
+            if held is not None:
+                held.release()
+
+    def hold(self, held: Held) -> None:
+        """Hold this one, and release the oldest."""
+        if not self._held:
+            held.release()
+            return
+        place = self._turn = (self._turn + 1) % len(self._held)
+        oldest = self._held[place]
+        self._held[place] = held
+        if oldest is not None:
+            oldest.release()
+
+    def answer(self) -> dict[str, Any]:
+        return {
+            "latencies_ns": self.latencies_ns.tobytes(),
+            "wall_ns": self.wall_ns,
+            "cpu_ns": self._cpu_ns,
+            "call_ns": call_ns(),
+        }
+
+
+class _Desk:
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def open(self, *, size_bytes: int, slots: int, hold: int, **options: Any) -> None:
+        self._pattern = PayloadPattern(size_bytes)
+        self._hold = hold
+        self._reader.open(size_bytes=size_bytes, slots=slots, **options)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _read_batch(self, references: Sequence[Any]) -> Sequence[Held]:
+        assert isinstance(self._reader, BatchReader), "only such a reader is lined up with a batch"
+        return self._reader.read_batch(references)
+
+    def verify(self, offers: Sequence[Offer], batch: int) -> int:
+        for first in range(0, len(offers), batch or 1):
+            group = offers[first : first + (batch or 1)]
+            references = [self._reader.resolve(reference) for _, reference in group]
+            came = self._read_batch(references) if batch else [self._reader.read(references[0])]
+            for (number, _), held in zip(group, came, strict=True):
+                self._pattern.check(number, held.buffer)
+                held.release()
+        return len(offers)
+
+    def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
+        references = [self._reader.resolve(reference) for _, reference in offers]
+        clock, watch = time.perf_counter_ns, _Watch(self._hold, touch=touch)
+        with watch:
+            if batch:
+                for first in range(0, len(references), batch):
+                    group = references[first : first + batch]
+                    began_ns = clock()
+                    for held in self._read_batch(group):
+                        watch.hold(held)
+                    watch.latencies_ns.append((clock() - began_ns) // len(group))
+            else:
+                read, add = self._reader.read, watch.latencies_ns.append
+                for reference in references:
+                    began_ns = clock()
+                    held = read(reference)
+                    if watch.touch is not None:
+                        watch.touch(held.buffer)
+                    watch.hold(held)
+                    add(clock() - began_ns)
+        return watch.answer()
+
+
+class _AsyncDesk:
+    def __init__(self, reader: AsyncReader) -> None:
+        self._reader = reader
+
+    async def open(self, *, size_bytes: int, slots: int, hold: int, **options: Any) -> None:
+        self._pattern = PayloadPattern(size_bytes)
+        self._hold = hold
+        await self._reader.open(size_bytes=size_bytes, slots=slots, **options)
+
+    async def close(self) -> None:
+        await self._reader.close()
+
+    async def verify(self, offers: Sequence[Offer], batch: int) -> int:
+        assert not batch, "batches are measured with blocking clients"
+        for number, reference in offers:
+            held = await self._reader.read(self._reader.resolve(reference))
+            self._pattern.check(number, held.buffer)
+            held.release()
+        return len(offers)
+
+    async def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
+        assert not batch, "batches are measured with blocking clients"
+        references = [self._reader.resolve(reference) for _, reference in offers]
+        clock, watch = time.perf_counter_ns, _Watch(self._hold, touch=touch)
+        read, add = self._reader.read, watch.latencies_ns.append
+        with watch:
+            for reference in references:
+                began_ns = clock()
+                held = await read(reference)
+                if watch.touch is not None:
+                    watch.touch(held.buffer)
+                watch.hold(held)
+                add(clock() - began_ns)
+        return watch.answer()
+
+
+def _read_every_byte(buffer: memoryview) -> None:
+    """Read every byte once, at memory speed."""
+    np.bitwise_xor.reduce(np.frombuffer(buffer[: len(buffer) // 8 * 8], dtype=np.uint64))

@@ -1,0 +1,43 @@
+"""What does a read on the worker's own host take? In place, and copied, beside memcpy.
+
+A view moves no byte: its time says how soon a reader may start, whatever the size. "Every byte read" adds what a
+consumer pays for coming to the data.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bench.core.figures import Row
+from bench.core.lineup import Lineup
+from bench.core.rounds import Lane, Plan, measure_sizes
+from bench.peers.memcpy import MemcpyReader, OwnMemory
+
+__all__ = ["SIZES", "VIEW_ASYNCIO", "VIEW_BLOCKING", "measure"]
+
+SIZES: Final = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
+VIEW_BLOCKING: Final = "view, blocking"
+VIEW_ASYNCIO: Final = "view, asyncio"
+
+
+def measure(question: str, plan: Plan) -> list[Row]:
+    """All ways at all sizes; each payload is released at once."""
+    with Lineup() as lineup:
+        ring, blocking, asyncio = lineup.ring("the ring", ports=1), lineup.blocking(), lineup.asyncio()
+        view, copy = {"local": "view"}, {"local": "copy"}
+        lanes = [
+            Lane(subject=VIEW_BLOCKING, source=ring, reader=blocking, options=view, hold=False),
+            Lane(subject=VIEW_ASYNCIO, source=ring, reader=asyncio, options=view, hold=False),
+            Lane(
+                subject="view, blocking, every byte read",
+                source=ring,
+                reader=blocking,
+                options=view,
+                hold=False,
+                touch=True,
+            ),
+            Lane(subject="copy, blocking", source=ring, reader=blocking, options=copy, hold=False),
+            Lane(subject="copy, asyncio", source=ring, reader=asyncio, options=copy, hold=False),
+            Lane(subject="memcpy", source=OwnMemory(), reader=lineup.reader("memcpy", MemcpyReader), hold=False),
+        ]
+        return measure_sizes(question, lanes, plan.sizes(SIZES), plan)

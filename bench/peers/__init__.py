@@ -1,0 +1,1 @@
+"""What is measured beside this package: other programs, floors and ceilings."""

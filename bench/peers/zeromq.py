@@ -1,0 +1,128 @@
+"""The peer to beat: ZeroMQ over TCP, as one writes it with pyzmq. REQ/REP, zero copy, blocking.
+
+A second reader keeps 16 requests in flight over DEALER/ROUTER; it and the first are served by one thread of the source.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import zmq
+
+from bench.peers.memory import Slots
+
+if TYPE_CHECKING:
+    from bench.core.ends import Held, Offer
+
+__all__ = ["DealerReader", "ZeromqReader", "ZeromqSource"]
+
+HOST: Final = "tcp://127.0.0.1"
+SLOT: Final = struct.Struct("<I")
+IN_FLIGHT: Final = 16
+
+
+class ZeromqSource:
+    """Answers each request for a slot with the slot's memory, which is not copied.
+
+    Args:
+        pattern: of its socket: `zmq.REP` or `zmq.ROUTER`.
+    """
+
+    def __init__(self, pattern: int) -> None:
+        self._slots = Slots()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(pattern)
+        self._port = self._socket.bind_to_random_port(HOST)
+        self._thread = threading.Thread(target=self._serve, name="zeromq-server")
+        self._thread.start()
+
+    def open(self, *, size_bytes: int, slots: int) -> None:
+        """See `Source`."""
+        self._slots.open(size_bytes=size_bytes, slots=slots)
+
+    def fill(self) -> list[Offer]:
+        """See `Source`."""
+        return self._slots.fill(self._port)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._context.term()  # which the serving thread's next wait raises for; it closes its socket
+        self._thread.join()
+
+    def _serve(self) -> None:
+        answer = self._reply if self._socket.socket_type == zmq.REP else self._route
+        with self._socket, suppress(zmq.ContextTerminated):
+            self._socket.linger = 0
+            while True:
+                answer()
+
+    def _reply(self) -> None:
+        (slot,) = SLOT.unpack(self._socket.recv())
+        self._socket.send(self._slots.memory[slot], copy=False)
+
+    def _route(self) -> None:
+        client, request = self._socket.recv_multipart()
+        (slot,) = SLOT.unpack(request)
+        self._socket.send_multipart([client, self._slots.memory[slot]], copy=False)
+
+
+class _Frame:
+    __slots__ = ("_frame", "buffer")
+
+    def __init__(self, frame: zmq.Frame) -> None:
+        self._frame = frame
+        self.buffer = frame.buffer
+
+    def release(self) -> None:
+        """ZeroMQ frees a message when nothing refers to it any more."""
+
+
+class ZeromqReader:
+    """REQ: one request after the other."""
+
+    pattern: int = zmq.REQ
+
+    def open(self, *, size_bytes: int, slots: int) -> None:
+        """See `Reader`."""
+        del size_bytes, slots
+        self._context = zmq.Context()
+        self._socket = self._context.socket(self.pattern)
+        self._port = 0
+
+    def resolve(self, reference: Sequence[int]) -> bytes:
+        """See `Reader`."""
+        port, slot = reference
+        if port != self._port:
+            self._socket.connect(f"{HOST}:{port}")
+            self._port = port
+        return SLOT.pack(slot)
+
+    def read(self, reference: bytes) -> _Frame:
+        """See `Reader`."""
+        self._socket.send(reference)
+        return _Frame(self._socket.recv(copy=False))
+
+    def close(self) -> None:
+        """See `Reader`."""
+        self._context.destroy(linger=0)
+
+
+class DealerReader(ZeromqReader):
+    """DEALER: the answers come in the order of the requests."""
+
+    pattern = zmq.DEALER
+
+    def read_batch(self, references: Sequence[bytes]) -> Sequence[Held]:
+        """See `BatchReader`."""
+        stream, came = self._socket, []
+        for reference in references[:IN_FLIGHT]:
+            stream.send(reference)
+        for reference in references[IN_FLIGHT:]:
+            came.append(_Frame(stream.recv(copy=False)))
+            stream.send(reference)
+        came += [_Frame(stream.recv(copy=False)) for _ in references[:IN_FLIGHT]]
+        return came

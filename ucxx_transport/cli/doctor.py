@@ -1,0 +1,340 @@
+"""`ucxx-transport doctor`: whether this machine can run the transport, and what to change if not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from ucxx_transport import __version__
+from ucxx_transport.cli.installation import installed_version
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.address import choose_address, list_interfaces
+from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
+from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.ring.memory_limit import MemoryLimit, memory_limit
+from ucxx_transport.ring.orphans import SegmentInfo, list_segments
+from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
+from ucxx_transport.server import UCXXServer
+from ucxx_transport.units import format_bytes, format_duration
+
+Verdict = Literal["ok", "note", "warning", "failure"]
+
+_PAYLOAD_BYTES: Final = 1 << 20
+_READS: Final = 32
+_PROBE_LIMIT_S: Final = 30.0
+_PROBE: Final = "from ucxx_transport.cli import doctor, output; output.print_json(doctor.describe_ucx())"
+_RDMA: Final = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
+_SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30
+"""Docker's default is 64 MiB; a ring of a few large episodes needs more."""
+_FEW_DESCRIPTORS: Final = 4096
+"""1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
+_COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "bold red"}
+_OPTIONAL: Final = (
+    ("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), "arrays on a GPU: pip install 'ucxx_transport[cu12]' (or cu13)"),
+    ("torch", ("torch",), "tensors of torch: pip install 'ucxx_transport[torch]'"),
+    ("gymnasium", ("gymnasium",), "the demo: pip install 'ucxx_transport[examples]'"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: software, ucx, network, host or loopback.
+        name: what was looked at.
+        value: what was found, in words.
+        verdict: `failure`: the transport cannot work; `warning`: something will hurt; `note`: good to know.
+        remedy: what to do about it; "" when nothing is to be done.
+    """
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    remedy: str = ""
+
+    @classmethod
+    def judged(cls, topic: str, name: str, value: str, verdict: Verdict, remedy: str) -> Finding:
+        """One of that verdict where there is a remedy, of `ok` where there is none."""
+        return cls(topic, name, value, verdict if remedy else "ok", remedy)
+
+
+def doctor(
+    *,
+    loopback: Annotated[bool, typer.Option(help="Also move payloads through a ring, a server and a client.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
+    logs_to_stderr("error")
+    findings = []
+    for finding in _findings(loopback=loopback):
+        findings.append(finding)
+        if not as_json:
+            _print(finding)
+    failures = [finding for finding in findings if finding.verdict == "failure"]
+    if as_json:
+        print_json({"ok": not failures, "findings": findings})
+    elif not failures:
+        console().print("[green]The transport can work here.[/green]")
+    else:
+        console().print(f"[bold red]{len(failures)} of {len(findings)} failed.[/bold red]")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _findings(*, loopback: bool) -> Iterator[Finding]:
+    yield from _software_findings()
+    if find_spec("ucxx") is not None:
+        yield from _ucx_findings()
+    yield from _network_findings()
+    yield from _host_findings()
+    if loopback:
+        yield from _loopback_findings()
+
+
+def _print(finding: Finding) -> None:
+    from rich.markup import escape
+
+    colour, padding = _COLOURS[finding.verdict], " " * (8 - len(finding.verdict))
+    sign, looked_at = f"[{colour}]{finding.verdict}[/{colour}]", f"{finding.topic} {finding.name}"
+    terminal = console()
+    terminal.print(f"{sign}{padding}{looked_at:28} {escape(finding.value)}", soft_wrap=True)
+    if finding.remedy:
+        terminal.print(f"{'':37}[dim]{escape(finding.remedy)}[/dim]", soft_wrap=True)
+
+
+def _software_findings() -> Iterator[Finding]:
+    """What is installed; nothing of it is imported."""
+    yield Finding("software", "ucxx_transport", __version__)
+    yield Finding("software", "python", f"{platform.python_version()} at {sys.executable}")
+    if sys.platform != "linux":
+        yield Finding("software", "system", sys.platform, "failure", "ucxx_transport runs on Linux only")
+    if find_spec("ucxx") is None:
+        remedy = "only this host's rings can be read; else: pip install 'ucxx_transport[cpu]' (GPU: cu12, cu13)"
+        yield Finding("software", "ucxx", "not installed", "warning", remedy)
+    else:
+        found = installed_version("ucxx-cu12", "ucxx-cu13", "ucxx") or "installed, of unknown version"
+        both = installed_version("ucxx-cu12") and installed_version("ucxx-cu13")
+        remedy = "ucxx-cu12 and ucxx-cu13 overwrite each other: uninstall both, install one" if both else ""
+        yield Finding.judged("software", "ucxx", found, "warning", remedy)
+    for module, distributions, purpose in _OPTIONAL:
+        version = installed_version(*distributions)
+        yield Finding.judged("software", module, version or "not installed", "note", "" if version else purpose)
+
+
+def _ucx_findings() -> Iterator[Finding]:
+    """What UCX says of itself, in a process of its own: one that cannot start may end its process."""
+    probe = [sys.executable, "-c", _PROBE]
+    try:
+        done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_LIMIT_S, check=True)
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        yield _does_not_start(f"no answer within {_PROBE_LIMIT_S:g} s")
+    except subprocess.CalledProcessError as error:
+        yield _does_not_start((error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1])
+    except (ValueError, IndexError) as error:
+        yield _does_not_start(f"its answer makes no sense: {error}")
+    else:
+        yield Finding("ucx", "version", f"{facts['version']} at {facts['library']}")
+        yield from transport_findings(facts, rdma_devices=rdma_devices(), environment=os.environ)
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(("UCX_", "UCXPY_", "RAPIDS_LIBUCX_")):
+            yield Finding("ucx", name, value, "note", "set by you; it wins over the transport's own")
+
+
+def _does_not_start(reason: str) -> Finding:
+    remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"
+    return Finding("ucx", "start", reason, "failure", remedy)
+
+
+def describe_ucx() -> dict[str, object]:
+    """The version of UCX and its resources, such as `["tcp", "eth0"]`, from a context as the link makes one."""
+    from ucxx_transport.link.ucx_api import load_binding
+
+    ucx = load_binding().lib
+    context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
+    return {
+        "version": ".".join(str(part) for part in ucx.get_ucx_version()),
+        "library": str(library_in_use()),
+        "resources": resources_of(context.info),
+        "cuda": bool(context.cuda_support),
+    }
+
+
+def transport_findings(
+    facts: Mapping[str, Any], *, rdma_devices: list[str], environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Which ways UCX has, and whether RDMA is among them where there is hardware for it.
+
+    Args:
+        facts: the answer of `describe_ucx`.
+        rdma_devices: RDMA devices of this host, such as `mlx5_0`.
+        environment: the process's environment.
+    """
+    ways = sorted({f"{transport}/{device}" for transport, device in facts["resources"]})
+    limits = limits_in_words({}, environment) or "this host"
+    remedy = "" if networks_of(facts["resources"]) else f"{limits} leaves no network transport: remove it, or add tcp"
+    yield Finding.judged("ucx", "transports", ", ".join(ways) or "none", "failure", remedy)
+    if _RDMA & {transport for transport, _ in facts["resources"]}:
+        yield Finding("ucx", "rdma", "available")
+        return
+    devices = f"{', '.join(rdma_devices)} in this host, but not usable by this UCX" if rdma_devices else ""
+    is_asked_for = environment.get(PREFER_SYSTEM, "").lower() == "true"
+    remedy = (
+        "the UCX of the wheel has no verbs: where there is RDMA install a UCX that has, and set "
+        f"{PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}"
+    )
+    yield Finding("ucx", "rdma", devices or "no device here", "warning" if devices else "note", remedy)
+
+
+def _network_findings() -> Iterator[Finding]:
+    listed = [
+        f"{one.name} {one.address}{f' ({one.rdma_device})' if one.rdma_device else ''}{'' if one.up else ' down'}"
+        for one in list_interfaces()
+    ]
+    yield Finding("network", "interfaces", ", ".join(listed) or "none")
+    try:
+        chosen = choose_address(None)
+    except ConfigError as error:
+        yield Finding("network", "published address", error.message, "failure")
+        return
+    yield _ports()
+    remedy = "only this host reaches it; another: server.host or UCXX_TRANSPORT_SERVER__HOST"
+    remedy = remedy if chosen.startswith("127.") else ""
+    value = f"{chosen} (listening is on all interfaces)"
+    yield Finding.judged("network", "published address", value, "warning", remedy)
+
+
+def _ports() -> Finding:
+    """Which ports a firewall has to open, by the settings; UCX over TCP connects in both directions."""
+    try:
+        server, client = ServerConfig(), ClientConfig()
+    except ConfigError as error:
+        return Finding("network", "ports", error.message, "failure")
+    pinned = os.environ.get("UCX_TCP_PORT_RANGE")
+    serving, reading = (
+        pinned or ("any free" if one.data_ports is None else "-".join(map(str, one.data_ports)))
+        for one in (server, client)
+    )
+    listening = ", ".join(map(str, () if isinstance(server.ports, int) else server.ports)) or (
+        f"{server.ports} any free" if server.base_port is None else f"{server.ports} from {server.base_port} on"
+    )
+    value = f"worker: listens on {listening}, data on {serving}; trainer: data on {reading}"
+    remedy = (
+        "UCX connects both ways. Behind a firewall set server.base_port and data_ports of both sides, and open: "
+        "trainer to worker, listening and data ports; worker to trainer, data ports"
+    )
+    return Finding("network", "ports", value, "note", remedy)
+
+
+def _host_findings() -> Iterator[Finding]:
+    yield _shared_memory()
+    yield memory_limit_finding(memory_limit())
+    yield segments_finding(list_segments())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft != resource.RLIM_INFINITY and soft < _FEW_DESCRIPTORS
+    remedy = "each connection takes one: ulimit -n 65536 for a server of many trainers" if few else ""
+    yield Finding.judged("host", "open files", f"{_limit(soft)} (at most {_limit(hard)})", "note", remedy)
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    locked = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
+    matters = rdma_devices() and soft != resource.RLIM_INFINITY
+    remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
+    yield Finding.judged("host", "locked memory", locked, "warning", remedy)
+    yield Finding("host", "cores", str(len(os.sched_getaffinity(0))))
+    remedy = "containers that show the same one read each other's rings in place: share the folder and pids"
+    yield Finding("host", "host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _shared_memory() -> Finding:
+    folder = segment_folder()
+    size = os.statvfs(folder)
+    total, free = size.f_blocks * size.f_frsize, size.f_bavail * size.f_frsize
+    value = f"{format_bytes(free)} free of {format_bytes(total)}"
+    remedy = f"docker: --shm-size=8g; else: mount -o remount,size=8g {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding("host", str(folder), f"{value}, not writable", "failure", remedy)
+    is_small = 0 < free < _SMALL_SHARED_MEMORY_BYTES
+    return Finding.judged("host", str(folder), value, "warning", remedy if is_small else "")
+
+
+def memory_limit_finding(limit: MemoryLimit | None) -> Finding:
+    """What the cgroup leaves for rings, which count as its memory wherever they lie in /dev/shm.
+
+    Args:
+        limit: of the group that leaves the least; None without a limit.
+    """
+    if limit is None:
+        return Finding("host", "memory limit", "none")
+    value = f"{format_bytes(limit.room_bytes)} left of {format_bytes(limit.limit_bytes)} ({limit.folder})"
+    remedy = "a ring is memory of its worker: raise it (docker: --memory; Kubernetes: resources.limits.memory)"
+    is_small = limit.room_bytes < _SMALL_SHARED_MEMORY_BYTES
+    return Finding.judged("host", "memory limit", value, "warning", remedy if is_small else "")
+
+
+def segments_finding(segments: Sequence[SegmentInfo]) -> Finding:
+    """How many rings there are on this host, and what dead processes left."""
+    orphans = [info for info in segments if not info.creator_alive]
+    value = f"{len(segments) - len(orphans)} in use, {len(orphans)} left by dead processes"
+    held = format_bytes(sum(info.nbytes for info in orphans))
+    remedy = f"ucxx-transport clean frees {held}; so does the next ring made here" if orphans else ""
+    return Finding.judged("host", "rings", value, "warning", remedy)
+
+
+def _loopback_findings() -> Iterator[Finding]:
+    """Read payloads in place and, where ucxx is installed, over UCX; bytes are compared."""
+    # What is set for this machine's own rings, such as a name or a token for one side, is not what is tried here.
+    ring_config = RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, name=None, readers=1, checksum=True)
+    server_config = ServerConfig(ports=1, base_port=None, host="127.0.0.1", mode="process", token=None, shm_lanes=False)
+    try:
+        with SharedRingBuffer.create(ring_config) as ring:
+            yield _reads(ring, ClientConfig(local="view", token=None), "in place")
+            if find_spec("ucxx") is not None:
+                with UCXXServer(ring, server_config):
+                    over_ucx = ClientConfig(local="off", token=None, shm_lanes=False, deadline_s=10.0)
+                    yield _reads(ring, over_ucx, "over UCX")
+    except TransportError as error:
+        yield Finding("loopback", "ring and server", str(error), "failure")
+
+
+def _reads(ring: SharedRingBuffer, settings: ClientConfig, name: str) -> Finding:
+    took_s = []
+    with SyncUCXXClient(settings) as client:
+        for _ in range(_READS):
+            sent = os.urandom(_PAYLOAD_BYTES)
+            ref = ring.write_raw(sent)
+            start = time.perf_counter()
+            try:
+                with client.read(ref) as payload:
+                    took_s.append(time.perf_counter() - start)
+                    intact = bytes(payload.buffer) == sent
+            except TransportError as error:
+                return Finding("loopback", name, str(error), "failure")
+            if not intact:
+                return Finding("loopback", name, "other bytes came than were written", "failure")
+        lanes = [lane for lane in client.statistics().transports if lane != "unknown"]
+    typical = median(took_s)
+    through = f" through {', '.join(lanes)}" if lanes else ""
+    speed = f"{_PAYLOAD_BYTES / typical / 1e9:.1f} GB/s" if name != "in place" else "nothing copied"
+    size = format_bytes(_PAYLOAD_BYTES)
+    return Finding("loopback", name, f"{_READS} × {size} intact, {format_duration(typical)} each, {speed}{through}")

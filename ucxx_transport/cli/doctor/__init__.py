@@ -1,1 +1,0 @@
-"""`ucxx-transport doctor`: whether this machine can run the transport, and what to change if not."""

@@ -1,0 +1,115 @@
+"""What a writer says of a payload: `meta`, in its reference, and the *envelope*, beside the payload itself.
+
+An envelope is msgpack of at most 1 KiB, so that a reader of a slot knows what it holds without another channel. It is
+the payload's `meta`, or, where a rollout worker wrote it, the payload's record: `EpisodeRecord.to_dict()` with the
+reference's `meta`, or nil, in place of the reference.
+
+Both are made of what JSON and msgpack have in common: None, bools, finite numbers, text, lists, maps keyed by text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NoReturn, cast
+
+import numpy as np
+
+from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema.wire_form import describe, pack, unpack
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_ENVELOPE_BYTES: Final = 1024
+MAX_META_BYTES: Final = 64 << 10
+MAX_META_DEPTH: Final = 16
+MARK: Final = "ucxx_transport"
+"""The key by which a record is known among other mappings."""
+
+NO_META: Final[Mapping[str, object]] = MappingProxyType({})
+
+
+def pack_envelope(content: Mapping[str, object]) -> bytes:
+    """The envelope that says this; a ConfigError where it is not made of plain values."""
+    return checked_meta(content)[1]
+
+
+def unpack_envelope(raw: Buffer) -> dict[str, object] | None:
+    """What an envelope says, which is not trusted; None for an empty one: the writer said nothing.
+
+    Raises:
+        ProtocolError: it is too long, or no mapping of plain values.
+    """
+    if not memoryview(raw):
+        return None
+    form = unpack(raw, "envelope", max_bytes=MAX_ENVELOPE_BYTES)
+    if not isinstance(form, dict):
+        raise ProtocolError(f"an envelope must be a mapping, not {describe(form)}", field="envelope")
+    try:
+        return cast("dict[str, object]", plain(form))
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, field="envelope") from exc
+
+
+def meta_of(envelope: Mapping[str, object] | None) -> Mapping[str, object]:
+    """The `meta` of the reference to a payload with this envelope.
+
+    Raises:
+        ProtocolError: the envelope is a record's, but has something else in the place of it.
+    """
+    if envelope is None:
+        return NO_META
+    meta = envelope["ref"] if MARK in envelope and "ref" in envelope else envelope
+    if meta is None:
+        return NO_META
+    if not isinstance(meta, Mapping):
+        raise ProtocolError(f"a record's envelope has {describe(meta)} for its meta", field="meta")
+    return meta
+
+
+def checked_meta(meta: object) -> tuple[Mapping[str, object], bytes]:
+    """A read-only copy of `meta`, and its msgpack form; a ConfigError: no mapping, not plain, or too large."""
+    if not isinstance(meta, Mapping):
+        _refuse(meta, "a mapping")
+    if not meta:
+        return NO_META, b""
+    copy = cast("dict[str, object]", plain(meta))  # a mapping's plain form is a dict
+    try:
+        packed = pack(copy)
+    except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
+        raise ConfigError(f"meta cannot be written as msgpack: {exc}", field="meta") from exc
+    if len(packed) > MAX_META_BYTES:
+        raise ConfigError(
+            f"meta takes {len(packed)} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
+            field="meta",
+            nbytes=len(packed),
+        )
+    return MappingProxyType(copy), packed
+
+
+def plain(value: object, depth: int = 0) -> object:  # noqa: RET503 - the last call raises
+    """A copy of `value` in types that both JSON and msgpack have; a ConfigError where there is none."""
+    if depth > MAX_META_DEPTH:
+        raise ConfigError(f"meta is deeper than {MAX_META_DEPTH}", field="meta")
+    if isinstance(value, np.generic):  # rewards.mean() and the like
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not isfinite(value):
+            _refuse(value, "made of finite numbers (JSON has no others; use None)")
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                _refuse(key, "keyed by text")
+        return {key: plain(item, depth + 1) for key, item in value.items()}
+    _refuse(value, "made of None, bools, numbers, text, lists and mappings")
+
+
+def _refuse(value: object, expected: str) -> NoReturn:
+    raise ConfigError(f"meta must be {expected}, not {describe(value)}", field="meta")
