@@ -78,9 +78,7 @@ class RigClient:
             assert isinstance(outcome, Payload), outcome
             outcome.release()
 
-    def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
+    def read_many(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> list[Payload | TransportError]:
         """As `SyncUCXXClient.read_many`."""
         return self.outcomes(self.core.begin(refs, deadline_s))
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.client.ports import PortKey
@@ -42,16 +42,17 @@ from ucxx_transport.wire.frames import (
     PACK_BYTES,
     TRAILER_BYTES,
     Status,
+    offer_receive_bytes,
 )
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.reads import Read
+    from ucxx_transport.client.takes import Take
     from ucxx_transport.link.base import Endpoint, Operation
     from ucxx_transport.link.reactor import Timer
-    from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked
+    from ucxx_transport.wire.actions import Asked, Offered
     from ucxx_transport.wire.answers import Named
 
 OWN_WINDOW_BYTES: Final = 2 << 20
@@ -89,7 +90,7 @@ class Attempt:
     __slots__ = ("connection", "due_s", "late", "message", "number", "read", "ref")
 
     def __init__(
-        self, connection: Connection, read: Read | None, ref: SlotRef, number: int, message: Bytes, due_s: float
+        self, connection: Connection, read: Read | None, ref: Named, number: int, message: Bytes, due_s: float
     ) -> None:
         self.connection = connection
         self.read = read
@@ -252,7 +253,7 @@ class Connection:
         """Post one frame; whether there was room for it."""
         queue, session, pool = self.queue, self._session, self._pool
         reads: list[Read] = []
-        refs: list[SlotRef] = []
+        refs: list[Named] = []
         ring_id = b""
         total = shared_bytes = 0
         while queue and len(reads) < MAX_NAMES:
@@ -296,7 +297,7 @@ class Connection:
             self._reads.requeue(self)
         return True
 
-    def _post(self, reads: list[Read], refs: list[SlotRef], total: int, shared_bytes: int) -> None:
+    def _post(self, reads: list[Read], refs: list[Named], total: int, shared_bytes: int) -> None:
         lend, attempts, fail = self._pool.lend, self.attempts, self._reads.no_memory
         messages: list[Bytes] = []
         whole: Bytes | None = None
@@ -384,7 +385,7 @@ class Connection:
             if session.broken:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
             return
-        if ref.fingerprint and ref.fingerprint not in self._pool.schemas:
+        if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
             waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
             if isinstance(waiting, TransportError):
                 self._answered(attempt)
@@ -510,6 +511,51 @@ class Connection:
             errand.start(self)
         else:
             self._errands.append(errand)
+
+    def take_some(self, take: Take, max_payloads: int, max_bytes: int, *, newest: bool, wait_s: float) -> None:
+        """Ask for what the ring has ready; the server waits for a first one so long."""
+        self._running.append(take)
+        session = self._session
+
+        def answered(asked: Asked, answer: bytearray) -> None:
+            self._running.remove(take)
+            try:
+                offer = session.on_offer(asked.attempt, answer)
+            except TransportError as error:
+                if session.broken:
+                    raise
+                take.lost(error)
+            else:
+                wanted = take.offered(self, offer)
+                if offer.payloads:
+                    self._reads.adopt(self, offer.payloads, take if wanted else None)
+            self.after_answers()
+
+        asked = session.take(max_payloads, max_bytes, newest=newest, wait_ms=int(wait_s * 1000))
+        self._ask(asked, offer_receive_bytes(max_payloads), answered)
+
+    def receive_taken(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None:
+        """Receive what the server has picked, each for its read, or, without one, to give it back."""
+        endpoint = self._endpoint
+        assert endpoint is not None
+        due_s = self._pool.reactor.now() + self._pool.config.deadline_s
+        fingerprint = offered[0].fingerprint
+        if fingerprint and fingerprint not in self._pool.schemas and fingerprint not in self._undescribed:
+            self._describe(offered[0].ring_id, fingerprint)
+        for named, read in zip(offered, reads, strict=True):
+            message = self._pool.lend(max(_FRAMING + ((named.nbytes + 7) & ~7), _SHORTEST))
+            clear_ends(message.data, named.nbytes)
+            if read is not None:
+                due_s = self._reads.attempt_due_s(read)
+            ref = named if read is None else read.ref
+            attempt = self.attempts[named.attempt] = Attempt(self, read, ref, named.attempt, message, due_s)
+            self._in_flight_bytes += named.nbytes
+            if read is None:
+                self._reads.orphans.add(attempt)
+            else:
+                read.attempt = attempt
+                read.connection = self
+            endpoint.post_receive(message.data, attempt.arrived, channel=named.attempt & MAX_CHANNEL)
 
     def say_goodbye(self, on_said: Callable[[], None]) -> None:
         """Take leave; called back once the server has handled everything, unless the connection is lost before."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from ucxx_transport.client.connections import Connections
@@ -37,6 +38,7 @@ from ucxx_transport.client.ports import (
     retries_slot,
     shares,
 )
+from ucxx_transport.client.takes import Take
 from ucxx_transport.errors import (
     AuthenticationError,
     BusyError,
@@ -57,10 +59,12 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connection import Attempt, Connection
     from ucxx_transport.client.core import Into
     from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.client.takes import Takeable, TakeRequest
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.membership.source_record import SourceRecord
     from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.actions import Offered
 
 _log = get_logger(__name__)
 
@@ -169,6 +173,8 @@ class Reads:
         connections: to any port of any source.
         finished: jobs that have all their outcomes, until `settle` reports them.
         orphans: attempts in flight that no read waits for, and late ones.
+        takes: calls that take from a ring and have nothing yet.
+        now: the reactor's clock. call_at: its timers. read_attempts: as configured.
     """
 
     def __init__(
@@ -185,15 +191,16 @@ class Reads:
         self.reader = reader
         self.finished: list[Job] = []
         self.orphans: set[Attempt] = set()
+        self.takes: set[Take] = set()
         self.connections = Connections(config, reactor, self, counters=counters, lend=pool.lend)
         self._schemas = self.connections.schemas
-        self._reactor = reactor
-        self._now = reactor.now
+        self.now = reactor.now
+        self.call_at = reactor.call_at
         self._counters = counters
         self._claim = claim
         self._gone = gone
         self._verify_checksum = config.verify_checksum
-        self._read_attempts = config.read_attempts
+        self.read_attempts = config.read_attempts
         self._quarantine = Quarantine(config.port_quarantine_s)
         self._sources: Sources[Read] = Sources(reader)
         self._probed: set[Source[Read]] = set()
@@ -214,7 +221,7 @@ class Reads:
 
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
-        now = self._now()
+        now = self.now()
         groups: dict[Source[Read], list[Read]] = {}
         self._jobs.add(job)
         for index in indices:
@@ -246,7 +253,7 @@ class Reads:
     def start_one(self, job: Job) -> None:
         """`start` for a job of one; what is usual in few steps, for a read of 4 KiB costs no more than they do."""
         ref = job.refs[0]
-        now = self._now()
+        now = self.now()
         source = self._sources.known.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
         if not (source is None or source.under_way or self._wary or job.until_s <= now or ref.ring_id in self._gone):
             keys = source.keys
@@ -266,7 +273,7 @@ class Reads:
                 read = Read(job, 0, ref, source)
                 read.place = "asked"
                 due_s = job.until_s
-                if ports > 1 or self._read_attempts > 1:
+                if ports > 1 or self.read_attempts > 1:
                     due_s = (now + due_s) / 2
                     if ports > 1:
                         read.alternate = keys[(first + 1) % ports]
@@ -299,16 +306,50 @@ class Reads:
     def discard(self, call: Discard, refs: Sequence[SlotRef], until_s: float) -> None:
         """Have payloads of one ring discarded."""
         host, ports = refs[0].host, refs[0].ports
-        if host is None or not ports:
-            return
+        if host is not None and ports:
+            RingDiscard(call, refs, self.connections, partial(self.next_port, host, ports), until_s).ask()
+
+    def take(self, request: TakeRequest, on_done: Callable[[Take], None] | None = None) -> Take:
+        """A call that takes payloads from a ring; `ask` begins it."""
+        source = request.source
+        if source.host is None or not source.ports:
+            raise ConfigError("this source has no address to take from; start its UCXXServer", ring=source.ring_name)
+        take = Take(self, request, on_done)
+        self.takes.add(take)
+        if source.ring_id in self._gone:
+            take.fail(_removed(source))
+        return take
+
+    def next_port(self, host: str, ports: tuple[int, ...]) -> PortKey:
+        """The port that is due for something else than a read."""
         source = self._sources.of(host, ports)
+        keys = source.healthy(self._quarantine, self.now()) or source.keys
+        key = keys[source.first(keys, alone=True)]
+        source.advance()
+        return key
 
-        def port() -> PortKey:
-            keys = source.healthy(self._quarantine, self._now()) or source.keys
-            source.advance()
-            return keys[source.first(keys, alone=True)]
+    def blame(self, key: PortKey, error: TransportError) -> None:
+        """Something else than a read has failed at a port."""
+        if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
+            self._quarantine_port(key, error)
 
-        RingDiscard(call, refs, self.connections, port, until_s).ask()
+    def adopt(self, connection: Connection, offered: Sequence[Offered], take: Take | None) -> None:
+        """Payloads that a server has picked are on their way: the reads of a job, or not wanted any more."""
+        reads: list[Read | None] = [None] * len(offered)
+        if take is not None:
+            refs = take.references(offered)
+            job = Job(refs, take.until_s, take.came)
+            self._jobs.add(job)
+            host = refs[0].host
+            assert host is not None  # checked where the call began
+            source = self._sources.of(host, refs[0].ports)
+            source.under_way += len(refs)
+            others = [key for key in source.keys if key != connection.key]
+            for index, ref in enumerate(refs):
+                read = reads[index] = Read(job, index, ref, source)
+                read.alternate = others[0] if others else None
+                job.reads.append(read)
+        connection.receive_taken(offered, reads)
 
     def source_gone(self, record: SourceRecord) -> None:
         """The reads of a source that is gone fail now, and its idle connections are closed."""
@@ -316,6 +357,9 @@ class Reads:
             for read in tuple(job.reads):
                 if read.job is not None and read.ref.ring_id == record.ring_id:
                     self._fail(read, _removed(read.ref))
+        for take in tuple(self.takes):
+            if take.ring_id == record.ring_id:
+                take.fail(_removed(record))
         if record.host is not None:
             for port in record.ports:
                 self.connections.evict((record.host, port))
@@ -334,6 +378,8 @@ class Reads:
             for read in tuple(job.reads):
                 if read.job is not None:
                     self._fail(read, _copy(error))
+        for take in tuple(self.takes):
+            take.fail(_copy(error))
         self.settle()
 
     # --- Which port ---
@@ -370,7 +416,7 @@ class Reads:
             read.place = "queued"
             read.connection = connection
             limit_s = read.limit_s
-            is_last = is_open or (read.alternate is None and read.call >= self._read_attempts)
+            is_last = is_open or (read.alternate is None and read.call >= self.read_attempts)
             read.due_s = due_s = limit_s if is_last else (now + limit_s) / 2
             if due_s < self._look_s:
                 self._look_at(due_s)
@@ -425,7 +471,7 @@ class Reads:
             self._again.setdefault(source, []).extend(waiting)
 
     def _quarantine_port(self, key: PortKey, error: TransportError) -> None:
-        now = self._now()
+        now = self.now()
         self._counters.add("quarantined")
         self._quarantine.prune(now)
         if not self._quarantine.holds(key, now):  # each further failure prolongs it, and is counted
@@ -440,8 +486,8 @@ class Reads:
         """A read is asked of its port now; when that will have taken too long."""
         read.place = "asked"
         limit_s = read.limit_s
-        if read.alternate is not None or read.call < self._read_attempts:
-            limit_s = (self._now() + limit_s) / 2  # see `ports.attempt_budget_s`
+        if read.alternate is not None or read.call < self.read_attempts:
+            limit_s = (self.now() + limit_s) / 2  # see `ports.attempt_budget_s`
         read.due_s = limit_s
         if limit_s < self._look_s:
             self._look_at(limit_s)
@@ -592,7 +638,7 @@ class Reads:
             if isinstance(error, cls):
                 self._counters.add(reason)
                 break
-        now = self._now()
+        now = self.now()
         alternate = read.alternate
         if (
             alternate is None
@@ -627,7 +673,7 @@ class Reads:
             and (read.limit_s < job.until_s or (is_late and not source.healthy(self._quarantine, now)))
         )
         if not hopeless and retries_slot(
-            error, attempt=read.call, read_attempts=self._read_attempts, remaining_s=remaining_s
+            error, attempt=read.call, read_attempts=self.read_attempts, remaining_s=remaining_s
         ):
             self._counters.add("retries")
             pause_s = backoff_s(error, read.call)
@@ -697,13 +743,13 @@ class Reads:
                 if self._again:
                     again, self._again = self._again, {}
                     for source, reads in again.items():
-                        self._assign(source, reads, self._now())
+                        self._assign(source, reads, self.now())
                 elif self._moved:
                     moved, self._moved = self._moved, {}
                     for key, reads in moved.items():
                         wanted = [read for read in reads if read.job is not None]
                         if wanted:
-                            self._enqueue(key, wanted, self._now())
+                            self._enqueue(key, wanted, self.now())
                 elif self.finished:
                     if self.connections.ending:
                         self.connections.send_ends()
@@ -724,13 +770,13 @@ class Reads:
         if self._look is not None:
             self._look.cancel()
         self._look_s = when_s
-        self._look = self._reactor.call_at(when_s, self._look_round)
+        self._look = self.call_at(when_s, self._look_round)
 
     def _look_round(self) -> None:
         """Take a step with everything that is due; one timer serves all."""
         self._look = None
         self._look_s = _NEVER
-        now = self._now()
+        now = self.now()
         for job in tuple(self._jobs):
             for read in tuple(job.reads):
                 if read.job is not None and read.due_s <= now:
@@ -783,10 +829,10 @@ class Reads:
             self._reassign(queued)
 
 
-def _removed(ref: SlotRef) -> PeerLostError:
+def _removed(source: Takeable) -> PeerLostError:
     """The error of a read whose source is known to be gone."""
     message = "the source of this payload is gone: its worker died, left, or published itself again"
-    return PeerLostError(message, host=ref.host, ring=ref.ring_name, slot=ref.slot, reason="removed")
+    return PeerLostError(message, host=source.host, ring=source.ring_name, reason="removed")
 
 
 def _too_late(ref: SlotRef, **facts: object) -> DeadlineExceededError:
