@@ -1,19 +1,19 @@
 """Payloads without references: what a ring has ready, taken by a client that names only their source.
 
-| step                        | of another host                                       | of this host                    |
-|-----------------------------|-------------------------------------------------------|---------------------------------|
-| something is asked for      | TAKE, over one of the source's ports                  | `SharedRingBuffer.take`         |
-| nothing is there            | the server waits, up to the caller's time             | a wait for the ring's word      |
-| the server has picked some  | an offer: names, and what their writers said of them  | leases                          |
-| each payload                | comes as after a FETCH, and is asked for by its name  | is a view of its slot, or a copy|
-|                             | elsewhere when the connection is lost                 |                                 |
+| step                       | of another host                            | of this host                     |
+|----------------------------|--------------------------------------------|----------------------------------|
+| something is asked for     | TAKE, over one of the source's ports       | `SharedRingBuffer.take`          |
+| nothing is there           | the server waits, up to the caller's time  | a wait for the ring's word       |
+| something has been picked  | an offer: names, what their writers said   | leases                           |
+| each payload               | comes as after a FETCH; if its connection  | is a view of its slot, or a copy |
+|                            | is lost, it is asked for elsewhere by name |                                  |
 
 Everything of another host runs in the thread that runs the reactor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
@@ -21,16 +21,17 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, retries_slot
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.envelope import meta_of, unpack_envelope
+from ucxx_transport.wire.frames import offer_receive_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.jobs import Job
     from ucxx_transport.client.ports import PortKey
-    from ucxx_transport.client.reads import Job, Reads
+    from ucxx_transport.client.reads import Reads
     from ucxx_transport.link.base import Timer
-    from ucxx_transport.wire.actions import Offer, Offered
+    from ucxx_transport.wire.actions import Asked, Offer, Offered
 
 Selector = Literal["oldest", "newest"]
 
@@ -94,10 +95,34 @@ def newest_of(selector: str) -> bool:
     return selector == "newest"
 
 
+def take_some(connection: Connection, take: Take, wait_s: float) -> None:
+    """Ask for what the ring behind a connection has ready; the server waits for a first payload so long."""
+    session, reads, request = connection.session, take.reads, take.request
+    connection.running.append(take)
+
+    def answered(asked: Asked, answer: bytearray) -> None:
+        connection.running.remove(take)
+        try:
+            offer = session.on_offer(asked.attempt, answer)
+        except TransportError as error:
+            if session.broken:
+                raise
+            take.lost(error)
+        else:
+            wanted = take.offered(connection, offer)
+            if offer.payloads:
+                reads.adopt(connection, offer.payloads, take if wanted else None)
+        connection.after_answers()
+
+    asked = session.take(request.max_payloads, request.max_bytes, newest=request.newest, wait_ms=int(wait_s * 1000))
+    connection.ask(asked, offer_receive_bytes(request.max_payloads), answered)
+
+
 class Take:
     """One call that takes payloads over the link. It is an `Errand` of one connection at a time.
 
     Attributes:
+        reads: the client's. request: what is to be taken.
         payloads: what has come, once it is done.
         error: why nothing has, then.
         done: whether it is over.
@@ -105,13 +130,13 @@ class Take:
     """
 
     __slots__ = (
-        "_asked_until_s", "_call", "_connection", "_key", "_reads", "_records", "_request", "_timer", "_wait_until_s",
-        "done", "error", "on_done", "payloads",
+        "_asked_until_s", "_call", "_connection", "_key", "_records", "_timer", "_wait_until_s", "done", "error",
+        "on_done", "payloads", "reads", "request",
     )  # fmt: skip
 
     def __init__(self, reads: Reads, request: TakeRequest, on_done: Callable[[Take], None] | None) -> None:
-        self._reads = reads
-        self._request = request
+        self.reads = reads
+        self.request = request
         self._records: list[Mapping[str, object] | None] = []
         self._connection: Connection | None = None
         self._key: PortKey | None = None
@@ -130,14 +155,14 @@ class Take:
         if self.done:
             return
         self._call += 1
-        reads = self._reads
+        reads = self.reads
         now = reads.now()
-        limit_s = self._request.until_s if self._call >= reads.read_attempts else (now + self._request.until_s) / 2
+        limit_s = self.request.until_s if self._call >= reads.read_attempts else (now + self.request.until_s) / 2
         self._asked_until_s = limit_s
         self._timer = reads.call_at(limit_s, self._too_late)
-        source = self._request.source
+        source = self.request.source
         assert source.host is not None  # checked where the call begins
-        self._key = reads.next_port(source.host, source.ports)
+        self._key = reads.dispatch.next_port(source.host, source.ports)
         self._connection = reads.connections.to(self._key, now)
         self._connection.run(self)
 
@@ -145,9 +170,9 @@ class Take:
         """See `Errand`."""
         if self.done or connection is not self._connection:
             return
-        now, request = self._reads.now(), self._request
+        now = self.reads.now()
         wait_s = min(max(0.0, self._wait_until_s - now), MAX_WAIT_S, max(0.0, (self._asked_until_s - now) / 2))
-        connection.take_some(self, request.max_payloads, request.max_bytes, newest=request.newest, wait_s=wait_s)
+        take_some(connection, self, wait_s)
 
     def offered(self, connection: Connection, offer: Offer) -> bool:
         """A server has picked payloads; whether they are still wanted: then their attempts are `adopted`."""
@@ -157,7 +182,7 @@ class Take:
         if not offer.payloads:
             if offer.reason:
                 self._end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
-            elif self._reads.now() < min(self._wait_until_s, self._request.until_s):
+            elif self.reads.now() < min(self._wait_until_s, self.request.until_s):
                 self._call = 0
                 self.ask()
             else:
@@ -166,9 +191,11 @@ class Take:
         self._stop_timer()
         return True
 
-    def references(self, payloads: list[Offered]) -> list[SlotRef]:
+    def references(self, payloads: Sequence[Offered]) -> list[SlotRef]:
         """References of what was picked; a ProtocolError where what their writers said is malformed."""
-        source = self._request.source
+        from ucxx_transport.schema.envelope import meta_of, unpack_envelope
+
+        source = self.request.source
         refs = []
         for offered in payloads:
             record = unpack_envelope(offered.envelope)
@@ -193,12 +220,12 @@ class Take:
     @property
     def until_s(self) -> float:
         """The deadline of what was picked."""
-        return self._request.until_s
+        return self.request.until_s
 
     @property
     def ring_id(self) -> bytes:
         """The ring that is taken from."""
-        return self._request.source.ring_id
+        return self.request.source.ring_id
 
     def came(self, job: Job) -> None:
         """Every payload that was picked has come, or will not."""
@@ -217,10 +244,10 @@ class Take:
         if self.done or self._connection is None:
             return
         self._connection = None
-        reads, now = self._reads, self._reads.now()
+        reads, now = self.reads, self.reads.now()
         if self._key is not None:
             reads.blame(self._key, error)
-        remaining_s = self._request.until_s - now
+        remaining_s = self.request.until_s - now
         if not retries_slot(error, attempt=self._call, read_attempts=reads.read_attempts, remaining_s=remaining_s):
             self._end(error)
             return
@@ -244,7 +271,7 @@ class Take:
         self._end(error)
 
     def _too_late(self) -> None:
-        host, ports = self._request.source.host, self._request.source.ports
+        host, ports = self.request.source.host, self.request.source.ports
         self.lost(DeadlineExceededError("the source did not answer in time", host=host, ports=ports))
 
     def _stop_timer(self) -> None:
@@ -258,6 +285,6 @@ class Take:
             return
         self.error = error
         self.done = True
-        self._reads.takes.discard(self)
+        self.reads.takes.discard(self)
         if self.on_done is not None:
             self.on_done(self)
