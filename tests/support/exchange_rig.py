@@ -1,4 +1,4 @@
-"""A ring, its server ports and clients over the in-memory link; the test runs all sides, turn by turn, under its own clock.
+"""A ring, its ports and clients over the in-memory link; the test runs all sides, turn by turn, under its own clock.
 
 Each port, and the client side, has its own `Faults`: what one side sends misbehaves without touching the other. Time
 passes only when nothing moves, and then to the next timer: limits of minutes are tested exactly, in microseconds.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from ucxx_transport.client import ClientStatistics, Payload
 from ucxx_transport.client.core import ClientCore
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.membership import Watcher
-from ucxx_transport.client.reads import Job
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.base import Endpoint, EndpointEvents, Timers
@@ -78,9 +78,7 @@ class RigClient:
             assert isinstance(outcome, Payload), outcome
             outcome.release()
 
-    def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
+    def read_many(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> list[Payload | TransportError]:
         """As `SyncUCXXClient.read_many`."""
         return self.outcomes(self.core.begin(refs, deadline_s))
 
@@ -165,7 +163,7 @@ class ExchangeRig:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values = {"local": "off", "spin_s": 0.0, **settings}
         core = ClientCore(ClientConfig(**values), self.client_link, watcher=watcher, clock=self.clock)  # type: ignore[arg-type]  # checked at run time
-        core.reads._sources._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
+        core.reads.dispatch.sources._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
         client = RigClient(self, core)
         self._clients.append(client)
         return client
@@ -246,7 +244,7 @@ class ExchangeRig:
 
     def turn(self) -> bool:
         """Each side has one turn; whether anything moved."""
-        return any([reactor.poll() for reactor in self._reactors()])
+        return sum(reactor.poll() for reactor in self._reactors()) > 0
 
     def settle(self) -> None:
         """All sides run until nothing moves."""

@@ -1,4 +1,4 @@
-"""A ring and a server port before it, in a thread beside the test, and clients of both kinds over the in-memory link."""
+"""A ring and a port before it, in a thread beside the test, and clients of both kinds over the in-memory link."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""UCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX; for an event loop.
+"""UCXXClient: payloads by reference, from this host's rings in place and from others over UCX, for an event loop.
 
-The reactor hangs in the loop: its descriptor by `add_reader`, its next timer by `call_later`. A read that is alone polls
-for its answer within the calling task, for as long as a blocking client would: most answers come sooner than a loop
-gets round.
+The reactor hangs in the loop: its descriptor by `add_reader`, its next timer by `call_later`. A read that is alone
+polls for its answer within the calling task, for as long as a blocking client would: most answers come sooner than a
+loop gets round.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore, Into
 from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.reads import Job
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:

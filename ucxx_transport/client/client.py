@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from ucxx_transport.client.core import ClientCore, Into
 from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.reads import Job
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class SyncUCXXClient:
     def read_many(
         self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None
     ) -> list[Payload | TransportError]:
-        """Read payloads, those over UCX concurrently and fairly across sources; one that fails costs none of the others.
+        """Read payloads, those over UCX together and fairly across sources; one that fails costs the others nothing.
 
         Args:
             refs: what to read.

@@ -18,50 +18,26 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
+from ucxx_transport.client.attempts import Attempt, SharedMessage
 from ucxx_transport.client.ports import PortKey
-from ucxx_transport.errors import PeerLostError, ProtocolError, StaleSlotError, TransportError
+from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request
+from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.base import DATA_PORT_SILENT
 from ucxx_transport.schema import Schema
-from ucxx_transport.wire.client_side import (
-    BYE_RECEIVE_BYTES,
-    CONFIRM_RECEIVE_BYTES,
-    DESCRIBE_RECEIVE_BYTES,
-    HANDSHAKE_RECEIVE_BYTES,
-    ClientSession,
-)
+from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES, HANDSHAKE_RECEIVE_BYTES, ClientSession
 from ucxx_transport.wire.codec import clear_ends
-from ucxx_transport.wire.frames import (
-    ERROR_TEXT_BYTES,
-    HEADER_BYTES,
-    MAX_CHANNEL,
-    MAX_NAMES,
-    NONCE_BYTES,
-    PACK_BYTES,
-    TRAILER_BYTES,
-    Status,
-)
+from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.reads import Read
-    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.client.jobs import Read
+    from ucxx_transport.link.base import Endpoint, OnDone, Operation
     from ucxx_transport.link.reactor import Timer
-    from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked
-    from ucxx_transport.wire.answers import Named
-
-OWN_WINDOW_BYTES: Final = 2 << 20
-"""In flight on one connection, unless two payloads are more: large ones would only hinder each other."""
-
-SMALL_BYTES: Final = PACK_BYTES // 2
-"""Answers up to this size share a message."""
-
-_FRAMING: Final = HEADER_BYTES + TRAILER_BYTES
-_SHORTEST: Final = HEADER_BYTES + ERROR_TEXT_BYTES
+    from ucxx_transport.wire.actions import Asked, Offered
 
 
 class Errand(Protocol):
@@ -74,70 +50,14 @@ class Errand(Protocol):
         """It failed, or was never open."""
 
 
-class Attempt:
-    """One payload asked for over one connection.
-
-    Attributes:
-        read: who waits for it; None: the answer is not wanted any more, and ended as not delivered.
-        ref: the payload.
-        number: the session's.
-        message: the buffer, or part of one, that its answer lies in.
-        due_s: when it has taken too long.
-        late: it has.
-    """
-
-    __slots__ = ("connection", "due_s", "late", "message", "number", "read", "ref")
-
-    def __init__(
-        self, connection: Connection, read: Read | None, ref: SlotRef, number: int, message: Bytes, due_s: float
-    ) -> None:
-        self.connection = connection
-        self.read = read
-        self.ref = ref
-        self.number = number
-        self.message = message
-        self.due_s = due_s
-        self.late = False
-
-    def arrived(self, operation: Operation) -> None:
-        """Its receive is over."""
-        connection = self.connection
-        if operation.error is None:
-            connection.proved = True
-            connection.take(self)
-            connection.after_answers()
-        else:
-            connection.receive_failed(operation.error)
-
-
-class SharedMessage:
-    """One message that brings the answers to several attempts."""
-
-    __slots__ = ("attempts",)
-
-    def __init__(self, attempts: list[Attempt]) -> None:
-        self.attempts = attempts
-
-    def arrived(self, operation: Operation) -> None:
-        """The receive is over."""
-        connection = self.attempts[0].connection
-        if operation.error is not None:
-            connection.receive_failed(operation.error)
-            return
-        connection.proved = True
-        for attempt in self.attempts:
-            if connection.closed:
-                return  # the answer before was not as the protocol has it
-            connection.take(attempt)
-        connection.after_answers()
-
-
 class Connection:
     """One endpoint and the client's half of its protocol. It is the endpoint's `EndpointEvents`.
 
     Attributes:
         key: where it leads to.
         queue: reads that wait to be posted.
+        session: what to send, and what answers mean.
+        running: errands that wait for an answer here.
         attempts: asked for and not answered, by number.
         late: how many of them have exceeded their time.
         is_open: whether the handshake is over.
@@ -159,13 +79,13 @@ class Connection:
         self.used = False
         self.proved = False
         self.used_s = 0.0
-        self._in_flight_bytes = 0
+        self._asked_bytes = 0
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self._errands: list[Errand] = []
-        self._running: list[Errand] = []
+        self.running: list[Errand] = []
         self._endpoint: Endpoint | None = None
         self._timer: Timer | None = None
-        self._session = ClientSession(
+        self.session = ClientSession(
             reader=pool.reads.reader, nonce=secrets.token_bytes(NONCE_BYTES), token=pool.config.token_bytes
         )
 
@@ -180,7 +100,7 @@ class Connection:
     @property
     def idle(self) -> bool:
         """Whether it is open and nothing uses it."""
-        return self.is_open and not (self.attempts or self.queue or self._errands or self._running)
+        return self.is_open and not (self.attempts or self.queue or self._errands or self.running)
 
     def connected(self) -> None:
         """See `EndpointEvents`: the handshake's frames are under way already."""
@@ -200,7 +120,7 @@ class Connection:
         except TransportError as error:
             self.fail(error)
             return
-        self._ask(self._session.hello(), HANDSHAKE_RECEIVE_BYTES, self._welcomed)
+        self.ask(self.session.hello(), HANDSHAKE_RECEIVE_BYTES, self._welcomed)
 
     def _too_slow_to_open(self) -> None:
         endpoint = self._endpoint
@@ -211,15 +131,15 @@ class Connection:
 
     def _welcomed(self, asked: Asked, answer: bytearray) -> None:
         del asked
-        challenge = self._session.on_welcome(answer)
+        challenge = self.session.on_welcome(answer)
         if challenge is None:
             self._opened()
         else:
-            self._ask(challenge, HANDSHAKE_RECEIVE_BYTES, self._authenticated)
+            self.ask(challenge, HANDSHAKE_RECEIVE_BYTES, self._authenticated)
 
     def _authenticated(self, asked: Asked, answer: bytearray) -> None:
         del asked
-        self._session.on_authenticated(answer)
+        self.session.on_authenticated(answer)
         self._opened()
 
     def _opened(self) -> None:
@@ -243,107 +163,84 @@ class Connection:
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
         queue = self.queue
         while queue and self.is_open and not self.late and not self.closed:
-            if len(self.attempts) > 1 and self._in_flight_bytes > OWN_WINDOW_BYTES // 2:
+            if len(self.attempts) > 1 and self._asked_bytes > OWN_WINDOW_BYTES // 2:
                 return  # many names a frame, rather than one for each answer
-            if not self._post_some():
+            if not self._ask_next():
                 return
 
-    def _post_some(self) -> bool:
-        """Post one frame; whether there was room for it."""
-        queue, session, pool = self.queue, self._session, self._pool
-        reads: list[Read] = []
-        refs: list[SlotRef] = []
-        ring_id = b""
-        total = shared_bytes = 0
-        while queue and len(reads) < MAX_NAMES:
-            read = queue[0]
-            if read.job is None:
-                queue.popleft()
-                continue
-            ref = read.ref
-            nbytes = ref.nbytes
-            whole = _FRAMING + ((nbytes + 7) & ~7)
-            count = len(reads)
-            if count:
-                if ref.ring_id != ring_id or (whole > SMALL_BYTES) is bool(shared_bytes):
-                    break
-                if shared_bytes and shared_bytes + whole > PACK_BYTES:
-                    break
-            asked = len(self.attempts) + count
-            if asked > 1 and self._in_flight_bytes + total + nbytes > OWN_WINDOW_BYTES:
-                break
-            if not session.room(total + nbytes, count + 1):
-                break
-            if not count:
-                ring_id = ref.ring_id
-            if whole <= SMALL_BYTES:
-                shared_bytes += whole
-            total += nbytes
-            queue.popleft()
-            reads.append(read)
-            refs.append(ref)
+    def _ask_next(self) -> bool:
+        """Send one frame; whether there was room for it."""
+        request = next_request(self.queue, len(self.attempts), self._asked_bytes, self.session.room)
+        reads, pool = request.reads, self._pool
         if not reads:
             return False
-        if pool.unsettled and ring_id in pool.unsettled:
-            self.settle(ring_id)
-        fingerprint = refs[0].fingerprint
-        if fingerprint and fingerprint not in pool.schemas and fingerprint not in self._undescribed:
-            self._describe(ring_id, fingerprint)
-        if not self.closed:
-            self._post(reads, refs, total, shared_bytes if len(reads) > 1 else 0)
+        ref = reads[0].ref
+        if pool.unsettled and ref.ring_id in pool.unsettled:
+            pool.settle(self, ref.ring_id)
+        self.describe(ref.ring_id, ref.fingerprint)
+        if self.closed:  # by what was just sent
+            self._reads.dispatch.reassign(reads)
+        elif request.shared_bytes:
+            self._ask_shared(reads, request.shared_bytes)
         else:
-            queue.extendleft(reversed(reads))
-            self._reads.requeue(self)
+            self._ask_each(reads)
         return True
 
-    def _post(self, reads: list[Read], refs: list[SlotRef], total: int, shared_bytes: int) -> None:
-        lend, attempts, fail = self._pool.lend, self.attempts, self._reads.no_memory
+    def _ask_shared(self, reads: list[Read], nbytes: int) -> None:
+        """Ask for payloads whose answers share a message."""
+        try:
+            whole = self._pool.lend(nbytes)
+        except TransportError as error:
+            for read in reads:
+                self._reads.no_memory(read, error)
+            return
+        whole.fill(0)  # nothing of an earlier answer may pass for one of these; 2 µs
+        messages = []
+        start = 0
+        for read in reads:
+            end = start + FRAMING_BYTES + ((read.ref.nbytes + 7) & ~7)
+            messages.append(whole[start:end])
+            start = end
+        frame, numbers, shared = self.session.fetch([read.ref for read in reads], packed=True)
+        attempts = self._attempts_of(reads, numbers, messages)
+        self._send(frame, [(whole.data, SharedMessage(attempts).arrived, shared & MAX_CHANNEL)])
+
+    def _ask_each(self, reads: list[Read]) -> None:
+        """Ask for payloads each of which comes in a message of its own."""
+        asked: list[Read] = []
         messages: list[Bytes] = []
-        whole: Bytes | None = None
-        if shared_bytes:
+        for read in reads:
+            nbytes = read.ref.nbytes
             try:
-                whole = lend(shared_bytes)
+                message = self._pool.lend(max(FRAMING_BYTES + ((nbytes + 7) & ~7), SHORTEST_BYTES))
             except TransportError as error:
-                for read in reads:
-                    fail(read, error)
-                return
-            whole.fill(0)  # nothing of an earlier answer may pass for one of these; 2 µs
-            start = 0
-            for ref in refs:
-                end = start + _FRAMING + ((ref.nbytes + 7) & ~7)
-                messages.append(whole[start:end])
-                start = end
-        else:
-            for index in range(len(reads) - 1, -1, -1):
-                nbytes = refs[index].nbytes
-                try:
-                    message = lend(max(_FRAMING + ((nbytes + 7) & ~7), _SHORTEST))
-                except TransportError as error:
-                    fail(reads.pop(index), error)
-                    total -= refs.pop(index).nbytes
-                    continue
-                clear_ends(message.data, nbytes)
-                messages.append(message)
-            messages.reverse()
-            if not reads:
-                return
-        frame, numbers, shared = self._session.fetch(refs, packed=bool(shared_bytes))
-        self._in_flight_bytes += total
-        due_of = self._reads.attempt_due_s
-        posted = []
-        for read, ref, number, message in zip(reads, refs, numbers, messages, strict=True):
-            attempt = Attempt(self, read, ref, number, message, due_of(read))
-            attempts[number] = attempt
-            read.attempt = attempt
-            posted.append(attempt)
+                self._reads.no_memory(read, error)
+                continue
+            clear_ends(message.data, nbytes)
+            asked.append(read)
+            messages.append(message)
+        if asked:
+            frame, numbers, _ = self.session.fetch([read.ref for read in asked])
+            attempts = self._attempts_of(asked, numbers, messages)
+            self._send(frame, [(each.message.data, each.arrived, each.number & MAX_CHANNEL) for each in attempts])
+
+    def _attempts_of(self, reads: list[Read], numbers: list[int], messages: list[Bytes]) -> list[Attempt]:
+        attempts = []
+        due_of = self._reads.failures.attempt_due_s
+        for read, number, message in zip(reads, numbers, messages, strict=True):
+            attempt = Attempt(self, read, read.ref, number, message, due_of(read))
+            read.attempt = self.attempts[number] = attempt
+            self._asked_bytes += read.ref.nbytes
+            attempts.append(attempt)
+        return attempts
+
+    def _send(self, frame: bytes, receives: list[tuple[memoryview, OnDone, int]]) -> None:
+        """Post what the answers to a frame arrive in, and send it."""
         endpoint = self._endpoint
         assert endpoint is not None
         try:
-            if whole is not None:
-                endpoint.post_receive(whole.data, SharedMessage(posted).arrived, channel=shared & MAX_CHANNEL)
-            else:
-                for attempt in posted:
-                    endpoint.post_receive(attempt.message.data, attempt.arrived, channel=attempt.number & MAX_CHANNEL)
+            for buffer, on_done, channel in receives:
+                endpoint.post_receive(buffer, on_done, channel=channel)
             endpoint.post_send(frame)
         except TransportError as error:
             self.fail(error)
@@ -352,18 +249,18 @@ class Connection:
         """Ask for a read while nothing else is in flight here, so that the windows have room; as `_post`."""
         ref = read.ref
         nbytes = ref.nbytes
-        whole = _FRAMING + ((nbytes + 7) & ~7)
+        whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
         try:
-            message = self._pool.lend(whole if whole > _SHORTEST else _SHORTEST)  # noqa: FURB136 - `max` takes longer
+            message = self._pool.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         except TransportError as error:
             self._reads.no_memory(read, error)
             return
         data = message.data
         clear_ends(data, nbytes)
-        frame, numbers, _ = self._session.fetch((ref,))
+        frame, numbers, _ = self.session.fetch((ref,))
         number = numbers[0]
         attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
-        self._in_flight_bytes += nbytes
+        self._asked_bytes += nbytes
         endpoint = self._endpoint
         assert endpoint is not None
         try:
@@ -374,7 +271,7 @@ class Connection:
 
     def take(self, attempt: Attempt) -> None:
         """An attempt's answer has come."""
-        ref, session = attempt.ref, self._session
+        ref, session = attempt.ref, self.session
         try:
             session.verify(attempt.number, attempt.message.data)
         except TransportError as error:
@@ -384,7 +281,7 @@ class Connection:
             if session.broken:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
             return
-        if ref.fingerprint and ref.fingerprint not in self._pool.schemas:
+        if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
             waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
             if isinstance(waiting, TransportError):
                 self._answered(attempt)
@@ -394,17 +291,48 @@ class Connection:
                 waiting.append(attempt)
             return
         del self.attempts[attempt.number]  # as `_answered`
-        self._in_flight_bytes -= ref.nbytes
+        self._asked_bytes -= ref.nbytes
         if attempt.late:
             self.late -= 1
         delivered = self._reads.arrived(attempt)
         if delivered is not None:
             session.end(attempt.number, delivered=delivered)
 
+    def receive(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None:
+        """Receive what the server has picked, each payload for its read, or, without one, to give it back."""
+        self.describe(offered[0].ring_id, offered[0].fingerprint)
+        lend, due_of = self._pool.lend, self._reads.failures.attempt_due_s
+        late_s = self._pool.reactor.now() + self._pool.config.deadline_s
+        attempts: list[Attempt] = []
+        try:
+            for named, read in zip(offered, reads, strict=True):
+                message = lend(max(FRAMING_BYTES + ((named.nbytes + 7) & ~7), SHORTEST_BYTES))
+                clear_ends(message.data, named.nbytes)
+                due_s = late_s if read is None else due_of(read)
+                attempt = Attempt(self, read, named if read is None else read.ref, named.attempt, message, due_s)
+                attempts.append(attempt)
+        except TransportError as error:  # they are on their way all the same
+            self.fail(error)
+            return
+        for attempt, read in zip(attempts, reads, strict=True):
+            self.attempts[attempt.number] = attempt
+            self._asked_bytes += attempt.ref.nbytes
+            if read is None:
+                self._reads.orphans.add(attempt)
+            else:
+                read.attempt, read.connection = attempt, self
+        endpoint = self._endpoint
+        assert endpoint is not None
+        try:
+            for attempt in attempts:
+                endpoint.post_receive(attempt.message.data, attempt.arrived, channel=attempt.number & MAX_CHANNEL)
+        except TransportError as error:
+            self.fail(error)
+
     def end_held(self, attempt: Attempt, *, delivered: bool) -> None:
         """End an attempt that was kept in suspense; where the connection is lost meanwhile, by the next one."""
         if not self.closed:
-            self._session.end(attempt.number, delivered=delivered)
+            self.session.end(attempt.number, delivered=delivered)
             self.send_ends()
         elif delivered:
             self._pool.owe((attempt.ref,))
@@ -412,7 +340,7 @@ class Connection:
     def _answered(self, attempt: Attempt) -> None:
         """An attempt is in flight no more."""
         del self.attempts[attempt.number]
-        self._in_flight_bytes -= attempt.ref.nbytes
+        self._asked_bytes -= attempt.ref.nbytes
         if attempt.late:
             self.late -= 1
 
@@ -423,7 +351,7 @@ class Connection:
             return
         if self.queue:
             self.pump()
-        if self._session.ends_waiting:
+        if self.session.ends_waiting:
             if self.attempts and not self._reads.finished:
                 self._pool.delay_ends(self)
             else:
@@ -437,7 +365,7 @@ class Connection:
 
     def send_ends(self) -> None:
         """Send the ends that wait, in a frame of their own."""
-        session = self._session
+        session = self.session
         endpoint = self._endpoint
         if not session.ends_waiting or endpoint is None or self.closed:
             return
@@ -452,15 +380,17 @@ class Connection:
 
     # --- Schemas, confirmations, the end ---
 
-    def _describe(self, ring_id: bytes, fingerprint: int) -> None:
-        """Ask for a ring's schema; payloads that come before it wait for it, or fail as it does."""
+    def describe(self, ring_id: bytes, fingerprint: int) -> None:
+        """Ask for a ring's schema, if need be; payloads that come before it wait for it, or fail as it does."""
+        if not fingerprint or fingerprint in self._pool.schemas or fingerprint in self._undescribed:
+            return
         waiting: list[Attempt] = []
         self._undescribed[fingerprint] = waiting
 
         def described(asked: Asked, answer: bytearray) -> None:
             error: TransportError | None = None
             try:
-                schema = Schema.from_bytes(self._session.described(asked.attempt, answer))
+                schema = Schema.from_bytes(self.session.described(asked.attempt, answer))
                 if schema.fingerprint != fingerprint:
                     raise ProtocolError(
                         "the server's schema is not the one the reference names",
@@ -479,30 +409,10 @@ class Connection:
                 else:
                     self._reads.refused(attempt, error)
                 if delivered is not None:
-                    self._session.end(attempt.number, delivered=delivered)
+                    self.session.end(attempt.number, delivered=delivered)
             self.after_answers()
 
-        self._ask(self._session.describe(ring_id), DESCRIBE_RECEIVE_BYTES, described)
-
-    def settle(self, ring_id: bytes) -> None:
-        """Say again what the server may not know; its answer is not waited for: frames are handled in order."""
-        for names in self._pool.take_unsettled(ring_id):
-            self.confirm(names, self._pool.confirmed)
-
-    def confirm(self, names: list[Named], on_confirmed: Callable[[list[Named], list[Status]], None]) -> None:
-        """Say of up to 64 payloads of one ring that they were delivered."""
-
-        def confirmed(asked: Asked, answer: bytearray) -> None:
-            try:
-                statuses = self._session.confirmed(asked.attempt, answer)
-            except StaleSlotError:
-                statuses = [Status.STALE] * len(names)
-            except TransportError as error:
-                statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
-            on_confirmed(names, statuses)
-            self.after_answers()
-
-        self._ask(self._session.confirm(names), CONFIRM_RECEIVE_BYTES, confirmed)
+        self.ask(self.session.describe(ring_id), DESCRIBE_RECEIVE_BYTES, described)
 
     def run(self, errand: Errand) -> None:
         """Start an errand as soon as the connection is open; `ran` ends it."""
@@ -511,16 +421,7 @@ class Connection:
         else:
             self._errands.append(errand)
 
-    def say_goodbye(self, on_said: Callable[[], None]) -> None:
-        """Take leave; called back once the server has handled everything, unless the connection is lost before."""
-
-        def said(asked: Asked, answer: bytearray) -> None:
-            self._session.farewell(asked.attempt, answer)
-            on_said()
-
-        self._ask(self._session.bye(), BYE_RECEIVE_BYTES, said)
-
-    def _ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None]) -> None:
+    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None]) -> None:
         """Send a frame whose answer is small, and of which nothing is reused."""
         answer = bytearray(receive_bytes)
 
@@ -561,11 +462,11 @@ class Connection:
             if attempt.read is not None and attempt.read.attempt is attempt
         ]
         queued = list(self.queue)
-        errands = [*self._errands, *self._running]
+        errands = [*self._errands, *self.running]
         self.close()
         for errand in errands:
             errand.lost(error)
-        self._reads.connection_lost(self, asked, queued, error, stale=stale)
+        self._reads.failures.connection_lost(self, asked, queued, error, stale=stale)
 
     def close(self) -> None:
         """Close it; what it owes is known from now on. A buffer still in flight stays out of the pool until it ends."""
@@ -580,9 +481,9 @@ class Connection:
         self.attempts.clear()
         self.queue.clear()
         self._errands.clear()
-        self._running.clear()
-        self._session.close()
-        self._pool.owe(self._session.owed())
+        self.running.clear()
+        self.session.close()
+        self._pool.owe(self.session.owed())
         self._pool.removed(self)
         if self._endpoint is not None:
             self._endpoint.close(self._pool.descriptors_free)

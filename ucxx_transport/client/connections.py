@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.ports import PortKey, connection_budget
-from ucxx_transport.logs import get_logger
+from ucxx_transport.errors import TransportError
+from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.schema import Schema
+    from ucxx_transport.wire.actions import Asked
     from ucxx_transport.wire.answers import Named
-
-_log = get_logger(__name__)
 
 UNSETTLED_PER_RING: Final = 1024
 UNSETTLED_RINGS: Final = 256
@@ -178,10 +178,29 @@ class Connections:
         while len(self.unsettled) > UNSETTLED_RINGS:
             self.unsettled.popitem(last=False)
 
-    def take_unsettled(self, ring_id: bytes) -> list[list[Named]]:
-        """What is to be said to a server of a ring, in batches of a frame; it is the caller's from here on."""
+    def settle(self, connection: Connection, ring_id: bytes) -> None:
+        """Say what a ring's server may not know; the answer is not waited for: frames are handled in order."""
         names = list(self.unsettled.pop(ring_id, ()))
-        return [names[start : start + MAX_NAMES] for start in range(0, len(names), MAX_NAMES)]
+        for start in range(0, len(names), MAX_NAMES):
+            self._confirm(connection, names[start : start + MAX_NAMES])
+
+    def _confirm(self, connection: Connection, names: list[Named]) -> None:
+        session = connection.session
+
+        def confirmed(asked: Asked, answer: bytearray) -> None:
+            try:
+                statuses = session.confirmed(asked.attempt, answer)
+            except TransportError as error:
+                if session.broken:
+                    raise
+                statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
+            self.confirmed(names, statuses)
+            connection.after_answers()
+
+        if connection.closed:  # by the frame before
+            self.owe(names)
+        else:
+            connection.ask(session.confirm(names), CONFIRM_RECEIVE_BYTES, confirmed)
 
     def confirmed(self, names: list[Named], statuses: list[Status]) -> None:
         """A server has heard it; of what it could not look at, it hears again with the next read."""
@@ -209,9 +228,9 @@ class Connections:
                 left = 0
                 on_said()
 
-        for connection in connections:
-            connection.say_goodbye(said)
         self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, too_late)
+        for connection in connections:
+            _say_goodbye(connection, said)
         said()
 
     def close(self) -> None:
@@ -220,6 +239,17 @@ class Connections:
         self.waiting.clear()
         for connection in tuple(self.known.values()):
             connection.close()
+
+
+def _say_goodbye(connection: Connection, on_said: Callable[[], None]) -> None:
+    """Called back once the server has handled everything, unless the connection is lost before."""
+    session = connection.session
+
+    def said(asked: Asked, answer: bytearray) -> None:
+        session.farewell(asked.attempt, answer)
+        on_said()
+
+    connection.ask(session.bye(), BYE_RECEIVE_BYTES, said)
 
 
 def _raised_budget(asked: int | None) -> int:

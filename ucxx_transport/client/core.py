@@ -24,10 +24,11 @@ from typing_extensions import Buffer
 
 from ucxx_transport.client.buffer_pool import BufferPool, Bytes, PageLocker
 from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.jobs import Job, OnJobDone, OnPayload
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
-from ucxx_transport.client.reads import Job, OnJobDone, OnPayload, Reads
+from ucxx_transport.client.reads import Reads
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
@@ -162,7 +163,8 @@ class ClientCore:
         """Let payloads go unread: those of this host's rings now, the others as the reactor is run.
 
         Args:
-            refs: payloads. deadline_s: for all of them together, as for `begin`.
+            refs: payloads.
+            deadline_s: for all of them together, as for `begin`.
             on_done: called once it is done; before this returns, when nothing is to be waited for.
 
         Raises:

@@ -100,7 +100,7 @@ class RingDiscard:
     def start(self, connection: Connection) -> None:
         """See `Errand`."""
         if self._pending:
-            connection.settle(self._ring_id)
+            self._pool.settle(connection, self._ring_id)
 
     def lost(self, error: TransportError) -> None:
         """See `Errand`: what was not heard is owed, and said again after a pause."""

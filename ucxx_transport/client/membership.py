@@ -43,8 +43,8 @@ class Membership:
         self._reads: Reads | None = None
         self._lock = threading.Lock()
         self.gone: OrderedDict[bytes, None] = OrderedDict()
-        # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and what
-        # waits for it must not grow with every report.
+        # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and
+        # what waits for it must not grow with every report.
         self._news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 

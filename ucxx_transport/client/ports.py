@@ -11,10 +11,10 @@ Decisions: `now` comes in, nothing waits, opens or closes.
 | `StaleSlotError`, protocol, token, config| propagate             | propagate           |
 | the caller's deadline passed             | propagate             | propagate           |
 
-Reads that overlap take a source's healthy ports in turn, so that its server's processes share them; a group of many, or
-of much, is spread over them at once. A read that is alone at its source stays at the port that served the last one: that
-port is still polling, and the others sleep (the p50 of a 64 KiB read over 4 ports: 840 µs in turn, 620 µs by staying,
-in one run on 2 cores).
+Reads that overlap take a source's healthy ports in turn, so that its server's processes share them; a group of many,
+or of much, is spread over them at once. A read that is alone at its source stays at the port that served the last one:
+that port is still polling, and the others sleep (the p50 of a 64 KiB read over 4 ports: 840 µs in turn, 620 µs by
+staying, in one run on 2 cores).
 
 While all ports of a source are in quarantine, one read of it probes them and the others wait for what comes of it.
 """

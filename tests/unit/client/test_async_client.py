@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
@@ -19,10 +20,14 @@ from ucxx_transport.testing.faults import Hold
 EPISODE = bytes(range(256)) * 16
 
 
-async def until_free(ring: SharedRingBuffer, slot: int) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while ring.slot_state(slot) is not SlotState.FREE:
-            await asyncio.sleep(0.001)
+        while not condition():  # noqa: ASYNC110 - what another thread does sets no event of this loop
+            await asyncio.sleep(0.0005)
+
+
+async def until_free(ring: SharedRingBuffer, slot: int) -> None:
+    await until(lambda: ring.slot_state(slot) is SlotState.FREE)
 
 
 def test_a_read_returns_its_payload_and_frees_its_slot() -> None:
@@ -136,8 +141,7 @@ def test_a_payload_that_had_come_when_its_task_was_cancelled_can_be_read_again()
                 ref = rig.ring.write_raw(EPISODE)
                 hold = rig.faults.hold = Hold()
                 reading = asyncio.create_task(client.read(ref, deadline_s=60))
-                while client.statistics().lent_buffers == 0:
-                    await asyncio.sleep(0)
+                await until(lambda: client.statistics().lent_buffers > 0)
                 hold.set()
                 rig.faults.hold = None
                 core = client._core  # noqa: SLF001 - the moment between the answer and the task's turn
@@ -160,8 +164,7 @@ def test_a_cancelled_batch_releases_what_had_come() -> None:
                 rig.faults.spare, rig.faults.drop = 1, 1
                 refs = [rig.ring.write_raw(bytes(60_000)) for _ in range(2)]
                 reading = asyncio.create_task(client.read_many(refs, deadline_s=60))
-                while client.statistics().reads < 2:
-                    await asyncio.sleep(0.001)
+                await until(lambda: client.statistics().reads == 2)
                 reading.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await reading

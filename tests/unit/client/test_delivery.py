@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
 from ucxx_transport.client import Payload
-from ucxx_transport.client.reads import Job
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import BusyError, DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.ring import SlotState

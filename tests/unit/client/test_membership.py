@@ -10,7 +10,7 @@ import pytest
 from tests.support.exchange_rig import HOST, ExchangeRig, open_rig
 from tests.support.source_records import record
 from ucxx_transport.client import SyncUCXXClient
-from ucxx_transport.client.reads import Job
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.membership import SourceRecord

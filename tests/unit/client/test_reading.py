@@ -34,11 +34,10 @@ def test_a_payload_arrives_whole_and_its_slot_is_free() -> None:
 def test_payloads_of_any_size_arrive() -> None:
     rows: list[int] = [0, 1, 7, 8, 63, 64, 1023, 1024, 1025, 8191, 8192, 65536]
     for nbytes in rows:
-        with row(nbytes=nbytes):
-            with open_rig(ports=1) as rig:
-                content = np.random.default_rng(nbytes).bytes(nbytes)
-                with rig.client().read(rig.write(content)) as payload:
-                    assert bytes(payload.buffer) == content
+        with row(nbytes=nbytes), open_rig(ports=1) as rig:
+            content = np.random.default_rng(nbytes).bytes(nbytes)
+            with rig.client().read(rig.write(content)) as payload:
+                assert bytes(payload.buffer) == content
 
 
 def test_arrays_arrive_under_the_schema_of_the_ring() -> None:
@@ -185,31 +184,29 @@ def test_a_payload_of_an_earlier_ring_is_stale() -> None:
 def test_a_slot_out_of_range_is_an_error_and_no_reason_to_distrust_a_port() -> None:
     rows: list[int] = [4, 5, 1 << 31, (1 << 32) - 1]
     for slot in rows:
-        with row(slot=slot):
-            with open_rig() as rig:
-                client = rig.client()
-                ref = rig.write(EPISODE)
-                with pytest.raises(ProtocolError):
-                    client.read(replace(ref, slot=slot))
-                assert client.counts.quarantined == 0
-                with client.read(ref) as payload:
-                    assert bytes(payload.buffer) == EPISODE
+        with row(slot=slot), open_rig() as rig:
+            client = rig.client()
+            ref = rig.write(EPISODE)
+            with pytest.raises(ProtocolError):
+                client.read(replace(ref, slot=slot))
+            assert client.counts.quarantined == 0
+            with client.read(ref) as payload:
+                assert bytes(payload.buffer) == EPISODE
 
 
 def test_a_reference_that_lies_about_the_length_gets_nothing_and_costs_nothing() -> None:
     rows: list[int] = [0, 1, 4095, 4097, 1 << 20]
     for nbytes in rows:
-        with row(nbytes=nbytes):
-            with open_rig() as rig:
-                client = rig.client()
-                ref = rig.write(EPISODE)
-                with pytest.raises(ProtocolError, match="4096 bytes"):
-                    client.read(replace(ref, nbytes=nbytes))
-                rig.settle()
-                assert rig.ring.slot_state(ref.slot) is SlotState.READY
-                assert client.counts.quarantined == 0
-                with client.read(ref) as payload:
-                    assert bytes(payload.buffer) == EPISODE
+        with row(nbytes=nbytes), open_rig() as rig:
+            client = rig.client()
+            ref = rig.write(EPISODE)
+            with pytest.raises(ProtocolError, match="4096 bytes"):
+                client.read(replace(ref, nbytes=nbytes))
+            rig.settle()
+            assert rig.ring.slot_state(ref.slot) is SlotState.READY
+            assert client.counts.quarantined == 0
+            with client.read(ref) as payload:
+                assert bytes(payload.buffer) == EPISODE
 
 
 def test_a_payload_delivered_once_is_a_duplicate_for_this_client_without_asking_anybody() -> None:

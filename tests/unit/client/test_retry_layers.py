@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from ucxx_transport.errors import (
     DeadlineExceededError,
     PeerLostError,
     ProtocolError,
-    TransportError,
 )
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
@@ -327,17 +327,17 @@ def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
         for port, (lie, body) in enumerate(lies.items(), start=20):
             client = rig.client(read_attempts=1)
 
-            def describes(endpoint: Endpoint, body: bytes = body) -> SilentPeer:
-                answer = encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body)
-                return Impostor(endpoint, [WELCOME, answer, payload])
-
             rig.publish(port)
             ref = rig.ring.write({"a": np.zeros(10, np.uint8)})
             header = ReplyHeader(
                 Status.OK, ref.nbytes, ref.ring_id, ref.slot, ref.generation, ref.checksum, ref.fingerprint
             )
-            payload = encode_reply(header, bytes(ref.nbytes))
-            rig.impostor(port, describes)
+            answers = [
+                WELCOME,
+                encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body),
+                encode_reply(header, bytes(ref.nbytes)),
+            ]
+            rig.impostor(port, partial(Impostor, messages=answers))
             with row(lie=lie):
                 with pytest.raises(ProtocolError):
                     client.read(ref)
@@ -477,7 +477,7 @@ def test_every_time_limit_of_a_call_is_checked_where_it_comes_in() -> None:
             with row(given=given):
                 for call in (client.core.begin, client.core.begin_discard):
                     with pytest.raises(ConfigError, match="deadline_s") as caught:
-                        call([], given)  # type: ignore[arg-type, operator]  # what is refused
+                        call([], given)  # type: ignore[arg-type]  # what is refused
                     assert caught.value.facts["field"] == "deadline_s"
         for accepted in ("5s", "250ms", 1, 2.5, 0):
             with row(accepted=accepted):

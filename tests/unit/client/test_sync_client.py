@@ -109,7 +109,7 @@ def test_a_thread_that_follows_leads_when_the_other_has_left(beside: PortBeside)
         client.read(beside.ring.write_raw(EPISODE)).release()
         hold = beside.faults.hold = Hold()
         first = threads.submit(client.read, beside.ring.write_raw(EPISODE), deadline_s=0.2)
-        wait_until(lambda: client._lead.locked(), what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
+        wait_until(client._lead.locked, what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
         threading.Timer(0.5, hold.set).start()
         client.read(beside.ring.write_raw(EPISODE)).release()
         assert isinstance(first.exception(), DeadlineExceededError)
@@ -229,7 +229,7 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         following: list[object] = []
 
         def follow() -> None:
-            wait_until(lambda: client._lead.locked(), what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
+            wait_until(client._lead.locked, what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
             following.append(threads.submit(client.read, refs[1]))
             wait_until(lambda: len(client._followers) == 1, what="the other one follows")  # noqa: SLF001 - likewise
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -1,0 +1,290 @@
+"""Payloads without references: what a ring has ready, taken by a client that names only their source.
+
+| step                       | of another host                            | of this host                     |
+|----------------------------|--------------------------------------------|----------------------------------|
+| something is asked for     | TAKE, over one of the source's ports       | `SharedRingBuffer.take`          |
+| nothing is there           | the server waits, up to the caller's time  | a wait for the ring's word       |
+| something has been picked  | an offer: names, what their writers said   | leases                           |
+| each payload               | comes as after a FETCH; if its connection  | is a view of its slot, or a copy |
+|                            | is lost, it is asked for elsewhere by name |                                  |
+
+Everything of another host runs in the thread that runs the reactor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.ports import backoff_s, retries_slot
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire.frames import offer_receive_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.jobs import Job
+    from ucxx_transport.client.ports import PortKey
+    from ucxx_transport.client.reads import Reads
+    from ucxx_transport.link.base import Timer
+    from ucxx_transport.wire.actions import Asked, Offer, Offered
+
+Selector = Literal["oldest", "newest"]
+
+DEFAULT_MAX_PAYLOADS: Final = 16
+DEFAULT_MAX_BYTES: Final = 256 << 20
+
+MAX_WAIT_S: Final = 60.0
+"""How long a server waits on behalf of one request; a longer wait is several."""
+
+
+class Takeable(Protocol):
+    """What can be taken from: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+    @property
+    def ring_name(self) -> str: ...
+    @property
+    def host_id(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def ports(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeRequest:
+    """What to take.
+
+    Attributes:
+        source: from whom.
+        max_payloads: how many at most. max_bytes: of them all.
+        newest: the newest first, else the oldest.
+        wait_s: how long to wait for a first one.
+        until_s: when the whole call is over, on the reactor's clock.
+
+    Raises:
+        ConfigError: a number is out of its range, or the source has no address.
+    """
+
+    source: Takeable
+    max_payloads: int
+    max_bytes: int
+    newest: bool
+    wait_s: float
+    until_s: float
+
+    def __post_init__(self) -> None:
+        for field, value, least, most in (
+            ("max_payloads", self.max_payloads, 1, 64),
+            ("max_bytes", self.max_bytes, 1, 1 << 46),
+        ):
+            if type(value) is not int or not least <= value <= most:
+                raise ConfigError(f"{field} = {value!r}: expected {least} to {most}", field=field, value=value)
+
+
+def newest_of(selector: str) -> bool:
+    """Whether a selector is "newest"; a ConfigError when it is not "oldest" either."""
+    if selector not in ("oldest", "newest"):
+        raise ConfigError(f"selector = {selector!r}: expected 'oldest' or 'newest'", field="selector", value=selector)
+    return selector == "newest"
+
+
+def take_some(connection: Connection, take: Take, wait_s: float) -> None:
+    """Ask for what the ring behind a connection has ready; the server waits for a first payload so long."""
+    session, reads, request = connection.session, take.reads, take.request
+    connection.running.append(take)
+
+    def answered(asked: Asked, answer: bytearray) -> None:
+        connection.running.remove(take)
+        try:
+            offer = session.on_offer(asked.attempt, answer)
+        except TransportError as error:
+            if session.broken:
+                raise
+            take.lost(error)
+        else:
+            wanted = take.offered(connection, offer)
+            if offer.payloads:
+                reads.adopt(connection, offer.payloads, take if wanted else None)
+        connection.after_answers()
+
+    asked = session.take(request.max_payloads, request.max_bytes, newest=request.newest, wait_ms=int(wait_s * 1000))
+    connection.ask(asked, offer_receive_bytes(request.max_payloads), answered)
+
+
+class Take:
+    """One call that takes payloads over the link. It is an `Errand` of one connection at a time.
+
+    Attributes:
+        reads: the client's. request: what is to be taken.
+        payloads: what has come, once it is done.
+        error: why nothing has, then.
+        done: whether it is over.
+        on_done: called once it is.
+    """
+
+    __slots__ = (
+        "_asked_until_s", "_call", "_connection", "_key", "_records", "_timer", "_wait_until_s", "done", "error",
+        "on_done", "payloads", "reads", "request",
+    )  # fmt: skip
+
+    def __init__(self, reads: Reads, request: TakeRequest, on_done: Callable[[Take], None] | None) -> None:
+        self.reads = reads
+        self.request = request
+        self._records: list[Mapping[str, object] | None] = []
+        self._connection: Connection | None = None
+        self._key: PortKey | None = None
+        self._timer: Timer | None = None
+        self._call = 0
+        self._wait_until_s = reads.now() + request.wait_s
+        self._asked_until_s = 0.0
+        self.payloads: list[Payload] = []
+        self.error: TransportError | None = None
+        self.done = False
+        self.on_done = on_done
+
+    def ask(self) -> None:
+        """Ask a port."""
+        self._stop_timer()
+        if self.done:
+            return
+        self._call += 1
+        reads = self.reads
+        now = reads.now()
+        limit_s = self.request.until_s if self._call >= reads.read_attempts else (now + self.request.until_s) / 2
+        self._asked_until_s = limit_s
+        self._timer = reads.call_at(limit_s, self._too_late)
+        source = self.request.source
+        assert source.host is not None  # checked where the call begins
+        self._key = reads.dispatch.next_port(source.host, source.ports)
+        self._connection = reads.connections.to(self._key, now)
+        self._connection.run(self)
+
+    def start(self, connection: Connection) -> None:
+        """See `Errand`."""
+        if self.done or connection is not self._connection:
+            return
+        now = self.reads.now()
+        wait_s = min(max(0.0, self._wait_until_s - now), MAX_WAIT_S, max(0.0, (self._asked_until_s - now) / 2))
+        take_some(connection, self, wait_s)
+
+    def offered(self, connection: Connection, offer: Offer) -> bool:
+        """A server has picked payloads; whether they are still wanted: then their attempts are `adopted`."""
+        if self.done or connection is not self._connection:
+            return False
+        self._connection = None
+        if not offer.payloads:
+            if offer.reason:
+                self._end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
+            elif self.reads.now() < min(self._wait_until_s, self.request.until_s):
+                self._call = 0
+                self.ask()
+            else:
+                self._end(None)
+            return False
+        self._stop_timer()
+        return True
+
+    def references(self, payloads: Sequence[Offered]) -> list[SlotRef]:
+        """References of what was picked; a ProtocolError where what their writers said is malformed."""
+        from ucxx_transport.schema.envelope import meta_of, unpack_envelope
+
+        source = self.request.source
+        refs = []
+        for offered in payloads:
+            record = unpack_envelope(offered.envelope)
+            self._records.append(record)
+            refs.append(
+                SlotRef(
+                    ring_id=offered.ring_id,
+                    ring_name=source.ring_name,
+                    slot=offered.slot,
+                    generation=offered.generation,
+                    nbytes=offered.nbytes,
+                    host_id=source.host_id,
+                    host=source.host,
+                    ports=tuple(source.ports),
+                    fingerprint=offered.fingerprint,
+                    checksum=offered.checksum,
+                    meta=meta_of(record),
+                )
+            )
+        return refs
+
+    @property
+    def until_s(self) -> float:
+        """The deadline of what was picked."""
+        return self.request.until_s
+
+    @property
+    def ring_id(self) -> bytes:
+        """The ring that is taken from."""
+        return self.request.source.ring_id
+
+    def came(self, job: Job) -> None:
+        """Every payload that was picked has come, or will not."""
+        errors = []
+        for outcome, record in zip(job.outcomes, self._records, strict=True):
+            if isinstance(outcome, Payload):
+                outcome.record = record
+                self.payloads.append(outcome)
+            elif isinstance(outcome, TransportError) and not isinstance(outcome, StaleSlotError):
+                errors.append(outcome)
+        job.outcomes.clear()
+        self._end(None if self.payloads or not errors else errors[0])
+
+    def lost(self, error: TransportError) -> None:
+        """See `Errand`: what was picked is there again; ask another port, or again a little later."""
+        if self.done or self._connection is None:
+            return
+        self._connection = None
+        reads, now = self.reads, self.reads.now()
+        if self._key is not None:
+            reads.blame(self._key, error)
+        remaining_s = self.request.until_s - now
+        if not retries_slot(error, attempt=self._call, read_attempts=reads.read_attempts, remaining_s=remaining_s):
+            self._end(error)
+            return
+        self._stop_timer()
+        pause_s = backoff_s(error, self._call)
+        if pause_s:
+            self._timer = reads.call_at(now + pause_s, self.ask)
+        else:
+            self._timer = reads.call_at(now, self.ask)
+
+    def abandon(self) -> None:
+        """Nobody wants it any more: what is still offered is given back."""
+        self.on_done = None
+        for payload in self.payloads:
+            payload.release()
+        self._end(DeadlineExceededError("abandoned"))
+
+    def fail(self, error: TransportError) -> None:
+        """It cannot succeed: its source is gone, or the client is closed."""
+        self._connection = None
+        self._end(error)
+
+    def _too_late(self) -> None:
+        host, ports = self.request.source.host, self.request.source.ports
+        self.lost(DeadlineExceededError("the source did not answer in time", host=host, ports=ports))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self, error: TransportError | None) -> None:
+        self._stop_timer()
+        if self.done:
+            return
+        self.error = error
+        self.done = True
+        self.reads.takes.discard(self)
+        if self.on_done is not None:
+            self.on_done(self)
