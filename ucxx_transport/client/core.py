@@ -173,7 +173,13 @@ class ClientCore:
         limit_s = self.limit_s(deadline_s)
         until_s = self.reactor.now() + limit_s
         found, elsewhere = self.discard_here(refs, limit_s)
-        return self.discard_there(Discard(found, on_done), elsewhere, until_s)
+
+        def counted(call: Discard) -> None:
+            self.counters.add("discarded", call.found)
+            if on_done is not None:
+                on_done(call)
+
+        return self.discard_there(Discard(found, counted), elsewhere, until_s)
 
     def discard_there(self, call: Discard, rings: Sequence[Sequence[SlotRef]], until_s: float) -> Discard:
         """The part of `begin_discard` that needs a link: references by ring, their names taken."""

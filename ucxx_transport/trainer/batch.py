@@ -25,7 +25,7 @@ from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, check_sta
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
     from ucxx_transport.client.core import ClientCore
-    from ucxx_transport.client.reads import Job
+    from ucxx_transport.client.jobs import Job
     from ucxx_transport.link.base import Timer
     from ucxx_transport.schema import SlotRef
 
