@@ -55,30 +55,19 @@ so much later, rather than take the interpreter from it at once."""
 class PendingBatch:
     """A batch that was begun. Take its `result`, or `cancel` it."""
 
-    __slots__ = ("_fetch", "_hand_out", "_leave", "_thread")
+    __slots__ = ("_fetch", "_prefetcher")
 
-    def __init__(
-        self,
-        thread: FetchThread,
-        fetch: BatchFetch,
-        hand_out: Callable[[Batch], None],
-        leave: Callable[[int], int],
-    ) -> None:
-        self._thread = thread
+    def __init__(self, prefetcher: Prefetcher, fetch: BatchFetch) -> None:
+        self._prefetcher = prefetcher
         self._fetch = fetch
-        self._hand_out = hand_out
-        self._leave = leave
 
     def result(self) -> Batch:
         """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
-        batch = self._thread.result(self._fetch)
-        self._hand_out(batch)
-        return batch
+        return self._prefetcher.take(self._fetch)
 
     def cancel(self) -> None:
         """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
-        self._leave(len(self._fetch.request.records))
-        self._thread.drop(self._fetch)
+        self._prefetcher.leave(len(self._fetch.request.records), self._fetch)
 
 
 class Prefetcher:
@@ -256,10 +245,18 @@ class Prefetcher:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
         request = FetchRequest(records, policy_version, self._limits)
-        return PendingBatch(self._thread, self._thread.begin(request), self._hand_out, self.leave)
+        return PendingBatch(self, self._thread.begin(request))
 
-    def leave(self, count: int) -> int:
+    def take(self, fetch: BatchFetch) -> Batch:
+        """See `PendingBatch.result`."""
+        batch = self._thread.result(fetch)
+        self._hand_out(batch)
+        return batch
+
+    def leave(self, count: int, fetch: BatchFetch | None = None) -> int:
         """Count episodes that were asked for and will not be taken, as lost by "closed"; how many there have been."""
+        if fetch is not None:
+            self._thread.drop(fetch)
         with self._changed:
             self._losses.update({LossReason.CLOSED.value: count} if count else {})
             return self._losses[LossReason.CLOSED.value]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import Receiver, receiver_for
@@ -28,15 +28,26 @@ if TYPE_CHECKING:
     from ucxx_transport.schema.tree import ArrayTree
 
 
-class Unpacker(Protocol):
-    """Gives a payload's arrays on a device."""
+class Unpacker:
+    """Gives a payload's arrays on a device: its own, tensors over its memory, or arrays on a GPU.
 
-    @property
-    def uploader(self) -> DeviceUploader | None:
-        """What takes payloads to the device as they come; None where they stay in the host's memory."""
+    Attributes:
+        uploader: what takes payloads to the GPU as they come; None where they stay in the host's memory.
+    """
+
+    def __init__(self, *, torch: Any = None, uploader: DeviceUploader | None = None) -> None:
+        self._torch = torch
+        self.uploader = uploader
 
     def __call__(self, payload: Payload) -> ArrayTree:
         """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
+        if self.uploader is not None and not isinstance(payload, DevicePayload):
+            with self.uploader.upload(payload) as uploaded:
+                return uploaded.arrays
+        arrays = payload.arrays
+        if self._torch is not None:
+            arrays = map_leaves(partial(host_tensor, self._torch), arrays)
+        return arrays
 
 
 def unpacker_for(device: object = None) -> Unpacker:
@@ -50,14 +61,14 @@ def unpacker_for(device: object = None) -> Unpacker:
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
     if isinstance(device, Receiver):
-        return _OnDevice(DeviceUploader(device))
+        return Unpacker(uploader=DeviceUploader(device))
     name = "numpy" if device is None else str(device)
     if name == "numpy":
-        return _Views()
+        return Unpacker()
     if name == "cpu":
-        return _CpuTensors(import_torch(name))
+        return Unpacker(torch=import_torch(name))
     if name.partition(":")[0] in ("cuda", "cupy"):
-        return _OnDevice(DeviceUploader(receiver_for(name)))
+        return Unpacker(uploader=DeviceUploader(receiver_for(name)))
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )
@@ -70,38 +81,3 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, list):
         return [map_leaves(function, child) for child in tree]
     return function(tree)
-
-
-class _Views:
-    """The payload's own arrays."""
-
-    uploader = None
-
-    def __call__(self, payload: Payload) -> ArrayTree:
-        return payload.arrays
-
-
-class _CpuTensors:
-    """Torch tensors over the payload's own memory."""
-
-    uploader = None
-
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
-
-    def __call__(self, payload: Payload) -> ArrayTree:
-        tree: ArrayTree = map_leaves(partial(host_tensor, self._torch), payload.arrays)
-        return tree
-
-
-class _OnDevice:
-    """Arrays on a GPU: those of a payload that was uploaded when it came, or of one that is now."""
-
-    def __init__(self, uploader: DeviceUploader) -> None:
-        self.uploader = uploader
-
-    def __call__(self, payload: Payload) -> ArrayTree:
-        if isinstance(payload, DevicePayload):
-            return payload.arrays
-        with self.uploader.upload(payload) as uploaded:
-            return uploaded.arrays
