@@ -593,6 +593,34 @@ def test_closing_the_link_ends_everything_in_flight(sides: Sides) -> None:
     sides.until(lambda: all(pair.far_owner.error for pair in pairs))
 
 
+def test_owners_that_post_in_every_callback_need_not_know_of_the_link_s_close(sides: Sides) -> None:
+    pairs = [sides.connect() for _ in range(3)]
+    ended: list[str] = []
+
+    def keep_going(endpoint: Endpoint, buffer: bytearray) -> None:
+        def again(operation: Operation) -> None:
+            if operation.error is None:
+                endpoint.post_send(bytes(100))
+                endpoint.post_receive(buffer, again)
+            else:
+                ended.append(outcome(operation))
+
+        endpoint.post_receive(buffer, again)
+        endpoint.post_send(bytes(100))
+
+    for pair in pairs:
+        for endpoint in (pair.near, pair.far):
+            for _ in range(5):
+                keep_going(endpoint, bytearray(100))
+    for _ in range(30):
+        sides.turn()
+    sides.client.close()
+    sides.until(lambda: len(ended) == 30)
+    assert ended[:15] == ["closed"] * 15
+    for pair in pairs:
+        sides.until(lambda pair=pair: pair.far_owner.error)  # type: ignore[misc]
+
+
 def test_closed_link_refuses_everything(sides: Sides) -> None:
     pair = sides.connect()
     port, link = sides.port, sides.client.link

@@ -20,7 +20,8 @@ Rules that every link keeps, and that the conformance suite checks:
   is in flight back is `Endpoint.close`.
 - `on_done` is called once for each operation, in the order of their ends. Where `completed` is False by then, the link
   has given the operation up (its peer is lost, or its endpoint closed, and it never ended): its buffer is still in use.
-- What is posted before the owner has heard of a loss ends with an error in a turn; from then on, posting raises it.
+- What is posted before the owner can have heard of a loss, or of `Link.close`, ends with an error in a turn: a callback
+  without an error may always post. From `lost` or its own `close` on, posting raises the error.
 - A send that is completed has left this side; only an answer of the peer proves that it arrived.
 - Messages may be posted from the moment that `connect` returns: they leave when the connection is up.
 - One thread at a time; which one may change between calls.

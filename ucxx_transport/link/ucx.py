@@ -114,6 +114,7 @@ class UCXXLink:
         self.flight = Flight()
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.cancel_due = False
+        self.closing = False
         self.thread = threading.get_ident()
         self._lost: deque[UCXXEndpoint] = deque()
         self._closing: dict[UCXXEndpoint, Timer] = {}
@@ -209,6 +210,7 @@ class UCXXLink:
         """See `base.Link.close`: end what is in flight, endpoints, listeners, then the worker."""
         if self._closed or self._forked:
             return
+        self.closing = True
         failure: Exception | None = None
         late_s = time.monotonic() + CLOSE_TIMEOUT_S
         while (self.flight.order or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
@@ -219,6 +221,7 @@ class UCXXLink:
             except Exception as exc:  # noqa: BLE001  # of a callback; raised when all is closed
                 failure = failure or exc
         self._closed = True
+        self.closing = False
         self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
         link_closed(self)
         self._progress_once = self._refused

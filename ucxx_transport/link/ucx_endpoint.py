@@ -257,11 +257,12 @@ class UCXXEndpoint:
         self.note_loss()
 
     def _refused(self, kind: int, buffer: object, on_done: OnDone | None) -> UCXXOperation:
-        """Until its owner has heard of a loss, what it posts ends in a turn; from then on it is an error."""
-        if not self.alive:
+        """What is posted before the owner can know of a loss, or of the link's close, ends in a turn."""
+        if not (self.alive or self._link.closing):
             raise self._why_lost()
-        array = self._link.message(buffer).array
-        operation = UCXXOperation(kind, array, array.nbytes, on_done, None)
+        message = buffer if isinstance(buffer, UCXXMessage) else self._link.message(buffer)
+        array = message.array
+        operation = UCXXOperation(kind, array, message.nbytes, on_done, None)
         if kind == SEND:
             self._counters.sends += 1
         else:

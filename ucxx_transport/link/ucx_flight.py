@@ -126,6 +126,7 @@ class LinkContext(Protocol):
     Attributes:
         ready: what is to be called in the next turn, with its argument.
         cancel_due: operations of a broken connection are to be ended in the next turn.
+        closing: the link is being closed, which the owners of its endpoints hear by their operations' ends alone.
     """
 
     binding: Binding
@@ -136,6 +137,7 @@ class LinkContext(Protocol):
     flight: Flight
     ready: deque[tuple[Callable[[Any], object], object]]
     cancel_due: bool
+    closing: bool
 
     def check_usable(self) -> None: ...
     def message(self, buffer: object, /) -> UCXXMessage: ...

@@ -98,6 +98,8 @@ class MemoryEndpoint:
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
         operation = self._posted(buffer, on_done, sending=True)
+        if not self.alive:
+            return operation
         assert operation.view is not None  # just made
         faults = self.link.network.faults
         if faults.breaks_connection():
@@ -173,7 +175,7 @@ class MemoryEndpoint:
 
     def _posted(self, buffer: object, on_done: OnDone | None, *, sending: bool) -> MemoryOperation:
         self.link.check_usable()
-        if not self.alive:
+        if not (self.alive or self.link.closing):
             raise lost("closed" if self._closed else "reset", peer=self.peer)
         view = byte_view(buffer.view if isinstance(buffer, MemoryMessage) else buffer, writable=not sending)
         operation = MemoryOperation(view, on_done, sending=sending)
@@ -183,6 +185,8 @@ class MemoryEndpoint:
         else:
             counters.receives += 1
         self._in_flight[operation] = None
+        if not self.alive:
+            self.link.call(self._end, operation, lost("closed", peer=self.peer))
         return operation
 
     def _deliver(self, hold: Hold | None) -> None:
@@ -340,6 +344,7 @@ class MemoryLink:
         self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
         self.closed = False
+        self.closing = False
         self.forked = False
         self.counters = Counters()
         self.endpoints: set[MemoryEndpoint] = set()
@@ -415,6 +420,7 @@ class MemoryLink:
     def close(self) -> None:
         if self.closed or self.forked:
             return
+        self.closing = True
         for listener in self._listeners:
             listener.close()
         for _ in range(CLOSING_ROUNDS):
@@ -422,7 +428,7 @@ class MemoryLink:
                 endpoint.close()
             if not self._take():
                 break
-        self.closed = True
+        self.closing, self.closed = False, True
         while self._inbox:  # who connects meanwhile is refused, and who sends is reset
             action, arguments = self._inbox.popleft()
             if getattr(action, "__func__", None) is MemoryListener.accept:
