@@ -17,19 +17,19 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.server.counters import REQUESTS
+from ucxx_transport.server.takes import NO_EPOCH
 from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
-from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
+from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ucxx_transport.link.base import Endpoint, Message, Operation
-    from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.port import Port
     from ucxx_transport.wire.actions import Action, Attempt
     from ucxx_transport.wire.server_side import Limit, ServerSession
@@ -60,7 +60,6 @@ _COUNTED: Final = {
     Status.UNAUTHORIZED: "unauthorized",
     Status.INTERNAL: "internal",
 }
-_NO_EPOCH: Final = "the worker has no epoch yet"
 _LOCKED: Final = "the ring's lock is held by a process that does not get on"
 
 
@@ -110,7 +109,12 @@ class Connection:
                 message = self.port.reactor.link.message(frame)
                 self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except TransportError as error:
-            self._fail(error)
+            self.fail(error)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the client may still be answered."""
+        return not self.is_closing and self.session.phase is not _CLOSING
 
     def connected(self) -> None:
         """The endpoint's hello has come: nothing to do, the client speaks first."""
@@ -151,14 +155,14 @@ class Connection:
                     if action.attempt.sent_s is not None:
                         finish(action.attempt)
                 elif isinstance(action, Serve) and not action.shared:
-                    self._serve(action.attempts)
+                    self.serve(action.attempts)
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
                 return  # the client closes, or the sweep does
             receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
-            self._fail(error)
+            self.fail(error)
         if receives and receives[0][0].completed:
             self._defer()
 
@@ -169,7 +173,7 @@ class Connection:
 
     # --- Attempts ---
 
-    def _serve(self, attempts: Iterable[Attempt]) -> None:
+    def serve(self, attempts: Iterable[Attempt]) -> None:
         """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
         port, session, post_send = self.port, self.session, self._endpoint.post_send
         answers = port.answers
@@ -177,7 +181,7 @@ class Connection:
             if attempt.lease is None:
                 refusal = self._acquire(attempt)
                 if refusal is not None:
-                    self._reply(session.refused(attempt, *refusal))
+                    self.reply(session.refused(attempt, *refusal))
                     continue
             message, _ = answers.get((attempt.slot, attempt.nbytes)) or port.prepare(attempt)
             send = attempt.send = post_send(message, channel=attempt.number & MAX_CHANNEL)
@@ -220,7 +224,7 @@ class Connection:
         port = self.port
         port.words[REQUESTS] += 1
         if port.awaited[0]:
-            return Refusal(_NOT_READY, _NO_EPOCH)
+            return Refusal(_NOT_READY, NO_EPOCH)
         if port.locked_turn == port.reactor.turns:
             return Refusal(_BUSY, _LOCKED)
         try:
@@ -254,56 +258,13 @@ class Connection:
 
     def _answer(self, action: Action) -> None:
         if isinstance(action, Reply):
-            self._reply(action)
+            self.reply(action)
         elif isinstance(action, Serve):
             self._serve_packed(action)
         elif isinstance(action, Take):
-            self._take(action)
+            self.port.takes.begin(self, action)
         elif isinstance(action, Settle):
-            self._reply(self.session.settled(action, self._settle(action.names)))
-
-    def _take(self, take: Take) -> None:
-        if not self.offer(take):
-            self.port.look_later(self, take)
-
-    def offer(self, take: Take) -> bool:
-        """Answer a TAKE: by payloads, or by nothing once its time has come. False: there is none, and it has time."""
-        port, session = self.port, self.session
-        if self.is_closing or session.phase is _CLOSING:
-            return True
-        try:
-            if port.awaited[0]:
-                self._reply(session.nothing(take, _NO_EPOCH, _NOT_READY))
-                return True
-            payloads, nbytes = session.take_room(take)
-            try:
-                leases = port.pick(payloads, nbytes, newest=take.newest, reader=session.reader)
-            except ConfigError as error:
-                self._reply(session.nothing(take, error.message))
-                return True
-            if not leases:
-                if port.now() < take.until_s:
-                    return False
-                self._reply(session.nothing(take))
-                return True
-            self._send_taken(take, leases)
-        except Exception as error:  # noqa: BLE001 - the edge of a callback
-            self._fail(error)
-        return True
-
-    def _send_taken(self, take: Take, leases: list[ReadLease]) -> None:
-        offered = [
-            OfferedPayload(
-                lease.slot, lease.generation, lease.nbytes, lease.checksum, lease.commit_time_ns, lease.envelope
-            )
-            for lease in leases
-        ]
-        reply, attempts = self.session.taken(take, offered, self.port.now())
-        for attempt, lease in zip(attempts, leases, strict=True):
-            attempt.lease = lease
-        self.port.counters.add("takes", len(leases))
-        self._reply(reply)
-        self._serve(attempts)
+            self.reply(self.session.settled(action, self._settle(action.names)))
 
     def _settle(self, names: Iterable[tuple[int, int]]) -> list[Status]:
         """Consume what the client has had of these, as far as it is still there."""
@@ -321,7 +282,8 @@ class Connection:
             statuses.append(status)
         return statuses
 
-    def _reply(self, reply: Reply) -> None:
+    def reply(self, reply: Reply) -> None:
+        """Send an answer that is no payload."""
         self._count(reply.status)
         send = self._endpoint.post_send(reply.message, channel=reply.channel)
         self._copied_bytes += send.nbytes
@@ -361,7 +323,7 @@ class Connection:
             self._hear_out()
             self._endpoint.close(self._on_closed)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Close it, with a log line unless the client is just gone."""
         if not isinstance(error, TransportError):
             _log.exception("connection_crashed", peer=self._endpoint.peer)
@@ -383,7 +345,7 @@ class Connection:
                     elif isinstance(action, Settle):
                         self._settle(action.names)
         except Exception as error:  # noqa: BLE001 - the edge of a callback
-            self._fail(error)
+            self.fail(error)
 
     def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
         del clean  # what has not ended is looked at one by one

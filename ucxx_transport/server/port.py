@@ -5,7 +5,7 @@
 | a frame of a connection         | as it arrives; a second one in the same turn of the reactor has the next turn     |
 | time limits, beat, stuck sends  | every `SWEEP_INTERVAL_S`                                                          |
 | slots of dead processes         | every `RECLAIM_INTERVAL_S`, by one port of a server                               |
-| clients that wait for a payload | 0.5 ms after the last look, ever later up to 5 ms, until their time is up         |
+| clients that wait for a payload | see `takes`                                                                       |
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportE
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
 from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED
+from ucxx_transport.server.takes import Takes
 from ucxx_transport.wire.frames import NONCE_BYTES
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.wire.actions import Attempt, Take
+    from ucxx_transport.wire.actions import Attempt
 
 _log = get_logger(__name__)
 
@@ -43,10 +44,6 @@ RECLAIM_INTERVAL_S: Final = 1.0
 
 BUSY_ANSWERS: Final = 16
 """Connections above the limit that are still answered BUSY; beyond them a newcomer is closed without a word."""
-
-SOON_S: Final = 0.5e-3
-LATER_S: Final = 5e-3
-"""The first and the longest pause between two looks for a payload that a client waits for."""
 
 MAX_ANSWERS: Final = 4096
 """Slots, by length, whose memory is kept prepared for the link."""
@@ -82,6 +79,14 @@ class Port:
         binding: whether the source has its epoch.
         reactor: what runs it, in whatever thread.
         reclaims: whether it also gives back what dead processes hold; one port of a server does.
+
+    Attributes:
+        words: of the counters. awaited: of the binding.
+        now: the reactor's clock.
+        answers: by slot and length, whole answers as the slots are: prepared for the link, and as memory.
+        pack_buffers: for packed payloads, those that are not in use.
+        locked_turn: the reactor's turn in which the ring's lock was waited for in vain.
+        takes: the clients that are given what is there.
     """
 
     def __init__(  # noqa: PLR0917 - what it is made of
@@ -104,6 +109,7 @@ class Port:
         self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self.pack_buffers: list[bytearray] = []
         self.locked_turn = -1
+        self.takes = Takes(self)
         self._source = source
         self._limits = SessionLimits(
             first_frame_timeout_s=settings.first_frame_timeout_s,
@@ -114,12 +120,11 @@ class Port:
         self._max_connections = settings.max_connections
         self._reclaims = reclaims
         self._listener: Listener | None = None
+        self._is_stopping = False
         self._connections: dict[Connection, None] = {}
         self._admitted = 0
         self._deferred: list[Connection] = []
         self._kept: list[Attempt] = []
-        self._waiting: list[tuple[Connection, Take]] = []
-        self._pause_s = SOON_S
         self._sweeper: Timer | None = None
         self._reclaim_s = 0.0
         self._accepts_failed = 0
@@ -139,11 +144,12 @@ class Port:
 
     def stop(self) -> None:
         """Take no further connection and close those there are; it has `stopped` some turns later."""
+        self._is_stopping = True
         if self._listener is not None:
             self._listener.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        self._waiting.clear()
+        self.takes.clear()
         for connection in list(self._connections):
             connection.close()
 
@@ -174,27 +180,6 @@ class Port:
             del self.answers[next(iter(self.answers))]
         answer = self.answers[attempt.slot, attempt.nbytes] = (self.reactor.link.message(memory), memory)
         return answer
-
-    def pick(self, max_payloads: int, max_bytes: int, *, newest: bool, reader: int) -> list[ReadLease]:
-        """Payloads for a client that names none; [] where there is none now.
-
-        Raises:
-            ConfigError: the next one is larger than `max_bytes`.
-        """
-        if max_payloads == 0 or self.locked_turn == self.reactor.turns:
-            return []
-        try:
-            return self.ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)
-        except DeadlineExceededError as error:
-            self.note_lock(error)
-            return []
-
-    def look_later(self, connection: Connection, take: Take) -> None:
-        """Look for payloads for this client again and again."""
-        if not self._waiting:
-            self._pause_s = SOON_S
-            self.reactor.call_at(self.now() + SOON_S, self._look_for_payloads)
-        self._waiting.append((connection, take))
 
     def finish(self, attempt: Attempt) -> None:
         """Its message is over, and its end known, or will never be: the slot is given back, exactly once."""
@@ -255,6 +240,8 @@ class Port:
         ) from last
 
     def _admit(self, endpoint: Endpoint) -> Connection | None:
+        if self._is_stopping:
+            return None
         self.counters.add("accepted")
         # Those that only wait for their BUSY do not count.
         is_admitted = self._admitted < self._max_connections
@@ -276,14 +263,6 @@ class Port:
         for connection in deferred:
             connection.is_deferred = False
             connection.serve_next()
-
-    def _look_for_payloads(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        still = [(connection, take) for connection, take in waiting if not connection.offer(take)]
-        self._waiting += still
-        if self._waiting:
-            self._pause_s = min(2 * self._pause_s, LATER_S) if len(still) == len(waiting) else SOON_S
-            self.reactor.call_at(self.now() + self._pause_s, self._look_for_payloads)
 
     def _sweep(self) -> None:
         try:

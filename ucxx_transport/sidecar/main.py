@@ -18,6 +18,7 @@ signals that ask a whole job to end are the worker's affair, which may still hav
 from __future__ import annotations
 
 import enum
+import gc
 import json
 import os
 import select
@@ -237,6 +238,7 @@ class Served:
         self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"], descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
+        gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
         self._thread = PortThread(self._ring, settings, order["index"])
         self.port = self._thread.start(time.monotonic() + settings.start_timeout_s)
 

@@ -38,6 +38,7 @@ class PortRig:
     Attributes:
         ring: that is served. before: what the port is given in its place, if so. clock: of both sides.
         faults: of what the port sends. peer_faults: of what peers send.
+        reactor: of the port. peers: of the other side.
     """
 
     RING: ClassVar = RingConfig(slots=4, slot_bytes=64 << 10, prefault=False)
@@ -50,7 +51,7 @@ class PortRig:
         self._network = MemoryNetwork(faults=self.faults)
         peers = MemoryNetwork(faults=self.peer_faults, listeners=self._network.listeners)
         self.reactor = Reactor(self._network.link, spin_s=0.0, clock=self.clock)
-        self._peers = Reactor(peers.link, spin_s=0.0, clock=self.clock)
+        self.peers = Reactor(peers.link, spin_s=0.0, clock=self.clock)
         self.counters = PortCounters(ring.server_words, 0)
         source = SessionSource(
             ring_id=ring.ring_id,
@@ -66,7 +67,7 @@ class PortRig:
     def connect(self) -> RawPeer:
         """A connection that says nothing."""
         peer = RawPeer(lambda _: self.settle(), self.ring.ring_id)
-        peer.endpoint = self._peers.link.connect(HOST, PORT, peer)
+        peer.endpoint = self.peers.link.connect(HOST, PORT, peer)
         self.settle()
         return peer
 
@@ -92,7 +93,7 @@ class PortRig:
     def settle(self) -> None:
         """Both sides run until nothing moves."""
         for _ in range(TURNS):
-            if not self._peers.poll() | self.reactor.poll():
+            if not self.peers.poll() | self.reactor.poll():
                 return
         raise AssertionError("the two sides never come to rest")
 
@@ -102,7 +103,7 @@ class PortRig:
             if condition():
                 return
             self.reactor.poll()
-            self._peers.poll()
+            self.peers.poll()
         raise AssertionError("it never comes to that")
 
     def fail_accepts(self, count: int) -> None:
@@ -115,7 +116,7 @@ class PortRig:
         """Time passes, and whatever is due happens at its time."""
         until_s = self.clock.now_s + seconds
         self.settle()
-        while (due_s := min(self.reactor.next_timer_s, self._peers.next_timer_s)) <= until_s:
+        while (due_s := min(self.reactor.next_timer_s, self.peers.next_timer_s)) <= until_s:
             self.clock.now_s = max(self.clock.now_s, due_s)
             self.settle()
         self.clock.now_s = until_s
@@ -133,7 +134,7 @@ class PortRig:
         """The end of both sides."""
         if not self.reactor.closed:
             self.stop()
-        self._peers.close()
+        self.peers.close()
 
 
 @contextmanager

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import msgpack
 import pytest
 
 from tests.support.raw_peer import Answer, RawPeer
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
+from ucxx_transport.schema.envelope import unpack_envelope
 from ucxx_transport.server import RingSource
 from ucxx_transport.wire.codec import decode_offer
 from ucxx_transport.wire.frames import FLAG_NEWEST, Kind, Status, offer_receive_bytes
@@ -80,7 +80,7 @@ def test_the_newest_come_first_where_that_is_asked(rig: PortRig) -> None:
 def test_what_its_writer_said_comes_with_each(rig: PortRig) -> None:
     rig.ring.write_raw(b"one", meta={"policy": 7})
     (offered,) = decode_offer(begin_take(rig.peer()).body)
-    assert msgpack.unpackb(offered.envelope) == {"policy": 7}
+    assert unpack_envelope(offered.envelope) == {"policy": 7}
     assert offered.commit_time_ns > 0
 
 
@@ -195,12 +195,28 @@ def test_a_lock_that_is_not_to_be_had_is_waited_for_once_a_turn_and_costs_no_con
     assert rig.states(ref) == [SlotState.READING]
 
 
+def test_a_payload_that_the_window_has_no_room_for_now_is_waited_for(rig: PortRig) -> None:
+    first = rig.write(b"small")
+    peer = rig.peer()
+    answer = begin_take(peer, 1)
+    second = rig.write(b"huge")
+    rig.before.least_bytes = 256 * MiB  # as many as the window has
+    later = begin_take(peer, nbytes=1 << 40, wait_ms=10_000)
+    rig.advance(1.0)
+    assert not later.has_come
+    peer.end(answer.channel + 1)
+    rig.advance(0.01)
+    assert taken(peer, later) == [b"huge"]
+    assert rig.states(first, second) == [SlotState.FREE, SlotState.READING]
+
+
 class LockedRing:
-    """A ring whose lock is held while the test says so."""
+    """A ring whose lock is held, or whose payloads are said to be large, while the test says so."""
 
     def __init__(self, ring: SharedRingBuffer) -> None:
         self._ring = ring
         self.is_locked = False
+        self.least_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ring, name)
@@ -208,4 +224,6 @@ class LockedRing:
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
         if self.is_locked:
             raise DeadlineExceededError("the ring's lock is held")
+        if max_bytes < self.least_bytes:
+            raise ConfigError("the next payload is larger than max_bytes", nbytes=self.least_bytes)
         return self._ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)
