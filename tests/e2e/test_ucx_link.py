@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.address import list_interfaces
 from ucxx_transport.link.base import Endpoint, Operation
 from ucxx_transport.link.reactor import Reactor
@@ -646,6 +647,33 @@ def begun_connections(port: int) -> int:
                         info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
                         begun += int.from_bytes(info[128:136], "little") > 0
     return begun
+
+
+def test_process_without_descriptors_says_so_and_goes_on_with_what_it_has() -> None:
+    with peer("tcp") as (_other, port), opened() as here:
+        first, _owner = here.connect(port)
+        with descriptors_left(20):
+            started = [here.start(port) for _ in range(10)]
+            here.until(lambda: all(owner.is_connected or owner.error for _, owner in started))
+            refused = [owner.error for _, owner in started if owner.error]
+            assert len(refused) >= 3
+            assert all(isinstance(error, BusyError) and "ulimit -n" in str(error) for error in refused)
+            assert here.outcome(here.ask(first, link_peer.REPLY, bytearray(1000))) == "ok"
+            for endpoint, _owner in started:
+                assert here.close(endpoint)
+            again, _owner = here.connect(port)
+            assert here.outcome(here.ask(again, link_peer.REPLY, bytearray(1000))) == "ok"
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """This process may open so many further descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_idle_connections_sleep() -> None:

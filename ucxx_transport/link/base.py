@@ -180,7 +180,8 @@ class EndpointEvents(Protocol):
 
         Args:
             error: PeerLostError with `facts["reason"]`; ProtocolError where what answers is not of this package or of
-                another version; ConfigError where this side's settings leave no way there.
+                another version; ConfigError where this side's settings leave no way there; BusyError where the process
+                has no file descriptors for it.
         """
 
 

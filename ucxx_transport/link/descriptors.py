@@ -7,11 +7,17 @@ import resource
 from contextlib import suppress
 from typing import Final
 
+from ucxx_transport.errors import BusyError
+
 PER_CONNECTION: Final = 3
 """Descriptors that UCX takes for one over TCP, on each side."""
 
 SPARE: Final = 64
 """Left for everything else that the process opens later."""
+
+
+RESERVE: Final = 3 * PER_CONNECTION
+"""What is free before UCX is asked for a connection: where it runs out in the middle of one, it may end the process."""
 
 
 def connection_budget(*, limit: int, in_use: int, asked: int | None) -> int:
@@ -39,3 +45,20 @@ def raised_limit() -> int:
 def descriptors_in_use() -> int:
     """How many descriptors the process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def shortage(begun: int) -> BusyError | None:
+    """Why there can be no further connection now; None where there can.
+
+    Args:
+        begun: connections that have not taken all of their descriptors yet.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        in_use = descriptors_in_use()
+    except OSError:  # not even for this look
+        in_use = limit
+    if limit == resource.RLIM_INFINITY or limit - in_use >= RESERVE + begun * PER_CONNECTION:
+        return None
+    words = "this process has no file descriptors for another connection; close some, or raise its limit (ulimit -n)"
+    return BusyError(words, in_use=in_use, limit=limit)

@@ -27,6 +27,7 @@ from ucxx_transport.link.base import (
     byte_view,
     checked_port,
 )
+from ucxx_transport.link.descriptors import shortage
 from ucxx_transport.link.settings import (
     context_settings,
     limits_in_words,
@@ -128,9 +129,10 @@ class UCXXLink:
         self.check_usable()
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
-        error: TransportError | None = None
+        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.flight.order))
         try:
-            ucx = self.binding.lib.UCXEndpoint.create(self.worker, host, port, endpoint_error_handling=True)
+            if error is None:
+                ucx = self.binding.lib.UCXEndpoint.create(self.worker, host, port, endpoint_error_handling=True)
         except self.translator.root as exc:
             error = self.explain_unreachable(self.translator.error(exc, peer=peer, connected=False), (host, port))
         endpoint = UCXXEndpoint(self, ucx, peer, events=events, address=(host, port), error=error)

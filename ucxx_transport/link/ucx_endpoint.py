@@ -152,6 +152,11 @@ class UCXXEndpoint:
             self._break()
             self._link.note_closing(self)
 
+    @property
+    def greeted(self) -> bool:
+        """Whether the peer's hello has come."""
+        return self._send_base >= 0
+
     def listener_has_answered(self) -> bool:
         return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
 
