@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ def torch_dtype(torch: Any, dtype: DType) -> Any:
     return found
 
 
-@cache
+@lru_cache(maxsize=1024)
 def dtype_of(dtype: Any, field: str = "") -> DType:
     """A dtype of torch as a payload has it; errors as `canonical_dtype`."""
     return canonical_dtype(str(dtype).removeprefix("torch."), field)

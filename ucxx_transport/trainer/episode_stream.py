@@ -103,6 +103,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             ConfigError: a reference is not ours, or the stream is closed.
             Exception: whatever the iterable of references raised, after the episodes before it.
         """
+        self._prefetcher.check_usable()
         while True:
             record, pending = self._next_begun()
             batch = pending.result()

@@ -247,6 +247,11 @@ class Prefetcher:
         request = FetchRequest(records, policy_version, self._limits)
         return PendingBatch(self, self._thread.begin(request))
 
+    def check_usable(self) -> None:
+        """Refuse, by a ConfigError, a prefetcher that is closed, or its parent process's."""
+        with self._thread.opened():
+            pass
+
     def take(self, fetch: BatchFetch) -> Batch:
         """See `PendingBatch.result`."""
         batch = self._thread.result(fetch)
