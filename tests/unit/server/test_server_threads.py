@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.raw_peer import RawPeer
+from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import Link, LinkFactory, Timers
-from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.testing import MemoryNetwork
 
@@ -132,6 +135,26 @@ def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuf
     ring.close()
     server.stop()
     assert server.ports == ()
+
+
+def test_an_acknowledgement_that_arrived_before_the_stop_counts(
+    ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
+) -> None:
+    reactor = Reactor(network.link)
+
+    def run_until(condition: Callable[[], bool]) -> None:
+        wait_until(lambda: (reactor.poll(), condition())[1], 60)
+
+    with server_of(ring, factory, ports=1) as server:
+        peer = RawPeer(run_until, ring.ring_id)
+        peer.endpoint = reactor.link.connect(LOOPBACK, server.ports[0], peer)
+        peer.greet()
+        ref = ring.write_raw(bytes(100))
+        peer.fetch(ref)
+        peer.end(peer.attempt)
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+    assert server.statistics().total("delivered") == 1
+    reactor.close()
 
 
 @pytest.mark.anyio
