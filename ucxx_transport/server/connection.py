@@ -247,11 +247,14 @@ class Connection:
             self.port.finish(attempt)
 
     def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
-        buffers = self.port.pack_buffers
-        if operation.completed and len(buffers) < MAX_PACK_BUFFERS:
-            buffers.append(buffer)
-        for attempt in attempts:
-            self._on_sent(attempt, operation)
+        port = self.port
+        if operation.error is not None:
+            self.close()
+        if operation.completed:
+            if len(port.pack_buffers) < MAX_PACK_BUFFERS:
+                port.pack_buffers.append(buffer)
+            for attempt in self.session.sent_shared(attempts, port.now()):
+                port.finish(attempt)
         self._copy_left(operation)
 
     # --- What is no FETCH ---

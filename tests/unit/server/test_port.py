@@ -280,6 +280,16 @@ def test_small_answers_share_a_message_and_each_has_its_own_end(rig: PortRig) ->
     assert (rig.counts.packed, rig.counts.delivered, rig.counts.released, rig.counts.stale) == (3, 2, 1, 1)
 
 
+def test_shared_messages_may_be_asked_for_without_end(rig: PortRig) -> None:
+    refs = [rig.write(b"x" * 30), rig.write(b"y" * 30)]
+    peer = rig.peer()
+    for _ in range(300):
+        _, attempts = peer.fetch_packed(*refs)
+        peer.end(*attempts, delivered=False)
+    assert not peer.is_closed()
+    assert rig.counts.packed == 600
+
+
 def test_a_client_that_dies_with_a_shared_message_loses_nothing_of_it(rig: PortRig) -> None:
     refs = [rig.write(EPISODE) for _ in range(3)]
     peer = rig.peer()
