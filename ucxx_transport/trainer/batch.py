@@ -60,44 +60,36 @@ class Batch:
             payload.release()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchLimits:
-    """Bounds of every batch, as `fetch_batch` takes them.
-
-    Raises:
-        ConfigError: nothing could be fetched under them.
-    """
-
-    deadline_s: float
-    max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS
-    max_staleness: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_fetch_rounds < 1:
-            raise ConfigError(
-                f"max_fetch_rounds must be at least 1, not {self.max_fetch_rounds}", field="max_fetch_rounds"
-            )
-        if not self.deadline_s > 0:
-            raise ConfigError(f"deadline_s must be positive, not {self.deadline_s}", field="deadline_s")
-        check_staleness(self.max_staleness, policy_version=0)
-
-
 Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
 """The episodes of a batch; or what gives them, called in the background thread."""
 
 
 class FetchRequest:
-    """A batch to fetch, and the version of the trainer's weights when it was asked for.
+    """A batch to fetch, its bounds as `fetch_batch` takes them, and the version of the trainer's weights then.
 
     Raises:
-        ConfigError: `limits` have a `max_staleness`, and `policy_version` is missing.
+        ConfigError: nothing could be fetched under these bounds, or `policy_version` is missing for `max_staleness`.
     """
 
-    def __init__(self, given: Records, policy_version: int | None, limits: FetchLimits) -> None:
-        check_staleness(limits.max_staleness, policy_version)
+    def __init__(
+        self,
+        given: Records,
+        policy_version: int | None,
+        *,
+        deadline_s: float | str,
+        max_fetch_rounds: int,
+        max_staleness: int | None,
+    ) -> None:
+        if max_fetch_rounds < 1:
+            raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
+        self.deadline_s = checked_seconds(deadline_s, "deadline_s")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+        check_staleness(max_staleness, policy_version)
         self._given = given if callable(given) else tuple(given)
         self._policy_version = policy_version
-        self.limits = limits
+        self._max_staleness = max_staleness
+        self.max_fetch_rounds = max_fetch_rounds
 
     @cached_property
     def records(self) -> tuple[AskedFor, ...]:
@@ -106,8 +98,7 @@ class FetchRequest:
 
     def sort_out(self) -> tuple[list[Wanted], list[Loss]]:
         """What to fetch of it, and what is lost already."""
-        limits = self.limits
-        return sort_out(self.records, policy_version=self._policy_version, max_staleness=limits.max_staleness)
+        return sort_out(self.records, policy_version=self._policy_version, max_staleness=self._max_staleness)
 
 
 Outcomes: TypeAlias = "Sequence[Payload | TransportError]"
@@ -129,13 +120,13 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
         The batch.
     """
     began_s = clock()
-    until_s = began_s + request.limits.deadline_s
+    until_s = began_s + request.deadline_s
     wanted, losses = request.sort_out()
     payloads: dict[int, Payload] = {}
     rounds = retried = 0
     try:
         while wanted:
-            rounds_left = request.limits.max_fetch_rounds - rounds
+            rounds_left = request.max_fetch_rounds - rounds
             rounds += 1
             limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
             outcomes = yield [entry.ref for entry in wanted], limit_s
@@ -203,12 +194,14 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    limits = FetchLimits(
-        deadline_s=checked_seconds(deadline_s, "deadline_s"),
+    request = FetchRequest(
+        records,
+        policy_version,
+        deadline_s=deadline_s,
         max_fetch_rounds=max_fetch_rounds,
         max_staleness=max_staleness,
     )
-    with closing(rounds_of(FetchRequest(records, policy_version, limits), anyio.current_time)) as rounds:
+    with closing(rounds_of(request, anyio.current_time)) as rounds:
         outcomes: Outcomes | None = None
         while True:
             try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore
@@ -27,7 +28,6 @@ from ucxx_transport.trainer.batch import (
     DEFAULT_FETCH_ROUNDS,
     Batch,
     BatchFetch,
-    FetchLimits,
     FetchRequest,
     PrefetchStatistics,
     Records,
@@ -103,11 +103,10 @@ class Prefetcher:
         link_factory: LinkFactory | None = None,
         uploader: DeviceUploader | None = None,
     ) -> None:
-        self._limits = FetchLimits(
-            deadline_s=checked_seconds(deadline_s, "deadline_s"),
-            max_fetch_rounds=max_fetch_rounds,
-            max_staleness=max_staleness,
+        self._request = partial(
+            FetchRequest, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
         )
+        self._deadline_s = self._request((), 0).deadline_s  # wrong bounds are refused here
         core = ClientCore(
             config,
             link_factory,
@@ -125,7 +124,7 @@ class Prefetcher:
         self._losses: Counter[str] = Counter()
         self._fetch_s = 0.0
         self._thread = FetchThread(
-            core, discard_deadline_s=self._limits.deadline_s, discard_lost=discard_lost, uploader=uploader
+            core, discard_deadline_s=self._deadline_s, discard_lost=discard_lost, uploader=uploader
         )
         self._changed = self._thread.changed
         atexit.register(self.close)
@@ -153,7 +152,7 @@ class Prefetcher:
             ConfigError: a batch is on its way or waits to be collected; `policy_version` is missing; or the prefetcher
                 is closed.
         """
-        request = FetchRequest(records, policy_version, self._limits)
+        request = self._request(records, policy_version)
         with self._thread.opened():
             if self._head is not None:
                 raise ConfigError(
@@ -168,7 +167,7 @@ class Prefetcher:
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        request = FetchRequest(records, policy_version, self._limits)
+        request = self._request(records, policy_version)
         with self._thread.opened():
             self._deferred.append(request)
             self._begin_next()
@@ -186,7 +185,7 @@ class Prefetcher:
         Raises:
             ConfigError: nothing is on its way, or the prefetcher is closed.
         """
-        limit_s = self._limits.deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
         with self._thread.opened():
             head = self._head
             if head is None:
@@ -244,7 +243,7 @@ class Prefetcher:
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        request = FetchRequest(records, policy_version, self._limits)
+        request = self._request(records, policy_version)
         return PendingBatch(self, self._thread.begin(request))
 
     def check_usable(self) -> None:

@@ -27,7 +27,7 @@ from ucxx_transport import (
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, fetch_batch
-from ucxx_transport.trainer.batch import ROUND_PAUSE_S, BatchFetch, FetchLimits, FetchRequest, Records
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, ROUND_PAUSE_S, BatchFetch, FetchRequest, Records
 from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
 
 LOST = PeerLostError("gone")
@@ -50,7 +50,8 @@ def begun(
 ) -> tuple[BatchFetch, list[Batch | Exception]]:
     """A fetch, and where its outcome will be."""
     outcomes: list[Batch | Exception] = []
-    request = FetchRequest(records, policy_version, FetchLimits(deadline_s=deadline_s, **limits))
+    bounds = {"max_fetch_rounds": DEFAULT_FETCH_ROUNDS, "max_staleness": None, **limits}
+    request = FetchRequest(records, policy_version, deadline_s=deadline_s, **bounds)
     fetch = BatchFetch(cast("ClientCore", core), request, lambda _, outcome: outcomes.append(outcome), on_payload)
     fetch.start(after_s)
     return fetch, outcomes
