@@ -19,12 +19,14 @@ from ucxx_transport.client.core import ClientCore, Into
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.client.takes import Selector, Takeable
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.link.reactor import Reactor
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 INLINE_BYTES: Final = 1 << 20
 # So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
 INLINE_WAIT_S: Final = 0.005
+
+LOOK_S: Final = 0.25
+"""A thread that waits for payloads of this host looks this often whether it is still wanted."""
 
 TURN_S: Final = 0.001
 """The reactor gives the loop back after this at the latest."""
@@ -60,7 +65,7 @@ class LoopWaiter:
             self._loop = loop
         return loop
 
-    async def wait(self, job: Job | Discard, *, alone: bool) -> None:
+    async def wait(self, job: Job | Discard | Take, *, alone: bool) -> None:
         """Return when the job is done."""
         reactor = self._reactor
         if alone:
@@ -226,14 +231,39 @@ class UCXXClient:
         limit_s = core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s
         found, elsewhere = await asyncio.to_thread(core.discard_here, refs, limit_s)  # it may wait for rings' locks
-        call = Discard(found, None)
+        call = Discard(found, until_s)
         if elsewhere:
             self._waiter.bind()
-            core.discard_there(call, elsewhere, until_s)
+            core.reads.discard(call, elsewhere)
             if not call.done:
                 await self._waiter.wait(call, alone=False)
         core.counters.add("discarded", call.found)
         return call.found
+
+    async def take(
+        self,
+        source: Takeable,
+        *,
+        max_payloads: int = DEFAULT_MAX_PAYLOADS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        selector: Selector = "oldest",
+        wait_s: float | str = 0.0,
+    ) -> list[Payload]:
+        """Take payloads without knowing their references; arguments, result and errors as `SyncUCXXClient.take`."""
+        core = self._core
+        request = core.take_request(source, max_payloads, max_bytes, selector, wait_s)
+        ring = core.local.ring_of(source)
+        if ring is None:
+            take = Take(request)
+            await self._run(take, partial(core.reads.take, take))
+            return take.result()
+        until_s = time.monotonic() + request.wait_s
+        while not (payloads := core.take_here(ring, request, core.config.deadline_s)):
+            left_s = min(until_s - time.monotonic(), LOOK_S)
+            if left_s <= 0:
+                break
+            await asyncio.to_thread(ring.wait_for_ready, left_s, reader=core.reader)
+        return payloads
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
@@ -258,7 +288,7 @@ class UCXXClient:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _run(self, job: Job, start: Callable[[], None]) -> None:
+    async def _run(self, job: Job | Take, start: Callable[[], None]) -> None:
         """Start a job and return when it is done."""
         core, waiter = self._core, self._waiter
         waiter.bind()

@@ -138,8 +138,9 @@ class BufferPool:
 
     def _take_back(self) -> None:
         while self._returned:
-            loan = self._returned.popleft()
+            loan = self._returned[0]
             self._loans.discard(loan)
+            self._returned.popleft()  # behind the other: an interrupt in between must not keep the loan for good
             memory = loan.memory
             if self._idle_bytes + len(memory) > self._keep_bytes and not self._make_room(len(memory)):
                 continue

@@ -1,63 +1,47 @@
 """SyncUCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX; blocking.
 
 There is no thread and no event loop behind it: a call runs the reactor until it has what it asked for. Of several
-threads that share a client one *leads*: it runs the reactor, for the others too. They wait, each for a lock of its own,
-until their job is done or the lead is free.
-
-No wake-up is lost: one that follows first joins the line and then looks whether the lead is free; one that leaves the
-lead first releases it and then looks at the line. Whoever leaves wakes the next.
+threads that share a client one runs it for the others too; see `lead`.
 """
 
 from __future__ import annotations
 
 import atexit
-import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 from os import getpid
-from typing import TYPE_CHECKING, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore, Into
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.lead import Lead
 from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.reads import Reads
+from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.client.takes import Selector, Takeable
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema import SlotRef
 
-Call: TypeAlias = "Job | Discard | _Question"
-
-_LOOK_S: Final = 1.0
-"""A thread that follows looks this often whether there is a lead to take; it is woken long before."""
-
 _CLOSE_WAIT_S: Final = 5.0
 
 
-class _Follower:
-    """A thread that waits while another one leads."""
+class _Question:
+    """A call that asks something of the thread that leads."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("answer", "done", "on_done", "until_s")
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def wake(self, _: object = None) -> None:
-        """Let it look again."""
-        with suppress(RuntimeError):  # it has been woken already
-            self._lock.release()
-
-    def wait(self) -> None:
-        """Sleep until woken."""
-        self._lock.acquire(timeout=_LOOK_S)
+    def __init__(self, until_s: float) -> None:
+        self.answer: ClientStatistics | None = None
+        self.done = False
+        self.until_s = until_s
+        self.on_done: Callable[[object], object] | None = None
 
 
 class SyncUCXXClient:
@@ -80,10 +64,9 @@ class SyncUCXXClient:
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:
-        self._core = ClientCore(config, link_factory, watcher=watcher)
-        self._lead = threading.Lock()
-        self._followers: dict[_Follower, None] = {}
-        self._closes_at_exit = False
+        # At exit the link is closed too, but after this, which is registered later.
+        self._core = ClientCore(config, link_factory, watcher=watcher, on_link=lambda: atexit.register(self.close))
+        self._lead = Lead(self._core)
 
     @property
     def config(self) -> ClientConfig:
@@ -126,7 +109,7 @@ class SyncUCXXClient:
             core.count_failure(error)
             raise
         job = Job((ref,), core.reactor.now() + limit_s, None, None, into)
-        self._perform(job, partial(core.reads.start_one, job), partial(core.reads.abandon, job))
+        self._lead.perform(job, Reads.start_one, job)
         outcome = job.outcomes.pop()
         if isinstance(outcome, Payload):
             return outcome
@@ -153,7 +136,7 @@ class SyncUCXXClient:
         job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
         remote = core.read_here(job)
         if remote:
-            self._perform(job, partial(core.reads.start, job, remote), partial(core.reads.abandon, job))
+            self._lead.perform(job, Reads.start, job, remote)
         return [outcome for outcome in job.outcomes if outcome is not None]
 
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
@@ -174,19 +157,67 @@ class SyncUCXXClient:
         limit_s = core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s
         found, elsewhere = core.discard_here(refs, limit_s)
-        call = Discard(found, None)
+        call = Discard(found, until_s)
         if elsewhere:
-            self._perform(call, partial(core.discard_there, call, elsewhere, until_s), _nothing)
+            self._lead.perform(call, Reads.discard, call, elsewhere)
         core.counters.add("discarded", call.found)
         return call.found
+
+    def take(
+        self,
+        source: Takeable,
+        *,
+        max_payloads: int = DEFAULT_MAX_PAYLOADS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        selector: Selector = "oldest",
+        wait_s: float | str = 0.0,
+    ) -> list[Payload]:
+        """Take payloads that nobody has had yet, without knowing their references.
+
+        Args:
+            source: whose: a watcher's record, or any reference of the ring.
+            max_payloads: how many at most, 1 to 64.
+            max_bytes: of them all.
+            selector: "oldest" first, or "newest".
+            wait_s: how long to wait for a first one.
+
+        Returns:
+            The payloads, in the selector's order, each with the `record` that its writer gave it; none of them is
+            given to another taker too. [] when there was none in time. Release them when their data is used up.
+
+        Raises:
+            PeerLostError, DeadlineExceededError, BusyError, NotReadyError, …: as `read`; nothing was taken.
+            ConfigError: the next payload is larger than `max_bytes`, an argument is out of its range, the source has no
+                address, or the client is closed.
+        """
+        core = self._core
+        request = core.take_request(source, max_payloads, max_bytes, selector, wait_s)
+        ring = core.local.ring_of(source)
+        if ring is None:
+            take = Take(request)
+            self._lead.perform(take, Reads.take, take)
+            return take.result()
+        until_s = time.monotonic() + request.wait_s
+        while not (payloads := core.take_here(ring, request, core.config.deadline_s)):
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not ring.wait_for_ready(left_s, reader=core.reader):
+                break
+        return payloads
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
         core = self._core
         if not core.reactor.has_link or core.closed:
             return core.statistics()
-        question = _Question(core.statistics)  # UCX's endpoints are of the thread that leads
-        self._perform(question, question.start, question.start)
+        question = _Question(core.reactor.now() + core.config.deadline_s)
+
+        def answer(_: Reads) -> None:
+            question.answer = core.statistics()
+            question.done = True
+            if question.on_done is not None:
+                question.on_done(question)
+
+        self._lead.perform(question, answer)  # UCX's endpoints are of the thread that leads
         assert question.answer is not None
         return question.answer
 
@@ -197,100 +228,17 @@ class SyncUCXXClient:
             return  # a forked child's copy: the connections are its parent's
         atexit.unregister(self.close)
         core.closed = True
-        if not self._lead.acquire(blocking=False):
+        if not self._lead.try_to_lead(0.0):
             core.reactor.submit(core.fail_all)  # so that the thread that leads has no reason to
-            if not self._lead.acquire(timeout=_CLOSE_WAIT_S):
+            if not self._lead.try_to_lead(_CLOSE_WAIT_S):
                 return  # it hangs in a callback of the application: whatever is closed now would be in use
         try:
             core.close()
         finally:
-            self._lead.release()
-            self._wake_next()
+            self._lead.leave()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # --- Who runs the reactor ---
-
-    def _perform(self, call: Call, start: Callable[[], object], abandon: Callable[[], object]) -> None:
-        """Start a call and run the reactor until it is done, or let the thread that leads do so."""
-        lead = self._lead
-        if not lead.acquire(blocking=False):
-            self._follow(call, start, abandon)
-            return
-        try:
-            start()
-            run_once = self._core.reactor.run_once
-            while not call.done:
-                run_once(math.inf)  # the deadline is a timer of the reactor
-        except BaseException:
-            abandon()
-            raise
-        finally:
-            lead.release()
-            if self._followers:
-                self._wake_next()
-            if not self._closes_at_exit:  # after the link was opened, which is closed at exit too: in reverse order
-                self._closes_at_exit = True
-                atexit.register(self.close)
-
-    def _follow(self, call: Call, start: Callable[[], object], abandon: Callable[[], object]) -> None:
-        """Let the thread that leads start a call, and lead when it has left."""
-        reactor, lead, follower = self._core.reactor, self._lead, _Follower()
-        call.on_done = follower.wake
-        self._followers[follower] = None
-        try:
-            reactor.submit(partial(_started, start))
-            while not call.done:
-                if lead.acquire(blocking=False):
-                    try:
-                        while not call.done:
-                            reactor.run_once(math.inf)
-                    finally:
-                        lead.release()
-                else:
-                    follower.wait()
-        except BaseException:
-            reactor.submit(partial(_started, abandon))
-            raise
-        finally:
-            del self._followers[follower]
-            self._wake_next()
-
-    def _wake_next(self) -> None:
-        """Have one of those that follow take the lead, if it is free."""
-        if not self._lead.locked():
-            for follower in tuple(self._followers):
-                follower.wake()
-                return
-
-
-class _Question:
-    """A call that asks something of the thread that leads."""
-
-    __slots__ = ("_function", "answer", "done", "on_done")
-
-    def __init__(self, function: Callable[[], ClientStatistics]) -> None:
-        self._function = function
-        self.answer: ClientStatistics | None = None
-        self.done = False
-        self.on_done: Callable[[_Question], object] | None = None
-
-    def start(self) -> None:
-        """Answer it."""
-        self.answer = self._function()
-        self.done = True
-        if self.on_done is not None:
-            self.on_done(self)
-
-
-def _started(action: Callable[[], object]) -> None:
-    """What a reactor takes; it has no use for a result."""
-    action()
-
-
-def _nothing() -> None:
-    """A discard goes on by itself: what cannot be said now is said with the next read."""

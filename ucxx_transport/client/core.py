@@ -30,6 +30,7 @@ from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
+from ucxx_transport.client.takes import Take, Takeable, TakeRequest, newest_of
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
@@ -58,6 +59,7 @@ class ClientCore:
         page_locker: page-locks the memory that payloads are received in; payloads of this host's rings are then copied
             into such memory too.
         in_place: beside a page_locker: of which rings payloads may stay in their slots all the same.
+        on_link: called when the link has been opened.
         clock: of the reactor and of every deadline.
 
     Attributes:
@@ -65,6 +67,7 @@ class ClientCore:
         reactor: runs everything that is not local; opens the link only when it is needed.
         local: reads of this host's rings. reads: those over the link.
         closed: whether `close` has been called. pid: of the process that made it.
+        damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ClientCore:
         watcher: Watcher | None = None,
         page_locker: PageLocker | None = None,
         in_place: Callable[[SharedRingBuffer], bool] | None = None,
+        on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config if config is not None else ClientConfig()
@@ -87,10 +91,12 @@ class ClientCore:
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(self.config.buffer_pool_bytes, page_locker)
-        self.reactor = Reactor(link_factory or _ucxx_links(self.config), spin_s=self.config.spin_s, clock=clock)
-        self.closed = False
+        self.closed = self.damaged = False
+        self._link_factory = link_factory or _ucxx_links(self.config)
+        self._on_link = on_link
+        self._clock = clock
         self._delivered = Deduplicator(REMEMBERED_RINGS)
-        self._membership = Membership(watcher, self.reactor) if watcher is not None else None
+        self._membership = Membership(watcher) if watcher is not None else None
         self.pid = os.getpid()
         stays: bool | Callable[[SharedRingBuffer], bool] = self.config.local != "copy"
         if page_locker is not None:
@@ -105,9 +111,14 @@ class ClientCore:
             on_fallback=partial(self.counters.add, "fallbacks"),
             claim=self._delivered.claim,
         )
-        self.reads = Reads(
+        self.reactor, self.reads = self._opened()
+
+    def _opened(self) -> tuple[Reactor, Reads]:
+        """A reactor, and the reads that it runs."""
+        reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self._clock)
+        reads = Reads(
             self.config,
-            self.reactor,
+            reactor,
             reader=self.reader,
             pool=self.pool,
             counters=self.counters,
@@ -115,7 +126,14 @@ class ClientCore:
             gone=() if self._membership is None else self._membership.gone,
         )
         if self._membership is not None:
-            self._membership.bind(self.reads)
+            self._membership.bind(reads, reactor)
+        return reactor, reads
+
+    def _open_link(self, timers: Timers) -> Link:
+        link = self._link_factory(timers)
+        if self._on_link is not None:
+            self._on_link()
+        return link
 
     # --- Jobs: in the thread that runs the reactor ---
 
@@ -179,18 +197,64 @@ class ClientCore:
             if on_done is not None:
                 on_done(call)
 
-        return self.discard_there(Discard(found, counted), elsewhere, until_s)
-
-    def discard_there(self, call: Discard, rings: Sequence[Sequence[SlotRef]], until_s: float) -> Discard:
-        """The part of `begin_discard` that needs a link: references by ring, their names taken."""
-        for refs in rings:
-            self.reads.discard(call, refs, until_s)
-        call.one_over()
+        call = Discard(found, until_s, counted)
+        self.reads.discard(call, elsewhere)
         return call
 
-    def abandon(self, job: Job) -> None:
-        """Nobody wants a job any more: its payloads are released, and what is in flight ends as not delivered."""
-        self.reads.abandon(job)
+    def take_request(
+        self, source: Takeable, max_payloads: int, max_bytes: int, selector: str, wait_s: float | str
+    ) -> TakeRequest:
+        """What a `take` asks for; errors as `SyncUCXXClient.take`."""
+        self.require_usable()
+        wait = checked_seconds(wait_s, "wait_s")
+        return TakeRequest(
+            source=source,
+            max_payloads=max_payloads,
+            max_bytes=max_bytes,
+            newest=newest_of(selector),
+            wait_s=wait,
+            until_s=self.reactor.now() + wait + self.config.deadline_s,
+        )
+
+    def abandon(self, call: Job | Take | object) -> None:
+        """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
+
+        A discard goes on by itself: what cannot be said now is said with the next read.
+        """
+        if isinstance(call, Job):
+            self.reads.abandon(call)
+        elif isinstance(call, Take):
+            call.abandon()
+
+    def forget(self, call: Job | Take | object) -> None:
+        """`abandon` while the core is damaged: nothing is done for it any more."""
+        if isinstance(call, Job):
+            call.outcomes.clear()
+            self.reads.jobs.discard(call)
+            self.reads.finished = [job for job in self.reads.finished if job is not call]
+
+    def repair(self) -> None:
+        """After an interrupt that may have cut a step of the reactor in two: go on with a new one.
+
+        Connections are opened again; calls of other threads that are under way begin again. What was delivered stays
+        so, by name.
+        """
+        reactor, reads = self.reactor, self.reads
+        with suppress(Exception):
+            reads.connections.close()  # what they owe is known then
+        with suppress(Exception):
+            reactor.close()
+        self.reactor, self.reads = self._opened()
+        self.damaged = False
+        for names in reads.connections.unsettled.values():
+            self.reads.connections.owe(names)
+        for job in {*reads.jobs, *reads.finished}:
+            job.reads.clear()
+            missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
+            job.left = len(missing)
+            self.reads.start(job, missing)  # which reports it at once when nothing is missing
+        for take in tuple(reads.takes):
+            take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
 
     def limit_s(self, deadline_s: float | str | None) -> float:
         """The seconds that a call may take; a ConfigError when they are no duration."""
@@ -199,6 +263,10 @@ class ClientCore:
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
         if self.reactor.closed or self.inherited:
+            return
+        if self.damaged:
+            self.closed = True
+            self.end()
             return
         said: list[bool] = []
         with suppress(ConfigError):  # the link was closed before: the interpreter exits
@@ -299,6 +367,26 @@ class ClientCore:
             payload = payload.copied_into(into)
         self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
         return payload
+
+    def take_here(self, ring: SharedRingBuffer, request: TakeRequest, limit_s: float) -> list[Payload]:
+        """Take what a ring of this host has ready now; `limit_s` is for its lock."""
+        began_s = time.perf_counter()
+        payloads = []
+        for lease in ring.take(
+            request.max_payloads,
+            max_bytes=request.max_bytes,
+            newest=request.newest,
+            reader=self.reader,
+            deadline_s=limit_s,
+        ):
+            try:
+                payload = self.local.taken(ring, lease)
+            except TransportError as error:  # a duplicate, or its bytes have changed: the others are none the worse
+                self.count_failure(error)
+                continue
+            self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
+            payloads.append(payload)
+        return payloads
 
     def discard_local(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
         """Discard a payload of an attached ring; whether it was still there."""

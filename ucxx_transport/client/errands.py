@@ -32,17 +32,20 @@ class Discard:
 
     Attributes:
         found: how many were still there.
+        until_s: its deadline, on the reactor's clock.
         done: whether all servers have been asked, or the deadline has passed.
         on_done: called once it is.
+        left: parts that are not over, and one for whoever starts them.
     """
 
-    __slots__ = ("done", "found", "left", "on_done")
+    __slots__ = ("done", "found", "left", "on_done", "until_s")
 
-    def __init__(self, found: int, on_done: Callable[[Discard], None] | None) -> None:
+    def __init__(self, found: int, until_s: float, on_done: Callable[[Discard], object] | None = None) -> None:
         self.found = found
+        self.until_s = until_s
         self.done = False
         self.on_done = on_done
-        self.left = 1  # the one who starts it
+        self.left = 1
 
     def one_over(self) -> None:
         """One ring's part is over."""
@@ -61,10 +64,11 @@ class RingDiscard:
         refs: payloads of one ring.
         pool: all connections.
         port: gives the port to ask now.
-        until_s: the deadline. What cannot be said by then is owed: the ring hears of it with the next read.
+
+    What cannot be said by the deadline is owed: the ring hears of it with the next read.
     """
 
-    __slots__ = ("_call", "_pending", "_pool", "_port", "_ring_id", "_timer", "_until_s", "_waiting")
+    __slots__ = ("_call", "_pending", "_pool", "_port", "_ring_id", "_timer", "_waiting")
 
     def __init__(
         self,
@@ -72,7 +76,6 @@ class RingDiscard:
         refs: Sequence[SlotRef],
         pool: Connections,
         port: Callable[[], PortKey],
-        until_s: float,
     ) -> None:
         self._call = call
         self._ring_id = refs[0].ring_id
@@ -80,11 +83,10 @@ class RingDiscard:
         self._pending: set[tuple[int, int]] = set()
         self._pool = pool
         self._port = port
-        self._until_s = until_s
         self._timer: Timer | None = None
         call.left += 1
         pool.listeners.append(self.confirmed)
-        pool.reactor.call_at(until_s, self._too_late)
+        pool.reactor.call_at(call.until_s, self._too_late)
 
     def ask(self) -> None:
         """Ask a port; again, until the deadline."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
 
 Outcome = Payload | TransportError
-OnJobDone = Callable[["Job"], None]
+OnJobDone = Callable[["Job"], object]
 OnPayload = Callable[[int, Payload], Payload]
 Place = Literal["queued", "asked", "waiting", "paused"]
 

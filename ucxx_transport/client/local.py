@@ -19,6 +19,7 @@ from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.client.takes import Takeable
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.schema import SlotRef
 
@@ -93,8 +94,8 @@ class LocalReader:
         self._unreachable: set[bytes] = set()
         self._prune_at_s = clock() + PRUNE_INTERVAL_S
 
-    def ring_of(self, ref: SlotRef) -> SharedRingBuffer | None:
-        """The attached ring of `ref`, or None when it is to be read over UCX.
+    def ring_of(self, ref: Takeable) -> SharedRingBuffer | None:
+        """The attached ring of a reference or a source, or None when it is to be read over UCX.
 
         Raises:
             StaleSlotError: the ring was on this host and is gone.
@@ -121,6 +122,10 @@ class LocalReader:
             DeadlineExceededError: the lock was not to be had in `limit_s`.
         """
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        return lease, self._copied(ring, ref, lease)
+
+    def _copied(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease) -> Bytes | None:
+        """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""
         try:
             stays = self._in_place or (self._is_in_place is not None and self._is_in_place(ring))
             root = None if stays else self._pool.lend(lease.nbytes)
@@ -131,7 +136,22 @@ class LocalReader:
         except BaseException:
             lease.release_reading()
             raise
-        return lease, root
+        return root
+
+    def taken(self, ring: SharedRingBuffer, lease: ReadLease) -> Payload:
+        """Deliver a payload that was taken.
+
+        Raises:
+            StaleSlotError: a duplicate. ChecksumError, ProtocolError: it is damaged, and READY again.
+        """
+        try:
+            ref, record = ring.reference(lease), lease.record
+        except BaseException:
+            lease.release_reading()
+            raise
+        payload = self.finish(ref, ring, lease, self._copied(ring, ref, lease))
+        payload.record = record
+        return payload
 
     def finish(self, ref: SlotRef, ring: SharedRingBuffer, lease: ReadLease, root: Bytes | None) -> Payload:
         """Deliver what `begin` has read; a StaleSlotError for a duplicate."""
@@ -156,7 +176,7 @@ class LocalReader:
                 ring.close()
             self._rings.clear()
 
-    def _attach(self, ref: SlotRef) -> SharedRingBuffer | None:
+    def _attach(self, ref: Takeable) -> SharedRingBuffer | None:
         if ref.ring_id in self._unreachable:
             return None
         try:
@@ -193,7 +213,7 @@ class LocalReader:
                 ring.close()
 
 
-def _is_served(ref: SlotRef) -> bool:
+def _is_served(ref: Takeable) -> bool:
     """Whether a program on this host listens on a port of the reference's: its ring may live, though its name is gone.
 
     Asked of the kernel, not of the network: a worker that is gone must cost no connection.
@@ -208,10 +228,7 @@ def _is_served(ref: SlotRef) -> bool:
     return False
 
 
-def _gone(ref: SlotRef) -> StaleSlotError:
+def _gone(ref: Takeable) -> StaleSlotError:
     return StaleSlotError(
-        "the ring of this payload is gone: its worker closed it, or died and was swept",
-        ring=ref.ring_name,
-        slot=ref.slot,
-        generation=ref.generation,
+        "the ring of this payload is gone: its worker closed it, or died and was swept", ring=ref.ring_name
     )

@@ -38,8 +38,8 @@ class Membership:
         gone: rings whose sources are.
     """
 
-    def __init__(self, watcher: Watcher, reactor: Reactor) -> None:
-        self._reactor = reactor
+    def __init__(self, watcher: Watcher) -> None:
+        self._reactor: Reactor | None = None
         self._reads: Reads | None = None
         self._lock = threading.Lock()
         self.gone: OrderedDict[bytes, None] = OrderedDict()
@@ -48,9 +48,11 @@ class Membership:
         self._news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
-    def bind(self, reads: Reads) -> None:
+    def bind(self, reads: Reads, reactor: Reactor) -> None:
         """Reads begin here: from now on they are notified."""
-        self._reads = reads
+        self._reads, self._reactor = reads, reactor
+        if self._news:
+            reactor.submit(self._apply)
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
@@ -76,7 +78,7 @@ class Membership:
             was_removed = self._news.get(record.ring_id, (record, True))[1] is False
             # One that was removed and is back ends its reads all the same: it is another epoch.
             self._news[record.ring_id] = (record, is_there and not was_removed)
-        if is_first:
+        if is_first and self._reactor is not None:
             self._reactor.submit(self._apply)
 
     def _apply(self) -> None:

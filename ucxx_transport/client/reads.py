@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool
     from ucxx_transport.client.connection import Connection
     from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.client.takes import TakeRequest
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceRecord
@@ -123,6 +122,10 @@ class Reads:
                 groups[source].append(read)
             else:
                 groups[source] = [read]
+        if not job.left:
+            self.jobs.discard(job)
+            if job not in self.finished:
+                self.finished.append(job)
         job.alone = len(groups) < 2
         for source, reads in groups.items():
             self.dispatch.assign(source, reads, now)
@@ -183,22 +186,21 @@ class Reads:
                 outcome.release()
         self.settle()
 
-    def discard(self, call: Discard, refs: Sequence[SlotRef], until_s: float) -> None:
-        """Have payloads of one ring discarded."""
-        host, ports = refs[0].host, refs[0].ports
-        if host is not None and ports:
-            RingDiscard(call, refs, self.connections, partial(self.dispatch.next_port, host, ports), until_s).ask()
+    def discard(self, call: Discard, rings: Sequence[Sequence[SlotRef]]) -> None:
+        """Have payloads discarded, given by ring."""
+        for refs in rings:
+            host, ports = refs[0].host, refs[0].ports
+            if host is not None and ports:
+                RingDiscard(call, refs, self.connections, partial(self.dispatch.next_port, host, ports)).ask()
+        call.one_over()
 
-    def take(self, request: TakeRequest, on_done: Callable[[Take], None] | None = None) -> Take:
-        """A call that takes payloads from a ring; `ask` begins it."""
-        source = request.source
-        if source.host is None or not source.ports:
-            raise ConfigError("this source has no address to take from; start its UCXXServer", ring=source.ring_name)
-        take = Take(self, request, on_done)
+    def take(self, take: Take) -> None:
+        """Have payloads taken."""
         self.takes.add(take)
-        if source.ring_id in self._gone:
-            take.fail(removed(source))
-        return take
+        if take.request.source.ring_id in self._gone:
+            take.fail(removed(take.request.source))
+        else:
+            take.begin(self)
 
     def blame(self, key: PortKey, error: TransportError) -> None:
         """Something else than a read has failed at a port."""
@@ -230,7 +232,7 @@ class Reads:
                 if read.job is not None and read.ref.ring_id == record.ring_id:
                     self.fail(read, removed(read.ref))
         for take in tuple(self.takes):
-            if take.ring_id == record.ring_id:
+            if take.request.source.ring_id == record.ring_id:
                 take.fail(removed(record))
         if record.host is not None:
             for port in record.ports:

@@ -63,13 +63,14 @@ class TakeRequest:
 
     Attributes:
         source: from whom.
-        max_payloads: how many at most. max_bytes: of them all.
+        max_payloads: how many at most, 1 to 64.
+        max_bytes: of them all.
         newest: the newest first, else the oldest.
         wait_s: how long to wait for a first one.
         until_s: when the whole call is over, on the reactor's clock.
 
     Raises:
-        ConfigError: a number is out of its range, or the source has no address.
+        ConfigError: a number is out of its range.
     """
 
     source: Takeable
@@ -80,12 +81,9 @@ class TakeRequest:
     until_s: float
 
     def __post_init__(self) -> None:
-        for field, value, least, most in (
-            ("max_payloads", self.max_payloads, 1, 64),
-            ("max_bytes", self.max_bytes, 1, 1 << 46),
-        ):
-            if type(value) is not int or not least <= value <= most:
-                raise ConfigError(f"{field} = {value!r}: expected {least} to {most}", field=field, value=value)
+        for field, value, most in (("max_payloads", self.max_payloads, 64), ("max_bytes", self.max_bytes, 1 << 46)):
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{field} = {value!r}: expected 1 to {most}", field=field, value=value)
 
 
 def newest_of(selector: str) -> bool:
@@ -122,32 +120,50 @@ class Take:
     """One call that takes payloads over the link. It is an `Errand` of one connection at a time.
 
     Attributes:
-        reads: the client's. request: what is to be taken.
+        request: what is to be taken. until_s: the deadline, on the reactor's clock.
         payloads: what has come, once it is done.
         error: why nothing has, then.
         done: whether it is over.
         on_done: called once it is.
+
+    Raises:
+        ConfigError: the source has no address.
     """
 
     __slots__ = (
-        "_asked_until_s", "_call", "_connection", "_key", "_records", "_timer", "_wait_until_s", "done", "error",
-        "on_done", "payloads", "reads", "request",
+        "_asked_until_s", "_call", "_connection", "_key", "_reads", "_records", "_timer", "_wait_until_s", "done",
+        "error", "on_done", "payloads", "request", "until_s",
     )  # fmt: skip
 
-    def __init__(self, reads: Reads, request: TakeRequest, on_done: Callable[[Take], None] | None) -> None:
-        self.reads = reads
+    def __init__(self, request: TakeRequest, on_done: Callable[[Take], object] | None = None) -> None:
+        source = request.source
+        if source.host is None or not source.ports:
+            raise ConfigError("this source has no address to take from; start its UCXXServer", ring=source.ring_name)
         self.request = request
+        self.until_s = request.until_s
+        self._reads: Reads | None = None
         self._records: list[Mapping[str, object] | None] = []
         self._connection: Connection | None = None
         self._key: PortKey | None = None
         self._timer: Timer | None = None
         self._call = 0
-        self._wait_until_s = reads.now() + request.wait_s
-        self._asked_until_s = 0.0
+        self._wait_until_s = self._asked_until_s = 0.0
         self.payloads: list[Payload] = []
         self.error: TransportError | None = None
         self.done = False
         self.on_done = on_done
+
+    @property
+    def reads(self) -> Reads:
+        """Of the client, once it has begun."""
+        assert self._reads is not None
+        return self._reads
+
+    def begin(self, reads: Reads) -> None:
+        """Ask a first port."""
+        self._reads = reads
+        self._wait_until_s = reads.now() + self.request.wait_s
+        self.ask()
 
     def ask(self) -> None:
         """Ask a port."""
@@ -157,7 +173,7 @@ class Take:
         self._call += 1
         reads = self.reads
         now = reads.now()
-        limit_s = self.request.until_s if self._call >= reads.read_attempts else (now + self.request.until_s) / 2
+        limit_s = self.until_s if self._call >= reads.read_attempts else (now + self.until_s) / 2
         self._asked_until_s = limit_s
         self._timer = reads.call_at(limit_s, self._too_late)
         source = self.request.source
@@ -182,7 +198,7 @@ class Take:
         if not offer.payloads:
             if offer.reason:
                 self._end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
-            elif self.reads.now() < min(self._wait_until_s, self.request.until_s):
+            elif self.reads.now() < min(self._wait_until_s, self.until_s):
                 self._call = 0
                 self.ask()
             else:
@@ -217,16 +233,6 @@ class Take:
             )
         return refs
 
-    @property
-    def until_s(self) -> float:
-        """The deadline of what was picked."""
-        return self.request.until_s
-
-    @property
-    def ring_id(self) -> bytes:
-        """The ring that is taken from."""
-        return self.request.source.ring_id
-
     def came(self, job: Job) -> None:
         """Every payload that was picked has come, or will not."""
         errors = []
@@ -247,7 +253,7 @@ class Take:
         reads, now = self.reads, self.reads.now()
         if self._key is not None:
             reads.blame(self._key, error)
-        remaining_s = self.request.until_s - now
+        remaining_s = self.until_s - now
         if not retries_slot(error, attempt=self._call, read_attempts=reads.read_attempts, remaining_s=remaining_s):
             self._end(error)
             return
@@ -257,6 +263,12 @@ class Take:
             self._timer = reads.call_at(now + pause_s, self.ask)
         else:
             self._timer = reads.call_at(now, self.ask)
+
+    def result(self) -> list[Payload]:
+        """What has come, once it is done, or the error."""
+        if self.error is not None:
+            raise self.error
+        return self.payloads
 
     def abandon(self) -> None:
         """Nobody wants it any more: what is still offered is given back."""
@@ -285,6 +297,7 @@ class Take:
             return
         self.error = error
         self.done = True
-        self.reads.takes.discard(self)
+        if self._reads is not None:
+            self._reads.takes.discard(self)
         if self.on_done is not None:
             self.on_done(self)

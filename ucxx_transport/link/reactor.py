@@ -147,6 +147,11 @@ class Reactor:
         return self._link is not None
 
     @property
+    def asleep(self) -> bool:
+        """Whether it sleeps, or is about to: an interrupt has then cut no step in two."""
+        return self._asleep
+
+    @property
     def closed(self) -> bool:
         """Whether `close()` has been called."""
         return self._closed
@@ -219,6 +224,7 @@ class Reactor:
         Args:
             until_s: on the reactor's clock; inf for a second.
         """
+        self._asleep = False  # an interrupt may have ended the last sleep
         if self._turn(self._spin_s, until_s) or not self.arm():
             return
         left_s = min(self.next_timer_s, until_s) - self.now()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import os
+import random
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 
 import pytest
 
+import ucxx_transport
 from tests.support.port_beside import PortBeside, port_beside
 from tests.support.waiting import wait_until
-from ucxx_transport.client import Payload
+from ucxx_transport.client import Payload, SyncUCXXClient
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.ring import SlotState
 from ucxx_transport.testing.faults import Hold
@@ -109,7 +116,7 @@ def test_a_thread_that_follows_leads_when_the_other_has_left(beside: PortBeside)
         client.read(beside.ring.write_raw(EPISODE)).release()
         hold = beside.faults.hold = Hold()
         first = threads.submit(client.read, beside.ring.write_raw(EPISODE), deadline_s=0.2)
-        wait_until(client._lead.locked, what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
+        wait_until(lambda: client._lead.is_led, what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
         threading.Timer(0.5, hold.set).start()
         client.read(beside.ring.write_raw(EPISODE)).release()
         assert isinstance(first.exception(), DeadlineExceededError)
@@ -229,9 +236,9 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         following: list[object] = []
 
         def follow() -> None:
-            wait_until(client._lead.locked, what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
+            wait_until(lambda: client._lead.is_led, what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
             following.append(threads.submit(client.read, refs[1]))
-            wait_until(lambda: len(client._followers) == 1, what="the other one follows")  # noqa: SLF001 - likewise
+            wait_until(lambda: client._lead.following == 1, what="the other one follows")  # noqa: SLF001 - likewise
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
         thread = threading.Thread(target=follow)
@@ -243,3 +250,113 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         hold.set()
         with following[0].result(timeout=30) as payload:  # type: ignore[attr-defined]  # a future of a payload
             assert bytes(payload.buffer) == EPISODE
+
+
+OWN_CODE = str(Path(ucxx_transport.__file__).parent)
+
+
+class Interrupted(BaseException):
+    """What a signal handler of the test's own raises."""
+
+
+def interrupted_at_random(beside: PortBeside, client: SyncUCXXClient, times: int) -> int:
+    """Read while signals come, at any bytecode; returns how many reads succeeded."""
+    interrupts = reads = 0
+    on, over = threading.Event(), threading.Event()
+
+    def handler(_signal: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        names = {each.f_code.co_name for each, _ in traceback.walk_stack(frame)}
+        # Not while a link is opened or closed: nothing can keep an interrupt then from leaving a descriptor behind.
+        is_own = frame is not None and frame.f_code.co_filename.startswith(OWN_CODE)
+        if on.is_set() and is_own and not names & {"close", "repair", "_open_link"}:
+            interrupts += 1
+            raise Interrupted
+
+    def send() -> None:
+        chance = random.Random(5)
+        while not over.wait(chance.random() * 0.004):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        while interrupts < times:
+            ref = beside.ring.write_raw(EPISODE)
+            with suppress(Interrupted):
+                on.set()
+                try:
+                    with client.read(ref, deadline_s=30.0) as payload:
+                        assert bytes(payload.buffer) == EPISODE
+                    reads += 1
+                finally:
+                    on.clear()
+            on.clear()
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    return reads
+
+
+# An interrupt may come while a finaliser runs, where Python can only report it.
+interrupts_finalisers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@interrupts_finalisers
+def test_a_client_that_is_interrupted_anywhere_reads_on(beside: PortBeside) -> None:
+    with beside.client() as client:
+        interrupted_at_random(beside, client, 60)
+        for _ in range(8):
+            with client.read(beside.ring.write_raw(EPISODE), deadline_s=30.0) as payload:
+                assert bytes(payload.buffer) == EPISODE
+        gc.collect()
+        wait_until(lambda: client.statistics().lent_buffers == 0, what="no buffer is kept")
+
+
+@interrupts_finalisers
+def test_interrupts_of_one_thread_cost_the_others_no_read(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(2) as threads:
+        over = threading.Event()
+
+        def read() -> int:
+            count = 0
+            while not over.is_set():
+                with client.read(beside.ring.write_raw(EPISODE)) as payload:
+                    assert bytes(payload.buffer) == EPISODE
+                count += 1
+            return count
+
+        readings = [threads.submit(read) for _ in range(2)]
+        try:
+            interrupted_at_random(beside, client, 40)
+        finally:
+            over.set()
+        assert all(reading.result(timeout=60.0) > 0 for reading in readings)
+
+
+def test_a_signal_handler_cannot_use_the_client_that_it_interrupts(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        refused: list[ConfigError] = []
+
+        def handler(_signal: int, _frame: FrameType | None) -> None:
+            try:
+                client.read(refs[1])
+            except ConfigError as error:
+                refused.append(error)
+            beside.faults.hold = None
+            hold.set()
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            main = threading.main_thread().ident or 0
+            threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGUSR1)).start()
+            client.read(refs[0]).release()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert "signal handler" in refused[0].message
+        client.read(refs[1]).release()
