@@ -35,7 +35,7 @@ class Discard:
         until_s: its deadline, on the reactor's clock.
         done: whether all servers have been asked, or the deadline has passed.
         on_done: called once it is.
-        left: parts that are not over, and one for whoever starts them.
+        left: parts that are not over, and one until all have been started.
     """
 
     __slots__ = ("done", "found", "left", "on_done", "until_s")

@@ -30,7 +30,7 @@ LOOK_S: Final = 1.0
 """A thread that follows looks this often whether there is a lead to take; it is woken long before."""
 
 OVERDUE_S: Final = 5.0
-"""One that follows gives up so long after its deadline: whoever leads hangs in a callback of the application."""
+"""One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
 
 
 class Call(Protocol):

@@ -21,6 +21,7 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, retries_slot
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.envelope import meta_of, unpack_envelope
 from ucxx_transport.wire.frames import offer_receive_bytes
 
 if TYPE_CHECKING:
@@ -209,8 +210,6 @@ class Take:
 
     def references(self, payloads: Sequence[Offered]) -> list[SlotRef]:
         """References of what was picked; a ProtocolError where what their writers said is malformed."""
-        from ucxx_transport.schema.envelope import meta_of, unpack_envelope
-
         source = self.request.source
         refs = []
         for offered in payloads:
