@@ -212,8 +212,8 @@ class Reactor:
     def _look_up(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
         result: str | PeerLostError
         try:
-            found = socket.getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
-            result = str(found[0][4][0])
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            result = str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])  # IPv4 first
         except (OSError, UnicodeError) as exc:  # UnicodeError: no name that can be looked up, such as "a..b"
             result = lost("unreachable", peer=host, resolver=str(exc))
         self.submit(lambda: on_resolved(result))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.address import list_interfaces
+from ucxx_transport.link.address import list_interfaces, other_family
 from ucxx_transport.link.base import (
     CLOSED,
     FORKED,
@@ -70,6 +70,7 @@ class UCXXLink:
         timers: of the reactor that drives it.
         shm_lanes: let same-host connections use shared memory instead of TCP; both sides must.
         ucx: further UCX settings, such as `{"TLS": "tcp"}`.
+        ipv6: an IPv6 address of this host that listeners listen on, too.
 
     Attributes:
         thread: that had the last turn.
@@ -79,17 +80,26 @@ class UCXXLink:
         ConfigError: ucxx is missing, UCX refuses a setting, or this is a fork of a process that used UCX.
     """
 
-    def __init__(self, timers: Timers, *, shm_lanes: bool = False, ucx: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        timers: Timers,
+        *,
+        shm_lanes: bool = False,
+        ucx: Mapping[str, str] | None = None,
+        ipv6: str | None = None,
+    ) -> None:
         check_not_forked()
         self.timers = timers
+        self.ipv6 = ipv6
         self.binding = load_binding()
         quiet_ucxx_log()
         lib = self.binding.lib
         self.translator = Translator(lib)
         self.counters = Counters()
-        settings = context_settings(
-            shm_lanes=shm_lanes, rdma=bool(rdma_devices()), ucx=ucx or {}, environment=os.environ
-        )
+        self._rdma = bool(rdma_devices())
+        settings = context_settings(shm_lanes=shm_lanes, rdma=self._rdma, ucx=ucx or {}, environment=os.environ)
+        if ipv6 is not None:
+            settings.setdefault("TCP_AF_PRIO", "inet6,inet")
         port_range = os.environ.get("UCX_TCP_PORT_RANGE", settings.get("TCP_PORT_RANGE"))
         if port_range is not None:
             require_free_port(port_range, [one.address for one in list_interfaces() if one.up])
@@ -130,6 +140,8 @@ class UCXXLink:
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
         error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.flight.order))
+        if error is None and not self._rdma:
+            error = other_family(host, self._settings, os.environ)
         try:
             if error is None:
                 ucx = self.binding.lib.UCXEndpoint.create(self.worker, host, port, endpoint_error_handling=True)
@@ -141,14 +153,14 @@ class UCXXLink:
         return endpoint
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
-        """See `base.Link.listen`. Binds 0.0.0.0: UCX's Python API takes no address."""
+        """See `base.Link.listen`. Binds 0.0.0.0, as ucxx's API takes no address, and `ipv6`."""
         self.check_usable()
         checked_port(port, lowest=0)
         try:
             listener = UCXXListener(self, port, on_endpoint)
         except self.binding.lib.UCXBusyError as exc:
             raise ConfigError("port is in use; choose another, or 0 for any free one", port=port) from exc
-        except self.translator.root as exc:
+        except (self.translator.root, OSError) as exc:
             raise ConfigError("UCX cannot listen on this port", port=port, ucx=f"{type(exc).__name__}: {exc}") from exc
         self._listeners.add(listener)
         return listener

@@ -54,7 +54,7 @@ SYMBOLS = MappingProxyType(
             *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
             *_members("UCXRequest", "check_error status"),
             *_members("UCXWorker", "arm cancel_inflight_requests epoll_file_descriptor init_blocking_progress_mode"),
-            *_members("UCXWorker", "progress_once tag_probe tag_recv"),
+            *_members("UCXWorker", "handle progress_once tag_probe tag_recv"),
             *(f"UCX{name}Error" for name in _ERRORS.split()),
             *("UCXContext", "UCXError", "UCXWorker", "UCXXTag", "UCXXTagMask"),
         ),
@@ -130,6 +130,8 @@ class UcxWorker(Protocol):
 
     @property
     def epoll_file_descriptor(self) -> int: ...
+    @property
+    def handle(self) -> int: ...
     def init_blocking_progress_mode(self) -> None: ...
     def progress_once(self) -> bool: ...
     def cancel_inflight_requests(self) -> int: ...

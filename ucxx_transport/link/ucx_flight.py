@@ -124,6 +124,7 @@ class LinkContext(Protocol):
     """A `UCXXLink`, as its endpoints and listeners see it.
 
     Attributes:
+        ipv6: an address that listeners listen on, too.
         ready: what is to be called in the next turn, with its argument.
         cancel_due: operations of a broken connection are to be ended in the next turn.
         closing: the link is being closed, which the owners of its endpoints hear by their operations' ends alone.
@@ -131,6 +132,7 @@ class LinkContext(Protocol):
 
     binding: Binding
     worker: UcxWorker
+    ipv6: str | None
     translator: Translator
     counters: Counters
     timers: Timers

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
@@ -49,7 +50,9 @@ def ucxx_links(settings: ServerConfig) -> LinkFactory:
     """Opens links over UCX."""
     from ucxx_transport.link.ucx import UCXXLink
 
-    return partial(UCXXLink, shm_lanes=settings.shm_lanes, ucx=settings.link_settings)
+    address = choose_address(settings.host)
+    ipv6 = address if ":" in address else None
+    return partial(UCXXLink, shm_lanes=settings.shm_lanes, ucx=settings.link_settings, ipv6=ipv6)
 
 
 def candidates_of(settings: ServerConfig, index: int) -> Sequence[int]:
