@@ -235,7 +235,9 @@ class Port:
         self.source = source
         self.limits = limits
         self.connections: list[Connection] = []
+        self.clients: set[Client] = set()
         self.consumed: set[Key] = set()
+        self.forgotten: set[Key] = set()
         self.finalised: list[Held] = []
         self.now = 0.0
         self._nonces = 0
@@ -250,6 +252,7 @@ class Port:
         connection = Connection(client, session, server)
         client.connections.append(connection)
         self.connections.append(connection)
+        self.clients.add(client)
         asked = session.hello()
         self._ask(
             connection, asked.frame, asked.attempt, HANDSHAKE_RECEIVE_BYTES, lambda m: self._welcomed(connection, m)
@@ -311,7 +314,7 @@ class Port:
         self._ask(connection, asked.frame, asked.attempt, DESCRIBE_RECEIVE_BYTES, judge)
 
     def send_ends(self, connection: Connection) -> None:
-        if connection.session.ends_waiting:
+        if connection.session.ends_waiting and not connection.client_knows:
             self._send(connection, connection.session.ends_frame())
 
     def _post_payload(self, connection: Connection, attempt: int, name: Named) -> None:
@@ -368,7 +371,7 @@ class Port:
         name = connection.names.pop(attempt)
         key = name.slot, name.generation
         connection.session.verify(attempt, message)
-        for connection_of_another in (other.delivered.get(key) for other in self.clients() if other is not client):
+        for connection_of_another in (other.delivered.get(key) for other in self.clients if other is not client):
             assert connection_of_another is None or connection_of_another.is_cut, "two clients have one payload"
         if key in client.delivered:
             connection.session.end(attempt, delivered=True)
@@ -377,9 +380,6 @@ class Port:
         else:
             client.delivered[key] = connection
             connection.session.end(attempt, delivered=True)
-
-    def clients(self) -> list[Client]:
-        return list({id(one.client): one.client for one in self.connections}.values())
 
     # --- The server's moves ---
 
@@ -500,7 +500,7 @@ class Port:
             held.lease.release_reading()
 
     def _note_consumed(self, key: Key) -> None:
-        assert any(key in client.delivered or key in client.discarded for client in self.clients()), (
+        assert any(key in client.delivered or key in client.discarded for client in self.clients), (
             "consumed, and no client has it"
         )
         self.consumed.add(key)
@@ -537,12 +537,17 @@ class Port:
         assert not connection.held
 
     def server_dies(self) -> None:
-        """Its slots are reclaimed, whatever it knew of their ends."""
+        """Its slots are reclaimed, whatever it knew of their ends.
+
+        An end that it had heard, of a message that had not left, is forgotten though a later answer may have proved it.
+        """
         for connection in self.connections:
             if connection.server_knows:
                 continue
             self.cut(connection)
             connection.server_knows = True
+            leaving = connection.server.leaving.values()
+            self.forgotten |= {(attempt.slot, attempt.generation) for attempt in leaving if attempt.delivered}
             for held in connection.held.values():
                 held.finalised += 1
                 self.finalised.append(held)
@@ -559,6 +564,7 @@ class Port:
 
     def check(self) -> None:
         """What must hold between any two steps."""
+        self.connections = [one for one in self.connections if not (one.client_knows and one.server_knows)]
         window = self.limits.window
         for connection in self.connections:
             server, session = connection.server, connection.session
@@ -572,3 +578,4 @@ class Port:
             if not connection.server_knows:
                 assert set(connection.held) == set(server.in_flight) | set(server.leaving)
         assert all(held.finalised == 1 for held in self.finalised)
+        self.finalised.clear()
