@@ -298,6 +298,17 @@ def test_callbacks_run_in_a_turn_alone_and_once(sides: Sides) -> None:
     assert (len(over.operations), closed) == (7, [True])
 
 
+def test_callback_may_be_set_when_the_operation_is_there_already(sides: Sides) -> None:
+    pair = sides.connect()
+    over = Done()
+    send = pair.near.post_send(bytes(1 << 20))
+    assert not send.completed
+    send.on_done = over
+    pair.far.post_receive(bytearray(1 << 20), lambda _: None)
+    sides.until(lambda: over.operations)
+    assert over.operations == [send]
+
+
 def test_callbacks_come_in_the_order_of_the_messages_of_their_channel(sides: Sides) -> None:
     pair = sides.connect()
     order: list[int] = []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.ring.reading import ReadLease
     from ucxx_transport.server.counters import Binding, PortCounters
-    from ucxx_transport.wire.actions import Attempt
+    from ucxx_transport.wire.actions import Attempt, Send
 
 _log = get_logger(__name__)
 
@@ -161,8 +161,9 @@ class Port:
     def retire(self) -> None:
         """The link is closed, or given up: keep what UCX may still read from, for good."""
         self.counters.set("port", 0)
+        self.locked_turn = -1
         self._settle_kept()
-        _NEVER_ENDED.extend(self._kept)
+        _NEVER_ENDED.extend(attempt for attempt in self._kept if not _is_over(attempt.send))
 
     # --- For connections ---
 
@@ -299,7 +300,12 @@ class Port:
     def _settle_kept(self) -> None:
         kept, self._kept = self._kept, []
         for attempt in kept:
-            if attempt.send is not None and not attempt.send.completed:
-                self._kept.append(attempt)
-            else:
+            if _is_over(attempt.send):
                 self.finish(attempt)
+            else:
+                self._kept.append(attempt)
+
+
+def _is_over(send: Send | None) -> bool:
+    """Whether UCX reads nothing for it any more."""
+    return send is None or send.completed
