@@ -216,6 +216,20 @@ class ClientCore:
             until_s=self.reactor.now() + wait + self.config.deadline_s,
         )
 
+    def begin_take(self, request: TakeRequest, on_done: Callable[[Take], object] | None = None) -> Take:
+        """Take from a ring of another host, as the reactor is run.
+
+        Args:
+            request: see `take_request`.
+            on_done: called once it is done; before this returns, when its source is known to be gone.
+
+        Raises:
+            ConfigError: the source has no address.
+        """
+        take = Take(request, on_done)
+        self.reads.take(take)
+        return take
+
     def abandon(self, call: Job | Take | object) -> None:
         """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
 

@@ -212,7 +212,7 @@ class Reads:
         reads: list[Read | None] = [None] * len(offered)
         if take is not None:
             refs = take.references(offered)
-            job = Job(refs, take.until_s, take.came)
+            job = take.job = Job(refs, take.until_s, take.came)
             self.jobs.add(job)
             host = refs[0].host
             assert host is not None  # checked where the call began

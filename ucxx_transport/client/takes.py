@@ -13,6 +13,7 @@ Everything of another host runs in the thread that runs the reactor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
@@ -113,7 +114,9 @@ def take_some(connection: Connection, take: Take, wait_s: float) -> None:
                 reads.adopt(connection, offer.payloads, take if wanted else None)
         connection.after_answers()
 
-    asked = session.take(request.max_payloads, request.max_bytes, newest=request.newest, wait_ms=int(wait_s * 1000))
+    asked = session.take(
+        request.max_payloads, request.max_bytes, newest=request.newest, wait_ms=math.ceil(wait_s * 1000)
+    )
     connection.ask(asked, offer_receive_bytes(request.max_payloads), answered)
 
 
@@ -122,6 +125,7 @@ class Take:
 
     Attributes:
         request: what is to be taken. until_s: the deadline, on the reactor's clock.
+        job: reads what a server has picked; None before.
         payloads: what has come, once it is done.
         error: why nothing has, then.
         done: whether it is over.
@@ -133,7 +137,7 @@ class Take:
 
     __slots__ = (
         "_asked_until_s", "_call", "_connection", "_key", "_reads", "_records", "_timer", "_wait_until_s", "done",
-        "error", "on_done", "payloads", "request", "until_s",
+        "error", "job", "on_done", "payloads", "request", "until_s",
     )  # fmt: skip
 
     def __init__(self, request: TakeRequest, on_done: Callable[[Take], object] | None = None) -> None:
@@ -149,6 +153,7 @@ class Take:
         self._timer: Timer | None = None
         self._call = 0
         self._wait_until_s = self._asked_until_s = 0.0
+        self.job: Job | None = None
         self.payloads: list[Payload] = []
         self.error: TransportError | None = None
         self.done = False
@@ -242,6 +247,7 @@ class Take:
             elif isinstance(outcome, TransportError) and not isinstance(outcome, StaleSlotError):
                 errors.append(outcome)
         job.outcomes.clear()
+        self.job = None
         self._end(None if self.payloads or not errors else errors[0])
 
     def lost(self, error: TransportError) -> None:
@@ -270,8 +276,11 @@ class Take:
         return self.payloads
 
     def abandon(self) -> None:
-        """Nobody wants it any more: what is still offered is given back."""
+        """Nobody wants it any more: what has been picked is given back."""
         self.on_done = None
+        job, self.job = self.job, None
+        if job is not None:
+            self.reads.abandon(job)
         for payload in self.payloads:
             payload.release()
         self._end(DeadlineExceededError("abandoned"))
