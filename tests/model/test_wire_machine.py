@@ -24,14 +24,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.model.wire_model import Client, Connection, Key, ModelRing, Name, PlainRing, Port
+from tests.model.plain_ring import Key, ModelRing, Name, PlainRing
+from tests.model.wire_model import Client, Connection, Port
 from tests.support.exhaustive import exhaustive
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import RingFullError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.wire.actions import Take
-from ucxx_transport.wire.codec import seal
-from ucxx_transport.wire.frames import MAX_CHANNEL, ReplyHeader, Status, Window, message_bytes
+from ucxx_transport.wire.frames import MAX_CHANNEL, Window
 from ucxx_transport.wire.server_side import SessionLimits, SessionSource
 
 T = TypeVar("T")
@@ -91,16 +91,13 @@ _SHARES = {
 class RealLease:
     """One attempt on a slot of a real ring."""
 
-    def __init__(self, lease: ReadLease, name: Name) -> None:
+    def __init__(self, lease: ReadLease) -> None:
         self._lease = lease
-        self._name = name
+        self._memory = lease.message  # as a port has it, which may look after the attempt has ended
         self.nbytes = lease.nbytes
 
     def message(self) -> bytes:
-        frame = self._lease.frame()
-        name = self._name
-        seal(frame, ReplyHeader(Status.OK, name.nbytes, name.ring_id, name.slot, name.generation))
-        return bytes(frame[: message_bytes(name.nbytes)])
+        return bytes(self._memory)
 
     def mark_consumed(self) -> bool:
         return self._lease.mark_consumed()
@@ -124,8 +121,7 @@ class RealRing:
         return Name(self.ring_id, ref.slot, ref.generation, ref.nbytes)
 
     def acquire(self, slot: int, generation: int, reader: int) -> RealLease:
-        lease = self._ring.acquire_slot(slot, generation, reader=reader)
-        return RealLease(lease, Name(self.ring_id, slot, generation, lease.nbytes))
+        return RealLease(self._ring.acquire_slot(slot, generation, reader=reader))
 
     def ready(self) -> list[Name]:
         return [Name(self.ring_id, ref.slot, ref.generation, ref.nbytes) for ref in self._ring.ready_refs()]

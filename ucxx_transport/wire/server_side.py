@@ -14,9 +14,8 @@
  CLOSING    any                CLOSING    none
  any        anything else      CLOSING    Reply(BAD_REQUEST | UNAUTHORIZED | BUSY), the last one
 ```
-Every phase has a time limit; the shell around a session closes the connection once `limit()` has passed. A session that
-has sent its last reply lingers for a moment, so that the client reads it before the connection breaks.
-
+The shell around a session closes the connection once `limit()` has passed. A session that has sent its last reply
+lingers for a moment, so that the client reads it before the connection breaks.
 An attempt is over when two things are known, in any order: how it ended, and that its message has left; the shell
 finalises its lease then, once. What has not left is bounded: who reads nothing loses the connection before it piles up.
 """
@@ -48,10 +47,8 @@ from ucxx_transport.wire.handshake import ServerHandshake
 
 # How long the last reply may take to be read before the connection breaks.
 LINGER_S: Final = 1.0
-# Replies, shared messages, and ended attempts, each, that have not left yet: two full windows.
-MAX_UNSENT: Final = 2 * MAX_NAMES
-# TAKEs that wait on one connection.
-MAX_TAKES: Final = 8
+MAX_UNSENT: Final = 2 * MAX_NAMES  # replies, shared messages and ended attempts, each, that have not left yet
+MAX_TAKES: Final = 8  # that wait on one connection
 DEFAULT_WINDOW: Final = Window(MAX_NAMES, 256 << 20)
 
 
@@ -338,9 +335,9 @@ class ServerSession:
 
     def _greet(self, frame: Frame, now: float) -> Reply:
         kind, attempt = Kind(frame.kind), frame.attempt
+        if kind is Kind.HELLO and self.phase is not Phase.GREETING:
+            return self._wrong(frame, f"HELLO out of turn, while {self.phase.value}", now)
         if kind is not _DUE[self.phase]:
-            if kind is Kind.HELLO:
-                return self._wrong(frame, f"HELLO out of turn, while {self.phase.value}", now)
             return self._close(Status.UNAUTHORIZED, f"{kind.name} before the handshake", _channel_of(frame), now)
         if frame.ends or attempt <= self._last:
             return self._wrong(frame, "ends, or an old attempt, before the first payload", now)
@@ -366,8 +363,8 @@ class ServerSession:
         """Every name of another ring is stale, and the connection stays usable."""
         if not shared:
             return [self.refused(attempt, Status.STALE, _FOREIGN) for attempt in attempts]
-        message = b"".join(self.refused_part(attempt, Status.STALE, _FOREIGN) for attempt in attempts)
         self._unsent_replies += 1
+        message = b"".join(self.refused_part(attempt, Status.STALE, _FOREIGN) for attempt in attempts)
         return [Reply(message, shared & MAX_CHANNEL, Status.STALE)]
 
     def _forget(self, attempt: Attempt) -> None:
