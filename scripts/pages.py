@@ -161,7 +161,7 @@ def _errors() -> str:
         "[Troubleshooting](troubleshooting.md) goes by the message.",
         "",
     ]
-    classes = [getattr(errors, name) for name in errors.__all__]
+    classes = [cls for _, cls in sorted(vars(errors).items()) if isinstance(cls, type)]
     lines += ["```text", *_tree(errors.TransportError, classes, ""), "```", ""]
     in_source_order = sorted(
         (cls for cls in classes if cls.__name__ in remedies), key=lambda c: list(remedies).index(c.__name__)

@@ -21,6 +21,7 @@ from ucxx_transport.schema.wire_form import (
     check_version,
     describe,
     is_unsigned,
+    misfit,
     pack,
     take_fields,
     unpack,
@@ -216,9 +217,7 @@ class Schema:
             if field is None or not field.varlen:
                 raise ConfigError(f"{describe(name)} is not a varlen field of the schema", field=describe(name))
             if not is_unsigned(length, 64) or length > field.shape[0]:
-                raise ConfigError(
-                    f"field {name!r}: a length is 0 to {field.shape[0]}, not {describe(length)}", field=name
-                )
+                raise misfit(name, f"a length is 0 to {field.shape[0]}, not {describe(length)}")
         return self._place(tuple(lengths.get(self._fields[i].name, self._fields[i].shape[0]) for i in self._varlen))
 
     def lengths_of(self, tree: Mapping[str, object]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 import msgpack  # type: ignore[import-untyped]  # ships no types
 
-from ucxx_transport.errors import ProtocolError
+from ucxx_transport.errors import ConfigError, ProtocolError
 
 WIRE_VERSION = 1
 """Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
@@ -36,6 +36,11 @@ def describe(value: object) -> str:
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def misfit(field: str, text: str, **facts: object) -> ConfigError:
+    """The error for a field of a payload, named as the caller named it, that is not as it must be."""
+    return ConfigError(f"field {field!r}: {text}", field=field, **facts)
 
 
 def is_unsigned(value: object, bits: int) -> TypeGuard[int]:

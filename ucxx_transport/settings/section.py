@@ -100,9 +100,9 @@ class Effective(NamedTuple):
     rule: Rule
 
 
-def setting(*, default: object, **declared: Any) -> Any:  # as every field specifier: it stands for a field of any type
-    """A field of a section, with its default as the section holds it, and what else its `Rule` says."""
-    rule = Rule(default=default, **declared)
+def setting(description: str, *, default: object, **declared: Any) -> Any:  # `Any`: it stands for a field of any type
+    """A field of a section: what it is for, its default as the section holds it, and what else its `Rule` says."""
+    rule = Rule(description=description, default=default, **declared)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"rule": rule})
     return dataclasses.field(default=default, metadata={"rule": rule})
