@@ -31,7 +31,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, open_store
-from ucxx_transport.membership.etcd.client import EtcdClient, access
+from ucxx_transport.membership.etcd.client import EtcdClient
 from ucxx_transport.membership.etcd.watch import EtcdWatch
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Store, Watch
@@ -231,7 +231,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
     def show_client(endpoint: str) -> str:
         """What a client's calls and a watch show while etcd is silent; returns the client's token."""
         config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD)
-        client = EtcdClient(access((endpoint,), config, tls=False))
+        client = EtcdClient((endpoint,), config, tls=False)
         token = client.token(time.monotonic() + 5).reveal().decode()
         watch = EtcdWatch(
             client, Namespace(namespace), "", after=0, identity="", timeout_s=0.2, on_reset=partial(shown.append, "")
@@ -244,7 +244,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
         finally:
             guarded.resume()
             client.close()
-        shown.extend([repr(client), repr(vars(client)), repr(client.access)])
+        shown.extend([repr(client), repr(vars(client))])
         return token
 
     token = show_client(f"{HOST}:{guarded.ports[0]}")

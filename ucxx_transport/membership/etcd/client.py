@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final, TypeVar
 
@@ -79,34 +78,6 @@ class Endpoints:
 def share_s(left_s: float, others: int) -> float:
     """How long one endpoint may take of the time that is left, when so many others shall have their turn."""
     return max(0.0, left_s) / (others + 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """How a cluster is reached, the same for all processes. Proxies of the environment are not asked."""
-
-    endpoints: Endpoints
-    tls: ssl.SSLContext | None
-    user: str
-    password: Secret
-
-
-def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Access:
-    """The access that the URL and the settings describe.
-
-    Raises:
-        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
-    """
-    context: ssl.SSLContext | None = None
-    if tls or config.ca_file is not None:
-        context = _tls_context(config)
-    elif config.cert_file is not None:
-        raise ConfigError(
-            "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too",
-            field="cert_file",
-        )
-    password = config.password or NO_TOKEN
-    return Access(endpoints=Endpoints(endpoints), tls=context, user=config.user or "", password=password)
 
 
 class Connection:
@@ -212,13 +183,25 @@ class Connection:
 
 
 class EtcdClient:
-    """One process's calls to a cluster. Thread-safe."""
+    """One process's calls to a cluster, none by a proxy. Thread-safe.
 
-    def __init__(self, access: Access) -> None:
-        """Nothing is connected yet."""
-        self.access = access
-        self.endpoints = access.endpoints
-        self._token: Secret | None = None if access.user else NO_TOKEN
+    Args:
+        endpoints: `host:port` of at least one, in the order in which they are tried.
+        config: the user, and the files of TLS.
+        tls: whether it is spoken without a `ca_file` too.
+
+    Raises:
+        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
+    """
+
+    def __init__(self, endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> None:
+        self.endpoints = Endpoints(endpoints)
+        self.tls = _tls_context(config) if tls or config.ca_file is not None else None
+        if self.tls is None and config.cert_file is not None:
+            text = "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too"
+            raise ConfigError(text, field="cert_file")
+        self._user, self._password = config.user or "", config.password or NO_TOKEN
+        self._token: Secret | None = None if self._user else NO_TOKEN
         self._login_lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._closed = False
@@ -242,7 +225,7 @@ class EtcdClient:
         try:
             return work(token)
         except StorePermissionError as error:
-            if not self.access.user or not is_not_logged_in(error):
+            if not self._user or not is_not_logged_in(error):
                 raise
         with self._login_lock:  # unless another thread has a new one already
             if self._token == token:
@@ -269,7 +252,7 @@ class EtcdClient:
             connection.abort()
 
     def _logged_in(self, until: float) -> Secret:
-        credentials = {"name": self.access.user, "password": self.access.password}
+        credentials = {"name": self._user, "password": self._password}
         try:
             reply = self._ask("auth/authenticate", credentials, NO_TOKEN, until, repeatable=True)
         except StoreUnavailableError as error:
@@ -287,7 +270,7 @@ class EtcdClient:
             if self._closed:
                 raise ConfigError("the store is closed: open another")
             end = min(until, time.monotonic() + share) if repeatable else until
-            connection = Connection(endpoint, self.access.tls)
+            connection = Connection(endpoint, self.tls)
             self._connections.add(connection)
             try:
                 return connection.ask(path, body, token, until=end, connect_s=share)

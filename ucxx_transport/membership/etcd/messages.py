@@ -30,9 +30,9 @@ import binascii
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ucxx_transport.errors import (
     CompactedError,
@@ -270,14 +270,9 @@ def _batches(events: list[Json], namespace: Namespace) -> Iterator[Batch]:
 
 def _event(event: Json, namespace: Namespace) -> Event:
     found = entry(event["kv"], namespace)
-    kind: Literal["put", "delete"] = "delete" if event.get("type") == "DELETE" else "put"
-    return Event(
-        kind=kind,
-        key=found.key,
-        value=b"" if kind == "delete" else found.value,
-        revision=found.revision,
-        lease_id=None if kind == "delete" else found.lease_id,
-    )
+    if event.get("type") == "DELETE":
+        return Event(kind="delete", key=found.key, value=b"", revision=found.revision)
+    return Event(kind="put", **asdict(found))
 
 
 def _text(raw: bytes) -> str:

@@ -171,7 +171,7 @@ class EtcdWatch(Watch):
     @contextmanager
     def _connected(self, endpoint: str) -> Iterator[Connection]:
         """A connection that `close` ends, too."""
-        connection = Connection(endpoint, self._client.access.tls)
+        connection = Connection(endpoint, self._client.tls)
         with self._changed:
             if self._closed:
                 raise StoreUnavailableError("the watch is closed")
