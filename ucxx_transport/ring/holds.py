@@ -12,11 +12,12 @@ import itertools
 import os
 import struct
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import SlotError, TransportError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.owner import Owner
@@ -34,6 +35,7 @@ _next_lease_id = itertools.count(1).__next__
 _live: dict[int, Guard] = {}
 unsettled: list[Guard] = []
 """Holds that were dropped while the lock was not to be had: `settle` ends them."""
+_detaching = threading.RLock()
 
 
 class Guard(weakref.ref["Hold"]):
@@ -137,18 +139,30 @@ class Hold:
 
 
 class DetachedRead(Hold):
-    """A read attempt, a live hold before, that arrays alone keep: consumed when the last of them is gone."""
+    """A read attempt, a live hold before, that arrays alone keep: consumed when the last of them is gone.
+
+    Raises:
+        SlotError: the hold has ended. Of two threads that detach it at once the second gets this: with two arrays that
+            do not know of each other, the slot would be written to when the first of them is gone.
+    """
 
     __slots__ = ()
 
     def __init__(self, lease: Hold) -> None:
-        guard = Guard(self, _lost)
-        guard.transitions = lease._guard.transitions  # noqa: SLF001 - of this class
-        guard.words = self.words = lease.words
-        guard.reason = _CONSUMED
-        self._guard = guard
-        _live[lease.words[layout.HOLD_LEASE]] = guard
-        lease._guard = _ENDED  # noqa: SLF001
+        with _detaching:
+            if not lease.is_live:
+                raise SlotError(
+                    "this read lease has ended, or was inherited by a forked process",
+                    slot=lease.slot,
+                    generation=lease.generation,
+                )
+            guard = Guard(self, _lost)
+            guard.transitions = lease._guard.transitions  # noqa: SLF001 - of this class
+            guard.words = self.words = lease.words
+            guard.reason = _CONSUMED
+            self._guard = guard
+            _live[lease.words[layout.HOLD_LEASE]] = guard
+            lease._guard = _ENDED  # noqa: SLF001
 
 
 def is_live(lease_id: int) -> bool:
@@ -186,8 +200,10 @@ def _lost(guard: weakref.ref[Hold], is_ending: Callable[[], bool] = sys.is_final
 
 
 def _forget_inherited() -> None:
+    global _detaching  # noqa: PLW0603 - a module has one
     _live.clear()
     unsettled.clear()
+    _detaching = threading.RLock()  # another thread may have held it
 
 
 os.register_at_fork(after_in_child=_forget_inherited)
