@@ -34,7 +34,7 @@ MAX_READERS: Final = 64
 _SETTINGS_OF_UCX = (
     "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
 )
-_TOKEN_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"  # noqa: S105 - words
+_SECRECY_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"
 _SHM_LANES_IN_WORDS = "let UCX use shared memory between processes of one host; both sides must agree"
 _DATA_PORTS_IN_WORDS = (
     "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
@@ -127,7 +127,7 @@ class ServerConfig(_OverUCX):
     mode: Literal["process", "thread"] = setting(
         "each port a supervised process, or a thread of this one", default="process"
     )
-    token: OptionalToken = setting(_TOKEN_IN_WORDS, default=None)
+    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: Seconds = setting(_SPIN_IN_WORDS, default=50e-6, ge=0, le=0.1)
     first_frame_timeout_s: Seconds = setting("a new connection that sends nothing is closed", default=5.0, gt=0)
@@ -183,7 +183,7 @@ class ClientConfig(_OverUCX):
     local: Literal["auto", "view", "copy", "off"] = setting(
         "a ring of this host: read in place, copied, or over UCX like any other ('off')", default="auto"
     )
-    token: OptionalToken = setting(_TOKEN_IN_WORDS, default=None)
+    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: Seconds = setting(_SPIN_IN_WORDS, default=50e-6, ge=0, le=0.1)
     deadline_s: Seconds = setting("bound on a read that names none", default=5.0, gt=0)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 
 from bench.core.cpu_time import process_tree, tree_cpu_s
 from ucxx_transport.cli.output import logs_to_stderr

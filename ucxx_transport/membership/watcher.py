@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -268,9 +267,7 @@ class SourceWatcher:
                     return  # its own watch, closed by `stop`
                 failures += 1
                 self._note(error, failures=1)
-                jitter = random.random()  # noqa: S311 - spreads those who try
-                pause = pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S, jitter=jitter)
-                self._stopping.wait(pause)
+                self._stopping.wait(random_pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S))
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher_failed", store=self._store.url)
                 revision = None

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TypeGuard
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 

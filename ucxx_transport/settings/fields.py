@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, SupportsIndex, TypeVar, get_args, get_origin
 
 from ucxx_transport.units import parse_bytes, parse_duration
 
@@ -69,10 +69,9 @@ def _count(value: object) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    try:
-        return operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        raise ValueError("expected a whole number") from None
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
+    raise ValueError("expected a whole number")
 
 
 def _matching(pattern: str, expected: str, value: object) -> str:
@@ -98,7 +97,7 @@ def parse_token(value: object) -> Secret | None:
     if value is None or isinstance(value, Secret):
         return value
     if not isinstance(value, str | bytes):
-        raise ValueError("expected bytes or text")  # noqa: TRY004 - what a kind raises
+        raise ValueError("expected bytes or text")
     if not value:
         raise ValueError("an empty token protects nothing; leave the setting out to run without one")
     return Secret(value.encode() if isinstance(value, str) else value)
@@ -139,12 +138,11 @@ def _port_range(value: object) -> tuple[int, int]:
 def parse_ucx_settings(value: object) -> dict[str, str]:
     """`UCXSettings` at run time."""
     if not isinstance(value, Mapping):
-        raise ValueError("expected names to values, such as {'TLS': 'tcp'}")  # noqa: TRY004 - what a kind raises
+        raise ValueError("expected names to values, such as {'TLS': 'tcp'}")
     held = {}
     for name, setting in value.items():
         if not isinstance(name, str) or not isinstance(setting, str | int | float):
-            problem = f"{name!r}: {setting!r} is not a name and a text, number or boolean"
-            raise ValueError(problem)  # noqa: TRY004 - what a kind raises
+            raise ValueError(f"{name!r}: {setting!r} is not a name and a text, number or boolean")
         held[name.upper().removeprefix("UCX_")] = "ny"[setting] if isinstance(setting, bool) else str(setting)
     return held
 
@@ -162,7 +160,7 @@ def _one_of(words: tuple[object, ...], value: object) -> object:
 def _instance_of(classes: tuple[type, ...], value: object) -> object:
     if not isinstance(value, classes):
         names = " or ".join(one.__name__ for one in classes if one is not NoneType)
-        raise ValueError(f"expected {names}")  # noqa: TRY004 - what a kind raises
+        raise ValueError(f"expected {names}")
     return value
 
 

@@ -169,6 +169,18 @@ def test_a_file_that_has_grown_is_rewritten_and_nobody_notices(opened: Callable[
     assert [batch.revision for batch in batches if batch] == [revision, revision + 1]
 
 
+def test_a_file_that_cannot_be_rewritten_stays_in_use(opened: Callable[..., LocalStore], path: Path) -> None:
+    store = opened()
+    before = store.put("first", b"")
+    path.with_name(f".{path.name}.fresh").mkdir()  # in the place of what it would be rewritten to
+    inode = path.stat().st_ino
+    for _ in range(3):
+        last = store.put("large", bytes(1 << 20))
+    assert path.stat().st_ino == inode
+    assert last == before + 3
+    assert [entry.key for entry in opened().snapshot()] == ["first", "large"]
+
+
 # the place
 
 
