@@ -20,6 +20,7 @@ from tests.support.etcd_server import HOST, EtcdServer
 from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
 from tests.support.ports import free_ports
+from tests.support.store_rigs import error_of
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
@@ -85,19 +86,6 @@ def batches_until(watch: Watch, last: str) -> list[Batch]:
             continue
         found += [batch] if batch else []
     return found
-
-
-def error_of(watch: Watch) -> TransportError:
-    """The first error of the watch that is no outage."""
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        try:
-            watch.next(1.0)
-        except StoreUnavailableError:
-            continue
-        except TransportError as error:
-            return error
-    raise AssertionError("the watch goes on")
 
 
 # users

@@ -33,9 +33,9 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local import LocalStore
 from ucxx_transport.membership.local.content import KEPT_REVISIONS, Content, Step
 from ucxx_transport.membership.local.log_file import KIND, MAGIC, LogFile
+from ucxx_transport.membership.local.store import LocalStore
 from ucxx_transport.ring.owner import segment_folder
 
 
@@ -174,8 +174,7 @@ def test_a_file_that_cannot_be_rewritten_stays_in_use(opened: Callable[..., Loca
     before = store.put("first", b"")
     path.with_name(f".{path.name}.fresh").mkdir()  # in the place of what it would be rewritten to
     inode = path.stat().st_ino
-    for _ in range(3):
-        last = store.put("large", bytes(1 << 20))
+    *_, last = (store.put("large", bytes(1 << 20)) for _ in range(3))
     assert path.stat().st_ino == inode
     assert last == before + 3
     assert [entry.key for entry in opened().snapshot()] == ["first", "large"]
