@@ -83,16 +83,13 @@ class BareSource:
         self._ready.wait()
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self._slots.open(size_bytes=size_bytes, slots=slots)
         self._messages = [self._worker.message(memory) for memory in self._slots.memory]
 
     def fill(self) -> list[Offer]:
-        """See `Source`."""
         return self._slots.fill(self._port)
 
     def close(self) -> None:
-        """See `Source`."""
         self._stopping = True
         self._thread.join()
 
@@ -131,7 +128,6 @@ class BareReader:
     """One connection, opened by the first read."""
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Reader`."""
         self._worker = _Worker()
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._messages = [self._worker.message(received.buffer) for received in self._buffers.received]
@@ -142,7 +138,6 @@ class BareReader:
         self._goodbye = slots
 
     def resolve(self, reference: Sequence[int]) -> int:
-        """See `Reader`."""
         port, slot = reference
         if self._endpoint is None:
             from ucxx._lib.libucxx import UCXEndpoint
@@ -151,7 +146,6 @@ class BareReader:
         return slot
 
     def read(self, reference: int) -> Received:
-        """See `Reader`."""
         worker, place = self._worker, self._buffers.next()
         answer = self._endpoint.tag_recv(self._messages[place], worker.answer_tag)
         self._word[0] = reference
@@ -161,7 +155,6 @@ class BareReader:
         return self._buffers.received[place]
 
     def close(self) -> None:
-        """See `Reader`."""
         self._word[0] = self._goodbye
         self._worker.wait(self._endpoint.tag_send(self._request_message, self._worker.request_tag))
         self._endpoint.close_blocking()
