@@ -6,6 +6,7 @@ No ring, no verification, no acknowledgement: two messages on one endpoint, buff
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
@@ -34,6 +35,7 @@ class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
@@ -55,6 +57,7 @@ class _Worker:
         if self.ucx.progress_once():
             return time.perf_counter()
         if time.perf_counter() - last_s <= SPIN_S:
+            os.sched_yield()  # on a busy machine the other end may be waiting for this very core
             return last_s
         if self.ucx.arm():
             self._epoll.poll(SLEEP_S)

@@ -49,6 +49,7 @@ def nixl_lanes(lineup: Lineup, transports: Mapping[str, str]) -> tuple[list[Lane
 def _agent(name: str, transports: str) -> Any:
     # NIXL has no settings of its own for these; it asks UCX for lanes that notice a peer's death.
     os.environ |= {"UCX_TLS": transports, "UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
+    os.environ["UCX_WARN_UNUSED_ENV_VARS"] = "n"
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     from nixl._api import nixl_agent, nixl_agent_config
 
