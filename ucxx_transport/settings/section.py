@@ -121,7 +121,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
 
     def decorate(cls: type[SectionT]) -> type[SectionT]:
         made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         own = SECTIONS[name] = {
             field.name: Declared(fields.kind_of(hints[field.name]), field.metadata["rule"])
             for field in dataclasses.fields(made)
