@@ -179,7 +179,7 @@ def identity_key(namespace: Namespace) -> bytes:
 
 
 def range_request(first: bytes, end: bytes | None = None, *, count_only: bool = False) -> Json:
-    """Ask for one key, or for those from `first` on, below `end`, in order."""
+    """Ask for one key, or for those from `first` on, below `end`, in order; deleting names them by the same."""
     request: dict[str, object] = {"key": _text(first)}
     if end is not None:
         request["range_end"] = _text(end)
@@ -194,11 +194,6 @@ def put_request(key: bytes, value: bytes, lease_id: int | None) -> Json:
     if lease_id is not None:
         request["lease"] = str(lease_id)
     return request
-
-
-def delete_request(key: bytes) -> Json:
-    """Remove one key."""
-    return {"key": _text(key)}
 
 
 def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Json:

@@ -102,7 +102,7 @@ class EtcdStore(Store):
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
-        request = messages.delete_request(stored)
+        request = messages.range_request(stored)
         if checked_expected(expected) is None:
             return bool(self._change("kv/deleterange", request, timeout_s).number("deleted"))
         try:
