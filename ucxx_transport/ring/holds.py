@@ -29,7 +29,7 @@ not wait: a thousand arrays that go while the lock's holder is stopped cost thei
 
 _ABORTED: Final = Counter.ABORTED
 _CONSUMED: Final = Counter.CONSUMED
-_fill: Final = struct.Struct("<6Q").pack_into  # a third of the time that the type takes with values
+_fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
 
 _next_lease_id = itertools.count(1).__next__
 _live: dict[int, Guard] = {}
@@ -74,10 +74,11 @@ class Hold:
         reason: what a drop is counted as: `ABORTED` for a write, `RELEASED` for a read.
 
     Attributes:
+        lease_id: unique in this process.
         words: the hold, as the transitions take it; `layout` names the words.
     """
 
-    __slots__ = ("__weakref__", "_guard", "words")
+    __slots__ = ("__weakref__", "_guard", "lease_id", "words")
 
     def __init__(  # noqa: PLR0917 - one is made at every write and read
         self,
@@ -89,13 +90,14 @@ class Hold:
         reason: Counter = _ABORTED,
     ) -> None:
         words = HoldWords()
-        _fill(words, 0, slot, generation, _next_lease_id(), owner[0], owner[1], reader)
+        lease_id = self.lease_id = _next_lease_id()
+        _fill(words, 0, slot, generation, lease_id, owner[0], owner[1], reader, transitions.address)
         guard = Guard(self, _lost)
         guard.transitions = transitions
         guard.words = self.words = words
         guard.reason = reason
         self._guard = guard
-        _live[words[layout.HOLD_LEASE]] = guard
+        _live[lease_id] = guard
 
     @property
     def slot(self) -> int:
@@ -108,14 +110,9 @@ class Hold:
         return self.words[layout.HOLD_GENERATION]
 
     @property
-    def lease_id(self) -> int:
-        """Unique in this process."""
-        return self.words[layout.HOLD_LEASE]
-
-    @property
     def is_live(self) -> bool:
         """Whether this process took the hold and has not ended it. A forked child inherits the object only."""
-        return _live.get(self.words[layout.HOLD_LEASE]) is self._guard
+        return _live.get(self.lease_id) is self._guard
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -132,9 +129,18 @@ class Hold:
             "version": 3,
         }
 
+    def rest(self) -> None:
+        """Take a live one out of the registry: it has ended, and may be used again."""
+        _live.pop(self.lease_id, None)
+
+    def renew(self) -> None:
+        """Make another hold of one that rests, by the same process for the same reader: making a new one takes 1 µs."""
+        lease_id = self.lease_id = self.words[layout.HOLD_LEASE] = _next_lease_id()
+        _live[lease_id] = self._guard
+
     def forget(self) -> None:
         """Take a live one out of the registry: it has ended, or never began."""
-        _live.pop(self.words[layout.HOLD_LEASE], None)
+        _live.pop(self.lease_id, None)
         self._guard = _ENDED
 
 
@@ -161,7 +167,8 @@ class DetachedRead(Hold):
             guard.words = self.words = lease.words
             guard.reason = _CONSUMED
             self._guard = guard
-            _live[lease.words[layout.HOLD_LEASE]] = guard
+            lease_id = self.lease_id = lease.lease_id
+            _live[lease_id] = guard
             lease._guard = _ENDED  # noqa: SLF001
 
 

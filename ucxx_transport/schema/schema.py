@@ -244,12 +244,14 @@ class Schema:
             ConfigError: the tree does not fit the schema; the message names the field and the remedy.
         """
         ndarray = np.ndarray
-        arrays: list[Array] = self.gather(tree)
+        arrays: list[Array] = self._tree.gather(tree)
         for index, field in enumerate(self._fields):
             array = arrays[index]
             # the common case inline: a call a field would double the time
             if type(array) is not ndarray or array.dtype is not field.dtype or array.shape != field.shape:
                 arrays[index] = fit(array, field)
+        if not self._varlen:
+            return arrays, self._full
         return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
 
     def nest(self, arrays: Sequence[object]) -> ArrayTree:

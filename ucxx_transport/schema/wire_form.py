@@ -104,15 +104,16 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     Raises:
         ProtocolError: not bytes, too long, or not exactly one msgpack object.
     """
-    if not isinstance(raw, (bytes, bytearray, memoryview)):
+    if type(raw) is bytes:
+        nbytes = len(raw)
+    elif isinstance(raw, (bytes, bytearray, memoryview)):
+        nbytes = memoryview(raw).nbytes
+    else:
         raise ProtocolError(f"a {what} must be bytes, not {describe(raw)}", field=what)
-    nbytes = raw.nbytes if isinstance(raw, memoryview) else len(raw)
     if nbytes > max_bytes:
         raise ProtocolError(f"a {what} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
     try:
-        decoded: object = msgpack.unpackb(
-            raw, raw=False, strict_map_key=True, use_list=True, ext_hook=_refuse_extension
-        )
+        decoded: object = msgpack.unpackb(raw, ext_hook=_refuse_extension)
     except (ValueError, TypeError, OverflowError) as exc:
         raise ProtocolError(f"a {what} that is not msgpack: {type(exc).__name__}", field=what) from exc
     return decoded
