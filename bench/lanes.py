@@ -7,8 +7,7 @@ from typing import Final
 from bench.core.figures import Row
 from bench.core.lineup import Lineup
 from bench.core.rounds import Lane, Plan, measure_sizes
-from bench.peers.nixl import NixlReader, NixlSource, why_not
-from ucxx_transport.units import format_bytes
+from bench.peers.nixl import nixl_lanes
 
 __all__ = ["LANES", "NIXL_LANES", "NIXL_TCP", "SIZES", "TCP", "measure"]
 
@@ -21,8 +20,6 @@ NIXL_LANES: Final = "NIXL, shared memory"
 
 def measure(question: str, plan: Plan) -> list[Row]:
     """Both, with the blocking client, at all sizes."""
-    skipped = why_not()
-    sizes = plan.sizes(SIZES)
     with Lineup() as lineup:
         reader = lineup.blocking()
         lanes = [
@@ -34,22 +31,5 @@ def measure(question: str, plan: Plan) -> list[Row]:
             )
             for subject, shared in ((LANES, True), (TCP, False))
         ]
-        if not skipped:
-            lanes += [
-                Lane(
-                    subject=subject,
-                    source=lineup.source(subject, NixlSource, transports),
-                    reader=lineup.reader(subject, NixlReader),
-                    options={"transports": transports},
-                    polls=True,
-                )
-                for subject, transports in ((NIXL_TCP, "tcp"), (NIXL_LANES, "shm"))
-            ]
-        rows = measure_sizes(question, lanes, sizes, plan)
-    if skipped:
-        rows += [
-            Row(question=question, case=format_bytes(size), subject=subject, skipped=skipped)
-            for size in sizes
-            for subject in (NIXL_TCP, NIXL_LANES)
-        ]
-    return rows
+        nixl, skipped = nixl_lanes(lineup, {NIXL_TCP: "tcp", NIXL_LANES: "shm"})
+        return measure_sizes(question, [*lanes, *nixl], plan.sizes(SIZES), plan, skipped=skipped)

@@ -1,19 +1,19 @@
 """What does a trainer feel?
 
-Episodes a second, and the share of its time that it waits for data.
-
-A worker process produces episodes as fast as it can; a trainer process takes them in batches of 8, reads every byte,
-and computes: for no time at all (how many episodes a second can it be given?), and for longer than fetching a batch
-over UCX takes (what does it wait then? It sleeps, as one does whose GPU computes). The same for `multiprocessing.Queue`
-and, where `ray` is installed, for Ray's object store.
+Episodes a second, and the share of its time that it waits for data. A worker process produces episodes as fast as it
+can; a trainer process takes them in batches of 8, reads every byte, and computes: for no time at all (how many episodes
+a second can it be given?), and for longer than fetching a batch over UCX takes (what does it wait then? It sleeps, as
+one does whose GPU computes). The same for a `multiprocessing.Queue` of arrays.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
+import queue
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,53 +25,61 @@ from bench.core.figures import Row
 from bench.core.lineup import Lineup
 from bench.core.payloads import PayloadPattern
 from bench.core.rounds import Plan
-from bench.trainer_ends import BATCHES_AHEAD, EpisodeWorker, QueueEnd, RayEnd, TrainerEnd, TransportEnd
+from ucxx_transport import ClientConfig, DeadlineExceededError, RolloutFeed, ServerConfig, TrajectoryWriter
 from ucxx_transport.units import format_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
+    from numpy.typing import NDArray
+
 __all__ = ["SIZES", "UCX_AHEAD", "VIEW_AHEAD", "measure"]
 
 SIZES: Final = (64 << 10, 1 << 20, 16 << 20)
 BATCH: Final = 8
+BATCHES_AHEAD: Final = 4
+"""Episodes of this many batches may exist at once: in use, on their way, written ahead."""
 COMPUTE_OVER_FETCH: Final = 1.5
 LEAST_COMPUTE_S: Final = 0.01
 LEAST_STEPS: Final = 3
+POLL_S: Final = 0.2
+WAIT_LIMIT_S: Final = 60.0
 
 VIEW_AHEAD: Final = "in place, fetched ahead"
 UCX_AHEAD: Final = "UCX over TCP, fetched ahead"
-UCX_ON_DEMAND: Final = "UCX over TCP, on demand"
-QUEUE: Final = "multiprocessing.Queue"
-RAY: Final = "Ray's object store"
 
-TRANSPORT: Final[Mapping[str, Mapping[str, Any]]] = {
-    UCX_ON_DEMAND: {"local": "off", "ahead": False},
+FEEDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "UCX over TCP, on demand": {"local": "off", "ahead": False},
     UCX_AHEAD: {"local": "off", "ahead": True},
     VIEW_AHEAD: {"local": "view", "ahead": True},
     "in place, on demand": {"local": "view", "ahead": False},
 }
 """The first says how long a step computes."""
+QUEUE: Final = "multiprocessing.Queue"
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """A way with its processes; `worker` is None where the trainer's process has its own.
+    """A way with its processes.
 
     `channel` is held here: the processes take its semaphores by name, and those go with the first of it.
     """
 
     subject: str
+    worker: ControlledProcess
     trainer: ControlledProcess
-    worker: ControlledProcess | None
-    channel: Queue[Any] | None
+    channel: Queue[Any]
 
 
 def measure(question: str, plan: Plan) -> list[Row]:
     """All ways at all sizes."""
     rows = []
     with Lineup() as lineup:
-        ways = _ways(lineup)
+        ways = []
+        for subject in (*FEEDS, QUEUE):
+            channel: Queue[Any] = multiprocessing.get_context("spawn").Queue(BATCHES_AHEAD * BATCH)
+            worker = lineup.source(f"worker, {subject}", Worker, subject in FEEDS, channel)
+            ways.append(_Way(subject, worker, lineup.source(f"trainer, {subject}", Trainer, subject, channel), channel))
         for size_bytes in plan.sizes(SIZES):
             fetch_us = _take_turn(ways[0], size_bytes, plan.turn_s, 0.0)["fetch_us"]
             compute_s = max(LEAST_COMPUTE_S, COMPUTE_OVER_FETCH * fetch_us / 1e6)
@@ -81,39 +89,22 @@ def measure(question: str, plan: Plan) -> list[Row]:
                     for figure, value in _take_turn(way, size_bytes, plan.turn_s, compute_s).items():
                         of_way.setdefault(figure, []).append(value)
                 plan.on_turn(f"{question}: {format_bytes(size_bytes)}, round {number + 1} of {plan.rounds}")
-            case = format_bytes(size_bytes)
             rows += [
-                Row(question=question, case=case, subject=way.subject, figures=of_way)
+                Row(question=question, case=format_bytes(size_bytes), subject=way.subject, figures=of_way)
                 for way, of_way in zip(ways, figures, strict=True)
             ]
-            if all(way.subject != RAY for way in ways):
-                rows.append(Row(question=question, case=case, subject=RAY, skipped="pip install ray"))
     return rows
 
 
-def _ways(lineup: Lineup) -> list[_Way]:
-    found = []
-    for subject in (*TRANSPORT, QUEUE):
-        channel: Queue[Any] = multiprocessing.get_context("spawn").Queue(BATCHES_AHEAD * BATCH)
-        way = "transport" if subject in TRANSPORT else "queue"
-        worker = lineup.source(subject, EpisodeWorker, way, channel)
-        found.append(_Way(subject, lineup.source(f"{subject}: trainer", Trainer, subject, channel), worker, channel))
-    if importlib.util.find_spec("ray") is not None:
-        found.append(_Way(RAY, lineup.source(f"{RAY}: trainer", Trainer, RAY, None), None, None))
-    return found
-
-
 def _take_turn(way: _Way, size_bytes: int, turn_s: float, compute_s: float) -> dict[str, float]:
-    if way.worker is not None:
-        way.worker.call("open", size_bytes=size_bytes, batch=BATCH)
-    way.trainer.call("open", size_bytes=size_bytes, batch=BATCH)
+    way.worker.call("open", size_bytes=size_bytes)
+    way.trainer.call("open", size_bytes=size_bytes)
     foreign_load = ForeignLoad()
     idle = way.trainer.call("train", seconds=turn_s, compute_s=0.0)
     computing = way.trainer.call("train", seconds=turn_s, compute_s=compute_s)
     foreign_cores = foreign_load.cores()
     way.trainer.call("close")
-    if way.worker is not None:
-        way.worker.call("close")
+    way.worker.call("close")
     return {
         "episodes_per_s": idle["steps"] * BATCH / idle["wall_s"],
         "waiting_share": computing["waiting_s"] / computing["wall_s"],
@@ -124,30 +115,27 @@ def _take_turn(way: _Way, size_bytes: int, turn_s: float, compute_s: float) -> d
 
 
 class Trainer:
-    """A trainer process: `open` compares a first batch, `train` takes the time, `close` ends.
+    """A trainer process, which takes numbered episodes: payloads of the pattern, uint8.
 
     Args:
-        subject: which way. channel: of the records or episodes.
+        subject: which way.
+        channel: of the records, or of the episodes themselves.
     """
 
-    def __init__(self, subject: str, channel: Queue[Any] | None) -> None:
-        self._opened = False
-        self._end: TrainerEnd
-        if channel is None:
-            self._end = RayEnd()
-        elif subject in TRANSPORT:
-            self._end = TransportEnd(channel, **TRANSPORT[subject])
-        else:
-            self._end = QueueEnd(channel)
+    def __init__(self, subject: str, channel: Queue[Any]) -> None:
+        self._way = FEEDS.get(subject)
+        self._channel = channel
+        self._feed: RolloutFeed | None = None
+        self._started = False
 
-    def open(self, *, size_bytes: int, batch: int) -> None:
+    def open(self, *, size_bytes: int) -> None:
         """Take every slot's worth of episodes once, and compare every byte."""
         pattern = PayloadPattern(size_bytes)
-        self._end.open(size_bytes, batch)
-        self._opened = True
+        if self._way is not None:
+            self._feed = RolloutFeed(ClientConfig(local=self._way["local"]))
         for _ in range(BATCHES_AHEAD):
-            for episode in self._end.next_batch():
-                pattern.check(episode.number, episode.data.data)
+            for number, data in self._next_batch():
+                pattern.check(number, data.data)
 
     def train(self, *, seconds: float, compute_s: float) -> dict[str, float]:
         """Steps until `seconds` have passed."""
@@ -161,19 +149,95 @@ class Trainer:
         return {"steps": steps, "waiting_s": waiting_s, "wall_s": now_s - began_s}
 
     def close(self) -> None:
-        """End."""
-        if self._opened:
-            self._end.close()
-        self._opened = False
+        """End the feed, with what it has fetched ahead."""
+        if self._feed is not None:
+            if self._started:
+                self._feed.collect()
+            self._feed.close()
+        self._feed, self._started = None, False
 
     def _step(self, compute_s: float) -> float:
         """Take a batch, read every byte of it, compute; seconds waited for the batch."""
         began_s = time.perf_counter()
-        batch = self._end.next_batch()
+        batch = self._next_batch()
         waited_s = time.perf_counter() - began_s
-        for episode in batch:
-            np.bitwise_xor.reduce(episode.data.view(np.uint64))
-        del batch, episode
+        for _, data in batch:
+            np.bitwise_xor.reduce(data.view(np.uint64))
+        del batch, data
         if compute_s:
             time.sleep(compute_s)
         return waited_s
+
+    def _next_batch(self) -> list[tuple[int, NDArray[np.uint8]]]:
+        if self._feed is None or self._way is None:
+            return self._take()
+        if not self._started:
+            self._feed.start(self._take())
+        batch: list[Any] = self._feed.collect() or []
+        self._started = self._way["ahead"]
+        if self._started:
+            self._feed.start(self._take())
+        trees = [(record["sequence"], self._feed.resolve(record)) for record in batch]
+        return [(number, tree["data"]) for number, tree in trees if tree is not None]
+
+    def _take(self) -> list[Any]:
+        return [self._channel.get(timeout=WAIT_LIMIT_S) for _ in range(BATCH)]
+
+
+class Worker:
+    """Produces numbered episodes in a thread, as many as there is room for.
+
+    Args:
+        writes: into a ring, and records into the channel; else the episodes themselves.
+        channel: which has a bound.
+    """
+
+    def __init__(self, writes: bool, channel: Queue[Any]) -> None:  # noqa: FBT001 - arguments of a process
+        self._writes = writes
+        self._channel = channel
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self, *, size_bytes: int) -> None:
+        """Begin to produce."""
+        self._stopping.clear()
+        produce = self._into_ring if self._writes else self._into_channel
+        self._thread = threading.Thread(target=produce, args=(PayloadPattern(size_bytes),), name="producer")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and leave nothing of this turn to the next one."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        self._channel.cancel_join_thread()
+
+    def _into_ring(self, pattern: PayloadPattern) -> None:
+        ring = {"slots": BATCHES_AHEAD * BATCH, "on_full": "block"}
+        with TrajectoryWriter("bench", ring=ring, server=ServerConfig(host="127.0.0.1")) as writer:
+            number = 0
+            while not self._stopping.is_set():
+                with suppress(DeadlineExceededError):
+                    record = writer.write({"data": pattern.payload(number)}, deadline_s=POLL_S)
+                    self._put({**record.to_dict(), "sequence": number})  # the writer counts failed writes too
+                    number += 1
+            self._drain()
+
+    def _into_channel(self, pattern: PayloadPattern) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            self._put((number, pattern.payload(number)))
+            number += 1
+        self._drain()
+
+    def _put(self, item: object) -> None:
+        while not self._stopping.is_set():
+            with suppress(queue.Full):
+                self._channel.put(item, timeout=POLL_S)
+                return
+
+    def _drain(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._channel.get(timeout=POLL_S)

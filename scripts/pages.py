@@ -11,7 +11,7 @@ import itertools
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -160,7 +160,8 @@ def _errors() -> str:
         "[Troubleshooting](troubleshooting.md) goes by the message.",
         "",
     ]
-    classes = [getattr(errors, name) for name in errors.__all__]
+    found = (one for _, one in sorted(vars(errors).items()) if isinstance(one, type))
+    classes = [cls for cls in found if issubclass(cls, errors.TransportError)]
     lines += ["```text", *_tree(errors.TransportError, classes, ""), "```", ""]
     in_source_order = sorted(
         (cls for cls in classes if cls.__name__ in remedies), key=lambda c: list(remedies).index(c.__name__)
@@ -173,7 +174,7 @@ def _errors() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _tree(cls: type, classes: list[type], indent: str) -> Iterator[str]:
+def _tree(cls: type, classes: Sequence[type], indent: str) -> Iterator[str]:
     foreign = [base.__name__ for base in cls.__bases__ if base not in classes and base is not Exception]
     yield f"{indent}{cls.__name__}" + (f"  (also a {', '.join(foreign)})" if foreign else "")
     for child in classes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 
 def pause_s(attempt: int, *, first_s: float, longest_s: float, jitter: float = 0.0) -> float:
     """The pause after failed try number `attempt` (from 1): doubled with every try, up to a bound.
@@ -11,3 +13,9 @@ def pause_s(attempt: int, *, first_s: float, longest_s: float, jitter: float = 0
     """
     bound_s = min(longest_s, first_s * 2.0 ** min(attempt - 1, 60))
     return bound_s * (1.0 - 0.5 * jitter)
+
+
+def random_pause_s(attempt: int, *, first_s: float, longest_s: float) -> float:
+    """`pause_s` with a jitter of its own."""
+    jitter = random.random()  # noqa: S311 - it spreads those who try, and protects nothing
+    return pause_s(attempt, first_s=first_s, longest_s=longest_s, jitter=jitter)

@@ -8,7 +8,6 @@ validated again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from ucxx_transport.errors import ConfigError
@@ -37,7 +36,7 @@ _LONGEST_S: Final = float("inf")
 _SETTINGS_OF_UCX = (
     "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
 )
-_TOKEN_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"  # noqa: S105 - words
+_SECRECY_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"
 _SHM_LANES_IN_WORDS = "let UCX use shared memory between processes of one host; both sides must agree"
 _DATA_PORTS_IN_WORDS = (
     "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
@@ -68,10 +67,6 @@ def checked_seconds(value: float | str, field: str) -> float:
     return seconds
 
 
-def _link_settings(ucx: Mapping[str, str], data_ports: tuple[int, int] | None) -> dict[str, str]:
-    return dict(ucx) if data_ports is None else {**ucx, "TCP_PORT_RANGE": f"{data_ports[0]}-{data_ports[1]}"}
-
-
 @runtime_checkable
 class PayloadSchema(Protocol):
     """What a ring's settings need of a `Schema`; `ucxx_transport.Schema` is one."""
@@ -92,33 +87,28 @@ class PayloadSchema(Protocol):
 class RingConfig:
     """How a `SharedRingBuffer` is made: exactly one of `schema` and `slot_bytes` says what a slot holds."""
 
-    slots: Count = setting(default=64, ge=1, le=MAX_SLOTS, description="number of slots")
-    schema: PayloadSchema | None = setting(
-        default=None, description="the fields of every payload (a Schema)", code_only=True
-    )
-    slot_bytes: OptionalBytes = setting(default=None, ge=1, le=1 << 46, description="largest raw payload of a slot")
-    name: OptionalName = setting(default=None, description="name of the segment; unset makes a random one")
+    slots: Count = setting("number of slots", default=64, ge=1, le=MAX_SLOTS)
+    schema: PayloadSchema | None = setting("the fields of every payload (a Schema)", default=None, code_only=True)
+    slot_bytes: OptionalBytes = setting("largest raw payload of a slot", default=None, ge=1, le=1 << 46)
+    name: OptionalName = setting("name of the segment; unset makes a random one", default=None)
     folder: Folder = setting(
+        "where the segment is made; readers and `clean` look in the folder of their own setting",
         default="/dev/shm",  # noqa: S108 - POSIX shared memory, not a temporary file
-        description="where the segment is made; readers and `clean` look in the folder of their own setting",
     )
     on_full: Literal["overwrite", "block", "raise"] = setting(
-        default="overwrite",
-        description="with no free slot: drop the oldest unread payload, wait, or raise RingFullError",
+        "with no free slot: drop the oldest unread payload, wait, or raise RingFullError", default="overwrite"
     )
-    readers: Count = setting(default=1, ge=1, le=MAX_READERS, description="reads that free a payload")
-    prefault: bool = setting(default=True, description="touch all pages at creation, so that the first lap is fast too")
-    checksum: bool = setting(default=False, description="xxh3_64 of every payload, carried by its SlotRef")
+    readers: Count = setting("reads that free a payload", default=1, ge=1, le=MAX_READERS)
+    prefault: bool = setting("touch all pages at creation, so that the first lap is fast too", default=True)
+    checksum: bool = setting("xxh3_64 of every payload, carried by its SlotRef", default=False)
     envelope_bytes: Bytes = setting(
+        "room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
         default=1024,
         ge=0,
         le=1024,
-        description="room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
     )
-    block_timeout_s: Seconds = setting(
-        default=30.0, gt=0, description="on_full='block': how long a write waits at most"
-    )
-    lock_timeout_s: Seconds = setting(default=5.0, gt=0, description="how long the header's lock is waited for at most")
+    block_timeout_s: Seconds = setting("on_full='block': how long a write waits at most", default=30.0, gt=0)
+    lock_timeout_s: Seconds = setting("how long the header's lock is waited for at most", default=5.0, gt=0)
 
     def __post_init__(self) -> None:
         if (self.schema is None) == (self.slot_bytes is None):
@@ -130,40 +120,13 @@ class RingConfig:
             )
 
 
-@section("server")
-class ServerConfig:
-    """How a `UCXXServer` listens, and what it allows a peer."""
+class _OverUCX:
+    """What servers and clients alike make of their settings."""
 
-    host: OptionalText = setting(
-        default=None, max_length=255, description="address to publish; unset finds one (RDMA interface first)"
-    )
-    ports: Ports = setting(default=2, description="how many ports, or a list of port numbers (0 for any free one)")
-    base_port: OptionalCount = setting(
-        default=None, ge=1, le=65535, description="first port to try; unset takes any free ones"
-    )
-    mode: Literal["process", "thread"] = setting(
-        default="process", description="each port a supervised process, or a thread of this one"
-    )
-    token: OptionalToken = setting(default=None, description=_TOKEN_IN_WORDS)
-    shm_lanes: bool = setting(default=False, description=_SHM_LANES_IN_WORDS)
-    spin_s: Seconds = setting(default=50e-6, ge=0, le=0.1, description=_SPIN_IN_WORDS)
-    first_frame_timeout_s: Seconds = setting(
-        default=5.0, gt=0, description="a new connection that sends nothing is closed"
-    )
-    idle_timeout_s: Seconds = setting(default=120.0, gt=0, description="a silent connection is closed")
-    send_timeout_s: Seconds = setting(
-        default=60.0, gt=0, description="a payload that is not received by then is abandoned"
-    )
-    ack_timeout_s: Seconds = setting(default=10.0, gt=0, description="a payload not acknowledged goes back to its slot")
-    max_connections: Count = setting(default=256, ge=1, le=65536, description="connections of one port")
-    port_attempts: Count = setting(default=64, ge=1, le=65535, description="ports tried from base_port on")
-    data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)
-    start_timeout_s: Seconds = setting(default=30.0, gt=0, description="bound on start()")
-    stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
-    stall_timeout_s: Seconds = setting(
-        default=10.0, gt=0, description="a port's process whose loop has not turned for so long is replaced"
-    )
-    ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
+    __slots__ = ()
+    token: OptionalToken
+    ucx: UCXSettings
+    data_ports: OptionalPortRange
 
     @property
     def token_bytes(self) -> bytes | None:
@@ -173,7 +136,38 @@ class ServerConfig:
     @property
     def link_settings(self) -> dict[str, str]:
         """`ucx`, and what follows from `data_ports`."""
-        return _link_settings(self.ucx, self.data_ports)
+        ports = {} if self.data_ports is None else {"TCP_PORT_RANGE": "{}-{}".format(*self.data_ports)}
+        return {**self.ucx, **ports}
+
+
+@section("server")
+class ServerConfig(_OverUCX):
+    """How a `UCXXServer` listens, and what it allows a peer."""
+
+    host: OptionalText = setting(
+        "address to publish; unset finds one (RDMA interface first)", default=None, max_length=255
+    )
+    ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
+    base_port: OptionalCount = setting("first port to try; unset takes any free ones", default=None, ge=1, le=65535)
+    mode: Literal["process", "thread"] = setting(
+        "each port a supervised process, or a thread of this one", default="process"
+    )
+    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
+    shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
+    spin_s: Seconds = setting(_SPIN_IN_WORDS, default=50e-6, ge=0, le=0.1)
+    first_frame_timeout_s: Seconds = setting("a new connection that sends nothing is closed", default=5.0, gt=0)
+    idle_timeout_s: Seconds = setting("a silent connection is closed", default=120.0, gt=0)
+    send_timeout_s: Seconds = setting("a payload that is not received by then is abandoned", default=60.0, gt=0)
+    ack_timeout_s: Seconds = setting("a payload not acknowledged goes back to its slot", default=10.0, gt=0)
+    max_connections: Count = setting("connections of one port", default=256, ge=1, le=65536)
+    port_attempts: Count = setting("ports tried from base_port on", default=64, ge=1, le=65535)
+    data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
+    start_timeout_s: Seconds = setting("bound on start()", default=30.0, gt=0)
+    stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)
+    stall_timeout_s: Seconds = setting(
+        "a port's process whose loop has not turned for so long is replaced", default=10.0, gt=0
+    )
+    ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     def __post_init__(self) -> None:
         self._check_data_ports()
@@ -208,60 +202,44 @@ class ServerConfig:
 
 
 @section("client")
-class ClientConfig:
+class ClientConfig(_OverUCX):
     """How a `UCXXClient` reads: in place or over UCX, how long, how often, and with how much memory."""
 
     local: Literal["auto", "view", "copy", "off"] = setting(
-        default="auto", description="a ring of this host: read in place, copied, or over UCX like any other ('off')"
+        "a ring of this host: read in place, copied, or over UCX like any other ('off')", default="auto"
     )
-    token: OptionalToken = setting(default=None, description=_TOKEN_IN_WORDS)
-    shm_lanes: bool = setting(default=False, description=_SHM_LANES_IN_WORDS)
-    spin_s: Seconds = setting(default=50e-6, ge=0, le=0.1, description=_SPIN_IN_WORDS)
-    deadline_s: Seconds = setting(default=5.0, gt=0, description="bound on a read that names none")
-    connect_timeout_s: Seconds = setting(default=1.0, gt=0, description="bound on connecting to one port")
-    port_quarantine_s: Seconds = setting(default=30.0, ge=0, description="how long a port that failed is not used")
-    read_attempts: Count = setting(
-        default=2, ge=1, le=100, description="calls made for one read, when retrying can help"
-    )
+    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
+    shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
+    spin_s: Seconds = setting(_SPIN_IN_WORDS, default=50e-6, ge=0, le=0.1)
+    deadline_s: Seconds = setting("bound on a read that names none", default=5.0, gt=0)
+    connect_timeout_s: Seconds = setting("bound on connecting to one port", default=1.0, gt=0)
+    port_quarantine_s: Seconds = setting("how long a port that failed is not used", default=30.0, ge=0)
+    read_attempts: Count = setting("calls made for one read, when retrying can help", default=2, ge=1, le=100)
     pool_endpoint_max_age_s: Seconds = setting(
-        default=100.0,
-        gt=0,
-        description="an idle connection is not used again; keep it below the server's idle_timeout_s",
+        "an idle connection is not used again; keep it below the server's idle_timeout_s", default=100.0, gt=0
     )
     max_connections: OptionalCount = setting(
-        default=None, ge=1, le=65536, description="connections at a time; unset follows the limit of open files"
+        "connections at a time; unset follows the limit of open files", default=None, ge=1, le=65536
     )
-    buffer_pool_bytes: Bytes = setting(default=1 << 30, ge=0, description="receive buffers kept for reuse")
-    max_payload_bytes: Bytes = setting(default=64 << 30, ge=1, description="a SlotRef that promises more is refused")
-    data_ports: OptionalPortRange = setting(default=None, description=_DATA_PORTS_IN_WORDS)
-    max_attached_rings: Count = setting(default=256, ge=1, le=65536, description="local rings kept mapped")
-    verify_checksum: bool = setting(default=True, description="check the SlotRef's checksum when it has one")
-    ucx: UCXSettings = setting(default={}, description=_SETTINGS_OF_UCX)
-
-    @property
-    def token_bytes(self) -> bytes | None:
-        """The shared secret itself, or None."""
-        return None if self.token is None else self.token.reveal()
-
-    @property
-    def link_settings(self) -> dict[str, str]:
-        """`ucx`, and what follows from `data_ports`."""
-        return _link_settings(self.ucx, self.data_ports)
+    buffer_pool_bytes: Bytes = setting("receive buffers kept for reuse", default=1 << 30, ge=0)
+    max_payload_bytes: Bytes = setting("a SlotRef that promises more is refused", default=64 << 30, ge=1)
+    data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
+    max_attached_rings: Count = setting("local rings kept mapped", default=256, ge=1, le=65536)
+    verify_checksum: bool = setting("check the SlotRef's checksum when it has one", default=True)
+    ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
 
 @section("store")
 class StoreConfig:
     """How a store of membership is reached; its address is the URL given to `open_store`."""
 
-    namespace: Name = setting(
-        default="default", description="keeps the jobs that share a store apart; the same for all of one job"
-    )
-    timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on one call")
-    user: OptionalText = setting(default=None, description="etcd: the user's name")
-    password: OptionalToken = setting(default=None, description="etcd: the user's password")
-    ca_file: OptionalText = setting(default=None, description="etcd: certificates to trust; turns TLS on")
-    cert_file: OptionalText = setting(default=None, description="etcd: this client's certificate")
-    key_file: OptionalText = setting(default=None, description="etcd: the key of cert_file")
+    namespace: Name = setting("keeps the jobs that share a store apart; the same for all of one job", default="default")
+    timeout_s: Seconds = setting("bound on one call", default=5.0, gt=0)
+    user: OptionalText = setting("etcd: the user's name", default=None)
+    password: OptionalToken = setting("etcd: the user's password", default=None)
+    ca_file: OptionalText = setting("etcd: certificates to trust; turns TLS on", default=None)
+    cert_file: OptionalText = setting("etcd: this client's certificate", default=None)
+    key_file: OptionalText = setting("etcd: the key of cert_file", default=None)
 
     @property
     def password_text(self) -> str | None:
@@ -281,22 +259,19 @@ class StoreConfig:
 class PublisherConfig:
     """How a worker publishes itself, and how its lease is kept."""
 
-    interval_s: Seconds = setting(
-        default=2.0, gt=0, description="how often the lease is renewed; it lives three times this"
-    )
+    interval_s: Seconds = setting("how often the lease is renewed; it lives three times this", default=2.0, gt=0)
     publish_timeout_s: Seconds = setting(
-        default=1800.0, gt=0, description="how long a worker tries to publish itself before on_timeout"
+        "how long a worker tries to publish itself before on_timeout", default=1800.0, gt=0
     )
     on_timeout: Literal["retry", "stop"] = setting(
-        default="retry", description="then keep retrying, with errors in the log, or stop"
+        "then keep retrying, with errors in the log, or stop", default="retry"
     )
-    backoff_s: Seconds = setting(default=0.1, gt=0, description="first pause between two tries; doubles, with jitter")
-    max_backoff_s: Seconds = setting(default=5.0, gt=0, description="longest pause between two tries")
+    backoff_s: Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
+    max_backoff_s: Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(
-        default="process",
-        description="who renews the lease: a process, which no blocked interpreter starves, or a thread",
+        "who renews the lease: a process, which no blocked interpreter starves, or a thread", default="process"
     )
-    stop_timeout_s: Seconds = setting(default=5.0, gt=0, description="bound on stop()")
+    stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)
 
     @property
     def ttl_s(self) -> float:

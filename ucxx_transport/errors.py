@@ -25,29 +25,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "AuthenticationError",
-    "BusyError",
-    "ChecksumError",
-    "CompactedError",
-    "ConfigError",
-    "ConflictError",
-    "DeadlineExceededError",
-    "DuplicateSourceError",
-    "LeaseLostError",
-    "NotReadyError",
-    "PeerLostError",
-    "ProtocolError",
-    "RegistryError",
-    "RingFullError",
-    "SlotError",
-    "StaleSlotError",
-    "StorePermissionError",
-    "StoreResetError",
-    "StoreUnavailableError",
-    "TransportError",
-]
-
 
 class TransportError(Exception):
     """Root of every error this package raises on purpose.

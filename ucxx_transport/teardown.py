@@ -146,8 +146,8 @@ def _run_until(name: str, call: Callable[[], object], until_s: float) -> tuple[B
     return next(iter(errors), None) if has_ended else None, has_ended
 
 
-def exit_on_sigterm() -> None:
-    """From now on SIGTERM is `SystemExit(143)` in the main thread: `with` blocks and exit handlers run.
+def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:
+    """From now on SIGTERM is `SystemExit(code)` in the main thread: `with` blocks and exit handlers run.
 
     By default it ends a Python program without any of its clean-up. A handler that the program has already is left
     alone. Call it in the main thread.
@@ -155,10 +155,10 @@ def exit_on_sigterm() -> None:
     Raises:
         ValueError: called in another thread.
     """
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up is bounded; a second one must not cut it short
+        sys.exit(code)
+
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
-
-
-def _exit(_number: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up is bounded; a second one must not cut it short
-    sys.exit(128 + signal.SIGTERM)
+        signal.signal(signal.SIGTERM, leave)

@@ -19,30 +19,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Final
 
 _TEXT = re.compile(r"\s*([0-9]{1,400})(?:\.([0-9]{1,400}))?(?:e([+-]?[0-9]{1,3}))?\s*([a-zµμ]*)\s*", re.IGNORECASE)
 
 _BINARY = {letter: 1024**power for power, letter in enumerate("kmgtp", start=1)}
-_BYTE_UNITS: Mapping[str, int] = MappingProxyType(
+_BYTE_UNITS: Final[Mapping[str, int]] = (
     {"": 1, "b": 1}
     | _BINARY
     | {f"{letter}ib": size for letter, size in _BINARY.items()}
     | {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", start=1)}
 )
-_NANOSECONDS: Mapping[str, int] = MappingProxyType(
-    {
-        "ns": 1,
-        "us": 10**3,
-        "µs": 10**3,
-        "ms": 10**6,
-        "s": 10**9,
-        "": 10**9,
-        "m": 60 * 10**9,
-        "min": 60 * 10**9,
-        "h": 3600 * 10**9,
-    }
-)
+_SECOND: Final = 10**9
+_NANOSECONDS: Final[Mapping[str, int]] = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "ms": 10**6,
+    "s": _SECOND,
+    "": _SECOND,
+    "m": 60 * _SECOND,
+    "min": 60 * _SECOND,
+    "h": 3600 * _SECOND,
+}
 
 
 def parse_bytes(value: object) -> int:
@@ -60,13 +59,11 @@ def parse_bytes(value: object) -> int:
         if rest:
             raise ValueError(f"{value!r} is not a whole number of bytes")
         return size
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or (isinstance(value, float) and not value.is_integer())
-    ):
-        raise ValueError("expected a size, for example 4096, '64KiB' or '512MiB'")
-    return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("expected a size, for example 4096, '64KiB' or '512MiB'")
 
 
 def parse_duration(value: object) -> float:

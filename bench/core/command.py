@@ -27,7 +27,7 @@ __all__ = ["QUESTIONS", "bench", "chosen_questions"]
 
 QUESTIONS: Final = (
     *("read", "batch", "lanes", "local", "ring", "ports"),
-    *("sources", "idle", "spinning", "gpu", "trainer"),
+    *("sources", "idle", "spinning", "gpu", "trainer", "stores"),
 )
 FORMAT: Final = "ucxx_transport.bench/2"
 ROUNDS: Final = 5

@@ -13,11 +13,11 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 
 from bench.core.cpu_time import process_tree, tree_cpu_s
 from ucxx_transport.cli.output import logs_to_stderr
@@ -55,28 +55,26 @@ def serve_orders(
         order = _receive(connection)
         if order is None:
             return
-        try:
-            answer = handler(order["verb"])(**order["arguments"])
-        except Exception:
-            _answer(connection, {"failure": traceback.format_exc()})
-            raise
-        _answer(connection, {"answer": answer})
+        with _answering(connection) as answer:
+            answer(handler(order["verb"])(**order["arguments"]))
 
 
 async def serve_orders_async(
     connection: Connection, handler: Callable[[str], Callable[..., Awaitable[object]]]
 ) -> None:
     """The same for coroutines; the event loop stays free while an order is waited for."""
-    while True:
-        order = await asyncio.to_thread(_receive, connection)
-        if order is None:
-            return
-        try:
-            answer = await handler(order["verb"])(**order["arguments"])
-        except Exception:
-            _answer(connection, {"failure": traceback.format_exc()})
-            raise
-        _answer(connection, {"answer": answer})
+    while (order := await asyncio.to_thread(_receive, connection)) is not None:
+        with _answering(connection) as answer:
+            answer(await handler(order["verb"])(**order["arguments"]))
+
+
+@contextmanager
+def _answering(connection: Connection) -> Iterator[Callable[[object], None]]:
+    try:
+        yield lambda value: _answer(connection, {"answer": value})
+    except Exception:
+        _answer(connection, {"failure": traceback.format_exc()})
+        raise
 
 
 def _receive(connection: Connection) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
@@ -30,7 +31,7 @@ from bench.core.payloads import PayloadPattern
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["AsyncReader", "BatchReader", "Held", "Offer", "Reader", "run_async_reader", "run_reader", "run_source"]
+__all__ = ["BatchReader", "Held", "Offer", "Reader", "run_async_reader", "run_reader", "run_source"]
 
 IO_TIMEOUT_S: Final = 60.0
 
@@ -50,47 +51,30 @@ class Held(Protocol):
 
 
 class Reader(Protocol):
-    """A blocking client in the reader's process. What a reference resolves to is its own affair, hence `Any`."""
+    """A client in the reader's process; what a reference resolves to is its own affair, hence `Any`.
+
+    `open(size_bytes, slots, **options)`, `read(reference) -> Held` and `close()` block, or all return awaitables.
+    """
 
     @property
-    def open(self) -> Callable[..., None]:
-        """`open(*, size_bytes, slots, **options)` makes the client."""
+    def open(self) -> Callable[..., Awaitable[None] | None]: ...
+
+    @property
+    def read(self) -> Callable[[Any], Awaitable[Held] | Held]: ...
+
+    @property
+    def close(self) -> Callable[[], Awaitable[None] | None]: ...
 
     def resolve(self, reference: Any) -> Any:
         """What `read` takes; not timed."""
 
-    @property
-    def read(self) -> Callable[[Any], Held]:
-        """`read(reference)` reads one payload."""
-
-    def close(self) -> None:
-        """Close it."""
-
 
 @runtime_checkable
 class BatchReader(Protocol):
-    """One that can also read many at once."""
+    """One that can also read many at once, and blocks."""
 
     def read_batch(self, references: Sequence[Any]) -> Sequence[Held]:
         """The payloads, in the order of the references."""
-
-
-class AsyncReader(Protocol):
-    """The same for a client on an event loop."""
-
-    @property
-    def open(self) -> Callable[..., Awaitable[None]]:
-        """See `Reader`."""
-
-    def resolve(self, reference: Any) -> Any:
-        """See `Reader`."""
-
-    @property
-    def read(self) -> Callable[[Any], Awaitable[Held]]:
-        """See `Reader`."""
-
-    async def close(self) -> None:
-        """See `Reader`."""
 
 
 def run_source(connection: Connection, make: Callable[..., Any], *arguments: Any) -> None:
@@ -104,13 +88,24 @@ def run_source(connection: Connection, make: Callable[..., Any], *arguments: Any
 
 def run_reader(connection: Connection, make: Callable[[], Reader]) -> None:
     """Be a reader with a blocking client until the pipe closes."""
-    desk = _Desk(make())
-    serve_orders(connection, lambda verb: getattr(desk, verb))
+    desk = _Desk(make(), blocks=True)
+
+    def handler(verb: str) -> Callable[..., object]:
+        def run(**arguments: Any) -> object:
+            try:
+                getattr(desk, verb)(**arguments).send(None)
+            except StopIteration as ended:
+                return ended.value
+            raise AssertionError("a blocking client has nothing to be awaited")
+
+        return run
+
+    serve_orders(connection, handler)
 
 
-def run_async_reader(connection: Connection, make: Callable[[], AsyncReader]) -> None:
+def run_async_reader(connection: Connection, make: Callable[[], Reader]) -> None:
     """Be a reader with a client on an event loop until the pipe closes."""
-    desk = _AsyncDesk(make())
+    desk = _Desk(make(), blocks=False)
     asyncio.run(serve_orders_async(connection, lambda verb: getattr(desk, verb)))
 
 
@@ -156,88 +151,68 @@ class _Watch:
 
 
 class _Desk:
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    """Carries out the orders. Nothing of it suspends where the client blocks."""
 
-    def open(self, *, size_bytes: int, slots: int, hold: int, **options: Any) -> None:
+    def __init__(self, reader: Reader, *, blocks: bool) -> None:
+        self._reader = reader
+        self._blocks = blocks
+
+    async def open(self, *, size_bytes: int, slots: int, hold: int, **options: Any) -> None:
         self._pattern = PayloadPattern(size_bytes)
         self._hold = hold
-        self._reader.open(size_bytes=size_bytes, slots=slots, **options)
+        await _done(self._reader.open(size_bytes=size_bytes, slots=slots, **options))
 
-    def close(self) -> None:
-        self._reader.close()
+    async def close(self) -> None:
+        await _done(self._reader.close())
 
-    def _read_batch(self, references: Sequence[Any]) -> Sequence[Held]:
-        assert isinstance(self._reader, BatchReader), "only such a reader is lined up with a batch"
-        return self._reader.read_batch(references)
-
-    def verify(self, offers: Sequence[Offer], batch: int) -> int:
+    async def verify(self, offers: Sequence[Offer], batch: int) -> int:
         for first in range(0, len(offers), batch or 1):
             group = offers[first : first + (batch or 1)]
             references = [self._reader.resolve(reference) for _, reference in group]
-            came = self._read_batch(references) if batch else [self._reader.read(references[0])]
+            came = self._read_batch(references) if batch else [await _done(self._reader.read(references[0]))]
             for (number, _), held in zip(group, came, strict=True):
                 self._pattern.check(number, held.buffer)
                 held.release()
         return len(offers)
 
-    def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
+    async def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
         references = [self._reader.resolve(reference) for _, reference in offers]
-        clock, watch = time.perf_counter_ns, _Watch(self._hold, touch=touch)
+        watch = _Watch(self._hold, touch=touch)
         with watch:
             if batch:
-                for first in range(0, len(references), batch):
-                    group = references[first : first + batch]
-                    began_ns = clock()
-                    for held in self._read_batch(group):
-                        watch.hold(held)
-                    watch.latencies_ns.append((clock() - began_ns) // len(group))
+                self._time_batches(references, batch, watch)
             else:
-                read, add = self._reader.read, watch.latencies_ns.append
-                for reference in references:
-                    began_ns = clock()
-                    held = read(reference)
-                    if watch.touch is not None:
-                        watch.touch(held.buffer)
-                    watch.hold(held)
-                    add(clock() - began_ns)
+                await self._time_reads(references, watch)
         return watch.answer()
 
-
-class _AsyncDesk:
-    def __init__(self, reader: AsyncReader) -> None:
-        self._reader = reader
-
-    async def open(self, *, size_bytes: int, slots: int, hold: int, **options: Any) -> None:
-        self._pattern = PayloadPattern(size_bytes)
-        self._hold = hold
-        await self._reader.open(size_bytes=size_bytes, slots=slots, **options)
-
-    async def close(self) -> None:
-        await self._reader.close()
-
-    async def verify(self, offers: Sequence[Offer], batch: int) -> int:
-        assert not batch, "batches are measured with blocking clients"
-        for number, reference in offers:
-            held = await self._reader.read(self._reader.resolve(reference))
-            self._pattern.check(number, held.buffer)
-            held.release()
-        return len(offers)
-
-    async def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
-        assert not batch, "batches are measured with blocking clients"
-        references = [self._reader.resolve(reference) for _, reference in offers]
-        clock, watch = time.perf_counter_ns, _Watch(self._hold, touch=touch)
-        read, add = self._reader.read, watch.latencies_ns.append
-        with watch:
-            for reference in references:
-                began_ns = clock()
-                held = await read(reference)
-                if watch.touch is not None:
-                    watch.touch(held.buffer)
+    def _time_batches(self, references: Sequence[Any], batch: int, watch: _Watch) -> None:
+        clock = time.perf_counter_ns
+        for first in range(0, len(references), batch):
+            group = references[first : first + batch]
+            began_ns = clock()
+            for held in self._read_batch(group):
                 watch.hold(held)
-                add(clock() - began_ns)
-        return watch.answer()
+            watch.latencies_ns.append((clock() - began_ns) // len(group))
+
+    async def _time_reads(self, references: Sequence[Any], watch: _Watch) -> None:
+        clock, read, add = time.perf_counter_ns, self._reader.read, watch.latencies_ns.append
+        blocks = self._blocks
+        for reference in references:
+            began_ns = clock()
+            came: Any = read(reference)
+            held: Held = came if blocks else await came
+            if watch.touch is not None:
+                watch.touch(held.buffer)
+            watch.hold(held)
+            add(clock() - began_ns)
+
+    def _read_batch(self, references: Sequence[Any]) -> Sequence[Held]:
+        assert isinstance(self._reader, BatchReader), "only such a reader is lined up with a batch"
+        return self._reader.read_batch(references)
+
+
+async def _done(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
 
 
 def _read_every_byte(buffer: memoryview) -> None:

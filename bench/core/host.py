@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ucxx_transport.ring.owner import segment_folder
 
-__all__ = ["call_ns", "commit_of", "host_facts"]
+__all__ = ["call_ns", "host_facts"]
 
 SAMPLES: Final = 5
 CALLS: Final = 2000
@@ -40,27 +40,19 @@ def host_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(("UCX_", "UCXPY_"))},
-        "commit": commit_of(Path(__file__).resolve().parent),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit checked out at `folder`, with `+changes` where tracked files differ from it; None outside git."""
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+changes" if changed else commit
-
-
-def _git(folder: Path, *arguments: str) -> str:
+def _commit() -> str | None:
+    """The commit that this file is of, with "-dirty" where tracked files differ from it; None outside git."""
     git = shutil.which("git")
     if git is None:
-        raise FileNotFoundError("git")
-    done = subprocess.run([git, "-C", str(folder), *arguments], check=True, capture_output=True, text=True, timeout=10)
-    return done.stdout.strip()
+        return None
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
+    return done.stdout.strip() or None
 
 
 def _cpu_model() -> str:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from bench.core.control import ControlledProcess
-from bench.core.ends import AsyncReader, Reader, run_async_reader, run_reader, run_source
+from bench.core.ends import Reader, run_async_reader, run_reader, run_source
 from bench.core.ours import AsyncClientReader, BlockingReader, RingSource
 
 __all__ = ["Lineup"]
@@ -24,7 +24,7 @@ class Lineup(ExitStack):
         """A process with a blocking client."""
         return self.enter_context(ControlledProcess(f"reader of {name}", run_reader, make))
 
-    def async_reader(self, name: str, make: Callable[[], AsyncReader]) -> ControlledProcess:
+    def async_reader(self, name: str, make: Callable[[], Reader]) -> ControlledProcess:
         """A process with a client on an event loop."""
         return self.enter_context(ControlledProcess(f"reader of {name}", run_async_reader, make))
 

@@ -97,17 +97,14 @@ class BlockingReader:
     """`SyncUCXXClient`, with its defaults but for what a lane's options say."""
 
     def open(self, *, size_bytes: int, slots: int, **options: Any) -> None:
-        """See `Reader`."""
         del size_bytes, slots
         self._client = SyncUCXXClient(ClientConfig(deadline_s=DEADLINE_S, **options))
         self.read = self._client.read
 
     def resolve(self, reference: bytes) -> SlotRef:
-        """See `Reader`."""
         return SlotRef.from_bytes(reference)
 
     def read_batch(self, references: Sequence[SlotRef]) -> Sequence[Held]:
-        """See `BatchReader`."""
         came = self._client.read_many(references)
         payloads = [outcome for outcome in came if isinstance(outcome, Payload)]
         if len(payloads) < len(came):
@@ -115,7 +112,6 @@ class BlockingReader:
         return payloads
 
     def close(self) -> None:
-        """See `Reader`."""
         self._client.close()
 
 
@@ -123,15 +119,12 @@ class AsyncClientReader:
     """`UCXXClient`, likewise."""
 
     async def open(self, *, size_bytes: int, slots: int, **options: Any) -> None:
-        """See `AsyncReader`."""
         del size_bytes, slots
         self._client = await UCXXClient(ClientConfig(deadline_s=DEADLINE_S, **options)).__aenter__()
         self.read = self._client.read
 
     def resolve(self, reference: bytes) -> SlotRef:
-        """See `AsyncReader`."""
         return SlotRef.from_bytes(reference)
 
     async def close(self) -> None:
-        """See `AsyncReader`."""
         await self._client.__aexit__(None, None, None)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from bench.core.control import ControlledProcess
@@ -113,7 +114,14 @@ class Lane:
             process.pause()
 
 
-def measure_sizes(question: str, lanes: Sequence[Lane], sizes: Sequence[int], plan: Plan) -> list[Row]:
+def measure_sizes(
+    question: str,
+    lanes: Sequence[Lane],
+    sizes: Sequence[int],
+    plan: Plan,
+    *,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> list[Row]:
     """Measure every lane at every size.
 
     Args:
@@ -121,6 +129,7 @@ def measure_sizes(question: str, lanes: Sequence[Lane], sizes: Sequence[int], pl
         lanes: what to measure, in the order of a round.
         sizes: lengths of payloads; each is a case.
         plan: how much.
+        skipped: further subjects, and why they are not measured.
     """
     rows = []
     for size_bytes in sizes:
@@ -136,10 +145,12 @@ def measure_sizes(question: str, lanes: Sequence[Lane], sizes: Sequence[int], pl
                 for figure, value in values.items():
                     of_lane.setdefault(figure, []).append(value)
             plan.on_turn(f"{question}: {format_bytes(size_bytes)}, round {number + 1} of {plan.rounds}")
+        case = format_bytes(size_bytes)
         rows += [
-            Row(question=question, case=format_bytes(size_bytes), subject=lane.subject, figures=of_lane)
+            Row(question=question, case=case, subject=lane.subject, figures=of_lane)
             for lane, of_lane in zip(lanes, figures, strict=True)
         ]
+        rows += [Row(question=question, case=case, subject=subject, skipped=why) for subject, why in skipped.items()]
     return rows
 
 

@@ -6,6 +6,7 @@ No ring, no verification, no acknowledgement: two messages on one endpoint, buff
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
@@ -34,6 +35,7 @@ class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
@@ -55,6 +57,7 @@ class _Worker:
         if self.ucx.progress_once():
             return time.perf_counter()
         if time.perf_counter() - last_s <= SPIN_S:
+            os.sched_yield()  # on a busy machine the other end may be waiting for this very core
             return last_s
         if self.ucx.arm():
             self._epoll.poll(SLEEP_S)
@@ -83,16 +86,13 @@ class BareSource:
         self._ready.wait()
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self._slots.open(size_bytes=size_bytes, slots=slots)
         self._messages = [self._worker.message(memory) for memory in self._slots.memory]
 
     def fill(self) -> list[Offer]:
-        """See `Source`."""
         return self._slots.fill(self._port)
 
     def close(self) -> None:
-        """See `Source`."""
         self._stopping = True
         self._thread.join()
 
@@ -131,7 +131,6 @@ class BareReader:
     """One connection, opened by the first read."""
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Reader`."""
         self._worker = _Worker()
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._messages = [self._worker.message(received.buffer) for received in self._buffers.received]
@@ -142,7 +141,6 @@ class BareReader:
         self._goodbye = slots
 
     def resolve(self, reference: Sequence[int]) -> int:
-        """See `Reader`."""
         port, slot = reference
         if self._endpoint is None:
             from ucxx._lib.libucxx import UCXEndpoint
@@ -151,7 +149,6 @@ class BareReader:
         return slot
 
     def read(self, reference: int) -> Received:
-        """See `Reader`."""
         worker, place = self._worker, self._buffers.next()
         answer = self._endpoint.tag_recv(self._messages[place], worker.answer_tag)
         self._word[0] = reference
@@ -161,7 +158,6 @@ class BareReader:
         return self._buffers.received[place]
 
     def close(self) -> None:
-        """See `Reader`."""
         self._word[0] = self._goodbye
         self._worker.wait(self._endpoint.tag_send(self._request_message, self._worker.request_tag))
         self._endpoint.close_blocking()

@@ -45,21 +45,17 @@ class MemcpyReader:
     """Copies into one destination."""
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Reader`."""
         pattern = PayloadPattern(size_bytes)
         self._payloads = [pattern.payload(slot).copy() for slot in range(slots)]
         self._destination = np.zeros(size_bytes, dtype=np.uint8)
         self._copied = _Copied(self._destination)
 
     def resolve(self, reference: int) -> NDArray[np.uint8]:
-        """See `Reader`."""
         return self._payloads[reference]
 
     def read(self, reference: NDArray[np.uint8]) -> _Copied:
-        """See `Reader`."""
         np.copyto(self._destination, reference)
         return self._copied
 
     def close(self) -> None:
-        """See `Reader`."""
         self._payloads = []

@@ -40,15 +40,12 @@ class NaiveSource:
         self._listener = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
     def fill(self) -> list[Offer]:
-        """See `Source`."""
         return self._slots.fill(self._listener.port)
 
     def close(self) -> None:
-        """See `Source`."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -76,19 +73,16 @@ class NaiveReader:
     """One connection, opened by the first read."""
 
     async def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `AsyncReader`."""
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._request = np.empty(1, dtype=np.uint64)
         self._status = np.empty(2, dtype=np.uint64)
         self._endpoint: Any = None
 
     def resolve(self, reference: Sequence[int]) -> tuple[int, int]:
-        """See `AsyncReader`."""
         port, slot = reference
         return port, slot
 
     async def read(self, reference: tuple[int, int]) -> Received:
-        """See `AsyncReader`."""
         port, self._request[0] = reference
         if self._endpoint is None:
             import ucxx
@@ -104,6 +98,5 @@ class NaiveReader:
         return received
 
     async def close(self) -> None:
-        """See `AsyncReader`."""
         if self._endpoint is not None:
             await self._endpoint.close()

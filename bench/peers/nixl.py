@@ -7,11 +7,13 @@ makes a transfer of one pair of them, posts it, and waits.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from bench.core.lineup import Lineup
+from bench.core.rounds import Lane
 from bench.peers.memory import ReceiveBuffers, Received, Slots
 
 if TYPE_CHECKING:
@@ -19,24 +21,35 @@ if TYPE_CHECKING:
 
     from bench.core.ends import Offer
 
-__all__ = ["NixlReader", "NixlSource", "why_not"]
+__all__ = ["NixlReader", "NixlSource", "nixl_lanes"]
 
 SOURCE: Final = "bench-source"
 MEMORY: Final = "DRAM"
 
 
-def why_not() -> str:
-    """Why NIXL cannot be measured here; empty where it can."""
+def nixl_lanes(lineup: Lineup, transports: Mapping[str, str]) -> tuple[list[Lane], dict[str, str]]:
+    """A lane a subject, each with its `UCX_TLS`; or why NIXL is skipped, by subject."""
     try:
         import nixl  # noqa: F401 - whether it is there, and with a back end that loads
     except ImportError as error:
-        return f"pip install nixl ({error})"
-    return ""
+        return [], dict.fromkeys(transports, f"pip install nixl ({error})")
+    lanes = [
+        Lane(
+            subject=subject,
+            source=lineup.source(subject, NixlSource, words),
+            reader=lineup.reader(subject, NixlReader),
+            options={"transports": words},
+            polls=True,
+        )
+        for subject, words in transports.items()
+    ]
+    return lanes, {}
 
 
 def _agent(name: str, transports: str) -> Any:
     # NIXL has no settings of its own for these; it asks UCX for lanes that notice a peer's death.
     os.environ |= {"UCX_TLS": transports, "UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
+    os.environ["UCX_WARN_UNUSED_ENV_VARS"] = "n"
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     from nixl._api import nixl_agent, nixl_agent_config
 
@@ -60,19 +73,16 @@ class NixlSource:
         self._registered: Any = None
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self.close()
         self._slots.open(size_bytes=size_bytes, slots=slots)
         self._registered = self._agent.register_memory(_rows(self._slots.memory), MEMORY)
 
     def fill(self) -> list[Offer]:
-        """See `Source`; a reference has what a reader needs to know of the agent, and of all its slots."""
         addresses = [piece.ctypes.data for piece in self._slots.memory]
         metadata = self._agent.get_agent_metadata()
         return [(number, (slot, addresses, metadata)) for number, (_, slot) in self._slots.fill(0)]
 
     def close(self) -> None:
-        """See `Source`."""
         if self._registered is not None:
             self._agent.deregister_memory(self._registered)
             self._registered = None
@@ -82,7 +92,6 @@ class NixlReader:
     """Reads into registered buffers in turn."""
 
     def open(self, *, size_bytes: int, slots: int, transports: str) -> None:
-        """See `Reader`."""
         self._size_bytes = size_bytes
         self._agent = _agent("bench-reader", transports)
         self._buffers = ReceiveBuffers(size_bytes, slots)
@@ -92,7 +101,6 @@ class NixlReader:
         self._remote: Any = None
 
     def resolve(self, reference: Sequence[Any]) -> int:
-        """See `Reader`."""
         slot, addresses, metadata = reference
         if self._remote is None:
             name = self._agent.add_remote_agent(metadata)
@@ -102,7 +110,6 @@ class NixlReader:
         return int(slot)
 
     def read(self, reference: int) -> Received:
-        """See `Reader`."""
         agent, place = self._agent, self._buffers.next()
         transfer = agent.make_prepped_xfer("READ", self._local, [place], self._remote, [reference])
         state = agent.transfer(transfer)
@@ -114,7 +121,6 @@ class NixlReader:
         return self._buffers.received[place]
 
     def close(self) -> None:
-        """See `Reader`."""
         self._local.release()
         if self._remote is not None:
             self._remote.release()

@@ -30,15 +30,12 @@ class SocketSource:
         threading.Thread(target=self._serve, name="socket-server", daemon=True).start()
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
     def fill(self) -> list[Offer]:
-        """See `Source`."""
         return self._slots.fill(self._listener.getsockname()[1])
 
     def close(self) -> None:
-        """See `Source`."""
         self._listener.close()
 
     def _serve(self) -> None:
@@ -65,18 +62,15 @@ class SocketReader:
     """One connection, opened by the first read."""
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Reader`."""
         self._header = bytearray(REPLY.size)
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._socket: socket.socket | None = None
 
     def resolve(self, reference: Sequence[int]) -> tuple[int, int]:
-        """See `Reader`."""
         port, slot = reference
         return port, slot
 
     def read(self, reference: tuple[int, int]) -> Received:
-        """See `Reader`."""
         port, slot = reference
         if self._socket is None:
             self._socket = socket.create_connection((HOST, port), timeout=IO_TIMEOUT_S)
@@ -98,6 +92,5 @@ class SocketReader:
         return received
 
     def close(self) -> None:
-        """See `Reader`."""
         if self._socket is not None:
             self._socket.close()

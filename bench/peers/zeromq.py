@@ -41,15 +41,12 @@ class ZeromqSource:
         self._thread.start()
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Source`."""
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
     def fill(self) -> list[Offer]:
-        """See `Source`."""
         return self._slots.fill(self._port)
 
     def close(self) -> None:
-        """See `Source`."""
         self._context.term()  # which the serving thread's next wait raises for; it closes its socket
         self._thread.join()
 
@@ -87,14 +84,12 @@ class ZeromqReader:
     pattern: int = zmq.REQ
 
     def open(self, *, size_bytes: int, slots: int) -> None:
-        """See `Reader`."""
         del size_bytes, slots
         self._context = zmq.Context()
         self._socket = self._context.socket(self.pattern)
         self._port = 0
 
     def resolve(self, reference: Sequence[int]) -> bytes:
-        """See `Reader`."""
         port, slot = reference
         if port != self._port:
             self._socket.connect(f"{HOST}:{port}")
@@ -102,12 +97,10 @@ class ZeromqReader:
         return SLOT.pack(slot)
 
     def read(self, reference: bytes) -> _Frame:
-        """See `Reader`."""
         self._socket.send(reference)
         return _Frame(self._socket.recv(copy=False))
 
     def close(self) -> None:
-        """See `Reader`."""
         self._context.destroy(linger=0)
 
 
@@ -117,7 +110,6 @@ class DealerReader(ZeromqReader):
     pattern = zmq.DEALER
 
     def read_batch(self, references: Sequence[bytes]) -> Sequence[Held]:
-        """See `BatchReader`."""
         stream, came = self._socket, []
         for reference in references[:IN_FLIGHT]:
             stream.send(reference)

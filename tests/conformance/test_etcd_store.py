@@ -20,6 +20,7 @@ from tests.support.etcd_server import HOST, EtcdServer
 from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
 from tests.support.ports import free_ports
+from tests.support.store_rigs import error_of
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
@@ -31,7 +32,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, open_store
-from ucxx_transport.membership.etcd.client import EtcdClient, access
+from ucxx_transport.membership.etcd.client import EtcdClient
 from ucxx_transport.membership.etcd.watch import EtcdWatch
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Store, Watch
@@ -85,19 +86,6 @@ def batches_until(watch: Watch, last: str) -> list[Batch]:
             continue
         found += [batch] if batch else []
     return found
-
-
-def error_of(watch: Watch) -> TransportError:
-    """The first error of the watch that is no outage."""
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        try:
-            watch.next(1.0)
-        except StoreUnavailableError:
-            continue
-        except TransportError as error:
-            return error
-    raise AssertionError("the watch goes on")
 
 
 # users
@@ -231,7 +219,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
     def show_client(endpoint: str) -> str:
         """What a client's calls and a watch show while etcd is silent; returns the client's token."""
         config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD)
-        client = EtcdClient(access((endpoint,), config, tls=False))
+        client = EtcdClient((endpoint,), config, tls=False)
         token = client.token(time.monotonic() + 5).reveal().decode()
         watch = EtcdWatch(
             client, Namespace(namespace), "", after=0, identity="", timeout_s=0.2, on_reset=partial(shown.append, "")
@@ -244,7 +232,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
         finally:
             guarded.resume()
             client.close()
-        shown.extend([repr(client), repr(vars(client)), repr(client.access)])
+        shown.extend([repr(client), repr(vars(client))])
         return token
 
     token = show_client(f"{HOST}:{guarded.ports[0]}")

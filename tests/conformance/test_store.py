@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.exhaustive import exhaustive
 from tests.support.store_processes import elsewhere, fork, hold_lease, increment, increments, take_once
-from tests.support.store_rigs import StoreRig
+from tests.support.store_rigs import StoreRig, error_of
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
     CompactedError,
@@ -48,19 +48,6 @@ def next_batch(watch: Watch) -> Batch:
 
 def keys_of(batch: Batch) -> list[tuple[str, str]]:
     return [(event.kind, event.key) for event in batch.events]
-
-
-def error_of(watch: Watch) -> Exception:
-    """The error that ends the watch, whatever batches and outages come before it."""
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        try:
-            watch.next(1.0)
-        except StoreUnavailableError:
-            continue
-        except Exception as error:  # noqa: BLE001 - the test judges it
-            return error
-    raise AssertionError("the watch goes on")
 
 
 # keys and values

@@ -9,6 +9,7 @@ import pytest
 import structlog
 
 from tests.soak.kill_soak import VICTIMS, KillSoak
+from tests.soak.port_pause import port_pauses
 from tests.soak.summary import SoakSettings, Summary
 from tests.support.exhaustive import exhaustive
 
@@ -30,6 +31,12 @@ def test_others_go_on_after_any_kill_and_every_payload_is_accounted_for(
     summary = KillSoak(SoakSettings(cycles=cycles, seed=seed, shm_lanes=shm_lanes), tmp_path).run()
     log.info("soak done", **summary.to_dict())
     assert_everyone_was_killed_and_served(summary, cycles)
+
+
+def test_a_client_with_two_ports_reads_on_while_either_is_killed() -> None:
+    pauses_s = port_pauses(2, random.Random(7))
+    log.info("ports killed", pauses_s=pauses_s)
+    assert len(pauses_s) == 2  # every payload came, and both ports are back
 
 
 def assert_everyone_was_killed_and_served(summary: Summary, cycles: int) -> None:

@@ -24,7 +24,7 @@ from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
-from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.ring.orphans import list_segments
 from ucxx_transport.ring.segment import segment_path
 
@@ -171,6 +171,29 @@ def one_payload_through(ring: SharedRingBuffer, sequence: int) -> int:
         return 0
     assert content.mismatch(payload, 3, sequence) == ""
     return 1
+
+
+def test_what_a_killed_taker_had_taken_is_taken_by_another() -> None:
+    how_many = 3
+    with ring_of() as ring, Actor("take_and_stay", ring.name, how_many) as taker:
+        for number in range(how_many + 2):
+            ring.write_raw(content.make(0, number, 512), meta={"number": number})
+        taker.go_on()
+        assert taker.hear() == list(range(how_many))
+        with ring.take(9)[0] as other:
+            assert other.record == {"number": how_many}
+        taker.send(signal.SIGKILL)
+        taker.process.wait()
+        assert [lease.record for lease in take_all(ring)] == [{"number": number} for number in range(how_many + 2)]
+
+
+def take_all(ring: SharedRingBuffer) -> list[ReadLease]:
+    """Everything in the ring, and what the dead had of it, in the order of the writes."""
+    kept: list[ReadLease] = []
+    while ring.statistics().committed > len(kept):
+        kept += ring.take(9)
+        ring.wait_for_ready(1.0)
+    return sorted(kept, key=lambda lease: lease.commit_time_ns)
 
 
 @pytest.mark.parametrize("how", ["between transitions", "in transition"])

@@ -24,6 +24,7 @@ class ModelSlot:
     generation: int = 0
     sequence: int = 0
     payload: bytes = b""
+    meta: dict[str, object] | None = None
     required: int = 1
     holds: dict[int, ModelHold] = field(default_factory=dict)
     had: list[int] = field(default_factory=list)
@@ -60,12 +61,12 @@ class RingModel:
         slot.state, slot.generation, slot.had = SlotState.WRITING, slot.generation + 1, []
         slot.holds = {lease: ModelHold(owner)}
 
-    def commit(self, index: int, payload: bytes, required: int) -> None:
+    def commit(self, index: int, payload: bytes, required: int, meta: dict[str, object] | None = None) -> None:
         slot = self.slots[index]
         self.sequence += 1
         self.count("committed")
         slot.state, slot.payload, slot.sequence = SlotState.READY, payload, self.sequence
-        slot.required, slot.holds = required, {}
+        slot.required, slot.holds, slot.meta = required, {}, meta
 
     def abort(self, index: int, reason: str = "aborted") -> None:
         slot = self.slots[index]
@@ -94,6 +95,18 @@ class RingModel:
         in_flight = {hold.reader for hold in slot.holds.values()}
         taken = len(slot.had) + len({other for other in in_flight if not other or other not in slot.had})
         return "busy" if reader and reader not in in_flight and taken >= slot.required else ""
+
+    def takeable(self, reader: int, *, newest: bool) -> list[int]:
+        """The slots that a take gives this reader, in order."""
+        held = [index for index, slot in enumerate(self.slots) if slot.state in (SlotState.READY, SlotState.READING)]
+        by_age = sorted(held, key=lambda index: self.slots[index].sequence, reverse=newest)
+        return [index for index in by_age if self._may_take(self.slots[index], reader)]
+
+    def _may_take(self, slot: ModelSlot, reader: int) -> bool:
+        in_flight = {hold.reader for hold in slot.holds.values()}
+        taken = len(slot.had) + len({other for other in in_flight if not other or other not in slot.had})
+        mine = reader in in_flight or (reader and reader in slot.had)
+        return not mine and taken < slot.required and len(slot.holds) < self.max_attempts
 
     def acquire(self, index: int, lease: int, owner: Owner, reader: int) -> bytes:
         slot = self.slots[index]

@@ -30,10 +30,11 @@ from hypothesis.stateful import (
 from tests.model.ring_model import ModelSlot, RingModel
 from tests.support.exhaustive import exhaustive
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import BusyError, RingFullError, SlotError, StaleSlotError
+from ucxx_transport.errors import BusyError, ConfigError, RingFullError, SlotError, StaleSlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, WriteLease
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire.codec import check_trailer, decode_header
 
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 400
@@ -55,6 +56,7 @@ _SHARES = {
     "discard": 2,
     "acquire": 13,
     "read": 6,
+    "take": 6,
     "finalise": 8,
     "detach": 3,
     "drop": 4,
@@ -162,11 +164,12 @@ class RingMachine(RuleBasedStateMachine):
                 ring.write_raw(payload, readers=readers)
             self.model.count("full")
             return
-        ref = ring.write_raw(payload, readers=readers)
+        meta: dict[str, object] | None = {"size": size} if index % 3 else None
+        ref = ring.write_raw(payload, readers=readers, meta=meta)
         assert ref.slot in allowed
         self.lease_ids += 1
         self.model.reserve(ref.slot, self.lease_ids, owner)
-        self.model.commit(ref.slot, payload, readers or self.readers)
+        self.model.commit(ref.slot, payload, readers or self.readers, meta)
         assert (ref.generation, ref.nbytes) == (self.model.slots[ref.slot].generation, size)
         self.remember(ref)
 
@@ -294,6 +297,36 @@ class RingMachine(RuleBasedStateMachine):
         del held.lease
         self.model.finalise(held.slot, held.lease_id, "consumed")
 
+    @rule(
+        index=indices,
+        number=st.integers(1, 5),
+        size=st.integers(0, 2 * SLOT_BYTES),
+        reader=st.integers(0, 3),
+        newest=st.booleans(),
+    )
+    def take(self, index: int, number: int, size: int, reader: int, *, newest: bool) -> None:
+        RingMachine.steps += 1
+        ring, owner = self.handles[index % HANDLES]
+        max_bytes = None if size > SLOT_BYTES else size
+        expected, left = [], size
+        for slot in self.model.takeable(reader, newest=newest)[:number]:
+            left -= len(self.model.slots[slot].payload)
+            if max_bytes is not None and left < 0:
+                break
+            expected.append(slot)
+        if not expected and left < 0 and max_bytes is not None:
+            with pytest.raises(ConfigError):
+                ring.take(number, max_bytes=max_bytes, newest=newest, reader=reader)
+            return
+        leases = ring.take(number, max_bytes=max_bytes, newest=newest, reader=reader)
+        assert [lease.slot for lease in leases] == expected
+        for lease in leases:
+            self.lease_ids += 1
+            payload = self.model.acquire(lease.slot, self.lease_ids, owner, reader)
+            assert lease.record == self.model.slots[lease.slot].meta
+            assert ring.reference(lease).meta == (lease.record or {})
+            self.reading.append(Held(lease, owner, lease.slot, self.lease_ids, payload))
+
     # late, twice, foreign
 
     @precondition(lambda self: self.ended)
@@ -368,6 +401,7 @@ class RingMachine(RuleBasedStateMachine):
             "discard": (self.refs, lambda: self.discard(index)),
             "acquire": (self.refs, lambda: self.acquire(index, size, small)),
             "read": (self.refs, lambda: self.read(index, size, small)),
+            "take": (True, lambda: self.take(index, small + 1, 2 * size, index // 64, newest=size % 2 == 0)),
             "finalise": (self.reading, lambda: self.finalise(index, ENDINGS[small])),
             "detach": (self.reading, lambda: self.detach(index)),
             "drop": (self.detached, lambda: self.drop(index)),
@@ -392,6 +426,13 @@ class RingMachine(RuleBasedStateMachine):
         for held in self.reading:
             assert isinstance(held.lease, ReadLease)
             assert bytes(held.lease.buffer) == held.payload
+            header = decode_header(held.lease.message)
+            check_trailer(held.lease.message, header)
+            assert (header.slot, header.generation, header.nbytes) == (
+                held.slot,
+                held.lease.generation,
+                len(held.payload),
+            )
         for held in self.detached:
             assert not isinstance(held.lease, ReadLease | WriteLease)
             assert held.lease.tobytes() == held.payload

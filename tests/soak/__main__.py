@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 from tests.soak.kill_soak import KillSoak
+from tests.soak.port_pause import port_pauses
 from tests.soak.steady_soak import Look, SteadySoak
 from tests.soak.summary import SoakSettings
 from ucxx_transport.logs import log_to_stderr
+
+PORT_KILLS = 30
 
 
 def main() -> int:
@@ -43,6 +46,9 @@ def main() -> int:
     failure = ""
     try:
         soak.run()
+        say("a client with two ports, and one of them killed, again and again")
+        kills = max(2, min(PORT_KILLS, options.cycles // 10))
+        soak.summary.port_pauses_s = port_pauses(kills, random.Random(seed), shm_lanes=options.shm_lanes)
     except AssertionError as error:
         failure = str(error)
         say(f"FAILED: {failure}")

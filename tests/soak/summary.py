@@ -32,6 +32,7 @@ class Summary:
         rings: counters of all rings that tell of kills.
         slots_idle_s: from the last answer of a cycle until no slot was WRITING or READING.
         server_back_s: from a server's kill until its worker has it replaced, seen between other work.
+        port_pauses_s: of a client with two ports, the longest between two payloads while one of them is killed.
         swept_s: from a worker's kill until neither its server process nor its segment was left.
     """
 
@@ -45,6 +46,7 @@ class Summary:
     slots_idle_s: list[float] = field(default_factory=list)
     server_back_s: list[float] = field(default_factory=list)
     swept_s: list[float] = field(default_factory=list)
+    port_pauses_s: list[float] = field(default_factory=list)
     slowest_read_s: float = 0.0
 
     def to_dict(self) -> dict[str, object]:
@@ -62,6 +64,7 @@ class Summary:
             "slots_idle_s": _spread(self.slots_idle_s),
             "server_back_s": _spread(self.server_back_s),
             "swept_s": _spread(self.swept_s),
+            "port_pauses_s": _spread(self.port_pauses_s),
         }
 
 

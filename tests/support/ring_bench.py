@@ -53,7 +53,7 @@ class RingBench:
 
     def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:
         self.leases += 1
-        return HoldWords(slot, generation, self.leases, owner.pid, owner.start, reader)
+        return HoldWords(slot, generation, self.leases, owner.pid, owner.start, reader, self.transitions.address)
 
     def base(self, slot: int) -> int:
         """Word of a slot's header."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -14,11 +15,27 @@ from pathlib import Path
 from tests.support.etcd_server import EtcdServer
 from tests.support.memory_store import MemoryData, MemoryStore
 from ucxx_transport.config import StoreConfig
+from ucxx_transport.errors import StoreUnavailableError
 from ucxx_transport.membership import open_store
 from ucxx_transport.membership.keys import MAX_VALUE_BYTES
-from ucxx_transport.membership.store import Store
+from ucxx_transport.membership.store import Store, Watch
 
-__all__ = ["EtcdRig", "LocalRig", "MemoryRig", "StoreRig"]
+__all__ = ["EtcdRig", "LocalRig", "MemoryRig", "StoreRig", "error_of"]
+
+DEADLINE_S = 20.0
+
+
+def error_of(watch: Watch) -> Exception:
+    """The error that ends a watch, whatever batches and outages come before it."""
+    end = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        try:
+            watch.next(1.0)
+        except StoreUnavailableError:
+            continue
+        except Exception as error:  # noqa: BLE001 - the test judges it
+            return error
+    raise AssertionError("the watch goes on")
 
 
 class StoreRig(ABC):

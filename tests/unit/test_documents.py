@@ -113,7 +113,8 @@ def test_every_status_of_the_wire_has_its_row() -> None:
 def test_the_table_of_errors_says_what_the_classes_say() -> None:
     assert errors.__doc__ is not None
     rows = re.findall(r"^\| `(\w+)` +\| (yes|no) +\|", errors.__doc__, re.MULTILINE)
-    assert {name for name, _ in rows} == set(errors.__all__) - {"TransportError"}
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert {name for name, _ in rows} == classes - {"TransportError"}
     for name, retried in rows:
         cls = getattr(errors, name)
         assert issubclass(cls, TransportError)
@@ -133,7 +134,8 @@ def test_every_message_of_troubleshooting_stands_in_the_code() -> None:
     headings = re.findall(r"^### `(.+)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
     assert len(headings) >= 20
     for heading in headings:
-        pattern = "[^\0]*".join(re.escape(piece) for piece in heading.split("…"))
+        text = heading.removeprefix("field …: ")  # which `misfit` puts before all that is said of a field
+        pattern = "[^\0]*".join(re.escape(piece) for piece in text.split("…"))
         assert re.search(pattern, messages()), f"no message of the package reads {heading!r}"
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ucxx_transport.cli.output import AsJson, logs_to_stderr, print_json
+from ucxx_transport.teardown import exit_on_sigterm
 from ucxx_transport.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.server import UCXXServer
@@ -60,39 +57,24 @@ def serve(
     from ucxx_transport.settings.section import gather
 
     logs_to_stderr(log_level)
-    with _terminated_cleanly():
-        outside = gather("ring", {})
-        defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
-        ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes, name=name)
-        server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
-        settings = RingConfig(**ring_options)
-        with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
-            try:
-                refs = [ring.write_raw(os.urandom(ring.slot_bytes)) for _ in range(min(fill, ring.slots))]
-                _announce(ring, server, refs, as_json=as_json)
-                while True:
-                    time.sleep(3600)
-            finally:
-                _report(ring, server, as_json=as_json)
+    exit_on_sigterm(code=0)
+    outside = gather("ring", {})
+    defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
+    ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes, name=name)
+    server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
+    settings = RingConfig(**ring_options)
+    with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
+        try:
+            refs = [ring.write_raw(os.urandom(ring.slot_bytes)) for _ in range(min(fill, ring.slots))]
+            _announce(ring, server, refs, as_json=as_json)
+            while True:
+                time.sleep(3600)
+        finally:
+            _report(ring, server, as_json=as_json)
 
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-@contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that every `with` inside is left; then exit code 0."""
-
-    def leave(_number: int, _frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving is under way; a second one must not cut it short
-        sys.exit(0)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _announce(ring: SharedRingBuffer, server: UCXXServer, refs: list[SlotRef], *, as_json: bool) -> None:

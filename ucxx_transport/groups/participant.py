@@ -182,9 +182,8 @@ class Participant:
     def _check_key(self, snapshot: GroupSnapshot) -> None:
         own = snapshot.members.get(self._rank)
         if own is None or own.incarnation != self._incarnation:
-            text = "this rank's key is gone from the store, as its lease must be: join_group() again"
-            error = LeaseLostError(text, taken_over=own is not None, **self._context.keys)
-            raise MembershipEndedError(RankEvent.LOSE, error)
+            text = "this rank's key is gone from the store, as its lease must be"
+            raise self._ended(LeaseLostError, text, taken_over=own is not None)
 
     def _apply(self, snapshot: GroupSnapshot) -> None:
         """Take a newer view. An older one is of a store that lost data: another will follow it, with a newer epoch."""
@@ -195,12 +194,8 @@ class Participant:
             self._has_applied = True
             self._shared.apply(view, is_own=view == self._written)
         elif view.epoch == known.epoch and view != known and self._has_applied:
-            text = (
-                "the store has another view of the epoch that this rank applied last: its data are others. "
-                "join_group() again"
-            )
-            error = StoreResetError(text, epoch=view.epoch, **self._context.keys)
-            raise MembershipEndedError(RankEvent.LOSE, error)
+            text = "the store has another view of the epoch that this rank applied last, its data are others"
+            raise self._ended(StoreResetError, text, epoch=view.epoch)
 
     def _check_seat(self) -> None:
         now = self._shared.now
@@ -213,9 +208,13 @@ class Participant:
             ended_by = seat.ended_by or ended_by
         elif not self._was_seated:
             return  # not admitted yet
-        text = "the group goes on without this rank: join_group() again"
-        error = LeaseLostError(text, epoch=now.epoch, ended_by=ended_by.value, **self._context.keys)
-        raise MembershipEndedError(ended_by, error)
+        text = "the group goes on without this rank"
+        raise self._ended(LeaseLostError, text, ended_by, epoch=now.epoch, ended_by=ended_by.value)
+
+    def _ended(
+        self, error: type[RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
+    ) -> MembershipEndedError:
+        return MembershipEndedError(event, error(f"{text}: join_group() again", **facts, **self._context.keys))
 
     def _restore_policy(self, snapshot: GroupSnapshot) -> None:
         """A store that lost its data has lost the policy version too."""

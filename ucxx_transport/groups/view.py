@@ -220,13 +220,13 @@ class MemberRecord:
         form = take_fields(data, "member record", required=("version", *_RECORD_KEYS))
         check_version(form["version"], "member record")
         ttl_s, meta = form["ttl_s"], form["meta"]
-        if type(ttl_s) not in (int, float) or not isinstance(meta, dict):
+        if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not isinstance(meta, dict):
             raise ProtocolError("a member record without a TTL or meta", field="ttl_s")
         return cls(
             rank=_take_count(form["rank"], "rank"),
             incarnation=_take_text(form["incarnation"], "incarnation", max_chars=MAX_INCARNATION_CHARS),
             epoch=_take_count(form["epoch"], "epoch"),
-            ttl_s=float(ttl_s),  # type: ignore[arg-type]  # checked above, exactly
+            ttl_s=float(ttl_s),
             address=_take_text(form["address"], "address", max_chars=MAX_ADDRESS_CHARS),
             meta=MappingProxyType(meta),
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, TypeVar
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
     ConfigError,
@@ -102,8 +101,7 @@ class Retrying:
                 return call(min(self.left_s, CALL_S))
             except StoreUnavailableError as error:
                 unanswered = error
-            jitter = random.random()  # noqa: S311 - spreads load, guards nothing
-            self.pause(pause_s(attempt, first_s=first_s, longest_s=longest_s, jitter=jitter))
+            self.pause(random_pause_s(attempt, first_s=first_s, longest_s=longest_s))
         text = f"{self._purpose}: the deadline passed before the store answered"
         raise DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import secrets
 import threading
 import time
@@ -14,7 +13,7 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any, Final, Self
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
     ConfigError,
@@ -389,7 +388,6 @@ class HeartbeatPublisher:
         longest_s = self._config.max_backoff_s
         if self._rival.is_seen:
             longest_s = min(longest_s, self._config.interval_s / 4)  # it ends any moment
-        jitter = random.random()  # noqa: S311 - it protects nothing
-        pause = pause_s(attempt, first_s=self._config.backoff_s, longest_s=longest_s, jitter=jitter)
+        pause = random_pause_s(attempt, first_s=self._config.backoff_s, longest_s=longest_s)
         left_s = began_s + self._config.publish_timeout_s - self._clock()
         return min(pause, left_s) if left_s > 0 else pause

@@ -199,8 +199,7 @@ class SourceRecord(Offer):
 
 
 def _ring_id_of(value: object) -> object:
-    is_hex = type(value) is str and len(value) == 32 and set(value) <= _HEX
-    return bytes.fromhex(value) if is_hex else value  # type: ignore[arg-type]  # it is text
+    return bytes.fromhex(value) if isinstance(value, str) and len(value) == 32 and set(value) <= _HEX else value
 
 
 def _status_of(value: object) -> object:

@@ -49,7 +49,7 @@ class Entry:
     key: str
     value: bytes
     revision: int
-    lease_id: int | None
+    lease_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,22 +70,14 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """One change of one key.
+class Event(Entry):
+    """One change of one key, as it is from then on; a deleted one has no value and no lease.
 
     Attributes:
         kind: "put", or "delete": by hand, or because its lease ended.
-        key: below the store's namespace.
-        value: the new one; empty for a "delete".
-        revision: of the change.
-        lease_id: the lease the key dies with; None: it stays, or it is deleted.
     """
 
     kind: Literal["put", "delete"]
-    key: str
-    value: bytes
-    revision: int
-    lease_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

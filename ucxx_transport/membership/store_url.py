@@ -64,10 +64,10 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
     address = parse_store_url(url)
     config = config or StoreConfig()
     if isinstance(address, LocalAddress):
-        from ucxx_transport.membership.local import LocalStore
+        from ucxx_transport.membership.local.store import LocalStore
 
         return LocalStore(None if address.path is None else Path(address.path), config)
-    from ucxx_transport.membership.etcd import EtcdStore
+    from ucxx_transport.membership.etcd.store import EtcdStore
 
     return EtcdStore(address.endpoints, config, tls=address.tls)
 

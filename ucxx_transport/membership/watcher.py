@@ -12,15 +12,14 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -45,6 +44,7 @@ _FIRST_PAUSE_S: Final = 0.05
 _MOST_PAUSE_S: Final = 2.0
 
 Listener = Callable[[SourceRecord], None]
+_Listeners = Mapping[str, Listener | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +74,6 @@ class WatcherStatistics:
     malformed: int
     listener_errors: int
     synced: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Subscription:
-    """Listeners of one subscriber; known by identity, since two may name the same ones."""
-
-    on_add: Listener | None
-    on_update: Listener | None
-    on_remove: Listener | None
-
-    def listener_of(self, kind: str) -> Listener | None:
-        return {"add": self.on_add, "update": self.on_update, "remove": self.on_remove}[kind]
 
 
 class SourceWatcher:
@@ -125,7 +113,7 @@ class SourceWatcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._subscriptions: list[_Subscription] = []
+        self._subscriptions: dict[object, _Listeners] = {}
         self._notifying = threading.RLock()
         self._counts = dict.fromkeys(
             ("adds", "updates", "removes", "resyncs", "resets", "failures", "listener_errors"), 0
@@ -176,18 +164,17 @@ class SourceWatcher:
         Returns:
             What ends it.
         """
-        subscription = _Subscription(on_add, on_update, on_remove)
+        listeners, subscription = {"add": on_add, "update": on_update, "remove": on_remove}, object()
         with self._notifying:
             with self._changed:
                 known = self._view.sources
             for record in known:
-                self._notify(subscription, SourceChange(kind="add", record=record))
-            self._subscriptions.append(subscription)
+                self._notify(listeners, SourceChange(kind="add", record=record))
+            self._subscriptions[subscription] = listeners
 
         def end() -> None:
             with self._notifying:
-                if subscription in self._subscriptions:
-                    self._subscriptions.remove(subscription)
+                self._subscriptions.pop(subscription, None)
 
         return end
 
@@ -280,9 +267,7 @@ class SourceWatcher:
                     return  # its own watch, closed by `stop`
                 failures += 1
                 self._note(error, failures=1)
-                jitter = random.random()  # noqa: S311 - spreads those who try
-                pause = pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S, jitter=jitter)
-                self._stopping.wait(pause)
+                self._stopping.wait(random_pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S))
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher_failed", store=self._store.url)
                 revision = None
@@ -329,15 +314,14 @@ class SourceWatcher:
                     self._counts[one.kind + "s"] += 1
                 self._synced, self._error = True, None
                 self._changed.notify_all()
-            before = list(self._subscriptions)  # one that subscribes meanwhile gets what is known after all of them
+            before = list(self._subscriptions.items())  # who subscribes meanwhile gets what is known after all of them
             for one in changes:
-                for subscription in before:
+                for subscription, listeners in before:
                     if subscription in self._subscriptions:
-                        self._notify(subscription, one)
+                        self._notify(listeners, one)
 
-    def _notify(self, subscription: _Subscription, change: SourceChange) -> None:
-        listener = subscription.listener_of(change.kind)
-        if listener is None:
+    def _notify(self, listeners: _Listeners, change: SourceChange) -> None:
+        if (listener := listeners[change.kind]) is None:
             return
         try:
             listener(change.record)

@@ -66,9 +66,8 @@ class Calls:
             function.restype = ctypes.c_int
             setattr(self, name, function)
         for name in ("reserve_now", "commit_now", "acquire_now", "finalise_now"):
-            function = library[f"ring_{name}"]
-            function.argtypes = (memory,)
-            setattr(self, name, function)
+            # without argument types an array is passed as it is: half the time of a call
+            setattr(self, name, library[f"ring_{name}"])
         self.abi = library.ring_abi
         self.abi.restype = ctypes.c_uint64
 

@@ -760,13 +760,14 @@ EXPORT int ring_finalise(const struct ring *ring, uint64_t *holds, uint64_t numb
     return leave(ring, last);
 }
 
-static uint64_t *put_hold(uint64_t *out, uint64_t slot, const uint64_t *own, const uint64_t *owner, uint64_t lease) {
+static uint64_t *put_hold(const struct ring *ring, uint64_t *out, uint64_t slot, const uint64_t *own, const uint64_t *owner, uint64_t lease) {
     out[HOLD_SLOT] = slot;
     out[HOLD_GENERATION] = generation_of(own[STATE]);
     out[HOLD_STATE] = own[STATE];
     out[HOLD_LEASE] = lease;
     out[HOLD_PID] = owner[0];
     out[HOLD_START] = owner[1];
+    out[HOLD_RING] = (uint64_t)(uintptr_t)ring;
     return out + HOLD_WORDS;
 }
 
@@ -786,12 +787,12 @@ EXPORT int ring_holds(
     for (; slot < ring->slots && (need = out + ring->entries * HOLD_WORDS) <= end; slot++) {
         uint64_t *own = header(ring, slot);
         if (state_of(own[STATE]) == WRITING) {
-            out = put_hold(out, slot, own, own + WRITER_PID, own[WRITER]);
+            out = put_hold(ring, out, slot, own, own + WRITER_PID, own[WRITER]);
         } else if (state_of(own[STATE]) == READING) {
             for (uint64_t index = 0; index < ring->entries; index++) {
                 const uint64_t *entry = entry_of(own, index);
                 if (entry[ENTRY_LEASE] && !(entry[ENTRY_LEASE] & 1))
-                    out = put_hold(out, slot, own, entry + ENTRY_PID, entry[ENTRY_LEASE] >> 1);
+                    out = put_hold(ring, out, slot, own, entry + ENTRY_PID, entry[ENTRY_LEASE] >> 1);
             }
         }
     }

@@ -12,11 +12,12 @@ import itertools
 import os
 import struct
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import SlotError, TransportError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.owner import Owner
@@ -28,12 +29,13 @@ not wait: a thousand arrays that go while the lock's holder is stopped cost thei
 
 _ABORTED: Final = Counter.ABORTED
 _CONSUMED: Final = Counter.CONSUMED
-_fill: Final = struct.Struct("<6Q").pack_into  # a third of the time that the type takes with values
+_fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
 
 _next_lease_id = itertools.count(1).__next__
 _live: dict[int, Guard] = {}
 unsettled: list[Guard] = []
 """Holds that were dropped while the lock was not to be had: `settle` ends them."""
+_detaching = threading.RLock()
 
 
 class Guard(weakref.ref["Hold"]):
@@ -72,10 +74,11 @@ class Hold:
         reason: what a drop is counted as: `ABORTED` for a write, `RELEASED` for a read.
 
     Attributes:
+        lease_id: unique in this process.
         words: the hold, as the transitions take it; `layout` names the words.
     """
 
-    __slots__ = ("__weakref__", "_guard", "words")
+    __slots__ = ("__weakref__", "_guard", "lease_id", "words")
 
     def __init__(  # noqa: PLR0917 - one is made at every write and read
         self,
@@ -87,13 +90,14 @@ class Hold:
         reason: Counter = _ABORTED,
     ) -> None:
         words = HoldWords()
-        _fill(words, 0, slot, generation, _next_lease_id(), owner[0], owner[1], reader)
+        lease_id = self.lease_id = _next_lease_id()
+        _fill(words, 0, slot, generation, lease_id, owner[0], owner[1], reader, transitions.address)
         guard = Guard(self, _lost)
         guard.transitions = transitions
         guard.words = self.words = words
         guard.reason = reason
         self._guard = guard
-        _live[words[layout.HOLD_LEASE]] = guard
+        _live[lease_id] = guard
 
     @property
     def slot(self) -> int:
@@ -106,14 +110,9 @@ class Hold:
         return self.words[layout.HOLD_GENERATION]
 
     @property
-    def lease_id(self) -> int:
-        """Unique in this process."""
-        return self.words[layout.HOLD_LEASE]
-
-    @property
     def is_live(self) -> bool:
         """Whether this process took the hold and has not ended it. A forked child inherits the object only."""
-        return _live.get(self.words[layout.HOLD_LEASE]) is self._guard
+        return _live.get(self.lease_id) is self._guard
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -130,25 +129,47 @@ class Hold:
             "version": 3,
         }
 
+    def rest(self) -> None:
+        """Take a live one out of the registry: it has ended, and may be used again."""
+        _live.pop(self.lease_id, None)
+
+    def renew(self) -> None:
+        """Make another hold of one that rests, by the same process for the same reader: making a new one takes 1 µs."""
+        lease_id = self.lease_id = self.words[layout.HOLD_LEASE] = _next_lease_id()
+        _live[lease_id] = self._guard
+
     def forget(self) -> None:
         """Take a live one out of the registry: it has ended, or never began."""
-        _live.pop(self.words[layout.HOLD_LEASE], None)
+        _live.pop(self.lease_id, None)
         self._guard = _ENDED
 
 
 class DetachedRead(Hold):
-    """A read attempt, a live hold before, that arrays alone keep: consumed when the last of them is gone."""
+    """A read attempt, a live hold before, that arrays alone keep: consumed when the last of them is gone.
+
+    Raises:
+        SlotError: the hold has ended. Of two threads that detach it at once the second gets this: with two arrays that
+            do not know of each other, the slot would be written to when the first of them is gone.
+    """
 
     __slots__ = ()
 
     def __init__(self, lease: Hold) -> None:
-        guard = Guard(self, _lost)
-        guard.transitions = lease._guard.transitions  # noqa: SLF001 - of this class
-        guard.words = self.words = lease.words
-        guard.reason = _CONSUMED
-        self._guard = guard
-        _live[lease.words[layout.HOLD_LEASE]] = guard
-        lease._guard = _ENDED  # noqa: SLF001
+        with _detaching:
+            if not lease.is_live:
+                raise SlotError(
+                    "this read lease has ended, or was inherited by a forked process",
+                    slot=lease.slot,
+                    generation=lease.generation,
+                )
+            guard = Guard(self, _lost)
+            guard.transitions = lease._guard.transitions  # noqa: SLF001 - of this class
+            guard.words = self.words = lease.words
+            guard.reason = _CONSUMED
+            self._guard = guard
+            lease_id = self.lease_id = lease.lease_id
+            _live[lease_id] = guard
+            lease._guard = _ENDED  # noqa: SLF001
 
 
 def is_live(lease_id: int) -> bool:
@@ -186,8 +207,10 @@ def _lost(guard: weakref.ref[Hold], is_ending: Callable[[], bool] = sys.is_final
 
 
 def _forget_inherited() -> None:
+    global _detaching  # noqa: PLW0603 - a module has one
     _live.clear()
     unsettled.clear()
+    _detaching = threading.RLock()  # another thread may have held it
 
 
 os.register_at_fork(after_in_child=_forget_inherited)

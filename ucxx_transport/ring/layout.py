@@ -145,18 +145,18 @@ HOLD_LEASE: Final = 2
 HOLD_PID: Final = 3
 HOLD_START: Final = 4
 HOLD_READER: Final = 5
-HOLD_NBYTES: Final = 6
-HOLD_CHECKSUM: Final = 7
-HOLD_HAS_CHECKSUM: Final = 8
-HOLD_STATE: Final = 9
-"""The slot's state word as the transition found it."""
-HOLD_OUTCOME: Final = 10
-HOLD_ATTEMPTS: Final = 11
-"""Attempts in flight that the transition found."""
-HOLD_RING: Final = 12
+HOLD_RING: Final = 6
 """Where the caller's `struct ring` is, for the calls that take nothing but a hold."""
-HOLD_ARGUMENT: Final = 13
+HOLD_ARGUMENT: Final = 7
 """The one argument of such a call."""
+HOLD_NBYTES: Final = 8
+HOLD_CHECKSUM: Final = 9
+HOLD_HAS_CHECKSUM: Final = 10
+HOLD_STATE: Final = 11
+"""The slot's state word as the transition found it."""
+HOLD_OUTCOME: Final = 12
+HOLD_ATTEMPTS: Final = 13
+"""Attempts in flight that the transition found."""
 HOLD_ENVELOPE_BYTES: Final = 14
 """Of a write: what its envelope takes, also when that is more than there is room for."""
 HOLD_COMMIT_TIME: Final = 15

@@ -132,8 +132,6 @@ class ReadLease(Hold):
         Raises:
             SlotError: the lease has ended.
         """
-        if not self.is_live:
-            self._require_held()
         return np.asarray(DetachedRead(self))
 
     def __enter__(self) -> Self:

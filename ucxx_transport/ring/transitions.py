@@ -73,14 +73,15 @@ class Transitions:
     """The transitions of one segment's slots; each waits `lock_wait_s` for the lock, unless it says otherwise.
 
     Attributes:
+        address: of what the calls know of the segment, `HOLD_RING` of the holds that they are given.
         first_payload: where slot 0's payload is in this process's memory.
         stride: bytes from there to the next slot's.
         lock_wait_s: how long one call waits for the lock.
     """
 
     __slots__ = (
-        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_reserve", "_ring", "_segment"),
-        *("_sleeping", "_struct", "first_payload", "lock_wait_s", "stride"),
+        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_reserve", "_segment"),
+        *("_sleeping", "_struct", "address", "first_payload", "lock_wait_s", "stride"),
     )
 
     def __init__(
@@ -107,7 +108,7 @@ class Transitions:
             geometry.stride_bytes,
             geometry.envelope_bytes,
         )
-        self._ring = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
         self.first_payload = segment.address + geometry.payload_byte(0)
         self.stride = geometry.stride_bytes
         library = library or own_library()
@@ -120,7 +121,7 @@ class Transitions:
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
-        code = self._brief.initialise(self._ring)
+        code = self._brief.initialise(self.address)
         if code:
             raise ConfigError(
                 f"a robust process-shared mutex cannot be made (errno {code}): ucxx_transport runs on Linux with glibc",
@@ -129,7 +130,7 @@ class Transitions:
 
     def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:
         """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation. False: there is none."""
-        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, overwrites
+        words[layout.HOLD_ARGUMENT] = overwrites
         code = self._reserve(words)
         if code:
             if code != _FULL:
@@ -144,7 +145,7 @@ class Transitions:
         Raises:
             SlotError: the hold has ended: committed, aborted, or reclaimed.
         """
-        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, required_reads
+        words[layout.HOLD_ARGUMENT] = required_reads
         code = self._commit(words)
         if code:
             code = self._waited(code, None, self._sleeping.commit, words, required_reads)
@@ -158,14 +159,14 @@ class Transitions:
 
     def abort(self, words: Words, reason: Counter | int = Counter.ABORTED, wait_s: float | None = None) -> bool:
         """WRITING → FREE: a write ends without a payload; False, and nothing changes, unless this hold had the slot."""
-        code = self._brief.abort(self._ring, words, reason, 0)
+        code = self._brief.abort(self.address, words, reason, 0)
         if code:
             code = self._waited(code, wait_s, self._sleeping.abort, words, reason)
         return code == _DONE
 
     def discard(self, slot: int, generation: int) -> bool:
         """READY → FREE, if the slot holds that generation, unread."""
-        code = self._brief.discard(self._ring, slot, generation, 0)
+        code = self._brief.discard(self.address, slot, generation, 0)
         if code:
             code = self._waited(code, None, self._sleeping.discard, slot, generation)
         return code == _DONE
@@ -184,7 +185,6 @@ class Transitions:
             BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
                 the reads that the payload asks for.
         """
-        words[layout.HOLD_RING] = self._ring
         code = self._acquire(words)
         if code:
             if code == _LOCKED:
@@ -198,7 +198,7 @@ class Transitions:
 
         The last one takes the slot to FREE, or back to READY while a reader is missing.
         """
-        words[layout.HOLD_RING], words[layout.HOLD_ARGUMENT] = self._ring, reason
+        words[layout.HOLD_ARGUMENT] = reason
         code = self._finalise(words)
         if code:
             code = self._waited(code, wait_s, self._sleeping.finalise, words, 1, reason)
@@ -213,13 +213,13 @@ class Transitions:
             wait_s: how long to wait for the lock.
         """
         pointers = (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds))
-        code = self._brief.take(self._ring, pointers, asked, 0)
+        code = self._brief.take(self.address, pointers, asked, 0)
         if code:
             self._waited(code, wait_s, self._sleeping.take, pointers, asked)
 
     def count(self, counter: Counter) -> None:
         """Add one to a counter."""
-        code = self._brief.count(self._ring, counter, 0)
+        code = self._brief.count(self.address, counter, 0)
         if code:
             self._waited(code, None, self._sleeping.count, counter)
 
@@ -271,11 +271,11 @@ class Transitions:
 
     def wait_for_free(self, seen: int, wait_s: float) -> None:
         """Sleep until a slot is FREE since `reserve` found none and left `seen` in `HOLD_STATE`, or for `wait_s`."""
-        self._sleeping.wait(self._ring, seen, int(wait_s * 1e9))
+        self._sleeping.wait(self.address, seen, int(wait_s * 1e9))
 
     def wait_for_ready(self, seen: int, wait_s: float) -> None:
         """Sleep until a slot is READY since `take` left `seen` in `TAKE_SEEN`, or for `wait_s`."""
-        self._sleeping.wait_ready(self._ring, seen, int(wait_s * 1e9))
+        self._sleeping.wait_ready(self.address, seen, int(wait_s * 1e9))
 
     @property
     def holder_thread_id(self) -> int:
@@ -294,7 +294,7 @@ class Transitions:
             until_s = self._clock() + bound_s
             left_s = bound_s
             while True:
-                code = call(self._ring, *arguments, max(1, int(left_s * 1e9)))
+                code = call(self.address, *arguments, max(1, int(left_s * 1e9)))
                 if code != _LOCKED:
                     break
                 left_s = until_s - self._clock()

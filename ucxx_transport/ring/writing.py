@@ -164,7 +164,7 @@ class SlotWriter:
 
     __slots__ = (
         *("_bytes", "_envelope_bytes", "_first_byte", "_most_readers", "_overwrites", "_references", "_schema"),
-        *("_slot_bytes", "_stride", "_takes_checksums", "_targets", "_warned_envelope", "core"),
+        *("_owner", "_slot_bytes", "_spare", "_stride", "_takes_checksums", "_targets", "_warned_envelope", "core"),
     )
 
     def __init__(self, core: RingCore, schema: Schema | None, references: ReferenceMaker) -> None:
@@ -181,6 +181,8 @@ class SlotWriter:
         self._schema = schema
         self._references = references
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
+        self._owner = core.owner()
+        self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
 
     def write(
         self,
@@ -199,16 +201,24 @@ class SlotWriter:
                 )
             # whatever is no buffer is refused by byte_view
             return self.write_raw(data[layout.RAW_FIELD], readers, meta, deadline_s, envelope)  # type: ignore[arg-type]  # see above
-        required = self._required_reads(readers)
+        required = self._most_readers if readers is None else self._required_reads(readers)
         # checked in full before a slot is touched: data that does not fit must not cost an unread payload
         arrays, placement = self._schema.arrange(data)
         hold = self._take(placement.nbytes, deadline_s)
         try:
-            copy_fields(self._targets_in(hold, placement), arrays)
-            return self.commit(hold, required, meta, envelope)
+            if placement.lengths:
+                self._write_lengths(hold, placement)
+            slot = hold.words[layout.HOLD_SLOT]
+            placed = self._targets.get(slot)
+            copy_fields(placed[1] if placed and placed[0] is placement else self._targets_in(hold, placement), arrays)
+            ref = self.commit(hold, required, meta, envelope)
         except BaseException:
             self._undo(hold)
             raise
+        if meta or envelope:
+            hold.words[layout.HOLD_ENVELOPE_BYTES] = 0
+        self._spare.append(hold)
+        return ref
 
     def write_raw(
         self,
@@ -221,7 +231,7 @@ class SlotWriter:
         """See `SharedRingBuffer.write_raw`."""
         if self._schema is not None:
             raise ConfigError("this ring has a schema: write(data) takes its arrays", field="buffer")
-        required = self._required_reads(readers)
+        required = self._most_readers if readers is None else self._required_reads(readers)
         # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
         source = byte_view(buffer.data if isinstance(buffer, np.ndarray) else buffer, writable=False)
         nbytes = source.nbytes
@@ -233,10 +243,14 @@ class SlotWriter:
                 self._bytes[start : start + nbytes] = source
             else:  # releases the interpreter's lock
                 np.copyto(self.core.memory(hold), np.frombuffer(source, np.uint8))
-            return self.commit(hold, required, meta, envelope)
+            ref = self.commit(hold, required, meta, envelope)
         except BaseException:
             self._undo(hold)
             raise
+        if meta or envelope:
+            hold.words[layout.HOLD_ENVELOPE_BYTES] = 0
+        self._spare.append(hold)
+        return ref
 
     def reserve(
         self,
@@ -297,7 +311,7 @@ class SlotWriter:
         if envelope and self._envelope_bytes:
             self._write_envelope(words, envelope)
         self.core.transitions.commit(words, required)
-        hold.forget()
+        hold.rest()
         if not slot:
             self.core.look_for_name(words[layout.HOLD_GENERATION])
         return ref
@@ -324,7 +338,14 @@ class SlotWriter:
         if unsettled:
             settle()
         core = self.core
-        hold = Hold(core.transitions, core.owner())
+        owner = core.owner()
+        if owner is not self._owner:  # a forked child's holds are its own
+            self._owner, self._spare = owner, []
+        try:
+            hold = self._spare.pop()
+            hold.renew()
+        except IndexError:
+            hold = Hold(core.transitions, owner)
         hold.words[layout.HOLD_NBYTES] = nbytes
         try:
             if not core.transitions.reserve(hold.words, overwrites=self._overwrites, wait_s=deadline_s):
@@ -340,15 +361,11 @@ class SlotWriter:
             self.core.transitions.discard(hold.slot, hold.generation)
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
-        """The arrays of a slot, for this layout, with the lengths written."""
+        """The arrays of a slot for this layout, made, and kept for the next write to it."""
         slot = hold.words[layout.HOLD_SLOT]
-        placed, targets = self._targets.get(slot, (None, []))
-        if placed is not placement:
-            targets = view_fields(self.core.memory(hold).data, placement)
-            if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
-                self._targets[slot] = (placement, targets)
-        if placement.lengths:
-            self._write_lengths(hold, placement)
+        targets = view_fields(self.core.memory(hold).data, placement)
+        if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
+            self._targets[slot] = (placement, targets)
         return targets
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:

@@ -18,8 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.wire_form import describe
+from ucxx_transport.schema.wire_form import describe, misfit
 
 DType: TypeAlias = np.dtype[Any]
 
@@ -70,20 +69,16 @@ def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     if dtype is None or (isinstance(dtype, str) and len(dtype) > _MAX_TEXT):
-        raise ConfigError(f"field {field!r}: {describe(dtype)} is not a dtype", field=field)
+        raise misfit(field, f"{describe(dtype)} is not a dtype")
     try:
         found = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError, DeprecationWarning) as exc:  # numpy parses its own little language here
-        raise ConfigError(
-            f"field {field!r}: {describe(dtype)} is not a dtype; supported are {', '.join(DTYPES)}", field=field
-        ) from exc
+        raise misfit(field, f"{describe(dtype)} is not a dtype; supported are {', '.join(DTYPES)}") from exc
     known = DTYPES.get(found.name)
     if known is None or known != found.newbyteorder("<"):
         kind = found.kind if found.kind != "V" or found.type is np.void else ""  # extension types are V too
         remedy = _REMEDIES.get(kind) or f"supported are {', '.join(DTYPES)}"
-        raise ConfigError(
-            f"field {field!r}: dtype {found.name} cannot be a payload; {remedy}", field=field, dtype=found.name
-        )
+        raise misfit(field, f"dtype {found.name} cannot be a payload; {remedy}", dtype=found.name)
     return known
 
 

@@ -78,7 +78,11 @@ class RewardSummary:
         if values is None:
             values = _rewards_of(take_fields(data, "reward summary", required=_REWARD_KEYS))
         total, mean, least, most = values
-        if type(total) is type(mean) is type(least) is type(most) is float and isfinite(total + mean + least + most):
+        # a number that is not finite makes the sum one, and that times 0 is not 0
+        if (
+            type(total) is type(mean) is type(least) is type(most) is float
+            and (total + mean + least + most) * 0.0 == 0.0
+        ):
             summary: Any = _DraftSummary()
             summary.total, summary.mean, summary.least, summary.most = total, mean, least, most
             summary.__class__ = RewardSummary

@@ -21,6 +21,7 @@ from ucxx_transport.schema.wire_form import (
     check_version,
     describe,
     is_unsigned,
+    misfit,
     pack,
     take_fields,
     unpack,
@@ -216,9 +217,7 @@ class Schema:
             if field is None or not field.varlen:
                 raise ConfigError(f"{describe(name)} is not a varlen field of the schema", field=describe(name))
             if not is_unsigned(length, 64) or length > field.shape[0]:
-                raise ConfigError(
-                    f"field {name!r}: a length is 0 to {field.shape[0]}, not {describe(length)}", field=name
-                )
+                raise misfit(name, f"a length is 0 to {field.shape[0]}, not {describe(length)}")
         return self._place(tuple(lengths.get(self._fields[i].name, self._fields[i].shape[0]) for i in self._varlen))
 
     def lengths_of(self, tree: Mapping[str, object]) -> dict[str, int]:
@@ -245,12 +244,14 @@ class Schema:
             ConfigError: the tree does not fit the schema; the message names the field and the remedy.
         """
         ndarray = np.ndarray
-        arrays: list[Array] = self.gather(tree)
+        arrays: list[Array] = self._tree.gather(tree)
         for index, field in enumerate(self._fields):
             array = arrays[index]
             # the common case inline: a call a field would double the time
             if type(array) is not ndarray or array.dtype is not field.dtype or array.shape != field.shape:
                 arrays[index] = fit(array, field)
+        if not self._varlen:
+            return arrays, self._full
         return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
 
     def nest(self, arrays: Sequence[object]) -> ArrayTree:

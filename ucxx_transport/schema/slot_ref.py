@@ -194,6 +194,11 @@ _MAX_U32: Final = (1 << 32) - 1
 _MAX_U64: Final = (1 << 64) - 1
 
 
+_MOST_RINGS: Final = 1024
+_last: dict[object, SlotRef] = {}
+"""The template that was last of use for each ring, by its id or the digits of that."""
+
+
 class _Draft:
     """A reference that is being made."""
 
@@ -227,7 +232,7 @@ def with_meta(template: SlotRef, meta: object) -> tuple[SlotRef, bytes]:
     return ref, packed
 
 
-@lru_cache(maxsize=1024, typed=True)
+@lru_cache(maxsize=_MOST_RINGS, typed=True)
 def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fingerprint: int, *ports: int) -> SlotRef:
     """A reference with these, checked."""
     return SlotRef(
@@ -243,7 +248,6 @@ def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fi
     )
 
 
-@lru_cache(maxsize=1024, typed=True)
 def _template_by_digits(digits: object, *common: Any) -> SlotRef:
     """Likewise, with the ring's id as hex digits."""
     try:
@@ -262,7 +266,20 @@ def _rebuilt(values: Sequence[Any], template_of: Callable[..., SlotRef]) -> Slot
         check_version(version, "slot reference")
     try:
         try:
-            template = template_of(ring_id, ring_name, host_id, host, fingerprint, *ports)
+            template = _last.get(ring_id)
+            if (
+                template is None
+                or template.ring_name != ring_name
+                or template.host_id != host_id
+                or template.host != host
+                or template.ports != tuple(ports)
+                or template.fingerprint != fingerprint
+                or type(fingerprint) is not int
+            ):
+                template = template_of(ring_id, ring_name, host_id, host, fingerprint, *ports)
+                if len(_last) >= _MOST_RINGS:
+                    _last.clear()
+                _last[ring_id] = template
         except TypeError:  # a value that has no hash
             for name, value in zip(_COMMON, (ring_id, ring_name, host_id, host, fingerprint), strict=True):
                 if isinstance(value, (dict, list)):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.dtypes import DTYPES, DType, canonical_dtype
-from ucxx_transport.schema.wire_form import describe, is_plain_text, is_unsigned, take_fields
+from ucxx_transport.schema.wire_form import describe, is_plain_text, is_unsigned, misfit, take_fields
 
 MAX_NAME_CHARS = 255
 MAX_NAME_DEPTH = 32
@@ -65,12 +65,12 @@ class TensorSpec:
         object.__setattr__(self, "dtype", canonical_dtype(dtype, name))
         object.__setattr__(self, "varlen", varlen)
         if not isinstance(varlen, bool):
-            raise ConfigError(f"field {name!r}: varlen must be True or False, not {describe(varlen)}", field=name)
+            raise misfit(name, f"varlen must be True or False, not {describe(varlen)}")
         if varlen and (not self.shape or self.shape[0] == 0):
-            raise ConfigError(f"field {name!r}: varlen needs a leading dimension, its maximum length ≥ 1", field=name)
+            raise misfit(name, "varlen needs a leading dimension, its maximum length ≥ 1")
         # A zero size elsewhere must not hide an absurd one: numpy refuses such shapes when a view is made.
         if prod(max(size, 1) for size in self.shape) * self.dtype.itemsize > MAX_FIELD_BYTES:
-            raise ConfigError(f"field {name!r}: shape {self.shape} is over {MAX_FIELD_BYTES} bytes", field=name)
+            raise misfit(name, f"shape {self.shape} is over {MAX_FIELD_BYTES} bytes")
 
     @property
     def nbytes(self) -> int:
@@ -114,19 +114,17 @@ def _check_name(name: object) -> None:
         )
     segments = name.split("/")
     if "" in segments or len(segments) > MAX_NAME_DEPTH:
-        raise ConfigError(
-            f"field {name!r}: a path is 1 to {MAX_NAME_DEPTH} segments joined by '/', none of them empty", field=name
-        )
+        raise misfit(name, f"a path is 1 to {MAX_NAME_DEPTH} segments joined by '/', none of them empty")
 
 
 def _checked_shape(shape: object, name: str) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)) else (shape,)
     if len(sizes) > MAX_DIMENSIONS:
-        raise ConfigError(f"field {name!r}: {len(sizes)} dimensions; at most {MAX_DIMENSIONS}", field=name)
+        raise misfit(name, f"{len(sizes)} dimensions; at most {MAX_DIMENSIONS}")
     try:
         checked = tuple(operator.index(size) for size in sizes if not isinstance(size, bool))
     except TypeError:
         checked = ()
     if len(checked) != len(sizes) or any(size < 0 for size in checked):
-        raise ConfigError(f"field {name!r}: {describe(shape)} is not a shape: sizes must be integers ≥ 0", field=name)
+        raise misfit(name, f"{describe(shape)} is not a shape: sizes must be integers ≥ 0")
     return checked

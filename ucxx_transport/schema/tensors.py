@@ -24,7 +24,7 @@ import numpy as np
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.dtypes import DType, casts_exactly
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.wire_form import describe
+from ucxx_transport.schema.wire_form import describe, misfit
 
 Array: TypeAlias = np.ndarray[Any, DType]
 
@@ -84,10 +84,10 @@ def as_array(value: object, field: str) -> Array:
             return np.from_dlpack(value)
         return np.asarray(value)
     except _CONVERSION_ERRORS as exc:
-        raise ConfigError(
-            f"field {field!r}: {describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); "
+        raise misfit(
+            field,
+            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); "
             "copy it to the host, or view it as a dtype that numpy knows",
-            field=field,
         ) from exc
 
 
@@ -117,25 +117,19 @@ def fit(value: object, spec: TensorSpec) -> Array:
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
         if array.dtype.kind not in "biufc" or not _is_weak(value):
-            raise ConfigError(
-                f"field {spec.name!r}: dtype {array.dtype.name} would not keep its values in {spec.dtype.name}; "
-                f"convert it first (array.astype({spec.dtype.name!r})) or give the schema the other dtype",
-                field=spec.name,
-                given=array.dtype.name,
-                expected=spec.dtype.name,
+            given, expected = array.dtype.name, spec.dtype.name
+            text = (
+                f"dtype {given} would not keep its values in {expected}; convert it first (array.astype({expected!r}))"
             )
+            raise misfit(spec.name, f"{text} or give the schema the other dtype", given=given, expected=expected)
         array = _cast_numbers(array, spec)
-    given, full = array.shape, spec.shape
-    if given != full and not (
-        spec.varlen and len(given) == len(full) and given[0] <= full[0] and given[1:] == full[1:]
+    shape, full = array.shape, spec.shape
+    if shape != full and not (
+        spec.varlen and len(shape) == len(full) and shape[0] <= full[0] and shape[1:] == full[1:]
     ):
-        expected = f"(≤{full[0]}, {', '.join(map(str, full[1:]))})" if spec.varlen else str(full)
-        raise ConfigError(
-            f"field {spec.name!r}: shape {given} is not {expected}; reshape it, or change the schema",
-            field=spec.name,
-            given=given,
-            expected=expected,
-        )
+        wanted = f"(≤{full[0]}, {', '.join(map(str, full[1:]))})" if spec.varlen else str(full)
+        text = f"shape {shape} is not {wanted}; reshape it, or change the schema"
+        raise misfit(spec.name, text, given=shape, expected=wanted)
     return array
 
 
@@ -174,13 +168,11 @@ def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
             exact |= np.isfinite(back) == np.isfinite(array)
         if exact.all():
             return cast
-    raise ConfigError(
-        f"field {spec.name!r}: these Python numbers ({array.dtype.name}) do not fit {spec.dtype.name}; "
-        "convert them first, or give the schema the other dtype",
-        field=spec.name,
-        given=array.dtype.name,
-        expected=spec.dtype.name,
+    given, expected = array.dtype.name, spec.dtype.name
+    text = (
+        f"these Python numbers ({given}) do not fit {expected}; convert them first, or give the schema the other dtype"
     )
+    raise misfit(spec.name, text, given=given, expected=expected)
 
 
 def _kind_order(dtype: DType) -> int:

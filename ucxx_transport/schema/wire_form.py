@@ -10,9 +10,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TypeGuard
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 
-from ucxx_transport.errors import ProtocolError
+from ucxx_transport.errors import ConfigError, ProtocolError
 
 WIRE_VERSION = 1
 """Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
@@ -36,6 +36,11 @@ def describe(value: object) -> str:
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def misfit(field: str, text: str, **facts: object) -> ConfigError:
+    """The error for a field of a payload, named as the caller named it, that is not as it must be."""
+    return ConfigError(f"field {field!r}: {text}", field=field, **facts)
 
 
 def is_unsigned(value: object, bits: int) -> TypeGuard[int]:
@@ -99,15 +104,16 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     Raises:
         ProtocolError: not bytes, too long, or not exactly one msgpack object.
     """
-    if not isinstance(raw, (bytes, bytearray, memoryview)):
+    if type(raw) is bytes:
+        nbytes = len(raw)
+    elif isinstance(raw, (bytes, bytearray, memoryview)):
+        nbytes = memoryview(raw).nbytes
+    else:
         raise ProtocolError(f"a {what} must be bytes, not {describe(raw)}", field=what)
-    nbytes = raw.nbytes if isinstance(raw, memoryview) else len(raw)
     if nbytes > max_bytes:
         raise ProtocolError(f"a {what} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
     try:
-        decoded: object = msgpack.unpackb(
-            raw, raw=False, strict_map_key=True, use_list=True, ext_hook=_refuse_extension
-        )
+        decoded: object = msgpack.unpackb(raw, ext_hook=_refuse_extension)
     except (ValueError, TypeError, OverflowError) as exc:
         raise ProtocolError(f"a {what} that is not msgpack: {type(exc).__name__}", field=what) from exc
     return decoded

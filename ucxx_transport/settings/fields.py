@@ -26,8 +26,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Final, Literal, Protocol, SupportsIndex, TypeVar, get_args, get_origin
 
 from ucxx_transport.units import parse_bytes, parse_duration
 
@@ -35,6 +35,8 @@ MAX_PORTS: Final = 64
 """As many ports as a segment's published address holds."""
 
 Parse = Callable[[Any], object]
+GotT_co = TypeVar("GotT_co", covariant=True)
+GivenT_contra = TypeVar("GivenT_contra", contravariant=True)
 
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True),
@@ -69,10 +71,9 @@ def _count(value: object) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    try:
-        return operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        raise ValueError("expected a whole number") from None
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
+    raise ValueError("expected a whole number")
 
 
 def _matching(pattern: str, expected: str, value: object) -> str:
@@ -98,7 +99,7 @@ def parse_token(value: object) -> Secret | None:
     if value is None or isinstance(value, Secret):
         return value
     if not isinstance(value, str | bytes):
-        raise ValueError("expected bytes or text")  # noqa: TRY004 - what a kind raises
+        raise ValueError("expected bytes or text")
     if not value:
         raise ValueError("an empty token protects nothing; leave the setting out to run without one")
     return Secret(value.encode() if isinstance(value, str) else value)
@@ -139,12 +140,11 @@ def _port_range(value: object) -> tuple[int, int]:
 def parse_ucx_settings(value: object) -> dict[str, str]:
     """`UCXSettings` at run time."""
     if not isinstance(value, Mapping):
-        raise ValueError("expected names to values, such as {'TLS': 'tcp'}")  # noqa: TRY004 - what a kind raises
+        raise ValueError("expected names to values, such as {'TLS': 'tcp'}")
     held = {}
     for name, setting in value.items():
         if not isinstance(name, str) or not isinstance(setting, str | int | float):
-            problem = f"{name!r}: {setting!r} is not a name and a text, number or boolean"
-            raise ValueError(problem)  # noqa: TRY004 - what a kind raises
+            raise ValueError(f"{name!r}: {setting!r} is not a name and a text, number or boolean")
         held[name.upper().removeprefix("UCX_")] = "ny"[setting] if isinstance(setting, bool) else str(setting)
     return held
 
@@ -162,58 +162,45 @@ def _one_of(words: tuple[object, ...], value: object) -> object:
 def _instance_of(classes: tuple[type, ...], value: object) -> object:
     if not isinstance(value, classes):
         names = " or ".join(one.__name__ for one in classes if one is not NoneType)
-        raise ValueError(f"expected {names}")  # noqa: TRY004 - what a kind raises
+        raise ValueError(f"expected {names}")
     return value
+
+
+class _Field(Protocol[GotT_co, GivenT_contra]):
+    """A field whose constructor takes more types than it then holds, as type checkers understand it."""
+
+    def __get__(self, instance: object, owner: type) -> GotT_co: ...
+    def __set__(self, instance: object, value: GivenT_contra) -> None: ...
+
+
+_NAME: Final = partial(
+    _matching,
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}",
+    "letters, digits, '.', '_' and '-', 128 at most, a letter or digit first",
+)
+
+Count = Annotated[int, _count]
+OptionalCount = Annotated[int | None, _optional(_count)]
+Bytes = Annotated[_Field[int, int | str], parse_bytes]
+OptionalBytes = Annotated[_Field[int | None, int | str | None], _optional(parse_bytes)]
+Seconds = Annotated[_Field[float, float | str], parse_duration]
+Folder = Annotated[_Field[str, str | os.PathLike[str]], _folder]
+Name = Annotated[str, _NAME]
+OptionalName = Annotated[str | None, _optional(_NAME)]
+OptionalText = Annotated[str | None, _optional(partial(_matching, r"(?s:.)+", "text that is not empty"))]
+OptionalToken = Annotated[_Field[Secret | None, Secret | bytes | str | None], parse_token]
+Ports = Annotated[_Field[int | tuple[int, ...], int | Sequence[int]], _ports]
+OptionalPortRange = Annotated[_Field[tuple[int, int] | None, Sequence[int] | str | None], _optional(_port_range)]
+UCXSettings = Annotated[_Field[Mapping[str, str], Mapping[str, str | int | float | bool]], parse_ucx_settings]
 
 
 def kind_of(hint: Any) -> Parse:  # `Any`: a type expression has no type of its own
     """The kind that an annotation, evaluated at run time, stands for."""
+    if get_origin(hint) is Annotated:  # a kind of the table
+        parse: Parse = hint.__metadata__[0]
+        return parse
     if hint is bool:
         return _boolean
     if get_origin(hint) is Literal:
         return partial(_one_of, get_args(hint))
-    if isinstance(hint, type | UnionType):
-        return partial(_instance_of, get_args(hint) or (hint,))
-    parse: Parse = hint  # a kind of the table
-    return parse
-
-
-if TYPE_CHECKING:
-    GotT = TypeVar("GotT")
-    GivenT_contra = TypeVar("GivenT_contra", contravariant=True)
-
-    class _Field(Generic[GotT, GivenT_contra]):
-        """A field whose constructor takes more types than it then holds, as type checkers understand it."""
-
-        def __get__(self, instance: object, owner: type) -> GotT: ...
-        def __set__(self, instance: object, value: GivenT_contra) -> None: ...
-
-    Count = int
-    OptionalCount = int | None
-    Bytes = _Field[int, int | str]
-    OptionalBytes = _Field[int | None, int | str | None]
-    Seconds = _Field[float, float | str]
-    Folder = _Field[str, str | os.PathLike[str]]
-    Name = str
-    OptionalName = str | None
-    OptionalText = str | None
-    OptionalToken = _Field[Secret | None, Secret | bytes | str | None]
-    Ports = _Field[int | tuple[int, ...], int | Sequence[int]]
-    OptionalPortRange = _Field[tuple[int, int] | None, Sequence[int] | str | None]
-    UCXSettings = _Field[Mapping[str, str], Mapping[str, str | int | float | bool]]
-else:
-    Count, OptionalCount = _count, _optional(_count)
-    Bytes, OptionalBytes = parse_bytes, _optional(parse_bytes)
-    Seconds = parse_duration
-    Folder = _folder
-    Name = partial(
-        _matching,
-        r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}",
-        "letters, digits, '.', '_' and '-', 128 at most, a letter or digit first",
-    )
-    OptionalName = _optional(Name)
-    OptionalText = _optional(partial(_matching, r"(?s:.)+", "text that is not empty"))
-    OptionalToken = parse_token
-    Ports = _ports
-    OptionalPortRange = _optional(_port_range)
-    UCXSettings = parse_ucx_settings
+    return partial(_instance_of, get_args(hint) or (hint,))

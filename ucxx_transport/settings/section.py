@@ -100,9 +100,9 @@ class Effective(NamedTuple):
     rule: Rule
 
 
-def setting(*, default: object, **declared: Any) -> Any:  # as every field specifier: it stands for a field of any type
-    """A field of a section, with its default as the section holds it, and what else its `Rule` says."""
-    rule = Rule(default=default, **declared)
+def setting(description: str, *, default: object, **declared: Any) -> Any:  # `Any`: it stands for a field of any type
+    """A field of a section: what it is for, its default as the section holds it, and what else its `Rule` says."""
+    rule = Rule(description=description, default=default, **declared)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"rule": rule})
     return dataclasses.field(default=default, metadata={"rule": rule})
@@ -121,7 +121,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
 
     def decorate(cls: type[SectionT]) -> type[SectionT]:
         made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         own = SECTIONS[name] = {
             field.name: Declared(fields.kind_of(hints[field.name]), field.metadata["rule"])
             for field in dataclasses.fields(made)

@@ -148,17 +148,31 @@ def victim_reader(ring_name: str, seed: str) -> None:
     kept: deque[object] = deque(maxlen=1)
     while True:
         with contextlib.suppress(TransportError, IndexError):
-            ref = choice.choice(ring.ready_refs())
-            lease = ring.acquire(ref)
-            how = choice.randrange(4)
-            if how == 0:
-                kept.append(lease.detach())
-            elif how == 1:
-                kept.append(lease)
-            elif how == 2:
-                lease.release_reading()
+            if choice.random() < 0.5:
+                leases = ring.take(choice.randint(1, 4), newest=choice.random() < 0.5)
+                ring.wait_for_ready(0.0 if leases else 0.001)
             else:
-                lease.mark_consumed()
+                leases = [ring.acquire(choice.choice(ring.ready_refs()))]
+            for lease in leases:
+                how = choice.randrange(4)
+                if how == 0:
+                    kept.append(lease.detach())
+                elif how == 1:
+                    kept.append(lease)
+                elif how == 2:
+                    lease.release_reading()
+                else:
+                    lease.mark_consumed()
+
+
+def take_and_stay(ring_name: str, number: str) -> None:
+    """Takes so many payloads, says which, and holds them until it is killed."""
+    ring = SharedRingBuffer.attach(ring_name)
+    sys.stdin.readline()
+    leases = ring.take(int(number))
+    say([(lease.record or {})["number"] for lease in leases])
+    sys.stdin.readline()
+    del leases
 
 
 def sit_in_section(ring_name: str, how: str) -> None:
@@ -238,7 +252,8 @@ def interrupted(ring_name: str, seed: str, alarms: str) -> None:
 
 
 ROLES: dict[str, Callable[..., None]] = {
-    role.__name__: role for role in (hammer, victim_writer, victim_reader, sit_in_section, read_and_leave, interrupted)
+    role.__name__: role
+    for role in (hammer, victim_writer, victim_reader, take_and_stay, sit_in_section, read_and_leave, interrupted)
 }
 
 if __name__ == "__main__":

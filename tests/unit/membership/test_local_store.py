@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.clock import Clock
 from tests.support.stopping import stop_process
 from tests.support.store_processes import elsewhere, processes
 from tests.support.waiting import wait_until
@@ -32,20 +33,10 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local import LocalStore
 from ucxx_transport.membership.local.content import KEPT_REVISIONS, Content, Step
 from ucxx_transport.membership.local.log_file import KIND, MAGIC, LogFile
+from ucxx_transport.membership.local.store import LocalStore
 from ucxx_transport.ring.owner import segment_folder
-
-
-class Clock:
-    """Seconds that pass when the test advances them."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -72,11 +63,11 @@ def test_a_lease_ends_at_its_deadline_for_every_user_of_the_store(opened: Callab
     store, other = opened(clock=clock), opened(clock=clock)
     lease = store.grant(5)
     store.put("a", b"", lease_id=lease.lease_id)
-    clock.now += 4.9
+    clock.now_s += 4.9
     assert store.keep_alive(lease.lease_id) == 5
-    clock.now += 4.9
+    clock.now_s += 4.9
     assert other.get("a") is not None
-    clock.now += 0.1
+    clock.now_s += 0.1
     assert other.get("a") is None
     with pytest.raises(LeaseLostError):
         store.keep_alive(lease.lease_id)
@@ -87,7 +78,7 @@ def test_a_lost_lease_is_lost_also_when_no_call_came_since(opened: Callable[...,
     store = opened(clock=clock)
     lease = store.grant(5)
     store.put("a", b"", lease_id=lease.lease_id)
-    clock.now += 5
+    clock.now_s += 5
     with pytest.raises(LeaseLostError):
         store.keep_alive(lease.lease_id)
     with pytest.raises(LeaseLostError):
@@ -103,7 +94,7 @@ def test_leases_that_end_together_end_in_a_revision_each(opened: Callable[..., L
         store.put(f"{number}/a", b"", lease_id=lease.lease_id)
         store.put(f"{number}/b", b"", lease_id=lease.lease_id)
     with store.watch(after=store.snapshot().revision) as watch:
-        clock.now += 10
+        clock.now_s += 10
         batches = [watch.next(5) for _ in leases]
     found = [[event.key for event in batch.events] for batch in batches if batch]
     assert found == [["2/a", "2/b"], ["1/a", "1/b"], ["0/a", "0/b"]]
@@ -127,7 +118,7 @@ def test_after_a_reboot_all_leases_are_over_and_everything_else_is_there(opened:
     before.put("kept", b"")
     revision, identity = before.snapshot().revision, before.identity()
     before.close()
-    clock.now = 1.0
+    clock.now_s = 1.0
     after = opened(clock=clock, boot_id="another boot")
     assert [entry.key for entry in after.snapshot()] == ["kept"]
     assert after.snapshot().revision == revision + 1
@@ -176,6 +167,17 @@ def test_a_file_that_has_grown_is_rewritten_and_nobody_notices(opened: Callable[
     with opened().watch(after=revision - 1) as watch:
         batches = [watch.next(5) for _ in range(2)]
     assert [batch.revision for batch in batches if batch] == [revision, revision + 1]
+
+
+def test_a_file_that_cannot_be_rewritten_stays_in_use(opened: Callable[..., LocalStore], path: Path) -> None:
+    store = opened()
+    before = store.put("first", b"")
+    path.with_name(f".{path.name}.fresh").mkdir()  # in the place of what it would be rewritten to
+    inode = path.stat().st_ino
+    *_, last = (store.put("large", bytes(1 << 20)) for _ in range(3))
+    assert path.stat().st_ino == inode
+    assert last == before + 3
+    assert [entry.key for entry in opened().snapshot()] == ["first", "large"]
 
 
 # the place
@@ -387,7 +389,7 @@ def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None
         file = path.open("rb")
         fcntl.flock(file, fcntl.LOCK_EX)
         with store.watch(after=revision) as watch:
-            clock.now += 5
+            clock.now_s += 5
             with pytest.raises(StoreUnavailableError, match="locked"):
                 watch.next(10)
             file.close()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.support.clock import Clock
 from tests.support.fake_source import OFFER, FakeSource
 from tests.support.memory_store import MemoryData
 from tests.support.record_history import History
@@ -32,7 +33,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, PublisherState, SourceRecord, SourceStatus, Store
-from ucxx_transport.membership.local import LocalStore
+from ucxx_transport.membership.local.store import LocalStore
 
 MINUTE = 60.0
 KEY = "sources/w"
@@ -45,18 +46,6 @@ FAST = PublisherConfig(
     publish_timeout_s=MINUTE,
 )
 IMPATIENT = replace(FAST, stop_timeout_s=0.1)
-
-
-class Clock:
-    """Seconds that pass when a test has them pass."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.asked_by: list[threading.Thread] = []
-
-    def __call__(self) -> float:
-        self.asked_by.append(threading.current_thread())
-        return self.now_s
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clock import Clock
 from tests.support.memory_store import MemoryStore
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
-from ucxx_transport.membership.local import LocalStore
+from ucxx_transport.membership.local.store import LocalStore
 from ucxx_transport.membership.renewal import FRESH, Renewal
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 
@@ -103,15 +104,6 @@ def test_it_is_closed_before_it_has_begun(store: LocalStore, renewal: Renewal) -
     renewal.close()
     assert renewal.pid is None
     assert store.keep_alive(lease_id) == TTL_S, "the lease is its owner's"
-
-
-class Clock:
-    """Seconds that pass when a test has them pass."""
-
-    now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

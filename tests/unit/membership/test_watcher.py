@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clock import Clock
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
@@ -23,21 +24,9 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.membership import SourceRecord, SourceStatus, SourceWatcher, Store
 from ucxx_transport.membership.keys import source_key
-from ucxx_transport.membership.local import LocalStore
+from ucxx_transport.membership.local.store import LocalStore
 
 MINUTE = 60.0
-
-
-class Clock:
-    """Seconds that pass when a test has them pass."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.asked_by: list[threading.Thread] = []
-
-    def __call__(self) -> float:
-        self.asked_by.append(threading.current_thread())
-        return self.now_s
 
 
 class Heard:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ import pytest
 from tests.support.rows import row
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, SlotError, StaleSlotError
-from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.schema import Schema, TensorSpec
 from ucxx_transport.wire import codec, frames
 
@@ -283,6 +288,39 @@ def test_a_detached_payload_is_consumed_when_its_last_view_goes(ring: SharedRing
     assert ring.slot_state(ref.slot) is SlotState.FREE
     found = ring.statistics()
     assert (found.consumed, found.released, found.late_finalise) == (1, 0, 0)
+
+
+def test_of_two_threads_that_detach_one_lease_at_once_one_gets_an_array(ring: SharedRingBuffer) -> None:
+    """Two arrays that do not know of each other: the slot would be written to when the first of them is gone."""
+    for point in range(1, 12):
+        with row(point=point):
+            lease = ring.acquire(ring.write_raw(b"payload"))
+            arrays: list[object] = []
+            other = threading.Thread(target=detach_into, args=(lease, arrays))
+            sys.setprofile(partial(run_meanwhile, other, itertools.count(1), point))
+            try:
+                detach_into(lease, arrays)
+            finally:
+                sys.setprofile(None)
+            other.join()
+            assert len(arrays) == 1
+            assert ring.slot_state(lease.slot) is SlotState.READING
+            arrays.clear()
+            assert ring.slot_state(lease.slot) is SlotState.FREE
+
+
+def run_meanwhile(
+    other: threading.Thread, events: Iterator[int], point: int, frame: FrameType, _event: str, _argument: object
+) -> None:
+    """At one point of this thread's way through the package: run the other to its end, unless it waits for this one."""
+    if "ucxx_transport" in frame.f_code.co_filename and next(events) == point:
+        other.start()
+        other.join(0.1)
+
+
+def detach_into(lease: ReadLease, arrays: list[object]) -> None:
+    with suppress(SlotError):
+        arrays.append(lease.detach())
 
 
 def test_a_lease_that_was_detached_has_ended(ring: SharedRingBuffer) -> None:

@@ -204,9 +204,10 @@ def test_a_payload_with_as_many_attempts_as_it_carries_is_passed_over_and_taken_
     write(ring, 1, 2)
     ref = ring.ready_refs()[0]
     crowd = [ring.acquire(ref, reader=1) for _ in range(8)]
-    assert [lease.nbytes for lease in ring.take(9, reader=2)] == [2]
+    (held,) = ring.take(9, reader=2)
+    assert held.nbytes == 2
     assert crowd.pop().mark_consumed()
-    assert [lease.nbytes for lease in ring.take(9, reader=2)] == [1, 2]
+    assert [lease.nbytes for lease in ring.take(9, reader=2)] == [1]
 
 
 # envelopes

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 import pytest
 
 from tests.support.rows import row

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any, TypeVar
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 from enum import IntEnum
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 import numpy as np
 import pytest
 

@@ -98,7 +98,11 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
             },
         ),
         (
-            ("ucxx_transport.sidecar.main", "ucxx_transport.membership.renewal", "ucxx_transport.membership.local"),
+            (
+                "ucxx_transport.sidecar.main",
+                "ucxx_transport.membership.renewal",
+                "ucxx_transport.membership.local.store",
+            ),
             {"http", "numpy", "psutil", "rich"},
         ),
     ],

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import select
 import socket
 import ssl
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final, TypeVar
 
@@ -29,8 +26,6 @@ from ucxx_transport.settings.fields import Secret
 
 T = TypeVar("T")
 
-_IDLE_CONNECTIONS: Final = 8
-_IDLE_S: Final = 30.0
 _LEAST_S: Final = 0.001
 _PIECE_BYTES: Final = 1 << 16
 NO_TOKEN: Final = Secret(b"")
@@ -85,70 +80,30 @@ def share_s(left_s: float, others: int) -> float:
     return max(0.0, left_s) / (others + 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """How a cluster is reached, the same for all processes. Proxies of the environment are not asked."""
-
-    endpoints: Endpoints
-    tls: ssl.SSLContext | None
-    user: str
-    password: Secret
-
-
-def access(endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> Access:
-    """The access that the URL and the settings describe.
-
-    Raises:
-        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
-    """
-    context: ssl.SSLContext | None = None
-    if tls or config.ca_file is not None:
-        context = _tls_context(config)
-    elif config.cert_file is not None:
-        raise ConfigError(
-            "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too",
-            field="cert_file",
-        )
-    password = config.password or NO_TOKEN
-    return Access(endpoints=Endpoints(endpoints), tls=context, user=config.user or "", password=password)
-
-
 class Connection:
-    """One connection to an endpoint, made by its first request; one request at a time.
+    """A connection to an endpoint, for one request: calls are too rare for keeping any.
 
     No exception of the libraries is chained to an error of it: their frames hold the token and the password.
 
-    Attributes:
+    Args:
         endpoint: `host:port`.
-        is_reusable: whether the last answer was read to its end.
+        tls: None without.
     """
 
     def __init__(self, endpoint: str, tls: ssl.SSLContext | None) -> None:
         self.endpoint = endpoint
-        self.is_reusable = True
         self._http = HTTPConnection(endpoint) if tls is None else HTTPSConnection(endpoint, context=tls)
         self._socket: socket.socket | None = None
-        self._sent = self._closed = False
-        self._used_s = time.monotonic()
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the other side has not ended it, and it has not been idle for too long to know."""
-        if self._socket is None or time.monotonic() - self._used_s > _IDLE_S:
-            return False
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not poll.poll(0)
+        self._response: HTTPResponse | None = None
+        self._sent = self._aborted = False
 
     def ask(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> EtcdReply:
-        """The answer to one request, by a time on the monotonic clock; errors of `messages`, and `unreachable`."""
-        self.is_reusable = False
+        """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given."""
         response = self._post(path, body, token, until=until, connect_s=connect_s)
         return answer_of(response.status, self._whole(response, until), self.endpoint)
 
     def stream(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> Iterator[Json]:
         """The objects that the answer streams, one a line: the first by `until`, then until it ends or is cut."""
-        self.is_reusable = False
         response = self._post(path, body, token, until=until, connect_s=connect_s)
         if response.status != 200:
             answer_of(response.status, self._whole(response, until), self.endpoint)
@@ -159,31 +114,35 @@ class Connection:
         if self._socket is not None:
             self._socket.settimeout(None)
 
-    def close(self) -> None:
-        """End it, and the request that is under way in another thread. Idempotent."""
-        self._closed = True
+    def abort(self) -> None:
+        """Let the request that is under way in another thread fail."""
+        self._aborted = True
         if self._socket is not None:
             with suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # which wakes who reads; TLS's own does not
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+        if self._response is not None:
+            self._response.close()
         self._http.close()
 
     def _post(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> HTTPResponse:
-        self._sent = False
         try:
-            if self._socket is None:
-                self._http.timeout = max(_LEAST_S, min(connect_s, until - time.monotonic()))
-                self._http.connect()
-                self._socket = self._http.sock
-            if self._closed:
+            self._http.timeout = max(_LEAST_S, min(connect_s, until - time.monotonic()))
+            self._http.connect()
+            self._socket = self._http.sock
+            if self._aborted:
                 raise ConnectionAbortedError("closed in the meantime")
             self._socket.settimeout(max(_LEAST_S, until - time.monotonic()))
             self._sent = True
-            self._http.request(
-                "POST", f"/v3/{path}", json.dumps(body, default=_revealed).encode(), _headers(path, token)
-            )
-            return self._http.getresponse()
+            content = json.dumps(body, default=_revealed).encode()
+            self._http.request("POST", f"/v3/{path}", content, _headers(path, token))
+            self._response = self._http.getresponse()
         except (OSError, HTTPException) as error:
             failure = self._unreachable(error)
+        else:
+            return self._response
         raise failure
 
     def _whole(self, response: HTTPResponse, until: float) -> bytes:
@@ -198,9 +157,6 @@ class Connection:
                 self._socket.settimeout(max(_LEAST_S, until - time.monotonic()))
         except (OSError, HTTPException) as error:
             raise self._unreachable(error) from None
-        self.is_reusable = not (response.length or response.will_close)
-        response.close()
-        self._used_s = time.monotonic()
         return b"".join(pieces)
 
     def _lines(self, response: HTTPResponse) -> Iterator[Json]:
@@ -227,17 +183,27 @@ class Connection:
 
 
 class EtcdClient:
-    """One process's connections to a cluster. Thread-safe."""
+    """One process's calls to a cluster, none by a proxy. Thread-safe.
 
-    def __init__(self, access: Access) -> None:
-        """Nothing is connected yet."""
-        self.access = access
-        self.endpoints = access.endpoints
-        self._token: Secret | None = None if access.user else NO_TOKEN
+    Args:
+        endpoints: `host:port` of at least one, in the order in which they are tried.
+        config: the user, and the files of TLS.
+        tls: whether it is spoken without a `ca_file` too.
+
+    Raises:
+        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
+    """
+
+    def __init__(self, endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> None:
+        self.endpoints = Endpoints(endpoints)
+        self.tls = _tls_context(config) if tls or config.ca_file is not None else None
+        if self.tls is None and config.cert_file is not None:
+            text = "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too"
+            raise ConfigError(text, field="cert_file")
+        self._user, self._password = config.user or "", config.password or NO_TOKEN
+        self._token: Secret | None = None if self._user else NO_TOKEN
         self._login_lock = threading.Lock()
-        self._lock = threading.Lock()
-        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
-        self._busy: set[Connection] = set()
+        self._connections: set[Connection] = set()
         self._closed = False
 
     def call(self, path: str, body: Json, *, until: float, repeatable: bool = True) -> EtcdReply:
@@ -259,7 +225,7 @@ class EtcdClient:
         try:
             return work(token)
         except StorePermissionError as error:
-            if not self.access.user or not is_not_logged_in(error):
+            if not self._user or not is_not_logged_in(error):
                 raise
         with self._login_lock:  # unless another thread has a new one already
             if self._token == token:
@@ -280,15 +246,13 @@ class EtcdClient:
             self._login_lock.release()
 
     def close(self) -> None:
-        """Close all connections; a call that is under way ends with an error."""
-        with self._lock:
-            self._closed = True
-            connections = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
-        for connection in connections:
-            connection.close()
+        """Refuse from now on; a call that is under way ends with an error."""
+        self._closed = True
+        for connection in tuple(self._connections):
+            connection.abort()
 
     def _logged_in(self, until: float) -> Secret:
-        credentials = {"name": self.access.user, "password": self.access.password}
+        credentials = {"name": self._user, "password": self._password}
         try:
             reply = self._ask("auth/authenticate", credentials, NO_TOKEN, until, repeatable=True)
         except StoreUnavailableError as error:
@@ -303,38 +267,22 @@ class EtcdClient:
     def _ask(self, path: str, body: Json, token: Secret, until: float, *, repeatable: bool) -> EtcdReply:
         def ask(endpoint: str, share: float) -> EtcdReply:
             """One endpoint's answer, within its share, or, once connected, all of the time for what is sent once."""
+            if self._closed:
+                raise ConfigError("the store is closed: open another")
             end = min(until, time.monotonic() + share) if repeatable else until
-            connection = self._taken(endpoint)
+            connection = Connection(endpoint, self.tls)
+            self._connections.add(connection)
             try:
                 return connection.ask(path, body, token, until=end, connect_s=share)
             finally:
-                self._give_back(connection)
+                self._connections.discard(connection)
+                connection.close()
 
         return self.endpoints.first(ask, until, repeatable=repeatable)
 
-    def _taken(self, endpoint: str) -> Connection:
-        with self._lock:
-            if self._closed:
-                raise ConfigError("the store is closed: open another")
-            idle = self._idle[endpoint]
-            while idle and not idle[-1].is_fresh:
-                idle.pop().close()
-            connection = idle.pop() if idle else Connection(endpoint, self.access.tls)
-            self._busy.add(connection)
-        return connection
-
-    def _give_back(self, connection: Connection) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-            idle = self._idle[connection.endpoint]
-            if connection.is_reusable and not self._closed and len(idle) < _IDLE_CONNECTIONS:
-                idle.append(connection)
-                return
-        connection.close()
-
 
 def _headers(path: str, token: Secret) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Connection": "close"}
     if token != NO_TOKEN:
         headers["Authorization"] = token.reveal().decode()
     if path == "watch":  # a member that has lost the others ends a watch that has this (clientv3.WithRequireLeader)

@@ -30,9 +30,9 @@ import binascii
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ucxx_transport.errors import (
     CompactedError,
@@ -179,7 +179,7 @@ def identity_key(namespace: Namespace) -> bytes:
 
 
 def range_request(first: bytes, end: bytes | None = None, *, count_only: bool = False) -> Json:
-    """Ask for one key, or for those from `first` on, below `end`, in order."""
+    """Ask for one key, or for those from `first` on, below `end`, in order; deleting names them by the same."""
     request: dict[str, object] = {"key": _text(first)}
     if end is not None:
         request["range_end"] = _text(end)
@@ -194,11 +194,6 @@ def put_request(key: bytes, value: bytes, lease_id: int | None) -> Json:
     if lease_id is not None:
         request["lease"] = str(lease_id)
     return request
-
-
-def delete_request(key: bytes) -> Json:
-    """Remove one key."""
-    return {"key": _text(key)}
 
 
 def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Json:
@@ -270,14 +265,9 @@ def _batches(events: list[Json], namespace: Namespace) -> Iterator[Batch]:
 
 def _event(event: Json, namespace: Namespace) -> Event:
     found = entry(event["kv"], namespace)
-    kind: Literal["put", "delete"] = "delete" if event.get("type") == "DELETE" else "put"
-    return Event(
-        kind=kind,
-        key=found.key,
-        value=b"" if kind == "delete" else found.value,
-        revision=found.revision,
-        lease_id=None if kind == "delete" else found.lease_id,
-    )
+    if event.get("type") == "DELETE":
+        return Event(kind="delete", key=found.key, value=b"", revision=found.revision)
+    return Event(kind="put", **asdict(found))
 
 
 def _text(raw: bytes) -> str:

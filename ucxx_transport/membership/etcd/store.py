@@ -12,7 +12,7 @@ from functools import partial
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StorePermissionError
 from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.client import EtcdClient, access
+from ucxx_transport.membership.etcd.client import EtcdClient
 from ucxx_transport.membership.etcd.messages import EtcdReply, Json
 from ucxx_transport.membership.etcd.watch import EtcdWatch
 from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
@@ -40,8 +40,8 @@ class EtcdStore(Store):
         self._config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._namespace = Namespace(self._config.namespace)
-        self._access = access(endpoints, self._config, tls=tls)
-        self._by_process: dict[int, EtcdClient] = {}
+        self._new_client = partial(EtcdClient, endpoints, self._config, tls=tls)
+        self._by_process = {os.getpid(): self._new_client()}
         self._identity = ""
         self._closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
@@ -102,7 +102,7 @@ class EtcdStore(Store):
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
-        request = messages.delete_request(stored)
+        request = messages.range_request(stored)
         if checked_expected(expected) is None:
             return bool(self._change("kv/deleterange", request, timeout_s).number("deleted"))
         try:
@@ -173,7 +173,7 @@ class EtcdStore(Store):
         if self._closed:
             raise ConfigError("the store is closed: open another", url=self.url)
         pid = os.getpid()
-        return self._by_process.get(pid) or self._by_process.setdefault(pid, EtcdClient(self._access))
+        return self._by_process.get(pid) or self._by_process.setdefault(pid, self._new_client())
 
     def _forget_identity(self) -> None:
         """A watch has found the store to be another one: the next one takes it as it is."""

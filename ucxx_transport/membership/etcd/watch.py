@@ -2,8 +2,8 @@
 
 The stream is taken up again after the last whole batch, at another endpoint where one fails. etcd sends nothing on a
 stream whose revision it will not reach for long, as after its data were wiped; nor does a dead machine. So a second
-thread asks every `PROBE_S` for the store's identity, on a connection of its own, of the endpoint that serves the
-stream. That reading is linearizable, which a stream's own revision is not: a member that lags is no wiped store.
+thread asks every `PROBE_S` for the store's identity, of the endpoint that serves the stream. That reading is
+linearizable, which a stream's own revision is not: a member that lags is no wiped store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -28,7 +28,7 @@ from ucxx_transport.errors import (
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.etcd import messages
 from ucxx_transport.membership.etcd.client import Connection, EtcdClient
-from ucxx_transport.membership.etcd.messages import Json
+from ucxx_transport.membership.etcd.messages import EtcdReply, Json
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Watch
 from ucxx_transport.settings.fields import Secret
@@ -79,7 +79,7 @@ class EtcdWatch(Watch):
         self._outage: StoreUnavailableError | None = None
         self._end: TransportError | None = None
         self._closed = False
-        self._connections: list[Connection] = []
+        self._connections: set[Connection] = set()
         self._thread: threading.Thread | None = None
         # The rest is the thread's.
         self._after = self._revision = after
@@ -115,9 +115,9 @@ class EtcdWatch(Watch):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            connections, thread = list(self._connections), self._thread
+            connections, thread = tuple(self._connections), self._thread
         for connection in connections:
-            connection.close()
+            connection.abort()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)  # a login that is under way ends by its own deadline
 
@@ -156,22 +156,31 @@ class EtcdWatch(Watch):
     def _follow_as(self, token: Secret, endpoint: str, share: float) -> None:
         request = messages.watch_request(self._first, self._last, after=self._after)
         until = time.monotonic() + share
-        stream, prober = (Connection(endpoint, self._client.access.tls) for _ in range(2))
-        with self._changed:
-            self._connections = [stream, prober]
-        try:
-            if self._closed:
-                return
+        with self._connected(endpoint) as stream:
             lines = stream.stream("watch", request, token, until=until, connect_s=share)
-            ask = partial(prober.ask, token=token, connect_s=self._timeout_s)
-            self._begun(next(lines, None), endpoint, lambda path, body: ask(path, body, until=until))
+            self._begun(next(lines, None), endpoint, partial(self._ask, endpoint, token, share))
             self._client.endpoints.answered(endpoint)
             self._set()
             stream.unbounded()
-            self._serve(stream, lines, lambda path, body: ask(path, body, until=time.monotonic() + self._timeout_s))
+            self._serve(stream, lines, partial(self._ask, endpoint, token, self._timeout_s))
+
+    def _ask(self, endpoint: str, token: Secret, timeout_s: float, path: str, body: Json) -> EtcdReply:
+        with self._connected(endpoint) as connection:
+            return connection.ask(path, body, token, until=time.monotonic() + timeout_s, connect_s=timeout_s)
+
+    @contextmanager
+    def _connected(self, endpoint: str) -> Iterator[Connection]:
+        """A connection that `close` ends, too."""
+        connection = Connection(endpoint, self._client.tls)
+        with self._changed:
+            if self._closed:
+                raise StoreUnavailableError("the watch is closed")
+            self._connections.add(connection)
+        try:
+            yield connection
         finally:
-            stream.close()
-            prober.close()
+            self._connections.discard(connection)
+            connection.close()
 
     def _begun(self, line: Json | None, endpoint: str, ask: messages.Ask) -> None:
         if line is None:
@@ -192,7 +201,7 @@ class EtcdWatch(Watch):
                     self._probe(ask)
             except TransportError as error:
                 found.append(error)
-                stream.close()
+                stream.abort()
 
         prober = threading.Thread(target=probe, name="ucxx-etcd-probe", daemon=True)
         prober.start()

@@ -50,7 +50,7 @@ class Change(NamedTuple):
 class Content:
     """The store's content. Every process that replays the same log has the same.
 
-    Methods but `apply` change nothing: they give the steps of a change, or refuse it.
+    Methods but `apply` change nothing: those named "-ing" refuse a change, or give its steps and what its caller gets.
 
     Attributes:
         boot_id: of the boot that the deadlines are of.
@@ -148,19 +148,23 @@ class Content:
         over = sorted(lease for lease in leases if is_rebooted or lease[0] <= now)
         return [*(["end", lease_id] for _, lease_id in over), *([["boot", boot_id]] if is_rebooted else [])]
 
+    def granting(self, lease_id: int, ttl_s: float, now: float) -> tuple[list[Step], None]:
+        """A new lease."""
+        return [["lease", lease_id, ttl_s, now + ttl_s]], None
+
     def renewing(self, lease_id: int, now: float) -> tuple[list[Step], float]:
-        """Move a lease's deadline; with its time to live. A LeaseLostError: there is no such lease."""
+        """Move a lease's deadline; its time to live. A LeaseLostError: there is no such lease."""
         if lease_id not in self._leases:
             raise lease_lost(lease_id)
         ttl_s, _ = self._leases[lease_id]
         return [["lease", lease_id, ttl_s, now + ttl_s]], ttl_s
 
-    def ending(self, lease_id: int) -> list[Step]:
-        """End a lease; none where there is no such lease."""
-        return [["end", lease_id]] if lease_id in self._leases else []
+    def ending(self, lease_id: int) -> tuple[list[Step], None]:
+        """End a lease, if there is such a lease."""
+        return [["end", lease_id]] if lease_id in self._leases else [], None
 
-    def putting(self, key: bytes, value: bytes, *, lease_id: int | None, expected: int | None) -> list[Step]:
-        """Write an entry.
+    def putting(self, key: bytes, value: bytes, lease_id: int | None, expected: int | None) -> tuple[list[Step], int]:
+        """Write an entry; its revision.
 
         Raises:
             ConflictError: the key's revision is not the expected one.
@@ -169,12 +173,13 @@ class Content:
         self._check(key, expected, 0)
         if lease_id is not None and lease_id not in self._leases:
             raise lease_lost(lease_id)
-        return [["put", key, value, lease_id]]
+        return [["put", key, value, lease_id]], self.revision + 1
 
-    def deleting(self, key: bytes, *, expected: int | None) -> list[Step]:
-        """Remove an entry; none where it is not there. A ConflictError: it has another revision than expected."""
+    def deleting(self, key: bytes, expected: int | None) -> tuple[list[Step], bool]:
+        """Remove an entry; whether it is there. A ConflictError: it has another revision than expected."""
         self._check(key, expected, expected)
-        return [["delete", key]] if key in self.entries else []
+        is_there = key in self.entries
+        return [["delete", key]] if is_there else [], is_there
 
     def _check(self, key: bytes, expected: int | None, absent: int | None) -> None:
         revision = self.entries[key].revision if key in self.entries else absent

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import secrets
 import stat
 import struct
@@ -38,9 +37,9 @@ from itertools import count
 from pathlib import Path
 from typing import Final, TypeVar
 
-import msgpack  # type: ignore[import-untyped]  # ships no types
+import msgpack
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.local.content import Content, Step
@@ -165,8 +164,7 @@ class LogFile:
             with self._call(until), self._opened() as fd:
                 if _is_taken(fd, self.path):
                     return self._change(fd, decide)
-            jitter = random.random()  # noqa: S311 - spreads those who wait
-            wait_s = pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S, jitter=jitter)
+            wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
             if time.monotonic() + wait_s > until:
                 break
             time.sleep(wait_s)
@@ -197,8 +195,9 @@ class LogFile:
             lock.release()
 
     def _seen(self) -> Content | None:
-        """The content without any lock; None: there is no store yet."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        """The content without any lock; None: it takes a lock to see what there is."""
+        # A damaged frame may be one that is just written over what a killed writer has left.
+        with suppress(FileNotFoundError, NotADirectoryError, StoreUnavailableError):
             if self._content is not None and _stamp_of(os.stat(self.path)) == self._stamp:
                 return self._content
             fd = os.open(self.path, _OPEN & ~os.O_CREAT)
@@ -300,6 +299,8 @@ class LogFile:
                 os.close(new)
         except OSError as error:
             _log.warning("store_not_rewritten", path=str(self.path), reason=error.strerror)
+            with suppress(OSError):
+                fresh.unlink()
 
 
 _files: weakref.WeakSet[LogFile] = weakref.WeakSet()

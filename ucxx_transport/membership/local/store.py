@@ -74,11 +74,8 @@ class LocalStore(Store):
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         lease = Lease(lease_id=secrets.randbelow((1 << 63) - 1) + 1, ttl_s=checked_ttl_s(ttl_s))
-
-        def grant(_: Content) -> tuple[list[Step], Lease]:
-            return [["lease", lease.lease_id, lease.ttl_s, self._clock() + lease.ttl_s]], lease
-
-        return self._write(grant, timeout_s)
+        self._write(lambda content: content.granting(lease.lease_id, lease.ttl_s, self._clock()), timeout_s)
+        return lease
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         checked_lease_id(lease_id)
@@ -86,7 +83,7 @@ class LocalStore(Store):
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         checked_lease_id(lease_id)
-        self._write(lambda content: (content.ending(lease_id), None), timeout_s)
+        self._write(lambda content: content.ending(lease_id), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         stored = self._namespace.stored(key)
@@ -107,21 +104,12 @@ class LocalStore(Store):
         checked_expected(expected)
         if lease_id is not None:
             checked_lease_id(lease_id)
-
-        def put(content: Content) -> tuple[list[Step], int]:
-            return content.putting(stored, value, lease_id=lease_id, expected=expected), content.revision + 1
-
-        return self._write(put, timeout_s)
+        return self._write(lambda content: content.putting(stored, value, lease_id, expected), timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
         checked_expected(expected)
-
-        def delete(content: Content) -> tuple[list[Step], bool]:
-            steps = content.deleting(stored, expected=expected)
-            return steps, bool(steps)
-
-        return self._write(delete, timeout_s)
+        return self._write(lambda content: content.deleting(stored, expected), timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self._namespace.bounds(prefix)
