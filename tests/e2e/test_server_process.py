@@ -141,6 +141,15 @@ def test_ports_come_up_and_end_side_by_side() -> None:
     assert not any(psutil.pid_exists(pid or 0) for pid in pids)
 
 
+def test_a_port_s_process_takes_little_memory(record_property: Callable[[str, object], None]) -> None:
+    with served_ring() as served, client_of() as client:
+        client.read(write(served.ring, 0)).release()
+        status = Path(f"/proc/{pid_of_server(served)}/status").read_text(encoding="ascii")
+    own_bytes = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:"))
+    record_property("own_megabytes", round(own_bytes / 1e6, 1))
+    assert own_bytes < 36e6
+
+
 def test_server_process_is_told_the_folder_of_its_ring(tmp_path: Path) -> None:
     with served_ring(ring={"folder": str(tmp_path)}) as served, client_of(local="auto") as client:
         assert served.ring.folder == tmp_path
