@@ -139,7 +139,7 @@ class UCXXLink:
         self.check_usable()
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
-        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.flight.order))
+        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.flight.endpoints))
         if error is None and not self._rdma:
             error = other_family(host, self._settings, os.environ)
         try:
@@ -212,11 +212,11 @@ class UCXXLink:
         return self._descriptor
 
     def statistics(self) -> LinkStatistics:
-        self.counters.endpoints_open = len(self.flight.order)
+        self.counters.endpoints_open = len(self.flight.endpoints)
         return self.counters.snapshot()
 
     def transports(self) -> tuple[str, ...]:
-        lanes = [lane for endpoint in self.flight.order for lane in endpoint.lanes()]
+        lanes = [lane for endpoint in self.flight.endpoints for lane in endpoint.lanes()]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)
 
@@ -227,7 +227,7 @@ class UCXXLink:
         self.closing = True
         failure: Exception | None = None
         late_s = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self.flight.order or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
+        while (self.flight.endpoints or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
             try:
                 self._end_all(late=time.monotonic() > late_s)
                 if not self.progress():
@@ -246,7 +246,7 @@ class UCXXLink:
     def forget(self) -> None:
         self._forked = True
         self._progress_once = self._refused
-        for endpoint in self.flight.order:
+        for endpoint in self.flight.endpoints:
             endpoint.disown()
 
     def check_usable(self) -> None:
@@ -281,7 +281,7 @@ class UCXXLink:
 
     def forget_endpoint(self, endpoint: UCXXEndpoint) -> None:
         """An endpoint is closed."""
-        del self.flight.order[endpoint]
+        self.flight.remove(endpoint)
         self._bases.discard(endpoint.base)
         self._discard_unexpected()
 
@@ -352,7 +352,7 @@ class UCXXLink:
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self._listeners):
             listener.close()
-        for endpoint in list(self.flight.order):
+        for endpoint in list(self.flight.endpoints):
             endpoint.close()
             if late:
                 self._end_late(endpoint)

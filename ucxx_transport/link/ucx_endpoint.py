@@ -20,7 +20,16 @@ from ucxx_transport.link.ucx_api import (
     listener_has_answered,
     release_cancelled,
 )
-from ucxx_transport.link.ucx_flight import EVERYTHING, HELLO, RECEIVE, SEND, LinkContext, UCXXMessage, UCXXOperation
+from ucxx_transport.link.ucx_flight import (
+    EVERYTHING,
+    HELLO,
+    RECEIVE,
+    SEND,
+    LinkContext,
+    Posted,
+    UCXXMessage,
+    UCXXOperation,
+)
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
 CLOSE_TIMEOUT_S: Final = 2.0
@@ -31,7 +40,7 @@ GRACE_S: Final = 0.05
 (seen over shared-memory lanes): it is given up, and its buffer leaked when the endpoint is closed."""
 
 
-class UCXXEndpoint:
+class UCXXEndpoint(Posted):
     """See `base.Endpoint`. Made by `UCXXLink.connect` and its listeners.
 
     Args:
@@ -41,9 +50,6 @@ class UCXXEndpoint:
         address: of the listener that it connects to.
         on_ended: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
             listener, into which UCX points.
-
-    Attributes:
-        receives, sends: what is in flight, oldest first.
     """
 
     def __init__(
@@ -57,18 +63,17 @@ class UCXXEndpoint:
         on_ended: Callable[[], None] | None = None,
         error: TransportError | None = None,
     ) -> None:
+        super().__init__()
         self.peer = peer
         self.events = events
         self.alive = True
         self._usable = ucx is not None
-        self.receives: list[UCXXOperation] = []
-        self.sends: list[UCXXOperation] = []
         self.base = secrets.randbits(BASE_BITS)
         self._link = link
         self._counters = link.counters
         self._make_array = link.binding.make_array
         self._make_tag = link.binding.lib.UCXXTag
-        self._touch = link.flight.order.move_to_end
+        self._order = link.flight.order
         self._ucx = ucx
         self._address = address
         self._on_ended = on_ended
@@ -105,12 +110,20 @@ class UCXXEndpoint:
         request = self._ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
         self._counters.receives += 1
         operation = UCXXOperation(RECEIVE, array, nbytes, on_done, request)
-        if request.status == IN_PROGRESS:
+        operation.channel = channel
+        before = self.newest.get(channel)
+        if before is not None:
+            before.follower = operation
+        elif request.status == IN_PROGRESS:
             self.receives.append(operation)
-            self._touch(self, False)  # noqa: FBT003  # positional is what it costs least
         else:  # the message was there already
-            self._take_outcome(operation)
+            self.take_outcome(operation)
             self._link.ready.append((on_done, operation))
+            return operation
+        self.newest[channel] = operation
+        order = self._order
+        order.pop(self, None)
+        order[self] = None
         return operation
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
@@ -133,9 +146,10 @@ class UCXXEndpoint:
         operation = UCXXOperation(SEND, array, nbytes, on_done, request)
         if request.status == IN_PROGRESS:
             self.sends.append(operation)
-            self._touch(self, False)  # noqa: FBT003  # positional is what it costs least
+            self._order.pop(self, None)
+            self._order[self] = None
         else:
-            self._take_outcome(operation)
+            self.take_outcome(operation)
             if on_done is not None:
                 self._link.ready.append((on_done, operation))
         return operation
@@ -165,32 +179,6 @@ class UCXXEndpoint:
         if self._ucx is None or not self._usable or self._send_base < 0:
             return ()
         return endpoint_lanes(self._ucx.handle)
-
-    def search(self, misses: int) -> bool:
-        """Call back what has ended; whether anything has. See `ucx_flight`.
-
-        Args:
-            misses: how many of the receives, and of the sends, may be in progress.
-        """
-        found = False
-        for flight in (self.receives, self.sends):
-            index = 0
-            while index < len(flight):
-                operation = flight[index]
-                request = operation.request
-                assert request is not None  # in flight
-                if request.status == IN_PROGRESS:
-                    index += 1
-                    if index > misses:
-                        break
-                else:
-                    found = True
-                    del flight[index]
-                    self._take_outcome(operation)
-                    on_done, operation.on_done = operation.on_done, None
-                    if on_done is not None:
-                        on_done(operation)
-        return found
 
     def note_loss(self) -> None:
         """UCX found the peer gone. Called inside its progress: takes note, no more."""
@@ -222,10 +210,11 @@ class UCXXEndpoint:
     def end_close(self) -> None:
         """Release UCX's endpoint; buffers of what has not ended are leaked."""
         self.give_up()
-        self._clean = not (self.receives or self.sends)
-        for operation in (*self.receives, *self.sends):
+        left = self.in_flight()
+        self._clean = not left
+        for operation in left:
             self._link.leak(operation, self._ucx)
-        self.receives, self.sends = [], []
+        self.receives, self.sends, self.newest = [], [], {}
         if self._ucx is not None and self._clean:
             release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None
@@ -276,7 +265,7 @@ class UCXXEndpoint:
         self._link.ready.append((UCXXEndpoint.fail_deferred, self))
         return operation
 
-    def _take_outcome(self, operation: UCXXOperation) -> None:
+    def take_outcome(self, operation: UCXXOperation) -> None:
         """An operation is over: its buffer is free."""
         request = operation.request
         assert request is not None
@@ -335,10 +324,13 @@ class UCXXEndpoint:
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
         self.search(EVERYTHING)
-        for operation in (*self.receives, *self.sends):
+        for operation in self.in_flight():
+            if operation.request is not None and operation.request.status != IN_PROGRESS:  # behind one that never ends
+                self.take_outcome(operation)
+            else:
+                operation.error = self._why_lost()
             on_done, operation.on_done = operation.on_done, None
             if on_done is not None:
-                operation.error = self._why_lost()
                 on_done(operation)
 
     def _why_lost(self) -> TransportError:
@@ -363,8 +355,9 @@ class UCXXEndpoint:
             operation.request = request
             if request.status == IN_PROGRESS:
                 self.sends.append(operation)
+                self._order[self] = None
             else:
-                self._take_outcome(operation)
+                self.take_outcome(operation)
                 if operation.on_done is not None:
                     self._link.ready.append((operation.on_done, operation))
 
