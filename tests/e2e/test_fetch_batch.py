@@ -78,8 +78,10 @@ def test_what_was_given_up_while_its_server_hung_makes_room_once_that_goes_on() 
         prefetcher.fetch(episodes_of(worker, (10,))).release()
         server = worker.ask(server=True)["server"]
         stop_process(server)
-        prefetcher.start(episodes_of(worker, (20, 30, 40)))  # all slots but one, of a ring that overwrites nothing
-        assert not prefetcher.wait(0.5)
+        late = prefetcher.begin(
+            episodes_of(worker, (20, 30, 40))
+        )  # all slots but one, of a ring that overwrites nothing
+        assert not late.wait(0.5)
         assert prefetcher.statistics().losses == {"timeout": 3}
         os.kill(server, signal.SIGCONT)
         wait_until(lambda: worker.ask(ring=True)["ring"]["free"] == 4, 60, what="their slots are free")

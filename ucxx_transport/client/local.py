@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.errors import ChecksumError, ConfigError, ProtocolError, StaleSlotError
+from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, segment_folder
 
@@ -121,7 +121,12 @@ class LocalReader:
             ChecksumError: its bytes have changed since they were written.
             DeadlineExceededError: the lock was not to be had in `limit_s`.
         """
-        lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        try:
+            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        except BusyError:
+            if not ring.reclaim_dead():  # the one that holds it may be gone
+                raise
+            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         return lease, self._copied(ring, ref, lease)
 
     def _copied(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease) -> Bytes | None:

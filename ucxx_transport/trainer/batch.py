@@ -222,31 +222,22 @@ class BatchFetch:
     Args:
         core: reads.
         request: the batch.
-        on_done: called once, in that thread, with this fetch and the batch, or what ended it that was no TransportError
-            of one episode; not called after `abandon`. Must not raise.
+        on_done: called once, in that thread, with the batch, or what ended it that was no TransportError of one
+            episode; not called after `abandon`. Must not raise.
         on_payload: given every payload as it comes, gives what stands in its place; what it raises beside
             TransportErrors ends the fetch.
-
-    Attributes:
-        request: as given.
-        outcome: for who waits for it: what `on_done` was given, unless it is dropped.
-        is_dropped: whether nobody waits for it any more.
     """
 
-    __slots__ = (
-        *("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer"),
-        *("is_dropped", "outcome", "request"),
-    )
+    __slots__ = ("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer")
 
     def __init__(
         self,
         core: ClientCore,
         request: FetchRequest,
-        on_done: Callable[[BatchFetch, Batch | Exception], None],
+        on_done: Callable[[Batch | Exception], None],
         on_payload: Callable[[Payload], Payload] | None = None,
     ) -> None:
         self._core = core
-        self.request = request
         self._on_done = on_done
         self._on_payload = on_payload
         self._rounds = rounds_of(request, core.reactor.now)
@@ -254,8 +245,6 @@ class BatchFetch:
         self._timer: Timer | None = None
         self._error: Exception | None = None
         self._over = False
-        self.is_dropped = False
-        self.outcome: Batch | Exception | None = None
 
     def start(self, after_s: float = 0.0) -> None:
         """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
@@ -277,7 +266,7 @@ class BatchFetch:
     def fail(self, error: Exception) -> None:
         """Give it up: `on_done` is called with this."""
         self.abandon()
-        self._on_done(self, error)
+        self._on_done(error)
 
     def _step(self, outcomes: Outcomes | None) -> None:
         """Go on, within a callback of the reactor: what is raised here ends this fetch and nothing else."""
@@ -293,7 +282,7 @@ class BatchFetch:
                 self._job = job
         except StopIteration as end:
             self._over = True
-            self._on_done(self, end.value)
+            self._on_done(end.value)
         except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
             self.fail(error)
 

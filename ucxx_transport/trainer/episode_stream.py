@@ -123,11 +123,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         """
         with self._changed:
             self._closed = True
-            begun = list(self._begun)
             self._begun.clear()
             self._changed.notify_all()
-        for _, pending in begun:
-            pending.cancel()
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
@@ -169,7 +166,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             while len(self._begun) >= self._ahead and not self._closed:
                 self._changed.wait()
             if self._closed:
-                self._prefetcher.leave(1)
+                self._prefetcher.count_left(1)
                 return False
             self._begun.append((record, self._prefetcher.begin([record])))
             self._changed.notify_all()

@@ -1,28 +1,33 @@
-"""Prefetcher: fetches a trainer's next batch while it trains on this one.
+"""Prefetcher: batches fetched side by side while a trainer does something else, by one plain thread with one client.
 
-| call              | nothing under way  | a batch is being fetched    | a batch has been fetched            |
-|-------------------|--------------------|-----------------------------|-------------------------------------|
-| `start(records)`  | is fetched         | refused: collect or defer   | refused: collect or defer           |
-| `defer(records)`  | is fetched         | queued                      | queued                              |
-| `wait()`          | refused: start it  | waits; in vain: given up    | nothing                             |
-| `collect()`       | refused: start it  | refused: wait first         | the batch; the one before goes      |
-| `release()`       | the one in use goes | the one in use goes        | the one in use goes                 |
+| a batch         | its future      | is held by                  | counts, when the prefetcher is closed           |
+|-----------------|-----------------|-----------------------------|-------------------------------------------------|
+| prepared        | pending         | its caller                  | its episodes, as lost by "closed"               |
+| begun           | pending         | a `BatchFetch`              | the same                                        |
+| come            | has its outcome | its future                  | its payloads, the same; its losses, as they are |
+| taken           | …               | its caller, who releases it | nothing more: counted then                      |
+| given up        | cancelled       | nobody: released as it comes| nothing more: counted then                      |
 
-After `collect`, and after a batch was given up, the oldest deferred one is fetched next. What was given up is never
-taken for another: an outcome belongs to its own fetch (`fetch_thread`).
+The thread runs the reactor of the client's core, and sleeps while nothing is on its way. Fetches begin and end in it;
+other threads hand over what it is to do (`Reactor.submit`), and wait for a future.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections import Counter, deque
+import math
+import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import checked_seconds
-from ucxx_transport.errors import ConfigError, DeadlineExceededError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import (
     DEFAULT_FETCH_ROUNDS,
@@ -32,8 +37,7 @@ from ucxx_transport.trainer.batch import (
     PrefetchStatistics,
     Records,
 )
-from ucxx_transport.trainer.fetch_thread import FetchThread
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason
+from ucxx_transport.trainer.loss_policy import Loss, LossReason, discardable_of
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
@@ -44,34 +48,72 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_GRACE_S = 5.0
+_GRACE_S: Final = 5.0
 """A fetch keeps its own deadline; who waits for it gives the thread this much more before the batch counts as lost."""
 
-YIELD_S: Final = 1e-3
-"""A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
-so much later, rather than take the interpreter from it at once."""
+_JOIN_TIMEOUT_S: Final = 5.0
 
 
 class PendingBatch:
-    """A batch that was begun. Take its `result`, or `cancel` it."""
+    """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
 
-    __slots__ = ("_fetch", "_prefetcher")
+    __slots__ = ("_prefetcher", "future", "request")
 
-    def __init__(self, prefetcher: Prefetcher, fetch: BatchFetch) -> None:
+    def __init__(self, prefetcher: Prefetcher, request: FetchRequest) -> None:
         self._prefetcher = prefetcher
-        self._fetch = fetch
+        self.request = request
+        self.future: Future[Batch | Exception] = Future()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its result need not be waited for."""
+        return self.future.done()
+
+    def begin(self, after_s: float = 0.0) -> None:
+        """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
+        self._prefetcher.begin_prepared(self, after_s)
+
+    def wait(self, timeout_s: float | str | None = None) -> bool:
+        """Wait for it.
+
+        Args:
+            timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
+
+        Returns:
+            False when it did not come: it is given up, its episodes are counted and reported as lost by "timeout",
+            and whatever still comes of it is released.
+
+        Raises:
+            ConfigError: it was cancelled, or the prefetcher is closed.
+        """
+        return self._prefetcher.wait_for(self, timeout_s)
 
     def result(self) -> Batch:
-        """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
-        return self._prefetcher.take(self._fetch)
+        """Wait for it, count it and report its losses. The caller releases it.
+
+        Raises:
+            ConfigError: it was cancelled, or the prefetcher is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+        """
+        return self._prefetcher.take(self)
 
     def cancel(self) -> None:
-        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
-        self._prefetcher.leave(len(self._fetch.request.records), self._fetch)
+        """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
+        self._prefetcher.leave(self)
 
 
 class Prefetcher:
     """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
+
+    ```python
+    with Prefetcher(config) as prefetcher:
+        pending = prefetcher.begin(next_records())
+        while training:
+            batch = pending.result()
+            pending = prefetcher.begin(next_records())    # fetched while this one is trained on
+            train(batch.payloads)
+            batch.release()
+    ```
 
     Args:
         config: settings of the client.
@@ -81,7 +123,7 @@ class Prefetcher:
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
-        on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
+        on_loss: called with every episode that is in no batch, by `wait`, `result` and `fetch` in the caller's thread.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
         uploader: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
@@ -107,168 +149,117 @@ class Prefetcher:
             FetchRequest, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
         )
         self._deadline_s = self._request((), 0).deadline_s  # wrong bounds are refused here
-        core = ClientCore(
+        self._discard_lost = discard_lost
+        self._on_loss = on_loss
+        self._uploader = uploader
+        self._core = ClientCore(
             config,
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,
             in_place=None if uploader is None else uploader.is_locked,
         )
-        self._uploader = uploader
-        self._on_loss = on_loss
-        self._head: BatchFetch | None = None
-        self._deferred: deque[FetchRequest] = deque()
-        self._in_use: Batch | None = None
-        self._is_awaited = True
+        self._on_payload = None if uploader is None else partial(uploader.upload, timers=self._core.reactor)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._closed = False
+        self._untaken: set[PendingBatch] = set()
         self._counts: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         self._fetch_s = 0.0
-        self._thread = FetchThread(
-            core, discard_deadline_s=self._deadline_s, discard_lost=discard_lost, uploader=uploader
-        )
-        self._changed = self._thread.changed
+        self._running: dict[PendingBatch, BatchFetch] = {}  # the thread's own
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
+        self._thread.start()
         atexit.register(self.close)
 
-    @property
-    def is_cold_start(self) -> bool:
-        """Whether nothing is on its way and nothing waits to be collected."""
-        return self._head is None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a batch waits to be collected."""
-        head = self._head
-        return head is not None and head.outcome is not None
-
-    @property
-    def batch(self) -> Batch | None:
-        """The batch that was collected last; its payloads are released by the next `collect`."""
-        return self._in_use
-
-    def start(self, records: Records, *, policy_version: int | None = None) -> None:
-        """Begin to fetch a batch, and return at once.
-
-        Raises:
-            ConfigError: a batch is on its way or waits to be collected; `policy_version` is missing; or the prefetcher
-                is closed.
-        """
-        request = self._request(records, policy_version)
-        with self._thread.opened():
-            if self._head is not None:
-                raise ConfigError(
-                    "a batch is on its way or waits to be collected; collect_prefetch() first, or "
-                    "defer_prefetch(rollouts)"
-                )
-            self._head = self._begun(request)
-
-    def defer(self, records: Records, *, policy_version: int | None = None) -> None:
-        """Fetch a batch as soon as those before it are out of the way: at once when there are none.
-
-        Raises:
-            ConfigError: `policy_version` is missing, or the prefetcher is closed.
-        """
-        request = self._request(records, policy_version)
-        with self._thread.opened():
-            self._deferred.append(request)
-            self._begin_next()
-
-    def wait(self, timeout_s: float | str | None = None) -> bool:
-        """Wait until the batch on its way can be collected.
-
-        Args:
-            timeout_s: how long at most; None: the batch's own deadline.
-
-        Returns:
-            False when it did not come: it is given up, its episodes are counted as lost, and whatever still comes of
-            it is released. The next deferred batch is then on its way.
-
-        Raises:
-            ConfigError: nothing is on its way, or the prefetcher is closed.
-        """
-        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
-        with self._thread.opened():
-            head = self._head
-            if head is None:
-                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
-            self._is_awaited = head.outcome is None
-            if self._thread.wait(head, limit_s) or head is not self._head:
-                return True
-            self._thread.drop(head)
-            self._head = None
-            self._begin_next()
-        self._report(self._given_up(head.request))
-        return False
-
-    def collect(self) -> Batch:
-        """Take the fetched batch into use: the one before it is released, and the next deferred one is on its way.
-
-        Raises:
-            ConfigError: there is none yet.
-            Exception: what ended the fetch, if that was no `TransportError` of one episode.
-        """
-        with self._thread.opened():
-            if self._head is None:
-                raise ConfigError("nothing was prefetched: start_prefetch(rollouts) first")
-            outcome = self._head.outcome
-            if outcome is None:
-                raise ConfigError("the batch is still on its way: wait_prefetch() first")
-            done, self._in_use = self._in_use, outcome if isinstance(outcome, Batch) else None
-            self._head = None
-            self._begin_next()
-        if done is not None:
-            done.release()
-        if isinstance(outcome, Exception):
-            raise outcome
-        self._hand_out(outcome)
-        return outcome
-
-    def release(self) -> None:
-        """Release the batch in use now rather than with the next `collect`. Nothing without one."""
-        with self._changed:
-            done, self._in_use = self._in_use, None
-        if done is not None:
-            done.release()
-
-    def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
-        """Fetch a batch and wait for it, beside whatever is on its way. The caller releases it.
-
-        Raises:
-            ConfigError: `policy_version` is missing, or the prefetcher is closed.
-        """
+    def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:
+        """Fetch a batch beside whatever is on its way, and wait for it; see `begin` and `PendingBatch.result`."""
         return self.begin(records, policy_version=policy_version).result()
 
-    def begin(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
+    def begin(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """Begin to fetch a batch beside whatever is on its way, and return at once.
 
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        request = self._request(records, policy_version)
-        return PendingBatch(self, self._thread.begin(request))
+        pending = self.prepare(records, policy_version=policy_version)
+        pending.begin()
+        return pending
+
+    def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
+        """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
+        pending = PendingBatch(self, self._request(records, policy_version))
+        self.check_usable()
+        with self._lock:
+            self._untaken.add(pending)
+            self.check_usable()  # closing gives up what it finds there
+        return pending
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, a prefetcher that is closed, or its parent process's."""
-        with self._thread.opened():
-            pass
+        if os.getpid() != self._pid:
+            raise ConfigError("a prefetcher cannot be used in a forked child; make one in the process that reads")
+        if self._closed:
+            raise ConfigError("the prefetcher is closed; make another")
 
-    def take(self, fetch: BatchFetch) -> Batch:
+    def begin_prepared(self, pending: PendingBatch, after_s: float) -> None:
+        """See `PendingBatch.begin`."""
+        self._core.reactor.submit(partial(self._start, pending, after_s))
+
+    def wait_for(self, pending: PendingBatch, timeout_s: float | str | None) -> bool:
+        """See `PendingBatch.wait`."""
+        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        try:
+            self._outcome_of(pending, limit_s)
+        except TimeoutError:
+            if self._dropped(pending) is None and self._forgotten(pending):
+                self._lose(pending.request)
+                return False
+        return True
+
+    def take(self, pending: PendingBatch) -> Batch:
         """See `PendingBatch.result`."""
-        batch = self._thread.result(fetch)
-        self._hand_out(batch)
+        try:
+            batch = self._outcome_of(pending)
+        except ConfigError:
+            raise
+        except BaseException:  # interrupted
+            self.leave(pending)
+            raise
+        if not self._forgotten(pending):
+            raise ConfigError("the batch was taken or cancelled")
+        if isinstance(batch, Exception):
+            raise batch
+        nbytes = sum(payload.nbytes for payload in batch.payloads.values())
+        with self._lock:
+            self._counts.update(batches=1, episodes=len(batch.payloads), nbytes=nbytes, retried=batch.retried)
+            self._fetch_s += batch.took_s
+        self._report(batch.losses)
         return batch
 
-    def leave(self, count: int, fetch: BatchFetch | None = None) -> int:
-        """Count episodes that were asked for and will not be taken, as lost by "closed"; how many there have been."""
-        if fetch is not None:
-            self._thread.drop(fetch)
-        with self._changed:
-            self._losses.update({LossReason.CLOSED.value: count} if count else {})
-            return self._losses[LossReason.CLOSED.value]
+    def leave(self, pending: PendingBatch) -> None:
+        """See `PendingBatch.cancel`."""
+        if not self._forgotten(pending):
+            return
+        outcome = self._dropped(pending)
+        if isinstance(outcome, Batch):
+            self.count_left(len(outcome.payloads))
+            self._count(outcome.losses)
+            outcome.release()
+        else:
+            self.count_left(len(pending.request.records))
+
+    def count_left(self, episodes: int) -> None:
+        """Count episodes that were asked for and will not be taken, as lost by "closed"."""
+        if episodes:
+            with self._lock:
+                self._losses[LossReason.CLOSED.value] += episodes
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
         uploader, counts = self._uploader, self._counts
-        with self._changed:
+        with self._lock:
             return PrefetchStatistics(
                 batches=counts["batches"],
                 episodes=counts["episodes"],
@@ -282,27 +273,23 @@ class Prefetcher:
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
-        return self._thread.statistics()
+        found: Future[ClientStatistics] = Future()
+        self._core.reactor.submit(lambda: found.set_result(self._core.statistics()))  # in the thread that has the link
+        while self._thread.is_alive():  # one that ends does not answer
+            with suppress(TimeoutError):
+                return found.result(1.0)
+        return self._core.statistics()
 
     def close(self) -> None:
-        """Give up what is on its way, release what is held, take leave of the servers, end the thread. Idempotent."""
-        if self._thread.inherited:
+        """Give up what is not taken, take leave of the servers, end the thread. Idempotent, bounded."""
+        if self._closed or os.getpid() != self._pid:
             return
-        with self._changed:
-            if self._thread.closed:
-                return
-            self._thread.closed = True
-            head, self._head = self._head, None
-            done, self._in_use = self._in_use, None
-            waiting = [*self._deferred]
         atexit.unregister(self.close)
         try:
-            self._count_left(head, waiting)
+            self._leave_all()
         finally:
-            for batch in (done, None if head is None else head.outcome):
-                if isinstance(batch, Batch):
-                    batch.release()
-            self._thread.close()
+            self._core.reactor.submit(self._stopping.set)
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -310,46 +297,49 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _begun(self, request: FetchRequest) -> BatchFetch:
-        return self._thread.begin(request, after_s=0.0 if self._is_awaited else YIELD_S)
+    def _outcome_of(self, pending: PendingBatch, limit_s: float | None = None) -> Batch | Exception:
+        """Wait for it; a TimeoutError when there is none in time, a ConfigError when there will be none."""
+        self.check_usable()
+        try:
+            return pending.future.result(limit_s)
+        except CancelledError:
+            self.check_usable()
+            raise ConfigError("the batch was cancelled") from None
 
-    def _begin_next(self) -> None:
-        if self._head is None and self._deferred:
-            self._head = self._begun(self._deferred.popleft())
+    def _forgotten(self, pending: PendingBatch) -> bool:
+        """Whether it had not been taken or given up; it has now."""
+        with self._lock:
+            was_there = pending in self._untaken
+            self._untaken.discard(pending)
+        return was_there
 
-    def _given_up(self, request: FetchRequest) -> list[Loss]:
-        with self._changed:
+    def _dropped(self, pending: PendingBatch) -> Batch | Exception | None:
+        """Fetch it no longer; what has come of it already."""
+        if pending.future.cancel():
+            self._core.reactor.submit(partial(self._abandon, pending))
+            return None
+        return pending.future.result()
+
+    def _lose(self, request: FetchRequest) -> None:
+        with self._lock:
             self._counts["given_up"] += 1
         _log.warning("batch_abandoned", episodes=len(request.records))
         error = DeadlineExceededError("the batch did not come in time")
         wanted, losses = request.sort_out()
-        losses += [
-            Loss(index=entry.index, record=entry.record, reason=LossReason.TIMEOUT, error=error) for entry in wanted
-        ]
+        timeout = LossReason.TIMEOUT
+        losses += [Loss(index=each.index, record=each.record, reason=timeout, error=error) for each in wanted]
         losses.sort(key=lambda loss: loss.index)
-        self._thread.discard(losses)
-        return losses
+        self._core.reactor.submit(partial(self._discard, losses))
+        self._report(losses)
 
-    def _count_left(self, head: BatchFetch | None, waiting: list[FetchRequest]) -> None:
-        count = sum(len(request.records) for request in waiting)
-        if head is not None and isinstance(head.outcome, Batch):
-            count += len(head.outcome.payloads)
-            self._count(head.outcome.losses)
-        elif head is not None and head.outcome is None:
-            count += len(head.request.records)
-        if total := self.leave(count):
-            _log.warning("episodes_not_taken", episodes=total)
-
-    def _hand_out(self, batch: Batch) -> None:
-        with self._changed:
-            self._counts.update(
-                batches=1,
-                episodes=len(batch.payloads),
-                nbytes=sum(payload.nbytes for payload in batch.payloads.values()),
-                retried=batch.retried,
-            )
-            self._fetch_s += batch.took_s
-        self._report(batch.losses)
+    def _leave_all(self) -> None:
+        with self._lock:
+            self._closed = True
+            untaken = [*self._untaken]
+        for pending in untaken:
+            self.leave(pending)
+        if untaken:
+            _log.warning("episodes_not_taken", episodes=self._losses[LossReason.CLOSED.value])
 
     def _report(self, losses: Sequence[Loss]) -> None:
         self._count(losses)
@@ -357,5 +347,54 @@ class Prefetcher:
             self._on_loss(loss)
 
     def _count(self, losses: Sequence[Loss]) -> None:
-        with self._changed:
+        with self._lock:
             self._losses.update(loss.reason.value for loss in losses)
+
+    def _run(self) -> None:  # from here on: by the thread itself
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
+            _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
+            self._leave_all()
+        finally:
+            if self._uploader is not None:
+                self._uploader.close()  # before the core, which frees the buffers that come back
+            self._core.close()
+
+    def _turn(self) -> None:
+        try:
+            self._core.reactor.run_once(math.inf)
+        except Exception as error:
+            if not self._running:
+                raise
+            for fetch in [*self._running.values()]:
+                fetch.fail(error)
+
+    def _start(self, pending: PendingBatch, after_s: float) -> None:
+        if pending not in self._running and not pending.future.done():
+            fetch = BatchFetch(self._core, pending.request, partial(self._came, pending), self._on_payload)
+            self._running[pending] = fetch
+            fetch.start(after_s)
+
+    def _abandon(self, pending: PendingBatch) -> None:
+        fetch = self._running.pop(pending, None)
+        if fetch is not None:
+            fetch.abandon()
+
+    def _came(self, pending: PendingBatch, outcome: Batch | Exception) -> None:
+        del self._running[pending]
+        if isinstance(outcome, Batch):
+            self._discard(outcome.losses)
+        if pending.future.set_running_or_notify_cancel():
+            pending.future.set_result(outcome)
+        elif isinstance(outcome, Batch):
+            outcome.release()  # whose episodes were counted as lost
+
+    def _discard(self, losses: Sequence[Loss]) -> None:
+        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        if refs:
+            try:
+                self._core.begin_discard(refs, self._deadline_s)
+            except TransportError as error:
+                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")

@@ -21,9 +21,9 @@ Client to server: a frame is a head of 96 bytes, the *names* of payloads, the *e
 | 56     | u32  | payloads           | TAKE: payloads at most, 1 to 64                                            |
 | 60     | u32  | wait               | TAKE: ms to wait for a first payload, at most 60000                        |
 | 64     | 32 B | secret             | HELLO: nonce; AUTH: mac                                                    |
-| 96     |      | names, 32 B each: u32 slot, u32 zero, u64 generation, u64 attempt, u64 nbytes                   |
-| …      |      | ends, 8 B each: u64 attempt << 1 | delivered                                                   |
-| …      | u64  | end mark XOR sequence: a message that was cut short leaves an earlier frame's tail in the buffer |
+| 96     | 32 B | a name, each       | u32 slot, u32 zero, u64 generation, u64 attempt, u64 nbytes                |
+| …      | u64  | an end, each       | 2 × attempt + (1: delivered, 0: not)                                       |
+| …      | u64  | end mark           | XOR sequence: a message cut short leaves an older frame's tail in a buffer |
 
 Server to client: a header of 64 bytes, and after OK a body, zeros up to a multiple of 8, and a trailer of 16 bytes;
 after any other status up to 1024 bytes of UTF-8.

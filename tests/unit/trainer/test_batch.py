@@ -52,7 +52,7 @@ def begun(
     outcomes: list[Batch | Exception] = []
     bounds = {"max_fetch_rounds": DEFAULT_FETCH_ROUNDS, "max_staleness": None, **limits}
     request = FetchRequest(records, policy_version, deadline_s=deadline_s, **bounds)
-    fetch = BatchFetch(cast("ClientCore", core), request, lambda _, outcome: outcomes.append(outcome), on_payload)
+    fetch = BatchFetch(cast("ClientCore", core), request, outcomes.append, on_payload)
     fetch.start(after_s)
     return fetch, outcomes
 
