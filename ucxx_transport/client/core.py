@@ -346,6 +346,7 @@ class ClientCore:
                 job.outcomes[index] = payload if job.on_payload is None else job.on_payload(index, payload)
             except TransportError as error:
                 self.count_failure(error)
+                error.__traceback__ = None  # this frame holds the job, and the job the error
                 job.outcomes[index] = error
             job.left -= 1
         return remote
