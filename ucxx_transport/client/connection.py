@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from ucxx_transport.client.attempts import Attempt, SharedMessage
 from ucxx_transport.client.ports import PortKey
 from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request
-from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
+from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.base import DATA_PORT_SILENT
 from ucxx_transport.schema import Schema
 from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES, HANDSHAKE_RECEIVE_BYTES, ClientSession
@@ -65,6 +65,7 @@ class Connection:
         used: whether it has lain idle since it was opened.
         proved: whether anything was answered since it lay idle.
         used_s: when it was last given a read.
+        shortage: why it waits, where there were no descriptors for it.
     """
 
     def __init__(self, pool: Connections, key: PortKey) -> None:
@@ -79,6 +80,7 @@ class Connection:
         self.used = False
         self.proved = False
         self.used_s = 0.0
+        self.shortage: TransportError | None = None
         self._asked_bytes = 0
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self._errands: list[Errand] = []
@@ -108,6 +110,13 @@ class Connection:
     def lost(self, error: TransportError) -> None:
         """See `EndpointEvents`."""
         self.fail(error)
+
+    def hand_over(self, other: Connection) -> None:
+        """Another one to the same port takes its place."""
+        for read in self.queue:
+            read.connection = other
+        other.queue, self.queue = self.queue, deque()
+        other._errands, self._errands = self._errands, []
 
     def _resolved(self, address: str | PeerLostError) -> None:
         if self.closed:
@@ -455,6 +464,13 @@ class Connection:
         """The connection is of no use any more; its reads go on elsewhere, or fail with `error`."""
         if self.closed:
             return
+        if (
+            isinstance(error, BusyError)
+            and not self.is_open
+            and "limit" in error.facts
+            and self._pool.short(self, error)
+        ):
+            return  # this process has no descriptors for it now; a server that is busy says so otherwise
         stale = self.used and not self.proved
         asked = [
             attempt.read

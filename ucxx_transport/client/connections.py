@@ -5,16 +5,15 @@ Beside them what outlives each: the schemas of rings, and what servers may not h
 
 from __future__ import annotations
 
-import os
-import resource
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.connection import Connection
-from ucxx_transport.client.ports import PortKey, connection_budget
+from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import TransportError
+from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
@@ -37,6 +36,9 @@ ENDS_DELAY_S: Final = 0.001
 """How long an end waits for a request to go along with, while other answers are still to come."""
 
 GOODBYE_TIMEOUT_S: Final = 0.5
+
+SHORTAGE_PAUSE_S: Final = 0.005
+"""A connection for which there were no descriptors is tried again after this: those of others come and go."""
 
 
 class Connections:
@@ -115,7 +117,9 @@ class Connections:
 
     def _has_room(self) -> bool:
         if self._budget is None:
-            self._budget = _raised_budget(self.config.max_connections)
+            self._budget = connection_budget(
+                limit=raised_limit(), in_use=descriptors_in_use(), asked=self.config.max_connections
+            )
         return len(self.known) - len(self.waiting) + self._closing <= self._budget
 
     def _close_aged(self, now: float) -> None:
@@ -127,12 +131,13 @@ class Connections:
                 self.counters.add("aged_out")
                 connection.close()
 
-    def _close_idle(self) -> None:
+    def _close_idle(self, *, every: bool = False) -> None:
         """Make room for one that waits."""
-        for connection in self.known.values():
+        for connection in tuple(self.known.values()):
             if connection.idle:
                 connection.close()
-                return
+                if not every:
+                    return
 
     def rested(self, connection: Connection) -> None:
         """Nothing uses it any more, while others wait for its descriptors."""
@@ -151,6 +156,22 @@ class Connections:
     def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
         """A closed connection's descriptors are free."""
         self._closing -= 1
+        self._start_waiting()
+
+    def short(self, connection: Connection, error: TransportError) -> bool:
+        """There were no descriptors for a connection, whatever the budget says; whether it now waits for others'."""
+        self._close_idle(every=True)
+        if len(self.known) - len(self.waiting) + self._closing < 2:  # this one is all there is
+            return False
+        again = self.known[connection.key] = Connection(self, connection.key)
+        again.used_s, again.shortage = connection.used_s, error
+        connection.hand_over(again)
+        self.waiting.append(again)
+        connection.close()
+        self.reactor.call_at(self.reactor.now() + SHORTAGE_PAUSE_S, self._start_waiting)
+        return True
+
+    def _start_waiting(self) -> None:
         while self.waiting and not self.closed:
             connection = self.waiting.popleft()
             if not self._has_room():
@@ -250,16 +271,3 @@ def _say_goodbye(connection: Connection, on_said: Callable[[], None]) -> None:
         on_said()
 
     connection.ask(session.bye(), BYE_RECEIVE_BYTES, said)
-
-
-def _raised_budget(asked: int | None) -> int:
-    """How many connections there may be, once the process's limit of descriptors is as high as it may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):  # where a sandbox forbids it, the limit stays
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft == resource.RLIM_INFINITY:
-        soft = 1 << 20
-    in_use = len(os.listdir("/proc/self/fd"))
-    return connection_budget(descriptors=soft, in_use=in_use, asked=asked)

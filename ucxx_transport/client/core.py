@@ -345,8 +345,8 @@ class ClientCore:
                 payload = self.read_local(ring, ref, job.into, left_s, job.began_s)
                 job.outcomes[index] = payload if job.on_payload is None else job.on_payload(index, payload)
             except TransportError as error:
-                self.count_failure(error)
-                job.outcomes[index] = error
+                self.counters.failed(error)
+                job.outcomes[index] = _without_traceback(error)
             job.left -= 1
         return remote
 
@@ -538,6 +538,15 @@ def clear_traceback_frames(error: BaseException) -> None:
             trace = trace.tb_next
         traceback.clear_frames(trace)
         link = link.__context__
+
+
+def _without_traceback(error: TransportError) -> TransportError:
+    """The error, to be kept as a value: its frames, and those they were called from, would keep a whole batch."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__context__
+    return error
 
 
 def _ucxx_links(config: ClientConfig) -> LinkFactory:

@@ -205,13 +205,15 @@ class Failures:
             self._dispatch.again.setdefault(read.source, []).append(read)
             return
         attempt = read.attempt
-        error = too_late(read.ref)
+        error: TransportError = too_late(read.ref)
         if place == "asked" and attempt is not None:
             error = too_late(read.ref, port=attempt.connection.key[1])
             self._late(attempt, error, now)
             read.attempt = None
         elif place == "queued" and connection is not None and read in connection.queue:
             connection.queue.remove(read)
+            if connection.shortage is not None and now >= job.until_s:
+                error = copy_of(connection.shortage)
         if place in ("queued", "asked"):
             read.source.advance()
             self.failed(read, error)

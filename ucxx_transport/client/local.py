@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections import OrderedDict
@@ -14,6 +15,7 @@ import xxhash
 
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, ProtocolError, StaleSlotError
+from ucxx_transport.link.descriptors import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, segment_folder
 
@@ -185,7 +187,7 @@ class LocalReader:
         if ref.ring_id in self._unreachable:
             return None
         try:
-            ring = SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
+            ring = self._attached(ref)
         except (ConfigError, ProtocolError) as error:
             if error.facts.get("reason") == "missing" and not (self._mode == "auto" and _is_served(ref)):
                 raise _gone(ref) from None
@@ -206,6 +208,24 @@ class LocalReader:
             self._rings.popitem(last=False)[1].close()
         return ring
 
+    def _attached(self, ref: Takeable) -> SharedRingBuffer:
+        """Attach a ring; where there is no descriptor for it, others are closed."""
+        try:
+            return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
+        except ConfigError as error:
+            if not _is_out_of_descriptors(error):
+                raise
+        limit = raised_limit()
+        for _ in range((len(self._rings) + 1) // 2):
+            self._rings.popitem(last=False)[1].close()
+        try:
+            return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
+        except ConfigError as error:
+            if not _is_out_of_descriptors(error):
+                raise
+            words = "this process has no file descriptors for another ring; release payloads, or raise its limit"
+            raise BusyError(f"{words} (ulimit -n)", limit=limit, rings=len(self._rings)) from None
+
     def _prune(self) -> None:
         now = self._clock()
         if now < self._prune_at_s:
@@ -216,6 +236,10 @@ class LocalReader:
             if not ring.creator_alive():
                 del self._rings[ring_id]
                 ring.close()
+
+
+def _is_out_of_descriptors(error: ConfigError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _is_served(ref: Takeable) -> bool:

@@ -43,10 +43,6 @@ BACKOFF_LIMIT_S: Final = 0.5
 SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
 
-DESCRIPTORS_PER_CONNECTION: Final = 3
-DESCRIPTORS_SPARE: Final = 64
-"""Left to the rest of the process: its files, rings and children."""
-
 PortKey = tuple[str, int]
 
 
@@ -201,15 +197,3 @@ def shares(count: int, nbytes: int, ports: int) -> list[int]:
         return [count]
     parts = min(ports, count)
     return [count // parts + (part < count % parts) for part in range(parts)]
-
-
-def connection_budget(*, descriptors: int, in_use: int, asked: int | None) -> int:
-    """How many connections a client may have open, at least one.
-
-    Args:
-        descriptors: the process's limit.
-        in_use: of these, taken by other things.
-        asked: the setting's bound, None for none.
-    """
-    room = max(1, (descriptors - in_use - DESCRIPTORS_SPARE) // DESCRIPTORS_PER_CONNECTION)
-    return room if asked is None else min(asked, room)

@@ -29,8 +29,7 @@ from ucxx_transport.schema.episode_record import (
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
-from ucxx_transport.worker.device_leaves import without_devices
-from ucxx_transport.worker.packing import TrajectoryPacker
+from ucxx_transport.worker.packing import TrajectoryPacker, without_devices
 
 _log = get_logger(__name__)
 

@@ -238,3 +238,16 @@ def test_a_read_in_place_is_twenty_calls_of_the_package(ring: SharedRingBuffer) 
             sys.setprofile(None)
         payload.release()
     assert len(calls) <= 20, calls
+
+
+def test_a_failed_read_of_a_batch_keeps_none_of_its_payloads(ring: SharedRingBuffer) -> None:
+    with client_of() as client:
+        refs = [ring.write_raw(EPISODE), replace(ring.write_raw(EPISODE), generation=77)]
+        gc.collect()
+        gc.disable()
+        try:
+            error = client.read_many(refs)[1]
+            assert isinstance(error, StaleSlotError)
+            assert ring.slot_state(refs[0].slot) is SlotState.FREE
+        finally:
+            gc.enable()

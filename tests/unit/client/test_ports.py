@@ -13,7 +13,6 @@ from ucxx_transport.client.ports import (
     Quarantine,
     Source,
     Sources,
-    connection_budget,
     shares,
 )
 
@@ -113,19 +112,6 @@ def test_shares_are_of_all_reads_and_even(count: int, nbytes: int, ports: int) -
     assert sum(given_out) == count
     assert len(given_out) <= ports
     assert max(given_out) - min(given_out) <= 1
-
-
-def test_connections_are_bounded_by_what_the_process_may_open_and_by_the_setting() -> None:
-    rows: list[tuple[int, int, int | None, int]] = [
-        (1024, 24, None, 312),
-        (256, 30, None, 54),
-        (1 << 20, 100, 10, 10),
-        (256, 30, 100, 54),
-        (64, 60, None, 1),  # fewer than are spared: one at a time
-    ]
-    for descriptors, in_use, asked, expected in rows:
-        with row(descriptors=descriptors, in_use=in_use, asked=asked):
-            assert connection_budget(descriptors=descriptors, in_use=in_use, asked=asked) == expected
 
 
 def test_a_port_is_avoided_for_the_whole_duration_and_not_longer() -> None:

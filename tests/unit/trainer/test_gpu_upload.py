@@ -15,6 +15,7 @@ import pytest
 from tests.support.fake_gpu import POISON, FakeGpu, FakeReceiver
 from tests.support.local_worker import LocalWorker
 from tests.support.waiting import wait_until
+from tests.unit.trainer.fake_core import FakeCore
 from ucxx_transport import (
     ClientConfig,
     ConfigError,
@@ -31,8 +32,7 @@ from ucxx_transport.client import Payload
 from ucxx_transport.gpu import PageLockError, Upload
 from ucxx_transport.gpu.page_lock import Bytes
 from ucxx_transport.trainer import EpisodeStream, Prefetcher, RolloutFeed
-from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
-from ucxx_transport.trainer.unpacking import map_leaves, unpacker_for
+from ucxx_transport.trainer.unpacking import DevicePayload, DeviceUploader, map_leaves
 
 SCHEMA = Schema(
     [
@@ -257,26 +257,11 @@ def _released(ring: SharedRingBuffer) -> Payload:
     with SyncUCXXClient(ClientConfig(local="copy")) as client:
         payload = client.read(ring.write(episode(1)))
         gpu.registered[0] = 1 << 62  # of a client that knows nothing of GPUs
-        uploaded = uploader.upload(payload)
+        uploaded = uploader.upload(payload, FakeCore().reactor)
     assert payload.released
     uploaded.release()
     uploader.close()
     return uploaded
-
-
-def test_a_payload_of_any_client_lands_when_it_is_unpacked(ring: SharedRingBuffer) -> None:
-    gpu = FakeGpu()
-    unpack = unpacker_for(FakeReceiver(gpu))
-    gpu.registered[0] = 1 << 62  # of a client that knows nothing of GPUs
-    with SyncUCXXClient() as client:
-        payload = client.read(ring.write(episode(5)))
-        tree = unpack(payload)
-        assert payload.released
-        assert ring.slot_states().count(SlotState.READING) == 1  # the copy is still to be made
-        gpu.finish()
-        assert same(seen(tree), episode(5))
-        unpack(client.read(ring.write(episode(6))))
-        assert ring.slot_states().count(SlotState.READING) == 1  # the other one's
 
 
 def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> None:
@@ -286,7 +271,7 @@ def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> Non
     with SyncUCXXClient() as client:
         payload = client.read(ring.write(episode(5)))
         with pytest.raises(ConfigError, match="closed"):
-            uploader.upload(payload)
+            uploader.upload(payload, FakeCore().reactor)
         assert payload.released
     assert uploads(gpu) == []
 
@@ -427,7 +412,7 @@ def test_bytes_that_are_no_payload_of_the_schema_are_not_copied() -> None:
         uploader = DeviceUploader(FakeReceiver(gpu))
         claimed = Payload(read.ref, np.frombuffer(read.buffer, np.uint8), SCHEMA, read.transport)
         with pytest.raises(ProtocolError, match="'obs' claims"):
-            uploader.upload(claimed)
+            uploader.upload(claimed, FakeCore().reactor)
         assert claimed.released
         assert uploads(gpu) == []
         read.release()

@@ -64,7 +64,7 @@ def test_copies_are_waited_for_once_a_device_and_before_the_slot_is_committed() 
         # the ring's own checksum is taken of what a reader will find: a copy that came later would break it
         found = ring.read(packer.write(trajectory(gpu, logits=gpu.array(LOGITS, device=1))))
         np.testing.assert_array_equal(found["logits"], LOGITS)
-        assert gpu.log[-2:] == ["wait 0", "wait 1"]
+        assert sorted(gpu.log[-2:]) == ["wait 0", "wait 1"]
         assert states == [SlotState.WRITING, SlotState.FREE] * 2
 
 
