@@ -126,9 +126,14 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self.wall_ns = time.perf_counter_ns() - self._wall_ns
         self._cpu_ns = time.process_time_ns() - self._cpu_ns
+        self.release()
+
+    def release(self) -> None:
+        """Hold nothing any more."""
         for held in self._held:
             if held is not None:
                 held.release()
+        self._held = [None] * len(self._held)
 
     def hold(self, held: Held) -> None:
         """Hold this one, and release the oldest."""
@@ -166,13 +171,16 @@ class _Desk:
         await _done(self._reader.close())
 
     async def verify(self, offers: Sequence[Offer], batch: int) -> int:
+        """Holds as many as a timed order does, so that every receive buffer is there, and warm."""
+        watch = _Watch(self._hold, touch=False)
         for first in range(0, len(offers), batch or 1):
             group = offers[first : first + (batch or 1)]
             references = [self._reader.resolve(reference) for _, reference in group]
             came = self._read_batch(references) if batch else [await _done(self._reader.read(references[0]))]
             for (number, _), held in zip(group, came, strict=True):
                 self._pattern.check(number, held.buffer)
-                held.release()
+                watch.hold(held)
+        watch.release()
         return len(offers)
 
     async def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
