@@ -1,7 +1,6 @@
 """What does a read on the worker's own host take? In place, and copied, beside memcpy.
 
-A view moves no byte: its time says how soon a reader may start, whatever the size. "Every byte read" adds what a
-consumer pays for coming to the data.
+A view moves no byte: its time says how soon a reader may start, whatever the size.
 """
 
 from __future__ import annotations
@@ -28,14 +27,6 @@ def measure(question: str, plan: Plan) -> list[Row]:
         lanes = [
             Lane(subject=VIEW_BLOCKING, source=ring, reader=blocking, options=view, hold=False),
             Lane(subject=VIEW_ASYNCIO, source=ring, reader=asyncio, options=view, hold=False),
-            Lane(
-                subject="view, blocking, every byte read",
-                source=ring,
-                reader=blocking,
-                options=view,
-                hold=False,
-                touch=True,
-            ),
             Lane(subject="copy, blocking", source=ring, reader=blocking, options=copy, hold=False),
             Lane(subject="copy, asyncio", source=ring, reader=asyncio, options=copy, hold=False),
             Lane(subject="memcpy", source=OwnMemory(), reader=lineup.reader("memcpy", MemcpyReader), hold=False),

@@ -50,14 +50,12 @@ def measure(question: str, plan: Plan) -> list[Row]:
 
 def _reads_per_s(source: ControlledProcess, clients: list[ControlledProcess]) -> float:
     """Of all clients together: each reads its share of the slots, all at the same time."""
-    answers = _share(source, clients, "time", touch=False)
+    answers = _share(source, clients, "time")
     return sum(BATCH * BATCHES / (answer["wall_ns"] / 1e9) for answer in answers)
 
 
-def _share(
-    source: ControlledProcess, clients: list[ControlledProcess], verb: str, **arguments: object
-) -> list[dict[str, float]]:
+def _share(source: ControlledProcess, clients: list[ControlledProcess], verb: str) -> list[dict[str, float]]:
     offers = source.call("fill")
     for which, client in enumerate(clients):
-        client.order(verb, offers=offers[which :: len(clients)], batch=BATCH, **arguments)
+        client.order(verb, offers=offers[which :: len(clients)], batch=BATCH)
     return [client.answer(verb) for client in clients]

@@ -112,7 +112,7 @@ def _rates(question: str, plan: Plan) -> list[Row]:
         for number in range(plan.rounds):
             for subject, of in lanes.items():
                 offers, sources = _interleaved(of)
-                answer = client.call("time", offers=offers, batch=SOURCES, touch=False)
+                answer = client.call("time", offers=offers, batch=SOURCES)
                 figures[subject]["per_s"].append(len(offers) / (answer["wall_ns"] / 1e9))
                 figures[subject]["sources_read"].append(sources)
             plan.on_turn(f"{question}: round {number + 1} of {plan.rounds}")

@@ -9,8 +9,6 @@ default settings, for each way to end. Renewals are no changes: a watcher sees n
 | renew_per_s  | leases renewed a second                                                             |
 | resync_s     | seconds until a new watcher knows all sources                                       |
 | delay_us     | from a change being asked for to a watcher's listener being called, median          |
-| busy_us      | the same while all leases are renewed as often as their workers would               |
-| percent      | of a core, of the watcher's process meanwhile                                       |
 | gone_us      | from a worker's end to a watcher's listener being called                            |
 """
 
@@ -42,7 +40,6 @@ __all__ = ["measure"]
 
 SOURCES: Final = 1000
 QUICK_SOURCES: Final = 100
-INTERVAL_S: Final = 2.0
 TTL_S: Final = 600.0  # long: here the rate of renewals is the question, not whether they keep up
 THREADS: Final = 4
 CHANGES: Final = 100
@@ -142,12 +139,6 @@ def _carried(url: str, namespace: str, sources: int) -> dict[str, float]:
         resync_s = watching.call("known", url=url, namespace=namespace, sources=sources)
         _change(publications, store)
         delays_us = watching.call("delays_us")
-        with _renewing(store, publications):
-            watching.watch_cpu()
-            cpu_s, clock_s = watching.cpu_s, time.monotonic()
-            _change(publications, store)
-            busy_us = watching.call("delays_us")
-            percent = 100 * (watching.cpu_s - cpu_s) / (time.monotonic() - clock_s)
         for publication in publications:
             store.revoke(publication.lease.lease_id)
     return {
@@ -155,8 +146,6 @@ def _carried(url: str, namespace: str, sources: int) -> dict[str, float]:
         "renew_per_s": sources / (renewed_s - published_s),
         "resync_s": resync_s,
         "delay_us": statistics.median(delays_us),
-        "busy_us": statistics.median(busy_us),
-        "percent": percent,
     }
 
 
@@ -177,29 +166,6 @@ def _publish(store: Store, index: int) -> Publication:
     publication = Publication.begin(store, replace(record, epoch=epoch), ttl_s=TTL_S)
     publication.update(SourceStatus.READY)
     return publication
-
-
-@contextmanager
-def _renewing(store: Store, publications: Sequence[Publication]) -> Iterator[None]:
-    """All leases renewed as often as their workers would, as well as the store can."""
-    stop = threading.Event()
-
-    def renew(share: Sequence[Publication]) -> None:
-        while not stop.is_set():
-            due_s = time.monotonic() + INTERVAL_S
-            for publication in share:
-                if stop.is_set():
-                    return
-                store.keep_alive(publication.lease.lease_id)
-            stop.wait(max(0.0, due_s - time.monotonic()))
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        for part in range(THREADS):
-            threads.submit(renew, publications[part::THREADS])
-        try:
-            yield
-        finally:
-            stop.set()
 
 
 def _change(publications: Sequence[Publication], store: Store) -> None:

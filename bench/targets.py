@@ -1,7 +1,6 @@
 """What the transport has to reach, as figures of one run. Ratios are taken round by round; the median is compared.
 
-Figures of other programs are those of the same run, so a target says the same on every machine. Microseconds of Python
-are scaled to a machine whose empty call takes 70 ns.
+Microseconds of Python are scaled to a machine whose empty call takes 70 ns.
 """
 
 from __future__ import annotations

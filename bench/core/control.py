@@ -15,7 +15,7 @@ import signal
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
@@ -25,7 +25,6 @@ from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from types import TracebackType
 
 __all__ = ["BenchError", "ControlledProcess", "serve_orders", "serve_orders_async"]
 
@@ -173,11 +172,3 @@ class ControlledProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-    def __enter__(self) -> Self:
-        """The process itself; it is closed on leaving."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close."""
-        self.close()

@@ -48,8 +48,7 @@ def tree_cpu_s(pids: tuple[int, ...]) -> float:
 class ForeignLoad:
     """How many cores others used (or the hypervisor withheld) since this object was made.
 
-    A subject that keeps every core busy, as polling ones do, suffers from a stranger out of proportion: figures of a
-    disturbed turn compare nothing, so each turn says how disturbed it was.
+    Figures of a disturbed turn compare nothing, least of all those of subjects that poll.
     """
 
     def __init__(self) -> None:

@@ -22,8 +22,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
 
-import numpy as np
-
 from bench.core.control import serve_orders, serve_orders_async
 from bench.core.host import call_ns
 from bench.core.payloads import PayloadPattern
@@ -112,9 +110,8 @@ def run_async_reader(connection: Connection, make: Callable[[], Reader]) -> None
 class _Watch:
     """Times one order's reads, and keeps the last payloads held."""
 
-    def __init__(self, hold: int, *, touch: bool) -> None:
+    def __init__(self, hold: int) -> None:
         self.latencies_ns = array.array("q")
-        self.touch = _read_every_byte if touch else None
         self._held: list[Held | None] = [None] * hold
         self._turn = 0
 
@@ -126,9 +123,14 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self.wall_ns = time.perf_counter_ns() - self._wall_ns
         self._cpu_ns = time.process_time_ns() - self._cpu_ns
+        self.release()
+
+    def release(self) -> None:
+        """Hold nothing any more."""
         for held in self._held:
             if held is not None:
                 held.release()
+        self._held = [None] * len(self._held)
 
     def hold(self, held: Held) -> None:
         """Hold this one, and release the oldest."""
@@ -166,18 +168,21 @@ class _Desk:
         await _done(self._reader.close())
 
     async def verify(self, offers: Sequence[Offer], batch: int) -> int:
+        """Holds as many as a timed order does, so that every receive buffer is there, and warm."""
+        watch = _Watch(self._hold)
         for first in range(0, len(offers), batch or 1):
             group = offers[first : first + (batch or 1)]
             references = [self._reader.resolve(reference) for _, reference in group]
             came = self._read_batch(references) if batch else [await _done(self._reader.read(references[0]))]
             for (number, _), held in zip(group, came, strict=True):
                 self._pattern.check(number, held.buffer)
-                held.release()
+                watch.hold(held)
+        watch.release()
         return len(offers)
 
-    async def time(self, offers: Sequence[Offer], batch: int, *, touch: bool) -> dict[str, Any]:
+    async def time(self, offers: Sequence[Offer], batch: int) -> dict[str, Any]:
         references = [self._reader.resolve(reference) for _, reference in offers]
-        watch = _Watch(self._hold, touch=touch)
+        watch = _Watch(self._hold)
         with watch:
             if batch:
                 self._time_batches(references, batch, watch)
@@ -201,8 +206,6 @@ class _Desk:
             began_ns = clock()
             came: Any = read(reference)
             held: Held = came if blocks else await came
-            if watch.touch is not None:
-                watch.touch(held.buffer)
             watch.hold(held)
             add(clock() - began_ns)
 
@@ -213,8 +216,3 @@ class _Desk:
 
 async def _done(result: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
-
-
-def _read_every_byte(buffer: memoryview) -> None:
-    """Read every byte once, at memory speed."""
-    np.bitwise_xor.reduce(np.frombuffer(buffer[: len(buffer) // 8 * 8], dtype=np.uint64))

@@ -18,15 +18,15 @@ class Lineup(ExitStack):
 
     def source(self, name: str, make: Callable[..., Any], *arguments: Any) -> ControlledProcess:
         """A process that carries out orders with what `make(*arguments)` makes; it has a `close()`."""
-        return self.enter_context(ControlledProcess(f"source of {name}", run_source, make, *arguments))
+        return self._start(f"source of {name}", run_source, make, *arguments)
 
     def reader(self, name: str, make: Callable[[], Reader]) -> ControlledProcess:
         """A process with a blocking client."""
-        return self.enter_context(ControlledProcess(f"reader of {name}", run_reader, make))
+        return self._start(f"reader of {name}", run_reader, make)
 
     def async_reader(self, name: str, make: Callable[[], Reader]) -> ControlledProcess:
         """A process with a client on an event loop."""
-        return self.enter_context(ControlledProcess(f"reader of {name}", run_async_reader, make))
+        return self._start(f"reader of {name}", run_async_reader, make)
 
     def ring(self, name: str, **server: Any) -> ControlledProcess:
         """A worker of this package, whose server has these settings."""
@@ -39,3 +39,8 @@ class Lineup(ExitStack):
     def asyncio(self, name: str = "asyncio client") -> ControlledProcess:
         """`UCXXClient`."""
         return self.async_reader(name, AsyncClientReader)
+
+    def _start(self, name: str, main: Callable[..., None], *arguments: Any) -> ControlledProcess:
+        process = ControlledProcess(name, main, *arguments)
+        self.callback(process.close)
+        return process

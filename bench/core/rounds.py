@@ -62,17 +62,14 @@ class Plan:
 
 
 class Source(Protocol):
-    """Where payloads come from, as the measuring process sees it: a `ControlledProcess` that runs a source."""
-
-    def call(self, verb: str, **arguments: object) -> Any:
-        """Give an order and return its answer."""
-
-    def watch_cpu(self) -> None:
-        """Take note of the processes whose CPU time counts."""
+    """Where payloads come from: a `ControlledProcess` that runs a source, or what stands in its place."""
 
     @property
-    def cpu_s(self) -> float:
-        """CPU seconds used so far."""
+    def cpu_s(self) -> float: ...
+
+    def call(self, verb: str, **arguments: object) -> Any: ...
+
+    def watch_cpu(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +83,6 @@ class Lane:
         options: of the reader's `open`.
         batch: payloads of one call; 0: one by one.
         hold: whether the reader holds as many payloads as the source has slots; reads in place are released at once.
-        touch: whether it reads every byte of each.
         polls: whether its processes poll while they have nothing to do: they are stopped while others are measured.
     """
 
@@ -96,7 +92,6 @@ class Lane:
     options: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 0
     hold: bool = True
-    touch: bool = False
     polls: bool = False
 
     @contextmanager
@@ -168,7 +163,7 @@ def take_turn(
     while not tally.reads or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
         offers: Sequence[Offer] = lane.source.call("fill")
         cpu_s = lane.source.cpu_s
-        answer = lane.reader.call("time", offers=offers, batch=lane.batch, touch=lane.touch)
+        answer = lane.reader.call("time", offers=offers, batch=lane.batch)
         tally.add(answer, reads=len(offers), source_cpu_s=lane.source.cpu_s - cpu_s)
     foreign_cores = foreign_load.cores()
     lane.reader.call("close")

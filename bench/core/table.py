@@ -43,7 +43,6 @@ SHOWN: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "renew_per_s": ("renewed/s", _number),
     "resync_s": ("a watcher knows all after, s", _number),
     "delay_us": ("a change is seen after", _duration),
-    "busy_us": ("while all are renewed", _duration),
     "gone_us": ("is seen to be gone after", _duration),
     "percent": ("% of a core", _number),
     "sources": ("sources", _number),

@@ -155,6 +155,7 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
         "slots": identity.geometry.slots,
         "slot_bytes": identity.geometry.slot_bytes,
         "readers": identity.geometry.readers,
+        "envelope_bytes": identity.geometry.envelope_bytes,
         "on_full": identity.on_full,
         "fingerprint": f"{identity.fingerprint:016x}",
     }

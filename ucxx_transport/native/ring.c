@@ -677,14 +677,19 @@ EXPORT int ring_take(const struct ring *ring, uint64_t *const *holds, uint64_t *
     /* where one read frees a payload, none that is being read can be taken */
     int shared = ring->entries > ring->max_attempts + 1, newest = take[TAKE_NEWEST] != 0;
     /* an unnamed reader may take again what it has had */
-    int follows = shared && !newest && room && holds[0][HOLD_READER];
+    int follows = shared && room && holds[0][HOLD_READER];
     unsigned first = shared ? HELD_FIRST_WORD : READY_FIRST_WORD, links = shared ? PREVIOUS : READY_PREVIOUS;
     uint64_t next = words[newest ? first + 1 : first];
+    /* the newest first: the walk ends where nothing is left; the oldest first: it begins behind that, if it is there */
+    uint64_t ends_at = 0, newest_seen = next;
     take[TAKE_SLOT] = 0;
     if (follows && is_listed(ring, cursor) && take[TAKE_RETURNS] == returns) {
         const uint64_t *own = header(ring, cursor - 1);
         unsigned state = state_of(own[STATE]);
-        if ((state == READY || state == READING) && own[SEQUENCE] == take[TAKE_SEQUENCE]) {
+        if (newest) {
+            ends_at = take[TAKE_SEQUENCE];
+            take[TAKE_SLOT] = cursor;
+        } else if ((state == READY || state == READING) && own[SEQUENCE] == take[TAKE_SEQUENCE]) {
             next = own[NEXT];
             take[TAKE_SLOT] = cursor;
         }
@@ -693,6 +698,10 @@ EXPORT int ring_take(const struct ring *ring, uint64_t *const *holds, uint64_t *
     take[TAKE_RETURNS] = returns;
     for (uint64_t turn = 0; is_listed(ring, next) && turn < ring->slots && number < room; turn++) {
         uint64_t slot = next - 1, *own = header(ring, slot);
+        if (own[SEQUENCE] <= ends_at) {
+            next = 0;
+            break;
+        }
         next = own[newest ? links : links + 1];
         enum chance chance = chance_of(ring, own, holds[number][HOLD_READER]);
         if (chance == NOW) {
@@ -700,17 +709,23 @@ EXPORT int ring_take(const struct ring *ring, uint64_t *const *holds, uint64_t *
                 take[TAKE_LARGE] = own[NBYTES] + 1;
                 break;
             }
-            uint64_t *hold = holds[number++];
+            uint64_t *hold = holds[number];
             hold[HOLD_SLOT] = slot;
             hold[HOLD_GENERATION] = generation_of(own[STATE]);
-            left -= own[NBYTES];
-            hold[HOLD_OUTCOME] = (uint64_t)acquire(ring, hold);
+            if (acquire(ring, hold) == DONE) {
+                left -= own[NBYTES];
+                number++;
+            }
         }
         follows &= chance != LATER;
-        if (follows) {
+        if (follows && !newest) {
             take[TAKE_SLOT] = slot + 1;
             take[TAKE_SEQUENCE] = own[SEQUENCE];
         }
+    }
+    if (follows && newest && !next && !take[TAKE_LARGE] && is_listed(ring, newest_seen)) {
+        take[TAKE_SLOT] = newest_seen;
+        take[TAKE_SEQUENCE] = header(ring, newest_seen - 1)[SEQUENCE];
     }
     take[TAKE_NUMBER] = number;
     return leave(ring, DONE);

@@ -302,18 +302,18 @@ class SlotWriter:
             words[layout.HOLD_CHECKSUM] = checksum
             words[layout.HOLD_HAS_CHECKSUM] = 1
         # made first: what can go wrong with it must not leave a payload that has no reference
-        slot = words[layout.HOLD_SLOT]
+        slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
         template = self._references.template()
         if meta:
             template, packed = with_meta(template, meta)
             envelope = envelope or packed
-        ref = renumbered(template, slot, words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES], checksum)
+        ref = renumbered(template, slot, generation, words[layout.HOLD_NBYTES], checksum)
         if envelope and self._envelope_bytes:
             self._write_envelope(words, envelope)
         self.core.transitions.commit(words, required)
         hold.rest()
         if not slot:
-            self.core.look_for_name(words[layout.HOLD_GENERATION])
+            self.core.look_for_name(generation)
         return ref
 
     def _write_envelope(self, words: Words, envelope: bytes) -> None:

@@ -67,7 +67,7 @@ class TreeShape:
         """
         if self._flat and type(tree) is dict and len(tree) == len(self.paths):
             try:
-                return list(map(tree.__getitem__, self.paths))
+                return [tree[path] for path in self.paths]
             except KeyError:
                 return self._gather_any(tree)
         leaves: list[object] = [None] * len(self.paths)

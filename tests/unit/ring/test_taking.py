@@ -188,6 +188,22 @@ def test_a_reader_far_ahead_of_the_others_begins_behind_what_it_has_had(make_rin
     assert ring.slot_states() == [SlotState.FREE] * 64
 
 
+def test_what_a_take_of_the_newest_leaves_is_taken_later_in_either_order(make_ring: MakeRing) -> None:
+    for newest, expected in ((False, [1, 2, 3, 5]), (True, [5, 3, 2, 1])):
+        with row(newest=newest):
+            ring = make_ring(slots=8, readers=2)
+            write(ring, 1, 2, 3, 4)
+            held = ring.take(1, newest=True, reader=1)
+            assert [lease.nbytes for lease in held] == [4]
+            write(ring, 5)
+            held += ring.take(9, newest=newest, reader=1)
+            assert [lease.nbytes for lease in held[1:]] == expected
+            assert ring.take(9, newest=newest, reader=1) == []
+            write(ring, 6)
+            held += ring.take(9, newest=newest, reader=1)
+            assert [lease.nbytes for lease in held[5:]] == [6]
+
+
 def test_an_unnamed_reader_is_not_given_what_it_holds(make_ring: MakeRing) -> None:
     ring = make_ring(readers=2)
     write(ring, 1)

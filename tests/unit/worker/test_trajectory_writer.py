@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport import (
     ConfigError,
     PublisherConfig,
@@ -49,6 +50,18 @@ def test_a_record_says_what_the_control_plane_needs() -> None:
         assert end.write(episode()).sequence == 1
         found = end.statistics()
         assert (found.written, found.nbytes, found.dropped) == (2, 2 * record.ref.nbytes, {})
+
+
+def test_a_trajectory_that_is_taken_comes_with_its_whole_record() -> None:
+    for meta, narrow in ((None, ()), ({"seed": 1}, ("obs",))):
+        with row(meta=meta, narrow=narrow), writer(narrow=narrow) as end:
+            obs = np.ones((4, 2), np.float64 if narrow else np.float32)
+            record = end.write(episode(obs=obs), policy_version=9, meta=meta)
+            assert end.ring is not None
+            (lease,) = end.ring.take(1)
+            assert lease.record is not None
+            assert EpisodeRecord.from_envelope(lease.record, end.ring.reference(lease)) == record
+            assert EpisodeRecord.from_dict({**lease.record, "ref": end.ring.reference(lease).to_dict()}) == record
 
 
 def test_the_schema_may_come_with_the_first_trajectory() -> None:
