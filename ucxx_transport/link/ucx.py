@@ -47,11 +47,11 @@ from ucxx_transport.link.ucx_hello import CHANNEL_BITS
 from ucxx_transport.link.ucx_listener import UCXXListener
 from ucxx_transport.link.ucx_process import check_not_forked, keep_for_good, link_closed, link_opened
 
-BURST: Final = 32
-"""Progress calls in a row: at 512 KiB a segment some 2 ms, so that timers and peers need not wait for a transfer."""
+BUSY: Final = 32
+"""So many progress calls in a row that moved something put off the end of a broken connection's operations."""
 
 TURN_S: Final = 1e-3
-"""How long a spinning `progress` goes on while something moves that ends no operation."""
+"""How long `progress` goes on while something moves that ends no operation. One call of UCX's takes in 512 KiB."""
 
 STRAYS_EVERY: Final = 8
 """Turns in which something moved between two looks for unexpected messages: at 64 KiB each some 16 MiB of them."""
@@ -127,6 +127,7 @@ class UCXXLink:
         self.cancel_due = False
         self.closing = False
         self.thread = threading.get_ident()
+        self._busy = 0
         self._lost: deque[UCXXEndpoint] = deque()
         self._closing: dict[UCXXEndpoint, Timer] = {}
         self._listeners: set[UCXXListener] = set()
@@ -177,14 +178,11 @@ class UCXXLink:
         clock = time.perf_counter
         turn_end = 0.0
         while True:
-            moved = 0
+            moved = False
             looks = self.flight.overlooked
             try:
-                if progress_once():
-                    moved = 1
-                    while moved < BURST and progress_once():
-                        moved += 1
-                elif spin_s and not (looks or self.ready or self.cancel_due):
+                moved = progress_once()
+                if not moved and spin_s and not (looks or self.ready or self.cancel_due):
                     end = clock() + spin_s
                     while not moved and clock() < end:
                         moved = progress_once()
@@ -193,8 +191,8 @@ class UCXXLink:
                 time.sleep(PAUSE_S)
             if self._call_back(moved):
                 return True
-            if not spin_s or not (moved or looks):
-                return moved > 0
+            if not (moved or looks):
+                return False
             now = clock()
             turn_end = turn_end or now + TURN_S
             if now > turn_end:
@@ -310,16 +308,17 @@ class UCXXLink:
         self.check_usable()
         raise AssertionError
 
-    def _call_back(self, moved: int) -> bool:
+    def _call_back(self, moved: bool) -> bool:  # noqa: FBT001  # positional is what it costs least
         """Call what is ready, what has ended, who is lost and who is closed; whether anything was called."""
         called = False
+        self._busy = self._busy + 1 if moved else 0
         if self.ready:
             called = True
             for _ in range(len(self.ready)):
                 action, argument = self.ready.popleft()
                 action(argument)
         everywhere = self.flight.overlooked and not moved
-        if self.cancel_due and moved < BURST:
+        if self.cancel_due and self._busy % BUSY == 0:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
             self.cancel_due = False
             self.worker.cancel_inflight_requests()
