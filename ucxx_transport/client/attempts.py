@@ -42,8 +42,8 @@ class Attempt:
         connection = self.connection
         if operation.error is None:
             connection.proved = True
-            connection.take(self)
-            connection.after_answers()
+            if not connection.take(self):
+                connection.after_answers()
         else:
             connection.receive_failed(operation.error)
 

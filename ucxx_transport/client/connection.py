@@ -278,8 +278,8 @@ class Connection:
         except TransportError as error:
             self.fail(error)
 
-    def take(self, attempt: Attempt) -> None:
-        """An attempt's answer has come."""
+    def take(self, attempt: Attempt) -> bool:
+        """An attempt's answer has come; whether nothing is left to do after it (else: `after_answers`)."""
         ref, session = attempt.ref, self.session
         try:
             session.verify(attempt.number, attempt.message.data)
@@ -289,7 +289,7 @@ class Connection:
             self._reads.refused(attempt, error)
             if session.broken:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
-            return
+            return False
         if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
             waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
             if isinstance(waiting, TransportError):
@@ -298,7 +298,7 @@ class Connection:
                 session.end(attempt.number, delivered=False)
             else:
                 waiting.append(attempt)
-            return
+            return False
         del self.attempts[attempt.number]  # as `_answered`
         self._asked_bytes -= ref.nbytes
         if attempt.late:

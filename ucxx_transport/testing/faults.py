@@ -45,7 +45,7 @@ class Faults:
         spare: this many further messages pass, then the next three faults are looked at.
         drop: this many messages vanish; their sends succeed.
         truncate_to: the next message loses what is beyond this many bytes.
-        flip_byte: the next message arrives with the byte at this offset inverted.
+        flip_byte: the next message arrives with the byte at this offset inverted, if it has one.
         hold: messages are delivered only once it is set, in order.
         refuse: connections are refused.
         hang_connect: connections neither succeed nor fail.
@@ -84,6 +84,7 @@ class Faults:
             content, self.truncate_to = content[: self.truncate_to], None
         if self.flip_byte is not None:
             flipped = bytearray(content)
-            flipped[self.flip_byte] ^= 0xFF
+            if self.flip_byte < len(flipped):
+                flipped[self.flip_byte] ^= 0xFF
             content, self.flip_byte = bytes(flipped), None
         return content

@@ -20,7 +20,7 @@ import anyio
 from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, check_staleness, loss_of, sort_out
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -85,7 +85,12 @@ class FetchRequest:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if not self.deadline_s > 0:
             raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
-        check_staleness(max_staleness, policy_version)
+        if max_staleness is not None and max_staleness < 0:
+            raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
+        if max_staleness is not None and policy_version is None:
+            raise ConfigError(
+                "max_staleness needs policy_version: how old is judged against it", field="policy_version"
+            )
         self._given = given if callable(given) else tuple(given)
         self._policy_version = policy_version
         self._max_staleness = max_staleness

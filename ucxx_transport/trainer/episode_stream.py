@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
 
-_END = object()
-"""The references have ended. Not an exception: kept, it would keep the frames that it was raised through."""
-
 
 @dataclass(frozen=True, slots=True)
 class StreamedEpisode:
@@ -81,7 +78,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         self._ahead = ahead
         self._changed = threading.Condition()
         self._begun: deque[tuple[AskedFor, PendingBatch]] = deque()
-        self._end: Exception | object | None = None
+        # the class, not an object of it: kept, that would keep the frames that it was raised through
+        self._end: Exception | type[StopIteration] | None = None
         self._closed = False
         self._prefetcher = Prefetcher(
             config,
@@ -141,7 +139,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
                 raise ConfigError("the stream is closed; make another")
             if not self._begun:
                 assert self._end is not None
-                raise self._end if isinstance(self._end, Exception) else StopIteration
+                raise self._end
             begun = self._begun.popleft()
             self._changed.notify_all()
             return begun
@@ -151,11 +149,11 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             for reference in references:
                 if not self._begin(reference):
                     return
-            self._finish(_END)
+            self._finish(StopIteration)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates
             self._finish(error)
         except BaseException:
-            self._finish(_END)
+            self._finish(StopIteration)
             raise
 
     def _begin(self, reference: Any) -> bool:
@@ -172,7 +170,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             self._changed.notify_all()
         return True
 
-    def _finish(self, end: Exception | object) -> None:
+    def _finish(self, end: Exception | type[StopIteration]) -> None:
         with self._changed:
             self._end = end
             self._changed.notify_all()

@@ -14,8 +14,7 @@ from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, ProtocolError, RingConfig, SharedRingBuffer, SlotState
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer import Batch, Loss, LossReason, Prefetcher
-from ucxx_transport.trainer.prefetcher import PendingBatch
+from ucxx_transport.trainer import Batch, Loss, LossReason, PendingBatch, Prefetcher
 
 LOCAL = ClientConfig(local="view")
 
