@@ -266,8 +266,7 @@ class Connection:
             return
         data = message.data
         clear_ends(data, nbytes)
-        frame, numbers, _ = self.session.fetch((ref,))
-        number = numbers[0]
+        frame, number = self.session.fetch_one(ref)
         attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
         self._asked_bytes += nbytes
         endpoint = self._endpoint
@@ -285,27 +284,38 @@ class Connection:
             session.verify(attempt.number, attempt.message.data)
         except TransportError as error:
             error.__traceback__ = None  # its frames hold the message
-            self._answered(attempt)
-            self._reads.refused(attempt, error)
+            self._refused(attempt, error)
             if session.broken:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
             return False
         if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
             waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
-            if isinstance(waiting, TransportError):
-                self._answered(attempt)
-                self._reads.refused(attempt, waiting)
-                session.end(attempt.number, delivered=False)
-            else:
+            if isinstance(waiting, list):
                 waiting.append(attempt)
+            else:
+                self._refused(attempt, waiting)
+                session.end(attempt.number, delivered=False)
             return False
         del self.attempts[attempt.number]  # as `_answered`
         self._asked_bytes -= ref.nbytes
         if attempt.late:
             self.late -= 1
-        delivered = self._reads.arrived(attempt)
-        if delivered is not None:
+        reads, endpoint = self._reads, self._endpoint
+        delivered = reads.arrived(attempt)
+        if delivered is None:
+            return False
+        if self.attempts or self.queue or self._pool.waiting or endpoint is None or self.closed:
             session.end(attempt.number, delivered=delivered)
+            return False
+        # As `after_answers`, of a read that was alone here.
+        try:
+            endpoint.post_send(session.end_at_once(attempt.number, delivered=delivered))
+        except TransportError as error:
+            self.fail(error)
+            return False
+        self.used, self.proved = True, False
+        reads.settle()
+        return True
 
     def receive(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None:
         """Receive what the server has picked, each payload for its read, or, without one, to give it back."""
@@ -345,6 +355,10 @@ class Connection:
             self.send_ends()
         elif delivered:
             self._pool.owe((attempt.ref,))
+
+    def _refused(self, attempt: Attempt, error: TransportError) -> None:
+        self._answered(attempt)
+        self._reads.refused(attempt, error)
 
     def _answered(self, attempt: Attempt) -> None:
         """An attempt is in flight no more."""

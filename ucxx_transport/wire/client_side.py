@@ -25,8 +25,29 @@ from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire import frames
 from ucxx_transport.wire.actions import Asked, Fetch, Offer, Offered
 from ucxx_transport.wire.answers import Named, body_of, error_of, refusal_in
-from ucxx_transport.wire.codec import Message, decode_offer, encode_fetch, encode_frame, error_text, is_sealed
-from ucxx_transport.wire.frames import MAX_CHANNEL, MAX_SCHEMA_BYTES, Frame, Kind, ReplyHeader, Status, Window
+from ucxx_transport.wire.codec import (
+    END_ONE,
+    FETCH_ONE,
+    NO_SECRET,
+    Message,
+    decode_offer,
+    encode_fetch,
+    encode_frame,
+    error_text,
+    is_sealed,
+)
+from ucxx_transport.wire.frames import (
+    END_MARK,
+    MAX_CHANNEL,
+    MAX_SCHEMA_BYTES,
+    REQUEST_MAGIC,
+    VERSION,
+    Frame,
+    Kind,
+    ReplyHeader,
+    Status,
+    Window,
+)
 from ucxx_transport.wire.handshake import WELCOME_BYTES, ClientHandshake
 
 HANDSHAKE_RECEIVE_BYTES: Final = frames.receive_bytes(WELCOME_BYTES)
@@ -34,6 +55,7 @@ CONFIRM_RECEIVE_BYTES: Final = frames.receive_bytes(frames.MAX_NAMES)
 DESCRIBE_RECEIVE_BYTES: Final = frames.receive_bytes(MAX_SCHEMA_BYTES)
 BYE_RECEIVE_BYTES: Final = frames.receive_bytes(0)
 
+_FETCH: Final = int(Kind.FETCH)  # an enum's attribute costs 0.3 µs in Python 3.11
 _CONFIRMED: Final = {int(status): status for status in (Status.OK, Status.STALE, Status.BUSY)}
 
 # An attempt in flight: its number, the sequence of its frame, what it names (None: no payload), the attempt of the
@@ -163,6 +185,24 @@ class ClientSession:
         frame = encode_fetch(sequence, named[0].ring_id, 1 if packed else 0, shared, words, ends)
         return Fetch(frame, attempts, shared)
 
+    def fetch_one(self, named: Named) -> Asked:
+        """`fetch` of one payload, in fewer steps: a lone read of a few KiB takes no longer than they do."""
+        awaited = self._awaited
+        attempt = self._last + 1
+        channel = attempt & MAX_CHANNEL
+        if self._ends or not channel or channel in awaited:
+            frame, attempts, _ = self.fetch((named,))
+            return Asked(frame, attempts[0])
+        self._sequence = sequence = self._sequence + 1
+        nbytes = named.nbytes
+        awaited[channel] = (attempt, sequence, named, 0, False)
+        self._last = attempt
+        self._named += 1
+        self._named_bytes += nbytes
+        name = named.slot, 0, named.generation, attempt, nbytes
+        head = REQUEST_MAGIC, VERSION, _FETCH, sequence, named.ring_id, 1, 0, 0, 0, 0, 0, 0, NO_SECRET
+        return Asked(FETCH_ONE.pack(*head, *name, END_MARK ^ sequence), attempt)
+
     def verify(self, attempt: int, message: Message) -> None:
         """Check that `message` carries exactly the payload of the attempt, whole: it is `message[64 : 64 + nbytes]`.
 
@@ -209,6 +249,20 @@ class ClientSession:
         self._ends.append(attempt << 1 | delivered)
         if delivered:
             self._delivered.append(named)
+
+    def end_at_once(self, attempt: int, *, delivered: bool) -> bytes:
+        """`end`, and the frame that brings it."""
+        self.end(attempt, delivered=delivered)
+        ends = self._ends
+        if len(ends) > 1:
+            return self.ends_frame()
+        self._sequence = sequence = self._sequence + 1
+        self._ends = []
+        if self._delivered:
+            self._unproved.append((sequence, self._delivered))
+            self._delivered = []
+        head = REQUEST_MAGIC, VERSION, _FETCH, sequence, self.ring_id, 0, 1, 0, 0, 0, 0, 0, NO_SECRET
+        return END_ONE.pack(*head, ends[0], END_MARK ^ sequence)
 
     @property
     def ends_waiting(self) -> bool:

@@ -50,6 +50,10 @@ from ucxx_transport.wire.frames import (
 Message = bytes | bytearray | memoryview
 
 _HEAD: Final = struct.Struct("<IHHQ16sHHIQQII32s")
+FETCH_ONE: Final = struct.Struct("<IHHQ16sHHIQQII32sIIQQQQ")
+END_ONE: Final = struct.Struct("<IHHQ16sHHIQQII32sQQ")
+"""A FETCH of one name and no end, and of one end and no name: most frames of a client that reads one by one."""
+
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
 _TRAILER: Final = struct.Struct("<QQ")
 _NAME: Final = struct.Struct("<IIQQQ")
@@ -60,7 +64,7 @@ _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
 _NO_HEADER: Final = struct.Struct(f"{HEADER_BYTES}x")
 _NO_TRAILER: Final = struct.Struct(f"{TRAILER_BYTES}x")
-_NO_SECRET: Final = bytes(NONCE_BYTES)
+NO_SECRET: Final = bytes(NONCE_BYTES)
 _U64: Final = (1 << 64) - 1
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
@@ -83,7 +87,7 @@ def encode_fetch(  # noqa: PLR0917 - the words of the frame, in its order; a key
     count = len(words) // 5
     return (
         _HEAD.pack(
-            REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, 0, 0, 0, _NO_SECRET
+            REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, 0, 0, 0, NO_SECRET
         )
         + _NAMES[count].pack(*words)
         + _ENDS[len(ends)].pack(*ends, END_MARK ^ sequence)

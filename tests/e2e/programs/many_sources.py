@@ -1,10 +1,9 @@
 """Many small sources, and a client with few descriptors: `python -m tests.e2e.programs.many_sources ROLE`.
 
-| ROLE   | request                                        | answer                                                     |
-|--------|------------------------------------------------|------------------------------------------------------------|
-| worker | `rings`: how many                              | `refs` of a payload in each, all served by threads of its   |
-|        | `write`: any                                   | `refs` of another payload in each                          |
-| client | `descriptors`: its limit; then `refs`, `local` | how many were `read`; `errors`; the most `open` at a time   |
+| ROLE   | request                                        | answer                                            |
+|--------|------------------------------------------------|---------------------------------------------------|
+| worker | `rings`: so many more, each with a thread      | `refs` of a new payload in each ring              |
+| client | `descriptors`: its limit; then `refs`, `local` | how many were `read`, `errors`, and `connections` |
 
 Both end with their standard input.
 """
