@@ -37,7 +37,15 @@ from ucxx_transport.link.settings import (
     require_network,
 )
 from ucxx_transport.link.translate import Translator
-from ucxx_transport.link.ucx_api import IN_PROGRESS, UcxEndpoint, UcxWorker, load_binding, quiet_ucxx_log
+from ucxx_transport.link.ucx_api import (
+    IN_PROGRESS,
+    UcxArray,
+    UcxEndpoint,
+    UcxRequest,
+    UcxWorker,
+    load_binding,
+    quiet_ucxx_log,
+)
 from ucxx_transport.link.ucx_endpoint import (
     CLOSE_TIMEOUT_S,
     UCXXEndpoint,
@@ -132,8 +140,8 @@ class UCXXLink:
         self._closing: dict[UCXXEndpoint, Timer] = {}
         self._listeners: set[UCXXListener] = set()
         self._bases: set[int] = set()
-        self._closed = False
-        self._forked = False
+        self._strays: list[tuple[UcxRequest, UcxArray]] = []
+        self._closed = self._forked = False
         link_opened(self)
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> UCXXEndpoint:
@@ -225,7 +233,7 @@ class UCXXLink:
         self.closing = True
         failure: Exception | None = None
         late_s = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self.flight.endpoints or self._listeners or self.ready) and time.monotonic() < late_s + PAUSE_S * 100:
+        while self._is_open() and time.monotonic() < late_s + PAUSE_S * 100:
             try:
                 self._end_all(late=time.monotonic() > late_s)
                 if not self.progress():
@@ -234,6 +242,7 @@ class UCXXLink:
                 failure = failure or exc
         self._closed = True
         self.closing = False
+        keep_for_good(*self._strays)
         self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
         link_closed(self)
         self._progress_once = self._refused
@@ -348,6 +357,10 @@ class UCXXLink:
             timer.cancel()
             endpoint.end_close()
 
+    def _is_open(self) -> bool:
+        self._discard_unexpected()
+        return bool(self.flight.endpoints or self._listeners or self.ready or self._strays)
+
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self._listeners):
             listener.close()
@@ -362,6 +375,8 @@ class UCXXLink:
         They are what came to an endpoint that has been closed, or under a tag that never was one's: tags are matched in
         the whole worker, so any peer may send such.
         """
+        if self._strays:
+            self._strays = [stray for stray in self._strays if stray[0].status == IN_PROGRESS]
         found = self.worker.tag_probe(self._any_tag, self._any_mask)
         if not found.matched:
             return
@@ -373,7 +388,7 @@ class UCXXLink:
             request = self.worker.tag_recv(nowhere, tag)
             self.counters.unexpected_messages += 1
             if request.status == IN_PROGRESS:  # UCX still refers to it: dropping it, or the array, could be a crash
-                keep_for_good(request, nowhere)
+                self._strays.append((request, nowhere))
             found = self.worker.tag_probe(self._any_tag, self._any_mask)
             if not found.matched:
                 return
