@@ -205,7 +205,9 @@ class WireMachine(RuleBasedStateMachine):
             total = sum(one.nbytes for one in names) + name.nbytes
             if connection.session.room(total, len(names) + 1):
                 names.append(name)
-        if names:
+        if len(names) == 1:
+            self.port.fetch_one(connection, names[0])
+        elif names:
             self.port.fetch(connection, names, packed=len(names) > 1 and choice.random() < 0.5)
         self.go_on(choice, connection)
 

@@ -152,6 +152,12 @@ class Port:
             self._post_payload(connection, attempt, name)
         self._send(connection, fetch.frame)
 
+    def fetch_one(self, connection: Connection, name: Name) -> None:
+        frame, attempt = connection.session.fetch_one(name)
+        connection.names[attempt] = name
+        self._post_payload(connection, attempt, name)
+        self._send(connection, frame)
+
     def take(self, connection: Connection, max_payloads: int, max_bytes: int, *, newest: bool, wait_ms: int) -> None:
         asked = connection.session.take(max_payloads, max_bytes, newest=newest, wait_ms=wait_ms)
         room = offer_receive_bytes(max_payloads)
@@ -248,7 +254,10 @@ class Port:
             connection.session.end(attempt, delivered=False)
         else:
             client.delivered[key] = connection
-            connection.session.end(attempt, delivered=True)
+            if name.generation % 3:
+                connection.session.end(attempt, delivered=True)
+            else:
+                self._send(connection, connection.session.end_at_once(attempt, delivered=True))
 
     # --- The server's moves ---
 

@@ -1,26 +1,27 @@
 """UCXXClient: payloads by reference, from this host's rings in place and from others over UCX, for an event loop.
 
-The reactor hangs in the loop: its descriptor by `add_reader`, its next timer by `call_later`. A read that is alone
-polls for its answer within the calling task, for as long as a blocking client would: most answers come sooner than a
-loop gets round.
+How its tasks wait is in `waiters`: on asyncio a read that is alone polls for its answer within the calling task, for as
+long as a blocking client would; most answers come sooner than a loop gets round.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
+from anyio import to_thread
+from anyio.lowlevel import checkpoint
+
 from ucxx_transport.client.core import ClientCore, Into
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.client.waiters import TURN_S, Waiter, waiter_of
+from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.takes import Selector, Takeable
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
-    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
@@ -40,102 +41,21 @@ INLINE_WAIT_S: Final = 0.005
 LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
 
-TURN_S: Final = 0.001
-"""The reactor gives the loop back after this at the latest."""
 
+class _Goodbye:
+    """A call that is done when every server has been taken leave of."""
 
-class LoopWaiter:
-    """Runs a reactor within an asyncio loop."""
+    __slots__ = ("done", "on_done")
 
-    def __init__(self, reactor: Reactor, spin_s: float) -> None:
-        self._reactor = reactor
-        self._spin_s = spin_s
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._descriptor = -1
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_s = math.inf
-        self._soon: asyncio.Handle | None = None
+    def __init__(self) -> None:
+        self.done = False
+        self.on_done: Callable[[object], object] | None = None
 
-    def bind(self) -> asyncio.AbstractEventLoop:
-        """The running loop, which this belongs to from the first call on; a ConfigError in another one."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None:
-                raise ConfigError("this client belongs to another event loop; make one client a loop")
-            self._loop = loop
-        return loop
-
-    async def wait(self, job: Job | Discard | Take, *, alone: bool) -> None:
-        """Return when the job is done."""
-        reactor = self._reactor
-        if alone:
-            give_up_s = reactor.now() + TURN_S
-            while reactor.poll(self._spin_s):
-                if job.done:
-                    break
-                if reactor.now() > give_up_s:
-                    break
-            if job.done:
-                self._look_later()
-                return
-        loop = self.bind()
-        came = loop.create_future()
-
-        def on_done(_: object) -> None:
-            if not came.done():
-                came.set_result(None)
-
-        job.on_done = on_done
-        self.turn()
-        await came
-
-    def unbind(self) -> None:
-        """Leave the loop."""
-        loop, self._loop = self._loop, None
-        if loop is None or loop.is_closed():
-            return
-        for handle in (self._timer, self._soon):
-            if handle is not None:
-                handle.cancel()
-        if self._descriptor >= 0:
-            loop.remove_reader(self._descriptor)
-            self._descriptor = -1
-
-    def _look_later(self) -> None:
-        """Nothing is waited for; what happens now is looked at when the loop gets round to it."""
-        if self._descriptor < 0:
-            self.turn()
-        elif self._soon is None:
-            assert self._loop is not None
-            self._soon = self._loop.call_soon(self.turn)
-
-    def turn(self) -> None:
-        """Run the reactor until it has nothing to do, or `TURN_S`; then wait for its descriptor and its next timer."""
-        reactor, loop = self._reactor, self._loop
-        self._soon = None
-        if loop is None or reactor.closed:
-            return
-        give_up_s = reactor.now() + TURN_S
-        while reactor.poll() or not reactor.arm():
-            if reactor.now() > give_up_s:
-                self._soon = loop.call_soon(self.turn)
-                return
-        if self._descriptor < 0:
-            self._descriptor = reactor.fileno()
-            loop.add_reader(self._descriptor, self.turn)
-        next_s = reactor.next_timer_s
-        if next_s != self._timer_s:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            self._timer_s = next_s
-            if next_s != math.inf:
-                self._timer = loop.call_later(max(0.0, next_s - reactor.now()), self._timer_due)
-
-    def _timer_due(self) -> None:
-        self._timer = None
-        self._timer_s = math.inf
-        self.turn()
+    def said(self) -> None:
+        """It is done."""
+        self.done = True
+        if self.on_done is not None:
+            self.on_done(self)
 
 
 class UCXXClient:
@@ -163,7 +83,7 @@ class UCXXClient:
         page_locker: PageLocker | None = None,
     ) -> None:
         self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
-        self._waiter = LoopWaiter(self._core.reactor, self._core.config.spin_s)
+        self._waiter: Waiter | None = None
         self._kept_s = 0.0
 
     @property
@@ -185,17 +105,17 @@ class UCXXClient:
         until_s = core.reactor.now() + limit_s
         if self._kept_s > TURN_S:
             self._kept_s = 0.0
-            await asyncio.sleep(0)  # before the read: cancelled here, it has lost nothing
+            await checkpoint()  # before the read: cancelled here, it has lost nothing
         began_s = time.perf_counter()
         try:
             ring = core.admit(ref, into)
             if ring is not None:
                 if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                    return await core.read_local_aside(ring, ref, into, limit_s, began_s)
+                    return await self._read_aside(ring, ref, into, limit_s, began_s)
                 try:
                     return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
                 except DeadlineExceededError:  # the ring's lock is held
-                    return await core.read_local_aside(ring, ref, into, limit_s, began_s)
+                    return await self._read_aside(ring, ref, into, limit_s, began_s)
         except TransportError as error:
             core.count_failure(error)
             raise
@@ -230,13 +150,10 @@ class UCXXClient:
         core = self._core
         limit_s = core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s
-        found, elsewhere = await asyncio.to_thread(core.discard_here, refs, limit_s)  # it may wait for rings' locks
+        found, elsewhere = await to_thread.run_sync(core.discard_here, refs, limit_s)  # it may wait for rings' locks
         call = Discard(found, until_s)
         if elsewhere:
-            self._waiter.bind()
-            core.reads.discard(call, elsewhere)
-            if not call.done:
-                await self._waiter.wait(call, alone=False)
+            await self._run(call, partial(core.reads.discard, call, elsewhere))
         core.counters.add("discarded", call.found)
         return call.found
 
@@ -262,7 +179,7 @@ class UCXXClient:
             left_s = min(until_s - time.monotonic(), LOOK_S)
             if left_s <= 0:
                 break
-            await asyncio.to_thread(ring.wait_for_ready, left_s, reader=core.reader)
+            await to_thread.run_sync(partial(ring.wait_for_ready, left_s, reader=core.reader), abandon_on_cancel=True)
         return payloads
 
     def statistics(self) -> ClientStatistics:
@@ -275,11 +192,11 @@ class UCXXClient:
         if core.inherited or core.reactor.closed:
             return
         if core.reactor.has_link:
-            said = asyncio.get_running_loop().create_future()
-            core.begin_goodbye(lambda: None if said.done() else said.set_result(None))
-            self._waiter.turn()
-            await said
-        self._waiter.unbind()
+            goodbye = _Goodbye()
+            core.begin_goodbye(goodbye.said)
+            await self._bound().wait(goodbye, alone=False)
+        if self._waiter is not None:
+            self._waiter.unbind()
         core.close()
 
     async def __aenter__(self) -> Self:
@@ -288,14 +205,28 @@ class UCXXClient:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _run(self, job: Job | Take, start: Callable[[], None]) -> None:
-        """Start a job and return when it is done."""
-        core, waiter = self._core, self._waiter
-        waiter.bind()
+    async def _read_aside(
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+    ) -> Payload:
+        """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
+        core = self._core
+        begun = await to_thread.run_sync(core.begin_local, ring, ref, limit_s, abandon_on_cancel=True)
+        return core.finish_local(ref, begun, into, began_s)
+
+    async def _run(self, call: Job | Discard | Take, start: Callable[[], None]) -> None:
+        """Start a call and return when it is done."""
+        core, waiter = self._core, self._bound()
         try:
             start()
-            if not job.done:
-                await waiter.wait(job, alone=core.reads.in_flight == 1)
+            if not call.done:
+                await waiter.wait(call, alone=core.reads.in_flight == 1)
         except BaseException:
-            core.abandon(job)
+            core.abandon(call)
             raise
+
+    def _bound(self) -> Waiter:
+        waiter = self._waiter
+        if waiter is None:
+            waiter = self._waiter = waiter_of(self._core.reactor, self._core.config.spin_s)
+        waiter.bind()
+        return waiter

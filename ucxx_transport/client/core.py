@@ -6,7 +6,6 @@ What begins or ends jobs is for the thread that runs the reactor; `admit` and th
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import secrets
@@ -371,15 +370,14 @@ class ClientCore:
         self.counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
         return payload
 
-    async def read_local_aside(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+    def finish_local(
+        self, ref: SlotRef, begun: tuple[SharedRingBuffer, ReadLease, Bytes | None], into: Into | None, began_s: float
     ) -> Payload:
-        """`read_local` with its copying and waiting in a thread. Cancelled, the payload stays in its slot."""
-        begun = await asyncio.to_thread(self._begin_local, ring, ref, limit_s)
+        """The second half of `read_local`, which delivers."""
         payload = self.local.finish(ref, *begun)
         if into is not None:
             payload = payload.copied_into(into)
-        self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
+        self.counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
         return payload
 
     def take_here(self, ring: SharedRingBuffer, request: TakeRequest, limit_s: float) -> list[Payload]:
@@ -437,9 +435,10 @@ class ClientCore:
             return False
         return True
 
-    def _begin_local(
+    def begin_local(
         self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
     ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
+        """The first half of `read_local`, which copies and waits; dropped, it leaves no trace."""
         try:
             return ring, *self.local.begin(ring, ref, limit_s)
         except SlotError:

@@ -149,8 +149,8 @@ class ServerSession:
         actions: list[Action] = []
         ends = decoded.ends
         wrong = self._end(ends, actions) if ends else ""
-        if not wrong and max(len(self.leaving), self._unsent_replies, self._unsent_shared) > MAX_UNSENT:
-            wrong = "answers are not read"
+        if len(self.leaving) > MAX_UNSENT or self._unsent_replies > MAX_UNSENT or self._unsent_shared > MAX_UNSENT:
+            wrong = wrong or "answers are not read"
         if wrong:
             actions.append(self._wrong(decoded, wrong, now))
         elif decoded[0] != _FETCH:

@@ -13,7 +13,7 @@ from ucxx_transport.errors import (
     StaleSlotError,
 )
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Asked, Attempt
+from ucxx_transport.wire.actions import Asked, Attempt, Serve
 from ucxx_transport.wire.codec import decode_frame, encode_error
 from ucxx_transport.wire.frames import (
     MAX_CHANNEL,
@@ -155,6 +155,35 @@ def test_an_attempt_is_ended_once_and_only_after_it_has_arrived() -> None:
         pair.client.verify(number, encode_error(Status.BUSY, ""))
     with pytest.raises(KeyError):
         pair.client.end(number, delivered=False)
+
+
+def test_a_lone_payload_is_asked_for_and_ended_by_the_same_bytes_as_several() -> None:
+    one, several = Pair().open(), Pair().open()
+    for _ in range(3):
+        asked, fetch = one.client.fetch_one(ref()), several.client.fetch([ref()])
+        assert (asked.frame, [asked.attempt]) == (fetch.frame, fetch.attempts)
+        for pair, number in ((one, asked.attempt), (several, fetch.attempts[0])):
+            [attempt] = pair.action(asked.frame, Serve).attempts
+            pair.server.sent(attempt, pair.now)
+            pair.client.verify(number, payload(ref()))
+        several.client.end(fetch.attempts[0], delivered=True)
+        frame = several.client.ends_frame()
+        assert one.client.end_at_once(asked.attempt, delivered=True) == frame
+        assert (slots(one), slots(several)) == ([2], [2])
+        assert [len(pair.actions(frame)) for pair in (one, several)] == [1, 1]
+    assert (one.client.in_flight, one.client.ends_waiting) == (0, False)
+
+
+def test_a_lone_payload_takes_the_ends_along_that_wait() -> None:
+    pair = Pair().open()
+    waiting = pair.deliver(ref(0), ref(1))
+    asked = pair.client.fetch_one(ref(2))
+    assert decode_frame(asked.frame).ends == tuple(attempt.number << 1 | 1 for attempt in waiting)
+    pair.action(asked, Serve)
+    pair.deliver(ref(3))
+    pair.client.verify(asked.attempt, payload(ref(2)))
+    ends = decode_frame(pair.client.end_at_once(asked.attempt, delivered=False)).ends
+    assert ends == (asked.attempt + 1 << 1 | 1, asked.attempt << 1)
 
 
 # --- What is owed ---

@@ -8,7 +8,7 @@ from types import FrameType
 
 from tests.unit.wire.session_rig import Pair, payload, ref
 from ucxx_transport.wire import codec
-from ucxx_transport.wire.actions import Fetch
+from ucxx_transport.wire.actions import Asked
 
 WIRE = codec.__file__.rpartition("/")[0]
 
@@ -29,7 +29,7 @@ def calls_of(work: Callable[[], object]) -> list[str]:
     return called
 
 
-def test_one_read_and_its_end_cost_at_most_eight_calls_a_side() -> None:
+def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_eight_at_the_server() -> None:
     pair, named = Pair().open(), ref()
     message = memoryview(payload(named))
     pair.deliver(named)
@@ -37,21 +37,20 @@ def test_one_read_and_its_end_cost_at_most_eight_calls_a_side() -> None:
     client: list[str] = []
     server: list[str] = []
 
-    fetched: list[Fetch] = []
+    fetched: list[Asked] = []
     client += calls_of(lambda: pair.client.room(named.nbytes))
-    client += calls_of(lambda: fetched.append(pair.client.fetch([named])))
-    frame, [number], _ = fetched[0]
+    client += calls_of(lambda: fetched.append(pair.client.fetch_one(named)))
+    frame, number = fetched[0]
     server += calls_of(lambda: pair.server.receive(frame, 1.0))
     attempt = pair.server.in_flight[number]
     server += calls_of(lambda: pair.server.sent(attempt, 1.0))
     client += calls_of(lambda: pair.client.verify(number, message))
-    client += calls_of(lambda: pair.client.end(number, delivered=True))
     ends: list[bytes] = []
-    client += calls_of(lambda: ends.append(pair.client.ends_frame()))
+    client += calls_of(lambda: ends.append(pair.client.end_at_once(number, delivered=True)))
     server += calls_of(lambda: pair.server.receive(ends[0], 1.0))
 
     assert attempt.delivered
-    assert len(client) <= 8, client
+    assert len(client) <= 6, client
     assert len(server) <= 8, server
 
 
