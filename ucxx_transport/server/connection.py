@@ -15,24 +15,31 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.layout import HOLD_NBYTES
-from ucxx_transport.server.counters import REQUESTS
-from ucxx_transport.server.takes import NO_EPOCH
+from ucxx_transport.server.slots import NO_EPOCH
 from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
-from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, Status, message_bytes
+from ucxx_transport.wire.frames import (
+    FRAME_BYTES,
+    MAX_CHANNEL,
+    PACK_BYTES,
+    OfferedPayload,
+    Status,
+    message_bytes,
+)
 from ucxx_transport.wire.server_side import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ucxx_transport.link.base import Endpoint, Message, Operation
-    from ucxx_transport.server.port import Port
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.server.slots import Slots
     from ucxx_transport.wire.actions import Action, Attempt
-    from ucxx_transport.wire.server_side import Limit, ServerSession
+    from ucxx_transport.wire.server_side import ServerSession
 
 _log = get_logger(__name__)
 
@@ -47,11 +54,6 @@ MAX_PACK_BUFFERS: Final = 16
 
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
-_OK: Final = Status.OK
-_STALE: Final = Status.STALE
-_BUSY: Final = Status.BUSY
-_NOT_READY: Final = Status.NOT_READY
-_BAD_REQUEST: Final = Status.BAD_REQUEST
 _COUNTED: Final = {
     Status.STALE: "stale",
     Status.NOT_READY: "not_ready",
@@ -60,14 +62,27 @@ _COUNTED: Final = {
     Status.UNAUTHORIZED: "unauthorized",
     Status.INTERNAL: "internal",
 }
-_LOCKED: Final = "the ring's lock is held by a process that does not get on"
 
 
-class Refusal(NamedTuple):
-    """Why the ring gives a slot not now, or never."""
+class Host(Protocol):
+    """What a connection needs of its port.
 
-    status: Status
-    text: str
+    Attributes:
+        pack_buffers: for packed payloads, those that are not in use.
+    """
+
+    reactor: Reactor
+    slots: Slots
+    pack_buffers: list[bytearray]
+
+    def defer(self, connection: Connection) -> None:
+        """Call `serve_next` in the next turn."""
+
+    def wait(self, connection: Connection, take: Take) -> None:
+        """Call `answer_take` again and again until it has answered."""
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed, and holds nothing any more."""
 
 
 class Connection:
@@ -86,11 +101,12 @@ class Connection:
 
     __slots__ = (
         *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_receives", "_turn"),
-        *("is_admitted", "is_closing", "is_deferred", "port", "session"),
+        *("_port", "_slots", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
-    def __init__(self, port: Port, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
-        self.port = port
+    def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
+        self._port = port
+        self._slots = port.slots
         self.session = session
         self.is_admitted = is_admitted
         self.is_closing = self.is_deferred = False
@@ -106,7 +122,7 @@ class Connection:
         try:
             for _ in range(FRAMES_POSTED):
                 frame = bytearray(FRAME_BYTES)
-                message = self.port.reactor.link.message(frame)
+                message = self._port.reactor.link.message(frame)
                 self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except TransportError as error:
             self.fail(error)
@@ -132,7 +148,7 @@ class Connection:
         elif self.is_closing:
             self._hear_out()
         elif not self.is_deferred:
-            turn = self.port.reactor.turns
+            turn = self._port.reactor.turns
             if turn == self._turn:
                 self._defer()
             else:
@@ -148,9 +164,9 @@ class Connection:
         if not operation.completed or operation.error is not None:
             return
         del receives[0]
-        session, finish = self.session, self.port.finish
+        session, finish = self.session, self._slots.finish
         try:
-            for action in session.receive(frame, self.port.now()):
+            for action in session.receive(frame, self._port.reactor.now()):
                 if isinstance(action, End):
                     if action.attempt.sent_s is not None:
                         finish(action.attempt)
@@ -169,45 +185,46 @@ class Connection:
     def _defer(self) -> None:
         if not self.is_deferred:
             self.is_deferred = True
-            self.port.defer(self)
+            self._port.defer(self)
 
     # --- Attempts ---
 
     def serve(self, attempts: Iterable[Attempt]) -> None:
         """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
-        port, session, post_send = self.port, self.session, self._endpoint.post_send
-        answers = port.answers
+        slots, session, post_send = self._slots, self.session, self._endpoint.post_send
+        answers = slots.answers
         for attempt in attempts:
             if attempt.lease is None:
-                refusal = self._acquire(attempt)
+                refusal = slots.acquire(attempt, session.reader)
                 if refusal is not None:
                     self.reply(session.refused(attempt, *refusal))
                     continue
-            message, _ = answers.get((attempt.slot, attempt.nbytes)) or port.prepare(attempt)
+            message, _ = answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
             send = attempt.send = post_send(message, channel=attempt.number & MAX_CHANNEL)
             if not send.completed:
                 send.on_done = partial(self._on_sent, attempt)
             elif send.error is None:
-                session.sent(attempt, port.now())
+                session.sent(attempt, self._port.reactor.now())
             else:
                 self.close()
 
     def _serve_packed(self, serve: Serve) -> None:
         """Copy the slots into one message, and send that."""
-        port, acquired, offset = self.port, [], 0
-        buffer = port.pack_buffers.pop() if port.pack_buffers else bytearray(PACK_BYTES)
+        slots, acquired, offset = self._slots, [], 0
+        buffers = self._port.pack_buffers
+        buffer = buffers.pop() if buffers else bytearray(PACK_BYTES)
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
-            refusal = self._acquire(attempt)
+            refusal = slots.acquire(attempt, self.session.reader)
             if refusal is None:
-                _, room[offset:end] = port.answers.get((attempt.slot, attempt.nbytes)) or port.prepare(attempt)
+                _, room[offset:end] = slots.answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
                 acquired.append(attempt)
             else:
                 self._count(refusal.status)
                 room[offset:end] = self.session.refused_part(attempt, *refusal)
             offset = end
-        port.counters.add("packed", len(acquired))
+        slots.counters.add("packed", len(acquired))
         send = self._endpoint.post_send(room[:offset], channel=serve.shared)
         for attempt in acquired:
             attempt.send = send
@@ -219,42 +236,23 @@ class Connection:
             send.on_done = on_sent
             self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
-    def _acquire(self, attempt: Attempt) -> Refusal | None:
-        """Enter the attempt at its slot; why not, if so."""
-        port = self.port
-        port.words[REQUESTS] += 1
-        if port.awaited[0]:
-            return Refusal(_NOT_READY, NO_EPOCH)
-        if port.locked_turn == port.reactor.turns:
-            return Refusal(_BUSY, _LOCKED)
-        try:
-            lease = attempt.lease = port.ring.acquire_slot(attempt.slot, attempt.generation, reader=self.session.reader)
-        except TransportError as error:
-            port.note_lock(error)
-            return Refusal(_status_of(error), error.message)
-        nbytes = lease.words[HOLD_NBYTES]
-        if nbytes != attempt.nbytes:
-            port.finish(attempt)
-            return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
-        return None
-
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
         if operation.error is not None:
             self.close()
             if not operation.completed:
                 return  # UCX has not released the slot, although the connection ends
-        if self.session.sent(attempt, self.port.now()):
-            self.port.finish(attempt)
+        if self.session.sent(attempt, self._port.reactor.now()):
+            self._slots.finish(attempt)
 
     def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
-        port = self.port
+        port = self._port
         if operation.error is not None:
             self.close()
         if operation.completed:
             if len(port.pack_buffers) < MAX_PACK_BUFFERS:
                 port.pack_buffers.append(buffer)
-            for attempt in self.session.sent_shared(attempts, port.now()):
-                port.finish(attempt)
+            for attempt in self.session.sent_shared(attempts, port.reactor.now()):
+                self._slots.finish(attempt)
         self._copy_left(operation)
 
     # --- What is no FETCH ---
@@ -265,25 +263,38 @@ class Connection:
         elif isinstance(action, Serve):
             self._serve_packed(action)
         elif isinstance(action, Take):
-            self.port.takes.begin(self, action)
+            if not self.answer_take(action):
+                self._port.wait(self, action)
         elif isinstance(action, Settle):
-            self.reply(self.session.settled(action, self._settle(action.names)))
+            self.reply(self.session.settled(action, self._slots.consume(action.names, self.session.reader)))
 
-    def _settle(self, names: Iterable[tuple[int, int]]) -> list[Status]:
-        """Consume what the client has had of these, as far as it is still there."""
-        port, statuses = self.port, []
-        for slot, generation in names:
-            status = _BUSY
-            if port.locked_turn != port.reactor.turns:
-                try:
-                    consumed = port.ring.acquire_slot(slot, generation, reader=self.session.reader).mark_consumed()
-                    port.counters.add("confirms", int(consumed))
-                    status = _OK if consumed else _STALE
-                except TransportError as error:
-                    port.note_lock(error)
-                    status = _BUSY if error.retryable else _STALE
-            statuses.append(status)
-        return statuses
+    def answer_take(self, take: Take) -> bool:
+        """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
+        slots, session, now = self._slots, self.session, self._port.reactor.now()
+        if not self.is_serving:
+            return True
+        if slots.awaited[0]:
+            self.reply(session.nothing(take, NO_EPOCH, Status.NOT_READY))
+            return True
+        max_payloads, max_bytes = session.take_room(take)
+        leases: list[ReadLease] = []
+        try:
+            leases = slots.take(max_payloads, max_bytes=max_bytes, newest=take.newest, reader=session.reader)
+        except ConfigError as error:  # the next one is larger than that
+            if max_bytes == take.max_bytes:
+                self.reply(session.nothing(take, error.message))
+                return True
+        if leases:
+            reply, attempts = session.taken(take, [_offered(lease) for lease in leases], now)
+            for attempt, lease in zip(attempts, leases, strict=True):
+                attempt.lease = lease
+            self.reply(reply)
+            self.serve(attempts)
+        elif now < take.until_s:
+            return False
+        else:
+            self.reply(session.nothing(take))
+        return True
 
     def reply(self, reply: Reply) -> None:
         """Send an answer that is no payload."""
@@ -305,7 +316,7 @@ class Connection:
     def _count(self, status: Status) -> None:
         counter = _COUNTED.get(status)
         if counter is not None:
-            self.port.counters.add(counter)
+            self._slots.counters.add(counter)
 
     def _copy_left(self, operation: Operation) -> None:
         self._copied_bytes -= operation.nbytes
@@ -314,10 +325,6 @@ class Connection:
             self._defer()
 
     # --- The end ---
-
-    def limit(self) -> Limit:
-        """When its time is up, as things are."""
-        return self.session.limit()
 
     def close(self) -> None:
         """Break the connection; what it holds is given back once nothing is on its way any more. Idempotent."""
@@ -342,31 +349,22 @@ class Connection:
                 operation, _, frame = receives.popleft()
                 if operation.error is not None:
                     return
-                for action in session.receive(frame, self.port.now()):
+                for action in session.receive(frame, self._port.reactor.now()):
                     if isinstance(action, End) and action.attempt.sent_s is not None:
-                        self.port.finish(action.attempt)
+                        self._slots.finish(action.attempt)
                     elif isinstance(action, Settle):
-                        self._settle(action.names)
+                        self._slots.consume(action.names, session.reader)
         except Exception as error:  # noqa: BLE001 - the edge of a callback
             self.fail(error)
 
     def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
         del clean  # what has not ended is looked at one by one
-        session = self.session
-        for attempt in (*session.in_flight.values(), *session.leaving.values()):
-            send = attempt.send
-            if send is not None and not send.completed:
-                self.port.keep_stuck(attempt)
-            else:
-                self.port.finish(attempt)
-        self.port.forget(self)
+        for attempt in (*self.session.in_flight.values(), *self.session.leaving.values()):
+            self._slots.abandon(attempt)
+        self._port.forget(self)
 
 
-def _status_of(error: TransportError) -> Status:
-    if isinstance(error, StaleSlotError):
-        return _STALE
-    if isinstance(error, BusyError):
-        return _BUSY
-    if isinstance(error, SlotError):
-        return _BAD_REQUEST
-    return _BUSY if error.retryable else Status.INTERNAL
+def _offered(lease: ReadLease) -> OfferedPayload:
+    return OfferedPayload(
+        lease.slot, lease.generation, lease.nbytes, lease.checksum, lease.commit_time_ns, lease.envelope
+    )
