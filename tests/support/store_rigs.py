@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import sqlite3
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -126,7 +125,7 @@ class LocalRig(StoreRig):
         super().__init__()
         self.path = folder / "store"
         self.url = f"local://{self.path}"
-        self._lock: int | None = None
+        self._lock: sqlite3.Connection | None = None
 
     def compact(self, store: Store, between: Callable[[], object] = int) -> None:
         for _ in range(20):
@@ -140,12 +139,12 @@ class LocalRig(StoreRig):
         self.stack.close()
 
     def stall(self) -> None:
-        self._lock = os.open(self.path, os.O_RDWR)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._lock.execute("BEGIN IMMEDIATE")
 
     def resume(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
 

@@ -122,7 +122,7 @@ class ClientCore:
             pool=self.pool,
             counters=self.counters,
             claim=self._delivered.claim,
-            gone=() if self._membership is None else self._membership.gone,
+            membership=self._membership,
         )
         if self._membership is not None:
             self._membership.bind(reads, reactor)

@@ -36,6 +36,7 @@ class Membership:
 
     Attributes:
         gone: rings whose sources are.
+        news: reports that the reads have not seen, the newest of each ring.
     """
 
     def __init__(self, watcher: Watcher) -> None:
@@ -45,14 +46,14 @@ class Membership:
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and
         # what waits for it must not grow with every report.
-        self._news: dict[bytes, tuple[SourceRecord, bool]] = {}
+        self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
     def bind(self, reads: Reads, reactor: Reactor) -> None:
         """Reads begin here: from now on they are notified."""
         self._reads, self._reactor = reads, reactor
-        if self._news:
-            reactor.submit(self._apply)
+        if self.news:
+            reactor.submit(self.apply)
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
@@ -74,16 +75,17 @@ class Membership:
 
     def _report(self, record: SourceRecord, *, is_there: bool) -> None:
         with self._lock:
-            is_first = not self._news
-            was_removed = self._news.get(record.ring_id, (record, True))[1] is False
+            is_first = not self.news
+            was_removed = self.news.get(record.ring_id, (record, True))[1] is False
             # One that was removed and is back ends its reads all the same: it is another epoch.
-            self._news[record.ring_id] = (record, is_there and not was_removed)
+            self.news[record.ring_id] = (record, is_there and not was_removed)
         if is_first and self._reactor is not None:
-            self._reactor.submit(self._apply)
+            self._reactor.submit(self.apply)
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
+        """Pass on what was reported; before a read begins, which a report from before it does not concern."""
         with self._lock:
-            news, self._news = self._news, {}
+            news, self.news = self.news, {}
         reads = self._reads
         if reads is not None:
             for record, is_there in news.values():

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.attempts import Attempt
     from ucxx_transport.client.buffer_pool import BufferPool
     from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
@@ -67,7 +68,7 @@ class Reads:
         pool: BufferPool,
         counters: ClientCounters,
         claim: Callable[[SlotRef], None],
-        gone: Collection[bytes] = (),
+        membership: Membership | None = None,
     ) -> None:
         self.reader = reader
         self.finished: list[Job] = []
@@ -79,7 +80,8 @@ class Reads:
         self.call_at = reactor.call_at
         self._counters = counters
         self._claim = claim
-        self._gone = gone
+        self._membership = membership
+        self._gone: Collection[bytes] = () if membership is None else membership.gone
         self._verify_checksum = config.verify_checksum
         self.read_attempts = config.read_attempts
         self.jobs: set[Job] = set()
@@ -99,6 +101,8 @@ class Reads:
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
         now = self.now()
+        if self._membership is not None and self._membership.news:
+            self._membership.apply()
         groups: dict[Source[Read], list[Read]] = {}
         self.jobs.add(job)
         for index in indices:
@@ -136,9 +140,9 @@ class Reads:
         ref = job.refs[0]
         now = self.now()
         source = self.dispatch.sources.known.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
-        if not (
-            source is None or source.under_way or self.dispatch.wary or job.until_s <= now or ref.ring_id in self._gone
-        ):
+        membership = self._membership
+        has_news = membership is not None and (membership.news or ref.ring_id in membership.gone)
+        if not (source is None or source.under_way or self.dispatch.wary or job.until_s <= now or has_news):
             keys = source.keys
             ports = len(keys)
             first = source.position % ports
@@ -196,6 +200,8 @@ class Reads:
 
     def take(self, take: Take) -> None:
         """Have payloads taken."""
+        if self._membership is not None and self._membership.news:
+            self._membership.apply()
         self.takes.add(take)
         if take.request.source.ring_id in self._gone:
             take.fail(removed(take.request.source))

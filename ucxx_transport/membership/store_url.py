@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -58,14 +59,19 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
         config: its settings; None: those of the environment and the file.
 
     Raises:
-        ConfigError: the URL or a setting is wrong.
+        ConfigError: the URL or a setting is wrong, or a local store's interpreter has no sqlite3.
         StorePermissionError: the file of a local store is not this user's to use.
     """
     address = parse_store_url(url)
     config = config or StoreConfig()
     if isinstance(address, LocalAddress):
-        from ucxx_transport.membership.local.store import LocalStore
-
+        try:
+            from ucxx_transport.membership.local.store import LocalStore
+        except ImportError as error:
+            if "sqlite3" not in str(error):
+                raise
+            text = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
+            raise ConfigError(text, python=sys.executable, reason=str(error)) from error
         return LocalStore(None if address.path is None else Path(address.path), config)
     from ucxx_transport.membership.etcd.store import EtcdStore
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from ucxx_transport.ring.owner import file_system
 
 __all__ = ["MemoryLimit", "is_charged", "memory_limit"]
 
@@ -61,14 +62,7 @@ def memory_limit(
 
 def is_charged(fd: int) -> bool:
     """Whether the pages of an open file stay charged to their cgroup: it lies in memory, not on a disk."""
-    device = os.fstat(fd).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for mount in mounts:
-            fields, _, kind = mount.partition(" - ")
-            if fields.split()[2] == number:
-                return kind.split()[0] in {"tmpfs", "ramfs"}
-    return False
+    return file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
 
 
 def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, _Files]]:

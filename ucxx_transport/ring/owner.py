@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,17 @@ def boot_id() -> bytes:
 def pid_namespace() -> int:
     """Inode of this process's pid namespace: pids mean the same in two processes exactly when this is equal."""
     return os.stat("/proc/self/ns/pid").st_ino
+
+
+def file_system(device: int) -> str:
+    """The kind of file system that a device number of `stat` names; "" when the mount table has none (btrfs)."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            fields, _, source = line.partition(" - ")
+            if fields.split()[2] == wanted:
+                return source.split()[0]
+    return ""
 
 
 def segment_folder() -> Path:

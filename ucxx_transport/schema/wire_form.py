@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from math import isfinite
 from typing import TypeGuard
 
 import msgpack
@@ -128,19 +130,35 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
     """Decode JSON of bounded size, of the finite numbers that the standard has.
 
     Raises:
-        ProtocolError: too long, or no JSON.
+        ProtocolError: too long, or no JSON; of a number that JSON has not, it names the field.
     """
     if len(raw) > max_bytes:
         raise ProtocolError(f"a {what} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
     try:
-        decoded: object = json.loads(raw, parse_constant=_refuse_constant)
+        decoded: object = json.loads(raw, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"a {what} that is not JSON: {exc}", field=what) from exc
+        field = _field_without_number(raw)
+        where = "" if field is None else f"in the field {describe(field)}: "
+        raise ProtocolError(f"a {what} that is not JSON: {where}{exc}", field=field or what) from exc
     return decoded
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is no number of JSON")
+def _finite(text: str) -> float:
+    if not isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return number
+
+
+def _field_without_number(raw: bytes) -> str | None:
+    """The field of a JSON object in which is a number that JSON has not; None: something else is wrong."""
+    with suppress(ValueError, RecursionError):
+        decoded = json.loads(raw)
+        for name, value in decoded.items() if isinstance(decoded, dict) else ():
+            try:
+                pack_json(value)
+            except ValueError:
+                return str(name)
+    return None
 
 
 def _refuse_extension(code: int, _data: bytes) -> object:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.support.exchange_rig import HOST, ExchangeRig, open_rig
+from tests.support.port_beside import port_beside
 from tests.support.source_records import record
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.jobs import Job
@@ -127,6 +128,18 @@ def test_a_source_that_is_back_is_read_from_again() -> None:
             assert bytes(payload.buffer) == EPISODE
 
 
+def test_a_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_back() -> None:
+    with open_rig(ports=1) as rig:
+        watcher = FakeWatcher()
+        client = rig.client(watcher=watcher)
+        client.consume(rig.write(EPISODE))
+        rig.idle_alone = (client,)
+        watcher.remove(source_of(rig, 1))
+        watcher.add(source_of(rig, 1))
+        rig.idle_alone = ()
+        client.consume(rig.write(EPISODE))
+
+
 def test_a_pending_read_ends_also_when_its_source_is_back_under_a_new_epoch() -> None:
     with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
@@ -241,6 +254,16 @@ def test_a_client_that_lies_idle_keeps_the_newest_report_of_each_source_alone() 
         assert len(client.core.reactor._submitted) == 1  # noqa: SLF001 - what grows is nowhere else to be seen
         rig.idle_alone = ()
         client.consume(rig.write(EPISODE))
+
+
+def test_a_blocking_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_back() -> None:
+    watcher = FakeWatcher()
+    with port_beside() as beside, beside.client(watcher=watcher) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        source = record("w", ring_id=beside.ring.ring_id, host=HOST, ports=(5001,))
+        watcher.remove(source)
+        watcher.add(source)
+        client.read(beside.ring.write_raw(EPISODE)).release()
 
 
 def test_a_ring_of_this_host_is_read_in_place_whatever_the_watcher_reports() -> None:

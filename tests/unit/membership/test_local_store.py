@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import shutil
 import signal
+import sqlite3
 import stat
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,9 +37,10 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local.content import KEPT_REVISIONS, Content, Step
-from ucxx_transport.membership.local.log_file import KIND, MAGIC, LogFile
+from ucxx_transport.membership.local import tables
+from ucxx_transport.membership.local.database import Database
 from ucxx_transport.membership.local.store import LocalStore
+from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
 from ucxx_transport.ring.owner import segment_folder
 
 
@@ -143,49 +148,20 @@ def test_the_newest_revisions_are_kept_and_older_ones_compacted(opened: Callable
             watch.next(5)
 
 
-def test_a_file_that_has_grown_is_rewritten_and_nobody_notices(opened: Callable[..., LocalStore], path: Path) -> None:
-    store, other = opened(), opened()
-    lease = store.grant(60)
-    revision = store.put("kept", b"1", lease_id=lease.lease_id)
-    identity = other.identity()
-    with other.watch(after=revision) as watch:
-        assert watch.next(0) is None
-        path.chmod(0o660)
-        before = path.stat()
-        for _ in range(30_000):
-            store.keep_alive(lease.lease_id)  # no revision, and superseded by the next one
-            if path.stat().st_ino != before.st_ino:
-                break
-        assert path.stat().st_size < 2 * before.st_size
-        assert stat.S_IMODE(path.stat().st_mode) == 0o660
-        assert store.put("new", b"") == revision + 1
-        batch = watch.next(5)
-        assert batch is not None
-        assert batch.revision == revision + 1
-    assert identity == store.identity() == other.identity()
-    assert [(entry.key, entry.lease_id) for entry in other.snapshot()] == [("kept", lease.lease_id), ("new", None)]
-    with opened().watch(after=revision - 1) as watch:
-        batches = [watch.next(5) for _ in range(2)]
-    assert [batch.revision for batch in batches if batch] == [revision, revision + 1]
-
-
-def test_a_file_that_cannot_be_rewritten_stays_in_use(opened: Callable[..., LocalStore], path: Path) -> None:
-    store = opened()
-    before = store.put("first", b"")
-    path.with_name(f".{path.name}.fresh").mkdir()  # in the place of what it would be rewritten to
-    inode = path.stat().st_ino
-    *_, last = (store.put("large", bytes(1 << 20)) for _ in range(3))
-    assert path.stat().st_ino == inode
-    assert last == before + 3
-    assert [entry.key for entry in opened().snapshot()] == ["first", "large"]
-
-
 # the place
 
 
 def test_the_file_is_this_users_alone(opened: Callable[..., LocalStore], path: Path) -> None:
     opened().put("a", b"")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    files = [found for found in path.parent.iterdir() if not found.is_symlink()]
+    assert {stat.S_IMODE(found.stat().st_mode) for found in files} == {0o600}
+    assert len(files) == 3
+
+
+def test_nothing_but_the_file_is_left(opened: Callable[..., LocalStore], path: Path) -> None:
+    store = opened()
+    store.put("a", b"")
+    store.close()
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
@@ -222,7 +198,7 @@ def test_a_place_that_can_hold_no_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_store_is_left_as_it_is(opened: Callable[..., LocalStore], path: Path) -> None:
-    for content in (b"not a store, but rather long" * 100, b"x", KIND + b" but of another kind"):
+    for content in (b"not a database, but rather long" * 100, b"x"):
         path.write_bytes(content)
         store = opened()
         for call in (partial(store.get, "a"), partial(store.put, "a", b"")):
@@ -232,11 +208,21 @@ def test_a_file_that_is_no_store_is_left_as_it_is(opened: Callable[..., LocalSto
         assert path.read_bytes() == content
 
 
+def test_another_programs_database_is_no_store(opened: Callable[..., LocalStore], path: Path) -> None:
+    with sqlite3.connect(path) as raw:
+        raw.execute("CREATE TABLE notes (text)")
+    raw.close()
+    with pytest.raises(ConfigError, match="no store"):
+        opened().get("a")
+
+
 def test_another_versions_store_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
     store = opened()
     store.put("a", b"")
     store.close()
-    path.write_bytes(path.read_bytes().replace(MAGIC, MAGIC[:-1] + b"2", 1))
+    with sqlite3.connect(path) as raw:
+        raw.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    raw.close()
     with pytest.raises(ConfigError, match="another version"):
         opened().put("a", b"")
 
@@ -303,6 +289,18 @@ def test_a_wiped_file_is_noticed_by_watches_and_made_again_for_calls(
         assert batch.events[0].key == "newer"
 
 
+def test_another_programs_log_is_left_alone(opened: Callable[..., LocalStore], path: Path) -> None:
+    raw = sqlite3.connect(path, isolation_level=None)
+    raw.execute("PRAGMA journal_mode = WAL")
+    raw.execute("CREATE TABLE notes (text)")
+    names = sorted(found.name for found in path.parent.iterdir())
+    assert len(names) == 3
+    with pytest.raises(ConfigError, match="no store"):
+        opened().get("a")
+    assert sorted(found.name for found in path.parent.iterdir()) == names
+    raw.close()
+
+
 def test_processes_that_make_the_same_file_at_once_share_it(path: Path) -> None:
     with ExitStack() as stack:
         pipes = [stack.enter_context(elsewhere(_make_one, f"local://{path}", {}))[1] for _ in range(3)]
@@ -323,17 +321,10 @@ def _make_one(url: str, settings: dict[str, Any], pipe: Connection) -> None:
         pipe.send(store.identity())
 
 
-def test_what_a_killed_writer_left_is_written_over(opened: Callable[..., LocalStore], path: Path) -> None:
-    path.with_name(f".{path.name}.fresh").write_bytes(b"half")  # of one that was about to put it in the file's place
-    for beginning in (b"", MAGIC[:5], MAGIC + b"identity", MAGIC + bytes(16) + b"half a frame"):
-        path.write_bytes(beginning)
-        opened().put("a", b"")
-        with path.open("ab") as file:
-            file.write(b"half a frame")
-        other = opened()
-        assert [entry.key for entry in other.snapshot()] == ["a"], beginning
-        other.put("b", b"")
-        assert [entry.key for entry in opened().snapshot()] == ["a", "b"], beginning
+def test_what_a_killed_maker_left_is_swept(opened: Callable[..., LocalStore], path: Path) -> None:
+    path.with_name(f".{path.name}.fresh").write_bytes(b"half")
+    opened().put("a", b"")
+    assert not [found for found in path.parent.iterdir() if found.name.startswith(".")]
 
 
 def test_a_folder_that_is_gone_is_an_outage(tmp_path: Path) -> None:
@@ -374,9 +365,9 @@ def _put(store: LocalStore) -> bool:
 
 
 def _hold_the_lock(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
-    file = os.open(url.removeprefix("local://"), os.O_RDWR | os.O_APPEND)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    os.write(file, b"half a frame")
+    raw = sqlite3.connect(url.removeprefix("local://"), isolation_level=None)
+    raw.execute("BEGIN IMMEDIATE")
+    raw.execute("UPDATE state SET revision = revision + 1000")
     pipe.send("locked")
     signal.pause()
 
@@ -386,42 +377,76 @@ def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None
     with LocalStore(path, StoreConfig(timeout_s=0.2), clock=clock) as store:
         lease = store.grant(5)
         revision = store.put("a", b"", lease_id=lease.lease_id)
-        file = path.open("rb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raw = sqlite3.connect(path, isolation_level=None)
+        raw.execute("BEGIN IMMEDIATE")
         with store.watch(after=revision) as watch:
             clock.now_s += 5
             with pytest.raises(StoreUnavailableError, match="locked"):
                 watch.next(10)
-            file.close()
+            raw.close()
             batch = watch.next(10)
             assert batch is not None
             assert batch.events[0].kind == "delete"
 
 
-def test_a_child_that_was_forked_in_the_middle_of_a_call_writes_nothing_by_it(path: Path) -> None:
+def test_a_child_that_was_forked_in_the_middle_of_a_call_writes_nothing_and_is_refused(path: Path) -> None:
     with elsewhere(_fork_in_a_call, f"local://{path}", {}) as (_process, pipe):
-        assert pipe.recv() == ("StoreUnavailableError", 2)
+        assert pipe.recv() == (["StoreUnavailableError"] * 3, ["a"])
 
 
 def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
     near, far = os.pipe()
-    file = LogFile(Path(url.removeprefix("local://")), "boot", lambda _content: [])
+    path = Path(url.removeprefix("local://"))
+    database = Database(path, time.monotonic, "boot")
 
-    def fork(_content: Content) -> tuple[list[Step], int]:
-        return [["put", b"a", b"", None]], os.fork()
+    def fork(db: sqlite3.Connection) -> int:
+        tables.put(db, b"a", b"", None, None)
+        return os.fork()
 
-    error = ""
+    def call(store: Database) -> str:
+        try:
+            store.write(lambda db: tables.put(db, b"b", b"", None, None), until=time.monotonic() + 60)
+        except StoreUnavailableError as error:
+            return type(error).__name__
+        return "written"
+
     try:
-        child = file.write(fork, until=time.monotonic() + 60)
-    except StoreUnavailableError as caught:  # in the child
+        child, error = database.write(fork, until=time.monotonic() + 60), ""
+    except StoreUnavailableError as caught:
         child, error = 0, type(caught).__name__
     if child == 0:
-        file.write(lambda _content: ([["put", b"b", b"", None]], None), until=time.monotonic() + 60)
-        os.write(far, error.encode())
+        errors = [error, call(database), call(Database(path, time.monotonic, "boot"))]
+        os.write(far, " ".join(errors).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    revision = file.read(lambda content: content.revision, until=time.monotonic() + 60)
-    pipe.send((os.read(near, 100).decode(), revision))
+    rows = database.read(lambda db: tables.rows(db, b"", b"z"), until=time.monotonic() + 60)
+    pipe.send((os.read(near, 100).decode().split(), [row.key.decode() for row in rows]))
+    database.close(1.0)
+
+
+def test_a_fork_waits_for_the_calls_of_other_threads(opened: Callable[..., LocalStore]) -> None:
+    store = opened()
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            store.put("thread", b"")
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            for number in range(20):
+                if (child := os.fork()) == 0:
+                    try:
+                        store.put(f"child/{number}", b"")
+                        os._exit(0)
+                    finally:
+                        os._exit(1)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            ended.set()
+        writing.result()
+    assert len(store.snapshot("child/").entries) == 20
 
 
 # rights and space, which root is not bound by: in a process of another user's
@@ -536,13 +561,32 @@ def _default_in_a_strangers_folder(parent: Path) -> None:
         folder.unlink()
 
 
-def test_a_user_of_a_deleted_file_leaves_its_successor_as_it_is(opened: Callable[..., LocalStore], path: Path) -> None:
+def test_the_connection_to_a_deleted_file_leaves_its_successors_log(
+    opened: Callable[..., LocalStore], path: Path
+) -> None:
+    """The connection to a deleted file, when closed, must not take the new file's log with it."""
     old, new = opened(), opened()
     old.put("old", b"")
     path.unlink()
-    new.put("new", b"1")
-    old.close()  # the last one that had seen the old file
+    new.put("new", b"1")  # into the log beside the new file
+    old.close()  # the last one that had the old file open
     third = opened()
     assert [entry.key for entry in third.snapshot()] == ["new"]
     third.put("newer", b"")
     assert [entry.key for entry in new.snapshot()] == ["new", "newer"]
+
+
+def test_without_sqlite3_a_local_store_is_refused_by_its_name(path: Path) -> None:
+    code = """if True:
+        import sys
+        sys.modules["sqlite3"] = None  # an import of it fails, as in an interpreter that was built without it
+        from ucxx_transport import open_store
+        from ucxx_transport.errors import ConfigError
+        open_store("etcd://localhost").close()
+        try:
+            open_store(sys.argv[1])
+        except ConfigError as error:
+            print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", code, f"local://{path}"], capture_output=True, text=True, check=True)
+    assert "this Python has no sqlite3" in run.stdout

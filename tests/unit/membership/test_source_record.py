@@ -52,6 +52,7 @@ def changed(**fields: object) -> bytes:
         ("ports", "80"),
         ("ports", tuple(range(1, 66))),
         ("ttl_s", -1.0),
+        ("ttl_s", float("nan")),
         ("ttl_s", float("inf")),
         ("ttl_s", 6),
         ("meta", [1]),
@@ -168,10 +169,14 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("fields", [{"ttl_s": float("nan")}, {"meta": {"x": float("inf")}}], ids=["nan", "inf"])
-def test_numbers_that_json_has_not_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ProtocolError, match="no number of JSON"):
-        SourceRecord.from_bytes(changed(**fields))
+@pytest.mark.parametrize(
+    ("field", "value"), [("ttl_s", "NaN"), ("ttl_s", "1e999"), ("meta", '{"x":[-Infinity]}'), ("epoch", "Infinity")]
+)
+def test_numbers_that_json_has_not_are_refused_by_the_field(field: str, value: str) -> None:
+    raw = changed(**{field: "HERE"}).replace(b'"HERE"', value.encode())
+    with pytest.raises(ProtocolError, match=f"field '{field}': .* is no number of JSON") as caught:
+        SourceRecord.from_bytes(raw)
+    assert caught.value.facts["field"] == field
 
 
 def is_refused_or_whole(raw: bytes) -> None:

@@ -1,1 +1,1 @@
-"""A store in one file: many processes of one machine, no server."""
+"""A store in one SQLite file: many processes of one machine, no server."""

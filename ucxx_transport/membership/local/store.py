@@ -1,27 +1,28 @@
-"""`LocalStore`: the Store protocol over one file."""
+"""`LocalStore`: the Store protocol over one SQLite file."""
 
 from __future__ import annotations
 
 import os
-import secrets
+import sqlite3
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StoreResetError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
-from ucxx_transport.membership.local.content import Content, Row, Step
-from ucxx_transport.membership.local.log_file import LogFile, checked_path, default_path
+from ucxx_transport.membership.local import tables
+from ucxx_transport.membership.local.database import Database, checked_path, default_path
 from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
+from ucxx_transport.ring import owner
 
 ResultT = TypeVar("ResultT")
 
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S: Final = 0.05
 
 
@@ -46,7 +47,7 @@ class LocalStore(Store):
         """Name the file; it is opened, or made, by the first call.
 
         Args:
-            path: of the file; None: this user's own on this machine (see `local.log_file`).
+            path: of the file; None: this user's own on this machine (see `local.database`).
             config: namespace and time limit.
             clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
             boot_id: changes when that clock begins again: the leases of another one are over.
@@ -58,36 +59,37 @@ class LocalStore(Store):
         self._config = config or StoreConfig()
         self._namespace = Namespace(self._config.namespace)
         self._clock = clock
-        boot = boot_id or _BOOT_ID.read_text(encoding="ascii").strip()
-        self._file = LogFile(checked_path(path or default_path()), boot, lambda content: content.due(clock(), boot))
+        self._database = Database(
+            checked_path(path or default_path()), clock, owner.boot_id().hex() if boot_id is None else boot_id
+        )
         self._watches: weakref.WeakSet[LocalWatch] = weakref.WeakSet()
 
     @property
     def url(self) -> str:
-        return self._file.path.as_uri().replace("file://", "local://", 1)
+        return self._database.path.as_uri().replace("file://", "local://", 1)
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        return self._read(lambda _: self._file.store_id, timeout_s)
+        return self._read(lambda db: tables.state(db).store_id, timeout_s)
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        lease = Lease(lease_id=secrets.randbelow((1 << 63) - 1) + 1, ttl_s=checked_ttl_s(ttl_s))
-        self._write(lambda content: content.granting(lease.lease_id, lease.ttl_s, self._clock()), timeout_s)
-        return lease
+        ttl_s = checked_ttl_s(ttl_s)
+        lease_id = self._write(lambda db: tables.add_lease(db, ttl_s, self._clock()), timeout_s)
+        return Lease(lease_id=lease_id, ttl_s=ttl_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         checked_lease_id(lease_id)
-        return self._write(lambda content: content.renewing(lease_id, self._clock()), timeout_s)
+        return self._write(lambda db: tables.renew(db, lease_id, self._clock()), timeout_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         checked_lease_id(lease_id)
-        self._write(lambda content: content.ending(lease_id), timeout_s)
+        self._write(lambda db: tables.end_lease(db, lease_id), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         stored = self._namespace.stored(key)
-        found = self._read(lambda content: content.entries.get(stored), timeout_s)
+        found = self._read(lambda db: tables.row(db, stored), timeout_s)
         return None if found is None else self._entry(found)
 
     def put(
@@ -104,61 +106,54 @@ class LocalStore(Store):
         checked_expected(expected)
         if lease_id is not None:
             checked_lease_id(lease_id)
-        return self._write(lambda content: content.putting(stored, value, lease_id, expected), timeout_s)
+        return self._write(lambda db: tables.put(db, stored, value, lease_id, expected), timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
         checked_expected(expected)
-        return self._write(lambda content: content.deleting(stored, expected), timeout_s)
+        return self._write(lambda db: tables.delete(db, stored, expected), timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self._namespace.bounds(prefix)
-        revision, rows = self._read(lambda content: (content.revision, content.rows(first, end)), timeout_s)
+        revision, rows = self._read(lambda db: (tables.state(db).revision, tables.rows(db, first, end)), timeout_s)
         return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)))
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
-        self._file.check_open()
-        watch = LocalWatch(self._file, self._namespace, prefix, after=after, timeout_s=self._config.timeout_s)
+        self._database.check_open()
+        watch = LocalWatch(self._database, self._namespace, prefix, after=after, timeout_s=self._config.timeout_s)
         self._watches.add(watch)
         return watch
 
     def close(self) -> None:
         for watch in list(self._watches):
             watch.close()
-        self._file.close()
+        self._database.close(self._config.timeout_s)
 
-    def _entry(self, row: Row) -> Entry:
-        return Entry(key=self._namespace.key(row.key), value=row.value, revision=row.revision, lease_id=row.lease_id)
+    def _entry(self, row: tables.Row) -> Entry:
+        key = self._namespace.key(row.key)
+        return Entry(key=key, value=row.value or b"", revision=row.revision, lease_id=row.lease_id)
 
-    def _read(self, body: Callable[[Content], ResultT], timeout_s: float | None) -> ResultT:
-        return self._file.read(body, until=self._until(timeout_s))
+    def _read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+        return self._database.read(body, until=self._until(timeout_s))
 
-    def _write(self, decide: Callable[[Content], tuple[list[Step], ResultT]], timeout_s: float | None) -> ResultT:
-        return self._file.write(decide, until=self._until(timeout_s))
+    def _write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+        return self._database.write(body, until=self._until(timeout_s))
 
     def _until(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
 
 
 class LocalWatch(Watch):
-    """Changes below a prefix: looks at the file 20 times a second, and ends leases that are over."""
+    """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over."""
 
-    def __init__(self, file: LogFile, namespace: Namespace, prefix: str, *, after: int, timeout_s: float) -> None:
-        """Nothing is read yet.
-
-        Args:
-            file: the store's; its identity now, where it is known, is the one that is watched.
-            namespace: of the keys.
-            prefix: of the keys.
-            after: the revision after which changes are wanted.
-            timeout_s: how long a locked file is tolerated.
-        """
-        self._file = file
+    def __init__(self, database: Database, namespace: Namespace, prefix: str, *, after: int, timeout_s: float) -> None:
+        """Watch the store that the database has open, or else opens first; tolerate a locked file for `timeout_s`."""
+        self._database = database
         self._key = namespace.key
         self._first, self._end = namespace.bounds(prefix)
         self._after = after
         self._timeout_s = timeout_s
-        self._store_id = file.store_id
+        self._store_id = database.store_id
         self._locked_since: float | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
@@ -170,9 +165,10 @@ class LocalWatch(Watch):
             raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
         while True:
             self._check_open()
+            pause_s = 0.0
             if not self._batches:
                 try:
-                    self._fetch()
+                    pause_s = self._fetch()
                 except TransportError:
                     self._check_open()  # closed in the meantime: that is what its user should know
                     raise
@@ -181,34 +177,44 @@ class LocalWatch(Watch):
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return None
-            self._closing.wait(min(left_s, _POLL_S))
+            self._closing.wait(min(left_s, pause_s))
 
     def close(self) -> None:
         self._closing.set()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
-            raise StoreUnavailableError("the watch is closed", path=str(self._file.path))
+            raise StoreUnavailableError("the watch is closed", path=str(self._database.path))
 
-    def _fetch(self) -> None:
-        """Take what has changed, after what is due is done: at a later poll where the file is locked, if tolerated."""
+    def _fetch(self) -> float:
+        """Take what has changed, after the leases that are over have ended; returns when to do so again.
+
+        Where the file is locked, they are ended at a later poll, as long as that is tolerated.
+        """
         now = time.monotonic()
+        _, left_s = self._database.peek(self._take, until=now + self._timeout_s)
+        if left_s > 0:
+            self._locked_since = None
+            return min(left_s, _POLL_S)
         try:
-            self._file.read(self._take, until=now + _POLL_S)
+            self._database.write(self._take, until=now + _POLL_S)
         except StoreUnavailableError:
             self._locked_since = self._locked_since or now
             if now - self._locked_since > self._timeout_s:
                 raise
-        else:
-            self._locked_since = None
+            return _POLL_S
+        return 0.0
 
-    def _take(self, content: Content) -> None:
-        if self._store_id not in {"", self._file.store_id}:
-            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._file.path))
-        for revision, changes in content.changes(self._first, self._end, after=self._after):
-            events = (
-                Event(kind=one.kind, key=self._key(one.key), value=one.value, revision=revision, lease_id=one.lease_id)
-                for one in changes
-            )
-            self._batches.append(Batch(revision=revision, events=tuple(events)))
-        self._store_id, self._after = self._file.store_id, content.revision
+    def _take(self, db: sqlite3.Connection) -> None:
+        found = tables.state(db)
+        if self._store_id not in {"", found.store_id}:
+            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._database.path))
+        rows = tables.changes(db, self._first, self._end, after=self._after)
+        for revision, changed in groupby(rows, key=lambda row: row.revision):
+            self._batches.append(Batch(revision=revision, events=tuple(map(self._event, changed))))
+        self._store_id, self._after = found.store_id, found.revision
+
+    def _event(self, row: tables.Row) -> Event:
+        kind: Literal["put", "delete"] = "delete" if row.value is None else "put"
+        key = self._key(row.key)
+        return Event(kind=kind, key=key, value=row.value or b"", revision=row.revision, lease_id=row.lease_id)

@@ -1,0 +1,394 @@
+"""The store's file: where it lies, how it is made, and the connection that threads share and no fork inherits.
+
+| SQLite's result codes (https://www.sqlite.org/rescode.html) | raised                                           |
+|-------------------------------------------------------------|--------------------------------------------------|
+| BUSY, LOCKED, PROTOCOL                                      | `StoreUnavailableError`, once the deadline is up |
+| FULL, IOERR, NOMEM, CORRUPT …                               | `StoreUnavailableError`                          |
+| PERM, AUTH, READONLY, CANTOPEN                              | `StorePermissionError`                           |
+| NOTADB                                                      | `ConfigError`                                    |
+
+A file is known by its device and inode: one that was deleted, and made again by the next call, is another store. It is
+made under another name and then renamed, so that it is whole when it is first seen. SQLite knows the log beside a file
+(`-wal`, `-shm`) by its name alone: what a deleted file has left there is removed before another is made, what a
+replaced one has left, by the first process that had it open and finds its successor.
+
+SQLite keeps one table of locks a process and file. A forked child inherits the table but none of the locks: what it
+opens would take for held what is not (https://www.sqlite.org/howtocorrupt.html, 2.6). So every connection is closed
+before a fork, and the next use, in parent or child, opens another.
+
+The default is a folder of this user's own beside the rings (`ring.folder`): processes that see the same rings see the
+same store, nothing of it outlives the machine's boot, and it is never on a network. Its name does not begin as the
+rings' do, which are swept by name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+from ucxx_transport.backoff import random_pause_s
+from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
+from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.local import tables
+from ucxx_transport.ring.owner import file_system, segment_folder
+
+ResultT = TypeVar("ResultT")
+_Identity = tuple[int, int]
+
+_log = get_logger(__name__)
+
+_FIRST_PAUSE_S: Final = 0.0005
+_LONGEST_PAUSE_S: Final = 0.01
+_FORK_WAIT_S: Final = 5.0
+_WAL_BYTES: Final = 4 << 20
+_BESIDE: Final = ("-wal", "-shm", "-journal")
+
+_BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
+_FORBIDDEN: Final = frozenset(
+    {sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+)
+_REMEDIES: Final = {
+    sqlite3.SQLITE_FULL: "the disk of the store is full: free space there, or name a file on another disk",
+    sqlite3.SQLITE_CORRUPT: "the store's file is damaged: remove it; its users publish again",
+}
+_NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {
+        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
+        *("smb3", "smbfs", "wekafs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+    }
+)
+"""SQLite's wal-index is memory that all its users map: machines do not share it over these."""
+
+
+def default_path() -> Path:
+    """The file of this user on this machine; its folder is made where it is missing, refused where not private."""
+    memory = segment_folder()
+    memory_is_there = memory.is_dir() and os.access(memory, os.W_OK | os.X_OK)
+    parent = memory if memory_is_there else Path(tempfile.gettempdir())
+    folder = parent / f"ucxx-stores-{os.geteuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise StorePermissionError(
+            "the folder of the default store is not this user's alone: remove it, or name a file by local:///path",
+            path=str(folder),
+            uid=found.st_uid,
+            mode=oct(found.st_mode),
+        )
+    return folder / "default.sqlite"
+
+
+def checked_path(path: Path) -> Path:
+    """The file itself, without symbolic links, where a store can lie.
+
+    Raises:
+        ConfigError: the folder is missing or on a network, or something other than a file is there.
+        StorePermissionError: this user may not read the folder.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        parent = real.parent.stat()
+        mode = real.stat().st_mode if real.exists() else stat.S_IFREG
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError("the store's folder does not exist: make it, or name another", path=str(real)) from None
+    except PermissionError as error:
+        raise _translated(error, real) from error
+    if not stat.S_ISREG(mode) or not stat.S_ISDIR(parent.st_mode):
+        raise ConfigError("a store is a file, and something else is there: name another", path=str(real))
+    kind = file_system(parent.st_dev)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise ConfigError(
+            f"the store would lie on a network file system ({kind}), where it would be damaged: name a local file, "
+            "or use etcd:// for several machines",
+            path=str(real),
+        )
+    return real
+
+
+class Database:
+    """The store's file, used in transactions. Thread-safe: the lock is held for one of them, some 20 to 100 µs.
+
+    Its calls raise by the module's table.
+
+    Args:
+        path: the file; it is opened, or made, by the first call.
+        clock: of the leases' deadlines.
+        boot_id: of the boot that the clock counts from; the leases of another one are over.
+
+    Attributes:
+        path: the file.
+        store_id: the identity of the store in the file that was opened last; "" before.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float], boot_id: str) -> None:
+        self.path = path
+        self.store_id = ""
+        self._clock = clock
+        self._boot_id = boot_id
+        self._connection: sqlite3.Connection | None = None
+        self._file: _Identity | None = None
+        self._shm: _Identity | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._user: int | None = None
+        with _registering:
+            _databases.add(self)
+
+    def read(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
+        """What `body` reads, of one moment, after the leases that are over have ended."""
+        found, left_s = self.peek(body, until=until)
+        return found if left_s > 0 else self.write(body, until=until)
+
+    def peek(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> tuple[ResultT, float]:
+        """What `body` reads, of one moment, and the seconds until a lease is over. Waits for no writer."""
+
+        def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
+            return body(db), tables.first_deadline(db, self._boot_id) - self._clock()
+
+        return self._run("DEFERRED", look, until)
+
+    def write(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
+        """What `body` returns; its changes are written all together, after the ends of leases; none if it raises."""
+
+        def change(db: sqlite3.Connection) -> ResultT:
+            tables.expire(db, self._clock(), self._boot_id)
+            return body(db)
+
+        return self._run("IMMEDIATE", change, until)
+
+    def check_open(self) -> None:
+        """Raise a ConfigError once this is closed."""
+        if self._closed:
+            raise ConfigError("the store is closed: open another", path=str(self.path))
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse from now on. Calls under way are waited for. Idempotent."""
+        self._closed = True
+        if self.pause(time.monotonic() + timeout_s):
+            self.resume()
+
+    def pause(self, until: float) -> bool:
+        """Close the connection and allow no call until `resume`; returns False when a call under way does not end."""
+        if self._user == threading.get_ident():  # this was called in the middle of a call, by a signal handler
+            return False
+        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            return False
+        self._disconnect()
+        return True
+
+    def resume(self) -> None:
+        """Allow calls again."""
+        self._lock.release()
+
+    def _run(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], until: float) -> ResultT:
+        """One transaction, tried again while others have the file locked.
+
+        SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
+        """
+        for attempt in count(1):
+            try:
+                with self._connected(until) as db:
+                    return self._transact(db, mode, body)
+            except (sqlite3.Error, OSError) as error:
+                wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+                if not _is_busy(error) or time.monotonic() + wait_s > until:
+                    raise _translated(error, self.path) from error
+            time.sleep(wait_s)
+        raise AssertionError
+
+    def _transact(self, db: sqlite3.Connection, mode: str, body: Callable[[sqlite3.Connection], ResultT]) -> ResultT:
+        if db.in_transaction:  # of a call that was interrupted between two lines of this function
+            db.execute("ROLLBACK")
+        db.execute(f"BEGIN {mode}")
+        try:
+            result = body(db)
+            self._check_usable()  # a child that was forked in `body` has inherited no lock
+            db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # it was rolled back already when the disk is full
+                if self.path not in _unusable:
+                    db.execute("ROLLBACK")
+            raise
+        return result
+
+    @contextmanager
+    def _connected(self, until: float) -> Iterator[sqlite3.Connection]:
+        """The connection to the file that is there now: another one when it was deleted or replaced."""
+        self._check_usable()
+        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise StoreUnavailableError("other threads' calls took until the deadline", path=str(self.path))
+        try:
+            self._user = threading.get_ident()
+            self.check_open()
+            connection = self._connection
+            if connection is None or _identity(self.path) != self._file:
+                with _locked(self.path.parent):
+                    connection = self._reconnect()
+            yield connection
+        finally:
+            self._user = None
+            self._lock.release()
+
+    def _check_usable(self) -> None:
+        if self.path in _unusable:
+            text = "this process was forked in the middle of a call: start such a process afresh, not by a fork"
+            raise StoreUnavailableError(text, path=str(self.path))
+
+    def _reconnect(self) -> sqlite3.Connection:
+        """Open the file, and make it where none is; no other process does so meanwhile."""
+        shm = Path(f"{self.path}-shm")
+        if self._connection is not None:
+            _log.warning("store_replaced", path=str(self.path), store_id=self.store_id)
+            if self._shm is not None and self._shm == _identity(shm):  # still open here: no other can be this inode
+                _remove(self.path, *_BESIDE)
+        if _identity(self.path) is None:
+            _make(self.path)
+        self._disconnect()  # not before: it writes the log into its file, which was emptied perhaps
+        self._file = _identity(self.path)
+        connection = _opened(self.path)
+        try:
+            self.store_id = _settled(connection, self.path)
+        except BaseException:
+            connection.close()
+            raise
+        self._shm = _identity(shm)
+        if self._file != _identity(self.path):  # it was replaced just now, which the next call will find
+            self._shm = None
+        self._connection = connection
+        return connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+
+def _identity(path: str | Path) -> _Identity | None:
+    """Device and inode of the file that is there; None: none, or an empty one, which no store is."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = os.stat(path)
+        return (found.st_dev, found.st_ino) if found.st_size else None
+    return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One at a time opens files of a folder. A BlockingIOError: another process does."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder, which stays where files come and go
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make(path: Path) -> None:
+    """Put an empty store at `path`."""
+    fresh = path.with_name(f".{path.name}.fresh")
+    _remove(path, *_BESIDE)
+    try:
+        _remove(fresh, "", *_BESIDE)  # of a maker that was killed
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        with closing(_opened(fresh)) as db:
+            db.execute(f"PRAGMA application_id = {tables.APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {tables.FORMAT}")
+            db.execute("BEGIN")
+            tables.create(db)
+            db.execute("COMMIT")
+            db.execute("PRAGMA journal_mode = WAL")
+        fresh.rename(path)
+    finally:
+        _remove(fresh, "", *_BESIDE)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """A connection that makes no file and waits for no lock; nothing is read yet."""
+    url = f"file:{quote(str(path))}?mode=rw"
+    return sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+
+
+def _settled(db: sqlite3.Connection, path: Path) -> str:
+    """The identity of the store in a file that was opened; a ConfigError: it is no store of this version."""
+    db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
+    db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    if marks != [tables.APPLICATION_ID, tables.FORMAT]:
+        raise _foreign_file(path)
+    return tables.state(db).store_id
+
+
+def _remove(path: Path, *suffixes: str) -> None:
+    for suffix in suffixes:
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def _is_busy(error: Exception) -> bool:
+    return _primary_code(error) in _BUSY or isinstance(error, BlockingIOError)
+
+
+def _primary_code(error: Exception) -> int:
+    """SQLite's result code; 0 for any other error."""
+    return int(getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
+
+
+def _translated(error: sqlite3.Error | OSError, path: Path) -> TransportError:
+    code = _primary_code(error)
+    reason = error.strerror if isinstance(error, OSError) else getattr(error, "sqlite_errorname", type(error).__name__)
+    facts = {"path": str(path), "reason": reason, "detail": str(error)}
+    if code == sqlite3.SQLITE_NOTADB:
+        return _foreign_file(path)
+    if (code in _FORBIDDEN and os.path.exists(path)) or isinstance(error, PermissionError):
+        text = "this user may not use the store's file: give it the right to the file and its folder, or name another"
+        return StorePermissionError(text, **facts)
+    if _is_busy(error):
+        return StoreUnavailableError("the store was locked until the deadline: see who is stopped", **facts)
+    other = "the store's file cannot be used: see to the folder and the space on its disk"
+    return StoreUnavailableError(_REMEDIES.get(code, other), **facts)
+
+
+def _foreign_file(path: Path) -> ConfigError:
+    text = "the file is no store, or one of another version of this package: name another, or remove it"
+    return ConfigError(text, path=str(path))
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_registering = threading.Lock()
+_paused: list[Database] = []
+_unusable: set[Path] = set()
+"""Files of which this forked child has a connection that was in use: see the module."""
+
+
+def _before_fork() -> None:
+    until = time.monotonic() + _FORK_WAIT_S
+    _registering.acquire()
+    _paused.extend(database for database in list(_databases) if database.pause(until))
+
+
+def _after_fork(*, in_child: bool) -> None:
+    if in_child:
+        _unusable.update(database.path for database in _databases if database not in _paused)
+    for database in _paused:
+        database.resume()
+    _paused.clear()
+    _registering.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork(in_child=False),
+    after_in_child=lambda: _after_fork(in_child=True),
+)
