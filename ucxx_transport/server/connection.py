@@ -130,11 +130,6 @@ class Connection:
         except TransportError as error:
             self.fail(error)
 
-    @property
-    def is_serving(self) -> bool:
-        """Whether the client may still be answered."""
-        return not self.is_closing and self.session.phase is not _CLOSING
-
     def connected(self) -> None:
         """The endpoint's hello has come: nothing to do, the client speaks first."""
 
@@ -178,15 +173,18 @@ class Connection:
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
-                self._late_frames += 1  # the client closes, or the sweep does
-                if self._late_frames > MAX_LATE_FRAMES:
-                    self.close()
-                    return
+                self._note_late_frame()
             receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)
         if receives and receives[0][0].completed:
             self._defer()
+
+    def _note_late_frame(self) -> None:
+        """The session is over: the client closes, or the sweep does. One that goes on sending is cut off."""
+        self._late_frames += 1
+        if self._late_frames > MAX_LATE_FRAMES:
+            self.close()  # no further receive can be posted
 
     def _defer(self) -> None:
         if not self.is_deferred:
@@ -277,7 +275,7 @@ class Connection:
     def answer_take(self, take: Take) -> bool:
         """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
         slots, session, now = self._slots, self.session, self._port.reactor.now()
-        if not self.is_serving:
+        if self.is_closing or session.phase is _CLOSING:
             return True
         if slots.awaited[0]:
             self.reply(session.nothing(take, NO_EPOCH, Status.NOT_READY))
