@@ -133,6 +133,16 @@ def test_a_port_whose_loop_does_not_turn_is_replaced_like_a_dead_one(
         assert [event["pid"] for event in log_events if event["event"] == "sidecar_stalled"] == [stalled]
 
 
+def test_a_port_that_had_to_be_killed_is_not_counted_as_listening() -> None:
+    with served_ring(ports=1, stop_timeout_s=0.2) as served, raw_peer(served.server.ports[0]) as peer:
+        peer.greet()
+        assert served.server.statistics().total("connections") == 1
+        stop_process(pid_of_server(served))
+        served.server.stop()
+        now = served.server.statistics()
+        assert (now.total("port"), now.total("connections"), now.total("accepted")) == (0, 0, 1)
+
+
 def test_ports_come_up_and_end_side_by_side() -> None:
     with served_ring(ports=4) as served:
         pids = served.server.statistics().pids

@@ -26,8 +26,9 @@ from ucxx_transport.errors import DeadlineExceededError, TransportError
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.client.takes import Selector, Takeable
+    from ucxx_transport.client.takes import Selector
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer

@@ -23,8 +23,9 @@ from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.client.takes import Selector, Takeable
+    from ucxx_transport.client.takes import Selector
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema import SlotRef

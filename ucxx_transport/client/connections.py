@@ -19,7 +19,7 @@ from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.reads import Reads
+    from ucxx_transport.client.roles import Engine
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
@@ -59,14 +59,14 @@ class Connections:
         self,
         config: ClientConfig,
         reactor: Reactor,
-        reads: Reads,
+        engine: Engine,
         *,
         counters: ClientCounters,
         lend: Callable[[int], Bytes],
     ) -> None:
         self.config = config
         self.reactor = reactor
-        self.reads = reads
+        self.engine = engine
         self.counters = counters
         self.lend = lend
         self.max_age_s = config.pool_endpoint_max_age_s
@@ -165,7 +165,10 @@ class Connections:
             return False
         again = self.known[connection.key] = Connection(self, connection.key)
         again.used_s, again.shortage = connection.used_s, error
-        connection.hand_over(again)
+        for read in connection.queue:
+            read.connection = again
+        again.queue, connection.queue = connection.queue, again.queue
+        again.errands, connection.errands = connection.errands, again.errands
         self.waiting.append(again)
         connection.close()
         self.reactor.call_at(self.reactor.now() + SHORTAGE_PAUSE_S, self._start_waiting)

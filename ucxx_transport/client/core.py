@@ -29,12 +29,13 @@ from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.client.statistics import ClientCounters, ClientStatistics
-from ucxx_transport.client.takes import Take, Takeable, TakeRequest, newest_of
+from ucxx_transport.client.takes import Take, TakeRequest, newest_of
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.link.base import Link, LinkFactory, Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.reading import ReadLease

@@ -6,7 +6,7 @@ Everything here runs in the thread that runs the reactor. One timer serves every
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.client.jobs import Read, copy_of, too_late
 from ucxx_transport.client.ports import PortVerdict, backoff_s, judge_port, retries_slot
@@ -22,10 +22,8 @@ from ucxx_transport.errors import (
 )
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.attempts import Attempt
-    from ucxx_transport.client.connection import Connection
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.reads import Reads
+    from ucxx_transport.client.jobs import Attempt, Carrier, Job
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.link.base import Timer
     from ucxx_transport.link.reactor import Reactor
@@ -44,6 +42,18 @@ _REASONS: Final[tuple[tuple[type[TransportError], str], ...]] = (
 )
 
 
+class Reading(Protocol):
+    """What this needs of the client's `Reads`."""
+
+    jobs: set[Job]
+    orphans: set[Attempt]
+
+    @property
+    def dispatch(self) -> Dispatch: ...
+    def fail(self, read: Read, error: TransportError) -> None: ...
+    def settle(self) -> None: ...
+
+
 class Failures:
     """See the module.
 
@@ -51,7 +61,7 @@ class Failures:
         look_s: when it looks next for what is due.
     """
 
-    def __init__(self, reads: Reads, reactor: Reactor, counters: ClientCounters, read_attempts: int) -> None:
+    def __init__(self, reads: Reading, reactor: Reactor, counters: ClientCounters, read_attempts: int) -> None:
         self.look_s = math.inf
         self._reads = reads
         self._now = reactor.now
@@ -59,10 +69,6 @@ class Failures:
         self._counters = counters
         self._read_attempts = read_attempts
         self._look: Timer | None = None
-
-    @property
-    def _dispatch(self) -> Dispatch:
-        return self._reads.dispatch
 
     def attempt_due_s(self, read: Read) -> float:
         """A read is asked of its port now; when that will have taken too long."""
@@ -75,7 +81,7 @@ class Failures:
         return limit_s
 
     def connection_lost(
-        self, connection: Connection, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
+        self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
     ) -> None:
         """A connection is of no use any more.
 
@@ -92,17 +98,17 @@ class Failures:
             read.attempt = None
         if stale and isinstance(error, PeerLostError):
             if reads:
-                self._dispatch.moved.setdefault(key, []).extend(reads)  # no reason to distrust the port
+                self._reads.dispatch.moved.setdefault(key, []).extend(reads)  # no reason to distrust the port
         else:
             failed = [read for read in (asked if connection.is_open else reads) if read.job is not None]
             if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE and (failed or not connection.is_open):
-                self._dispatch.quarantine(key, error)
+                self._reads.dispatch.quarantine(key, error)
             for source in {read.source for read in failed}:
                 source.advance()
             for read in failed:
                 self.failed(read, copy_of(error))
             if connection.is_open:
-                self._dispatch.reassign(queued)
+                self._reads.dispatch.reassign(queued)
         self._reads.settle()
 
     def failed(self, read: Read, error: TransportError) -> None:
@@ -117,13 +123,13 @@ class Failures:
             alternate is None
             or now >= read.limit_s
             or judge_port(error) is PortVerdict.PROPAGATE
-            or (read.source.probe is not read and self._dispatch.avoids(alternate, now))
+            or (read.source.probe is not read and self._reads.dispatch.avoids(alternate, now))
         ):
             self._call_failed(read, error, now)
             return
         self._counters.add("rotations")
         read.alternate = None
-        self._dispatch.moved.setdefault(alternate, []).append(read)
+        self._reads.dispatch.moved.setdefault(alternate, []).append(read)
 
     def _call_failed(self, read: Read, error: TransportError, now: float) -> None:
         """The slot layer: a fresh call, or the end of the read."""
@@ -137,13 +143,13 @@ class Failures:
                 source.waiting.clear()
                 for other in waiting:
                     self._call_failed(other, copy_of(error), now)
-            self._dispatch.probe_over(source)
+            self._reads.dispatch.probe_over(source)
         remaining_s = job.until_s - now
         is_late = isinstance(error, DeadlineExceededError)
         hopeless = (
             is_port
             and not job.alone
-            and (read.limit_s < job.until_s or (is_late and not self._dispatch.healthy(source, now)))
+            and (read.limit_s < job.until_s or (is_late and not self._reads.dispatch.healthy(source, now)))
         )
         if not hopeless and retries_slot(
             error, attempt=read.call, read_attempts=self._read_attempts, remaining_s=remaining_s
@@ -158,7 +164,7 @@ class Failures:
                 read.due_s = now + pause_s
                 self.look_at(read.due_s)
             else:
-                self._dispatch.again.setdefault(source, []).append(read)
+                self._reads.dispatch.again.setdefault(source, []).append(read)
             return
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
@@ -187,7 +193,7 @@ class Failures:
             if attempt.due_s <= now:
                 attempt.due_s = now + LATE_GRACE_S
                 if attempt.late:
-                    attempt.connection.drop_late()
+                    _close_if_all_is_late(attempt.connection)
                 else:
                     attempt.late = True
                     attempt.connection.late += 1
@@ -202,7 +208,7 @@ class Failures:
         job, place, connection = read.job, read.place, read.connection
         assert job is not None
         if place == "paused" and now < job.until_s:
-            self._dispatch.again.setdefault(read.source, []).append(read)
+            self._reads.dispatch.again.setdefault(read.source, []).append(read)
             return
         attempt = read.attempt
         error: TransportError = too_late(read.ref)
@@ -227,8 +233,15 @@ class Failures:
         attempt.due_s = now + LATE_GRACE_S
         self._reads.orphans.add(attempt)
         connection.late += 1
-        self._dispatch.quarantine(connection.key, error)
+        self._reads.dispatch.quarantine(connection.key, error)
         if connection.late == 1:
             queued = list(connection.queue)
             connection.queue.clear()
-            self._dispatch.reassign(queued)
+            self._reads.dispatch.reassign(queued)
+
+
+def _close_if_all_is_late(connection: Carrier) -> None:
+    """There is nothing to wait for there."""
+    if connection.late and connection.late == len(connection.attempts):
+        host, port = connection.key
+        connection.fail(PeerLostError("the port has not answered in time", host=host, port=port, reason="aborted"))

@@ -1,10 +1,11 @@
-"""A job is one call of a client; a read is one of its payloads that comes over the link."""
+"""A job is one call of a client, a read one of its payloads that comes over the link, an attempt its way there."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
@@ -12,11 +13,11 @@ from ucxx_transport.errors import DeadlineExceededError, PeerLostError, Transpor
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.client.attempts import Attempt
-    from ucxx_transport.client.connection import Connection
-    from ucxx_transport.client.ports import PortKey, Source
-    from ucxx_transport.client.takes import Takeable
+    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.ports import PortKey, Source, Takeable
+    from ucxx_transport.link.base import Operation
     from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.answers import Named
 
 Outcome = Payload | TransportError
 OnJobDone = Callable[["Job"], object]
@@ -71,6 +72,29 @@ class Job:
         self.reads: list[Read] = []
 
 
+class Carrier(Protocol):
+    """What reads and attempts need of a `Connection`.
+
+    Attributes:
+        key: where it leads to. queue: reads that wait to be asked. attempts: in flight, by number. late: how many of
+            them have exceeded their time. is_open, is_open, closed, proved, shortage: see there.
+    """
+
+    key: PortKey
+    queue: deque[Read]
+    attempts: dict[int, Attempt]
+    late: int
+    is_open: bool
+    closed: bool
+    proved: bool
+    shortage: TransportError | None
+
+    def take(self, attempt: Attempt) -> bool: ...
+    def after_answers(self) -> None: ...
+    def end_held(self, attempt: Attempt, *, delivered: bool) -> None: ...
+    def fail(self, error: TransportError) -> None: ...
+
+
 class Read:
     """One payload of a job that comes over the link.
 
@@ -94,11 +118,69 @@ class Read:
         self.ref = ref
         self.source = source
         self.place: Place = "queued"
-        self.connection: Connection | None = None
+        self.connection: Carrier | None = None
         self.attempt: Attempt | None = None
         self.alternate: PortKey | None = None
         self.call = 1
         self.limit_s = self.due_s = job.until_s
+
+
+class Attempt:
+    """One payload asked for over one connection.
+
+    Attributes:
+        read: who waits for it; None: the answer is not wanted any more, and ended as not delivered.
+        ref: the payload.
+        number: the session's.
+        message: the buffer, or part of one, that its answer lies in.
+        due_s: when it has taken too long.
+        late: it has.
+    """
+
+    __slots__ = ("connection", "due_s", "late", "message", "number", "read", "ref")
+
+    def __init__(  # noqa: PLR0917 - a keyword costs on this path
+        self, connection: Carrier, read: Read | None, ref: Named, number: int, message: Bytes, due_s: float
+    ) -> None:
+        self.connection = connection
+        self.read = read
+        self.ref = ref
+        self.number = number
+        self.message = message
+        self.due_s = due_s
+        self.late = False
+
+    def arrived(self, operation: Operation) -> None:
+        """Its receive is over."""
+        connection = self.connection
+        if operation.error is None:
+            connection.proved = True
+            if not connection.take(self):
+                connection.after_answers()
+        else:
+            connection.fail(operation.error)
+
+
+class SharedMessage:
+    """One message that brings the answers to several attempts."""
+
+    __slots__ = ("attempts",)
+
+    def __init__(self, attempts: list[Attempt]) -> None:
+        self.attempts = attempts
+
+    def arrived(self, operation: Operation) -> None:
+        """The receive is over."""
+        connection = self.attempts[0].connection
+        if operation.error is not None:
+            connection.fail(operation.error)
+            return
+        connection.proved = True
+        for attempt in self.attempts:
+            if connection.closed:
+                return  # the answer before was not as the protocol has it
+            connection.take(attempt)
+        connection.after_answers()
 
 
 def removed(source: Takeable) -> PeerLostError:

@@ -10,8 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ucxx_transport.client.jobs import removed
+
 if TYPE_CHECKING:
-    from ucxx_transport.client.reads import Reads
+    from ucxx_transport.client.connections import Connections
+    from ucxx_transport.client.dispatch import Dispatch
+    from ucxx_transport.client.jobs import Job, Read
+    from ucxx_transport.client.takes import Take
+    from ucxx_transport.errors import TransportError
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceRecord
 
@@ -31,6 +37,18 @@ class Watcher(Protocol):
     ) -> Callable[[], None]: ...
 
 
+class Reading(Protocol):
+    """What this needs of the client's `Reads`."""
+
+    jobs: set[Job]
+    takes: set[Take]
+    connections: Connections
+    dispatch: Dispatch
+
+    def fail(self, read: Read, error: TransportError) -> None: ...
+    def settle(self) -> None: ...
+
+
 class Membership:
     """What a watcher reports, in its thread, and what follows from it for the reads, in the reactor's.
 
@@ -41,7 +59,7 @@ class Membership:
 
     def __init__(self, watcher: Watcher) -> None:
         self._reactor: Reactor | None = None
-        self._reads: Reads | None = None
+        self._reads: Reading | None = None
         self._lock = threading.Lock()
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and
@@ -49,11 +67,11 @@ class Membership:
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
-    def bind(self, reads: Reads, reactor: Reactor) -> None:
+    def bind(self, reads: Reading, reactor: Reactor) -> None:
         """Reads begin here: from now on they are notified."""
         self._reads, self._reactor = reads, reactor
         if self.news:
-            reactor.submit(self.apply)
+            reactor.submit(self._apply)
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
@@ -80,16 +98,29 @@ class Membership:
             # One that was removed and is back ends its reads all the same: it is another epoch.
             self.news[record.ring_id] = (record, is_there and not was_removed)
         if is_first and self._reactor is not None:
-            self._reactor.submit(self.apply)
+            self._reactor.submit(self._apply)
 
-    def apply(self) -> None:
+    def apply(self, reads: Reading) -> None:
         """Pass on what was reported; before a read begins, which a report from before it does not concern."""
         with self._lock:
             news, self.news = self.news, {}
-        reads = self._reads
-        if reads is not None:
-            for record, is_there in news.values():
-                if is_there:
-                    reads.source_there(record)
-                else:
-                    reads.source_gone(record)
+        for record, is_there in news.values():
+            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
+            if is_there:
+                for key in keys:  # worth a try
+                    reads.dispatch.forgive(key)
+                continue
+            for job in tuple(reads.jobs):
+                for read in tuple(job.reads):
+                    if read.job is not None and read.ref.ring_id == record.ring_id:
+                        reads.fail(read, removed(read.ref))
+            for take in tuple(reads.takes):
+                if take.request.source.ring_id == record.ring_id:
+                    take.fail(removed(record))
+            for key in keys:
+                reads.connections.evict(key)
+        reads.settle()
+
+    def _apply(self) -> None:
+        if self._reads is not None:
+            self.apply(self._reads)

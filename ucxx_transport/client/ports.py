@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from enum import Enum
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
@@ -90,6 +90,21 @@ def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
     deadline, never all of it, and a slow link still gets the longest possible time.
     """
     return remaining_s if tries_left <= 1 else remaining_s / 2
+
+
+class Takeable(Protocol):
+    """A ring and where it is served: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+    @property
+    def ring_name(self) -> str: ...
+    @property
+    def host_id(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def ports(self) -> tuple[int, ...]: ...
 
 
 # --- Ports -----------------------------------------------------------------------------------------------------------

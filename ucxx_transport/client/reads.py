@@ -35,16 +35,14 @@ from ucxx_transport.errors import ChecksumError, ConfigError, PeerLostError, Sta
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.attempts import Attempt
     from ucxx_transport.client.buffer_pool import BufferPool
     from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.jobs import Attempt
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Offered
 
 
 class Reads:
@@ -90,6 +88,12 @@ class Reads:
             config, self.connections, first=reader, now=self.now, look_at=self.failures.look_at, counters=counters
         )
         self._settling = False
+        # As `roles.Engine` and `takes.Taking` have them.
+        self.attempt_due_s = self.failures.attempt_due_s
+        self.connection_lost = self.failures.connection_lost
+        self.reassign = self.dispatch.reassign
+        self.next_port = self.dispatch.next_port
+        self.source_of = self.dispatch.sources.of
 
     @property
     def in_flight(self) -> int:
@@ -102,7 +106,7 @@ class Reads:
         """Begin to read what a job reads over the link."""
         now = self.now()
         if self._membership is not None and self._membership.news:
-            self._membership.apply()
+            self._membership.apply(self)
         groups: dict[Source[Read], list[Read]] = {}
         self.jobs.add(job)
         for index in indices:
@@ -195,62 +199,32 @@ class Reads:
         for refs in rings:
             host, ports = refs[0].host, refs[0].ports
             if host is not None and ports:
-                RingDiscard(call, refs, self.connections, partial(self.dispatch.next_port, host, ports)).ask()
+                RingDiscard(call, refs, self.connections, partial(self.next_port, host, ports)).ask()
         call.one_over()
 
     def take(self, take: Take) -> None:
         """Have payloads taken."""
         if self._membership is not None and self._membership.news:
-            self._membership.apply()
+            self._membership.apply(self)
         self.takes.add(take)
         if take.request.source.ring_id in self._gone:
             take.fail(removed(take.request.source))
         else:
             take.begin(self)
 
+    def begin_taken(self, job: Job, source: Source[Read]) -> None:
+        """The reads of a job are under way already: their server has picked them."""
+        self.jobs.add(job)
+        source.under_way += len(job.reads)
+
+    def connection_to(self, key: PortKey) -> Connection:
+        """The connection to a port, for something else than a read."""
+        return self.connections.to(key, self.now())
+
     def blame(self, key: PortKey, error: TransportError) -> None:
         """Something else than a read has failed at a port."""
         if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
             self.dispatch.quarantine(key, error)
-
-    def adopt(self, connection: Connection, offered: Sequence[Offered], take: Take | None) -> None:
-        """Payloads that a server has picked are on their way: the reads of a job, or not wanted any more."""
-        reads: list[Read | None] = [None] * len(offered)
-        if take is not None:
-            refs = take.references(offered)
-            job = take.job = Job(refs, take.until_s, take.came)
-            self.jobs.add(job)
-            host = refs[0].host
-            assert host is not None  # checked where the call began
-            source = self.dispatch.sources.of(host, refs[0].ports)
-            source.under_way += len(refs)
-            others = [key for key in source.keys if key != connection.key]
-            for index, ref in enumerate(refs):
-                read = reads[index] = Read(job, index, ref, source)
-                read.alternate = others[0] if others else None
-                job.reads.append(read)
-        connection.receive(offered, reads)
-
-    def source_gone(self, record: SourceRecord) -> None:
-        """The reads of a source that is gone fail now, and its idle connections are closed."""
-        for job in tuple(self.jobs):
-            for read in tuple(job.reads):
-                if read.job is not None and read.ref.ring_id == record.ring_id:
-                    self.fail(read, removed(read.ref))
-        for take in tuple(self.takes):
-            if take.request.source.ring_id == record.ring_id:
-                take.fail(removed(record))
-        if record.host is not None:
-            for port in record.ports:
-                self.connections.evict((record.host, port))
-        self.settle()
-
-    def source_there(self, record: SourceRecord) -> None:
-        """The ports of a source that is there are worth a try."""
-        if record.host is not None:
-            for port in record.ports:
-                self.dispatch.forgive((record.host, port))
-        self.settle()
 
     def fail_all(self, error: TransportError) -> None:
         """Fail every job."""

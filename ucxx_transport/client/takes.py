@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from ucxx_transport.client.jobs import Job, Read
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import backoff_s, retries_slot
+from ucxx_transport.client.ports import Takeable, backoff_s, retries_slot
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.envelope import meta_of, unpack_envelope
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ucxx_transport.client.connection import Connection
-    from ucxx_transport.client.jobs import Job
-    from ucxx_transport.client.ports import PortKey
-    from ucxx_transport.client.reads import Reads
+    from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.base import Timer
     from ucxx_transport.wire.actions import Asked, Offer, Offered
 
@@ -42,21 +41,6 @@ DEFAULT_MAX_BYTES: Final = 256 << 20
 
 MAX_WAIT_S: Final = 60.0
 """How long a server waits on behalf of one request; a longer wait is several."""
-
-
-class Takeable(Protocol):
-    """What can be taken from: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-    @property
-    def ring_name(self) -> str: ...
-    @property
-    def host_id(self) -> str: ...
-    @property
-    def host(self) -> str | None: ...
-    @property
-    def ports(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +81,7 @@ def newest_of(selector: str) -> bool:
 
 def take_some(connection: Connection, take: Take, wait_s: float) -> None:
     """Ask for what the ring behind a connection has ready; the server waits for a first payload so long."""
-    session, reads, request = connection.session, take.reads, take.request
+    session, request = connection.session, take.request
     connection.running.append(take)
 
     def answered(asked: Asked, answer: bytearray) -> None:
@@ -111,13 +95,48 @@ def take_some(connection: Connection, take: Take, wait_s: float) -> None:
         else:
             wanted = take.offered(connection, offer)
             if offer.payloads:
-                reads.adopt(connection, offer.payloads, take if wanted else None)
+                _receive(connection, offer.payloads, take if wanted else None)
         connection.after_answers()
 
     asked = session.take(
         request.max_payloads, request.max_bytes, newest=request.newest, wait_ms=math.ceil(wait_s * 1000)
     )
     connection.ask(asked, offer_receive_bytes(request.max_payloads), answered)
+
+
+def _receive(connection: Connection, offered: Sequence[Offered], take: Take | None) -> None:
+    """Payloads that a server has picked are on their way: the reads of a job, or, without a take, to be given back."""
+    if take is None:
+        connection.receive(offered, [None] * len(offered))
+        return
+    refs = take.references(offered)
+    job = take.job = Job(refs, take.until_s, take.came)
+    host = refs[0].host
+    assert host is not None  # checked where the call began
+    source = take.reads.source_of(host, refs[0].ports)
+    others = [key for key in source.keys if key != connection.key]
+    for index, ref in enumerate(refs):
+        read = Read(job, index, ref, source)
+        read.alternate = others[0] if others else None
+        job.reads.append(read)
+    take.reads.begin_taken(job, source)
+    connection.receive(offered, job.reads)
+
+
+class Taking(Protocol):
+    """What a take needs of the client's `Reads`."""
+
+    takes: set[Take]
+    now: Callable[[], float]
+    read_attempts: int
+
+    def call_at(self, when_s: float, action: Callable[[], None], /) -> Timer: ...
+    def next_port(self, host: str, ports: tuple[int, ...]) -> PortKey: ...
+    def connection_to(self, key: PortKey) -> Connection: ...
+    def blame(self, key: PortKey, error: TransportError) -> None: ...
+    def source_of(self, host: str, ports: tuple[int, ...]) -> Source[Read]: ...
+    def begin_taken(self, job: Job, source: Source[Read]) -> None: ...
+    def abandon(self, job: Job) -> None: ...
 
 
 class Take:
@@ -146,7 +165,7 @@ class Take:
             raise ConfigError("this source has no address to take from; start its UCXXServer", ring=source.ring_name)
         self.request = request
         self.until_s = request.until_s
-        self._reads: Reads | None = None
+        self._reads: Taking | None = None
         self._records: list[Mapping[str, object] | None] = []
         self._connection: Connection | None = None
         self._key: PortKey | None = None
@@ -160,12 +179,12 @@ class Take:
         self.on_done = on_done
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> Taking:
         """Of the client, once it has begun."""
         assert self._reads is not None
         return self._reads
 
-    def begin(self, reads: Reads) -> None:
+    def begin(self, reads: Taking) -> None:
         """Ask a first port."""
         self._reads = reads
         self._wait_until_s = reads.now() + self.request.wait_s
@@ -184,8 +203,8 @@ class Take:
         self._timer = reads.call_at(limit_s, self._too_late)
         source = self.request.source
         assert source.host is not None  # checked where the call begins
-        self._key = reads.dispatch.next_port(source.host, source.ports)
-        self._connection = reads.connections.to(self._key, now)
+        self._key = reads.next_port(source.host, source.ports)
+        self._connection = reads.connection_to(self._key)
         self._connection.run(self)
 
     def start(self, connection: Connection) -> None:

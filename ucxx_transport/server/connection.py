@@ -46,6 +46,9 @@ _log = get_logger(__name__)
 FRAMES_POSTED: Final = 4
 """Receives for frames: a client's next ones arrive while one is handled."""
 
+MAX_LATE_FRAMES: Final = 64
+"""Frames that are taken in from the last answered one on: a client's whole window may be on its way, no flood."""
+
 MAX_COPIED_BYTES: Final = 512 << 10
 """Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
 
@@ -100,8 +103,8 @@ class Connection:
     """
 
     __slots__ = (
-        *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_receives", "_turn"),
-        *("_port", "_slots", "is_admitted", "is_closing", "is_deferred", "session"),
+        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_on_frame_done", "_port", "_receives"),
+        *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
     def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
@@ -114,7 +117,7 @@ class Connection:
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._on_frame_done = self._on_frame
         self._turn = -1
-        self._copied_bytes = 0
+        self._copied_bytes = self._late_frames = 0
         self._is_full = False
 
     def open(self) -> None:
@@ -175,7 +178,10 @@ class Connection:
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
-                return  # the client closes, or the sweep does
+                self._late_frames += 1  # the client closes, or the sweep does
+                if self._late_frames > MAX_LATE_FRAMES:
+                    self.close()
+                    return
             receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)

@@ -124,6 +124,11 @@ class PortCounters:
         """State a gauge such as `port` or `connections`."""
         self.words[_POSITIONS[name]] = value
 
+    def retire(self) -> None:
+        """State that the port listens no longer, and has no connection."""
+        self.set("port", 0)
+        self.set("connections", 0)
+
     def beat(self, now_ns: int) -> None:
         """Say that the port's loop turns."""
         self.words[_BEAT_WORD] = now_ns

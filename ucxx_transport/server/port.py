@@ -111,7 +111,7 @@ class Port:
         self._counters.set("port", self._listener.port)
         self._counters.set("connections", 0)
         self._reclaim_s = self.reactor.now()
-        self._sweep_later()
+        self._beat()
         return self._listener.port
 
     def stop(self) -> None:
@@ -132,7 +132,7 @@ class Port:
 
     def retire(self) -> None:
         """The link is closed, or given up: keep what UCX may still read from, for good."""
-        self._counters.set("port", 0)
+        self._counters.retire()
         self.slots.retire()
 
     # --- For connections, see `connection.Host` ---
@@ -210,6 +210,7 @@ class Port:
         self.reactor.call_at(self.reactor.now() + self._pause_s, self._look)
 
     def _sweep(self) -> None:
+        self._beat()  # before the ring's lock is waited for, once a turn
         try:
             now = self.reactor.now()
             before, self._accepts_failed = self._accepts_failed, self.reactor.link.statistics().accepts_failed
@@ -222,9 +223,8 @@ class Port:
                 self.slots.reclaim()
         except Exception:  # noqa: BLE001 - the edge of a callback: the port goes on serving
             _log.exception("sweep_failed")
-        self._sweep_later()
 
-    def _sweep_later(self) -> None:
+    def _beat(self) -> None:
         self._counters.beat(time.monotonic_ns())
         self._sweeper = self.reactor.call_at(self.reactor.now() + SWEEP_INTERVAL_S, self._sweep)
 

@@ -170,7 +170,8 @@ class UCXXServer(RingSource):
         try:
             if self._link_factory is None:
                 require_reachable(address, ports[0])
-            self._publish(ports)
+            with self._publishing:  # one that died just now may be up again on another port
+                self._publish(self._ports_up() if self._sidecars else ports)
         except BaseException:
             self.stop()
             self._address = None
@@ -266,8 +267,9 @@ class UCXXServer(RingSource):
     def _end_processes(self, until_s: float) -> None:
         for sidecar in self._sidecars:
             sidecar.begin_stop(until_s)
-        for sidecar in self._sidecars:
+        for index, sidecar in enumerate(self._sidecars):
             sidecar.stop(until_s)
+            self._note_gone(index)
         self._reclaim()
 
     def _start_threads(self, until_s: float) -> tuple[int, ...]:
@@ -322,7 +324,13 @@ class UCXXServer(RingSource):
 
     def _on_death(self, index: int) -> None:
         self._died_s[index] = time.monotonic()
+        self._note_gone(index)
         self._reclaim()
+
+    def _note_gone(self, index: int) -> None:
+        """Say what a killed port could not: it listens no longer."""
+        if not self._ring.closed:
+            PortCounters(self._ring.server_words, index).retire()
 
     def _is_stalled(self, index: int) -> bool:
         """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
@@ -335,9 +343,9 @@ class UCXXServer(RingSource):
     # the ring
 
     def _publish(self, ports: tuple[int, ...]) -> None:
-        self._ports = ports
+        self._ring.publish_address(self._address, ports)
+        self._ports = ports  # what the segment has: a failure is one of the process whose port it is
         self._port_count = max(self._port_count, len(ports))
-        self._ring.publish_address(self._address if ports else None, ports)
 
     def _withdraw(self) -> None:
         self._address, self._ports = None, ()

@@ -16,7 +16,7 @@ from ucxx_transport.link.base import Link, LinkFactory, Timers
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server import UCXXServer
-from ucxx_transport.testing import MemoryNetwork
+from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
 
@@ -48,6 +48,18 @@ def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: object) 
     values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
     config = ServerConfig(**values)  # type: ignore[arg-type]  # checked at run time
     return UCXXServer(ring, config, link_factory=factory)
+
+
+def peer_of(server: UCXXServer, ring: SharedRingBuffer, reactor: Reactor) -> RawPeer:
+    """One that is greeted."""
+
+    def run_until(condition: Callable[[], bool]) -> None:
+        wait_until(lambda: (reactor.poll(), condition())[1], 60)
+
+    peer = RawPeer(run_until, ring.ring_id)
+    peer.endpoint = reactor.link.connect(LOOPBACK, server.ports[0], peer)
+    peer.greet()
+    return peer
 
 
 def test_references_carry_the_address_while_the_server_runs_and_not_after(
@@ -141,19 +153,46 @@ def test_an_acknowledgement_that_arrived_before_the_stop_counts(
     ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
 ) -> None:
     reactor = Reactor(network.link)
-
-    def run_until(condition: Callable[[], bool]) -> None:
-        wait_until(lambda: (reactor.poll(), condition())[1], 60)
-
     with server_of(ring, factory, ports=1) as server:
-        peer = RawPeer(run_until, ring.ring_id)
-        peer.endpoint = reactor.link.connect(LOOPBACK, server.ports[0], peer)
-        peer.greet()
+        peer = peer_of(server, ring, reactor)
         ref = ring.write_raw(bytes(100))
         peer.fetch(ref)
         peer.end(peer.attempt)
     assert ring.slot_state(ref.slot) is SlotState.FREE
     assert server.statistics().total("delivered") == 1
+    reactor.close()
+
+
+class BreakingLink(MemoryLink):
+    """A link with a fault that shows when the test says so."""
+
+    is_broken = False
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        if self.is_broken:
+            self.is_broken = False
+            raise RuntimeError("a fault of the link")
+        return super().progress(spin_s)
+
+
+def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer, network: MemoryNetwork) -> None:
+    links: list[BreakingLink] = []
+
+    def link_of(timers: Timers) -> Link:
+        links.append(BreakingLink(timers, network))
+        return links[-1]
+
+    reactor = Reactor(network.link)
+    with server_of(ring, link_of, ports=1) as server:
+        peer = peer_of(server, ring, reactor)
+        ref = ring.write_raw(bytes(100))
+        peer.fetch(ref)
+        assert ring.slot_state(ref.slot) is SlotState.READING
+        links[0].is_broken = True
+        wait_until(lambda: ring.slot_state(ref.slot) is SlotState.READY, 60, what="the slot is given back")
+        wait_until(lambda: not server.statistics().total("port"), 60, what="the port is gone")
+        assert server.statistics().total("connections") == 0
+        assert server.statistics().total("released") == 1
     reactor.close()
 
 

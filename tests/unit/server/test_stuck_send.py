@@ -18,7 +18,7 @@ from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
-from ucxx_transport.server.port import Port
+from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import Frame, Kind
 from ucxx_transport.wire.server_side import SessionSource
@@ -159,6 +159,7 @@ class LockedRing:
         self._ring = ring
         self.is_locked = False
         self.waits = 0
+        self.on_wait: Callable[[], object] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ring, name)
@@ -166,7 +167,12 @@ class LockedRing:
     def wait(self) -> None:
         if self.is_locked:
             self.waits += 1
+            self.on_wait()
             raise DeadlineExceededError("the ring's lock is held by a thread that does not get on (stopped?)")
+
+    def reclaim_dead(self) -> int:
+        self.wait()
+        return self._ring.reclaim_dead()
 
     def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> Any:
         self.wait()
@@ -202,7 +208,7 @@ class Serving:
         self.counters = PortCounters(ring.server_words, 0)
         source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
         binding = Binding(ring.server_words)
-        self.port = Port(self.locked, source, ServerConfig(), self.counters, binding, self.reactor)
+        self.port = Port(self.locked, source, ServerConfig(), self.counters, binding, self.reactor, reclaims=True)
         self.port.start([PORT])
         self.sequence = 0
         link = self.reactor.link
@@ -361,3 +367,22 @@ def test_a_lock_that_is_not_to_be_had_is_waited_for_once_a_turn() -> None:
         served.hear(Kind.FETCH, ring_id=served.ring.ring_id, names=names)
         assert served.locked.waits == 1
         assert served.counts.busy == 40
+
+
+def test_a_sweep_waits_for_the_lock_once_and_shows_before_that_the_loop_turns() -> None:
+    beats: list[int] = []
+
+    def look() -> None:
+        beats.append(served.counters.beat_ns)
+        served.counters.beat(0)
+
+    with serving() as served:
+        served.endpoint.large_sends[0].end()
+        served.locked.is_locked = True
+        served.end()
+        served.locked.on_wait = look
+        served.counters.beat(0)
+        served.advance(RECLAIM_INTERVAL_S)
+        assert len(beats) == RECLAIM_INTERVAL_S / SWEEP_INTERVAL_S
+        assert all(beats), "two waits in a row would pass stall_timeout_s"
+        served.locked.is_locked = False
