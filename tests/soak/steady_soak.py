@@ -78,10 +78,7 @@ class SteadySoak:
         """
         with ExitStack() as stack:
             worker = stack.enter_context(program("steady_worker", "worker-0", package="tests.soak"))
-            feeds = [
-                stack.enter_context(RolloutFeed(ClientConfig(local=local)))
-                for local in ("view", "off")
-            ]
+            feeds = [stack.enter_context(RolloutFeed(ClientConfig(local=local))) for local in ("view", "off")]
             server = self._run_rounds(worker, feeds)
             assert server is not None
             self.lost = {reason: count for feed in feeds for reason, count in feed.statistics().losses.items()}

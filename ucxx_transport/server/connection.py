@@ -46,6 +46,9 @@ _log = get_logger(__name__)
 FRAMES_POSTED: Final = 4
 """Receives for frames: a client's next ones arrive while one is handled."""
 
+MAX_LATE_FRAMES: Final = 64
+"""Frames that are taken in from the last answered one on: a client's whole window may be on its way, no flood."""
+
 MAX_COPIED_BYTES: Final = 512 << 10
 """Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
 
@@ -100,8 +103,8 @@ class Connection:
     """
 
     __slots__ = (
-        *("_copied_bytes", "_endpoint", "_is_full", "_on_frame_done", "_receives", "_turn"),
-        *("_port", "_slots", "is_admitted", "is_closing", "is_deferred", "session"),
+        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_on_frame_done", "_port", "_receives"),
+        *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
     def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
@@ -114,7 +117,7 @@ class Connection:
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._on_frame_done = self._on_frame
         self._turn = -1
-        self._copied_bytes = 0
+        self._copied_bytes = self._late_frames = 0
         self._is_full = False
 
     def open(self) -> None:
@@ -126,11 +129,6 @@ class Connection:
                 self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except TransportError as error:
             self.fail(error)
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether the client may still be answered."""
-        return not self.is_closing and self.session.phase is not _CLOSING
 
     def connected(self) -> None:
         """The endpoint's hello has come: nothing to do, the client speaks first."""
@@ -175,12 +173,18 @@ class Connection:
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
-                return  # the client closes, or the sweep does
+                self._note_late_frame()
             receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)
         if receives and receives[0][0].completed:
             self._defer()
+
+    def _note_late_frame(self) -> None:
+        """The session is over: the client closes, or the sweep does. One that goes on sending is cut off."""
+        self._late_frames += 1
+        if self._late_frames > MAX_LATE_FRAMES:
+            self.close()  # no further receive can be posted
 
     def _defer(self) -> None:
         if not self.is_deferred:
@@ -271,7 +275,7 @@ class Connection:
     def answer_take(self, take: Take) -> bool:
         """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
         slots, session, now = self._slots, self.session, self._port.reactor.now()
-        if not self.is_serving:
+        if self.is_closing or session.phase is _CLOSING:
             return True
         if slots.awaited[0]:
             self.reply(session.nothing(take, NO_EPOCH, Status.NOT_READY))

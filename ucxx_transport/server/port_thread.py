@@ -122,7 +122,7 @@ class PortThread:
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait."""
         self._stop_by_s = min(self._stop_by_s, until_s)
-        self._reactor.submit(_nothing)  # the loop looks whether it is to stop
+        self._reactor.submit(lambda: None)  # the loop looks whether it is to stop
 
     def stop(self, until_s: float) -> bool:
         """Close the port and its connections; returns whether the thread had ended by `until_s` (monotonic)."""
@@ -183,7 +183,3 @@ class PortThread:
         if budget < asked:
             _log.warning("connections_limited", connections=budget, asked=asked, descriptors=limit, see="ulimit -n")
         return max(1, budget)
-
-
-def _nothing() -> None:
-    """Submitted to wake a reactor."""

@@ -23,6 +23,8 @@ from ucxx_transport.sidecar.launch import Restarts, Sidecar
 from ucxx_transport.teardown import MARGIN_S, Teardown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
@@ -228,25 +230,13 @@ class UCXXServer(RingSource):
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """Start, without blocking the event loop."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.wait([starting])  # bounded by start_timeout_s; what came up must not stay
-            if not starting.cancelled() and starting.exception() is None:
-                await asyncio.to_thread(self.stop)
-            raise
+        """Start, without blocking the event loop; what came up under a cancellation does not stay."""
+        await _in_thread(self.start, undo=self.stop)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
-        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
-        try:
-            await asyncio.shield(stopping)
-        except asyncio.CancelledError:
-            await asyncio.wait([stopping])
-            raise
+        await _in_thread(self.stop)
 
     def _start_processes(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
@@ -361,3 +351,15 @@ class UCXXServer(RingSource):
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
             _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
+
+
+async def _in_thread(call: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
+    """Run what is bounded in a thread, to its end even if this is cancelled; then `undo` what it did."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        if not running.cancelled() and running.exception() is None:
+            await asyncio.to_thread(undo)
+        raise

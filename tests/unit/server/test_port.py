@@ -10,8 +10,9 @@ from tests.support.raw_peer import NONCE, READER, RawPeer
 from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.ring import SlotState
+from ucxx_transport.server.connection import MAX_LATE_FRAMES
 from ucxx_transport.wire.codec import decode_header, encode_frame
-from ucxx_transport.wire.frames import HEADER_BYTES, Frame, Kind, Status, message_bytes
+from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
 
 EPISODE = bytes(range(256)) * 16
 LARGE = bytes(60_000)
@@ -47,6 +48,17 @@ def test_garbage_is_answered_bad_request_and_closed() -> None:
             assert peer.is_closed()
             assert rig.counts.bad_requests == 1
             assert still_serves(rig)
+
+
+def test_a_peer_that_goes_on_sending_after_its_last_answer_is_cut_off_at_once(rig: PortRig) -> None:
+    """What is not taken in piles up in the link: a second of a flood is half a GiB."""
+    patient, flooding = rig.peer(), rig.peer()
+    for peer, frames in ((patient, MAX_LATE_FRAMES), (flooding, MAX_LATE_FRAMES + 1)):
+        for _ in range(frames):
+            peer.say(bytes(FRAME_BYTES))
+    rig.settle()
+    assert (patient.is_closed(), flooding.is_closed()) == (False, True)
+    assert rig.counts.bad_requests == 2
 
 
 def test_clients_that_the_link_could_not_accept_are_counted_once(rig: PortRig) -> None:
