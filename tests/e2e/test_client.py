@@ -14,6 +14,7 @@ import pytest
 from tests.support.exhaustive import exhaustive
 from tests.support.programs import program
 from tests.support.served_ring import ServedRing, client_of, served_ring
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -29,12 +30,6 @@ from ucxx_transport import (
 EPISODE = bytes(range(256)) * 16
 
 
-def stop(served: ServedRing, number: signal.Signals) -> None:
-    for pid in served.server.statistics().pids:
-        if pid is not None:
-            os.kill(pid, number)
-
-
 def test_a_stopped_source_costs_the_others_of_its_batch_nothing() -> None:
     with (
         served_ring(mode="process", stall_timeout_s=600.0) as stopped,
@@ -44,7 +39,9 @@ def test_a_stopped_source_costs_the_others_of_its_batch_nothing() -> None:
     ):
         for served in (stopped, healthy):
             client.read(served.ring.write_raw(EPISODE)).release()
-        stop(stopped, signal.SIGSTOP)
+        (pid,) = stopped.server.statistics().pids
+        assert pid is not None
+        stop_process(pid)
         try:
             for _ in range(2):  # the second time its port is in quarantine
                 lost = [stopped.ring.write_raw(EPISODE) for _ in range(2)]
@@ -62,7 +59,7 @@ def test_a_stopped_source_costs_the_others_of_its_batch_nothing() -> None:
                 ]
                 assert all(isinstance(outcome, Payload) for outcome in outcomes[2:])
         finally:
-            stop(stopped, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_reads_with_hardly_any_time_succeed_in_the_end() -> None:
