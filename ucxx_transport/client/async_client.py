@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
-from ucxx_transport.client.core import ClientCore, Into
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.payload import Payload
@@ -25,6 +25,7 @@ from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
+    from ucxx_transport.client.here import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
@@ -211,8 +212,8 @@ class UCXXClient:
     ) -> Payload:
         """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         core = self._core
-        begun = await to_thread.run_sync(core.begin_local, ring, ref, limit_s, abandon_on_cancel=True)
-        return core.finish_local(ref, begun, into, began_s)
+        begun = await to_thread.run_sync(core.local.begin, ring, ref, limit_s, abandon_on_cancel=True)
+        return core.deliver(core.local.finish(ref, *begun), into, began_s)
 
     async def _run(self, call: Job | Discard | Take, start: Callable[[], None]) -> None:
         """Start a call and return when it is done."""

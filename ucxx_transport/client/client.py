@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
-from ucxx_transport.client.core import ClientCore, Into
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.client.lead import Lead
@@ -22,6 +22,7 @@ from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS,
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.here import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics

@@ -14,7 +14,15 @@ import numpy as np
 import xxhash
 
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, ProtocolError, StaleSlotError
+from ucxx_transport.errors import (
+    BusyError,
+    ChecksumError,
+    ConfigError,
+    ProtocolError,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
 from ucxx_transport.link.descriptors import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, segment_folder
@@ -112,11 +120,13 @@ class LocalReader:
             self._prune()
             return self._rings.get(ref.ring_id) or self._attach(ref)
 
-    def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> tuple[ReadLease, Bytes | None]:
+    def begin(
+        self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
+    ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace.
 
         Returns:
-            The attempt in flight, and the copy if the mode asks for one; for `finish`.
+            The ring, the attempt in flight, and the copy if the mode asks for one; for `finish`.
 
         Raises:
             StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
@@ -129,7 +139,25 @@ class LocalReader:
             if not ring.reclaim_dead():  # the one that holds it may be gone
                 raise
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
-        return lease, self._copied(ring, ref, lease)
+        except SlotError:
+            # Another read may have closed this handle meanwhile: to make room, or because the worker died.
+            other = self.ring_of(ref) if ring.closed else None
+            if other is None:
+                raise
+            ring, lease = other, other.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        if self._in_place and not (self._verify and ref.checksum is not None):
+            return ring, lease, None
+        return ring, lease, self._copied(ring, ref, lease)
+
+    def discard(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
+        """Discard a payload of an attached ring; whether it was still there."""
+        try:
+            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+            with suppress(StaleSlotError):  # whose name another read has taken
+                self._claim(ref)
+            return lease.mark_consumed()
+        except TransportError:
+            return False
 
     def _copied(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease) -> Bytes | None:
         """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""

@@ -10,7 +10,8 @@ from tests.support.port_beside import port_beside
 from tests.support.rows import row
 from tests.support.source_records import record
 from ucxx_transport.client import Payload
-from ucxx_transport.client.takes import Take, Takeable
+from ucxx_transport.client.ports import Takeable
+from ucxx_transport.client.takes import Take
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
