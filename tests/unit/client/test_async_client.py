@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.port_beside import port_beside
 from ucxx_transport.client import Payload
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.testing.faults import Hold
 
@@ -192,6 +192,19 @@ def test_a_client_belongs_to_the_loop_it_is_first_used_in() -> None:
             loop.run_until_complete(read())
             other.run_until_complete(read_elsewhere())
             loop.run_until_complete(close())
+
+
+def test_a_client_that_has_no_connection_any_more_closes_at_once() -> None:
+    async def main() -> None:
+        with port_beside() as rig:
+            client = rig.async_client()
+            rig.client_faults.refuse = True
+            with pytest.raises(PeerLostError):
+                await client.read(rig.ring.write_raw(EPISODE), deadline_s=30)
+            async with asyncio.timeout(30):
+                await client.aclose()
+
+    asyncio.run(main())
 
 
 def test_closing_ends_reads_in_flight_and_is_idempotent() -> None:
