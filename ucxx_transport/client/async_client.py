@@ -196,7 +196,8 @@ class UCXXClient:
         if core.reactor.has_link:
             goodbye = _Goodbye()
             core.begin_goodbye(goodbye.said)
-            await self._bound().wait(goodbye, alone=False)
+            if not goodbye.done:  # there was a server to take leave of
+                await self._bound().wait(goodbye, alone=False)
         if self._waiter is not None:
             self._waiter.unbind()
         core.close()

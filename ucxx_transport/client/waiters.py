@@ -79,8 +79,6 @@ class LoopWaiter:
     async def wait(self, call: Call, *, alone: bool) -> None:
         """See `Waiter`."""
         reactor = self._reactor
-        if call.done:
-            return
         if alone:
             give_up_s = reactor.now() + TURN_S
             while reactor.poll(self._spin_s):
