@@ -21,14 +21,13 @@ import ucxx_transport
 from ucxx_transport import config, errors, teardown
 from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.states import RankState
-from ucxx_transport.link import address
+from ucxx_transport.link import address, ucx_hello
 from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states
-from ucxx_transport.server import session
 from ucxx_transport.settings.section import Rule
 from ucxx_transport.sidecar import main as sidecar
 from ucxx_transport.units import format_bytes, format_duration
-from ucxx_transport.wire import frames
+from ucxx_transport.wire import frames, server_side
 
 __all__ = ["DOCS", "PARTS", "Part", "main"]
 
@@ -218,7 +217,10 @@ def _members(enum: type[Enum]) -> list[str]:
 def _wire() -> str:
     sizes = (
         "VERSION",
-        "REQUEST_BYTES",
+        "FRAME_BYTES",
+        "MAX_NAMES",
+        "MAX_ENDS",
+        "PACK_BYTES",
         "HEADER_BYTES",
         "TRAILER_BYTES",
         "ERROR_TEXT_BYTES",
@@ -227,12 +229,14 @@ def _wire() -> str:
         "MAX_SCHEMA_BYTES",
         "MAX_BODY_BYTES",
     )
-    lines = ["# Wire: the byte map", "", _NOTICE.format(source="wire/frames.py and server/session.py"), ""]
+    source = "wire/frames.py, wire/server_side.py and link/ucx_hello.py"
+    lines = ["# Wire: the byte map", "", _NOTICE.format(source=source), ""]
     lines += ["What the frames mean, and what follows from each, is in [the reference](UCXX.md#the-wire).", ""]
     lines += [_document_of(frames), "", "## Kinds of request", "", *_members(frames.Kind)]
     lines += ["## Statuses", "", *_members(frames.Status)]
     lines += ["## Numbers", "", *_table(("name", "value"), ((f"`{name}`", getattr(frames, name)) for name in sizes))]
-    lines += ["## A connection, as the server sees it", "", _document_of(session)]
+    lines += ["## A connection, as the server sees it", "", _document_of(server_side), ""]
+    lines += ["## Below the frames: how channels become UCX's tags", "", _document_of(ucx_hello)]
     return "\n".join(lines).rstrip() + "\n"
 
 

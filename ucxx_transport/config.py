@@ -27,9 +27,11 @@ from ucxx_transport.settings.fields import (
     UCXSettings,
 )
 from ucxx_transport.settings.section import section, setting
+from ucxx_transport.units import parse_duration
 
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
+_LONGEST_S: Final = float("inf")
 
 _SETTINGS_OF_UCX = (
     "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
@@ -40,6 +42,29 @@ _DATA_PORTS_IN_WORDS = (
     "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
 )
 _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU and costs about 50 µs a read"
+
+
+def checked_seconds(value: float | str, field: str) -> float:
+    """A time limit that a call was given, in seconds: a number, or text such as `"250ms"`.
+
+    Args:
+        value: what the caller passed.
+        field: the argument's name, for the error.
+
+    Raises:
+        ConfigError: no finite duration, or a negative one.
+    """
+    if type(value) is float and 0.0 <= value < _LONGEST_S:
+        return value
+    try:
+        seconds = parse_duration(value)
+    except ValueError as exc:
+        raise ConfigError(f"{field} = {value!r}: {exc}", field=field, value=value) from exc
+    if seconds < 0:
+        raise ConfigError(
+            f"{field} = {value!r}: a time limit is not negative; 0 does not wait at all", field=field, value=value
+        )
+    return seconds
 
 
 @runtime_checkable
@@ -122,7 +147,7 @@ class ServerConfig(_OverUCX):
     host: OptionalText = setting(
         "address to publish; unset finds one (RDMA interface first)", default=None, max_length=255
     )
-    ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=4)
+    ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
     base_port: OptionalCount = setting("first port to try; unset takes any free ones", default=None, ge=1, le=65535)
     mode: Literal["process", "thread"] = setting(
         "each port a supervised process, or a thread of this one", default="process"
@@ -193,8 +218,9 @@ class ClientConfig(_OverUCX):
     pool_endpoint_max_age_s: Seconds = setting(
         "an idle connection is not used again; keep it below the server's idle_timeout_s", default=100.0, gt=0
     )
-    max_pooled_endpoints: Count = setting("idle connections kept for one address and port", default=4, ge=0, le=1024)
-    max_concurrent_reads: Count = setting("reads in flight", default=4, ge=1, le=4096)
+    max_connections: OptionalCount = setting(
+        "connections at a time; unset follows the limit of open files", default=None, ge=1, le=65536
+    )
     buffer_pool_bytes: Bytes = setting("receive buffers kept for reuse", default=1 << 30, ge=0)
     max_payload_bytes: Bytes = setting("a SlotRef that promises more is refused", default=64 << 30, ge=1)
     data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)

@@ -2,76 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import anyio
-import anyio.lowlevel
 import pytest
 
 from tests.support.etcd_server import EtcdServer
 from tests.support.store_fixtures import etcd_binary, etcd_server, fork_server
 from tests.support.store_rigs import EtcdRig, LocalRig, MemoryRig, StoreRig
-from ucxx_transport.link.base import Endpoint, Link, Listener
-from ucxx_transport.link.ucxx import UCXXLink
-from ucxx_transport.testing import MemoryLink, MemoryNetwork
+from ucxx_transport.errors import TransportError
+from ucxx_transport.link.base import Endpoint, LinkFactory, Listener
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.testing import MemoryNetwork
 
 __all__ = ["etcd_binary", "etcd_server", "fork_server", "rig", "shared_rig", "sides"]
 
 HOST = "127.0.0.1"
+DEADLINE_S = 20.0
+
+
+@dataclass(kw_only=True)
+class Owner:
+    """What the owner of an endpoint has heard, in order: `connected`, and the error it was lost with."""
+
+    heard: list[str | TransportError] = field(default_factory=list)
+
+    @property
+    def is_connected(self) -> bool:
+        return "connected" in self.heard
+
+    @property
+    def error(self) -> TransportError | None:
+        """What the endpoint was lost with."""
+        return next((one for one in self.heard if isinstance(one, TransportError)), None)
+
+    def connected(self) -> None:
+        self.heard.append("connected")
+
+    def lost(self, error: TransportError) -> None:
+        self.heard.append(error)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A connection: the client's end and the server's, and their owners."""
+
+    near: Endpoint
+    far: Endpoint
+    near_owner: Owner
+    far_owner: Owner
 
 
 @dataclass(kw_only=True)
 class Sides:
-    """Two links of one kind that can reach each other, in one event loop.
+    """Two links of one kind that can reach each other, in one thread.
 
     Attributes:
         server: has `listener`. client: connects to it.
-        accepted: endpoints that the listener handed over, in order.
+        accepted: endpoints that the listener handed over, in order, with their owners.
     """
 
-    server: Link
-    client: Link
+    server: Reactor
+    client: Reactor
     kind: str
     listener: Listener | None = None
-    accepted: list[Endpoint] = field(default_factory=list)
+    accepted: list[tuple[Endpoint, Owner]] = field(default_factory=list)
 
     @property
     def port(self) -> int:
         """The listener's."""
-        assert self.listener is not None
-        return self.listener.port
+        return self.listen().port
 
-    async def connect(self) -> tuple[Endpoint, Endpoint]:
-        """A connection: the client's end and the server's."""
+    def listen(self) -> Listener:
+        """The server's listener."""
         if self.listener is None:
-            self.listener = await self.server.listen(0, self.accepted.append)
+            self.listener = self.server.link.listen(0, self.accept)
+        return self.listener
+
+    def accept(self, endpoint: Endpoint) -> Owner:
+        """Own a connection."""
+        owner = Owner()
+        self.accepted.append((endpoint, owner))
+        return owner
+
+    def turn(self) -> None:
+        """Both sides have a turn."""
+        for side in (self.server, self.client):
+            if not side.closed:
+                side.poll()
+
+    def until(self, condition: Callable[[], object], what: str = "the condition") -> None:
+        """The condition has become true."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, f"not in time: {what}"
+            self.turn()
+
+    def connect(self) -> Pair:
+        """A connection that is up at both ends."""
+        port = self.port
         known = len(self.accepted)
-        near = await self.client.connect(HOST, self.port)
-        end = anyio.current_time() + 10
-        while len(self.accepted) == known:
-            assert anyio.current_time() < end, "connected, but not accepted"
-            await anyio.lowlevel.checkpoint()
-        return near, self.accepted[-1]
+        owner = Owner()
+        near = self.client.link.connect(HOST, port, owner)
+        self.until(lambda: len(self.accepted) > known, "accepted")
+        far, far_owner = self.accepted[-1]
+        self.until(lambda: owner.is_connected and far_owner.is_connected, "connected")
+        return Pair(near, far, owner, far_owner)
 
 
 @pytest.fixture(params=["memory", "ucx-tcp", "ucx-shm"])
-async def sides(request: pytest.FixtureRequest) -> AsyncIterator[Sides]:
+def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
     """Both sides of one kind of link; closed at the end."""
     kind: str = request.param
-    async with AsyncExitStack() as stack:
-        server: Link
-        client: Link
-        if kind == "memory":
-            network = MemoryNetwork()
-            server = await stack.enter_async_context(MemoryLink(network))
-            client = await stack.enter_async_context(MemoryLink(network))
-        else:
-            shm_lanes = kind == "ucx-shm"
-            server = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
-            client = await stack.enter_async_context(UCXXLink.open(shm_lanes=shm_lanes, spin_s=0.0))
+    factory: LinkFactory = MemoryNetwork().link
+    if kind != "memory":
+        factory = partial(UCXXLink, shm_lanes=kind == "ucx-shm")
+    with closing(Reactor(factory)) as server, closing(Reactor(factory)) as client:
         yield Sides(server=server, client=client, kind=kind)
 
 

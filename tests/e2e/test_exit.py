@@ -36,7 +36,7 @@ def test_worker_that_forgets_to_stop_ends_well_and_takes_everything_along(mode: 
             wait_until(lambda: all(map(gone, facts["servers"])), 60)
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", "async", "feed"])
 def test_trainer_that_forgets_to_close_ends_well_and_its_payload_counts(kind: str) -> None:
     with served_ring() as served:
         ref = served.ring.write_raw(bytes(500))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -76,10 +78,27 @@ def test_what_was_given_up_while_its_server_hung_makes_room_once_that_goes_on() 
         prefetcher.fetch(episodes_of(worker, (10,))).release()
         server = worker.ask(server=True)["server"]
         stop_process(server)
-        prefetcher.start(episodes_of(worker, (20, 30, 40)))  # all slots but one, of a ring that overwrites nothing
-        assert not prefetcher.wait(0.5)
+        late = prefetcher.begin(
+            episodes_of(worker, (20, 30, 40))
+        )  # all slots but one, of a ring that overwrites nothing
+        assert not late.wait(0.5)
         assert prefetcher.statistics().losses == {"timeout": 3}
         os.kill(server, signal.SIGCONT)
         wait_until(lambda: worker.ask(ring=True)["ring"]["free"] == 4, 60, what="their slots are free")
+        worker.end_input()
+        assert worker.wait() == 0
+
+
+def test_a_prefetcher_sleeps_while_nothing_is_on_its_way_although_its_connection_is_open() -> None:
+    with program("rollout_worker", "worker-0") as worker, Prefetcher(CONFIG, deadline_s=60) as prefetcher:
+        prefetcher.fetch(episodes_of(worker, (10,))).release()
+        assert prefetcher.client_statistics().pooled_endpoints == 1
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "ucxx-prefetch"]
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
+        began_s, used_s = time.monotonic(), time.clock_gettime(clock)
+        wait_until(lambda: time.monotonic() > began_s + 1.5)
+        used_s = time.clock_gettime(clock) - used_s
+        assert used_s < 0.02 * (time.monotonic() - began_s)
         worker.end_input()
         assert worker.wait() == 0

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from time import monotonic
 
 import psutil
 import pytest
 import structlog
 
-from tests.support.raw_peer import NONCE, RawPeer, raw_peer, request_of
+from tests.support.raw_peer import NONCE, Answer, RawPeer, raw_peer
+from tests.support.rows import row
 from tests.support.served_ring import LOOPBACK, ServedRing, client_of, read_retrying, served_ring
 from tests.support.waiting import wait_until
 from tests.support.well_behaved import trainer_at_work
-from ucxx_transport import AuthenticationError, BusyError, PeerLostError, SlotRef, SlotState
-from ucxx_transport.link.ucxx import UCXXLink
-from ucxx_transport.wire.codec import encode_request
-from ucxx_transport.wire.frames import REQUEST_BYTES, Hello, Status
+from ucxx_transport import AuthenticationError, BusyError, SlotRef, SlotState
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.wire.codec import encode_frame
+from ucxx_transport.wire.frames import FRAME_BYTES, MAX_NAMES, Frame, Kind, Status
 
 MINUTE = 60
-HELLO = encode_request(Hello(reader=7, nonce=NONCE))
+HELLO = encode_frame(Frame(Kind.HELLO, 1, attempt=1, word=7, secret=NONCE))
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +35,7 @@ log = structlog.get_logger(__name__)
 @pytest.fixture(scope="module")
 def served() -> Iterator[ServedRing]:
     """One port with short limits, in a process of its own."""
-    limits = {"first_frame_timeout_s": 1.0, "ack_timeout_s": 1.0, "idle_timeout_s": 30.0}
+    limits = {"first_frame_timeout_s": 1.0, "send_timeout_s": 5.0, "ack_timeout_s": 1.0, "idle_timeout_s": 30.0}
     with served_ring(ring={"slots": 16}, ports=1, **limits) as opened:
         yield opened
 
@@ -59,12 +63,15 @@ def seeded() -> random.Random:
     return random.Random(seed)
 
 
-def with_peer(served: ServedRing, behave: Callable[[RawPeer], Awaitable[None]]) -> None:
-    async def scenario() -> None:
-        async with raw_peer(served.server.ports[0]) as peer:
-            await behave(peer)
+@contextmanager
+def peer_of(served: ServedRing) -> Iterator[RawPeer]:
+    """A connection to the one port, which says nothing yet."""
+    with raw_peer(served.server.ports[0], served.ring.ring_id) as peer:
+        yield peer
 
-    asyncio.run(scenario())
+
+def is_ready(served: ServedRing, ref: SlotRef) -> bool:
+    return served.ring.slot_state(ref.slot) is SlotState.READY
 
 
 def count(served: ServedRing, name: str) -> int:
@@ -97,7 +104,7 @@ def say(connection: socket.socket, words: bytes) -> None:
         connection.sendall(words)
 
 
-def test_garbage_on_every_port_hurts_nobody_else(mortal: ServedRing) -> None:
+def test_garbage_on_every_port_hurts_no_one_else(mortal: ServedRing) -> None:
     chance = seeded()
     with trainer_at_work(mortal) as trainer, ExitStack() as stack:
         for _ in range(120):
@@ -115,20 +122,23 @@ def test_garbage_on_every_port_hurts_nobody_else(mortal: ServedRing) -> None:
 
 def recorded_handshake() -> bytes:
     """What a UCX client says first, as its server hears it."""
+    heard: list[bytes] = []
 
-    async def connect_to_nobody(port: int) -> None:
-        async with UCXXLink.open() as link, asyncio.timeout(0.5):
-            await link.connect(LOOPBACK, port)
+    def listen() -> None:
+        connection, _ = listener.accept()
+        with connection:  # its end wakes the client
+            heard.append(connection.recv(65536))
 
     with socket.create_server((LOOPBACK, 0)) as listener:
-        with pytest.raises((TimeoutError, PeerLostError)):
-            asyncio.run(connect_to_nobody(listener.getsockname()[1]))
-        connection, _ = listener.accept()
-        with connection:
-            return connection.recv(65536)
+        thread = threading.Thread(target=listen, name="recorder")
+        thread.start()
+        with raw_peer(listener.getsockname()[1]) as peer:
+            peer.run_until(lambda: bool(heard))
+        thread.join()
+    return heard[0]
 
 
-def test_mutated_handshakes_hurt_nobody_else(mortal: ServedRing) -> None:
+def test_mutated_handshakes_hurt_no_one_else(mortal: ServedRing) -> None:
     chance = seeded()
     handshake = recorded_handshake()
     assert len(handshake) > 20
@@ -146,7 +156,7 @@ def test_mutated_handshakes_hurt_nobody_else(mortal: ServedRing) -> None:
         log.info("server process after mutated handshakes", restarts=mortal.server.statistics().restarts)
 
 
-def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(mortal: ServedRing) -> None:
+def test_handshake_that_aborts_ucx_costs_a_restart_and_no_one_else(mortal: ServedRing) -> None:
     # Seen with UCX 1.21: another version in the address ends the process by an assertion (`address.c`, `addr_version`).
     # A UCX that has mended it passes as well.
     handshake = bytearray(recorded_handshake())
@@ -163,7 +173,7 @@ def test_handshake_that_aborts_ucx_costs_a_restart_and_nobody_else(mortal: Serve
         log.info("server process after that handshake", restarts=mortal.server.statistics().restarts)
 
 
-def test_silent_and_slow_connections_hurt_nobody_else(served: ServedRing) -> None:
+def test_silent_and_slow_connections_hurt_no_one_else(served: ServedRing) -> None:
     handshake = recorded_handshake()
     with trainer_at_work(served) as trainer, ExitStack() as stack:
         silent = [connection_to(served.server.ports[0]) for _ in range(300)]
@@ -176,64 +186,86 @@ def test_silent_and_slow_connections_hurt_nobody_else(served: ServedRing) -> Non
             trainer.must_get(3)
 
 
-# UCX peers that do not keep to the protocol.
+# UCX peers that do not keep to the protocol. What else a frame may say wrongly, and when, the unit tests of the
+# sessions and of the port show without UCX.
 
 
-# What else a frame may say wrongly, and when, the unit tests of session and port server show without UCX.
+def last_words(peer: RawPeer, message: bytes) -> tuple[Status, str]:
+    """What the port answers to this message, on channel 1, before it hangs up."""
+    answer = peer.expect(1)
+    peer.say(message)
+    peer.wait_for(answer)
+    assert answer.has_come
+    assert peer.is_closed()
+    return answer.status, answer.body.decode()
 
 
 def test_bad_first_frame_is_answered_with_its_reason_and_a_hang_up(served: ServedRing) -> None:
-    async def behave(peer: RawPeer) -> None:
-        reply, text = await peer.ask(random.Random(5).randbytes(REQUEST_BYTES))
-        assert (reply.status, "not a ucxx_transport request" in text) == (Status.BAD_REQUEST, True), text
-        with pytest.raises(PeerLostError):
-            await peer.wait_for_hang_up()
-
+    rows = [
+        (random.Random(5).randbytes(200), "not a ucxx_transport frame"),
+        (b"", "not a ucxx_transport frame"),
+        (HELLO[:50], "cut short"),
+        (HELLO[:4] + b"\1\0" + HELLO[6:128], "speaks protocol version 1, this side 2"),
+        (HELLO[:8] + b"\2" + HELLO[9:], "cut short"),
+    ]
     with trainer_at_work(served):
-        with_peer(served, behave)
+        for message, words in rows:
+            with row(message=message), peer_of(served) as peer:
+                status, text = last_words(peer, message)
+                assert (status, words in text) == (Status.BAD_REQUEST, True), text
 
 
 def test_frame_longer_than_any_ends_its_connection(served: ServedRing) -> None:
-    async def behave(peer: RawPeer) -> None:
-        await peer.send(HELLO * 64)
-        with pytest.raises(PeerLostError):
-            await peer.wait_for_hang_up()
+    with trainer_at_work(served), peer_of(served) as peer:
+        peer.say(HELLO.ljust(FRAME_BYTES + 1, b"\0"))
+        assert peer.is_closed()
 
-    with trainer_at_work(served):
-        with_peer(served, behave)
+
+def test_more_names_than_the_window_end_the_connection_and_nothing_else(served: ServedRing, ref: SlotRef) -> None:
+    with trainer_at_work(served), peer_of(served) as peer:
+        peer.greet()
+        peer.begin_fetch(*[ref] * MAX_NAMES)
+        peer.begin_fetch(ref)
+        assert peer.is_closed()
 
 
 def test_payload_that_is_never_acknowledged_is_ready_again(served: ServedRing, ref: SlotRef) -> None:
-    async def behave(peer: RawPeer) -> None:
-        await peer.greet()
-        reply, _ = await peer.read(ref)
-        assert reply.status is Status.OK
+    with trainer_at_work(served), peer_of(served) as peer:
+        peer.greet()
+        [answer] = peer.fetch(ref)
+        assert answer.status is Status.OK
         assert served.ring.slot_state(ref.slot) is SlotState.READING
-        with pytest.raises(PeerLostError):  # when the time for the ACK is over
-            await peer.wait_for_hang_up()
-        await asyncio.to_thread(wait_until, lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
-
-    with trainer_at_work(served):
-        with_peer(served, behave)
+        assert peer.is_closed(), "when the time for its end is over"
+        wait_until(lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
 
 
 def test_reader_that_hangs_up_in_the_middle_leaves_the_payload_ready(served: ServedRing, ref: SlotRef) -> None:
-    async def behave(peer: RawPeer) -> None:
-        await peer.greet()
-        await peer.send(encode_request(request_of(ref)))
-
+    del ref  # its fixture looks whether it is there
     for _ in range(5):
-        with_peer(served, behave)
+        written = served.ring.write_raw(bytes(100_000))
+        with peer_of(served) as peer:
+            peer.greet()
+            peer.begin_fetch(written)
+            peer.reset()
+        wait_until(partial(is_ready, served, written), MINUTE)
+
+
+def test_peer_that_reads_nothing_is_closed_and_leaves_the_payloads_ready(served: ServedRing) -> None:
+    large = [served.ring.write_raw(bytes(1 << 20)) for _ in range(8)]
+    with trainer_at_work(served), peer_of(served) as peer:
+        peer.greet()
+        names = peer.names(large)
+        peer.say(peer.frame(Kind.FETCH, ring_id=served.ring.ring_id, names=names))
+        assert peer.is_closed()
+        for written in large:
+            wait_until(partial(is_ready, served, written), MINUTE)
+            assert served.ring.discard(written)
 
 
 def test_connection_without_a_word_is_closed_in_time(served: ServedRing) -> None:
     before = count(served, "handshake_timeouts")
-
-    async def behave(peer: RawPeer) -> None:
-        with pytest.raises(PeerLostError):
-            await peer.wait_for_hang_up()
-
-    with_peer(served, behave)
+    with peer_of(served) as peer:
+        assert peer.is_closed()
     assert count(served, "handshake_timeouts") == before + 1
 
 
@@ -250,52 +282,59 @@ def test_client_with_a_wrong_token_gets_nothing() -> None:
 # Too many.
 
 
-async def greeted(stack: list[RawPeer], link: UCXXLink, port: int) -> Status | None:
+def greeted(reactor: Reactor, port: int) -> tuple[RawPeer, Status | None]:
     """Connect and say HELLO, and stay; the server's status, or None when it hangs up without one."""
-    try:
-        peer = RawPeer(await link.connect(LOOPBACK, port))
-        stack.append(peer)
-        return (await peer.greet()).status
-    except PeerLostError:
-        return None
+
+    def run_until(condition: Callable[[], bool]) -> None:
+        until_s = monotonic() + MINUTE
+        while not condition():
+            assert monotonic() < until_s, "it never comes to that"
+            reactor.run_once(until_s)
+
+    peer = RawPeer(run_until)
+    peer.endpoint = reactor.link.connect(LOOPBACK, port, peer)
+    answer = peer.expect(1)
+    peer.say(HELLO)
+    peer.wait_for(answer)
+    return peer, answer.status if answer.has_come else None
 
 
-def test_connections_above_the_limit_are_told_busy_and_the_others_go_on() -> None:
+def test_connections_above_the_limit_are_answered_busy_and_the_others_go_on() -> None:
     with served_ring(ports=1, max_connections=4) as served, trainer_at_work(served) as trainer:
-        port = served.server.ports[0]
-
-        async def crowd() -> None:
-            async with UCXXLink.open() as link:
-                stack: list[RawPeer] = []
-                assert [await greeted(stack, link, port) for _ in range(5)] == [Status.OK] * 3 + [Status.BUSY] * 2
-                await asyncio.to_thread(newcomer_is_told_busy)
-                await asyncio.to_thread(trainer.must_get, 5)
-                for peer in stack:
-                    await peer.endpoint.close()
-
-        def newcomer_is_told_busy() -> None:
+        reactor = Reactor(UCXXLink)
+        try:
+            port = served.server.ports[0]
+            statuses = [greeted(reactor, port)[1] for _ in range(5)]
+            assert statuses == [Status.OK] * 3 + [Status.BUSY] * 2
             ref = served.ring.write_raw(b"later")
             with client_of() as client, pytest.raises(BusyError):
                 client.read(ref)
             assert served.ring.discard(ref)
-
-        asyncio.run(crowd())
+            trainer.must_get(5)
+        finally:
+            reactor.close()
         with client_of() as client, read_retrying(client, served.ring.write_raw(b"now")) as payload:
             assert bytes(payload.buffer) == b"now"
         wait_until(lambda: count(served, "connections") <= 2, MINUTE)
 
 
-def test_flood_of_connections_hurts_nobody_else() -> None:
+def test_flood_of_connections_hurts_no_one_else() -> None:
     with served_ring(ports=1, max_connections=8) as served, trainer_at_work(served) as trainer:
-        port = served.server.ports[0]
-
-        async def flood() -> set[Status | None]:
-            stack: list[RawPeer] = []
-            async with UCXXLink.open() as link, asyncio.TaskGroup() as tasks:
-                crowd = [tasks.create_task(greeted(stack, link, port)) for _ in range(150)]
-            return {task.result() for task in crowd}
-
-        assert asyncio.run(flood()) <= {Status.OK, Status.BUSY, None}
+        reactor = Reactor(UCXXLink)
+        until_s = monotonic() + MINUTE
+        try:
+            peers: list[tuple[RawPeer, Answer]] = []
+            for _ in range(150):
+                peer = RawPeer(lambda _: None)
+                peer.endpoint = reactor.link.connect(LOOPBACK, served.server.ports[0], peer)
+                peers.append((peer, peer.expect(1)))
+                peer.say(HELLO)
+            while not all(answer.has_come or peer.error for peer, answer in peers):
+                assert monotonic() < until_s, "some are neither answered nor lost"
+                reactor.run_once(until_s)
+            assert {answer.status for _, answer in peers if answer.has_come} <= {Status.OK, Status.BUSY}
+        finally:
+            reactor.close()
         assert count(served, "refused") > 0
         trainer.must_get(10)
         wait_until(lambda: count(served, "connections") <= 1, MINUTE)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
 
-from tests.support.raw_server import Behaviour, RawServer, payload_of, raw_server, reply_to
-from tests.support.served_ring import LOOPBACK, ServedRing, served_ring
+from tests.support.raw_server import Behaviour, RawServer, answer_to, payload_of, raw_server, welcome
+from tests.support.rows import row
+from tests.support.served_ring import LOOPBACK, ServedRing, client_of, served_ring
 from ucxx_transport import (
-    ClientConfig,
     DeadlineExceededError,
     Payload,
     PeerLostError,
     ProtocolError,
     SlotRef,
+    SyncUCXXClient,
     TransportError,
-    UCXXClient,
 )
+from ucxx_transport.wire.codec import encode_error
+from ucxx_transport.wire.frames import HEADER_BYTES, Frame, Status
 
 NBYTES = 100_000
 LARGE = 64 << 20
@@ -47,41 +48,43 @@ def good() -> Iterator[ServedRing]:
         yield served
 
 
-@asynccontextmanager
-async def checked_client(good: ServedRing, **settings: object) -> AsyncIterator[UCXXClient]:
+@contextmanager
+def checked_client(good: ServedRing, **settings: object) -> Iterator[SyncUCXXClient]:
     """A client that must have given everything back after the block, and be able to read."""
-    values: dict[str, object] = {"local": "off", "read_attempts": 1, "connect_timeout_s": DEADLINE_S, **settings}
-    async with UCXXClient(ClientConfig(**values)) as client:  # type: ignore[arg-type]  # checked by the settings
+    with client_of(
+        read_attempts=1, connect_timeout_s=settings.pop("connect_timeout_s", DEADLINE_S), **settings
+    ) as client:
         yield client
-        seen = client.statistics()
-        assert (seen.lent_buffers, seen.leaked_buffers, seen.reads) == (0, 0, 0)
-        if "token" in settings:
-            return
-        ref = good.ring.write_raw(b"as if nothing had happened")
-        with await client.read(ref, deadline_s=60) as payload:
+        with client.read(good.ring.write_raw(b"as if nothing had happened"), deadline_s=60) as payload:
             assert bytes(payload.buffer) == b"as if nothing had happened"
+        seen = client.statistics()
+        assert (seen.lent_buffers, seen.leaked_buffers, seen.reads) == (0, 0, 1)
 
 
-async def read_from(
-    client: UCXXClient, behave: Behaviour, ref: SlotRef, *, deadline_s: float = DEADLINE_S
+def read_from(
+    client: SyncUCXXClient, behave: Behaviour, ref: SlotRef, *, deadline_s: float = DEADLINE_S
 ) -> tuple[type[TransportError], str]:
     """What reading from such a server ends with; a clean read fails the test."""
-    async with raw_server(behave, ref) as port:
+    with raw_server(behave, ref) as port:
         try:
-            payload = await client.read(replace(ref, ports=(port.number,)), deadline_s=deadline_s)
+            payload = client.read(replace(ref, ports=(port.number,)), deadline_s=deadline_s)
         except TransportError as error:
             return type(error), str(error)
     raise AssertionError(f"delivered {payload!r}")
 
 
 REF = ref_to()
-GOOD = reply_to(REF)
-# What else a reply may say wrongly, the unit tests of the exchange show without UCX.
+GOOD = answer_to(REF)
+LONG_TEXT = bytearray(encode_error(Status.STALE, "x" * 1024).ljust(5000, b"x"))
+LONG_TEXT[16:24] = (4000).to_bytes(8, "little")
+# What else an answer may say wrongly, the unit tests of the client's session show without UCX.
 LIES: dict[str, tuple[bytes, type[TransportError], str]] = {
-    "garbage": (bytes(range(256)) * 100, ProtocolError, "not a ucxx_transport reply"),
-    "no bytes": (b"", ProtocolError, "not a ucxx_transport reply"),
+    "garbage": (bytes(range(256)) * 100, ProtocolError, "not an answer of ucxx_transport"),
+    "no bytes": (b"", ProtocolError, "not an answer of ucxx_transport"),
     "half a payload": (GOOD[: NBYTES // 2], ProtocolError, "cut short"),
     "no trailer": (GOOD[:-16], ProtocolError, "cut short"),
+    "another version": (GOOD[:4] + b"\1\0" + GOOD[6:], ProtocolError, "speaks protocol version 1, this side 2"),
+    "a text beyond its limit": (bytes(LONG_TEXT), ProtocolError, "more bytes than its kind"),
     "a longer message than was posted": (GOOD + bytes(4096), PeerLostError, "longer than the buffer"),
 }
 
@@ -89,100 +92,131 @@ LIES: dict[str, tuple[bytes, type[TransportError], str]] = {
 def answering(message: bytes) -> Behaviour:
     """Proper until asked; then this message."""
 
-    async def behave(server: RawServer) -> None:
-        await server.be_asked()
-        await server.say(message)
+    def behave(server: RawServer) -> Generator[None, Frame, None]:
+        attempt = yield from server.be_asked()
+        server.say(message, attempt)
 
     return behave
 
 
-def test_reply_that_is_none_or_of_another_length_is_the_right_error(good: ServedRing) -> None:
-    async def scenario() -> None:
-        async with checked_client(good) as client:
-            for lie, (message, expected, words) in LIES.items():
-                found, text = await read_from(client, answering(message), REF)
-                assert (found, words in text) == (expected, True), f"{lie}: {text}"
+def greeting(message: bytes) -> Behaviour:
+    """This message instead of a welcome."""
 
-    asyncio.run(scenario())
+    def behave(server: RawServer) -> Generator[None, Frame, None]:
+        hello = yield
+        server.say(message, hello.attempt)
+
+    return behave
 
 
-def test_second_answer_is_never_taken_for_the_next_payload(good: ServedRing) -> None:
-    first, second = REF, ref_to(nbytes=NBYTES)
-    second = replace(second, slot=4)
+def test_answer_that_is_none_or_of_another_length_is_the_right_error(good: ServedRing) -> None:
+    with checked_client(good) as client:
+        for lie, (message, expected, words) in LIES.items():
+            with row(lie=lie):
+                found, text = read_from(client, answering(message), REF)
+                assert (found, words in text) == (expected, True), text
 
-    async def twice(server: RawServer) -> None:
-        await server.be_asked()
-        await server.say(reply_to(first))
-        await server.say(reply_to(first))
 
-    async def scenario() -> None:
-        async with UCXXClient(ClientConfig(local="off", read_attempts=1)) as client, raw_server(twice, first) as port:
-            with await client.read(replace(first, ports=(port.number,)), deadline_s=DEADLINE_S) as payload:
-                assert bytes(payload.buffer) == payload_of(first)
-            with pytest.raises(ProtocolError, match="another payload"):
-                await client.read(replace(second, ports=(port.number,)), deadline_s=DEADLINE_S)
-            ref = good.ring.write_raw(b"fine")
-            with await client.read(ref, deadline_s=DEADLINE_S) as payload:
-                assert bytes(payload.buffer) == b"fine"
+def test_welcome_that_is_none_is_the_right_error(good: ServedRing) -> None:
+    rows = [
+        ("garbage", bytes(range(256)), "not an answer of ucxx_transport"),
+        ("cut short", welcome()[:-16], "cut short"),
+        ("no nonce", welcome()[:HEADER_BYTES], "cut short"),
+        ("no window", welcome(attempts=0), "no possible window"),
+        ("version 1", welcome()[:4] + b"\1\0" + welcome()[6:], "speaks protocol version 1, this side 2"),
+    ]
+    with checked_client(good) as client:
+        for lie, message, words in rows:
+            with row(lie=lie):
+                found, text = read_from(client, greeting(message), REF)
+                assert (found, words in text) == (ProtocolError, True), text
 
-    asyncio.run(scenario())
+
+def test_another_answer_ahead_of_time_is_never_taken_for_the_next_payload(good: ServedRing) -> None:
+    first, second = REF, replace(REF, slot=4)
+
+    def twice(server: RawServer) -> Generator[None, Frame, None]:
+        attempt = yield from server.be_asked()
+        for number in range(attempt, attempt + 20):  # on the next read's channel too, whichever that is
+            server.say(answer_to(first), number)
+
+    with client_of(read_attempts=1) as client, raw_server(twice, first) as port:
+        with client.read(replace(first, ports=(port.number,)), deadline_s=DEADLINE_S) as payload:
+            assert bytes(payload.buffer) == payload_of(first)
+        with pytest.raises(ProtocolError, match="another payload"):
+            client.read(replace(second, ports=(port.number,)), deadline_s=DEADLINE_S)
+        with client.read(good.ring.write_raw(b"fine"), deadline_s=DEADLINE_S) as payload:
+            assert bytes(payload.buffer) == b"fine"
+
+
+def test_messages_that_no_one_asked_for_do_not_pile_up_or_disturb(good: ServedRing) -> None:
+    def chatting(server: RawServer) -> Generator[None, Frame, None]:
+        attempt = yield from server.be_asked()
+        for number in range(1, 3000):
+            server.say(b"?" * 1000, attempt + 100 + number)
+        server.say(GOOD, attempt)
+
+    with client_of(read_attempts=1) as client, raw_server(chatting, REF) as port:
+        with client.read(replace(REF, ports=(port.number,)), deadline_s=60.0) as payload:
+            assert bytes(payload.buffer) == payload_of(REF)
+        with client.read(good.ring.write_raw(b"fine"), deadline_s=60.0) as payload:
+            assert bytes(payload.buffer) == b"fine"
 
 
 # Silence, and hanging up.
 
 
-async def never_greets(server: RawServer) -> None:
-    await server.hear()
+def never_greets(server: RawServer) -> Generator[None, Frame, None]:
+    del server
+    yield
 
 
-async def never_answers(server: RawServer) -> None:
-    await server.be_asked()
+def never_answers(server: RawServer) -> Generator[None, Frame, None]:
+    yield from server.be_asked()
 
 
-async def hangs_up_at_once(server: RawServer) -> None:
-    await server.endpoint.close()
+def hangs_up_when_greeted(server: RawServer) -> Generator[None, Frame, None]:
+    yield
+    server.endpoint.close()
 
 
-async def hangs_up_when_asked(server: RawServer) -> None:
-    await server.be_asked()
-    await server.endpoint.close()
+def hangs_up_when_asked(server: RawServer) -> Generator[None, Frame, None]:
+    yield from server.be_asked()
+    server.endpoint.close()
 
 
-async def hangs_up_in_the_middle(server: RawServer) -> None:
-    await server.be_asked()
-    server.endpoint.post_send(reply_to(server.ref))
-    await server.endpoint.close()
+def hangs_up_in_the_middle(server: RawServer) -> Generator[None, Frame, None]:
+    attempt = yield from server.be_asked()
+    server.say(answer_to(server.ref), attempt)
+    server.endpoint.close()
 
 
-def test_silent_server_costs_the_deadline_and_no_more(good: ServedRing) -> None:
-    async def scenario() -> None:
-        async with checked_client(good) as client:
-            reads = (
-                read_from(client, behave, ref_to(LARGE, slot=slot), deadline_s=SILENCE_S)
-                for slot, behave in enumerate((never_greets, never_answers))
-            )
-            assert [found for found, _ in await asyncio.gather(*reads)] == [DeadlineExceededError] * 2
-            assert client.statistics().deadlines == 2
-
-    asyncio.run(scenario())
+def test_silent_servers_cost_the_deadline_and_no_more(good: ServedRing) -> None:
+    refs = [ref_to(LARGE, slot=slot) for slot in range(2)]
+    with (
+        checked_client(good) as client,
+        raw_server(never_greets, refs[0]) as one,
+        raw_server(never_answers, refs[1]) as two,
+    ):
+        named = [replace(ref, ports=(port.number,)) for ref, port in zip(refs, (one, two), strict=True)]
+        outcomes = client.read_many(named, deadline_s=SILENCE_S)
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 2
+        assert client.statistics().deadlines == 2
 
 
 def test_server_that_hangs_up_is_lost_at_once(good: ServedRing) -> None:
     rows = [
-        (hangs_up_at_once, NBYTES),
+        (hangs_up_when_greeted, NBYTES),
         (hangs_up_when_asked, NBYTES),
-        (hangs_up_in_the_middle, NBYTES),
         (hangs_up_in_the_middle, LARGE),
     ]
-
-    async def scenario() -> None:
-        async with checked_client(good) as client:
-            for behave, nbytes in rows:
-                found, text = await read_from(client, behave, ref_to(nbytes))
-                assert found is PeerLostError, f"{behave.__name__}, {nbytes} bytes: {text}"
-            assert client.statistics().quarantined == len(rows)
-
-    asyncio.run(scenario())
+    with checked_client(good) as client:
+        for behave, nbytes in rows:
+            with row(behaviour=behave.__name__, nbytes=nbytes):
+                ref = ref_to(nbytes)
+                found, text = read_from(client, behave, ref)
+                assert found is PeerLostError, text
+        assert client.statistics().quarantined == len(rows)
 
 
 # No UCX at all.
@@ -219,37 +253,29 @@ def foreign_server(words: bytes, *, hangs_up: bool) -> Iterator[int]:
 
 def test_foreign_servers_and_none_at_all_are_lost_in_time(good: ServedRing) -> None:
     http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n" * 50
-
-    async def scenario(ports: list[int]) -> None:
-        async with checked_client(good, connect_timeout_s=SILENCE_S, max_concurrent_reads=8) as client:
-            refs = [ref_to(slot=slot, ports=(port,)) for slot, port in enumerate(ports)]
-            outcomes = await client.read_many(refs, deadline_s=2 * SILENCE_S)
-            assert [isinstance(outcome, LOST) for outcome in outcomes] == [True] * len(ports), outcomes
-            assert client.statistics().quarantined == len(ports)
-
     with ExitStack() as stack:
         held = stack.enter_context(socket.socket())
-        held.bind((LOOPBACK, 0))  # bound, not listening: nobody else gets it
+        held.bind((LOOPBACK, 0))  # bound, not listening: no one else gets it
         foreign = [(http, True), (http, False), (b"", True), (b"", False), (b"SSH-2.0-x\r\n", False)]
         ports = [stack.enter_context(foreign_server(words, hangs_up=hangs_up)) for words, hangs_up in foreign]
-        asyncio.run(scenario([*ports, held.getsockname()[1]]))
+        ports.append(held.getsockname()[1])
+        client = stack.enter_context(checked_client(good, connect_timeout_s=SILENCE_S))
+        refs = [ref_to(slot=slot, ports=(port,)) for slot, port in enumerate(ports)]
+        outcomes = client.read_many(refs, deadline_s=2 * SILENCE_S)
+        assert [isinstance(outcome, LOST) for outcome in outcomes] == [True] * len(ports), outcomes
+        assert client.statistics().quarantined == len(ports)
 
 
 def test_good_port_is_found_behind_a_bad_one(good: ServedRing) -> None:
-    async def scenario() -> None:
-        async with UCXXClient(ClientConfig(local="off", connect_timeout_s=SILENCE_S)) as client:
-            with socket.socket() as held:
-                held.bind((LOOPBACK, 0))
-                for sequence in (0, 2):
-                    refs = [
-                        good.ring.write_raw(bytes([sequence + n]) * 100) for n in range(2)
-                    ]  # overlapping: each port
-                    refs = [replace(ref, ports=(held.getsockname()[1], *ref.ports)) for ref in refs]
-                    for n, payload in enumerate(await client.read_many(refs, deadline_s=60)):
-                        assert isinstance(payload, Payload)
-                        assert bytes(payload.buffer) == bytes([sequence + n]) * 100
-                        payload.release()
-            seen = client.statistics()
-            assert (seen.reads, seen.failed, seen.quarantined, seen.rotations) == (4, 0, 1, 1)
-
-    asyncio.run(scenario())
+    with client_of(connect_timeout_s=SILENCE_S) as client, socket.socket() as held:
+        held.bind((LOOPBACK, 0))
+        for sequence in (0, 2):
+            refs = [good.ring.write_raw(bytes([sequence + n]) * 100) for n in range(2)]
+            refs = [replace(ref, ports=(held.getsockname()[1], *ref.ports)) for ref in refs]
+            for n, payload in enumerate(client.read_many(refs, deadline_s=60)):
+                assert isinstance(payload, Payload), payload
+                assert bytes(payload.buffer) == bytes([sequence + n]) * 100
+                payload.release()
+        seen = client.statistics()
+        assert (seen.reads, seen.failed) == (4, 0)
+        assert seen.quarantined <= 1, "the bad port is tried once at most"

@@ -77,25 +77,32 @@ def test_data_ports_that_both_firewalls_open_are_all_that_ucx_needs() -> None:
 
 SERVE = """
 import json, sys
-from ucxx_transport import ConfigError, RingConfig, ServerConfig, SharedRingBuffer, UCXXServer
-with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=64)) as ring:
+from ucxx_transport import (
+    ClientConfig, ConfigError, RingConfig, ServerConfig, SharedRingBuffer, SyncUCXXClient, UCXXServer
+)
+with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=1024)) as ring:
     for host in json.loads(sys.argv[1]):
         try:
-            with UCXXServer(ring, ServerConfig(ports=1, host=host, mode="thread")) as server:
-                print(json.dumps(["published", server.address]))
+            with (
+                UCXXServer(ring, ServerConfig(ports=1, host=host, mode="thread")) as server,
+                SyncUCXXClient(ClientConfig(local="off", deadline_s=30, connect_timeout_s=20)) as client,
+                client.read(ring.write_raw(bytes(1024))) as payload,
+            ):
+                print(json.dumps(["read", f"{server.address} {len(payload.buffer)}"]))
         except ConfigError as error:
-            print(json.dumps(["refused", str(error)]))
+            print(json.dumps(["refused", error.message]))
 """
 
 
-def test_host_without_ipv4_publishes_no_address_that_clients_cannot_reach() -> None:
+def test_host_without_ipv4_is_read_from_and_publishes_no_address_that_clients_cannot_reach() -> None:
     rows: list[tuple[str | None, str, str]] = [
-        (None, "refused", "it has fd00::2, and UCX listens on IPv4 alone"),
-        ("fd00::2", "refused", "IPv4 alone"),
-        ("eth0", "refused", "IPv4 alone"),
+        (None, "read", "fd00::2 1024"),
+        ("fd00::2", "read", "fd00::2 1024"),
+        ("eth0", "read", "fd00::2 1024"),
+        ("127.0.0.1", "read", "127.0.0.1 1024"),
         ("1.2.3.4", "refused", "not an address of this machine"),
         ("1.2.3.4:5000", "refused", "base_port"),
-        ("127.0.0.1", "published", "127.0.0.1"),
+        ("fd00::7", "refused", "fd00::7"),
     ]
     with lone_host("fd00::2") as host:
         command = [*host.prefix, sys.executable, "-c", SERVE, json.dumps([asked for asked, _, _ in rows])]

@@ -1,4 +1,4 @@
-"""Starts, stops and restarts of a server process that do not go as planned: no resources, forks, cancellation."""
+"""Starts, stops and restarts of a server process that do not go as planned: few resources, forks, cancellation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from tests.support.programs import program
+from tests.support.raw_peer import raw_peer
 from tests.support.served_ring import client_of, open_ring, read_retrying, served_ring
 from tests.support.waiting import wait_until
-from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, TransportError, UCXXServer
+from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer, SlotRef, TransportError, UCXXServer
+from ucxx_transport.wire.frames import Status
 
 MINUTE = 60
 POPEN = subprocess.Popen
@@ -53,6 +57,19 @@ def test_start_that_fails_for_want_of_resources_says_so_and_leaves_nothing(monke
         with pytest.raises(TransportError, match="could not be started"):
             server.start()
         assert (server.ports, ring.address()) == ((), (None, ()))
+
+
+def test_a_port_takes_no_more_connections_than_it_has_descriptors_for_and_serves_those_it_has() -> None:
+    few = ("sh", "-c", 'ulimit -n 128 && exec "$@"', "sh")
+    with program("busy_worker", prefix=few) as worker, ExitStack() as stack:
+        ref = SlotRef.from_bytes(bytes.fromhex(worker.hear()["refs"][0]))
+        peers = [stack.enter_context(raw_peer(ref.ports[0], ref.ring_id)) for _ in range(24)]
+        found = [peer.greet().status for peer in peers]
+        admitted = found.index(Status.BUSY)
+        assert admitted >= 8
+        assert found == [Status.OK] * admitted + [Status.BUSY] * (24 - admitted)
+        (answer,) = peers[0].fetch(ref)
+        assert answer.body == bytes(1000)
 
 
 def test_child_that_is_gone_before_its_order_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -134,12 +133,31 @@ def test_a_port_whose_loop_does_not_turn_is_replaced_like_a_dead_one(
         assert [event["pid"] for event in log_events if event["event"] == "sidecar_stalled"] == [stalled]
 
 
+def test_a_port_that_had_to_be_killed_is_not_counted_as_listening() -> None:
+    with served_ring(ports=1, stop_timeout_s=0.2) as served, raw_peer(served.server.ports[0]) as peer:
+        peer.greet()
+        assert served.server.statistics().total("connections") == 1
+        stop_process(pid_of_server(served))
+        served.server.stop()
+        now = served.server.statistics()
+        assert (now.total("port"), now.total("connections"), now.total("accepted")) == (0, 0, 1)
+
+
 def test_ports_come_up_and_end_side_by_side() -> None:
     with served_ring(ports=4) as served:
         pids = served.server.statistics().pids
         assert len(set(served.server.ports)) == len(set(pids)) == 4
         assert None not in pids
     assert not any(psutil.pid_exists(pid or 0) for pid in pids)
+
+
+def test_a_port_s_process_takes_little_memory(record_property: Callable[[str, object], None]) -> None:
+    with served_ring() as served, client_of() as client:
+        client.read(write(served.ring, 0)).release()
+        status = Path(f"/proc/{pid_of_server(served)}/status").read_text(encoding="ascii")
+    own_bytes = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:"))
+    record_property("own_megabytes", round(own_bytes / 1e6, 1))
+    assert own_bytes < 36e6
 
 
 def test_server_process_is_told_the_folder_of_its_ring(tmp_path: Path) -> None:
@@ -154,16 +172,13 @@ def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
     with served_ring() as served:
         ref = write(served.ring, 0, 200_000)
 
-        async def read_and_say_nothing() -> None:
-            async with raw_peer(served.server.ports[0]) as peer:
-                await peer.greet()
-                reply, _ = await peer.read(ref)
-                assert reply.nbytes == ref.nbytes
-                assert served.ring.slot_state(ref.slot) is SlotState.READING
-                kill_server(served)
-                await asyncio.to_thread(wait_until, lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
-
-        asyncio.run(read_and_say_nothing())
+        with raw_peer(served.server.ports[0], served.ring.ring_id) as peer:
+            peer.greet()
+            (answer,) = peer.fetch(ref)
+            assert answer.header.nbytes == ref.nbytes
+            assert served.ring.slot_state(ref.slot) is SlotState.READING
+            kill_server(served)
+            wait_until(lambda: served.ring.slot_state(ref.slot) is SlotState.READY, MINUTE)
         wait_until(lambda: served.ring.statistics().reclaimed_reads == 1, MINUTE)  # the state changes first
         with client_of(connect_timeout_s=1.0) as client, read_retrying(client, ref) as payload:
             assert holds(payload, 0)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
-from contextlib import asynccontextmanager, contextmanager
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 import pytest
 
 from tests.e2e.programs import link_exit, link_peer
@@ -26,18 +27,122 @@ from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.address import list_interfaces
-from ucxx_transport.link.base import Endpoint, Pending
-from ucxx_transport.link.ucxx import UCXXLink
-
-pytestmark = pytest.mark.anyio
+from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 DEADLINE_S = 30.0
 LARGE_BYTES = 64 << 20
-GONE = {"reset", "aborted", "refused"}
+GONE = {"reset", "aborted", "refused", "cancelled"}
+
+
+@dataclass
+class Owner:
+    """What the owner of an endpoint has heard."""
+
+    is_connected: bool = False
+    error: TransportError | None = None
+
+    def connected(self) -> None:
+        self.is_connected = True
+
+    def lost(self, error: TransportError) -> None:
+        assert self.error is None
+        self.error = error
+
+
+@dataclass
+class Here:
+    """This process's link, and what its listeners took."""
+
+    reactor: Reactor
+    accepted: list[tuple[Endpoint, Owner]] = field(default_factory=list)
+
+    @property
+    def link(self) -> UCXXLink:
+        """The reactor's."""
+        link = self.reactor.link
+        assert isinstance(link, UCXXLink)
+        return link
+
+    def until(self, condition: Callable[[], object], what: str = "the condition") -> None:
+        """The condition has become true; the link has turns meanwhile."""
+        end = self.reactor.now() + DEADLINE_S
+        while not condition():
+            assert self.reactor.now() < end, f"not in time: {what}"
+            self.reactor.run_once(min(end, self.reactor.now() + 0.005))
+
+    def turn_for(self, seconds: float) -> None:
+        """Give the link turns for a while."""
+        end = self.reactor.now() + seconds
+        while self.reactor.now() < end:
+            self.reactor.run_once(end)
+
+    def outcome(self, operation: Operation) -> str:
+        """`ok`, or the reason it failed with, or was given up."""
+        self.until(lambda: operation.completed or operation.error is not None, "an operation's end")
+        return "ok" if operation.error is None else str(operation.error.facts.get("reason", operation.error))
+
+    def start(self, port: int, host: str = HOST) -> tuple[Endpoint, Owner]:
+        """Begin a connection."""
+        owner = Owner()
+        return self.link.connect(host, port, owner), owner
+
+    def connect(self, port: int) -> tuple[Endpoint, Owner]:
+        """A connection that is up."""
+        endpoint, owner = self.start(port)
+        self.until(lambda: owner.is_connected or owner.error, "connected")
+        assert owner.error is None
+        return endpoint, owner
+
+    def close(self, endpoint: Endpoint) -> bool:
+        """Close the endpoint; whether that was clean."""
+        clean: list[bool] = []
+        endpoint.close(clean.append)
+        self.until(lambda: clean, "closed")
+        return clean[0]
+
+    def accept(self, endpoint: Endpoint) -> Owner:
+        """Own a connection that came."""
+        owner = Owner()
+        self.accepted.append((endpoint, owner))
+        return owner
+
+    def listen(self, port: int = 0) -> int:
+        """The port of a listener."""
+        return self.link.listen(port, self.accept).port
+
+    def ask(self, endpoint: Endpoint, kind: int, buffer: bytearray) -> Operation:
+        """Post a receive, and ask the peer for as many bytes."""
+        receive = endpoint.post_receive(buffer, ignore)
+        endpoint.post_send(link_peer.request(kind, len(buffer)))
+        return receive
+
+    def hear(self, other: Program, **expected: object) -> None:
+        """The peer announces this; the link has turns meanwhile."""
+        heard: list[dict[str, Any]] = []
+        thread = threading.Thread(target=lambda: heard.append(other.hear()))
+        thread.start()
+        try:
+            self.until(lambda: heard, f"{expected} from the peer")
+        finally:
+            thread.join()
+        assert heard == [expected]
+
+
+def ignore(_operation: Operation) -> None:
+    """Nothing is done when it ends."""
+
+
+@contextmanager
+def opened(lanes: str = "tcp", **ucx: str) -> Iterator[Here]:
+    """A link of this process."""
+    with closing(Reactor(partial(UCXXLink, shm_lanes=lanes == "shm", ucx=ucx))) as reactor:
+        yield Here(reactor)
 
 
 @contextmanager
@@ -47,37 +152,11 @@ def peer(lanes: str, port: int = 0) -> Iterator[tuple[Program, int]]:
         yield other, other.ask(shm_lanes=lanes == "shm", port=port)["port"]
 
 
-@asynccontextmanager
-async def connected(lanes: str) -> AsyncIterator[tuple[Program, UCXXLink, Endpoint]]:
+@contextmanager
+def connected(lanes: str) -> Iterator[tuple[Program, Here, Endpoint, Owner]]:
     """A peer, a link, and the connection between them."""
-    with peer(lanes) as (other, port):
-        async with UCXXLink.open(shm_lanes=lanes == "shm") as link:
-            with anyio.fail_after(DEADLINE_S):
-                endpoint = await link.connect(HOST, port)
-            yield other, link, endpoint
-
-
-async def outcome(pending: Pending) -> str:
-    """`ok`, or the reason it failed with."""
-    with anyio.fail_after(DEADLINE_S):
-        try:
-            await pending.wait()
-        except PeerLostError as exc:
-            return str(exc.facts["reason"])
-    return "ok"
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """The condition has become true."""
-    end = anyio.current_time() + DEADLINE_S
-    while not condition():
-        assert anyio.current_time() < end, "not in time"
-        await anyio.sleep(0.0005)
-
-
-async def hear(other: Program, **expected: object) -> None:
-    """The peer has announced this."""
-    assert await anyio.to_thread.run_sync(other.hear) == expected
+    with peer(lanes) as (other, port), opened(lanes) as here:
+        yield other, here, *here.connect(port)
 
 
 def kill(other: Program) -> None:
@@ -97,239 +176,249 @@ BOTH_LANES = pytest.mark.parametrize("lanes", ["tcp", "shm"])
 
 
 @BOTH_LANES
-async def test_reply_is_exact_over_the_lanes_asked_for(lanes: str) -> None:
-    async with connected(lanes) as (_other, link, endpoint):
+def test_reply_is_exact_over_the_lanes_asked_for(lanes: str) -> None:
+    with connected(lanes) as (_other, here, endpoint, _owner):
         for nbytes in (1, 4096, 65536, 1 << 20, 16 << 20):
             into = bytearray(nbytes)
-            receive = endpoint.post_receive(into)
-            endpoint.post_send(link_peer.request(link_peer.REPLY, nbytes))
-            assert await outcome(receive) == "ok"
+            assert here.outcome(here.ask(endpoint, link_peer.REPLY, into)) == "ok"
             assert into == bytes([link_peer.CONTENT]) * nbytes
-        transports = link.transports()
+        transports = here.link.transports()
         assert "tcp" in transports or transports == ("unknown",)
         assert (transports[0] in {"sysv", "posix"}) == (lanes == "shm" and transports != ("unknown",))
 
 
-async def test_kill_of_an_idle_peer_ends_a_pending_receive(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
-        receive = endpoint.post_receive(bytearray(1 << 20))
+def test_kill_of_an_idle_peer_ends_a_pending_receive(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, owner):
+        receive = endpoint.post_receive(bytearray(1 << 20), ignore)
         kill(other)
-        assert await outcome(receive) in GONE
+        assert here.outcome(receive) in GONE
+        here.until(lambda: owner.error)
         assert not endpoint.alive
-        assert await endpoint.close()
-        assert link.statistics().peers_lost == 1
-
-
-async def test_kill_before_the_reply_ends_the_receive(lanes: str) -> None:
-    async with connected(lanes) as (other, _link, endpoint):
-        receive = endpoint.post_receive(bytearray(1 << 20))
-        endpoint.post_send(link_peer.request(link_peer.SILENT))
-        await hear(other, request=link_peer.SILENT)
-        kill(other)
-        assert await outcome(receive) in GONE
-        assert await endpoint.close()
+        assert here.close(endpoint)
+        assert here.link.statistics().peers_lost == 1
 
 
 @BOTH_LANES
-async def test_kill_in_the_middle_of_a_reply_ends_the_receive(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
-        into = bytearray(LARGE_BYTES)
-        receive = endpoint.post_receive(into)
-        endpoint.post_send(link_peer.request(link_peer.REPLY, LARGE_BYTES))
-        await until(lambda: into.count(link_peer.CONTENT, 0, 4 << 20) > 0)
+def test_kill_is_seen_by_the_first_turn_after_a_time_without_any(lanes: str) -> None:
+    for posted in (True, False):
+        with connected(lanes) as (other, here, endpoint, owner):
+            if posted:
+                endpoint.post_receive(bytearray(100), ignore)
+            kill(other)
+            time.sleep(0.2)  # the kernel's news are there, and nothing runs the link
+            here.reactor.poll()
+            here.reactor.poll()
+            assert isinstance(owner.error, PeerLostError), f"posted={posted}"
+
+
+def test_kill_is_seen_by_a_reactor_that_sleeps(lanes: str) -> None:
+    with connected(lanes) as (other, here, _endpoint, owner):
+        other.signal(signal.SIGKILL)
+        end = here.reactor.now() + DEADLINE_S
+        while owner.error is None:
+            assert here.reactor.now() < end
+            here.reactor.run_once(end)
+        assert other.wait() == -signal.SIGKILL
+
+
+def test_kill_before_the_reply_ends_the_receive(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
+        receive = here.ask(endpoint, link_peer.SILENT, bytearray(1 << 20))
+        here.hear(other, request=link_peer.SILENT)
         kill(other)
-        assert await outcome(receive) in GONE | {"ok"}
-        assert await endpoint.close()
+        assert here.outcome(receive) in GONE
+        assert here.close(endpoint)
+
+
+@BOTH_LANES
+def test_kill_in_the_middle_of_a_reply_ends_the_receive(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
+        into = bytearray(LARGE_BYTES)
+        receive = here.ask(endpoint, link_peer.REPLY, into)
+        here.until(lambda: into.count(link_peer.CONTENT, 0, 4 << 20) > 0)
+        kill(other)
+        assert here.outcome(receive) in GONE | {"ok"}
+        assert here.close(endpoint)
         before = bytes(into)
-        await anyio.sleep(0.05)
+        here.turn_for(0.05)
         assert into == before
-        assert link.statistics().leaked_buffers == 0
+        assert here.link.statistics().leaked_buffers == 0
 
 
 @pytest.mark.parametrize("seed", [1, *map(exhaustive, (0, 2, 3))])
-async def test_kill_in_a_stream_of_replies_ends_every_receive(lanes: str, seed: int) -> None:
+def test_kill_in_a_stream_of_replies_ends_every_receive(lanes: str, seed: int) -> None:
     nbytes = (64 << 10, 1 << 20, 16 << 20, 700 << 10)[seed]
-    async with connected(lanes) as (other, _link, endpoint):
+    with connected(lanes) as (other, here, endpoint, _owner):
         into, replies = bytearray(nbytes), random.Random(seed).randrange(40)
         ended = "ok"
         while ended == "ok":
             try:
-                receive = endpoint.post_receive(into)
-                endpoint.post_send(link_peer.request(link_peer.REPLY, nbytes))
+                receive = here.ask(endpoint, link_peer.REPLY, into)
             except PeerLostError:
                 break
             if replies == 0:
                 other.signal(signal.SIGKILL)
             replies -= 1
-            ended = await outcome(receive)
+            ended = here.outcome(receive)
         assert ended in GONE | {"ok"}
-        await endpoint.close()
+        here.close(endpoint)
         assert other.wait() == -signal.SIGKILL
 
 
-async def test_kill_after_the_reply_is_seen_by_the_next_operation(lanes: str) -> None:
-    async with connected(lanes) as (other, _link, endpoint):
-        receive = endpoint.post_receive(bytearray(4096))
-        endpoint.post_send(link_peer.request(link_peer.REPLY, 4096))
-        assert await outcome(receive) == "ok"
+def test_kill_after_the_reply_is_seen_by_the_next_operation(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
+        assert here.outcome(here.ask(endpoint, link_peer.REPLY, bytearray(4096))) == "ok"
         kill(other)
-        with pytest.raises(PeerLostError) as caught, anyio.fail_after(DEADLINE_S):
-            await endpoint.post_receive(bytearray(4096)).wait()
-        assert caught.value.facts["reason"] in GONE
-        assert await endpoint.close()
-
-
-async def test_kill_of_the_receiver_ends_a_send_in_the_middle(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
-        endpoint.post_send(link_peer.request(link_peer.RECEIVE, LARGE_BYTES))
-        await hear(other, request=link_peer.RECEIVE)
-        send = endpoint.post_send(bytearray(LARGE_BYTES))
-        await anyio.lowlevel.checkpoint()
-        kill(other)
-        assert await outcome(send) in GONE | {"ok"}
-        assert await endpoint.close()
-        assert link.statistics().leaked_buffers == 0
-
-
-async def test_kill_of_a_client_is_seen_by_the_server_and_costs_nobody_else(lanes: str) -> None:
-    lost: list[str] = []
-    accepted: list[Endpoint] = []
-    async with UCXXLink.open(shm_lanes=lanes == "shm") as link:
-        listener = await link.listen(0, accepted.append)
-        clients = [link_client(listener.port, lanes) for _ in range(2)]
         try:
-            await until(lambda: len(accepted) == 2)
-            receives = [endpoint.post_receive(bytearray(100)) for endpoint in accepted]
-            asked = [await outcome(receive) for receive in receives]
-            assert asked == ["ok", "ok"]
-            receives = [endpoint.post_receive(bytearray(100)) for endpoint in accepted]
+            reason = here.outcome(endpoint.post_receive(bytearray(4096), ignore))
+        except PeerLostError as exc:
+            reason = str(exc.facts["reason"])
+        assert reason in GONE
+        assert here.close(endpoint)
+
+
+def test_kill_of_the_receiver_ends_a_send_in_the_middle(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
+        endpoint.post_send(link_peer.request(link_peer.RECEIVE, LARGE_BYTES))
+        here.hear(other, request=link_peer.RECEIVE)
+        send = endpoint.post_send(bytearray(LARGE_BYTES))
+        here.reactor.poll()
+        kill(other)
+        assert here.outcome(send) in GONE | {"ok"}
+        assert here.close(endpoint)
+        assert here.link.statistics().leaked_buffers == 0
+
+
+def test_kill_of_a_client_is_seen_by_the_server_and_costs_nobody_else(lanes: str) -> None:
+    with opened(lanes) as here:
+        port = here.listen()
+        clients = [link_client(port, lanes) for _ in range(2)]
+        try:
+            here.until(lambda: len(here.accepted) == 2)
+            ends = [endpoint for endpoint, _ in here.accepted]
+            for endpoint in ends:
+                assert here.outcome(endpoint.post_receive(bytearray(100), ignore)) == "ok"
+            receives = [endpoint.post_receive(bytearray(100), ignore) for endpoint in ends]
             clients[0].kill()
-            await until(lambda: any(not endpoint.alive for endpoint in accepted))
-            dead = next(index for index, endpoint in enumerate(accepted) if not endpoint.alive)
-            lost.append(await outcome(receives[dead]))
-            assert await accepted[dead].close()
-            assert accepted[1 - dead].alive
+            here.until(lambda: any(owner.error for _, owner in here.accepted))
+            dead = next(index for index, (_, owner) in enumerate(here.accepted) if owner.error)
+            assert here.outcome(receives[dead]) in GONE
+            assert here.close(ends[dead])
+            assert ends[1 - dead].alive
             assert not receives[1 - dead].completed
         finally:
             for client in clients:
                 client.kill()
                 client.wait()
-        assert lost[0] in GONE
 
 
-def link_client(port: int, lanes: str) -> subprocess.Popen[bytes]:
+CLIENT = """
+import sys
+from functools import partial
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
+class Owner:
+    def connected(self): ...
+    def lost(self, error): sys.exit(str(error))
+reactor = Reactor(partial(UCXXLink, shm_lanes=LANES))
+endpoint = reactor.link.connect("127.0.0.1", PORT, Owner())
+endpoint.post_receive(bytearray(100), lambda _: None)
+endpoint.post_send(b"x" * 16)
+while True:
+    reactor.run_once(float("inf"))
+"""
+
+
+def link_client(port: int, lanes: str = "tcp") -> subprocess.Popen[bytes]:
     """A process that connects, sends one request, and waits."""
-    code = (
-        "import asyncio\n"
-        "from ucxx_transport.link.ucxx import UCXXLink\n"
-        "async def main():\n"
-        f"    async with UCXXLink.open(shm_lanes={lanes == 'shm'}) as link:\n"
-        f"        endpoint = await link.connect({HOST!r}, {port})\n"
-        "        receive = endpoint.post_receive(bytearray(100))\n"
-        "        endpoint.post_send(b'x' * 16)\n"
-        "        await receive.wait()\n"
-        "asyncio.run(main())\n"
-    )
+    code = CLIENT.replace("LANES", str(lanes == "shm")).replace("PORT", str(port))
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
-async def test_stopped_peer_is_noticed_by_the_callers_own_timeout_alone(lanes: str) -> None:
-    async with connected(lanes) as (other, _link, endpoint):
+def test_stopped_peer_is_noticed_by_the_caller_s_own_time_alone(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, owner):
         stop_process(other.pid)
-        receive = endpoint.post_receive(bytearray(1 << 20))
-        endpoint.post_send(link_peer.request(link_peer.REPLY, 1 << 20))
-        with pytest.raises(TimeoutError):
-            with anyio.fail_after(0.3):
-                await receive.wait()
-        assert await endpoint.close()
+        receive = here.ask(endpoint, link_peer.REPLY, bytearray(1 << 20))
+        here.turn_for(0.3)
+        assert (receive.completed, owner.error) == (False, None)
+        assert here.close(endpoint)
         assert receive.completed
 
 
 @BOTH_LANES
-async def test_stop_in_the_middle_of_a_transfer_never_hands_on_a_buffer_in_use(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
+def test_stop_in_the_middle_of_a_transfer_never_hands_on_a_buffer_in_use(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
         into = bytearray(LARGE_BYTES)
-        receive = endpoint.post_receive(into)
-        endpoint.post_send(link_peer.request(link_peer.REPLY, LARGE_BYTES))
-        await until(lambda: into.count(link_peer.CONTENT, 0, 4 << 20) > 0)
+        receive = here.ask(endpoint, link_peer.REPLY, into)
+        here.until(lambda: into.count(link_peer.CONTENT, 0, 4 << 20) > 0)
         stop_process(other.pid)
-        with anyio.move_on_after(0.2):
-            await outcome(receive)
-        free = await endpoint.close()
-        assert free == receive.completed
-        assert link.statistics().leaked_buffers == (0 if free else 1)
-        assert (
-            free or lanes == "shm"
-        )  # over shared memory the peer's own process copies; nobody can stop that from here
-        if free:
+        here.turn_for(0.2)
+        clean = here.close(endpoint)
+        assert clean == receive.completed
+        assert here.link.statistics().leaked_buffers == (0 if clean else 1)
+        assert clean or lanes == "shm"  # over shared memory the peer's own process copies; that cannot be stopped here
+        if clean:
             was = bytes(into)
             other.signal(signal.SIGCONT)
-            await hear(other, request=link_peer.REPLY)
+            here.hear(other, request=link_peer.REPLY)
             assert into == was
 
 
 @BOTH_LANES
-async def test_buffer_of_a_cancelled_receive_is_never_written_again(lanes: str) -> None:
+def test_buffer_of_a_receive_that_is_cut_off_is_never_written_again(lanes: str) -> None:
     rng = random.Random(1)
-    with peer(lanes) as (_other, port):
-        async with UCXXLink.open(shm_lanes=lanes == "shm") as link:
-            buffer = bytearray(1 << 20)
-            for _ in range(50):
-                endpoint = await link.connect(HOST, port)
-                receive = endpoint.post_receive(buffer)
-                endpoint.post_send(link_peer.request(link_peer.REPLY, len(buffer)))
-                with anyio.move_on_after(rng.choice([0, 0.0002, 0.0005, 0.001, 0.002])):
-                    await receive.wait()
-                assert await endpoint.close()
-                mark = rng.randrange(1, 256)
-                buffer[:] = bytes([mark]) * len(buffer)
-                other_end = await link.connect(HOST, port)
-                into = bytearray(4096)
-                receive = other_end.post_receive(into)
-                other_end.post_send(link_peer.request(link_peer.REPLY, 4096))
-                assert await outcome(receive) == "ok"
-                assert into == bytes([link_peer.CONTENT]) * 4096
-                assert buffer == bytes([mark]) * len(buffer)
-                await other_end.close()
-            assert link.statistics().leaked_buffers == 0
-            assert link.statistics().in_flight == 0
-
-
-async def test_late_reply_to_a_closed_endpoint_reaches_nobody(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
+    with peer(lanes) as (_other, port), opened(lanes) as here:
         buffer = bytearray(1 << 20)
-        receive = endpoint.post_receive(buffer)
-        endpoint.post_send(link_peer.request(link_peer.LATE, len(buffer)))
-        await hear(other, request=link_peer.LATE)
-        assert await endpoint.close()
+        for _ in range(50):
+            endpoint, _owner = here.connect(port)
+            here.ask(endpoint, link_peer.REPLY, buffer)
+            here.turn_for(rng.choice([0, 0.0002, 0.0005, 0.001, 0.002]))
+            assert here.close(endpoint)
+            mark = rng.randrange(1, 256)
+            buffer[:] = bytes([mark]) * len(buffer)
+            other_end, _owner = here.connect(port)
+            into = bytearray(4096)
+            assert here.outcome(here.ask(other_end, link_peer.REPLY, into)) == "ok"
+            assert into == bytes([link_peer.CONTENT]) * 4096
+            assert buffer == bytes([mark]) * len(buffer)
+            here.close(other_end)
+        assert here.link.statistics().leaked_buffers == 0
+        assert here.link.statistics().in_flight == 0
+
+
+def test_late_reply_to_a_closed_endpoint_reaches_no_other(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
+        buffer = bytearray(1 << 20)
+        receive = here.ask(endpoint, link_peer.LATE, buffer)
+        here.hear(other, request=link_peer.LATE)
+        assert here.close(endpoint)
         assert receive.completed
         other.tell(go=True)
-        fresh = await link.connect(HOST, int(endpoint.peer.rpartition(":")[2]))
+        fresh, _owner = here.connect(int(endpoint.peer.rpartition(":")[2]))
         into = bytearray(1 << 20)
-        receive = fresh.post_receive(into)
+        receive = fresh.post_receive(into, ignore)
         fresh.post_send(link_peer.request(link_peer.REPLY, 100))
-        assert await outcome(receive) == "ok"
+        assert here.outcome(receive) == "ok"
         assert into == bytes([link_peer.CONTENT]) * 100 + bytes(len(into) - 100)
         assert buffer == bytes(len(buffer))
 
 
-async def test_port_of_a_killed_server_is_free_at_once(lanes: str) -> None:
-    async with connected(lanes) as (other, link, endpoint):
+def test_port_of_a_killed_server_is_free_at_once(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, _owner):
         port = int(endpoint.peer.rpartition(":")[2])
-        receive = endpoint.post_receive(bytearray(100))
+        receive = endpoint.post_receive(bytearray(100), ignore)
         kill(other)
-        listener = await link.listen(port, lambda _endpoint: None)
-        assert listener.port == port
-        assert await outcome(receive) in GONE
+        assert here.listen(port) == port
+        assert here.outcome(receive) in GONE
 
 
-async def test_peer_closing_is_seen_at_once(lanes: str) -> None:
-    async with connected(lanes) as (other, _link, endpoint):
-        receive = endpoint.post_receive(bytearray(100))
-        endpoint.post_send(link_peer.request(link_peer.CLOSE))
-        await hear(other, request=link_peer.CLOSE)
-        assert await outcome(receive) in GONE
-        assert await endpoint.close()
+def test_peer_closing_is_seen_at_once(lanes: str) -> None:
+    with connected(lanes) as (other, here, endpoint, owner):
+        receive = here.ask(endpoint, link_peer.CLOSE, bytearray(100))
+        here.hear(other, request=link_peer.CLOSE)
+        assert here.outcome(receive) in GONE
+        here.until(lambda: owner.error)
+        assert here.close(endpoint)
 
 
 @pytest.mark.parametrize("variant", link_exit.VARIANTS)
@@ -367,98 +456,98 @@ def foreign_server(answer: bytes) -> Iterator[int]:
             thread.join()
 
 
-async def test_foreign_server_costs_at_most_the_callers_own_timeout() -> None:
+def test_foreign_server_costs_at_most_the_caller_s_own_time() -> None:
     for answer in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(4096)):
-        with foreign_server(answer) as port:
-            async with UCXXLink.open() as link:
-                with pytest.raises((PeerLostError, ProtocolError, TimeoutError)):
-                    with anyio.fail_after(0.5):
-                        await link.connect(HOST, port)
-                assert link.statistics().endpoints_open == 0, answer
-                assert link.statistics().leaked_buffers == 0, answer
+        with row(answer=answer), foreign_server(answer) as port, opened() as here:
+            endpoint, owner = here.start(port)
+            here.turn_for(0.5)
+            assert not owner.is_connected
+            assert here.close(endpoint)
+            assert here.link.statistics().endpoints_open == 0
+            assert here.link.statistics().leaked_buffers == 0
 
 
-@pytest.mark.parametrize("host", ["a..b", "x" * 64, "no such host"])
-async def test_name_that_cannot_be_looked_up_is_unreachable(host: str) -> None:
-    async with UCXXLink.open() as link:
-        with pytest.raises(PeerLostError) as caught:
-            await link.connect(host, 5001)
-        assert caught.value.facts["reason"] == "unreachable"
+def test_listener_that_has_answered_is_known() -> None:
+    with foreign_server(b"") as silent, foreign_server(bytes(4096)) as talking, opened() as here:
+        endpoints = [here.start(port)[0] for port in (silent, talking)]
+        here.turn_for(0.2)
+        assert not endpoints[0].listener_has_answered()
 
 
-async def test_address_that_leads_nowhere_costs_at_most_the_callers_own_timeout() -> None:
-    async with UCXXLink.open() as link:
-        for host in ("203.0.113.1", "no-such-host.invalid"):
-            with pytest.raises((PeerLostError, TimeoutError)):
-                with anyio.fail_after(0.5):
-                    await link.connect(host, 5001)
-        assert link.statistics().endpoints_open == 0
+def test_address_that_leads_nowhere_costs_at_most_the_caller_s_own_time() -> None:
+    with opened() as here:
+        endpoint, owner = here.start(5001, "203.0.113.1")
+        here.turn_for(0.5)
+        assert not owner.is_connected
+        assert here.close(endpoint)
+        assert here.link.statistics().endpoints_open == 0
 
 
-async def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
+def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
     rng = random.Random(5)
-    async with connected("tcp") as (_other, link, endpoint):
+    with connected("tcp") as (_other, here, endpoint, _owner):
         port = int(endpoint.peer.rpartition(":")[2])
         for _ in range(100):
             with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=5) as stranger:
                 stranger.sendall(rng.randbytes(rng.choice([1, 8, 64, 1000])))
-        fresh = await link.connect(HOST, port)
+        fresh, _owner = here.connect(port)
         for end in (endpoint, fresh):
-            receive = end.post_receive(bytearray(64))
-            end.post_send(link_peer.request(link_peer.REPLY, 64))
-            assert await outcome(receive) == "ok"
+            assert here.outcome(here.ask(end, link_peer.REPLY, bytearray(64))) == "ok"
 
 
 @BOTH_LANES
-async def test_messages_under_a_tag_that_is_nobodys_are_thrown_away(lanes: str) -> None:
-    shm = lanes == "shm"
-    accepted: list[Endpoint] = []
-    async with UCXXLink.open(shm_lanes=shm) as server, UCXXLink.open(shm_lanes=shm) as client:
-        listener = await server.listen(0, accepted.append)
-        endpoint = await client.connect(HOST, listener.port)
-        foreign, array = client.binding.lib.UCXXTag(7), client.binding.make_array(bytearray(64 << 10))
-        raw = endpoint._ucx  # noqa: SLF001 - a peer that does not keep to the protocol
-        assert raw is not None
-        sent, flood = 0, []
-        while server.statistics().unexpected_messages < 100:
+def test_messages_under_a_tag_that_is_no_endpoint_s_are_discarded(lanes: str) -> None:
+    with opened(lanes) as server, opened(lanes) as client:
+        endpoint, owner = client.start(server.listen())
+        both_until(server, client, lambda: owner.is_connected and server.accepted)
+        foreign, array = client.link.binding.lib.UCXXTag(7), client.link.binding.make_array(bytearray(64 << 10))
+        raw = endpoint._ucx  # type: ignore[attr-defined]  # noqa: SLF001 - a peer that does not keep to the protocol
+        flood = []
+        while server.link.statistics().unexpected_messages < 100:
             flood.append(raw.tag_send(array, foreign))
-            sent += 1
-            assert sent < 10_000, "the server keeps them all"
-            await anyio.lowlevel.checkpoint()
-        await until(lambda: all(request.completed for request in flood))
+            assert len(flood) < 10_000, "the server keeps them all"
+            server.reactor.poll()
+            client.reactor.poll()
+        both_until(server, client, lambda: all(request.completed for request in flood))
         into = bytearray(3)
-        receive = accepted[0].post_receive(into)
+        receive = server.accepted[0][0].post_receive(into, ignore)
         endpoint.post_send(b"own")
-        assert await outcome(receive) == "ok"
+        both_until(server, client, lambda: receive.completed)
         assert into == b"own"
 
 
-async def test_half_open_connections_cost_nobody_else() -> None:
-    async with connected("tcp") as (_other, link, endpoint):
+def both_until(one: Here, other: Here, condition: Callable[[], object]) -> None:
+    """The condition has become true; both have turns meanwhile."""
+
+    def turned() -> object:
+        other.reactor.poll()
+        return condition()
+
+    one.until(turned)
+
+
+def test_half_open_connections_cost_nobody_else() -> None:
+    with connected("tcp") as (_other, here, endpoint, _owner), contextlib.ExitStack() as strangers:
         port = int(endpoint.peer.rpartition(":")[2])
-        with contextlib.ExitStack() as strangers:
-            for _ in range(20):
-                strangers.enter_context(socket.create_connection((HOST, port), timeout=5))
-            fresh = await link.connect(HOST, port)
-            receive = fresh.post_receive(bytearray(64))
-            fresh.post_send(link_peer.request(link_peer.REPLY, 64))
-            assert await outcome(receive) == "ok"
+        for _ in range(20):
+            strangers.enter_context(socket.create_connection((HOST, port), timeout=5))
+        fresh, _owner = here.connect(port)
+        assert here.outcome(here.ask(fresh, link_peer.REPLY, bytearray(64))) == "ok"
 
 
-async def test_ucx_peer_of_another_program_is_refused_as_such() -> None:
-    accepted: list[Endpoint] = []
-    async with UCXXLink.open() as link:
-        listener = await link.listen(0, accepted.append)
-        stranger = stock_client(listener.port)
+def test_ucx_peer_of_another_program_is_refused_as_such() -> None:
+    with opened() as here:
+        stranger = stock_client(here.listen())
         try:
-            await until(lambda: bool(accepted))
-            receive = accepted[0].post_receive(bytearray(100))
+            here.until(lambda: here.accepted)
+            endpoint, owner = here.accepted[0]
+            receive = endpoint.post_receive(bytearray(100), ignore)
+            here.until(lambda: owner.error and receive.completed)
+            assert isinstance(owner.error, ProtocolError)
+            assert isinstance(receive.error, ProtocolError)
             with pytest.raises(ProtocolError):
-                with anyio.fail_after(DEADLINE_S):
-                    await receive.wait()
-            with pytest.raises(ProtocolError):
-                accepted[0].post_send(b"x")
-            assert await accepted[0].close()
+                endpoint.post_send(b"x")
+            assert here.close(endpoint)
         finally:
             stranger.kill()
             stranger.wait()
@@ -469,35 +558,37 @@ def stock_client(port: int) -> subprocess.Popen[bytes]:
     code = (
         "import asyncio, ucxx\n"
         "async def main():\n"
-        f"    await ucxx.create_endpoint({HOST!r}, {port})\n"
+        f"    endpoint = await ucxx.create_endpoint({HOST!r}, {port})\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-async def test_opening_a_link_leaves_the_environment_alone() -> None:
+def test_opening_a_link_leaves_the_environment_alone() -> None:
     code = (
-        "import asyncio, os\n"
-        "from ucxx_transport.link.ucxx import UCXXLink\n"
-        "async def main():\n"
-        "    before = dict(os.environ)\n"
-        "    async with UCXXLink.open(shm_lanes=True, ucx={'TLS': 'all'}):\n"
-        "        assert dict(os.environ) == before\n"
-        "asyncio.run(main())\n"
+        "import os\n"
+        "from functools import partial\n"
+        "from ucxx_transport.link.reactor import Reactor\n"
+        "from ucxx_transport.link.ucx import UCXXLink\n"
+        "before = dict(os.environ)\n"
+        "reactor = Reactor(partial(UCXXLink, shm_lanes=True, ucx={'TLS': 'all'}))\n"
+        "reactor.link\n"
+        "assert dict(os.environ) == before\n"
+        "reactor.close()\n"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UCX")}
-    ended = await anyio.run_process([sys.executable, "-c", code], cwd=ROOT, env=clean)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, stdout=subprocess.PIPE, check=True)
     assert ended.stdout == b""
 
 
-async def test_settings_that_ucx_refuses_are_a_configuration_error() -> None:
+def test_settings_that_ucx_refuses_are_a_configuration_error() -> None:
     for ucx in ({"NO_SUCH_SETTING": "1"}, {"TLS": "no_such_transport"}, {"TCP_TX_SEG_SIZE": "1G"}):
-        with pytest.raises(ConfigError):
-            UCXXLink.create(ucx=ucx)
+        with row(ucx=ucx), opened(**ucx) as here, pytest.raises(ConfigError):
+            here.link.progress()
 
 
-async def test_environment_that_leaves_no_network_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_that_leaves_no_network_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, str]] = [
         {"UCX_TLS": "self,sm"},
         {"UCX_TLS": "^tcp"},
@@ -505,41 +596,43 @@ async def test_environment_that_leaves_no_network_is_a_configuration_error(monke
         {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "eth99"},
     ]
     for environment in rows:
-        with row(environment=environment), monkeypatch.context() as patch:
+        with row(environment=environment), monkeypatch.context() as patch, opened() as here:
             for name, value in environment.items():
                 patch.setenv(name, value)
             with pytest.raises(ConfigError) as caught:
-                UCXXLink.create()
+                here.link.progress()
             assert all(word in str(caught.value) for pair in environment.items() for word in pair)
 
 
-async def test_loopback_alone_is_named_where_another_host_is_to_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_alone_is_named_where_another_host_is_to_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     outward = [one.address for one in list_interfaces() if one.up and not one.loopback]
     if not outward:
         pytest.skip("needs an interface besides loopback")
-    async with UCXXLink.open() as server:
-        listener = await server.listen(0, lambda _: None)
+    with opened() as server:
+        port = server.listen()
         monkeypatch.setenv("UCX_NET_DEVICES", "lo")
-        async with UCXXLink.open() as client:
+        with opened() as client:
+            _endpoint, owner = client.start(port, outward[0])
+            both_until(server, client, lambda: owner.error)
             with pytest.raises(ConfigError, match=r"UCX_NET_DEVICES=lo .* nothing but loopback"):
-                await client.connect(outward[0], listener.port)
+                raise owner.error or AssertionError
 
 
-async def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
+def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
     log_events: list[MutableMapping[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with UCXXLink.open() as link:
-        listener = await link.listen(0, lambda _: None)
-        clients = [connecting(listener.port) for _ in range(3)]
-        try:  # this loop does not turn meanwhile
-            wait_until(lambda: begun_connections(listener.port) == 3, DEADLINE_S, what="three clients have begun")
+    with opened() as here:
+        port = here.listen()
+        clients = [link_client(port) for _ in range(3)]
+        try:  # this link has no turns meanwhile
+            wait_until(lambda: begun_connections(port) == 3, DEADLINE_S, what="three clients have begun")
         finally:
             for client in clients:
                 client.kill()
                 client.wait()
-        await until(lambda: link.statistics().accepts_failed == 3)
+        here.until(lambda: here.link.statistics().accepts_failed == 3)
         (event,) = (event for event in log_events if event["event"] == "accept_failed")
-        assert (event["port"], event["peer"].partition(":")[0]) == (listener.port, HOST)
+        assert (event["port"], event["peer"].partition(":")[0]) == (port, HOST)
     assert "UCXPY" not in capfd.readouterr().err
 
 
@@ -556,31 +649,43 @@ def begun_connections(port: int) -> int:
     return begun
 
 
-def connecting(port: int) -> subprocess.Popen[bytes]:
-    """A process that connects."""
-    code = (
-        "import asyncio, sys\n"
-        "from ucxx_transport.link.ucxx import UCXXLink\n"
-        "async def main():\n"
-        "    async with UCXXLink.open() as link:\n"
-        f"        await link.connect({HOST!r}, {port})\n"
-        "asyncio.run(main())\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+def test_process_without_descriptors_says_so_and_goes_on_with_what_it_has() -> None:
+    with peer("tcp") as (_other, port), opened() as here:
+        first, _owner = here.connect(port)
+        with descriptors_left(20):
+            started = [here.start(port) for _ in range(10)]
+            here.until(lambda: all(owner.is_connected or owner.error for _, owner in started))
+            refused = [owner.error for _, owner in started if owner.error]
+            assert len(refused) >= 3
+            assert all(isinstance(error, BusyError) and "ulimit -n" in str(error) for error in refused)
+            assert here.outcome(here.ask(first, link_peer.REPLY, bytearray(1000))) == "ok"
+            for endpoint, _owner in started:
+                assert here.close(endpoint)
+            again, _owner = here.connect(port)
+            assert here.outcome(here.ask(again, link_peer.REPLY, bytearray(1000))) == "ok"
 
 
-async def test_idle_connections_sleep() -> None:
-    accepted: list[Endpoint] = []
-    async with UCXXLink.open() as server, UCXXLink.open() as client:
-        listener = await server.listen(0, accepted.append)
-        near = [await client.connect(HOST, listener.port) for _ in range(16)]
-        await until(lambda: len(accepted) == 16)
-        receives = [endpoint.post_receive(bytearray(100)) for endpoint in (*accepted, *near)]
-        waits = [asyncio.create_task(outcome(receive)) for receive in receives]
-        await anyio.sleep(0.3)
-        before = [link.statistics().progress_turns for link in (server, client)]
-        await anyio.sleep(1.0)
-        after = [link.statistics().progress_turns for link in (server, client)]
-        assert all(late - early < 20 for early, late in zip(before, after, strict=True))
-        await client.aclose()
-        await asyncio.gather(*waits)
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """This process may open so many further descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_idle_connections_sleep() -> None:
+    with opened() as server, opened() as client:
+        port = server.listen()
+        near = [client.start(port)[0] for _ in range(16)]
+        both_until(server, client, lambda: len(server.accepted) == 16)
+        for endpoint in (*near, *(far for far, _ in server.accepted)):
+            endpoint.post_receive(bytearray(100), ignore)
+        server.turn_for(0.1)
+        client.turn_for(0.1)
+        for here in (server, client):
+            before = here.link.statistics().progress_turns
+            here.turn_for(0.5)
+            assert here.link.statistics().progress_turns - before < 20

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support.waiting import wait_until
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.gpu import page_lock
@@ -88,9 +89,9 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert is_page_locked(cupy, mapping[-64:])
     assert not is_page_locked(cupy, mapping)
     locking = CupyPageLocking(cupy, 0)
-    held = page_lock(mapping, locking, what="", remedy="")
+    unlock = page_lock(mapping, locking, what="", remedy="")
     assert locking.host_register(mapping.__array_interface__["data"][0], mapping.nbytes) == 712
-    held.unlock()
+    unlock()
     assert "error 712" in locking.error_words(712)
 
 
@@ -167,6 +168,18 @@ def test_receive_buffers_are_really_page_locked(cupy: Any) -> None:
     assert uploader is not None
     pool = BufferPool(1 << 30, uploader.page_locker)
     assert is_page_locked(cupy, pool.lend(3 << 20))
+
+
+@pytest.mark.usefixtures("cupy")
+def test_a_ring_of_this_host_is_copied_from_in_place_once_it_is_page_locked(ring: SharedRingBuffer) -> None:
+    def episode(number: int) -> dict[str, Any]:
+        return {"number": np.int64(number), "obs": np.full(1 << 20, number, np.float32)}
+
+    with RolloutFeed(device="cupy") as feed:
+        wait_until(lambda: feed.resolve(ring.write(episode(0))) and "view" in feed.client_statistics().ways, 60)
+        trees = [feed.resolve(ring.write(episode(number))) for number in range(8)]
+        wait_until(lambda: ring.slot_states() == [SlotState.FREE] * 16, 60, what="the copies have ended")
+        assert [bool((tree["obs"] == number).all()) for number, tree in enumerate(trees) if tree] == [True] * 8
 
 
 @pytest.mark.parametrize("own_stream", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from tests.support.served_ring import served_ring
+from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.gpu import page_lock
+from ucxx_transport.gpu.torch import TorchPageLocking, TorchReceiver
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -85,6 +89,77 @@ def test_fields_of_a_payload_lie_in_one_piece_of_device_memory(torch: Any, ring:
         assert tree["number"].untyped_storage().data_ptr() == tree["obs"].untyped_storage().data_ptr()
 
 
+@contextmanager
+def feed_in_place(ring: SharedRingBuffer) -> Iterator[RolloutFeed]:
+    """A feed that has this ring page-locked by now."""
+
+    def is_read_in_place() -> bool:
+        feed.resolve(ring.write(numbered(0, 10)))
+        return "view" in feed.client_statistics().ways
+
+    with RolloutFeed(device="cuda") as feed:
+        wait_until(is_read_in_place, 60, what="the ring is page-locked")
+        yield feed
+
+
+def test_a_ring_of_this_host_is_page_locked_once_and_unlocked_with_the_feed(torch: Any, ring: SharedRingBuffer) -> None:
+    attached: list[Any] = []
+
+    class Noting(TorchPageLocking):
+        def host_register(self, address: int, nbytes: int) -> int:
+            status = super().host_register(address, nbytes)
+            if nbytes == ring.mapping.nbytes:
+                attached.append((address, status))
+            return status
+
+    receiver = TorchReceiver("cuda", None)
+    receiver.page_locking = lambda: Noting(torch, torch.cuda.current_device())  # type: ignore[method-assign]
+    with RolloutFeed(device=receiver) as feed:
+        wait_until(lambda: feed.resolve(ring.write(numbered(0, 10))) and "view" in feed.client_statistics().ways, 60)
+        for number in range(20):
+            feed.resolve(ring.write(numbered(number)))
+        assert [status for _, status in attached] == [0]
+        assert feed.statistics().unlocked_rings == 0
+    # the pages of the writer's own mapping were never locked, and may be
+    page_lock(ring.mapping, TorchPageLocking(torch, 0), what="", remedy="")()
+
+
+@pytest.mark.usefixtures("torch")
+def test_what_goes_straight_from_its_slot_is_bit_for_bit_what_was_written_and_makes_room_by_itself(
+    ring: SharedRingBuffer,
+) -> None:
+    with feed_in_place(ring) as feed:
+        for turn in range(6):
+            refs = [ring.write(numbered(8 * turn + place)) for place in range(8)]
+            feed.start(refs)
+            feed.collect()
+            trees = [feed.resolve(ref) for ref in refs]
+            # nobody asks for anything here: the slots come back since the copies have ended
+            wait_until(lambda: ring.slot_states() == [SlotState.FREE] * 16, 60, what="all slots are free")
+            for place, tree in enumerate(trees):
+                assert tree is not None
+                assert bool((tree["obs"] == 8 * turn + place).all())
+                assert int(tree["number"]) == 8 * turn + place
+        assert feed.client_statistics().ways["view"].reads >= 48
+
+
+def test_a_slot_is_held_while_the_gpu_has_not_copied_it(torch: Any, ring: SharedRingBuffer) -> None:
+    receiver = TorchReceiver("cuda", None)
+    with RolloutFeed(device=receiver) as feed:
+        wait_until(lambda: feed.resolve(ring.write(numbered(0, 10))) and "view" in feed.client_statistics().ways, 60)
+        wait_until(lambda: ring.slot_states() == [SlotState.FREE] * 16, 60)
+        with torch.cuda.stream(receiver._stream):  # noqa: SLF001 - the copies' own stream, kept busy before them
+            torch.cuda._sleep(20 * A_WHILE_CYCLES)  # noqa: SLF001 - as torch's own tests have a GPU busy
+            ahead = torch.cuda.Event()
+            ahead.record()
+        tree = feed.resolve(ring.write(numbered(7)))
+        held = ring.slot_states().count(SlotState.READING)
+        assert held == 1 or ahead.query()  # unless this machine was so slow that the GPU got there
+        assert tree is not None
+        assert bool((tree["obs"] == 7).all())
+        wait_until(lambda: ring.slot_states() == [SlotState.FREE] * 16, 60, what="the slot is free")
+
+
 def test_receive_buffers_are_really_page_locked(torch: Any) -> None:
     uploader = unpacker_for("cuda").uploader
     assert uploader is not None
@@ -117,7 +192,7 @@ def test_the_consumer_s_stream_waits_by_itself_and_memory_is_not_reused_under_it
                 right.append((tree["obs"] == tree["number"]).all() & (tree["number"] == len(right)))
                 del tree
         assert torch.stack(right).all().item()
-    assert ring.slot_states() == [SlotState.FREE] * 16
+    assert ring.slot_states() == [SlotState.FREE] * 16  # closing has waited for the copies
 
 
 @pytest.mark.usefixtures("torch")

@@ -92,16 +92,16 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert torch.from_numpy(mapping[-64:]).is_pinned()
     assert not torch.from_numpy(mapping).is_pinned()
     # and the pages may be locked again
-    page_lock(mapping, TorchPageLocking(torch, 0), what="", remedy="").unlock()
+    page_lock(mapping, TorchPageLocking(torch, 0), what="", remedy="")()
 
 
 def test_memory_that_is_locked_twice_breaks_no_kernel_that_comes_later(torch: Any) -> None:
     locking = TorchPageLocking(torch, 0)
     memory = np.zeros(1 << 20, np.uint8)
-    held = page_lock(memory, locking, what="", remedy="")
+    unlock = page_lock(memory, locking, what="", remedy="")
     assert locking.host_register(memory.ctypes.data, memory.nbytes) == 712
     assert torch.ones(8, device="cuda").sum().item() == 8
-    held.unlock()
+    unlock()
     assert locking.host_unregister(memory.ctypes.data) == 713
     assert torch.ones(8, device="cuda").sum().item() == 8
     assert "error 713" in locking.error_words(713)

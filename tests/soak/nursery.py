@@ -29,7 +29,7 @@ PRELOADED = (
     "tests.e2e.programs.reader",
     "tests.e2e.programs.writer",
     "ucxx_transport.client.client",
-    "ucxx_transport.link.ucxx",
+    "ucxx_transport.link.ucx",
     "ucxx_transport.ring",
     "ucxx_transport.server",
     "ucxx._lib.libucxx",

@@ -26,7 +26,6 @@ BATCH: Final = 50
 LOOKS: Final = 40
 """How often the processes are looked at; the first quarter is the warm-up."""
 
-READS_AT_ONCE: Final = 2
 POOL_DESCRIPTORS: Final = 3 * 3
 """Of the pool of connections, which may still grow from 1 to 2 for each of 2 ports; each takes 3 at either end."""
 
@@ -79,10 +78,7 @@ class SteadySoak:
         """
         with ExitStack() as stack:
             worker = stack.enter_context(program("steady_worker", "worker-0", package="tests.soak"))
-            feeds = [
-                stack.enter_context(RolloutFeed(ClientConfig(local=local, max_concurrent_reads=READS_AT_ONCE)))
-                for local in ("view", "off")
-            ]
+            feeds = [stack.enter_context(RolloutFeed(ClientConfig(local=local))) for local in ("view", "off")]
             server = self._run_rounds(worker, feeds)
             assert server is not None
             self.lost = {reason: count for feed in feeds for reason, count in feed.statistics().losses.items()}

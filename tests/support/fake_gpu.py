@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, PageLocking, Upload
-from ucxx_transport.gpu.runtime import Bytes
+from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLocking, Receiver, Upload
+from ucxx_transport.gpu.page_lock import Bytes
 from ucxx_transport.schema.dtypes import DType
 from ucxx_transport.schema.tensors import Array
 
 __all__ = ["POISON", "FakeArray", "FakeGpu", "FakeLeaves", "FakeReceiver", "FakeUpload"]
+
+PORTABLE = 1
+"""`cudaHostRegisterPortable`."""
 
 POISON = 0xA5
 """What memory of the device holds before anything was copied there."""
@@ -32,15 +34,19 @@ class FakeGpu:
         log: what was asked of it, in order.
         registered: bytes by address, page-locked now.
         refuse: the status of every further `host_register`, 0 to let it succeed.
+        lockable: bytes that can be page-locked in one piece; what is larger is refused.
         on_wait: called before the host waits for copies.
+        on_register: called before memory is page-locked.
     """
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.registered: dict[int, int] = {}
         self.refuse = 0
+        self.lockable = 1 << 40
         self.unregister_status = 0
         self.on_wait: Callable[[], object] = lambda: None
+        self.on_register: Callable[[int], object] = lambda _: None
         self.downloads: list[tuple[int, Array, Array]] = []
         self.uploads: list[FakeUpload] = []
 
@@ -92,20 +98,16 @@ class FakeArray:
         return self._values
 
 
-class FakePageLocking:
+class FakePageLocking(PageLocking):
     """See `PageLocking`."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
 
-    def host_register(self, address: int, nbytes: int) -> int:
-        if self._gpu.refuse:
-            return self._gpu.refuse
-        self._gpu.log.append(f"register {nbytes}")
-        self._gpu.registered[address] = nbytes
-        return 0
-
-    def host_unregister(self, address: int) -> int:
+    def call(self, function: str, *arguments: int) -> int:
+        if function == "HostRegister":
+            return self._register(*arguments)
+        (address,) = arguments
         nbytes = self._gpu.registered.pop(address)
         mapped = "mapped" if _is_mapped(address, nbytes) else "unmapped"
         self._gpu.log.append(f"unregister {nbytes} {mapped}")
@@ -114,8 +116,17 @@ class FakePageLocking:
     def error_words(self, status: int) -> str:
         return f"the GPU's words (error {status})"
 
+    def _register(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == PORTABLE
+        self._gpu.on_register(nbytes)
+        if self._gpu.refuse or nbytes > self._gpu.lockable:
+            return self._gpu.refuse or 2
+        self._gpu.log.append(f"register {nbytes}")
+        self._gpu.registered[address] = nbytes
+        return 0
 
-class FakeLeaves:
+
+class FakeLeaves(LeafRuntime):
     """See `LeafRuntime`.
 
     Attributes:
@@ -124,16 +135,22 @@ class FakeLeaves:
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
+        self.library = np
         self.fail_at: int | None = None
 
     def __call__(self, leaf: object, field: str) -> FakeLeaves:
         del leaf, field
         return self
 
-    def adopt(self, leaf: object, field: str) -> DeviceArray:
+    def seen(self, leaf: Any) -> Array:
         if not isinstance(leaf, FakeArray):
-            raise ConfigError(f"field {field!r}: not of this library", field=field)
-        return self._array(leaf.seen_by_the_gpu(), leaf.device)
+            raise TypeError("not of this library")
+        self._device = leaf.device
+        return leaf.seen_by_the_gpu()
+
+    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
+        del field
+        return array.dtype, self._device
 
     def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
         self.gpu.log.append(f"convert {field} {array.dtype.name} {dtype.name}")
@@ -176,20 +193,18 @@ class FakeLeaves:
         return DeviceArray(runtime=self, array=values, shape=values.shape, dtype=values.dtype, device=device)
 
 
-class FakeReceiver:
+class FakeReceiver(Receiver):
     """See `Receiver`."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
-
-    @property
-    def name(self) -> str:
-        return "fake:0"
+        self.name = "fake:0"
+        self.out_of_memory = MemoryError
 
     def page_locking(self) -> PageLocking:
         return FakePageLocking(self.gpu)
 
-    def upload(self, source: Bytes) -> Upload:
+    def begin(self, source: Bytes) -> Upload:
         self.gpu.log.append(f"upload {source.nbytes}")
         assert self.gpu.is_page_locked(source), "a copy from pageable memory"
         upload = FakeUpload(self.gpu, source)

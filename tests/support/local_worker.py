@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from ucxx_transport import SharedRingBuffer
-from ucxx_transport.link.base import Link
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.testing import Faults, MemoryNetwork
 
 
 class LocalWorker:
@@ -36,8 +33,5 @@ class LocalWorker:
         return EpisodeRecord(worker_id="w", sequence=sequence, ref=ref, policy_version=policy_version)
 
 
-@asynccontextmanager
-async def silence() -> AsyncIterator[Link]:
-    """A link that never comes up."""
-    await asyncio.Event().wait()
-    yield  # type: ignore[misc]  # never reached
+silence = MemoryNetwork(faults=Faults(hang_connect=True)).link
+"""A link on which no connection ever comes up."""

@@ -2,54 +2,81 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+import math
+import struct
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
-from ucxx_transport import PeerLostError, SlotRef
-from ucxx_transport.link.base import Endpoint
-from ucxx_transport.link.ucxx import UCXXLink
-from ucxx_transport.wire.codec import decode_request, encode_reply
-from ucxx_transport.wire.frames import REQUEST_BYTES, ReadReply, Request, Status
+from ucxx_transport import SlotRef, TransportError
+from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.wire.codec import decode_frame, encode_reply
+from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, Frame, ReplyHeader, Status
 
-__all__ = ["Behaviour", "RawServer", "payload_of", "raw_server", "reply_to", "welcome"]
+__all__ = ["Behaviour", "RawServer", "answer_to", "payload_of", "raw_server", "welcome"]
+
+Behaviour = Callable[["RawServer"], Generator[None, Frame, None]]
+"""What is done about one connection. Each `yield` is the client's next frame; after its end nothing is done."""
 
 
 class RawServer:
     """One accepted connection, seen from the server's side.
 
-    Args:
-        endpoint: the connection. ref: what its client will ask for.
+    Attributes:
+        endpoint: the connection.
+        ref: what its client will ask for.
     """
 
-    def __init__(self, endpoint: Endpoint, ref: SlotRef) -> None:
+    def __init__(self, endpoint: Endpoint, ref: SlotRef, behave: Behaviour) -> None:
         self.endpoint = endpoint
         self.ref = ref
+        self._frame = bytearray(FRAME_BYTES)
+        self._behaviour = behave(self)
+        self._has_ended = False
+        self._go_on(None)
 
-    async def hear(self) -> Request:
-        """The client's next frame."""
-        frame = bytearray(REQUEST_BYTES)
-        await self.endpoint.post_receive(frame).wait()
-        return decode_request(frame)
+    def say(self, message: bytes, attempt: int) -> None:
+        """Send one message of any kind on the channel of an attempt."""
+        self.endpoint.post_send(message, channel=attempt & MAX_CHANNEL)
 
-    async def say(self, message: bytes) -> None:
-        """Send one message of any kind."""
-        await self.endpoint.post_send(message).wait()
-
-    async def greet(self) -> None:
+    def greet(self) -> Generator[None, Frame, None]:
         """Shake hands properly, without a token."""
-        await self.hear()
-        await self.say(welcome())
+        hello = yield
+        self.say(welcome(), hello.attempt)
 
-    async def be_asked(self) -> None:
-        """Shake hands properly and hear the READ."""
-        await self.greet()
-        await self.hear()
+    def be_asked(self) -> Generator[None, Frame, int]:
+        """Shake hands properly and hear the FETCH; returns the attempt of its first name."""
+        yield from self.greet()
+        frame = yield
+        return frame.names[0][3]
 
+    def connected(self) -> None:
+        """The link's."""
 
-Behaviour = Callable[[RawServer], Awaitable[None]]
+    def lost(self, error: TransportError) -> None:
+        """The link's. A client that has had enough hangs up."""
+        del error
+        self._has_ended = True
+        self.endpoint.close()
+
+    def _go_on(self, frame: Frame | None) -> None:
+        try:
+            if frame is None:
+                next(self._behaviour)
+            else:
+                self._behaviour.send(frame)
+        except StopIteration:
+            self._has_ended = True
+        if not self._has_ended and self.endpoint.alive:
+            self.endpoint.post_receive(self._frame, self._on_frame)
+
+    def _on_frame(self, operation: Operation) -> None:
+        if operation.error is None and not self._has_ended:
+            self._go_on(decode_frame(self._frame))
 
 
 def payload_of(ref: SlotRef) -> bytes:
@@ -57,15 +84,15 @@ def payload_of(ref: SlotRef) -> bytes:
     return hashlib.shake_128(repr(ref.name).encode()).digest(ref.nbytes)
 
 
-def welcome(*, nonce_bytes: int = 32, token_required: bool = False) -> bytes:
+def welcome(*, attempts: int = 64, nbytes: int = 1 << 30, token_required: bool = False) -> bytes:
     """A proper answer to HELLO."""
-    body = bytes(nonce_bytes)
-    return encode_reply(ReadReply(status=Status.OK, nbytes=len(body), token_required=token_required), body)
+    body = bytes(32) + struct.pack("<IIQ", attempts, 0, nbytes)
+    return encode_reply(ReplyHeader(Status.OK, len(body), token_required=token_required), body)
 
 
-def reply_to(ref: SlotRef, **changes: object) -> bytes:
-    """A whole and proper answer to READ, but for the `changes` in its header; the body has the length that says."""
-    header = ReadReply(
+def answer_to(ref: SlotRef, **changes: object) -> bytes:
+    """A whole and proper answer with a payload, but for the `changes` in its header; the body is as long."""
+    header = ReplyHeader(
         status=Status.OK,
         nbytes=ref.nbytes,
         ring_id=ref.ring_id,
@@ -78,35 +105,41 @@ def reply_to(ref: SlotRef, **changes: object) -> bytes:
     return encode_reply(changed, payload_of(replace(ref, nbytes=changed.nbytes)))
 
 
-@dataclass(slots=True)
 class Port:
     """Where a raw server listens, and how many connections came."""
 
-    number: int
-    connections: int = 0
+    def __init__(self) -> None:
+        self.number = 0
+        self.connections = 0
 
 
-@asynccontextmanager
-async def raw_server(behave: Behaviour, ref: SlotRef) -> AsyncIterator[Port]:
+@contextmanager
+def raw_server(behave: Behaviour, ref: SlotRef) -> Iterator[Port]:
     """Listen on a free port, and treat every connection by `behave`; it then stays open until the client closes it."""
-    async with UCXXLink.open() as link, asyncio.TaskGroup() as tasks:
+    port, is_up, stopping = Port(), threading.Event(), threading.Event()
+    reactor = Reactor(UCXXLink)
 
-        async def treat(endpoint: Endpoint) -> None:
-            with suppress(PeerLostError):  # a client that has had enough hangs up
-                await behave(RawServer(endpoint, ref))
-                await endpoint.post_receive(bytearray(REQUEST_BYTES)).wait()
+    def accept(endpoint: Endpoint) -> RawServer:
+        port.connections += 1
+        return RawServer(endpoint, ref, behave)
 
-        def accept(endpoint: Endpoint) -> None:
-            port.connections += 1
-            treated.append(tasks.create_task(treat(endpoint)))
-
-        treated: list[asyncio.Task[None]] = []
-        port = Port(0)
-        listener = await link.listen(0, accept)
-        port.number = listener.port
+    def run() -> None:
         try:
-            yield port
+            port.number = reactor.link.listen(0, accept).port
+            is_up.set()
+            while not stopping.is_set():
+                reactor.run_once(math.inf)
         finally:
-            await listener.close()
-            for task in treated:
-                task.cancel()
+            is_up.set()
+            reactor.close()
+
+    thread = threading.Thread(target=run, name="raw-server")
+    thread.start()
+    try:
+        is_up.wait()
+        assert port.number, "it does not listen"
+        yield port
+    finally:
+        stopping.set()
+        reactor.submit(lambda: None)
+        thread.join()

@@ -37,7 +37,7 @@ def test_defaults_need_nothing_but_what_a_slot_holds() -> None:
         1,
         True,
     )
-    assert (ServerConfig().ports, ServerConfig().mode, ServerConfig().token) == (4, "process", None)
+    assert (ServerConfig().ports, ServerConfig().mode, ServerConfig().token) == (2, "process", None)
     assert (ClientConfig().local, ClientConfig().deadline_s, ClientConfig().read_attempts) == ("auto", 5.0, 2)
 
 
@@ -221,7 +221,7 @@ class TestServer:
             ({"data_ports": "open"}, "first and the last"),
             ({"data_ports": (15100, 15102), "ports": 4}, "at least ports = 4"),
             ({"data_ports": (15100, 15131), "ports": [15001, 15120]}, "15120 is to be listened on"),
-            ({"data_ports": (15003, 15131), "base_port": 15000}, "15003 is to be listened on"),
+            ({"data_ports": (15001, 15131), "base_port": 15000}, "15001 is to be listened on"),
         ]
         for given, problem in rows:
             with row(given=given, problem=problem):

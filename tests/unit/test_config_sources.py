@@ -39,10 +39,10 @@ Env = Callable[..., None]
 
 
 def test_an_argument_beats_the_environment_and_that_beats_the_file(toml: Toml, env: Env) -> None:
-    toml("[client]\ndeadline_s = '1s'\nread_attempts = 1\nmax_concurrent_reads = 1\n")
+    toml("[client]\ndeadline_s = '1s'\nread_attempts = 1\nmax_connections = 1\n")
     env(CLIENT__DEADLINE_S="2s", CLIENT__READ_ATTEMPTS="2")
     config = ClientConfig(deadline_s=3.0)
-    assert (config.deadline_s, config.read_attempts, config.max_concurrent_reads) == (3.0, 2, 1)
+    assert (config.deadline_s, config.read_attempts, config.max_connections) == (3.0, 2, 1)
 
 
 def test_each_section_takes_its_own(toml: Toml, env: Env) -> None:
@@ -130,13 +130,13 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_changed_file_is_read_again(toml: Toml) -> None:
-    path = toml("[server]\nports = 2\n")
-    assert ServerConfig().ports == 2
+    path = toml("[server]\nports = 6\n")
+    assert ServerConfig().ports == 6
     path.write_text("[server]\nports = 3\n")
     os.utime(path, ns=(1, 1))
     assert ServerConfig().ports == 3
     path.unlink()
-    assert ServerConfig().ports == 4
+    assert ServerConfig().ports == 2
 
 
 def test_a_bad_value_says_where_it_came_from(env: Env) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ucxx_transport import errors
+from ucxx_transport import ClientStatistics, RingStatistics, errors
 from ucxx_transport.cli.program import VERBS
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
+from ucxx_transport.server.counters import PortStatistics
 from ucxx_transport.settings.section import SECTIONS
 from ucxx_transport.wire.frames import Status
 
@@ -26,7 +27,7 @@ PAGES = [
     ),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-ARGUMENTS = {"max_fetch_rounds", "timeout_s"}
+ARGUMENTS = {"max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
 NOT_RUN = {"sh", "text", "toml", "yaml", "mermaid"}
 """Languages of blocks that are shown. `python` is run: as a doctest, or as a program with its output behind it."""
 
@@ -57,8 +58,9 @@ def test_a_block_that_looks_runnable_is_run() -> None:
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    sections = (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig)
-    known = {spec.name for config in sections for spec in dataclasses.fields(config)} | ARGUMENTS
+    settings = (RingConfig, ServerConfig, ClientConfig, StoreConfig, PublisherConfig)
+    counts = (RingStatistics, PortStatistics, ClientStatistics)
+    known = {spec.name for section in (*settings, *counts) for spec in dataclasses.fields(section)} | ARGUMENTS
     for path in PAGES:
         page = read(path) if path.parent.name != "bench" else ""  # which names its programs' own options
         for name in re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:s|bytes|attempts|connections|reads|endpoints))`", page):

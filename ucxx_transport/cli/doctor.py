@@ -166,7 +166,7 @@ def _does_not_start(reason: str) -> Finding:
 
 def describe_ucx() -> dict[str, object]:
     """The version of UCX and its resources, such as `["tcp", "eth0"]`, from a context as the link makes one."""
-    from ucxx_transport.link.binding import load_binding
+    from ucxx_transport.link.ucx_api import load_binding
 
     ucx = load_binding().lib
     context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))

@@ -1,8 +1,8 @@
-"""The trainer's end: payloads by reference."""
+"""The trainer's end: payloads by reference.
 
-from ucxx_transport.client.client import UCXXClient
-from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.statistics import ClientStatistics, WayStatistics
-from ucxx_transport.client.sync_client import SyncUCXXClient
+Each name is imported when it is first used: the blocking client needs no event loop.
+"""
 
-__all__ = ["ClientStatistics", "Payload", "SyncUCXXClient", "UCXXClient", "WayStatistics"]
+from ucxx_transport.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(__name__)

@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -35,6 +36,7 @@ PageLocker: TypeAlias = Callable[[Bytes], object]
 """Page-locks the memory of an array for as long as the array lives; raises a `ConfigError` where that cannot be."""
 
 
+@lru_cache(maxsize=4096)
 def size_class(nbytes: int) -> int:
     """The buffer length lent for `nbytes`: four sizes an octave, at least 4 KiB; so at most a quarter is slack."""
     if nbytes <= _SMALLEST_BYTES:
@@ -92,7 +94,8 @@ class BufferPool:
     def lend(self, nbytes: int) -> Bytes:
         """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined, or a ConfigError: no such memory."""
         with self._lock:
-            self._take_back()
+            if self._returned:
+                self._take_back()
             wanted = size_class(nbytes)
             if self._page_locker is not None:
                 wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
@@ -135,8 +138,9 @@ class BufferPool:
 
     def _take_back(self) -> None:
         while self._returned:
-            loan = self._returned.popleft()
+            loan = self._returned[0]
             self._loans.discard(loan)
+            self._returned.popleft()  # behind the other: an interrupt in between must not keep the loan for good
             memory = loan.memory
             if self._idle_bytes + len(memory) > self._keep_bytes and not self._make_room(len(memory)):
                 continue

@@ -1,36 +1,53 @@
-"""UCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX."""
+"""SyncUCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX; blocking.
+
+There is no thread and no event loop behind it: a call runs the reactor until it has what it asked for. Of several
+threads that share a client one runs it for the others too; see `lead`.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import atexit
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Sequence
+from os import getpid
+from typing import TYPE_CHECKING, Final, Self
 
-from ucxx_transport.client.core import ClientCore, Into, LinkFactory
-from ucxx_transport.client.results import gather_results
-from ucxx_transport.errors import DeadlineExceededError, TransportError
-from ucxx_transport.logs import get_logger
+from ucxx_transport.client.core import ClientCore
+from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.lead import Lead
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.reads import Reads
+from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
+from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import PageLocker
+    from ucxx_transport.client.here import Into
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.client.payload import Payload
-    from ucxx_transport.client.remote import RemoteReader
+    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
+    from ucxx_transport.client.takes import Selector
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema import SlotRef
 
-_log = get_logger(__name__)
-
-# Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
-INLINE_BYTES = 1 << 20
-# So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
-INLINE_WAIT_S = 0.005
+_CLOSE_WAIT_S: Final = 5.0
 
 
-class UCXXClient:
-    """Reads payloads. Belongs to the event loop it is first used in; close it with `aclose()` or `async with`.
+class _Question:
+    """A call that asks something of the thread that leads."""
+
+    __slots__ = ("answer", "done", "on_done", "until_s")
+
+    def __init__(self, until_s: float) -> None:
+        self.answer: ClientStatistics | None = None
+        self.done = False
+        self.until_s = until_s
+        self.on_done: Callable[[object], object] | None = None
+
+
+class SyncUCXXClient:
+    """Reads payloads from code without an event loop. Thread-safe; close it with `close()` or `with`.
 
     One client is one reader: of a payload meant for several readers (`RingConfig(readers=N)`) it gets one share, and a
     payload it has delivered once is `StaleSlotError` ever after.
@@ -40,11 +57,6 @@ class UCXXClient:
         watcher: a `SourceWatcher`: reads over UCX from a source that it says is gone fail at once, and the ports of one
             that it says is there are worth a try again. Its owner stops it.
         link_factory: opens the link on the first read that needs one; the default is UCX.
-        page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
-            of this host are then copied out of too.
-
-    Raises:
-        ConfigError: page-locked, and `local="view"`.
     """
 
     def __init__(
@@ -53,10 +65,10 @@ class UCXXClient:
         *,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
-        page_locker: PageLocker | None = None,
     ) -> None:
-        self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
-        self._remote: RemoteReader | None = None
+        # At exit the link is closed too, but after this, which is registered later.
+        self._core = ClientCore(config, link_factory, watcher=watcher, on_link=lambda: atexit.register(self.close))
+        self._lead = Lead(self._core)
 
     @property
     def config(self) -> ClientConfig:
@@ -68,14 +80,15 @@ class UCXXClient:
         """This client's random id, u64, as servers and rings see it."""
         return self._core.reader
 
-    async def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | None = None) -> Payload:
+    def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload.
 
         Args:
             ref: names it and says where it is.
             into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it
                 stays in a pooled buffer, or in the slot itself.
-            deadline_s: seconds this call may take in all, retries included; default `ClientConfig.deadline_s`.
+            deadline_s: seconds this call may take in all, retries included, or text such as `"5s"`; default
+                `ClientConfig.deadline_s`.
 
         Returns:
             The payload. Release it when its data is used up.
@@ -84,83 +97,150 @@ class UCXXClient:
             StaleSlotError: it is gone (recycled, overwritten, its ring closed) or was delivered to this client before.
             DeadlineExceededError: not in time. PeerLostError, BusyError, NotReadyError: not after all retries.
             ChecksumError: the bytes differ from what was written. ProtocolError, AuthenticationError: the peer.
-            ConfigError: the reference has no address, is too large, or `into` is unfit.
+            ConfigError: the reference has no address, is too large, `into` is unfit, or `deadline_s` is no duration.
         """
         core = self._core
-        began_s = time.perf_counter()
+        if core.closed or getpid() != core.pid:
+            core.require_usable()
+        limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         try:
             ring = core.admit(ref, into)
-            limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
-            if ring is None:
-                return await self._read_remote(ref, into, limit_s, began_s)
-            if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                return await core.read_local_aside(ring, ref, into, limit_s, began_s)
-            try:
-                return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
-            except DeadlineExceededError:  # the ring's lock is held
-                return await core.read_local_aside(ring, ref, into, limit_s, began_s)
+            if ring is not None:
+                return core.read_local(ring, ref, into, limit_s, time.perf_counter())
         except TransportError as error:
             core.count_failure(error)
             raise
+        job = Job((ref,), core.reactor.now() + limit_s, None, None, into)
+        self._lead.perform(job, Reads.start_one, job)
+        outcome = job.outcomes.pop()
+        if isinstance(outcome, Payload):
+            return outcome
+        assert outcome is not None
+        try:
+            raise outcome
+        finally:
+            del outcome  # which would refer to itself, by this frame
 
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
+    def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None
     ) -> list[Payload | TransportError]:
-        """Read payloads concurrently, fairly across sources; one that fails costs none of the others.
+        """Read payloads, those over UCX together and fairly across sources; one that fails costs the others nothing.
 
         Args:
             refs: what to read.
-            deadline_s: seconds for all of them together.
+            deadline_s: for all of them together, as for `read`.
 
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
         """
-        return await gather_results(lambda ref: self.read(ref, deadline_s=deadline_s), refs)
+        core = self._core
+        core.require_usable()
+        job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
+        remote = core.read_here(job)
+        if remote:
+            self._lead.perform(job, Reads.start, job, remote)
+        return [outcome for outcome in job.outcomes if outcome is not None]
 
-    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
+    def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
 
         Args:
             refs: payloads that this trainer will not read; without it they would stay in their slots.
-            deadline_s: seconds for all of them together; default `ClientConfig.deadline_s`.
+            deadline_s: for all of them together, as for `read`.
 
         Returns:
             How many were still there. Never raises for one that is not, nor for a worker that does not answer: it is
             notified with the next read from it (of the last 1024 payloads a ring).
 
         Raises:
-            ConfigError: the client is closed, or belongs to another event loop.
+            ConfigError: the client is closed, or `deadline_s` is no duration.
         """
         core = self._core
-        limit_s = deadline_s if deadline_s is not None else core.config.deadline_s
-        until_s = asyncio.get_running_loop().time() + limit_s
-        found, elsewhere = await asyncio.to_thread(core.discard_here, refs, limit_s)  # it may wait for rings' locks
+        limit_s = core.limit_s(deadline_s)
+        until_s = core.reactor.now() + limit_s
+        found, elsewhere = core.discard_here(refs, limit_s)
+        call = Discard(found, until_s)
         if elsewhere:
-            if self._remote is None:
-                self._remote = self._core.remote()
-            found += await self._remote.discard(elsewhere, until_s)
-        core.counters.add("discarded", found)
-        return found
+            self._lead.perform(call, Reads.discard, call, elsewhere)
+        core.counters.add("discarded", call.found)
+        return call.found
+
+    def take(
+        self,
+        source: Takeable,
+        *,
+        max_payloads: int = DEFAULT_MAX_PAYLOADS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        selector: Selector = "oldest",
+        wait_s: float | str = 0.0,
+    ) -> list[Payload]:
+        """Take payloads that nobody has had yet, without knowing their references.
+
+        Args:
+            source: whose: a watcher's record, or any reference of the ring.
+            max_payloads: how many at most, 1 to 64.
+            max_bytes: of them all.
+            selector: "oldest" first, or "newest".
+            wait_s: how long to wait for a first one.
+
+        Returns:
+            The payloads, in the selector's order, each with the `record` that its writer gave it; none of them is
+            given to another taker too. [] when there was none in time. Release them when their data is used up.
+
+        Raises:
+            PeerLostError, DeadlineExceededError, BusyError, NotReadyError, …: as `read`; nothing was taken.
+            ConfigError: the next payload is larger than `max_bytes`, an argument is out of its range, the source has no
+                address, or the client is closed.
+        """
+        core = self._core
+        request = core.take_request(source, max_payloads, max_bytes, selector, wait_s)
+        ring = core.local.ring_of(source)
+        if ring is None:
+            take = Take(request)
+            self._lead.perform(take, Reads.take, take)
+            return take.result()
+        until_s = time.monotonic() + request.wait_s
+        while not (payloads := core.take_here(ring, request, core.config.deadline_s)):
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not ring.wait_for_ready(left_s, reader=core.reader):
+                break
+        return payloads
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
-        return self._core.statistics(self._remote)
+        core = self._core
+        if not core.reactor.has_link or core.closed:
+            return core.statistics()
+        question = _Question(core.reactor.now() + core.config.deadline_s)
 
-    async def aclose(self) -> None:
+        def answer(_: Reads) -> None:
+            question.answer = core.statistics()
+            question.done = True
+            if question.on_done is not None:
+                question.on_done(question)
+
+        self._lead.perform(question, answer)  # UCX's endpoints are of the thread that leads
+        assert question.answer is not None
+        return question.answer
+
+    def close(self) -> None:
         """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""
-        remote = self._remote
-        if remote is not None:
-            await remote.connections.aclose()
-        self._core.close()
+        core = self._core
+        if core.inherited or core.reactor.closed:
+            return  # a forked child's copy: the connections are its parent's
+        atexit.unregister(self.close)
+        core.closed = True
+        if not self._lead.try_to_lead(0.0):
+            core.reactor.submit(core.fail_all)  # so that the thread that leads has no reason to
+            if not self._lead.try_to_lead(_CLOSE_WAIT_S):
+                return  # it hangs in a callback of the application: whatever is closed now would be in use
+        try:
+            core.close()
+        finally:
+            self._lead.leave()
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()
-
-    async def _read_remote(self, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
-        if self._remote is None:
-            self._remote = self._core.remote()
-        content, schema = await self._remote.read(ref, asyncio.get_running_loop().time() + limit_s)
-        return self._core.deliver_remote(ref, content, schema, into, began_s)
+    def __exit__(self, *error: object) -> None:
+        self.close()

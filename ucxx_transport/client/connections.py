@@ -1,229 +1,276 @@
-"""A client's connections: opened, pooled, aged out, closed; and the acknowledgements sent over them again.
+"""All connections of a client: one for each port in use, kept by least recent use within the process's descriptors.
 
-One of these belongs to one event loop, like the link it opens on first need.
+Beside them what outlives each: the schemas of rings, and what servers may not have heard yet.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
-from ucxx_transport.client.channel import Channel
-from ucxx_transport.client.exchange import ReadExchange
-from ucxx_transport.client.ports import EndpointPool, PortKey
-from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, StaleSlotError, TransportError
-from ucxx_transport.link.base import DATA_PORT_SILENT, was_data_port_silent
-from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.client.connection import Connection
+from ucxx_transport.client.ports import PortKey
+from ucxx_transport.errors import TransportError
+from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
+from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.roles import Engine
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import Link
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.schema import Schema
+    from ucxx_transport.wire.actions import Asked
+    from ucxx_transport.wire.answers import Named
 
-LinkFactory = Callable[[], AbstractAsyncContextManager["Link"]]
+UNSETTLED_PER_RING: Final = 1024
+UNSETTLED_RINGS: Final = 256
+"""Deliveries and discards that servers may not know of are remembered so far; beyond it a server's own timeout frees
+what was delivered, and what was discarded stays until it is overwritten."""
 
-# Deliveries whose acknowledgement may be lost, remembered per ring; beyond it the server's own timeout frees them. And
-# discarded payloads whose server did not hear of it in time; beyond it these stay until they are overwritten.
-UNSETTLED_PER_RING = 1024
-UNSETTLED_RINGS = 256
-GOODBYE_TIMEOUT_S = 0.5
+ENDS_DELAY_S: Final = 0.001
+"""How long an end waits for a request to go along with, while other answers are still to come."""
+
+GOODBYE_TIMEOUT_S: Final = 0.5
+
+SHORTAGE_PAUSE_S: Final = 0.005
+"""A connection for which there were no descriptors is tried again after this: those of others come and go."""
 
 
 class Connections:
-    """Channels to any port of any source.
+    """See the module. Of the thread that runs the reactor.
 
     Attributes:
-        link: None until the first is opened.
-        closed: whether `aclose` has been called.
+        known: by port, least recently used first.
+        ending: connections with ends that wait for a request to go along with.
+        max_age_s: one that has not been used for so long is not used again.
+        schemas: by fingerprint, all that were asked for.
+        unsettled: by ring, deliveries that its servers may not know of.
+        waiting: connections that wait for descriptors.
+        listeners: called with what servers have confirmed; each returns how much of it was discarded by itself.
+        closed: whether `close` has been called.
     """
 
     def __init__(
-        self, config: ClientConfig, link_factory: LinkFactory, *, reader: int, counters: ClientCounters
+        self,
+        config: ClientConfig,
+        reactor: Reactor,
+        engine: Engine,
+        *,
+        counters: ClientCounters,
+        lend: Callable[[int], Bytes],
     ) -> None:
-        self._config = config
-        self._link_factory = link_factory
-        self._reader = reader
-        self._counters = counters
-        self._stack = AsyncExitStack()
-        self.link: Link | None = None
-        self._opening = asyncio.Lock()
+        self.config = config
+        self.reactor = reactor
+        self.engine = engine
+        self.counters = counters
+        self.lend = lend
+        self.max_age_s = config.pool_endpoint_max_age_s
+        self.schemas: dict[int, Schema] = {}
+        self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
+        self.waiting: deque[Connection] = deque()
+        self.listeners: list[Callable[[Sequence[Named], Sequence[Status]], int]] = []
         self.closed = False
-        self._idle: EndpointPool[Channel] = EndpointPool(
-            max_age_s=config.pool_endpoint_max_age_s, max_idle=config.max_pooled_endpoints
-        )
-        self._schemas: dict[int, Schema] = {}
-        self._unsettled: OrderedDict[bytes, deque[ReadExchange]] = OrderedDict()
-        self._closing: set[asyncio.Task[bool]] = set()
+        self.known: OrderedDict[PortKey, Connection] = OrderedDict()
+        self._closing = 0
+        self._budget: int | None = None
+        self.ending: set[Connection] = set()
+        self._goodbyes = 0
 
     @property
-    def pooled_endpoints(self) -> int:
-        """Idle connections now."""
-        return len(self._idle)
+    def idle_count(self) -> int:
+        """Open connections that nothing uses now."""
+        return sum(connection.idle for connection in tuple(self.known.values()))
 
-    async def aclose(self) -> None:
-        """Take leave of every server, close every connection and the link. Bounded; idempotent."""
-        self.closed = True
-        channels = self._idle.drain()
-        try:
-            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                await asyncio.gather(*(channel.say_goodbye() for channel in channels), return_exceptions=True)
-        except TimeoutError:
-            pass  # a server that does not answer finds out by itself
-        for channel in channels:
-            await channel.close()
-        await asyncio.gather(*self._closing, return_exceptions=True)
-        async with self._opening:  # a read that is just opening the link must not leave it behind
-            self.link = None
-            await self._stack.aclose()
+    def to(self, key: PortKey, now: float) -> Connection:
+        """The connection to a port, opened if there is none."""
+        known = self.known
+        connection = known.get(key)
+        if connection is not None:
+            if now - connection.used_s <= self.max_age_s or not connection.idle:
+                known.move_to_end(key)
+                connection.used_s = now
+                return connection
+            self._close_aged(now)
+        return self._open(key, now)
 
     def evict(self, key: PortKey) -> None:
-        """Close what lies idle at a port that has just proved unhealthy."""
-        self.close_aside(self._idle.evict(key))
+        """Close the connection to a port if nothing uses it."""
+        connection = self.known.get(key)
+        if connection is not None and connection.idle:
+            connection.close()
 
-    def at_hand(self, key: PortKey, ref: SlotRef) -> Channel | None:
-        """A connection over which `ref` can be read at once; None when something has to be waited for first.
+    def _open(self, key: PortKey, now: float) -> Connection:
+        self._close_aged(now)  # also those to sources that are not read any more
+        connection = self.known[key] = Connection(self, key)
+        connection.used_s = now
+        if self._has_room():
+            self.reactor.call_at(now, connection.start)  # in the next turn: who asked has not queued anything yet
+        else:
+            self.waiting.append(connection)
+            self._close_idle()
+        return connection
 
-        That is: opening one (`checkout`), what it owes (`settle`), or its ring's schema (`schema_of`).
-        """
-        if ref.ring_id in self._unsettled or (ref.fingerprint and ref.fingerprint not in self._schemas):
-            return None
-        channel = self._idle.take(key, asyncio.get_running_loop().time())
-        if channel is not None and not channel.alive:
-            self.close_aside((channel,))
-            return None
-        return channel
+    def _has_room(self) -> bool:
+        if self._budget is None:
+            self._budget = connection_budget(
+                limit=raised_limit(), in_use=descriptors_in_use(), asked=self.config.max_connections
+            )
+        return len(self.known) - len(self.waiting) + self._closing <= self._budget
 
-    def known_schema(self, ref: SlotRef) -> Schema | None:
-        """The schema that `schema_of` has returned before; None for raw bytes."""
-        return self._schemas[ref.fingerprint] if ref.fingerprint else None
+    def _close_aged(self, now: float) -> None:
+        limit_s = now - self.max_age_s
+        for connection in tuple(self.known.values()):
+            if connection.used_s >= limit_s:
+                return  # they are in the order of their use
+            if connection.idle:
+                self.counters.add("aged_out")
+                connection.close()
 
-    async def checkout(self, key: PortKey, until_s: float) -> Channel:
-        """A connection to `key` for one exchange; give it to `checkin` or `close_aside`. Errors as `Channel.open`."""
-        loop = asyncio.get_running_loop()
-        while True:
-            checkout = self._idle.checkout(key, loop.time())
-            self._counters.add("aged_out", len(checkout.expired))
-            self.close_aside(checkout.expired)  # not awaited: a cancellation here would lose the others
-            channel = checkout.endpoint
-            if channel is None:
-                return await self._connect(key, until_s)
-            if channel.alive:
-                return channel
-            self.close_aside((channel,))  # the server closed it while it lay idle: no reason to distrust the port
-
-    async def _connect(self, key: PortKey, until_s: float) -> Channel:
-        link = await self._opened_link()
-        now = asyncio.get_running_loop().time()
-        self.close_aside(self._idle.expired(now))  # also those to sources that are not read any more
-        limit_s = now + self._config.connect_timeout_s
-        try:
-            async with asyncio.timeout_at(min(limit_s, until_s)):
-                channel = await Channel.open(link, key, reader=self._reader, token=self._config.token_bytes)
-        except TimeoutError as error:
-            if isinstance(error, TransportError):
-                raise
-            silent = was_data_port_silent(error)
-            unknown = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
-            message = DATA_PORT_SILENT if silent else unknown
-            raise PeerLostError(message, host=key[0], port=key[1], reason="unreachable") from None
-        self._counters.add("connections")
-        return channel
-
-    async def _opened_link(self) -> Link:
-        async with self._opening:
-            if self.closed:
-                raise ConfigError("the client is closed")
-            if self.link is None:
-                self.link = await self._stack.enter_async_context(self._link_factory())
-            return self.link
-
-    def checkin(self, channel: Channel) -> None:
-        """Keep a connection for the next call."""
-        loop = asyncio.get_running_loop()
-        surplus = (channel,) if self.closed else self._idle.checkin(channel.key, channel, loop.time())
-        if surplus:
-            self.close_aside(surplus)
-
-    def close_aside(self, channels: Iterable[Channel]) -> None:
-        """Close connections without letting a read wait for it; `aclose` does.
-
-        What they owe is known at once. A buffer that UCX may still write into stays out of the pool until it may not.
-        """
-        for channel in channels:
-            if channel.unsettled is not None:
-                self._owe(channel.unsettled)
-            closing = asyncio.get_running_loop().create_task(channel.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-
-    def _owe(self, exchange: ReadExchange) -> None:
-        """Remember a delivery that the server may not know of."""
-        self._unsettled.setdefault(exchange.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(exchange)
-        while len(self._unsettled) > UNSETTLED_RINGS:
-            self._unsettled.popitem(last=False)
-
-    async def settle(self, channel: Channel, ring_id: bytes) -> None:
-        """Send again the acknowledgements that a lost connection may have lost: their slots wait for them."""
-        while waiting := self._unsettled.get(ring_id):
-            exchange = waiting.popleft()  # this task's from here on: other reads of this ring settle at the same time
-            try:
-                await channel.confirm(exchange)
-                self._counters.add("confirms")
-            except (PeerLostError, asyncio.CancelledError):
-                self._owe(exchange)
-                raise
-            except TransportError as error:
-                if error.retryable:
-                    self._owe(exchange)  # the ring cannot say just now: with the next read
+    def _close_idle(self, *, every: bool = False) -> None:
+        """Make room for one that waits."""
+        for connection in tuple(self.known.values()):
+            if connection.idle:
+                connection.close()
+                if not every:
                     return
-                # settled already, or overwritten: nothing is left to say
-        self._unsettled.pop(ring_id, None)
 
-    async def discard(self, key: PortKey, waiting: deque[ReadExchange], found: list[bool], until_s: float) -> None:
-        """Say of payloads of one ring, until `until_s` on the loop's clock, that they arrived, though none was fetched.
+    def rested(self, connection: Connection) -> None:
+        """Nothing uses it any more, while others wait for its descriptors."""
+        if connection.idle:
+            connection.close()
 
-        What was said is taken out of `waiting`, and `found` grows by whether that payload was still there. A
-        TransportError or TimeoutError: the others could not be said.
-        """
-        channel: Channel | None = None
-        try:
-            async with asyncio.timeout_at(until_s):
-                channel = await self.checkout(key, until_s)
-                await self.settle(channel, waiting[0].ring_id)
-                while waiting:
-                    there = True
-                    try:
-                        await channel.confirm(waiting[0])
-                    except StaleSlotError:
-                        there = False
-                    waiting.popleft()
-                    found.append(there)
-        except BaseException:
-            if channel is not None:
-                self.close_aside((channel,))
-            raise
-        self.checkin(channel)
+    def removed(self, connection: Connection) -> None:
+        """It is closed, and its descriptors are not free yet."""
+        if self.known.get(connection.key) is connection:
+            del self.known[connection.key]
+        with suppress(ValueError):
+            self.waiting.remove(connection)
+        self.ending.discard(connection)
+        self._closing += 1
 
-    def owe(self, exchanges: Iterable[ReadExchange]) -> None:
-        """Say of these with the next read of their ring that they arrived."""
-        for exchange in exchanges:
-            self._owe(exchange)
+    def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
+        """A closed connection's descriptors are free."""
+        self._closing -= 1
+        self._start_waiting()
 
-    async def schema_of(self, channel: Channel, ref: SlotRef) -> Schema | None:
-        """The schema a reference names, asked for once; None for raw bytes. A ProtocolError: the server has another."""
-        if ref.fingerprint == 0:
-            return None
-        schema = self._schemas.get(ref.fingerprint)
-        if schema is None:
-            schema = Schema.from_bytes(await channel.describe(ref.ring_id))
-            if schema.fingerprint != ref.fingerprint:
-                raise ProtocolError(
-                    "the server's schema is not the one the reference names",
-                    expected=f"{ref.fingerprint:#018x}",
-                    found=f"{schema.fingerprint:#018x}",
-                )
-            self._schemas[schema.fingerprint] = schema
-        return schema
+    def short(self, connection: Connection, error: TransportError) -> bool:
+        """There were no descriptors for a connection, whatever the budget says; whether it now waits for others'."""
+        self._close_idle(every=True)
+        if len(self.known) - len(self.waiting) + self._closing < 2:  # this one is all there is
+            return False
+        again = self.known[connection.key] = Connection(self, connection.key)
+        again.used_s, again.shortage = connection.used_s, error
+        for read in connection.queue:
+            read.connection = again
+        again.queue, connection.queue = connection.queue, again.queue
+        again.errands, connection.errands = connection.errands, again.errands
+        self.waiting.append(again)
+        connection.close()
+        self.reactor.call_at(self.reactor.now() + SHORTAGE_PAUSE_S, self._start_waiting)
+        return True
+
+    def _start_waiting(self) -> None:
+        while self.waiting and not self.closed:
+            connection = self.waiting.popleft()
+            if not self._has_room():
+                self.waiting.appendleft(connection)
+                return
+            connection.start()
+
+    # --- Ends and confirmations ---
+
+    def delay_ends(self, connection: Connection) -> None:
+        """Its ends go with its next request, or a little later."""
+        if not self.ending:
+            self.reactor.call_at(self.reactor.now() + ENDS_DELAY_S, self.send_ends)
+        self.ending.add(connection)
+
+    def send_ends(self) -> None:
+        """Send all ends that wait."""
+        while self.ending:
+            self.ending.pop().send_ends()
+
+    def owe(self, names: Iterable[Named]) -> None:
+        """Remember payloads that are ours, or are not wanted, of which a server may not know."""
+        for name in names:
+            self.unsettled.setdefault(name.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(name)
+        while len(self.unsettled) > UNSETTLED_RINGS:
+            self.unsettled.popitem(last=False)
+
+    def settle(self, connection: Connection, ring_id: bytes) -> None:
+        """Say what a ring's server may not know; the answer is not waited for: frames are handled in order."""
+        names = list(self.unsettled.pop(ring_id, ()))
+        for start in range(0, len(names), MAX_NAMES):
+            self._confirm(connection, names[start : start + MAX_NAMES])
+
+    def _confirm(self, connection: Connection, names: list[Named]) -> None:
+        session = connection.session
+
+        def confirmed(asked: Asked, answer: bytearray) -> None:
+            try:
+                statuses = session.confirmed(asked.attempt, answer)
+            except TransportError as error:
+                if session.broken:
+                    raise
+                statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
+            self.confirmed(names, statuses)
+            connection.after_answers()
+
+        if connection.closed:  # by the frame before
+            self.owe(names)
+        else:
+            connection.ask(session.confirm(names), CONFIRM_RECEIVE_BYTES, confirmed)
+
+    def confirmed(self, names: list[Named], statuses: list[Status]) -> None:
+        """A server has heard it; of what it could not look at, it hears again with the next read."""
+        busy = Status.BUSY
+        self.owe(name for name, status in zip(names, statuses, strict=True) if status is busy)
+        discarded = sum(listener(names, statuses) for listener in tuple(self.listeners))
+        self.counters.add("confirms", statuses.count(Status.OK) - discarded)
+
+    # --- The end ---
+
+    def say_goodbye(self, on_said: Callable[[], None]) -> None:
+        """Take leave of every server; called back when all have answered, or in `GOODBYE_TIMEOUT_S`."""
+        connections = [connection for connection in self.known.values() if connection.is_open]
+        left = len(connections) + 1
+
+        def said() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                on_said()
+
+        def too_late() -> None:
+            nonlocal left
+            if left > 0:
+                left = 0
+                on_said()
+
+        self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, too_late)
+        for connection in connections:
+            _say_goodbye(connection, said)
+        said()
+
+    def close(self) -> None:
+        """Close every connection. Idempotent."""
+        self.closed = True
+        self.waiting.clear()
+        for connection in tuple(self.known.values()):
+            connection.close()
+
+
+def _say_goodbye(connection: Connection, on_said: Callable[[], None]) -> None:
+    """Called back once the server has handled everything, unless the connection is lost before."""
+    session = connection.session
+
+    def said(asked: Asked, answer: bytearray) -> None:
+        session.farewell(asked.attempt, answer)
+        on_said()
+
+    connection.ask(session.bye(), BYE_RECEIVE_BYTES, said)

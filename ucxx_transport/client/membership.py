@@ -1,24 +1,25 @@
-"""Membership: which sources a client knows to be gone, and the reads that wait for one of them.
+"""Membership: which sources a client knows to be gone.
 
 A read of a source that is gone fails at once, in whatever it was waiting, instead of by its deadline.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.errors import PeerLostError
+from ucxx_transport.client.jobs import removed
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.connections import Connections
+    from ucxx_transport.client.dispatch import Dispatch
+    from ucxx_transport.client.jobs import Job, Read
+    from ucxx_transport.client.takes import Take
+    from ucxx_transport.errors import TransportError
+    from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceRecord
-    from ucxx_transport.schema import SlotRef
-
-ResultT = TypeVar("ResultT")
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings that are gone, 100 bytes each: more than a job loses."""
@@ -36,22 +37,41 @@ class Watcher(Protocol):
     ) -> Callable[[], None]: ...
 
 
+class Reading(Protocol):
+    """What this needs of the client's `Reads`."""
+
+    jobs: set[Job]
+    takes: set[Take]
+    connections: Connections
+    dispatch: Dispatch
+
+    def fail(self, read: Read, error: TransportError) -> None: ...
+    def settle(self) -> None: ...
+
+
 class Membership:
-    """What a watcher says, from here on. Told in the watcher's thread, asked in the client's loop."""
+    """What a watcher reports, in its thread, and what follows from it for the reads, in the reactor's.
+
+    Attributes:
+        gone: rings whose sources are.
+        news: reports that the reads have not seen, the newest of each ring.
+    """
 
     def __init__(self, watcher: Watcher) -> None:
-        # until `subscribe` nobody reads over UCX, so nothing is open
-        self._on_gone: Callable[[SourceRecord], None] = lambda _: None
-        self._on_there: Callable[[SourceRecord], None] = lambda _: None
+        self._reactor: Reactor | None = None
+        self._reads: Reading | None = None
         self._lock = threading.Lock()
-        self._gone: OrderedDict[bytes, None] = OrderedDict()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._scopes: dict[bytes, set[asyncio.Timeout]] = {}
+        self.gone: OrderedDict[bytes, None] = OrderedDict()
+        # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and
+        # what waits for it must not grow with every report.
+        self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
-    def subscribe(self, on_gone: Callable[[SourceRecord], None], on_there: Callable[[SourceRecord], None]) -> None:
-        """Pass it on, in the loop of the reads: a source that is gone, and one that is there."""
-        self._on_gone, self._on_there = on_gone, on_there
+    def bind(self, reads: Reading, reactor: Reactor) -> None:
+        """Reads begin here: from now on they are notified."""
+        self._reads, self._reactor = reads, reactor
+        if self.news:
+            reactor.submit(self._apply)
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
@@ -59,53 +79,48 @@ class Membership:
         if unsubscribe is not None:
             unsubscribe()
 
-    async def guarded(self, ref: SlotRef, reading: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Read, unless the source of `ref` is gone or goes meanwhile: a PeerLostError with the reason "removed"."""
-        self._loop = asyncio.get_running_loop()
-        scope = asyncio.timeout(None)
-        scopes = self._scopes.setdefault(ref.ring_id, set())
-        scopes.add(scope)
-        try:
-            if ref.ring_id in self._gone:  # looked at after it was entered: either this sees it, or the other does
-                raise _gone(ref)
-            async with scope:
-                return await reading()
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise _gone(ref) from None
-        finally:
-            scopes.discard(scope)
-            if not scopes:
-                self._scopes.pop(ref.ring_id, None)
-
     def _removed(self, record: SourceRecord) -> None:
         with self._lock:
-            self._gone[record.ring_id] = None
-            while len(self._gone) > REMEMBERED_RINGS:
-                self._gone.popitem(last=False)
-        self._in_loop(self._end_reads, record)
+            self.gone[record.ring_id] = None
+            while len(self.gone) > REMEMBERED_RINGS:
+                self.gone.popitem(last=False)
+        self._report(record, is_there=False)
 
     def _added(self, record: SourceRecord) -> None:
         with self._lock:
-            self._gone.pop(record.ring_id, None)
-        self._in_loop(self._on_there, record)
+            self.gone.pop(record.ring_id, None)
+        self._report(record, is_there=True)
 
-    def _in_loop(self, action: Callable[[SourceRecord], None], record: SourceRecord) -> None:
-        loop = self._loop
-        if loop is None or loop.is_closed():
-            return  # nothing was read yet, so nothing is open
-        with suppress(RuntimeError):  # it was closed in between
-            loop.call_soon_threadsafe(action, record)
+    def _report(self, record: SourceRecord, *, is_there: bool) -> None:
+        with self._lock:
+            is_first = not self.news
+            was_removed = self.news.get(record.ring_id, (record, True))[1] is False
+            # One that was removed and is back ends its reads all the same: it is another epoch.
+            self.news[record.ring_id] = (record, is_there and not was_removed)
+        if is_first and self._reactor is not None:
+            self._reactor.submit(self._apply)
 
-    def _end_reads(self, record: SourceRecord) -> None:
-        assert self._loop is not None
-        for scope in self._scopes.get(record.ring_id, ()):
-            if not scope.expired():
-                scope.reschedule(self._loop.time())
-        self._on_gone(record)
+    def apply(self, reads: Reading) -> None:
+        """Pass on what was reported; before a read begins, which a report from before it does not concern."""
+        with self._lock:
+            news, self.news = self.news, {}
+        for record, is_there in news.values():
+            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
+            if is_there:
+                for key in keys:  # worth a try
+                    reads.dispatch.forgive(key)
+                continue
+            for job in tuple(reads.jobs):
+                for read in tuple(job.reads):
+                    if read.job is not None and read.ref.ring_id == record.ring_id:
+                        reads.fail(read, removed(read.ref))
+            for take in tuple(reads.takes):
+                if take.request.source.ring_id == record.ring_id:
+                    take.fail(removed(record))
+            for key in keys:
+                reads.connections.evict(key)
+        reads.settle()
 
-
-def _gone(ref: SlotRef) -> PeerLostError:
-    message = "the source of this payload is gone: its worker died, left, or published itself again"
-    return PeerLostError(message, host=ref.host, ring=ref.ring_name, slot=ref.slot, reason="removed")
+    def _apply(self) -> None:
+        if self._reads is not None:
+            self.apply(self._reads)

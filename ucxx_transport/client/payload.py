@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import numpy as np
@@ -25,12 +26,15 @@ class Payload:
     Attributes:
         ref: the reference it was read by.
         transport: "view" (the slot, in place), "copy" (copied out of the slot), "ucx".
+        record: of a payload that was taken: what its writer said of it, a rollout worker's record or else the `meta`;
+            None when that was nothing, and for one that was read by its reference.
     """
 
-    __slots__ = ("_arrays", "_root", "_schema", "ref", "transport")
+    __slots__ = ("_arrays", "_root", "_schema", "record", "ref", "transport")
 
     def __init__(self, ref: SlotRef, root: npt.NDArray[np.uint8], schema: Schema | None, transport: Transport) -> None:
         self.ref = ref
+        self.record: Mapping[str, object] | None = None
         self.transport: Transport = transport
         self._root: npt.NDArray[np.uint8] | None = root
         self._schema = schema
@@ -97,6 +101,7 @@ class Payload:
         target = writable_bytes(into, self.nbytes)
         np.copyto(target, self._held())
         moved = Payload(self.ref, target, self._schema, self.transport)
+        moved.record = self.record
         self.release()
         return moved
 

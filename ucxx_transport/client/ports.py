@@ -1,24 +1,113 @@
-"""Ports of a source: which of them one call tries, in which order, which it avoids, and over which idle connection.
+"""Ports of a source and the retry policy: which port a read is asked of, which are avoided, what a failure leads to.
 
 Decisions: `now` comes in, nothing waits, opens or closes.
 
-Reads that overlap take a source's healthy ports in turn, so that its server's threads share them. A read that is alone
-at its source stays at the port that served the last one: that port's thread is still polling, and the others sleep (the
-p50 of a 64 KiB read over 4 ports: 840 µs in turn, 620 µs by staying, in one run on 2 cores).
+| failure                                  | port layer            | slot layer          |
+|------------------------------------------|-----------------------|---------------------|
+| `PeerLostError`, attempt timed out       | quarantine, next port | fresh call          |
+| `BusyError`                              | next port             | fresh call, backoff |
+| `NotReadyError`                          | propagate             | fresh calls, as many as the deadline allows |
+| `ChecksumError`                          | propagate             | fresh call          |
+| `StaleSlotError`, protocol, token, config| propagate             | propagate           |
+| the caller's deadline passed             | propagate             | propagate           |
+
+Reads that overlap take a source's healthy ports in turn, so that its server's processes share them; a group of many,
+or of much, is spread over them at once. A read that is alone at its source stays at the port that served the last one:
+that port is still polling, and the others sleep (the p50 of a 64 KiB read over 4 ports: 840 µs in turn, 620 µs by
+staying, in one run on 2 cores).
+
+While all ports of a source are in quarantine, one read of it probes them and the others wait for what comes of it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from enum import Enum
+from typing import Final, Generic, Protocol, TypeVar
 
-# One rotation a call: the port that was due and, after a transport-class failure, the next one.
-PORTS_PER_CALL = 2
-# Sources whose position is remembered; beyond it the longest unused starts again at its first port.
-REMEMBERED_SOURCES = 4096
+from ucxx_transport.backoff import pause_s
+from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
+
+REMEMBERED_SOURCES: Final = 4096
+"""Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
+
+SPREAD_READS: Final = 8
+SPREAD_BYTES: Final = 2 << 20
+"""A group of so many reads, or of two and so many bytes, goes to all healthy ports of its source at once."""
+
+PROBE_S: Final = 0.5
+"""What a source whose ports are all in quarantine may cost a batch that has others to read from."""
+
+BACKOFF_BASE_S: Final = 0.01
+BACKOFF_LIMIT_S: Final = 0.5
+SHORTEST_ATTEMPT_S: Final = 0.001
+"""What is left is worth a try only if a round trip may fit into it."""
 
 PortKey = tuple[str, int]
+
+
+# --- Retry -----------------------------------------------------------------------------------------------------------
+
+
+class PortVerdict(Enum):
+    """What the port layer does with a failure."""
+
+    ROTATE_AND_QUARANTINE = "rotate_and_quarantine"
+    ROTATE = "rotate"
+    PROPAGATE = "propagate"
+
+
+def judge_port(error: TransportError) -> PortVerdict:
+    """What a failure says about the port it came through."""
+    if isinstance(error, PeerLostError | DeadlineExceededError):
+        return PortVerdict.ROTATE_AND_QUARANTINE
+    if isinstance(error, BusyError):
+        return PortVerdict.ROTATE
+    return PortVerdict.PROPAGATE
+
+
+def backoff_s(error: TransportError, attempt: int) -> float:
+    """Seconds to wait before fresh call number `attempt` (1 is the first repetition)."""
+    if isinstance(error, BusyError | NotReadyError):
+        return pause_s(attempt, first_s=BACKOFF_BASE_S, longest_s=BACKOFF_LIMIT_S)
+    return 0.0
+
+
+def retries_slot(error: TransportError, *, attempt: int, read_attempts: int, remaining_s: float) -> bool:
+    """Whether the slot layer makes another fresh call after attempt number `attempt` (from 1).
+
+    A source that is not bound yet says so itself and asks to come again: that is no failure to give up on.
+    """
+    if not error.retryable or (attempt >= read_attempts and not isinstance(error, NotReadyError)):
+        return False
+    return remaining_s - backoff_s(error, attempt) > SHORTEST_ATTEMPT_S
+
+
+def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
+    """How much of the remaining deadline one try may use, of `tries_left`, itself included.
+
+    Half of what is left while other tries may follow, all of it on the last: a silent port can cost half the
+    deadline, never all of it, and a slow link still gets the longest possible time.
+    """
+    return remaining_s if tries_left <= 1 else remaining_s / 2
+
+
+class Takeable(Protocol):
+    """A ring and where it is served: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+    @property
+    def ring_name(self) -> str: ...
+    @property
+    def host_id(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def ports(self) -> tuple[int, ...]: ...
+
+
+# --- Ports -----------------------------------------------------------------------------------------------------------
 
 
 class Quarantine:
@@ -33,7 +122,7 @@ class Quarantine:
         self._until_s[key] = now + self._duration_s
 
     def forgive(self, key: PortKey) -> None:
-        """`key` has just served a read: it is healthy."""
+        """`key` has just answered: it is healthy."""
         self._until_s.pop(key, None)
 
     def holds(self, key: PortKey, now: float) -> bool:
@@ -55,134 +144,71 @@ class Quarantine:
         return len(self._until_s)
 
 
-class Turn:
-    """A source's ports, at least one, and the calls under way at them. As a context manager: one such call."""
+ReadT = TypeVar("ReadT")
 
-    __slots__ = ("_calls", "_keys", "_position")
+
+class Source(Generic[ReadT]):
+    """One source's ports, at least one, and the reads under way at them.
+
+    Attributes:
+        keys: its ports. position: of the one that is due.
+        under_way: reads that are not over.
+        probe: the read that tries a port while all are in quarantine, None when none does.
+        waiting: reads that wait for what comes of it.
+    """
+
+    __slots__ = ("keys", "position", "probe", "under_way", "waiting")
 
     def __init__(self, keys: tuple[PortKey, ...], position: int) -> None:
-        self._keys = keys
-        self._position = position
-        self._calls = 0
+        self.keys = keys
+        self.under_way = 0
+        self.probe: ReadT | None = None
+        self.waiting: deque[ReadT] = deque()
+        self.position = position
 
-    def __enter__(self) -> Self:
-        if self._calls:
-            self._position += 1
-        self._calls += 1
-        return self
+    def healthy(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:
+        """Its ports that are not in quarantine."""
+        return tuple(key for key in self.keys if not quarantine.holds(key, now))
 
-    def __exit__(self, *error: object) -> None:
-        self._calls -= 1
-
-    def ports(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:
-        """The one or two ports the call may use, best first; all are candidates when all are in quarantine."""
-        candidates = self._keys
-        if len(quarantine):
-            # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
-            candidates = tuple(key for key in candidates if not quarantine.holds(key, now)) or candidates
-        first = self._position % len(candidates)
-        chosen = candidates[first : first + PORTS_PER_CALL]
-        return chosen + candidates[: min(first, PORTS_PER_CALL - len(chosen))]
+    def first(self, keys: tuple[PortKey, ...], *, alone: bool) -> int:
+        """Which of `keys`, some of its ports, is due for what is to be read now, alone or beside other reads."""
+        # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
+        if not alone:
+            self.position += 1
+        return self.position % len(keys)
 
     def advance(self) -> None:
         """An attempt failed: the next port is due."""
-        self._position += 1
+        self.position += 1
 
 
-class Rotation:
-    """The turns of all sources; `first` is the port that a source's first call takes: clients should differ in it."""
+class Sources(Generic[ReadT]):
+    """All sources; `first` is the port that a source's first read takes: clients should differ in it.
+
+    Attributes:
+        known: by address and ports; use `of`, which keeps their order, unless one has just been used.
+    """
 
     def __init__(self, first: int = 0) -> None:
         self._first = first
-        self._turns: OrderedDict[tuple[str, tuple[int, ...]], Turn] = OrderedDict()
+        self.known: OrderedDict[tuple[str, tuple[int, ...]], Source[ReadT]] = OrderedDict()
 
-    def turn(self, host: str, ports: tuple[int, ...]) -> Turn:
-        """For one call to a source, by its address and ports, at least one: enter it."""
-        source = (host, ports)
-        turn = self._turns.get(source)
-        if turn is None:
-            turn = self._turns[source] = Turn(tuple((host, port) for port in ports), self._first)
-            if len(self._turns) > REMEMBERED_SOURCES:
-                self._turns.popitem(last=False)
+    def of(self, host: str, ports: tuple[int, ...]) -> Source[ReadT]:
+        """A source by its address and ports, at least one."""
+        name = (host, ports)
+        source = self.known.get(name)
+        if source is None:
+            source = self.known[name] = Source(tuple((host, port) for port in ports), self._first)
+            if len(self.known) > REMEMBERED_SOURCES:
+                self.known.popitem(last=False)
         else:
-            self._turns.move_to_end(source)
-        return turn
+            self.known.move_to_end(name)
+        return source
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkout(Generic[T]):
-    """What to do for one call: use this endpoint, or open one when None; and close those idle for too long."""
-
-    endpoint: T | None
-    expired: tuple[T, ...]
-
-
-class EndpointPool(Generic[T]):
-    """Idle endpoints per (address, port); a checked-out endpoint has one user.
-
-    Args:
-        max_age_s: an endpoint idle longer than this is closed on checkout. Keep it below the server's idle
-            eviction, so that a call never picks a connection the server has just dropped.
-        max_idle: idle endpoints kept per (address, port); the longest idle makes room.
-    """
-
-    def __init__(self, *, max_age_s: float, max_idle: int) -> None:
-        self._max_age_s = max_age_s
-        self._max_idle = max_idle
-        self._idle: dict[PortKey, deque[tuple[float, T]]] = {}
-
-    def take(self, key: PortKey, now: float) -> T | None:
-        """The most recently used endpoint of `key`, if none of its endpoints has expired; None: see `checkout`."""
-        idle = self._idle.get(key)
-        if not idle or now - idle[0][0] > self._max_age_s:
-            return None
-        return idle.pop()[1]
-
-    def checkout(self, key: PortKey, now: float) -> Checkout[T]:
-        """Take the most recently used endpoint of `key`, if one is young enough."""
-        expired = self._expire(key, now)
-        idle = self._idle.get(key)
-        if not idle:
-            self._idle.pop(key, None)
-            return Checkout(endpoint=None, expired=expired)
-        _, endpoint = idle.pop()
-        return Checkout(endpoint=endpoint, expired=expired)
-
-    def checkin(self, key: PortKey, endpoint: T, now: float) -> tuple[T, ...]:
-        """Give an endpoint back; returns those to close to stay below `max_idle`."""
-        idle = self._idle.get(key)
-        if idle is None:
-            idle = self._idle[key] = deque()
-        idle.append((now, endpoint))
-        if len(idle) <= self._max_idle:
-            return ()
-        return tuple(idle.popleft()[1] for _ in range(len(idle) - self._max_idle))
-
-    def expired(self, now: float) -> tuple[T, ...]:
-        """Every endpoint, of any port, idle longer than the maximum age; they leave the pool."""
-        return tuple(endpoint for key in tuple(self._idle) for endpoint in self._expire(key, now))
-
-    def evict(self, key: PortKey) -> tuple[T, ...]:
-        """Everything idle at `key`, which has just proved unhealthy; they leave the pool."""
-        return tuple(endpoint for _, endpoint in self._idle.pop(key, ()))
-
-    def drain(self) -> tuple[T, ...]:
-        """Everything, at the end."""
-        keys = tuple(self._idle)
-        return tuple(endpoint for key in keys for endpoint in self.evict(key))
-
-    def __len__(self) -> int:
-        """Idle endpoints of all ports."""
-        return sum(len(idle) for idle in self._idle.values())
-
-    def _expire(self, key: PortKey, now: float) -> tuple[T, ...]:
-        idle = self._idle.get(key)
-        expired = []
-        while idle and now - idle[0][0] > self._max_age_s:
-            expired.append(idle.popleft()[1])
-        if idle is not None and not idle:
-            del self._idle[key]
-        return tuple(expired)
+def shares(count: int, nbytes: int, ports: int) -> list[int]:
+    """How many reads of a group each of `ports` healthy ports is given, one after the other: all to one, or even."""
+    if ports == 1 or count == 1 or (count < SPREAD_READS and nbytes < SPREAD_BYTES):
+        return [count]
+    parts = min(ports, count)
+    return [count // parts + (part < count % parts) for part in range(parts)]

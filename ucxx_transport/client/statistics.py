@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from ucxx_transport.client.payload import Transport
+from ucxx_transport.errors import DeadlineExceededError, StaleSlotError, TransportError
 
 KEPT_DURATIONS: Final = 4096
 """Reads of each way whose durations are kept for the percentiles."""
@@ -62,11 +63,11 @@ class ClientStatistics:
         quarantined: ports put into quarantine.
         discarded: payloads discarded unread.
         connections: opened.
-        aged_out: idle endpoints closed for their age.
+        aged_out: idle connections closed for their age.
         confirms: late acknowledgements sent again.
         fallbacks: local reads that went over UCX instead.
         leaked_buffers: buffers that UCX never gave back.
-        pooled_endpoints: idle now.
+        pooled_endpoints: idle connections now.
         lent_buffers: in use now.
         idle_buffer_bytes: kept for reuse now.
         transports: what open UCX endpoints really use.
@@ -135,7 +136,7 @@ class ClientCounters:
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count `amount` more of `name`."""
-        with self._lock:  # the sync client counts in its caller's threads and in its loop's
+        with self._lock:  # a client that several threads share counts in all of them
             self._counts[name] += amount
 
     def delivered(self, transport: Transport, nbytes: int, took_s: float) -> None:
@@ -148,6 +149,14 @@ class ClientCounters:
             way.reads += 1
             way.nbytes += nbytes
             way.recent_s.append(took_s)
+
+    def failed(self, error: TransportError) -> None:
+        """Count one read that has ended with an error."""
+        self.add("failed")
+        if isinstance(error, StaleSlotError):
+            self.add("duplicates" if "delivered" in error.facts else "stale")
+        elif isinstance(error, DeadlineExceededError):
+            self.add("deadlines")
 
     def snapshot(self, **gauges: object) -> ClientStatistics:
         """The counts now, with what is measured rather than counted filled in."""

@@ -16,22 +16,31 @@
 |--------------|----------------------------------------|---------------------------|------------------------------|
 | into a slot  | one a leaf, on the writing thread's    | the producer's work: that | by the host, once a device,  |
 |              | current stream, to the page-locked ring| stream, or one it names   | before the slot is committed |
-| from a       | one a payload, on a stream of the      | the read that filled it   | by the consumer's stream,    |
-| receive      | receiver's own; the buffer is          |                           | when it takes the arrays     |
+| from a slot, | one a payload, on a stream of the      | the read that filled it   | by the consumer's stream,    |
+| or a receive | receiver's own; the memory is          |                           | when it takes the arrays     |
 | buffer       | page-locked                            |                           |                              |
 
 Nothing here imports torch or cupy before an array or a `device` asks for it. `runtime` says what an end needs of CUDA,
-as Protocols; `page_lock` decides what a refusal to lock means, `choosing` which library does it.
+as Protocols; `page_lock` decides what a refusal to lock means.
 """
 
-from ucxx_transport.gpu.choosing import RuntimeFinder, on_host, receiver_for, runtime_of
-from ucxx_transport.gpu.page_lock import PageLock, PageLockError, page_lock
-from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, PageLocking, Receiver, Upload
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, TypeAlias
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.gpu.page_lock import PageLockError, PageLocking, page_lock
+from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload
+from ucxx_transport.schema.tensors import Array, as_array, is_on_device
+from ucxx_transport.schema.wire_form import describe
 
 __all__ = [
     "DeviceArray",
     "LeafRuntime",
-    "PageLock",
     "PageLockError",
     "PageLocking",
     "Receiver",
@@ -42,3 +51,88 @@ __all__ = [
     "receiver_for",
     "runtime_of",
 ]
+
+RuntimeFinder: TypeAlias = Callable[[object, str], LeafRuntime]
+"""Gives what can work with a leaf on a GPU, of the field named."""
+
+_BY_DLPACK: Final = ("torch", "cupy")
+"""torch first: cupy up to 13 has no bfloat16, and crashed on one that came by DLPack (cupy issue 8801)."""
+
+_BY_INTERFACE: Final = ("cupy", "torch")
+"""cupy first: it waits for the stream that the interface names by itself."""
+
+
+def runtime_of(leaf: object, field: str) -> LeafRuntime:
+    """The library that works with a leaf on a GPU: its own, else one that this process has, else one installed.
+
+    Raises:
+        ConfigError: neither torch nor cupy is installed.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(leaf, torch.Tensor):  # a subclass too, wherever that is from
+        own = "torch"
+    else:
+        own = type(leaf).__module__.partition(".")[0]
+        if own not in _BY_DLPACK:
+            own = _library_for(leaf, field)
+    return _leaves_of(own)
+
+
+@cache
+def _leaves_of(library: str) -> LeafRuntime:
+    if library == "torch":
+        from ucxx_transport.gpu.torch import TorchLeaves
+
+        return TorchLeaves()
+    from ucxx_transport.gpu.cupy import CupyLeaves
+
+    return CupyLeaves()
+
+
+def _library_for(leaf: object, field: str) -> str:
+    wanted = _BY_DLPACK if hasattr(leaf, "__dlpack__") else _BY_INTERFACE
+    for name in wanted:
+        if sys.modules.get(name) is not None:
+            return name
+    for name in wanted:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        return name
+    raise ConfigError(
+        f"field {field!r}: {describe(leaf)} on a GPU needs torch or cupy to come to the host: "
+        "pip install 'ucxx_transport[torch]' or '[cu12]', or copy it to the host first",
+        field=field,
+    )
+
+
+def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> Array:
+    """A few values in host memory, wherever they are; `as_array`, with its errors, for what is there already."""
+    if not is_on_device(leaf):
+        return as_array(leaf, field)
+    runtime = runtimes(leaf, field)
+    return runtime.to_host(runtime.adopt(leaf, field))
+
+
+def receiver_for(device: str) -> Receiver:
+    """What receives on a GPU.
+
+    Args:
+        device: "cuda" or "cuda:N" for torch tensors, "cupy" or "cupy:N" for cupy arrays; without a number the device
+            that is the library's current one now.
+
+    Raises:
+        ConfigError: the library is not installed, or finds no such GPU here.
+    """
+    library, colon, number = device.partition(":")
+    if colon and not number.isdecimal():
+        raise ConfigError(f"device={device!r}: {number!r} is not the number of a GPU", field="device")
+    index = int(number) if colon else None
+    if library == "cuda":
+        from ucxx_transport.gpu.torch import TorchReceiver
+
+        return TorchReceiver(device, index)
+    from ucxx_transport.gpu.cupy import CupyReceiver
+
+    return CupyReceiver(device, index)

@@ -16,23 +16,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.page_lock import SUCCESS
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, PageLocking, Upload, check_index
+from ucxx_transport.gpu.page_lock import SUCCESS, Bytes, PageLocking
+from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload, check_index
 from ucxx_transport.schema.dtypes import DType, canonical_dtype
-from ucxx_transport.schema.wire_form import describe
 
 if TYPE_CHECKING:
     from ucxx_transport.schema.tensors import Array
-
-
-_PORTABLE: Final = 1
-"""`cudaHostRegisterPortable`, <driver_types.h>."""
 
 
 def import_cupy(why: str) -> Any:
@@ -47,7 +42,7 @@ def import_cupy(why: str) -> Any:
     return cupy
 
 
-@lru_cache(maxsize=64)
+@cache
 def has_dtype(cupy: Any, dtype: DType) -> bool:
     """Whether this cupy works with elements of `dtype`: bfloat16 from 14 on, float8 not yet."""
     if dtype.name.startswith("float8"):  # cupy 13 goes by the letter, of which ml_dtypes has one in common with numpy
@@ -59,109 +54,38 @@ def has_dtype(cupy: Any, dtype: DType) -> bool:
     return True
 
 
-class CupyPageLocking:
-    """See `PageLocking`."""
+class CupyPageLocking(PageLocking):
+    """By cupy's binding of CUDA."""
 
     def __init__(self, cupy: Any, device: int) -> None:
         self._cupy = cupy
         self._device = device
 
-    def host_register(self, address: int, nbytes: int) -> int:
-        return self._status_of("hostRegister", address, nbytes, _PORTABLE)
-
-    def host_unregister(self, address: int) -> int:
-        return self._status_of("hostUnregister", address)
-
-    def error_words(self, status: int) -> str:
-        return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"
-
-    def _status_of(self, function: str, *arguments: int) -> int:
+    def call(self, function: str, *arguments: int) -> int:
         runtime = self._cupy.cuda.runtime
         try:
             with self._cupy.cuda.Device(self._device):
-                getattr(runtime, function)(*arguments)
+                getattr(runtime, function[0].lower() + function[1:])(*arguments)
         except runtime.CUDARuntimeError as error:  # cupy has cleared CUDA's last error already
             return int(error.status)
         return SUCCESS
 
+    def error_words(self, status: int) -> str:
+        return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"
 
-class CupyLeaves:
-    """See `LeafRuntime`. cupy's own arrays are ordered by the thread's current stream of cupy on their device."""
+
+class CupyLeaves(LeafRuntime):
+    """cupy's own arrays are ordered by the thread's current stream of cupy on their device."""
+
+    remedy = ", or install torch"
 
     def __init__(self) -> None:
-        self._cupy = import_cupy("an array on a GPU")
+        self.library = import_cupy("an array on a GPU")
 
-    def adopt(self, leaf: object, field: str) -> DeviceArray:
-        cupy = self._cupy
-        try:
-            array = leaf if isinstance(leaf, cupy.ndarray) else self._seen_as_array(leaf)
-        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as exc:
-            raise ConfigError(
-                f"field {field!r}: cupy cannot take {describe(leaf)} from its GPU ({type(exc).__name__}: {exc}); "
-                "copy it to the host first, or install torch",
-                field=field,
-            ) from exc
-        return DeviceArray(
-            runtime=self,
-            array=array,
-            shape=tuple(array.shape),
-            dtype=canonical_dtype(array.dtype, field),
-            device=int(array.device.id),
-        )
-
-    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        cupy = self._cupy
-        for wanted in (array.dtype, dtype):
-            if not has_dtype(cupy, wanted):
-                raise ConfigError(
-                    f"field {field!r}: cupy {cupy.__version__} does not convert {array.dtype.name} to {dtype.name}; "
-                    "convert it with torch first, or copy it to the host first (cupy.asnumpy)",
-                    field=field,
-                )
-        with cupy.cuda.Device(array.device):
-            converted = array.array.astype(dtype)
-        return DeviceArray(runtime=self, array=converted, shape=array.shape, dtype=dtype, device=array.device)
-
-    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        if array.array.size == 0:
-            return None
-        with self._cupy.cuda.Device(array.device):
-            return int(array.array.min()), int(array.array.max())
-
-    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        cupy = self._cupy
-        with cupy.cuda.Device(wide.device):
-            # bfloat16 where cupy has it: not every ufunc takes it, and float32 has each of its values
-            low = narrow.array.astype(cupy.float32) if narrow.dtype.name == "bfloat16" else narrow.array
-            high = wide.array.astype(cupy.float32) if wide.dtype.name == "bfloat16" else wide.array
-            return bool((cupy.isfinite(low) != cupy.isfinite(high)).any())
-
-    def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        if target.nbytes == 0:
-            return
-        cupy = self._cupy
-        runtime = cupy.cuda.runtime
-        with cupy.cuda.Device(array.device):
-            # one that is made here may go before the copy ends: its memory is used again on this stream only, in turn
-            contiguous = cupy.ascontiguousarray(array.array)
-            stream = cupy.cuda.get_current_stream()
-            address = target.__array_interface__["data"][0]
-            runtime.memcpyAsync(address, contiguous.data.ptr, target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-
-    def wait(self, device: int) -> None:
-        with self._cupy.cuda.Device(device):
-            self._cupy.cuda.get_current_stream().synchronize()
-
-    def to_host(self, array: DeviceArray) -> Array:
-        with self._cupy.cuda.Device(array.device):
-            host: Array = self._cupy.asnumpy(array.array)
-        return host
-
-    def page_locking(self, device: int) -> PageLocking:
-        return CupyPageLocking(self._cupy, device)
-
-    def _seen_as_array(self, leaf: Any) -> Any:
-        cupy = self._cupy
+    def seen(self, leaf: Any) -> Any:
+        cupy = self.library
+        if isinstance(leaf, cupy.ndarray):
+            return leaf
         if not hasattr(leaf, "__dlpack__"):
             return cupy.asarray(leaf)  # waits for the stream that the interface names
         dtype = str(getattr(leaf, "dtype", ""))
@@ -171,13 +95,66 @@ class CupyLeaves:
         with cupy.cuda.Device(leaf.__dlpack_device__()[1]):
             return cupy.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
 
+    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
+        return canonical_dtype(array.dtype, field), int(array.device.id)
+
+    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
+        cupy = self.library
+        for wanted in (array.dtype, dtype):
+            if not has_dtype(cupy, wanted):
+                raise ConfigError(
+                    f"field {field!r}: cupy {cupy.__version__} does not convert {array.dtype.name} to {dtype.name}; "
+                    "convert it with torch first, or copy it to the host first (cupy.asnumpy)",
+                    field=field,
+                )
+        with cupy.cuda.Device(array.device):
+            return array._replace(array=array.array.astype(dtype), dtype=dtype)
+
+    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
+        if array.array.size == 0:
+            return None
+        with self.library.cuda.Device(array.device):
+            return int(array.array.min()), int(array.array.max())
+
+    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
+        cupy = self.library
+        with cupy.cuda.Device(wide.device):
+            # bfloat16 where cupy has it: not every ufunc takes it, and float32 has each of its values
+            low = narrow.array.astype(cupy.float32) if narrow.dtype.name == "bfloat16" else narrow.array
+            high = wide.array.astype(cupy.float32) if wide.dtype.name == "bfloat16" else wide.array
+            return bool((cupy.isfinite(low) != cupy.isfinite(high)).any())
+
+    def copy_to_host(self, array: DeviceArray, target: Array) -> None:
+        if target.nbytes == 0:
+            return
+        cupy = self.library
+        runtime = cupy.cuda.runtime
+        with cupy.cuda.Device(array.device):
+            # one that is made here may go before the copy ends: its memory is used again on this stream only, in turn
+            contiguous = cupy.ascontiguousarray(array.array)
+            stream = cupy.cuda.get_current_stream()
+            address = target.__array_interface__["data"][0]
+            runtime.memcpyAsync(address, contiguous.data.ptr, target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+
+    def wait(self, device: int) -> None:
+        with self.library.cuda.Device(device):
+            self.library.cuda.get_current_stream().synchronize()
+
+    def to_host(self, array: DeviceArray) -> Array:
+        with self.library.cuda.Device(array.device):
+            host: Array = self.library.asnumpy(array.array)
+        return host
+
+    def page_locking(self, device: int) -> PageLocking:
+        return CupyPageLocking(self.library, device)
+
 
 _PER_THREAD_STREAM: Final = 2
 """`cudaStreamPerThread`: another stream in every thread that names it."""
 
 
-class CupyReceiver:
-    """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
+class CupyReceiver(Receiver):
+    """Its copies go by one stream of its own, which no kernel of the trainer's holds up.
 
     Raises:
         ConfigError: cupy is not installed, or finds no such GPU.
@@ -186,45 +163,60 @@ class CupyReceiver:
     def __init__(self, device: str, index: int | None) -> None:
         cupy = import_cupy(f"device={device!r}")
         runtime = cupy.cuda.runtime
+        count, why = 0, "it counts none"
         try:
             count = runtime.getDeviceCount()
         except runtime.CUDARuntimeError as exc:
-            raise _no_gpu(device, cupy, str(exc)) from exc
+            why = str(exc)
         if not count:
-            raise _no_gpu(device, cupy, "it counts none")
+            raise ConfigError(
+                f"device={device!r}: cupy {cupy.__version__} finds no GPU that it can use here ({why}); leave device "
+                "out for numpy arrays",
+                field="device",
+            )
         self._cupy = cupy
         self._device = check_index(device, index, count, runtime.getDevice)
         with cupy.cuda.Device(self._device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._held = _HeldMemory(cupy)
-
-    @property
-    def name(self) -> str:
-        return f"cupy:{self._device}"
+        self._lock = threading.Lock()
+        # A loan may end in any thread, inside any lock: its finaliser only appends here, which is atomic.
+        self._returned: deque[tuple[Any, list[Any]]] = deque()
+        self._waiting: list[tuple[Any, list[Any]]] = []
+        self.name = f"cupy:{self._device}"
+        self.out_of_memory = cupy.cuda.memory.OutOfMemoryError
 
     def page_locking(self) -> PageLocking:
         return CupyPageLocking(self._cupy, self._device)
 
-    def upload(self, source: Bytes) -> Upload:
+    def begin(self, source: Bytes) -> Upload:
         cupy = self._cupy
         runtime = cupy.cuda.runtime
         with cupy.cuda.Device(self._device), self._stream:
-            self._held.release_unread()
-            try:
-                memory = cupy.cuda.alloc(max(1, source.nbytes))
-            except cupy.cuda.memory.OutOfMemoryError as exc:
-                raise ConfigError(
-                    f"{self.name} has no memory for a payload of {source.nbytes} bytes: fetch smaller batches, or "
-                    "leave the trainer less of it",
-                    field="device",
-                    nbytes=source.nbytes,
-                ) from exc
+            self._release_unread()
+            memory = cupy.cuda.alloc(max(1, source.nbytes))
             if source.nbytes:
                 address = source.__array_interface__["data"][0]
                 runtime.memcpyAsync(memory.ptr, address, source.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
             event = cupy.cuda.Event(disable_timing=True)
             event.record(self._stream)
-            return _CupyUpload(cupy, self._device, self._held.lend(memory), source.nbytes, event)
+        loan = _Loan(memory)
+        weakref.finalize(loan, self._returned.append, (memory, loan.streams)).atexit = False
+        return _CupyUpload(cupy, self._device, loan, source.nbytes, event)
+
+    def _release_unread(self) -> None:
+        """Free the memory whose arrays are gone and which no stream reads any more. The device must be the current."""
+        with self._lock:
+            while self._returned:
+                memory, streams = self._returned.popleft()
+                self._waiting.append((memory, [self._passed(stream) for stream in streams]))
+            self._waiting = [entry for entry in self._waiting if not all(event.done for event in entry[1])]
+
+    def _passed(self, stream: Any) -> Any:
+        cuda = self._cupy.cuda
+        event = cuda.Event(disable_timing=True)
+        # nothing can be recorded on another thread's own stream; the default stream's events come after all of those
+        event.record(cuda.Stream.null if stream.ptr == _PER_THREAD_STREAM else stream)
+        return event
 
 
 class _Loan:
@@ -237,59 +229,10 @@ class _Loan:
         self.streams: list[Any] = []
 
 
-class _Guard(weakref.ref[_Loan]):
-    """What outlives a loan: the memory, and the streams that it was handed to."""
-
-    __slots__ = ("memory", "streams")
-    memory: Any
-    streams: list[Any]
-
-
-class _HeldMemory:
-    """Memory whose arrays are gone and which a stream may still read. Thread-safe."""
-
-    def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
-        self._lock = threading.Lock()
-        self._guards: set[_Guard] = set()
-        # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
-        self._returned: deque[_Guard] = deque()
-        self._waiting: list[tuple[Any, list[Any]]] = []
-
-    def lend(self, memory: Any) -> _Loan:
-        """A loan of `memory`, a `MemoryPointer`."""
-        loan = _Loan(memory)
-        guard = _Guard(loan, self._returned.append)
-        guard.memory = memory
-        guard.streams = loan.streams
-        with self._lock:
-            self._guards.add(guard)
-        return loan
-
-    def release_unread(self) -> None:
-        """Free what nothing reads any more. The device must be the current one."""
-        with self._lock:
-            while self._returned:
-                guard = self._returned.popleft()
-                self._guards.discard(guard)
-                events = [self._passed(stream) for stream in guard.streams]
-                self._waiting.append((guard.memory, events))
-            self._waiting = [
-                (memory, events) for memory, events in self._waiting if not all(event.done for event in events)
-            ]
-
-    def _passed(self, stream: Any) -> Any:
-        cuda = self._cupy.cuda
-        event = cuda.Event(disable_timing=True)
-        # nothing can be recorded on another thread's own stream; the default stream's events come after all of those
-        event.record(cuda.Stream.null if stream.ptr == _PER_THREAD_STREAM else stream)
-        return event
-
-
 class _CupyUpload:
     """See `Upload`."""
 
-    __slots__ = ("_cupy", "_device", "_event", "_loan", "_nbytes")
+    __slots__ = ("_cupy", "_device", "_event", "_loan", "_nbytes", "wait")
 
     def __init__(self, cupy: Any, device: int, loan: _Loan, nbytes: int, event: Any) -> None:
         self._cupy = cupy
@@ -297,13 +240,11 @@ class _CupyUpload:
         self._loan = loan
         self._nbytes = nbytes
         self._event = event
+        self.wait = event.synchronize
 
     @property
     def done(self) -> bool:
         return bool(self._event.done)
-
-    def wait(self) -> None:
-        self._event.synchronize()
 
     def ready(self) -> None:
         with self._cupy.cuda.Device(self._device):
@@ -323,11 +264,3 @@ class _CupyUpload:
         loan = self._loan
         memory = cupy.cuda.UnownedMemory(loan.memory.ptr, max(1, self._nbytes), loan, self._device)
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, offset))
-
-
-def _no_gpu(device: str, cupy: Any, why: str) -> ConfigError:
-    return ConfigError(
-        f"device={device!r}: cupy {cupy.__version__} finds no GPU that it can use here ({why}); leave device out for "
-        "numpy arrays",
-        field="device",
-    )

@@ -15,13 +15,17 @@ from __future__ import annotations
 import os
 import resource
 import weakref
-from typing import TYPE_CHECKING, Final
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
 
-if TYPE_CHECKING:
-    from ucxx_transport.gpu.runtime import Bytes, PageLocking
+Bytes = npt.NDArray[np.uint8]
 
 SUCCESS: Final = 0
 CUDART_UNLOADING: Final = 4
@@ -29,31 +33,39 @@ ALREADY_REGISTERED: Final = 712
 NOT_REGISTERED: Final = 713
 """`cudaError_t`, <driver_types.h>."""
 
+_PORTABLE: Final = 1
+"""`cudaHostRegisterPortable`, <driver_types.h>."""
+
 _NOTHING_LEFT_TO_DO: Final = frozenset({SUCCESS, CUDART_UNLOADING, NOT_REGISTERED})
 
 _log = get_logger(__name__)
+
+
+class PageLocking(ABC):
+    """Page-locking for the copies of one device, by CUDA's functions. Statuses are CUDA's numbers, 0 for success."""
+
+    def host_register(self, address: int, nbytes: int) -> int:
+        """`cudaHostRegister`, portable: for all devices of the process."""
+        return self.call("HostRegister", address, nbytes, _PORTABLE)
+
+    def host_unregister(self, address: int) -> int:
+        """`cudaHostUnregister` of what begins at `address`."""
+        return self.call("HostUnregister", address)
+
+    @abstractmethod
+    def call(self, function: str, *arguments: int) -> int:
+        """A function of CUDA's, in the context of that device alone: any other would be given one by the call."""
+
+    @abstractmethod
+    def error_words(self, status: int) -> str:
+        """CUDA's words for a status."""
 
 
 class PageLockError(ConfigError):
     """Memory could not be page-locked for CUDA; the message says why and what to do."""
 
 
-class PageLock:
-    """Memory that CUDA copies from and to without staging."""
-
-    __slots__ = ("_unregister",)
-
-    def __init__(self, unregister: weakref.finalize[..., Bytes] | None) -> None:
-        """Wrap a finaliser; use `page_lock`."""
-        self._unregister = unregister
-
-    def unlock(self) -> None:
-        """Unregister the memory, if this lock registered it and it still is. Idempotent."""
-        if self._unregister is not None:
-            self._unregister()
-
-
-def page_lock(memory: Bytes, locking: PageLocking, *, what: str, remedy: str) -> PageLock:
+def page_lock(memory: Bytes, locking: PageLocking, *, what: str, remedy: str) -> Callable[[], object]:
     """Lock the pages of `memory` for as long as this very array lives.
 
     Args:
@@ -62,13 +74,16 @@ def page_lock(memory: Bytes, locking: PageLocking, *, what: str, remedy: str) ->
         what: what the memory is, for the error.
         remedy: what makes it smaller, for the error.
 
+    Returns:
+        What unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
+
     Raises:
         PageLockError: CUDA refuses.
     """
     address: int = memory.__array_interface__["data"][0]
     status = locking.host_register(address, memory.nbytes)
     if status == ALREADY_REGISTERED:
-        return PageLock(None)
+        return lambda: None
     if status != SUCCESS:
         raise PageLockError(
             f"{what} of {memory.nbytes} bytes cannot be page-locked for CUDA: {locking.error_words(status)}. Allow the "
@@ -78,7 +93,7 @@ def page_lock(memory: Bytes, locking: PageLocking, *, what: str, remedy: str) ->
             status=status,
             needed_bytes=memory.nbytes,
         )
-    return PageLock(weakref.finalize(memory, _unregister, locking, address, os.getpid()))
+    return weakref.finalize(memory, _unregister, locking, address, os.getpid())
 
 
 def _unregister(locking: PageLocking, address: int, pid: int) -> None:

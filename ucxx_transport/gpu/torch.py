@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, Final
 
@@ -14,14 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.page_lock import ALREADY_REGISTERED, SUCCESS
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, PageLocking, Upload, check_index
+from ucxx_transport.gpu.page_lock import ALREADY_REGISTERED, SUCCESS, Bytes, PageLocking
+from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload, check_index
 from ucxx_transport.schema.dtypes import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
-from ucxx_transport.schema.wire_form import describe
-
-_BITS: Final = {1: np.uint8, 2: np.int16}
-"""What stands for a dtype that torch does not take from numpy, by its size."""
 
 
 def import_torch(device: str) -> Any:
@@ -36,6 +33,7 @@ def import_torch(device: str) -> Any:
     return torch
 
 
+@cache
 def torch_dtype(torch: Any, dtype: DType) -> Any:
     """Torch's dtype for elements of a payload; a ConfigError where it has none."""
     found = getattr(torch, dtype.name, None)
@@ -44,19 +42,24 @@ def torch_dtype(torch: Any, dtype: DType) -> Any:
     return found
 
 
-def name_of(dtype: Any) -> str:
-    """The name of a dtype of torch, as numpy and ml_dtypes have it too."""
-    return str(dtype).removeprefix("torch.")
+@lru_cache(maxsize=1024)
+def dtype_of(dtype: Any, field: str = "") -> DType:
+    """A dtype of torch as a payload has it; errors as `canonical_dtype`."""
+    return canonical_dtype(str(dtype).removeprefix("torch."), field)
+
+
+@cache
+def _bits_for(dtype: DType) -> DType | None:
+    """What stands for a dtype that torch does not take from numpy."""
+    return np.dtype(f"i{dtype.itemsize}") if dtype.name.startswith(("bfloat16", "float8")) else None
 
 
 def host_tensor(torch: Any, array: Array) -> Any:
     """A torch tensor over an array's memory, without a copy; errors as `torch_dtype`."""
-    dtype = torch_dtype(torch, array.dtype)
-    plain = array
-    if array.dtype.name.startswith(("bfloat16", "float8")):  # what torch does not take from numpy
-        plain = array.view(_BITS[array.dtype.itemsize])
+    dtype, bits = torch_dtype(torch, array.dtype), _bits_for(array.dtype)
+    plain = array if bits is None else array.view(bits)
     tensor = torch.from_numpy(plain if plain.flags.writeable else np.asarray(_Writable(plain)))
-    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+    return tensor if bits is None else tensor.view(dtype)
 
 
 def flat_bytes(torch: Any, tensor: Any) -> Any:
@@ -83,29 +86,22 @@ class _Writable:
         self._array = array  # held: it holds the payload's memory
 
 
-_PORTABLE: Final = 1
-"""`cudaHostRegisterPortable`, <driver_types.h>."""
-
-
-class TorchPageLocking:
-    """See `PageLocking`. Calls are made in the context of `device`: any other GPU would be given one by them."""
+class TorchPageLocking(PageLocking):
+    """By torch's binding of CUDA."""
 
     def __init__(self, torch: Any, device: int) -> None:
         self._torch = torch
         self._device = device
 
-    def host_register(self, address: int, nbytes: int) -> int:
-        with self._torch.cuda.device(self._device):
-            status = int(self._torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+    def call(self, function: str, *arguments: int) -> int:
+        torch = self._torch
+        with torch.cuda.device(self._device):
+            status = int(getattr(torch.cuda.cudart(), f"cuda{function}")(*arguments))
             if status != SUCCESS:
-                self._clear_error()
-        return status
-
-    def host_unregister(self, address: int) -> int:
-        with self._torch.cuda.device(self._device):
-            status = int(self._torch.cuda.cudart().cudaHostUnregister(address))
-            if status != SUCCESS:
-                self._clear_error()
+                # CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would ask.
+                # torch has no cudaGetLastError; but every kernel of its own asks, and raises what it finds, once.
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=f"cuda:{self._device}")
         return status
 
     def error_words(self, status: int) -> str:
@@ -114,14 +110,6 @@ class TorchPageLocking:
         cudart = self._torch.cuda.cudart()
         return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
 
-    def _clear_error(self) -> None:
-        """CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would.
-
-        torch has no `cudaGetLastError`; but every kernel of its own asks for it, and raises what it finds, once.
-        """
-        with suppress(RuntimeError):
-            self._torch.zeros(1, device=f"cuda:{self._device}")
-
 
 _NO_SIGN: Final = "float8_e8m0fnu"
 
@@ -129,31 +117,32 @@ _LEGACY_STREAM: Final = 1
 """How CUDA's array interface names the default stream."""
 
 
-class TorchLeaves:
-    """See `LeafRuntime`. torch orders a tensor's use by the thread's current stream of its device, and so does this."""
+class TorchLeaves(LeafRuntime):
+    """torch orders a tensor's use by the thread's current stream of its device, and so does this."""
 
     def __init__(self) -> None:
-        self._torch = import_torch("cuda")
+        self.library = import_torch("cuda")
 
-    def adopt(self, leaf: object, field: str) -> DeviceArray:
-        torch = self._torch
-        try:
-            given = leaf if isinstance(leaf, torch.Tensor) else self._seen_as_tensor(leaf)
-            tensor = given.detach().resolve_conj().resolve_neg()
-            tensor.data_ptr()  # which what is no plain memory refuses: a sparse tensor
-        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as exc:
-            raise ConfigError(
-                f"field {field!r}: torch cannot take {describe(leaf)} from its GPU ({type(exc).__name__}: {exc}); "
-                "copy it to the host first",
-                field=field,
-            ) from exc
-        return DeviceArray(
-            runtime=self,
-            array=tensor,
-            shape=tuple(tensor.shape),
-            dtype=canonical_dtype(name_of(tensor.dtype), field),
-            device=int(tensor.device.index),
-        )
+    def seen(self, leaf: Any) -> Any:
+        torch = self.library
+        tensor = leaf
+        if not isinstance(leaf, torch.Tensor):
+            if hasattr(leaf, "__dlpack__"):
+                tensor = torch.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
+            else:
+                stream = leaf.__cuda_array_interface__.get("stream")
+                # torch leaves waiting to the caller; waiting here costs nothing, since the write does
+                if stream == _LEGACY_STREAM:
+                    torch.cuda.default_stream().synchronize()
+                elif stream is not None:
+                    torch.cuda.ExternalStream(stream).synchronize()
+                tensor = torch.as_tensor(leaf, device="cuda")
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        tensor.data_ptr()  # which what is no plain memory refuses: a sparse tensor
+        return tensor
+
+    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
+        return dtype_of(array.dtype, field), array.get_device()
 
     def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
         if dtype.name == _NO_SIGN:
@@ -162,22 +151,21 @@ class TorchLeaves:
                 f"(tensor.to(torch.{dtype.name})), knowing that",
                 field=field,
             )
-        tensor = array.array.to(torch_dtype(self._torch, dtype))
-        return DeviceArray(runtime=self, array=tensor, shape=array.shape, dtype=dtype, device=array.device)
+        return array._replace(array=array.array.to(torch_dtype(self.library, dtype)), dtype=dtype)
 
     def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
         tensor = array.array
         if tensor.numel() == 0:
             return None
         # of the wider unsigned integers torch has little more than the conversion
-        wide = tensor.to(self._torch.int64)
+        wide = tensor.to(self.library.int64)
         least, largest = int(wide.min()), int(wide.max())
         if array.dtype == np.uint64 and least < 0:
             return 0, int(np.iinfo(np.uint64).max)
         return least, largest
 
     def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        torch = self._torch
+        torch = self.library
         # float8 has no arithmetic of its own; every value of it is one of float32's
         low = narrow.array.to(torch.float32) if narrow.dtype.itemsize == 1 else narrow.array
         high = wide.array.to(torch.float32) if wide.dtype.itemsize == 1 else wide.array
@@ -190,28 +178,17 @@ class TorchLeaves:
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         if target.nbytes:
             # bytes to bytes, both in one piece: torch then makes one cudaMemcpyAsync of it, and stages nothing
-            place = host_tensor(self._torch, target.reshape(-1).view(np.uint8))
-            place.copy_(flat_bytes(self._torch, array.array), non_blocking=True)
+            place = self.library.from_numpy(target.reshape(-1).view(np.uint8))
+            place.copy_(flat_bytes(self.library, array.array), non_blocking=True)
 
     def wait(self, device: int) -> None:
-        self._torch.cuda.current_stream(device).synchronize()
+        self.library.cuda.current_stream(device).synchronize()
 
     def to_host(self, array: DeviceArray) -> Array:
         return as_array(array.array.cpu(), "")
 
     def page_locking(self, device: int) -> PageLocking:
-        return TorchPageLocking(self._torch, device)
-
-    def _seen_as_tensor(self, leaf: Any) -> Any:
-        torch = self._torch
-        if hasattr(leaf, "__dlpack__"):
-            return torch.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
-        stream = leaf.__cuda_array_interface__.get("stream")
-        if stream == _LEGACY_STREAM:
-            torch.cuda.default_stream().synchronize()
-        elif stream is not None:  # torch leaves it to the caller; waiting here costs nothing, since the write does
-            torch.cuda.ExternalStream(stream).synchronize()
-        return torch.as_tensor(leaf, device="cuda")
+        return TorchPageLocking(self.library, device)
 
 
 def _largest_that_rounds_into(dtype: DType) -> float:
@@ -221,8 +198,8 @@ def _largest_that_rounds_into(dtype: DType) -> float:
     return largest + math.ldexp(0.5, math.frexp(largest)[1] - 1 - int(facts.nmant))
 
 
-class TorchReceiver:
-    """See `Receiver`. Its copies go by one stream of its own, which no kernel of the trainer's holds up.
+class TorchReceiver(Receiver):
+    """Its copies go by one stream of its own, which no kernel of the trainer's holds up.
 
     Raises:
         ConfigError: torch is not installed, or finds no such GPU.
@@ -240,27 +217,17 @@ class TorchReceiver:
         number = check_index(device, index, torch.cuda.device_count(), torch.cuda.current_device)
         self._device = torch.device("cuda", number)
         self._stream = torch.cuda.Stream(self._device)
-
-    @property
-    def name(self) -> str:
-        return str(self._device)
+        self.name = str(self._device)
+        self.out_of_memory = torch.cuda.OutOfMemoryError
 
     def page_locking(self) -> PageLocking:
         return TorchPageLocking(self._torch, self._device.index)
 
-    def upload(self, source: Bytes) -> Upload:
+    def begin(self, source: Bytes) -> Upload:
         torch = self._torch
         # allocated under the stream that writes to it first: reused there it is in turn, whatever had it before
         with torch.cuda.stream(self._stream):
-            try:
-                memory = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
-            except torch.cuda.OutOfMemoryError as exc:
-                raise ConfigError(
-                    f"{self._device} has no memory for a payload of {source.nbytes} bytes: fetch smaller batches, or "
-                    "leave the trainer less of it",
-                    field="device",
-                    nbytes=source.nbytes,
-                ) from exc
+            memory = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
             if source.nbytes:
                 memory.copy_(host_tensor(torch, source), non_blocking=True)
             event = torch.cuda.Event()
@@ -271,19 +238,17 @@ class TorchReceiver:
 class _TorchUpload:
     """See `Upload`."""
 
-    __slots__ = ("_event", "_memory", "_torch")
+    __slots__ = ("_event", "_memory", "_torch", "wait")
 
     def __init__(self, torch: Any, memory: Any, event: Any) -> None:
         self._torch = torch
         self._memory = memory
         self._event = event
+        self.wait = event.synchronize
 
     @property
     def done(self) -> bool:
         return bool(self._event.query())
-
-    def wait(self) -> None:
-        self._event.synchronize()
 
     def ready(self) -> None:
         stream = self._torch.cuda.current_stream(self._memory.device)

@@ -35,7 +35,7 @@ from typing import Any
 from cosmos_rl.utils.payload_transport.registry import PayloadTransport, PayloadTransportRegistry
 from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
 
-from ucxx_transport.config import ClientConfig
+from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
@@ -116,10 +116,10 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         *,
         device: object = None,
         client: ClientConfig | None = None,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = 3,
     ) -> None:
-        """Make the client, with a thread and an event loop of its own.
+        """Make the client, with a thread of its own.
 
         Args:
             device: as for `RolloutFeed`.
@@ -161,9 +161,11 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         records = [record_of(unwrapped(completion)) for _, completion in tasks]
         batch = self._open().fetch(records)
         found = {}
-        for place, payload in batch.payloads.items():
-            found[_key_of(records[place], tasks[place][1])] = self._unpack(payload)
-            payload.release()  # the arrays hold its memory
+        try:
+            for place, payload in batch.payloads.items():
+                found[_key_of(records[place], tasks[place][1])] = self._unpack(payload)
+        finally:
+            batch.release()  # the arrays hold the payloads' memory
         for loss in batch.losses:
             self._lost[_key_of(records[loss.index], tasks[loss.index][1])] = None
         while len(self._lost) > _REMEMBERED_LOSSES:
@@ -245,7 +247,7 @@ def _compose(packer: Any, device: object, settings: Mapping[str, Any]) -> None:
     packer.set_transport_strategy(strategy)
     strategy.setup(device=device, **settings)
     # a batch keeps its own deadline; the scheduler's must not come first, since it ends the job
-    limit_s = 2 * float(settings.get("deadline_s", 30.0)) + 10.0
+    limit_s = 2 * checked_seconds(settings.get("deadline_s", 30.0), "deadline_s") + 10.0
     packer._setup_prefetch(prefetch_timeout=limit_s, thread_name="ucxx-cosmos")  # noqa: SLF001 - as its own transports do
 
 

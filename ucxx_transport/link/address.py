@@ -7,10 +7,10 @@
 | 3     | an RDMA interface that is up: UCX takes the fabric of the address it connects to                        |
 | 4     | the source address of the default route                                                               |
 | 5     | any other interface that is up, a container bridge last                                               |
-| 6     | loopback, when there is nothing else, not even an IPv6 address                                        |
+| 6     | an IPv6 address, where there is no IPv4 one besides loopback's                                         |
+| 7     | loopback, when there is nothing else                                                                  |
 
-IPv4 only: UCX's listener binds 0.0.0.0, and ucxx takes no other address. What clients could not reach is refused: an
-IPv6 address, a name without an IPv4 address, and an address of another host where nothing answers.
+What clients could not reach is refused: a name without an address, and another host's address where nothing answers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def choose_address(host: str | None = None, *, interfaces: Sequence[Interface] |
         interfaces: to choose from; those of this machine by default.
 
     Raises:
-        ConfigError: the host is a wildcard, empty, IPv6 or unknown, or this machine has no IPv4 address to publish.
+        ConfigError: the host is a wildcard, empty or unknown, or this machine has no address to publish.
     """
     address = decide_address(
         host,
@@ -82,8 +82,12 @@ def choose_address(host: str | None = None, *, interfaces: Sequence[Interface] |
         net_devices=os.environ.get("UCX_NET_DEVICES"),
         ipv6=ipv6_addresses(),
     )
-    _resolve(address)
-    return address
+    numeric = _resolve(address)
+    if ":" not in numeric:
+        return address  # a name leads clients to IPv4 first
+    if numeric not in _own_addresses():
+        raise ConfigError(f"host = {address!r} is not an address of this machine", host=address)
+    return numeric
 
 
 def require_reachable(address: str, port: int) -> None:
@@ -97,7 +101,7 @@ def require_reachable(address: str, port: int) -> None:
         ConfigError: with the reason.
     """
     numeric = _resolve(address)
-    if ipaddress.ip_address(numeric).is_loopback or numeric in {one.address for one in list_interfaces()}:
+    if ipaddress.ip_address(numeric).is_loopback or numeric in _own_addresses():
         return
     try:
         with socket.create_connection((numeric, port), timeout=REACH_LIMIT_S):
@@ -110,13 +114,59 @@ def require_reachable(address: str, port: int) -> None:
         ) from None
 
 
+def other_family(address: str, given: Mapping[str, str], environment: Mapping[str, str]) -> ConfigError | None:
+    """Why UCX cannot connect to an address of this family from this host; None where it can.
+
+    Over TCP, UCX tells its peer one address of each interface to connect back to, of the family that comes first in
+    `TCP_AF_PRIO`. Where that is not the family of the listener's address the peer may not reach it; its UCX (1.19)
+    refuses, or corrupts its heap and aborts.
+
+    Args:
+        address: numeric, to connect to.
+        given: the context's settings, without prefix.
+        environment: the process's.
+    """
+    wanted = "inet6" if ipaddress.ip_address(address).version == 6 else "inet"
+    setting = environment.get("UCX_TCP_AF_PRIO", given.get("TCP_AF_PRIO", "inet,inet6"))
+    first = setting.partition(",")[0].strip()
+    if first == wanted:
+        return None
+    if ipaddress.ip_address(address).is_loopback:
+        others = True  # lo has both
+    elif wanted == "inet6":
+        others = any(one.up and not one.loopback for one in list_interfaces())
+    else:
+        others = bool(ipv6_addresses())
+    if not others:
+        return None
+    prefers = {"inet": "inet,inet6", "inet6": "inet6,inet"}[wanted]
+    return ConfigError(
+        f"{address} is {'IPv6' if wanted == 'inet6' else 'IPv4'}, and UCX takes this host's other addresses first; set "
+        f"UCX_TCP_AF_PRIO={prefers} for this process",
+        host=address,
+    )
+
+
+def _own_addresses() -> set[str]:
+    return {*(str(address) for _, address in _ipv6()), *(one.address for one in list_interfaces())}
+
+
+def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:
+    return [
+        (name, ipaddress.IPv6Address(raw[8:24]))
+        for name, family, raw, flags in _addresses()
+        if family == socket.AF_INET6 and flags & _UP == _UP
+    ]
+
+
 def _resolve(address: str) -> str:
     try:
-        return str(socket.getaddrinfo(address, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+        return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
         port = "; a port goes into base_port" if ":" in address else ""
         raise ConfigError(
-            f"host = {address!r} is neither an interface of this machine nor an IPv4 address, nor a name of one{port}",
+            f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
             host=address,
         ) from None
 
@@ -148,15 +198,13 @@ def decide_address(
     outward = sorted((interface for interface in usable if not interface.loopback), key=lambda one: one.bridge)
     rdma = [interface for interface in outward if interface.rdma_device is not None]
     routed = [interface for interface in outward if interface.address == route_source]
-    inward = [] if ipv6 and not net_devices else usable
-    for candidates in (rdma, routed, outward, inward):
+    beyond_ipv4 = [address for name, address in ipv6.items() if not net_devices or name in _named(net_devices)]
+    for candidates in (rdma, routed, outward):
         if candidates:
             return candidates[0].address
-    only = f"; it has {', '.join(ipv6.values())}, and UCX listens on IPv4 alone" if ipv6 else ""
-    raise ConfigError(
-        f"this machine has no IPv4 address to publish{only}; give one as the server's host, or '127.0.0.1' for this "
-        "host alone"
-    )
+    for address in (*beyond_ipv4, *(interface.address for interface in usable)):
+        return address
+    raise ConfigError("this machine has no address to publish; give one as the server's host")
 
 
 def list_interfaces() -> list[Interface]:
@@ -174,13 +222,7 @@ def list_interfaces() -> list[Interface]:
 
 def ipv6_addresses() -> dict[str, str]:
     """The interfaces that are up and have an IPv6 address beyond this host and its own wire, each with one."""
-    found = {}
-    for name, family, raw, flags in _addresses():
-        if family == socket.AF_INET6 and flags & _UP == _UP:
-            address = ipaddress.IPv6Address(raw[8:24])
-            if not (address.is_loopback or address.is_link_local):
-                found[name] = str(address)
-    return found
+    return {name: str(address) for name, address in _ipv6() if not (address.is_loopback or address.is_link_local)}
 
 
 def default_route_source() -> str | None:
@@ -237,15 +279,16 @@ def _asked_for(host: str, interfaces: Sequence[Interface], ipv6: Mapping[str, st
         literal = None
     if not host.strip() if literal is None else literal.is_unspecified:
         raise ConfigError("host is what clients connect to; give an address, a name or an interface", host=host)
-    if host in ipv6 or (literal is not None and literal.version == 6):
-        problem = f"host = {host!r} is IPv6, and UCX listens on IPv4 alone; give an IPv4 address of this machine"
-        raise ConfigError(problem, host=host)
-    return host
+    return ipv6.get(host, host)
+
+
+def _named(net_devices: str) -> set[str]:
+    return {name.strip().partition(":")[0] for name in net_devices.split(",")}
 
 
 def _allowed(interfaces: Sequence[Interface], net_devices: str | None) -> list[Interface]:
     # UCX names a device `mlx5_0:1` (device and port) or by the interface's own name.
-    names = {name.strip().partition(":")[0] for name in (net_devices or "").split(",")}
+    names = _named(net_devices or "")
     return [interface for interface in interfaces if interface.name in names or interface.rdma_device in names]
 
 

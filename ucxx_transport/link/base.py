@@ -1,31 +1,39 @@
-"""The link, as Protocols: endpoints that carry ordered messages between two processes.
+"""The link, as Protocols: endpoints that carry ordered messages between two processes, without threads or event loops.
 
-| object     | what it is                                       | ends when                                       |
-|------------|--------------------------------------------------|-------------------------------------------------|
-| `Link`     | everything of one event loop                     | `aclose()`: all of the below, in order, bounded |
-| `Listener` | one port; hands over an endpoint per connection  | `close()`: no further endpoint, old ones stay   |
-| `Endpoint` | one connection, ordered messages per direction   | `close()`, or the peer is lost                  |
-| `Pending`  | one posted send or receive                       | it completes, or its endpoint is closed         |
+| object      | what it is                                      | ends when                               |
+|-------------|-------------------------------------------------|-----------------------------------------|
+| `Link`      | everything of one worker; driven by a `Reactor` | `close()`                               |
+| `Listener`  | one port; hands over an endpoint per connection | `close()`: no further endpoint          |
+| `Endpoint`  | one connection; messages on numbered channels   | `close()`, also after a loss            |
+| `Operation` | one posted send or receive                      | it completes, or its endpoint is closed |
 
 Rules that every link keeps, and that the conformance suite checks:
 
-- A message fills exactly one posted receive, in order. A shorter message than the buffer is a silent success that
-  leaves the tail as it was; a longer one fails that receive with `PeerLostError(reason="truncated")` and the endpoint
-  lives on.
-- A buffer belongs to the link from the post until its `Pending` is `completed`. Cancelling `wait()` does not change
-  that: the way to get the buffer back is `await endpoint.close()`, which returns True once nothing touches it any more.
+- Nothing blocks. Callbacks (`on_done`, `EndpointEvents`, `on_closed`, `on_endpoint`) run inside `Link.progress` or
+  `Link.close`, never inside a `post_…`, `connect` or `Endpoint.close`, and must not raise: one that does ends that
+  `progress` with its exception, and what was to be called after it is called by the next one. Inside a callback every
+  call of the link is allowed but `progress`, `arm` and `Link.close`.
+- A message of a channel fills exactly one receive posted on that channel, in order. Channels are independent of each
+  other. A shorter message than the buffer is a silent success that leaves the tail as it was; a longer one fails that
+  receive with `PeerLostError(reason="truncated")` and the endpoint lives on.
+- A buffer belongs to the link from the post until its `Operation` is `completed`. The way to get the buffer of one that
+  is in flight back is `Endpoint.close`.
+- `on_done` is called once for each operation, in the order of their ends. Where `completed` is False by then, the link
+  has given the operation up (its peer is lost, or its endpoint closed, and it never ended): its buffer is still in use.
+- What is posted before the owner can have heard of a loss, or of `Link.close`, ends with an error in a turn: a callback
+  without an error may always post. From `lost` or its own `close` on, posting raises the error.
 - A send that is completed has left this side; only an answer of the peer proves that it arrived.
-- Objects are bound to the thread and event loop of their link.
+- Messages may be posted from the moment that `connect` returns: they leave when the connection is up.
+- One thread at a time; which one may change between calls.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 
 LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "reset", "truncated", "unreachable"]
 """`PeerLostError.facts["reason"]`.
@@ -35,17 +43,27 @@ LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "re
 message was longer than the posted buffer (the endpoint is still usable). `aborted`: anything else that UCX reports.
 """
 
+_LOST: Final[dict[LostReason, str]] = {
+    "aborted": "the connection broke",
+    "cancelled": "the operation was cut short",
+    "closed": "the endpoint is closed",
+    "refused": "nothing accepts connections there",
+    "reset": "the peer closed the connection or died",
+    "truncated": "the message is longer than the buffer posted for it",
+    "unreachable": "the address cannot be reached",
+}
+
+
+def lost(reason: LostReason, *, peer: str, **facts: object) -> PeerLostError:
+    """A `PeerLostError` in the words of its reason."""
+    return PeerLostError(_LOST[reason], reason=reason, peer=peer, **facts)
+
 
 DATA_PORT_SILENT: Final = (
     "the listener answered, the data port did not: a firewall? UCX connects in both directions; set data_ports on both "
     "sides and open them"
 )
-"""A note on the CancelledError that ended `Link.connect`, where the peer's end of it was seen to answer."""
-
-
-def was_data_port_silent(error: BaseException) -> bool:
-    """Whether the cancellation behind a TimeoutError carries that note."""
-    return DATA_PORT_SILENT in getattr(error.__cause__, "__notes__", ())
+"""What to add to the error of a connection that is not up in time, where `Endpoint.listener_has_answered`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +85,8 @@ class LinkStatistics:
         peers_lost: endpoints whose peer went away before this side closed them.
         leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
         leaked_bytes: their size.
-        progress_turns: turns of the progress driver.
-        spins: waits that polled before they slept.
-        inline_completions: of those, the ones whose operation ended meanwhile.
-        sleeps: times the driver went to sleep on the event descriptor.
-        wakeups: times that descriptor woke it.
+        progress_turns: calls of `progress`.
+        sleeps: times the link was armed for a sleep.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
         suppressed_errors: errors of clean-up that no caller could be given.
     """
@@ -91,10 +106,7 @@ class LinkStatistics:
     leaked_buffers: int = 0
     leaked_bytes: int = 0
     progress_turns: int = 0
-    inline_completions: int = 0
     sleeps: int = 0
-    wakeups: int = 0
-    spins: int = 0
     unexpected_messages: int = 0
     suppressed_errors: int = 0
 
@@ -119,10 +131,7 @@ class Counters:
     leaked_buffers: int
     leaked_bytes: int
     progress_turns: int
-    inline_completions: int
     sleeps: int
-    wakeups: int
-    spins: int
     unexpected_messages: int
     suppressed_errors: int
 
@@ -136,104 +145,144 @@ class Counters:
         return LinkStatistics(in_flight=self.sends + self.receives - self.ended, **counted)
 
 
-class Pending(Protocol):
-    """One posted operation."""
+class Operation(Protocol):
+    """One posted send or receive.
 
-    @property
-    def completed(self) -> bool:
-        """Whether the operation is over, well or badly. From then on the link does not touch the buffer."""
+    Attributes:
+        completed: over, well or badly; from then on the link does not touch the buffer.
+        error: why it failed, or was given up: PeerLostError with `facts["reason"]`, ProtocolError where what answered
+            is not of this package, or BusyError. None in flight and after a success.
+        nbytes: size of the buffer.
+        on_done: what is called when it is over. While it is not `completed` the poster may still set it, so that what
+            is over at once costs no call.
+    """
 
-    async def wait(self, until_s: float | None = None) -> None:
-        """Return when the operation has succeeded. Ends with its endpoint's `close()` at the latest.
+    completed: bool
+    error: TransportError | None
+    nbytes: int
+    on_done: OnDone | None
+
+
+OnDone: TypeAlias = Callable[[Operation], None]
+
+
+class EndpointEvents(Protocol):
+    """What the owner of an endpoint hears."""
+
+    def connected(self) -> None:
+        """The peer's hello has come. Called once, for an accepted endpoint too."""
+
+    def lost(self, error: TransportError) -> None:
+        """The peer is gone, or was never reached. Called once, and not after `close()`.
+
+        What arrived before has been called back by then. What is in flight ends by itself, before or after. The
+        endpoint still has to be closed.
 
         Args:
-            until_s: how long to wait, on the event loop's clock; None: for ever. What is over soon needs no timer.
-
-        Cancelling this call, or its time running out, leaves the operation in flight: close the endpoint before the
-        buffer is used again.
-
-        Raises:
-            PeerLostError: the operation failed; `facts["reason"]` is a `LostReason`.
-            BusyError: UCX is out of resources that will come back.
-            TimeoutError: not within `until_s`.
+            error: PeerLostError with `facts["reason"]`; ProtocolError where what answers is not of this package or of
+                another version; ConfigError where this side's settings leave no way there; BusyError where the process
+                has no file descriptors for it.
         """
 
 
 class Endpoint(Protocol):
-    """One connection."""
+    """One connection.
 
-    @property
-    def peer(self) -> str:
-        """`host:port` of the other end where it is known, for messages and logs."""
+    Attributes:
+        peer: `host:port` of the other end where it is known, for messages and logs.
+    """
+
+    peer: str
 
     @property
     def alive(self) -> bool:
-        """False once the peer is known to be lost, or this side has closed."""
+        """Neither lost nor closed; may still be connecting."""
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close()` has been called."""
-
-    def post_receive(self, buffer: object) -> Pending:
-        """Receive the next message that no earlier receive has taken.
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
+        """Receive the next message of a channel that no earlier receive has taken.
 
         Args:
-            buffer: writable, contiguous, of the buffer protocol; all of it is offered.
+            buffer: writable, contiguous, of the buffer protocol; all of it is offered. Or a `Message` made of such.
+            on_done: called when it is over.
+            channel: 0 to 65535.
 
         Raises:
             PeerLostError: the endpoint is closed, or its peer lost.
-            ConfigError: the buffer cannot be written or is not contiguous, or this is another thread.
+            ConfigError: the buffer cannot be written or is not contiguous.
         """
 
-    def post_send(self, buffer: object) -> Pending:
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> Operation:
         """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
 
         Args:
-            buffer: contiguous, of the buffer protocol; may be read-only. It must not change before completion.
+            buffer: contiguous, of the buffer protocol, may be read-only; or a `Message` of this link. It must not
+                change before completion.
+            on_done: called when it is over. Small sends often are `completed` already when this returns.
+            channel: 0 to 65535.
 
         Raises:
             PeerLostError: the endpoint is closed, or its peer lost.
-            ConfigError: the buffer is not contiguous, or this is another thread.
+            ConfigError: the buffer is not contiguous.
         """
 
-    async def close(self) -> bool:
-        """Close the connection and end what is in flight on it.
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        """Close the connection and end what is in flight on it. Idempotent; each caller's `on_closed` is called.
 
-        Idempotent, shielded from the caller's cancellation, and bounded.
-
-        Returns:
-            True when no operation of this endpoint will touch any buffer again. False when one never ended within the
-            bound: its buffer stays referenced by the link for good, and must not be reused by the caller.
+        Args:
+            on_closed: called when no operation of this endpoint will touch any buffer again (True), each of them having
+                had its `on_done`; or, within a bound, when one has never ended (False): its buffer stays with the link
+                for good.
         """
 
+    def listener_has_answered(self) -> bool:
+        """Of an endpoint that is not connected yet: whether the peer's listener has said anything. Some 100 us."""
 
-OnEndpoint: TypeAlias = Callable[[Endpoint], None]
-"""Called in the link's event loop for each accepted connection; must not block. It owns the endpoint it gets."""
+
+class Message(Protocol):
+    """A buffer prepared for any number of sends (what UCX wants to know of it, worked out once).
+
+    Attributes:
+        nbytes: its size.
+    """
+
+    nbytes: int
 
 
 class Listener(Protocol):
-    """One port that takes connections."""
+    """One port that takes connections.
 
-    @property
-    def port(self) -> int:
-        """The port really bound."""
+    Attributes:
+        port: the port really bound.
+    """
 
-    async def close(self) -> None:
+    port: int
+
+    def close(self) -> None:
         """Take no further connection. Idempotent. Endpoints handed over before live on."""
 
 
-class Link(Protocol):
-    """Everything of one event loop: its listeners and endpoints."""
+OnEndpoint: TypeAlias = Callable[[Endpoint], EndpointEvents | None]
+"""Called for each accepted connection, before its hello has come; None: it is refused, and the link closes it."""
 
-    async def connect(self, host: str, port: int) -> Endpoint:
-        """Open a connection. The caller bounds it in time; cancelling it leaves nothing behind.
+
+class Link(Protocol):
+    """Everything of one worker: its listeners and endpoints."""
+
+    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
+        """Open a connection. Returns at once; the outcome is `events.connected` or `events.lost`.
+
+        With UCX, nothing listening may also be neither of them: the caller bounds it in time, and closes the endpoint.
+
+        Args:
+            host: a numeric address; see `Reactor.resolve` for names.
+            port: the listener's.
+            events: of the endpoint.
 
         Raises:
-            PeerLostError: refused, reset or unreachable (with UCX, nothing listening may also just take for ever).
-            ProtocolError: something else than this package answers there.
+            ConfigError: the port is none, or the link is closed or of another process.
         """
 
-    async def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
         """Take connections on a port.
 
         Args:
@@ -244,14 +293,56 @@ class Link(Protocol):
             ConfigError: the port is in use or forbidden; `facts["port"]`.
         """
 
+    def message(self, buffer: object) -> Message:
+        """The buffer, prepared for sends. It must live, and stay where it is, as long as the message does."""
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        """Take in what has arrived, and call back; bounded, some milliseconds at most.
+
+        Args:
+            spin_s: how long to poll while nothing moves.
+
+        Returns:
+            Whether anything moved.
+        """
+
+    def arm(self) -> bool:
+        """Make `fileno()` become readable when something happens. False: it has already, so progress first."""
+
+    def fileno(self) -> int:
+        """The descriptor to sleep on once `arm()` was True."""
+
     def statistics(self) -> LinkStatistics:
         """A snapshot of the counters."""
 
     def transports(self) -> tuple[str, ...]:
         """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""
 
-    async def aclose(self) -> None:
-        """Close listeners and endpoints, end what is in flight, give back the resources. Idempotent, bounded."""
+    def close(self) -> None:
+        """End endpoints, listeners and operations, and give back the resources. Idempotent, bounded (3 s)."""
+
+    def forget(self) -> None:
+        """In a forked child: every later use is an error, and nothing of the parent's is touched or freed."""
+
+
+class Timer(Protocol):
+    """One action to come."""
+
+    def cancel(self) -> None:
+        """The action is not called. Idempotent, and harmless afterwards."""
+
+
+class Timers(Protocol):
+    """What a link needs of the reactor that drives it."""
+
+    def now(self) -> float:
+        """Seconds, on the reactor's clock."""
+
+    def call_at(self, when_s: float, action: Callable[[], None]) -> Timer:
+        """Call this in the reactor's thread, not before `when_s`."""
+
+
+LinkFactory: TypeAlias = Callable[[Timers], Link]
 
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:
@@ -286,16 +377,5 @@ def checked_port(port: int, *, lowest: int) -> int:
     return port
 
 
-def hand_over(
-    endpoint: Endpoint, on_endpoint: OnEndpoint, loop: asyncio.AbstractEventLoop
-) -> asyncio.Task[bool] | None:
-    """Give an accepted endpoint to its owner, at the edge between the link and foreign code.
-
-    An owner that raises is reported to the loop's exception handler; the task that closes the endpoint is returned.
-    """
-    try:
-        on_endpoint(endpoint)
-    except Exception as exc:  # noqa: BLE001  # the edge to the owner's code; reported there
-        loop.call_exception_handler({"message": "on_endpoint failed; its endpoint is closed", "exception": exc})
-        return loop.create_task(endpoint.close())
-    return None
+FORKED: Final = "UCX does not survive a fork; start the process by spawn, or fork before the first link"
+CLOSED: Final = "this link is closed; open another"

@@ -17,8 +17,8 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import LostReason
+from ucxx_transport.errors import BusyError, ConfigError, TransportError
+from ucxx_transport.link.base import LostReason, lost
 
 
 class Translator:
@@ -26,7 +26,7 @@ class Translator:
 
     def __init__(self, lib: Any) -> None:
         self.root: type[Exception] = lib.UCXError
-        self._truncated: type[Exception] = lib.UCXMessageTruncatedError
+        self.truncated: type[Exception] = lib.UCXMessageTruncatedError
         self._cancelled: type[Exception] = lib.UCXCanceledError
         self._reset = (lib.UCXConnectionResetError, lib.UCXEndpointTimeoutError, lib.UCXTimedOutError)
         self._refused = (lib.UCXNotConnectedError, lib.UCXRejectedError)
@@ -47,12 +47,11 @@ class Translator:
             return BusyError("UCX is out of a resource for now; try again", peer=peer, ucx=words)
         if isinstance(exc, self._config):
             return ConfigError("UCX refuses this setting or operation", peer=peer, ucx=words)
-        reason = self.reason(exc, connected=connected)
-        return PeerLostError(_MESSAGES[reason], reason=reason, peer=peer, ucx=words)
+        return lost(self.reason(exc, connected=connected), peer=peer, ucx=words)
 
     def reason(self, exc: Exception, *, connected: bool) -> LostReason:
         """Which `LostReason` a connection's error is."""
-        if isinstance(exc, self._truncated):
+        if isinstance(exc, self.truncated):
             return "truncated"
         if isinstance(exc, self._cancelled):
             return "cancelled"
@@ -65,17 +64,6 @@ class Translator:
         return "aborted"
 
 
-_MESSAGES: dict[LostReason, str] = {
-    "aborted": "the connection broke",
-    "cancelled": "the operation was cut short",
-    "closed": "the endpoint is closed",
-    "refused": "nothing accepts connections there",
-    "reset": "the peer closed the connection or died",
-    "truncated": "the message is longer than the buffer posted for it",
-    "unreachable": "the address cannot be reached",
-}
-
-
 def raisable(error: TransportError) -> TransportError:
     """A copy of a stored error.
 
@@ -85,8 +73,3 @@ def raisable(error: TransportError) -> TransportError:
     fresh = copy(error)
     fresh.__cause__ = error.__cause__
     return fresh
-
-
-def lost(reason: LostReason, *, peer: str) -> PeerLostError:
-    """A `PeerLostError` that does not come from an error of UCX."""
-    return PeerLostError(_MESSAGES[reason], reason=reason, peer=peer)

@@ -1,32 +1,63 @@
-"""One connection carried out: frames in, the session's actions done on the ring, replies out.
+"""One connection of a port, as callbacks of its reactor: frames in, the session's actions done, answers out.
 
-Ownership: a slot's `ReadLease` is held by this task from `Serve` to its end. It is finalised exactly once, and only
-    after UCX has released the slot's memory: by the acknowledgement, or, on any other way out, after the endpoint is
-    closed and its send has completed.
+A read attempt has one owner, its entry in the session, and one end:
+
+| its message                     | its end           | then                                               |
+|---------------------------------|-------------------|----------------------------------------------------|
+| is on its way                   | is here           | nothing yet: UCX still reads the slot              |
+| has left                        | is not here       | the session's limit for the acknowledgement counts |
+| has left                        | is here           | it is consumed if delivered, else released         |
+| ended with the connection       | is here, or never | likewise; without an end it is released            |
+| outlived even the connection    | is here, or never | the port keeps it until the message is over        |
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
-import anyio
-
-from ucxx_transport.errors import BusyError, PeerLostError, SlotError, StaleSlotError, TransportError
-from ucxx_transport.link.base import Endpoint, Pending
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.reading import ReadLease
-from ucxx_transport.server.counters import Binding, PortCounters
-from ucxx_transport.server.session import Finish, Phase, Reply, Serve, Session, Settle
-from ucxx_transport.wire.frames import REQUEST_BYTES, ReadRequest, Status
+from ucxx_transport.server.slots import NO_EPOCH
+from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
+from ucxx_transport.wire.frames import (
+    FRAME_BYTES,
+    MAX_CHANNEL,
+    PACK_BYTES,
+    OfferedPayload,
+    Status,
+    message_bytes,
+)
+from ucxx_transport.wire.server_side import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ucxx_transport.link.base import Endpoint, Message, Operation
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.server.slots import Slots
+    from ucxx_transport.wire.actions import Action, Attempt
+    from ucxx_transport.wire.server_side import ServerSession
 
 _log = get_logger(__name__)
-_BLANK = bytes(REQUEST_BYTES)
+
+FRAMES_POSTED: Final = 4
+"""Receives for frames: a client's next ones arrive while one is handled."""
+
+MAX_LATE_FRAMES: Final = 64
+"""Frames that are taken in from the last answered one on: a client's whole window may be on its way, no flood."""
+
+MAX_COPIED_BYTES: Final = 512 << 10
+"""Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
+
+MAX_PACK_BUFFERS: Final = 16
+"""Kept by a port for further packed payloads."""
+
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
-_CLOSING = Phase.CLOSING
-_OK = Status.OK
-_COUNTED = {
+_CLOSING: Final = Phase.CLOSING
+_COUNTED: Final = {
     Status.STALE: "stale",
     Status.NOT_READY: "not_ready",
     Status.BUSY: "busy",
@@ -34,203 +65,310 @@ _COUNTED = {
     Status.UNAUTHORIZED: "unauthorized",
     Status.INTERNAL: "internal",
 }
-_TIMEOUT_COUNTERS = {
-    Phase.GREETING: "handshake_timeouts",
-    Phase.CHALLENGED: "handshake_timeouts",
-    Phase.IDLE: "idle_evictions",
-    Phase.SERVING: "delivery_timeouts",
-}
 
 
-class ReadableRing(Protocol):
-    """What a connection needs of a ring."""
+class Host(Protocol):
+    """What a connection needs of its port.
 
-    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
+    Attributes:
+        pack_buffers: for packed payloads, those that are not in use.
+    """
 
-    def reclaim_dead(self) -> int: ...
+    reactor: Reactor
+    slots: Slots
+    pack_buffers: list[bytearray]
 
+    def defer(self, connection: Connection) -> None:
+        """Call `serve_next` in the next turn."""
 
-class StuckSend(NamedTuple):
-    """A send that outlived its connection, its slot, and whether the client has acknowledged the payload."""
+    def wait(self, connection: Connection, take: Take) -> None:
+        """Call `answer_take` again and again until it has answered."""
 
-    send: Pending
-    lease: ReadLease
-    delivered: bool
-
-    def settle(self) -> bool:
-        """End the attempt if UCX has released the slot by now; returns whether it had."""
-        if not self.send.completed:
-            return False
-        if self.delivered:
-            self.lease.mark_consumed()
-        else:
-            self.lease.release_reading()
-        return True
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed, and holds nothing any more."""
 
 
 class Connection:
-    """Serves one endpoint, its own from now on, until it closes, breaks the protocol or exceeds a time limit.
+    """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit; it hears the endpoint's events.
 
-    A send that never completed goes to `keep_stuck`, with its lease, which must live as long as it.
+    Args:
+        port: whose connection it is.
+        session: its half of the protocol.
+        endpoint: its own from now on.
+        is_admitted: False above the limit of connections: it only waits for its BUSY.
+
+    Attributes:
+        is_closing: nothing is served any more.
+        is_deferred: the port comes to its next frame.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        session: Session,
-        ring: ReadableRing,
-        counters: PortCounters,
-        keep_stuck: Callable[[StuckSend], None],
-        *,
-        binding: Binding,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    __slots__ = (
+        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_on_frame_done", "_port", "_receives"),
+        *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
+    )
+
+    def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
+        self._port = port
+        self._slots = port.slots
+        self.session = session
+        self.is_admitted = is_admitted
+        self.is_closing = self.is_deferred = False
         self._endpoint = endpoint
-        self._clock = clock
-        self._session = session
-        self._ring = ring
-        self._counters = counters
-        self._binding = binding
-        self._keep_stuck = keep_stuck
-        self._frame = bytearray(REQUEST_BYTES)
-        self._lease: ReadLease | None = None
-        self._send: Pending | None = None
-        self._reply_pending: Pending | None = None
-        self._delivered = False
-        self._expired = False
+        self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
+        self._on_frame_done = self._on_frame
+        self._turn = -1
+        self._copied_bytes = self._late_frames = 0
+        self._is_full = False
 
-    async def serve(self) -> None:
-        """Run the connection to its end; returns with everything released."""
+    def open(self) -> None:
+        """Begin to take frames."""
         try:
-            await self._exchange_frames()
-        except PeerLostError:
-            pass  # the ordinary end: the client closed, died, or a limit closed the endpoint under us
+            for _ in range(FRAMES_POSTED):
+                frame = bytearray(FRAME_BYTES)
+                message = self._port.reactor.link.message(frame)
+                self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except TransportError as error:
-            _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
-        finally:
-            await self._release()
+            self.fail(error)
 
-    def expire(self, now: float) -> bool:
-        """Called by the port's sweep: whether this connection's time is up (it is counted, the sweep closes it)."""
-        session = self._session
-        if self._send is not None and self._send.completed:
-            session.sent(now)
-        if self._expired or now < session.deadline_s:
+    def connected(self) -> None:
+        """The endpoint's hello has come: nothing to do, the client speaks first."""
+
+    def lost(self, error: TransportError) -> None:
+        """The client has closed, or died."""
+        del error
+        self.close()
+
+    # --- Frames ---
+
+    def _on_frame(self, operation: Operation) -> None:
+        if operation.error is not None:
+            self.close()  # a message longer than any frame, or the end of the connection
+        elif self.is_closing:
+            self._hear_out()
+        elif not self.is_deferred:
+            turn = self._port.reactor.turns
+            if turn == self._turn:
+                self._defer()
+            else:
+                self._turn = turn
+                self.serve_next()
+
+    def serve_next(self) -> None:
+        """Handle the next frame, if it has arrived; one that waits behind it comes after those of others."""
+        receives = self._receives
+        if self._is_full or self.is_closing or not receives:
+            return
+        operation, message, frame = receives[0]
+        if not operation.completed or operation.error is not None:
+            return
+        del receives[0]
+        session, finish = self.session, self._slots.finish
+        try:
+            for action in session.receive(frame, self._port.reactor.now()):
+                if isinstance(action, End):
+                    if action.attempt.sent_s is not None:
+                        finish(action.attempt)
+                elif isinstance(action, Serve) and not action.shared:
+                    self.serve(action.attempts)
+                else:
+                    self._answer(action)
+            if session.phase is _CLOSING:
+                self._note_late_frame()
+            receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+        except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
+            self.fail(error)
+        if receives and receives[0][0].completed:
+            self._defer()
+
+    def _note_late_frame(self) -> None:
+        """The session is over: the client closes, or the sweep does. One that goes on sending is cut off."""
+        self._late_frames += 1
+        if self._late_frames > MAX_LATE_FRAMES:
+            self.close()  # no further receive can be posted
+
+    def _defer(self) -> None:
+        if not self.is_deferred:
+            self.is_deferred = True
+            self._port.defer(self)
+
+    # --- Attempts ---
+
+    def serve(self, attempts: Iterable[Attempt]) -> None:
+        """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
+        slots, session, post_send = self._slots, self.session, self._endpoint.post_send
+        answers = slots.answers
+        for attempt in attempts:
+            if attempt.lease is None:
+                refusal = slots.acquire(attempt, session.reader)
+                if refusal is not None:
+                    self.reply(session.refused(attempt, *refusal))
+                    continue
+            message, _ = answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
+            send = attempt.send = post_send(message, channel=attempt.number & MAX_CHANNEL)
+            if not send.completed:
+                send.on_done = partial(self._on_sent, attempt)
+            elif send.error is None:
+                session.sent(attempt, self._port.reactor.now())
+            else:
+                self.close()
+
+    def _serve_packed(self, serve: Serve) -> None:
+        """Copy the slots into one message, and send that."""
+        slots, acquired, offset = self._slots, [], 0
+        buffers = self._port.pack_buffers
+        buffer = buffers.pop() if buffers else bytearray(PACK_BYTES)
+        room = memoryview(buffer)
+        for attempt in serve.attempts:
+            end = offset + message_bytes(attempt.nbytes)
+            refusal = slots.acquire(attempt, self.session.reader)
+            if refusal is None:
+                _, room[offset:end] = slots.answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
+                acquired.append(attempt)
+            else:
+                self._count(refusal.status)
+                room[offset:end] = self.session.refused_part(attempt, *refusal)
+            offset = end
+        slots.counters.add("packed", len(acquired))
+        send = self._endpoint.post_send(room[:offset], channel=serve.shared)
+        for attempt in acquired:
+            attempt.send = send
+        on_sent = partial(self._on_packed_sent, acquired, buffer)
+        self._copied_bytes += offset
+        if send.completed:
+            on_sent(send)
+        else:
+            send.on_done = on_sent
+            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
+
+    def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
+        if operation.error is not None:
+            self.close()
+            if not operation.completed:
+                return  # UCX has not released the slot, although the connection ends
+        if self.session.sent(attempt, self._port.reactor.now()):
+            self._slots.finish(attempt)
+
+    def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
+        port = self._port
+        if operation.error is not None:
+            self.close()
+        if operation.completed:
+            if len(port.pack_buffers) < MAX_PACK_BUFFERS:
+                port.pack_buffers.append(buffer)
+            for attempt in self.session.sent_shared(attempts, port.reactor.now()):
+                self._slots.finish(attempt)
+        self._copy_left(operation)
+
+    # --- What is no FETCH ---
+
+    def _answer(self, action: Action) -> None:
+        if isinstance(action, Reply):
+            self.reply(action)
+        elif isinstance(action, Serve):
+            self._serve_packed(action)
+        elif isinstance(action, Take):
+            if not self.answer_take(action):
+                self._port.wait(self, action)
+        elif isinstance(action, Settle):
+            self.reply(self.session.settled(action, self._slots.consume(action.names, self.session.reader)))
+
+    def answer_take(self, take: Take) -> bool:
+        """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
+        slots, session, now = self._slots, self.session, self._port.reactor.now()
+        if self.is_closing or session.phase is _CLOSING:
+            return True
+        if slots.awaited[0]:
+            self.reply(session.nothing(take, NO_EPOCH, Status.NOT_READY))
+            return True
+        max_payloads, max_bytes = session.take_room(take)
+        leases: list[ReadLease] = []
+        try:
+            leases = slots.take(max_payloads, max_bytes=max_bytes, newest=take.newest, reader=session.reader)
+        except ConfigError as error:  # the next one is larger than that
+            if max_bytes == take.max_bytes:
+                self.reply(session.nothing(take, error.message))
+                return True
+        if leases:
+            reply, attempts = session.taken(take, [_offered(lease) for lease in leases], now)
+            for attempt, lease in zip(attempts, leases, strict=True):
+                attempt.lease = lease
+            self.reply(reply)
+            self.serve(attempts)
+        elif now < take.until_s:
             return False
-        self._expired = True
-        counter = _TIMEOUT_COUNTERS.get(session.phase)
-        if counter is not None:
-            self._counters.add(counter)
+        else:
+            self.reply(session.nothing(take))
         return True
 
-    async def close(self) -> None:
-        """Break the connection; `serve()` then ends by itself."""
-        await self._endpoint.close()
-
-    async def _exchange_frames(self) -> None:
-        endpoint, session, frame = self._endpoint, self._session, self._frame
-        arriving = endpoint.post_receive(frame)
-        while True:
-            await arriving.wait()
-            action = session.receive(frame, self._clock())
-            # A short message leaves the rest of the buffer as it was: never let an old frame be read twice.
-            frame[:] = _BLANK
-            if isinstance(action, Finish):
-                self._delivered = action.delivered  # it counts, even if the client is gone by now
-                # The client's next frame is on its way already; and a send may have to be waited for.
-                arriving = endpoint.post_receive(frame)
-                await self._finish()
-                continue
-            reply = self._reply_pending
-            if reply is not None and not reply.completed:
-                await reply.wait()  # one at a time, within the session's limit: a peer that reads none piles up none
-            self._answer(action)
-            arriving = endpoint.post_receive(frame)  # behind the reply: its answer is a round trip away
-            if session.phase is _CLOSING:
-                await arriving.wait()  # the client closes, or the sweep does
-                return
-
-    def _answer(self, action: Serve | Reply | Settle) -> None:
-        match action:
-            case Serve(request=request):
-                self._serve_slot(request)
-            case Reply():
-                self._reply(action)
-            case Settle(request=request):
-                self._reply(self._session.settled(self._settle(request)))
-
-    def _serve_slot(self, request: ReadRequest) -> None:
-        self._counters.add("requests")
-        if self._binding.awaited:
-            self._reply(self._session.refused(Status.NOT_READY, "the worker has no epoch yet", self._clock()))
-            return
-        try:
-            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
-        except TransportError as error:
-            self._reply(self._session.refused(_status_of(error), error.message, self._clock()))
-            return
-        nbytes = lease.nbytes
-        if nbytes != request.nbytes:
-            text = f"the payload has {nbytes} bytes, the reference says {request.nbytes}"
-            lease.release_reading()
-            self._reply(self._session.refused(Status.BAD_REQUEST, text, self._clock()))
-            return
-        self._lease = lease
-        self._send = self._endpoint.post_send(lease.message)
-
-    async def _finish(self) -> None:
-        send = self._send
-        assert send is not None
-        if not send.completed:
-            await send.wait()
-        self._finalise()
-
-    def _finalise(self) -> None:
-        lease, delivered = self._lease, self._delivered
-        self._lease, self._send, self._delivered = None, None, False
-        if lease is None:
-            return
-        if delivered:
-            nbytes = lease.nbytes
-            lease.mark_consumed()
-            self._counters.add("delivered")
-            self._counters.add("bytes_sent", nbytes)
+    def reply(self, reply: Reply) -> None:
+        """Send an answer that is no payload."""
+        self._count(reply.status)
+        send = self._endpoint.post_send(reply.message, channel=reply.channel)
+        self._copied_bytes += send.nbytes
+        if send.completed:
+            self._on_replied(send)
         else:
-            lease.release_reading()
-            self._counters.add("released")
+            send.on_done = self._on_replied
+            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
-    def _settle(self, request: ReadRequest) -> Status:
-        try:
-            lease = self._ring.acquire_slot(request.slot, request.generation, reader=self._session.reader)
-        except TransportError as error:
-            return Status.BUSY if error.retryable else Status.STALE
-        consumed = lease.mark_consumed()
-        self._counters.add("confirms", int(consumed))
-        return _OK if consumed else Status.STALE
+    def _on_replied(self, operation: Operation) -> None:
+        self.session.replied()
+        if operation.error is not None:
+            self.close()
+        self._copy_left(operation)
 
-    def _reply(self, reply: Reply) -> None:
-        counter = _COUNTED.get(reply.status)
+    def _count(self, status: Status) -> None:
+        counter = _COUNTED.get(status)
         if counter is not None:
-            self._counters.add(counter)
-        self._reply_pending = self._endpoint.post_send(reply.message)
+            self._slots.counters.add(counter)
 
-    async def _release(self) -> None:
-        with anyio.CancelScope(shield=True):  # bounded by the link; a stopping port still gives its slots back
-            ended = await self._endpoint.close()
-        lease, send = self._lease, self._send
-        if ended or send is None or lease is None or send.completed:
-            self._finalise()
-            return
-        self._lease = self._send = None
-        self._counters.add("stuck_sends")
-        self._keep_stuck(StuckSend(send, lease, self._delivered))
+    def _copy_left(self, operation: Operation) -> None:
+        self._copied_bytes -= operation.nbytes
+        if self._is_full and self._copied_bytes < MAX_COPIED_BYTES:
+            self._is_full = False
+            self._defer()
+
+    # --- The end ---
+
+    def close(self) -> None:
+        """Break the connection; what it holds is given back once nothing is on its way any more. Idempotent."""
+        if not self.is_closing:
+            self.is_closing = True
+            self._hear_out()
+            self._endpoint.close(self._on_closed)
+
+    def fail(self, error: Exception) -> None:
+        """Close it, with a log line unless the client is just gone."""
+        if not isinstance(error, TransportError):
+            _log.exception("connection_crashed", peer=self._endpoint.peer)
+        elif not isinstance(error, PeerLostError):
+            _log.warning("connection_failed", peer=self._endpoint.peer, reason=str(error))
+        self.close()
+
+    def _hear_out(self) -> None:
+        """What the client said before it left counts: its ends and its confirmations."""
+        receives, session = self._receives, self.session
+        try:
+            while receives and receives[0][0].completed and session.phase is not _CLOSING:
+                operation, _, frame = receives.popleft()
+                if operation.error is not None:
+                    return
+                for action in session.receive(frame, self._port.reactor.now()):
+                    if isinstance(action, End) and action.attempt.sent_s is not None:
+                        self._slots.finish(action.attempt)
+                    elif isinstance(action, Settle):
+                        self._slots.consume(action.names, session.reader)
+        except Exception as error:  # noqa: BLE001 - the edge of a callback
+            self.fail(error)
+
+    def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
+        del clean  # what has not ended is looked at one by one
+        for attempt in (*self.session.in_flight.values(), *self.session.leaving.values()):
+            self._slots.abandon(attempt)
+        self._port.forget(self)
 
 
-def _status_of(error: TransportError) -> Status:
-    if isinstance(error, StaleSlotError):
-        return Status.STALE
-    if isinstance(error, BusyError):
-        return Status.BUSY
-    if isinstance(error, SlotError):
-        return Status.BAD_REQUEST
-    return Status.INTERNAL if not error.retryable else Status.BUSY
+def _offered(lease: ReadLease) -> OfferedPayload:
+    return OfferedPayload(
+        lease.slot, lease.generation, lease.nbytes, lease.checksum, lease.commit_time_ns, lease.envelope
+    )

@@ -33,7 +33,7 @@ class PortStatistics:
         connections: open now.
         accepted: connections, ever.
         refused: connections over the limit.
-        requests: READ frames.
+        requests: payloads asked for by name.
         delivered: acknowledged payloads.
         bytes_sent: their bytes.
         released: attempts that ended without an acknowledgement.
@@ -49,6 +49,8 @@ class PortStatistics:
         confirms: late confirmations that still freed a slot.
         not_ready: reads while the source waited for its epoch.
         accepts_failed: connections that failed before they were accepted.
+        takes: payloads that the port chose itself (TAKE).
+        packed: payloads that shared their message with others.
     """
 
     port: int = 0
@@ -71,6 +73,8 @@ class PortStatistics:
     confirms: int = 0
     not_ready: int = 0
     accepts_failed: int = 0
+    takes: int = 0
+    packed: int = 0
 
 
 PORT_FIELDS: Final = tuple(spec.name for spec in fields(PortStatistics))
@@ -100,52 +104,70 @@ class ServerStatistics:
 
 
 class PortCounters:
-    """The block of port 0..63 in the ring's `server_words`, as its single writer sees it."""
+    """The block of port 0..63 in the ring's `server_words`, as its single writer sees it.
 
-    __slots__ = ("_words",)
+    Attributes:
+        words: the block, for counting without a call: `words[REQUESTS] += 1`.
+    """
+
+    __slots__ = ("words",)
 
     def __init__(self, words: memoryview, index: int) -> None:
-        self._words = words[index * PORT_WORDS : (index + 1) * PORT_WORDS]
+        self.words = words[index * PORT_WORDS : (index + 1) * PORT_WORDS]
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count `amount` more of `name` (a field of `PortStatistics`)."""
         position = _POSITIONS[name]
-        self._words[position] += amount
+        self.words[position] += amount
 
     def set(self, name: str, value: int) -> None:
         """State a gauge such as `port` or `connections`."""
-        self._words[_POSITIONS[name]] = value
+        self.words[_POSITIONS[name]] = value
+
+    def retire(self) -> None:
+        """State that the port listens no longer, and has no connection."""
+        self.set("port", 0)
+        self.set("connections", 0)
 
     def beat(self, now_ns: int) -> None:
         """Say that the port's loop turns."""
-        self._words[_BEAT_WORD] = now_ns
+        self.words[_BEAT_WORD] = now_ns
 
     @property
     def beat_ns(self) -> int:
         """When it last did, by CLOCK_MONOTONIC, which all processes of a host share; 0 before the first time."""
-        return self._words[_BEAT_WORD]
+        return self.words[_BEAT_WORD]
 
     def snapshot(self) -> PortStatistics:
         """The counts now."""
-        return PortStatistics(**{name: int(self._words[position]) for name, position in _POSITIONS.items()})
+        return PortStatistics(**{name: int(self.words[position]) for name, position in _POSITIONS.items()})
 
 
 _POSITIONS: Final = {name: position for position, name in enumerate(PORT_FIELDS)}
 
+REQUESTS: Final = _POSITIONS["requests"]
+DELIVERED: Final = _POSITIONS["delivered"]
+BYTES_SENT: Final = _POSITIONS["bytes_sent"]
+RELEASED: Final = _POSITIONS["released"]
+
 
 class Binding:
-    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves."""
+    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves.
 
-    __slots__ = ("_words",)
+    Attributes:
+        words: one word, not 0 while it is awaited, for a look without a call.
+    """
+
+    __slots__ = ("words",)
 
     def __init__(self, words: memoryview) -> None:
-        self._words = words[GENERAL_OFFSET : GENERAL_OFFSET + 1]
+        self.words = words[GENERAL_OFFSET : GENERAL_OFFSET + 1]
 
     @property
     def awaited(self) -> bool:
         """Whether reads must be answered NOT_READY."""
-        return self._words[0] != 0
+        return self.words[0] != 0
 
     @awaited.setter
     def awaited(self, value: bool) -> None:
-        self._words[0] = int(value)
+        self.words[0] = int(value)

@@ -18,11 +18,14 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
-from ucxx_transport.server.port_group import LinkFactory, PortGroup, number_of_ports, to_order, ucxx_links
+from ucxx_transport.server.port_thread import PortThread, number_of_ports, to_order
 from ucxx_transport.sidecar.launch import Restarts, Sidecar
 from ucxx_transport.teardown import MARGIN_S, Teardown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
@@ -123,7 +126,7 @@ class UCXXServer(RingSource):
         self._sidecars: tuple[Sidecar, ...] = ()
         if self._config.mode == "process":
             self._sidecars = tuple(self._sidecar_of(index) for index in range(number_of_ports(self._config)))
-        self._group: PortGroup | None = None
+        self._threads: list[PortThread] = []
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
         self._port_count = 0
@@ -169,7 +172,8 @@ class UCXXServer(RingSource):
         try:
             if self._link_factory is None:
                 require_reachable(address, ports[0])
-            self._publish(ports)
+            with self._publishing:  # one that died just now may be up again on another port
+                self._publish(self._ports_up() if self._sidecars else ports)
         except BaseException:
             self.stop()
             self._address = None
@@ -185,12 +189,11 @@ class UCXXServer(RingSource):
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         teardown = Teardown("server", ring=self._ring.name)
-        group, self._group = self._group, None
         if any(sidecar.is_running for sidecar in self._sidecars):
             teardown.step("sidecars", lambda: self._end_processes(until_s), until_s)
-        if group is not None:
+        if self._threads:
             # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
-            teardown.step("ports", lambda: group.stop(until_s + 2 * MARGIN_S), until_s)
+            teardown.step("ports", lambda: self._end_threads(until_s + 2 * MARGIN_S), until_s)
         if self._ports:
             teardown.step("address", self._withdraw, until_s)
 
@@ -227,25 +230,13 @@ class UCXXServer(RingSource):
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """Start, without blocking the event loop."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.wait([starting])  # bounded by start_timeout_s; what came up must not stay
-            if not starting.cancelled() and starting.exception() is None:
-                await asyncio.to_thread(self.stop)
-            raise
+        """Start, without blocking the event loop; what came up under a cancellation does not stay."""
+        await _in_thread(self.start, undo=self.stop)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
-        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
-        try:
-            await asyncio.shield(stopping)
-        except asyncio.CancelledError:
-            await asyncio.wait([stopping])
-            raise
+        await _in_thread(self.stop)
 
     def _start_processes(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
@@ -266,15 +257,28 @@ class UCXXServer(RingSource):
     def _end_processes(self, until_s: float) -> None:
         for sidecar in self._sidecars:
             sidecar.begin_stop(until_s)
-        for sidecar in self._sidecars:
+        for index, sidecar in enumerate(self._sidecars):
             sidecar.stop(until_s)
+            self._note_gone(index)
         self._reclaim()
 
     def _start_threads(self, until_s: float) -> tuple[int, ...]:
-        group = PortGroup(self._ring, self._config, self._link_factory or ucxx_links(self._config))
-        ports = group.start(until_s)
-        self._group = group
-        return ports
+        ports: list[int] = []
+        try:
+            for index in range(number_of_ports(self._config)):
+                self._threads.append(PortThread(self._ring, self._config, index, self._link_factory))
+                ports.append(self._threads[-1].start(until_s))
+        except BaseException:
+            self._end_threads(time.monotonic() + self._config.stop_timeout_s)
+            raise
+        return tuple(ports)
+
+    def _end_threads(self, until_s: float) -> None:
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.begin_stop(until_s)
+        for thread in threads:
+            thread.stop(until_s)
 
     # in a sidecar's thread
 
@@ -310,7 +314,13 @@ class UCXXServer(RingSource):
 
     def _on_death(self, index: int) -> None:
         self._died_s[index] = time.monotonic()
+        self._note_gone(index)
         self._reclaim()
+
+    def _note_gone(self, index: int) -> None:
+        """Say what a killed port could not: it listens no longer."""
+        if not self._ring.closed:
+            PortCounters(self._ring.server_words, index).retire()
 
     def _is_stalled(self, index: int) -> bool:
         """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
@@ -323,9 +333,9 @@ class UCXXServer(RingSource):
     # the ring
 
     def _publish(self, ports: tuple[int, ...]) -> None:
-        self._ports = ports
+        self._ring.publish_address(self._address, ports)
+        self._ports = ports  # what the segment has: a failure is one of the process whose port it is
         self._port_count = max(self._port_count, len(ports))
-        self._ring.publish_address(self._address if ports else None, ports)
 
     def _withdraw(self) -> None:
         self._address, self._ports = None, ()
@@ -341,3 +351,15 @@ class UCXXServer(RingSource):
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
             _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
+
+
+async def _in_thread(call: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
+    """Run what is bounded in a thread, to its end even if this is cancelled; then `undo` what it did."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        if not running.cancelled() and running.exception() is None:
+            await asyncio.to_thread(undo)
+        raise

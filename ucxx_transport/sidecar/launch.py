@@ -107,7 +107,7 @@ class Sidecar:
         start_timeout_s: one that is not up by then is killed and started again.
         on_up: called in the thread with the facts of each that is up.
         on_death: called in the thread when one has died unasked, before it is started again.
-        is_stalled: asked in the thread every `LOOK_S` while one is up; True: it is killed, and so started again.
+        is_stalled: asked in the thread every `LOOK_S` or so while one is up; True: it is killed, and so started again.
 
     Attributes:
         status: now.
@@ -226,6 +226,9 @@ class Sidecar:
             up_s, reason = 0.0, ""
             try:
                 up_s, reason = self._attend()
+            except TransportError as error:
+                reason = str(error)
+                self._fail(error)
             except Exception as error:  # noqa: BLE001 - the edge of a thread: no memory, no descriptors; it goes on
                 reason = f"{type(error).__name__}: {error}"
                 self._fail(TransportError("the sidecar could not be started", role=self._role, reason=reason), error)
@@ -268,12 +271,12 @@ class Sidecar:
     def _follow(self, process: SidecarProcess) -> float | None:
         """Read its reports until it ends or a stop is asked for; returns when it came up."""
         came_up_s: float | None = None
-        looked_s = time.monotonic()
+        looked_s = judged_s = time.monotonic()
         start_by_s = looked_s + self._start_timeout_s
         watched = {process.reports, process.pidfd} - {-1}
         while not self._stopping.is_set():
-            seen = self._wait(watched, LOOK_S if came_up_s is not None else min(LOOK_S, start_by_s - looked_s))
-            was_looked_s, looked_s = looked_s, time.monotonic()
+            self._wait(watched, LOOK_S if came_up_s is not None else min(LOOK_S, start_by_s - looked_s))
+            looked_s = time.monotonic()
             if came_up_s is None and looked_s >= start_by_s:
                 self._fail(DeadlineExceededError("the sidecar did not come up in time", role=self._role))
                 return None
@@ -292,9 +295,12 @@ class Sidecar:
                     last = process.pass_errors_on() or "nothing on its standard error"
                     self._fail(TransportError(f"the sidecar died at its start: {last}", role=self._role))
                 return came_up_s
+            since_s = looked_s - judged_s
+            if since_s < LOOK_S:
+                continue
+            judged_s = looked_s
             # a worker that was itself stopped meanwhile does not judge
-            may_judge = came_up_s is not None and not seen and looked_s - was_looked_s < 2 * LOOK_S
-            if may_judge and self._is_stalled():
+            if came_up_s is not None and since_s < 2 * LOOK_S and self._is_stalled():
                 _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
                 process.popen.kill()
         return came_up_s
@@ -313,15 +319,14 @@ class Sidecar:
             tenant.hear(report)
 
     def _fail(self, error: TransportError, cause: Exception | None = None) -> None:
-        error.__cause__ = cause
+        error.__cause__ = cause or error.__cause__
         if not self._first.done():
             self._first.set_exception(error)
 
-    def _wait(self, descriptors: set[int] | tuple[()], timeout_s: float | None) -> set[int]:
-        """Those that are readable; none when the time is up or a stop is asked for."""
+    def _wait(self, descriptors: set[int] | tuple[()], timeout_s: float) -> None:
+        """Until one of these is readable, the time is up, or a stop is asked for."""
         watched = select.poll()
         for descriptor in descriptors:
             watched.register(descriptor, select.POLLIN | select.POLLHUP)
         watched.register(self._wake, select.POLLIN)
-        ready = watched.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
-        return {number for number, _ in ready} - {self._wake}
+        watched.poll(max(0.0, timeout_s) * 1000)

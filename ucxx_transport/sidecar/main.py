@@ -18,6 +18,7 @@ signals that ask a whole job to end are the worker's affair, which may still hav
 from __future__ import annotations
 
 import enum
+import gc
 import json
 import os
 import select
@@ -229,7 +230,7 @@ class Served:
 
     def __init__(self, order: Mapping[str, Any]) -> None:
         from ucxx_transport.ring import SharedRingBuffer
-        from ucxx_transport.server.port_group import PortGroup, of_order, ucxx_links
+        from ucxx_transport.server.port_thread import PortThread, of_order
 
         settings = of_order(order["settings"])
         self._stop_timeout_s = settings.stop_timeout_s
@@ -237,13 +238,14 @@ class Served:
         self._ring = SharedRingBuffer.attach(order["ring_name"], folder=order["ring_folder"], descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
-        self._group = PortGroup(self._ring, settings, ucxx_links(settings), indices=[order["index"]])
-        (self.port,) = self._group.start(time.monotonic() + settings.start_timeout_s)
+        gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
+        self._thread = PortThread(self._ring, settings, order["index"])
+        self.port = self._thread.start(time.monotonic() + settings.start_timeout_s)
 
     @property
     def is_alive(self) -> bool:
         """Whether the port still runs."""
-        return self._group.all_alive
+        return self._thread.alive
 
     def stop(self, teardown: Teardown) -> None:
         """Close the port and unmap the ring, in bounded steps."""
@@ -251,7 +253,7 @@ class Served:
         # SIGALRM ends a process whose interpreter hangs, in a call of UCX that keeps its lock
         signal.setitimer(signal.ITIMER_REAL, self._stop_timeout_s + _KILL_MARGIN_S)
         # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
-        teardown.step("port", lambda: self._group.stop(until_s + 2 * MARGIN_S), until_s)
+        teardown.step("port", lambda: self._thread.stop(until_s + 2 * MARGIN_S), until_s)
         teardown.step("ring", self._ring.close, until_s)
         signal.setitimer(signal.ITIMER_REAL, 0)
 

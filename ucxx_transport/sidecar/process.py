@@ -56,7 +56,8 @@ class SidecarProcess:
                 os.close(number)
         self._role = role
         order = {"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve}
-        self.write({"sys_path": sys.path, **order})
+        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
+        self.write({"sys_path": [entry for entry in entries if isinstance(entry, str)], **order})
 
     def _start(self, role: str, inherited: list[int]) -> None:
         command = [interpreter(), *multiprocessing.util._args_from_interpreter_flags()]  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own

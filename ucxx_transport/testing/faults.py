@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+
+
+class Hold:
+    """Keeps messages back until it is set, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Callable[[], object]] = []
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Whether messages pass."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Let what was kept back pass, and all that follows."""
+        with self._lock:
+            self._is_set = True
+            waiting, self._waiting = self._waiting, []
+        for action in waiting:
+            action()
+
+    def when_set(self, action: Callable[[], object]) -> None:
+        """Call this when it is set: now, or by the thread that sets it."""
+        with self._lock:
+            if not self._is_set:
+                self._waiting.append(action)
+                return
+        action()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,11 +45,11 @@ class Faults:
         spare: this many further messages pass, then the next three faults are looked at.
         drop: this many messages vanish; their sends succeed.
         truncate_to: the next message loses what is beyond this many bytes.
-        flip_byte: the next message arrives with the byte at this offset inverted.
-        hold: while set to an event, messages are delivered only once it is set, in order.
+        flip_byte: the next message arrives with the byte at this offset inverted, if it has one.
+        hold: messages are delivered only once it is set, in order.
         refuse: connections are refused.
         hang_connect: connections neither succeed nor fail.
-        never_complete: further receives never end, not even by `close()`, which then returns False.
+        never_complete: further receives never end, not even by `close()`, which then is not clean.
     """
 
     reset_after: int | None = None
@@ -27,7 +57,7 @@ class Faults:
     drop: int = 0
     truncate_to: int | None = None
     flip_byte: int | None = None
-    hold: asyncio.Event | None = None
+    hold: Hold | None = None
     refuse: bool = False
     hang_connect: bool = False
     never_complete: bool = False
@@ -42,7 +72,7 @@ class Faults:
         self.reset_after = None
         return True
 
-    def apply(self, content: bytes | memoryview) -> bytes | memoryview | None:
+    def apply(self, content: bytes) -> bytes | None:
         """What of the next message arrives; None when it vanishes."""
         if self.spare > 0:
             self.spare -= 1
@@ -51,9 +81,10 @@ class Faults:
             self.drop -= 1
             return None
         if self.truncate_to is not None:
-            content, self.truncate_to = bytes(content[: self.truncate_to]), None
+            content, self.truncate_to = content[: self.truncate_to], None
         if self.flip_byte is not None:
             flipped = bytearray(content)
-            flipped[self.flip_byte] ^= 0xFF
+            if self.flip_byte < len(flipped):
+                flipped[self.flip_byte] ^= 0xFF
             content, self.flip_byte = bytes(flipped), None
         return content

@@ -4,215 +4,39 @@ It behaves as the UCX link does where callers can see it: small sends complete a
 shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other one. `Faults`
 makes it misbehave on purpose.
 
-Each link belongs to the thread and event loop it is used in, as every link does; those of one network reach each other
-whatever their threads. Between two loops, what one end does to the other is handed to the other's loop.
+Links of one network reach each other whatever threads run them: what one end does to the other lies in the inbox of the
+other's link until that progresses. What a link has to call back waits in the same inbox.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeVarTuple
 
-from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import LinkStatistics, LostReason, OnEndpoint, byte_view, checked_port, hand_over
-from ucxx_transport.link.translate import lost
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.link.base import (
+    CLOSED,
+    FORKED,
+    Counters,
+    EndpointEvents,
+    LinkStatistics,
+    OnEndpoint,
+    Timers,
+    byte_view,
+    checked_port,
+)
+from ucxx_transport.link.reactor import Wakeup
 from ucxx_transport.testing.faults import Faults
+from ucxx_transport.testing.memory_endpoint import MemoryEndpoint, MemoryMessage
 
-EAGER_BYTES = 8191
-"""Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
+BURST = 256
+"""What one `progress` takes out of the inbox."""
 
-
-Arguments = TypeVarTuple("Arguments")
-
-
-class MemoryPending:
-    """One operation of a `MemoryEndpoint`."""
-
-    __slots__ = ("_endpoint", "_error", "_waiters", "completed", "immortal", "nbytes", "sending", "view")
-
-    def __init__(self, endpoint: MemoryEndpoint, view: memoryview, *, sending: bool) -> None:
-        self._endpoint = endpoint
-        self._error: PeerLostError | None = None
-        self._waiters: list[asyncio.Future[None]] = []
-        self.completed = False
-        self.immortal = False
-        self.view: memoryview | None = view
-        self.nbytes = view.nbytes
-        self.sending = sending
-
-    def finish(self, error: PeerLostError | None = None) -> None:
-        """End the operation, once; its buffer is released."""
-        if self.completed:
-            return
-        self.completed = True
-        self._error = error
-        self.view = None
-        self._endpoint.link.count_end(self, error)
-        self._wake()
-
-    def give_up(self, error: PeerLostError) -> None:
-        """Wake the waiters with an error: it never ends, and the buffer is still in use."""
-        if not self.completed:
-            self._error = error
-            self._wake()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
-
-    async def wait(self, until_s: float | None = None) -> None:
-        if not self.completed and self._error is None:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            async with asyncio.timeout_at(until_s):
-                await waiter
-        if self._error is not None:
-            raise self._error
-
-
-class MemoryEndpoint:
-    """One end of a connection; `other` is the end its messages go to, perhaps in another thread."""
-
-    def __init__(self, link: MemoryLink, peer: str) -> None:
-        self.link = link
-        self.peer = peer
-        self.alive = True
-        self.closed = False
-        self.other: MemoryEndpoint | None = None
-        self._receives: deque[MemoryPending] = deque()
-        self.sends: deque[MemoryPending] = deque()  # not yet matched by the other end's receives
-        self.arrived: deque[tuple[bytes | memoryview, MemoryPending]] = deque()  # of the other end
-        self._delivery: asyncio.Task[None] | None = None
-        self._outbox: deque[tuple[bytes | memoryview, MemoryPending]] = deque()
-
-    def post_receive(self, buffer: object) -> MemoryPending:
-        pending = self._post(buffer, sending=False)
-        pending.immortal = self.link.network.faults.never_complete
-        self._receives.append(pending)
-        self.match()
-        return pending
-
-    def post_send(self, buffer: object) -> MemoryPending:
-        pending = self._post(buffer, sending=True)
-        faults = self.link.network.faults
-        if faults.breaks_connection():
-            pending.finish(lost("reset", peer=self.peer))
-            self.reset()
-            return pending
-        content = faults.apply(self._content(pending))
-        if content is None:
-            pending.finish()
-            return pending
-        self.sends.append(pending)
-        self._outbox.append((content, pending))
-        if pending.nbytes <= EAGER_BYTES:
-            pending.finish()
-        self._deliver(faults.hold)
-        return pending
-
-    async def close(self) -> bool:
-        if not self.closed:
-            self.closed = True
-            self._end("closed", itself=True)
-            self._reset_other()
-            self.link.forget(self)
-        return not any(pending.immortal and not pending.completed for pending in self._receives)
-
-    def reset(self) -> None:
-        """Break the connection, as a fault does: both ends find their peer lost."""
-        self.lose("reset")
-        self._reset_other()
-
-    def _reset_other(self) -> None:
-        if self.other is not None:
-            self.other.link.call(self.other.lose, "reset")
-
-    def lose(self, reason: LostReason) -> None:
-        """The other end is gone."""
-        if self.alive:
-            self.link.count(peers_lost=1)
-            self._end(reason)
-
-    def _end(self, reason: LostReason, *, itself: bool = False) -> None:
-        self.alive = False
-        if self._delivery is not None:
-            self._delivery.cancel()
-        self._outbox.clear()
-        self.link.count(unexpected_messages=len(self.arrived))
-        self.arrived.clear()
-        for pending in (*self.sends, *self._receives):
-            if not pending.immortal:
-                pending.finish(lost(reason, peer=self.peer))
-            elif itself:
-                pending.give_up(lost(reason, peer=self.peer))
-                self.link.count(leaked_buffers=1, leaked_bytes=pending.nbytes)
-        self.sends.clear()
-
-    def _post(self, buffer: object, *, sending: bool) -> MemoryPending:
-        self.link.check_owner()
-        if not self.alive:
-            raise lost("closed" if self.closed else "reset", peer=self.peer)
-        view = byte_view(buffer, writable=not sending)
-        self.link.count(**{"sends" if sending else "receives": 1, "in_flight": 1})
-        return MemoryPending(self, view.cast("B") if view.nbytes else memoryview(b""), sending=sending)
-
-    def _deliver(self, hold: asyncio.Event | None) -> None:
-        if self._delivery is not None and not self._delivery.done():
-            return  # what is held goes first
-        if hold is not None and not hold.is_set():
-            self._delivery = asyncio.get_running_loop().create_task(self._deliver_after(hold))
-            return
-        if self.other is not None:
-            messages = tuple(self._outbox)
-            self._outbox.clear()
-            self.other.link.call(self.other.take, messages)
-
-    async def _deliver_after(self, hold: asyncio.Event) -> None:
-        await hold.wait()
-        self._delivery = None
-        self._deliver(None)
-
-    def take(self, messages: tuple[tuple[bytes | memoryview, MemoryPending], ...]) -> None:
-        """Messages of the other end have arrived."""
-        if self.alive:
-            self.arrived.extend(messages)
-            self.match()
-
-    def sent(self, send: MemoryPending) -> None:
-        """A message of this end has been received."""
-        send.finish()
-        if send in self.sends:
-            self.sends.remove(send)
-
-    def match(self) -> None:
-        """Bring what has arrived and the receives posted for it together."""
-        while self.arrived and self._receives and not self._receives[0].immortal:
-            content, send = self.arrived.popleft()
-            receive = self._receives.popleft()
-            if receive.view is None:  # already ended; cannot be while the endpoint lives
-                continue
-            if len(content) > receive.nbytes:
-                receive.finish(lost("truncated", peer=self.peer))
-            else:
-                receive.view[: len(content)] = content
-                receive.finish()
-            if self.other is not None:
-                self.other.link.call(self.other.sent, send)
-
-    def _content(self, pending: MemoryPending) -> bytes | memoryview:
-        view = pending.view
-        assert view is not None  # just made by the caller
-        assert self.other is not None  # connected
-        # a large message is read from the sender's buffer, but not while the sender's own thread may take that back
-        is_read_in_place = pending.nbytes > EAGER_BYTES and self.other.link.thread == self.link.thread
-        return view if is_read_in_place else bytes(view)
+CLOSING_ROUNDS = 10_000
+"""How often `close` empties the inbox, which its own callbacks may fill."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -229,78 +53,91 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self) -> MemoryLink:
-        """A link of this network: `link_factory=network.link` for a server or a client."""
-        return MemoryLink(self)
+    def link(self, timers: Timers) -> MemoryLink:
+        """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
+        return MemoryLink(timers, self)
 
 
 class MemoryListener:
-    """One port of a `MemoryNetwork`."""
+    """One port of a `MemoryNetwork`. See `base.Listener`."""
 
     def __init__(self, link: MemoryLink, port: int, on_endpoint: OnEndpoint) -> None:
         self.link = link
         self.port = port
-        self.on_endpoint = on_endpoint
+        self._on_endpoint = on_endpoint
 
-    async def close(self) -> None:
+    def close(self) -> None:
         if self.link.network.listeners.get(self.port) is self:
             del self.link.network.listeners[self.port]
 
-    def accept(self, endpoint: MemoryEndpoint) -> None:
-        """Hand over the end of a new connection, in the link's own thread."""
-        if self.link.closed:
-            endpoint.reset()
+    def accept(self, near: MemoryEndpoint) -> None:
+        """Take a connection, in the link's own turn.
+
+        Args:
+            near: the end of the one who connects.
+        """
+        if self.link.closed or self.link.network.listeners.get(self.port) is not self:
+            near.link.call(near.lose, "refused")
             return
-        self.link.adopt(endpoint, "endpoints_accepted")
-        failed = hand_over(endpoint, self.on_endpoint, asyncio.get_running_loop())
-        if failed is not None:
-            self.link.keep(failed)
+        far = MemoryEndpoint(self.link, f"memory:{id(near):x}", near)
+        self.link.endpoints.add(far)
+        self.link.counters.endpoints_accepted += 1
+        near.link.call(near.connected, far)
+        self.link.call(far.accepted)
+        try:
+            far.events = self._on_endpoint(far)
+        finally:
+            if far.events is None:
+                far.close()
 
 
 class MemoryLink:
-    """A `Link` whose peers are other links of the same network. Bound to the thread it is made in.
+    """A `base.Link` whose peers are other links of the same network, and itself.
 
     Args:
+        timers: of the reactor that drives it.
         network: shared with the links to talk to; a new one by default, on which the link can only reach itself.
     """
 
-    def __init__(self, network: MemoryNetwork | None = None) -> None:
+    def __init__(self, timers: Timers, network: MemoryNetwork | None = None) -> None:
+        self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
         self.closed = False
-        self.thread = threading.get_ident()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._counts: dict[str, int] = {}
-        self._endpoints: set[MemoryEndpoint] = set()
+        self.closing = False
+        self.forked = False
+        self.counters = Counters()
+        self.endpoints: set[MemoryEndpoint] = set()
         self._listeners: list[MemoryListener] = []
-        self._tasks: set[asyncio.Task[bool]] = set()
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._wakeup = Wakeup()
+        self._armed = False  # others notify only then
 
-    async def __aenter__(self) -> Self:
-        return self
+    @property
+    def faults(self) -> Faults:
+        """Of its network."""
+        return self.network.faults
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()
-
-    async def connect(self, host: str, port: int) -> MemoryEndpoint:
+    def connect(self, host: str, port: int, events: EndpointEvents) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
-        self.check_owner()
-        self._loop = asyncio.get_running_loop()
-        peer = f"{host}:{checked_port(port, lowest=1)}"
-        if self.network.faults.hang_connect:
-            await self._loop.create_future()
+        self.check_usable()
+        near = MemoryEndpoint(self, f"{host}:{checked_port(port, lowest=1)}")
+        near.events = events
+        near.waits_for_ever = self.network.faults.hang_connect
+        self.endpoints.add(near)
+        self.counters.endpoints_connected += 1
         listener = self.network.listeners.get(port)
-        if listener is None or self.network.faults.refuse:
-            raise lost("refused", peer=peer)
-        here = MemoryEndpoint(self, peer)
-        there = MemoryEndpoint(listener.link, f"memory:{id(here):x}")
-        here.other, there.other = there, here
-        if not listener.link.call(listener.accept, there):
-            raise lost("refused", peer=peer)
-        self.adopt(here, "endpoints_connected")
-        return here
+        if near.waits_for_ever:
+            pass
+        elif listener is None or self.network.faults.refuse:
+            self.call(near.lose, "refused")
+        else:
+            listener.link.call(listener.accept, near)
+            if listener.link.closed:  # meanwhile, and it takes nothing any more
+                self.call(near.lose, "refused")
+        return near
 
-    async def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
-        self.check_owner()
-        self._loop = asyncio.get_running_loop()
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
+        self.check_usable()
         checked_port(port, lowest=0)
         used = self.network.listeners
         chosen = port or next(number for number in self.network.free_ports if number not in used)
@@ -310,68 +147,78 @@ class MemoryLink:
         self._listeners.append(listener)
         return listener
 
+    def message(self, buffer: object) -> MemoryMessage:
+        self.check_usable()
+        return MemoryMessage(byte_view(buffer, writable=False))
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        self.check_usable()
+        self.counters.progress_turns += 1
+        if self._armed:
+            self._armed = False
+            self._wakeup.drain()
+        if not self._inbox and spin_s:
+            end = time.perf_counter() + spin_s
+            while not self._inbox and time.perf_counter() < end:
+                time.sleep(0)
+        return self._take()
+
+    def arm(self) -> bool:
+        self._armed = True
+        if self._inbox:
+            return False
+        self.counters.sleeps += 1
+        return True
+
+    def fileno(self) -> int:
+        return self._wakeup.fileno()
+
     def statistics(self) -> LinkStatistics:
-        return LinkStatistics(endpoints_open=len(self._endpoints), **self._counts)
+        self.counters.endpoints_open = len(self.endpoints)
+        return self.counters.snapshot()
 
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""
         return ("memory",)
 
-    async def aclose(self) -> None:
-        self.closed = True
+    def close(self) -> None:
+        if self.closed or self.forked:
+            return
+        self.closing = True
         for listener in self._listeners:
-            await listener.close()
-        for endpoint in list(self._endpoints):
-            await endpoint.close()
-        await asyncio.gather(*self._tasks)
+            listener.close()
+        for _ in range(CLOSING_ROUNDS):
+            for endpoint in list(self.endpoints):
+                endpoint.close()
+            if not self._take():
+                break
+        self.closing, self.closed = False, True
+        while self._inbox:  # who connects meanwhile is refused, and who sends is reset
+            action, arguments = self._inbox.popleft()
+            if getattr(action, "__func__", None) is MemoryListener.accept:
+                action(*arguments)
 
-    def check_owner(self) -> None:
-        """Refuse another thread, and a closed link."""
-        if threading.get_ident() != self.thread:
-            raise ConfigError("this link belongs to another thread; open one per event loop")
+    def forget(self) -> None:
+        self.forked = True
+
+    def check_usable(self) -> None:
+        """Refuse a closed link, and one of a parent process."""
+        if self.forked:
+            raise ConfigError(FORKED)
         if self.closed:
-            raise ConfigError("this link is closed; open another")
+            raise ConfigError(CLOSED)
 
-    def call(self, function: Callable[[*Arguments], object], *arguments: *Arguments) -> bool:
-        """Call a function in this link's thread: now where that is the caller's, else in a turn of the loop there.
+    def call(self, action: Callable[..., object], *arguments: object) -> None:
+        """Call this in a turn of this link. From any thread."""
+        self._inbox.append((action, arguments))
+        if self._armed:
+            self._wakeup.notify()
 
-        Returns:
-            Whether it is called; False when that loop is closed.
-        """
-        if threading.get_ident() == self.thread:
-            function(*arguments)
-            return True
-        if self._loop is None or self._loop.is_closed():
-            return False
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # closed in the meantime
-            return False
-        return True
-
-    def keep(self, task: asyncio.Task[bool]) -> None:
-        """Hold a task of clean-up until it is done."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def count(self, **steps: int) -> None:
-        """Add to counters of `LinkStatistics`, by name."""
-        for name, step in steps.items():
-            self._counts[name] = self._counts.get(name, 0) + step
-
-    def count_end(self, pending: MemoryPending, error: PeerLostError | None) -> None:
-        """Count the end of an operation."""
-        if error is None:
-            self.count(**{"sent_bytes" if pending.sending else "posted_receive_bytes": pending.nbytes})
-        else:
-            self.count(failed=1, truncated=int(error.facts["reason"] == "truncated"))
-        self.count(in_flight=-1)
-
-    def forget(self, endpoint: MemoryEndpoint) -> None:
-        """Drop a closed endpoint."""
-        self._endpoints.discard(endpoint)
-
-    def adopt(self, endpoint: MemoryEndpoint, counter: str) -> None:
-        """Count an endpoint among the open ones."""
-        self._endpoints.add(endpoint)
-        self.count(**{counter: 1})
+    def _take(self) -> bool:
+        inbox = self._inbox
+        moved = False
+        for _ in range(min(len(inbox), BURST)):
+            action, arguments = inbox.popleft()
+            moved = True
+            action(*arguments)
+        return moved

@@ -4,7 +4,7 @@ from ucxx_transport.trainer.batch import Batch, PrefetchStatistics, fetch_batch
 from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode
 from ucxx_transport.trainer.loss_policy import Loss, LossReason
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
-from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.rollout_feed import RolloutFeed
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EpisodeStream",
     "Loss",
     "LossReason",
+    "PendingBatch",
     "PrefetchStatistics",
     "Prefetcher",
     "RolloutFeed",

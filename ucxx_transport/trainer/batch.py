@@ -1,25 +1,32 @@
-"""Batches of episodes: fetched in rounds under one deadline; begun in the background; counted."""
+"""Batches of episodes: the rounds in which one is fetched under one deadline, and what drives them.
+
+| driver        | a round is                            | the pause after it is  | runs in                    |
+|---------------|---------------------------------------|------------------------|----------------------------|
+| `BatchFetch`  | a job of a client's core              | a timer of its reactor | the thread of that reactor |
+| `fetch_batch` | `read_many` of an asynchronous client | a sleep                | the task that awaits it    |
+"""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from ucxx_transport.client.retry import attempt_budget_s
+import anyio
+
+from ucxx_transport.client.ports import attempt_budget_s
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, discardable_of, loss_of, sort_out
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from ucxx_transport.client import Payload, UCXXClient
-    from ucxx_transport.client.loop_thread import LoopThread
+    from ucxx_transport.client import Payload
+    from ucxx_transport.client.core import ClientCore
+    from ucxx_transport.client.jobs import Job
+    from ucxx_transport.link.base import Timer
     from ucxx_transport.schema import SlotRef
 
 
@@ -27,15 +34,6 @@ DEFAULT_FETCH_ROUNDS: Final = 3
 
 ROUND_PAUSE_S: Final = 0.1
 """Between two rounds: a server process that died takes a second or two to be back."""
-
-
-class BatchReader(Protocol):
-    """What a fetch needs of a client; `UCXXClient` is one."""
-
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
-        """See `UCXXClient.read_many`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +60,129 @@ class Batch:
             payload.release()
 
 
+Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
+"""The episodes of a batch; or what gives them, called in the background thread."""
+
+
+class FetchRequest:
+    """A batch to fetch, its bounds as `fetch_batch` takes them, and the version of the trainer's weights then.
+
+    Raises:
+        ConfigError: nothing could be fetched under these bounds, or `policy_version` is missing for `max_staleness`.
+    """
+
+    def __init__(
+        self,
+        given: Records,
+        policy_version: int | None,
+        *,
+        deadline_s: float | str,
+        max_fetch_rounds: int,
+        max_staleness: int | None,
+    ) -> None:
+        if max_fetch_rounds < 1:
+            raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
+        self.deadline_s = checked_seconds(deadline_s, "deadline_s")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+        if max_staleness is not None and max_staleness < 0:
+            raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
+        if max_staleness is not None and policy_version is None:
+            raise ConfigError(
+                "max_staleness needs policy_version: how old is judged against it", field="policy_version"
+            )
+        self._given = given if callable(given) else tuple(given)
+        self._policy_version = policy_version
+        self._max_staleness = max_staleness
+        self.max_fetch_rounds = max_fetch_rounds
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """Its episodes."""
+        return tuple(self._given()) if callable(self._given) else self._given
+
+    def sort_out(self) -> tuple[list[Wanted], list[Loss]]:
+        """What to fetch of it, and what is lost already."""
+        return sort_out(self.records, policy_version=self._policy_version, max_staleness=self._max_staleness)
+
+
+Outcomes: TypeAlias = "Sequence[Payload | TransportError]"
+
+Rounds: TypeAlias = "Generator[tuple[list[SlotRef], float] | None, Outcomes | None, Batch]"
+
+
+def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
+    """The rounds of one batch, written once for every driver. Closed before its end, it releases what it has.
+
+    Args:
+        request: the batch.
+        clock: seconds.
+
+    Yields:
+        What to read, and in how many seconds: to be sent the outcomes. None: to be resumed after ROUND_PAUSE_S.
+
+    Returns:
+        The batch.
+    """
+    began_s = clock()
+    until_s = began_s + request.deadline_s
+    wanted, losses = request.sort_out()
+    payloads: dict[int, Payload] = {}
+    rounds = retried = 0
+    try:
+        while wanted:
+            rounds_left = request.max_fetch_rounds - rounds
+            rounds += 1
+            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
+            outcomes = yield [entry.ref for entry in wanted], limit_s
+            assert outcomes is not None
+            may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
+            again: list[Wanted] = []
+            for entry, outcome in zip(wanted, outcomes, strict=True):
+                if not isinstance(outcome, Exception):
+                    payloads[entry.index] = outcome
+                elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
+                    losses.append(loss)
+                else:
+                    again.append(entry)
+            wanted = again
+            if wanted:
+                retried += len(wanted)
+                yield None
+    except BaseException:
+        for payload in payloads.values():  # the traceback would hold them, and they their slots
+            payload.release()
+        raise
+    return Batch(
+        payloads=dict(sorted(payloads.items())),
+        losses=tuple(sorted(losses, key=lambda loss: loss.index)),
+        rounds=rounds,
+        retried=retried,
+        took_s=clock() - began_s,
+    )
+
+
+class BatchReader(Protocol):
+    """What `fetch_batch` needs of a client; `UCXXClient` is one."""
+
+    async def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
+    ) -> list[Payload | TransportError]:
+        """See `UCXXClient.read_many`."""
+
+
 async def fetch_batch(
     client: BatchReader,
     records: Sequence[AskedFor],
     *,
-    deadline_s: float,
+    deadline_s: float | str,
     max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
     policy_version: int | None = None,
     max_staleness: int | None = None,
 ) -> Batch:
     """Fetch a batch; an episode that cannot be had costs the others nothing.
+
+    Without an event loop, use `Prefetcher.fetch`.
 
     Args:
         client: reads; `UCXXClient`.
@@ -88,129 +199,117 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    check_limits(deadline_s, max_fetch_rounds)
-    clock = asyncio.get_running_loop().time
-    began_s = clock()
-    until_s = began_s + deadline_s
-    wanted, losses = sort_out(records, policy_version=policy_version, max_staleness=max_staleness)
-    payloads: dict[int, Payload] = {}
-    rounds = retried = 0
-    try:
-        while wanted:
-            rounds += 1
-            rounds_left = max_fetch_rounds - rounds + 1
-            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
-            outcomes = await client.read_many([entry.ref for entry in wanted], deadline_s=limit_s)
-            may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
-            again: list[Wanted] = []
-            for entry, outcome in zip(wanted, outcomes, strict=True):
-                if not isinstance(outcome, Exception):
-                    payloads[entry.index] = outcome
-                elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
-                    losses.append(loss)
-                else:
-                    again.append(entry)
-            wanted = again
-            if wanted:
-                retried += len(wanted)
-                await asyncio.sleep(ROUND_PAUSE_S)
-    except BaseException:
-        for payload in payloads.values():  # the traceback would hold them, and they their slots
-            payload.release()
-        raise
-    return Batch(
-        payloads=dict(sorted(payloads.items())),
-        losses=tuple(sorted(losses, key=lambda loss: loss.index)),
-        rounds=rounds,
-        retried=retried,
-        took_s=clock() - began_s,
+    request = FetchRequest(
+        records,
+        policy_version,
+        deadline_s=deadline_s,
+        max_fetch_rounds=max_fetch_rounds,
+        max_staleness=max_staleness,
     )
+    with closing(rounds_of(request, anyio.current_time)) as rounds:
+        outcomes: Outcomes | None = None
+        while True:
+            try:
+                asked = rounds.send(outcomes)
+            except StopIteration as end:
+                batch: Batch = end.value
+                return batch
+            if asked is None:
+                outcomes = None
+                await anyio.sleep(ROUND_PAUSE_S)
+            else:
+                outcomes = await client.read_many(asked[0], deadline_s=asked[1])
 
 
-def check_limits(deadline_s: float, max_fetch_rounds: int) -> None:
-    """Refuse limits under which nothing could be fetched, by a ConfigError."""
-    if max_fetch_rounds < 1:
-        raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
-    if not deadline_s > 0:
-        raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
+class BatchFetch:
+    """The fetch of one batch, by the thread that runs the core's reactor. `start` it; its outcome goes to `on_done`.
 
+    Args:
+        core: reads.
+        request: the batch.
+        on_done: called once, in that thread, with the batch, or what ended it that was no TransportError of one
+            episode; not called after `abandon`. Must not raise.
+        on_payload: given every payload as it comes, gives what stands in its place; what it raises beside
+            TransportErrors ends the fetch.
+    """
 
-Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
-"""The episodes of a batch; or what gives them, called in the background thread."""
-
-
-class FetchRequest:
-    """A batch to fetch, and the version of the trainer's weights when it was asked for."""
-
-    def __init__(self, given: Records, policy_version: int | None) -> None:
-        self._given = given if callable(given) else tuple(given)
-        self.policy_version = policy_version
-
-    @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
-        """Its episodes."""
-        return tuple(self._given()) if callable(self._given) else self._given
-
-
-class PendingBatch:
-    """A batch that was begun. Take its `result`, or `cancel` it."""
-
-    __slots__ = ("_future", "_hand_out", "_leave", "_thread")
+    __slots__ = ("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer")
 
     def __init__(
         self,
-        thread: LoopThread,
-        future: Future[Batch],
-        hand_out: Callable[[Batch], None],
-        leave: Callable[[], None],
+        core: ClientCore,
+        request: FetchRequest,
+        on_done: Callable[[Batch | Exception], None],
+        on_payload: Callable[[Payload], Payload] | None = None,
     ) -> None:
-        self._thread = thread
-        self._future = future
-        self._hand_out = hand_out
-        self._leave = leave
+        self._core = core
+        self._on_done = on_done
+        self._on_payload = on_payload
+        self._rounds = rounds_of(request, core.reactor.now)
+        self._job: Job | None = None
+        self._timer: Timer | None = None
+        self._error: Exception | None = None
+        self._over = False
 
-    def result(self) -> Batch:
-        """Wait for it: counted, its losses reported; the caller releases it. A ConfigError: it was closed meanwhile."""
-        batch = self._thread.result(self._future)
-        self._hand_out(batch)
-        return batch
+    def start(self, after_s: float = 0.0) -> None:
+        """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
+        if after_s > 0:
+            self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self.start)
+        elif not self._over:
+            self._step(None)
 
-    def cancel(self) -> None:
-        """Give it up: what came of it is released, and all of it is counted as lost by "closed"."""
-        self._leave()
-        if not self._future.cancel() and self._future.exception() is None:
-            self._future.result().release()
+    def abandon(self) -> None:
+        """Give it up: what came of it is released, and `on_done` is not called. Idempotent."""
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        job, self._job = self._job, None
+        if job is not None:
+            self._core.abandon(job)
+        self._rounds.close()
 
+    def fail(self, error: Exception) -> None:
+        """Give it up: `on_done` is called with this."""
+        self.abandon()
+        self._on_done(error)
 
-_log = get_logger(__name__)
+    def _step(self, outcomes: Outcomes | None) -> None:
+        """Go on, within a callback of the reactor: what is raised here ends this fetch and nothing else."""
+        reactor = self._core.reactor
+        try:
+            asked = self._rounds.send(outcomes)
+            if asked is None:
+                self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, partial(self._step, None))
+                return
+            on_payload = None if self._on_payload is None else self._replaced
+            job = self._core.begin(*asked, on_done=self._round_over, on_payload=on_payload)
+            if not job.done:
+                self._job = job
+        except StopIteration as end:
+            self._over = True
+            self._on_done(end.value)
+        except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
+            self.fail(error)
 
+    def _round_over(self, job: Job) -> None:
+        if self._error is None:
+            self._job = None
+            self._step([outcome for outcome in job.outcomes if outcome is not None])
+        else:
+            self._job = job
+            self.fail(self._error)
 
-class LossDiscarder:
-    """Discards, in the background, what of a trainer's losses may still lie in its slot. Of one event loop."""
-
-    def __init__(self, client: UCXXClient, *, discard_lost: bool, deadline_s: float) -> None:
-        self._client = client
-        self._discard_lost = discard_lost
-        self._deadline_s = deadline_s
-        self._tasks: set[asyncio.Task[int]] = set()
-
-    def discard(self, losses: Sequence[Loss]) -> None:
-        """Begin to discard what of these may still lie in its slot."""
-        refs = discardable_of(losses, discard_lost=self._discard_lost)
-        if refs:
-            task = asyncio.create_task(self._client.discard(refs, deadline_s=self._deadline_s))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
-
-    def cancel(self) -> None:
-        """Give up what is on its way."""
-        for task in self._tasks:
-            task.cancel()
-
-    def _ended(self, task: asyncio.Task[int]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
+    def _replaced(self, index: int, payload: Payload) -> Payload:
+        del index
+        assert self._on_payload is not None
+        try:
+            return self._on_payload(payload)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the payload's memory, and the error may be kept
+            if isinstance(error, TransportError):
+                raise
+            self._error = error
+            raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +324,7 @@ class PrefetchStatistics:
         retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
         given_up: batches that did not come in time; their episodes are lost by "timeout".
+        unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
     """
 
     batches: int
@@ -234,52 +334,4 @@ class PrefetchStatistics:
     retried: int
     losses: Mapping[str, int]
     given_up: int
-
-
-class PrefetchCounters:
-    """The running counts behind `PrefetchStatistics`. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._batches = self._episodes = self._nbytes = self._retried = self._given_up = 0
-        self._fetch_s = 0.0
-        self._losses: Counter[str] = Counter()
-
-    def handed_out(self, batch: Batch) -> None:
-        """Count a batch that the trainer has taken; its losses are counted by `lost`."""
-        with self._lock:
-            self._batches += 1
-            self._episodes += len(batch.payloads)
-            self._nbytes += sum(payload.nbytes for payload in batch.payloads.values())
-            self._retried += batch.retried
-            self._fetch_s += batch.took_s
-
-    def lost(self, losses: Sequence[Loss]) -> None:
-        """Count episodes by why they are in no batch."""
-        with self._lock:
-            self._losses.update(loss.reason.value for loss in losses)
-
-    def left(self, count: int) -> int:
-        """Count episodes that were asked for and will not be taken; returns how many there have been."""
-        with self._lock:
-            if count:
-                self._losses[LossReason.CLOSED.value] += count
-            return self._losses[LossReason.CLOSED.value]
-
-    def gave_up(self) -> None:
-        """Count a batch that did not come in time."""
-        with self._lock:
-            self._given_up += 1
-
-    def snapshot(self) -> PrefetchStatistics:
-        """The counts now."""
-        with self._lock:
-            return PrefetchStatistics(
-                batches=self._batches,
-                episodes=self._episodes,
-                nbytes=self._nbytes,
-                fetch_s=self._fetch_s,
-                retried=self._retried,
-                losses=dict(self._losses),
-                given_up=self._given_up,
-            )
+    unlocked_rings: int = 0

@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PendingBatch, PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PrefetchStatistics
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
-from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
-
-_END = object()
-"""The references have ended. Not an exception: kept, it would keep the frames that it was raised through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         *,
         device: object = None,
         ahead: int = 8,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = lambda _: None,
@@ -81,7 +78,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         self._ahead = ahead
         self._changed = threading.Condition()
         self._begun: deque[tuple[AskedFor, PendingBatch]] = deque()
-        self._end: Exception | object | None = None
+        # the class, not an object of it: kept, that would keep the frames that it was raised through
+        self._end: Exception | type[StopIteration] | None = None
         self._closed = False
         self._prefetcher = Prefetcher(
             config,
@@ -103,6 +101,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             ConfigError: a reference is not ours, or the stream is closed.
             Exception: whatever the iterable of references raised, after the episodes before it.
         """
+        self._prefetcher.check_usable()
         while True:
             record, pending = self._next_begun()
             batch = pending.result()
@@ -122,11 +121,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         """
         with self._changed:
             self._closed = True
-            begun = list(self._begun)
             self._begun.clear()
             self._changed.notify_all()
-        for _, pending in begun:
-            pending.cancel()
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
@@ -143,7 +139,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
                 raise ConfigError("the stream is closed; make another")
             if not self._begun:
                 assert self._end is not None
-                raise self._end if isinstance(self._end, Exception) else StopIteration
+                raise self._end
             begun = self._begun.popleft()
             self._changed.notify_all()
             return begun
@@ -153,11 +149,11 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             for reference in references:
                 if not self._begin(reference):
                     return
-            self._finish(_END)
+            self._finish(StopIteration)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates
             self._finish(error)
         except BaseException:
-            self._finish(_END)
+            self._finish(StopIteration)
             raise
 
     def _begin(self, reference: Any) -> bool:
@@ -168,13 +164,13 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             while len(self._begun) >= self._ahead and not self._closed:
                 self._changed.wait()
             if self._closed:
-                self._prefetcher.leave(1)
+                self._prefetcher.count_left(1)
                 return False
             self._begun.append((record, self._prefetcher.begin([record])))
             self._changed.notify_all()
         return True
 
-    def _finish(self, end: Exception | object) -> None:
+    def _finish(self, end: Exception | type[StopIteration]) -> None:
         with self._changed:
             self._end = end
             self._changed.notify_all()

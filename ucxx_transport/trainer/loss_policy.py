@@ -37,7 +37,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
+from ucxx_transport.errors import DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord, is_episode_record
 
@@ -94,9 +94,8 @@ def sort_out(
 ) -> tuple[list[Wanted], list[Loss]]:
     """What to fetch of a batch, and what is lost already, each in the batch's order.
 
-    An episode that does not name its version is as old as can be. Errors as `check_staleness`.
+    With `max_staleness`, an episode that does not name its version is as old as can be.
     """
-    check_staleness(max_staleness, policy_version)
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
@@ -123,16 +122,6 @@ def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list
         for loss in losses
         if loss.reason in reasons and loss.record is not None and loss.record.ref is not None
     ]
-
-
-def check_staleness(max_staleness: int | None, policy_version: int | None) -> None:
-    """Refuse, by a ConfigError, a negative `max_staleness`, or one without `policy_version`."""
-    if max_staleness is None:
-        return
-    if max_staleness < 0:
-        raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
-    if policy_version is None:
-        raise ConfigError("max_staleness needs policy_version: how old is judged against it", field="policy_version")
 
 
 def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: int | None) -> bool:

@@ -43,7 +43,7 @@ class UCXXDataPackerMixin:
     def setup_ucxx_data_packer(
         self, device: object = None, *, client: ClientConfig | None = None, **settings: Any
     ) -> None:
-        """Make this packer's feed: one thread, one event loop, one client.
+        """Make this packer's feed: one thread, one client.
 
         Args:
             device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
@@ -94,11 +94,11 @@ class UCXXDataPackerMixin:
         """Begin to fetch the episodes of these rollouts; see `RolloutFeed.start`."""
         self._feed().start(rollouts, policy_version=policy_version)
 
-    def wait_prefetch(self, timeout_s: float | None = None) -> bool:
+    def wait_prefetch(self, timeout_s: float | str | None = None) -> bool:
         """Wait for the batch on its way and take it into use; see `RolloutFeed.wait`."""
         return self._feed().wait(timeout_s)
 
-    def collect_prefetch(self, timeout_s: float | None = None) -> list[Any] | None:
+    def collect_prefetch(self, timeout_s: float | str | None = None) -> list[Any] | None:
         """The rollouts to train on now, None at a cold start; see `RolloutFeed.collect`."""
         return self._feed().collect(timeout_s)
 

@@ -1,55 +1,119 @@
-"""Prefetcher: fetches a trainer's next batch while it trains on this one."""
+"""Prefetcher: batches fetched side by side while a trainer does something else, by one plain thread with one client.
+
+| a batch         | its future      | is held by                  | counts, when the prefetcher is closed           |
+|-----------------|-----------------|-----------------------------|-------------------------------------------------|
+| prepared        | pending         | its caller                  | its episodes, as lost by "closed"               |
+| begun           | pending         | a `BatchFetch`              | the same                                        |
+| come            | has its outcome | its future                  | its payloads, the same; its losses, as they are |
+| taken           | …               | its caller, who releases it | nothing more: counted then                      |
+| given up        | cancelled       | nobody: released as it comes| nothing more: counted then                      |
+
+The thread runs the reactor of the client's core, and sleeps while nothing is on its way. Fetches begin and end in it;
+other threads hand over what it is to do (`Reactor.submit`), and wait for a future.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import atexit
+import math
+import os
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self
 
-from ucxx_transport.client import ClientStatistics, UCXXClient
-from ucxx_transport.client.loop_thread import LoopThread
-from ucxx_transport.config import ClientConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError
+from ucxx_transport.client.core import ClientCore
+from ucxx_transport.config import checked_seconds
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import (
     DEFAULT_FETCH_ROUNDS,
     Batch,
-    BatchReader,
+    BatchFetch,
     FetchRequest,
-    LossDiscarder,
-    PendingBatch,
-    PrefetchCounters,
     PrefetchStatistics,
     Records,
-    check_limits,
-    fetch_batch,
 )
-from ucxx_transport.trainer.gpu_upload import DeviceUploader, UploadingReader
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, check_staleness, sort_out
-from ucxx_transport.trainer.prefetch import DoubleBuffer, FetchOrder
+from ucxx_transport.trainer.loss_policy import Loss, LossReason, discardable_of
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.core import LinkFactory
+    from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)
 
-_GRACE_S = 5.0
-"""A fetch keeps its own deadline; who waits for it gives the loop this much more before the batch counts as lost."""
+_GRACE_S: Final = 5.0
+"""A fetch keeps its own deadline; who waits for it gives the thread this much more before the batch counts as lost."""
+
+_JOIN_TIMEOUT_S: Final = 5.0
 
 
-YIELD_S: Final = 1e-3
-"""A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
-so much later, rather than take the interpreter from it at once."""
+class PendingBatch:
+    """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
+
+    __slots__ = ("_prefetcher", "future", "request")
+
+    def __init__(self, prefetcher: Prefetcher, request: FetchRequest) -> None:
+        self._prefetcher = prefetcher
+        self.request = request
+        self.future: Future[Batch | Exception] = Future()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its result need not be waited for."""
+        return self.future.done()
+
+    def begin(self, after_s: float = 0.0) -> None:
+        """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
+        self._prefetcher.begin_prepared(self, after_s)
+
+    def wait(self, timeout_s: float | str | None = None) -> bool:
+        """Wait for it.
+
+        Args:
+            timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
+
+        Returns:
+            False when it did not come: it is given up, its episodes are counted and reported as lost by "timeout",
+            and whatever still comes of it is released.
+
+        Raises:
+            ConfigError: it was cancelled, or the prefetcher is closed.
+        """
+        return self._prefetcher.wait_for(self, timeout_s)
+
+    def result(self) -> Batch:
+        """Wait for it, count it and report its losses. The caller releases it.
+
+        Raises:
+            ConfigError: it was cancelled, or the prefetcher is closed.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+        """
+        return self._prefetcher.take(self)
+
+    def cancel(self) -> None:
+        """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
+        self._prefetcher.leave(self)
 
 
 class Prefetcher:
-    """One background thread with one event loop and one client, for a trainer's life. Thread-safe.
+    """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
+
+    ```python
+    with Prefetcher(config) as prefetcher:
+        pending = prefetcher.begin(next_records())
+        while training:
+            batch = pending.result()
+            pending = prefetcher.begin(next_records())    # fetched while this one is trained on
+            train(batch.payloads)
+            batch.release()
+    ```
 
     Args:
         config: settings of the client.
@@ -59,7 +123,7 @@ class Prefetcher:
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
-        on_loss: called with every episode that is in no batch, by `wait`, `collect` and `fetch` in the caller's thread.
+        on_loss: called with every episode that is in no batch, by `wait`, `result` and `fetch` in the caller's thread.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
         uploader: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
@@ -72,7 +136,7 @@ class Prefetcher:
         self,
         config: ClientConfig | None = None,
         *,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
@@ -81,190 +145,151 @@ class Prefetcher:
         link_factory: LinkFactory | None = None,
         uploader: DeviceUploader | None = None,
     ) -> None:
-        check_limits(deadline_s, max_fetch_rounds)
-        check_staleness(max_staleness, policy_version=0)
-        self._client = UCXXClient(
-            config,
-            watcher=watcher,
-            link_factory=link_factory,
-            page_locker=None if uploader is None else uploader.page_locker,
+        self._request = partial(
+            FetchRequest, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
         )
-        self._uploader = uploader
-        self._reader: BatchReader = self._client if uploader is None else UploadingReader(self._client, uploader)
-        self._deadline_s = deadline_s
-        self._max_fetch_rounds = max_fetch_rounds
-        self._max_staleness = max_staleness
-        self._discarder = LossDiscarder(self._client, discard_lost=discard_lost, deadline_s=deadline_s)
+        self._deadline_s = self._request((), 0).deadline_s  # wrong bounds are refused here
+        self._discard_lost = discard_lost
         self._on_loss = on_loss
-        self._changed = threading.Condition()
-        self._buffer: DoubleBuffer[FetchRequest, Batch | Exception] = DoubleBuffer()
-        self._running: dict[int, tuple[Future[None], FetchRequest]] = {}
-        self._beside: set[Future[Batch]] = set()
-        self._counters = PrefetchCounters()
+        self._uploader = uploader
+        self._core = ClientCore(
+            config,
+            link_factory,
+            watcher=watcher,
+            page_locker=None if uploader is None else uploader.page_locker,
+            in_place=None if uploader is None else uploader.is_locked,
+        )
+        self._on_payload = None if uploader is None else partial(uploader.upload, timers=self._core.reactor)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
         self._closed = False
-        self._is_awaited = True
-        self._thread = LoopThread("ucxx-prefetch")
-        atexit.register(self.close)  # registered after the loop's own, so run before it
+        self._untaken: set[PendingBatch] = set()
+        self._counts: Counter[str] = Counter()
+        self._losses: Counter[str] = Counter()
+        self._fetch_s = 0.0
+        self._running: dict[PendingBatch, BatchFetch] = {}  # the thread's own
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
-    @property
-    def is_cold_start(self) -> bool:
-        """Whether nothing is on its way and nothing waits to be collected."""
-        with self._changed:
-            return self._buffer.is_cold_start
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a batch waits to be collected."""
-        with self._changed:
-            return self._buffer.fetched
-
-    @property
-    def batch(self) -> Batch | None:
-        """The batch that was collected last; its payloads are released by the next `collect`."""
-        with self._changed:
-            in_use = self._buffer.in_use
-        return in_use if isinstance(in_use, Batch) else None
-
-    def start(self, records: Records, *, policy_version: int | None = None) -> None:
-        """Begin to fetch a batch, and return at once.
-
-        Raises:
-            ConfigError: a batch is on its way or waits to be collected; `policy_version` is missing; or the prefetcher
-                is closed.
-        """
-        with self._changed:
-            self._require_open()
-            self._begin(self._buffer.start(self._request(records, policy_version)))
-
-    def defer(self, records: Records, *, policy_version: int | None = None) -> None:
-        """Fetch a batch as soon as those before it are out of the way: at once when there are none.
-
-        Raises:
-            ConfigError: `policy_version` is missing, or the prefetcher is closed.
-        """
-        with self._changed:
-            self._require_open()
-            self._begin(self._buffer.defer(self._request(records, policy_version)))
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the batch on its way can be collected.
-
-        Args:
-            timeout_s: how long at most; None: the batch's own deadline.
-
-        Returns:
-            False when it did not come: it is given up, its episodes are counted as lost, and whatever still comes of
-            it is released. The next deferred batch is then on its way.
-
-        Raises:
-            ConfigError: nothing is on its way, or the prefetcher is closed.
-        """
-        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else timeout_s
-        until_s = time.monotonic() + limit_s
-        with self._changed:
-            self._require_open()
-            batch_id = self._buffer.fetching
-            self._is_awaited = batch_id is not None
-            if batch_id is None:
-                if self._buffer.fetched:
-                    return True
-                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
-            while self._buffer.fetching == batch_id and (left_s := until_s - time.monotonic()) > 0:
-                self._changed.wait(left_s)
-            self._require_open()
-            if self._buffer.fetching != batch_id:
-                return True
-            losses = self._give_up(batch_id)
-        self._report(losses)
-        return False
-
-    def collect(self) -> Batch:
-        """Take the fetched batch into use: the one before it is released, and the next deferred one is on its way.
-
-        Raises:
-            ConfigError: there is none yet.
-            Exception: what ended the fetch, if that was no `TransportError` of one episode.
-        """
-        with self._changed:
-            self._require_open()
-            collected = self._buffer.collect()
-            self._begin(collected.order)
-        if isinstance(collected.done, Batch):
-            collected.done.release()
-        if isinstance(collected.batch, Exception):
-            raise collected.batch
-        self._hand_out(collected.batch)
-        return collected.batch
-
-    def release(self) -> None:
-        """Release the batch in use now rather than with the next `collect`. Nothing without one."""
-        with self._changed:
-            done = self._buffer.release()
-        if isinstance(done, Batch):
-            done.release()
-
-    def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
-        """Fetch a batch and wait for it, beside whatever is on its way. The caller releases it.
-
-        Raises:
-            ConfigError: `policy_version` is missing, or the prefetcher is closed.
-        """
+    def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:
+        """Fetch a batch beside whatever is on its way, and wait for it; see `begin` and `PendingBatch.result`."""
         return self.begin(records, policy_version=policy_version).result()
 
-    def begin(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
+    def begin(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """Begin to fetch a batch beside whatever is on its way, and return at once.
 
         Raises:
             ConfigError: `policy_version` is missing, or the prefetcher is closed.
         """
-        request = self._request(records, policy_version)
-        with self._changed:
-            self._require_open()
-            future = self._thread.submit(lambda: self._fetch(request))
-            self._beside.add(future)
-        future.add_done_callback(self._beside.discard)  # outside the lock: it may be done, and then this calls it
-        return PendingBatch(self._thread, future, self._hand_out, lambda: self.leave(len(request.records)))
+        pending = self.prepare(records, policy_version=policy_version)
+        pending.begin()
+        return pending
 
-    def leave(self, count: int) -> None:
+    def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
+        """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
+        pending = PendingBatch(self, self._request(records, policy_version))
+        self.check_usable()
+        with self._lock:
+            self._untaken.add(pending)
+            self.check_usable()  # closing gives up what it finds there
+        return pending
+
+    def check_usable(self) -> None:
+        """Refuse, by a ConfigError, a prefetcher that is closed, or its parent process's."""
+        if os.getpid() != self._pid:
+            raise ConfigError("a prefetcher cannot be used in a forked child; make one in the process that reads")
+        if self._closed:
+            raise ConfigError("the prefetcher is closed; make another")
+
+    def begin_prepared(self, pending: PendingBatch, after_s: float) -> None:
+        """See `PendingBatch.begin`."""
+        self._core.reactor.submit(partial(self._start, pending, after_s))
+
+    def wait_for(self, pending: PendingBatch, timeout_s: float | str | None) -> bool:
+        """See `PendingBatch.wait`."""
+        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        try:
+            self._outcome_of(pending, limit_s)
+        except TimeoutError:
+            if self._dropped(pending) is None and self._forgotten(pending):
+                self._lose(pending.request)
+                return False
+        return True
+
+    def take(self, pending: PendingBatch) -> Batch:
+        """See `PendingBatch.result`."""
+        try:
+            batch = self._outcome_of(pending)
+        except ConfigError:
+            raise
+        except BaseException:  # interrupted
+            self.leave(pending)
+            raise
+        if not self._forgotten(pending):
+            raise ConfigError("the batch was taken or cancelled")
+        if isinstance(batch, Exception):
+            raise batch
+        nbytes = sum(payload.nbytes for payload in batch.payloads.values())
+        with self._lock:
+            self._counts.update(batches=1, episodes=len(batch.payloads), nbytes=nbytes, retried=batch.retried)
+            self._fetch_s += batch.took_s
+        self._report(batch.losses)
+        return batch
+
+    def leave(self, pending: PendingBatch) -> None:
+        """See `PendingBatch.cancel`."""
+        if not self._forgotten(pending):
+            return
+        outcome = self._dropped(pending)
+        if isinstance(outcome, Batch):
+            self.count_left(len(outcome.payloads))
+            self._count(outcome.losses)
+            outcome.release()
+        else:
+            self.count_left(len(pending.request.records))
+
+    def count_left(self, episodes: int) -> None:
         """Count episodes that were asked for and will not be taken, as lost by "closed"."""
-        self._counters.left(count)
+        if episodes:
+            with self._lock:
+                self._losses[LossReason.CLOSED.value] += episodes
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
-        return self._counters.snapshot()
+        uploader, counts = self._uploader, self._counts
+        with self._lock:
+            return PrefetchStatistics(
+                batches=counts["batches"],
+                episodes=counts["episodes"],
+                nbytes=counts["nbytes"],
+                fetch_s=self._fetch_s,
+                retried=counts["retried"],
+                losses=dict(self._losses),
+                given_up=counts["given_up"],
+                unlocked_rings=0 if uploader is None else uploader.unlocked_rings,
+            )
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
-
-        async def seen() -> ClientStatistics:
-            return self._client.statistics()
-
-        try:
-            return self._thread.call(seen)  # UCX's endpoints are that thread's alone
-        except ConfigError:  # closed
-            return self._client.statistics()
+        found: Future[ClientStatistics] = Future()
+        self._core.reactor.submit(lambda: found.set_result(self._core.statistics()))  # in the thread that has the link
+        while self._thread.is_alive():  # one that ends does not answer
+            with suppress(TimeoutError):
+                return found.result(1.0)
+        return self._core.statistics()
 
     def close(self) -> None:
-        """Give up what is on its way, release what is held, take leave of the servers, end the thread. Idempotent."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            closed = self._buffer.close()
-            running = list(self._running.values())
-            futures: list[Future[Any]] = [*(future for future, _ in running), *self._beside]
-            self._running.clear()
-            self._changed.notify_all()
-        self._count_left([*(request for _, request in running), *closed.waiting], closed.unused)
-        for future in futures:
-            future.cancel()
-        for batch in (closed.done, closed.unused):
-            if isinstance(batch, Batch):
-                batch.release()
+        """Give up what is not taken, take leave of the servers, end the thread. Idempotent, bounded."""
+        if self._closed or os.getpid() != self._pid:
+            return
         atexit.unregister(self.close)
-        with suppress(ConfigError):  # at the interpreter's exit the thread may have ended before
-            self._thread.call(self._aclose)
-        self._thread.stop()
+        try:
+            self._leave_all()
+        finally:
+            self._core.reactor.submit(self._stopping.set)
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -272,86 +297,104 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _request(self, records: Records, policy_version: int | None) -> FetchRequest:
-        check_staleness(self._max_staleness, policy_version)
-        return FetchRequest(records, policy_version)
-
-    def _begin(self, order: FetchOrder[FetchRequest] | None) -> None:
-        if order is not None:
-            future = self._thread.submit(lambda: self._prefetch(order))
-            self._running[order.batch_id] = (future, order.rollouts)
-
-    async def _fetch(self, request: FetchRequest) -> Batch:
-        batch = await fetch_batch(
-            self._reader,
-            request.records,
-            deadline_s=self._deadline_s,
-            max_fetch_rounds=self._max_fetch_rounds,
-            policy_version=request.policy_version,
-            max_staleness=self._max_staleness,
-        )
-        self._discarder.discard(batch.losses)
-        return batch
-
-    async def _aclose(self) -> None:
-        self._discarder.cancel()
-        if self._uploader is not None:
-            self._uploader.close()  # before the client, which frees the buffers that come back
-        await self._client.aclose()
-
-    async def _prefetch(self, order: FetchOrder[FetchRequest]) -> None:
-        outcome: Batch | Exception
-        if not self._is_awaited:
-            await asyncio.sleep(YIELD_S)
+    def _outcome_of(self, pending: PendingBatch, limit_s: float | None = None) -> Batch | Exception:
+        """Wait for it; a TimeoutError when there is none in time, a ConfigError when there will be none."""
+        self.check_usable()
         try:
-            outcome = await self._fetch(order.rollouts)
-        except Exception as error:  # noqa: BLE001 - the edge of a task: `collect` raises it to the trainer
-            outcome = error
-        with self._changed:
-            taken = self._buffer.finished(order.batch_id, outcome)
-            self._running.pop(order.batch_id, None)
-            self._changed.notify_all()
-        if not taken and isinstance(outcome, Batch):
-            outcome.release()  # its episodes were counted as lost when it was given up
+            return pending.future.result(limit_s)
+        except CancelledError:
+            self.check_usable()
+            raise ConfigError("the batch was cancelled") from None
 
-    def _count_left(self, requests: Sequence[FetchRequest], unused: Batch | Exception | None) -> None:
-        left = sum(len(request.records) for request in requests)
-        if isinstance(unused, Batch):
-            left += len(unused.payloads)
-            self._counters.lost(unused.losses)
-        if total := self._counters.left(left):
-            _log.warning("episodes_not_taken", episodes=total)
+    def _forgotten(self, pending: PendingBatch) -> bool:
+        """Whether it had not been taken or given up; it has now."""
+        with self._lock:
+            was_there = pending in self._untaken
+            self._untaken.discard(pending)
+        return was_there
 
-    def _give_up(self, batch_id: int) -> list[Loss]:
-        future, request = self._running.pop(batch_id)
-        future.cancel()
-        self._counters.gave_up()
-        self._begin(self._buffer.abandon(batch_id))
-        _log.warning("batch_abandoned", batch=batch_id, episodes=len(request.records))
-        error = DeadlineExceededError("the batch did not come in time", batch=batch_id)
-        wanted, losses = sort_out(
-            request.records, policy_version=request.policy_version, max_staleness=self._max_staleness
-        )
-        losses += [
-            Loss(index=entry.index, record=entry.record, reason=LossReason.TIMEOUT, error=error) for entry in wanted
-        ]
+    def _dropped(self, pending: PendingBatch) -> Batch | Exception | None:
+        """Fetch it no longer; what has come of it already."""
+        if pending.future.cancel():
+            self._core.reactor.submit(partial(self._abandon, pending))
+            return None
+        return pending.future.result()
+
+    def _lose(self, request: FetchRequest) -> None:
+        with self._lock:
+            self._counts["given_up"] += 1
+        _log.warning("batch_abandoned", episodes=len(request.records))
+        error = DeadlineExceededError("the batch did not come in time")
+        wanted, losses = request.sort_out()
+        timeout = LossReason.TIMEOUT
+        losses += [Loss(index=each.index, record=each.record, reason=timeout, error=error) for each in wanted]
         losses.sort(key=lambda loss: loss.index)
+        self._core.reactor.submit(partial(self._discard, losses))
+        self._report(losses)
 
-        async def discard() -> None:
-            self._discarder.discard(losses)
-
-        self._thread.submit(discard)
-        return losses
-
-    def _hand_out(self, batch: Batch) -> None:
-        self._counters.handed_out(batch)
-        self._report(batch.losses)
+    def _leave_all(self) -> None:
+        with self._lock:
+            self._closed = True
+            untaken = [*self._untaken]
+        for pending in untaken:
+            self.leave(pending)
+        if untaken:
+            _log.warning("episodes_not_taken", episodes=self._losses[LossReason.CLOSED.value])
 
     def _report(self, losses: Sequence[Loss]) -> None:
-        self._counters.lost(losses)
+        self._count(losses)
         for loss in losses:
             self._on_loss(loss)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ConfigError("the prefetcher is closed; make another")
+    def _count(self, losses: Sequence[Loss]) -> None:
+        with self._lock:
+            self._losses.update(loss.reason.value for loss in losses)
+
+    def _run(self) -> None:  # from here on: by the thread itself
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
+            _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
+            self._leave_all()
+        finally:
+            if self._uploader is not None:
+                self._uploader.close()  # before the core, which frees the buffers that come back
+            self._core.close()
+
+    def _turn(self) -> None:
+        try:
+            self._core.reactor.run_once(math.inf)
+        except Exception as error:
+            if not self._running:
+                raise
+            for fetch in [*self._running.values()]:
+                fetch.fail(error)
+
+    def _start(self, pending: PendingBatch, after_s: float) -> None:
+        if pending not in self._running and not pending.future.done():
+            fetch = BatchFetch(self._core, pending.request, partial(self._came, pending), self._on_payload)
+            self._running[pending] = fetch
+            fetch.start(after_s)
+
+    def _abandon(self, pending: PendingBatch) -> None:
+        fetch = self._running.pop(pending, None)
+        if fetch is not None:
+            fetch.abandon()
+
+    def _came(self, pending: PendingBatch, outcome: Batch | Exception) -> None:
+        del self._running[pending]
+        if isinstance(outcome, Batch):
+            self._discard(outcome.losses)
+        if pending.future.set_running_or_notify_cancel():
+            pending.future.set_result(outcome)
+        elif isinstance(outcome, Batch):
+            outcome.release()  # whose episodes were counted as lost
+
+    def _discard(self, losses: Sequence[Loss]) -> None:
+        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        if refs:
+            try:
+                self._core.begin_discard(refs, self._deadline_s)
+            except TransportError as error:
+                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")

@@ -1,4 +1,14 @@
-"""RolloutFeed: rollouts as a framework hands them about, and the episodes that ours among them refer to."""
+"""RolloutFeed: rollouts as a framework hands them about, and the episodes that ours among them refer to.
+
+| call               | nothing under way       | a batch is on its way, or has come                                    |
+|--------------------|-------------------------|-----------------------------------------------------------------------|
+| `start(rollouts)`  | is fetched              | refused: collect or defer                                             |
+| `defer(rollouts)`  | is fetched              | is fetched after those before it                                      |
+| `wait()`           | refused: start it       | waits, then as `collect`; in vain: it is lost, and in use as far as   |
+|                    |                         | its rollouts are not ours                                             |
+| `collect()`        | what is in use          | waits; what came is in use, what was is released, the next is fetched |
+| `release()`        | nothing is in use       | the same                                                              |
+"""
 
 from __future__ import annotations
 
@@ -7,20 +17,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.errors import ConfigError, SlotError
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, PrefetchStatistics
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
-from ucxx_transport.trainer.prefetcher import Prefetcher
+from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics, Payload
-    from ucxx_transport.client.core import LinkFactory
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
+
+YIELD_S: Final = 1e-3
+"""A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
+so much later, rather than take the interpreter from it at once."""
 
 
 def completion_of(rollout: object) -> object:
@@ -65,6 +79,7 @@ class _InUse:
     def __init__(self, asked: _Asked, batch: Batch | None) -> None:
         payloads = {} if batch is None else batch.payloads
         self.asked = asked
+        self.batch = batch
         self.payloads: dict[Hashable, Payload] = {asked.keys[index]: payload for index, payload in payloads.items()}
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
         self.by_output = {id(asked.outputs[index]): payload for index, payload in payloads.items()}
@@ -106,7 +121,7 @@ class RolloutFeed:
         config: ClientConfig | None = None,
         *,
         device: object = None,
-        deadline_s: float = 30.0,
+        deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
@@ -119,11 +134,11 @@ class RolloutFeed:
         self._output_of = output_of
         self._on_loss = on_loss
         self._losses: deque[Loss] = deque()
-        self._closed = False
         self._state = threading.RLock()
         self._turn = threading.RLock()
-        self._pending: deque[_Asked] = deque()
+        self._pending: deque[tuple[_Asked, PendingBatch]] = deque()  # of which the first is begun
         self._in_use: _InUse | None = None
+        self._is_awaited = True
         self._policy_version: int | None = None
         self._prefetcher = Prefetcher(
             config,
@@ -146,7 +161,8 @@ class RolloutFeed:
     @property
     def is_ready(self) -> bool:
         """Whether a batch has come, so that `collect` need not wait for it."""
-        return self._prefetcher.is_ready
+        with self._state:
+            return bool(self._pending) and self._pending[0][1].is_ready
 
     @property
     def buffer(self) -> list[object] | None:
@@ -166,8 +182,13 @@ class RolloutFeed:
         """
         asked = _Asked(rollouts, self._output_of)
         with self._state:
-            self._prefetcher.start(lambda: asked.records, policy_version=policy_version)
-            self._begun(asked, policy_version)
+            if self._pending:
+                self._prefetcher.check_usable()
+                raise ConfigError(
+                    "a batch is on its way or waits to be collected; collect_prefetch() first, or "
+                    "defer_prefetch(rollouts)"
+                )
+            self._append(asked, policy_version)
 
     def defer(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Leave these rollouts to a later `collect`, and return at once: their worker may have its acknowledgement.
@@ -180,16 +201,15 @@ class RolloutFeed:
         """
         asked = _Asked(rollouts, self._output_of)
         with self._state:
-            known = list(self._pending)
+            known = [pending for pending, _ in self._pending]
             if self._in_use is not None:
                 known.append(self._in_use.asked)
             if any(asked.is_for(other) for other in known):
                 self._note_version(policy_version)
                 return
-            self._prefetcher.defer(lambda: asked.records, policy_version=policy_version)
-            self._begun(asked, policy_version)
+            self._append(asked, policy_version)
 
-    def wait(self, timeout_s: float | None = None) -> bool:
+    def wait(self, timeout_s: float | str | None = None) -> bool:
         """Wait for the batch on its way and take it into use; the one before it is released, with the next that comes.
 
         Args:
@@ -203,11 +223,14 @@ class RolloutFeed:
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
+            if not self._pending:
+                self._prefetcher.check_usable()
+                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
             came = self._take_next(timeout_s)
         self._report()
         return came
 
-    def collect(self, timeout_s: float | None = None) -> list[object] | None:
+    def collect(self, timeout_s: float | str | None = None) -> list[object] | None:
         """The rollouts to train on now: waits for the batch on its way, if one is.
 
         Returns:
@@ -219,10 +242,9 @@ class RolloutFeed:
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
+            self._prefetcher.check_usable()
             if self._pending:
                 self._take_next(timeout_s)
-            elif self._closed:
-                raise ConfigError("the feed is closed; make another")
             rollouts = self.buffer
         self._report()
         return rollouts
@@ -270,8 +292,7 @@ class RolloutFeed:
         Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
         """
         with self._state:
-            self._in_use = None
-            self._prefetcher.release()
+            self._use(None)
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since the feed was made."""
@@ -283,11 +304,10 @@ class RolloutFeed:
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""
-        self._closed = True
         self._prefetcher.close()
         with self._state:
             self._pending.clear()
-            self._in_use = None
+            self._use(None)
 
     def __enter__(self) -> Self:
         return self
@@ -295,9 +315,22 @@ class RolloutFeed:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _begun(self, asked: _Asked, policy_version: int | None) -> None:
-        self._pending.append(asked)
+    def _append(self, asked: _Asked, policy_version: int | None) -> None:
+        # what is given: a call that the thread makes which fetches
+        pending = self._prefetcher.prepare(lambda: asked.records, policy_version=policy_version)
+        self._pending.append((asked, pending))
+        if len(self._pending) == 1:
+            self._begin_next()
         self._note_version(policy_version)
+
+    def _begin_next(self) -> None:
+        if self._pending:
+            self._pending[0][1].begin(0.0 if self._is_awaited else YIELD_S)
+
+    def _use(self, in_use: _InUse | None) -> None:
+        done, self._in_use = self._in_use, in_use
+        if done is not None and done.batch is not None:
+            done.batch.release()
 
     def _note_version(self, policy_version: int | None) -> None:
         self._policy_version = policy_version if policy_version is not None else self._policy_version
@@ -306,25 +339,29 @@ class RolloutFeed:
         """Wait for what is on its way if `key` is among it; whether another batch than `seen` is in use now."""
         with self._turn:  # of several threads that look for one, the first takes the batch into use
             with self._state:
-                is_pending = any(key in asked.keys for asked in self._pending)
+                is_pending = any(key in asked.keys for asked, _ in self._pending)
             if is_pending:
                 self._take_next(None)
             changed = self._in_use is not seen
         self._report()
         return changed
 
-    def _take_next(self, timeout_s: float | None) -> bool:
+    def _take_next(self, timeout_s: float | str | None) -> bool:
         """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
-        if not self._pending:
-            raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
-        came = self._prefetcher.wait(timeout_s)
-        with self._state:
-            asked = self._pending.popleft()
-            batch: Batch | None = None
-            try:
-                batch = self._prefetcher.collect() if came else None
-            finally:
-                self._in_use = _InUse(asked, batch)
+        asked, pending = self._pending[0]
+        self._is_awaited = not pending.is_ready
+        came = pending.wait(timeout_s)
+        batch: Batch | None = None
+        try:
+            batch = pending.result() if came else None
+        finally:
+            with self._state:
+                if self._pending:
+                    self._pending.popleft()
+                    self._begin_next()
+                    self._use(_InUse(asked, batch))
+                elif batch is not None:  # it was closed meanwhile
+                    batch.release()
         return came
 
     def _report(self) -> None:

@@ -4,39 +4,84 @@
 |----------------------------------|-----------------------------------------------------------------------------------|
 | None, "numpy"                    | numpy views of the payload's memory                                               |
 | "cpu"                            | torch tensors of the payload's memory; bfloat16 and float8 as torch's own         |
-| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload (`gpu_upload`)        |
+| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload, begun when it comes |
 | "cupy", "cupy:N"                 | cupy arrays on that GPU, the same; a dtype that this cupy has not is refused      |
 
 What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
 refers to it any more, a tensor neither. A tensor cannot be read-only: clone one before writing to it, since it may lie
 in a slot that others read too.
+
+On their way to a GPU:
+
+| a payload of                | is copied from                                                                         |
+|-----------------------------|----------------------------------------------------------------------------------------|
+| a ring of this host         | its slot: the ring's memory is page-locked once, by a thread beside the reads          |
+| … until that has been done, | a receive buffer, which is page-locked when it is allocated                            |
+| or where it cannot be       |                                                                                        |
+| another host                | a receive buffer                                                                       |
+
+| when                        | the payload's bytes                                       | its slot or receive buffer |
+|-----------------------------|-----------------------------------------------------------|----------------------------|
+| it has been read            | `upload`: the copy begins, and the next read goes on      | held for the copy          |
+| the copy has ended          | on the device                                             | released when that is seen:|
+|                             |                                                           | by a timer, or an `upload` |
+| `arrays` are taken          | the consumer's stream waits for the copy, its thread does | as before                  |
+|                             | not; fields are views by the schema's offsets             |                            |
+| it is released, whenever    | freed when the last array is gone, and used again only    | held until the copy has    |
+| that is                     | after what its streams had to do with it                  | ended                      |
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import Receiver, receiver_for
+import numpy as np
+
+from ucxx_transport.client import Payload
+from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.gpu import PageLockError, Receiver, Upload, page_lock, receiver_for
 from ucxx_transport.gpu.torch import host_tensor, import_torch
-from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
+from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import Payload
+    from ucxx_transport.gpu.page_lock import Bytes
+    from ucxx_transport.link.base import Timers
+    from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.schema.placement import Placement
     from ucxx_transport.schema.tree import ArrayTree
 
+_PAGE_BYTES = 4096
 
-class Unpacker(Protocol):
-    """Gives a payload's arrays on a device."""
+FIRST_LOOK_S: Final = 0.25e-3
+LONGEST_LOOK_S: Final = 4e-3
+"""After an upload it is looked whether copies have ended: so soon, then ever later."""
 
-    @property
-    def uploader(self) -> DeviceUploader | None:
-        """What takes payloads to the device as they come; None where they stay in the host's memory."""
+_JOIN_TIMEOUT_S: Final = 5.0
+
+_log = get_logger(__name__)
+
+
+class Unpacker:
+    """Gives a payload's arrays on a device: its own, tensors over its memory, or arrays on a GPU.
+
+    Attributes:
+        uploader: what takes payloads to the GPU as they come; None where they stay in the host's memory.
+    """
+
+    def __init__(self, *, torch: Any = None, uploader: DeviceUploader | None = None) -> None:
+        self._torch = torch
+        self.uploader = uploader
 
     def __call__(self, payload: Payload) -> ArrayTree:
         """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
+        arrays = payload.arrays
+        return arrays if self._torch is None else map_leaves(partial(host_tensor, self._torch), arrays)
 
 
 def unpacker_for(device: object = None) -> Unpacker:
@@ -50,14 +95,14 @@ def unpacker_for(device: object = None) -> Unpacker:
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
     if isinstance(device, Receiver):
-        return _OnDevice(DeviceUploader(device))
+        return Unpacker(uploader=DeviceUploader(device))
     name = "numpy" if device is None else str(device)
     if name == "numpy":
-        return _Views()
+        return Unpacker()
     if name == "cpu":
-        return _CpuTensors(import_torch(name))
+        return Unpacker(torch=import_torch(name))
     if name.partition(":")[0] in ("cuda", "cupy"):
-        return _OnDevice(DeviceUploader(receiver_for(name)))
+        return Unpacker(uploader=DeviceUploader(receiver_for(name)))
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )
@@ -72,36 +117,150 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-class _Views:
-    """The payload's own arrays."""
+class DevicePayload(Payload):
+    """A payload on a device, or on its way there, with `arrays` of its library. Its host memory is given back."""
 
-    uploader = None
+    __slots__ = ("_placement", "_upload")
 
-    def __call__(self, payload: Payload) -> ArrayTree:
-        return payload.arrays
+    def __init__(self, payload: Payload, upload: Upload, placement: Placement | None) -> None:
+        super().__init__(payload.ref, np.empty(0, np.uint8), payload.schema, payload.transport)
+        self._upload: Upload | None = upload
+        self._placement = placement
+
+    @property
+    def buffer(self) -> memoryview:
+        """Not here: always a SlotError, the bytes are on the device."""
+        raise SlotError("the payload's bytes are on a GPU; take its arrays", slot=self.ref.slot)
+
+    @property
+    def arrays(self) -> ArrayTree:
+        """The payload's fields as nested dicts and lists of arrays on the device; `{"data": bytes}` for a raw ring.
+
+        The calling thread's current stream waits for the copy; on another stream, order it yourself.
+
+        Raises:
+            SlotError: the payload has been released.
+            ConfigError: the device's library has not the dtype of a field; the message names it.
+        """
+        upload = self._upload  # once: another thread may release meanwhile
+        if upload is None:
+            raise SlotError("the payload has been released; read its arrays before release()", slot=self.ref.slot)
+        upload.ready()
+        schema, placement = self.schema, self._placement
+        if schema is None or placement is None:
+            return {"data": upload.view(0, (self.nbytes,), np.dtype(np.uint8))}
+        places = zip(placement.offsets, placement.shapes, placement.dtypes, strict=True)
+        return schema.nest([upload.view(*place) for place in places])
+
+    def release(self) -> None:
+        """Give up this payload's hold on the device's memory; arrays taken from it stay valid. Idempotent."""
+        super().release()
+        self._upload = None
 
 
-class _CpuTensors:
-    """Torch tensors over the payload's own memory."""
+class DeviceUploader:
+    """Copies payloads to one device as they come, and holds their memory meanwhile. Thread-safe.
 
-    uploader = None
+    Attributes:
+        unlocked_rings: rings of this host whose memory could not be page-locked.
 
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
+    Raises:
+        ConfigError: memory cannot be page-locked for it.
+    """
 
-    def __call__(self, payload: Payload) -> ArrayTree:
-        tree: ArrayTree = map_leaves(partial(host_tensor, self._torch), payload.arrays)
-        return tree
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._lock = threading.Lock()
+        self._in_flight: deque[tuple[Upload, Bytes]] = deque()
+        self._is_watched = False
+        self._closed = False
+        self._rings: WeakKeyDictionary[SharedRingBuffer, bool] = WeakKeyDictionary()
+        self._locking: set[threading.Thread] = set()
+        self.unlocked_rings = 0
+        self.page_locker(_a_page())  # that none can be locked here is said now rather than with every read
+
+    def page_locker(self, memory: Bytes) -> object:
+        """Page-lock a receive buffer for as long as it lives, or raise a PageLockError; see `BufferPool`."""
+        return page_lock(
+            memory, self._receiver.page_locking(), what="a receive buffer", remedy="lower client.buffer_pool_bytes"
+        )
+
+    def is_locked(self, ring: SharedRingBuffer) -> bool:
+        """Whether an attached ring's memory is page-locked; the first time that it is asked for, this begins."""
+        locked = self._rings.get(ring)
+        if locked is None:
+            self._rings[ring] = locked = False
+            thread = threading.Thread(target=self._lock_ring, args=(ring,), name="ucxx-page-lock", daemon=True)
+            self._locking.add(thread)
+            thread.start()
+        return locked
+
+    def upload(self, payload: Payload, timers: Timers) -> DevicePayload:
+        """Begin to copy a payload to the device, and take its place. What was given is released in any case.
+
+        Args:
+            payload: in page-locked memory.
+            timers: of the calling thread, to release the memory soon after the copy.
+
+        Raises:
+            ProtocolError: the bytes are not a payload of the schema.
+            ConfigError: the device has no memory for it, or the uploader is closed.
+        """
+        with payload:
+            source = np.frombuffer(payload.buffer, np.uint8)
+            placement = None if payload.schema is None else payload.schema.placement_in(payload.buffer)
+            with self._lock:
+                if self._closed:
+                    raise ConfigError("the prefetcher is closed; make another")
+                self._release_copied()
+                upload = self._receiver.upload(source)
+                self._in_flight.append((upload, source))
+        if not self._is_watched:
+            self._is_watched = True
+            self._look_again(timers, FIRST_LOOK_S)
+        return DevicePayload(payload, upload, placement)
+
+    def close(self) -> None:
+        """Wait for the copies under way and release their memory; nothing is uploaded any more. Idempotent."""
+        with self._lock:
+            self._closed = True
+            while self._in_flight:
+                self._in_flight[0][0].wait()
+                self._in_flight.popleft()
+        until_s = time.monotonic() + _JOIN_TIMEOUT_S
+        for thread in tuple(self._locking):
+            thread.join(max(0.0, until_s - time.monotonic()))
+
+    def _look_again(self, timers: Timers, after_s: float) -> None:
+        timers.call_at(timers.now() + after_s, partial(self._look, timers, after_s))
+
+    def _look(self, timers: Timers, after_s: float) -> None:
+        with self._lock:
+            self._release_copied()
+            self._is_watched = bool(self._in_flight)
+        if self._is_watched:
+            self._look_again(timers, min(2 * after_s, LONGEST_LOOK_S))
+
+    def _release_copied(self) -> None:
+        while self._in_flight and self._in_flight[0][0].done:  # they end in the order in which they began
+            self._in_flight.popleft()
+
+    def _lock_ring(self, ring: SharedRingBuffer) -> None:
+        """In a thread of its own: it takes 0.7 s a GB (H200)."""
+        try:
+            memory = ring.mapping
+            page_lock(memory, self._receiver.page_locking(), what="a ring", remedy="make the ring smaller")
+            self._rings[ring] = True
+        except PageLockError as error:
+            self.unlocked_rings += 1
+            _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
+        except SlotError:  # it was closed meanwhile
+            pass
+        finally:
+            self._locking.discard(threading.current_thread())
 
 
-class _OnDevice:
-    """Arrays on a GPU: those of a payload that was uploaded when it came, or of one that is now."""
-
-    def __init__(self, uploader: DeviceUploader) -> None:
-        self.uploader = uploader
-
-    def __call__(self, payload: Payload) -> ArrayTree:
-        if isinstance(payload, DevicePayload):
-            return payload.arrays
-        with self.uploader.upload(payload) as uploaded:
-            return uploaded.arrays
+def _a_page() -> Any:
+    raw = np.empty(2 * _PAGE_BYTES, np.uint8)
+    start = -raw.ctypes.data % _PAGE_BYTES
+    return raw[start : start + _PAGE_BYTES]

@@ -1,214 +1,263 @@
 """Bytes to frames and back. Every word of a peer is range-checked as an unsigned number before it is used.
 
 Encoders return immutable bytes or write into memory the caller owns; decoders raise `ProtocolError` and nothing else.
+No allocation is sized by a word of a peer: the lengths in a frame are bounded by the buffer that it came in.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire.frames import (
+    END_BYTES,
     END_MARK,
     ERROR_TEXT_BYTES,
     FLAG_CHECKSUM,
+    FLAG_NEWEST,
+    FLAG_PACKED,
     FLAG_TOKEN_REQUIRED,
+    FRAME_HEAD_BYTES,
     HEADER_BYTES,
-    MAC_BYTES,
+    MAX_ATTEMPT,
     MAX_BODY_BYTES,
+    MAX_CHANNEL,
+    MAX_ENDS,
+    MAX_ENVELOPE_BYTES,
+    MAX_NAMES,
     MAX_READER,
-    NONCE_BYTES,
+    MAX_WAIT_MS,
+    NAME_BYTES,
+    OFFERED_BYTES,
+    PACK_BYTES,
     REPLY_MAGIC,
-    REQUEST_BYTES,
     REQUEST_MAGIC,
-    RING_ID_BYTES,
     TRAILER_BYTES,
     TRAILER_MAGIC,
     VERSION,
-    Ack,
-    Auth,
-    Bye,
-    Confirm,
-    Describe,
-    Hello,
+    Frame,
     Kind,
-    ReadReply,
-    ReadRequest,
-    Request,
+    OfferedPayload,
+    ReplyHeader,
     Status,
     message_bytes,
     padded,
 )
 
-_REQUEST: Final = struct.Struct("<IHH16sQQQII32s32xQ")
+Message = bytes | bytearray | memoryview
+
+_HEAD: Final = struct.Struct("<IHHQ16sHHIQQII32s")
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
 _TRAILER: Final = struct.Struct("<QQ")
+_NAME: Final = struct.Struct("<IIQQQ")
+_END: Final = struct.Struct("<Q")
+_FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for count in range(MAX_NAMES + 1))
+_ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(MAX_ENDS + 1))  # and the end mark
+_OFFER: Final = struct.Struct("<II")
+_OFFERED: Final = struct.Struct("<IIQQQQQ")
 _NO_HEADER: Final = struct.Struct(f"{HEADER_BYTES}x")
 _NO_TRAILER: Final = struct.Struct(f"{TRAILER_BYTES}x")
-_NO_RING: Final = bytes(RING_ID_BYTES)
-_NO_NONCE: Final = bytes(NONCE_BYTES)
 _U64: Final = (1 << 64) - 1
+_new: Final = tuple.__new__
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
-_READ: Final = Kind.READ
-_ACK: Final = Kind.ACK
 _OK: Final = Status.OK
-assert _REQUEST.size == REQUEST_BYTES
+_HELLO, _FETCH, _TAKE, _CONFIRM, _BYE = map(int, (Kind.HELLO, Kind.FETCH, Kind.TAKE, Kind.CONFIRM, Kind.BYE))
+# The frames of a client that reads one by one, in one call each that is none in Python.
+pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
+"""A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
+pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
+"""A FETCH of one end: sequence, ring_id, 0, 1, end, end mark."""
+assert _HEAD.size == FRAME_HEAD_BYTES
+assert _NAME.size == NAME_BYTES
 assert _HEADER.size == HEADER_BYTES
 assert _TRAILER.size == TRAILER_BYTES
+assert _OFFERED.size == OFFERED_BYTES
 
-_Words = tuple[bytes, int, int, int, int, int, bytes]
+
+# --- Frames ----------------------------------------------------------------------------------------------------------
 
 
-def _pack(
-    kind: Kind,
-    *,
-    ring_id: bytes = _NO_RING,
-    word: int = 0,
-    secret: bytes = _NO_NONCE,
+def encode_fetch(  # noqa: PLR0917 - the words of the frame, in its order; a keyword costs on this path
+    sequence: int, ring_id: bytes, flags: int, attempt: int, words: Sequence[int], ends: Sequence[int]
 ) -> bytes:
-    return _REQUEST.pack(REQUEST_MAGIC, VERSION, kind, ring_id, 0, 0, word, 0, 0, secret, END_MARK)
+    """A FETCH of any number of names and ends; `words` are the names, five words each."""
+    count = len(words) // 5
+    return _FETCHES[count].pack(
+        REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, *words
+    ) + _ENDS[len(ends)].pack(*ends, END_MARK ^ sequence)
 
 
-def encode_read(request: ReadRequest, kind: Kind = _READ) -> bytes:
-    """A READ (or CONFIRM) frame of 128 bytes."""
-    ring_id, slot, generation, attempt, nbytes = request
-    return _REQUEST.pack(
-        REQUEST_MAGIC, VERSION, kind, ring_id, generation, attempt, nbytes, slot, 0, _NO_NONCE, END_MARK
+def encode_frame(frame: Frame) -> bytes:
+    """Any frame."""
+    kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends = frame
+    head = _HEAD.pack(
+        REQUEST_MAGIC,
+        VERSION,
+        kind,
+        sequence,
+        ring_id,
+        len(names),
+        len(ends),
+        flags,
+        attempt,
+        word,
+        count,
+        wait_ms,
+        secret,
     )
+    return head + b"".join(_NAME.pack(*name) for name in names) + _ENDS[len(ends)].pack(*ends, END_MARK ^ sequence)
 
 
-def encode_ack(ack: Ack) -> bytes:
-    """An ACK frame of 128 bytes."""
-    slot, generation, attempt, delivered = ack
-    return _REQUEST.pack(
-        REQUEST_MAGIC, VERSION, _ACK, _NO_RING, generation, attempt, 0, slot, delivered, _NO_NONCE, END_MARK
+def decode_frame(buffer: Message) -> Frame:
+    """The frame at the start of `buffer`, or a ProtocolError: one of its words is not as the table says."""
+    if len(buffer) < FRAME_HEAD_BYTES + END_BYTES:
+        raise ProtocolError("a frame is shorter than its head", nbytes=len(buffer), expected=FRAME_HEAD_BYTES)
+    magic, version, kind, sequence, ring_id, named, ended, flags, attempt, word, count, wait_ms, secret = (
+        _HEAD.unpack_from(buffer)
     )
+    if magic != REQUEST_MAGIC or version != VERSION:
+        _refuse_stranger(magic, version)
+    tail = FRAME_HEAD_BYTES + named * NAME_BYTES
+    if named > MAX_NAMES or ended > MAX_ENDS or len(buffer) < tail + (ended + 1) * END_BYTES:
+        raise ProtocolError("a frame has more names or ends than it may", names=named, ends=ended)
+    ends = _ENDS[ended].unpack_from(buffer, tail)
+    if ends[-1] != END_MARK ^ sequence:
+        raise ProtocolError("a frame was cut short", kind=kind, sequence=sequence)
+    if named == 1:
+        names: tuple[tuple[int, int, int, int, int], ...] = (_NAME.unpack_from(buffer, FRAME_HEAD_BYTES),)
+    else:
+        names = tuple(_NAME.iter_unpack(memoryview(buffer)[FRAME_HEAD_BYTES:tail])) if named else ()
+    if kind != _FETCH or flags:
+        _check_words(kind, named, flags, attempt, word, count, wait_ms)
+    for _, zero, generation, number, nbytes in names:
+        if zero or generation == 0 or number > MAX_ATTEMPT or nbytes > MAX_BODY_BYTES:
+            _refuse_name(zero, generation, number, nbytes)
+    if flags and kind == _FETCH:
+        _check_packed(names)
+    # As `Frame(…)`, which is a call in Python.
+    return _new(Frame, (kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1]))
 
 
-def encode_request(frame: Request) -> bytes:
-    """Any client frame as its 128 bytes."""
-    match frame:
-        case ReadRequest():
-            return encode_read(frame)
-        case Ack():
-            return encode_ack(frame)
-        case Hello(reader=reader, nonce=nonce):
-            return _pack(Kind.HELLO, word=reader, secret=nonce)
-        case Auth(mac=mac):
-            return _pack(Kind.AUTH, secret=mac)
-        case Describe(ring_id=ring_id):
-            return _pack(Kind.DESCRIBE, ring_id=ring_id)
-        case Confirm(request=request):
-            return encode_read(request, Kind.CONFIRM)
-        case Bye():
-            return _pack(Kind.BYE)
+def answer_channel(buffer: Message) -> int:
+    """Where to answer a frame that is none: on its attempt's channel if it has one, else on 1, that of a HELLO."""
+    if len(buffer) < FRAME_HEAD_BYTES:
+        return 1
+    magic, version, *words = _HEAD.unpack_from(buffer)
+    return words[6] & MAX_CHANNEL or 1 if (magic, version) == (REQUEST_MAGIC, VERSION) else 1
 
 
-def _read_request(words: _Words) -> ReadRequest:
-    ring_id, generation, attempt, nbytes, slot, _, _ = words
-    if generation == 0:
-        raise ProtocolError("a read names generation 0, which no payload has; send a reference a ring made", slot=slot)
-    if nbytes > MAX_BODY_BYTES:
-        raise ProtocolError("a read names more bytes than a payload can have", nbytes=nbytes, limit=MAX_BODY_BYTES)
-    return ReadRequest(ring_id=ring_id, slot=slot, generation=generation, attempt=attempt, nbytes=nbytes)
-
-
-def _hello(words: _Words) -> Hello:
-    if not 0 < words[3] <= MAX_READER:
-        raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=words[3])
-    return Hello(reader=words[3], nonce=words[6])
-
-
-def _ack(words: _Words) -> Ack:
-    if words[5] > 1:
-        raise ProtocolError("an ACK is delivered (1) or not (0)", delivered=words[5])
-    return Ack(slot=words[4], generation=words[1], attempt=words[2], delivered=words[5] == 1)
-
-
-_DECODERS: Final[dict[int, Callable[[_Words], Request]]] = {
-    Kind.READ: _read_request,
-    Kind.ACK: _ack,
-    Kind.HELLO: _hello,
-    Kind.AUTH: lambda words: Auth(mac=words[6]),
-    Kind.DESCRIBE: lambda words: Describe(ring_id=words[0]),
-    Kind.CONFIRM: lambda words: Confirm(request=_read_request(words)),
-    Kind.BYE: lambda _: Bye(),
-}
-
-
-def decode_request(buffer: bytes | bytearray | memoryview) -> Request:
-    """The frame in the first 128 bytes of `buffer`, or a ProtocolError: one of its fields is not as the table says."""
-    if len(buffer) < REQUEST_BYTES:
-        raise ProtocolError("a request is shorter than a frame", nbytes=len(buffer), expected=REQUEST_BYTES)
-    magic, version, kind, *words, end = _REQUEST.unpack_from(buffer)
+def _refuse_stranger(magic: int, version: int) -> None:
     if magic != REQUEST_MAGIC:
-        raise ProtocolError("not a ucxx_transport request", magic=f"{magic:#010x}")
-    if version != VERSION:
-        raise ProtocolError(
-            f"the client speaks protocol version {version}, this side {VERSION}; install one release on both",
-            version=version,
-        )
-    if end != END_MARK:
-        raise ProtocolError("a request was cut short", kind=kind)
-    decode = _DECODERS.get(kind)
-    if decode is None:
-        raise ProtocolError("unknown kind of request", kind=kind)
-    return decode((words[0], words[1], words[2], words[3], words[4], words[5], words[6]))
+        raise ProtocolError("not a ucxx_transport frame", magic=f"{magic:#010x}")
+    raise ProtocolError(
+        f"the client speaks protocol version {version}, this side {VERSION}; install one release on both",
+        version=version,
+    )
 
 
-def encode_header_into(buffer: memoryview | bytearray, reply: ReadReply) -> None:
-    """Write the 64 bytes of `reply` at the start of `buffer`."""
-    status, nbytes, ring_id, slot, generation, checksum, fingerprint, token_required = reply
+def _refuse_name(zero: int, generation: int, attempt: int, nbytes: int) -> None:
+    if generation == 0:
+        raise ProtocolError("a frame names generation 0, which no payload has; send a reference that a ring made")
+    if nbytes > MAX_BODY_BYTES:
+        raise ProtocolError("a frame names more bytes than a payload can have", nbytes=nbytes, limit=MAX_BODY_BYTES)
+    raise ProtocolError("a name's words are out of range", zero=zero, attempt=attempt)
+
+
+def _check_words(  # noqa: PLR0917 - the words of the head
+    kind: int, named: int, flags: int, attempt: int, word: int, count: int, wait_ms: int
+) -> None:
+    """What is particular to a kind; a plain FETCH has nothing of it."""
+    if not _HELLO <= kind <= _BYE:
+        raise ProtocolError("unknown kind of frame", kind=kind)
+    if flags > (FLAG_PACKED if kind == _FETCH else FLAG_NEWEST if kind == _TAKE else 0):
+        raise ProtocolError("unknown flags in a frame", kind=kind, flags=flags)
+    if not 0 < attempt <= MAX_ATTEMPT or not attempt & MAX_CHANNEL:
+        raise ProtocolError("an attempt is out of range", attempt=attempt)
+    if kind == _HELLO:
+        if not 0 < word <= MAX_READER:
+            raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=word)
+    elif kind == _TAKE:
+        _check_take(attempt, word, count, wait_ms)
+    if kind not in (_FETCH, _CONFIRM) and named:
+        raise ProtocolError("a frame of this kind has no names", kind=kind, names=named)
+    if kind == _CONFIRM and not named:
+        raise ProtocolError("a CONFIRM names nothing")
+
+
+def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
+    if not 0 < count <= MAX_NAMES:
+        raise ProtocolError("a TAKE is for 1 to 64 payloads", count=count)
+    if word > MAX_BODY_BYTES:
+        raise ProtocolError("a TAKE asks for more bytes than a ring can have", nbytes=word, limit=MAX_BODY_BYTES)
+    if wait_ms > MAX_WAIT_MS:
+        raise ProtocolError("a TAKE waits longer than it may", wait_ms=wait_ms, limit=MAX_WAIT_MS)
+    if attempt + count > MAX_ATTEMPT or (attempt & MAX_CHANNEL) + count > MAX_CHANNEL:
+        raise ProtocolError("the attempts of a TAKE leave their range", attempt=attempt, count=count)
+
+
+def _check_packed(names: Sequence[tuple[int, int, int, int, int]]) -> None:
+    """Verify that the answers to `names` may share a message."""
+    if len(names) < 2 or sum([message_bytes(name[4]) for name in names]) > PACK_BYTES:
+        raise ProtocolError(f"two answers or more of at most {PACK_BYTES} bytes share a message", names=len(names))
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def encode_header_into(buffer: memoryview | bytearray, header: ReplyHeader) -> None:
+    """Write the 64 bytes of `header` at the start of `buffer`."""
+    status, nbytes, ring_id, slot, generation, checksum, fingerprint, token_required = header
     flags = (FLAG_CHECKSUM if checksum is not None else 0) | (FLAG_TOKEN_REQUIRED if token_required else 0)
     _HEADER.pack_into(
         buffer, 0, REPLY_MAGIC, VERSION, status, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
     )
 
 
-def seal(message: memoryview | bytearray, reply: ReadReply) -> int:
+def seal(message: memoryview | bytearray, header: ReplyHeader) -> int:
     """Put header, padding and trailer round the body at offset 64 of `message`; returns the length of it all."""
-    encode_header_into(message, reply)
-    end = HEADER_BYTES + reply.nbytes
-    pad = padded(reply.nbytes) - reply.nbytes
+    encode_header_into(message, header)
+    end = HEADER_BYTES + header.nbytes
+    pad = padded(header.nbytes) - header.nbytes
     if pad:
         message[end : end + pad] = bytes(pad)
-    _TRAILER.pack_into(message, end + pad, (TRAILER_MAGIC ^ reply.generation) & _U64, reply.nbytes)
+    _TRAILER.pack_into(message, end + pad, (TRAILER_MAGIC ^ header.generation) & _U64, header.nbytes)
     return end + pad + TRAILER_BYTES
 
 
-def encode_reply(reply: ReadReply, body: bytes = b"") -> bytes:
-    """A whole OK reply with a small body."""
+def encode_reply(header: ReplyHeader, body: bytes = b"") -> bytes:
+    """A whole OK answer with a small body."""
     message = bytearray(message_bytes(len(body)))
     message[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-    seal(message, reply)
+    seal(message, header)
     return bytes(message)
 
 
-def encode_error(status: Status, text: str, *, slot: int = 0, generation: int = 0) -> bytes:
-    """A reply that carries no body: the header and at most 1024 bytes of text."""
-    words = text.encode("utf-8", "replace")[:ERROR_TEXT_BYTES]
+def encode_error(
+    status: Status, text: str, *, slot: int = 0, generation: int = 0, room: int = HEADER_BYTES + ERROR_TEXT_BYTES
+) -> bytes:
+    """An answer that carries no body: the header and the text, as much of it as 1024 bytes and the room hold."""
+    words = text.encode("utf-8", "replace")[: min(ERROR_TEXT_BYTES, room - HEADER_BYTES)]
     message = bytearray(HEADER_BYTES + len(words))
-    encode_header_into(message, ReadReply(status=status, nbytes=len(words), slot=slot, generation=generation))
+    encode_header_into(message, ReplyHeader(status=status, nbytes=len(words), slot=slot, generation=generation))
     message[HEADER_BYTES:] = words
     return bytes(message)
 
 
-def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
+def decode_header(buffer: Message) -> ReplyHeader:
     """The header in the first 64 bytes of `buffer`.
 
     Raises:
         ProtocolError: wrong magic, version or status, or a length beyond its limit.
     """
     if len(buffer) < HEADER_BYTES:
-        raise ProtocolError("a reply is shorter than its header", nbytes=len(buffer), expected=HEADER_BYTES)
+        raise ProtocolError("an answer is shorter than its header", nbytes=len(buffer), expected=HEADER_BYTES)
     magic, version, code, generation, nbytes, checksum, ring_id, slot, flags, fingerprint = _HEADER.unpack_from(buffer)
     if magic != REPLY_MAGIC:
-        raise ProtocolError("not a ucxx_transport reply", magic=f"{magic:#010x}")
+        raise ProtocolError("not an answer of ucxx_transport", magic=f"{magic:#010x}")
     if version != VERSION:
         raise ProtocolError(
             f"the server speaks protocol version {version}, this side {VERSION}; install one release on both",
@@ -216,11 +265,11 @@ def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
         )
     status = _STATUSES.get(code)
     if status is None:
-        raise ProtocolError("unknown status in a reply", status=code)
+        raise ProtocolError("unknown status in an answer", status=code)
     limit = MAX_BODY_BYTES if status is _OK else ERROR_TEXT_BYTES
     if nbytes > limit:
-        raise ProtocolError("a reply claims more bytes than its kind may have", nbytes=nbytes, limit=limit)
-    return ReadReply(
+        raise ProtocolError("an answer claims more bytes than its kind may have", nbytes=nbytes, limit=limit)
+    return ReplyHeader(
         status=status,
         nbytes=nbytes,
         ring_id=ring_id,
@@ -232,50 +281,85 @@ def decode_header(buffer: bytes | bytearray | memoryview) -> ReadReply:
     )
 
 
-def is_sealed(message: bytes | bytearray | memoryview, reply: ReadReply) -> bool:
-    """Whether `message` begins and ends exactly as the OK reply `reply` does.
+def is_sealed(  # noqa: PLR0917 - what a reference promises; a keyword costs on this path
+    message: Message, ring_id: bytes, slot: int, generation: int, nbytes: int, checksum: int | None, fingerprint: int
+) -> bool:
+    """Whether `message` begins and ends exactly as the OK answer with this payload does.
 
     What `decode_header` and `check_trailer` verify, by two comparisons; where it says no, they say what is wrong.
     """
-    end = HEADER_BYTES + padded(reply.nbytes)
-    head = bytearray(HEADER_BYTES)
-    encode_header_into(head, reply)
-    return message[:HEADER_BYTES] == head and message[end : end + TRAILER_BYTES] == _TRAILER.pack(
-        (TRAILER_MAGIC ^ reply.generation) & _U64, reply.nbytes
-    )
+    end = HEADER_BYTES + ((nbytes + 7) & ~7)
+    flags = 0 if checksum is None else FLAG_CHECKSUM
+    return message[:HEADER_BYTES] == _HEADER.pack(
+        REPLY_MAGIC, VERSION, 0, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
+    ) and message[end : end + TRAILER_BYTES] == _TRAILER.pack(TRAILER_MAGIC ^ generation, nbytes)
 
 
-def error_text(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> str:
-    """The text after the header of a reply that is not OK; printable, at most 1024 bytes of it."""
-    raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + reply.nbytes])
+def error_text(buffer: Message, header: ReplyHeader) -> str:
+    """The text after the header of an answer that is not OK; printable, at most 1024 bytes of it."""
+    raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + header.nbytes])
     text = raw.decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def clear_ends(buffer: memoryview, nbytes: int) -> None:
-    """Before a receive is posted: forget the header and trailer an earlier reply left in a pooled buffer."""
-    _NO_HEADER.pack_into(buffer, 0)
-    _NO_TRAILER.pack_into(buffer, HEADER_BYTES + padded(nbytes))
+def clear_ends(buffer: memoryview, nbytes: int, offset: int = 0) -> None:
+    """Before a receive is posted: forget the header and trailer an earlier answer left in a pooled buffer.
+
+    Of a message that answers share, for each of them at its offset.
+    """
+    _NO_HEADER.pack_into(buffer, offset)
+    _NO_TRAILER.pack_into(buffer, offset + HEADER_BYTES + ((nbytes + 7) & ~7))
 
 
-def check_trailer(buffer: bytes | bytearray | memoryview, reply: ReadReply) -> None:
+def check_trailer(buffer: Message, header: ReplyHeader) -> None:
     """Verify that the body arrived to its end; a ProtocolError where the message was shorter than its header says."""
-    end = HEADER_BYTES + padded(reply.nbytes)
+    end = HEADER_BYTES + padded(header.nbytes)
     if len(buffer) < end + TRAILER_BYTES:
-        raise ProtocolError("a reply claims more bytes than were posted for it", nbytes=reply.nbytes)
+        raise ProtocolError("an answer claims more bytes than were posted for it", nbytes=header.nbytes)
     mark, nbytes = _TRAILER.unpack_from(buffer, end)
-    if mark != (TRAILER_MAGIC ^ reply.generation) & _U64 or nbytes != reply.nbytes:
-        raise ProtocolError("a reply was cut short: its trailer is missing", nbytes=reply.nbytes)
+    if mark != (TRAILER_MAGIC ^ header.generation) & _U64 or nbytes != header.nbytes:
+        raise ProtocolError("an answer was cut short: its trailer is missing", nbytes=header.nbytes)
 
 
-def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 over the role ("client" or "server") and both nonces; each side proves the token to the other."""
-    text = b"ucxx_transport/1 " + role.encode() + b"\0" + client_nonce + server_nonce
-    mac = hmac.new(token, text, hashlib.sha256).digest()
-    assert len(mac) == MAC_BYTES
-    return mac
+# --- Offers ----------------------------------------------------------------------------------------------------------
 
 
-def macs_equal(left: bytes, right: bytes) -> bool:
-    """Constant-time comparison of two macs."""
-    return hmac.compare_digest(left, right)
+def encode_offer(payloads: Sequence[OfferedPayload]) -> bytes:
+    """The body of the answer to a TAKE."""
+    rows = [
+        _OFFERED.pack(
+            payload.slot,
+            len(payload.envelope),
+            payload.generation,
+            payload.nbytes,
+            payload.checksum or 0,
+            0 if payload.checksum is None else FLAG_CHECKSUM,
+            payload.commit_time_ns,
+        )
+        for payload in payloads
+    ]
+    return b"".join((_OFFER.pack(len(payloads), 0), *rows, *(payload.envelope for payload in payloads)))
+
+
+def decode_offer(body: Message) -> list[OfferedPayload]:
+    """What a server has picked; a ProtocolError where its lengths do not add up."""
+    if len(body) < _OFFER.size:
+        raise ProtocolError("an offer is shorter than its head", nbytes=len(body))
+    count, _ = _OFFER.unpack_from(body)
+    end = _OFFER.size + count * OFFERED_BYTES
+    if not 0 < count <= MAX_NAMES or len(body) < end:
+        raise ProtocolError("an offer has more or fewer payloads than it may", count=count)
+    payloads = []
+    for slot, envelope, generation, nbytes, checksum, flags, time_ns in _OFFERED.iter_unpack(
+        memoryview(body)[_OFFER.size : end]
+    ):
+        if generation == 0 or nbytes > MAX_BODY_BYTES or envelope > MAX_ENVELOPE_BYTES or len(body) < end + envelope:
+            raise ProtocolError("an offered payload is out of range", slot=slot, nbytes=nbytes, envelope=envelope)
+        said = bytes(body[end : end + envelope])
+        payloads.append(
+            OfferedPayload(slot, generation, nbytes, checksum if flags & FLAG_CHECKSUM else None, time_ns, said)
+        )
+        end += envelope
+    if end != len(body):
+        raise ProtocolError("an offer is longer than its envelopes", nbytes=len(body), expected=end)
+    return payloads

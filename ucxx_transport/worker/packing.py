@@ -1,25 +1,39 @@
-"""TrajectoryPacker: trajectories into a ring's slots, each field straight to its place, narrowed only where asked for.
+"""TrajectoryPacker: trajectories into a ring's slots, each field straight to its place.
 
-What may be narrowed is the table of `narrowing`; what becomes of leaves on a GPU that of `device_leaves`. Neither looks
-at a trajectory whose leaves are all in host memory and of which nothing is narrowed.
+A trajectory whose leaves are all in host memory, and of which nothing is narrowed, is written by the ring as it is.
+
+| a leaf on a GPU           | is                                                                                       |
+|---------------------------|------------------------------------------------------------------------------------------|
+| before a slot is touched  | adopted: shape and dtype without a copy, the current stream ordered after its producer   |
+|                           | converted on the device where its field's dtype is another, refused as on the host       |
+|                           | given memory to be copied to: the ring's mapping is page-locked, once                    |
+| into the slot             | one copy begun, of contiguous bytes; host leaves are copied at the same time             |
+| before commit or abort    | waited for, once a device: nothing is copied into a slot that another holder has         |
+
+| given to a field that may be narrowed | becomes                                                           |
+|---------------------------------------|-------------------------------------------------------------------|
+| a dtype that keeps its values there   | copied as it is                                                   |
+| a wider float                         | rounded to the nearest; one that overflows is refused             |
+| a wider integer                       | the same number; one that does not fit is refused                 |
+| another kind (a float to an integer)  | refused: convert it first                                         |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from functools import partial
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, RuntimeFinder, runtime_of
+from ucxx_transport.gpu import DeviceArray, RuntimeFinder, page_lock, runtime_of
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.dtypes import DType, casts_exactly
-from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array
-from ucxx_transport.worker.device_leaves import DeviceLeaves, stand_in
-from ucxx_transport.worker.narrowing import refuse_what_does_not_fit, too_large
+from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device
+from ucxx_transport.schema.tree import flatten
 
 if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
@@ -28,8 +42,24 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
+@lru_cache(maxsize=256)
+def _stand_in(shape: tuple[int, ...], dtype: DType) -> Array:
+    """An array of that shape and dtype for what looks at no more; without bytes of its own, whatever its shape."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = runtime_of) -> dict[str, object]:
+    """Leaves by path, those on a GPU stood in for, for a schema; a ConfigError where one cannot be a payload."""
+    leaves = flatten(trajectory)
+    for name, leaf in leaves.items():
+        if is_on_device(leaf):
+            array = runtimes(leaf, name).adopt(leaf, name)
+            leaves[name] = _stand_in(array.shape, array.dtype)
+    return leaves
+
+
 class TrajectoryPacker:
-    """Writes trajectories of one schema into one ring. Close it before the ring.
+    """Writes trajectories of one schema into one ring. Thread-safe. Close it before the ring.
 
     Raises:
         ConfigError: `narrow`, the fields whose values may lose precision, names no field of the schema.
@@ -49,27 +79,32 @@ class TrajectoryPacker:
         unknown = sorted(self._may_narrow - {field.name for field in schema})
         if unknown:
             raise ConfigError(f"narrow names {unknown[0]!r}, which is no field of the schema", field="narrow")
-        self._narrow = [(index, field) for index, field in enumerate(schema) if field.name in self._may_narrow]
         self._warned: set[str] = set()
-        self._devices = DeviceLeaves(ring, runtimes)
+        self._runtimes = runtimes
         self._meets_devices = False
+        # One at a time: a GPU copies one thing at a time to the host, and the ring must not be unlocked under a copy.
+        self._copying = threading.Lock()
+        self._unlock: Callable[[], object] | None = None
+        self._closed = False
 
     def write(self, trajectory: Mapping[str, object], **options: Any) -> SlotRef:
         """Write one trajectory; options and errors as `SharedRingBuffer.write`."""
         if not self._meets_devices:
             try:
-                if not self._narrow:
+                if not self._may_narrow:
                     return self._ring.write(trajectory, **options)
                 return self._write_leaf_by_leaf(self._schema.gather(trajectory), {}, **options)
             except DeviceArrayError:  # before a slot was touched
                 self._meets_devices = True
         leaves = self._schema.gather(trajectory)
-        taken = self._devices.take(leaves, self._schema.fields, self._may_narrow, self._warn)
-        return self._write_leaf_by_leaf(leaves, taken, **options)
+        return self._write_leaf_by_leaf(leaves, self._take_devices(leaves), **options)
 
     def close(self) -> None:
         """Wait for the copies under way, and let the ring's memory be unmapped. Idempotent."""
-        self._devices.close()
+        with self._copying:
+            self._closed = True
+            if self._unlock is not None:
+                self._unlock()
 
     def _write_leaf_by_leaf(self, leaves: list[Any], taken: dict[int, DeviceArray], **options: Any) -> SlotRef:
         wide = self._take_wide(leaves, taken)
@@ -79,10 +114,10 @@ class TrajectoryPacker:
         arrays, placement = self._schema.arrange(tree)
         lengths = dict(zip(self._schema.varlen, placement.lengths, strict=True))
         if taken:
-            self._devices.lock_pages(next(iter(taken.values())))
+            self._lock_pages(next(iter(taken.values())))
         with self._ring.reserve(lengths=lengths, **options) as lease:
             targets = self._schema.gather(lease.arrays)
-            with self._devices.copying(taken, targets) if taken else nullcontext():
+            with self._copies(taken, targets) if taken else nullcontext():
                 for index, (target, array) in enumerate(zip(targets, arrays, strict=True)):
                     if index not in taken:
                         _fill(target, wide.get(index, array), self._schema.fields[index])
@@ -91,21 +126,100 @@ class TrajectoryPacker:
     def _take_wide(self, leaves: list[Any], taken: Mapping[int, DeviceArray]) -> dict[int, Array]:
         """The host leaves that lose precision, by position; stood in for in `leaves` until their place is known."""
         wide: dict[int, Array] = {}
-        for index, field in self._narrow:
-            if index in taken:
+        for index, field in enumerate(self._schema.fields):
+            if index in taken or field.name not in self._may_narrow:
                 continue
             array = as_array(leaves[index], field.name)
             if array.dtype is not field.dtype and not casts_exactly(array.dtype, field.dtype):
-                refuse_what_does_not_fit(array.dtype, field, partial(_bounds, array))
-                self._warn(array.dtype, field)
+                self._allow(array.dtype, field, partial(_bounds, array))
                 wide[index] = array
-                leaves[index] = stand_in(array.shape, field.dtype)
+                leaves[index] = _stand_in(array.shape, field.dtype)
         return wide
 
-    def _warn(self, given: DType, field: TensorSpec) -> None:
+    def _take_devices(self, leaves: list[Any]) -> dict[int, DeviceArray]:
+        """Those of `leaves` that are on a GPU, by position, each ready for its field; stood in for in `leaves`.
+
+        Raises:
+            ConfigError: a leaf cannot be taken, or a value does not fit its field; the message names the field.
+        """
+        taken: dict[int, DeviceArray] = {}
+        for index, field in enumerate(self._schema.fields):
+            leaf = leaves[index]
+            if type(leaf) is np.ndarray or not is_on_device(leaf):
+                continue
+            array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
+            if array.dtype is not field.dtype:
+                array = self._converted(array, field)
+            taken[index] = array
+            leaves[index] = _stand_in(array.shape, array.dtype)
+        return taken
+
+    def _converted(self, array: DeviceArray, field: TensorSpec) -> DeviceArray:
+        """An array with the dtype of its field; as it is where that may not be: the check of the fields refuses it."""
+        runtime = array.runtime
+        if casts_exactly(array.dtype, field.dtype):
+            return runtime.converted(array, field.dtype, field.name)
+        if field.name not in self._may_narrow:
+            return array
+        self._allow(array.dtype, field, lambda: runtime.bounds(array))
+        narrow = runtime.converted(array, field.dtype, field.name)
+        if array.dtype.kind not in "iu" and runtime.overflowed(array, narrow):
+            raise _too_large(array.dtype, field)
+        return narrow
+
+    def _allow(self, given: DType, field: TensorSpec, bounds_of: Callable[[], tuple[int, int] | None]) -> None:
+        """Refuse values that would be others in the field's dtype, but for rounding; log the first that are rounded.
+
+        Raises:
+            ConfigError: another kind, or an integer that does not fit; the message names the field and the remedy.
+        """
+        stored = field.dtype
+        if given.kind in "iu" and stored.kind in "iu":
+            limits = np.iinfo(stored)
+            bounds = bounds_of()
+            if bounds is not None and not (bounds[0] >= limits.min and bounds[1] <= limits.max):
+                raise ConfigError(
+                    f"field {field.name!r}: a value of {given.name} does not fit {stored.name}; "
+                    "give the schema the other dtype",
+                    field=field.name,
+                )
+        elif "float" not in given.name or "float" not in stored.name:
+            raise ConfigError(
+                f"field {field.name!r}: {given.name} is not narrowed to {stored.name}, which is of another kind; "
+                f"convert it first (array.astype({stored.name!r})) or give the schema the other dtype",
+                field=field.name,
+            )
         if field.name not in self._warned:
             self._warned.add(field.name)
-            _log.warning("values_narrowed", field=field.name, given=given.name, stored=field.dtype.name)
+            _log.warning("values_narrowed", field=field.name, given=given.name, stored=stored.name)
+
+    def _lock_pages(self, array: DeviceArray) -> None:
+        """Page-lock the ring's memory for copies from the device of `array`, unless it is, or raise a PageLockError."""
+        with self._copying:
+            self._require_open()
+            if self._unlock is None:
+                self._unlock = page_lock(
+                    self._ring.mapping,
+                    array.runtime.page_locking(array.device),
+                    what="a ring",
+                    remedy="lower ring.slots or the size of a slot",
+                )
+
+    @contextmanager
+    def _copies(self, taken: Mapping[int, DeviceArray], targets: Sequence[Array]) -> Iterator[None]:
+        """Copies of what was taken, to its places in a slot: begun here, over when the block is left, however it is."""
+        with self._copying, ExitStack() as waits:
+            self._require_open()
+            # noted before they begin: a copy that raises may have begun
+            for device, runtime in {(array.device, array.runtime): None for array in taken.values()}:
+                waits.callback(runtime.wait, device)
+            for index, array in taken.items():
+                array.runtime.copy_to_host(array, targets[index])
+            yield
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the writer is closed; make another")
 
 
 def _fill(target: Any, source: Array, field: TensorSpec) -> None:
@@ -118,7 +232,15 @@ def _fill(target: Any, source: Array, field: TensorSpec) -> None:
     if target.dtype.kind not in "biufc" or target.dtype.name.startswith(("bfloat16", "float8")):
         overflowed = not np.array_equal(np.isfinite(target), np.isfinite(source))  # those of ml_dtypes raise no flag
     if overflowed:
-        raise too_large(source.dtype, field)
+        raise _too_large(source.dtype, field)
+
+
+def _too_large(given: DType, field: TensorSpec) -> ConfigError:
+    return ConfigError(
+        f"field {field.name!r}: a value of {given.name} is too large for {field.dtype.name}; "
+        "scale it, or give the schema the other dtype",
+        field=field.name,
+    )
 
 
 def _bounds(array: Array) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import itertools
 import operator
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -29,8 +29,7 @@ from ucxx_transport.schema.episode_record import (
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
-from ucxx_transport.worker.device_leaves import without_devices
-from ucxx_transport.worker.packing import TrajectoryPacker
+from ucxx_transport.worker.packing import TrajectoryPacker, without_devices
 
 _log = get_logger(__name__)
 
@@ -277,13 +276,8 @@ class TrajectoryWriter:
 
 def _as_version(policy_version: int | None) -> int | None:
     """A policy version as a record takes it, refused (ConfigError) before anything is written rather than after."""
-    version = policy_version if type(policy_version) is int or policy_version is None else _index_of(policy_version)
+    version: Any = policy_version
+    with suppress(TypeError):
+        version = operator.index(version)  # numpy's integers, and torch's of one element
     check_policy_version(version)
-    return version
-
-
-def _index_of(number: Any) -> Any:
-    try:
-        return operator.index(number)  # numpy's integers, and torch's of one element
-    except TypeError:
-        return number
+    return version  # type: ignore[no-any-return]  # checked

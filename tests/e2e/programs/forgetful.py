@@ -4,14 +4,16 @@
 |----------------|-----------------------------------------------------------------------|-------------------------|
 | worker-process | a ring, a server process, a payload being read, another being written | with its standard input |
 | worker-thread  | the same with server threads                                          | with its standard input |
-| trainer-sync   | a blocking client, its connection and loop thread, a payload          | after its read          |
+| trainer-sync   | a blocking client, its connection, a payload                          | after its read          |
 | trainer-async  | an async client whose loop was run and left, a payload                | after its read          |
+| trainer-feed   | a prefetcher, a batch in use and one on its way that never comes       | after its read          |
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
 from ucxx_transport import (
@@ -24,6 +26,7 @@ from ucxx_transport import (
     UCXXClient,
     UCXXServer,
 )
+from ucxx_transport.trainer import RolloutFeed
 
 kept: list[object] = []
 """Held to the very end, as a program's globals are."""
@@ -62,6 +65,17 @@ def trainer_async(ref: SlotRef) -> None:
     asyncio.run(read())
 
 
+def trainer_feed(ref: SlotRef) -> None:
+    """Train on a batch, the next of which is of a worker that no packet reaches."""
+    feed = RolloutFeed(ClientConfig(local="off", deadline_s=60, connect_timeout_s=20))
+    feed.start([ref])
+    feed.collect()
+    feed.start([replace(ref, ring_id=bytes(16), host="192.0.2.1")])
+    tree = feed.resolve(ref)
+    kept.extend([feed, tree])
+    answer({"nbytes": 0 if tree is None else len(tree["data"])})
+
+
 def main(what: str) -> None:
     """Do `what`, and fall off the end."""
     log_to_stderr()
@@ -69,7 +83,7 @@ def main(what: str) -> None:
         worker(what.removeprefix("worker-"))
         return
     ref = SlotRef.from_bytes(bytes.fromhex(next(requests())["ref"]))
-    {"trainer-sync": trainer_sync, "trainer-async": trainer_async}[what](ref)
+    {"trainer-sync": trainer_sync, "trainer-async": trainer_async, "trainer-feed": trainer_feed}[what](ref)
 
 
 if __name__ == "__main__":

@@ -5,99 +5,127 @@ Each variant connects to itself, has a receive and a send of 64 MiB in flight, a
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 
-from ucxx_transport import ConfigError
-from ucxx_transport.link.base import Endpoint, Pending
-from ucxx_transport.link.ucxx import UCXXLink
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
 
 HOST = "127.0.0.1"
-SHM_LANES = "shm" in sys.argv[2:]
+FACTORY = partial(UCXXLink, shm_lanes="shm" in sys.argv[2:])
+
+
+class Owner:
+    """Of both ends; what it hears is of no interest."""
+
+    def connected(self) -> None: ...
+    def lost(self, error: TransportError) -> None: ...
 
 
 class Scene:
     """A link to itself, with operations in flight."""
 
-    link: UCXXLink
+    reactor: Reactor
     near: Endpoint
     far: Endpoint
-    pendings: list[Pending]
+    operations: list[Operation]
 
-    async def build(self) -> None:
+    def build(self) -> None:
         """Connect and post."""
-        accepted: asyncio.Queue[Endpoint] = asyncio.Queue()
-        self.link = UCXXLink.create(shm_lanes=SHM_LANES)
-        listener = await self.link.listen(0, accepted.put_nowait)
-        self.near = await self.link.connect(HOST, listener.port)
-        self.far = await accepted.get()
-        self.pendings = [
-            self.far.post_receive(bytearray(100)),
-            self.near.post_send(bytearray(64 << 20)),
-            self.near.post_receive(bytearray(64 << 20)),
+        accepted: list[Endpoint] = []
+
+        def accept(endpoint: Endpoint) -> Owner:
+            accepted.append(endpoint)
+            return Owner()
+
+        self.reactor = Reactor(FACTORY)
+        listener = self.reactor.link.listen(0, accept)
+        self.near = self.reactor.link.connect(HOST, listener.port, Owner())
+        while not accepted:
+            self.reactor.run_once(math.inf)
+        self.far = accepted[0]
+        self.operations = [
+            self.far.post_receive(bytearray(100), self._ended),
+            self.near.post_send(bytearray(64 << 20), channel=1),
+            self.near.post_receive(bytearray(64 << 20), self._ended),
             self.far.post_send(bytearray(64 << 20)),
         ]
-        await asyncio.sleep(0.002)  # well into the transfer, or past it: the end must be clean at any moment
+        end = time.monotonic() + 0.002  # well into the transfer, or past it: the end must be clean at any moment
+        while time.monotonic() < end:
+            self.reactor.poll()
+
+    def _ended(self, _operation: Operation) -> None: ...
 
 
 KEPT = Scene()
 
 
-async def returns() -> None:
-    """The loop is closed by `asyncio.run`, and what was open is forgotten."""
-    await Scene().build()
+def returns() -> None:
+    """The scene is out of reach when the function ends."""
+    Scene().build()
 
 
-async def returns_and_is_kept() -> None:
+def returns_and_is_kept() -> None:
     """The same, reachable from a module until the interpreter ends."""
-    await KEPT.build()
+    KEPT.build()
 
 
-async def exits() -> None:
-    """`sys.exit` in a task."""
-    await KEPT.build()
+def exits() -> None:
+    """`sys.exit` with everything open."""
+    KEPT.build()
     sys.exit(0)
 
 
-async def without_collector() -> None:
+def without_collector() -> None:
     """Cycles stay to the end."""
     gc.disable()
-    await Scene().build()
+    Scene().build()
 
 
-async def drops_its_buffers() -> None:
+def drops_its_buffers() -> None:
     """Nothing of the program refers to what is in flight."""
     scene = Scene()
-    await scene.build()
-    scene.pendings.clear()
+    scene.build()
+    scene.operations.clear()
     del scene
     gc.collect()
 
 
-async def forks() -> None:
+def forks() -> None:
     """A forked child that uses the link gets a clear error and ends well, and the parent goes on."""
-    await KEPT.build()
+    KEPT.build()
     child = os.fork()
     if child == 0:
-        os._exit(
-            _use_in_child()
-        )  # as a child of multiprocessing does; asyncio's own clean-up would break the parent's loop
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        status = _use_in_child()
+        if status:
+            os._exit(status)
+        sys.exit(0)
+    _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, status
-    await KEPT.pendings[2].wait()
-    await KEPT.pendings[3].wait()
-    assert await KEPT.near.close()
+    closed: list[bool] = []
+    while not all(operation.completed for operation in KEPT.operations[2:]):
+        KEPT.reactor.run_once(math.inf)
+    assert [operation.error for operation in KEPT.operations[2:]] == [None, None]
+    KEPT.near.close(closed.append)
+    while not closed:
+        KEPT.reactor.run_once(math.inf)
+    assert closed == [True]
 
 
 def _use_in_child() -> int:
     uses: list[Callable[[], object]] = [
         lambda: KEPT.near.post_send(b"x"),
-        lambda: KEPT.far.post_receive(bytearray(1)),
-        lambda: UCXXLink(shm_lanes=False, spin_s=0.0, ucx={}),
+        lambda: KEPT.far.post_receive(bytearray(1), lambda _: None),
+        lambda: KEPT.reactor.run_once(0),
+        lambda: Reactor(FACTORY).link,
     ]
     for use in uses:
         try:
@@ -111,35 +139,31 @@ def _use_in_child() -> int:
 
 
 def in_a_thread(*, daemon: bool, forever: bool) -> None:
-    """The loop runs in a thread, which ends by itself or never."""
+    """The reactor runs in a thread, which ends by itself or never."""
     built = threading.Event()
 
-    async def scene() -> None:
-        await KEPT.build()
+    def scene() -> None:
+        KEPT.build()
         built.set()
-        if forever:
-            await asyncio.Event().wait()
+        while forever:
+            KEPT.reactor.run_once(math.inf)
 
-    thread = threading.Thread(target=lambda: asyncio.run(scene()), daemon=daemon)
+    thread = threading.Thread(target=scene, daemon=daemon)
     thread.start()
     assert built.wait(30)
     if not forever:
         thread.join()
 
 
-COROUTINES = {
-    function.__name__: function
-    for function in (returns, returns_and_is_kept, exits, without_collector, drops_its_buffers, forks)
-}
-THREADS = {
+CHOICES: dict[str, Callable[[], None]] = {
+    **{
+        function.__name__: function
+        for function in (returns, returns_and_is_kept, exits, without_collector, drops_its_buffers, forks)
+    },
     "daemon_thread": lambda: in_a_thread(daemon=True, forever=True),
     "ended_thread": lambda: in_a_thread(daemon=False, forever=False),
 }
-VARIANTS = (*COROUTINES, *THREADS)
+VARIANTS = tuple(CHOICES)
 
 if __name__ == "__main__":
-    chosen = sys.argv[1]
-    if chosen in THREADS:
-        THREADS[chosen]()
-    else:
-        asyncio.run(COROUTINES[chosen]())
+    CHOICES[sys.argv[1]]()

@@ -14,14 +14,18 @@ kind and a size, both u64; every request is announced on standard output as `{"r
 
 from __future__ import annotations
 
-import asyncio
 import json
+import math
 import sys
+import threading
+from collections import deque
+from functools import partial
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr
-from ucxx_transport import TransportError
-from ucxx_transport.link.base import Endpoint
-from ucxx_transport.link.ucxx import UCXXLink
+from ucxx_transport.errors import TransportError
+from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.ucx import UCXXLink
 
 REPLY, SILENT, CLOSE, RECEIVE, LATE = 1, 2, 3, 4, 5
 CONTENT = 0x5A
@@ -32,56 +36,76 @@ def request(kind: int, nbytes: int = 0) -> bytes:
     return kind.to_bytes(8, "little") + nbytes.to_bytes(8, "little")
 
 
-async def serve(endpoint: Endpoint, go: asyncio.Queue[None]) -> None:
-    """Answer one connection until it ends."""
-    asked = bytearray(16)
-    try:
-        while True:
-            await endpoint.post_receive(asked).wait()
-            kind, nbytes = (int.from_bytes(asked[at : at + 8], "little") for at in (0, 8))
-            answer({"request": kind})
-            if kind == LATE:
-                await go.get()
-            if kind in {REPLY, LATE}:
-                await endpoint.post_send(bytes([CONTENT]) * nbytes).wait()
-            elif kind == CLOSE:
-                break
-            elif kind == RECEIVE:
-                await endpoint.post_receive(bytearray(nbytes)).wait()
-                answer({"received": nbytes})
-    except TransportError as exc:
-        answer({"lost": str(exc)})
-    await endpoint.close()
+class Connection:
+    """Answers one connection until it ends.
+
+    Args:
+        endpoint: its end here.
+        late: replies of kind 5 that wait for a line.
+    """
+
+    def __init__(self, endpoint: Endpoint, late: deque[tuple[Connection, int]]) -> None:
+        self._endpoint = endpoint
+        self._late = late
+        self._asked = bytearray(16)
+        endpoint.post_receive(self._asked, self._take)
+
+    def connected(self) -> None:
+        """Nothing is to be done: the receive is posted."""
+
+    def lost(self, error: TransportError) -> None:
+        """The client has gone."""
+        answer({"lost": str(error)})
+        self._endpoint.close()
+
+    def reply(self, nbytes: int) -> None:
+        """Send that many bytes."""
+        if self._endpoint.alive:
+            self._endpoint.post_send(bytes([CONTENT]) * nbytes)
+
+    def _take(self, operation: Operation) -> None:
+        if operation.error is not None:
+            return
+        kind, nbytes = (int.from_bytes(self._asked[at : at + 8], "little") for at in (0, 8))
+        answer({"request": kind})
+        if kind == REPLY:
+            self.reply(nbytes)
+        elif kind == LATE:
+            self._late.append((self, nbytes))
+        elif kind == CLOSE:
+            self._endpoint.close()
+            return
+        elif kind == RECEIVE:
+            self._endpoint.post_receive(bytearray(nbytes), lambda _: answer({"received": nbytes}))
+            return  # what comes next is for that receive
+        self._endpoint.post_receive(self._asked, self._take)
 
 
-async def main() -> None:
+def main() -> None:
     """Serve until the end of standard input."""
     log_to_stderr()
-    loop = asyncio.get_running_loop()
-    lines = asyncio.StreamReader()
-    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    settings = json.loads(await lines.readline())
-    tasks: set[asyncio.Task[None]] = set()
-    go: asyncio.Queue[None] = asyncio.Queue()
-    asked_to_stop = asyncio.Event()
+    settings = json.loads(sys.stdin.readline())
+    reactor = Reactor(partial(UCXXLink, shm_lanes=settings["shm_lanes"]))
+    late: deque[tuple[Connection, int]] = deque()
+    stopping = threading.Event()
 
-    async def read_lines() -> None:
-        while await lines.readline():
-            go.put_nowait(None)
-        asked_to_stop.set()
+    def go() -> None:
+        connection, nbytes = late.popleft()
+        connection.reply(nbytes)
 
-    tasks.add(loop.create_task(read_lines()))
-    async with UCXXLink.open(shm_lanes=settings["shm_lanes"]) as link:
-        listener = await link.listen(
-            settings["port"], lambda endpoint: tasks.add(loop.create_task(serve(endpoint, go)))
-        )
-        answer({"port": listener.port})
-        await asked_to_stop.wait()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    pipe.close()
+    def read_lines() -> None:
+        for _ in sys.stdin:
+            reactor.submit(go)
+        stopping.set()
+        reactor.submit(lambda: None)
+
+    listener = reactor.link.listen(settings["port"], lambda endpoint: Connection(endpoint, late))
+    answer({"port": listener.port})
+    threading.Thread(target=read_lines).start()
+    while not stopping.is_set():
+        reactor.run_once(math.inf)
+    reactor.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -88,7 +88,7 @@ def test_ports_of_both_directions_are_named_with_those_that_are_set(
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__DATA_PORTS", "15100-15131")
     answer = call(capsys, "doctor", "--no-loopback", "--json")
     (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
-    assert ports["value"] == "worker: listens on 4 from 15001 on, data on 15100-15131; trainer: data on any free"
+    assert ports["value"] == "worker: listens on 2 from 15001 on, data on 15100-15131; trainer: data on any free"
     assert "worker to trainer" in ports["remedy"]
 
 

@@ -1,353 +1,458 @@
-"""Delivered means received: what becomes of a payload whose acknowledgement, connection or reader is lost."""
+"""Delivered means received: what becomes of a payload whose end, connection or reader is lost."""
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from tests.support.exchange_rig import ExchangeRig, open_rig
-from tests.support.virtual_time import settle
-from ucxx_transport.client import Payload, UCXXClient
+from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
+from ucxx_transport.client import Payload
+from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import BusyError, DeadlineExceededError, StaleSlotError, TransportError
+from ucxx_transport.errors import BusyError, DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
-
-pytestmark = pytest.mark.anyio
+from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(range(256)) * 16
 # Beyond the server's limit for an acknowledgement, and one sweep.
 PAST_THE_ACK_LIMIT_S = 11.0
 
 
-async def paused_before_the_answer(rig: ExchangeRig, client: UCXXClient, ref: SlotRef) -> asyncio.Task[Payload]:
+def paused_before_the_answer(rig: ExchangeRig, client: RigClient, *refs: SlotRef) -> Job:
     """A read whose request has reached the server and whose answer is on its way; `deliver_answer` delivers it."""
-    rig.faults_of(1).hold = asyncio.Event()
-    reading = asyncio.create_task(client.read(ref, deadline_s=60.0))
-    await settle()
-    assert rig.ring.slot_state(ref.slot) is SlotState.READING
-    return reading
+    rig.faults_of(1).hold = Hold()
+    job = client.begin(*refs, deadline_s=60.0)
+    assert rig.states(*refs) == [SlotState.READING] * len(refs)
+    return job
 
 
 def deliver_answer(rig: ExchangeRig) -> None:
     hold, rig.faults_of(1).hold = rig.faults_of(1).hold, None
     assert hold is not None
     hold.set()
+    rig.settle()
 
 
-async def warm(rig: ExchangeRig, client: UCXXClient) -> None:
+def warm(rig: ExchangeRig, client: RigClient) -> None:
     """Have a connection, so that what follows is one read and nothing else."""
-    (await client.read(rig.write(EPISODE))).release()
-    await settle()
+    client.consume(rig.write(EPISODE))
+    rig.settle()
 
 
-async def read_losing_the_ack(rig: ExchangeRig, client: UCXXClient, ref: SlotRef, *, reset: bool) -> None:
-    """Deliver `ref`; its acknowledgement vanishes, or the connection breaks in its place."""
-    reading = await paused_before_the_answer(rig, client, ref)
+def read_losing_the_end(rig: ExchangeRig, client: RigClient, ref: SlotRef, *, reset: bool) -> None:
+    """Deliver `ref`; the frame with its end vanishes, or the connection breaks in its place."""
+    job = paused_before_the_answer(rig, client, ref)
     if reset:
         rig.faults.reset_after = 0
     else:
         rig.faults.drop = 1
     deliver_answer(rig)
-    with await reading as payload:
+    with client.result(job) as payload:
         assert bytes(payload.buffer) == EPISODE
 
 
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "vanished"])
-async def test_a_lost_acknowledgement_makes_the_slot_ready_and_a_confirm_frees_it(*, reset: bool) -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_lost_end_makes_the_slot_ready_and_a_confirm_frees_it(*, reset: bool) -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=reset)
-        await asyncio.sleep(PAST_THE_ACK_LIMIT_S)
-        assert rig.ring.slot_state(ref.slot) is SlotState.READY, "nobody acknowledged it"
-        (await client.read(rig.write(EPISODE))).release()
-        await settle()
-        assert rig.ring.slot_state(ref.slot) is SlotState.FREE
-        assert client.statistics().confirms == 1
+        read_losing_the_end(rig, client, ref, reset=reset)
+        rig.advance(PAST_THE_ACK_LIMIT_S)
+        assert rig.states(ref) == [SlotState.READY], "its end was never heard"
+        client.consume(rig.write(EPISODE))
+        rig.settle()
+        assert rig.states(ref) == [SlotState.FREE]
+        assert client.counts.confirms == 1
         assert rig.statistics(1).confirms == 1
 
 
-async def test_several_lost_acknowledgements_are_all_said_again() -> None:
-    async with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=3)
-        refs = [rig.write(EPISODE) for _ in range(3)]
-        rig.faults_of(1).hold = asyncio.Event()
-        readings = [asyncio.create_task(client.read(ref, deadline_s=60.0)) for ref in refs]
-        await settle()
-        deliver_answer(rig)
-        await settle()
-        for ref in refs:
-            assert rig.ring.slot_state(ref.slot) is SlotState.FREE
-        for reading in readings:
-            (await reading).release()
-        refs = [rig.write(EPISODE) for _ in range(3)]
-        rig.faults_of(1).hold = asyncio.Event()
-        readings = [asyncio.create_task(client.read(ref, deadline_s=60.0)) for ref in refs]
-        await settle()
-        rig.faults.drop = 3
-        deliver_answer(rig)
-        for reading in readings:
-            (await reading).release()
-        await asyncio.sleep(PAST_THE_ACK_LIMIT_S)
-        assert [rig.ring.slot_state(ref.slot) for ref in refs] == [SlotState.READY] * 3
-        (await client.read(rig.write(EPISODE))).release()
-        await settle()
-        assert [rig.ring.slot_state(ref.slot) for ref in refs] == [SlotState.FREE] * 3
-
-
-async def test_reads_that_start_together_after_a_loss_all_succeed() -> None:
-    async with open_rig(ports=1) as rig:
+def test_several_lost_ends_are_all_said_again() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
+        refs = [rig.write(EPISODE) for _ in range(3)]
+        job = paused_before_the_answer(rig, client, *refs)
+        rig.faults.reset_after = 0
+        deliver_answer(rig)
+        for outcome in client.outcomes(job):
+            assert isinstance(outcome, Payload)
+        rig.settle()
+        assert rig.states(*refs) == [SlotState.READY] * 3
+        client.consume(rig.write(EPISODE))
+        rig.settle()
+        assert rig.states(*refs) == [SlotState.FREE] * 3
+        assert client.counts.confirms == 3
+
+
+def test_reads_that_start_together_after_a_loss_all_succeed() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=True)
-        others = [rig.write(EPISODE) for _ in range(3)]
-        for payload in await asyncio.gather(*(client.read(other) for other in others)):
-            payload.release()
-        await settle()
-        assert client.statistics().confirms == 1
+        read_losing_the_end(rig, client, ref, reset=True)
+        client.consume(*(rig.write(EPISODE) for _ in range(3)))
+        rig.settle()
+        assert client.counts.confirms == 1
         assert rig.ring.slot_states() == [SlotState.FREE] * 4
 
 
-async def test_a_confirm_that_is_lost_too_is_said_again() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_confirm_that_is_lost_too_is_said_again() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=True)
+        read_losing_the_end(rig, client, ref, reset=True)
         rig.faults.reset_after = 1  # HELLO passes, CONFIRM breaks the connection
-        (await client.read(rig.write(EPISODE))).release()
-        await settle()
-        assert rig.ring.slot_state(ref.slot) is SlotState.FREE
-        assert client.statistics().confirms == 1
+        client.consume(rig.write(EPISODE))
+        rig.settle()
+        assert rig.states(ref) == [SlotState.FREE]
+        assert client.counts.confirms == 1
 
 
-async def test_a_confirm_of_a_payload_that_was_overwritten_in_the_meantime_touches_nothing() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_confirm_of_a_payload_that_was_overwritten_in_the_meantime_touches_nothing() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=True)
-        await settle()
+        read_losing_the_end(rig, client, ref, reset=True)
+        rig.settle()
         newer = [rig.write(EPISODE) for _ in range(4)]
         assert ref.slot in {other.slot for other in newer}
-        for other in newer:
-            (await client.read(other)).release()
-        assert client.statistics().confirms == 0
-        await settle()
+        client.consume(*newer)
+        assert client.counts.confirms == 0
+        rig.settle()
         assert rig.ring.slot_states() == [SlotState.FREE] * 4
 
 
-async def test_the_duplicate_that_a_lost_acknowledgement_allows_is_dropped_by_name() -> None:
-    async with open_rig(ports=1) as rig:
+def test_the_duplicate_that_a_lost_end_allows_is_dropped_by_name() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=True)
-        await settle()
-        assert rig.ring.slot_state(ref.slot) is SlotState.READY
+        read_losing_the_end(rig, client, ref, reset=True)
+        rig.settle()
+        assert rig.states(ref) == [SlotState.READY]
         with pytest.raises(StaleSlotError, match="already received"):
-            await client.read(ref)
-        assert client.statistics().duplicates == 1
+            client.read(ref)
+        assert client.counts.duplicates == 1
 
 
-async def test_another_client_may_still_have_what_was_not_acknowledged() -> None:
-    async with open_rig(ports=1) as rig:
+def test_another_client_may_still_have_what_was_not_acknowledged() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        await read_losing_the_ack(rig, client, ref, reset=True)
-        await settle()
-        with await rig.client().read(ref) as payload:
+        read_losing_the_end(rig, client, ref, reset=True)
+        rig.settle()
+        with rig.client().read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
-async def test_nothing_is_consumed_before_the_acknowledgement() -> None:
-    async with open_rig(ports=1) as rig:
+def test_the_end_has_left_when_the_call_returns() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
-        await warm(rig, client)
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        reading = await paused_before_the_answer(rig, client, ref)
+        job = client.core.begin((ref,))
+        rig.run_until(lambda: job.done)
+        client.core.reactor.close()  # nothing is sent any more
+        rig.settle()
+        assert rig.states(ref) == [SlotState.FREE]
+
+
+def test_nothing_is_consumed_before_the_end() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
+        ref = rig.write(EPISODE)
+        job = paused_before_the_answer(rig, client, ref)
         assert rig.statistics(1).delivered == 1
-        reading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
+        client.abandon(job)
         deliver_answer(rig)
-        await settle()
-        assert rig.ring.slot_state(ref.slot) is SlotState.READY
+        assert rig.states(ref) == [SlotState.READY]
         assert rig.statistics(1).delivered == 1
         assert rig.statistics(1).released == 1
 
 
-async def test_a_cancelled_read_gives_everything_back() -> None:
-    async with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=1)
-        await warm(rig, client)
+def test_an_abandoned_read_gives_everything_back_and_keeps_the_connection() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        reading = await paused_before_the_answer(rig, client, ref)
-        assert client.statistics().lent_buffers == 1
-        reading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
-        del reading
+        job = paused_before_the_answer(rig, client, ref)
+        assert client.counts.lent_buffers == 1
+        client.abandon(job)
+        del job
         deliver_answer(rig)
-        statistics = client.statistics()
-        assert (statistics.lent_buffers, statistics.pooled_endpoints) == (0, 0)
-        assert rig.opened_links[0].statistics().in_flight == 0
-        with await client.read(ref) as payload:
+        statistics = client.counts
+        assert (statistics.lent_buffers, statistics.connections, statistics.quarantined) == (0, 1, 0)
+        with client.read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
+        assert client.counts.connections == 1
 
 
-async def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
-    async with open_rig(ports=1) as rig:
+def test_an_abandoned_job_releases_the_payloads_that_had_come() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
+        first, second = rig.write(EPISODE), rig.write(bytes(60 << 10))
+        rig.faults_of(1).spare, rig.faults_of(1).drop = 1, 1
+        job = client.begin(first, second, deadline_s=60.0)
+        assert [type(outcome) for outcome in job.outcomes] == [Payload, type(None)]
+        client.abandon(job)
+        job.outcomes.clear()
+        rig.advance(120.0)
+        assert client.counts.lent_buffers == 0
+
+
+def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1)
-        await warm(rig, client)
+        warm(rig, client)
         rig.faults.never_complete = True
         lost = rig.write(EPISODE)
         with pytest.raises(DeadlineExceededError):
-            await client.read(lost, deadline_s=1.0)
+            client.read(lost, deadline_s=1.0)
         rig.faults.never_complete = False
-        await settle()
-        statistics = client.statistics()
+        rig.advance(2.0)
+        statistics = client.counts
         assert (statistics.lent_buffers, statistics.leaked_buffers) == (1, 1)
-        with await client.read(rig.write(EPISODE)) as payload:
+        with client.read(rig.write(EPISODE)) as payload:
             assert bytes(payload.buffer) == EPISODE
-            assert client.statistics().lent_buffers == 2
+            assert client.counts.lent_buffers == 2
 
 
-async def test_the_first_attempts_late_end_does_not_touch_what_the_second_one_settled() -> None:
-    async with open_rig(ports=2) as rig:
-        client = rig.client(max_pooled_endpoints=1)
-        for _ in range(2):
-            await warm(rig, client)
+def test_a_late_answer_is_delivered_while_its_read_still_waits_elsewhere() -> None:
+    with open_rig(ports=2) as rig:
+        client = rig.client()
+        warm(rig, client)
         ref = rig.write(EPISODE)
-        hold = rig.faults_of(1).hold = asyncio.Event()  # port 1 holds its attempt, and its answer back
-        with await client.read(ref, deadline_s=8.0) as payload:
-            assert bytes(payload.buffer) == EPISODE
-        await settle()
-        assert rig.ring.slot_state(ref.slot) is SlotState.FREE
-        newer = [rig.write(b"new" * 100) for _ in range(4)]
+        hold = rig.faults_of(1).hold = Hold()
+        rig.faults_of(2).hold = Hold()
+        job = client.begin(ref, deadline_s=8.0)
+        rig.advance(4.5)  # half the time: it is asked of the second port too
+        assert not job.done
         hold.set()
-        await asyncio.sleep(PAST_THE_ACK_LIMIT_S)
-        assert rig.ring.slot_states() == [SlotState.READY] * 4, "an orphan's end freed or released a newer payload"
-        for other in newer:
-            with await client.read(other) as payload:
-                assert bytes(payload.buffer) == b"new" * 100
+        with client.result(job) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        assert client.counts.timeouts == 1
+        held = rig.faults_of(2).hold
+        assert held is not None
+        held.set()
+        rig.settle()
+        assert rig.states(ref) == [SlotState.FREE]
+        assert client.counts.lent_buffers == 0
 
 
-async def test_a_slot_being_read_by_two_attempts_is_not_written_until_both_have_ended() -> None:
+def test_the_first_attempts_late_end_does_not_touch_what_the_second_one_settled() -> None:
+    with open_rig(ports=2) as rig:
+        client = rig.client()
+        warm(rig, client)
+        ref = rig.write(EPISODE)
+        hold = rig.faults_of(1).hold = Hold()  # port 1 holds its attempt, and its answer back
+        with client.read(ref, deadline_s=8.0) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        rig.settle()
+        newer = [rig.write(b"new" * 100) for _ in range(3)]
+        hold.set()
+        rig.advance(PAST_THE_ACK_LIMIT_S)
+        assert rig.states(*newer) == [SlotState.READY] * 3, "an orphan's end freed or released a newer payload"
+        assert rig.states(ref) == [SlotState.FREE]
+        client.consume(*newer)
+
+
+def test_a_slot_being_read_by_two_attempts_is_not_written_until_both_have_ended() -> None:
     shared = RingConfig(slots=4, slot_bytes=64 << 10, readers=2, prefault=False)
-    async with open_rig(ports=1, ring=shared) as rig:
+    with open_rig(ports=1, ring=shared) as rig:
         client, other = rig.client(), rig.client()
-        await warm(rig, client)
-        await warm(rig, other)
+        warm(rig, client)
+        warm(rig, other)
         refs = [rig.write(EPISODE) for _ in range(4)]
-        first = await paused_before_the_answer(rig, client, refs[0])
-        second = asyncio.create_task(other.read(refs[0], deadline_s=60.0))
-        await settle()
+        first = paused_before_the_answer(rig, client, refs[0])
+        second = other.begin(refs[0], deadline_s=60.0)
         for _ in range(8):
             assert rig.write(b"newer").slot != refs[0].slot
-        first.cancel()
-        await settle()
+        client.abandon(first)
         for _ in range(8):
             assert rig.write(b"newer").slot != refs[0].slot
         deliver_answer(rig)
-        with await second as payload:
+        with other.result(second) as payload:
             assert bytes(payload.buffer) == EPISODE
-        await settle()
-        assert rig.ring.slot_state(refs[0].slot) is SlotState.READY, "one of two reads"
+        rig.settle()
+        assert rig.states(refs[0]) == [SlotState.READY], "one of two reads"
 
 
-async def test_a_payload_that_another_reader_is_reading_is_busy_and_to_be_had_once_it_is_given_back() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_payload_that_another_reader_is_reading_is_busy_and_to_be_had_once_it_is_given_back() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
         ref = rig.write(EPISODE)
         lease = rig.ring.acquire(ref, reader=7)
         with pytest.raises(BusyError) as refused:
-            await client.read(ref)
+            client.read(ref)
         assert refused.value.retryable
         lease.release_reading()
-        with await client.read(ref) as payload:
+        with client.read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
-async def test_a_failed_read_kept_as_a_value_keeps_no_buffer() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_failed_read_kept_as_a_value_keeps_no_buffer() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client()
         refs = [rig.write(EPISODE) for _ in range(3)]
         rig.ring.discard(refs[0])
-        rig.faults_of(1).drop = 1000
-        errors = [*(await client.read_many(refs, deadline_s=1.0))]
+        rig.faults_of(1).spare, rig.faults_of(1).drop = 1, 1000
+        errors = client.read_many(refs, deadline_s=1.0)
         assert all(isinstance(error, Exception) for error in errors)
-        assert client.statistics().lent_buffers == 0
+        rig.advance(3.0)
+        assert client.counts.lent_buffers == 0
 
 
-async def test_closing_ends_reads_in_flight_and_opens_nothing_again() -> None:
-    async with open_rig(ports=2) as rig:
+def test_closing_ends_reads_in_flight_and_opens_nothing_again() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client()
         ref = rig.write(EPISODE)
         rig.faults_of(1).drop = rig.faults_of(2).drop = 1000
-        reading = asyncio.create_task(client.read(ref, deadline_s=60.0))
-        await settle()
-        await client.aclose()
+        job = client.begin(ref, deadline_s=60.0)
+        client.close()
         rig.faults_of(1).drop = rig.faults_of(2).drop = 0
-        with pytest.raises(TransportError):
-            (await reading).release()
-        assert len(rig.opened_links) == 1
-        assert all(link.closed for link in rig.opened_links)
+        assert isinstance(job.outcomes[0], PeerLostError)
+        assert rig.opened_links == 1
+        assert client.counts.lent_buffers == 0
 
 
-async def test_connections_to_sources_nobody_reads_any_more_are_closed_when_another_is_opened() -> None:
-    async with open_rig(ports=2) as rig:
+def test_closing_takes_at_most_a_moment_where_a_server_does_not_answer() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
+        rig.faults_of(1).drop = 1000
+        began_s = rig.now_s
+        client.close()
+        assert 0.4 < rig.now_s - began_s < 0.6
+
+
+def test_connections_to_sources_that_are_not_read_any_more_are_closed_when_another_is_opened() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client(pool_endpoint_max_age_s=100.0)
         rig.publish(1)
-        await warm(rig, client)
+        warm(rig, client)
         rig.publish(2)
-        await asyncio.sleep(101.0)
-        await warm(rig, client)
-        assert rig.opened_links[0].statistics().endpoints_open == 1
+        rig.advance(101.0)
+        warm(rig, client)
+        assert client.link.statistics().endpoints_open == 1
 
 
-async def test_a_connection_idle_longer_than_its_age_is_replaced_before_the_server_drops_it() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_connection_idle_longer_than_its_age_is_replaced_before_the_server_drops_it() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(pool_endpoint_max_age_s=100.0)
-        await warm(rig, client)
-        await asyncio.sleep(99.0)
-        await warm(rig, client)
-        assert client.statistics().connections == 1
-        await asyncio.sleep(101.0)
-        await warm(rig, client)
-        statistics = client.statistics()
+        warm(rig, client)
+        rig.advance(99.0)
+        warm(rig, client)
+        assert client.counts.connections == 1
+        rig.advance(101.0)
+        warm(rig, client)
+        statistics = client.counts
         assert (statistics.connections, statistics.aged_out, statistics.peers_lost) == (2, 1, 0)
         assert rig.statistics(1).idle_evictions == 0
 
 
-async def test_a_connection_the_server_dropped_while_idle_costs_nothing() -> None:
-    async with open_rig(ports=1) as rig:
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_connection_that_the_server_dropped_while_idle_costs_nothing(*, is_noticed: bool) -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(pool_endpoint_max_age_s=1000.0)
-        await warm(rig, client)
-        await asyncio.sleep(121.0)
+        warm(rig, client)
+        rig.idle_alone = () if is_noticed else (client,)
+        rig.advance(121.0)
+        rig.idle_alone = ()
         assert rig.statistics(1).idle_evictions == 1
-        await warm(rig, client)
-        statistics = client.statistics()
+        warm(rig, client)
+        statistics = client.counts
         assert (statistics.connections, statistics.peers_lost, statistics.quarantined) == (2, 0, 0)
 
 
-async def test_a_source_with_many_reads_waiting_does_not_hold_up_another() -> None:
-    async with open_rig(ports=2) as rig:
-        client = rig.client(max_concurrent_reads=1)
+def test_a_source_with_many_reads_waiting_does_not_hold_up_another() -> None:
+    with open_rig(ports=2, ring=RingConfig(slots=64, slot_bytes=1 << 20, prefault=False)) as rig:
+        client = rig.client()
         rig.publish(1)
-        greedy = [rig.write(EPISODE) for _ in range(3)]
+        greedy = [rig.write(bytes(1 << 20)) for _ in range(32)]
         rig.publish(2)
         modest = rig.write(EPISODE)
-        order: list[int] = []
+        hold = rig.faults_of(1).hold = Hold()
+        many = client.core.begin(greedy, 60.0)
+        one = client.core.begin((modest,), 60.0)
+        rig.run_until(lambda: one.done)
+        assert many.left == 32
+        hold.set()
+        rig.run_until(lambda: many.done)
+        assert all(isinstance(outcome, Payload) for outcome in many.outcomes)
 
-        async def read(ref: SlotRef) -> None:
-            (await client.read(ref)).release()
-            order.append(ref.slot)
 
-        await asyncio.gather(*(read(ref) for ref in (*greedy, modest)))
-        assert order == [greedy[0].slot, greedy[1].slot, modest.slot, greedy[2].slot]
+def test_large_payloads_of_one_connection_come_a_few_at_a_time() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=16, slot_bytes=1 << 20, prefault=False)) as rig:
+        client = rig.client()
+        refs = [rig.write(bytes(1 << 20)) for _ in range(16)]
+        job = client.core.begin(refs, 60.0)
+        most = 0
+        for _ in range(10_000):
+            if job.done:
+                break
+            most = max(most, client.counts.lent_buffers - sum(outcome is not None for outcome in job.outcomes))
+            rig.turn()
+        assert most == 2
+
+
+def test_one_slow_payload_costs_the_others_of_its_connection_nothing() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=8, slot_bytes=64 << 10, prefault=False)) as rig:
+        client = rig.client(read_attempts=1)
+        warm(rig, client)
+        refs = [rig.write(bytes(60 << 10)) for _ in range(5)]
+        rig.faults_of(1).drop = 1  # the answer to the first one
+        began_s = rig.now_s
+        job = client.begin(*refs, deadline_s=2.0)
+        assert [type(outcome) for outcome in job.outcomes] == [type(None), *[Payload] * 4]
+        rig.advance(0.01)
+        assert rig.states(*refs[1:]) == [SlotState.FREE] * 4, "their ends did not wait either"
+        outcomes = client.outcomes(job)
+        assert isinstance(outcomes[0], DeadlineExceededError)
+        assert rig.now_s - began_s <= 2.001
+
+
+def test_reads_of_other_jobs_wait_for_a_slow_connection_only_until_it_is_closed() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        warm(rig, client)
+        rig.faults_of(1).drop = 1
+        with pytest.raises(DeadlineExceededError):
+            client.read(rig.write(EPISODE), deadline_s=2.0)
+        began_s = rig.now_s
+        with client.read(rig.write(EPISODE), deadline_s=5.0) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        assert 0.9 < rig.now_s - began_s < 1.1
+        assert client.counts.connections == 2
+
+
+def test_a_connection_is_whole_again_once_the_late_answer_has_come() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        warm(rig, client)
+        ref = rig.write(EPISODE)
+        hold = rig.faults_of(1).hold = Hold()
+        with pytest.raises(DeadlineExceededError):
+            client.read(ref, deadline_s=2.0)
+        rig.faults_of(1).hold = None
+        hold.set()
+        rig.settle()
+        assert rig.states(ref) == [SlotState.READY]
+        client.consume(ref, rig.write(EPISODE))
+        statistics = client.counts
+        assert (statistics.connections, statistics.lent_buffers) == (1, 0)
+
+
+def test_errors_of_a_batch_are_each_their_own() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        refs = [rig.write(EPISODE) for _ in range(3)]
+        rig.stop_port(1)
+        errors = client.read_many(refs)
+        assert all(isinstance(error, TransportError) for error in errors)
+        assert len(set(map(id, errors))) == 3

@@ -9,31 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 from socket import socket
 from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.client.core import LinkFactory
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
+from ucxx_transport.link.base import Timers
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.ring.segment import segment_path
 
 EPISODE = bytes(range(256)) * 16
 
 
-def no_link() -> LinkFactory:
-    def refuse() -> None:
-        raise AssertionError("a local read opened a link")
-
-    return refuse  # type: ignore[return-value]  # never gets as far as returning
+def no_link(_: Timers) -> NoReturn:
+    raise AssertionError("a local read opened a link")
 
 
 def client_of(**settings: object) -> SyncUCXXClient:
-    return SyncUCXXClient(ClientConfig(**settings), link_factory=no_link())  # type: ignore[arg-type]  # checked at run time
+    return SyncUCXXClient(ClientConfig(**settings), link_factory=no_link)  # type: ignore[arg-type]  # checked at run time
 
 
 @pytest.fixture
@@ -240,3 +238,16 @@ def test_a_read_in_place_is_twenty_calls_of_the_package(ring: SharedRingBuffer) 
             sys.setprofile(None)
         payload.release()
     assert len(calls) <= 20, calls
+
+
+def test_a_failed_read_of_a_batch_keeps_none_of_its_payloads(ring: SharedRingBuffer) -> None:
+    with client_of() as client:
+        refs = [ring.write_raw(EPISODE), replace(ring.write_raw(EPISODE), generation=77)]
+        gc.collect()
+        gc.disable()
+        try:
+            error = client.read_many(refs)[1]
+            assert isinstance(error, StaleSlotError)
+            assert ring.slot_state(refs[0].slot) is SlotState.FREE
+        finally:
+            gc.enable()

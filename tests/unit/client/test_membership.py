@@ -1,25 +1,23 @@
-"""A client that is told which sources are gone: their reads end at once, whatever they wait for, and nobody else's."""
+"""A client that knows which sources are gone: their reads end at once, whatever they wait for, and nobody else's."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
 from tests.support.exchange_rig import HOST, ExchangeRig, open_rig
+from tests.support.port_beside import port_beside
 from tests.support.source_records import record
-from tests.support.virtual_time import settle
-from ucxx_transport.client import Payload, SyncUCXXClient, UCXXClient
-from ucxx_transport.config import ClientConfig
+from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.client.jobs import Job
+from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.membership import SourceRecord
 from ucxx_transport.ring import SlotState
-from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import Binding
-
-pytestmark = pytest.mark.anyio
+from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(range(256)) * 16
 Listener = Callable[[SourceRecord], None]
@@ -58,18 +56,17 @@ def source_of(rig: ExchangeRig, *ports: int) -> SourceRecord:
     return record("w", ring_id=rig.ring.ring_id, host=HOST, ports=ports or (1, 2))
 
 
-def reading(client: UCXXClient, ref: SlotRef, deadline_s: float = 3600.0) -> asyncio.Task[Payload]:
-    return asyncio.ensure_future(client.read(ref, deadline_s=deadline_s))
-
-
-async def is_removed(task: asyncio.Task[Payload]) -> bool:
-    with pytest.raises(PeerLostError, match="is gone") as caught:
-        await task
-    return caught.value.facts["reason"] == "removed"
+def is_removed(job: Job) -> bool:
+    """Whether a job of one has failed because its source is gone."""
+    assert job.done
+    outcome = job.outcomes[0]
+    assert isinstance(outcome, PeerLostError)
+    assert "is gone" in outcome.message
+    return outcome.facts["reason"] == "removed"
 
 
 def silent(rig: ExchangeRig) -> None:
-    rig.faults_of(1).hold = asyncio.Event()
+    rig.faults_of(1).hold = Hold()
 
 
 def unreachable(rig: ExchangeRig) -> None:
@@ -81,188 +78,199 @@ def not_ready(rig: ExchangeRig) -> None:
 
 
 @pytest.mark.parametrize("how", [silent, unreachable, not_ready], ids=lambda how: how.__name__)
-async def test_a_read_ends_when_its_source_is_gone_whatever_it_waits_for(how: Callable[[ExchangeRig], None]) -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_read_ends_when_its_source_is_gone_whatever_it_waits_for(how: Callable[[ExchangeRig], None]) -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher, connect_timeout_s=600.0, read_attempts=100)
         how(rig)
-        task = reading(client, rig.write(EPISODE))
-        await asyncio.sleep(0.05)
-        assert not task.done()
-        began_s = asyncio.get_running_loop().time()
+        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
+        rig.advance(0.05)
+        assert not job.done
         watcher.remove(source_of(rig, 1))
-        assert await is_removed(task)
-        assert asyncio.get_running_loop().time() - began_s < 1.0  # virtual: the read had an hour
-        assert (client.statistics().failed, client.statistics().reads) == (1, 0)
+        rig.settle()
+        assert is_removed(job)
+        assert (client.counts.failed, client.counts.reads) == (1, 0)
 
 
-async def test_a_read_that_waits_for_its_turn_ends_when_its_source_is_gone() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_read_that_waits_for_its_turn_ends_when_its_source_is_gone() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=4, slot_bytes=2 << 20, prefault=False)) as rig:
         watcher = FakeWatcher()
-        client = rig.client(watcher=watcher, max_concurrent_reads=1)
+        client = rig.client(watcher=watcher)
         silent(rig)
-        tasks = [reading(client, rig.write(EPISODE)) for _ in range(3)]
-        await settle()
+        refs = [rig.write(bytes(2 << 20)) for _ in range(3)]
+        jobs = [client.begin(ref, deadline_s=3600.0) for ref in refs]
         watcher.remove(source_of(rig, 1))
-        assert [await is_removed(task) for task in tasks] == [True] * 3
+        rig.settle()
+        assert [is_removed(job) for job in jobs] == [True] * 3
 
 
-async def test_a_new_read_from_a_source_that_is_gone_fails_without_a_request() -> None:
-    async with open_rig() as rig:
+def test_a_new_read_from_a_source_that_is_gone_fails_without_a_request() -> None:
+    with open_rig() as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
         refs = [rig.write(EPISODE) for _ in range(2)]
         watcher.remove(source_of(rig))  # before anything was read
         for ref in refs:
-            assert await is_removed(reading(client, ref))
+            assert is_removed(client.begin(ref, deadline_s=3600.0))
         assert rig.requests() == 0
         assert [rig.ring.slot_state(ref.slot) for ref in refs] == [SlotState.READY] * 2
 
 
-async def test_a_source_that_is_back_is_read_from_again() -> None:
-    async with open_rig() as rig:
+def test_a_source_that_is_back_is_read_from_again() -> None:
+    with open_rig() as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
         ref = rig.write(EPISODE)
         watcher.remove(source_of(rig))
-        assert await is_removed(reading(client, ref))
+        assert is_removed(client.begin(ref, deadline_s=3600.0))
         watcher.add(source_of(rig))
-        with await client.read(ref) as payload:
+        with client.read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
-async def test_a_pending_read_ends_also_when_its_source_is_back_under_a_new_epoch() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_back() -> None:
+    with open_rig(ports=1) as rig:
+        watcher = FakeWatcher()
+        client = rig.client(watcher=watcher)
+        client.consume(rig.write(EPISODE))
+        rig.idle_alone = (client,)
+        watcher.remove(source_of(rig, 1))
+        watcher.add(source_of(rig, 1))
+        rig.idle_alone = ()
+        client.consume(rig.write(EPISODE))
+
+
+def test_a_pending_read_ends_also_when_its_source_is_back_under_a_new_epoch() -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
         silent(rig)
-        task = reading(client, rig.write(EPISODE))
-        await settle()
+        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
+        rig.settle()
         watcher.remove(source_of(rig, 1))
         watcher.add(source_of(rig, 1))
-        assert await is_removed(task)
+        rig.settle()
+        assert is_removed(job)
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_the_ports_of_a_source_that_is_there_are_tried_at_once(is_known: bool) -> None:
-    async with open_rig(ports=2) as rig:
+def test_the_ports_of_a_source_that_is_there_are_tried_at_once(is_known: bool) -> None:
+    with open_rig(ports=2) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher, port_quarantine_s=3600.0)
-        await rig.stop_port(1)
-        (await client.read(rig.write(EPISODE))).release()
-        assert client.statistics().quarantined == 1
-        await rig.start_port(1)
+        rig.stop_port(1)
+        client.consume(rig.write(EPISODE))
+        assert client.counts.quarantined == 1
+        rig.start_port(1)
         if is_known:
             watcher.add(source_of(rig))
-        await settle()
+        rig.settle()
         for _ in range(4):
-            await client.read_many([rig.write(EPISODE) for _ in range(2)])
+            client.outcomes(*(client.core.begin((rig.write(EPISODE),)) for _ in range(2)))
         assert (rig.statistics(1).requests > 0) is is_known
 
 
-async def test_idle_connections_to_a_source_that_is_gone_are_closed_and_no_others() -> None:
-    async with open_rig(ports=2) as rig:
+def test_idle_connections_to_a_source_that_is_gone_are_closed_and_no_others() -> None:
+    with open_rig(ports=2) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
-        for _ in range(2):
-            await client.read_many([rig.write(EPISODE) for _ in range(2)])
-        assert client.statistics().pooled_endpoints == 2
+        client.outcomes(*(client.core.begin((rig.write(EPISODE),)) for _ in range(2)))
+        assert client.counts.pooled_endpoints == 2
         watcher.remove(record("another", host=HOST, ports=(2,)))
-        await settle()
-        assert client.statistics().pooled_endpoints == 1
+        rig.settle()
+        assert client.counts.pooled_endpoints == 1
         assert [rig.statistics(port).connections for port in (1, 2)] == [1, 0]
 
 
-async def test_the_end_of_another_source_ends_no_read() -> None:
-    async with open_rig(ports=1) as rig:
+def test_the_end_of_another_source_ends_no_read() -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
-        hold = rig.faults_of(1).hold = asyncio.Event()
-        task = reading(client, rig.write(EPISODE))
-        await settle()
+        hold = rig.faults_of(1).hold = Hold()
+        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
+        rig.settle()
         watcher.remove(record("another", host=HOST, ports=(7,)))
-        await settle()
+        rig.settle()
         hold.set()
-        with await task as payload:
+        with client.result(job) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
-async def test_a_read_that_fails_by_itself_says_why() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_read_that_fails_by_itself_says_why() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(watcher=FakeWatcher(), connect_timeout_s=600.0)
         ref = rig.write(EPISODE)
         rig.ring.discard(ref)
         with pytest.raises(StaleSlotError):
-            await client.read(ref)
+            client.read(ref)
         silent(rig)
         with pytest.raises(DeadlineExceededError):
-            await client.read(rig.write(EPISODE), deadline_s=5.0)
-        task = reading(client, rig.write(EPISODE))
-        await settle()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+            client.read(rig.write(EPISODE), deadline_s=5.0)
 
 
-async def test_a_client_hears_of_the_sources_there_are_before_it_has_read() -> None:
-    async with open_rig() as rig:
+def test_a_client_hears_of_the_sources_there_are_before_it_has_read() -> None:
+    with open_rig() as rig:
         watcher = FakeWatcher(known=[source_of(rig)])
-        with await rig.client(watcher=watcher).read(rig.write(EPISODE)) as payload:
+        with rig.client(watcher=watcher).read(rig.write(EPISODE)) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
-async def test_a_closed_client_hears_nothing_more() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_closed_client_hears_nothing_more() -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
-        (await client.read(rig.write(EPISODE))).release()
-        (told, gone) = watcher.listeners[0]
-        assert told is not None
+        client.consume(rig.write(EPISODE))
+        (there, gone) = watcher.listeners[0]
+        assert there is not None
         assert gone is not None
-        await client.aclose()
-        await client.aclose()
+        client.close()
+        client.close()
         assert watcher.listeners == []
         gone(source_of(rig, 1))  # one that was on its way
-        told(source_of(rig, 1))
-        await settle()
+        there(source_of(rig, 1))
+        rig.settle()
 
 
-async def test_a_client_may_be_closed_during_a_notification() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_client_may_be_closed_during_a_notification() -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
         silent(rig)
-        task = reading(client, rig.write(EPISODE))
-        await settle()
+        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
+        rig.settle()
         watcher.remove(source_of(rig, 1))
-        await client.aclose()
-        with pytest.raises(PeerLostError):
-            await task
+        client.close()
+        assert isinstance(job.outcomes[0], PeerLostError)
 
 
-async def test_a_client_whose_loop_has_ended_may_still_be_notified() -> None:
+def test_a_client_that_lies_idle_keeps_the_newest_report_of_each_source_alone() -> None:
+    with open_rig(ports=1) as rig:
+        watcher = FakeWatcher()
+        client = rig.client(watcher=watcher)
+        client.consume(rig.write(EPISODE))
+        rig.idle_alone = (client,)
+        for _ in range(100):
+            watcher.add(source_of(rig, 1))
+        assert len(client.core.reactor._submitted) == 1  # noqa: SLF001 - what grows is nowhere else to be seen
+        rig.idle_alone = ()
+        client.consume(rig.write(EPISODE))
+
+
+def test_a_blocking_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_back() -> None:
     watcher = FakeWatcher()
-    async with open_rig(ports=1) as rig:
-        ref, source = rig.write(EPISODE), source_of(rig, 1)
-
-        def read_and_leave() -> None:
-            client = SyncUCXXClient(ClientConfig(local="off"), watcher=watcher, link_factory=rig.client_link)
-            rig.faults.refuse = True
-            with pytest.raises(PeerLostError):
-                client.read(ref, deadline_s=0.01)
-            gone = watcher.listeners[0][1]
-            client.close()
-            assert gone is not None
-            gone(source)
-
-        read_and_leave()
+    with port_beside() as beside, beside.client(watcher=watcher) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        source = record("w", ring_id=beside.ring.ring_id, host=HOST, ports=(5001,))
+        watcher.remove(source)
+        watcher.add(source)
+        client.read(beside.ring.write_raw(EPISODE)).release()
 
 
-async def test_a_ring_of_this_host_is_read_in_place_whatever_the_watcher_reports() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_ring_of_this_host_is_read_in_place_whatever_the_watcher_reports() -> None:
+    with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
         with SyncUCXXClient(ClientConfig(), watcher=watcher, link_factory=rig.client_link) as client:
             watcher.remove(source_of(rig, 1))
             with client.read(rig.write(EPISODE)) as payload:
                 assert (payload.transport, bytes(payload.buffer)) == ("view", EPISODE)
-        assert rig.opened_links == []
+        assert rig.opened_links == 0

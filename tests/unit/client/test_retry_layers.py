@@ -2,315 +2,318 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, MutableMapping
+import struct
+from collections.abc import MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.exchange_rig import ExchangeRig, open_rig
-from tests.support.raw_server import welcome
-from tests.support.virtual_time import settle
+from tests.support.exchange_rig import ExchangeRig, SilentPeer, open_rig
+from tests.support.rows import row
+from ucxx_transport.client import Payload
+from ucxx_transport.client.ports import PROBE_S
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import (
     AuthenticationError,
     BusyError,
+    ConfigError,
     DeadlineExceededError,
     PeerLostError,
     ProtocolError,
-    TransportError,
 )
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
-from ucxx_transport.schema import Schema, TensorSpec
+from ucxx_transport.schema import Schema, SlotRef, TensorSpec
+from ucxx_transport.testing.faults import Hold
 from ucxx_transport.wire.codec import encode_reply
-from ucxx_transport.wire.frames import ReadReply, Status
-
-pytestmark = pytest.mark.anyio
+from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status
 
 EPISODE = bytes(range(256)) * 16
+_BODY = struct.pack("<32sIIQ", bytes(NONCE_BYTES), 64, 0, 1 << 30)
+WELCOME = encode_reply(ReplyHeader(status=Status.OK, nbytes=len(_BODY)), _BODY)
 
 
-def now() -> float:
-    return asyncio.get_running_loop().time()
-
-
-async def nothing_is_held(rig: ExchangeRig, *slots: int) -> bool:
+def nothing_is_held(rig: ExchangeRig, *refs: SlotRef) -> bool:
     """Whether, once both sides have come to rest, every slot is READY and none is held."""
-    await asyncio.sleep(30.0)  # virtual: beyond the server's acknowledgement limit and its sweep
-    return all(rig.ring.slot_state(slot) is SlotState.READY for slot in slots)
+    rig.advance(30.0)  # beyond the server's acknowledgement limit and its sweep
+    return rig.states(*refs) == [SlotState.READY] * len(refs)
 
 
-async def test_a_dead_port_costs_one_rotation_and_is_avoided_from_then_on() -> None:
-    async with open_rig(ports=3) as rig:
+def test_a_dead_port_costs_one_rotation_and_is_avoided_from_then_on() -> None:
+    with open_rig(ports=3) as rig:
         client = rig.client()
         refs = [rig.write(EPISODE) for _ in range(4)]
-        await rig.stop_port(1)
+        rig.stop_port(1)
         for ref in refs:
-            (await client.read(ref)).release()
-        statistics = client.statistics()
+            client.consume(ref)
+        statistics = client.counts
         assert (statistics.quarantined, statistics.rotations, statistics.retries) == (1, 1, 0)
-        await settle()
+        rig.settle()
         assert rig.statistics(2).delivered + rig.statistics(3).delivered == 4
 
 
-async def test_a_port_that_dies_with_idle_connections_is_no_failure_of_the_others() -> None:
-    async with open_rig(ports=2) as rig:
+def test_a_port_that_dies_with_idle_connections_is_no_failure_of_the_others() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client()
         for _ in range(2):
-            await client.read_many([rig.write(EPISODE) for _ in range(2)])
-        assert client.statistics().pooled_endpoints == 2
+            jobs = [client.core.begin((rig.write(EPISODE),)) for _ in range(2)]
+            client.outcomes(*jobs)
+        assert client.counts.pooled_endpoints == 2
         refs = [rig.write(EPISODE) for _ in range(3)]
-        await rig.stop_port(2)
+        rig.stop_port(2)
         for ref in refs:
-            (await client.read(ref)).release()
-        await settle()
+            client.consume(ref)
+        rig.settle()
         assert rig.statistics(1).delivered == 2 + 3
 
 
-async def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
-    async with open_rig(ports=2) as rig:
+def test_a_port_is_tried_again_when_its_quarantine_is_over() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client(port_quarantine_s=30.0)
         refs = [rig.write(EPISODE) for _ in range(4)]
-        await rig.stop_port(1)
-        (await client.read(refs[0])).release()
-        await rig.start_port(1)
-        (await client.read(refs[1])).release()
+        rig.stop_port(1)
+        client.consume(refs[0])
+        rig.start_port(1)
+        client.consume(refs[1])
         assert rig.statistics(1).delivered == 0
-        await asyncio.sleep(31.0)
-        await client.read_many(refs[2:])
-        await settle()
+        rig.advance(31.0)
+        client.outcomes(*(client.core.begin((ref,)) for ref in refs[2:]))
+        rig.settle()
         assert rig.statistics(1).delivered == 1
 
 
-async def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
+def test_a_port_that_keeps_failing_is_counted_each_time_and_logged_once(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
-    def told() -> int:
+    def logged() -> int:
         return [event["event"] for event in log_events].count("port_quarantined")
 
-    async with open_rig(ports=1) as rig:
+    with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1, port_quarantine_s=30.0)
         ref = rig.write(EPISODE)
-        await rig.stop_port(1)
+        rig.stop_port(1)
         for _ in range(3):
             with pytest.raises(PeerLostError):
-                await client.read(ref)
-        assert (client.statistics().peers_lost, told()) == (3, 1)
-        await asyncio.sleep(31.0)
+                client.read(ref)
+        assert (client.counts.peers_lost, logged()) == (3, 1)
+        rig.advance(31.0)
         with pytest.raises(PeerLostError):
-            await client.read(ref)
-        assert told() == 2
+            client.read(ref)
+        assert logged() == 2
 
 
-async def test_when_every_port_is_quarantined_they_are_still_tried() -> None:
-    async with open_rig(ports=2) as rig:
+def test_when_every_port_is_quarantined_they_are_still_tried() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client(read_attempts=1)
         ref = rig.write(EPISODE)
-        await rig.stop_port(1)
-        await rig.stop_port(2)
+        rig.stop_port(1)
+        rig.stop_port(2)
         with pytest.raises(PeerLostError):
-            await client.read(ref)
-        assert client.statistics().quarantined == 2
-        await rig.start_port(1)
-        await rig.start_port(2)
-        (await client.read(ref)).release()
+            client.read(ref)
+        assert client.counts.quarantined == 2
+        rig.start_port(1)
+        rig.start_port(2)
+        client.consume(ref)
 
 
-async def test_one_call_rotates_once_and_the_slot_layer_makes_as_many_calls_as_configured() -> None:
-    async with open_rig(ports=4) as rig:
+def test_one_call_rotates_once_and_the_slot_layer_makes_as_many_calls_as_configured() -> None:
+    with open_rig(ports=4) as rig:
         client = rig.client(read_attempts=2)
         ref = rig.write(EPISODE)
         for port in (1, 2, 3, 4):
-            await rig.stop_port(port)
+            rig.stop_port(port)
         with pytest.raises(PeerLostError):
-            await client.read(ref)
-        statistics = client.statistics()
+            client.read(ref)
+        statistics = client.counts
         assert (statistics.peers_lost, statistics.rotations, statistics.retries) == (4, 2, 1)
         assert statistics.failed == 1
 
 
-async def test_a_fresh_call_finds_what_the_first_one_lost() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_fresh_call_finds_what_the_first_one_lost() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=2)
         ref = rig.write(EPISODE)
         rig.faults.reset_after = 1  # HELLO passes, READ breaks the connection
-        (await client.read(ref)).release()
-        statistics = client.statistics()
+        client.consume(ref)
+        statistics = client.counts
         assert (statistics.retries, statistics.rotations, statistics.peers_lost) == (1, 0, 1)
 
 
-async def test_a_single_attempt_means_a_single_attempt() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_single_attempt_means_a_single_attempt() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1)
         ref = rig.write(EPISODE)
         rig.faults.reset_after = 1
         with pytest.raises(PeerLostError):
-            await client.read(ref)
-        assert client.statistics().retries == 0
+            client.read(ref)
+        assert client.counts.retries == 0
 
 
-async def test_a_corrupted_payload_is_read_again_over_the_same_connection() -> None:
+def test_a_corrupted_payload_is_read_again_over_the_same_connection() -> None:
     ring = RingConfig(slots=2, slot_bytes=8192, checksum=True, prefault=False)
-    async with open_rig(ports=1, ring=ring) as rig:
+    with open_rig(ports=1, ring=ring) as rig:
         client = rig.client()
         first = rig.write(EPISODE)
-        (await client.read(first)).release()
+        client.consume(first)
         rig.faults_of(1).flip_byte = 64 + 17
-        with await client.read(rig.write(EPISODE)) as payload:
+        with client.read(rig.write(EPISODE)) as payload:
             assert bytes(payload.buffer) == EPISODE
-        statistics = client.statistics()
+        statistics = client.counts
         assert (statistics.checksum_errors, statistics.retries) == (1, 1)
         assert (statistics.connections, statistics.quarantined) == (1, 0)
 
 
-async def test_a_truncated_payload_is_never_delivered_and_its_slot_is_ready_again() -> None:
-    async with open_rig(ports=1) as rig:
+def test_a_truncated_payload_is_never_delivered_and_its_slot_is_ready_again() -> None:
+    with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1)
-        (await client.read(rig.write(EPISODE))).release()  # the pooled buffer now holds a whole message of this size
+        client.consume(rig.write(EPISODE))  # the pooled buffer now holds a whole message of this size
         ref = rig.write(EPISODE)
         rig.faults_of(1).truncate_to = 64 + 1000
         with pytest.raises(ProtocolError, match="cut short"):
-            await client.read(ref)
-        assert client.statistics().pooled_endpoints == 0
-        await settle()
+            client.read(ref)
+        assert client.counts.pooled_endpoints == 0
+        rig.settle()
         assert rig.ring.slot_state(ref.slot) is SlotState.READY
-        (await client.read(ref)).release()
+        client.consume(ref)
 
 
-async def test_a_full_port_is_passed_over_without_quarantine() -> None:
-    async with open_rig(ports=2, server=ServerConfig(mode="thread", max_connections=1)) as rig:
+def test_a_full_port_is_passed_over_without_quarantine() -> None:
+    with open_rig(ports=2, server=ServerConfig(mode="thread", max_connections=1)) as rig:
         occupant, client = rig.client(), rig.client()
-        await occupant.read_many([rig.write(EPISODE) for _ in range(2)])
-        await settle()
-        await rig.stop_port(2)
-        await rig.start_port(2)
+        occupant.outcomes(*(occupant.core.begin((rig.write(EPISODE),)) for _ in range(2)))
+        rig.settle()
+        rig.stop_port(2)
+        rig.start_port(2)
         refs = [rig.write(EPISODE) for _ in range(2)]
         for ref in refs:
-            (await client.read(ref)).release()
-        statistics = client.statistics()
+            client.consume(ref)
+        statistics = client.counts
         assert statistics.busy >= 1
         assert statistics.quarantined == 0
-        await settle()
+        rig.settle()
         assert rig.statistics(2).delivered == 1 + 2
 
 
-async def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> None:
-    async with open_rig(ports=1, server=ServerConfig(mode="thread", max_connections=1)) as rig:
+def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> None:
+    with open_rig(ports=1, server=ServerConfig(mode="thread", max_connections=1)) as rig:
         occupant, client = rig.client(), rig.client(read_attempts=3)
-        (await occupant.read(rig.write(EPISODE))).release()
-        ref, started = rig.write(EPISODE), now()
+        occupant.consume(rig.write(EPISODE))
+        ref, started = rig.write(EPISODE), rig.now_s
         with pytest.raises(BusyError, match="limit of connections"):
-            await client.read(ref)
-        assert now() - started > 0.01
-        assert client.statistics().retries == 2
+            client.read(ref)
+        assert rig.now_s - started > 0.01
+        assert client.counts.retries == 2
         assert rig.statistics(1).refused == 3
         assert rig.statistics(1).busy == 3
-        await occupant.aclose()
-        await asyncio.sleep(2.0)
-        (await client.read(ref)).release()
+        occupant.close()
+        rig.advance(2.0)
+        client.consume(ref)
 
 
-async def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
-    async with open_rig(ports=2) as rig:
+def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client()
-        warm = [rig.write(EPISODE) for _ in range(2)]
-        for ref in warm:
-            (await client.read(ref)).release()
-        ref, started = rig.write(EPISODE), now()
+        client.outcomes(*(client.core.begin((rig.write(EPISODE),)) for _ in range(2)))
+        ref, started = rig.write(EPISODE), rig.now_s
         rig.faults_of(1).drop = rig.faults_of(2).drop = 1000
         with pytest.raises(DeadlineExceededError) as caught:
-            await client.read(ref, deadline_s=3.0)
-        assert 3.0 <= now() - started < 3.001
+            client.read(ref, deadline_s=3.0)
+        assert 3.0 <= rig.now_s - started < 3.001
         assert isinstance(caught.value, TimeoutError)
-        statistics = client.statistics()
-        assert (statistics.deadlines, statistics.failed, statistics.pooled_endpoints) == (1, 1, 0)
-        assert await nothing_is_held(rig, ref.slot)
+        statistics = client.counts
+        assert (statistics.deadlines, statistics.failed) == (1, 1)
+        assert nothing_is_held(rig, ref)
         rig.faults_of(1).drop = rig.faults_of(2).drop = 0
-        (await client.read(ref)).release()
+        client.consume(ref)
 
 
-async def test_one_silent_port_of_two_still_leaves_time_for_the_other() -> None:
-    async with open_rig(ports=2) as rig:
+def test_one_silent_port_of_two_still_leaves_time_for_the_other() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client()
         for _ in range(2):
-            (await client.read(rig.write(EPISODE))).release()
+            client.consume(rig.write(EPISODE))
         rig.faults_of(1).drop = 1000
-        started = now()
-        (await client.read(rig.write(EPISODE), deadline_s=4.0)).release()
-        assert now() - started < 4.0
-        assert client.statistics().timeouts == 1
+        started = rig.now_s
+        client.consume(rig.write(EPISODE), deadline_s=4.0)
+        assert rig.now_s - started < 4.0
+        assert client.counts.timeouts == 1
 
 
-async def test_a_port_that_never_connects_costs_the_connect_limit_only() -> None:
-    async with open_rig(ports=2) as rig:
+def test_a_port_that_never_connects_costs_the_connect_limit_only() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client(connect_timeout_s=0.5)
         rig.faults_of(1).drop = 1000  # it accepts, and says nothing
-        started = now()
-        (await client.read(rig.write(EPISODE), deadline_s=60.0)).release()
-        assert 0.5 <= now() - started < 0.6
-        assert client.statistics().quarantined == 1
+        started = rig.now_s
+        client.consume(rig.write(EPISODE), deadline_s=60.0)
+        assert 0.5 <= rig.now_s - started < 0.6
+        assert client.counts.quarantined == 1
 
 
-async def test_a_deadline_that_has_passed_fails_without_a_word_against_any_port() -> None:
-    async with open_rig(ports=2) as rig:
+def test_a_deadline_that_has_passed_fails_without_a_word_against_any_port() -> None:
+    with open_rig(ports=2) as rig:
         client = rig.client()
         ref = rig.write(EPISODE)
         with pytest.raises(DeadlineExceededError):
-            await client.read(ref, deadline_s=0.0)
-        statistics = client.statistics()
+            client.read(ref, deadline_s=0.0)
+        statistics = client.counts
         assert (statistics.quarantined, statistics.deadlines) == (0, 1)
         assert rig.requests() == 0
 
 
-async def test_waiting_for_a_place_counts_against_the_deadline_but_not_against_a_port() -> None:
-    async with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=1)
-        (await client.read(rig.write(EPISODE))).release()
-        slow, waiting = rig.write(EPISODE), rig.write(EPISODE)
-        hold = rig.faults_of(1).hold = asyncio.Event()
-        first = asyncio.create_task(client.read(slow, deadline_s=60.0))
-        await settle()
-        started = now()
-        with pytest.raises(DeadlineExceededError):
-            await client.read(waiting, deadline_s=2.0)
-        assert 2.0 <= now() - started < 2.001
-        hold.set()
-        (await first).release()
-        assert client.statistics().quarantined == 0
-        (await client.read(waiting)).release()
-
-
-async def test_a_batch_has_one_deadline_however_many_of_its_reads_wait_for_a_place() -> None:
-    async with open_rig(ports=1) as rig:
-        client = rig.client(max_concurrent_reads=1)
-        (await client.read(rig.write(EPISODE))).release()
-        refs = [rig.write(EPISODE) for _ in range(4)]
-        rig.faults_of(1).drop = 1000
-        started = now()
-        outcomes = await client.read_many(refs, deadline_s=3.0)
-        assert 3.0 <= now() - started < 3.001
-        assert isinstance(outcomes[0], PeerLostError | DeadlineExceededError), "it had all the time there was"
-        assert [type(outcome) for outcome in outcomes[1:]] == [DeadlineExceededError] * 3
-        assert await nothing_is_held(rig, *(ref.slot for ref in refs))
-
-
-async def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
-    def greet(endpoint: Endpoint) -> None:
-        endpoint.post_send(b"SSH-2.0-OpenSSH_9.2\r\n")
-
-    async with open_rig(ports=1) as rig:
+def test_waiting_for_room_counts_against_the_deadline_but_not_against_a_port() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=8, slot_bytes=2 << 20, prefault=False)) as rig:
         client = rig.client()
-        await rig.impostor(9, greet)
+        client.consume(rig.write(EPISODE))
+        slow = [rig.write(bytes(2 << 20)) for _ in range(2)]
+        waiting = rig.write(EPISODE)
+        hold = rig.faults_of(1).hold = Hold()
+        first = client.begin(*slow, deadline_s=60.0)
+        started = rig.now_s
+        with pytest.raises(DeadlineExceededError):
+            client.read(waiting, deadline_s=2.0)
+        assert 2.0 <= rig.now_s - started < 2.001
+        rig.faults_of(1).hold = None
+        hold.set()
+        assert all(isinstance(outcome, Payload) for outcome in client.outcomes(first))
+        assert client.counts.quarantined == 0
+        client.consume(waiting)
+
+
+def test_a_batch_has_one_deadline_however_many_of_its_reads_wait_for_room() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=8, slot_bytes=2 << 20, prefault=False)) as rig:
+        client = rig.client()
+        client.consume(rig.write(EPISODE))
+        refs = [rig.write(bytes(2 << 20)) for _ in range(4)]
+        rig.faults_of(1).drop = 1000
+        started = rig.now_s
+        outcomes = client.read_many(refs, deadline_s=3.0)
+        assert 3.0 <= rig.now_s - started < 3.001
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 4
+        assert nothing_is_held(rig, *refs)
+
+
+class Impostor(SilentPeer):
+    """Answers whatever comes on each channel with the next of its messages."""
+
+    def __init__(self, endpoint: Endpoint, messages: Sequence[bytes]) -> None:
+        for channel, message in enumerate(messages, start=1):
+            endpoint.post_send(message, channel=channel)
+
+
+def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        rig.impostor(9, lambda endpoint: Impostor(endpoint, [b"SSH-2.0-OpenSSH_9.2\r\n"]))
         rig.publish(9)
-        with pytest.raises(ProtocolError, match="not a ucxx_transport reply"):
-            await client.read(rig.write(EPISODE))
-        assert client.statistics().protocol_errors == 1
-        assert client.statistics().lent_buffers == 0
+        with pytest.raises(ProtocolError, match="not an answer of ucxx_transport"):
+            client.read(rig.write(EPISODE))
+        assert client.counts.protocol_errors == 1
+        assert client.counts.lent_buffers == 0
 
 
-async def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
+def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
     schema, other = (Schema([TensorSpec(name, (10,), "uint8")]) for name in "ab")
     lies = {
         "another schema": other.to_bytes(),
@@ -320,53 +323,162 @@ async def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
         "nesting": b"\x91" * 5000,
         "a list of 2**32": b"\xdd\xff\xff\xff\xff",
     }
-
-    def describes(body: bytes) -> Callable[[Endpoint], None]:
-        def greet(endpoint: Endpoint) -> None:
-            endpoint.post_send(welcome())
-            endpoint.post_send(encode_reply(ReadReply(status=Status.OK, nbytes=len(body)), body))
-
-        return greet
-
-    async with open_rig(ports=1, ring=RingConfig(slots=8, schema=schema, prefault=False)) as rig:
+    with open_rig(ports=1, ring=RingConfig(slots=8, schema=schema, prefault=False)) as rig:
         for port, (lie, body) in enumerate(lies.items(), start=20):
             client = rig.client(read_attempts=1)
-            await rig.impostor(port, describes(body))
+
             rig.publish(port)
-            with pytest.raises(TransportError) as caught:
-                await client.read(rig.ring.write({"a": np.zeros(10, np.uint8)}))
-            assert isinstance(caught.value, ProtocolError), lie
-            assert client.statistics().lent_buffers == 0, lie
+            ref = rig.ring.write({"a": np.zeros(10, np.uint8)})
+            header = ReplyHeader(
+                Status.OK, ref.nbytes, ref.ring_id, ref.slot, ref.generation, ref.checksum, ref.fingerprint
+            )
+            answers = [
+                WELCOME,
+                encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body),
+                encode_reply(header, bytes(ref.nbytes)),
+            ]
+            rig.impostor(port, partial(Impostor, messages=answers))
+            with row(lie=lie):
+                with pytest.raises(ProtocolError):
+                    client.read(ref)
+                assert client.counts.lent_buffers == 0
 
 
-async def test_nothing_behind_the_port_is_peer_lost() -> None:
-    async with open_rig(ports=1) as rig:
+def test_nothing_behind_the_port_is_peer_lost() -> None:
+    with open_rig(ports=1) as rig:
         rig.publish(9)
         with pytest.raises(PeerLostError):
-            await rig.client().read(rig.write(EPISODE))
+            rig.client().read(rig.write(EPISODE))
 
 
 @pytest.mark.parametrize(
     ("server_token", "client_token", "words"),
     [("right", "wrong", "wrong token"), ("right", None, "ClientConfig"), (None, "right", "ServerConfig")],
 )
-async def test_a_wrong_or_missing_token_is_told_at_once_and_not_retried(
+def test_a_wrong_or_missing_token_is_told_at_once_and_not_retried(
     server_token: str | None, client_token: str | None, words: str
 ) -> None:
-    async with open_rig(ports=2, server=ServerConfig(mode="thread", token=server_token)) as rig:
+    with open_rig(ports=2, server=ServerConfig(mode="thread", token=server_token)) as rig:
         client = rig.client(token=client_token)
         ref = rig.write(EPISODE)
         with pytest.raises(AuthenticationError, match=words):
-            await client.read(ref)
-        statistics = client.statistics()
+            client.read(ref)
+        statistics = client.counts
         assert (statistics.unauthorized, statistics.retries, statistics.quarantined) == (1, 0, 0)
         assert rig.requests() == 0
         assert rig.ring.slot_state(ref.slot) is SlotState.READY
 
 
-async def test_with_the_same_token_on_both_sides_reads_work() -> None:
-    async with open_rig(ports=1, server=ServerConfig(mode="thread", token="secret")) as rig:
+def test_with_the_same_token_on_both_sides_reads_work() -> None:
+    with open_rig(ports=1, server=ServerConfig(mode="thread", token="secret")) as rig:
         client = rig.client(token="secret")
         for _ in range(3):
-            (await client.read(rig.write(EPISODE))).release()
-        assert client.statistics().connections == 1
+            client.consume(rig.write(EPISODE))
+        assert client.counts.connections == 1
+
+
+# --- A source that does not answer, in a batch with others ---
+
+
+def two_sources(rig: ExchangeRig) -> tuple[list[SlotRef], list[SlotRef]]:
+    """Payloads of a source behind port 1 and of one behind port 2 (one ring, for all the client knows two)."""
+    rig.publish(1)
+    first = [rig.write(EPISODE) for _ in range(3)]
+    rig.publish(2)
+    return first, [rig.write(EPISODE) for _ in range(3)]
+
+
+RING_OF_MANY = RingConfig(slots=32, slot_bytes=8192, prefault=False)
+
+
+def test_a_stopped_source_costs_a_batch_one_attempt_the_first_time_and_little_afterwards() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        thaw = rig.freeze_port(1)
+        for took_s in (4.0, PROBE_S, PROBE_S):
+            stopped, healthy = two_sources(rig)
+            began_s = rig.now_s
+            outcomes = client.read_many([*stopped, *healthy], deadline_s=8.0)
+            assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 3 + [Payload] * 3
+            assert rig.now_s - began_s <= took_s + 0.001
+        thaw()
+        rig.settle()
+        refs = [ref for source in two_sources(rig) for ref in source]
+        client.consume(*refs)
+
+
+def test_the_others_of_such_a_batch_come_at_once() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        rig.freeze_port(1)
+        stopped, healthy = two_sources(rig)
+        job = client.begin(*stopped, *healthy, deadline_s=8.0)
+        assert [outcome is None for outcome in job.outcomes] == [True] * 3 + [False] * 3
+        client.outcomes(job)
+
+
+def test_a_source_in_quarantine_that_is_back_delivers_all_of_a_batch() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client()
+        for refs in two_sources(rig):
+            client.consume(*refs)
+        rig.stop_port(1)
+        stopped, healthy = two_sources(rig)
+        outcomes = client.read_many([*stopped, *healthy])
+        assert [type(outcome) for outcome in outcomes] == [PeerLostError] * 3 + [Payload] * 3
+        rig.start_port(1)
+        began_s = rig.now_s
+        client.consume(*stopped, *healthy[:0])
+        assert rig.now_s == began_s
+        assert client.counts.quarantined >= 1
+
+
+def test_one_read_probes_a_source_in_quarantine_and_the_others_wait_for_it() -> None:
+    with open_rig(ports=1, ring=RING_OF_MANY) as rig:
+        client = rig.client(read_attempts=1)
+        client.consume(rig.write(EPISODE))
+        rig.stop_port(1)
+        with pytest.raises(PeerLostError):
+            client.read(rig.write(EPISODE))
+        rig.start_port(1)
+        rig.faults_of(1).hold = hold = Hold()
+        job = client.begin(*(rig.write(EPISODE) for _ in range(6)), deadline_s=60.0)
+        rig.faults_of(1).hold = None
+        assert rig.requests() == 0 + 1 + 0 or rig.requests() <= 2
+        hold.set()
+        rig.settle()
+        assert job.done
+        assert all(isinstance(outcome, Payload) for outcome in job.outcomes)
+
+
+def test_reads_with_hardly_any_time_leave_a_connection_to_those_that_follow() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        hold = rig.faults_of(1).hold = Hold()  # connecting takes longer than any of these reads may
+        for limit_ms in (0.4, 0.8, 1.6) * 10:
+            with pytest.raises(DeadlineExceededError):
+                client.read(rig.write(EPISODE), deadline_s=limit_ms / 1000)
+        hold.set()
+        rig.faults_of(1).hold = None
+        rig.settle()
+        client.consume(rig.write(EPISODE), deadline_s=0.0004)
+        statistics = client.counts
+        assert (statistics.connections, statistics.quarantined) == (1, 0)
+
+
+def test_every_time_limit_of_a_call_is_checked_where_it_comes_in() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        for given in (-1, -0.001, float("nan"), float("inf"), "soon", "", True, b"5s", [1]):
+            with row(given=given):
+                for call in (client.core.begin, client.core.begin_discard):
+                    with pytest.raises(ConfigError, match="deadline_s") as caught:
+                        call([], given)  # type: ignore[arg-type]  # what is refused
+                    assert caught.value.facts["field"] == "deadline_s"
+        for accepted in ("5s", "250ms", 1, 2.5, 0):
+            with row(accepted=accepted):
+                client.core.begin([], accepted)

@@ -1,113 +1,74 @@
-"""The blocking client: the same reads, from threads without an event loop."""
+"""The blocking client: reads from threads without an event loop, and without a thread of its own."""
 
 from __future__ import annotations
 
-import asyncio
+import _thread
+import gc
+import os
+import random
+import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 
 import pytest
 
+import ucxx_transport
+from tests.support.port_beside import PortBeside, port_beside
 from tests.support.waiting import wait_until
 from ucxx_transport.client import Payload, SyncUCXXClient
-from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError
-from ucxx_transport.link.base import Link
-from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.server.counters import Binding, PortCounters
-from ucxx_transport.server.port_server import PortServer
-from ucxx_transport.server.session import SessionSource
-from ucxx_transport.testing import MemoryLink, MemoryNetwork
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
+from ucxx_transport.ring import SlotState
+from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(range(256)) * 16
 
 
-@dataclass
-class Neighbour:
-    """A ring's server port inside the client's own loop thread: as far away as anything over a link is."""
-
-    ring: SharedRingBuffer
-    network: MemoryNetwork = field(default_factory=MemoryNetwork)
-    links_opened: int = 0
-
-    def link(self) -> AbstractAsyncContextManager[Link]:
-        return self._link()
-
-    @asynccontextmanager
-    async def _link(self) -> AsyncIterator[Link]:
-        self.links_opened += 1
-        up, stop = asyncio.Event(), asyncio.Event()
-        serving = asyncio.get_running_loop().create_task(self._serve(up, stop))
-        await up.wait()
-        async with MemoryLink(self.network) as link:
-            yield link
-        stop.set()
-        await serving
-
-    async def _serve(self, up: asyncio.Event, stop: asyncio.Event) -> None:
-        ring = self.ring
-        source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
-        server = PortServer(
-            ring,
-            source,
-            ServerConfig(),
-            PortCounters(ring.server_words, 0),
-            Binding(ring.server_words),
-        )
-        async with MemoryLink(self.network) as link, server.listening(link, [1]):
-            up.set()
-            await stop.wait()
-
-
 @pytest.fixture
-def neighbour() -> Iterator[Neighbour]:
-    with SharedRingBuffer.create(RingConfig(slots=16, slot_bytes=8192, prefault=False)) as ring:
-        ring.publish_address("10.0.0.1", (1,))
-        yield Neighbour(ring)
+def beside() -> Iterator[PortBeside]:
+    with port_beside() as made:
+        yield made
 
 
-def client_of(neighbour: Neighbour, **settings: object) -> SyncUCXXClient:
-    values: dict[str, object] = {"local": "off", **settings}
-    return SyncUCXXClient(ClientConfig(**values), link_factory=neighbour.link)  # type: ignore[arg-type]  # checked at run time
-
-
-def test_a_read_over_the_link_blocks_until_the_payload_is_here(neighbour: Neighbour) -> None:
-    with client_of(neighbour) as client:
-        ref = neighbour.ring.write_raw(EPISODE)
+def test_a_read_over_the_link_blocks_until_the_payload_is_here(beside: PortBeside) -> None:
+    with beside.client() as client:
+        ref = beside.ring.write_raw(EPISODE)
         with client.read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
             assert payload.transport == "ucx"
         assert client.statistics().ucx == 1
-    assert neighbour.ring.slot_state(ref.slot) is SlotState.FREE, "closing takes leave, so the acknowledgement is in"
+    assert beside.ring.slot_state(ref.slot) is SlotState.FREE, "closing takes leave, so the end is in"
 
 
-def test_errors_and_counts_are_those_of_the_async_client(neighbour: Neighbour) -> None:
-    with client_of(neighbour) as client:
-        ref = neighbour.ring.write_raw(EPISODE)
-        neighbour.ring.discard(ref)
+def test_errors_and_counts_are_those_of_the_core(beside: PortBeside) -> None:
+    with beside.client() as client:
+        ref = beside.ring.write_raw(EPISODE)
+        beside.ring.discard(ref)
         with pytest.raises(StaleSlotError):
             client.read(ref)
-        assert (client.statistics().failed, client.statistics().stale) == (1, 1)
-        assert client.statistics().lent_buffers == 0
+        statistics = client.statistics()
+        assert (statistics.failed, statistics.stale, statistics.lent_buffers) == (1, 1, 0)
 
 
-def test_a_silent_server_costs_the_deadline(neighbour: Neighbour) -> None:
-    with client_of(neighbour) as client:
-        client.read(neighbour.ring.write_raw(EPISODE)).release()
-        ref = neighbour.ring.write_raw(EPISODE)
-        neighbour.network.faults.drop = 1000
+def test_a_silent_server_costs_the_deadline(beside: PortBeside) -> None:
+    with beside.client() as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        ref = beside.ring.write_raw(EPISODE)
+        beside.faults.drop = 1000
         with pytest.raises(DeadlineExceededError):
             client.read(ref, deadline_s=0.1)
-        neighbour.network.faults.drop = 0
+        beside.faults.drop = 0
         client.read(ref).release()
 
 
-def test_many_threads_share_one_client_and_every_payload_comes_once(neighbour: Neighbour) -> None:
-    refs = [neighbour.ring.write_raw(bytes([number]) * 1000) for number in range(16)]
-    with client_of(neighbour) as client, ThreadPoolExecutor(8) as threads:
+def test_many_threads_share_one_client_and_every_payload_comes_once(beside: PortBeside) -> None:
+    refs = [beside.ring.write_raw(bytes([number]) * 1000) for number in range(16)]
+    with beside.client() as client, ThreadPoolExecutor(8) as threads:
 
         def read(number: int) -> int:
             with client.read(refs[number % 16], deadline_s=30.0) as payload:
@@ -118,13 +79,53 @@ def test_many_threads_share_one_client_and_every_payload_comes_once(neighbour: N
         errors = [reading.exception() for reading in readings]
         assert sum(error is None for error in errors) == 16
         assert all(isinstance(error, StaleSlotError) for error in errors if error is not None)
-    assert neighbour.links_opened == 1
+    assert beside.links_opened == 1
 
 
-def test_a_batch_comes_in_order_with_its_errors_in_place(neighbour: Neighbour) -> None:
-    refs = [neighbour.ring.write_raw(bytes([number]) * 100) for number in range(4)]
-    neighbour.ring.discard(refs[2])
-    with client_of(neighbour) as client:
+def test_threads_that_read_all_the_time_are_all_served(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        writing = threading.Lock()
+
+        def read() -> int:
+            for _ in range(50):
+                with writing:
+                    ref = beside.ring.write_raw(EPISODE)
+                with client.read(ref) as payload:
+                    assert bytes(payload.buffer) == EPISODE
+            return 50
+
+        with ThreadPoolExecutor(4) as threads:
+            assert [reading.result() for reading in [threads.submit(read) for _ in range(4)]] == [50] * 4
+        assert client.statistics().reads == 200
+
+
+def test_a_thread_that_follows_is_done_before_the_one_that_leads(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(1) as threads:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        slow, fast = beside.ring.write_raw(EPISODE), beside.ring.write_raw(EPISODE)
+        beside.faults.drop = 1
+        leading = threads.submit(client.read, slow, deadline_s=2.0)
+        wait_until(lambda: beside.ring.slot_state(slow.slot) is SlotState.READING, what="the first read is asked")
+        client.read(fast).release()
+        assert not leading.done()
+        assert isinstance(leading.exception(), DeadlineExceededError | type(None))
+
+
+def test_a_thread_that_follows_leads_when_the_other_has_left(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(1) as threads:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        first = threads.submit(client.read, beside.ring.write_raw(EPISODE), deadline_s=0.2)
+        wait_until(lambda: client._lead.is_led, what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
+        threading.Timer(0.5, hold.set).start()
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        assert isinstance(first.exception(), DeadlineExceededError)
+
+
+def test_a_batch_comes_in_order_with_its_errors_in_place(beside: PortBeside) -> None:
+    refs = [beside.ring.write_raw(bytes([number]) * 100) for number in range(4)]
+    beside.ring.discard(refs[2])
+    with beside.client() as client:
         outcomes = client.read_many(refs)
         assert isinstance(outcomes[2], StaleSlotError)
         for number in (0, 1, 3):
@@ -133,38 +134,229 @@ def test_a_batch_comes_in_order_with_its_errors_in_place(neighbour: Neighbour) -
             assert bytes(payload.buffer) == bytes([number]) * 100
 
 
-def test_a_batch_mixes_this_host_and_others(neighbour: Neighbour) -> None:
-    with client_of(neighbour, local="auto") as client:
-        here, there = (neighbour.ring.write_raw(EPISODE) for _ in range(2))
+def test_a_batch_mixes_this_host_and_others(beside: PortBeside) -> None:
+    with beside.client(local="auto") as client:
+        here, there = (beside.ring.write_raw(EPISODE) for _ in range(2))
         outcomes = client.read_many([here, replace(there, host_id="another host")])
         transports = [outcome.transport for outcome in outcomes if isinstance(outcome, Payload)]
         assert transports == ["view", "ucx"]
 
 
-def test_no_thread_is_started_before_a_read_needs_one(neighbour: Neighbour) -> None:
+def test_no_thread_is_started_whatever_is_read(beside: PortBeside) -> None:
     before = threading.active_count()
-    with client_of(neighbour, local="view") as client:
-        client.read(neighbour.ring.write_raw(EPISODE)).release()
+    with beside.client(local="auto") as client:
+        here, there = (beside.ring.write_raw(EPISODE) for _ in range(2))
+        client.read(here).release()
+        assert beside.links_opened == 0
+        client.read(replace(there, host_id="another host")).release()
         assert threading.active_count() == before
-    assert neighbour.links_opened == 0
+    assert beside.links_opened == 1
 
 
-def test_closed_twice_and_used_no_more(neighbour: Neighbour) -> None:
-    client = client_of(neighbour)
-    client.read(neighbour.ring.write_raw(EPISODE)).release()
+def test_closed_twice_and_used_no_more(beside: PortBeside) -> None:
+    client = beside.client()
+    client.read(beside.ring.write_raw(EPISODE)).release()
     client.close()
     client.close()
-    with pytest.raises(ConfigError, match="closed"):
-        client.read(neighbour.ring.write_raw(EPISODE))
+    ref = beside.ring.write_raw(EPISODE)
+    for call in (client.read, lambda ref: client.read_many([ref]), lambda ref: client.discard([ref])):
+        with pytest.raises(ConfigError, match="closed"):
+            call(ref)
+    assert client.statistics().reads == 1
 
 
-def test_closing_while_a_read_waits_ends_that_read(neighbour: Neighbour) -> None:
-    client = client_of(neighbour)
-    client.read(neighbour.ring.write_raw(EPISODE)).release()
-    ref = neighbour.ring.write_raw(EPISODE)
-    neighbour.network.faults.drop = 1000
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(client.read, ref, deadline_s=60.0)
-        wait_until(lambda: client.statistics().lent_buffers == 1, what="the read is under way")
+def test_closing_while_other_threads_wait_ends_their_reads(beside: PortBeside) -> None:
+    client = beside.client()
+    client.read(beside.ring.write_raw(EPISODE)).release()
+    refs = [beside.ring.write_raw(EPISODE) for _ in range(3)]
+    beside.faults.drop = 1000
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(client.read, ref, deadline_s=60.0) for ref in refs]
+        wait_until(lambda: client.statistics().lent_buffers == 3, what="the reads are under way")
         client.close()
-        assert waiting.exception(timeout=30.0) is not None
+        errors = [reading.exception(timeout=30.0) for reading in waiting]
+    assert all(isinstance(error, PeerLostError | ConfigError) for error in errors)
+
+
+def test_statistics_may_be_asked_for_while_other_threads_read(beside: PortBeside) -> None:
+    with beside.client() as client:
+        done = threading.Event()
+
+        def read() -> None:
+            try:
+                for _ in range(60):
+                    client.read(beside.ring.write_raw(b"x" * 100)).release()
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        while not done.is_set():
+            assert client.statistics().reads >= 0
+        thread.join()
+        assert client.statistics().reads == 60
+    assert client.statistics().reads == 60
+
+
+def test_a_forked_child_neither_uses_nor_ends_what_is_its_parents(beside: PortBeside) -> None:
+    with beside.client() as client:
+        client.read(beside.ring.write_raw(b"parent's")).release()
+        child = os.fork()
+        if child == 0:
+            try:
+                client.close()
+                with pytest.raises(ConfigError, match="forked"):
+                    client.read(beside.ring.write_raw(b"child's"))
+            finally:
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        client.read(beside.ring.write_raw(b"still the parent's")).release()
+
+
+def test_an_interrupted_read_gives_its_payload_back_and_the_client_goes_on(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        ref = beside.ring.write_raw(EPISODE)
+        hold = beside.faults.hold = Hold()
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.read(ref)
+        beside.faults.hold = None
+        hold.set()
+        with client.read(ref) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        wait_until(lambda: client.statistics().lent_buffers == 0, what="the first read's buffer is back")
+
+
+def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(1) as threads:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        following: list[object] = []
+
+        def follow() -> None:
+            wait_until(lambda: client._lead.is_led, what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
+            following.append(threads.submit(client.read, refs[1]))
+            wait_until(lambda: client._lead.following == 1, what="the other one follows")  # noqa: SLF001 - likewise
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=follow)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.read(refs[0])
+        thread.join()
+        beside.faults.hold = None
+        hold.set()
+        with following[0].result(timeout=30) as payload:  # type: ignore[attr-defined]  # a future of a payload
+            assert bytes(payload.buffer) == EPISODE
+
+
+OWN_CODE = str(Path(ucxx_transport.__file__).parent)
+
+
+class Interrupted(BaseException):
+    """What a signal handler of the test's own raises."""
+
+
+def interrupted_at_random(beside: PortBeside, client: SyncUCXXClient, times: int) -> int:
+    """Read while signals come, at any bytecode; returns how many reads succeeded."""
+    interrupts = reads = 0
+    on, over = threading.Event(), threading.Event()
+
+    def handler(_signal: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        names = {each.f_code.co_name for each, _ in traceback.walk_stack(frame)}
+        # Not while a link is opened or closed: nothing can keep an interrupt then from leaving a descriptor behind.
+        is_own = frame is not None and frame.f_code.co_filename.startswith(OWN_CODE)
+        if on.is_set() and is_own and not names & {"close", "repair", "_open_link"}:
+            interrupts += 1
+            raise Interrupted
+
+    def send() -> None:
+        chance = random.Random(5)
+        while not over.wait(chance.random() * 0.004):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        while interrupts < times:
+            ref = beside.ring.write_raw(EPISODE)
+            with suppress(Interrupted):
+                on.set()
+                try:
+                    with client.read(ref, deadline_s=30.0) as payload:
+                        assert bytes(payload.buffer) == EPISODE
+                    reads += 1
+                finally:
+                    on.clear()
+            on.clear()
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    return reads
+
+
+# An interrupt may come while a finaliser runs, where Python can only report it.
+interrupts_finalisers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@interrupts_finalisers
+def test_a_client_that_is_interrupted_anywhere_reads_on(beside: PortBeside) -> None:
+    with beside.client() as client:
+        interrupted_at_random(beside, client, 60)
+        for _ in range(8):
+            with client.read(beside.ring.write_raw(EPISODE), deadline_s=30.0) as payload:
+                assert bytes(payload.buffer) == EPISODE
+        gc.collect()
+        wait_until(lambda: client.statistics().lent_buffers == 0, what="no buffer is kept")
+
+
+@interrupts_finalisers
+def test_interrupts_of_one_thread_cost_the_others_no_read(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(2) as threads:
+        over = threading.Event()
+
+        def read() -> int:
+            count = 0
+            while not over.is_set():
+                with client.read(beside.ring.write_raw(EPISODE)) as payload:
+                    assert bytes(payload.buffer) == EPISODE
+                count += 1
+            return count
+
+        readings = [threads.submit(read) for _ in range(2)]
+        try:
+            interrupted_at_random(beside, client, 40)
+        finally:
+            over.set()
+        assert all(reading.result(timeout=60.0) > 0 for reading in readings)
+
+
+def test_a_signal_handler_cannot_use_the_client_that_it_interrupts(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        refused: list[ConfigError] = []
+
+        def handler(_signal: int, _frame: FrameType | None) -> None:
+            try:
+                client.read(refs[1])
+            except ConfigError as error:
+                refused.append(error)
+            beside.faults.hold = None
+            hold.set()
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            main = threading.main_thread().ident or 0
+            threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGUSR1)).start()
+            client.read(refs[0]).release()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert "signal handler" in refused[0].message
+        client.read(refs[1]).release()

@@ -9,7 +9,7 @@ import pytest
 from tests.support.fake_gpu import FakeGpu, FakeLeaves
 from tests.support.rows import row
 from ucxx_transport import ConfigError
-from ucxx_transport.gpu import LeafRuntime, Receiver, on_host, receiver_for, runtime_of
+from ucxx_transport.gpu import on_host, receiver_for, runtime_of
 from ucxx_transport.gpu.runtime import check_index
 
 
@@ -66,14 +66,3 @@ def test_cupy_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ConfigError, match=r"device='cupy:0' needs cupy.*ucxx_transport\[cu12\]"):
         receiver_for("cupy:0")
-
-
-def test_the_libraries_ends_are_what_the_protocols_ask_for() -> None:
-    """Compared by name, since neither can be made without its library."""
-    from ucxx_transport.gpu.cupy import CupyLeaves, CupyReceiver
-    from ucxx_transport.gpu.torch import TorchLeaves, TorchReceiver
-
-    for protocol, classes in ((LeafRuntime, (TorchLeaves, CupyLeaves)), (Receiver, (TorchReceiver, CupyReceiver))):
-        wanted = {name for name in vars(protocol) if not name.startswith("_")}
-        for found in classes:
-            assert wanted <= set(dir(found)), found

@@ -4,7 +4,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from tests.support.fake_gpu import FakeGpu, FakePageLocking
 from tests.support.rows import row
 from ucxx_transport import ConfigError
-from ucxx_transport.gpu import PageLock, PageLockError, page_lock
+from ucxx_transport.gpu import PageLockError, page_lock
 
 WHAT = {"what": "a thing", "remedy": "have a smaller thing"}
 
@@ -22,17 +22,17 @@ def memory(nbytes: int = 1 << 20) -> Any:
     return np.zeros(nbytes, np.uint8)
 
 
-def lock(gpu: FakeGpu, array: Any) -> PageLock:
+def lock(gpu: FakeGpu, array: Any) -> Callable[[], object]:
     return page_lock(array, FakePageLocking(gpu), **WHAT)
 
 
 def test_memory_is_unregistered_once_however_often_it_is_unlocked() -> None:
     gpu = FakeGpu()
     array = memory()
-    held = lock(gpu, array)
+    unlock = lock(gpu, array)
     assert gpu.is_page_locked(array)
-    held.unlock()
-    held.unlock()
+    unlock()
+    unlock()
     del array
     gc.collect()
     assert gpu.log == ["register 1048576", "unregister 1048576 mapped"]
@@ -41,7 +41,7 @@ def test_memory_is_unregistered_once_however_often_it_is_unlocked() -> None:
 def test_memory_that_goes_is_unregistered_first_whether_its_lock_is_kept_or_not() -> None:
     gpu = FakeGpu()
     array, other = memory(), memory()
-    kept = lock(gpu, array)
+    unlock = lock(gpu, array)
     lock(gpu, other)
     view = array[10:20]
     del array, other
@@ -49,7 +49,7 @@ def test_memory_that_goes_is_unregistered_first_whether_its_lock_is_kept_or_not(
     del view
     assert gpu.registered == {}
     assert [entry for entry in gpu.log if entry.endswith("unmapped")] == []
-    kept.unlock()
+    unlock()
     assert gpu.counts() == {"register": 2, "unregister": 2}
 
 
@@ -68,7 +68,7 @@ def test_what_somebody_else_registered_is_theirs_to_unregister() -> None:
     gpu = FakeGpu()
     gpu.refuse = 712
     array = memory()
-    lock(gpu, array).unlock()
+    lock(gpu, array)()
     del array
     assert gpu.log == []
 
@@ -81,7 +81,7 @@ def test_memory_that_cannot_be_unlocked_is_warned_of_unless_there_is_nothing_lef
         with row(status=status, warnings=warnings):
             gpu = FakeGpu()
             gpu.unregister_status = status
-            lock(gpu, memory()).unlock()
+            lock(gpu, memory())()
             assert [event["status"] for event in log_events] == [status] * warnings
 
 
@@ -93,13 +93,13 @@ from ucxx_transport.gpu import page_lock
 
 gpu = FakeGpu()
 memory = np.zeros(4096, np.uint8)
-lock = page_lock(memory, FakePageLocking(gpu), what="", remedy="")
+unlock = page_lock(memory, FakePageLocking(gpu), what="", remedy="")
 if os.fork() == 0:
-    lock.unlock()
+    unlock()
     print("child", len(gpu.registered), flush=True)
     os._exit(0)
 os.wait()
-lock.unlock()
+unlock()
 print("parent", len(gpu.registered))
 """
 

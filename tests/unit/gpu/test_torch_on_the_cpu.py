@@ -10,7 +10,7 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import DeviceArray, on_host, runtime_of
-from ucxx_transport.gpu.torch import flat_bytes, host_tensor, name_of, view_of_bytes
+from ucxx_transport.gpu.torch import dtype_of, flat_bytes, host_tensor, view_of_bytes
 from ucxx_transport.schema.dtypes import DTYPES
 from ucxx_transport.schema.tensors import as_array
 
@@ -29,7 +29,7 @@ def leaves() -> Any:
 def device_array(tensor: Any) -> DeviceArray:
     """As `adopt` would describe it, were it on a GPU."""
     return DeviceArray(
-        runtime=leaves(), array=tensor, shape=tuple(tensor.shape), dtype=DTYPES[name_of(tensor.dtype)], device=0
+        runtime=leaves(), array=tensor, shape=tuple(tensor.shape), dtype=dtype_of(tensor.dtype), device=0
     )
 
 

@@ -105,7 +105,7 @@ def test_a_job_that_chose_the_transport_gets_its_episodes(cosmos: Any, rollout: 
     transport = cosmos.registry.get_optional("ucxx_transport")
     assert transport.completion_prefix is None
     packer = packer_of(cosmos, kind)
-    transport.attach_data_packer(packer, config=config(deadline_s=20.0, client={"local": "view"}))
+    transport.attach_data_packer(packer, config=config(deadline_s="20s", client={"local": "view"}))
     completions = [rollout.write_to_buffer(trajectory(number)) for number in range(3)]
     rollouts = [SimpleNamespace(completion=completion) for completion in completions[:2]]
     packer.start_prefetch([*rollouts, SimpleNamespace(completion="redis")])

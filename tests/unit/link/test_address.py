@@ -15,6 +15,7 @@ from ucxx_transport.link.address import (
     decide_address,
     default_route_source,
     list_interfaces,
+    other_family,
     require_reachable,
 )
 
@@ -82,26 +83,27 @@ def test_wildcard_cannot_be_published() -> None:
             decide_address(host, interfaces=[LO, ETH], route_source=None)
 
 
-def test_address_that_clients_cannot_reach_is_not_published() -> None:
-    ipv6 = {"eth0": "fd00::2"}
-    rows: list[tuple[str | None, str]] = [
-        (None, "fd00::2"),
-        ("eth0", "IPv4 alone"),
-        ("fd00::2", "IPv4 alone"),
-        ("::1", "IPv4 alone"),
+def test_ipv6_is_published_where_there_is_no_ipv4_besides_loopback() -> None:
+    rows: list[tuple[str | None, list[Interface], str | None, str]] = [
+        (None, [LO], None, "fd00::2"),
+        (None, [LO], "eth0", "fd00::2"),
+        (None, [LO], "lo", "127.0.0.1"),
+        (None, [LO, SECOND], None, "10.1.0.5"),
+        ("eth0", [LO], None, "fd00::2"),
+        ("eth0", [LO, ETH], None, "10.0.0.5"),
+        ("fd00::2", [LO, ETH], None, "fd00::2"),
+        ("lo", [LO], None, "127.0.0.1"),
     ]
-    for host, problem in rows:
-        with row(host=host, problem=problem), pytest.raises(ConfigError) as caught:
-            decide_address(host, interfaces=[LO], route_source=None, ipv6=ipv6)
-        assert problem in str(caught.value)
-    assert decide_address("lo", interfaces=[LO], route_source=None, ipv6=ipv6) == "127.0.0.1"
-    assert decide_address(None, interfaces=[LO, SECOND], route_source=None, ipv6=ipv6) == "10.1.0.5"
-    assert decide_address(None, interfaces=[LO], route_source=None, net_devices="lo", ipv6=ipv6) == "127.0.0.1"
+    for host, interfaces, net_devices, expected in rows:
+        with row(host=host, interfaces=interfaces, net_devices=net_devices):
+            assert expected == decide_address(
+                host, interfaces=interfaces, route_source=None, net_devices=net_devices, ipv6={"eth0": "fd00::2"}
+            )
 
 
 def test_name_that_nobody_can_look_up_is_refused() -> None:
     rows: list[tuple[str, str]] = [
-        ("no-such-host.invalid", "name of one"),
+        ("no-such-host.invalid", "nor a name"),
         ("10.0.0.5:5000", "base_port"),
         ("a..b", ""),
     ]
@@ -137,3 +139,20 @@ def test_this_machine_has_an_address_that_can_be_bound() -> None:
 def test_route_source_is_an_address_of_this_machine_or_none() -> None:
     source = default_route_source()
     assert source is None or source in {interface.address for interface in list_interfaces()}
+
+
+def test_family_that_ucx_would_not_connect_back_by_is_refused() -> None:
+    v6_first = {"TCP_AF_PRIO": "inet6,inet"}
+    rows: list[tuple[str, dict[str, str], dict[str, str], str | None]] = [
+        ("10.0.0.5", {}, {}, None),
+        ("127.0.0.1", {}, {}, None),
+        ("::1", {}, {}, "UCX_TCP_AF_PRIO=inet6,inet"),
+        ("::1", v6_first, {}, None),
+        ("::1", {}, {"UCX_TCP_AF_PRIO": "inet6"}, None),
+        ("127.0.0.1", v6_first, {}, "UCX_TCP_AF_PRIO=inet,inet6"),
+        ("127.0.0.1", v6_first, {"UCX_TCP_AF_PRIO": "inet,inet6"}, None),
+    ]
+    for address, given, environment, remedy in rows:
+        with row(address=address, given=given, environment=environment):
+            error = other_family(address, given, environment)
+            assert (error is None) if remedy is None else (error is not None and remedy in str(error))

@@ -14,9 +14,9 @@ import pytest
 from tests.support.rows import row
 
 OPEN_A_LINK = (
-    "import asyncio, ctypes, os, sys\n"
+    "import ctypes, os, sys\n"
     "from ucxx_transport import ConfigError\n"
-    "from ucxx_transport.link.binding import load_binding\n"
+    "from ucxx_transport.link.ucx_api import load_binding\n"
     "kept = [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in sys.argv[1:]]\n"
     "try:\n"
     "    load_binding()\n"

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.binding import load_binding
 from ucxx_transport.link.translate import Translator, raisable
+from ucxx_transport.link.ucx_api import load_binding
 
 LIB = load_binding().lib
 

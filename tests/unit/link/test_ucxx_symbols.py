@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.rows import row
-from ucxx_transport.link import binding
+from ucxx_transport.link import ucx_api
 from ucxx_transport.link.libraries import loaded_library
 
-LINK = Path(binding.__file__).parent
+LINK = Path(ucx_api.__file__).parent
 NATIVE_SYMBOLS = {
     "libucp.so": ("ucp_ep_query",),
     "libucxx.so": ("_ZNK4ucxx8Endpoint16getCancelingSizeEv", "_ZN4ucxx25ucxx_log_component_configE"),
@@ -23,13 +23,13 @@ NATIVE_SYMBOLS = {
 
 
 def symbols() -> list[tuple[str, str]]:
-    return [(module, name) for module, names in binding.SYMBOLS.items() for name in names]
+    return [(module, name) for module, names in ucx_api.SYMBOLS.items() for name in names]
 
 
 def test_symbol_exists() -> None:
     for module, dotted in symbols():
         with row(module=module, dotted=dotted):
-            binding.load_binding()
+            ucx_api.load_binding()
             found: object = importlib.import_module(module)
             for part in dotted.split("."):
                 found = getattr(found, part)
@@ -47,7 +47,7 @@ def test_signature_is_the_one_the_link_calls() -> None:
     ]
     for dotted, parameters in rows:
         with row(dotted=dotted, parameters=parameters):
-            binding.load_binding()
+            ucx_api.load_binding()
             found = importlib.import_module("ucxx._lib.libucxx")
             for part in dotted.split("."):
                 found = getattr(found, part)
@@ -60,13 +60,13 @@ def test_signature_is_the_one_the_link_calls() -> None:
     ("library", "symbol"), [(lib, name) for lib, names in NATIVE_SYMBOLS.items() for name in names]
 )
 def test_native_symbol_exists(library: str, symbol: str) -> None:
-    binding.load_binding()
+    ucx_api.load_binding()
     assert ctypes.c_char.in_dll(loaded_library(library), symbol) is not None
 
 
 def test_every_symbol_in_use_is_named() -> None:
     """What the link's source takes from ucxx is in the list, and nothing else is."""
-    listed = {name for names in binding.SYMBOLS.values() for name in names}
+    listed = {name for names in ucx_api.SYMBOLS.values() for name in names}
     tops = {name.partition(".")[0] for name in listed}
     used = set()
     for source in LINK.glob("*.py"):

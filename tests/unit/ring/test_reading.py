@@ -255,8 +255,9 @@ def test_a_committed_slot_is_the_message_that_a_server_sends(make_ring: MakeRing
                     assert len(message) == frames.message_bytes(nbytes)
                     header = codec.decode_header(message)
                     codec.check_trailer(message, header)
-                    assert codec.is_sealed(message, header)
-                    assert header == frames.ReadReply(
+                    _, _, ring_id, number, generation, checksum_there, fingerprint, _ = header
+                    assert codec.is_sealed(message, ring_id, number, generation, nbytes, checksum_there, fingerprint)
+                    assert header == frames.ReplyHeader(
                         status=frames.Status.OK,
                         nbytes=nbytes,
                         ring_id=ring.ring_id,

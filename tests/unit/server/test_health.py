@@ -12,7 +12,7 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.server.counters import PortCounters
-from ucxx_transport.testing import MemoryLink, MemoryNetwork
+from ucxx_transport.testing import MemoryNetwork
 
 HOUR = 3600.0
 THIS_MOMENT_S = 1e-9
@@ -27,7 +27,7 @@ def ring() -> Iterator[SharedRingBuffer]:
 def server_of(ring: SharedRingBuffer) -> UCXXServer:
     network = MemoryNetwork()
     config = ServerConfig(mode="thread", host="127.0.0.1", ports=2)
-    return UCXXServer(ring, config, link_factory=lambda: MemoryLink(network))
+    return UCXXServer(ring, config, link_factory=network.link)
 
 
 def test_a_server_is_healthy_while_it_serves(ring: SharedRingBuffer) -> None:

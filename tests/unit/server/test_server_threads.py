@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
 
 import pytest
 
+from tests.support.raw_peer import RawPeer
+from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import Link
-from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.link.base import Link, LinkFactory, Timers
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
-Factory = Callable[[], AbstractAsyncContextManager[Link]]
 
 
 @pytest.fixture
@@ -38,23 +39,31 @@ def network() -> MemoryNetwork:
 
 
 @pytest.fixture
-def factory(network: MemoryNetwork) -> Factory:
+def factory(network: MemoryNetwork) -> LinkFactory:
     """Opens links on the one network; each lives in its own port's thread."""
-
-    def open_link() -> AbstractAsyncContextManager[Link]:
-        return MemoryLink(network)
-
-    return open_link
+    return network.link
 
 
-def server_of(ring: SharedRingBuffer, factory: Factory, **settings: object) -> UCXXServer:
+def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: object) -> UCXXServer:
     values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
     config = ServerConfig(**values)  # type: ignore[arg-type]  # checked at run time
     return UCXXServer(ring, config, link_factory=factory)
 
 
+def peer_of(server: UCXXServer, ring: SharedRingBuffer, reactor: Reactor) -> RawPeer:
+    """One that is greeted."""
+
+    def run_until(condition: Callable[[], bool]) -> None:
+        wait_until(lambda: (reactor.poll(), condition())[1], 60)
+
+    peer = RawPeer(run_until, ring.ring_id)
+    peer.endpoint = reactor.link.connect(LOOPBACK, server.ports[0], peer)
+    peer.greet()
+    return peer
+
+
 def test_references_carry_the_address_while_the_server_runs_and_not_after(
-    ring: SharedRingBuffer, factory: Factory
+    ring: SharedRingBuffer, factory: LinkFactory
 ) -> None:
     assert ring.write_raw(b"before").ports == ()
     with server_of(ring, factory) as server:
@@ -68,7 +77,7 @@ def test_references_carry_the_address_while_the_server_runs_and_not_after(
     assert server.address is None
 
 
-def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     def port_threads() -> list[str]:
         return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ucxx-port"))
 
@@ -77,7 +86,7 @@ def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuff
     assert port_threads() == []
 
 
-def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     with server_of(ring, factory, ports=[5001, 5003]) as server:
         assert server.ports == (5001, 5003)
         assert [port.port for port in server.statistics().ports] == [5001, 5003]
@@ -85,7 +94,7 @@ def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory
 
 
 def test_from_a_base_port_taken_ones_are_stepped_over(
-    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
 ) -> None:
     with server_of(ring, factory, ports=[5001, 5002]):
         with server_of(another_ring, factory, ports=3, base_port=5000) as second:
@@ -96,7 +105,7 @@ def test_from_a_base_port_taken_ones_are_stepped_over(
 
 
 def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
-    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: Factory
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
 ) -> None:
     with server_of(ring, factory, ports=[5001]):
         server = server_of(another_ring, factory, ports=[5000, 5001])
@@ -108,8 +117,8 @@ def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
         assert set(network.listeners) == {5001}
 
 
-def test_a_link_that_cannot_be_opened_is_told_by_start(ring: SharedRingBuffer) -> None:
-    def broken() -> AbstractAsyncContextManager[Link]:
+def test_a_link_that_cannot_be_opened_is_an_error_of_start(ring: SharedRingBuffer) -> None:
+    def broken(_: Timers) -> Link:
         raise ConfigError("pip install ucxx_transport[cu12]")
 
     with pytest.raises(ConfigError, match="pip install"):
@@ -117,7 +126,9 @@ def test_a_link_that_cannot_be_opened_is_told_by_start(ring: SharedRingBuffer) -
     assert ring.address() == (None, ())
 
 
-def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(
+    ring: SharedRingBuffer, factory: LinkFactory
+) -> None:
     server = server_of(ring, factory)
     server.stop()
     server.start()
@@ -130,7 +141,7 @@ def test_it_starts_once_stops_as_often_as_one_likes_and_starts_again(ring: Share
     server.stop()
 
 
-def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuffer, factory: Factory) -> None:
+def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     server = server_of(ring, factory)
     server.start()
     ring.close()
@@ -138,8 +149,55 @@ def test_the_ring_may_be_closed_before_its_server_is_stopped(ring: SharedRingBuf
     assert server.ports == ()
 
 
+def test_an_acknowledgement_that_arrived_before_the_stop_counts(
+    ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
+) -> None:
+    reactor = Reactor(network.link)
+    with server_of(ring, factory, ports=1) as server:
+        peer = peer_of(server, ring, reactor)
+        ref = ring.write_raw(bytes(100))
+        peer.fetch(ref)
+        peer.end(peer.attempt)
+    assert ring.slot_state(ref.slot) is SlotState.FREE
+    assert server.statistics().total("delivered") == 1
+    reactor.close()
+
+
+class BreakingLink(MemoryLink):
+    """A link with a fault that shows when the test says so."""
+
+    is_broken = False
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        if self.is_broken:
+            self.is_broken = False
+            raise RuntimeError("a fault of the link")
+        return super().progress(spin_s)
+
+
+def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer, network: MemoryNetwork) -> None:
+    links: list[BreakingLink] = []
+
+    def link_of(timers: Timers) -> Link:
+        links.append(BreakingLink(timers, network))
+        return links[-1]
+
+    reactor = Reactor(network.link)
+    with server_of(ring, link_of, ports=1) as server:
+        peer = peer_of(server, ring, reactor)
+        ref = ring.write_raw(bytes(100))
+        peer.fetch(ref)
+        assert ring.slot_state(ref.slot) is SlotState.READING
+        links[0].is_broken = True
+        wait_until(lambda: ring.slot_state(ref.slot) is SlotState.READY, 60, what="the slot is given back")
+        wait_until(lambda: not server.statistics().total("port"), 60, what="the port is gone")
+        assert server.statistics().total("connections") == 0
+        assert server.statistics().total("released") == 1
+    reactor.close()
+
+
 @pytest.mark.anyio
-async def test_it_is_an_async_context_manager_too(ring: SharedRingBuffer, factory: Factory) -> None:
+async def test_it_is_an_async_context_manager_too(ring: SharedRingBuffer, factory: LinkFactory) -> None:
     async with server_of(ring, factory) as server:
         assert ring.address() == (LOOPBACK, server.ports)
         statistics = server.statistics()

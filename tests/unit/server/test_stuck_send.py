@@ -1,100 +1,115 @@
-"""A slot is given back only when its send is known to be over: by acknowledgement, by the close, or much later."""
+"""A slot is given back only when its send is known to be over: by itself, with the connection, much later, or never."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from tests.support.virtual_time import settle
-from tests.unit.server.raw_peer import ack_of, request_of
+from tests.support.raw_peer import NONCE
+from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
-from ucxx_transport.errors import PeerLostError
-from ucxx_transport.link.base import LinkStatistics, OnEndpoint
+from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
+from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, OnDone, OnEndpoint
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import Binding, PortCounters
-from ucxx_transport.server.port_server import PortServer
-from ucxx_transport.server.session import SessionSource
-from ucxx_transport.wire.codec import encode_request
-from ucxx_transport.wire.frames import Describe, Hello
+from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
+from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port
+from ucxx_transport.wire.codec import encode_frame
+from ucxx_transport.wire.frames import Frame, Kind
+from ucxx_transport.wire.server_side import SessionSource
 
-pytestmark = pytest.mark.anyio
+LARGE = 1000
 
 
-@dataclass(slots=True)
-class Operation:
-    """A `Pending` that ends when the test says so."""
+@dataclass(eq=False, slots=True)
+class StuckOperation:
+    """An `Operation` that ends when the test says so."""
 
-    told: asyncio.Event = field(default_factory=asyncio.Event)
+    nbytes: int
+    on_done: OnDone | None
     completed: bool = False
-    error: PeerLostError | None = None
+    error: TransportError | None = None
 
     def end(self, error: PeerLostError | None = None) -> None:
-        self.completed, self.error = True, error
-        self.told.set()
+        if not self.completed:
+            self.completed, self.error = True, error
+            self.call_back()
 
     def give_up(self, error: PeerLostError) -> None:
-        if not self.completed:
-            self.error = error
-            self.told.set()
+        """Its owner is called back, although the link still has the buffer."""
+        self.error = error
+        self.call_back()
 
-    async def wait(self, until_s: float | None = None) -> None:
-        async with asyncio.timeout_at(until_s):
-            await self.told.wait()
-        if self.error is not None:
-            raise self.error
+    def call_back(self) -> None:
+        on_done, self.on_done = self.on_done, None
+        if on_done is not None:
+            on_done(self)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class StuckEndpoint:
     """An `Endpoint` whose large sends never end by themselves, and whose close may not end them either."""
 
     close_ends_sends: bool
     peer: str = "stuck:1"
     alive: bool = True
-    closed: bool = False
-    large_sends: list[Operation] = field(default_factory=list)
-    _receives: deque[tuple[memoryview, Operation]] = field(default_factory=deque)
+    large_sends: list[StuckOperation] = field(default_factory=list)
+    is_closed: bool = False
+    _receives: list[tuple[bytearray, StuckOperation]] = field(default_factory=list)
+    _on_closed: Callable[[bool], None] | None = None
 
     def hear(self, frame: bytes) -> None:
         """The peer says `frame`."""
-        view, operation = self._receives.popleft()
-        view[: len(frame)] = frame
+        buffer, operation = self._receives.pop(0)
+        buffer[: len(frame)] = frame
         operation.end()
 
-    def post_receive(self, buffer: object) -> Operation:
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> StuckOperation:
         assert isinstance(buffer, bytearray)
+        assert channel == 0
         if not self.alive:
             raise PeerLostError("gone", reason="reset")
-        operation = Operation()
-        self._receives.append((memoryview(buffer), operation))
+        operation = StuckOperation(len(buffer), on_done)
+        self._receives.append((buffer, operation))
         return operation
 
-    def post_send(self, buffer: object) -> Operation:
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> StuckOperation:
         assert isinstance(buffer, bytes | memoryview)
-        operation = Operation()
-        if len(buffer) > 1000:
+        assert channel
+        operation = StuckOperation(len(buffer), on_done)
+        if len(buffer) > LARGE:
             self.large_sends.append(operation)
         else:
             operation.end()
         return operation
 
-    async def close(self) -> bool:
-        self.alive, self.closed = False, True
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        self.alive = False
+        self._on_closed = on_closed or self._on_closed
+
+    def finish_close(self) -> None:
+        """What the link does in a later turn."""
+        if self.alive or self.is_closed:
+            return
+        self.is_closed = True
+        error = PeerLostError("closed", reason="closed")
         for _, operation in self._receives:
-            operation.end(PeerLostError("closed", reason="closed"))
-        if self.close_ends_sends:
-            for operation in self.large_sends:
-                operation.end(PeerLostError("closed", reason="closed"))
+            operation.end(error)
         for operation in self.large_sends:
-            operation.give_up(PeerLostError("closed", reason="closed"))
-        return all(operation.completed for operation in self.large_sends)
+            if self.close_ends_sends:
+                operation.end(error)
+            elif not operation.completed:
+                operation.give_up(error)
+        if self._on_closed is not None:
+            self._on_closed(all(operation.completed for operation in self.large_sends))
+
+    def listener_has_answered(self) -> bool:
+        return True
 
 
 @dataclass(slots=True)
@@ -104,12 +119,25 @@ class OneListener:
     port: int = 0
     on_endpoint: OnEndpoint | None = None
 
-    async def listen(self, port: int, on_endpoint: OnEndpoint) -> OneListener:
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> OneListener:
         self.port, self.on_endpoint = port, on_endpoint
         return self
 
-    async def connect(self, host: str, port: int) -> StuckEndpoint:
-        raise PeerLostError("nobody there", host=host, port=port)
+    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
+        raise PeerLostError("no peer", host=host, port=port, events=events)
+
+    def message(self, buffer: object) -> Any:
+        return buffer
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        del spin_s
+        return False
+
+    def arm(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return -1
 
     def statistics(self) -> LinkStatistics:
         return LinkStatistics()
@@ -117,134 +145,244 @@ class OneListener:
     def transports(self) -> tuple[str, ...]:
         return ()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self.on_endpoint = None
 
-    async def aclose(self) -> None:
+    def forget(self) -> None:
         self.on_endpoint = None
 
 
-@asynccontextmanager
-async def serving(
-    endpoint: StuckEndpoint, *, schema_bytes: bytes = b""
-) -> AsyncIterator[tuple[SharedRingBuffer, SlotRef, PortCounters]]:
-    """One port with `endpoint` connected, greeted, and one payload of 2000 bytes on its way to it."""
-    with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=4096, prefault=False)) as ring:
-        counters = PortCounters(ring.server_words, 0)
+class LockedRing:
+    """A ring whose lock is held for as long as the test wants."""
+
+    def __init__(self, ring: SharedRingBuffer) -> None:
+        self._ring = ring
+        self.is_locked = False
+        self.waits = 0
+        self.on_wait: Callable[[], object] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ring, name)
+
+    def wait(self) -> None:
+        if self.is_locked:
+            self.waits += 1
+            self.on_wait()
+            raise DeadlineExceededError("the ring's lock is held by a thread that does not get on (stopped?)")
+
+    def reclaim_dead(self) -> int:
+        self.wait()
+        return self._ring.reclaim_dead()
+
+    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> Any:
+        self.wait()
+        return LockedLease(self, self._ring.acquire_slot(slot, generation, reader=reader))
+
+
+class LockedLease:
+    """A lease of it."""
+
+    def __init__(self, ring: LockedRing, lease: Any) -> None:
+        self._ring, self._lease = ring, lease
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lease, name)
+
+    def mark_consumed(self) -> bool:
+        self._ring.wait()
+        return bool(self._lease.mark_consumed())
+
+    def release_reading(self) -> bool:
+        self._ring.wait()
+        return bool(self._lease.release_reading())
+
+
+class Serving:
+    """One port, and `endpoint` connected, greeted, and one payload of 2000 bytes on its way to it."""
+
+    def __init__(self, ring: SharedRingBuffer, endpoint: StuckEndpoint, schema_bytes: bytes) -> None:
+        self.ring, self.endpoint = ring, endpoint
+        self.locked = LockedRing(ring)
+        self.clock = Clock()
+        self.reactor = Reactor(lambda _: OneListener(), spin_s=0.0, clock=self.clock)
+        self.counters = PortCounters(ring.server_words, 0)
         source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
-        clock = asyncio.get_running_loop().time
-        server = PortServer(ring, source, ServerConfig(), counters, Binding(ring.server_words), clock=clock)
-        link = OneListener()
-        async with server.listening(link, [1]):
-            assert link.on_endpoint is not None
-            link.on_endpoint(endpoint)
-            await settle()
-            endpoint.hear(encode_request(Hello(reader=1, nonce=bytes(32))))
-            await settle()
-            ref = ring.write_raw(bytes(2000))
-            endpoint.hear(encode_request(request_of(ref)))
-            await settle()
-            assert len(endpoint.large_sends) == 1
-            yield ring, ref, counters
+        binding = Binding(ring.server_words)
+        self.port = Port(self.locked, source, ServerConfig(), self.counters, binding, self.reactor, reclaims=True)
+        self.port.start([PORT])
+        self.sequence = 0
+        link = self.reactor.link
+        assert isinstance(link, OneListener)
+        assert link.on_endpoint is not None
+        link.on_endpoint(endpoint)
+        self.hear(Kind.HELLO, attempt=1, word=1, secret=NONCE)
+        self.ref: SlotRef = ring.write_raw(bytes(2000))
+        self.hear(Kind.FETCH, ring_id=ring.ring_id, names=((self.ref.slot, 0, self.ref.generation, 2, 2000),))
+        assert len(endpoint.large_sends) == 1
+
+    def state(self) -> SlotState:
+        return self.ring.slot_state(self.ref.slot)
+
+    @property
+    def counts(self) -> PortStatistics:
+        return self.counters.snapshot()
+
+    def hear(self, kind: Kind, **words: Any) -> None:
+        self.sequence += 1
+        self.endpoint.hear(encode_frame(Frame(kind, self.sequence, **words)))
+        self.settle()
+
+    def end(self, *, delivered: bool = True) -> None:
+        self.hear(Kind.FETCH, ends=(2 << 1 | delivered,))
+
+    def settle(self) -> None:
+        while self.reactor.poll():
+            pass
+        self.endpoint.finish_close()
+
+    def advance(self, seconds: float) -> None:
+        until_s = self.clock.now_s + seconds
+        while (due_s := self.reactor.next_timer_s) <= until_s:
+            self.clock.now_s = max(due_s, self.clock.now_s)
+            self.settle()
+        self.clock.now_s = until_s
+        self.settle()
 
 
-async def test_an_acknowledgement_before_the_send_is_over_waits_for_it() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=True)
-    async with serving(endpoint) as (ring, ref, counters):
-        endpoint.hear(encode_request(ack_of(ref)))
-        await settle()
-        assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
-        endpoint.large_sends[0].end()
-        await settle()
-        assert ring.slot_state(ref.slot) is SlotState.FREE
-        assert counters.snapshot().delivered == 1
+@contextmanager
+def serving(*, close_ends_sends: bool = True, schema_bytes: bytes = b"") -> Iterator[Serving]:
+    with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=4096, prefault=False)) as ring:
+        served = Serving(ring, StuckEndpoint(close_ends_sends), schema_bytes)
+        try:
+            yield served
+        finally:
+            served.port.stop()
+            served.settle()
+            assert served.port.stopped
+            served.reactor.close()
+            served.port.retire()
 
 
-async def test_an_acknowledged_payload_stays_delivered_when_its_send_fails_afterwards() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=True)
-    async with serving(endpoint) as (ring, ref, counters):
-        endpoint.hear(encode_request(ack_of(ref)))
-        await settle()
-        endpoint.large_sends[0].end(PeerLostError("reset", reason="reset"))
-        await settle()
-        assert ring.slot_state(ref.slot) is SlotState.FREE
-        assert counters.snapshot().delivered == 1
+def test_an_acknowledgement_before_the_send_is_over_waits_for_it() -> None:
+    with serving() as served:
+        served.end()
+        assert served.state() is SlotState.READING, "UCX may still read from the slot"
+        served.endpoint.large_sends[0].end()
+        assert served.state() is SlotState.FREE
+        assert served.counts.delivered == 1
+
+
+def test_an_acknowledged_payload_stays_delivered_when_its_send_fails_afterwards() -> None:
+    with serving() as served:
+        served.end()
+        served.endpoint.large_sends[0].end(PeerLostError("reset", reason="reset"))
+        served.settle()
+        assert served.state() is SlotState.FREE
+        assert served.counts.delivered == 1
+        assert served.endpoint.is_closed
 
 
 @pytest.mark.parametrize("send_is_over", [True, False])
-async def test_an_acknowledgement_counts_when_the_peer_is_gone_in_the_same_moment(*, send_is_over: bool) -> None:
-    endpoint = StuckEndpoint(close_ends_sends=True)
-    async with serving(endpoint) as (ring, ref, counters):
+def test_an_acknowledgement_counts_when_the_peer_is_gone_in_the_same_moment(*, send_is_over: bool) -> None:
+    with serving() as served:
         if send_is_over:
-            endpoint.large_sends[0].end()
-        endpoint.hear(encode_request(ack_of(ref)))
-        endpoint.alive = False  # before anybody has looked at what came
-        await settle()
-        assert ring.slot_state(ref.slot) is SlotState.FREE
-        assert (counters.snapshot().delivered, counters.snapshot().released) == (1, 0)
+            served.endpoint.large_sends[0].end()
+        served.endpoint.alive = False  # before anything has looked at what came
+        served.end()
+        assert served.state() is SlotState.FREE
+        assert (served.counts.delivered, served.counts.released) == (1, 0)
 
 
-async def test_closing_the_connection_ends_the_send_and_gives_the_slot_back() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=True)
-    async with serving(endpoint) as (ring, ref, counters):
-        await asyncio.sleep(61.0)
-        assert endpoint.closed
-        assert ring.slot_state(ref.slot) is SlotState.READY
-        assert counters.snapshot().delivery_timeouts == 1
+def test_closing_the_connection_ends_the_send_and_gives_the_slot_back() -> None:
+    with serving() as served:
+        served.advance(61.0)
+        assert served.endpoint.is_closed
+        assert served.state() is SlotState.READY
+        assert served.counts.delivery_timeouts == 1
 
 
-async def test_a_send_that_outlives_its_connection_keeps_its_slot_until_it_ends(
-    log_events: list[MutableMapping[str, Any]],
+@pytest.mark.parametrize("delivered", [None, True, False])
+def test_a_send_that_outlives_its_connection_keeps_its_slot_until_it_ends(
+    *, delivered: bool | None, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    endpoint = StuckEndpoint(close_ends_sends=False)
-    async with serving(endpoint) as (ring, ref, counters):
-        await asyncio.sleep(61.0)
-        assert endpoint.closed
-        assert counters.snapshot().connections == 0
-        assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
-        assert counters.snapshot().stuck_sends == 1
+    with serving(close_ends_sends=False) as served:
+        if delivered is not None:
+            served.end(delivered=delivered)
+        served.advance(3600.0)
+        assert served.endpoint.is_closed
+        assert served.counts.connections == 0
+        assert served.state() is SlotState.READING, "UCX may still read from the slot"
+        assert served.counts.stuck_sends == 1
         assert "send_stuck" in [event["event"] for event in log_events]
-        endpoint.large_sends[0].end()
-        await asyncio.sleep(1.0)
-        assert ring.slot_state(ref.slot) is SlotState.READY
+        served.endpoint.large_sends[0].completed = True
+        served.advance(1.0)
+        assert served.state() is (SlotState.FREE if delivered else SlotState.READY)
 
 
-async def test_an_acknowledged_payload_whose_send_never_ends_frees_its_connection_and_in_the_end_its_slot() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=False)
-    async with serving(endpoint) as (ring, ref, counters):
-        endpoint.hear(encode_request(ack_of(ref)))
-        await asyncio.sleep(3600.0)
-        assert (endpoint.closed, counters.snapshot().connections, counters.snapshot().stuck_sends) == (True, 0, 1)
-        assert ring.slot_state(ref.slot) is SlotState.READING, "UCX may still read from the slot"
-        endpoint.large_sends[0].end()
-        await asyncio.sleep(1.0)
-        assert ring.slot_state(ref.slot) is SlotState.FREE, "it was delivered: nobody else may get it"
-
-
-async def test_a_peer_that_reads_no_reply_is_answered_once() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=True)
-    schema = bytes(2000)
-    async with serving(endpoint, schema_bytes=schema) as (ring, ref, _):
-        endpoint.large_sends[0].end()
-        endpoint.hear(encode_request(ack_of(ref)))
-        await settle()
-        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
-        await settle()
-        assert len(endpoint.large_sends) == 2
-        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
-        await settle()
-        assert len(endpoint.large_sends) == 2, "the reply before has not left"
-        endpoint.large_sends[1].end()
-        await settle()
-        assert len(endpoint.large_sends) == 3
-        endpoint.hear(encode_request(Describe(ring_id=ring.ring_id)))
-        await asyncio.sleep(3600.0)
-        assert endpoint.closed, "and not for ever"
+def test_a_peer_that_reads_no_large_answer_is_not_heard_until_it_does() -> None:
+    schema = bytes(300_000)
+    with serving(schema_bytes=schema) as served:
+        served.endpoint.large_sends[0].end()
+        served.end()
+        for attempt in range(3, 8):
+            if len(served.endpoint.large_sends) < 3:
+                served.hear(Kind.DESCRIBE, attempt=attempt, ring_id=served.ring.ring_id)
+        served.hear(Kind.DESCRIBE, attempt=8, ring_id=served.ring.ring_id)
+        assert len(served.endpoint.large_sends) == 3, "two answers are on their way: enough"
+        served.endpoint.large_sends[1].end()
+        served.settle()
+        assert len(served.endpoint.large_sends) == 4
+        served.advance(3600.0)
+        assert served.endpoint.is_closed, "and not for ever"
 
 
 @pytest.mark.may_leave("descriptors", reason="a send that never ends keeps its slot for the life of the process")
-async def test_a_stopping_port_waits_for_nothing_that_never_ends() -> None:
-    endpoint = StuckEndpoint(close_ends_sends=False)
-    async with serving(endpoint) as (ring, ref, _):
-        assert ring.slot_state(ref.slot) is SlotState.READING
-    assert endpoint.closed
+def test_a_stopping_port_waits_for_nothing_that_never_ends() -> None:
+    with serving(close_ends_sends=False) as served:
+        assert served.state() is SlotState.READING
+    assert served.endpoint.is_closed
+
+
+@pytest.mark.parametrize("delivered", [True, False])
+def test_an_attempt_whose_end_the_ring_s_lock_holds_up_ends_later(*, delivered: bool) -> None:
+    with serving() as served:
+        served.endpoint.large_sends[0].end()
+        served.locked.is_locked = True
+        served.end(delivered=delivered)
+        served.advance(1.0)
+        assert served.state() is SlotState.READING
+        assert not served.endpoint.is_closed
+        served.locked.is_locked = False
+        served.advance(1.0)
+        assert served.state() is (SlotState.FREE if delivered else SlotState.READY)
+        assert served.ring.statistics().late_finalise == 0
+
+
+def test_a_lock_that_is_not_to_be_had_is_waited_for_once_a_turn() -> None:
+    with serving() as served:
+        served.endpoint.large_sends[0].end()
+        served.end()
+        served.locked.is_locked = True
+        names = tuple((0, 0, 1, attempt, 100) for attempt in range(3, 43))
+        served.hear(Kind.FETCH, ring_id=served.ring.ring_id, names=names)
+        assert served.locked.waits == 1
+        assert served.counts.busy == 40
+
+
+def test_a_sweep_waits_for_the_lock_once_and_shows_before_that_the_loop_turns() -> None:
+    beats: list[int] = []
+
+    def look() -> None:
+        beats.append(served.counters.beat_ns)
+        served.counters.beat(0)
+
+    with serving() as served:
+        served.endpoint.large_sends[0].end()
+        served.locked.is_locked = True
+        served.end()
+        served.locked.on_wait = look
+        served.counters.beat(0)
+        served.advance(RECLAIM_INTERVAL_S)
+        assert len(beats) == RECLAIM_INTERVAL_S / SWEEP_INTERVAL_S
+        assert all(beats), "two waits in a row would pass stall_timeout_s"
+        served.locked.is_locked = False

@@ -22,12 +22,16 @@ from ucxx_transport.sidecar.process import interpreter
 
 MINUTE = 60.0
 REPORTING = """
-import json, os, sys
+import json, os, select, sys
 def main(order, *, report_fd, stderr_fd, role):
     facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
     os.write(report_fd, json.dumps({"up": facts}).encode() + b"\\n")
     sys.stdin.read()
     return 0
+"""
+CHATTING = """
+    while not select.select([0], [], [], 0.05)[0]:
+        os.write(report_fd, b'{"chat": 1}\\n')
 """
 
 
@@ -58,6 +62,8 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
     (tmp_path / "back-ports").mkdir()
     (tmp_path / "back-ports" / "enum.py").write_text("raise ImportError('a back-port took the place of a module')")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "back-ports")])
+    seen = list(sys.path)
+    sys.path.append(tmp_path / "none, since it is no string")  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "warnoptions", ["error::UserWarning"])
     one = sidecar()
     one.start()
@@ -65,7 +71,7 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
         facts = one.wait_up(soon())
     finally:
         one.stop(soon())
-    assert facts["sys_path"] == sys.path
+    assert facts["sys_path"] == seen
     assert "error::UserWarning" in facts["warnings"]
 
 
@@ -91,6 +97,34 @@ def test_the_interpreter_is_the_one_that_multiprocessing_was_given(monkeypatch: 
                 interpreter()
             multiprocessing.set_executable("/opt/simulator/python.sh")
             assert interpreter() == "/opt/simulator/python.sh"
+
+
+def test_a_worker_that_is_no_interpreter_gets_a_config_error_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
+    monkeypatch.setattr(sys, "executable", "")
+    one = sidecar()
+    one.start()
+    with pytest.raises(ConfigError, match="no Python interpreter"):
+        one.wait_up(soon())
+    one.stop(soon())
+
+
+def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: Path) -> None:
+    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", CHATTING))
+    stalled = [True]
+    one = Sidecar(
+        "test",
+        restarts=Restarts(longest_s=0.0, healthy_after_s=0.0),
+        serve=dict,
+        is_stalled=lambda: bool(stalled and stalled.pop()),
+    )
+    one.start()
+    try:
+        one.wait_up(soon())
+        wait_until(lambda: one.status.restarts and one.status.pid, MINUTE, what="another one is up")
+    finally:
+        one.stop(soon())
+    assert one.status.restarts == 1
 
 
 def test_without_pidfd_a_death_is_noticed_all_the_same(

@@ -1,14 +1,17 @@
+"""The rounds of a batch, in virtual time: driven by a core's jobs and timers, and by an asynchronous client."""
+
 from __future__ import annotations
 
 import asyncio
 import gc
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import pytest
 
+from tests.support.rows import row
+from tests.unit.trainer.fake_core import FakeCore
 from ucxx_transport import (
     BusyError,
     ChecksumError,
@@ -21,12 +24,11 @@ from ucxx_transport import (
     StaleSlotError,
     TransportError,
 )
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, fetch_batch
-from ucxx_transport.trainer.batch import ROUND_PAUSE_S
-from ucxx_transport.trainer.loss_policy import discardable_of
-
-pytestmark = pytest.mark.anyio
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, ROUND_PAUSE_S, BatchFetch, FetchRequest, Records
+from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
 
 LOST = PeerLostError("gone")
 
@@ -36,101 +38,103 @@ def episode(number: int, **other: Any) -> EpisodeRecord:
     return EpisodeRecord(**{"worker_id": "w", "sequence": number, "ref": ref, **other})
 
 
-class Reader:
-    """Answers each slot with what its script says, try by try, and with the payload when that is at its end."""
+def begun(
+    core: FakeCore,
+    records: Records,
+    *,
+    deadline_s: float = 10,
+    policy_version: int | None = None,
+    on_payload: Any = None,
+    after_s: float = 0.0,
+    **limits: Any,
+) -> tuple[BatchFetch, list[Batch | Exception]]:
+    """A fetch, and where its outcome will be."""
+    outcomes: list[Batch | Exception] = []
+    bounds = {"max_fetch_rounds": DEFAULT_FETCH_ROUNDS, "max_staleness": None, **limits}
+    request = FetchRequest(records, policy_version, deadline_s=deadline_s, **bounds)
+    fetch = BatchFetch(cast("ClientCore", core), request, outcomes.append, on_payload)
+    fetch.start(after_s)
+    return fetch, outcomes
 
-    def __init__(self, script: dict[int, list[TransportError]] | None = None, *, takes_s: float = 0.0) -> None:
-        self._script = script or {}
-        self._takes_s = takes_s
-        self.asked: list[list[int]] = []
-        self.limits_s: list[float] = []
 
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
-        assert deadline_s is not None
-        self.asked.append([ref.slot for ref in refs])
-        self.limits_s.append(deadline_s)
-        await asyncio.sleep(min(self._takes_s, deadline_s))
-        return [self._answer(ref) for ref in refs]
-
-    def _answer(self, ref: SlotRef) -> Payload | TransportError:
-        errors = self._script.get(ref.slot)
-        return errors.pop(0) if errors else Payload(ref, np.zeros(1, np.uint8), None, "ucx")
+def fetched(core: FakeCore, records: Sequence[AskedFor], **settings: Any) -> Batch:
+    _, outcomes = begun(core, records, **settings)
+    core.run()
+    (batch,) = outcomes
+    assert isinstance(batch, Batch)
+    return batch
 
 
 def reasons(batch: Batch) -> dict[int, LossReason]:
     return {loss.index: loss.reason for loss in batch.losses}
 
 
-async def test_every_episode_is_fetched_and_keeps_its_place() -> None:
-    reader = Reader()
+def test_every_episode_is_fetched_and_keeps_its_place() -> None:
+    core = FakeCore()
     records = [episode(number) for number in (3, 1, 2)]
-    batch = await fetch_batch(reader, records, deadline_s=10)
+    batch = fetched(core, records)
     assert [payload.ref for payload in batch.payloads.values()] == [record.ref for record in records]
     assert (list(batch.payloads), batch.losses, batch.rounds) == ([0, 1, 2], (), 1)
     batch.release()
     assert all(payload.released for payload in batch.payloads.values())
 
 
-async def test_an_empty_batch_asks_nobody() -> None:
-    reader = Reader()
-    batch = await fetch_batch(reader, [], deadline_s=10)
-    assert (batch.payloads, batch.losses, batch.rounds, batch.retried, reader.asked) == ({}, (), 0, 0, [])
+def test_an_empty_batch_asks_nobody() -> None:
+    core = FakeCore()
+    batch = fetched(core, [])
+    assert (batch.payloads, batch.losses, batch.rounds, batch.retried, core.asked) == ({}, (), 0, 0, [])
 
 
-async def test_only_what_failed_retryably_is_asked_for_again() -> None:
-    reader = Reader({0: [LOST], 1: [StaleSlotError("stale")], 2: [BusyError("busy"), ChecksumError("torn")]})
-    batch = await fetch_batch(reader, [episode(number) for number in range(4)], deadline_s=10)
-    assert reader.asked == [[0, 1, 2, 3], [0, 2], [2]]
+def test_only_what_failed_retryably_is_asked_for_again() -> None:
+    core = FakeCore({0: [LOST], 1: [StaleSlotError("stale")], 2: [BusyError("busy"), ChecksumError("torn")]})
+    batch = fetched(core, [episode(number) for number in range(4)])
+    assert core.asked == [[0, 1, 2, 3], [0, 2], [2]]
     assert list(batch.payloads) == [0, 2, 3]
     assert (reasons(batch), batch.rounds, batch.retried) == ({1: LossReason.STALE}, 3, 3)
     assert batch.took_s == pytest.approx(2 * ROUND_PAUSE_S, abs=1e-3)
 
 
-async def test_what_fails_in_every_round_is_lost_with_its_last_error() -> None:
+def test_what_fails_in_every_round_is_lost_with_its_last_error() -> None:
     late = DeadlineExceededError("late")
-    reader = Reader({0: [LOST] * 9, 1: [LOST, LOST, late], 2: [ProtocolError("lying")]})
-    batch = await fetch_batch(reader, [episode(number) for number in range(4)], deadline_s=10)
+    core = FakeCore({0: [LOST] * 9, 1: [LOST, LOST, late], 2: [ProtocolError("lying")]})
+    batch = fetched(core, [episode(number) for number in range(4)])
     assert list(batch.payloads) == [3]
     assert reasons(batch) == {0: LossReason.UNREACHABLE, 1: LossReason.TIMEOUT, 2: LossReason.FAILED}
     assert [loss.error for loss in batch.losses[:2]] == [LOST, late]
-    assert len(reader.asked) == 3
+    assert len(core.asked) == 3
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
-async def test_rounds_are_counted(rounds: int) -> None:
-    reader = Reader({0: [LOST] * 9})
-    batch = await fetch_batch(reader, [episode(0)], deadline_s=10, max_fetch_rounds=rounds)
-    assert (len(reader.asked), batch.rounds) == (rounds, rounds)
+def test_rounds_are_counted(rounds: int) -> None:
+    core = FakeCore({0: [LOST] * 9})
+    batch = fetched(core, [episode(0)], deadline_s=10, max_fetch_rounds=rounds)
+    assert (len(core.asked), batch.rounds) == (rounds, rounds)
 
 
-async def test_a_round_takes_half_of_what_is_left_and_the_last_one_all_of_it() -> None:
-    reader = Reader({0: [LOST] * 9}, takes_s=1.0)
-    await fetch_batch(reader, [episode(0)], deadline_s=10)
+def test_a_round_takes_half_of_what_is_left_and_the_last_one_all_of_it() -> None:
+    core = FakeCore({0: [LOST] * 9}, takes_s=1.0)
+    fetched(core, [episode(0)])
     first = (10 - 1.0 - ROUND_PAUSE_S) / 2
     last = 10 - 2 * (1.0 + ROUND_PAUSE_S)
-    assert reader.limits_s == pytest.approx([5.0, first, last], abs=1e-3)
+    assert core.limits_s == pytest.approx([5.0, first, last], abs=1e-3)
 
 
-async def test_silence_costs_the_deadline_and_no_more() -> None:
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+def test_silence_costs_the_deadline_and_no_more() -> None:
     silent = DeadlineExceededError("silence")
-    reader = Reader({0: [silent] * 9}, takes_s=100.0)
-    batch = await fetch_batch(reader, [episode(0), episode(1)], deadline_s=4)
-    assert loop.time() - began <= 4 + 1e-3
+    core = FakeCore({0: [silent] * 9}, takes_s=100.0)
+    batch = fetched(core, [episode(0), episode(1)], deadline_s=4)
+    assert core.now_s - 1000 <= 4 + 1e-9
     assert (list(batch.payloads), reasons(batch)) == ([1], {0: LossReason.TIMEOUT})
 
 
-async def test_no_round_begins_when_there_is_no_time_for_it() -> None:
-    reader = Reader({0: [LOST] * 9}, takes_s=100.0)
-    batch = await fetch_batch(reader, [episode(0)], deadline_s=ROUND_PAUSE_S)
-    assert (len(reader.asked), reasons(batch)) == (1, {0: LossReason.UNREACHABLE})
+def test_no_round_begins_when_there_is_no_time_for_it() -> None:
+    core = FakeCore({0: [LOST] * 9}, takes_s=100.0)
+    batch = fetched(core, [episode(0)], deadline_s=ROUND_PAUSE_S)
+    assert (len(core.asked), reasons(batch)) == (1, {0: LossReason.UNREACHABLE})
 
 
-async def test_what_cannot_or_need_not_be_fetched_is_not_asked_for() -> None:
-    reader = Reader()
+def test_what_cannot_or_need_not_be_fetched_is_not_asked_for() -> None:
+    core = FakeCore()
     records = [
         episode(0, policy_version=7),
         episode(0, policy_version=7),
@@ -140,8 +144,8 @@ async def test_what_cannot_or_need_not_be_fetched_is_not_asked_for() -> None:
         episode(4, policy_version=8),
         EpisodeRecord(worker_id="w", sequence=9, dropped="RingFullError: full", policy_version=7),
     ]
-    batch = await fetch_batch(reader, records, deadline_s=10, policy_version=7, max_staleness=1)
-    assert reader.asked == [[0, 2, 4]]
+    batch = fetched(core, records, deadline_s=10, policy_version=7, max_staleness=1)
+    assert core.asked == [[0, 2, 4]]
     assert reasons(batch) == {
         1: LossReason.DUPLICATE,
         2: LossReason.TOO_OLD,
@@ -151,57 +155,105 @@ async def test_what_cannot_or_need_not_be_fetched_is_not_asked_for() -> None:
     assert sorted([*batch.payloads, *(loss.index for loss in batch.losses)]) == list(range(7))
 
 
-async def test_without_a_bound_no_age_is_too_old() -> None:
-    batch = await fetch_batch(Reader(), [episode(0, policy_version=-5), episode(1)], deadline_s=1, policy_version=9)
+def test_without_a_bound_no_age_is_too_old() -> None:
+    batch = fetched(FakeCore(), [episode(0, policy_version=-5), episode(1)], deadline_s=1, policy_version=9)
     assert list(batch.payloads) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
+def test_a_wrong_argument_is_named() -> None:
+    for settings, field in (
         ({"deadline_s": 0}, "deadline_s"),
         ({"deadline_s": float("nan")}, "deadline_s"),
         ({"max_fetch_rounds": 0}, "max_fetch_rounds"),
         ({"max_staleness": 1}, "policy_version"),
         ({"max_staleness": -1, "policy_version": 1}, "max_staleness"),
-    ],
-)
-async def test_a_wrong_argument_is_named(settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        await fetch_batch(Reader(), [], **{"deadline_s": 1, **settings})
-    assert caught.value.facts["field"] == field
+    ):
+        with row(**settings), pytest.raises(ConfigError) as caught:
+            begun(FakeCore(), [], **settings)
+        assert caught.value.facts["field"] == field
 
 
-async def test_a_cancelled_fetch_leaves_no_payload_behind() -> None:
-    memory: list[weakref.ref[Any]] = []
-
-    class Noting(Reader):
-        async def read_many(
-            self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-        ) -> list[Payload | TransportError]:
-            outcomes = await super().read_many(refs, deadline_s=deadline_s)
-            memory.extend(weakref.ref(found.arrays["data"]) for found in outcomes if isinstance(found, Payload))
-            return outcomes
-
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(ROUND_PAUSE_S / 2):
-            await fetch_batch(Noting({0: [LOST] * 9}), [episode(0), episode(1)], deadline_s=10)
-    gc.collect()
-    assert [reference() for reference in memory] == [None]
+def test_rounds_of_several_batches_go_on_side_by_side() -> None:
+    core = FakeCore({0: [LOST]}, takes_s=1.0)
+    outcomes = [begun(core, [episode(number)])[1] for number in (0, 1)]
+    core.run(1.5)
+    assert [len(outcome) for outcome in outcomes] == [0, 1]
+    core.run()
+    assert [batch.rounds for (batch,) in outcomes if isinstance(batch, Batch)] == [2, 1]
+    assert core.began_s == pytest.approx([1000, 1000, 1001 + ROUND_PAUSE_S])
 
 
-async def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_is_stale() -> None:
+def test_a_fetch_that_begins_later_has_its_whole_deadline() -> None:
+    core = FakeCore()
+    _, outcomes = begun(core, [episode(0)], deadline_s=4, max_fetch_rounds=1, after_s=3)
+    assert core.asked == []
+    core.run()
+    assert (core.began_s, core.limits_s, len(outcomes)) == ([1003.0], [4.0], 1)
+
+
+def test_an_abandoned_fetch_leaves_no_payload_behind_wherever_it_was() -> None:
+    for where, until_s in (("before the first round", 0.0), ("between two", 2 + ROUND_PAUSE_S / 2), ("in one", 2.5)):
+        with row(where=where):
+            core = FakeCore({0: [LOST] * 9}, takes_s=2.0)
+            fetch, outcomes = begun(core, [episode(0), episode(1)])
+            core.run(until_s)
+            fetch.abandon()
+            fetch.abandon()
+            assert len(core.abandoned) == (where != "between two")
+            jobs = len(core.asked)
+            core.run()
+            assert (outcomes, len(core.asked)) == ([], jobs)
+            assert all(payload.released for payload in core.delivered)
+    core = FakeCore()
+    fetch, outcomes = begun(core, [episode(0)], after_s=1)
+    fetch.abandon()
+    core.run()
+    assert (core.asked, outcomes) == ([], [])
+
+
+def test_what_a_fetch_meets_beside_errors_of_episodes_ends_it_and_releases_what_came() -> None:
+    core = FakeCore({0: [LOST]})
+    _, outcomes = begun(core, [episode(0), episode(1)])
+    core.raises = ZeroDivisionError("at the second round")
+    core.run()
+    assert outcomes == [core.raises]
+    assert [payload.released for payload in core.delivered] == [True]
+
+    def records() -> list[EpisodeRecord]:
+        raise ZeroDivisionError("no records")
+
+    _, outcomes = begun(core, records)
+    assert str(outcomes[0]) == "no records"
+
+
+def test_what_takes_payloads_may_refuse_one_and_breaks_the_batch_with_anything_else() -> None:
+    def taken(payload: Payload) -> Payload:
+        if payload.ref.slot in refused:
+            payload.release()
+            raise refused[payload.ref.slot]
+        return Payload(payload.ref, payload.arrays["data"], None, "copy")
+
+    refused: dict[int, Exception] = {1: ConfigError("no room")}
+    batch = fetched(FakeCore(), [episode(number) for number in range(3)], on_payload=taken)
+    assert [payload.transport for payload in batch.payloads.values()] == ["copy"] * 2
+    assert [(loss.index, loss.reason, loss.error) for loss in batch.losses] == [(1, LossReason.FAILED, refused[1])]
+    refused[2] = ZeroDivisionError()
+    _, outcomes = begun(FakeCore(), [episode(number) for number in range(3)], on_payload=taken)
+    assert outcomes == [refused[2]]
+
+
+def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_is_stale() -> None:
     errors: dict[int, list[TransportError]] = {
         0: [StaleSlotError("had it", delivered=1)],
         1: [StaleSlotError("had a newer one of its slot", delivered=2)],
     }
-    batch = await fetch_batch(Reader(errors), [episode(0), episode(1)], deadline_s=10)
+    batch = fetched(FakeCore(errors), [episode(0), episode(1)])
     assert reasons(batch) == {0: LossReason.DUPLICATE, 1: LossReason.STALE}
     assert batch.rounds == 1
 
 
-async def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
-    reader = Reader(
+def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
+    core = FakeCore(
         {
             1: [LOST] * 9,
             2: [DeadlineExceededError("late")] * 9,
@@ -215,7 +267,47 @@ async def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
         EpisodeRecord(worker_id="w", sequence=3, dropped="why"),
         ProtocolError("what?"),
     ]
-    batch = await fetch_batch(reader, records, deadline_s=10, policy_version=9, max_staleness=1)
+    batch = fetched(core, records, deadline_s=10, policy_version=9, max_staleness=1)
     assert list(batch.payloads) == [5]
     assert [ref.slot for ref in discardable_of(batch.losses)] == [0, 1, 2, 3]
     assert [ref.slot for ref in discardable_of(batch.losses, discard_lost=False)] == [0]
+
+
+class Reader:
+    """An asynchronous client on a core's script."""
+
+    def __init__(self, script: dict[int, list[TransportError]]) -> None:
+        self.core = FakeCore(script)
+        self.memory: list[weakref.ref[Any]] = []
+
+    async def read_many(
+        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
+    ) -> list[Payload | TransportError]:
+        assert deadline_s is not None
+        job = self.core.begin(refs, deadline_s, on_done=lambda _: None)
+        outcomes = [outcome for outcome in job.outcomes if outcome is not None]
+        self.memory.extend(weakref.ref(found.arrays["data"]) for found in outcomes if isinstance(found, Payload))
+        self.core.delivered.clear()
+        return outcomes
+
+
+@pytest.mark.anyio
+async def test_an_asynchronous_client_is_asked_round_by_round_too() -> None:
+    reader = Reader({0: [LOST], 1: [StaleSlotError("stale")]})
+    batch = await fetch_batch(reader, [episode(number) for number in range(3)], deadline_s=10)
+    assert reader.core.asked == [[0, 1, 2], [0]]
+    assert (list(batch.payloads), reasons(batch)) == ([0, 2], {1: LossReason.STALE})
+    assert batch.took_s == pytest.approx(ROUND_PAUSE_S, abs=1e-3)
+    assert reader.core.limits_s == pytest.approx([5.0, (10 - ROUND_PAUSE_S) / 2], abs=1e-3)
+    with pytest.raises(ConfigError, match="deadline_s"):
+        await fetch_batch(reader, [], deadline_s=0)
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_fetch_leaves_no_payload_behind() -> None:
+    reader = Reader({0: [LOST] * 9})
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(ROUND_PAUSE_S / 2):
+            await fetch_batch(reader, [episode(0), episode(1)], deadline_s=10)
+    gc.collect()
+    assert [reference() for reference in reader.memory] == [None]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -135,3 +136,17 @@ def test_wrong_arguments_are_refused() -> None:
         EpisodeStream([], ahead=0)
     with pytest.raises(ConfigError, match="device"):
         EpisodeStream([], device="tpu")
+
+
+def test_a_forked_child_is_refused_at_once(worker: LocalWorker) -> None:
+    with EpisodeStream(worker.play(3), LOCAL, ahead=1) as stream:
+        assert next(stream).record.sequence == 0
+        child = os.fork()
+        if child == 0:
+            try:
+                next(stream)
+            except ConfigError as error:
+                os._exit(3 if "forked" in error.message else 4)
+            os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert [episode.record.sequence for episode in stream] == [1, 2]

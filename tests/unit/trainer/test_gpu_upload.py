@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +15,7 @@ import pytest
 from tests.support.fake_gpu import POISON, FakeGpu, FakeReceiver
 from tests.support.local_worker import LocalWorker
 from tests.support.waiting import wait_until
+from tests.unit.trainer.fake_core import FakeCore
 from ucxx_transport import (
     ClientConfig,
     ConfigError,
@@ -27,10 +30,9 @@ from ucxx_transport import (
 )
 from ucxx_transport.client import Payload
 from ucxx_transport.gpu import PageLockError, Upload
-from ucxx_transport.gpu.runtime import Bytes
+from ucxx_transport.gpu.page_lock import Bytes
 from ucxx_transport.trainer import EpisodeStream, Prefetcher, RolloutFeed
-from ucxx_transport.trainer.gpu_upload import DevicePayload, DeviceUploader
-from ucxx_transport.trainer.unpacking import map_leaves, unpacker_for
+from ucxx_transport.trainer.unpacking import DevicePayload, DeviceUploader, map_leaves
 
 SCHEMA = Schema(
     [
@@ -66,6 +68,36 @@ def ring() -> Iterator[SharedRingBuffer]:
         yield ring
 
 
+BUFFERS = 8192
+"""Bytes: receive buffers can be page-locked, and no ring."""
+
+
+def by_buffers() -> FakeGpu:
+    gpu = FakeGpu()
+    gpu.lockable = BUFFERS
+    return gpu
+
+
+@contextmanager
+def feed_in_place(gpu: FakeGpu, ring: SharedRingBuffer) -> Iterator[RolloutFeed]:
+    """A feed that has this ring page-locked by now."""
+
+    def is_read_in_place() -> bool:
+        feed.resolve(ring.write(episode(0)))
+        gpu.finish()
+        return "view" in feed.client_statistics().ways
+
+    with RolloutFeed(device=FakeReceiver(gpu)) as feed:
+        wait_until(is_read_in_place, what="the ring is page-locked")
+        wait_until(lambda: ring.slot_states() == [SlotState.FREE] * 32, what="its slots are free")
+        gpu.log.clear()
+        yield feed
+
+
+def reading(ring: SharedRingBuffer) -> int:
+    return ring.slot_states().count(SlotState.READING)
+
+
 def uploads(gpu: FakeGpu) -> list[str]:
     return [entry for entry in gpu.log if entry.startswith("upload")]
 
@@ -73,7 +105,7 @@ def uploads(gpu: FakeGpu) -> list[str]:
 def test_a_batch_is_on_its_way_to_the_device_before_anybody_asks_for_it_by_one_copy_a_payload(
     ring: SharedRingBuffer,
 ) -> None:
-    gpu = FakeGpu()
+    gpu = by_buffers()
     with RolloutFeed(device=FakeReceiver(gpu)) as feed:
         refs = [ring.write(episode(number)) for number in range(3)]
         feed.start(refs)
@@ -159,14 +191,16 @@ def test_a_stream_of_episodes_lands_too(ring: SharedRingBuffer) -> None:
 
 
 def test_a_receive_buffer_is_used_again_only_when_its_copy_has_ended(ring: SharedRingBuffer) -> None:
-    gpu = FakeGpu()
+    gpu = by_buffers()
     with RolloutFeed(device=FakeReceiver(gpu)) as feed:
         first, second = (feed.resolve(ring.write(episode(number))) for number in (3, 4))
         assert feed.client_statistics().lent_buffers == 2
         gpu.finish()
         assert (same(seen(first), episode(3)), same(seen(second), episode(4))) == (True, True)
+        wait_until(
+            lambda: feed.client_statistics().lent_buffers == 0, what="both have come back, without a further read"
+        )
         third = feed.resolve(ring.write(episode(5)))
-        assert feed.client_statistics().lent_buffers == 1
         gpu.finish()
         assert same(seen(third), episode(5))
         buffers = [entry for entry in gpu.log if entry.startswith("register")]
@@ -174,7 +208,7 @@ def test_a_receive_buffer_is_used_again_only_when_its_copy_has_ended(ring: Share
 
 
 def test_buffers_are_locked_once_each_and_unlocked_while_their_memory_is_there(ring: SharedRingBuffer) -> None:
-    gpu = FakeGpu()
+    gpu = by_buffers()
     with RolloutFeed(device=FakeReceiver(gpu)) as feed:
         for turn in range(6):
             feed.resolve(ring.write(episode(turn)))
@@ -223,26 +257,11 @@ def _released(ring: SharedRingBuffer) -> Payload:
     with SyncUCXXClient(ClientConfig(local="copy")) as client:
         payload = client.read(ring.write(episode(1)))
         gpu.registered[0] = 1 << 62  # of a client that knows nothing of GPUs
-        uploaded = uploader.upload(payload)
+        uploaded = uploader.upload(payload, FakeCore().reactor)
     assert payload.released
     uploaded.release()
     uploader.close()
     return uploaded
-
-
-def test_a_payload_of_any_client_lands_when_it_is_unpacked(ring: SharedRingBuffer) -> None:
-    gpu = FakeGpu()
-    unpack = unpacker_for(FakeReceiver(gpu))
-    gpu.registered[0] = 1 << 62  # of a client that knows nothing of GPUs
-    with SyncUCXXClient() as client:
-        payload = client.read(ring.write(episode(5)))
-        tree = unpack(payload)
-        assert payload.released
-        assert ring.slot_states().count(SlotState.READING) == 1  # the copy is still to be made
-        gpu.finish()
-        assert same(seen(tree), episode(5))
-        unpack(client.read(ring.write(episode(6))))
-        assert ring.slot_states().count(SlotState.READING) == 1  # the other one's
 
 
 def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> None:
@@ -252,13 +271,13 @@ def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> Non
     with SyncUCXXClient() as client:
         payload = client.read(ring.write(episode(5)))
         with pytest.raises(ConfigError, match="closed"):
-            uploader.upload(payload)
+            uploader.upload(payload, FakeCore().reactor)
         assert payload.released
     assert uploads(gpu) == []
 
 
 def test_a_landed_payload_has_no_bytes_on_the_host(ring: SharedRingBuffer) -> None:
-    gpu = FakeGpu()
+    gpu = by_buffers()
     with Prefetcher(uploader=DeviceUploader(FakeReceiver(gpu))) as prefetcher:
         ref = ring.write(episode(4))
         batch = prefetcher.fetch([_record(ref)])
@@ -278,8 +297,80 @@ def test_nothing_of_the_device_is_seen_before_its_turn(ring: SharedRingBuffer) -
         assert set(seen(tree)["obs"].tobytes()) == {POISON}
 
 
-def test_rings_of_this_host_cannot_be_read_in_place_for_a_device() -> None:
-    with pytest.raises(ConfigError, match=r"local='view'.*page-locked.*'auto'") as caught:
+def test_episodes_of_this_host_go_straight_from_their_slots_which_are_held_until_the_copies_have_ended(
+    ring: SharedRingBuffer,
+) -> None:
+    gpu = FakeGpu()
+    with feed_in_place(gpu, ring) as feed:
+        refs = [ring.write(episode(number)) for number in range(3)]
+        feed.start(refs)
+        wait_until(lambda: feed.is_ready)
+        assert gpu.log == [f"upload {ref.nbytes}" for ref in refs]
+        feed.collect()
+        trees = [feed.resolve(ref) for ref in refs]
+        feed.release()
+        assert reading(ring) == 3
+        gpu.finish()
+        wait_until(lambda: reading(ring) == 0, what="the slots are released, by nobody's further call")
+        assert [same(seen(tree), episode(number)) for number, tree in enumerate(trees)] == [True] * 3
+        assert feed.client_statistics().lent_buffers == 0
+    assert gpu.registered == {}
+    assert not any(entry.endswith("unmapped") for entry in gpu.log)
+
+
+def test_reads_go_on_by_buffers_while_a_ring_is_being_page_locked(ring: SharedRingBuffer) -> None:
+    def hold(nbytes: int) -> None:
+        if nbytes > BUFFERS:
+            goes_on.wait()
+
+    goes_on = threading.Event()
+    gpu = FakeGpu()
+    gpu.on_register = hold
+    with RolloutFeed(device=FakeReceiver(gpu)) as feed:
+        trees = [feed.resolve(ring.write(episode(number))) for number in range(4)]
+        assert feed.client_statistics().ways["copy"].reads == 4
+        assert reading(ring) == 0
+        gpu.finish()
+        assert [same(seen(tree), episode(number)) for number, tree in enumerate(trees)] == [True] * 4
+        goes_on.set()
+    assert gpu.registered == {}
+
+
+def test_a_ring_that_cannot_be_page_locked_is_read_by_buffers_said_once_and_counted(
+    ring: SharedRingBuffer, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    gpu = by_buffers()
+    with RolloutFeed(device=FakeReceiver(gpu)) as feed:
+        for number in range(3):
+            tree = feed.resolve(ring.write(episode(number)))
+            gpu.finish()
+            assert same(seen(tree), episode(number))
+            wait_until(lambda: feed.statistics().unlocked_rings == 1)
+        assert feed.client_statistics().ways["copy"].reads == 3
+    said = [event for event in log_events if event["event"] == "ring_not_page_locked"]
+    assert [event["ring"] for event in said] == [ring.name]
+
+
+def test_closing_waits_for_copies_from_slots_and_unlocks_the_ring_while_it_is_mapped(ring: SharedRingBuffer) -> None:
+    gpu = FakeGpu()
+    with feed_in_place(gpu, ring) as feed:
+        tree = feed.resolve(ring.write(episode(5)))
+        assert reading(ring) == 1
+    assert "wait upload" in gpu.log
+    assert same(seen(tree), episode(5))
+    assert reading(ring) == 0
+    assert gpu.registered == {}
+    assert not any(entry.endswith("unmapped") for entry in gpu.log)
+
+
+def test_a_ring_is_page_locked_by_every_client_that_reads_from_it(ring: SharedRingBuffer) -> None:
+    first, second = FakeGpu(), FakeGpu()
+    with feed_in_place(first, ring), feed_in_place(second, ring):
+        assert [ring.mapping.nbytes in gpu.registered.values() for gpu in (first, second)] == [True] * 2
+
+
+def test_for_a_device_a_client_chooses_by_itself_where_it_reads_in_place() -> None:
+    with pytest.raises(ConfigError, match=r"local='view'.*'auto'") as caught:
         RolloutFeed(ClientConfig(local="view"), device=FakeReceiver(FakeGpu()))
     assert caught.value.facts["field"] == "local"
 
@@ -308,7 +399,7 @@ def test_a_device_without_room_costs_the_episode_and_its_buffer_comes_back(ring:
             raise ConfigError("no memory for it", field="device", nbytes=source.nbytes)
 
     losses: list[Any] = []
-    with RolloutFeed(device=Full(FakeGpu()), on_loss=losses.append) as feed:
+    with RolloutFeed(device=Full(by_buffers()), on_loss=losses.append) as feed:
         assert feed.resolve(ring.write(episode(1))) is None
         assert [(loss.reason.value, str(loss.error)[:16]) for loss in losses] == [("failed", "no memory for it")]
         assert feed.client_statistics().lent_buffers == 0
@@ -321,7 +412,7 @@ def test_bytes_that_are_no_payload_of_the_schema_are_not_copied() -> None:
         uploader = DeviceUploader(FakeReceiver(gpu))
         claimed = Payload(read.ref, np.frombuffer(read.buffer, np.uint8), SCHEMA, read.transport)
         with pytest.raises(ProtocolError, match="'obs' claims"):
-            uploader.upload(claimed)
+            uploader.upload(claimed, FakeCore().reactor)
         assert claimed.released
         assert uploads(gpu) == []
         read.release()

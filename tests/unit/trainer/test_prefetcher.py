@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, ProtocolError, RingConfig, SharedRingBuffer, SlotState
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer import Batch, Loss, LossReason, Prefetcher
+from ucxx_transport.trainer import Batch, Loss, LossReason, PendingBatch, Prefetcher
 
 LOCAL = ClientConfig(local="view")
+
+PLACES = strategies.integers(0, 7)
 
 
 def sequences(batch: Batch) -> list[int]:
@@ -22,43 +27,33 @@ def sequences(batch: Batch) -> list[int]:
 
 def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
-        cold = [prefetcher.is_cold_start]
-        prefetcher.start(worker.play(3))
-        cold.append(prefetcher.is_cold_start)
-        assert cold == [True, False]
-        assert prefetcher.wait()
-        ready = [prefetcher.is_ready]
-        first = prefetcher.collect()
-        ready.append(prefetcher.is_ready)
-        assert ready == [True, False]
-        assert prefetcher.batch is first
-        prefetcher.start(worker.play(2))
-        assert prefetcher.wait()
-        assert prefetcher.wait()
-        assert sequences(first) == [0, 1, 2]
-        second = prefetcher.collect()
-        assert all(payload.released for payload in first.payloads.values())
-        assert sequences(second) == [3, 4]
+        pending = prefetcher.begin(worker.play(3))
+        for count, expected in ((2, [0, 1, 2]), (1, [3, 4])):
+            assert pending.wait()
+            assert pending.is_ready
+            batch = pending.result()
+            pending = prefetcher.begin(worker.play(count))
+            assert sequences(batch) == expected
+            batch.release()
+        pending.result().release()
         found = prefetcher.statistics()
-        assert (found.batches, found.episodes, found.nbytes, found.losses, found.given_up) == (2, 5, 40, {}, 0)
+        assert (found.batches, found.episodes, found.nbytes, found.losses, found.given_up) == (3, 6, 48, {}, 0)
         assert found.retried == 0
         assert found.fetch_s > 0
         client = prefetcher.client_statistics()
-        assert (client.reads, client.ways["view"].reads, client.ways["view"].nbytes) == (5, 5, 40)
-    assert prefetcher.client_statistics().reads == 5
+        assert (client.reads, client.ways["view"].reads, client.ways["view"].nbytes) == (6, 6, 48)
+    assert prefetcher.client_statistics().reads == 6
     assert worker.ring.slot_states() == [SlotState.FREE] * 32
 
 
-def test_what_is_deferred_is_on_its_way_once_the_batch_before_it_is_collected(worker: LocalWorker) -> None:
+def test_what_is_prepared_is_fetched_once_it_is_begun(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
-        for count in (1, 2, 3):
-            prefetcher.defer(worker.play(count))
-        found = []
-        for _ in range(3):
-            assert prefetcher.wait()
-            found.append(sequences(prefetcher.collect()))
-        assert found == [[0], [1, 2], [3, 4, 5]]
-        assert prefetcher.is_cold_start
+        later, now = prefetcher.prepare(worker.play(1)), prefetcher.begin(worker.play(1))
+        assert sequences(now.result()) == [1]
+        assert prefetcher.client_statistics().reads == 1
+        assert not later.is_ready
+        later.begin(after_s=1e-3)
+        assert sequences(later.result()) == [0]
 
 
 def test_episodes_may_be_given_by_a_call_that_the_background_thread_makes_once(worker: LocalWorker) -> None:
@@ -69,13 +64,8 @@ def test_episodes_may_be_given_by_a_call_that_the_background_thread_makes_once(w
         return worker.play(2)
 
     with Prefetcher(LOCAL) as prefetcher:
-        for _ in range(3):  # the later ones are started by a trainer that had its batch in time
-            prefetcher.start(given)
-            wait_until(lambda: prefetcher.is_ready)
-            assert prefetcher.wait()
-            prefetcher.collect()
-        assert prefetcher.statistics().episodes == 6
-    assert len(threads) == 3
+        assert len(prefetcher.fetch(given).payloads) == 2
+    assert len(threads) == 1
     assert threading.get_ident() not in threads
 
 
@@ -84,10 +74,10 @@ def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL, max_staleness=1, on_loss=losses.append) as prefetcher:
         old, new = worker.play(1, policy_version=1), worker.play(2, policy_version=5)
         records = [*old, *new, new[0], EpisodeRecord(worker_id="w", sequence=9, dropped="why")]
-        prefetcher.start(records, policy_version=5)
-        assert prefetcher.wait()
+        pending = prefetcher.begin(records, policy_version=5)
+        assert pending.wait()
         assert losses == []
-        assert sequences(prefetcher.collect()) == [1, 2]
+        assert sequences(pending.result()) == [1, 2]
         assert [(loss.index, loss.reason) for loss in losses] == [
             (0, LossReason.TOO_OLD),
             (3, LossReason.DUPLICATE),
@@ -101,12 +91,14 @@ def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(w
     with Prefetcher(
         ClientConfig(local="auto"), deadline_s=600, on_loss=losses.append, link_factory=silence
     ) as prefetcher:
-        prefetcher.start([*worker.play_far_away(2), *worker.play(1)])
-        prefetcher.defer(worker.play(1))
-        assert not prefetcher.wait(0.05)
+        late = prefetcher.begin([*worker.play_far_away(2), *worker.play(1)])
+        assert not late.wait(0.05)
         assert [(loss.index, loss.reason) for loss in losses] == [(index, LossReason.TIMEOUT) for index in range(3)]
-        assert prefetcher.wait()
-        assert sequences(prefetcher.collect()) == [3]
+        for call in (late.wait, late.result):
+            with pytest.raises(ConfigError, match="cancelled"):
+                call()
+        late.cancel()  # counted once
+        assert sequences(prefetcher.fetch(worker.play(1))) == [3]
         found = prefetcher.statistics()
         assert (found.given_up, found.losses, found.batches) == (1, {"timeout": 3}, 1)
     # what was far away was never read; what had been read of the batch that was given up came back
@@ -126,7 +118,6 @@ def test_an_episode_that_is_given_up_makes_room_unless_it_is_another_trainer_s(
             assert int.from_bytes(payload.buffer, "little") == good.sequence
         assert prefetcher.statistics().losses == {"unreachable": 1}
         assert prefetcher.statistics().retried == 2
-        prefetcher.start([])
         wait_until(lambda: ring.slot_state(slot) is left, what="it is discarded, or left")
         assert prefetcher.client_statistics().discarded == int(discard_lost)
 
@@ -138,33 +129,29 @@ def test_a_wrong_argument_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="max_staleness"):
         Prefetcher(LOCAL, max_staleness=-1)
     with Prefetcher(LOCAL, max_staleness=1) as prefetcher:
-        for call in (prefetcher.start, prefetcher.defer, prefetcher.fetch):
+        for call in (prefetcher.prepare, prefetcher.begin, prefetcher.fetch):
             with pytest.raises(ConfigError, match="policy_version"):
                 call([])
-        assert prefetcher.is_cold_start
 
 
-def test_what_ends_a_fetch_is_raised_to_who_collects_and_the_next_batch_is_fine(worker: LocalWorker) -> None:
-    def broken() -> NoReturn:
+def test_what_ends_a_fetch_is_raised_to_who_takes_it_and_the_next_batch_is_fine(worker: LocalWorker) -> None:
+    def broken(_: object) -> NoReturn:
         raise ZeroDivisionError
 
     with Prefetcher(link_factory=broken) as prefetcher:
-        prefetcher.start(worker.play_far_away(1))
-        assert prefetcher.wait()
-        with pytest.raises(ExceptionGroup) as caught:
-            prefetcher.collect()
-        assert caught.group_contains(ZeroDivisionError)
-        prefetcher.start(worker.play(1))
-        assert prefetcher.wait()
-        assert sequences(prefetcher.collect()) == [1]
+        pending = prefetcher.begin(worker.play_far_away(1))
+        assert pending.wait()
+        with pytest.raises(ZeroDivisionError):
+            pending.result()
+        assert sequences(prefetcher.fetch(worker.play(1))) == [1]
 
 
 def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     with Prefetcher(deadline_s=600, on_loss=losses.append, link_factory=silence) as prefetcher:
         (away,) = worker.play_far_away(1)
-        prefetcher.start([EpisodeRecord(worker_id="w", sequence=9, dropped="why"), away, away, ProtocolError("what?")])
-        assert not prefetcher.wait(0.05)
+        dropped = EpisodeRecord(worker_id="w", sequence=9, dropped="why")
+        assert not prefetcher.begin([dropped, away, away, ProtocolError("what?")]).wait(0.05)
     assert [(loss.index, loss.reason) for loss in losses] == [
         (0, LossReason.DROPPED),
         (1, LossReason.TIMEOUT),
@@ -174,61 +161,144 @@ def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: Lo
     assert [loss.record is None for loss in losses] == [False, False, False, True]
 
 
-def test_a_batch_may_be_fetched_beside_the_one_on_its_way(worker: LocalWorker) -> None:
+def test_batches_are_fetched_side_by_side(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
-        prefetcher.start(worker.play(1))
-        batch = prefetcher.fetch(worker.play(1))
-        assert sequences(batch) == [1]
-        batch.release()
-        assert prefetcher.wait()
-        assert sequences(prefetcher.collect()) == [0]
-
-
-def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
-    with Prefetcher(LOCAL) as prefetcher:
-        with pytest.raises(ConfigError, match="start_prefetch"):
-            prefetcher.wait()
-        with pytest.raises(ConfigError, match="start_prefetch"):
-            prefetcher.collect()
-        prefetcher.start(worker.play(1))
-        with pytest.raises(ConfigError, match="defer_prefetch"):
-            prefetcher.start(worker.play(1))
+        first = prefetcher.begin(worker.play(1))
+        assert sequences(prefetcher.fetch(worker.play(1))) == [1]
+        assert sequences(first.result()) == [0]
+        with pytest.raises(ConfigError, match="taken"):
+            first.result()
+        assert prefetcher.statistics().batches == 2
 
 
 def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged(
     worker: LocalWorker, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     prefetcher = Prefetcher(ClientConfig(local="auto"), deadline_s=600, link_factory=silence, max_staleness=1)
-    prefetcher.start(worker.play(1, policy_version=9), policy_version=9)
-    assert prefetcher.wait()
-    prefetcher.collect()
-    prefetcher.start([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
-    assert prefetcher.wait()
-    prefetcher.defer(worker.play(3, policy_version=9), policy_version=9)
+    prefetcher.fetch(worker.play(1, policy_version=9), policy_version=9).release()
+    come = prefetcher.begin([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
+    assert come.wait()
+    prefetcher.prepare(worker.play(3, policy_version=9), policy_version=9)
     beside = prefetcher.begin(worker.play_far_away(1), policy_version=9)
     beside.cancel()
+    beside.cancel()
+    prefetcher.begin(worker.play_far_away(1), policy_version=9)
     prefetcher.close()
-    assert prefetcher.statistics().losses == {"closed": 6, "too_old": 1}
-    assert ("episodes_not_taken", 6) in [(event["event"], event.get("episodes")) for event in log_events]
+    assert prefetcher.statistics().losses == {"closed": 7, "too_old": 1}
+    assert ("episodes_not_taken", 7) in [(event["event"], event.get("episodes")) for event in log_events]
+    assert SlotState.READING not in worker.ring.slot_states()
 
 
 def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
     prefetcher = Prefetcher(ClientConfig(local="off"), deadline_s=600, link_factory=silence)
-    prefetcher.start(worker.play_far_away(1))
-    told: list[str] = []
+    pending = prefetcher.begin(worker.play_far_away(1))
+    heard: list[str] = []
 
-    def wait() -> None:
+    def wait(call: Callable[[], object]) -> None:
         try:
-            prefetcher.wait()
+            call()
         except ConfigError as error:
-            told.append(error.message)
+            heard.append(error.message)
 
-    waiting = threading.Thread(target=wait)
-    waiting.start()
+    waiting = [threading.Thread(target=wait, args=(call,)) for call in (pending.wait, pending.result)]
+    for thread in waiting:
+        thread.start()
     prefetcher.close()
     prefetcher.close()
-    waiting.join()
-    assert told == ["the prefetcher is closed; make another"]
-    for call in (prefetcher.wait, prefetcher.collect, lambda: prefetcher.start([]), lambda: prefetcher.fetch([])):
+    for thread in waiting:
+        thread.join()
+    assert heard == ["the prefetcher is closed; make another"] * 2
+    for call in (pending.wait, pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([])):
         with pytest.raises(ConfigError, match="closed"):
             call()
+
+
+def test_a_forked_child_neither_uses_nor_ends_what_is_its_parent_s(worker: LocalWorker) -> None:
+    with Prefetcher(LOCAL) as prefetcher:
+        pending = prefetcher.begin(worker.play(1))
+        child = os.fork()
+        if child == 0:
+            calls = (pending.wait, pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([]))
+            refused = 0
+            for call in calls:
+                try:
+                    call()
+                except ConfigError as error:
+                    refused += "forked" in error.message
+            prefetcher.close()
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+        assert sequences(pending.result()) == [0]
+
+
+class Machine(RuleBasedStateMachine):
+    """Every episode asked for is taken once or lost with a reason; every slot comes back.
+
+    What is on its way comes when it does, so no rule has a precondition.
+    """
+
+    @initialize()
+    def begin_all(self) -> None:
+        self.ring = SharedRingBuffer.create(RingConfig(slots=256, slot_bytes=8, on_full="raise"))
+        self.worker = LocalWorker(self.ring)
+        self.lost: list[int] = []
+        self.taken: list[int] = []
+        self.pending: list[PendingBatch] = []
+        self.prefetcher = Prefetcher(LOCAL, on_loss=self.lose)
+
+    def lose(self, loss: Loss) -> None:
+        assert loss.record is not None
+        assert loss.reason is LossReason.TIMEOUT
+        self.lost.append(loss.record.sequence)
+
+    @rule()
+    def prepare(self) -> None:
+        self.pending.append(self.prefetcher.prepare(self.worker.play(1)))
+
+    @rule()
+    def begin(self) -> None:
+        self.pending.append(self.prefetcher.begin(self.worker.play(2)))
+
+    @rule(place=PLACES)
+    def give_up(self, place: int) -> None:
+        if self.pending:
+            pending = self.pending[place % len(self.pending)]
+            before = len(self.lost)
+            came = pending.wait(0)
+            assert came == (len(self.lost) == before)
+            if not came:
+                self.pending.remove(pending)
+
+    @rule(place=PLACES)
+    def take(self, place: int) -> None:
+        if self.pending:
+            pending = self.pending.pop(place % len(self.pending))
+            pending.begin()  # once more, or for the first time
+            batch = pending.result()
+            self.taken += sequences(batch)
+            batch.release()
+
+    @rule(place=PLACES)
+    def cancel(self, place: int) -> None:
+        if self.pending:
+            self.pending.pop(place % len(self.pending)).cancel()
+
+    @invariant()
+    def nothing_is_given_twice(self) -> None:
+        assert len(self.taken) == len(set(self.taken))
+        assert not set(self.taken) & set(self.lost)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "prefetcher"):
+            return
+        found = self.prefetcher.statistics()
+        self.prefetcher.close()
+        closed = self.prefetcher.statistics().losses.get("closed", 0)
+        asked = self.ring.statistics().written
+        assert asked == found.episodes + len(self.lost) + closed
+        wait_until(lambda: SlotState.READING not in self.ring.slot_states())
+        self.ring.close()
+
+
+TestPrefetcher = Machine.TestCase
+TestPrefetcher.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, SlotState
+from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Loss, LossReason, RolloutFeed
 
@@ -311,3 +314,87 @@ def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
     with pytest.raises(ConfigError, match="closed"):
         feed.resolve(record)
     assert feed.statistics().batches == 0
+
+
+class Machine(RuleBasedStateMachine):
+    """Every episode asked for is trained on once, in order, or lost with a reason; every slot comes back.
+
+    What is on its way comes when it does, so no rule has a precondition: what is out of turn is refused.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.ring = SharedRingBuffer.create(RingConfig(slots=256, slot_bytes=8, on_full="raise"))
+        self.worker = LocalWorker(self.ring)
+        self.lost: list[int] = []
+        self.collected: list[int] = []
+        self.asked: deque[list[EpisodeRecord]] = deque()
+        self.feed = RolloutFeed(LOCAL, on_loss=self.lose)
+
+    def lose(self, loss: Loss) -> None:
+        assert loss.record is not None
+        assert loss.reason is LossReason.TIMEOUT
+        self.lost.append(loss.record.sequence)
+
+    @rule()
+    def defer(self) -> None:
+        self.asked.append(self.worker.play(2))
+        self.feed.defer(self.asked[-1])
+
+    @rule()
+    def start(self) -> None:
+        if self.asked:
+            with pytest.raises(ConfigError, match="defer_prefetch"):
+                self.feed.start([])
+        else:
+            self.asked.append(self.worker.play(1))
+            self.feed.start(self.asked[-1])
+
+    @rule()
+    def give_up(self) -> None:
+        if self.asked:
+            before = len(self.lost)
+            expected = self.asked.popleft()
+            came = self.feed.wait(0)
+            assert came == (len(self.lost) == before)
+            assert self.feed.buffer == (expected if came else [])
+            self.collected += numbers(self.feed, self.feed.buffer)
+
+    @rule()
+    def collect(self) -> None:
+        if self.asked:
+            expected = self.asked.popleft()
+            assert self.feed.collect() == expected
+            self.collected += numbers(self.feed, expected)
+        else:
+            assert self.feed.collect() == self.feed.buffer
+
+    @rule()
+    def release(self) -> None:
+        self.feed.release()
+        assert self.feed.buffer is None
+        assert self.feed.is_cold_start == (not self.asked)
+
+    @rule()
+    def fetch_beside(self) -> None:
+        (record,) = self.worker.play(1)
+        assert number_in(self.feed.resolve(record)) == record.sequence
+
+    @invariant()
+    def nothing_is_given_twice_or_out_of_turn(self) -> None:
+        assert self.collected == sorted(set(self.collected))
+        assert not set(self.collected) & set(self.lost)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "feed"):
+            return
+        found = self.feed.statistics()
+        self.feed.close()
+        closed = self.feed.statistics().losses.get("closed", 0)
+        assert self.ring.statistics().written == found.episodes + len(self.lost) + closed
+        wait_until(lambda: SlotState.READING not in self.ring.slot_states())
+        self.ring.close()
+
+
+TestRolloutFeed = Machine.TestCase
+TestRolloutFeed.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

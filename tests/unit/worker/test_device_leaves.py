@@ -64,7 +64,7 @@ def test_copies_are_waited_for_once_a_device_and_before_the_slot_is_committed() 
         # the ring's own checksum is taken of what a reader will find: a copy that came later would break it
         found = ring.read(packer.write(trajectory(gpu, logits=gpu.array(LOGITS, device=1))))
         np.testing.assert_array_equal(found["logits"], LOGITS)
-        assert gpu.log[-2:] == ["wait 1", "wait 0"]
+        assert sorted(gpu.log[-2:]) == ["wait 0", "wait 1"]
         assert states == [SlotState.WRITING, SlotState.FREE] * 2
 
 
@@ -328,4 +328,4 @@ def test_what_no_library_can_take_off_its_gpu_is_dropped_or_raised_like_any_misf
         "w", schema=SCHEMA, on_error="drop", serve=False, ring={"slots": 2}, runtimes=FakeLeaves(gpu)
     ) as end:
         record = end.write(trajectory(gpu, obs=Foreign()))
-        assert str(record.dropped).startswith("ConfigError: field 'obs': not of this library")
+        assert str(record.dropped).startswith("ConfigError: field 'obs': numpy cannot take a Foreign")

@@ -1,0 +1,73 @@
+"""What one read costs a client in Python calls: how long a small read takes follows from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import ucxx_transport
+from tests.support.port_beside import port_beside
+from ucxx_transport.client import Payload
+
+PACKAGE = str(Path(ucxx_transport.__file__).parent)
+LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
+A_READ = 23
+"""Calls of client and wire for a lone read and its end; the link over UCX and its reactor add twenty."""
+A_FURTHER_NAME = 18
+READS = 20
+
+
+@contextmanager
+def counted(names: list[str]) -> Iterator[None]:
+    """This thread's calls into the package, but for links."""
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(PACKAGE) and not file.startswith(LINK):
+            names.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def fewest(work: Callable[[], list[str]]) -> list[str]:
+    """Of several tries: one that found nothing of what is done now and then, such as a timer that is due."""
+    return min((work() for _ in range(READS)), key=len)
+
+
+def test_a_lone_read_costs_few_calls() -> None:
+    with port_beside() as beside, beside.client() as client:
+        client.read(beside.ring.write_raw(b"first")).release()
+
+        def read() -> list[str]:
+            names: list[str] = []
+            ref = beside.ring.write_raw(bytes(4096))
+            with counted(names):
+                payload = client.read(ref)
+            payload.release()
+            return names
+
+        calls = fewest(read)
+        assert len(calls) <= A_READ, "\n".join(calls)
+
+
+def test_a_further_name_of_a_batch_costs_less_than_a_read_of_its_own() -> None:
+    with port_beside(slots=64) as beside, beside.client() as client:
+        client.read(beside.ring.write_raw(b"first")).release()
+
+        def read(count: int) -> list[str]:
+            names: list[str] = []
+            refs = [beside.ring.write_raw(bytes(1000)) for _ in range(count)]
+            with counted(names):
+                outcomes = client.read_many(refs)
+            assert all(isinstance(outcome, Payload) for outcome in outcomes)
+            return names
+
+        one, many = fewest(lambda: read(1)), fewest(lambda: read(16))
+        assert len(many) - len(one) <= 15 * A_FURTHER_NAME, "\n".join(many)

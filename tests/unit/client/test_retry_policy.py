@@ -1,0 +1,105 @@
+"""What is tried again, and how the one deadline is shared."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.rows import row
+from ucxx_transport.client.ports import (
+    BACKOFF_LIMIT_S,
+    SHORTEST_ATTEMPT_S,
+    PortVerdict,
+    attempt_budget_s,
+    backoff_s,
+    judge_port,
+    retries_slot,
+)
+from ucxx_transport.errors import (
+    AuthenticationError,
+    BusyError,
+    ChecksumError,
+    ConfigError,
+    DeadlineExceededError,
+    NotReadyError,
+    PeerLostError,
+    ProtocolError,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
+
+QUARANTINE, ROTATE, PROPAGATE = PortVerdict.ROTATE_AND_QUARANTINE, PortVerdict.ROTATE, PortVerdict.PROPAGATE
+
+# The module's own table: the port layer's verdict, whether the slot layer repeats, whether it waits first.
+TABLE: dict[type[TransportError], tuple[PortVerdict, bool, bool]] = {
+    PeerLostError: (QUARANTINE, True, False),
+    DeadlineExceededError: (QUARANTINE, True, False),
+    BusyError: (ROTATE, True, True),
+    NotReadyError: (PROPAGATE, True, True),
+    ChecksumError: (PROPAGATE, True, False),
+    StaleSlotError: (PROPAGATE, False, False),
+    SlotError: (PROPAGATE, False, False),
+    ProtocolError: (PROPAGATE, False, False),
+    AuthenticationError: (PROPAGATE, False, False),
+    ConfigError: (PROPAGATE, False, False),
+}
+
+
+def test_each_failure_is_judged_as_the_table_says() -> None:
+    for cls, (verdict, repeats, waits) in TABLE.items():
+        with row(cls=cls):
+            error = cls("it failed")
+            assert judge_port(error) is verdict
+            assert retries_slot(error, attempt=1, read_attempts=2, remaining_s=5.0) is repeats
+            assert (backoff_s(error, 1) > 0) is waits
+
+
+def test_the_last_attempt_is_the_last() -> None:
+    for cls in [cls for cls in TABLE if cls is not NotReadyError]:
+        with row(cls=cls):
+            assert not retries_slot(cls("x"), attempt=2, read_attempts=2, remaining_s=5.0)
+            assert not retries_slot(cls("x"), attempt=1, read_attempts=1, remaining_s=5.0)
+
+
+def test_a_source_that_is_not_ready_is_asked_again_as_long_as_the_deadline_allows() -> None:
+    error = NotReadyError("x")
+    assert retries_slot(error, attempt=1000, read_attempts=2, remaining_s=5.0)
+    assert not retries_slot(error, attempt=1000, read_attempts=2, remaining_s=backoff_s(error, 1000))
+
+
+def test_nothing_is_tried_again_without_time_for_a_round_trip() -> None:
+    error = PeerLostError("x")
+    assert not retries_slot(error, attempt=1, read_attempts=2, remaining_s=0.0)
+    assert not retries_slot(error, attempt=1, read_attempts=2, remaining_s=-1.0)
+    assert not retries_slot(error, attempt=1, read_attempts=2, remaining_s=SHORTEST_ATTEMPT_S)
+    assert retries_slot(error, attempt=1, read_attempts=2, remaining_s=2 * SHORTEST_ATTEMPT_S)
+
+
+def test_a_wait_that_would_use_up_the_deadline_is_not_begun() -> None:
+    error = BusyError("x")
+    assert not retries_slot(error, attempt=1, read_attempts=9, remaining_s=backoff_s(error, 1))
+    assert retries_slot(error, attempt=1, read_attempts=9, remaining_s=backoff_s(error, 1) + 0.1)
+
+
+@given(st.integers(1, 200))
+def test_waits_grow_and_stay_bounded(attempt: int) -> None:
+    error = BusyError("x")
+    assert 0 < backoff_s(error, attempt) <= backoff_s(error, attempt + 1) <= BACKOFF_LIMIT_S
+
+
+def test_the_last_try_has_all_the_time_that_is_left() -> None:
+    assert attempt_budget_s(5.0, 1) == 5.0
+    assert attempt_budget_s(5.0, 0) == 5.0
+
+
+@settings(deadline=None)
+@given(st.floats(0.001, 1000.0), st.integers(1, 400))
+def test_tries_in_a_row_never_exceed_the_one_deadline(deadline_s: float, tries: int) -> None:
+    spent = 0.0
+    for left in range(tries, 0, -1):
+        budget = attempt_budget_s(deadline_s - spent, left)
+        assert 0 <= budget <= deadline_s - spent
+        assert left == 1 or budget <= (deadline_s - spent) / 2, "a silent port must leave time for the others"
+        spent += budget
+    assert spent <= deadline_s * (1 + 1e-9)

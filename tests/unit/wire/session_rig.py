@@ -1,0 +1,172 @@
+"""Both sessions of one connection, face to face, and the messages between them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire.actions import Action, Asked, Attempt, Fetch, Reply, Serve
+from ucxx_transport.wire.answers import Named
+from ucxx_transport.wire.client_side import ClientSession
+from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text, seal
+from ucxx_transport.wire.frames import (
+    FRAME_BYTES,
+    HEADER_BYTES,
+    NONCE_BYTES,
+    OfferedPayload,
+    ReplyHeader,
+    Status,
+    Window,
+    message_bytes,
+)
+from ucxx_transport.wire.server_side import DEFAULT_WINDOW, Phase, ServerSession, SessionLimits, SessionSource
+
+RING_ID = b"R" * 16
+SCHEMA = b"a schema as msgpack"
+FINGERPRINT = 99
+TOKEN = b"the secret"
+CLIENT_NONCE = b"c" * NONCE_BYTES
+SERVER_NONCE = b"s" * NONCE_BYTES
+READER = 77
+LIMITS = SessionLimits(first_frame_timeout_s=5.0, idle_timeout_s=120.0, send_timeout_s=60.0, ack_timeout_s=10.0)
+
+A = TypeVar("A", bound=Action)
+
+
+def ref(slot: int = 2, *, generation: int = 6, nbytes: int = 128, ring_id: bytes = RING_ID) -> SlotRef:
+    """The name of a payload."""
+    return SlotRef(
+        ring_id=ring_id,
+        ring_name="ring",
+        slot=slot,
+        generation=generation,
+        nbytes=nbytes,
+        host_id="host",
+        fingerprint=FINGERPRINT,
+    )
+
+
+def payload(named: Named, *, checksum: int | None = None) -> bytes:
+    """The answer that brings it, as it lies in its slot."""
+    message = bytearray(message_bytes(named.nbytes))
+    message[HEADER_BYTES : HEADER_BYTES + named.nbytes] = bytes([named.slot & 0xFF]) * named.nbytes
+    seal(
+        message,
+        ReplyHeader(
+            status=Status.OK,
+            nbytes=named.nbytes,
+            ring_id=named.ring_id,
+            slot=named.slot,
+            generation=named.generation,
+            checksum=checksum if checksum is not None else named.checksum,
+            fingerprint=named.fingerprint,
+        ),
+    )
+    return bytes(message)
+
+
+def offered(named: Named, envelope: bytes = b"") -> OfferedPayload:
+    """The same in an offer."""
+    return OfferedPayload(named.slot, named.generation, named.nbytes, named.checksum, 1234, envelope)
+
+
+class Pair:
+    """A client's and a server's session; `now` is the server's clock.
+
+    Args:
+        token: the server's. client_token: the client's, the same if not given.
+        window: that the server grants.
+        admitted: as in `ServerSession`.
+        schema: the ring's.
+    """
+
+    def __init__(
+        self,
+        *,
+        token: bytes | None = None,
+        client_token: bytes | None = b"the same",
+        window: Window = DEFAULT_WINDOW,
+        admitted: bool = True,
+        schema: bytes = SCHEMA,
+    ) -> None:
+        self.now = 1000.0
+        source = SessionSource(ring_id=RING_ID, fingerprint=FINGERPRINT, schema_bytes=schema, token=token)
+        limits = SessionLimits(
+            first_frame_timeout_s=LIMITS.first_frame_timeout_s,
+            idle_timeout_s=LIMITS.idle_timeout_s,
+            send_timeout_s=LIMITS.send_timeout_s,
+            ack_timeout_s=LIMITS.ack_timeout_s,
+            window=window,
+        )
+        self.server = ServerSession(source, limits, nonce=SERVER_NONCE, now=self.now, admitted=admitted)
+        secret = token if client_token == b"the same" else client_token
+        self.client = ClientSession(reader=READER, nonce=CLIENT_NONCE, token=secret)
+        self._posted = bytearray(FRAME_BYTES)  # used again for every frame, as a port does
+
+    def actions(self, frame: bytes) -> list[Action]:
+        """What the server does about a frame."""
+        self._posted[: len(frame)] = frame
+        return self.server.receive(self._posted, self.now)
+
+    def action(self, asked: Asked | Fetch | bytes, kind: type[A]) -> A:
+        """The one thing that the server does about a frame, once the ends are done that it brings."""
+        *_, action = self.actions(asked if isinstance(asked, bytes) else asked.frame)
+        assert isinstance(action, kind), action
+        if not isinstance(asked, bytes) and isinstance(action, Reply):
+            expected = asked.attempt if isinstance(asked, Asked) else asked.shared or asked.attempts[0]
+            assert action.channel == expected & 0xFFFF
+        return action
+
+    def reply(self, asked: Asked | Fetch | bytes) -> bytes:
+        """The message that answers a frame, which has left."""
+        reply = self.action(asked, Reply)
+        self.server.replied()
+        return reply.message
+
+    def open(self) -> Pair:
+        """Shake hands."""
+        auth = self.client.on_welcome(self.reply(self.client.hello()))
+        if auth is not None:
+            self.client.on_authenticated(self.reply(auth))
+        assert self.server.phase is Phase.OPEN
+        return self
+
+    def fetch(self, *names: SlotRef, packed: bool = False) -> tuple[list[int], list[Attempt]]:
+        """Ask for payloads: the client's numbers and the server's attempts."""
+        fetch = self.client.fetch(names, packed=packed)
+        served = self.action(fetch, Serve)
+        assert served.shared == fetch.shared & 0xFFFF
+        assert [attempt.number for attempt in served.attempts] == fetch.attempts
+        return fetch.attempts, served.attempts
+
+    def deliver(self, *names: SlotRef, delivered: bool = True) -> list[Attempt]:
+        """Ask for payloads, get them and end them; the ends wait."""
+        numbers, attempts = self.fetch(*names)
+        for number, attempt, name in zip(numbers, attempts, names, strict=True):
+            self.server.sent(attempt, self.now)
+            self.client.verify(number, payload(name))
+            self.client.end(number, delivered=delivered)
+        return attempts
+
+
+def ok(body: bytes) -> bytes:
+    """An OK answer with this body."""
+    return encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body)
+
+
+def header_of(message: bytes) -> ReplyHeader:
+    """The header that the client would see."""
+    return decode_header(message)
+
+
+def body_of(message: bytes) -> bytes:
+    """The body of an OK answer, proved whole."""
+    header = decode_header(message)
+    assert header.status is Status.OK
+    check_trailer(message, header)
+    return message[HEADER_BYTES : HEADER_BYTES + header.nbytes]
+
+
+def text_of(message: bytes) -> str:
+    """The words of a refusal."""
+    return error_text(message, decode_header(message))

@@ -1,0 +1,200 @@
+"""A job is one call of a client, a read one of its payloads that comes over the link, an attempt its way there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.ports import PortKey, Source, Takeable
+    from ucxx_transport.link.base import Operation
+    from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.answers import Named
+
+Outcome = Payload | TransportError
+OnJobDone = Callable[["Job"], object]
+OnPayload = Callable[[int, Payload], Payload]
+Place = Literal["queued", "asked", "waiting", "paused"]
+
+
+class Job:
+    """One call of a client.
+
+    Attributes:
+        refs: what it is to read.
+        outcomes: one a reference, in order; None as long as there is none.
+        left: how many have none.
+        until_s: its deadline, on the reactor's clock.
+        done: whether every outcome is there and what is to be said of the payloads has been sent.
+        on_done: called once it is.
+        on_payload: called with each payload that came over the link and its index; what it returns takes its place.
+        into: the caller's memory for the payload; of a job of one.
+        is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
+        held: that payload's attempt. Of a job of one, like `is_held`.
+        began_s: of `perf_counter`.
+        alone: whether all that it reads over the link is of one source: then nothing else waits for it.
+        reads: those over the link.
+    """
+
+    __slots__ = (
+        "alone", "began_s", "done", "held", "into", "is_held", "left", "on_done", "on_payload", "outcomes", "reads",
+        "refs", "until_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        refs: Sequence[SlotRef],
+        until_s: float,
+        on_done: OnJobDone | None = None,
+        on_payload: OnPayload | None = None,
+        into: Buffer | None = None,
+    ) -> None:
+        self.refs = refs
+        self.outcomes: list[Outcome | None] = [None] * len(refs)
+        self.left = len(refs)
+        self.until_s = until_s
+        self.done = False
+        self.on_done = on_done
+        self.on_payload = on_payload
+        self.into = into
+        self.is_held = False
+        self.held: Attempt | None = None
+        self.began_s = time.perf_counter()
+        self.alone = True
+        self.reads: list[Read] = []
+
+
+class Carrier(Protocol):
+    """What reads and attempts need of a `Connection`.
+
+    Attributes:
+        key: where it leads to. queue: reads that wait to be asked. attempts: in flight, by number. late: how many of
+            them have exceeded their time. is_open, is_open, closed, proved, shortage: see there.
+    """
+
+    key: PortKey
+    queue: deque[Read]
+    attempts: dict[int, Attempt]
+    late: int
+    is_open: bool
+    closed: bool
+    proved: bool
+    shortage: TransportError | None
+
+    def take(self, attempt: Attempt) -> bool: ...
+    def after_answers(self) -> None: ...
+    def end_held(self, attempt: Attempt, *, delivered: bool) -> None: ...
+    def fail(self, error: TransportError) -> None: ...
+
+
+class Read:
+    """One payload of a job that comes over the link.
+
+    Attributes:
+        job: whose; None once it has its outcome.
+        index: in the job. ref: the payload. source: where it is.
+        place: see `reads`. connection: where it is queued or asked. attempt: its attempt in flight.
+        alternate: the port that this call may still rotate to.
+        call: number of the slot layer's call, from 1.
+        limit_s: when this call is over at the latest.
+        due_s: when to look at it again.
+    """
+
+    __slots__ = (
+        "alternate", "attempt", "call", "connection", "due_s", "index", "job", "limit_s", "place", "ref", "source",
+    )  # fmt: skip
+
+    def __init__(self, job: Job, index: int, ref: SlotRef, source: Source[Read]) -> None:
+        self.job: Job | None = job
+        self.index = index
+        self.ref = ref
+        self.source = source
+        self.place: Place = "queued"
+        self.connection: Carrier | None = None
+        self.attempt: Attempt | None = None
+        self.alternate: PortKey | None = None
+        self.call = 1
+        self.limit_s = self.due_s = job.until_s
+
+
+class Attempt:
+    """One payload asked for over one connection.
+
+    Attributes:
+        read: who waits for it; None: the answer is not wanted any more, and ended as not delivered.
+        ref: the payload.
+        number: the session's.
+        message: the buffer, or part of one, that its answer lies in.
+        due_s: when it has taken too long.
+        late: it has.
+    """
+
+    __slots__ = ("connection", "due_s", "late", "message", "number", "read", "ref")
+
+    def __init__(  # noqa: PLR0917 - a keyword costs on this path
+        self, connection: Carrier, read: Read | None, ref: Named, number: int, message: Bytes, due_s: float
+    ) -> None:
+        self.connection = connection
+        self.read = read
+        self.ref = ref
+        self.number = number
+        self.message = message
+        self.due_s = due_s
+        self.late = False
+
+    def arrived(self, operation: Operation) -> None:
+        """Its receive is over."""
+        connection = self.connection
+        if operation.error is None:
+            connection.proved = True
+            if not connection.take(self):
+                connection.after_answers()
+        else:
+            connection.fail(operation.error)
+
+
+class SharedMessage:
+    """One message that brings the answers to several attempts."""
+
+    __slots__ = ("attempts",)
+
+    def __init__(self, attempts: list[Attempt]) -> None:
+        self.attempts = attempts
+
+    def arrived(self, operation: Operation) -> None:
+        """The receive is over."""
+        connection = self.attempts[0].connection
+        if operation.error is not None:
+            connection.fail(operation.error)
+            return
+        connection.proved = True
+        for attempt in self.attempts:
+            if connection.closed:
+                return  # the answer before was not as the protocol has it
+            connection.take(attempt)
+        connection.after_answers()
+
+
+def removed(source: Takeable) -> PeerLostError:
+    """The error of a read whose source is known to be gone."""
+    message = "the source of this payload is gone: its worker died, left, or published itself again"
+    return PeerLostError(message, host=source.host, ring=source.ring_name, reason="removed")
+
+
+def too_late(ref: SlotRef, **facts: object) -> DeadlineExceededError:
+    """The error of a read whose time is up."""
+    message = "the payload did not arrive in time"
+    return DeadlineExceededError(message, host=ref.host, slot=ref.slot, nbytes=ref.nbytes, **facts)
+
+
+def copy_of(error: TransportError) -> TransportError:
+    """An error of a read's own: several fail by one event, and each is raised somewhere else."""
+    return type(error)(error.message, **error.facts)

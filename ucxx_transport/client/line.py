@@ -1,0 +1,137 @@
+"""A line: one endpoint to a server's port and the client's half of its protocol, opened and greeted.
+
+Everything here runs in the thread that runs the reactor.
+"""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ucxx_transport.client.ports import PortKey
+from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.link.base import DATA_PORT_SILENT
+from ucxx_transport.wire.client_side import HANDSHAKE_RECEIVE_BYTES, ClientSession
+from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.link.reactor import Reactor, Timer
+    from ucxx_transport.wire.actions import Asked
+
+
+class Line(ABC):
+    """See the module. It is the endpoint's `EndpointEvents`.
+
+    Attributes:
+        key: where it leads to.
+        session: what to send, and what answers mean.
+        endpoint: once it is being opened.
+        is_open: whether the handshake is over.
+        closed: whether it is.
+        proved: whether anything was answered since it lay idle.
+    """
+
+    def __init__(self, config: ClientConfig, reactor: Reactor, reader: int, key: PortKey) -> None:
+        self.key = key
+        self.session = ClientSession(reader=reader, nonce=secrets.token_bytes(NONCE_BYTES), token=config.token_bytes)
+        self.endpoint: Endpoint | None = None
+        self.is_open = False
+        self.closed = False
+        self.proved = False
+        self._connect_timeout_s = config.connect_timeout_s
+        self._reactor = reactor
+        self._timer: Timer | None = None
+
+    @abstractmethod
+    def opened(self) -> None:
+        """The handshake is over."""
+
+    @abstractmethod
+    def fail(self, error: TransportError) -> None:
+        """It is of no use any more."""
+
+    def start(self) -> None:
+        """Connect, and shake hands."""
+        if not self.closed:
+            reactor = self._reactor
+            self._timer = reactor.call_at(reactor.now() + self._connect_timeout_s, self._too_slow_to_open)
+            reactor.resolve(self.key[0], self._resolved)
+
+    def connected(self) -> None:  # noqa: B027 - of the endpoint's events, and not to be overridden
+        """See `EndpointEvents`: the handshake's frames are under way already."""
+
+    def lost(self, error: TransportError) -> None:
+        """See `EndpointEvents`."""
+        self.fail(error)
+
+    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None]) -> None:
+        """Send a frame whose answer is small, and of which nothing is reused."""
+        answer = bytearray(receive_bytes)
+
+        def arrived(operation: Operation) -> None:
+            if self.closed:
+                return
+            if operation.error is not None:
+                self.fail(operation.error)
+                return
+            self.proved = True
+            try:
+                on_answer(asked, answer)
+            except TransportError as error:
+                self.fail(error)
+
+        endpoint = self.endpoint
+        assert endpoint is not None
+        try:
+            endpoint.post_receive(answer, arrived, channel=asked.attempt & MAX_CHANNEL)
+            endpoint.post_send(asked.frame)
+        except TransportError as error:
+            self.fail(error)
+
+    def stop_timer(self) -> None:
+        """It is open, or closed: connecting takes no more time."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _resolved(self, address: str | PeerLostError) -> None:
+        if self.closed:
+            return
+        if isinstance(address, PeerLostError):
+            self.fail(address)
+            return
+        try:
+            self.endpoint = self._reactor.link.connect(address, self.key[1], self)
+        except TransportError as error:
+            self.fail(error)
+            return
+        self.ask(self.session.hello(), HANDSHAKE_RECEIVE_BYTES, self._welcomed)
+
+    def _too_slow_to_open(self) -> None:
+        endpoint = self.endpoint
+        silent = endpoint is not None and endpoint.listener_has_answered()
+        unknown = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
+        host, port = self.key
+        self.fail(PeerLostError(DATA_PORT_SILENT if silent else unknown, host=host, port=port, reason="unreachable"))
+
+    def _welcomed(self, asked: Asked, answer: bytearray) -> None:
+        del asked
+        challenge = self.session.on_welcome(answer)
+        if challenge is None:
+            self._greeted()
+        else:
+            self.ask(challenge, HANDSHAKE_RECEIVE_BYTES, self._authenticated)
+
+    def _authenticated(self, asked: Asked, answer: bytearray) -> None:
+        del asked
+        self.session.on_authenticated(answer)
+        self._greeted()
+
+    def _greeted(self) -> None:
+        self.stop_timer()
+        self.is_open = True
+        self.opened()

@@ -1,0 +1,398 @@
+"""Reads over a link: every payload that is asked of another host, from the call to its outcome.
+
+A *job* is one call of a client: references, one deadline. Each of its payloads is a *read*, and each time that a read
+is asked of a port is an *attempt*. Everything here runs in the thread that runs the reactor: a callback of the link, a
+timer, or a call takes one step, and `settle` does what follows from it.
+
+| a read is | because                                                | when it is due                             |
+|-----------|--------------------------------------------------------|--------------------------------------------|
+| queued    | its connection is being opened, or its window is full  | it goes on at the next port, without blame |
+| asked     | its attempt is in flight                               | its port is quarantined; it goes elsewhere |
+| waiting   | another one probes the ports, which are in quarantine  | it fails                                   |
+| paused    | the server was busy, or not ready                      | it is asked again                          |
+
+An attempt that has exceeded its time is *late*: if its answer comes after all and the read has no outcome yet, it is
+delivered. The policy is in `ports`, how a connection is used in `connection`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ucxx_transport.client.connections import Connections
+from ucxx_transport.client.dispatch import Dispatch
+from ucxx_transport.client.errands import Discard, RingDiscard
+from ucxx_transport.client.failures import Failures
+from ucxx_transport.client.jobs import Job, Outcome, Read, copy_of, removed, too_late
+from ucxx_transport.client.local import verify_checksum
+from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.ports import PortKey, PortVerdict, Source, judge_port
+from ucxx_transport.client.takes import Take
+from ucxx_transport.errors import ChecksumError, ConfigError, PeerLostError, StaleSlotError, TransportError
+from ucxx_transport.wire.frames import HEADER_BYTES
+
+if TYPE_CHECKING:
+    from ucxx_transport.client.buffer_pool import BufferPool
+    from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.jobs import Attempt
+    from ucxx_transport.client.membership import Membership
+    from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.schema import SlotRef
+
+
+class Reads:
+    """All jobs of a client that read over the link, and its connections.
+
+    Attributes:
+        connections: to any port of any source. dispatch: gives reads their ports. failures: of attempts.
+        jobs: those with reads that have no outcome.
+        finished: jobs that have all their outcomes, until `settle` reports them.
+        orphans: attempts in flight that no read waits for, and late ones.
+        takes: calls that take from a ring and have nothing yet.
+        now: the reactor's clock. call_at: its timers. read_attempts: as configured.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        reactor: Reactor,
+        *,
+        reader: int,
+        pool: BufferPool,
+        counters: ClientCounters,
+        claim: Callable[[SlotRef], None],
+        membership: Membership | None = None,
+    ) -> None:
+        self.reader = reader
+        self.finished: list[Job] = []
+        self.orphans: set[Attempt] = set()
+        self.takes: set[Take] = set()
+        self.connections = Connections(config, reactor, self, counters=counters, lend=pool.lend)
+        self._schemas = self.connections.schemas
+        self.now = reactor.now
+        self.call_at = reactor.call_at
+        self._counters = counters
+        self._claim = claim
+        self._membership = membership
+        self._gone: Collection[bytes] = () if membership is None else membership.gone
+        self._verify_checksum = config.verify_checksum
+        self.read_attempts = config.read_attempts
+        self.jobs: set[Job] = set()
+        self.failures = Failures(self, reactor, counters, config.read_attempts)
+        self.dispatch = Dispatch(
+            config, self.connections, first=reader, now=self.now, look_at=self.failures.look_at, counters=counters
+        )
+        self._settling = False
+        # As `roles.Engine` and `takes.Taking` have them.
+        self.attempt_due_s = self.failures.attempt_due_s
+        self.connection_lost = self.failures.connection_lost
+        self.reassign = self.dispatch.reassign
+        self.next_port = self.dispatch.next_port
+        self.source_of = self.dispatch.sources.of
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that are not done."""
+        return len(self.jobs)
+
+    # --- Calls ---
+
+    def start(self, job: Job, indices: Iterable[int]) -> None:
+        """Begin to read what a job reads over the link."""
+        now = self.now()
+        if self._membership is not None and self._membership.news:
+            self._membership.apply(self)
+        groups: dict[Source[Read], list[Read]] = {}
+        self.jobs.add(job)
+        for index in indices:
+            ref = job.refs[index]
+            host = ref.host
+            if host is None or not ref.ports:
+                message = "this reference carries no address to read from; start the UCXXServer before writing"
+                self._fail_at(job, index, ConfigError(message, ring=ref.ring_name))
+                continue
+            source = self.dispatch.sources.of(host, ref.ports)
+            read = Read(job, index, ref, source)
+            if ref.ring_id in self._gone:
+                self._fail_at(job, index, removed(ref))
+                continue
+            if job.until_s <= now:
+                self._fail_at(job, index, too_late(ref))  # before any port is blamed for it
+                continue
+            source.under_way += 1
+            job.reads.append(read)
+            if source in groups:
+                groups[source].append(read)
+            else:
+                groups[source] = [read]
+        if not job.left:
+            self.jobs.discard(job)
+            if job not in self.finished:
+                self.finished.append(job)
+        job.alone = len(groups) < 2
+        for source, reads in groups.items():
+            self.dispatch.assign(source, reads, now)
+        self.settle()
+
+    def start_one(self, job: Job) -> None:
+        """`start` for a job of one; what is usual in few steps, for a read of 4 KiB costs no more than they do."""
+        ref = job.refs[0]
+        now = self.now()
+        source = self.dispatch.sources.known.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
+        membership = self._membership
+        has_news = membership is not None and (membership.news or ref.ring_id in membership.gone)
+        if not (source is None or source.under_way or self.dispatch.wary or job.until_s <= now or has_news):
+            keys = source.keys
+            ports = len(keys)
+            first = source.position % ports
+            connections = self.connections
+            connection = connections.known.get(keys[first])
+            if (
+                connection is not None
+                and connection.is_open
+                and not (connection.attempts or connection.queue or ref.ring_id in connections.unsettled)
+                and now - connection.used_s <= connections.max_age_s
+                and (not ref.fingerprint or ref.fingerprint in self._schemas)
+            ):
+                connections.known.move_to_end(keys[first])
+                connection.used_s = now
+                read = Read(job, 0, ref, source)
+                read.place = "asked"
+                due_s = job.until_s
+                if ports > 1 or self.read_attempts > 1:
+                    due_s = (now + due_s) / 2
+                    if ports > 1:
+                        read.alternate = keys[(first + 1) % ports]
+                read.due_s = due_s
+                source.under_way = 1
+                self.jobs.add(job)
+                job.reads.append(read)
+                if due_s < self.failures.look_s:
+                    self.failures.look_at(due_s)
+                connection.ask_one(read, due_s)
+                if self.dispatch.again or self.dispatch.moved or self.finished:
+                    self.settle()
+                return
+        self.start(job, (0,))
+
+    def abandon(self, job: Job) -> None:
+        """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
+        job.on_done = None
+        if job.held is not None:
+            job.held.connection.end_held(job.held, delivered=False)
+            job.held = None
+        for read in tuple(job.reads):
+            if read.job is not None:
+                self._over(read, PeerLostError("abandoned", reason="cancelled"))
+        for outcome in job.outcomes:
+            if isinstance(outcome, Payload):
+                outcome.release()
+        self.settle()
+
+    def discard(self, call: Discard, rings: Sequence[Sequence[SlotRef]]) -> None:
+        """Have payloads discarded, given by ring."""
+        for refs in rings:
+            host, ports = refs[0].host, refs[0].ports
+            if host is not None and ports:
+                RingDiscard(call, refs, self.connections, partial(self.next_port, host, ports)).ask()
+        call.one_over()
+
+    def take(self, take: Take) -> None:
+        """Have payloads taken."""
+        if self._membership is not None and self._membership.news:
+            self._membership.apply(self)
+        self.takes.add(take)
+        if take.request.source.ring_id in self._gone:
+            take.fail(removed(take.request.source))
+        else:
+            take.begin(self)
+
+    def begin_taken(self, job: Job, source: Source[Read]) -> None:
+        """The reads of a job are under way already: their server has picked them."""
+        self.jobs.add(job)
+        source.under_way += len(job.reads)
+
+    def connection_to(self, key: PortKey) -> Connection:
+        """The connection to a port, for something else than a read."""
+        return self.connections.to(key, self.now())
+
+    def blame(self, key: PortKey, error: TransportError) -> None:
+        """Something else than a read has failed at a port."""
+        if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
+            self.dispatch.quarantine(key, error)
+
+    def fail_all(self, error: TransportError) -> None:
+        """Fail every job."""
+        for job in tuple(self.jobs):
+            for read in tuple(job.reads):
+                if read.job is not None:
+                    self.fail(read, copy_of(error))
+        for take in tuple(self.takes):
+            take.fail(copy_of(error))
+        self.settle()
+
+    # --- Which port ---
+
+    # --- What a connection reports ---
+
+    def arrived(self, attempt: Attempt) -> bool | None:
+        """An attempt has brought its payload, and its schema is known.
+
+        Returns:
+            Whether it is to be ended as delivered; None: it is not to be ended yet.
+        """
+        if self.dispatch.wary:
+            self.dispatch.forgive(attempt.connection.key)
+        read = attempt.read
+        self.orphans.discard(attempt)
+        job = None if read is None else read.job
+        if read is None or job is None:
+            return False
+        ref = read.ref
+        attempt.read = None
+        if read.attempt is attempt:
+            read.attempt = None  # else the payload would wait for the garbage collector
+        content = attempt.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+        try:
+            if ref.checksum is not None and self._verify_checksum:
+                # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
+                verify_checksum(content, ref)
+            payload = Payload(ref, content, self._schemas[ref.fingerprint] if ref.fingerprint else None, "ucx")
+            if job.is_held:
+                job.held = attempt
+                self._over(read, payload)
+                return None
+            self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+        except TransportError as error:
+            error.__traceback__ = None  # its frames hold the payload
+            if isinstance(error, ChecksumError):
+                self.failures.failed(read, error)
+                return False
+            self.fail(read, error)
+            return True
+        self._counters.delivered("ucx", ref.nbytes, time.perf_counter() - job.began_s)
+        outcome = payload if job.into is None and job.on_payload is None else self._passed_on(job, read.index, payload)
+        if read.attempt is not None or read.source.probe is read:
+            self._over(read, outcome)
+            return True
+        read.job = None  # as `_over`
+        read.source.under_way -= 1
+        job.outcomes[read.index] = outcome
+        job.left -= 1
+        if not job.left:
+            self.jobs.discard(job)
+            job.reads.clear()
+            self.finished.append(job)
+        return True
+
+    def _passed_on(self, job: Job, index: int, payload: Payload) -> Outcome:
+        """A payload as its caller wants it."""
+        try:
+            if job.into is not None:
+                payload = payload.copied_into(job.into)
+            return payload if job.on_payload is None else job.on_payload(index, payload)
+        except TransportError as error:
+            error.__traceback__ = None  # its frames hold the payload
+            self._counters.failed(error)
+            return error
+
+    def deliver(self, job: Job) -> None:
+        """The caller has got this far: what was held for it is its own now, and the server hears so."""
+        attempt, job.held = job.held, None
+        payload = job.outcomes[0]
+        if attempt is None or not isinstance(payload, Payload):
+            return
+        try:
+            self._claim(payload.ref)
+        except StaleSlotError as error:
+            self._counters.failed(error)
+            job.outcomes[0] = error
+        else:
+            self._counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
+            if job.into is not None:
+                job.outcomes[0] = self._passed_on(job, 0, payload)
+        attempt.connection.end_held(attempt, delivered=True)
+
+    def refused(self, attempt: Attempt, error: TransportError) -> None:
+        """The server has answered without a payload, or with something that is none."""
+        if self.dispatch.wary:
+            self.dispatch.forgive(attempt.connection.key)
+        read = attempt.read
+        if attempt.late or read is None:
+            self.orphans.discard(attempt)
+        attempt.read = None
+        if read is None or read.job is None:
+            return
+        if read.attempt is not attempt:
+            return  # the read has gone on without it
+        read.attempt = None
+        if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
+            self.dispatch.quarantine(attempt.connection.key, error)
+        read.source.advance()
+        self.failures.failed(read, error)
+
+    def no_memory(self, read: Read, error: TransportError) -> None:
+        """There is no buffer for a read."""
+        error.__traceback__ = None
+        self.fail(read, error)
+
+    def fail(self, read: Read, error: TransportError) -> None:
+        self._counters.failed(error)
+        self._over(read, error)
+
+    def _fail_at(self, job: Job, index: int, error: TransportError) -> None:
+        """Fail what is no read yet."""
+        self._counters.failed(error)
+        job.outcomes[index] = error
+        job.left -= 1
+        if not job.left:
+            self.jobs.discard(job)
+            self.finished.append(job)
+
+    def _over(self, read: Read, outcome: Outcome) -> None:
+        job, source = read.job, read.source
+        assert job is not None
+        read.job = None
+        source.under_way -= 1
+        attempt = read.attempt
+        if attempt is not None:  # it goes on without this read
+            read.attempt = None
+            attempt.read = None
+            self.orphans.add(attempt)
+            self.failures.look_at(attempt.due_s)
+        if source.probe is read:
+            self.dispatch.probe_over(source)
+        job.outcomes[read.index] = outcome
+        job.left -= 1
+        if not job.left:
+            self.jobs.discard(job)
+            job.reads.clear()
+            self.finished.append(job)
+
+    def settle(self) -> None:
+        """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""
+        dispatch = self.dispatch
+        if self._settling or not (dispatch.again or dispatch.moved or self.finished):
+            return
+        self._settling = True
+        try:
+            while True:
+                if dispatch.again or dispatch.moved:
+                    dispatch.run()
+                elif self.finished:
+                    if self.connections.ending:
+                        self.connections.send_ends()
+                    job = self.finished.pop(0)
+                    job.done = True
+                    on_done, job.on_done = job.on_done, None
+                    if on_done is not None:
+                        on_done(job)
+                else:
+                    return
+        finally:
+            self._settling = False

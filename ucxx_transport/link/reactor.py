@@ -1,0 +1,382 @@
+"""Reactor: what one thread does with one link. Progress, callbacks, timers, and sleeping in between.
+
+```
+ run_once(until_s) ──► what was submitted ──► timers that are due ──► link.progress(spin_s) ──moved──► return
+                                                                           │ nothing for spin_s
+                                                                           ▼
+                                    return ◄── sleep: link's descriptor, wake-up, next timer, until_s ◄── link.arm()
+```
+
+A reactor has no thread of its own. Three kinds of callers run it:
+
+| who waits               | how                                                                        |
+|-------------------------|----------------------------------------------------------------------------|
+| a blocking client       | `run_once(its deadline)` in the calling thread until its answer is there   |
+| a port, or a prefetcher | `run_once(inf)` in a thread of its own until it is stopped                 |
+| an event loop           | `poll()`; then `arm()`, and a wait for `fileno()` and until `next_timer_s` |
+
+One thread runs it at a time. `submit` alone may be called from any thread, and from signal handlers. No wake-up is
+lost: `arm` first says that it is about to sleep, then looks for submissions; `submit` adds one, then looks whether
+to wake a sleeper. A callback that raises ends its turn with its exception; the next turn goes on behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import ipaddress
+import math
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from ucxx_transport.errors import ConfigError, PeerLostError
+from ucxx_transport.link.base import FORKED, lost
+
+if TYPE_CHECKING:
+    from ucxx_transport.link.base import Link, LinkFactory
+
+LONGEST_SLEEP_S: Final = 1.0
+"""A sleep ends after this at the latest: a signal may come between Python's look for it and the sleep."""
+
+STALE_TIMERS: Final = 64
+"""Cancelled timers that may lie in the heap, at least, before it is rebuilt without them."""
+
+_reactors: weakref.WeakSet[Reactor] = weakref.WeakSet()
+
+
+class Wakeup:
+    """A descriptor that any thread or signal handler makes readable.
+
+    It is closed with the last reference: a notifier in another thread must never write to a number that is reused.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+        return self._descriptor
+
+    def notify(self) -> None:
+        """Make it readable."""
+        os.eventfd_write(self._descriptor, 1)
+
+    def drain(self) -> None:
+        """Make it quiet again."""
+        with suppress(BlockingIOError):  # it is already
+            os.eventfd_read(self._descriptor)
+
+
+class Timer:
+    """One action to come. See `base.Timer`."""
+
+    __slots__ = ("_reactor", "action", "when_s")
+
+    def __init__(self, reactor: Reactor, when_s: float, action: Callable[[], None]) -> None:
+        self._reactor = reactor
+        self.when_s = when_s
+        self.action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        """The action is not called. Idempotent, and harmless afterwards."""
+        if self.action is not None:
+            self.action = None
+            self._reactor.note_cancelled()
+
+
+class Reactor:
+    """See the module. It works without a link until one is needed, so that timers and submissions alone import no UCX.
+
+    Args:
+        link_factory: makes the link at the first use of `link`.
+        spin_s: how long to poll after the last progress before sleeping.
+        clock: seconds.
+
+    Attributes:
+        now: the clock.
+        turns: of `run_once` and `poll`, so far.
+    """
+
+    def __init__(
+        self, link_factory: LinkFactory, *, spin_s: float = 50e-6, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.now = clock
+        self.turns = 0
+        self._link_factory = link_factory
+        self._spin_s = spin_s
+        self._link: Link | None = None
+        self._submitted: deque[Callable[[], None]] = deque()
+        self._heap: list[tuple[float, int, Timer]] = []
+        self._made = 0
+        self._cancelled = 0
+        self._asleep = False
+        self._closed = False
+        self._forked = False
+        self._wakeup: Wakeup | None = Wakeup()
+        self._sleep = _Sleep(self._wakeup.fileno())
+        self._epoll: select.epoll | None = None
+        _reactors.add(self)
+
+    @property
+    def link(self) -> Link:
+        """The link, opened at first use.
+
+        Raises:
+            ConfigError: the reactor is closed or of the parent process, or the link cannot be opened.
+        """
+        if self._link is None:
+            self.check_usable()
+            self._link = self._link_factory(self)
+            self._sleep.watch(self._link.fileno())
+            if self._epoll is not None:
+                self._epoll.register(self._link.fileno(), select.EPOLLIN)
+        return self._link
+
+    @property
+    def has_link(self) -> bool:
+        """Whether the link has been opened."""
+        return self._link is not None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it sleeps, or is about to: an interrupt has then cut no step in two."""
+        return self._asleep
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called."""
+        return self._closed
+
+    @property
+    def next_timer_s(self) -> float:
+        """When the next timer is due; inf when there is none."""
+        heap = self._heap
+        while heap and heap[0][2].action is None:
+            heapq.heappop(heap)
+            self._cancelled -= 1
+        return heap[0][0] if heap else math.inf
+
+    def check_usable(self) -> None:
+        """Refuse a closed reactor, and one of the process that this one was forked from.
+
+        Raises:
+            ConfigError: it is one of these.
+        """
+        if self._forked:
+            raise ConfigError(FORKED)
+        if self._closed:
+            raise ConfigError("this reactor is closed; make another")
+
+    def call_at(self, when_s: float, action: Callable[[], None]) -> Timer:
+        """Call this in a turn, not before `when_s`. By the thread that runs the reactor."""
+        timer = Timer(self, when_s, action)
+        self._made += 1
+        heapq.heappush(self._heap, (when_s, self._made, timer))
+        return timer
+
+    def submit(self, action: Callable[[], None]) -> None:
+        """Call this in the next turn. From any thread and any signal handler; after `close()` it is dropped."""
+        if self._forked:
+            raise ConfigError(FORKED)
+        self._submitted.append(action)
+        wakeup = self._wakeup
+        if self._asleep and wakeup is not None:
+            wakeup.notify()
+
+    def resolve(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
+        """Find the numeric address of a host. By the thread that runs the reactor, which never waits for it.
+
+        Args:
+            host: a numeric address, or a name.
+            on_resolved: called with the address, at once where it is numeric, else in a later turn; or with the
+                error, reason `unreachable`.
+        """
+        try:
+            address = str(ipaddress.ip_address(host))
+        except ValueError:
+            self.check_usable()
+            look = threading.Thread(target=self._look_up, args=(host, on_resolved), name="ucxx-resolve", daemon=True)
+            look.start()
+        else:
+            on_resolved(address)
+
+    def _look_up(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
+        result: str | PeerLostError
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            result = str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])  # IPv4 first
+        except (OSError, UnicodeError) as exc:  # UnicodeError: no name that can be looked up, such as "a..b"
+            result = lost("unreachable", peer=host, resolver=str(exc))
+        self.submit(lambda: on_resolved(result))
+
+    def run_once(self, until_s: float) -> None:
+        """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest.
+
+        Args:
+            until_s: on the reactor's clock; inf for a second.
+        """
+        self._asleep = False  # an interrupt may have ended the last sleep
+        if self._turn(self._spin_s, until_s) or not self.arm():
+            return
+        left_s = min(self.next_timer_s, until_s) - self.now()
+        if left_s > 0 and self._sleep.up_to(min(left_s, LONGEST_SLEEP_S)) and self._wakeup is not None:
+            self._wakeup.drain()
+        self._asleep = False
+
+    def poll(self, spin_s: float = 0.0) -> bool:
+        """A turn without the sleep; whether anything was done.
+
+        Args:
+            spin_s: how long to poll the link while nothing moves; not beyond the next timer.
+        """
+        if self._asleep:
+            self._asleep = False
+            if self._wakeup is not None:
+                self._wakeup.drain()
+        return self._turn(spin_s, math.inf)
+
+    def arm(self) -> bool:
+        """Before a sleep on `fileno()`, which is then readable when there is work. False: there is; poll first."""
+        self._asleep = True
+        if self._submitted or (self._link is not None and not self._link.arm()):
+            self._asleep = False
+            return False
+        return True
+
+    def fileno(self) -> int:
+        """One descriptor for all that wakes the reactor, but for its timers: see `next_timer_s`."""
+        self.check_usable()
+        if self._epoll is None:
+            assert self._wakeup is not None  # not closed
+            self._epoll = select.epoll()
+            self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
+            if self._link is not None:
+                self._epoll.register(self._link.fileno(), select.EPOLLIN)
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        """Close the link; nothing is run any more. Idempotent, bounded. Not while another thread runs the reactor."""
+        if self._closed or self._forked:
+            return
+        self._closed = True
+        if self._link is not None:
+            self._link.close()
+        self._submitted.clear()
+        self._heap.clear()
+        if self._epoll is not None:
+            self._epoll.close()
+        self._wakeup = None
+
+    def forget(self) -> None:
+        """This process is a fork of the one whose reactor it is."""
+        self._forked = True
+        if self._link is not None:
+            self._link.forget()
+
+    def note_cancelled(self) -> None:
+        """A timer has been cancelled: it stays in the heap until it is due, unless too many do."""
+        self._cancelled += 1
+        if self._cancelled > STALE_TIMERS and self._cancelled * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].action is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def _turn(self, spin_s: float, until_s: float) -> bool:
+        if self._closed or self._forked:
+            self.check_usable()
+        self.turns += 1
+        ran = bool(self._submitted) and self._run_submitted()
+        if self._heap:
+            now = self.now()
+            if self._heap[0][0] <= now:
+                ran = self._run_due(now) or ran
+            if self._heap:
+                until_s = min(until_s, self._heap[0][0])
+        link = self._link
+        if link is None:
+            return ran
+        if ran:
+            spin_s = 0.0
+        elif spin_s and until_s != math.inf:
+            spin_s = max(0.0, min(spin_s, until_s - self.now()))
+        return link.progress(spin_s) or ran
+
+    def _run_submitted(self) -> bool:
+        submitted = self._submitted
+        for _ in range(len(submitted)):  # what these submit in their turn has the next one
+            submitted.popleft()()
+        return True
+
+    def _run_due(self, now: float) -> bool:
+        ran = False
+        newest = self._made  # those that these add have the next turn, even if they are due
+        while self._heap and self._heap[0][0] <= now and self._heap[0][1] <= newest:
+            timer = heapq.heappop(self._heap)[2]
+            action, timer.action = timer.action, None
+            if action is None:
+                self._cancelled -= 1
+            else:
+                ran = True
+                action()
+        return ran
+
+
+class _PollFd(ctypes.Structure):
+    """`struct pollfd`, poll(2)."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class _Timespec(ctypes.Structure):
+    """`struct timespec`, timespec(3)."""
+
+    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
+
+
+class _Sleep:
+    """Waits for descriptors, to the microsecond, by ppoll(2): `select` knows whole milliseconds, or 1,024 descriptors.
+
+    Args:
+        wakeup: the descriptor that `up_to` tells of.
+    """
+
+    def __init__(self, wakeup: int) -> None:
+        self._ppoll = ctypes.CDLL(None).ppoll
+        self._ppoll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
+        self._entries = (_PollFd * 2)(_PollFd(wakeup, select.POLLIN, 0))
+        self._count = 1
+        self._timeout = _Timespec()
+        self._addresses = ctypes.addressof(self._entries), ctypes.addressof(self._timeout)
+        self._wakeup = self._entries[0]
+
+    def watch(self, descriptor: int) -> None:
+        """Wait for this one, too."""
+        self._entries[1] = _PollFd(descriptor, select.POLLIN, 0)
+        self._count = 2
+
+    def up_to(self, seconds: float) -> bool:
+        """Sleep until a descriptor is readable, a signal comes, or the time is up; whether it was the wake-up."""
+        timeout = self._timeout
+        timeout.sec = whole = int(seconds)
+        timeout.nsec = int((seconds - whole) * 1e9)
+        self._wakeup.revents = 0
+        entries, address = self._addresses
+        self._ppoll(entries, self._count, address, None)
+        return bool(self._wakeup.revents)
+
+
+def _in_forked_child() -> None:
+    for reactor in list(_reactors):
+        reactor.forget()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

@@ -1,0 +1,368 @@
+"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close. See `ucx_hello`."""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
+from ucxx_transport.link.translate import raisable
+from ucxx_transport.link.ucx_api import (
+    IN_PROGRESS,
+    UcxArray,
+    UcxEndpoint,
+    UcxRequest,
+    endpoint_lanes,
+    listener_has_answered,
+    release_cancelled,
+)
+from ucxx_transport.link.ucx_flight import (
+    EVERYTHING,
+    HELLO,
+    RECEIVE,
+    SEND,
+    LinkContext,
+    Posted,
+    UCXXMessage,
+    UCXXOperation,
+)
+from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
+
+CLOSE_TIMEOUT_S: Final = 2.0
+"""How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
+
+GRACE_S: Final = 0.05
+"""How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
+(seen over shared-memory lanes): it is given up, and its buffer leaked when the endpoint is closed."""
+
+
+class UCXXEndpoint(Posted):
+    """See `base.Endpoint`. Made by `UCXXLink.connect` and its listeners.
+
+    Args:
+        ucx: the connection, which may not be up yet; None where UCX did not even begin, for the reason `error`.
+        peer: `host:port`, for messages.
+        events: of its owner; a listener sets it later.
+        address: of the listener that it connects to.
+        on_ended: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
+            listener, into which UCX points.
+    """
+
+    def __init__(
+        self,
+        link: LinkContext,
+        ucx: UcxEndpoint | None,
+        peer: str,
+        *,
+        events: EndpointEvents | None = None,
+        address: tuple[str, int] | None = None,
+        on_ended: Callable[[], None] | None = None,
+        error: TransportError | None = None,
+    ) -> None:
+        super().__init__()
+        self.peer = peer
+        self.events = events
+        self.alive = True
+        self._usable = ucx is not None
+        self.base = secrets.randbits(BASE_BITS)
+        self._link = link
+        self._counters = link.counters
+        self._make_array = link.binding.make_array
+        self._make_tag = link.binding.lib.UCXXTag
+        self._order = link.flight.order
+        self._ucx = ucx
+        self._address = address
+        self._on_ended = on_ended
+        self._receive_base = self.base << CHANNEL_BITS
+        self._send_base = -1  # not known before the hello
+        self._deferred: deque[tuple[UCXXOperation, UcxArray, int]] = deque()
+        self._error = error
+        self._closed = False
+        self._clean: bool | None = None
+        self._on_closed: list[Callable[[bool], None]] = []
+        if ucx is None:
+            link.note_lost(self)
+            return
+        here = weakref.ref(self)
+        ucx.set_close_callback(lambda: _note_loss(here))
+        out, into = self._make_array(encode_hello(self.base)), bytearray(HELLO_BYTES)
+        array = self._make_array(into)
+        self.sends.append(UCXXOperation(HELLO, out, HELLO_BYTES, None, ucx.stream_send(out)))
+        self.receives.append(
+            UCXXOperation(HELLO, array, HELLO_BYTES, lambda hello: self._greeted(hello, into), ucx.stream_recv(array))
+        )
+
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
+        if not self._usable:
+            return self._refused(RECEIVE, buffer, on_done)
+        if type(buffer) is UCXXMessage:
+            if not buffer.writable:
+                raise ConfigError("buffer is read-only; a receive needs a writable one")
+            array, nbytes = buffer.array, buffer.nbytes
+        else:
+            view = byte_view(buffer, writable=True)
+            array, nbytes = self._make_array(view), view.nbytes
+        assert self._ucx is not None  # usable
+        request = self._ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
+        self._counters.receives += 1
+        operation = UCXXOperation(RECEIVE, array, nbytes, on_done, request)
+        operation.channel = channel
+        before = self.newest.get(channel)
+        if before is not None:
+            before.follower = operation
+        elif request.status == IN_PROGRESS:
+            self.receives.append(operation)
+        else:  # the message was there already
+            self.take_outcome(operation)
+            self._link.ready.append((on_done, operation))
+            return operation
+        self.newest[channel] = operation
+        order = self._order
+        order.pop(self, None)
+        order[self] = None
+        return operation
+
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
+        """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
+        if not self._usable:
+            return self._refused(SEND, buffer, on_done)
+        if type(buffer) is UCXXMessage:
+            array, nbytes = buffer.array, buffer.nbytes
+        else:
+            view = byte_view(buffer, writable=False)
+            array, nbytes = self._make_array(view), view.nbytes
+        self._counters.sends += 1
+        base = self._send_base
+        if base < 0:
+            operation = UCXXOperation(SEND, array, nbytes, on_done, None)
+            self._deferred.append((operation, array, channel))
+            return operation
+        assert self._ucx is not None  # usable
+        request = self._ucx.tag_send(array, self._make_tag(base | channel))
+        operation = UCXXOperation(SEND, array, nbytes, on_done, request)
+        if request.status == IN_PROGRESS:
+            self.sends.append(operation)
+            self._order.pop(self, None)
+            self._order[self] = None
+        else:
+            self.take_outcome(operation)
+            if on_done is not None:
+                self._link.ready.append((on_done, operation))
+        return operation
+
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        """See `base.Endpoint.close`. Takes 20 to 80 us, some milliseconds while connecting."""
+        if on_closed is not None:
+            self._on_closed.append(on_closed)
+        if self._clean is not None:
+            self._link.ready.append((UCXXEndpoint.call_closed, self))
+        elif not self._closed:
+            self._closed = True
+            self.alive = self._usable = False
+            self._break()
+            self._link.note_closing(self)
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the peer's hello has come."""
+        return self._send_base >= 0
+
+    def listener_has_answered(self) -> bool:
+        return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
+
+    def lanes(self) -> tuple[tuple[str, str], ...]:
+        """(transport, device) of each lane; empty where it is unknown, or before the connection is up."""
+        if self._ucx is None or not self._usable or self._send_base < 0:
+            return ()
+        return endpoint_lanes(self._ucx.handle)
+
+    def note_loss(self) -> None:
+        """UCX found the peer gone. Called inside its progress: takes note, no more."""
+        if self._usable:
+            self._usable = False
+            self._link.note_lost(self)
+
+    def lose(self) -> None:
+        """Say to the owner that the peer is lost. What had arrived has been called back."""
+        if self._closed:
+            return
+        self.alive = False
+        if self._send_base >= 0:
+            self._counters.peers_lost += 1
+        error = self._error = self._why_lost()
+        self._break()
+        self._link.in_turn_after(GRACE_S, UCXXEndpoint.give_up, self)
+        if self.events is not None:
+            self.events.lost(error)
+
+    def disown(self) -> None:
+        """This process is a fork of the one whose endpoint it is."""
+        self.alive = self._usable = False
+
+    def ended(self) -> bool:
+        """Whether nothing is in flight any more."""
+        return not (self.receives or self.sends or self._deferred)
+
+    def end_close(self) -> None:
+        """Release UCX's endpoint; buffers of what has not ended are leaked."""
+        self.give_up()
+        left = self.in_flight()
+        self._clean = not left
+        for operation in left:
+            self._link.leak(operation, self._ucx)
+        self.receives, self.sends, self.newest = [], [], {}
+        if self._ucx is not None and self._clean:
+            release_cancelled(self._ucx.ucxx_ptr)
+        self._ucx = None
+        self._link.forget_endpoint(self)
+        on_ended, self._on_ended = self._on_ended, None
+        if on_ended is not None:
+            on_ended()
+        self.call_closed()
+
+    def call_closed(self) -> None:
+        """Say to those who closed it that it is over."""
+        while self._on_closed:
+            self._on_closed.pop(0)(self._clean is True)
+
+    def _greeted(self, operation: object, hello: bytearray) -> None:
+        """The peer's hello has come, or never will."""
+        assert isinstance(operation, UCXXOperation)  # its own
+        if self._closed:
+            return
+        error = operation.error
+        if error is None:
+            try:
+                base = decode_hello(hello, peer=self.peer)
+            except TransportError as exc:
+                error = exc.with_traceback(None)
+            else:
+                self._send_base = base << CHANNEL_BITS
+                self._send_deferred()
+                if self.events is not None:
+                    self.events.connected()
+                return
+        if self._error is None:
+            self._error = error
+        self.note_loss()
+
+    def _refused(self, kind: int, buffer: object, on_done: OnDone | None) -> UCXXOperation:
+        """What is posted before the owner can know of a loss, or of the link's close, ends in a turn."""
+        if not (self.alive or self._link.closing):
+            raise self._why_lost()
+        message = buffer if isinstance(buffer, UCXXMessage) else self._link.message(buffer)
+        array = message.array
+        operation = UCXXOperation(kind, array, message.nbytes, on_done, None)
+        if kind == SEND:
+            self._counters.sends += 1
+        else:
+            self._counters.receives += 1
+        self._deferred.append((operation, array, 0))
+        self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+        return operation
+
+    def take_outcome(self, operation: UCXXOperation) -> None:
+        """An operation is over: its buffer is free."""
+        request = operation.request
+        assert request is not None
+        operation.request = operation.array = None
+        operation.completed = True
+        counters = self._counters
+        if request.status == 0:
+            if operation.kind == RECEIVE:
+                counters.ended += 1
+                counters.posted_receive_bytes += operation.nbytes
+            elif operation.kind == SEND:
+                counters.ended += 1
+                counters.sent_bytes += operation.nbytes
+        else:
+            self._take_error(operation, request)
+
+    def _take_error(self, operation: UCXXOperation, request: UcxRequest) -> None:
+        translator = self._link.translator
+        try:
+            request.check_error()
+        except translator.root as exc:
+            truncated = operation.kind == RECEIVE and isinstance(exc, translator.truncated)
+            if truncated or self._usable:
+                operation.error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+            else:
+                operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
+            if operation.kind != HELLO:
+                self._counters.ended += 1
+                self._counters.failed += 1
+                self._counters.truncated += truncated
+
+    def _break(self) -> None:
+        """Break the connection and cancel what is in flight, which ends in a later turn at the latest."""
+        ucx = self._ucx
+        if ucx is not None and ucx.alive:
+            # Not `close()`: it loses its FORCE flag on the way to UCX, so it waits for a peer that may be stopped, and
+            # it never ends a receive that nothing has matched.
+            try:
+                ucx.close_blocking()
+            except self._link.translator.root:
+                self._counters.suppressed_errors += 1
+        self._link.cancel_due = True
+        if self._deferred:
+            self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+
+    def fail_deferred(self) -> None:
+        """End what waits for a hello that never comes."""
+        while self._deferred:
+            operation = self._deferred.popleft()[0]
+            operation.completed, operation.array, operation.error = True, None, self._why_lost()
+            self._counters.ended += 1
+            self._counters.failed += 1
+            if operation.on_done is not None:
+                operation.on_done(operation)
+
+    def give_up(self) -> None:
+        """Call back what has not ended in time; UCX still holds its buffer."""
+        self.search(EVERYTHING)
+        for operation in self.in_flight():
+            if operation.request is not None and operation.request.status != IN_PROGRESS:  # behind one that never ends
+                self.take_outcome(operation)
+            else:
+                operation.error = self._why_lost()
+            on_done, operation.on_done = operation.on_done, None
+            if on_done is not None:
+                on_done(operation)
+
+    def _why_lost(self) -> TransportError:
+        self._link.check_usable()
+        if self._error is not None:
+            return raisable(self._error)
+        if self._closed:
+            return lost("closed", peer=self.peer)
+        if self._ucx is not None:
+            translator = self._link.translator
+            try:
+                self._ucx.raise_on_error()
+            except translator.root as exc:
+                error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+                return self._link.explain_unreachable(error, self._address)
+        return lost("reset", peer=self.peer)
+
+    def _send_deferred(self) -> None:
+        while self._deferred and self._ucx is not None:
+            operation, array, channel = self._deferred.popleft()
+            request = self._ucx.tag_send(array, self._make_tag(self._send_base | channel))
+            operation.request = request
+            if request.status == IN_PROGRESS:
+                self.sends.append(operation)
+                self._order[self] = None
+            else:
+                self.take_outcome(operation)
+                if operation.on_done is not None:
+                    self._link.ready.append((operation.on_done, operation))
+
+
+def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:
+    alive = endpoint()
+    if alive is not None:
+        alive.note_loss()

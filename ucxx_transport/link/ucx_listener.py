@@ -1,0 +1,190 @@
+"""UCXXListener: one port.
+
+UCX binds the wildcard address (0.0.0.0) and ucxx's API takes no other: narrow it outside, by a firewall or a network
+namespace. An IPv6 address besides is bound through UCX's own `ucp_listener_create`. UCX keeps the port bound until the
+last endpoint accepted on it is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from ucxx_transport.link.base import OnEndpoint
+from ucxx_transport.link.libraries import loaded_library
+from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, endpoint_peer, request_peer
+from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
+from ucxx_transport.link.ucx_flight import LinkContext
+from ucxx_transport.logs import get_logger
+
+_log = get_logger(__name__)
+
+QUIET_S: Final = 60.0
+"""After one event about connections that fail while they are accepted, further ones are only counted for so long."""
+
+
+_FIELDS: Final = 1 << 0 | 1 << 2  # enum ucp_listener_params_field: the address, the connection handler
+_OnRequest = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class _SocketAddress(ctypes.Structure):
+    """`ucs_sock_addr_t`."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("nbytes", ctypes.c_uint32))
+
+
+class _Parameters(ctypes.Structure):
+    """`ucp_listener_params_t` of `ucp/api/ucp.h`."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("sockaddr", _SocketAddress),
+        ("accept_handler", ctypes.c_void_p * 2),
+        ("on_request", _OnRequest),
+        ("on_request_argument", ctypes.c_void_p),
+    )
+
+
+class IPv6Listener:
+    """UCX's listener on one IPv6 address, which ucxx cannot make. Close it once all that it accepted are closed.
+
+    Args:
+        worker: the `ucp_worker_h`.
+        address: numeric, of this host.
+        port: to listen on.
+        on_request: gets each `ucp_conn_request_h`, inside progress.
+
+    Raises:
+        OSError: the port is in use there, or UCX cannot listen.
+    """
+
+    def __init__(self, worker: int, address: str, port: int, on_request: Callable[[int], None]) -> None:
+        self._library = loaded_library("libucp.so")
+        self._called = _OnRequest(lambda request, _: on_request(request))  # UCX holds its address only
+        numeric = socket.inet_pton(socket.AF_INET6, address)
+        raw = struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, numeric, 0)  # sockaddr_in6, ipv6(7)
+        buffer = ctypes.create_string_buffer(raw)
+        parameters = _Parameters(
+            field_mask=_FIELDS,
+            sockaddr=_SocketAddress(ctypes.addressof(buffer), len(raw)),
+            on_request=self._called,
+        )
+        self._handle = ctypes.c_void_p()
+        create = self._library.ucp_listener_create
+        create.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        create.restype = ctypes.c_int8
+        if status := create(worker, ctypes.byref(parameters), ctypes.byref(self._handle)):
+            raise OSError(f"UCX cannot listen on [{address}]:{port}, status {status}")
+
+    def close(self) -> None:
+        """Stop listening."""
+        destroy = self._library.ucp_listener_destroy
+        destroy.argtypes = (ctypes.c_void_p,)
+        destroy.restype = None
+        destroy(self._handle)
+
+
+class UCXXListener:
+    """See `base.Listener`. After `close()` the port stays bound until the endpoints accepted on it are closed too.
+
+    Args:
+        link: that owns it.
+        port: 0 for any free one.
+        on_endpoint: gets each connection, in a turn of the link, outside of UCX's callbacks.
+    """
+
+    def __init__(self, link: LinkContext, port: int, on_endpoint: OnEndpoint) -> None:
+        self._link = link
+        self._on_endpoint = on_endpoint
+        self._arrived: deque[UcxEndpoint] = deque()
+        here = weakref.ref(self)
+        self._ucx: UcxListener | None = link.binding.lib.UCXListener.create(
+            link.worker, port, lambda request: _note_request(here, request)
+        )
+        self._ipv6: IPv6Listener | None = None
+        if link.ipv6 is not None:
+            self._ipv6 = IPv6Listener(
+                link.worker.handle, link.ipv6, self._ucx.port, lambda request: _note_request(here, request)
+            )
+        self._closed = False
+        self._failed: tuple[str | None, str] | None = None
+        self._quiet_until_s = 0.0
+        self._open_endpoints = 0
+        self.port: int = self._ucx.port
+
+    def close(self) -> None:
+        if not self._closed:
+            self._link.check_usable()
+            self._closed = True
+            self.hand_over()
+            self._link.forget_listener(self)
+            self._release_if_unused()
+
+    def note_request(self, request: int) -> None:
+        """A client connects. Called inside UCX's progress: takes note, no more.
+
+        Args:
+            request: the `ucp_conn_request_h`, which the endpoint takes over.
+        """
+        assert self._ucx is not None
+        peer = request_peer(request)
+        try:
+            self._arrived.append(self._ucx.create_endpoint_from_conn_request(request, True))  # noqa: FBT003
+        except self._link.translator.root as exc:  # it has gone already, or its address cannot be reached
+            self._link.counters.accepts_failed += 1
+            self._failed = (peer, f"{type(exc).__name__}: {exc}")
+        self._link.ready.append((UCXXListener.hand_over, self))
+
+    def hand_over(self) -> None:
+        """Give the connections that came to their owner."""
+        self._log_failed()
+        while self._arrived:
+            ucx = self._arrived.popleft()
+            if not ucx.alive:
+                continue
+            if self._closed:
+                with suppress(self._link.translator.root):
+                    ucx.close_blocking()
+                continue
+            peer = endpoint_peer(ucx.handle) or f"a client of port {self.port}"
+            endpoint = UCXXEndpoint(self._link, ucx, peer, on_ended=self._endpoint_ended)
+            self._open_endpoints += 1
+            self._link.adopt(endpoint)
+            self._link.counters.endpoints_accepted += 1
+            try:
+                endpoint.events = self._on_endpoint(endpoint)
+            finally:
+                if endpoint.events is None:
+                    endpoint.close()
+
+    def _endpoint_ended(self) -> None:
+        """One of the endpoints accepted here is closed."""
+        self._open_endpoints -= 1
+        self._release_if_unused()
+
+    def _release_if_unused(self) -> None:
+        if self._closed and not self._open_endpoints:
+            if self._ipv6 is not None:
+                self._ipv6.close()
+            self._ucx = self._ipv6 = None
+
+    def _log_failed(self) -> None:
+        now = self._link.timers.now()
+        if self._failed is not None and now >= self._quiet_until_s:
+            self._quiet_until_s = now + QUIET_S
+            peer, reason = self._failed
+            failed = self._link.counters.accepts_failed
+            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=failed)
+        self._failed = None
+
+
+def _note_request(listener: weakref.ref[UCXXListener], request: int) -> None:
+    alive = listener()
+    if alive is not None:
+        alive.note_request(request)

@@ -1,0 +1,236 @@
+"""One port: a listener, its connections, and what they share. Callbacks of one reactor; no thread and no loop inside.
+
+| what                            | when                                                                              |
+|---------------------------------|-----------------------------------------------------------------------------------|
+| a frame of a connection         | as it arrives; a second one in the same turn of the reactor has the next turn     |
+| time limits, beat, stuck sends  | every `SWEEP_INTERVAL_S`                                                          |
+| slots of dead processes         | every `RECLAIM_INTERVAL_S`, by one port of a server                               |
+| clients that wait for a payload | 0.5 ms after the last look, ever later up to 5 ms; soon again once one was served |
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import time
+from typing import TYPE_CHECKING, Final
+
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.logs import get_logger
+from ucxx_transport.server.connection import Connection
+from ucxx_transport.server.slots import Slots
+from ucxx_transport.wire.frames import NONCE_BYTES
+from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ucxx_transport.config import ServerConfig
+    from ucxx_transport.link.base import Endpoint, Listener
+    from ucxx_transport.link.reactor import Reactor, Timer
+    from ucxx_transport.server.counters import Binding, PortCounters
+    from ucxx_transport.server.slots import ServedRing
+    from ucxx_transport.wire.actions import Take
+
+_log = get_logger(__name__)
+
+SWEEP_INTERVAL_S: Final = 0.25
+"""How often time limits are looked at: four wake-ups a second cost nothing that can be measured, and no limit needs to
+be kept more exactly."""
+
+RECLAIM_INTERVAL_S: Final = 1.0
+"""A killed reader's slot is back this soon even if no writer asks for it."""
+
+BUSY_ANSWERS: Final = 16
+"""Connections above the limit that are still answered BUSY; beyond them a newcomer is closed without a word."""
+
+SOON_S: Final = 0.5e-3
+LATER_S: Final = 5e-3
+"""The first and the longest pause between two looks for a payload that a client waits for."""
+
+
+class Port:
+    """Serves a ring at one port.
+
+    Args:
+        ring: the ring.
+        source: what its clients are told of it.
+        settings: of the server.
+        counters: of this port.
+        binding: whether the source has its epoch.
+        reactor: what runs it, in whatever thread.
+        reclaims: whether it also gives back what dead processes hold; one port of a server does.
+
+    Attributes:
+        slots: of the ring.
+        pack_buffers: see `connection.Host`.
+    """
+
+    def __init__(  # noqa: PLR0917 - what it is made of
+        self,
+        ring: ServedRing,
+        source: SessionSource,
+        settings: ServerConfig,
+        counters: PortCounters,
+        binding: Binding,
+        reactor: Reactor,
+        *,
+        reclaims: bool = False,
+    ) -> None:
+        self.reactor = reactor
+        self.slots = Slots(ring, counters, binding, reactor)
+        self.pack_buffers: list[bytearray] = []
+        self._counters = counters
+        self._source = source
+        self._limits = SessionLimits(
+            first_frame_timeout_s=settings.first_frame_timeout_s,
+            idle_timeout_s=settings.idle_timeout_s,
+            send_timeout_s=settings.send_timeout_s,
+            ack_timeout_s=settings.ack_timeout_s,
+        )
+        self._max_connections = settings.max_connections
+        self._reclaims = reclaims
+        self._listener: Listener | None = None
+        self._is_stopping = False
+        self._connections: dict[Connection, None] = {}
+        self._admitted = 0
+        self._deferred: list[Connection] = []
+        self._waiting: list[tuple[Connection, Take]] = []
+        self._pause_s = SOON_S
+        self._sweeper: Timer | None = None
+        self._reclaim_s = 0.0
+        self._accepts_failed = 0
+
+    def start(self, candidates: Sequence[int]) -> int:
+        """Listen on the first of `candidates` that is free, 0 being any free one; returns the port.
+
+        Raises:
+            ConfigError: none of them can be bound, or the link cannot be opened.
+        """
+        self._listener = self._listen(candidates)
+        self._counters.set("port", self._listener.port)
+        self._counters.set("connections", 0)
+        self._reclaim_s = self.reactor.now()
+        self._beat()
+        return self._listener.port
+
+    def stop(self) -> None:
+        """Take no further connection and close those there are; it has `stopped` some turns later."""
+        self._is_stopping = True
+        if self._listener is not None:
+            self._listener.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._waiting.clear()
+        for connection in list(self._connections):
+            connection.close()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether every connection is closed, and what it held is given back."""
+        return not self._connections
+
+    def retire(self) -> None:
+        """The link is closed, or given up: keep what UCX may still read from, for good."""
+        self._counters.retire()
+        self.slots.retire()
+
+    # --- For connections, see `connection.Host` ---
+
+    def defer(self, connection: Connection) -> None:
+        if not self._deferred:
+            self.reactor.call_at(self.reactor.now(), self._serve_deferred)
+        self._deferred.append(connection)
+
+    def wait(self, connection: Connection, take: Take) -> None:
+        if not self._waiting:
+            self._pause_s = SOON_S
+            self._look_later()
+        self._waiting.append((connection, take))
+
+    def forget(self, connection: Connection) -> None:
+        del self._connections[connection]
+        self._admitted -= connection.is_admitted
+        self._counters.set("connections", len(self._connections))
+
+    # --- Callbacks ---
+
+    def _listen(self, candidates: Sequence[int]) -> Listener:
+        link, last = self.reactor.link, None
+        for port in candidates:
+            try:
+                return link.listen(port, self._admit)
+            except ConfigError as error:
+                last = error
+        raise ConfigError(
+            f"no free port among {list(candidates)[:4]}… ({len(candidates)} tried); choose others with "
+            "ServerConfig(ports=…) or 0 for any free one",
+            errno=errno.EADDRINUSE,
+        ) from last
+
+    def _admit(self, endpoint: Endpoint) -> Connection | None:
+        if self._is_stopping:
+            return None
+        self._counters.add("accepted")
+        # Those that only wait for their BUSY do not count.
+        is_admitted = self._admitted < self._max_connections
+        if not is_admitted:
+            self._counters.add("refused")
+            if len(self._connections) - self._admitted >= BUSY_ANSWERS:
+                return None
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        session = ServerSession(self._source, self._limits, nonce=nonce, now=self.reactor.now(), admitted=is_admitted)
+        connection = Connection(self, session, endpoint, is_admitted=is_admitted)
+        self._connections[connection] = None
+        self._admitted += is_admitted
+        self._counters.set("connections", len(self._connections))
+        connection.open()
+        return connection
+
+    def _serve_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for connection in deferred:
+            connection.is_deferred = False
+            connection.serve_next()
+
+    def _look(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for connection, take in waiting:
+            try:
+                if not connection.answer_take(take):
+                    self._waiting.append((connection, take))
+            except Exception as error:  # noqa: BLE001 - the edge of a callback
+                connection.fail(error)
+        if self._waiting:
+            has_served = len(self._waiting) < len(waiting)
+            self._pause_s = SOON_S if has_served else min(2 * self._pause_s, LATER_S)
+            self._look_later()
+
+    def _look_later(self) -> None:
+        self.reactor.call_at(self.reactor.now() + self._pause_s, self._look)
+
+    def _sweep(self) -> None:
+        self._beat()  # before the ring's lock is waited for, once a turn
+        try:
+            now = self.reactor.now()
+            before, self._accepts_failed = self._accepts_failed, self.reactor.link.statistics().accepts_failed
+            self._counters.add("accepts_failed", self._accepts_failed - before)
+            for connection in list(self._connections):
+                self._close_if_overdue(connection, now)
+            self.slots.settle_kept()
+            if self._reclaims and now >= self._reclaim_s:
+                self._reclaim_s = now + RECLAIM_INTERVAL_S
+                self.slots.reclaim()
+        except Exception:  # noqa: BLE001 - the edge of a callback: the port goes on serving
+            _log.exception("sweep_failed")
+
+    def _beat(self) -> None:
+        self._counters.beat(time.monotonic_ns())
+        self._sweeper = self.reactor.call_at(self.reactor.now() + SWEEP_INTERVAL_S, self._sweep)
+
+    def _close_if_overdue(self, connection: Connection, now: float) -> None:
+        when_s, counter = connection.session.limit()
+        if now >= when_s and not connection.is_closing:
+            if counter:
+                self._counters.add(counter)
+            connection.close()

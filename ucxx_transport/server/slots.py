@@ -1,0 +1,232 @@
+"""The ring as the connections of one port share it: slots are acquired, sent from, and given back once each.
+
+A stopped process may hold the ring's lock. Then one wait for it a turn of the reactor is in vain, and no more; what
+could not be given back is kept for the port's next sweep.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+from ucxx_transport.errors import BusyError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.logs import get_logger
+from ucxx_transport.ring.layout import HOLD_NBYTES
+from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.wire.frames import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ucxx_transport.link.base import Message
+    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.server.counters import Binding, PortCounters
+    from ucxx_transport.wire.actions import Attempt
+
+_log = get_logger(__name__)
+
+MAX_ANSWERS: Final = 4096
+"""Slots, by length, whose memory is kept prepared for the link."""
+
+NO_EPOCH: Final = "the worker has no epoch yet"
+_LOCKED: Final = "the ring's lock is held by a process that does not get on"
+
+# An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
+_OK: Final = Status.OK
+_STALE: Final = Status.STALE
+_BUSY: Final = Status.BUSY
+_NOT_READY: Final = Status.NOT_READY
+_BAD_REQUEST: Final = Status.BAD_REQUEST
+
+_never_ended: list[Attempt] = []
+"""Of ports that are gone: while UCX may read from a slot, its lease must not be dropped."""
+
+
+class ServedRing(Protocol):
+    """What a port needs of a ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+
+    @property
+    def fingerprint(self) -> int: ...
+
+    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
+
+    def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]: ...
+
+    def reclaim_dead(self) -> int: ...
+
+
+class Refusal(NamedTuple):
+    """Why the ring gives a slot not now, or never."""
+
+    status: Status
+    text: str
+
+
+class Slots:
+    """See the module.
+
+    Args:
+        ring: the ring.
+        counters: of the port.
+        binding: whether the source has its epoch.
+        reactor: the port's.
+
+    Attributes:
+        words: of the counters. awaited: of the binding.
+        answers: by slot and length, whole answers as the slots are: prepared for the link, and as memory.
+    """
+
+    def __init__(self, ring: ServedRing, counters: PortCounters, binding: Binding, reactor: Reactor) -> None:
+        self.counters = counters
+        self.words = counters.words
+        self.awaited = binding.words
+        self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
+        self._ring = ring
+        self._reactor = reactor
+        self._locked_turn = -1
+        self._kept: list[Attempt] = []
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the ring's lock was waited for in vain in this turn: others wait too, so not again."""
+        return self._locked_turn == self._reactor.turns
+
+    def acquire(self, attempt: Attempt, reader: int) -> Refusal | None:
+        """Enter the attempt at its slot; why not, if so."""
+        self.words[REQUESTS] += 1
+        if self.awaited[0]:
+            return Refusal(_NOT_READY, NO_EPOCH)
+        if self._locked_turn == self._reactor.turns:
+            return Refusal(_BUSY, _LOCKED)
+        try:
+            lease = attempt.lease = self._ring.acquire_slot(attempt.slot, attempt.generation, reader=reader)
+        except TransportError as error:
+            self._note_lock(error)
+            return Refusal(_status_of(error), error.message)
+        nbytes = lease.words[HOLD_NBYTES]
+        if nbytes != attempt.nbytes:
+            self.finish(attempt)
+            return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
+        return None
+
+    def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
+        """What is there and fits; none where the lock is not to be had.
+
+        Raises:
+            ConfigError: the first one is larger than `max_bytes`.
+        """
+        if not max_payloads or self.is_locked:
+            return []
+        try:
+            leases = self._ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)
+        except DeadlineExceededError as error:
+            self._note_lock(error)
+            return []
+        self.counters.add("takes", len(leases))
+        return leases
+
+    def consume(self, names: Iterable[tuple[int, int]], reader: int) -> list[Status]:
+        """Consume what the client has had of these, as far as it is still there."""
+        statuses = []
+        for slot, generation in names:
+            status = _BUSY
+            if not self.is_locked:
+                try:
+                    consumed = self._ring.acquire_slot(slot, generation, reader=reader).mark_consumed()
+                    self.counters.add("confirms", int(consumed))
+                    status = _OK if consumed else _STALE
+                except TransportError as error:
+                    self._note_lock(error)
+                    status = _BUSY if error.retryable else _STALE
+            statuses.append(status)
+        return statuses
+
+    def prepare(self, attempt: Attempt) -> tuple[Message, memoryview]:
+        """The whole answer that the attempt's slot is: prepared for the link, and as memory; kept in `answers`."""
+        memory = cast("ReadLease", attempt.lease).message
+        if len(self.answers) >= MAX_ANSWERS:
+            del self.answers[next(iter(self.answers))]
+        answer = self.answers[attempt.slot, attempt.nbytes] = (self._reactor.link.message(memory), memory)
+        return answer
+
+    def finish(self, attempt: Attempt) -> None:
+        """Its message is over, and its end known, or will never be: the slot is given back, exactly once."""
+        lease = attempt.lease
+        if lease is None:
+            return
+        if self._locked_turn == self._reactor.turns:
+            self._kept.append(attempt)
+            return
+        try:
+            if attempt.delivered:
+                lease.mark_consumed()
+            else:
+                lease.release_reading()
+        except TransportError as error:
+            self._note_lock(error)
+            _log.warning("slot_not_released", slot=attempt.slot, reason=str(error))
+            self._kept.append(attempt)
+            return
+        attempt.lease = None
+        words = self.words
+        if attempt.delivered:
+            words[DELIVERED] += 1
+            words[BYTES_SENT] += attempt.nbytes
+        else:
+            words[RELEASED] += 1
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Its connection is closed: finish it, now or as soon as UCX does not read the slot any more."""
+        if _is_over(attempt):
+            self.finish(attempt)
+        else:
+            self.counters.add("stuck_sends")
+            _log.warning("send_stuck", slot=attempt.slot, nbytes=attempt.nbytes)
+            self._kept.append(attempt)
+
+    def settle_kept(self) -> None:
+        """Finish what was kept and is over."""
+        kept, self._kept = self._kept, []
+        for attempt in kept:
+            if _is_over(attempt):
+                self.finish(attempt)
+            else:
+                self._kept.append(attempt)
+
+    def reclaim(self) -> None:
+        """Give back what dead processes hold; the next time where the lock is not to be had."""
+        if self.is_locked:
+            return
+        try:
+            self._ring.reclaim_dead()
+        except TransportError as error:
+            self._note_lock(error)
+            _log.warning("reclaim_failed", reason=str(error))
+
+    def retire(self) -> None:
+        """The link is closed, or given up: keep what UCX may still read from, for good."""
+        self._locked_turn = -1
+        self.settle_kept()
+        _never_ended.extend(attempt for attempt in self._kept if not _is_over(attempt))
+
+    def _note_lock(self, error: TransportError) -> None:
+        if isinstance(error, DeadlineExceededError):
+            self._locked_turn = self._reactor.turns
+
+
+def _is_over(attempt: Attempt) -> bool:
+    """Whether UCX reads nothing for it any more."""
+    return attempt.send is None or attempt.send.completed
+
+
+def _status_of(error: TransportError) -> Status:
+    if isinstance(error, StaleSlotError):
+        return _STALE
+    if isinstance(error, BusyError):
+        return _BUSY
+    if isinstance(error, SlotError):
+        return _BAD_REQUEST
+    return _BUSY if error.retryable else Status.INTERNAL

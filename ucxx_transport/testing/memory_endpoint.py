@@ -1,0 +1,265 @@
+"""MemoryEndpoint: one end of a connection of a `MemoryLink`, its messages and operations."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Protocol
+
+from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.link.base import Counters, EndpointEvents, LostReason, OnDone, byte_view, lost
+from ucxx_transport.testing.faults import Faults, Hold
+
+EAGER_BYTES = 8191
+"""Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
+
+
+class EndpointLink(Protocol):
+    """A `MemoryLink`, as its endpoints see it."""
+
+    closing: bool
+    counters: Counters
+    endpoints: set[MemoryEndpoint]
+
+    @property
+    def faults(self) -> Faults: ...
+
+    def check_usable(self) -> None: ...
+
+    def call(self, action: Callable[..., object], *arguments: object) -> None: ...
+
+
+class MemoryMessage:
+    """See `base.Message`."""
+
+    __slots__ = ("nbytes", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.nbytes = view.nbytes
+
+
+class MemoryOperation:
+    """One operation of a `MemoryEndpoint`. See `base.Operation`."""
+
+    __slots__ = ("completed", "error", "immortal", "nbytes", "on_done", "sending", "view")
+
+    def __init__(self, view: memoryview, on_done: OnDone | None, *, sending: bool) -> None:
+        self.view: memoryview | None = view.cast("B") if view.nbytes else memoryview(b"")
+        self.nbytes = view.nbytes
+        self.on_done = on_done
+        self.sending = sending
+        self.completed = False
+        self.error: TransportError | None = None
+        self.immortal = False
+
+
+class MemoryEndpoint:
+    """One end of a connection; `other` is the end its messages go to, once connected. See `base.Endpoint`."""
+
+    def __init__(self, link: EndpointLink, peer: str, other: MemoryEndpoint | None = None) -> None:
+        self.link = link
+        self.peer = peer
+        self.events: EndpointEvents | None = None
+        self.alive = True
+        self.other = other
+        self.waits_for_ever = False
+        self._closed = False
+        self._clean: bool | None = None
+        self._on_closed: list[Callable[[bool], None]] = []
+        self._in_flight: dict[MemoryOperation, None] = {}
+        self._receives: defaultdict[int, deque[MemoryOperation]] = defaultdict(deque)
+        self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
+        self._outbox: deque[tuple[int, bytes, MemoryOperation]] = deque()
+        self._held = False
+
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(buffer, on_done, sending=False)
+        operation.immortal = self.link.faults.never_complete
+        self._receives[channel].append(operation)
+        if channel in self._arrived:
+            self.link.call(self._match, channel)
+        return operation
+
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(buffer, on_done, sending=True)
+        if not self.alive:
+            return operation
+        assert operation.view is not None  # just made
+        faults = self.link.faults
+        if faults.breaks_connection():
+            self.link.call(self.reset)
+            return operation
+        content = faults.apply(bytes(operation.view))
+        if content is not None:
+            self._outbox.append((channel, content, operation))
+        if content is None or (self.other is not None and operation.nbytes <= EAGER_BYTES):
+            self._completed(operation)
+            self.link.call(self._call_done, operation)
+        self._deliver(faults.hold)
+        return operation
+
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        if on_closed is not None:
+            self._on_closed.append(on_closed)
+        if not self._closed:
+            self._closed = True
+            self._stop()
+            self._reset_other()
+            self.link.call(self._finish_close)
+        elif self._clean is not None:
+            self.link.call(self._call_closed)
+
+    def listener_has_answered(self) -> bool:
+        """Whether connecting goes further than to the listener, as `Faults.hang_connect` has it."""
+        return self.waits_for_ever
+
+    def connected(self, other: MemoryEndpoint) -> None:
+        """The listener has taken the connection. In the link's own turn, as all that follows."""
+        if not self.alive:
+            other.link.call(other.lose, "reset")
+            return
+        self.other = other
+        for operation in tuple(self._in_flight):
+            if operation.sending and operation.nbytes <= EAGER_BYTES:
+                self._end(operation)
+        self._deliver(self.link.faults.hold)
+        if self.events is not None:
+            self.events.connected()
+
+    def accepted(self) -> None:
+        """Say to the owner that the connection is up, which it is from the start."""
+        if self.alive and self.events is not None:
+            self.events.connected()
+
+    def take(self, channel: int, content: bytes, send: MemoryOperation) -> None:
+        """A message of the other end has arrived."""
+        if self.alive:
+            self._arrived[channel].append((content, send))
+            self._match(channel)
+
+    def sent(self, send: MemoryOperation) -> None:
+        """A message of this end has been received."""
+        self._end(send)
+
+    def reset(self) -> None:
+        """Break the connection, as a fault does: both ends find their peer lost."""
+        self.lose("reset")
+        self._reset_other()
+
+    def lose(self, reason: LostReason) -> None:
+        """The other end is gone, or was never there."""
+        if not self.alive:
+            return
+        if self.other is not None:
+            self.link.counters.peers_lost += 1
+        self._stop()
+        if self.events is not None:
+            self.events.lost(lost(reason, peer=self.peer))
+        self._end_all(reason)
+
+    def _posted(self, buffer: object, on_done: OnDone | None, *, sending: bool) -> MemoryOperation:
+        self.link.check_usable()
+        if not (self.alive or self.link.closing):
+            raise lost("closed" if self._closed else "reset", peer=self.peer)
+        view = byte_view(buffer.view if isinstance(buffer, MemoryMessage) else buffer, writable=not sending)
+        operation = MemoryOperation(view, on_done, sending=sending)
+        counters = self.link.counters
+        if sending:
+            counters.sends += 1
+        else:
+            counters.receives += 1
+        self._in_flight[operation] = None
+        if not self.alive:
+            self.link.call(self._end, operation, lost("closed", peer=self.peer))
+        return operation
+
+    def _deliver(self, hold: Hold | None) -> None:
+        if self._held or self.other is None:
+            return  # what is kept back goes first
+        if hold is not None and not hold.is_set():
+            self._held = True
+            hold.when_set(lambda: self.link.call(self._release))
+            return
+        other = self.other
+        while self._outbox:
+            other.link.call(other.take, *self._outbox.popleft())
+
+    def _release(self) -> None:
+        self._held = False
+        self._deliver(None)
+
+    def _match(self, channel: int) -> None:
+        """Bring what has arrived and the receives posted for it together. In the link's own turn."""
+        while (arrived := self._arrived.get(channel)) and (receives := self._receives[channel]):
+            if receives[0].immortal:
+                break
+            content, send = arrived.popleft()
+            if not arrived:
+                del self._arrived[channel]
+            if self.other is not None:
+                self.other.link.call(self.other.sent, send)
+            receive = receives.popleft()
+            assert receive.view is not None  # in flight
+            if len(content) > receive.nbytes:
+                self._end(receive, lost("truncated", peer=self.peer))
+            else:
+                receive.view[: len(content)] = content
+                self._end(receive)
+
+    def _end(self, operation: MemoryOperation, error: PeerLostError | None = None) -> None:
+        """End an operation and call back, in the link's own turn."""
+        if not operation.completed:
+            self._completed(operation, error)
+            self._call_done(operation)
+
+    def _completed(self, operation: MemoryOperation, error: PeerLostError | None = None) -> None:
+        operation.completed = True
+        operation.error = error
+        operation.view = None
+        del self._in_flight[operation]
+        counters = self.link.counters
+        counters.ended += 1
+        if error is not None:
+            counters.failed += 1
+            counters.truncated += error.facts["reason"] == "truncated"
+        elif operation.sending:
+            counters.sent_bytes += operation.nbytes
+        else:
+            counters.posted_receive_bytes += operation.nbytes
+
+    def _call_done(self, operation: MemoryOperation) -> None:
+        on_done, operation.on_done = operation.on_done, None
+        if on_done is not None:
+            on_done(operation)
+
+    def _end_all(self, reason: LostReason) -> None:
+        for operation in tuple(self._in_flight):
+            if operation.immortal:
+                operation.error = lost(reason, peer=self.peer)
+                self._call_done(operation)
+            else:
+                self._end(operation, lost(reason, peer=self.peer))
+
+    def _stop(self) -> None:
+        self.alive = False
+        self._outbox.clear()
+        self.link.counters.unexpected_messages += sum(map(len, self._arrived.values()))
+        self._arrived.clear()
+
+    def _reset_other(self) -> None:
+        if self.other is not None:
+            self.other.link.call(self.other.lose, "reset")
+
+    def _finish_close(self) -> None:
+        self._end_all("closed")
+        for operation in self._in_flight:
+            self.link.counters.leaked_buffers += 1
+            self.link.counters.leaked_bytes += operation.nbytes
+        self._clean = not self._in_flight
+        self.link.endpoints.discard(self)
+        self.link.call(self._call_closed)
+
+    def _call_closed(self) -> None:
+        while self._on_closed:
+            self._on_closed.pop(0)(self._clean is True)

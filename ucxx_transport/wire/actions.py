@@ -1,0 +1,162 @@
+"""What the two sessions ask of the shells around them, and the values that pass between.
+
+| made by         | value     | the shell                                                                           |
+|-----------------|-----------|-------------------------------------------------------------------------------------|
+| `ClientSession` | `Asked`   | posts a receive on the attempt's channel, and sends the frame                       |
+| `ClientSession` | `Fetch`   | posts a receive for each attempt, or one for all, and sends the frame               |
+| `ClientSession` | `Offer`   | posts a receive for each payload                                                    |
+| `ServerSession` | `End`     | finalises the attempt's lease, at once or when its message has left                 |
+| `ServerSession` | `Serve`   | acquires the slots and sends them                                                   |
+| `ServerSession` | `Take`    | picks payloads and sends them, now or a little later                                |
+| `ServerSession` | `Settle`  | consumes what is named, if it is still there                                        |
+| `ServerSession` | `Reply`   | sends the bytes                                                                     |
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, TypeAlias
+
+from ucxx_transport.wire.frames import MAX_CHANNEL, Status
+
+
+class Asked(NamedTuple):
+    """A frame to send, and the attempt whose channel brings its answer."""
+
+    frame: bytes
+    attempt: int
+
+
+class Fetch(NamedTuple):
+    """A FETCH to send.
+
+    Attributes:
+        frame: its bytes.
+        attempts: one a name, in order.
+        shared: the attempt whose channel brings one message for all names; 0: each comes on its own attempt's channel.
+    """
+
+    frame: bytes
+    attempts: list[int]
+    shared: int
+
+
+class Offered(NamedTuple):
+    """A payload that the server has picked, and the attempt on whose channel it comes."""
+
+    attempt: int
+    ring_id: bytes
+    slot: int
+    generation: int
+    nbytes: int
+    checksum: int | None
+    fingerprint: int
+    commit_time_ns: int
+    envelope: bytes
+
+
+class Offer(NamedTuple):
+    """The answer to a TAKE; without payloads, `reason` may say why."""
+
+    payloads: list[Offered]
+    reason: str
+
+
+class Lease(Protocol):
+    """What a server's shell holds for an attempt; a ring's `ReadLease` is one."""
+
+    def mark_consumed(self) -> bool: ...
+    def release_reading(self) -> bool: ...
+
+
+class Send(Protocol):
+    """The operation that sends an attempt's message."""
+
+    @property
+    def completed(self) -> bool: ...
+
+
+class Attempt:
+    """One payload under way to the client, as the server knows it.
+
+    Attributes:
+        number: the client's number for it.
+        slot, generation, nbytes: the payload.
+        is_taken: the server picked it.
+        since_s: when it was named. sent_s: when its message had left, None before.
+        delivered: how the client ended it, None before.
+        lease, send: the shell's.
+    """
+
+    __slots__ = (
+        "delivered", "generation", "is_taken", "lease", "nbytes", "number", "send", "sent_s", "since_s", "slot",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, slot: int, generation: int, nbytes: int, since_s: float, *, is_taken: bool = False
+    ) -> None:
+        self.number = number
+        self.slot = slot
+        self.generation = generation
+        self.nbytes = nbytes
+        self.since_s = since_s
+        self.is_taken = is_taken
+        self.sent_s: float | None = None
+        self.delivered: bool | None = None
+        self.lease: Lease | None = None
+        self.send: Send | None = None
+
+    @property
+    def channel(self) -> int:
+        """Where its message goes, unless it shares one."""
+        return self.number & MAX_CHANNEL
+
+
+class Reply(NamedTuple):
+    """Send these bytes, and call `replied()` when they have left. After the last one (CLOSING) nothing more is read."""
+
+    message: bytes
+    channel: int
+    status: Status
+
+
+class Serve(NamedTuple):
+    """Acquire each slot and send it on its attempt's channel, or all in one message on channel `shared` (if not 0).
+
+    When a message has left: `sent()`, or `sent_shared()` for all. A name that the ring refuses: `refused()` instead,
+    or in a shared message `refused_part()` in its place.
+    """
+
+    attempts: list[Attempt]
+    shared: int
+
+
+class End(NamedTuple):
+    """The client has ended this attempt (`attempt.delivered`). If its message has left (`sent_s`), finalise it now."""
+
+    attempt: Attempt
+
+
+class Take(NamedTuple):
+    """Pick READY payloads within `take_room()`; answer by `taken()`, or `nothing()` once `until_s` has come.
+
+    Attributes:
+        attempt: of the answer. max_payloads, max_bytes: what the client asked for.
+        newest: newest first, else oldest.
+        until_s: how long to wait for a first payload.
+    """
+
+    attempt: int
+    max_payloads: int
+    max_bytes: int
+    newest: bool
+    until_s: float
+
+
+class Settle(NamedTuple):
+    """The client says that these (slot, generation) were delivered, or need not be; answer by `settled()`."""
+
+    names: list[tuple[int, int]]
+    attempt: int
+
+
+Action: TypeAlias = Reply | Serve | End | Take | Settle
