@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.client.roles import Errand, Pool
     from ucxx_transport.link.base import OnDone
+    from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
 
 
@@ -62,6 +63,7 @@ class Connection(Line):
         self.used_s = 0.0
         self.shortage: TransportError | None = None
         self._asked_bytes = 0
+        self._unsent: TransportError | None = None
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self.errands: list[Errand] = []
         self.running: list[Errand] = []
@@ -165,19 +167,37 @@ class Connection(Line):
         return attempts
 
     def _send(self, frame: bytes | None, receives: list[tuple[memoryview, OnDone, int]]) -> None:
-        """Post what the answers to a frame arrive in, and send it, if it has not been sent."""
+        """Send a frame, if it has not been sent, and post what the answers to it arrive in.
+
+        In this order the server works meanwhile: nothing that comes is taken in before the reactor's next turn.
+        """
         endpoint = self.endpoint
         assert endpoint is not None
         try:
-            for buffer, on_done, channel in receives:
-                endpoint.post_receive(buffer, on_done, channel=channel)
             if frame is not None:
                 endpoint.post_send(frame)
+            for buffer, on_done, channel in receives:
+                endpoint.post_receive(buffer, on_done, channel=channel)
         except TransportError as error:
             self.fail(error)
 
-    def ask_one(self, read: Read, due_s: float) -> None:
-        """Ask for a read while nothing else is in flight here, so that the windows have room; as `_post`."""
+    def ask_one(self, ref: SlotRef) -> int:
+        """Ask for a payload while nothing else is in flight here, so that the windows have room.
+
+        Returns:
+            The attempt's number, for `expect_one`, which must follow.
+        """
+        frame, number = self.session.fetch_one(ref)
+        endpoint = self.endpoint
+        assert endpoint is not None
+        try:
+            endpoint.post_send(frame)
+        except TransportError as error:
+            self._unsent = error
+        return number
+
+    def expect_one(self, read: Read, number: int, due_s: float) -> None:
+        """Be ready for the answer to what `ask_one` has asked; the server works meanwhile, see `_send`."""
         ref = read.ref
         nbytes = ref.nbytes
         whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
@@ -185,17 +205,19 @@ class Connection(Line):
             message = self._pool.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         except TransportError as error:
             self._engine.no_memory(read, error)
+            self.fail(PeerLostError("closed for want of memory for an answer", reason="aborted"))
             return
         data = message.data
         clear_ends(data, nbytes)
-        frame, number = self.session.fetch_one(ref)
         attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
         self._asked_bytes += nbytes
         endpoint = self.endpoint
         assert endpoint is not None
+        if self._unsent is not None:
+            self.fail(self._unsent)
+            return
         try:
             endpoint.post_receive(data, attempt.arrived, channel=number & MAX_CHANNEL)
-            endpoint.post_send(frame)
         except TransportError as error:
             self.fail(error)
 
