@@ -94,22 +94,22 @@ class BufferPool:
     def lend(self, nbytes: int) -> Bytes:
         """A writable array of `nbytes` bytes, 64-byte aligned, contents undefined, or a ConfigError: no such memory."""
         with self._lock:
-            if self._returned:
-                self._take_back()
             wanted = size_class(nbytes)
             if self._page_locker is not None:
                 wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
-            stack = self._idle.get(wanted)
-            if stack:
-                memory = stack.pop()
-                self._idle_bytes -= len(memory)
-                self._reuses += 1
+            returned, memory = self._returned, None
+            if returned:
+                loan = returned[0]
+                if len(loan.memory) == wanted <= self._keep_bytes:  # the usual way: what was read before is used up
+                    memory = loan.memory
+                    self._loans.discard(loan)
+                    returned.popleft()
+                else:
+                    self._take_back()
+            if memory is None:
+                memory = self._idle_or_new(wanted, nbytes)
             else:
-                try:
-                    memory = _allocate(wanted, self._page_locker)
-                except MemoryError as exc:  # a reference's size is not trusted
-                    raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
-                self._allocations += 1
+                self._reuses += 1
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
             lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
             loan = _Loan(lent, self._returned.append)
@@ -135,6 +135,20 @@ class BufferPool:
             self._take_back()
             self._idle.clear()
             self._idle_bytes = 0
+
+    def _idle_or_new(self, wanted: int, nbytes: int) -> memoryview:
+        stack = self._idle.get(wanted)
+        if stack:
+            memory = stack.pop()
+            self._idle_bytes -= wanted
+            self._reuses += 1
+            return memory
+        try:
+            memory = _allocate(wanted, self._page_locker)
+        except MemoryError as exc:  # a reference's size is not trusted
+            raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
+        self._allocations += 1
+        return memory
 
     def _take_back(self) -> None:
         while self._returned:

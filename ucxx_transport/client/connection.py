@@ -17,14 +17,13 @@ A connection belongs to the pool, not to the read that asked for it: when that r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.jobs import Attempt, SharedMessage
 from ucxx_transport.client.line import Line
-from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request
-from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, TransportError
-from ucxx_transport.schema import Schema
+from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request, schema_in
+from ucxx_transport.errors import BusyError, PeerLostError, TransportError
 from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES
 from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import MAX_CHANNEL
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.client.roles import Errand, Pool
     from ucxx_transport.link.base import OnDone
+    from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
 
 
@@ -62,6 +62,7 @@ class Connection(Line):
         self.used_s = 0.0
         self.shortage: TransportError | None = None
         self._asked_bytes = 0
+        self._unsent: TransportError | None = None
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self.errands: list[Errand] = []
         self.running: list[Errand] = []
@@ -150,7 +151,8 @@ class Connection(Line):
 
     def _message(self, nbytes: int) -> Bytes:
         """What an answer of its own arrives in; of an earlier one it has nothing that could pass for it."""
-        message = self._pool.lend(max(FRAMING_BYTES + ((nbytes + 7) & ~7), SHORTEST_BYTES))
+        whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
+        message = self._pool.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         clear_ends(message.data, nbytes)
         return message
 
@@ -164,40 +166,47 @@ class Connection(Line):
             attempts.append(attempt)
         return attempts
 
-    def _send(self, frame: bytes | None, receives: list[tuple[memoryview, OnDone, int]]) -> None:
-        """Post what the answers to a frame arrive in, and send it, if it has not been sent."""
+    def _send(self, frame: bytes | None, receives: Iterable[tuple[memoryview, OnDone, int]]) -> None:
+        """Send a frame, if it has not been sent, and post what the answers to it arrive in.
+
+        In this order the server works meanwhile: nothing that comes is taken in before the reactor's next turn.
+        """
         endpoint = self.endpoint
         assert endpoint is not None
         try:
-            for buffer, on_done, channel in receives:
-                endpoint.post_receive(buffer, on_done, channel=channel)
             if frame is not None:
                 endpoint.post_send(frame)
+            for buffer, on_done, channel in receives:
+                endpoint.post_receive(buffer, on_done, channel=channel)
         except TransportError as error:
             self.fail(error)
 
-    def ask_one(self, read: Read, due_s: float) -> None:
-        """Ask for a read while nothing else is in flight here, so that the windows have room; as `_post`."""
-        ref = read.ref
-        nbytes = ref.nbytes
-        whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
-        try:
-            message = self._pool.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
-        except TransportError as error:
-            self._engine.no_memory(read, error)
-            return
-        data = message.data
-        clear_ends(data, nbytes)
+    def ask_one(self, ref: SlotRef) -> int:
+        """Ask for a payload while nothing else is in flight here; returns its number, for `expect_one`."""
         frame, number = self.session.fetch_one(ref)
-        attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
-        self._asked_bytes += nbytes
         endpoint = self.endpoint
         assert endpoint is not None
         try:
-            endpoint.post_receive(data, attempt.arrived, channel=number & MAX_CHANNEL)
             endpoint.post_send(frame)
         except TransportError as error:
-            self.fail(error)
+            self._unsent = error
+        return number
+
+    def expect_one(self, read: Read, number: int, due_s: float) -> None:
+        """Be ready for the answer to what `ask_one` has asked; the server works meanwhile, see `_send`."""
+        ref = read.ref
+        try:
+            message = self._message(ref.nbytes)
+        except TransportError as error:
+            self._engine.no_memory(read, error)
+            self.fail(PeerLostError("closed for want of memory for an answer", reason="aborted"))
+            return
+        attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
+        self._asked_bytes += ref.nbytes
+        if self._unsent is None:
+            self._send(None, ((message.data, attempt.arrived, number & MAX_CHANNEL),))
+        else:
+            self.fail(self._unsent)
 
     def take(self, attempt: Attempt) -> bool:
         """An attempt's answer has come; whether nothing is left to do after it (else: `after_answers`)."""
@@ -321,14 +330,8 @@ class Connection(Line):
         def described(asked: Asked, answer: bytearray) -> None:
             error: TransportError | None = None
             try:
-                schema = Schema.from_bytes(self.session.described(asked.attempt, answer))
-                if schema.fingerprint != fingerprint:
-                    raise ProtocolError(
-                        "the server's schema is not the one the reference names",
-                        expected=f"{fingerprint:#018x}",
-                        found=f"{schema.fingerprint:#018x}",
-                    )
-                self._pool.schemas[fingerprint] = schema
+                encoded = self.session.described(asked.attempt, answer)
+                self._pool.schemas[fingerprint] = schema_in(encoded, fingerprint)
                 del self._undescribed[fingerprint]
             except TransportError as caught:
                 error = self._undescribed[fingerprint] = caught
@@ -385,10 +388,8 @@ class Connection(Line):
         for attempt in self.attempts.values():
             attempt.read = None
             self._engine.orphans.discard(attempt)
-        self.attempts.clear()
-        self.queue.clear()
-        self.errands.clear()
-        self.running.clear()
+        for left in (self.attempts, self.queue, self.errands, self.running):
+            left.clear()
         self.session.close()
         self._pool.owe(self.session.owed())
         self._pool.removed(self)

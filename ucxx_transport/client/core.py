@@ -114,7 +114,9 @@ class ClientCore(Here):
         limit_s = self.limit_s(deadline_s)
         job = Job(refs, self.reactor.now() + limit_s, on_done, on_payload, into)
         remote = self.read_here(job)
-        if remote:
+        if remote and len(refs) == 1:
+            self.reads.start_one(job)
+        elif remote:
             self.reads.start(job, remote)
         else:
             job.done = True

@@ -159,6 +159,7 @@ class Reads:
                 and now - connection.used_s <= connections.max_age_s
                 and (not ref.fingerprint or ref.fingerprint in self._schemas)
             ):
+                number = connection.ask_one(ref)
                 connections.known.move_to_end(keys[first])
                 connection.used_s = now
                 read = Read(job, 0, ref, source)
@@ -174,7 +175,7 @@ class Reads:
                 job.reads.append(read)
                 if due_s < self.failures.look_s:
                     self.failures.look_at(due_s)
-                connection.ask_one(read, due_s)
+                connection.expect_one(read, number, due_s)
                 if self.dispatch.again or self.dispatch.moved or self.finished:
                     self.settle()
                 return

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
+from ucxx_transport.errors import ProtocolError
+from ucxx_transport.schema import Schema
 from ucxx_transport.wire.answers import Named
 from ucxx_transport.wire.frames import ERROR_TEXT_BYTES, HEADER_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES
 
@@ -89,3 +91,15 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, room: Callab
         total += nbytes
         reads.append(queue.popleft())
     return Request(reads, total, shared_bytes if len(reads) > 1 else 0)
+
+
+def schema_in(encoded: bytes, fingerprint: int) -> Schema:
+    """What a server has described; a ProtocolError where it is not what references name."""
+    schema = Schema.from_bytes(encoded)
+    if schema.fingerprint != fingerprint:
+        raise ProtocolError(
+            "the server's schema is not the one the reference names",
+            expected=f"{fingerprint:#018x}",
+            found=f"{schema.fingerprint:#018x}",
+        )
+    return schema

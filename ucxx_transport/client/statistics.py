@@ -141,11 +141,8 @@ class ClientCounters:
 
     def delivered(self, transport: Transport, nbytes: int, took_s: float) -> None:
         """Count one delivered payload; `took_s` is seconds from the call."""
-        counts, way = self._counts, self._ways[transport]
+        way = self._ways[transport]
         with self._lock:
-            counts["reads"] += 1
-            counts[_COUNTED_AS[transport]] += 1
-            counts["bytes_read"] += nbytes
             way.reads += 1
             way.nbytes += nbytes
             way.recent_s.append(took_s)
@@ -162,5 +159,9 @@ class ClientCounters:
         """The counts now, with what is measured rather than counted filled in."""
         with self._lock:
             counts = dict(self._counts)
+            for name, way in self._ways.items():
+                counts[_COUNTED_AS[name]] = way.reads
+                counts["reads"] += way.reads
+                counts["bytes_read"] += way.nbytes
             ways = {name: way.summary() for name, way in self._ways.items() if way.reads}
         return replace(ClientStatistics(**counts, ways=ways), **gauges)  # type: ignore[arg-type]  # gauges are its own fields

@@ -6,7 +6,7 @@
  GREETING    on_welcome()          OPEN       no token configured
  GREETING    on_welcome()          CHALLENGED a token is configured: sends the AUTH frame likewise
  CHALLENGED  on_authenticated()    OPEN
- OPEN        fetch(), take() …     OPEN       posts the receives, and then sends the frame
+ OPEN        fetch(), take() …     OPEN       sends the frame and posts the receives, within one turn
  any         close()               CLOSED     confirms owed() on the next connection to the same ring
 ```
 An attempt lives from `fetch()` (or from the offer that brings it) until `end()`, or until `verify()` raises because the
@@ -142,8 +142,8 @@ class ClientSession:
             packed: one message brings all; they are at least two, of at most PACK_BYTES with their headers.
 
         Returns:
-            The frame. Before it is sent, a receive is posted for each attempt (`receive_bytes(nbytes)`), or one for the
-            shared message, of exactly the sum of `message_bytes(nbytes)`; `clear_ends` goes before each.
+            The frame. In the turn that sends it a receive is posted for each attempt (`receive_bytes(nbytes)`), or one
+            for the shared message, of exactly the sum of `message_bytes(nbytes)`; `clear_ends` goes before each.
         """
         self._sequence = sequence = self._sequence + 1
         awaited = self._awaited

@@ -14,7 +14,7 @@ from ucxx_transport.client import Payload
 
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
 LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
-A_READ = 23
+A_READ = 25
 """Calls of client and wire for a lone read and its end; the link over UCX and its reactor add twenty."""
 A_FURTHER_NAME = 18
 READS = 20

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
-from ucxx_transport.client import Payload
+from ucxx_transport.client import Payload, buffer_pool
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import BusyError, DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
+from ucxx_transport.errors import (
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    PeerLostError,
+    StaleSlotError,
+    TransportError,
+)
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.testing.faults import Hold
@@ -294,6 +301,28 @@ def test_a_payload_that_another_reader_is_reading_is_busy_and_to_be_had_once_it_
         lease.release_reading()
         with client.read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_without_memory_for_an_answer_the_payload_stays_and_the_next_read_succeeds(
+    monkeypatch: pytest.MonkeyPatch, *, together: bool
+) -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        warm(rig, client)
+        refs = [rig.write(bytes(60 << 10)) for _ in range(1 + together)]
+
+        def allocate(*_: object) -> memoryview:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(buffer_pool, "_allocate", allocate)
+            errors = client.read_many(refs)
+        assert [type(error) for error in errors] == [ConfigError] * len(refs)
+        assert client.counts.lent_buffers == client.counts.quarantined == 0
+        for ref in refs:
+            with client.read(ref) as payload:
+                assert payload.nbytes == 60 << 10
 
 
 def test_a_failed_read_kept_as_a_value_keeps_no_buffer() -> None:
