@@ -6,12 +6,12 @@ import contextlib
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -204,8 +204,10 @@ def test_kill_is_seen_by_the_first_turn_after_a_time_without_any(lanes: str) -> 
         with connected(lanes) as (other, here, endpoint, owner):
             if posted:
                 endpoint.post_receive(bytearray(100), ignore)
+            here.reactor.poll()
+            here.reactor.arm()
             kill(other)
-            time.sleep(0.2)  # the kernel's news are there, and nothing runs the link
+            select.select([here.reactor.fileno()], [], [], 30)  # the kernel has said so, and nothing runs the link
             here.reactor.poll()
             here.reactor.poll()
             assert isinstance(owner.error, PeerLostError), f"posted={posted}"
