@@ -35,8 +35,8 @@ class RingBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hatch
         """Compile, and say which platform the wheel is for."""
         if self.target_name != "wheel":
             return
-        library = NATIVE / "libring.so"
-        compiler = _build().compile_ring(library)
+        build = _build()
+        compiler = build.compile_ring(build.LIBRARY)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{compiler.platform_tag}"
         build_data["artifacts"].append("/ucxx_transport/native/libring.so")

@@ -6,13 +6,12 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.native.build import BUILD, LIBRARY, source_hash
 
 __all__ = ["LIBRARY", "Calls", "Library", "RingStruct", "load"]
-
-LIBRARY: Final = Path(__file__).with_name("libring.so")
 
 
 class RingStruct(ctypes.Structure):
@@ -20,15 +19,13 @@ class RingStruct(ctypes.Structure):
 
     _fields_ = (
         ("words", ctypes.c_void_p),
-        ("slots", ctypes.c_uint64),
-        ("slot_bytes", ctypes.c_uint64),
-        ("first_slot_word", ctypes.c_uint64),
-        ("slot_words", ctypes.c_uint64),
-        ("entries", ctypes.c_uint64),
-        ("max_attempts", ctypes.c_uint64),
-        ("first_payload", ctypes.c_uint64),
-        ("stride", ctypes.c_uint64),
-        ("envelope_bytes", ctypes.c_uint64),
+        *(
+            (name, ctypes.c_uint64)
+            for name in (
+                *("slots", "slot_bytes", "first_slot_word", "slot_words", "entries", "max_attempts"),
+                *("first_payload", "stride", "envelope_bytes"),
+            )
+        ),
     )
 
 
@@ -68,8 +65,6 @@ class Calls:
         for name in ("reserve_now", "commit_now", "acquire_now", "finalise_now"):
             # without argument types an array is passed as it is: half the time of a call
             setattr(self, name, library[f"ring_{name}"])
-        self.abi = library.ring_abi
-        self.abi.restype = ctypes.c_uint64
 
 
 class Library(NamedTuple):
@@ -89,14 +84,21 @@ def load(path: Path = LIBRARY) -> Library:
     """The library, loaded once a process.
 
     Raises:
-        ConfigError: it is missing, or of another platform or state of the source; says how to build it.
+        ConfigError: it is missing, of another platform, or compiled from another source than the one beside it; says
+            how to build it.
     """
     try:
-        return Library(Calls(ctypes.PyDLL(str(path))), Calls(ctypes.CDLL(str(path))))
+        library = ctypes.PyDLL(str(path))
+        source = library.ring_source
+        source.restype = ctypes.c_uint64
+        if (found := source()) == source_hash():
+            return Library(Calls(library), Calls(ctypes.CDLL(str(path))))
+        why = f"it was compiled from another source, {found:016x}"
     except (OSError, AttributeError) as exc:
-        raise ConfigError(
-            f"the compiled part of ucxx_transport cannot be loaded ({exc}): install the package again with pip, which "
-            "builds it with $CC, cc, gcc or clang, else with the compiler of the PyPI package ziglang",
-            field="library",
-            path=str(path),
-        ) from exc
+        why = str(exc)
+    raise ConfigError(
+        f"the compiled part of ucxx_transport cannot be used ({why}). Build it with `python {BUILD}`, or install the "
+        "package again with pip: either takes $CC, cc, gcc or clang, else the compiler of the PyPI package ziglang",
+        field="library",
+        path=str(path),
+    )

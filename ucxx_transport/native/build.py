@@ -1,22 +1,24 @@
 """Compilation of `ring.c`: with `$CC`, cc, gcc or clang, else with the C compiler of the PyPI package ziglang.
 
-Standard library only: the package's build hook loads this file by its path, before the package can be imported.
+Standard library only: the package's build hook loads this file by its path, before the package can be imported. What
+only a compilation needs is imported there: each process that uses a ring loads this module for the names.
+
+Run as a program it builds the package's own library in place.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+BUILD = Path(__file__)
+LIBRARY = Path(__file__).with_name("libring.so")
 SOURCE = Path(__file__).with_name("ring.c")
+HEADER = Path(__file__).with_name("ring_layout.h")
 FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
 ZIG_GLIBC = "2.28"
@@ -41,8 +43,19 @@ class Compiler(NamedTuple):
     platform_tag: str
 
 
+def source_hash() -> int:
+    """64 bits that name the source; a library has those of its own."""
+    digest = hashlib.blake2b(SOURCE.read_bytes() + HEADER.read_bytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def compilers() -> list[Compiler]:
     """The compilers that are there, the preferred one first."""
+    import importlib.util
+    import platform
+    import shlex
+    import shutil
+
     machine = platform.machine()
     own = f"linux_{machine}"
     found = []
@@ -69,10 +82,13 @@ def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
     Raises:
         CompilationError: none could; says what was tried and what each said.
     """
+    import subprocess
+
     tried = []
+    flags = (*FLAGS, f"-DRING_SOURCE={source_hash():#x}ULL", *flags)
     made = target.with_suffix(f".{os.getpid()}.tmp")
     for compiler in compilers():
-        command = [*compiler.command, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
+        command = [*compiler.command, *flags, str(SOURCE), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as exc:
@@ -88,3 +104,7 @@ def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
         + ("; ".join(tried) or "nothing: there is no $CC, cc, gcc, clang or ziglang")
         + ". Install gcc, or `pip install ziglang`, and install ucxx_transport again"
     )
+
+
+if __name__ == "__main__":
+    sys.stderr.write(f"{LIBRARY}: compiled with {compile_ring(LIBRARY).name}\n")

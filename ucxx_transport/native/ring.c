@@ -31,6 +31,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define SPINS 100           /* a critical section takes a fraction of a microsecond */
 #define SLICE_NS 20000000LL /* the longest wait for the lock in one call, so that the caller sees its signals */
+#define TAKE_ENTRIES 8192   /* read entries, about, that a take looks at before it leaves the lock to others: 0.1 ms */
+#define HOLDS_SLOTS 2048    /* slots, likewise, that are searched for holds */
 
 /* Bits of TAKERS_WORD. */
 #define ASLEEP 1ULL
@@ -408,8 +410,8 @@ static inline void unmark(const struct ring *ring) { store(ring->words + IN_TRAN
 
 /* ---- What is called. Each returns an Outcome; `wait_ns` bounds the wait for the lock, SLICE_NS at most. ---- */
 
-/* The layout that this was compiled for, and the size of what callers pass. */
-EXPORT uint64_t ring_abi(void) { return (uint64_t)LAYOUT_VERSION << 32 | HOLD_WORDS << 16 | COUNTERS << 8 | OUTCOMES; }
+/* Which source this was compiled from: `native/build.py` says so to the compiler, and who loads the library compares. */
+EXPORT uint64_t ring_source(void) { return RING_SOURCE; }
 
 /* Make the lock and the lists of a segment that nobody else uses yet; 0, or an errno. */
 EXPORT int ring_initialise(const struct ring *ring) {
@@ -664,70 +666,85 @@ static enum chance chance_of(const struct ring *ring, uint64_t *own, uint64_t re
     return found.in_flight >= ring->max_attempts || !found.empty ? LATER : NOW;
 }
 
+/* Whether a slot is still in the list that a take walks, with the payload of that write. */
+static int is_still_there(const struct ring *ring, uint64_t number, uint64_t sequence, int shared) {
+    if (!is_listed(ring, number))
+        return 0;
+    const uint64_t *own = header(ring, number - 1);
+    unsigned state = state_of(own[STATE]);
+    return own[SEQUENCE] == sequence && (state == READY || (shared && state == READING));
+}
+
+/* Where the walk of a take begins, whose list does at 1 + slot `first`: behind what its reader had nothing left up to,
+ * if that place is there. The newest first it begins at the end, and ends there. */
+static uint64_t begin_take(const struct ring *ring, uint64_t *take, uint64_t first, int shared, uint64_t reader) {
+    const uint64_t *words = ring->words, *counters = words + COUNTER_WORD;
+    uint64_t returns = counters[COUNT_RELEASED] + counters[COUNT_RECLAIMED_READS] + counters[COUNT_LOCK_RECOVERIES];
+    /* where one read frees a payload, none that is being read can be taken; an unnamed reader may again what it has had */
+    take[TAKE_FOLLOWS] = shared && reader;
+    int knows = take[TAKE_FOLLOWS] && take[TAKE_RETURNS] == returns && is_listed(ring, take[TAKE_SLOT]);
+    if (!take[TAKE_NEWEST])
+        knows = knows && is_still_there(ring, take[TAKE_SLOT], take[TAKE_SEQUENCE], shared);
+    if (!knows)
+        take[TAKE_SLOT] = take[TAKE_SEQUENCE] = 0;
+    take[TAKE_RETURNS] = returns;
+    take[TAKE_SEEN] = (uint32_t)words[READIED_WORD];
+    take[TAKE_FIRST] = first;
+    take[TAKE_FIRST_SEQUENCE] = is_listed(ring, first) ? header(ring, first - 1)[SEQUENCE] : 0;
+    return knows && !take[TAKE_NEWEST] ? header(ring, take[TAKE_SLOT] - 1)[NEXT] : first;
+}
+
 /* Enter an attempt for each of the holds on a payload that their reader has neither had nor holds, the oldest or the
- * newest first, until one is larger than what is left of the bytes; `take` says what is asked for and what came of it. */
+ * newest first, until one is larger than what is left of the bytes; `take` says what is asked for and what came of it.
+ * A walk that is longer than TAKE_ENTRIES is to be continued: TAKE_NEXT says so, and the same call goes on there. */
 EXPORT int ring_take(const struct ring *ring, uint64_t *const *holds, uint64_t *take, int64_t wait_ns) {
-    take[TAKE_NUMBER] = take[TAKE_LARGE] = 0;
     int code = enter(ring, wait_ns);
     if (code != DONE)
         return code;
-    const uint64_t *words = ring->words, *counters = words + COUNTER_WORD;
-    uint64_t returns = counters[COUNT_RELEASED] + counters[COUNT_RECLAIMED_READS] + counters[COUNT_LOCK_RECOVERIES];
-    uint64_t room = take[TAKE_ROOM], left = take[TAKE_BYTES], cursor = take[TAKE_SLOT], number = 0;
-    /* where one read frees a payload, none that is being read can be taken */
     int shared = ring->entries > ring->max_attempts + 1, newest = take[TAKE_NEWEST] != 0;
-    /* an unnamed reader may take again what it has had */
-    int follows = shared && room && holds[0][HOLD_READER];
-    unsigned first = shared ? HELD_FIRST_WORD : READY_FIRST_WORD, links = shared ? PREVIOUS : READY_PREVIOUS;
-    uint64_t next = words[newest ? first + 1 : first];
-    /* the newest first: the walk ends where nothing is left; the oldest first: it begins behind that, if it is there */
-    uint64_t ends_at = 0, newest_seen = next;
-    take[TAKE_SLOT] = 0;
-    if (follows && is_listed(ring, cursor) && take[TAKE_RETURNS] == returns) {
-        const uint64_t *own = header(ring, cursor - 1);
-        unsigned state = state_of(own[STATE]);
-        if (newest) {
-            ends_at = take[TAKE_SEQUENCE];
-            take[TAKE_SLOT] = cursor;
-        } else if ((state == READY || state == READING) && own[SEQUENCE] == take[TAKE_SEQUENCE]) {
-            next = own[NEXT];
-            take[TAKE_SLOT] = cursor;
-        }
-    }
-    take[TAKE_SEEN] = (uint32_t)words[READIED_WORD];
-    take[TAKE_RETURNS] = returns;
-    for (uint64_t turn = 0; is_listed(ring, next) && turn < ring->slots && number < room; turn++) {
-        uint64_t slot = next - 1, *own = header(ring, slot);
-        if (own[SEQUENCE] <= ends_at) {
+    unsigned list = shared ? HELD_FIRST_WORD : READY_FIRST_WORD, links = shared ? PREVIOUS : READY_PREVIOUS;
+    uint64_t next = ring->words[newest ? list + 1 : list], steps = 0, most = 1 + TAKE_ENTRIES / ring->entries;
+    if (!take[TAKE_NEXT])
+        next = begin_take(ring, take, next, shared, holds[0][HOLD_READER]);
+    else if (is_still_there(ring, take[TAKE_NEXT], take[TAKE_NEXT_SEQUENCE], shared))
+        next = take[TAKE_NEXT];
+    take[TAKE_NEXT] = 0;
+    for (; is_listed(ring, next) && take[TAKE_NUMBER] < take[TAKE_ROOM]; steps++) {
+        uint64_t slot = next - 1, *own = header(ring, slot), *hold = holds[take[TAKE_NUMBER]];
+        if (newest && own[SEQUENCE] <= take[TAKE_SEQUENCE]) {
             next = 0;
             break;
         }
+        if (steps == most) {
+            take[TAKE_NEXT] = next;
+            take[TAKE_NEXT_SEQUENCE] = own[SEQUENCE];
+            break;
+        }
         next = own[newest ? links : links + 1];
-        enum chance chance = chance_of(ring, own, holds[number][HOLD_READER]);
+        enum chance chance = chance_of(ring, own, hold[HOLD_READER]);
         if (chance == NOW) {
-            if (own[NBYTES] > left) {
+            if (own[NBYTES] > take[TAKE_BYTES]) {
                 take[TAKE_LARGE] = own[NBYTES] + 1;
                 break;
             }
-            uint64_t *hold = holds[number];
             hold[HOLD_SLOT] = slot;
             hold[HOLD_GENERATION] = generation_of(own[STATE]);
             if (acquire(ring, hold) == DONE) {
-                left -= own[NBYTES];
-                number++;
+                take[TAKE_BYTES] -= own[NBYTES];
+                take[TAKE_NUMBER]++;
             }
         }
-        follows &= chance != LATER;
-        if (follows && !newest) {
+        take[TAKE_FOLLOWS] &= chance != LATER;
+        if (take[TAKE_FOLLOWS] && !newest) {
             take[TAKE_SLOT] = slot + 1;
             take[TAKE_SEQUENCE] = own[SEQUENCE];
         }
     }
-    if (follows && newest && !next && !take[TAKE_LARGE] && is_listed(ring, newest_seen)) {
-        take[TAKE_SLOT] = newest_seen;
-        take[TAKE_SEQUENCE] = header(ring, newest_seen - 1)[SEQUENCE];
+    if (take[TAKE_FOLLOWS] && newest && !next && !take[TAKE_LARGE] && take[TAKE_FIRST]) {
+        take[TAKE_SLOT] = take[TAKE_FIRST];
+        take[TAKE_SEQUENCE] = take[TAKE_FIRST_SEQUENCE];
     }
-    take[TAKE_NUMBER] = number;
+    take[TAKE_STEPS] = steps;
     return leave(ring, DONE);
 }
 
@@ -787,7 +804,7 @@ static uint64_t *put_hold(const struct ring *ring, uint64_t *out, uint64_t slot,
 }
 
 /* The first half of reclaiming: the writes and attempts in the slots from `first` on, as many slots as their holds fit
- * `room`. Gives how many holds there are and the next slot to look at; the second half is `ring_abort` and
+ * `room`, HOLDS_SLOTS at most. Gives how many holds there are and the next slot to look at; the second half is `ring_abort` and
  * `ring_finalise`, which compare again. */
 EXPORT int ring_holds(
     const struct ring *ring, uint64_t *first, uint64_t *holds, uint64_t room, uint64_t *number, int64_t wait_ns) {
@@ -796,10 +813,12 @@ EXPORT int ring_holds(
     if (code != DONE)
         return code;
     const uint64_t *counts = ring->words + STATE_COUNT_WORD;
-    uint64_t slot = *first, *out = holds, *end = holds + room * HOLD_WORDS, *need;
+    uint64_t slot = *first, last = slot + HOLDS_SLOTS, *out = holds, *end = holds + room * HOLD_WORDS;
+    if (last > ring->slots)
+        last = ring->slots;
     if (!counts[WRITING] && !counts[READING])
-        slot = ring->slots;
-    for (; slot < ring->slots && (need = out + ring->entries * HOLD_WORDS) <= end; slot++) {
+        slot = last = ring->slots;
+    for (; slot < last && out + ring->entries * HOLD_WORDS <= end; slot++) {
         uint64_t *own = header(ring, slot);
         if (state_of(own[STATE]) == WRITING) {
             out = put_hold(ring, out, slot, own, own + WRITER_PID, own[WRITER]);

@@ -162,19 +162,35 @@ HOLD_ENVELOPE_BYTES: Final = 14
 HOLD_COMMIT_TIME: Final = 15
 HOLD_WORDS: Final = 16
 
-# Words of a take: payloads and bytes at most, and 1 for the newest first; 1 + the slot behind which to begin, the count
-# of its write, and how many attempts had ended unread when nothing was left for this reader up to there, now likewise.
-# Given back: payloads taken, 1 + the size of one that was left for want of bytes (or 0), `READIED_WORD` of that moment.
+# Words of a take. What is asked for, which shrinks as it is given:
 TAKE_ROOM: Final = 0
+"""Payloads at most."""
 TAKE_BYTES: Final = 1
 TAKE_NEWEST: Final = 2
+"""1 for the newest first."""
+# Its reader's place, from take to take: nothing is left for it up to there, unless further attempts end unread.
 TAKE_SLOT: Final = 3
+"""1 + the slot."""
 TAKE_SEQUENCE: Final = 4
 TAKE_RETURNS: Final = 5
+"""How many attempts had ended unread."""
+# What came of it.
 TAKE_NUMBER: Final = 6
 TAKE_LARGE: Final = 7
+"""1 + the size of the payload that was left for want of bytes, or 0."""
 TAKE_SEEN: Final = 8
-TAKE_WORDS: Final = 9
+"""`READIED_WORD` when the walk began."""
+# The walk, where one call does not come to its end.
+TAKE_NEXT: Final = 9
+"""1 + the slot to go on with, 0 when it is over."""
+TAKE_NEXT_SEQUENCE: Final = 10
+TAKE_FOLLOWS: Final = 11
+"""1 while the place follows the walk."""
+TAKE_FIRST: Final = 12
+TAKE_FIRST_SEQUENCE: Final = 13
+TAKE_STEPS: Final = 14
+"""Slots that the last call looked at."""
+TAKE_WORDS: Final = 15
 
 POLICIES: Final = ("overwrite", "block", "raise")
 

@@ -34,12 +34,13 @@ _NOWHERE: Final[tuple[int, int, int, int | None]] = (0, 0, 0, None)
 class SlotTaker:
     """The taking half of a ring handle."""
 
-    __slots__ = ("_core", "_is_shared", "_new_lease", "_places")
+    __slots__ = ("_core", "_is_shared", "_new_lease", "_places", "_slots")
 
     def __init__(self, core: RingCore, new_lease: Callable[[int, int, int], ReadLease]) -> None:
         """Bind to a ring; `new_lease` makes one for a slot, generation and reader, whose attempt is yet to begin."""
         self._core = core
         self._new_lease = new_lease
+        self._slots = core.identity.geometry.slots
         self._is_shared = core.identity.geometry.readers > 1
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
 
@@ -59,15 +60,24 @@ class SlotTaker:
         # registered before their attempts begin, as every hold is
         leases = [self._new_lease(0, 0, reader) for _ in range(room)]
         try:
-            core.transitions.take([lease.words for lease in leases], asked, wait_s)
+            walked, holds = 0, [lease.words for lease in leases]
+            core.transitions.take(holds, asked, wait_s)
+            while asked[layout.TAKE_NEXT] and walked <= 2 * self._slots:
+                # a place that is gone by then costs the walk its beginning again: not without end
+                walked += asked[layout.TAKE_STEPS]
+                core.transitions.take(holds, asked, wait_s)
         except TransportError:
-            asked[layout.TAKE_NUMBER] = 0
-            raise
+            if not asked[layout.TAKE_NUMBER]:
+                raise
         finally:
             number = asked[layout.TAKE_NUMBER]
             for lease in leases[number:]:
                 lease.forget()
-        seen = asked[layout.TAKE_SEEN] if number < room and not asked[layout.TAKE_LARGE] else None
+        seen = (
+            asked[layout.TAKE_SEEN]
+            if number < room and not (asked[layout.TAKE_LARGE] or asked[layout.TAKE_NEXT])
+            else None
+        )
         self._places[reader] = (asked[layout.TAKE_SLOT], asked[layout.TAKE_SEQUENCE], asked[layout.TAKE_RETURNS], seen)
         if len(self._places) > _REMEMBERED_READERS:
             self._places.pop(next(iter(self._places)), None)

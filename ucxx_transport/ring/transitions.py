@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 from ucxx_transport.errors import (
@@ -111,7 +110,7 @@ class Transitions:
         self.address = ctypes.addressof(self._struct)
         self.first_payload = segment.address + geometry.payload_byte(0)
         self.stride = geometry.stride_bytes
-        library = library or own_library()
+        library = library or load()
         self._brief = library.brief
         self._sleeping = library.sleeping
         self._reserve = self._brief.reserve_now
@@ -209,7 +208,7 @@ class Transitions:
 
         Args:
             holds: as many as `TAKE_ROOM` says; those that are given a payload are the first.
-            asked: `layout` names its words.
+            asked: `layout` names its words. Where `TAKE_NEXT` is not 0 then, the same call goes on from there.
             wait_s: how long to wait for the lock.
         """
         pointers = (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds))
@@ -307,21 +306,6 @@ class Transitions:
         if code == _DAMAGED:
             raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
         return code
-
-
-@cache
-def own_library() -> Library:
-    """The package's build of `ring.c`; a ConfigError where it was compiled from another state of the source."""
-    library = load()
-    expected = layout.LAYOUT_VERSION << 32 | layout.HOLD_WORDS << 16 | len(Counter) << 8 | len(Outcome)
-    if (found := library.brief.abi()) != expected:
-        raise ConfigError(
-            "the compiled part of ucxx_transport is of another release than its Python part: install the package again",
-            field="library",
-            found=f"{found:#x}",
-            expected=f"{expected:#x}",
-        )
-    return library
 
 
 def _refusal(outcome: Outcome, words: Words) -> TransportError:

@@ -105,3 +105,18 @@ def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_
     for path in (broken, tmp_path / "missing.so", Path("libm.so.6")):  # the last: without the functions
         with row(path=path), pytest.raises(ConfigError, match="install the package again with pip"):
             native.load(path)
+
+
+def test_a_library_of_another_source_is_refused_and_built_again_by_the_command_that_the_error_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libring.so"
+    build.compile_ring(library)
+    changed = tmp_path / "ring.c"
+    changed.write_text(build.SOURCE.read_text() + "/* changed */\n")
+    shutil.copy(build.HEADER, tmp_path)
+    monkeypatch.setattr(build, "SOURCE", changed)
+    with pytest.raises(ConfigError, match=r"another source.*Build it with `python \S+/native/build\.py`"):
+        native.load(library)
+    build.compile_ring(tmp_path / "again.so")
+    native.load(tmp_path / "again.so")

@@ -8,8 +8,7 @@ import pytest
 
 from tests.support.ring_bench import DYING, LIVING, RingBench
 from tests.support.rows import row
-from ucxx_transport.errors import BusyError, ConfigError, SlotError, StaleSlotError
-from ucxx_transport.ring import layout, transitions
+from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
 from ucxx_transport.ring.layout import (
     HOLD_GENERATION,
     HOLD_LEASE,
@@ -19,11 +18,14 @@ from ucxx_transport.ring.layout import (
     HOLD_START,
     NBYTES,
     REQUIRED_READS,
+    TAKE_NEXT,
+    TAKE_NUMBER,
+    TAKE_STEPS,
     Counter,
 )
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import HoldWords, Words
+from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words
 
 
 @pytest.fixture
@@ -222,12 +224,6 @@ def test_a_payload_longer_than_its_slot_is_damage_and_gives_no_memory(bench: Rin
     assert bench.reading(payload)[HOLD_NBYTES] == bench.geometry.slot_bytes
 
 
-def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "LAYOUT_VERSION", 99)
-    with pytest.raises(ConfigError, match="install the package again"):
-        transitions.own_library.__wrapped__()
-
-
 def test_holds_of_many_slots_are_listed_in_several_critical_sections() -> None:
     bench = RingBench(slots=700)
     payloads = [bench.written() for _ in range(600)]
@@ -236,4 +232,44 @@ def test_holds_of_many_slots_are_listed_in_several_critical_sections() -> None:
     seen = list(bench.transitions.holds())
     assert {hold.lease_id for hold in seen} == expected
     assert sum(hold.is_write for hold in seen) == 100
+    bench.segment.unlink()
+
+
+def test_a_take_looks_at_a_bounded_number_of_slots_at_a_time_and_finds_what_there_is() -> None:
+    """Of two readers one is far ahead of the other, and its place no longer counts: an attempt has ended unread."""
+    slots = 5000
+    for newest, wanted in ((False, slots - 1), (True, 0)):
+        with row(newest=newest):
+            bench = RingBench(slots=slots, readers=2)
+            payloads = [bench.written(2) for _ in range(slots)]
+            for index, payload in enumerate(payloads):
+                if index != wanted:
+                    bench.transitions.finalise(bench.reading(payload, LIVING, 1), Counter.CONSUMED)
+            hold, asked = bench.hold(LIVING, reader=1), TakeWords(1, 2**64 - 1, newest)
+            steps: list[int] = []
+            while not steps or asked[TAKE_NEXT]:
+                bench.transitions.take([hold], asked)
+                steps.append(asked[TAKE_STEPS])
+            assert sum(steps) == slots
+            assert max(steps) <= 1024
+            assert (asked[TAKE_NUMBER], hold[HOLD_SLOT]) == (1, payloads[wanted][HOLD_SLOT])
+            bench.check()
+            bench.segment.unlink()
+
+
+def test_a_walk_whose_place_is_gone_begins_again() -> None:
+    slots = 2000
+    bench = RingBench(slots=slots, readers=2)
+    payloads = [bench.written(2) for _ in range(slots)]
+    for payload in payloads[:-1]:
+        bench.transitions.finalise(bench.reading(payload, LIVING, 1), Counter.CONSUMED)
+    hold, asked = bench.hold(LIVING, reader=1), TakeWords(1, 2**64 - 1)
+    bench.transitions.take([hold], asked)
+    gone = asked[TAKE_NEXT] - 1
+    assert bench.transitions.discard(gone, payloads[gone][HOLD_GENERATION])
+    bench.transitions.take([hold], asked)
+    assert 0 < asked[TAKE_NEXT] - 1 <= gone + 1
+    while asked[TAKE_NEXT]:
+        bench.transitions.take([hold], asked)
+    assert (asked[TAKE_NUMBER], hold[HOLD_SLOT]) == (1, payloads[-1][HOLD_SLOT])
     bench.segment.unlink()
