@@ -103,6 +103,7 @@ def test_host_without_ipv4_is_read_from_and_publishes_no_address_that_clients_ca
         ("1.2.3.4", "refused", "not an address of this machine"),
         ("1.2.3.4:5000", "refused", "base_port"),
         ("fd00::7", "refused", "fd00::7"),
+        ("::1", "refused", "UCX_TCP_AF_PRIO=inet6,inet"),
     ]
     with lone_host("fd00::2") as host:
         command = [*host.prefix, sys.executable, "-c", SERVE, json.dumps([asked for asked, _, _ in rows])]

@@ -195,8 +195,12 @@ class ClientCore(Here):
 
     def forget(self, call: Job | Take | object) -> None:
         """`abandon` while the core is damaged: nothing is done for it any more."""
+        if isinstance(call, Take):
+            self.reads.takes.discard(call)
+            call = call.job
         if isinstance(call, Job):
             call.outcomes.clear()
+            call.reads.clear()
             self.reads.jobs.discard(call)
             self.reads.finished = [job for job in self.reads.finished if job is not call]
 
@@ -215,13 +219,17 @@ class ClientCore(Here):
         self.damaged = False
         for names in reads.connections.unsettled.values():
             self.reads.connections.owe(names)
-        for job in {*reads.jobs, *reads.finished}:
+        begun_again = {*reads.jobs, *reads.finished}  # of a take, what its server has picked
+        for job in begun_again:
             job.reads.clear()
             missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
             job.left = len(missing)
             self.reads.start(job, missing)  # which reports it at once when nothing is missing
         for take in tuple(reads.takes):
-            take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
+            if take.job in begun_again:
+                take.goes_on(self.reads)
+            else:
+                take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
 
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""

@@ -282,11 +282,7 @@ class Take:
             self._end(error)
             return
         self._stop_timer()
-        pause_s = backoff_s(error, self._call)
-        if pause_s:
-            self._timer = reads.call_at(now + pause_s, self.ask)
-        else:
-            self._timer = reads.call_at(now, self.ask)
+        self._timer = reads.call_at(now + backoff_s(error, self._call), self.ask)
 
     def result(self) -> list[Payload]:
         """What has come, once it is done, or the error."""
@@ -303,6 +299,11 @@ class Take:
         for payload in self.payloads:
             payload.release()
         self._end(DeadlineExceededError("abandoned"))
+
+    def goes_on(self, reads: Taking) -> None:
+        """Its job was begun again by other reads, after an interrupt."""
+        self._reads = reads
+        reads.takes.add(self)
 
     def fail(self, error: TransportError) -> None:
         """It cannot succeed: its source is gone, or the client is closed."""

@@ -10,7 +10,8 @@
 | 6     | an IPv6 address, where there is no IPv4 one besides loopback's                                         |
 | 7     | loopback, when there is nothing else                                                                  |
 
-What clients could not reach is refused: a name without an address, and another host's address where nothing answers.
+What clients could not reach is refused: a name without an address, IPv6's loopback where UCX prefers IPv4, and another
+host's address where nothing answers.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def choose_address(host: str | None = None, *, interfaces: Sequence[Interface] |
         return address  # a name leads clients to IPv4 first
     if numeric not in _own_addresses():
         raise ConfigError(f"host = {address!r} is not an address of this machine", host=address)
+    if ipaddress.ip_address(numeric).is_loopback and (error := other_family(numeric, {}, os.environ)) is not None:
+        raise error  # its clients are on this host, and would meet this
     return numeric
 
 

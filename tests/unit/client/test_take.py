@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -185,6 +187,44 @@ def test_an_abandoned_take_gives_back_what_was_picked_for_it(*, is_offered: bool
         assert rig.states(*refs[1:]) == [SlotState.READY] * 2
         assert client.counts.lent_buffers == 0
         assert contents(taken(rig, client, refs[0])) == [b"\1", b"\2"]
+
+
+def offered(rig: ExchangeRig, client: RigClient, count: int) -> Take:
+    """A take for which a server has picked so many payloads, none of which comes."""
+    refs = write(rig, count + 1)
+    client.consume(refs[0])
+    rig.faults_of(1).spare, rig.faults_of(1).drop = 1, count  # the offer passes
+    take = begin(client, refs[0])
+    rig.settle()
+    assert rig.states(*refs[1:]) == [SlotState.READING] * count
+    return take
+
+
+def test_what_was_picked_for_a_take_comes_although_another_call_s_interrupt_has_cut_a_step_in_two() -> None:
+    with open_rig(ports=1, ring=RING) as rig:
+        client = rig.client()
+        take = offered(rig, client, 3)
+        client.core.damaged = True
+        client.core.repair()
+        rig.run_until(lambda: take.done)
+        assert contents(take.result()) == [b"\1", b"\2", b"\3"]
+        rig.settle()
+        assert not client.core.reads.takes
+        assert rig.ring.statistics().reading == rig.ring.statistics().ready == 0
+
+
+def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next() -> None:
+    with open_rig(ports=1, ring=RING) as rig:
+        client = rig.client()
+        take = offered(rig, client, 3)
+        client.core.damaged = True
+        client.core.forget(take)
+        client.core.repair()
+        rig.advance(30.0)
+        assert rig.ring.statistics().ready == 3
+        gc.collect()
+        assert client.counts.lent_buffers == 0
+        assert contents(taken(rig, client, take.request.source)) == [b"\1", b"\2", b"\3"]
 
 
 def test_a_duplicate_that_a_lost_end_allows_is_not_delivered_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,15 @@ def test_name_that_nobody_can_look_up_is_refused() -> None:
         with row(host=host), pytest.raises(ConfigError) as caught:
             choose_address(host)
         assert problem in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_ipv6_loopback_is_published_only_where_clients_of_this_host_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UCX_TCP_AF_PRIO", raising=False)
+    with pytest.raises(ConfigError, match="UCX_TCP_AF_PRIO=inet6,inet"):
+        choose_address("::1")
+    monkeypatch.setenv("UCX_TCP_AF_PRIO", "inet6,inet")
+    assert choose_address("::1") == "::1"
 
 
 def test_address_of_another_host_is_refused_where_nothing_answers() -> None:
