@@ -8,7 +8,9 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -220,7 +222,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
         """What a client's calls and a watch show while etcd is silent; returns the client's token."""
         config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD)
         client = EtcdClient((endpoint,), config, tls=False)
-        token = client.token(time.monotonic() + 5).reveal().decode()
+        token = client.as_user(lambda token: token.reveal().decode(), time.monotonic() + 5)
         watch = EtcdWatch(
             client, Namespace(namespace), "", after=0, identity="", timeout_s=0.2, on_reset=partial(shown.append, "")
         )
@@ -231,7 +233,6 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
                 show(lambda: watch.next(DEADLINE_S))
         finally:
             guarded.resume()
-            client.close()
         shown.extend([repr(client), repr(vars(client))])
         return token
 
@@ -438,17 +439,44 @@ def test_a_silent_server_is_noticed_and_the_watch_goes_on_when_it_speaks_again(
 
 
 def test_a_watch_of_a_silent_server_is_closed_at_once(etcd_server: EtcdServer, opened: Open) -> None:
-    store = opened(etcd_server.url)
-    revision = store.snapshot().revision
+    store = opened(etcd_server.url, timeout_s=10 * DEADLINE_S)
+    watch = store.watch(after=store.snapshot().revision)
     etcd_server.pause()
     try:
-        watch = store.watch(after=revision)
-        assert watch.next(0.2) is None
-        began = time.monotonic()
-        watch.close()
-        assert time.monotonic() - began < 2.0  # not the 5 s that connecting may take
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(watch.next, 10 * DEADLINE_S)
+            threading.Timer(0.05, watch.close).start()
+            with pytest.raises(StoreUnavailableError, match="closed"):
+                waiting.result(timeout=DEADLINE_S)
     finally:
         etcd_server.resume()
+
+
+@pytest.mark.parametrize("moment", [0, 1, 3, 10, 30])
+def test_a_watch_closed_by_another_thread_at_any_moment_ends_without_a_failure(
+    etcd_server: EtcdServer, opened: Open, moment: int, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    store = opened(etcd_server.url)
+    after = store.snapshot().revision
+    for number in range(10):
+        store.put("k", bytes(number))
+        watch = store.watch(after=after)
+        closing = threading.Timer(moment / 1000, watch.close)
+        closing.start()
+        with pytest.raises(StoreUnavailableError, match="closed"):
+            deque(iter(partial(watch.next, DEADLINE_S), None))
+        closing.join()
+    assert log_events == []
+
+
+def test_a_stream_that_ends_within_a_chunk_is_taken_up_again(opened: Open) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    message = b"3\r\n{}\n\r\n"
+    for rest in (b"", b"2", b"20\r\n{", b"20\r\n{}\n", message, message + b"5", b"nonsense\r\n", b"0\r\n\r\n"):
+        with stranger(head + rest) as url, opened(url, timeout_s=1).watch(after=0) as watch:
+            for _ in range(2):
+                with pytest.raises(StoreUnavailableError):
+                    watch.next(DEADLINE_S)
 
 
 def test_a_namespace_that_was_wiped_by_hand_is_noticed(etcd_server: EtcdServer, opened: Open, namespace: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
+from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
 from ucxx_transport.membership.store import (
     Batch,
     Entry,
@@ -163,7 +163,7 @@ class MemoryStore(Store):
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         del timeout_s
-        checked_lease_id(lease_id)
+        check_write(lease_id=lease_id)
         with self.data.changed:
             self._enter()
             ttl_s, _ = self._lease(lease_id)
@@ -177,7 +177,7 @@ class MemoryStore(Store):
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         del timeout_s
-        checked_lease_id(lease_id)
+        check_write(lease_id=lease_id)
         with self.data.changed:
             self._enter()
             self.data.end(lease_id)
@@ -200,10 +200,7 @@ class MemoryStore(Store):
     ) -> int:
         del timeout_s
         self._namespace.stored(key)
-        checked_value(value)
-        checked_expected(expected)
-        if lease_id is not None:
-            checked_lease_id(lease_id)
+        check_write(value=value, lease_id=lease_id, expected=expected)
         self.before_put(key)
         with self.data.changed:
             self._enter()
@@ -226,7 +223,7 @@ class MemoryStore(Store):
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         del timeout_s
         self._namespace.stored(key)
-        checked_expected(expected)
+        check_write(expected=expected)
         with self.data.changed:
             self._enter()
             if key not in self.data.entries:

@@ -28,7 +28,6 @@ MAX_KEY_BYTES: Final = 4096
 MAX_VALUE_BYTES: Final = 1 << 20
 MAX_TTL_S: Final = 1e9
 """Thirty years; etcd refuses more than 9e9 s."""
-_MAX_INT64: Final = (1 << 63) - 1
 
 
 def source_key(worker_id: str) -> str:
@@ -104,15 +103,17 @@ class Namespace:
         return stored[len(self.root) :].decode(errors="surrogateescape")
 
 
-def checked_value(value: object) -> bytes:
-    """A value that a store takes; a ConfigError unless it is `bytes`, of `MAX_VALUE_BYTES` at most."""
+def check_write(*, value: object = b"", lease_id: object = None, expected: object = None) -> None:
+    """Raise a ConfigError for a value, a lease or an expected revision (0: of no key) that no store takes."""
     if not isinstance(value, bytes):
         raise ConfigError(f"value is of {type(value).__name__}: a store keeps bytes", field="value")
     if len(value) > MAX_VALUE_BYTES:
         raise ConfigError(
             f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)
         )
-    return value
+    for field, found, least in (("lease_id", lease_id, 1), ("expected", expected, 0)):
+        if found is not None and not (type(found) is int and least <= found < 1 << 63):
+            raise ConfigError(f"{field} = {found!r}: a number from {least} on is wanted", field=field)
 
 
 def checked_ttl_s(ttl_s: object) -> float:
@@ -122,22 +123,6 @@ def checked_ttl_s(ttl_s: object) -> float:
             f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
         )
     return float(ttl_s)
-
-
-def checked_lease_id(lease_id: object) -> int:
-    """A number that a lease can have; a ConfigError where it is none."""
-    if isinstance(lease_id, bool) or not isinstance(lease_id, int) or not 0 < lease_id <= _MAX_INT64:
-        raise ConfigError(f"lease_id = {lease_id!r}: not the number of a lease", field="lease_id")
-    return lease_id
-
-
-def checked_expected(expected: object) -> int | None:
-    """A revision that a key can be expected to have (0: none; None: any); a ConfigError where it is none."""
-    if expected is None:
-        return None
-    if isinstance(expected, bool) or not isinstance(expected, int) or not 0 <= expected <= _MAX_INT64:
-        raise ConfigError(f"expected = {expected!r}: not a revision", field="expected")
-    return expected
 
 
 def _encoded(text: object, what: str) -> bytes:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -16,8 +20,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.client import Endpoints, share_s
-from ucxx_transport.membership.etcd.messages import refusal
+from ucxx_transport.membership.etcd.client import EtcdClient
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Entry, Event
 
@@ -36,8 +39,8 @@ def kv(key: str, revision: int, **fields: Any) -> dict[str, Any]:
 def test_what_is_left_out_is_zero() -> None:
     assert messages.entries([kv("a", 5)], JOB) == (Entry(key="a", value=b"", revision=5, lease_id=None),)
     assert messages.entries([kv("a", 5, lease="7", value=text(b"v"))], JOB)[0].lease_id == 7
-    assert messages.EtcdReply({}).revision == 0
-    assert not messages.EtcdReply({}).succeeded
+    assert messages.revision_of({}) == 0
+    assert messages.kvs_of({}) == []
     assert messages.value_of([]) == ""
 
 
@@ -46,8 +49,39 @@ def test_the_identity_is_hidden_from_callers() -> None:
     assert [entry.key for entry in messages.entries([hidden, kv("a", 3)], JOB)] == ["a"]
     assert messages.value_of([hidden]) == "word"
     events = [{"kv": hidden}, {"kv": kv("a", 3)}]
-    message = messages.watch_message({"result": {"events": events}}, JOB)
-    assert [batch.revision for batch in message.batches] == [3]
+    assert [batch.revision for batch in messages.batches({"events": events}, JOB)] == [3]
+
+
+def test_an_identity_is_given_once_and_only_by_a_user_who_may() -> None:
+    held: dict[str, Any] = {}
+
+    def ask(path: str, request: Any) -> Any:
+        if path == "kv/txn" and "kv" not in held:
+            held["kv"] = {"value": request["success"][0]["request_put"]["value"]}
+            return {"succeeded": True}
+        found = {"kvs": [held["kv"]] if "kv" in held else [], "header": {"revision": "4"}}
+        return {"responses": [{"response_range": found}]} if path == "kv/txn" else found
+
+    def refuse(path: str, request: Any) -> Any:
+        if path == "kv/txn":
+            raise StorePermissionError("no")
+        return ask(path, request)
+
+    assert messages.identity_of(refuse, JOB, required=False) == ("", 4)
+    with pytest.raises(StorePermissionError):
+        messages.identity_of(refuse, JOB)
+    word, revision = messages.identity_of(ask, JOB)
+    assert len(word) == 32
+    assert revision == 4
+    assert messages.identity_of(refuse, JOB) == (word, 4)
+    kept = held.pop("kv")
+
+    def overtaken(path: str, request: Any) -> Any:
+        if path == "kv/txn":
+            held["kv"] = kept
+        return ask(path, request)
+
+    assert messages.identity_of(overtaken, JOB) == (word, 4)
 
 
 def test_one_message_may_hold_several_revisions_each_of_them_whole() -> None:
@@ -57,11 +91,10 @@ def test_one_message_may_hold_several_revisions_each_of_them_whole() -> None:
         {"type": "DELETE", "kv": kv("c", 5)},
         {"kv": kv("b", 6)},
     ]
-    message = messages.watch_message({"result": {"header": {"revision": "6"}, "events": events}}, JOB)
-    assert [(batch.revision, len(batch.events)) for batch in message.batches] == [(4, 1), (5, 2), (6, 1)]
-    assert message.batches[0].events == (Event(kind="put", key="a", value=b"1", revision=4, lease_id=9),)
-    assert message.batches[1].events[1] == Event(kind="delete", key="c", value=b"", revision=5)
-    assert (message.canceled, message.compacted) == (False, 0)
+    found = list(messages.batches({"header": {"revision": "6"}, "events": events}, JOB))
+    assert [(batch.revision, len(batch.events)) for batch in found] == [(4, 1), (5, 2), (6, 1)]
+    assert found[0].events == (Event(kind="put", key="a", value=b"1", revision=4, lease_id=9),)
+    assert found[1].events[1] == Event(kind="delete", key="c", value=b"", revision=5)
 
 
 def test_a_watch_begins_after_the_revision() -> None:
@@ -100,27 +133,52 @@ def test_fields_of_another_kind_are_not_etcds(broken: dict[str, Any]) -> None:
     ],
 )
 def test_a_refusal_is_known_by_its_code(status: int, body: dict[str, Any], error: type[TransportError]) -> None:
-    found = refusal(status, body, ONE)
-    assert type(found) is error
-    assert found.facts["endpoint"] == "a:1"
+    with pytest.raises(error) as caught:
+        messages.answer_of(status, json.dumps(body).encode() if body else b"", ONE)
+    assert type(caught.value) is error
+    assert caught.value.facts["endpoint"] == "a:1"
     if "message" in body:
-        assert found.facts["reason"] == body["message"]
+        assert caught.value.facts["reason"] == body["message"]
+
+
+def asked(client: EtcdClient, *answering: str) -> list[str]:
+    """The endpoints that are asked, in order, while these answer."""
+    found: list[str] = []
+
+    def ask(endpoint: str, _share: float) -> None:
+        found.append(endpoint)
+        if endpoint not in answering:
+            raise StoreUnavailableError("away")
+
+    with suppress(StoreUnavailableError):
+        client.first(ask, time.monotonic() + 60.0)
+    return found
 
 
 def test_the_endpoint_that_answered_is_asked_first() -> None:
-    endpoints = Endpoints((ONE, TWO, THREE))
-    assert list(endpoints.in_turn()) == [(ONE, 2), (TWO, 1), (THREE, 0)]
-    endpoints.answered(TWO)
-    assert [endpoint for endpoint, _others in endpoints.in_turn()] == [TWO, THREE, ONE]
-    endpoints.failed(ONE)  # not the one in front
-    assert [endpoint for endpoint, _others in endpoints.in_turn()] == [TWO, THREE, ONE]
-    endpoints.failed(TWO)
-    assert [endpoint for endpoint, _others in endpoints.in_turn()] == [THREE, ONE, TWO]
-    endpoints.failed(THREE)
-    assert [endpoint for endpoint, _others in endpoints.in_turn()] == [ONE, TWO, THREE]
+    client = EtcdClient((ONE, TWO, THREE), StoreConfig(), tls=False)
+    assert asked(client, TWO) == [ONE, TWO]
+    assert asked(client, TWO, THREE) == [TWO]
+    client.failed(ONE)  # not the one in front
+    assert asked(client, ONE, THREE) == [TWO, THREE]
+    client.failed(THREE)
+    assert asked(client, ONE) == [ONE]
+    assert asked(client) == [ONE, TWO, THREE]
 
 
 def test_endpoints_share_the_time_that_is_left() -> None:
-    assert share_s(6.0, 2) == 2.0
-    assert share_s(6.0, 0) == 6.0
-    assert share_s(-1.0, 0) == 0.0
+    client = EtcdClient((ONE, TWO, THREE), StoreConfig(), tls=False)
+    until = time.monotonic() + 60.0
+    shares: list[float] = []
+
+    def ask(_endpoint: str, share: float) -> None:
+        shares.append(share)
+        raise StoreUnavailableError("away")
+
+    with pytest.raises(StoreUnavailableError):
+        client.first(ask, until)
+    assert all(0 < share <= 60.0 / others for share, others in zip(shares, (3, 2, 1), strict=True))
+    assert shares[0] < shares[1] < shares[2]
+    with pytest.raises(StoreUnavailableError):
+        client.first(ask, time.monotonic() - 1.0)
+    assert shares[3:] == [0.0]

@@ -30,7 +30,7 @@ import binascii
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any, Final
 
@@ -48,69 +48,15 @@ from ucxx_transport.membership.store import Batch, Entry, Event
 Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is read field by field here alone."""
 
-_IDENTITY: Final = b"/identity"
-
+FAILED_PRECONDITION: Final = 9
 _INVALID_ARGUMENT: Final = 3
 _NOT_FOUND: Final = 5
 _PERMISSION_DENIED: Final = 7
-FAILED_PRECONDITION: Final = 9
 _OUT_OF_RANGE: Final = 11
 _UNAUTHENTICATED: Final = 16
 NOT_LOGGED_IN: Final = frozenset({_INVALID_ARGUMENT, _UNAUTHENTICATED})
 """A request without a user, or with a token that is not known any more. All requests here are well-formed otherwise."""
 _NOT_A_GATEWAY: Final = frozenset({400, 404, 405, 415, 426})
-
-
-@dataclass(frozen=True, slots=True)
-class EtcdReply:
-    """An answer of etcd, a JSON object."""
-
-    body: Json
-
-    @property
-    def revision(self) -> int:
-        """The store's, when it answered."""
-        return _int(self.body.get("header", {}), "revision")
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether a transaction's comparisons held."""
-        return bool(self.body.get("succeeded"))
-
-    def number(self, field: str) -> int:
-        """An int64; 0 when it is left out."""
-        return _int(self.body, field)
-
-    def kvs(self) -> list[Json]:
-        """What a range has found."""
-        found = self.body.get("kvs") or []
-        return [kv for kv in found if isinstance(kv, dict)]
-
-    def ranges(self) -> list[EtcdReply]:
-        """The answers of a transaction's ranges, in their order."""
-        found = self.body.get("responses") or []
-        return [EtcdReply(each.get("response_range") or {}) for each in found if isinstance(each, dict)]
-
-
-Ask = Callable[[str, Json], EtcdReply]
-"""Asks etcd: a path below `/v3/` and a request, to the answer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchMessage:
-    """One line of a watch's stream.
-
-    Attributes:
-        canceled: etcd has ended it.
-        compacted: because what it asks for is gone: the first revision that is kept; 0: not so.
-        reason: of the end, in etcd's words.
-        batches: the changes, by revision.
-    """
-
-    canceled: bool
-    compacted: int
-    reason: str
-    batches: tuple[Batch, ...]
 
 
 def parsed(text: bytes, endpoint: str) -> Json:
@@ -124,36 +70,28 @@ def parsed(text: bytes, endpoint: str) -> Json:
     return found
 
 
-def answer_of(status: int, text: bytes, endpoint: str) -> EtcdReply:
-    """The answer in a response; where it is none, an error of the module's table."""
-    if status != 200:
-        try:
-            body = parsed(text, endpoint)
-        except StoreUnavailableError:
-            body = {}
-        raise refusal(status, body, endpoint)
-    body = parsed(text, endpoint)
-    if code_of(body):
-        raise refusal(status, body, endpoint)
-    return EtcdReply(body.get("result", body))
-
-
-def is_not_logged_in(error: TransportError) -> bool:
-    """Whether etcd asks for a token, or for another one."""
-    return error.facts.get("code") in NOT_LOGGED_IN
-
-
-def code_of(body: Json) -> int:
-    """The gRPC code of an error's body; 0 when it has none."""
+def answer_of(status: int, text: bytes, endpoint: str) -> Json:
+    """The answer in a response, or in a line of a stream; where it is none, an error of the module's table."""
+    try:
+        body = parsed(text, endpoint)
+    except StoreUnavailableError:
+        if status == 200:
+            raise
+        body = {}
     error = body.get("error")
-    code = error.get("grpc_code") if isinstance(error, dict) else body.get("code")  # a stream's error, or a call's
-    return code if isinstance(code, int) else 0
+    # a stream's error is an object, a call's is text beside its code
+    code, words = (
+        (error.get("grpc_code"), error.get("message"))
+        if isinstance(error, dict)
+        else (body.get("code"), body.get("message", error))
+    )
+    if status == 200 and not code and not error:
+        return body.get("result", body)  # type: ignore[no-any-return]  # what else it may hold is read field by field
+    raise _refusal(status, code if isinstance(code, int) else 0, str(words or ""), endpoint)
 
 
-def refusal(status: int, body: Json, endpoint: str) -> TransportError:
-    """The error for an answer that is none; its body is empty when it is not JSON."""
-    code = code_of(body)
-    facts: dict[str, object] = {"endpoint": endpoint, "status": status, "code": code, "reason": _words(body)}
+def _refusal(status: int, code: int, reason: str, endpoint: str) -> TransportError:
+    facts: dict[str, object] = {"endpoint": endpoint, "status": status, "code": code, "reason": reason}
     if code == _NOT_FOUND:
         return LeaseLostError("the lease has ended: take another one and put its keys again", **facts)
     if code == _PERMISSION_DENIED:
@@ -175,25 +113,39 @@ def refusal(status: int, body: Json, endpoint: str) -> TransportError:
 
 def identity_key(namespace: Namespace) -> bytes:
     """Where the store's identity lies."""
-    return namespace.root + _IDENTITY
+    return namespace.root + b"/identity"
 
 
-def range_request(first: bytes, end: bytes | None = None, *, count_only: bool = False) -> Json:
+def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace, *, required: bool = True) -> tuple[str, int]:
+    """The store's identity, a random word that it is given now if it has none, and its revision when it was asked.
+
+    Not `required`: "" where there is none, and this user may not give it one. Raises what `ask` does, which takes a
+    path below `/v3/` and a request.
+    """
+    key = identity_key(namespace)
+    found = ask("kv/range", range_request(key))
+    word, revision = value_of(kvs_of(found)), revision_of(found)
+    if not word:
+        word = secrets.token_hex(16)
+        try:
+            given = ask("kv/txn", if_revision(key, 0, "request_put", put_request(key, word.encode())))
+        except StorePermissionError:
+            if required:
+                raise
+            return "", revision
+        if not given.get("succeeded"):  # another was first
+            word = value_of(kvs_of(given))
+    return word, revision
+
+
+def range_request(first: bytes, end: bytes | None = None) -> dict[str, object]:
     """Ask for one key, or for those from `first` on, below `end`, in order; deleting names them by the same."""
-    request: dict[str, object] = {"key": _text(first)}
-    if end is not None:
-        request["range_end"] = _text(end)
-    if count_only:
-        request["count_only"] = True
-    return request
+    return {"key": _text(first)} if end is None else {"key": _text(first), "range_end": _text(end)}
 
 
-def put_request(key: bytes, value: bytes, lease_id: int | None) -> Json:
+def put_request(key: bytes, value: bytes, lease_id: int | None = None) -> Json:
     """Write one key."""
-    request: dict[str, object] = {"key": _text(key), "value": _text(value)}
-    if lease_id is not None:
-        request["lease"] = str(lease_id)
-    return request
+    return {"key": _text(key), "value": _text(value), "lease": str(lease_id or 0)}
 
 
 def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Json:
@@ -205,22 +157,34 @@ def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Jso
     }
 
 
-def both_ranges(*requests: Json) -> Json:
-    """Ask for several ranges at one revision."""
-    return {"success": [{"request_range": request} for request in requests]}
-
-
-def given_identity(ask: Ask, namespace: Namespace) -> str:
-    """The store's identity: a random word that it is given now if it has none. Raises what `ask` does."""
-    key, word = identity_key(namespace), secrets.token_hex(16)
-    put = put_request(key, word.encode(), None)
-    reply = ask("kv/txn", if_revision(key, 0, "request_put", put))
-    return word if reply.succeeded else value_of(reply.ranges()[0].kvs())
-
-
 def watch_request(first: bytes, end: bytes, *, after: int) -> Json:
     """Ask for the changes after a revision."""
     return {"create_request": {**range_request(first, end), "start_revision": str(after + 1)}}
+
+
+def number(holder: Json, field: str) -> int:
+    """An int64 of an answer; 0 when it is left out."""
+    try:
+        return int(holder.get(field) or 0)
+    except (TypeError, ValueError):
+        raise StoreUnavailableError("the answer is not etcd's: no number", field=field) from None
+
+
+def revision_of(answer: Json) -> int:
+    """The store's, when it answered."""
+    return number(answer.get("header") or {}, "revision")
+
+
+def kvs_of(answer: Json) -> list[Json]:
+    """The keys that a range has found, alone or where a transaction's comparison did not hold."""
+    for response in answer.get("responses") or []:
+        answer = response.get("response_range") or {}
+    return answer.get("kvs") or []
+
+
+def value_of(kvs: list[Json]) -> str:
+    """The text of a range's one value; "" when it has found nothing."""
+    return _bytes(kvs[0], "value").decode(errors="replace") if kvs else ""
 
 
 def entry(kv: Json, namespace: Namespace) -> Entry:
@@ -228,8 +192,8 @@ def entry(kv: Json, namespace: Namespace) -> Entry:
     return Entry(
         key=namespace.key(_bytes(kv, "key")),
         value=_bytes(kv, "value"),
-        revision=_int(kv, "mod_revision"),
-        lease_id=_int(kv, "lease") or None,
+        revision=number(kv, "mod_revision"),
+        lease_id=number(kv, "lease") or None,
     )
 
 
@@ -239,25 +203,10 @@ def entries(kvs: Iterable[Json], namespace: Namespace) -> tuple[Entry, ...]:
     return tuple(entry(kv, namespace) for kv in kvs if _bytes(kv, "key") != hidden)
 
 
-def watch_message(line: Json, namespace: Namespace) -> WatchMessage:
-    """A line of a watch's stream; its changes are whole revisions, as etcd keeps them together."""
-    result = line.get("result") or {}
-    return WatchMessage(
-        canceled=bool(result.get("canceled")),
-        compacted=_int(result, "compact_revision"),
-        reason=str(result.get("cancel_reason", "")),
-        batches=tuple(_batches(result.get("events") or [], namespace)),
-    )
-
-
-def value_of(kvs: list[Json]) -> str:
-    """The text of a range's one value; "" when it has found nothing."""
-    return _bytes(kvs[0], "value").decode(errors="replace") if kvs else ""
-
-
-def _batches(events: list[Json], namespace: Namespace) -> Iterator[Batch]:
+def batches(message: Json, namespace: Namespace) -> Iterator[Batch]:
+    """The callers' changes in a message of a watch, by revision: each whole, as etcd keeps them together."""
     hidden = identity_key(namespace)
-    for revision, group in groupby(events, key=lambda event: _int(event.get("kv") or {}, "mod_revision")):
+    for revision, group in groupby(message.get("events") or [], key=lambda one: number(one["kv"], "mod_revision")):
         shown = tuple(_event(event, namespace) for event in group if _bytes(event["kv"], "key") != hidden)
         if shown:
             yield Batch(revision=revision, events=shown)
@@ -279,16 +228,3 @@ def _bytes(holder: Json, field: str) -> bytes:
         return base64.b64decode(holder.get(field) or "", validate=True)
     except (binascii.Error, TypeError, ValueError):
         raise StoreUnavailableError("the answer is not etcd's: no base64", field=field) from None
-
-
-def _int(holder: Json, field: str) -> int:
-    try:
-        return int(holder.get(field) or 0)
-    except (TypeError, ValueError):
-        raise StoreUnavailableError("the answer is not etcd's: no number", field=field) from None
-
-
-def _words(body: Json) -> str:
-    error = body.get("error")
-    found = error.get("message") if isinstance(error, dict) else body.get("message", error)
-    return str(found or "")

@@ -10,12 +10,12 @@ from contextlib import suppress
 from functools import partial
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StorePermissionError
+from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError
 from ucxx_transport.membership.etcd import messages
 from ucxx_transport.membership.etcd.client import EtcdClient
-from ucxx_transport.membership.etcd.messages import EtcdReply, Json
+from ucxx_transport.membership.etcd.messages import Json
 from ucxx_transport.membership.etcd.watch import EtcdWatch
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
+from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
 from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store, lease_lost, revision_conflict
 
 
@@ -24,19 +24,17 @@ class EtcdStore(Store):
 
     Its keys lie below `/ucxx_transport/<namespace>/`. Calls go to the endpoint that answered last, and to the others
     when it fails, within the same deadline; a `put` or `delete` that may have been carried out is not sent again.
+
+    Args:
+        endpoints: `host:port` of at least one, in the order in which they are tried. The first call connects.
+        config: namespace, time limit, user and files of TLS.
+        tls: whether it is spoken without a `ca_file` too.
+
+    Raises:
+        ConfigError: a setting of TLS cannot be used.
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
-        """Name the cluster; the first call connects.
-
-        Args:
-            endpoints: `host:port` of at least one, in the order in which they are tried.
-            config: namespace, time limit, user and files of TLS.
-            tls: whether it is spoken without a `ca_file` too.
-
-        Raises:
-            ConfigError: a setting of TLS cannot be used.
-        """
         self._config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._namespace = Namespace(self._config.namespace)
@@ -55,33 +53,30 @@ class EtcdStore(Store):
 
     def identity(self, *, timeout_s: float | None = None) -> str:
         ask = partial(self._call, until=self._until(timeout_s))
-        known = ask("kv/range", messages.range_request(messages.identity_key(self._namespace)))
-        self._identity = messages.value_of(known.kvs()) or messages.given_identity(ask, self._namespace)
+        self._identity, _ = messages.identity_of(ask, self._namespace)
         return self._identity
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
-        reply = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
-        return Lease(lease_id=reply.number("ID"), ttl_s=float(reply.number("TTL")))
+        answer = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
+        return Lease(lease_id=messages.number(answer, "ID"), ttl_s=float(messages.number(answer, "TTL")))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
-        checked_lease_id(lease_id)
-        reply = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
-        if not reply.number("TTL"):
+        check_write(lease_id=lease_id)
+        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
+        if not (ttl_s := messages.number(answer, "TTL")):
             raise lease_lost(lease_id)
-        return float(reply.number("TTL"))
+        return float(ttl_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        checked_lease_id(lease_id)
-        try:
+        check_write(lease_id=lease_id)
+        with suppress(LeaseLostError):
             self._call("lease/revoke", {"ID": str(lease_id)}, self._until(timeout_s))
-        except LeaseLostError:
-            return
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         request = messages.range_request(self._namespace.stored(key))
-        found = messages.entries(self._call("kv/range", request, self._until(timeout_s)).kvs(), self._namespace)
-        return found[0] if found else None
+        found = messages.kvs_of(self._call("kv/range", request, self._until(timeout_s)))
+        return messages.entry(found[0], self._namespace) if found else None
 
     def put(
         self,
@@ -93,20 +88,20 @@ class EtcdStore(Store):
         timeout_s: float | None = None,
     ) -> int:
         stored = self._namespace.stored(key)
-        if lease_id is not None:
-            checked_lease_id(lease_id)
-        request = messages.put_request(stored, checked_value(value), lease_id)
-        if checked_expected(expected) is None:
-            return self._change("kv/put", request, timeout_s).revision
-        return self._change_expecting(stored, expected or 0, "request_put", request, timeout_s).revision
+        check_write(value=value, lease_id=lease_id, expected=expected)
+        request = messages.put_request(stored, value, lease_id)
+        if expected is None:
+            return messages.revision_of(self._change("kv/put", request, timeout_s))
+        return messages.revision_of(self._change_expecting(stored, expected, "request_put", request, timeout_s))
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
+        check_write(expected=expected)
         request = messages.range_request(stored)
-        if checked_expected(expected) is None:
-            return bool(self._change("kv/deleterange", request, timeout_s).number("deleted"))
+        if expected is None:
+            return bool(messages.number(self._change("kv/deleterange", request, timeout_s), "deleted"))
         try:
-            self._change_expecting(stored, expected or 0, "request_delete_range", request, timeout_s)
+            self._change_expecting(stored, expected, "request_delete_range", request, timeout_s)
         except ConflictError as error:
             if error.facts["revision"] == 0:
                 return False
@@ -115,18 +110,12 @@ class EtcdStore(Store):
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self._namespace.bounds(prefix)
-        identity = messages.range_request(messages.identity_key(self._namespace))
-        request = messages.both_ranges(messages.range_request(first, end), identity)
-        until = self._until(timeout_s)
-        reply = self._call("kv/txn", request, until)
-        if not messages.value_of(reply.ranges()[1].kvs()):
-            # A watch that follows would not know this store from one that is wiped before it begins.
-            with suppress(StorePermissionError):  # who may only read leaves that to the others
-                self.identity(timeout_s=until - time.monotonic())
-                reply = self._call("kv/txn", request, until)
-        found, known = reply.ranges()
-        self._identity = messages.value_of(known.kvs())
-        return Snapshot(revision=reply.revision, entries=messages.entries(found.kvs(), self._namespace))
+        ask = partial(self._call, until=self._until(timeout_s))
+        # First, so that a watch which follows knows this store from one that is wiped before it begins.
+        self._identity, _ = messages.identity_of(ask, self._namespace, required=False)
+        answer = ask("kv/range", messages.range_request(first, end))
+        found = messages.entries(messages.kvs_of(answer), self._namespace)
+        return Snapshot(revision=messages.revision_of(answer), entries=found)
 
     def watch(self, prefix: str = "", *, after: int) -> EtcdWatch:
         watch = EtcdWatch(
@@ -145,24 +134,20 @@ class EtcdStore(Store):
         self._closed = True
         for watch in list(self._watches):
             watch.close()
-        client = self._by_process.pop(os.getpid(), None)
-        if client is not None:
-            client.close()
 
     def _change_expecting(
         self, stored: bytes, expected: int, operation: str, request: Json, timeout_s: float | None
-    ) -> EtcdReply:
-        reply = self._change("kv/txn", messages.if_revision(stored, expected, operation, request), timeout_s)
-        if not reply.succeeded:
-            kvs = reply.ranges()[0].kvs()
-            revision = messages.entry(kvs[0], self._namespace).revision if kvs else 0
-            raise revision_conflict(stored, expected, revision)
-        return reply
+    ) -> Json:
+        answer = self._change("kv/txn", messages.if_revision(stored, expected, operation, request), timeout_s)
+        if not answer.get("succeeded"):
+            kvs = messages.kvs_of(answer)
+            raise revision_conflict(stored, expected, messages.number(kvs[0], "mod_revision") if kvs else 0)
+        return answer
 
-    def _change(self, path: str, body: Json, timeout_s: float | None) -> EtcdReply:
+    def _change(self, path: str, body: Json, timeout_s: float | None) -> Json:
         return self._client().call(path, body, until=self._until(timeout_s), repeatable=False)
 
-    def _call(self, path: str, body: Json, until: float) -> EtcdReply:
+    def _call(self, path: str, body: Json, until: float) -> Json:
         return self._client().call(path, body, until=until)
 
     def _until(self, timeout_s: float | None) -> float:

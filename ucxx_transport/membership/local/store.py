@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeVar
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StoreResetError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.keys import Namespace, checked_expected, checked_lease_id, checked_ttl_s, checked_value
+from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
 from ucxx_transport.membership.local import tables
 from ucxx_transport.membership.local.database import Database, checked_path, default_path
 from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
@@ -80,11 +80,11 @@ class LocalStore(Store):
         return Lease(lease_id=lease_id, ttl_s=ttl_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
-        checked_lease_id(lease_id)
+        check_write(lease_id=lease_id)
         return self._write(lambda db: tables.renew(db, lease_id, self._clock()), timeout_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        checked_lease_id(lease_id)
+        check_write(lease_id=lease_id)
         self._write(lambda db: tables.end_lease(db, lease_id), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
@@ -102,15 +102,12 @@ class LocalStore(Store):
         timeout_s: float | None = None,
     ) -> int:
         stored = self._namespace.stored(key)
-        checked_value(value)
-        checked_expected(expected)
-        if lease_id is not None:
-            checked_lease_id(lease_id)
+        check_write(value=value, lease_id=lease_id, expected=expected)
         return self._write(lambda db: tables.put(db, stored, value, lease_id, expected), timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self._namespace.stored(key)
-        checked_expected(expected)
+        check_write(expected=expected)
         return self._write(lambda db: tables.delete(db, stored, expected), timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
