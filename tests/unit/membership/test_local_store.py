@@ -37,10 +37,8 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local import tables
-from ucxx_transport.membership.local.database import Database
-from ucxx_transport.membership.local.store import LocalStore
-from ucxx_transport.membership.local.tables import FORMAT, KEPT_REVISIONS
+from ucxx_transport.membership.local.file import FORMAT
+from ucxx_transport.membership.local.store import KEPT_REVISIONS, LocalStore
 from ucxx_transport.ring.owner import segment_folder
 
 
@@ -391,37 +389,38 @@ def test_a_watch_fails_when_a_lease_cannot_be_ended_for_long(path: Path) -> None
 
 def test_a_child_that_was_forked_in_the_middle_of_a_call_writes_nothing_and_is_refused(path: Path) -> None:
     with elsewhere(_fork_in_a_call, f"local://{path}", {}) as (_process, pipe):
-        assert pipe.recv() == (["StoreUnavailableError"] * 3, ["a"])
+        assert pipe.recv() == (["StoreUnavailableError"] * 3, ["done"], ["a", "b"])
 
 
 def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> None:
     near, far = os.pipe()
     path = Path(url.removeprefix("local://"))
-    database = Database(path, time.monotonic, "boot")
+    children: list[int] = []
 
-    def fork(db: sqlite3.Connection) -> int:
-        tables.put(db, b"a", b"", None, None)
-        return os.fork()
+    def fork() -> float:  # in the transaction of a grant, and once
+        if not children:
+            children.append(os.fork())
+        return 0.0
 
-    def call(store: Database) -> str:
+    def error_of(call: Callable[[], object]) -> str:
         try:
-            store.write(lambda db: tables.put(db, b"b", b"", None, None), until=time.monotonic() + 60)
+            call()
         except StoreUnavailableError as error:
             return type(error).__name__
-        return "written"
+        return "done"
 
-    try:
-        child, error = database.write(fork, until=time.monotonic() + 60), ""
-    except StoreUnavailableError as caught:
-        child, error = 0, type(caught).__name__
-    if child == 0:
-        errors = [error, call(database), call(Database(path, time.monotonic, "boot"))]
+    store = LocalStore(path)
+    store.put("a", b"")
+    forking = LocalStore(path, clock=fork)
+    errors = [error_of(partial(forking.put, "b", b""))]
+    if children == [0]:
+        errors += [error_of(partial(forking.put, "b", b"")), error_of(partial(LocalStore(path).put, "b", b""))]
         os.write(far, " ".join(errors).encode())
         os._exit(0)
-    os.waitpid(child, 0)
-    rows = database.read(lambda db: tables.rows(db, b"", b"z"), until=time.monotonic() + 60)
-    pipe.send((os.read(near, 100).decode().split(), [row.key.decode() for row in rows]))
-    database.close(1.0)
+    os.waitpid(children[0], 0)
+    pipe.send((os.read(near, 100).decode().split(), errors, [entry.key for entry in store.snapshot()]))
+    for each in (store, forking):
+        each.close()
 
 
 def test_a_fork_waits_for_the_calls_of_other_threads(opened: Callable[..., LocalStore]) -> None:

@@ -1,29 +1,66 @@
-"""`LocalStore`: the Store protocol over one SQLite file."""
+"""`LocalStore`: the Store protocol over one SQLite file.
+
+| table     | row                                                                                         |
+|-----------|---------------------------------------------------------------------------------------------|
+| `state`   | one: the store's identity, the boot its deadlines are of, its revision, the size of the log |
+| `entries` | a key, its value, the revision of its last change, its lease                                |
+| `leases`  | a lease, its time to live, its deadline on CLOCK_BOOTTIME                                   |
+| `log`     | a change, as an entry; NULL for the value of a deleted one. The newest revisions only       |
+
+Each transaction that changes entries has one revision; a lease that has run out ends in one of its own.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import sqlite3
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import StoreResetError, StoreUnavailableError, TransportError
+from ucxx_transport.errors import CompactedError, StoreResetError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
-from ucxx_transport.membership.local import tables
-from ucxx_transport.membership.local.database import Database, checked_path, default_path
-from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store, Watch
+from ucxx_transport.membership.local.file import StoreFile, checked_path, default_path
+from ucxx_transport.membership.store import (
+    Batch,
+    Entry,
+    Event,
+    Lease,
+    Snapshot,
+    Store,
+    Watch,
+    lease_lost,
+    revision_conflict,
+)
 from ucxx_transport.ring import owner
 
 ResultT = TypeVar("ResultT")
+_Row = tuple[bytes, bytes | None, int, int | None]
+"""Of `entries` or `log`: key, value, revision, lease."""
 
+KEPT_REVISIONS: Final = 10_000
+KEPT_BYTES: Final = 16 << 20
+"""Of keys and values in the log: a store of small records never meets it."""
 _POLL_S: Final = 0.05
+
+_TABLES: Final = """
+CREATE TABLE state (store_id TEXT NOT NULL, boot_id TEXT NOT NULL, revision INTEGER NOT NULL,
+  log_bytes INTEGER NOT NULL);
+CREATE TABLE entries (key BLOB PRIMARY KEY NOT NULL, value BLOB NOT NULL, revision INTEGER NOT NULL, lease_id INTEGER);
+CREATE INDEX entries_by_lease ON entries (lease_id) WHERE lease_id IS NOT NULL;
+CREATE TABLE leases (lease_id INTEGER PRIMARY KEY, ttl_s REAL NOT NULL, deadline_s REAL NOT NULL);
+CREATE INDEX leases_by_deadline ON leases (deadline_s);
+CREATE TABLE log (key BLOB NOT NULL, value BLOB, revision INTEGER NOT NULL, lease_id INTEGER);
+CREATE INDEX log_by_revision ON log (revision);
+INSERT INTO state VALUES (lower(hex(randomblob(16))), '', 0, 0)
+"""
 
 
 def _boot_time() -> float:
@@ -34,6 +71,16 @@ class LocalStore(Store):
     """A store for the processes of one machine, embedded: no server, no port.
 
     The first call of any process makes it. A lease that has run out is ended by the next call or watch of any process.
+
+    Args:
+        path: of the file, which the first call opens or makes; None: this user's own on this machine (`local.file`).
+        config: namespace and time limit.
+        clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
+        boot_id: changes when that clock begins again: the leases of another one are over.
+
+    Raises:
+        ConfigError: the path can hold no store.
+        StorePermissionError: this user may not use it, or another user's folder is where the default lies.
     """
 
     def __init__(
@@ -44,52 +91,49 @@ class LocalStore(Store):
         clock: Callable[[], float] = _boot_time,
         boot_id: str | None = None,
     ) -> None:
-        """Name the file; it is opened, or made, by the first call.
-
-        Args:
-            path: of the file; None: this user's own on this machine (see `local.database`).
-            config: namespace and time limit.
-            clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
-            boot_id: changes when that clock begins again: the leases of another one are over.
-
-        Raises:
-            ConfigError: the path can hold no store.
-            StorePermissionError: this user may not use it, or another user's folder is where the default lies.
-        """
         self._config = config or StoreConfig()
-        self._namespace = Namespace(self._config.namespace)
+        self.namespace = Namespace(self._config.namespace)
         self._clock = clock
-        self._database = Database(
-            checked_path(path or default_path()), clock, owner.boot_id().hex() if boot_id is None else boot_id
-        )
-        self._watches: weakref.WeakSet[LocalWatch] = weakref.WeakSet()
+        self._boot_id = owner.boot_id().hex() if boot_id is None else boot_id
+        self.file = StoreFile(checked_path(path or default_path()), _TABLES)
 
     @property
     def url(self) -> str:
-        return self._database.path.as_uri().replace("file://", "local://", 1)
+        return self.file.path.as_uri().replace("file://", "local://", 1)
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def identity(self, *, timeout_s: float | None = None) -> str:
-        return self._read(lambda db: tables.state(db).store_id, timeout_s)
+        return str(self._read(lambda db: _state(db)[0], timeout_s))
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         ttl_s = checked_ttl_s(ttl_s)
-        lease_id = self._write(lambda db: tables.add_lease(db, ttl_s, self._clock()), timeout_s)
+        lease_id = secrets.randbelow((1 << 63) - 1) + 1  # no lease of this or an earlier store has had it
+
+        def grant(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO leases VALUES (?, ?, ?)", (lease_id, ttl_s, self._clock() + ttl_s))
+
+        self.write(grant, timeout_s)
         return Lease(lease_id=lease_id, ttl_s=ttl_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         check_write(lease_id=lease_id)
-        return self._write(lambda db: tables.renew(db, lease_id, self._clock()), timeout_s)
+
+        def renew(db: sqlite3.Connection) -> float:
+            ttl_s = _ttl_s(db, lease_id)
+            db.execute("UPDATE leases SET deadline_s = ? WHERE lease_id = ?", (self._clock() + ttl_s, lease_id))
+            return ttl_s
+
+        return self.write(renew, timeout_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         check_write(lease_id=lease_id)
-        self._write(lambda db: tables.end_lease(db, lease_id), timeout_s)
+        self.write(lambda db: _end_lease(db, lease_id), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
-        stored = self._namespace.stored(key)
-        found = self._read(lambda db: tables.row(db, stored), timeout_s)
+        stored = self.namespace.stored(key)
+        found = self._read(lambda db: _row(db, stored), timeout_s)
         return None if found is None else self._entry(found)
 
     def put(
@@ -101,56 +145,98 @@ class LocalStore(Store):
         expected: int | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        stored = self._namespace.stored(key)
+        stored = self.namespace.stored(key)
         check_write(value=value, lease_id=lease_id, expected=expected)
-        return self._write(lambda db: tables.put(db, stored, value, lease_id, expected), timeout_s)
+
+        def put(db: sqlite3.Connection) -> int:
+            found = _row(db, stored)
+            _check(stored, expected, 0 if found is None else found[2])
+            if lease_id is not None:
+                _ttl_s(db, lease_id)
+            revision = _record(db, [(stored, value, lease_id)])
+            db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (stored, value, revision, lease_id))
+            return revision
+
+        return self.write(put, timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
-        stored = self._namespace.stored(key)
+        stored = self.namespace.stored(key)
         check_write(expected=expected)
-        return self._write(lambda db: tables.delete(db, stored, expected), timeout_s)
+
+        def delete(db: sqlite3.Connection) -> bool:
+            if (found := _row(db, stored)) is None:
+                return False
+            _check(stored, expected, found[2])
+            _record(db, [(stored, None, None)])
+            db.execute("DELETE FROM entries WHERE key = ?", (stored,))
+            return True
+
+        return self.write(delete, timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
-        first, end = self._namespace.bounds(prefix)
-        revision, rows = self._read(lambda db: (tables.state(db).revision, tables.rows(db, first, end)), timeout_s)
+        bounds = self.namespace.bounds(prefix)
+
+        def read(db: sqlite3.Connection) -> tuple[int, list[_Row]]:
+            found = db.execute("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key", bounds)
+            return _state(db)[2], found.fetchall()
+
+        revision, rows = self._read(read, timeout_s)
         return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)))
 
     def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
-        self._database.check_open()
-        watch = LocalWatch(self._database, self._namespace, prefix, after=after, timeout_s=self._config.timeout_s)
-        self._watches.add(watch)
-        return watch
+        self.file.check_open()
+        return LocalWatch(self, prefix, after=after, timeout_s=self._config.timeout_s)
 
     def close(self) -> None:
-        for watch in list(self._watches):
-            watch.close()
-        self._database.close(self._config.timeout_s)
+        self.file.close(self._config.timeout_s)
 
-    def _entry(self, row: tables.Row) -> Entry:
-        key = self._namespace.key(row.key)
-        return Entry(key=key, value=row.value or b"", revision=row.revision, lease_id=row.lease_id)
+    def peek(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float) -> tuple[ResultT, float]:
+        """What `body` reads, of one moment, and the seconds until a lease is over. Waits for no writer."""
+
+        def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
+            first: float | None = db.execute("SELECT min(deadline_s) FROM leases").fetchone()[0]
+            first = math.inf if first is None else first
+            return body(db), first - self._clock() if _state(db)[1] == self._boot_id else 0.0
+
+        return self.file.transact("DEFERRED", look, time.monotonic() + timeout_s)
+
+    def write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+        """What `body` returns; its changes are written all together, after the ends of leases; none if it raises."""
+
+        def change(db: sqlite3.Connection) -> ResultT:
+            now = self._clock()
+            if _state(db)[1] != self._boot_id:  # after a reboot all leases are over
+                db.execute("UPDATE state SET boot_id = ?", (self._boot_id,))
+                now = math.inf
+            over = "SELECT lease_id FROM leases WHERE deadline_s <= ? ORDER BY deadline_s, lease_id"
+            for (lease_id,) in db.execute(over, (now,)).fetchall():
+                _end_lease(db, lease_id)
+            return body(db)
+
+        until = time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
+        return self.file.transact("IMMEDIATE", change, until)
 
     def _read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        return self._database.read(body, until=self._until(timeout_s))
+        """What `body` reads, of one moment, after the leases that are over have ended."""
+        found, left_s = self.peek(body, self._config.timeout_s if timeout_s is None else timeout_s)
+        return found if left_s > 0 else self.write(body, timeout_s)
 
-    def _write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        return self._database.write(body, until=self._until(timeout_s))
-
-    def _until(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
+    def _entry(self, row: _Row) -> Entry:
+        key, value, revision, lease_id = row
+        return Entry(key=self.namespace.key(key), value=value or b"", revision=revision, lease_id=lease_id)
 
 
 class LocalWatch(Watch):
-    """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over."""
+    """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over.
 
-    def __init__(self, database: Database, namespace: Namespace, prefix: str, *, after: int, timeout_s: float) -> None:
-        """Watch the store that the database has open, or else opens first; tolerate a locked file for `timeout_s`."""
-        self._database = database
-        self._key = namespace.key
-        self._first, self._end = namespace.bounds(prefix)
-        self._after = after
-        self._timeout_s = timeout_s
-        self._store_id = database.store_id
+    It is of the store that the file has open, or else opens first; a locked file is tolerated for `timeout_s`.
+    """
+
+    def __init__(self, store: LocalStore, prefix: str, *, after: int, timeout_s: float) -> None:
+        self._store = store
+        self._first, self._end = store.namespace.bounds(prefix)
+        self._after, self._timeout_s = after, timeout_s
+        self._store_id = store.file.store_id
         self._locked_since: float | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
@@ -180,21 +266,21 @@ class LocalWatch(Watch):
         self._closing.set()
 
     def _check_open(self) -> None:
-        if self._closing.is_set():
-            raise StoreUnavailableError("the watch is closed", path=str(self._database.path))
+        if self._closing.is_set() or self._store.file.is_closed:
+            raise StoreUnavailableError("the watch is closed", url=self._store.url)
 
     def _fetch(self) -> float:
         """Take what has changed, after the leases that are over have ended; returns when to do so again.
 
         Where the file is locked, they are ended at a later poll, as long as that is tolerated.
         """
-        now = time.monotonic()
-        _, left_s = self._database.peek(self._take, until=now + self._timeout_s)
+        _, left_s = self._store.peek(self._take, self._timeout_s)
         if left_s > 0:
             self._locked_since = None
             return min(left_s, _POLL_S)
+        now = time.monotonic()
         try:
-            self._database.write(self._take, until=now + _POLL_S)
+            self._store.write(self._take, _POLL_S)
         except StoreUnavailableError:
             self._locked_since = self._locked_since or now
             if now - self._locked_since > self._timeout_s:
@@ -203,15 +289,81 @@ class LocalWatch(Watch):
         return 0.0
 
     def _take(self, db: sqlite3.Connection) -> None:
-        found = tables.state(db)
-        if self._store_id not in {"", found.store_id}:
-            raise StoreResetError("the store's file was deleted or replaced: start over", path=str(self._database.path))
-        rows = tables.changes(db, self._first, self._end, after=self._after)
-        for revision, changed in groupby(rows, key=lambda row: row.revision):
-            self._batches.append(Batch(revision=revision, events=tuple(map(self._event, changed))))
-        self._store_id, self._after = found.store_id, found.revision
+        store_id, _, revision, _ = _state(db)
+        if self._store_id not in {"", store_id}:
+            raise StoreResetError("the store's file was deleted or replaced: start over", url=self._store.url)
+        if self._after > revision:
+            text = "the store has a lower revision than was seen before: it was wiped"
+            raise StoreResetError(text, after=self._after, revision=revision)
+        if self._after < revision:
+            compacted = db.execute("SELECT min(revision) FROM log").fetchone()[0] - 1
+            if self._after < compacted:
+                text = "the store no longer keeps what followed this revision; take a snapshot"
+                raise CompactedError(text, after=self._after, compacted=compacted)
+        wanted = "SELECT * FROM log WHERE revision > ? AND key >= ? AND key < ? ORDER BY revision, rowid"
+        rows: list[_Row] = db.execute(wanted, (self._after, self._first, self._end)).fetchall()
+        for of_batch, changed in groupby(rows, key=lambda row: row[2]):
+            self._batches.append(Batch(revision=of_batch, events=tuple(map(self._event, changed))))
+        self._store_id, self._after = store_id, revision
 
-    def _event(self, row: tables.Row) -> Event:
-        kind: Literal["put", "delete"] = "delete" if row.value is None else "put"
-        key = self._key(row.key)
-        return Event(kind=kind, key=key, value=row.value or b"", revision=row.revision, lease_id=row.lease_id)
+    def _event(self, row: _Row) -> Event:
+        key, value, revision, lease_id = row
+        return Event(
+            kind="delete" if value is None else "put",
+            key=self._store.namespace.key(key),
+            value=value or b"",
+            revision=revision,
+            lease_id=lease_id,
+        )
+
+
+def _state(db: sqlite3.Connection) -> tuple[str, str, int, int]:
+    """The row of `state`: identity, boot, revision, bytes in the log."""
+    found: tuple[str, str, int, int] = db.execute("SELECT * FROM state").fetchone()
+    return found
+
+
+def _row(db: sqlite3.Connection, key: bytes) -> Any:
+    """A row of `entries`, or None."""
+    return db.execute("SELECT * FROM entries WHERE key = ?", (key,)).fetchone()
+
+
+def _check(key: bytes, expected: int | None, revision: int) -> None:
+    if expected is not None and expected != revision:
+        raise revision_conflict(key, expected, revision)
+
+
+def _ttl_s(db: sqlite3.Connection, lease_id: int) -> float:
+    found = db.execute("SELECT ttl_s FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
+    if found is None:
+        raise lease_lost(lease_id)
+    return float(found[0])
+
+
+def _end_lease(db: sqlite3.Connection, lease_id: int) -> None:
+    """Remove a lease and, in one revision, its entries. One that is not there is none to remove."""
+    db.execute("DELETE FROM leases WHERE lease_id = ?", (lease_id,))
+    keys = db.execute("SELECT key FROM entries WHERE lease_id = ? ORDER BY key", (lease_id,)).fetchall()
+    if keys:
+        _record(db, [(key, None, None) for (key,) in keys])
+        db.execute("DELETE FROM entries WHERE lease_id = ?", (lease_id,))
+
+
+def _record(db: sqlite3.Connection, batch: Sequence[tuple[bytes, bytes | None, int | None]]) -> int:
+    """Log these changes as those of the store's next revision, and drop what is too old; returns the revision."""
+    _, _, before, log_bytes = _state(db)
+    revision = before + 1
+    rows = [(key, value, revision, lease_id) for key, value, lease_id in batch]
+    db.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", rows)
+    log_bytes += sum(len(key) + len(value or b"") for key, value, _ in batch)
+    while True:
+        oldest, nbytes = db.execute(
+            "SELECT revision, sum(length(key) + ifnull(length(value), 0)) FROM log"
+            " WHERE revision = (SELECT min(revision) FROM log)"
+        ).fetchone()
+        if oldest == revision or (oldest > revision - KEPT_REVISIONS and log_bytes <= KEPT_BYTES):
+            break
+        db.execute("DELETE FROM log WHERE revision = ?", (oldest,))
+        log_bytes -= nbytes
+    db.execute("UPDATE state SET revision = ?, log_bytes = ?", (revision, log_bytes))
+    return revision

@@ -41,13 +41,17 @@ from urllib.parse import quote
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.local import tables
 from ucxx_transport.ring.owner import file_system, segment_folder
 
 ResultT = TypeVar("ResultT")
 _Identity = tuple[int, int]
 
 _log = get_logger(__name__)
+
+APPLICATION_ID: Final = 0x75635374
+"""Marks the file as a store of this package (`ucSt`)."""
+FORMAT: Final = 2
+"""Of the tables; another one is another package version's."""
 
 _FIRST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.01
@@ -76,8 +80,7 @@ def default_path() -> Path:
     """The file of this user on this machine; its folder is made where it is missing, refused where not private."""
     memory = segment_folder()
     memory_is_there = memory.is_dir() and os.access(memory, os.W_OK | os.X_OK)
-    parent = memory if memory_is_there else Path(tempfile.gettempdir())
-    folder = parent / f"ucxx-stores-{os.geteuid()}"
+    folder = (memory if memory_is_there else Path(tempfile.gettempdir())) / f"ucxx-stores-{os.geteuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -118,65 +121,56 @@ def checked_path(path: Path) -> Path:
     return real
 
 
-class Database:
-    """The store's file, used in transactions. Thread-safe: the lock is held for one of them, some 20 to 100 µs.
-
-    Its calls raise by the module's table.
+class StoreFile:
+    """The file, used in transactions. Thread-safe: the lock is held for one of them, some 20 to 100 µs.
 
     Args:
-        path: the file; it is opened, or made, by the first call.
-        clock: of the leases' deadlines.
-        boot_id: of the boot that the clock counts from; the leases of another one are over.
+        path: the file; it is opened, or made, by the first transaction.
+        tables: the statements that make an empty store.
 
     Attributes:
-        path: the file.
         store_id: the identity of the store in the file that was opened last; "" before.
+        is_closed: whether `close` was called.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float], boot_id: str) -> None:
+    def __init__(self, path: Path, tables: str) -> None:
         self.path = path
         self.store_id = ""
-        self._clock = clock
-        self._boot_id = boot_id
+        self.is_closed = False
+        self._tables = tables
         self._connection: sqlite3.Connection | None = None
         self._file: _Identity | None = None
         self._shm: _Identity | None = None
-        self._closed = False
         self._lock = threading.Lock()
         self._user: int | None = None
         with _registering:
-            _databases.add(self)
+            _files.add(self)
 
-    def read(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
-        """What `body` reads, of one moment, after the leases that are over have ended."""
-        found, left_s = self.peek(body, until=until)
-        return found if left_s > 0 else self.write(body, until=until)
+    def transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], until: float) -> ResultT:
+        """What `body` returns, in one transaction that is tried again while others have the file locked.
 
-    def peek(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> tuple[ResultT, float]:
-        """What `body` reads, of one moment, and the seconds until a lease is over. Waits for no writer."""
-
-        def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
-            return body(db), tables.first_deadline(db, self._boot_id) - self._clock()
-
-        return self._run("DEFERRED", look, until)
-
-    def write(self, body: Callable[[sqlite3.Connection], ResultT], *, until: float) -> ResultT:
-        """What `body` returns; its changes are written all together, after the ends of leases; none if it raises."""
-
-        def change(db: sqlite3.Connection) -> ResultT:
-            tables.expire(db, self._clock(), self._boot_id)
-            return body(db)
-
-        return self._run("IMMEDIATE", change, until)
+        SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
+        Raises by the module's table.
+        """
+        for attempt in count(1):
+            try:
+                with self._connected(until) as db:
+                    return self._transact(db, mode, body)
+            except (sqlite3.Error, OSError) as error:
+                wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+                if not _is_busy(error) or time.monotonic() + wait_s > until:
+                    raise _translated(error, self.path) from error
+            time.sleep(wait_s)
+        raise AssertionError
 
     def check_open(self) -> None:
         """Raise a ConfigError once this is closed."""
-        if self._closed:
+        if self.is_closed:
             raise ConfigError("the store is closed: open another", path=str(self.path))
 
     def close(self, timeout_s: float) -> None:
         """Refuse from now on. Calls under way are waited for. Idempotent."""
-        self._closed = True
+        self.is_closed = True
         if self.pause(time.monotonic() + timeout_s):
             self.resume()
 
@@ -192,22 +186,6 @@ class Database:
     def resume(self) -> None:
         """Allow calls again."""
         self._lock.release()
-
-    def _run(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], until: float) -> ResultT:
-        """One transaction, tried again while others have the file locked.
-
-        SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
-        """
-        for attempt in count(1):
-            try:
-                with self._connected(until) as db:
-                    return self._transact(db, mode, body)
-            except (sqlite3.Error, OSError) as error:
-                wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
-                if not _is_busy(error) or time.monotonic() + wait_s > until:
-                    raise _translated(error, self.path) from error
-            time.sleep(wait_s)
-        raise AssertionError
 
     def _transact(self, db: sqlite3.Connection, mode: str, body: Callable[[sqlite3.Connection], ResultT]) -> ResultT:
         if db.in_transaction:  # of a call that was interrupted between two lines of this function
@@ -235,8 +213,7 @@ class Database:
             self.check_open()
             connection = self._connection
             if connection is None or _identity(self.path) != self._file:
-                with _locked(self.path.parent):
-                    connection = self._reconnect()
+                connection = self._reconnect()
             yield connection
         finally:
             self._user = None
@@ -248,27 +225,32 @@ class Database:
             raise StoreUnavailableError(text, path=str(self.path))
 
     def _reconnect(self) -> sqlite3.Connection:
-        """Open the file, and make it where none is; no other process does so meanwhile."""
-        shm = Path(f"{self.path}-shm")
-        if self._connection is not None:
-            _log.warning("store_replaced", path=str(self.path), store_id=self.store_id)
-            if self._shm is not None and self._shm == _identity(shm):  # still open here: no other can be this inode
-                _remove(self.path, *_BESIDE)
-        if _identity(self.path) is None:
-            _make(self.path)
-        self._disconnect()  # not before: it writes the log into its file, which was emptied perhaps
-        self._file = _identity(self.path)
-        connection = _opened(self.path)
+        """Open the file, and make it where none is; a BlockingIOError where another process does so just now."""
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self.store_id = _settled(connection, self.path)
-        except BaseException:
-            connection.close()
-            raise
-        self._shm = _identity(shm)
-        if self._file != _identity(self.path):  # it was replaced just now, which the next call will find
-            self._shm = None
-        self._connection = connection
-        return connection
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder, which stays where files come and go
+            shm = Path(f"{self.path}-shm")
+            if self._connection is not None:
+                _log.warning("store_replaced", path=str(self.path), store_id=self.store_id)
+                if self._shm is not None and self._shm == _identity(shm):  # open here: no other can be this inode
+                    _remove(self.path, *_BESIDE)
+            if _identity(self.path) is None:
+                _make(self.path, self._tables)
+            self._disconnect()  # not before: it writes the log into its file, which was emptied perhaps
+            self._file = _identity(self.path)
+            connection = _opened(self.path)
+            try:
+                self.store_id = _settled(connection, self.path)
+            except BaseException:
+                connection.close()
+                raise
+            self._shm = _identity(shm)
+            if self._file != _identity(self.path):  # it was replaced just now, which the next call will find
+                self._shm = None
+            self._connection = connection
+            return connection
+        finally:
+            os.close(fd)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -277,7 +259,7 @@ class Database:
             self._connection = None
 
 
-def _identity(path: str | Path) -> _Identity | None:
+def _identity(path: Path) -> _Identity | None:
     """Device and inode of the file that is there; None: none, or an empty one, which no store is."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = os.stat(path)
@@ -285,18 +267,7 @@ def _identity(path: str | Path) -> _Identity | None:
     return None
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One at a time opens files of a folder. A BlockingIOError: another process does."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder, which stays where files come and go
-        yield
-    finally:
-        os.close(fd)
-
-
-def _make(path: Path) -> None:
+def _make(path: Path, tables: str) -> None:
     """Put an empty store at `path`."""
     fresh = path.with_name(f".{path.name}.fresh")
     _remove(path, *_BESIDE)
@@ -304,12 +275,9 @@ def _make(path: Path) -> None:
         _remove(fresh, "", *_BESIDE)  # of a maker that was killed
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         with closing(_opened(fresh)) as db:
-            db.execute(f"PRAGMA application_id = {tables.APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {tables.FORMAT}")
-            db.execute("BEGIN")
-            tables.create(db)
-            db.execute("COMMIT")
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            db.executescript(f"BEGIN; {tables}; COMMIT; PRAGMA journal_mode = WAL")
         fresh.rename(path)
     finally:
         _remove(fresh, "", *_BESIDE)
@@ -326,9 +294,9 @@ def _settled(db: sqlite3.Connection, path: Path) -> str:
     db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-    if marks != [tables.APPLICATION_ID, tables.FORMAT]:
+    if marks != [APPLICATION_ID, FORMAT]:
         raise _foreign_file(path)
-    return tables.state(db).store_id
+    return str(db.execute("SELECT store_id FROM state").fetchone()[0])
 
 
 def _remove(path: Path, *suffixes: str) -> None:
@@ -365,9 +333,9 @@ def _foreign_file(path: Path) -> ConfigError:
     return ConfigError(text, path=str(path))
 
 
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
 _registering = threading.Lock()
-_paused: list[Database] = []
+_paused: list[StoreFile] = []
 _unusable: set[Path] = set()
 """Files of which this forked child has a connection that was in use: see the module."""
 
@@ -375,14 +343,14 @@ _unusable: set[Path] = set()
 def _before_fork() -> None:
     until = time.monotonic() + _FORK_WAIT_S
     _registering.acquire()
-    _paused.extend(database for database in list(_databases) if database.pause(until))
+    _paused.extend(file for file in list(_files) if file.pause(until))
 
 
 def _after_fork(*, in_child: bool) -> None:
     if in_child:
-        _unusable.update(database.path for database in _databases if database not in _paused)
-    for database in _paused:
-        database.resume()
+        _unusable.update(file.path for file in _files if file not in _paused)
+    for file in _paused:
+        file.resume()
     _paused.clear()
     _registering.release()
 
