@@ -40,8 +40,8 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.batch import PrefetchStatistics
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
+from ucxx_transport.trainer.batch import PrefetchStatistics, log_loss
+from ucxx_transport.trainer.loss_policy import AskedFor, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
 from ucxx_transport.trainer.prefetcher import Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -135,7 +135,7 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
             client,
             deadline_s=deadline_s,
             max_fetch_rounds=max_fetch_rounds,
-            on_loss=_log_loss,
+            on_loss=log_loss,
             uploader=self._unpack.uploader,
         )
 
@@ -275,10 +275,6 @@ def _key_of(record: AskedFor, completion: object) -> str:
         ring_id, slot, generation = record.ref.name
         return f"{ring_id.hex()}/{slot}/{generation}"
     return f"object {id(completion):#x}"
-
-
-def _log_loss(loss: Loss) -> None:
-    _log.warning("episode_lost", reason=loss.reason.value, error=None if loss.error is None else str(loss.error))
 
 
 PayloadTransportRegistry.register(CosmosPayloadTransport())

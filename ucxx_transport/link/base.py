@@ -47,7 +47,7 @@ _LOST: Final[dict[LostReason, str]] = {
     "aborted": "the connection broke",
     "cancelled": "the operation was cut short",
     "closed": "the endpoint is closed",
-    "refused": "nothing accepts connections there",
+    "refused": "nothing accepts connections there, or a firewall refused what comes back",
     "reset": "the peer closed the connection or died",
     "truncated": "the message is longer than the buffer posted for it",
     "unreachable": "the address cannot be reached",

@@ -20,6 +20,7 @@ import anyio
 from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Timer
     from ucxx_transport.schema import SlotRef
 
+_log = get_logger(__name__)
 
 DEFAULT_FETCH_ROUNDS: Final = 3
 
@@ -159,6 +161,18 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
         rounds=rounds,
         retried=retried,
         took_s=clock() - began_s,
+    )
+
+
+def log_loss(loss: Loss) -> None:
+    """Log an episode that is in no batch: what is done about each unless you say otherwise."""
+    episode = loss.record.ref if loss.record is not None else None
+    _log.warning(
+        "episode_lost",
+        reason=loss.reason.value,
+        ring=episode.ring_name if episode is not None else None,
+        slot=episode.slot if episode is not None else None,
+        error=str(loss.error) if loss.error is not None else None,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PrefetchStatistics, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -50,7 +50,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         deadline_s: of one episode.
         max_fetch_rounds: as for `Prefetcher`.
         discard_lost: as for `Prefetcher`.
-        on_loss: called with every episode that could not be had, in the thread that iterates; its index is 0.
+        on_loss: called with every episode that could not be had, in the thread that iterates, with index 0; by default
+            it is logged.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
 
@@ -68,7 +69,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         discard_lost: bool = True,
-        on_loss: Callable[[Loss], None] = lambda _: None,
+        on_loss: Callable[[Loss], None] = log_loss,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
     ) -> None:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.logs import get_logger
+from ucxx_transport.trainer.batch import log_loss
 from ucxx_transport.trainer.loss_policy import Loss, is_ours
 from ucxx_transport.trainer.rollout_feed import RolloutFeed, completion_of
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
-
-_log = get_logger(__name__)
 
 
 class UCXXDataPackerMixin:
@@ -73,14 +71,7 @@ class UCXXDataPackerMixin:
 
     def on_episode_lost(self, loss: Loss) -> None:
         """Called once with every episode that could not be had, in the trainer's thread; for subclasses. Logs it."""
-        episode = loss.record.ref if loss.record is not None else None
-        _log.warning(
-            "episode_lost",
-            reason=loss.reason.value,
-            ring=episode.ring_name if episode is not None else None,
-            slot=episode.slot if episode is not None else None,
-            error=str(loss.error) if loss.error is not None else None,
-        )
+        log_loss(loss)
 
     def rollout_output_of(self, rollout: object) -> object:
         """The output of a rollout, as `get_policy_input` is given it; for subclasses whose rollouts keep it elsewhere.

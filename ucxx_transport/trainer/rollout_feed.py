@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, PrefetchStatistics, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -107,7 +107,8 @@ class RolloutFeed:
         max_fetch_rounds: as for `Prefetcher`.
         max_staleness: as for `Prefetcher`.
         discard_lost: as for `Prefetcher`.
-        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves.
+        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves; by
+            default it is logged.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
@@ -125,7 +126,7 @@ class RolloutFeed:
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
-        on_loss: Callable[[Loss], None] = lambda _: None,
+        on_loss: Callable[[Loss], None] = log_loss,
         output_of: Callable[[object], object] = completion_of,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,

@@ -5,15 +5,16 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import pytest
 
 from tests.support.local_worker import LocalWorker, silence
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, SlotState
-from ucxx_transport.trainer import EpisodeStream, Loss, LossReason
+from ucxx_transport.trainer import EpisodeStream, Loss, LossReason, RolloutFeed
 
 LOCAL = ClientConfig(local="view")
 
@@ -76,6 +77,26 @@ def test_a_lost_episode_is_left_out_and_told_of(worker: LocalWorker) -> None:
         assert [number_in(episode.arrays) for episode in stream] == [0, 2]
         assert [loss.reason for loss in losses] == [LossReason.MALFORMED, LossReason.STALE, LossReason.DUPLICATE]
         assert stream.statistics().losses == {"malformed": 1, "stale": 1, "duplicate": 1}
+
+
+def test_a_lost_episode_is_logged_unless_something_else_is_asked_for(
+    worker: LocalWorker, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    for reader in (EpisodeStream, RolloutFeed):
+        (gone,) = worker.play(1)
+        assert gone.ref is not None
+        worker.ring.discard(gone.ref)
+        with row(reader=reader.__name__):
+            if reader is EpisodeStream:
+                with EpisodeStream([gone], LOCAL) as stream:
+                    assert list(stream) == []
+            else:
+                with RolloutFeed(LOCAL) as feed:
+                    feed.start([gone])
+                    assert feed.collect() == []
+            logged = [event["reason"] for event in log_events if event["event"] == "episode_lost"]
+            assert logged == ["stale"]
+        log_events.clear()
 
 
 def test_what_the_references_raise_comes_after_the_episodes_before_it(worker: LocalWorker) -> None:
