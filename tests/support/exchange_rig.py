@@ -21,10 +21,9 @@ from ucxx_transport.link.base import Endpoint, EndpointEvents, Timers
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
+from ucxx_transport.server.counters import PortCounters, PortStatistics
 from ucxx_transport.server.port import Port
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
-from ucxx_transport.wire.server_side import SessionSource
 
 __all__ = ["HOST", "ExchangeRig", "RigClient", "SilentPeer", "open_rig"]
 
@@ -175,17 +174,10 @@ class ExchangeRig:
 
     def start_port(self, number: int) -> None:
         """Serve the ring on a port."""
-        ring, settings, faults = self.ring, self.settings, Faults()
+        faults = Faults()
         network = MemoryNetwork(faults=faults, listeners=self._network.listeners)
         reactor = Reactor(network.link, spin_s=0.0, clock=self.clock)
-        source = SessionSource(
-            ring_id=ring.ring_id,
-            fingerprint=ring.fingerprint,
-            schema_bytes=ring.schema_bytes,
-            token=settings.token_bytes,
-        )
-        counters = PortCounters(ring.server_words, number - 1)
-        port = Port(ring, source, settings, counters, Binding(ring.server_words), reactor)
+        port = Port(self.ring, self.settings, number - 1, reactor)
         port.start([number])
         self._ports[number] = _Served(port=port, reactor=reactor, faults=faults)
 

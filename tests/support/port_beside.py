@@ -58,9 +58,10 @@ def port_beside(*, slots: int = 16, slot_bytes: int = 64 << 10) -> Iterator[Port
     """Raw slots, served at one port."""
     with SharedRingBuffer.create(RingConfig(slots=slots, slot_bytes=slot_bytes, prefault=False)) as ring:
         made = PortBeside(ring)
-        port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, link_factory=made.network.link)
+        port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, [5001], made.network.link)
         try:
-            port.start(time.monotonic() + 30.0)
+            port.start()
+            port.wait_up(time.monotonic() + 30.0)
             ring.publish_address("10.0.0.1", (5001,))
             yield made
         finally:

@@ -13,7 +13,7 @@ from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.sidecar.launch import Order, Restarts, Sidecar
+from ucxx_transport.sidecar.launch import Order, Sidecar
 
 _log = get_logger(__name__)
 
@@ -65,12 +65,12 @@ class Renewal:
         self._lease_id: int | None = None
         self._renewed_s = _NEVER_S
         self._lost: str | None = None
-        self._own = host is None or not host.adopt(self)
-        if host is None or self._own:
-            host = Sidecar("ucxx lease", restarts=Restarts(first_s=1.0, longest_s=60.0, healthy_after_s=10.0))
-            host.adopt(self)
-        self._host = host
         self.restarts = 0
+        self._own = host is None or not host.keep(self.hear, self.order)
+        if host is None or self._own:
+            host = Sidecar("ucxx lease", pauses_s=(1.0, 60.0))
+            host.keep(self.hear, self.order)
+        self._host = host
 
     @property
     def order(self) -> Order:
@@ -111,17 +111,23 @@ class Renewal:
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
         self._keep(None)
-        self._host.release(self)
+        self._host.keep(self.hear, None)
         if self._own:
             self._host.stop(time.monotonic() + CLOSE_S)
 
     def _keep(self, lease_id: int | None) -> None:
         with self._lock:
             self._lease_id, self._lost, self._renewed_s = lease_id, None, _NEVER_S
-        self._host.update(self)
+        self._host.keep(self.hear, self.order)
 
-    def hear(self, report: Mapping[str, Any]) -> None:
-        """A report of the sidecar has arrived."""
+    def hear(self, report: Mapping[str, Any] | None) -> None:
+        """A report of the sidecar has arrived; None: it has died, and nothing that it has reported counts any more."""
+        if report is None:
+            with self._lock:
+                self.restarts += 1
+                self._renewed_s = _NEVER_S
+            self._on_news()
+            return
         with self._lock:
             if report.get("lease_id") != self._lease_id:
                 return  # of one before
@@ -131,13 +137,6 @@ class Renewal:
             is_news = was_kept != self.is_kept
         if is_news or self._lost is not None:
             self._on_news()
-
-    def hear_death(self) -> None:
-        """The sidecar has died: nothing that it has reported counts any more."""
-        with self._lock:
-            self.restarts += 1
-            self._renewed_s = _NEVER_S
-        self._on_news()
 
 
 def open_ordered(order: Mapping[str, Any]) -> Store:

@@ -21,7 +21,8 @@ from typing import Final
 
 MAX_PORTS: Final = 64
 PORT_WORDS: Final = 32
-GENERAL_OFFSET: Final = MAX_PORTS * PORT_WORDS
+AWAITED: Final = MAX_PORTS * PORT_WORDS
+"""The general block's word: the worker writes it, and every port looks at it before it serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,25 +150,3 @@ REQUESTS: Final = _POSITIONS["requests"]
 DELIVERED: Final = _POSITIONS["delivered"]
 BYTES_SENT: Final = _POSITIONS["bytes_sent"]
 RELEASED: Final = _POSITIONS["released"]
-
-
-class Binding:
-    """Whether the ring's source has its epoch: the worker says so, every port looks before it serves.
-
-    Attributes:
-        words: one word, not 0 while it is awaited, for a look without a call.
-    """
-
-    __slots__ = ("words",)
-
-    def __init__(self, words: memoryview) -> None:
-        self.words = words[GENERAL_OFFSET : GENERAL_OFFSET + 1]
-
-    @property
-    def awaited(self) -> bool:
-        """Whether reads must be answered NOT_READY."""
-        return self.words[0] != 0
-
-    @awaited.setter
-    def awaited(self, value: bool) -> None:
-        self.words[0] = int(value)

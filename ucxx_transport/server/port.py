@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
+from ucxx_transport.server.counters import PortCounters
 from ucxx_transport.server.slots import Slots
 from ucxx_transport.wire.frames import NONCE_BYTES
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Listener
     from ucxx_transport.link.reactor import Reactor, Timer
-    from ucxx_transport.server.counters import Binding, PortCounters
     from ucxx_transport.server.slots import ServedRing
     from ucxx_transport.wire.actions import Take
 
@@ -54,34 +54,26 @@ class Port:
 
     Args:
         ring: the ring.
-        source: what its clients are told of it.
         settings: of the server.
-        counters: of this port.
-        binding: whether the source has its epoch.
+        index: of the port among the server's; the first one also gives back what dead processes hold.
         reactor: what runs it, in whatever thread.
-        reclaims: whether it also gives back what dead processes hold; one port of a server does.
 
     Attributes:
         slots: of the ring.
         pack_buffers: see `connection.Host`.
     """
 
-    def __init__(  # noqa: PLR0917 - what it is made of
-        self,
-        ring: ServedRing,
-        source: SessionSource,
-        settings: ServerConfig,
-        counters: PortCounters,
-        binding: Binding,
-        reactor: Reactor,
-        *,
-        reclaims: bool = False,
-    ) -> None:
+    def __init__(self, ring: ServedRing, settings: ServerConfig, index: int, reactor: Reactor) -> None:
         self.reactor = reactor
-        self.slots = Slots(ring, counters, binding, reactor)
+        self._counters = PortCounters(ring.server_words, index)
+        self.slots = Slots(ring, self._counters, reactor)
         self.pack_buffers: list[bytearray] = []
-        self._counters = counters
-        self._source = source
+        self._source = SessionSource(
+            ring_id=ring.ring_id,
+            fingerprint=ring.fingerprint,
+            schema_bytes=ring.schema_bytes,
+            token=settings.token_bytes,
+        )
         self._limits = SessionLimits(
             first_frame_timeout_s=settings.first_frame_timeout_s,
             idle_timeout_s=settings.idle_timeout_s,
@@ -89,7 +81,7 @@ class Port:
             ack_timeout_s=settings.ack_timeout_s,
         )
         self._max_connections = settings.max_connections
-        self._reclaims = reclaims
+        self._reclaims = index == 0
         self._listener: Listener | None = None
         self._is_stopping = False
         self._connections: dict[Connection, None] = {}

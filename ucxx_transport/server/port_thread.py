@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import fields, replace
 from functools import partial
-from threading import Event, Thread
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.config import ServerConfig
@@ -19,9 +21,8 @@ from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
-from ucxx_transport.server.counters import Binding, PortCounters
 from ucxx_transport.server.port import Port
-from ucxx_transport.wire.server_side import SessionSource
+from ucxx_transport.teardown import MARGIN_S
 
 if TYPE_CHECKING:
     from ucxx_transport.link.base import LinkFactory
@@ -55,24 +56,6 @@ def ucxx_links(settings: ServerConfig) -> LinkFactory:
     return partial(UCXXLink, shm_lanes=settings.shm_lanes, ucx=settings.link_settings, ipv6=ipv6)
 
 
-def candidates_of(settings: ServerConfig, index: int) -> Sequence[int]:
-    """The ports that the port number `index` of a server tries, in order; 0 is any free one.
-
-    Ports that start side by side begin at different ones from `base_port` on, and each takes the next that is free.
-    """
-    wanted = 0 if isinstance(settings.ports, int) else settings.ports[index]
-    base = settings.base_port
-    if wanted or base is None:
-        return (wanted,)
-    every = range(base, min(65536, base + settings.port_attempts))
-    return (*every[index:], *every[:index])
-
-
-def number_of_ports(settings: ServerConfig) -> int:
-    """How many ports a server has."""
-    return settings.ports if isinstance(settings.ports, int) else len(settings.ports)
-
-
 class PortThread:
     """Serves the port number `index` of a server; the first of them also reclaims what dead processes hold.
 
@@ -80,25 +63,34 @@ class PortThread:
         ring: the ring.
         settings: of the server.
         index: of the port among the server's.
+        candidates: the ports that it tries, in order; 0 is any free one.
         link_factory: opens its link; None for one over UCX.
     """
 
     def __init__(
-        self, ring: SharedRingBuffer, settings: ServerConfig, index: int, link_factory: LinkFactory | None = None
+        self,
+        ring: SharedRingBuffer,
+        settings: ServerConfig,
+        index: int,
+        candidates: Sequence[int],
+        link_factory: LinkFactory | None = None,
     ) -> None:
         self._ring = ring
         self._settings = settings
         self._index = index
+        self._candidates = candidates
         self._reactor = Reactor(link_factory or ucxx_links(settings), spin_s=settings.spin_s)
-        self._is_up = Event()
-        self._port = 0
-        self._error: BaseException | None = None
+        self._up: Future[int] = Future()
         self._stop_by_s = math.inf
         # A daemon: an embedding worker that forgets stop() must still be able to exit.
         self._thread = Thread(target=self._run, name=f"ucxx-port-{index}", daemon=True)
 
-    def start(self, until_s: float) -> int:
-        """Start and wait until the port listens; returns it. After an error `stop` it.
+    def start(self) -> None:
+        """Start, and return at once."""
+        self._thread.start()
+
+    def wait_up(self, until_s: float) -> int:
+        """Wait until the port listens; returns it. After an error `stop` it.
 
         Args:
             until_s: on `time.monotonic()`.
@@ -107,12 +99,10 @@ class PortThread:
             ConfigError: no candidate can be bound, or UCX is not installed.
             DeadlineExceededError: it does not listen in time.
         """
-        self._thread.start()
-        if not self._is_up.wait(max(0.0, until_s - time.monotonic())):
-            raise DeadlineExceededError("a server port did not come up in time; see ServerConfig(start_timeout_s=…)")
-        if self._error is not None:
-            raise self._error
-        return self._port
+        try:
+            return self._up.result(max(0.0, until_s - time.monotonic()))
+        except FutureTimeoutError:
+            raise DeadlineExceededError("a server's port did not come up in time", index=self._index) from None
 
     @property
     def alive(self) -> bool:
@@ -125,30 +115,31 @@ class PortThread:
         self._reactor.submit(lambda: None)  # the loop looks whether it is to stop
 
     def stop(self, until_s: float) -> bool:
-        """Close the port and its connections; returns whether the thread had ended by `until_s` (monotonic)."""
+        """Close the port and its connections by `until_s` (monotonic); returns whether the thread has ended."""
         self.begin_stop(until_s)
         if self._thread.ident is None:
             self._reactor.close()
             return True
-        self._thread.join(max(0.0, until_s - time.monotonic()))
+        # later than who waits for this does, so that a port that hangs is seen hanging, with all stacks
+        self._thread.join(max(0.0, until_s + 2 * MARGIN_S - time.monotonic()))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            self._serve(self._make_port())
+            settings = replace(self._settings, max_connections=self._max_connections())
+            self._serve(Port(self._ring, settings, self._index, self._reactor))
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
-            self._error = error
-            if self._is_up.is_set():
+            if self._up.done():
                 _log.exception("port_died", thread=self._thread.name)
+            else:
+                self._up.set_exception(error)
         finally:
-            self._is_up.set()
             self._reactor.close()
 
     def _serve(self, port: Port) -> None:
         reactor = self._reactor
         try:
-            self._port = port.start(candidates_of(self._settings, self._index))
-            self._is_up.set()
+            self._up.set_result(port.start(self._candidates))
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
             heard_by_s = time.monotonic() + LAST_FRAMES_S
@@ -161,23 +152,12 @@ class PortThread:
             reactor.close()
             port.retire()
 
-    def _make_port(self) -> Port:
-        ring, settings = self._ring, self._settings
-        source = SessionSource(
-            ring_id=ring.ring_id,
-            fingerprint=ring.fingerprint,
-            schema_bytes=ring.schema_bytes,
-            token=settings.token_bytes,
-        )
-        counters = PortCounters(ring.server_words, self._index)
-        binding = Binding(ring.server_words)
-        settings = replace(settings, max_connections=self._max_connections())
-        return Port(ring, source, settings, counters, binding, self._reactor, reclaims=self._index == 0)
-
     def _max_connections(self) -> int:
         """The setting, or less where the process has no descriptors for so many; the ports in it share them."""
-        asked = self._settings.max_connections
-        sharing = number_of_ports(self._settings) if self._settings.mode == "thread" else 1
+        asked, ports = self._settings.max_connections, self._settings.ports
+        sharing = 1
+        if self._settings.mode == "thread":
+            sharing = ports if isinstance(ports, int) else len(ports)
         limit = raised_limit()
         budget = connection_budget(limit=limit, in_use=descriptors_in_use(), asked=asked * sharing) // sharing
         if budget < asked:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-import threading
 import time
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
@@ -17,21 +15,18 @@ from ucxx_transport.link.address import choose_address, require_reachable
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
-from ucxx_transport.server.counters import Binding, PortCounters, ServerStatistics
-from ucxx_transport.server.port_thread import PortThread, number_of_ports, to_order
-from ucxx_transport.sidecar.launch import Restarts, Sidecar
-from ucxx_transport.teardown import MARGIN_S, Teardown
+from ucxx_transport.server.counters import AWAITED, PortCounters, ServerStatistics
+from ucxx_transport.server.port_thread import PortThread, to_order
+from ucxx_transport.sidecar.launch import Sidecar
+from ucxx_transport.teardown import Teardown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
-
-SAME_PORTS_FOR_S: Final = 10.0
-"""A port that something else took while the server was down is waited for this long; then any free ones do."""
 
 
 class RingSource:
@@ -43,7 +38,7 @@ class RingSource:
 
     def __init__(self, ring: SharedRingBuffer) -> None:
         self._ring = ring
-        self._binding = Binding(ring.server_words)
+        self._awaited = ring.server_words[AWAITED : AWAITED + 1]
         self._last_old: int | None = None
         self._was_bound = False
 
@@ -65,7 +60,7 @@ class RingSource:
 
     def hold(self) -> None:
         """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
-        self._binding.awaited = True
+        self._awaited[0] = 1
         if self._was_bound:
             self._last_old = self._ring.write_sequence
 
@@ -77,7 +72,7 @@ class RingSource:
         """
         self.discard_old()
         self._was_bound = True
-        self._binding.awaited = False
+        self._awaited[0] = 0
 
     def discard_old(self) -> int:
         """Drop what an epoch before has left and no one is reading now.
@@ -97,7 +92,7 @@ class RingSource:
 
     def release(self) -> None:
         """Published no longer: serve everyone who has a reference."""
-        self._binding.awaited = False
+        self._awaited[0] = 0
 
     def is_healthy(self, within_s: float) -> bool:
         """Whether it can be read; `within_s` as for `UCXXServer.is_healthy`."""
@@ -123,16 +118,14 @@ class UCXXServer(RingSource):
         super().__init__(ring)
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
-        self._sidecars: tuple[Sidecar, ...] = ()
+        self._indices = range(self._config.ports if isinstance(self._config.ports, int) else len(self._config.ports))
+        self._known: dict[int, int] = {}  # ports by index, once they have listened
+        self._sidecars: list[Sidecar] = []
         if self._config.mode == "process":
-            self._sidecars = tuple(self._sidecar_of(index) for index in range(number_of_ports(self._config)))
-        self._threads: list[PortThread] = []
+            self._sidecars = [self._sidecar_of(index) for index in self._indices]
+        self._running: Sequence[Sidecar | PortThread] = ()
         self._address: str | None = None
         self._ports: tuple[int, ...] = ()
-        self._port_count = 0
-        self._came_up: dict[int, int] = {}
-        self._died_s: dict[int, float] = {}
-        self._publishing = threading.Lock()  # each sidecar has a thread
         self._pid = os.getpid()
 
     @property
@@ -161,23 +154,17 @@ class UCXXServer(RingSource):
         if self._ports:
             raise TransportError("the server is running already; stop() it first")
         self._pid = os.getpid()
-        address = choose_address(self._config.host)
         until_s = time.monotonic() + self._config.start_timeout_s
-        self._address = address
+        address = choose_address(self._config.host)
         try:
-            ports = self._start_processes(until_s) if self._sidecars else self._start_threads(until_s)
-        except BaseException:
-            self._address = None
-            raise
-        try:
+            ports = self._start_ports(until_s)
             if self._link_factory is None:
                 require_reachable(address, ports[0])
-            with self._publishing:  # one that died just now may be up again on another port
-                self._publish(self._ports_up() if self._sidecars else ports)
+            self._ring.publish_address(address, ports)
         except BaseException:
             self.stop()
-            self._address = None
             raise
+        self._address, self._ports = address, ports
         if self._config.host is None and address.startswith("127."):
             _log.warning("loopback_published", address=address, ring=self._ring.name)
         atexit.register(self.stop)
@@ -189,23 +176,20 @@ class UCXXServer(RingSource):
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         teardown = Teardown("server", ring=self._ring.name)
-        if any(sidecar.is_running for sidecar in self._sidecars):
-            teardown.step("sidecars", lambda: self._end_processes(until_s), until_s)
-        if self._threads:
-            # its own bound is a later one, so that a port that hangs is seen hanging, with all stacks
-            teardown.step("ports", lambda: self._end_threads(until_s + 2 * MARGIN_S), until_s)
+        if self._running:
+            teardown.step("ports", lambda: self._end_ports(until_s), until_s)
         if self._ports:
             teardown.step("address", self._withdraw, until_s)
+        self._running, self._address, self._ports = (), None, ()
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
-        words, ports = self._ring.server_words, range(self._port_count)
         status = [sidecar.status for sidecar in self._sidecars]
         return ServerStatistics(
             host=self._address,
             pids=tuple(one.pid for one in status) if status else (os.getpid(),) * len(self._ports),
             restarts=sum(one.restarts for one in status),
-            ports=tuple(PortCounters(words, index).snapshot() for index in ports),
+            ports=tuple(self._counters(index).snapshot() for index in self._indices),
         )
 
     def is_healthy(self, within_s: float) -> bool:
@@ -217,8 +201,8 @@ class UCXXServer(RingSource):
         if not self._ports or self._ring.closed:
             return False
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
-        counters = [PortCounters(self._ring.server_words, index) for index in range(len(self._ports))]
-        return all(one.snapshot().port and one.beat_ns >= oldest_ns for one in counters)
+        ports = map(self._counters, self._indices)
+        return all(one.snapshot().port and one.beat_ns >= oldest_ns for one in ports)
 
     def __enter__(self) -> Self:
         """Start."""
@@ -238,47 +222,39 @@ class UCXXServer(RingSource):
         """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
         await _in_thread(self.stop)
 
-    def _start_processes(self, until_s: float) -> tuple[int, ...]:
+    def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
+        self._known.clear()
+        self._running = self._sidecars or [
+            PortThread(self._ring, self._config, index, self._candidates(index), self._link_factory)
+            for index in self._indices
+        ]
+        for port in self._running:
+            port.start()
         try:
-            self._came_up.clear()
-            for sidecar in self._sidecars:
-                sidecar.start()
-            for sidecar in self._sidecars:
-                sidecar.wait_up(until_s)
-        except BaseException as error:
-            self._end_processes(time.monotonic() + self._config.stop_timeout_s)
-            if isinstance(error, DeadlineExceededError):
-                message = "a port's process did not come up in time; see ServerConfig(start_timeout_s=…)"
-                raise DeadlineExceededError(message) from None
-            raise
-        return self._ports_up()
+            return tuple(port.wait_up(until_s) for port in self._running)
+        except DeadlineExceededError:
+            message = "a port did not come up in time; see ServerConfig(start_timeout_s=…)"
+            raise DeadlineExceededError(message) from None
 
-    def _end_processes(self, until_s: float) -> None:
-        for sidecar in self._sidecars:
-            sidecar.begin_stop(until_s)
-        for index, sidecar in enumerate(self._sidecars):
-            sidecar.stop(until_s)
-            self._note_gone(index)
-        self._reclaim()
+    def _end_ports(self, until_s: float) -> None:
+        for port in self._running:
+            port.begin_stop(until_s)
+        for port in self._running:
+            port.stop(until_s)
+        self._clean_up(*self._indices)
 
-    def _start_threads(self, until_s: float) -> tuple[int, ...]:
-        ports: list[int] = []
-        try:
-            for index in range(number_of_ports(self._config)):
-                self._threads.append(PortThread(self._ring, self._config, index, self._link_factory))
-                ports.append(self._threads[-1].start(until_s))
-        except BaseException:
-            self._end_threads(time.monotonic() + self._config.stop_timeout_s)
-            raise
-        return tuple(ports)
+    def _candidates(self, index: int) -> list[int]:
+        """The ports that a port tries, in order; 0 is any free one.
 
-    def _end_threads(self, until_s: float) -> None:
-        threads, self._threads = self._threads, []
-        for thread in threads:
-            thread.begin_stop(until_s)
-        for thread in threads:
-            thread.stop(until_s)
+        Ports that start side by side begin at different ones from `base_port` on, and each takes the next that is free.
+        """
+        ports, base = self._config.ports, self._config.base_port
+        wanted = 0 if isinstance(ports, int) else ports[index]
+        if wanted or base is None:
+            return [wanted]
+        every = range(base, min(65536, base + self._config.port_attempts))
+        return [*every[index:], *every[:index]]
 
     # in a sidecar's thread
 
@@ -286,71 +262,52 @@ class UCXXServer(RingSource):
         return Sidecar(
             f"ucxx port {index}",
             serve=partial(self._order, index),
-            restarts=Restarts(longest_s=1.0, healthy_after_s=1.0),
+            pauses_s=(0.1, 1.0),
             start_timeout_s=self._config.start_timeout_s,
-            on_up=partial(self._on_up, index),
-            on_death=partial(self._on_death, index),
+            on_up=partial(self._known.__setitem__, index),
+            on_death=partial(self._clean_up, index),
             is_stalled=partial(self._is_stalled, index),
         )
 
     def _order(self, index: int) -> dict[str, object]:
-        """What a process is to serve: after another's death the very port that is published."""
-        config = self._config
-        if self._ports and time.monotonic() - self._died_s.get(index, 0.0) < SAME_PORTS_FOR_S:
-            config = replace(config, ports=self._ports, base_port=None)
+        """What a process is to serve: after another's death the very port that it had."""
         return {
             "ring_name": self._ring.name,
             "ring_folder": str(self._ring.folder),
             "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
             "index": index,
-            "settings": to_order(config),
+            "candidates": [self._known[index]] if index in self._known else self._candidates(index),
+            "settings": to_order(self._config),
         }
 
-    def _on_up(self, index: int, facts: dict[str, Any]) -> None:
-        with self._publishing:
-            self._came_up[index] = facts["port"]
-            if self._ports and self._ports_up() != self._ports:
-                self._publish(self._ports_up())
-
-    def _on_death(self, index: int) -> None:
-        self._died_s[index] = time.monotonic()
-        self._note_gone(index)
-        self._reclaim()
-
-    def _note_gone(self, index: int) -> None:
-        """Say what a killed port could not: it listens no longer."""
-        if not self._ring.closed:
-            PortCounters(self._ring.server_words, index).retire()
+    def _clean_up(self, *indices: int) -> None:
+        """Do what killed ports could not: say that they listen no longer, and give back what they held."""
+        if self._ring.closed:
+            return
+        for index in indices:
+            self._counters(index).retire()
+        try:
+            self._ring.reclaim_dead()
+        except TransportError as error:  # the new process's sweep does it
+            _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
 
     def _is_stalled(self, index: int) -> bool:
         """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
-        silent_ns = time.monotonic_ns() - PortCounters(self._ring.server_words, index).beat_ns
+        silent_ns = time.monotonic_ns() - self._counters(index).beat_ns
         return silent_ns > self._config.stall_timeout_s * 1e9
-
-    def _ports_up(self) -> tuple[int, ...]:
-        return tuple(port for _, port in sorted(self._came_up.items()))
 
     # the ring
 
-    def _publish(self, ports: tuple[int, ...]) -> None:
-        self._ring.publish_address(self._address, ports)
-        self._ports = ports  # what the segment has: a failure is one of the process whose port it is
-        self._port_count = max(self._port_count, len(ports))
+    def _counters(self, index: int) -> PortCounters:
+        return PortCounters(self._ring.server_words, index)
 
     def _withdraw(self) -> None:
-        self._address, self._ports = None, ()
         if self._ring.closed:
             return  # its creator was faster; no one can attach any more
         try:
             self._ring.publish_address(None, ())
         except TransportError as error:  # the server has stopped all the same
             _log.warning("address_not_withdrawn", ring=self._ring.name, reason=str(error))
-
-    def _reclaim(self) -> None:
-        try:
-            self._ring.reclaim_dead()
-        except TransportError as error:  # the new process's sweep does it
-            _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
 
 
 async def _in_thread(call: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 from ucxx_transport.errors import BusyError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
-from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.server.counters import AWAITED, BYTES_SENT, DELIVERED, RELEASED, REQUESTS
 from ucxx_transport.wire.frames import Status
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Message
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring.reading import ReadLease
-    from ucxx_transport.server.counters import Binding, PortCounters
+    from ucxx_transport.server.counters import PortCounters
     from ucxx_transport.wire.actions import Attempt
 
 _log = get_logger(__name__)
@@ -51,6 +51,12 @@ class ServedRing(Protocol):
     @property
     def fingerprint(self) -> int: ...
 
+    @property
+    def schema_bytes(self) -> bytes: ...
+
+    @property
+    def server_words(self) -> memoryview: ...
+
     def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]: ...
@@ -71,18 +77,17 @@ class Slots:
     Args:
         ring: the ring.
         counters: of the port.
-        binding: whether the source has its epoch.
         reactor: the port's.
 
     Attributes:
-        words: of the counters. awaited: of the binding.
+        words: of the counters. awaited: one word, not 0 while the source waits for its epoch.
         answers: by slot and length, whole answers as the slots are: prepared for the link, and as memory.
     """
 
-    def __init__(self, ring: ServedRing, counters: PortCounters, binding: Binding, reactor: Reactor) -> None:
+    def __init__(self, ring: ServedRing, counters: PortCounters, reactor: Reactor) -> None:
         self.counters = counters
         self.words = counters.words
-        self.awaited = binding.words
+        self.awaited = ring.server_words[AWAITED : AWAITED + 1]
         self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self._ring = ring
         self._reactor = reactor

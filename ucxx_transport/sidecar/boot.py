@@ -1,4 +1,4 @@
-"""The first lines of a sidecar: `python -P boot.py REPORT_FD STDERR_FD ROLE`, started by `process` and by nothing else.
+"""The first lines of a sidecar: `python -P boot.py REPORT_FD ROLE`, started by `launch` and by nothing else.
 
 It takes over the `sys.path` of its worker, with the order on its standard input, before it imports anything of this
 package: a sidecar sees the modules that its worker sees, and no others.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 
 
 def boot() -> int:
@@ -19,9 +20,15 @@ def boot() -> int:
         return 1  # the worker died before its order
     order = json.loads(line)
     sys.path[:] = order["sys_path"]
-    from ucxx_transport.sidecar.main import main
+    report_fd = int(sys.argv[1])
+    try:
+        from ucxx_transport.sidecar.main import main
 
-    return main(order, report_fd=int(sys.argv[1]), stderr_fd=int(sys.argv[2]), role=sys.argv[3])
+        return main(order, report_fd=report_fd, role=sys.argv[2])
+    except BaseException as error:  # noqa: BLE001 - the edge of a process: its worker is to hear of it
+        traceback.print_exc()
+        os.write(report_fd, json.dumps({"died": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        return 1
 
 
 if __name__ == "__main__":

@@ -10,26 +10,26 @@ before it has cleaned up. Each way goes a pipe with lines of JSON:
 | worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease from now on (null: none), there, so often  |
 | worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
 | worker  | end of file without that                     | the worker is dying                                         |
-| sidecar | `{"up": {"port": 5001}}`                     | it is up                                                    |
+| sidecar | `{"up": 5001}`                               | it is up, and serves that port (null: none)                 |
 | sidecar | `{"failed": class, "reason": …}`             | it could not start, and ends                                |
+| sidecar | `{"died": reason}`                           | an error that no one expected ends it                       |
 | sidecar | `{"lease_id": 7, "renewed_s": …}`            | renewed, by a call made then (CLOCK_MONOTONIC)              |
 | sidecar | `{"lease_id": 7, "lost": reason}`            | the store answered twice that there is no such lease        |
 """
 
 from __future__ import annotations
 
+import math
 import os
-import random
 import select
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
-from ucxx_transport.backoff import pause_s
+from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.sidecar.process import SidecarProcess
@@ -39,39 +39,15 @@ _log = get_logger(__name__)
 Order = Mapping[str, object]
 """What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
 
+Hear = Callable[[dict[str, Any] | None], None]
+"""Gets the reports of a lease's renewal, and None when the process has died or could not be started."""
+
 LOOK_S: Final = 1.0
 """How often a sidecar that is up is looked at."""
 
 _REAP_S: Final = 5.0
+_HEALTHY: Final = 10
 _ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
-
-
-@dataclass(slots=True)
-class Restarts:
-    """When a sidecar that has died is started again: at once, or ever later while it dies young.
-
-    Attributes:
-        longest_s: the longest pause.
-        healthy_after_s: one that was up for so long has died of something else than its start.
-        first_s: the first pause.
-    """
-
-    longest_s: float
-    healthy_after_s: float
-    first_s: float = 0.05
-    _young: int = field(default=0, init=False)
-
-    def pause_after(self, up_s: float, *, jitter: float) -> float:
-        """Seconds until the next start.
-
-        Args:
-            up_s: how long the one that died was up, 0 if it did not come up.
-            jitter: a number of [0, 1).
-        """
-        self._young = 0 if up_s >= self.healthy_after_s else self._young + 1
-        if self._young <= 1:
-            return 0.0
-        return pause_s(self._young - 1, first_s=self.first_s, longest_s=self.longest_s, jitter=jitter)
 
 
 class Status(NamedTuple):
@@ -79,20 +55,6 @@ class Status(NamedTuple):
 
     pid: int | None
     restarts: int
-
-
-class Tenant(Protocol):
-    """Work that a sidecar does beside what it serves: a lease to renew (`ucxx_transport.membership.renewal`)."""
-
-    @property
-    def order(self) -> Order:
-        """What is to be done now: the first line of it that a process gets."""
-
-    def hear(self, report: dict[str, Any]) -> None:
-        """A report of its work has arrived."""
-
-    def hear_death(self) -> None:
-        """The process has died, or could not be started: its reports count no more."""
 
 
 class Sidecar:
@@ -103,10 +65,11 @@ class Sidecar:
     Args:
         role: in front of its log lines, such as "ucxx port 0".
         serve: makes the order of what it serves, at every start; None: it only renews.
-        restarts: when it is started again.
         start_timeout_s: one that is not up by then is killed and started again.
-        on_up: called in the thread with the facts of each that is up.
+        on_up: called in the thread with what each that is up says: its port.
         on_death: called in the thread when one has died unasked, before it is started again.
+        pauses_s: the first and the longest before it is started again; for the first that dies young there is none.
+            One that was up for ten times the first pause has died of something else than its start.
         is_stalled: asked in the thread every `LOOK_S` or so while one is up; True: it is killed, and so started again.
 
     Attributes:
@@ -117,25 +80,25 @@ class Sidecar:
         self,
         role: str,
         *,
-        restarts: Restarts,
+        pauses_s: tuple[float, float],
         serve: Callable[[], Order] | None = None,
         start_timeout_s: float = 30.0,
-        on_up: Callable[[dict[str, Any]], None] = lambda _: None,
+        on_up: Callable[[Any], None] = lambda _: None,
         on_death: Callable[[], None] = lambda: None,
         is_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._role = role
         self._serve = serve
-        self._restarts = restarts
+        self._pauses_s = pauses_s
         self._start_timeout_s = start_timeout_s
         self._on_up, self._on_death, self._is_stalled = on_up, on_death, is_stalled
         self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
         self._thread: threading.Thread | None = None
         self._process: SidecarProcess | None = None
-        self._tenant: Tenant | None = None
-        self._first: Future[dict[str, Any]] = Future()
-        self._stopping = threading.Event()
-        self._stop_by_s = 0.0
+        self._tenant: Hear | None = None
+        self._tenant_order: Order | None = None
+        self._first: Future[Any] = Future()
+        self._stop_by_s = math.inf
         self._wake = -1
         self.status = Status(None, 0)
 
@@ -147,15 +110,13 @@ class Sidecar:
     def start(self) -> None:
         """Start it from the thread, and return at once; one that runs goes on."""
         with self._lock:
-            if self._thread is not None:
-                return
-            self._stopping, self._first = threading.Event(), Future()
-            self._wake = os.eventfd(0)
-            self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._stop_by_s, self._first, self._wake = math.inf, Future(), os.eventfd(0)
+                self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
+                self._thread.start()
 
-    def wait_up(self, until_s: float) -> dict[str, Any]:
-        """Wait until the first one is up; returns its facts. After an error `stop` it.
+    def wait_up(self, until_s: float) -> Any:
+        """Wait until the first one is up; returns what it says, its port. After an error `stop` it.
 
         Args:
             until_s: on `time.monotonic()`.
@@ -172,9 +133,8 @@ class Sidecar:
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait, so that several end side by side."""
         with self._lock:
-            if self._thread is not None and not self._stopping.is_set():
+            if self._thread is not None and self._stop_by_s == math.inf:
                 self._stop_by_s = until_s
-                self._stopping.set()
                 os.eventfd_write(self._wake, 1)
 
     def stop(self, until_s: float) -> None:
@@ -184,8 +144,7 @@ class Sidecar:
             DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
         """
         self.begin_stop(until_s)
-        with self._lock:
-            thread = self._thread
+        thread = self._thread
         if thread is None:
             return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
@@ -198,135 +157,122 @@ class Sidecar:
                 self._thread = None
                 os.close(self._wake)
 
-    def adopt(self, tenant: Tenant) -> bool:
-        """Do this work too, in every process, until `release`; False: there is another tenant."""
+    def keep(self, hear: Hear, order: Order | None) -> bool:
+        """Renew a lease too, in every process from now on; None: no longer. False: it renews another's."""
         with self._lock:
-            if self._tenant is not None:
+            if self._tenant not in {None, hear}:
                 return False
-            self._tenant = tenant
-            self.update(tenant)
+            self._tenant, self._tenant_order = (hear, order) if order is not None else (None, None)
+            if self._process is not None and order is not None:
+                self._process.write(order)
             return True
-
-    def release(self, tenant: Tenant) -> None:
-        """Do the tenant's work no longer. Idempotent."""
-        with self._lock:
-            if self._tenant is tenant:
-                self._tenant = None
-
-    def update(self, tenant: Tenant) -> None:
-        """Send it the order of its tenant as it is now, if it runs; one that is started later gets it then."""
-        with self._lock:
-            if self._process is not None and self._tenant is tenant:
-                self._process.write(tenant.order)
 
     # the thread
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            up_s, reason = 0.0, ""
+        (first_s, longest_s), young, pause = self._pauses_s, 0, 0.0
+        while not self._wait(pause):
+            up_s = 0.0
             try:
                 up_s, reason = self._attend()
-            except TransportError as error:
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: it goes on
                 reason = str(error)
-                self._fail(error)
-            except Exception as error:  # noqa: BLE001 - the edge of a thread: no memory, no descriptors; it goes on
-                reason = f"{type(error).__name__}: {error}"
-                self._fail(TransportError("the sidecar could not be started", role=self._role, reason=reason), error)
-            if self._stopping.is_set() or (self._serve is not None and self._first.done() and self._first.exception()):
-                return  # a server that never came up is its caller's to start again
-            if (tenant := self._tenant) is not None:
-                tenant.hear_death()
-            pause = self._restarts.pause_after(up_s, jitter=random.random())  # noqa: S311 - it protects nothing
+                if not isinstance(error, TransportError):  # no memory, no descriptors
+                    reason = f"{type(error).__name__}: {error}"
+                    cause = error
+                    error = TransportError("the sidecar could not be started", role=self._role, reason=reason)
+                    error.__cause__ = cause
+                if not self._first.done():
+                    self._first.set_exception(error)
+                    if self._serve is not None:
+                        return  # a server that never came up is its caller's to start again
+            if self._is_stopping:
+                return
+            if (hear := self._tenant) is not None:
+                hear(None)
+            young = 0 if up_s >= _HEALTHY * first_s else young + 1
+            pause = 0.0
+            if young > 1:
+                pause = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s)
             _log.warning(
                 "sidecar_died", role=self._role, reason=reason, restarts=self.status.restarts, pause_s=round(pause, 3)
             )
-            self._wait((), pause)
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_by_s < math.inf
 
     def _attend(self) -> tuple[float, str]:
-        """One process from its start to its end; returns how long it was up, and how it ended."""
-        serve = None if self._serve is None else self._serve()
-        process = SidecarProcess(self._role, serve)
+        """One process from its start to its end; returns how long it was up, and how it ended.
+
+        Raises:
+            TransportError: it did not come up.
+        """
+        process = SidecarProcess(self._role, None if self._serve is None else self._serve())
         with self._lock:
             self._process = process
-            if self._tenant is not None:
-                process.write(self._tenant.order)
-        came_up_s: float | None = None
+            if self._tenant_order is not None:
+                process.write(self._tenant_order)
         try:
-            came_up_s = self._follow(process)
+            self._follow(process)
         finally:
-            was_asked = self._stopping.is_set()
+            was_asked, came_up_s = self._is_stopping, process.came_up_s
             with self._lock:
                 self._process = None
                 self.status = Status(None, self.status.restarts + (came_up_s is not None and not was_asked))
             if was_asked:
                 process.end(self._stop_by_s)
-            elif came_up_s is None:
-                process.popen.kill()
+            else:
+                process.popen.kill()  # unless it has ended
             how = process.reap()
-        up_s = 0.0 if came_up_s is None else time.monotonic() - came_up_s
-        if came_up_s is not None and not was_asked:
-            self._on_death()
-        return up_s, how
+        if was_asked:
+            return 0.0, how
+        if came_up_s is None:
+            raise TransportError(f"the sidecar died at its start: {how}", role=self._role)
+        self._on_death()
+        return time.monotonic() - came_up_s, how
 
-    def _follow(self, process: SidecarProcess) -> float | None:
-        """Read its reports until it ends or a stop is asked for; returns when it came up."""
-        came_up_s: float | None = None
-        looked_s = judged_s = time.monotonic()
-        start_by_s = looked_s + self._start_timeout_s
-        watched = {process.reports, process.pidfd} - {-1}
-        while not self._stopping.is_set():
-            self._wait(watched, LOOK_S if came_up_s is not None else min(LOOK_S, start_by_s - looked_s))
-            looked_s = time.monotonic()
-            if came_up_s is None and looked_s >= start_by_s:
-                self._fail(DeadlineExceededError("the sidecar did not come up in time", role=self._role))
-                return None
-            had_ended = process.has_ended  # looked at first: all that it reported is there to be read
+    def _follow(self, process: SidecarProcess) -> None:
+        """Read its reports until it ends or a stop is asked for."""
+        judged_s = time.monotonic()
+        start_by_s = judged_s + self._start_timeout_s
+        while not self._wait(min(LOOK_S, self._start_timeout_s), process.reports):
+            had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
             reports = process.read()
-            if reports is None:  # its end; another thread's fork may hold the other end open, so that this may not come
-                watched.discard(process.reports)
             for report in reports or ():
-                if "up" in report:
-                    came_up_s = looked_s
-                    self._come_up(process, report["up"])
-                else:
-                    self._hear(report)
-            if had_ended and not reports:
-                if came_up_s is None:
-                    last = process.pass_errors_on() or "nothing on its standard error"
-                    self._fail(TransportError(f"the sidecar died at its start: {last}", role=self._role))
-                return came_up_s
-            since_s = looked_s - judged_s
-            if since_s < LOOK_S:
-                continue
-            judged_s = looked_s
-            # a worker that was itself stopped meanwhile does not judge
-            if came_up_s is not None and since_s < 2 * LOOK_S and self._is_stalled():
-                _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
-                process.popen.kill()
-        return came_up_s
+                self._take(report, process)
+            if reports is None or (had_ended and not reports):  # another thread's fork may have kept its pipe open
+                return
+            now_s = time.monotonic()
+            if process.came_up_s is None:
+                if now_s >= start_by_s:
+                    raise DeadlineExceededError("the sidecar did not come up in time", role=self._role)
+            elif (since_s := now_s - judged_s) >= LOOK_S:
+                judged_s = now_s
+                # a worker that was itself stopped meanwhile does not judge
+                if since_s < 2 * LOOK_S and self._is_stalled():
+                    _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
+                    process.popen.kill()
 
-    def _come_up(self, process: SidecarProcess, facts: dict[str, Any]) -> None:
-        process.pass_errors_on()
-        self._on_up(facts)
-        self.status = Status(process.popen.pid, self.status.restarts)
-        if not self._first.done():
-            self._first.set_result(facts)
+    def _take(self, report: dict[str, Any], process: SidecarProcess) -> None:
+        if "up" in report:
+            self._on_up(report["up"])
+            process.came_up_s = time.monotonic()
+            self.status = Status(process.popen.pid, self.status.restarts)
+            if not self._first.done():
+                self._first.set_result(report["up"])
+        elif "failed" in report:
+            raise _ERRORS.get(report["failed"], TransportError)(report["reason"])
+        elif "died" in report:
+            process.last_words = report["died"]
+        elif (hear := self._tenant) is not None:
+            hear(report)
 
-    def _hear(self, report: dict[str, Any]) -> None:
-        if "failed" in report:
-            self._fail(_ERRORS.get(report["failed"], TransportError)(report["reason"]))
-        elif (tenant := self._tenant) is not None:
-            tenant.hear(report)
-
-    def _fail(self, error: TransportError, cause: Exception | None = None) -> None:
-        error.__cause__ = cause or error.__cause__
-        if not self._first.done():
-            self._first.set_exception(error)
-
-    def _wait(self, descriptors: set[int] | tuple[()], timeout_s: float) -> None:
-        """Until one of these is readable, the time is up, or a stop is asked for."""
+    def _wait(self, timeout_s: float, reports: int = -1) -> bool:
+        """Until there is a report, the time is up, or a stop is asked for: True."""
         watched = select.poll()
-        for descriptor in descriptors:
-            watched.register(descriptor, select.POLLIN | select.POLLHUP)
         watched.register(self._wake, select.POLLIN)
-        watched.poll(max(0.0, timeout_s) * 1000)
+        if reports >= 0:
+            watched.register(reports, select.POLLIN | select.POLLHUP)
+        watched.poll(timeout_s * 1000)
+        return self._is_stopping

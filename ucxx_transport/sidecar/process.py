@@ -1,7 +1,7 @@
 """One process of a sidecar, and its pipes, as the worker has them.
 
 It is an interpreter like the worker's own: the same executable (`multiprocessing.set_executable` is honoured), flags
-and `sys.path`. Until it is up its standard error goes to a file, so that what kept it from coming up can be named.
+and `sys.path`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,7 +30,7 @@ _INTERPRETERS: Final = ("python", "pypy")
 
 
 class SidecarProcess:
-    """A started process.
+    """A started process, and its pipes.
 
     Args:
         role: in front of its log lines.
@@ -39,7 +38,7 @@ class SidecarProcess:
 
     Attributes:
         reports: descriptor that its reports are read from.
-        pidfd: readable when it has ended; -1 where the kernel, a filter of system calls or this Python has none.
+        came_up_s: when it was up. last_words: what it says that it died of.
 
     Raises:
         ConfigError: there is no interpreter to start.
@@ -47,44 +46,35 @@ class SidecarProcess:
     """
 
     def __init__(self, role: str, serve: Mapping[str, object] | None) -> None:
+        self._role = role
+        self._unread = b""
+        self.came_up_s: float | None = None
+        self.last_words = ""
         handed = serve.get("descriptor") if serve is not None else None
         inherited = [handed] if isinstance(handed, int) else []
-        try:
-            self._start(role, inherited)
-        finally:
-            for number in inherited:
-                os.close(number)
-        self._role = role
-        order = {"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve}
-        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
-        self.write({"sys_path": [entry for entry in entries if isinstance(entry, str)], **order})
-
-    def _start(self, role: str, inherited: list[int]) -> None:
-        command = [interpreter(), *multiprocessing.util._args_from_interpreter_flags()]  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
-        self._unread = b""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as the process is
         self.reports, theirs = os.pipe()
-        stderr = _own_stderr()
         try:
+            flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
                 # -P: the folder of the script is none of the worker's `sys.path`
-                [*command, "-P", str(_BOOT), str(theirs), str(stderr), role],
+                [interpreter(), *flags, "-P", str(_BOOT), str(theirs), role],
                 stdin=subprocess.PIPE,
-                stdout=self._errors,
-                stderr=self._errors,
+                stdout=_errors(),  # UCX logs there, and the worker's own may be what it talks to a program by
+                stderr=_errors(),
                 bufsize=0,
-                pass_fds=(theirs, stderr, *inherited),
+                pass_fds=(theirs, *inherited),
                 process_group=0,
             )
         except BaseException:
             os.close(self.reports)
-            self._errors.close()
             raise
         finally:
-            os.close(theirs)
-            os.close(stderr)
+            for number in (theirs, *inherited):
+                os.close(number)
         os.set_blocking(self.reports, False)
-        self.pidfd = _pidfd_of(self.popen.pid)
+        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
+        sys_path = [entry for entry in entries if isinstance(entry, str)]
+        self.write({"sys_path": sys_path, "worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
 
     def write(self, line: Mapping[str, object]) -> None:
         """Send it a line; one that has died loses it."""
@@ -101,21 +91,6 @@ class SidecarProcess:
         *lines, self._unread = (self._unread + part).split(b"\n")
         return [json.loads(line) for line in lines] if part else None
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has."""
-        return self.popen.poll() is not None
-
-    def pass_errors_on(self) -> str:
-        """Write what it has written to standard error so far to the worker's; returns the last line."""
-        self._errors.seek(0)
-        text = self._errors.read()
-        self._errors.truncate(0)
-        with suppress(OSError):
-            os.write(2, text)
-        lines = text.decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
     def end(self, until_s: float) -> None:
         """By the close frame, and by SIGKILL once `until_s` has passed."""
         self.write({"close": True})
@@ -129,19 +104,14 @@ class SidecarProcess:
     def reap(self) -> str:
         """Wait for its end, close what is left of it, and say how it ended."""
         code = self.popen.wait()
-        self.pass_errors_on()
-        self._errors.close()
         os.close(self.reports)
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
         assert self.popen.stdin is not None
         self.popen.stdin.close()
-        if code >= 0:
-            return f"exit status {code}"
-        try:
+        if self.last_words:
+            return self.last_words
+        with suppress(ValueError):  # a signal without a name
             return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        return f"exit status {code}"
 
 
 def interpreter() -> str:
@@ -164,23 +134,10 @@ def interpreter() -> str:
     )
 
 
-_pidfd_is_missed = False
-
-
-def _pidfd_of(pid: int) -> int:
-    global _pidfd_is_missed  # noqa: PLW0603 - logged once a process
+def _errors() -> int:
+    """This process's standard error; nowhere, where that is closed."""
     try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError) as error:
-        if not _pidfd_is_missed:
-            _pidfd_is_missed = True
-            _log.info("pidfd_missing", reason=f"{type(error).__name__}: {error}")
-        return -1
-
-
-def _own_stderr() -> int:
-    """A copy of this process's standard error; of /dev/null where that is closed."""
-    try:
-        return os.dup(2)
+        os.fstat(2)
     except OSError:
-        return os.open(os.devnull, os.O_WRONLY)
+        return subprocess.DEVNULL
+    return 2

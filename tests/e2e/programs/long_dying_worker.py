@@ -23,19 +23,25 @@ def main() -> None:
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
     reports, theirs = os.pipe()
     sidecar = subprocess.Popen(
-        [sys.executable, "-P", boot.__file__, str(theirs), "2", "ucxx port 0"],
+        [sys.executable, "-P", boot.__file__, str(theirs), "ucxx port 0"],
         stdin=subprocess.PIPE,
         pass_fds=(theirs,),
     )
     os.close(theirs)
     assert sidecar.stdin is not None
     settings = to_order(ServerConfig(host="127.0.0.1", ports=1))
-    serve = {"ring_name": ring.name, "ring_folder": str(ring.folder), "index": 0, "settings": settings}
+    serve = {
+        "ring_name": ring.name,
+        "ring_folder": str(ring.folder),
+        "index": 0,
+        "candidates": [0],
+        "settings": settings,
+    }
     order = {"sys_path": sys.path, "worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
     sidecar.stdin.write(json.dumps(order).encode() + b"\n")
     sidecar.stdin.flush()
     with open(reports, "rb") as lines:
-        port = json.loads(lines.readline())["up"]["port"]
+        port = json.loads(lines.readline())["up"]
     sidecar.stdin.close()
     answer({"ring": ring.name, "port": port, "server": sidecar.pid})
     signal.pause()

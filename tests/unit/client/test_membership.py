@@ -16,7 +16,7 @@ from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.membership import SourceRecord
 from ucxx_transport.ring import SlotState
-from ucxx_transport.server.counters import Binding
+from ucxx_transport.server.counters import AWAITED
 from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(range(256)) * 16
@@ -74,7 +74,7 @@ def unreachable(rig: ExchangeRig) -> None:
 
 
 def not_ready(rig: ExchangeRig) -> None:
-    Binding(rig.ring.server_words).awaited = True
+    rig.ring.server_words[AWAITED] = 1
 
 
 @pytest.mark.parametrize("how", [silent, unreachable, not_ready], ids=lambda how: how.__name__)

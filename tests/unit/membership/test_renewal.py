@@ -17,7 +17,7 @@ from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.membership.local.store import LocalStore
 from ucxx_transport.membership.renewal import FRESH, Renewal
-from ucxx_transport.sidecar.launch import Restarts, Sidecar
+from ucxx_transport.sidecar.launch import Sidecar
 
 MINUTE = 60.0
 TTL_S = 600.0
@@ -123,14 +123,14 @@ def hosted(clock: Clock, news: list[str]) -> Renewal:
         MemoryStore(),
         StoreConfig(),
         2.0,
-        host=Sidecar("server", restarts=idle()),
+        host=idle(),
         on_news=lambda: news.append("news"),
         clock=clock,
     )
 
 
-def idle() -> Restarts:
-    return Restarts(longest_s=1.0, healthy_after_s=1.0)
+def idle() -> Sidecar:
+    return Sidecar("server", pauses_s=(1.0, 1.0))
 
 
 def test_a_renewal_counts_for_a_little_longer_than_an_interval(hosted: Renewal, clock: Clock) -> None:
@@ -150,7 +150,7 @@ def test_a_report_of_another_lease_or_of_a_dead_process_does_not_count(hosted: R
     hosted.hear({"lease_id": 6, "lost": "of the one before"})
     assert not hosted.keeps(7)
     hosted.hear({"lease_id": 7, "renewed_s": clock.now_s})
-    hosted.hear_death()
+    hosted.hear(None)
     assert not hosted.keeps(7)
     assert hosted.restarts == 1
 
@@ -161,14 +161,14 @@ def test_news_is_what_changes_the_answer(hosted: Renewal, clock: Clock, news: li
     assert len(news) == 1
     hosted.hear({"lease_id": 7, "renewed_s": clock.now_s})
     assert len(news) == 1
-    hosted.hear_death()
+    hosted.hear(None)
     assert len(news) == 2
     hosted.hear({"lease_id": 7, "lost": "gone"})
     assert len(news) == 3
 
 
 def test_a_sidecar_that_has_a_lease_already_is_not_given_another() -> None:
-    host = Sidecar("server", restarts=idle())
+    host = idle()
     first = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
     second = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
     first.start()
@@ -178,6 +178,6 @@ def test_a_sidecar_that_has_a_lease_already_is_not_given_another() -> None:
     third.start()
     assert not host.is_running
     first.close()
-    assert not host.adopt(second), "a second close takes nothing from another"
+    assert not host.keep(second.hear, second.order), "a second close takes nothing from another"
     for one in (second, third):
         one.close()

@@ -11,11 +11,10 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
+from ucxx_transport.server.counters import PortCounters, PortStatistics
 from ucxx_transport.server.port import Port
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
 from ucxx_transport.wire.frames import Status
-from ucxx_transport.wire.server_side import SessionSource
 
 HOST = "10.0.0.1"
 PORT = 5001
@@ -53,15 +52,8 @@ class PortRig:
         self.reactor = Reactor(self._network.link, spin_s=0.0, clock=self.clock)
         self.peers = Reactor(peers.link, spin_s=0.0, clock=self.clock)
         self.counters = PortCounters(ring.server_words, 0)
-        source = SessionSource(
-            ring_id=ring.ring_id,
-            fingerprint=ring.fingerprint,
-            schema_bytes=ring.schema_bytes,
-            token=settings.token_bytes,
-        )
-        binding = Binding(ring.server_words)
         given: Any = ring_before or ring
-        self.port = Port(given, source, settings, self.counters, binding, self.reactor, reclaims=True)
+        self.port = Port(given, settings, 0, self.reactor)
         self.port.start([PORT])
 
     def connect(self) -> RawPeer:

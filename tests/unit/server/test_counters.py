@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ucxx_transport.server.counters import (
-    GENERAL_OFFSET,
+    AWAITED,
     MAX_PORTS,
     PORT_FIELDS,
     PORT_WORDS,
@@ -17,7 +17,7 @@ from ucxx_transport.server.counters import (
 
 @pytest.fixture
 def words() -> memoryview:
-    return memoryview(bytearray(8 * (GENERAL_OFFSET + 64))).cast("Q")
+    return memoryview(bytearray(8 * (AWAITED + 64))).cast("Q")
 
 
 def test_every_counter_is_a_word_of_its_own(words: memoryview) -> None:
@@ -32,7 +32,7 @@ def test_ports_do_not_share_words(words: memoryview) -> None:
     for index in range(MAX_PORTS):
         PortCounters(words, index).set("port", 5000 + index)
     assert [PortCounters(words, index).snapshot().port for index in range(MAX_PORTS)] == list(range(5000, 5064))
-    assert not any(words[GENERAL_OFFSET:])
+    assert not any(words[AWAITED:])
     assert sum(word != 0 for word in words) == MAX_PORTS
 
 

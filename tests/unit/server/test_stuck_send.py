@@ -17,11 +17,10 @@ from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, O
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import Binding, PortCounters, PortStatistics
+from ucxx_transport.server.counters import PortCounters, PortStatistics
 from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import Frame, Kind
-from ucxx_transport.wire.server_side import SessionSource
 
 LARGE = 1000
 
@@ -155,8 +154,10 @@ class OneListener:
 class LockedRing:
     """A ring whose lock is held for as long as the test wants."""
 
-    def __init__(self, ring: SharedRingBuffer) -> None:
+    def __init__(self, ring: SharedRingBuffer, schema_bytes: bytes) -> None:
         self._ring = ring
+        self.ring_id, self.fingerprint, self.schema_bytes = ring.ring_id, 0, schema_bytes
+        self.server_words = ring.server_words
         self.is_locked = False
         self.waits = 0
         self.on_wait: Callable[[], object] = lambda: None
@@ -202,13 +203,11 @@ class Serving:
 
     def __init__(self, ring: SharedRingBuffer, endpoint: StuckEndpoint, schema_bytes: bytes) -> None:
         self.ring, self.endpoint = ring, endpoint
-        self.locked = LockedRing(ring)
+        self.locked = LockedRing(ring, schema_bytes)
         self.clock = Clock()
         self.reactor = Reactor(lambda _: OneListener(), spin_s=0.0, clock=self.clock)
         self.counters = PortCounters(ring.server_words, 0)
-        source = SessionSource(ring_id=ring.ring_id, fingerprint=0, schema_bytes=schema_bytes)
-        binding = Binding(ring.server_words)
-        self.port = Port(self.locked, source, ServerConfig(), self.counters, binding, self.reactor, reclaims=True)
+        self.port = Port(self.locked, ServerConfig(), 0, self.reactor)
         self.port.start([PORT])
         self.sequence = 0
         link = self.reactor.link

@@ -15,47 +15,34 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportE
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import segment_folder
 from ucxx_transport.server.port_thread import to_order
-from ucxx_transport.sidecar.launch import Order, Restarts, Sidecar
+from ucxx_transport.sidecar.launch import Order, Sidecar
 
 MINUTE = 60.0
-AT_ONCE = Restarts(longest_s=0.0, healthy_after_s=0.0)
+AT_ONCE = (0.0, 0.0)
 
 
 def soon() -> float:
     return time.monotonic() + MINUTE
 
 
-def order_of(ring_name: str, **settings: object) -> Order:
-    config = ServerConfig(**{"host": "127.0.0.1", "ports": 1, **settings})  # type: ignore[arg-type]
+def order_of(ring_name: str, port: int = 0) -> Order:
+    config = ServerConfig(host="127.0.0.1", ports=1)
     return {
         "ring_name": ring_name,
         "ring_folder": str(segment_folder()),
         "index": 0,
+        "candidates": [port],
         "settings": to_order(config),
     }
 
 
-def test_the_first_that_dies_young_is_replaced_at_once_and_the_next_ones_ever_later() -> None:
-    restarts = Restarts(first_s=1.0, longest_s=5.0, healthy_after_s=10.0)
-    assert [restarts.pause_after(0.5, jitter=0.0) for _ in range(6)] == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
-
-
-def test_one_that_was_up_for_long_is_replaced_at_once() -> None:
-    restarts = Restarts(first_s=1.0, longest_s=5.0, healthy_after_s=10.0)
-    for _ in range(4):
-        restarts.pause_after(0.0, jitter=0.0)
-    assert restarts.pause_after(10.0, jitter=0.0) == 0.0
-    assert restarts.pause_after(9.0, jitter=0.0) == 0.0, "the first of a new row"
-    assert restarts.pause_after(9.0, jitter=1.0) == 0.5, "the jitter shortens it"
-
-
 def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> None:
     with SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=64)) as ring:
-        first = Sidecar("first", restarts=AT_ONCE, serve=lambda: order_of(ring.name))
+        first = Sidecar("first", pauses_s=AT_ONCE, serve=lambda: order_of(ring.name))
         first.start()
         try:
-            port = first.wait_up(soon())["port"]
-            second = Sidecar("second", restarts=AT_ONCE, serve=lambda: order_of(ring.name, ports=[port]))
+            port = first.wait_up(soon())
+            second = Sidecar("second", pauses_s=AT_ONCE, serve=lambda: order_of(ring.name, port))
             second.start()
             with pytest.raises(ConfigError, match=str(port)):
                 second.wait_up(soon())
@@ -67,7 +54,7 @@ def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> Non
 
 
 def test_a_ring_that_is_gone_is_an_error_of_the_start() -> None:
-    sidecar = Sidecar("server", restarts=AT_ONCE, serve=lambda: order_of("gone"))
+    sidecar = Sidecar("server", pauses_s=AT_ONCE, serve=lambda: order_of("gone"))
     sidecar.start()
     with pytest.raises(TransportError, match="gone"):
         sidecar.wait_up(soon())
@@ -75,7 +62,7 @@ def test_a_ring_that_is_gone_is_an_error_of_the_start() -> None:
 
 
 def test_one_that_is_not_up_in_time_is_an_error_of_the_start() -> None:
-    sidecar = Sidecar("server", restarts=AT_ONCE, serve=lambda: order_of("r"), start_timeout_s=0.01)
+    sidecar = Sidecar("server", pauses_s=AT_ONCE, serve=lambda: order_of("r"), start_timeout_s=0.01)
     sidecar.start()
     with pytest.raises(DeadlineExceededError):
         sidecar.wait_up(soon())
@@ -83,30 +70,26 @@ def test_one_that_is_not_up_in_time_is_an_error_of_the_start() -> None:
 
 
 class Tenant:
-    """Notes what it hears."""
+    """Notes what it hears of its lease."""
 
     def __init__(self) -> None:
         self.deaths = threading.Semaphore(0)
-        self.reports: list[object] = []
-
-    @property
-    def order(self) -> Order:
-        return {"lease_id": None, "store": {"url": "local://", "config": {}, "interval_s": 1.0}}
 
     def hear(self, report: object) -> None:
-        self.reports.append(report)
+        if report is None:
+            self.deaths.release()
 
-    def hear_death(self) -> None:
-        self.deaths.release()
+
+NO_LEASE = {"lease_id": None, "store": {"url": "local://", "config": {}, "interval_s": 1.0}}
 
 
 def test_one_that_dies_is_started_again_and_its_tenant_hears_of_it() -> None:
     up: list[object] = []
     died = threading.Event()
     tenant, other = Tenant(), Tenant()
-    sidecar = Sidecar("lease", restarts=AT_ONCE, on_up=up.append, on_death=died.set)
-    assert sidecar.adopt(tenant)
-    assert not sidecar.adopt(other)
+    sidecar = Sidecar("lease", pauses_s=AT_ONCE, on_up=up.append, on_death=died.set)
+    assert sidecar.keep(tenant.hear, NO_LEASE)
+    assert not sidecar.keep(other.hear, NO_LEASE)
     sidecar.start()
     dead = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")
     assert dead is not None
@@ -114,26 +97,26 @@ def test_one_that_dies_is_started_again_and_its_tenant_hears_of_it() -> None:
     assert tenant.deaths.acquire(timeout=MINUTE)
     assert died.wait(MINUTE)
     wait_until(lambda: sidecar.status.pid not in (None, dead), MINUTE, what="another one is up")
-    assert (sidecar.status.restarts, up) == (1, [{"port": None}] * 2)
-    sidecar.release(tenant)
-    assert sidecar.adopt(other)
+    assert (sidecar.status.restarts, up) == (1, [None, None])
+    assert sidecar.keep(tenant.hear, None)
+    assert sidecar.keep(other.hear, NO_LEASE)
     sidecar.stop(soon())
     sidecar.stop(soon())
     assert sidecar.status.pid is None
 
 
 def test_a_stopped_one_can_be_started_again() -> None:
-    sidecar = Sidecar("lease", restarts=AT_ONCE)
+    sidecar = Sidecar("lease", pauses_s=AT_ONCE)
     for _ in range(2):
         sidecar.start()
         sidecar.start()
-        assert sidecar.wait_up(soon()) == {"port": None}
+        assert sidecar.wait_up(soon()) is None
         sidecar.stop(soon())
         assert not sidecar.is_running
 
 
 def test_one_that_does_not_answer_its_close_frame_is_killed() -> None:
-    sidecar = Sidecar("lease", restarts=AT_ONCE)
+    sidecar = Sidecar("lease", pauses_s=AT_ONCE)
     sidecar.start()
     sidecar.wait_up(soon())
     pid = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")

@@ -14,11 +14,6 @@ from tests.support.waiting import wait_until
 from ucxx_transport.sidecar.main import WorkerEnd
 
 
-def close(end: WorkerEnd) -> None:
-    if end.pidfd >= 0:
-        os.close(end.pidfd)
-
-
 class Parent:
     """What `getppid` answers."""
 
@@ -27,12 +22,6 @@ class Parent:
 
     def __call__(self) -> int:
         return self.pid
-
-
-@pytest.fixture(params=["pidfd", "no pidfd"], autouse=True)
-def _with_and_without_pidfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "no pidfd":  # an old kernel, a filter of system calls, a Python built without it
-        monkeypatch.delattr(os, "pidfd_open")
 
 
 @pytest.fixture
@@ -58,7 +47,6 @@ def test_a_worker_whose_children_have_another_parent_is_there_until_its_last_thr
     assert not end.wait_until_gone(0.0)
     worker.kill()
     assert end.wait_until_gone(60)
-    close(end)
 
 
 def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
@@ -68,7 +56,6 @@ def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
     end = WorkerEnd(worker.pid)
     assert end.is_gone
     assert end.wait_until_gone(0.0)
-    assert end.pidfd == -1
 
 
 def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes], parent: Parent) -> None:
@@ -77,7 +64,6 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
     worker.send_signal(signal.SIGSTOP)
     wait_until(lambda: end.is_stopped, 60, what="it is seen to be stopped")
     assert not end.is_gone
-    close(end)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.spawn
-import os
-import signal
 import sys
 import time
 from collections.abc import MutableMapping
@@ -17,13 +15,14 @@ import pytest
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.sidecar.launch import Restarts, Sidecar
+from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.sidecar.process import interpreter
 
 MINUTE = 60.0
+AT_ONCE = (0.0, 0.0)
 REPORTING = """
 import json, os, select, sys
-def main(order, *, report_fd, stderr_fd, role):
+def main(order, *, report_fd, role):
     facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
     os.write(report_fd, json.dumps({"up": facts}).encode() + b"\\n")
     sys.stdin.read()
@@ -40,7 +39,7 @@ def soon() -> float:
 
 
 def sidecar() -> Sidecar:
-    return Sidecar("test", restarts=Restarts(longest_s=0.0, healthy_after_s=0.0), serve=dict)
+    return Sidecar("test", serve=dict, pauses_s=AT_ONCE)
 
 
 @pytest.fixture
@@ -114,9 +113,9 @@ def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: 
     stalled = [True]
     one = Sidecar(
         "test",
-        restarts=Restarts(longest_s=0.0, healthy_after_s=0.0),
         serve=dict,
         is_stalled=lambda: bool(stalled and stalled.pop()),
+        pauses_s=AT_ONCE,
     )
     one.start()
     try:
@@ -127,20 +126,31 @@ def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: 
     assert one.status.restarts == 1
 
 
-def test_without_pidfd_a_death_is_noticed_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, log_events: list[MutableMapping[str, Any]]
+def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_later(
+    in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    monkeypatch.delattr(os, "pidfd_open")
-    monkeypatch.setattr("ucxx_transport.sidecar.process._pidfd_is_missed", False)
-    one = Sidecar("test", restarts=Restarts(longest_s=0.0, healthy_after_s=0.0))
+    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", "    raise RuntimeError('of old age')"))
+    one = Sidecar("test", serve=dict, pauses_s=(0.01, 0.03))
     one.start()
     try:
-        one.wait_up(soon())
-        dead = wait_until(lambda: one.status.pid, MINUTE, what="it is up")
-        assert dead is not None
-        os.kill(dead, signal.SIGKILL)
-        wait_until(lambda: one.status.pid not in {None, dead}, MINUTE, what="another one is up")
+        wait_until(lambda: one.status.restarts >= 4, MINUTE, what="it has died so often")
     finally:
         one.stop(soon())
-    assert one.status.restarts == 1
-    assert [event["event"] for event in log_events].count("pidfd_missing") == 1, "said once"
+    deaths = [event for event in log_events if event["event"] == "sidecar_died"][:4]
+    assert {event["reason"] for event in deaths} == {"RuntimeError: of old age"}
+    assert deaths[0]["pause_s"] == 0.0
+    for event, longest_s in zip(deaths[1:], (0.01, 0.02, 0.03), strict=True):
+        assert longest_s / 2 <= event["pause_s"] <= longest_s, "the jitter shortens it"
+
+
+def test_one_that_was_up_for_long_is_started_again_at_once(
+    in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", "    select.select([], [], [], 0.1)"))
+    one = Sidecar("test", serve=dict, pauses_s=(0.005, 60.0))
+    one.start()
+    try:
+        wait_until(lambda: one.status.restarts >= 3, MINUTE, what="it has died so often")
+    finally:
+        one.stop(soon())
+    assert {event["pause_s"] for event in log_events if event["event"] == "sidecar_died"} == {0.0}
