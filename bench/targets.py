@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from bench import batch, gpu, idle, lanes, local, ports, read, ring, sources, spinning
+from bench import batch, gpu, idle, lanes, local, ports, read, ring, sources, spinning, take
 from bench.core.figures import Figures, Row, Spread
 from bench.trainer import UCX_AHEAD, VIEW_AHEAD
 
@@ -23,6 +23,7 @@ EVERY: Final = range(1, MANY)
 BATCH_RATIO: Final = "reads/s of read_many over pyzmq's one by one"
 PORTS_RATIO: Final = "reads/s of 4 clients and 4 ports over those of one of each"
 SCALED: Final = "a view's p50 in µs at 70 ns a call"
+ONCE: Final = "share of a ring's payloads that came to one of two takers, once"
 WAITS: Final = "share of a computing trainer's time that it waits"
 
 
@@ -192,6 +193,7 @@ TARGETS: Final = (
     *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K4: 2.0, M1: 0.9}),
     *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K64: 1.0}, cores=range(1, 8)),
     *_each("batch", BATCH_RATIO, [batch.READ_MANY, batch.ZEROMQ], "per_s", at_least={K64: 2.0}, cores=range(8, MANY)),
+    *_each("take", ONCE, [take.TAKERS], "once_share", at_least=_of(SMALL, 1.0)),
     *_each(
         *("lanes", "our p50 over TCP over that of shared-memory lanes", [lanes.TCP, lanes.LANES], "p50_us"),
         at_least={K64: 1.5, M1: 1.5},

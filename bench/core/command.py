@@ -26,7 +26,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 __all__ = ["QUESTIONS", "bench", "chosen_questions"]
 
 QUESTIONS: Final = (
-    *("read", "batch", "lanes", "local", "ring", "ports"),
+    *("read", "batch", "take", "lanes", "local", "ring", "ports"),
     *("sources", "idle", "spinning", "gpu", "trainer", "stores"),
 )
 FORMAT: Final = "ucxx_transport.bench/2"

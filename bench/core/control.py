@@ -92,6 +92,7 @@ def _answer(connection: Connection, answer: Mapping[str, object]) -> None:
 
 
 def _run(main: Callable[..., None], *arguments: object) -> None:
+    os.dup2(2, 1)  # UCX writes its warnings to standard output, which is for the answer
     logs_to_stderr()
     main(*arguments)
 

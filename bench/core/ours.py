@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bench.core.ends import Held, Offer
 
-__all__ = ["AsyncClientReader", "BlockingReader", "RingSource"]
+__all__ = ["AsyncClientReader", "BlockingReader", "RingSource", "TakingReader"]
 
 HOST: Final = "127.0.0.1"
 FILL_TIMEOUT_S: Final = 30.0
@@ -93,16 +93,26 @@ class RingSource:
         waiter.join()
 
 
-class BlockingReader:
+class _BlockingClient:
     """`SyncUCXXClient`, with its defaults but for what a lane's options say."""
 
     def open(self, *, size_bytes: int, slots: int, **options: Any) -> None:
         del size_bytes, slots
         self._client = SyncUCXXClient(ClientConfig(deadline_s=DEADLINE_S, **options))
-        self.read = self._client.read
 
     def resolve(self, reference: bytes) -> SlotRef:
         return SlotRef.from_bytes(reference)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class BlockingReader(_BlockingClient):
+    """Reads by name."""
+
+    def open(self, *, size_bytes: int, slots: int, **options: Any) -> None:
+        super().open(size_bytes=size_bytes, slots=slots, **options)
+        self.read = self._client.read
 
     def read_batch(self, references: Sequence[SlotRef]) -> Sequence[Held]:
         came = self._client.read_many(references)
@@ -111,8 +121,19 @@ class BlockingReader:
             raise BenchError(f"{len(came) - len(payloads)} of {len(came)} reads failed: {came}")
         return payloads
 
-    def close(self) -> None:
-        self._client.close()
+
+class TakingReader(_BlockingClient):
+    """Takes from the ring: the oldest first, so in the order of the references."""
+
+    def read(self, reference: SlotRef) -> Held:
+        [payload] = self._client.take(reference, max_payloads=1, wait_s=DEADLINE_S)
+        return payload
+
+    def read_batch(self, references: Sequence[SlotRef]) -> Sequence[Held]:
+        came: list[Payload] = []
+        while len(came) < len(references):
+            came += self._client.take(references[0], max_payloads=len(references) - len(came), wait_s=DEADLINE_S)
+        return came
 
 
 class AsyncClientReader:
