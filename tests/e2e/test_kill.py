@@ -47,3 +47,4 @@ def assert_everyone_was_killed_and_served(summary: Summary, cycles: int) -> None
     payloads = summary.payloads
     assert payloads["corrupt"] == 0
     assert payloads["delivered"] > 10 * cycles
+    assert payloads["taken"] > cycles

@@ -4,6 +4,7 @@
  home:    this process (ring, server) ── its sidecar            writer (attached)
  worker:  worker process (ring, server, writer) ── its sidecar
  readers: two over UCX, one in place (view or copy)              each reads from both rings
+ takers:  one over UCX, one in place                             each takes from both
 ```
 
 One cycle: everything is busy; after a random number of answers and a random moment one of them (at times two) gets
@@ -27,13 +28,14 @@ from tests.soak.actors import Message
 from tests.soak.ledger import Ledger
 from tests.soak.sources import Source, is_running, segment_exists
 from tests.soak.summary import SoakSettings, Summary
-from tests.soak.traffic import STEP_DEADLINE_S, Traffic
+from tests.soak.traffic import STEP_DEADLINE_S, TAKER, Traffic
 from tests.support.waiting import wait_until
 from ucxx_transport import SharedRingBuffer, SlotState
 
 __all__ = ["VICTIMS", "KillSoak"]
 
-VICTIMS = ("writer", "home server", "ucx reader", "local reader", "worker", "worker server")
+VICTIMS = ("writer", "home server", "ucx reader", "local reader", "taker", "worker", "worker server")
+READERS = ("ucx reader 1", "ucx reader 2", "local reader", f"ucx {TAKER}", f"local {TAKER}")
 # How many answers may pass before a kill, and how far into the work after them it may come.
 ANSWERS_BEFORE_KILL = 40
 MOMENT_S = 0.02
@@ -100,7 +102,7 @@ class KillSoak:
             for source in self._sources:
                 source.open(self._traffic.stage)
                 self._ledgers.append(source.ledger)
-            for kind in ("ucx reader 1", "ucx reader 2", "local reader"):
+            for kind in READERS:
                 self._start_reader(kind)
             yield
         finally:
@@ -166,6 +168,8 @@ class KillSoak:
                 return self._kill_reader(self._rng.choice(("ucx reader 1", "ucx reader 2")))
             case "local reader":
                 return self._kill_reader(victim)
+            case "taker":
+                return self._kill_reader(self._rng.choice((f"ucx {TAKER}", f"local {TAKER}")))
             case "home server":
                 return self._kill_server(self._home, servers["home"])
             case _:
@@ -182,8 +186,7 @@ class KillSoak:
     def _kill_reader(self, kind: str) -> list[Callable[[], bool]]:
         reader = self._traffic.readers.pop(kind)
         self._traffic.stage.kill(reader)
-        for source in self._sources:
-            source.ledger.reader_killed(reader.name)
+        self._traffic.reader_killed(reader)
         self._start_reader(kind)
         return []
 
@@ -226,7 +229,7 @@ class KillSoak:
         return [is_swept]
 
     def _start_reader(self, kind: str) -> None:
-        local = self._rng.choice(("view", "copy")) if kind == "local reader" else "off"
+        local = self._rng.choice(("view", "copy")) if kind.startswith("local") else "off"
         self._traffic.start_reader(kind, {"local": local, "shm_lanes": self._settings.shm_lanes})
 
     def _settle(self) -> None:

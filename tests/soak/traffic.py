@@ -14,10 +14,15 @@ from tests.soak.sources import SLOTS, Source, dwell_s
 from tests.soak.summary import Summary
 from ucxx_transport import SlotRef
 
-__all__ = ["STEP_DEADLINE_S", "Traffic"]
+__all__ = ["STEP_DEADLINE_S", "TAKER", "Traffic"]
 
 READER = "tests.e2e.programs.reader"
+TAKER = "taker"
+"""Ends the names of readers that take, instead of reading what they are given."""
 READS_AT_ONCE = 4
+MOST_TAKEN = 3
+TAKE_WAIT_S = 0.02
+TAKE_REST_S = 0.05
 WRITES_AT_ONCE = 2
 READ_DEADLINE_S = 15.0
 STEP_DEADLINE_S = 90.0
@@ -48,6 +53,15 @@ class Traffic:
     def start_reader(self, kind: str, client: Message) -> None:
         """A reader, new or in place of the one that was killed."""
         self.readers[kind] = self.stage.spawn(kind.replace(" ", "-"), READER, {"client": client})
+
+    def reader_killed(self, reader: Actor) -> None:
+        """A reader was killed: what it was asked for is in doubt."""
+        for source in self._sources:
+            source.ledger.reader_killed(reader.name)
+        for request in reader.unanswered.values():
+            if request["what"] == "take":
+                _, ledger = self._books[_ring_id(request["source"])]
+                ledger.take_unheard(request["max_payloads"])
 
     def run_until(self, reached: Callable[[], object], what: str) -> None:
         """Go on until `reached()`; fails after `STEP_DEADLINE_S`."""
@@ -91,11 +105,12 @@ class Traffic:
             if self.writing and len(source.writer.unanswered) < min(room, WRITES_AT_ONCE):
                 source.request_write(self._rng)
         if self.reading:
-            readers = list(self.readers.values())
+            readers = list(self.readers.items())
             self._rng.shuffle(readers)
-            for reader in readers:
+            for kind, reader in readers:
                 if reader.ready and now >= self._rest_until_s.get(reader.name, 0.0):
-                    self._hand_reads(reader, opened)
+                    hand = self._hand_take if kind.endswith(TAKER) else self._hand_reads
+                    hand(reader, opened)
 
     def _hand_reads(self, reader: Actor, opened: Sequence[Source]) -> None:
         while len(reader.unanswered) < READS_AT_ONCE:
@@ -112,6 +127,23 @@ class Traffic:
                 server_kills=source.server_kills,
             )
 
+    def _hand_take(self, taker: Actor, opened: Sequence[Source]) -> None:
+        """One take at a time, with a rest after it: readers by name would get nothing otherwise."""
+        known = [source for source in opened if source.ledger.newest is not None]
+        if taker.unanswered or not known:
+            return
+        source = self._rng.choice(known)
+        assert source.ledger.newest is not None
+        taker.request(
+            "take",
+            source=source.ledger.newest.to_bytes().hex(),
+            max_payloads=self._rng.randint(1, MOST_TAKEN),
+            selector=self._rng.choice(("oldest", "newest")),
+            wait_s=self._rng.uniform(0, TAKE_WAIT_S),
+            dwell_s=dwell_s(self._rng),
+            server_kills=source.server_kills,
+        )
+
     def _on_answer(self, actor: Actor, request: Message, answer: Message) -> None:
         self.answered += 1
         match request["what"]:
@@ -119,6 +151,8 @@ class Traffic:
                 self._on_write(actor, answer)
             case "read":
                 self._on_read(actor, request, answer)
+            case "take":
+                self._on_take(actor, request, answer)
             case "server":
                 source = next(source for source in self._sources if source.writer is actor)
                 source.find_server_among(answer["pids"])
@@ -144,7 +178,29 @@ class Traffic:
         if answer["outcome"] != "delivered":
             self._rest_until_s[actor.name] = time.monotonic() + REST_S
             return
+        self._count_delivery(actor, source, request, answer["transport"])
+
+    def _on_take(self, actor: Actor, request: Message, answer: Message) -> None:
+        self._rest_until_s[actor.name] = time.monotonic() + self._rng.uniform(0, TAKE_REST_S)
+        source, ledger = self._books[_ring_id(request["source"])]
+        try:
+            if answer["outcome"] != "taken":
+                ledger.take_failed(answer["outcome"], answer["message"])
+                return
+            for payload in answer["payloads"]:
+                assert not payload["wrong"], payload["wrong"]
+                ref = SlotRef.from_bytes(bytes.fromhex(payload["ref"]))
+                ledger.taken(ref, actor.name, in_doubt=request["server_kills"] != source.server_kills)
+                self._count_delivery(actor, source, request, payload["transport"])
+        except AssertionError as error:
+            raise self.stage.failure(f"{actor.name}: {error}") from error
+
+    def _count_delivery(self, actor: Actor, source: Source, request: Message, transport: str) -> None:
         self.done[actor.name] += 1
-        self._summary.transports[answer["transport"]] += 1
-        if answer["transport"] == "ucx" and request["server_kills"] == source.server_kills:
+        self._summary.transports[transport] += 1
+        if transport == "ucx" and request["server_kills"] == source.server_kills:
             self.done[f"ucx from {source.name}"] += 1
+
+
+def _ring_id(ref: str) -> bytes:
+    return SlotRef.from_bytes(bytes.fromhex(ref)).ring_id
