@@ -174,14 +174,14 @@ class ExchangeMachine(RuleBasedStateMachine):
             return
         who = choice.randrange(2)
         core = self.clients[who].core
-        request = core.take_request(
+        take = core.take_call(
             self.refs[-1],
             max_payloads=choice.randint(1, 4),
             max_bytes=choice.choice((30, 6000, 1 << 20)),
             selector=choice.choice(("oldest", "newest")),
             wait_s=choice.choice((0.0, 0.0, 0.3)),
         )
-        take = core.begin_take(request)
+        core.reads.take(take)
         self.rig.run_until(lambda: take.done)
         try:
             payloads = take.result()

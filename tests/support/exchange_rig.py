@@ -92,7 +92,8 @@ class RigClient:
 
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
         """As `SyncUCXXClient.discard`, but for the count."""
-        call = self.core.begin_discard(refs, deadline_s)
+        call = self.core.discard_call(refs, deadline_s)
+        self.core.reads.discard(call)
         self._rig.run_until(lambda: call.done)
         return call.found
 
@@ -162,7 +163,7 @@ class ExchangeRig:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values = {"local": "off", "spin_s": 0.0, **settings}
         core = ClientCore(ClientConfig(**values), self.client_link, watcher=watcher, clock=self.clock)  # type: ignore[arg-type]  # checked at run time
-        core.reads.dispatch.sources._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
+        core.reads.dispatch.ports._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
         client = RigClient(self, core)
         self._clients.append(client)
         return client

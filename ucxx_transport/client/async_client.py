@@ -6,6 +6,7 @@ long as a blocking client would; most answers come sooner than a loop gets round
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,20 +17,19 @@ from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.client.errands import Discard
-from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
+from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
 from ucxx_transport.client.waiters import TURN_S, Waiter, waiter_of
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
+    from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.here import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.client.takes import Selector
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
@@ -42,22 +42,6 @@ INLINE_WAIT_S: Final = 0.005
 
 LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
-
-
-class _Goodbye:
-    """A call that is done when every server has been taken leave of."""
-
-    __slots__ = ("done", "on_done")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.on_done: Callable[[object], object] | None = None
-
-    def said(self) -> None:
-        """It is done."""
-        self.done = True
-        if self.on_done is not None:
-            self.on_done(self)
 
 
 class UCXXClient:
@@ -150,13 +134,9 @@ class UCXXClient:
     async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
         core = self._core
-        limit_s = core.limit_s(deadline_s)
-        until_s = core.reactor.now() + limit_s
-        found, elsewhere = await to_thread.run_sync(core.discard_here, refs, limit_s)  # it may wait for rings' locks
-        call = Discard(found, until_s)
-        if elsewhere:
-            await self._run(call, partial(core.reads.discard, call, elsewhere))
-        core.counters.add("discarded", call.found)
+        call = await to_thread.run_sync(core.discard_call, refs, deadline_s)  # it may wait for rings' locks
+        if call.rings:
+            await self._run(call, partial(core.reads.discard, call))
         return call.found
 
     async def take(
@@ -170,14 +150,13 @@ class UCXXClient:
     ) -> list[Payload]:
         """Take payloads without knowing their references; arguments, result and errors as `SyncUCXXClient.take`."""
         core = self._core
-        request = core.take_request(source, max_payloads, max_bytes, selector, wait_s)
+        take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
         ring = core.local.ring_of(source)
         if ring is None:
-            take = Take(request)
             await self._run(take, partial(core.reads.take, take))
             return take.result()
-        until_s = time.monotonic() + request.wait_s
-        while not (payloads := core.take_here(ring, request, core.config.deadline_s)):
+        until_s = time.monotonic() + take.wait_s
+        while not (payloads := core.take_here(ring, take, core.config.deadline_s)):
             left_s = min(until_s - time.monotonic(), LOOK_S)
             if left_s <= 0:
                 break
@@ -194,8 +173,8 @@ class UCXXClient:
         if core.inherited or core.reactor.closed:
             return
         if core.reactor.has_link:
-            goodbye = _Goodbye()
-            core.begin_goodbye(goodbye.said)
+            goodbye = Call(math.inf)
+            core.begin_goodbye(goodbye.finish)
             if not goodbye.done:  # there was a server to take leave of
                 await self._bound().wait(goodbye, alone=False)
         if self._waiter is not None:
@@ -216,7 +195,7 @@ class UCXXClient:
         begun = await to_thread.run_sync(core.local.begin, ring, ref, limit_s, abandon_on_cancel=True)
         return core.deliver(core.local.finish(ref, *begun), into, began_s)
 
-    async def _run(self, call: Job | Discard | Take, start: Callable[[], None]) -> None:
+    async def _run(self, call: Call, start: Callable[[], None]) -> None:
         """Start a call and return when it is done."""
         core, waiter = self._core, self._bound()
         try:

@@ -8,42 +8,29 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.client.errands import Discard
-from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
+from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.lead import Lead
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
-from ucxx_transport.client.takes import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Take
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.here import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.client.takes import Selector
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema import SlotRef
 
 _CLOSE_WAIT_S: Final = 5.0
-
-
-class _Question:
-    """A call that asks something of the thread that leads."""
-
-    __slots__ = ("answer", "done", "on_done", "until_s")
-
-    def __init__(self, until_s: float) -> None:
-        self.answer: ClientStatistics | None = None
-        self.done = False
-        self.until_s = until_s
-        self.on_done: Callable[[object], object] | None = None
 
 
 class SyncUCXXClient:
@@ -155,14 +142,9 @@ class SyncUCXXClient:
         Raises:
             ConfigError: the client is closed, or `deadline_s` is no duration.
         """
-        core = self._core
-        limit_s = core.limit_s(deadline_s)
-        until_s = core.reactor.now() + limit_s
-        found, elsewhere = core.discard_here(refs, limit_s)
-        call = Discard(found, until_s)
-        if elsewhere:
-            self._lead.perform(call, Reads.discard, call, elsewhere)
-        core.counters.add("discarded", call.found)
+        call = self._core.discard_call(refs, deadline_s)
+        if call.rings:
+            self._lead.perform(call, Reads.discard, call)
         return call.found
 
     def take(
@@ -193,14 +175,13 @@ class SyncUCXXClient:
                 address, or the client is closed.
         """
         core = self._core
-        request = core.take_request(source, max_payloads, max_bytes, selector, wait_s)
+        take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
         ring = core.local.ring_of(source)
         if ring is None:
-            take = Take(request)
             self._lead.perform(take, Reads.take, take)
             return take.result()
-        until_s = time.monotonic() + request.wait_s
-        while not (payloads := core.take_here(ring, request, core.config.deadline_s)):
+        until_s = time.monotonic() + take.wait_s
+        while not (payloads := core.take_here(ring, take, core.config.deadline_s)):
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not ring.wait_for_ready(left_s, reader=core.reader):
                 break
@@ -211,17 +192,15 @@ class SyncUCXXClient:
         core = self._core
         if not core.reactor.has_link or core.closed:
             return core.statistics()
-        question = _Question(core.reactor.now() + core.config.deadline_s)
+        question = Call(core.reactor.now() + core.config.deadline_s)
+        answers: list[ClientStatistics] = []
 
         def answer(_: Reads) -> None:
-            question.answer = core.statistics()
-            question.done = True
-            if question.on_done is not None:
-                question.on_done(question)
+            answers.append(core.statistics())
+            question.finish()
 
         self._lead.perform(question, answer)  # UCX's endpoints are of the thread that leads
-        assert question.answer is not None
-        return question.answer
+        return answers[0]
 
     def close(self) -> None:
         """Close all connections and rings. Bounded; idempotent. Payloads still held stay valid."""

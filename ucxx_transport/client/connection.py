@@ -30,9 +30,10 @@ from ucxx_transport.wire.frames import MAX_CHANNEL
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.jobs import Read
+    from ucxx_transport.client.connections import Connections
+    from ucxx_transport.client.dispatch import Dispatch
+    from ucxx_transport.client.jobs import Engine, Errand, Read
     from ucxx_transport.client.ports import PortKey
-    from ucxx_transport.client.roles import Errand, Pool
     from ucxx_transport.link.base import OnDone
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
@@ -51,10 +52,11 @@ class Connection(Line):
         shortage: why it waits, where there were no descriptors for it.
     """
 
-    def __init__(self, pool: Pool, key: PortKey) -> None:
-        super().__init__(pool.config, pool.reactor, pool.engine.reader, key)
+    def __init__(self, pool: Connections, dispatch: Dispatch, engine: Engine, key: PortKey) -> None:
+        super().__init__(pool.config, pool.reactor, engine.reader, key)
         self._pool = pool
-        self._engine = pool.engine
+        self._dispatch = dispatch
+        self._engine = engine
         self.queue: deque[Read] = deque()
         self.attempts: dict[int, Attempt] = {}
         self.late = 0
@@ -76,15 +78,13 @@ class Connection(Line):
 
     def opened(self) -> None:
         """See `Line`."""
-        self._pool.counters.add("connections")
         for read in self.queue:
             read.due_s = read.limit_s
         errands, self.errands = self.errands, []
         for errand in errands:
             errand.start(self)
         self.pump()
-        if self._pool.waiting:
-            self._pool.rested(self)
+        self._pool.opened(self)
 
     # --- Reading ---
 
@@ -108,7 +108,7 @@ class Connection(Line):
             pool.settle(self, ref.ring_id)
         self.describe(ref.ring_id, ref.fingerprint)
         if self.closed:  # by what was just sent
-            self._engine.reassign(reads)
+            self._dispatch.reassign(reads)
         elif request.shared_bytes:
             self._ask_shared(reads, request.shared_bytes)
         else:
@@ -158,7 +158,7 @@ class Connection(Line):
 
     def _attempts_of(self, reads: list[Read], numbers: list[int], messages: list[Bytes]) -> list[Attempt]:
         attempts = []
-        due_of = self._engine.attempt_due_s
+        due_of = self._dispatch.attempt_due_s
         for read, number, message in zip(reads, numbers, messages, strict=True):
             attempt = Attempt(self, read, read.ref, number, message, due_of(read))
             read.attempt = self.attempts[number] = attempt
@@ -258,7 +258,7 @@ class Connection(Line):
             self.fail(error)
             return
         for named, read, message in zip(offered, reads, messages, strict=True):
-            due_s = late_s if read is None else self._engine.attempt_due_s(read)
+            due_s = late_s if read is None else self._dispatch.attempt_due_s(read)
             attempt = Attempt(self, read, named if read is None else read.ref, named.attempt, message, due_s)
             self.attempts[attempt.number] = attempt
             self._asked_bytes += named.nbytes
@@ -377,7 +377,7 @@ class Connection(Line):
         self.close()
         for errand in errands:
             errand.lost(error)
-        self._engine.connection_lost(self, asked, queued, error, stale=stale)
+        self._dispatch.connection_lost(self, asked, queued, error, stale=stale)
 
     def close(self) -> None:
         """Close it; what it owes is known from now on. A buffer still in flight stays out of the pool until it ends."""

@@ -1,6 +1,14 @@
 """All connections of a client: one for each port in use, kept by least recent use within the process's descriptors.
 
 Beside them what outlives each: the schemas of rings, and what servers may not have heard yet.
+
+| a new connection waits, without its `connect_timeout_s`, for | until                                                 |
+|--------------------------------------------------------------|-------------------------------------------------------|
+| descriptors                                                  | those of another one are free: idle ones are closed   |
+| its turn, while `CONNECTS_AT_ONCE` others are being opened   | one is open or lost, or has had `CONNECT_TURN_S`      |
+
+So the answers to many first reads do not come too late by each other's work, and a port is not blamed for it; nor do
+many hosts that never answer hold up the others for long.
 """
 
 from __future__ import annotations
@@ -8,18 +16,19 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.client.connection import Connection
-from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.roles import Engine
+    from ucxx_transport.client.jobs import Carrier
+    from ucxx_transport.client.ports import PortKey
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
@@ -32,6 +41,9 @@ UNSETTLED_RINGS: Final = 256
 """Deliveries and discards that servers may not know of are remembered so far; beyond it a server's own timeout frees
 what was delivered, and what was discarded stays until it is overwritten."""
 
+CONNECTS_AT_ONCE: Final = 16
+CONNECT_TURN_S: Final = 0.25
+
 ENDS_DELAY_S: Final = 0.001
 """How long an end waits for a request to go along with, while other answers are still to come."""
 
@@ -40,18 +52,30 @@ GOODBYE_TIMEOUT_S: Final = 0.5
 SHORTAGE_PAUSE_S: Final = 0.005
 """A connection for which there were no descriptors is tried again after this: those of others come and go."""
 
+_log = get_logger(__name__)
+
+
+class Listener(Protocol):
+    """What waits to hear that payloads are discarded."""
+
+    def confirmed(self, names: Sequence[Named], statuses: Sequence[Status]) -> int:
+        """A server has heard of these; returns how many of them were discarded by this listener, and still there."""
+
+    def end(self) -> None:
+        """Nothing is waited for any more: what has not been heard is owed."""
+
 
 class Connections:
     """See the module. Of the thread that runs the reactor.
 
     Attributes:
         known: by port, least recently used first.
-        ending: connections with ends that wait for a request to go along with.
+        waiting: those that have not been started.
+        ending: those with ends that wait for a request to go along with.
         max_age_s: one that has not been used for so long is not used again.
         schemas: by fingerprint, all that were asked for.
-        unsettled: by ring, deliveries that its servers may not know of.
-        waiting: connections that wait for descriptors.
-        listeners: called with what servers have confirmed; each returns how much of it was discarded by itself.
+        unsettled: by ring, deliveries and discards that its servers may not know of.
+        listeners: to what servers confirm.
         closed: whether `close` has been called.
     """
 
@@ -59,44 +83,47 @@ class Connections:
         self,
         config: ClientConfig,
         reactor: Reactor,
-        engine: Engine,
         *,
         counters: ClientCounters,
         lend: Callable[[int], Bytes],
+        connect: Callable[[PortKey], Carrier],
     ) -> None:
         self.config = config
         self.reactor = reactor
-        self.engine = engine
         self.counters = counters
         self.lend = lend
         self.max_age_s = config.pool_endpoint_max_age_s
+        self.known: OrderedDict[PortKey, Carrier] = OrderedDict()
+        self.waiting: deque[Carrier] = deque()
+        self.ending: set[Carrier] = set()
         self.schemas: dict[int, Schema] = {}
         self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
-        self.waiting: deque[Connection] = deque()
-        self.listeners: list[Callable[[Sequence[Named], Sequence[Status]], int]] = []
+        self.listeners: list[Listener] = []
         self.closed = False
-        self.known: OrderedDict[PortKey, Connection] = OrderedDict()
+        self._connect = connect
+        self._opening: set[Carrier] = set()
         self._closing = 0
         self._budget: int | None = None
-        self.ending: set[Connection] = set()
-        self._goodbyes = 0
+        self._is_queue_logged = False
 
     @property
     def idle_count(self) -> int:
         """Open connections that nothing uses now."""
         return sum(connection.idle for connection in tuple(self.known.values()))
 
-    def to(self, key: PortKey, now: float) -> Connection:
+    # --- Opening and closing ---
+
+    def to(self, key: PortKey, now: float) -> Carrier:
         """The connection to a port, opened if there is none."""
-        known = self.known
-        connection = known.get(key)
-        if connection is not None:
-            if now - connection.used_s <= self.max_age_s or not connection.idle:
-                known.move_to_end(key)
-                connection.used_s = now
-                return connection
-            self._close_aged(now)
-        return self._open(key, now)
+        connection = self.known.get(key)
+        if connection is None or (now - connection.used_s > self.max_age_s and connection.idle):
+            self._close_aged(now)  # also those to sources that are not read any more
+            connection = self.known[key] = self._connect(key)
+            self.waiting.append(connection)
+            self.reactor.call_at(now, self._start_waiting)  # in the next turn: who asked has not queued anything yet
+        self.known.move_to_end(key)
+        connection.used_s = now
+        return connection
 
     def evict(self, key: PortKey) -> None:
         """Close the connection to a port if nothing uses it."""
@@ -104,53 +131,25 @@ class Connections:
         if connection is not None and connection.idle:
             connection.close()
 
-    def _open(self, key: PortKey, now: float) -> Connection:
-        self._close_aged(now)  # also those to sources that are not read any more
-        connection = self.known[key] = Connection(self, key)
-        connection.used_s = now
-        if self._has_room():
-            self.reactor.call_at(now, connection.start)  # in the next turn: who asked has not queued anything yet
-        else:
-            self.waiting.append(connection)
-            self._close_idle()
-        return connection
+    def opened(self, connection: Carrier) -> None:
+        """It is open, and has been given what waited for it."""
+        self.counters.add("connections")
+        self._turn_over(connection)
+        self.rested(connection)
 
-    def _has_room(self) -> bool:
-        if self._budget is None:
-            self._budget = connection_budget(
-                limit=raised_limit(), in_use=descriptors_in_use(), asked=self.config.max_connections
-            )
-        return len(self.known) - len(self.waiting) + self._closing <= self._budget
-
-    def _close_aged(self, now: float) -> None:
-        limit_s = now - self.max_age_s
-        for connection in tuple(self.known.values()):
-            if connection.used_s >= limit_s:
-                return  # they are in the order of their use
-            if connection.idle:
-                self.counters.add("aged_out")
-                connection.close()
-
-    def _close_idle(self, *, every: bool = False) -> None:
-        """Make room for one that waits."""
-        for connection in tuple(self.known.values()):
-            if connection.idle:
-                connection.close()
-                if not every:
-                    return
-
-    def rested(self, connection: Connection) -> None:
-        """Nothing uses it any more, while others wait for its descriptors."""
-        if connection.idle:
+    def rested(self, connection: Carrier) -> None:
+        """Nothing may use it any more, and others may wait for its descriptors."""
+        if self.waiting and connection.idle and not self._has_room():
             connection.close()
 
-    def removed(self, connection: Connection) -> None:
+    def removed(self, connection: Carrier) -> None:
         """It is closed, and its descriptors are not free yet."""
         if self.known.get(connection.key) is connection:
             del self.known[connection.key]
         with suppress(ValueError):
             self.waiting.remove(connection)
         self.ending.discard(connection)
+        self._opening.discard(connection)
         self._closing += 1
 
     def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
@@ -158,12 +157,14 @@ class Connections:
         self._closing -= 1
         self._start_waiting()
 
-    def short(self, connection: Connection, error: TransportError) -> bool:
+    def short(self, connection: Carrier, error: TransportError) -> bool:
         """There were no descriptors for a connection, whatever the budget says; whether it now waits for others'."""
-        self._close_idle(every=True)
+        for other in tuple(self.known.values()):
+            if other.idle:
+                other.close()
         if len(self.known) - len(self.waiting) + self._closing < 2:  # this one is all there is
             return False
-        again = self.known[connection.key] = Connection(self, connection.key)
+        again = self.known[connection.key] = self._connect(connection.key)
         again.used_s, again.shortage = connection.used_s, error
         for read in connection.queue:
             read.connection = again
@@ -174,17 +175,62 @@ class Connections:
         self.reactor.call_at(self.reactor.now() + SHORTAGE_PAUSE_S, self._start_waiting)
         return True
 
+    def close(self) -> None:
+        """Close every connection. Idempotent."""
+        self.closed = True
+        self.waiting.clear()
+        for connection in tuple(self.known.values()):
+            connection.close()
+
     def _start_waiting(self) -> None:
+        """Start those that have waited longest, as descriptors and turns are there for them."""
         while self.waiting and not self.closed:
-            connection = self.waiting.popleft()
             if not self._has_room():
-                self.waiting.appendleft(connection)
+                if self._closing < len(self.waiting):
+                    self._close_idle()
                 return
+            if len(self._opening) >= CONNECTS_AT_ONCE:
+                if not self._is_queue_logged:
+                    _log.info("connects_queued", waiting=len(self.waiting), at_once=CONNECTS_AT_ONCE)
+                    self._is_queue_logged = True
+                return
+            connection = self.waiting.popleft()
+            self._opening.add(connection)
+            self.reactor.call_at(self.reactor.now() + CONNECT_TURN_S, partial(self._turn_over, connection))
             connection.start()
+        self._is_queue_logged = False
+
+    def _turn_over(self, connection: Carrier) -> None:
+        self._opening.discard(connection)
+        self._start_waiting()
+
+    def _has_room(self) -> bool:
+        """Whether there are descriptors for one more."""
+        if self._budget is None:
+            self._budget = connection_budget(
+                limit=raised_limit(), in_use=descriptors_in_use(), asked=self.config.max_connections
+            )
+        return len(self.known) - len(self.waiting) + self._closing < self._budget
+
+    def _close_aged(self, now: float) -> None:
+        limit_s = now - self.max_age_s
+        for connection in tuple(self.known.values()):
+            if connection.used_s >= limit_s:
+                return  # they are in the order of their use
+            if connection.idle:
+                self.counters.add("aged_out")
+                connection.close()
+
+    def _close_idle(self) -> None:
+        """Close the one that has been idle longest."""
+        for connection in tuple(self.known.values()):
+            if connection.idle:
+                connection.close()
+                return
 
     # --- Ends and confirmations ---
 
-    def delay_ends(self, connection: Connection) -> None:
+    def delay_ends(self, connection: Carrier) -> None:
         """Its ends go with its next request, or a little later."""
         if not self.ending:
             self.reactor.call_at(self.reactor.now() + ENDS_DELAY_S, self.send_ends)
@@ -202,75 +248,46 @@ class Connections:
         while len(self.unsettled) > UNSETTLED_RINGS:
             self.unsettled.popitem(last=False)
 
-    def settle(self, connection: Connection, ring_id: bytes) -> None:
+    def settle(self, connection: Carrier, ring_id: bytes) -> None:
         """Say what a ring's server may not know; the answer is not waited for: frames are handled in order."""
         names = list(self.unsettled.pop(ring_id, ()))
         for start in range(0, len(names), MAX_NAMES):
-            self._confirm(connection, names[start : start + MAX_NAMES])
+            some = names[start : start + MAX_NAMES]
+            if connection.closed:  # by the frame before
+                self.owe(some)
+            else:
+                asked = connection.session.confirm(some)
+                connection.ask(asked, CONFIRM_RECEIVE_BYTES, partial(self._confirmed, connection, some))
 
-    def _confirm(self, connection: Connection, names: list[Named]) -> None:
-        session = connection.session
-
-        def confirmed(asked: Asked, answer: bytearray) -> None:
-            try:
-                statuses = session.confirmed(asked.attempt, answer)
-            except TransportError as error:
-                if session.broken:
-                    raise
-                statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
-            self.confirmed(names, statuses)
-            connection.after_answers()
-
-        if connection.closed:  # by the frame before
-            self.owe(names)
-        else:
-            connection.ask(session.confirm(names), CONFIRM_RECEIVE_BYTES, confirmed)
-
-    def confirmed(self, names: list[Named], statuses: list[Status]) -> None:
+    def _confirmed(self, connection: Carrier, names: list[Named], asked: Asked, answer: bytearray) -> None:
         """A server has heard it; of what it could not look at, it hears again with the next read."""
-        busy = Status.BUSY
-        self.owe(name for name, status in zip(names, statuses, strict=True) if status is busy)
-        discarded = sum(listener(names, statuses) for listener in tuple(self.listeners))
+        try:
+            statuses = connection.session.confirmed(asked.attempt, answer)
+        except TransportError as error:
+            if connection.session.broken:
+                raise
+            statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
+        self.owe(name for name, status in zip(names, statuses, strict=True) if status is Status.BUSY)
+        discarded = sum(listener.confirmed(names, statuses) for listener in tuple(self.listeners))
         self.counters.add("confirms", statuses.count(Status.OK) - discarded)
+        connection.after_answers()
 
     # --- The end ---
 
     def say_goodbye(self, on_said: Callable[[], None]) -> None:
-        """Take leave of every server; called back when all have answered, or in `GOODBYE_TIMEOUT_S`."""
-        connections = [connection for connection in self.known.values() if connection.is_open]
-        left = len(connections) + 1
+        """Take leave of every server; called back once all have handled everything, or in `GOODBYE_TIMEOUT_S`."""
+        awaited = {connection for connection in self.known.values() if connection.is_open}
+        too_late = self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, on_said)
 
-        def said() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
+        def said(connection: Carrier, asked: Asked, answer: bytearray) -> None:
+            connection.session.farewell(asked.attempt, answer)
+            awaited.discard(connection)
+            if not awaited:
+                too_late.cancel()
                 on_said()
 
-        def too_late() -> None:
-            nonlocal left
-            if left > 0:
-                left = 0
-                on_said()
-
-        self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, too_late)
-        for connection in connections:
-            _say_goodbye(connection, said)
-        said()
-
-    def close(self) -> None:
-        """Close every connection. Idempotent."""
-        self.closed = True
-        self.waiting.clear()
-        for connection in tuple(self.known.values()):
-            connection.close()
-
-
-def _say_goodbye(connection: Connection, on_said: Callable[[], None]) -> None:
-    """Called back once the server has handled everything, unless the connection is lost before."""
-    session = connection.session
-
-    def said(asked: Asked, answer: bytearray) -> None:
-        session.farewell(asked.attempt, answer)
-        on_said()
-
-    connection.ask(session.bye(), BYE_RECEIVE_BYTES, said)
+        for connection in tuple(awaited):
+            connection.ask(connection.session.bye(), BYE_RECEIVE_BYTES, partial(said, connection))
+        if not awaited:
+            too_late.cancel()
+            on_said()

@@ -9,14 +9,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.errands import Discard, Take
 from ucxx_transport.client.here import Here, Into
-from ucxx_transport.client.jobs import Job, OnJobDone, OnPayload
+from ucxx_transport.client.jobs import Call, Job, OnPayload
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.reads import Reads
-from ucxx_transport.client.takes import Take, TakeRequest, newest_of
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.reactor import Reactor
@@ -77,7 +76,7 @@ class ClientCore(Here):
             membership=self._membership,
         )
         if self._membership is not None:
-            self._membership.bind(reads, reactor)
+            self._membership.bind(reactor, reads.hear)
         return reactor, reads
 
     def _open_link(self, timers: Timers) -> Link:
@@ -93,7 +92,7 @@ class ClientCore(Here):
         refs: Sequence[SlotRef],
         deadline_s: float | str | None = None,
         *,
-        on_done: OnJobDone | None = None,
+        on_done: Callable[[Any], object] | None = None,
         on_payload: OnPayload | None = None,
         into: Into | None = None,
     ) -> Job:
@@ -119,71 +118,51 @@ class ClientCore(Here):
         elif remote:
             self.reads.start(job, remote)
         else:
-            job.done = True
-            if on_done is not None:
-                on_done(job)
+            job.finish()
         return job
 
-    def begin_discard(
+    def discard_call(
         self,
         refs: Sequence[SlotRef],
         deadline_s: float | str | None = None,
-        *,
-        on_done: Callable[[Discard], None] | None = None,
+        on_done: Callable[[Any], object] | None = None,
     ) -> Discard:
-        """Let payloads go unread: those of this host's rings now, the others as the reactor is run.
-
-        Args:
-            refs: payloads.
-            deadline_s: for all of them together, as for `begin`.
-            on_done: called once it is done; before this returns, when nothing is to be waited for.
+        """Let payloads of this host's rings go unread; the call's `begin` does so with the others, if there are any.
 
         Raises:
             ConfigError: as for `begin`.
         """
+        self.require_usable()
         limit_s = self.limit_s(deadline_s)
         until_s = self.reactor.now() + limit_s
         found, elsewhere = self.discard_here(refs, limit_s)
+        self.counters.add("discarded", found)
+        return Discard(found, elsewhere, until_s, on_done)
 
-        def counted(call: Discard) -> None:
-            self.counters.add("discarded", call.found)
-            if on_done is not None:
-                on_done(call)
-
-        call = Discard(found, until_s, counted)
-        self.reads.discard(call, elsewhere)
-        return call
-
-    def take_request(
-        self, source: Takeable, max_payloads: int, max_bytes: int, selector: str, wait_s: float | str
-    ) -> TakeRequest:
-        """What a `take` asks for; errors as `SyncUCXXClient.take`."""
+    def take_call(
+        self,
+        source: Takeable,
+        *,
+        max_payloads: int,
+        max_bytes: int,
+        selector: str,
+        wait_s: float | str,
+        on_done: Callable[[Any], object] | None = None,
+    ) -> Take:
+        """A call that takes payloads, for `Reads.take` or `take_here`; errors as `SyncUCXXClient.take`."""
         self.require_usable()
         wait = checked_seconds(wait_s, "wait_s")
-        return TakeRequest(
-            source=source,
+        return Take(
+            source,
             max_payloads=max_payloads,
             max_bytes=max_bytes,
-            newest=newest_of(selector),
+            selector=selector,
             wait_s=wait,
             until_s=self.reactor.now() + wait + self.config.deadline_s,
+            on_done=on_done,
         )
 
-    def begin_take(self, request: TakeRequest, on_done: Callable[[Take], object] | None = None) -> Take:
-        """Take from a ring of another host, as the reactor is run.
-
-        Args:
-            request: see `take_request`.
-            on_done: called once it is done; before this returns, when its source is known to be gone.
-
-        Raises:
-            ConfigError: the source has no address.
-        """
-        take = Take(request, on_done)
-        self.reads.take(take)
-        return take
-
-    def abandon(self, call: Job | Take | object) -> None:
+    def abandon(self, call: Call) -> None:
         """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
 
         A discard goes on by itself: what cannot be said now is said with the next read.
@@ -193,16 +172,16 @@ class ClientCore(Here):
         elif isinstance(call, Take):
             call.abandon()
 
-    def forget(self, call: Job | Take | object) -> None:
+    def forget(self, call: Call) -> None:
         """`abandon` while the core is damaged: nothing is done for it any more."""
+        job = call.job if isinstance(call, Take) else call
         if isinstance(call, Take):
             self.reads.takes.discard(call)
-            call = call.job
-        if isinstance(call, Job):
-            call.outcomes.clear()
-            call.reads.clear()
-            self.reads.jobs.discard(call)
-            self.reads.finished = [job for job in self.reads.finished if job is not call]
+        if isinstance(job, Job):
+            job.outcomes.clear()
+            job.reads.clear()
+            self.reads.jobs.discard(job)
+            self.reads.finished = [other for other in self.reads.finished if other is not job]
 
     def repair(self) -> None:
         """After an interrupt that may have cut a step of the reactor in two: go on with a new one.
@@ -213,6 +192,7 @@ class ClientCore(Here):
         reactor, reads = self.reactor, self.reads
         with suppress(Exception):
             reads.connections.close()  # what they owe is known then
+            reads.end_discards()
         with suppress(Exception):
             reactor.close()
         self.reactor, self.reads = self._opened()
@@ -227,7 +207,7 @@ class ClientCore(Here):
             self.reads.start(job, missing)  # which reports it at once when nothing is missing
         for take in tuple(reads.takes):
             if take.job in begun_again:
-                take.goes_on(self.reads)
+                take.bind(self.reads, self.reads.dispatch, self.reads.takes)
             else:
                 take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
 

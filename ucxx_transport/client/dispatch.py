@@ -1,22 +1,56 @@
-"""Dispatch: which port each read is given, over which connection, and which ports are distrusted.
+"""Dispatch: which port each read is given, what follows when its attempt fails, and when one has taken too long.
 
-Everything here runs in the thread that runs the reactor. The decisions are in `ports`.
+Everything here runs in the thread that runs the reactor. The decisions are in `ports`. One timer serves everything that
+is due at some time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
-from ucxx_transport.client.ports import PROBE_S, PortKey, Quarantine, Source, Sources, shares
+from ucxx_transport.client.jobs import copy_of, too_late
+from ucxx_transport.client.ports import (
+    PROBE_S,
+    PortKey,
+    Ports,
+    Source,
+    backoff_s,
+    blames_port,
+    retries_slot,
+    rotates,
+    shares,
+)
+from ucxx_transport.errors import (
+    AuthenticationError,
+    BusyError,
+    ChecksumError,
+    DeadlineExceededError,
+    NotReadyError,
+    PeerLostError,
+    ProtocolError,
+    TransportError,
+)
 from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Read
-    from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.config import ClientConfig
-    from ucxx_transport.errors import TransportError
+    from ucxx_transport.client.jobs import Attempt, Carrier, Engine, Read
+    from ucxx_transport.link.base import Timer
+
+LATE_GRACE_S: Final = 1.0
+"""A connection on which everything in flight is late for so long is closed."""
+
+_REASONS: Final[tuple[tuple[type[TransportError], str], ...]] = (
+    (PeerLostError, "peers_lost"),
+    (DeadlineExceededError, "timeouts"),
+    (BusyError, "busy"),
+    (NotReadyError, "not_ready"),
+    (ProtocolError, "protocol_errors"),
+    (ChecksumError, "checksum_errors"),
+    (AuthenticationError, "unauthorized"),
+)
 
 _log = get_logger(__name__)
 
@@ -25,159 +59,318 @@ class Dispatch:
     """See the module.
 
     Attributes:
-        sources: all that are read from.
+        ports: of all sources. connections: to them. now, call_at: the reactor's. read_attempts: as configured.
         wary: whether any port is in quarantine, or probed.
-        again: reads that are to be given a port, by source, until `run`.
-        moved: reads that go on at this port, until `run`.
+        again: reads that are to go on, until `run`: by source, and at a port where that is decided.
+        look_s: when it looks next for what is due.
     """
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        connections: Connections,
-        *,
-        first: int,
-        now: Callable[[], float],
-        look_at: Callable[[float], None],
-        counters: ClientCounters,
-    ) -> None:
-        self.sources: Sources[Read] = Sources(first)
+    def __init__(self, engine: Engine, connections: Connections) -> None:
+        config = connections.config
+        self.ports = Ports(config.port_quarantine_s, engine.reader)
+        self.connections = connections
+        self.now = connections.reactor.now
+        self.call_at = connections.reactor.call_at
         self.wary = False
-        self.again: dict[Source[Read], list[Read]] = {}
-        self.moved: dict[PortKey, list[Read]] = {}
-        self._connections = connections
-        self._now = now
-        self._look_at = look_at
-        self._counters = counters
-        self._read_attempts = config.read_attempts
-        self._quarantine = Quarantine(config.port_quarantine_s)
-        self._probed: set[Source[Read]] = set()
+        self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
+        self.look_s = math.inf
+        self.read_attempts = config.read_attempts
+        self._engine = engine
+        self._counters = connections.counters
+        self._look: Timer | None = None
+        self._probes: dict[Source, list[Read]] = {}  # the read that tries a port, and those that wait for it
+
+    # --- Which port ---
 
     def run(self) -> None:
         """Give every read that waits for one a port."""
-        while self.again or self.moved:
-            if self.again:
-                source, reads = self.again.popitem()
-                self.assign(source, reads, self._now())
-            else:
-                key, reads = self.moved.popitem()
-                wanted = [read for read in reads if read.job is not None]
-                if wanted:
-                    self._enqueue(key, wanted, self._now())
+        while self.again:
+            (source, key), reads = self.again.popitem()
+            reads = [read for read in reads if read.job is not None]
+            if reads and key is None:
+                self.assign(source, reads, self.now())
+            elif reads and key is not None:
+                self._enqueue(key, reads, self.now())
 
-    def healthy(self, source: Source[Read], now: float) -> tuple[PortKey, ...]:
-        """The ports of a source that are not in quarantine."""
-        return source.healthy(self._quarantine, now)
-
-    def avoids(self, key: PortKey, now: float) -> bool:
-        """Whether a port is in quarantine."""
-        return self._quarantine.holds(key, now)
-
-    def assign(self, source: Source[Read], reads: list[Read], now: float) -> None:
+    def assign(self, source: Source, reads: list[Read], now: float) -> None:
         """Give reads, of one source, a port each."""
         keys = source.keys
         if self.wary:
-            keys = source.healthy(self._quarantine, now)
+            keys = self.ports.healthy(source, now)
             if not keys:
                 self._probe(source, reads, now)
                 return
-        first = source.first(keys, alone=source.under_way <= len(reads))
-        ports = len(keys)
-        if ports == 1 or len(reads) == 1:
-            alternate = keys[(first + 1) % ports] if ports > 1 else None
-            for read in reads:
-                read.alternate = alternate
-            self._enqueue(keys[first], reads, now)
-            return
+        first, count, ports = source.first(keys, alone=source.under_way <= len(reads)), len(reads), len(keys)
+        nbytes = sum(read.ref.nbytes for read in reads) if ports > 1 and count > 1 else 0
         start = 0
-        for part, count in enumerate(shares(len(reads), sum(read.ref.nbytes for read in reads), ports)):
-            group = reads[start : start + count]
-            start += count
+        for number, share in enumerate(shares(count, nbytes, ports), start=first):
+            group = reads[start : start + share]
+            start += share
             for read in group:
-                read.alternate = keys[(first + part + 1) % ports]
-            self._enqueue(keys[(first + part) % ports], group, now)
+                read.alternate = keys[(number + 1) % ports] if ports > 1 else None
+            self._enqueue(keys[number % ports], group, now)
+
+    def reassign(self, reads: Iterable[Read]) -> None:
+        """Give reads that were not asked yet a port again."""
+        for read in reads:
+            read.connection = None
+            self._go_on(read)
+
+    def next_port(self, host: str, ports: tuple[int, ...]) -> PortKey:
+        """The port that is due for something else than a read."""
+        source = self.ports.source(host, ports)
+        keys = self.ports.healthy(source, self.now()) or source.keys
+        key = keys[source.first(keys, alone=True)]
+        source.advance()
+        return key
+
+    def _go_on(self, read: Read, key: PortKey | None = None) -> None:
+        self.again.setdefault((read.source, key), []).append(read)
 
     def _enqueue(self, key: PortKey, reads: list[Read], now: float) -> None:
         """Let reads wait for their turn on a connection, which may have come."""
-        connection = self._connections.to(key, now)
+        connection = self.connections.to(key, now)
         is_open = connection.is_open
         for read in reads:
             read.place = "queued"
             read.connection = connection
             limit_s = read.limit_s
-            is_last = is_open or (read.alternate is None and read.call >= self._read_attempts)
+            is_last = is_open or (read.alternate is None and read.call >= self.read_attempts)
             read.due_s = due_s = limit_s if is_last else (now + limit_s) / 2
-            self._look_at(due_s)
+            self.look_at(due_s)
         connection.queue.extend(reads)
         if is_open:
             connection.pump()
 
-    def _probe(self, source: Source[Read], reads: list[Read], now: float) -> None:
-        """All ports of a source are in quarantine: one read tries them, the others wait for what comes of it."""
-        self._probed.add(source)
-        for read in reads:
-            job = read.job
-            if job is None:
-                continue
-            if not job.alone:
-                read.limit_s = min(read.limit_s, now + PROBE_S)
-            if source.probe is None:
-                source.probe = read
-            if source.probe is not read:
-                read.place = "waiting"
-                read.connection = None
-                read.due_s = read.limit_s
-                source.waiting.append(read)
-                self._look_at(read.due_s)
-        probe = source.probe
-        if probe is not None and probe in reads:
-            first = source.first(source.keys, alone=True)
-            ports = len(source.keys)
-            probe.alternate = source.keys[(first + 1) % ports] if ports > 1 else None
-            self._enqueue(source.keys[first], [probe], now)
+    # --- Quarantine ---
+
+    def quarantine(self, key: PortKey, error: TransportError) -> None:
+        """Avoid a port; each further failure prolongs it, and is counted."""
+        now = self.now()
+        self._counters.add("quarantined")
+        if not self.ports.avoids(key, now):
+            _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
+        self.ports.quarantine(key, now)
+        self.wary = True
+        self.connections.evict(key)
 
     def forgive(self, key: PortKey) -> None:
         """A port has answered, or is said to be there."""
         if not self.wary:
             return
-        self._quarantine.forgive(key)
-        for source in tuple(self._probed):
+        self.ports.forgive(key)
+        for source, (probe, *_) in tuple(self._probes.items()):
             if key in source.keys:
-                if source.probe is not None and source.probe.job is not None:
-                    source.probe.limit_s = source.probe.job.until_s
-                self.probe_over(source)
-        self.wary = bool(len(self._quarantine) or self._probed)
+                if probe.job is not None:
+                    probe.limit_s = probe.job.until_s
+                self._probe_over(source)
+        self.wary = self.ports.avoids_any(self.now()) or bool(self._probes)
 
-    def probe_over(self, source: Source[Read]) -> None:
-        """Reads that waited for a probe are given a port."""
-        source.probe = None
-        self._probed.discard(source)
-        waiting = [read for read in source.waiting if read.job is not None]
-        source.waiting.clear()
-        if waiting:
-            self.again.setdefault(source, []).extend(waiting)
+    def read_over(self, read: Read) -> None:
+        """A read has its outcome; if it was a probe, those that waited for it are given a port."""
+        if self._is_probe(read):
+            self._probe_over(read.source)
 
-    def quarantine(self, key: PortKey, error: TransportError) -> None:
-        now = self._now()
-        self._counters.add("quarantined")
-        self._quarantine.prune(now)
-        if not self._quarantine.holds(key, now):  # each further failure prolongs it, and is counted
-            _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
-        self._quarantine.add(key, now)
-        self.wary = True
-        self._connections.evict(key)
-
-    def next_port(self, host: str, ports: tuple[int, ...]) -> PortKey:
-        """The port that is due for something else than a read."""
-        source = self.sources.of(host, ports)
-        keys = source.healthy(self._quarantine, self._now()) or source.keys
-        key = keys[source.first(keys, alone=True)]
-        source.advance()
-        return key
-
-    def reassign(self, reads: Iterable[Read]) -> None:
-        """Give reads that were not asked yet a port again."""
+    def _probe(self, source: Source, reads: list[Read], now: float) -> None:
+        """All ports of a source are in quarantine: one read tries them, the others wait for what comes of it."""
+        probing = self._probes.setdefault(source, reads[:1])
         for read in reads:
-            if read.job is not None:
+            assert read.job is not None
+            if not read.job.alone:
+                read.limit_s = min(read.limit_s, now + PROBE_S)
+            if read is not probing[0]:
+                read.place = "waiting"
                 read.connection = None
-                self.again.setdefault(read.source, []).append(read)
+                read.due_s = read.limit_s
+                probing.append(read)
+                self.look_at(read.due_s)
+        probe = probing[0]
+        if probe in reads:
+            first, ports = source.first(source.keys, alone=True), len(source.keys)
+            probe.alternate = source.keys[(first + 1) % ports] if ports > 1 else None
+            self._enqueue(source.keys[first], [probe], now)
+
+    def _is_probe(self, read: Read) -> bool:
+        return read.source in self._probes and self._probes[read.source][0] is read
+
+    def _probe_over(self, source: Source) -> None:
+        for read in self._probes.pop(source)[1:]:
+            self._go_on(read)
+
+    # --- What follows from a failure ---
+
+    def connection_lost(
+        self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
+    ) -> None:
+        """A connection is of no use any more.
+
+        Args:
+            connection: it is closed.
+            asked: reads whose attempts were in flight there.
+            queued: reads that waited for it.
+            error: why.
+            stale: it had answered nothing since it last lay idle, and may have been dead since then.
+        """
+        key = connection.key
+        reads = [read for read in (*asked, *queued) if read.job is not None]
+        for read in reads:
+            read.attempt = None
+        if stale and isinstance(error, PeerLostError):
+            for read in reads:
+                self._go_on(read, key)  # no reason to distrust the port
+        else:
+            failed = [read for read in (asked if connection.is_open else reads) if read.job is not None]
+            if blames_port(error) and (failed or not connection.is_open):
+                self.quarantine(key, error)
+            for source in {read.source for read in failed}:
+                source.advance()
+            for read in failed:
+                self.failed(read, copy_of(error))
+            if connection.is_open:
+                self.reassign(queued)
+        self._engine.settle()
+
+    def failed(self, read: Read, error: TransportError) -> None:
+        """The port layer: go on at the next port, or give the call up."""
+        for cls, reason in _REASONS:
+            if isinstance(error, cls):
+                self._counters.add(reason)
+                break
+        now = self.now()
+        alternate, read.alternate = read.alternate, None
+        if (
+            alternate is None
+            or now >= read.limit_s
+            or not rotates(error)
+            or (self.ports.avoids(alternate, now) and not self._is_probe(read))
+        ):
+            self._call_failed(read, error, now)
+        else:
+            self._counters.add("rotations")
+            self._go_on(read, alternate)
+
+    def _call_failed(self, read: Read, error: TransportError, now: float) -> None:
+        """The slot layer: a fresh call, or the end of the read."""
+        job, source = read.job, read.source
+        assert job is not None
+        is_port, is_late = blames_port(error), isinstance(error, DeadlineExceededError)
+        if self._is_probe(read):
+            if is_port:  # those that waited fail with it
+                _, *waiting = self._probes.pop(source)
+                for other in waiting:
+                    if other.job is not None:
+                        self._call_failed(other, copy_of(error), now)
+            else:
+                self._probe_over(source)
+        remaining_s = job.until_s - now
+        hopeless = (
+            is_port
+            and not job.alone
+            and (read.limit_s < job.until_s or (is_late and not self.ports.healthy(source, now)))
+        )
+        if not hopeless and retries_slot(
+            error, attempt=read.call, read_attempts=self.read_attempts, remaining_s=remaining_s
+        ):
+            self._counters.add("retries")
+            pause_s = backoff_s(error, read.call)
+            read.call += 1
+            read.limit_s = job.until_s
+            if pause_s:
+                read.place = "paused"
+                read.connection = None
+                read.due_s = now + pause_s
+                self.look_at(read.due_s)
+            else:
+                self._go_on(read)
+            return
+        if remaining_s <= 0 and error.retryable and not is_late:
+            error = too_late(read.ref, last=error.message)
+        self._engine.fail(read, error)
+
+    # --- Time ---
+
+    def attempt_due_s(self, read: Read) -> float:
+        """A read is asked of its port now; when that will have taken too long."""
+        read.place = "asked"
+        limit_s = read.limit_s
+        if read.alternate is not None or read.call < self.read_attempts:
+            limit_s = (self.now() + limit_s) / 2  # see `ports.attempt_budget_s`
+        read.due_s = limit_s
+        self.look_at(limit_s)
+        return limit_s
+
+    def look_at(self, when_s: float) -> None:
+        """See that `_look_round` is called by then."""
+        if when_s < self.look_s:
+            if self._look is not None:
+                self._look.cancel()
+            self.look_s = when_s
+            self._look = self.call_at(when_s, self._look_round)
+
+    def _look_round(self) -> None:
+        """Take a step with everything that is due."""
+        engine = self._engine
+        self._look = None
+        self.look_s = math.inf
+        now = self.now()
+        for job in tuple(engine.jobs):
+            for read in tuple(job.reads):
+                if read.job is not None and read.due_s <= now:
+                    self._due(read, now)
+        for attempt in tuple(engine.orphans):
+            if attempt.due_s <= now:
+                attempt.due_s = now + LATE_GRACE_S
+                if attempt.late:
+                    _close_if_all_is_late(attempt.connection)
+                else:
+                    attempt.late = True
+                    attempt.connection.late += 1
+        engine.settle()
+        due_s = [read.due_s for job in engine.jobs for read in job.reads if read.job is not None]
+        self.look_at(min([*due_s, *(attempt.due_s for attempt in engine.orphans)], default=math.inf))
+
+    def _due(self, read: Read, now: float) -> None:
+        job, place, connection = read.job, read.place, read.connection
+        assert job is not None
+        if place == "paused" and now < job.until_s:
+            self._go_on(read)
+            return
+        attempt = read.attempt
+        error: TransportError = too_late(read.ref)
+        if place == "asked" and attempt is not None:
+            error = too_late(read.ref, port=attempt.connection.key[1])
+            self._late(attempt, error, now)
+            read.attempt = None
+        elif place == "queued" and connection is not None and read in connection.queue:
+            other = self.connections.known.get(read.alternate) if read.alternate is not None else None
+            if now < read.limit_s and connection in self.connections.waiting and not (other and other.is_open):
+                read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
+                return
+            connection.queue.remove(read)
+            if connection.shortage is not None and now >= job.until_s:
+                error = copy_of(connection.shortage)
+        if place in ("queued", "asked"):
+            read.source.advance()
+            self.failed(read, error)
+        else:
+            self._engine.fail(read, error)
+
+    def _late(self, attempt: Attempt, error: TransportError, now: float) -> None:
+        """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""
+        connection = attempt.connection
+        attempt.late = True
+        attempt.due_s = now + LATE_GRACE_S
+        self._engine.orphans.add(attempt)
+        connection.late += 1
+        self.quarantine(connection.key, error)
+        if connection.late == 1:
+            queued = list(connection.queue)
+            connection.queue.clear()
+            self.reassign(queued)
+
+
+def _close_if_all_is_late(connection: Carrier) -> None:
+    """There is nothing to wait for there."""
+    if connection.late and connection.late == len(connection.attempts):
+        host, port = connection.key
+        connection.fail(PeerLostError("the port has not answered in time", host=host, port=port, reason="aborted"))

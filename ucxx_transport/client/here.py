@@ -23,8 +23,8 @@ from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.errands import Take
     from ucxx_transport.client.jobs import Job
-    from ucxx_transport.client.takes import TakeRequest
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 
@@ -154,7 +154,7 @@ class Here:
         self.counters.delivered(payload.transport, payload.nbytes, time.perf_counter() - began_s)
         return payload
 
-    def take_here(self, ring: SharedRingBuffer, request: TakeRequest, limit_s: float) -> list[Payload]:
+    def take_here(self, ring: SharedRingBuffer, request: Take, limit_s: float) -> list[Payload]:
         """Take what a ring of this host has ready now; `limit_s` is for its lock."""
         began_s = time.perf_counter()
         payloads = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
@@ -17,24 +17,45 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import PortKey, Source, Takeable
     from ucxx_transport.link.base import Operation
     from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.actions import Asked, Offered
     from ucxx_transport.wire.answers import Named
+    from ucxx_transport.wire.client_side import ClientSession
 
 Outcome = Payload | TransportError
-OnJobDone = Callable[["Job"], object]
 OnPayload = Callable[[int, Payload], Payload]
 Place = Literal["queued", "asked", "waiting", "paused"]
 
 
-class Job:
-    """One call of a client.
+class Call:
+    """What is started, and done some turns later.
+
+    Attributes:
+        until_s: its deadline, on the reactor's clock.
+        done: whether it is over.
+        on_done: called with it once it is.
+    """
+
+    __slots__ = ("done", "on_done", "until_s")
+
+    def __init__(self, until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
+        self.until_s = until_s
+        self.done = False
+        self.on_done = on_done
+
+    def finish(self) -> None:
+        """It is done. Idempotent."""
+        on_done, self.on_done, self.done = self.on_done, None, True
+        if on_done is not None:
+            on_done(self)
+
+
+class Job(Call):
+    """One call of a client that reads. It is done when every outcome is there and what is to be said of it is sent.
 
     Attributes:
         refs: what it is to read.
         outcomes: one a reference, in order; None as long as there is none.
         left: how many have none.
-        until_s: its deadline, on the reactor's clock.
-        done: whether every outcome is there and what is to be said of the payloads has been sent.
-        on_done: called once it is.
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
         into: the caller's memory for the payload; of a job of one.
         is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
@@ -45,24 +66,23 @@ class Job:
     """
 
     __slots__ = (
-        "alone", "began_s", "done", "held", "into", "is_held", "left", "on_done", "on_payload", "outcomes", "reads",
-        "refs", "until_s",
+        "alone", "began_s", "held", "into", "is_held", "left", "on_payload", "outcomes", "reads", "refs",
     )  # fmt: skip
 
     def __init__(
         self,
         refs: Sequence[SlotRef],
         until_s: float,
-        on_done: OnJobDone | None = None,
+        on_done: Callable[[Any], object] | None = None,
         on_payload: OnPayload | None = None,
         into: Buffer | None = None,
     ) -> None:
-        self.refs = refs
-        self.outcomes: list[Outcome | None] = [None] * len(refs)
-        self.left = len(refs)
         self.until_s = until_s
         self.done = False
         self.on_done = on_done
+        self.refs = refs
+        self.outcomes: list[Outcome | None] = [None] * len(refs)
+        self.left = len(refs)
         self.on_payload = on_payload
         self.into = into
         self.is_held = False
@@ -72,27 +92,68 @@ class Job:
         self.reads: list[Read] = []
 
 
-class Carrier(Protocol):
-    """What reads and attempts need of a `Connection`.
+class Engine(Protocol):
+    """All reads of a client, `Reads`, as its other parts see them.
 
     Attributes:
-        key: where it leads to. queue: reads that wait to be asked. attempts: in flight, by number. late: how many of
-            them have exceeded their time. is_open, is_open, closed, proved, shortage: see there.
+        reader: the client's id. jobs: those with reads that have no outcome. finished: jobs whose outcomes are there.
+        orphans: attempts in flight that no read waits for, and late ones.
     """
 
+    reader: int
+    jobs: set[Job]
+    finished: list[Job]
+    orphans: set[Attempt]
+
+    def arrived(self, attempt: Attempt) -> bool | None: ...
+    def refused(self, attempt: Attempt, error: TransportError) -> None: ...
+    def no_memory(self, read: Read, error: TransportError) -> None: ...
+    def fail(self, read: Read, error: TransportError) -> None: ...
+    def abandon(self, job: Job) -> None: ...
+    def settle(self) -> None: ...
+
+
+class Errand(Protocol):
+    """Something else than reads by name that a connection is needed for."""
+
+    def start(self, connection: Carrier, /) -> None:
+        """The connection is open."""
+
+    def lost(self, error: TransportError, /) -> None:
+        """It failed, or was never open."""
+
+
+class Carrier(Protocol):
+    """A `Connection`, as its reads and errands, and the pool, see it; what each is, is said there."""
+
     key: PortKey
+    session: ClientSession
     queue: deque[Read]
+    errands: list[Errand]
+    running: list[Errand]
     attempts: dict[int, Attempt]
     late: int
     is_open: bool
     closed: bool
     proved: bool
+    used_s: float
     shortage: TransportError | None
 
+    @property
+    def idle(self) -> bool: ...
+    def start(self) -> None: ...
+    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None], /) -> None: ...
+    def run(self, errand: Errand) -> None: ...
+    def pump(self) -> None: ...
+    def ask_one(self, ref: SlotRef) -> int: ...
+    def expect_one(self, read: Read, number: int, due_s: float) -> None: ...
+    def receive(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None: ...
     def take(self, attempt: Attempt) -> bool: ...
     def after_answers(self) -> None: ...
+    def send_ends(self) -> None: ...
     def end_held(self, attempt: Attempt, *, delivered: bool) -> None: ...
     def fail(self, error: TransportError) -> None: ...
+    def close(self) -> None: ...
 
 
 class Read:
@@ -112,7 +173,7 @@ class Read:
         "alternate", "attempt", "call", "connection", "due_s", "index", "job", "limit_s", "place", "ref", "source",
     )  # fmt: skip
 
-    def __init__(self, job: Job, index: int, ref: SlotRef, source: Source[Read]) -> None:
+    def __init__(self, job: Job, index: int, ref: SlotRef, source: Source) -> None:
         self.job: Job | None = job
         self.index = index
         self.ref = ref

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 
@@ -25,23 +25,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from ucxx_transport.client.core import ClientCore
+    from ucxx_transport.client.jobs import Call
 
 LOOK_S: Final = 1.0
 """A thread that follows looks this often whether there is a lead to take; it is woken long before."""
 
 OVERDUE_S: Final = 5.0
 """One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
-
-
-class Call(Protocol):
-    """What is started, and done some turns later: a job, a discard, a take."""
-
-    @property
-    def done(self) -> bool: ...
-    @property
-    def until_s(self) -> float: ...
-
-    on_done: Callable[[Any], object] | None
 
 
 class _Follower:

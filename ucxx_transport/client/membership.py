@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ucxx_transport.client.jobs import removed
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Job, Read
-    from ucxx_transport.client.takes import Take
-    from ucxx_transport.errors import TransportError
+    from ucxx_transport.client.errands import Take
+    from ucxx_transport.client.jobs import Engine
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceRecord
 
@@ -37,47 +35,54 @@ class Watcher(Protocol):
     ) -> Callable[[], None]: ...
 
 
-class Reading(Protocol):
-    """What this needs of the client's `Reads`."""
-
-    jobs: set[Job]
-    takes: set[Take]
-    connections: Connections
-    dispatch: Dispatch
-
-    def fail(self, read: Read, error: TransportError) -> None: ...
-    def settle(self) -> None: ...
-
-
 class Membership:
     """What a watcher reports, in its thread, and what follows from it for the reads, in the reactor's.
 
     Attributes:
         gone: rings whose sources are.
-        news: reports that the reads have not seen, the newest of each ring.
+        news: the newest report of each ring that the reads have not seen. A client that lies idle runs no reactor, and
+            what waits for it must not grow with every report.
     """
 
     def __init__(self, watcher: Watcher) -> None:
-        self._reactor: Reactor | None = None
-        self._reads: Reading | None = None
-        self._lock = threading.Lock()
         self.gone: OrderedDict[bytes, None] = OrderedDict()
-        # The newest report of each ring that the reactor has not seen: a client that lies idle runs no reactor, and
-        # what waits for it must not grow with every report.
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
+        self._lock = threading.Lock()
+        self._reactor: Reactor | None = None
+        self._on_news: Callable[[], None] | None = None
         self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
 
-    def bind(self, reads: Reading, reactor: Reactor) -> None:
-        """Reads begin here: from now on they are notified."""
-        self._reads, self._reactor = reads, reactor
+    def bind(self, reactor: Reactor, on_news: Callable[[], None]) -> None:
+        """From now on the reactor calls `on_news` when there are news."""
+        self._on_news, self._reactor = on_news, reactor
         if self.news:
-            reactor.submit(self._apply)
+            reactor.submit(on_news)
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
         unsubscribe, self._unsubscribe = self._unsubscribe, None
         if unsubscribe is not None:
             unsubscribe()
+
+    def apply(self, engine: Engine, dispatch: Dispatch, takes: set[Take]) -> None:
+        """Pass on what was reported; before a read begins, which a report from before it does not concern."""
+        with self._lock:
+            news, self.news = self.news, {}
+        for record, is_there in news.values():
+            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
+            if is_there:
+                for key in keys:  # worth a try
+                    dispatch.forgive(key)
+                continue
+            for read in [read for job in engine.jobs for read in job.reads]:
+                if read.job is not None and read.ref.ring_id == record.ring_id:
+                    engine.fail(read, removed(read.ref))
+            for take in tuple(takes):
+                if take.source.ring_id == record.ring_id:
+                    take.fail(removed(record))
+            for key in keys:
+                dispatch.connections.evict(key)
+        engine.settle()
 
     def _removed(self, record: SourceRecord) -> None:
         with self._lock:
@@ -97,30 +102,5 @@ class Membership:
             was_removed = self.news.get(record.ring_id, (record, True))[1] is False
             # One that was removed and is back ends its reads all the same: it is another epoch.
             self.news[record.ring_id] = (record, is_there and not was_removed)
-        if is_first and self._reactor is not None:
-            self._reactor.submit(self._apply)
-
-    def apply(self, reads: Reading) -> None:
-        """Pass on what was reported; before a read begins, which a report from before it does not concern."""
-        with self._lock:
-            news, self.news = self.news, {}
-        for record, is_there in news.values():
-            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
-            if is_there:
-                for key in keys:  # worth a try
-                    reads.dispatch.forgive(key)
-                continue
-            for job in tuple(reads.jobs):
-                for read in tuple(job.reads):
-                    if read.job is not None and read.ref.ring_id == record.ring_id:
-                        reads.fail(read, removed(read.ref))
-            for take in tuple(reads.takes):
-                if take.request.source.ring_id == record.ring_id:
-                    take.fail(removed(record))
-            for key in keys:
-                reads.connections.evict(key)
-        reads.settle()
-
-    def _apply(self) -> None:
-        if self._reads is not None:
-            self.apply(self._reads)
+        if is_first and self._reactor is not None and self._on_news is not None:
+            self._reactor.submit(self._on_news)

@@ -21,9 +21,8 @@ While all ports of a source are in quarantine, one read of it probes them and th
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from enum import Enum
-from typing import Final, Generic, Protocol, TypeVar
+from collections import OrderedDict
+from typing import Final, Protocol
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
@@ -46,24 +45,32 @@ SHORTEST_ATTEMPT_S: Final = 0.001
 PortKey = tuple[str, int]
 
 
+class Takeable(Protocol):
+    """A ring and where it is served: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+    @property
+    def ring_name(self) -> str: ...
+    @property
+    def host_id(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def ports(self) -> tuple[int, ...]: ...
+
+
 # --- Retry -----------------------------------------------------------------------------------------------------------
 
 
-class PortVerdict(Enum):
-    """What the port layer does with a failure."""
-
-    ROTATE_AND_QUARANTINE = "rotate_and_quarantine"
-    ROTATE = "rotate"
-    PROPAGATE = "propagate"
+def blames_port(error: TransportError) -> bool:
+    """Whether a failure puts the port it came through into quarantine."""
+    return isinstance(error, PeerLostError | DeadlineExceededError)
 
 
-def judge_port(error: TransportError) -> PortVerdict:
-    """What a failure says about the port it came through."""
-    if isinstance(error, PeerLostError | DeadlineExceededError):
-        return PortVerdict.ROTATE_AND_QUARANTINE
-    if isinstance(error, BusyError):
-        return PortVerdict.ROTATE
-    return PortVerdict.PROPAGATE
+def rotates(error: TransportError) -> bool:
+    """Whether the port layer goes on at the next port."""
+    return blames_port(error) or isinstance(error, BusyError)
 
 
 def backoff_s(error: TransportError, attempt: int) -> float:
@@ -92,83 +99,23 @@ def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
     return remaining_s if tries_left <= 1 else remaining_s / 2
 
 
-class Takeable(Protocol):
-    """A ring and where it is served: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-    @property
-    def ring_name(self) -> str: ...
-    @property
-    def host_id(self) -> str: ...
-    @property
-    def host(self) -> str | None: ...
-    @property
-    def ports(self) -> tuple[int, ...]: ...
-
-
 # --- Ports -----------------------------------------------------------------------------------------------------------
 
 
-class Quarantine:
-    """Ports to avoid for `duration_s` seconds after their last transport-class failure."""
-
-    def __init__(self, duration_s: float) -> None:
-        self._duration_s = duration_s
-        self._until_s: dict[PortKey, float] = {}
-
-    def add(self, key: PortKey, now: float) -> None:
-        """Avoid `key` until `duration_s` from now."""
-        self._until_s[key] = now + self._duration_s
-
-    def forgive(self, key: PortKey) -> None:
-        """`key` has just answered: it is healthy."""
-        self._until_s.pop(key, None)
-
-    def holds(self, key: PortKey, now: float) -> bool:
-        """Whether `key` is to be avoided now."""
-        until_s = self._until_s.get(key)
-        if until_s is None:
-            return False
-        if now < until_s:
-            return True
-        del self._until_s[key]
-        return False
-
-    def prune(self, now: float) -> None:
-        """Forget what has expired, so that sources long gone cost nothing."""
-        self._until_s = {key: until_s for key, until_s in self._until_s.items() if now < until_s}
-
-    def __len__(self) -> int:
-        """Ports on the list, expired ones included until they are looked at."""
-        return len(self._until_s)
-
-
-ReadT = TypeVar("ReadT")
-
-
-class Source(Generic[ReadT]):
-    """One source's ports, at least one, and the reads under way at them.
+class Source:
+    """One source's ports, at least one.
 
     Attributes:
         keys: its ports. position: of the one that is due.
-        under_way: reads that are not over.
-        probe: the read that tries a port while all are in quarantine, None when none does.
-        waiting: reads that wait for what comes of it.
+        under_way: reads of it that are not over.
     """
 
-    __slots__ = ("keys", "position", "probe", "under_way", "waiting")
+    __slots__ = ("keys", "position", "under_way")
 
     def __init__(self, keys: tuple[PortKey, ...], position: int) -> None:
         self.keys = keys
-        self.under_way = 0
-        self.probe: ReadT | None = None
-        self.waiting: deque[ReadT] = deque()
         self.position = position
-
-    def healthy(self, quarantine: Quarantine, now: float) -> tuple[PortKey, ...]:
-        """Its ports that are not in quarantine."""
-        return tuple(key for key in self.keys if not quarantine.holds(key, now))
+        self.under_way = 0
 
     def first(self, keys: tuple[PortKey, ...], *, alone: bool) -> int:
         """Which of `keys`, some of its ports, is due for what is to be read now, alone or beside other reads."""
@@ -182,28 +129,62 @@ class Source(Generic[ReadT]):
         self.position += 1
 
 
-class Sources(Generic[ReadT]):
-    """All sources; `first` is the port that a source's first read takes: clients should differ in it.
+class Ports:
+    """All ports that are read from, by source, and those to avoid since their last transport-class failure.
+
+    Args:
+        quarantine_s: how long one is avoided.
+        first: the port that a source's first read takes; clients should differ in it.
 
     Attributes:
-        known: by address and ports; use `of`, which keeps their order, unless one has just been used.
+        sources: by address and ports; use `source`, which keeps their order, unless one has just been used.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, quarantine_s: float, first: int = 0) -> None:
+        self.sources: OrderedDict[tuple[str, tuple[int, ...]], Source] = OrderedDict()
+        self._quarantine_s = quarantine_s
         self._first = first
-        self.known: OrderedDict[tuple[str, tuple[int, ...]], Source[ReadT]] = OrderedDict()
+        self._avoided_until_s: dict[PortKey, float] = {}
 
-    def of(self, host: str, ports: tuple[int, ...]) -> Source[ReadT]:
+    def source(self, host: str, ports: tuple[int, ...]) -> Source:
         """A source by its address and ports, at least one."""
         name = (host, ports)
-        source = self.known.get(name)
+        source = self.sources.get(name)
         if source is None:
-            source = self.known[name] = Source(tuple((host, port) for port in ports), self._first)
-            if len(self.known) > REMEMBERED_SOURCES:
-                self.known.popitem(last=False)
+            source = self.sources[name] = Source(tuple((host, port) for port in ports), self._first)
+            if len(self.sources) > REMEMBERED_SOURCES:
+                self.sources.popitem(last=False)
         else:
-            self.known.move_to_end(name)
+            self.sources.move_to_end(name)
         return source
+
+    def healthy(self, source: Source, now: float) -> tuple[PortKey, ...]:
+        """The ports of a source that are not in quarantine."""
+        return tuple(key for key in source.keys if not self.avoids(key, now))
+
+    def avoids(self, key: PortKey, now: float) -> bool:
+        """Whether a port is in quarantine."""
+        until_s = self._avoided_until_s.get(key)
+        return until_s is not None and now < until_s
+
+    def avoids_any(self, now: float) -> bool:
+        """Whether any port is in quarantine; those that are no more are forgotten."""
+        avoided = self._avoided_until_s
+        while avoided:
+            first = next(iter(avoided))
+            if now < avoided[first]:
+                return True
+            del avoided[first]
+        return False
+
+    def quarantine(self, key: PortKey, now: float) -> None:
+        """Avoid a port from now on."""
+        self.forgive(key)  # they are in the order in which they are over
+        self._avoided_until_s[key] = now + self._quarantine_s
+
+    def forgive(self, key: PortKey) -> None:
+        """A port has just answered: it is healthy."""
+        self._avoided_until_s.pop(key, None)
 
 
 def shares(count: int, nbytes: int, ports: int) -> list[int]:

@@ -18,25 +18,22 @@ delivered. The policy is in `ports`, how a connection is used in `connection`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
+from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
-from ucxx_transport.client.errands import Discard, RingDiscard
-from ucxx_transport.client.failures import Failures
 from ucxx_transport.client.jobs import Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import PortKey, PortVerdict, Source, judge_port
-from ucxx_transport.client.takes import Take
+from ucxx_transport.client.ports import PortKey, Source, blames_port
 from ucxx_transport.errors import ChecksumError, ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool
-    from ucxx_transport.client.connection import Connection
+    from ucxx_transport.client.errands import Discard, Take
     from ucxx_transport.client.jobs import Attempt
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
@@ -49,12 +46,11 @@ class Reads:
     """All jobs of a client that read over the link, and its connections.
 
     Attributes:
-        connections: to any port of any source. dispatch: gives reads their ports. failures: of attempts.
+        connections: to any port of any source. dispatch: gives reads their ports.
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
         orphans: attempts in flight that no read waits for, and late ones.
         takes: calls that take from a ring and have nothing yet.
-        now: the reactor's clock. call_at: its timers. read_attempts: as configured.
     """
 
     def __init__(
@@ -69,31 +65,23 @@ class Reads:
         membership: Membership | None = None,
     ) -> None:
         self.reader = reader
+        self.jobs: set[Job] = set()
         self.finished: list[Job] = []
         self.orphans: set[Attempt] = set()
         self.takes: set[Take] = set()
-        self.connections = Connections(config, reactor, self, counters=counters, lend=pool.lend)
-        self._schemas = self.connections.schemas
+        self.connections = Connections(config, reactor, counters=counters, lend=pool.lend, connect=self._connect)
+        self.dispatch = Dispatch(self, self.connections)
         self.now = reactor.now
-        self.call_at = reactor.call_at
+        self._schemas = self.connections.schemas
         self._counters = counters
         self._claim = claim
         self._membership = membership
         self._gone: Collection[bytes] = () if membership is None else membership.gone
         self._verify_checksum = config.verify_checksum
-        self.read_attempts = config.read_attempts
-        self.jobs: set[Job] = set()
-        self.failures = Failures(self, reactor, counters, config.read_attempts)
-        self.dispatch = Dispatch(
-            config, self.connections, first=reader, now=self.now, look_at=self.failures.look_at, counters=counters
-        )
         self._settling = False
-        # As `roles.Engine` and `takes.Taking` have them.
-        self.attempt_due_s = self.failures.attempt_due_s
-        self.connection_lost = self.failures.connection_lost
-        self.reassign = self.dispatch.reassign
-        self.next_port = self.dispatch.next_port
-        self.source_of = self.dispatch.sources.of
+
+    def _connect(self, key: PortKey) -> Connection:
+        return Connection(self.connections, self.dispatch, self, key)
 
     @property
     def in_flight(self) -> int:
@@ -102,12 +90,16 @@ class Reads:
 
     # --- Calls ---
 
+    def hear(self) -> None:
+        """Take in what a watcher has reported."""
+        if self._membership is not None and self._membership.news:
+            self._membership.apply(self, self.dispatch, self.takes)
+
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
         now = self.now()
-        if self._membership is not None and self._membership.news:
-            self._membership.apply(self)
-        groups: dict[Source[Read], list[Read]] = {}
+        self.hear()
+        groups: dict[Source, list[Read]] = {}
         self.jobs.add(job)
         for index in indices:
             ref = job.refs[index]
@@ -116,7 +108,7 @@ class Reads:
                 message = "this reference carries no address to read from; start the UCXXServer before writing"
                 self._fail_at(job, index, ConfigError(message, ring=ref.ring_name))
                 continue
-            source = self.dispatch.sources.of(host, ref.ports)
+            source = self.dispatch.ports.source(host, ref.ports)
             read = Read(job, index, ref, source)
             if ref.ring_id in self._gone:
                 self._fail_at(job, index, removed(ref))
@@ -143,7 +135,7 @@ class Reads:
         """`start` for a job of one; what is usual in few steps, for a read of 4 KiB costs no more than they do."""
         ref = job.refs[0]
         now = self.now()
-        source = self.dispatch.sources.known.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
+        source = self.dispatch.ports.sources.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
         membership = self._membership
         has_news = membership is not None and (membership.news or ref.ring_id in membership.gone)
         if not (source is None or source.under_way or self.dispatch.wary or job.until_s <= now or has_news):
@@ -165,7 +157,7 @@ class Reads:
                 read = Read(job, 0, ref, source)
                 read.place = "asked"
                 due_s = job.until_s
-                if ports > 1 or self.read_attempts > 1:
+                if ports > 1 or self.dispatch.read_attempts > 1:
                     due_s = (now + due_s) / 2
                     if ports > 1:
                         read.alternate = keys[(first + 1) % ports]
@@ -173,10 +165,10 @@ class Reads:
                 source.under_way = 1
                 self.jobs.add(job)
                 job.reads.append(read)
-                if due_s < self.failures.look_s:
-                    self.failures.look_at(due_s)
+                if due_s < self.dispatch.look_s:
+                    self.dispatch.look_at(due_s)
                 connection.expect_one(read, number, due_s)
-                if self.dispatch.again or self.dispatch.moved or self.finished:
+                if self.dispatch.again or self.finished:
                     self.settle()
                 return
         self.start(job, (0,))
@@ -195,37 +187,23 @@ class Reads:
                 outcome.release()
         self.settle()
 
-    def discard(self, call: Discard, rings: Sequence[Sequence[SlotRef]]) -> None:
-        """Have payloads discarded, given by ring."""
-        for refs in rings:
-            host, ports = refs[0].host, refs[0].ports
-            if host is not None and ports:
-                RingDiscard(call, refs, self.connections, partial(self.next_port, host, ports)).ask()
-        call.one_over()
+    def discard(self, call: Discard) -> None:
+        """Have payloads discarded."""
+        call.begin(self.dispatch)
+
+    def end_discards(self) -> None:
+        """Wait for no discard any more: what has not been heard is owed."""
+        for listener in tuple(self.connections.listeners):
+            listener.end()
 
     def take(self, take: Take) -> None:
         """Have payloads taken."""
-        if self._membership is not None and self._membership.news:
-            self._membership.apply(self)
-        self.takes.add(take)
-        if take.request.source.ring_id in self._gone:
-            take.fail(removed(take.request.source))
+        self.hear()
+        if take.source.ring_id in self._gone:
+            take.fail(removed(take.source))
         else:
-            take.begin(self)
-
-    def begin_taken(self, job: Job, source: Source[Read]) -> None:
-        """The reads of a job are under way already: their server has picked them."""
-        self.jobs.add(job)
-        source.under_way += len(job.reads)
-
-    def connection_to(self, key: PortKey) -> Connection:
-        """The connection to a port, for something else than a read."""
-        return self.connections.to(key, self.now())
-
-    def blame(self, key: PortKey, error: TransportError) -> None:
-        """Something else than a read has failed at a port."""
-        if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
-            self.dispatch.quarantine(key, error)
+            take.bind(self, self.dispatch, self.takes)
+            take.begin()
 
     def fail_all(self, error: TransportError) -> None:
         """Fail every job."""
@@ -235,9 +213,8 @@ class Reads:
                     self.fail(read, copy_of(error))
         for take in tuple(self.takes):
             take.fail(copy_of(error))
+        self.end_discards()
         self.settle()
-
-    # --- Which port ---
 
     # --- What a connection reports ---
 
@@ -272,13 +249,13 @@ class Reads:
         except TransportError as error:
             error.__traceback__ = None  # its frames hold the payload
             if isinstance(error, ChecksumError):
-                self.failures.failed(read, error)
+                self.dispatch.failed(read, error)
                 return False
             self.fail(read, error)
             return True
         self._counters.delivered("ucx", ref.nbytes, time.perf_counter() - job.began_s)
         outcome = payload if job.into is None and job.on_payload is None else self._passed_on(job, read.index, payload)
-        if read.attempt is not None or read.source.probe is read:
+        if read.attempt is not None:
             self._over(read, outcome)
             return True
         read.job = None  # as `_over`
@@ -332,10 +309,10 @@ class Reads:
         if read.attempt is not attempt:
             return  # the read has gone on without it
         read.attempt = None
-        if judge_port(error) is PortVerdict.ROTATE_AND_QUARANTINE:
+        if blames_port(error):
             self.dispatch.quarantine(attempt.connection.key, error)
         read.source.advance()
-        self.failures.failed(read, error)
+        self.dispatch.failed(read, error)
 
     def no_memory(self, read: Read, error: TransportError) -> None:
         """There is no buffer for a read."""
@@ -365,9 +342,9 @@ class Reads:
             read.attempt = None
             attempt.read = None
             self.orphans.add(attempt)
-            self.failures.look_at(attempt.due_s)
-        if source.probe is read:
-            self.dispatch.probe_over(source)
+            self.dispatch.look_at(attempt.due_s)
+        if self.dispatch.wary:
+            self.dispatch.read_over(read)
         job.outcomes[read.index] = outcome
         job.left -= 1
         if not job.left:
@@ -378,12 +355,12 @@ class Reads:
     def settle(self) -> None:
         """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""
         dispatch = self.dispatch
-        if self._settling or not (dispatch.again or dispatch.moved or self.finished):
+        if self._settling or not (dispatch.again or self.finished):
             return
         self._settling = True
         try:
             while True:
-                if dispatch.again or dispatch.moved:
+                if dispatch.again:
                     dispatch.run()
                 elif self.finished:
                     if self.connections.ending:

@@ -11,27 +11,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 
 from ucxx_transport.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ucxx_transport.client.jobs import Call
     from ucxx_transport.link.reactor import Reactor
 
 TURN_S: Final = 0.001
 """The reactor gives the loop back after this at the latest."""
-
-
-class Call(Protocol):
-    """What a task waits for."""
-
-    @property
-    def done(self) -> bool: ...
-
-    on_done: Callable[[Any], object] | None
 
 
 class Waiter(Protocol):

@@ -8,6 +8,8 @@ from tests.support.exchange_rig import open_rig
 from tests.support.local_worker import LocalWorker
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.client.core import ClientCore
+from ucxx_transport.testing.faults import Hold
 
 EPISODE = bytes(5000)
 
@@ -58,6 +60,25 @@ def test_a_server_that_cannot_be_asked_hears_of_it_with_the_next_read() -> None:
         client.consume(refs[3])
         rig.settle()
         assert rig.ring.slot_states().count(SlotState.FREE) == rig.ring.slots
+
+
+def test_a_discard_is_over_when_its_client_is_closed_or_has_to_begin_again() -> None:
+    with open_rig(ports=1) as rig:
+        for end in (ClientCore.fail_all, ClientCore.repair):
+            client = rig.client()
+            ref = rig.write(EPISODE)
+            rig.faults_of(1).hold = hold = Hold()
+            call = client.core.discard_call([ref], 600.0)
+            client.core.reads.discard(call)
+            rig.settle()
+            assert not call.done
+            end(client.core)
+            assert (call.done, call.found) == (True, 0)
+            rig.faults_of(1).hold = None
+            hold.set()
+            client.consume(rig.write(EPISODE))
+            rig.settle()
+            assert rig.states(ref) == [SlotState.FREE], "what was not heard has been said with the read"
 
 
 @pytest.mark.parametrize("local", ["view", "copy"])

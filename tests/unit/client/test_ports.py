@@ -6,88 +6,75 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.rows import row
-from ucxx_transport.client.ports import (
-    REMEMBERED_SOURCES,
-    SPREAD_BYTES,
-    SPREAD_READS,
-    Quarantine,
-    Source,
-    Sources,
-    shares,
-)
+from ucxx_transport.client.ports import REMEMBERED_SOURCES, SPREAD_BYTES, SPREAD_READS, Ports, shares
 
 HOST = "10.0.0.1"
 PORTS = (5001, 5002, 5003, 5004)
+KEYS = tuple((HOST, port) for port in PORTS)
 
 
-def quarantine_of(*ports: int) -> Quarantine:
-    quarantine = Quarantine(30.0)
-    for port in ports:
-        quarantine.add((HOST, port), 0.0)
-    return quarantine
-
-
-def source_of(*ports: int, first: int = 0) -> Source[object]:
-    sources: Sources[object] = Sources(first)
-    return sources.of(HOST, ports or PORTS)
-
-
-def due(source: Source[object], *, alone: bool = True, sick: tuple[int, ...] = ()) -> int:
-    keys = source.healthy(quarantine_of(*sick), 1.0)
+def due(ports: Ports, *, alone: bool = True, sick: tuple[int, ...] = ()) -> int:
+    """The port that is due at second 1, where some have failed at second 0."""
+    for port in sick:
+        ports.quarantine((HOST, port), 0.0)
+    source = ports.source(HOST, PORTS)
+    keys = ports.healthy(source, 1.0)
     return keys[source.first(keys, alone=alone)][1]
 
 
 def test_reads_that_overlap_take_the_ports_in_turn() -> None:
-    source = source_of()
-    assert [due(source, alone=number == 0) for number in range(6)] == [5001, 5002, 5003, 5004, 5001, 5002]
+    ports = Ports(30.0)
+    assert [due(ports, alone=number == 0) for number in range(6)] == [5001, 5002, 5003, 5004, 5001, 5002]
 
 
 def test_a_read_that_is_alone_stays_at_the_port_that_served_the_last() -> None:
-    source = source_of()
-    assert [due(source) for _ in range(3)] == [5001, 5001, 5001]
-    assert [due(source, alone=False) for _ in range(3)] == [5002, 5003, 5004]
-    assert [due(source) for _ in range(3)] == [5004, 5004, 5004]
+    ports = Ports(30.0)
+    assert [due(ports) for _ in range(3)] == [5001, 5001, 5001]
+    assert [due(ports, alone=False) for _ in range(3)] == [5002, 5003, 5004]
+    assert [due(ports) for _ in range(3)] == [5004, 5004, 5004]
 
 
 def test_ports_in_quarantine_are_stepped_over_and_their_share_goes_to_all_others() -> None:
-    source = source_of()
-    taken = [due(source, alone=False, sick=(5002,)) for _ in range(300)]
+    ports = Ports(30.0)
+    taken = [due(ports, alone=False, sick=(5002,)) for _ in range(300)]
     assert {port: taken.count(port) for port in PORTS} == {5001: 100, 5002: 0, 5003: 100, 5004: 100}
 
 
 def test_a_source_whose_ports_are_all_in_quarantine_has_no_healthy_one() -> None:
-    source = source_of()
-    assert source.healthy(quarantine_of(*PORTS), 1.0) == ()
-    assert source.healthy(quarantine_of(*PORTS), 31.0) == source.keys
+    ports = Ports(30.0)
+    for key in KEYS:
+        ports.quarantine(key, 0.0)
+    assert ports.healthy(ports.source(HOST, PORTS), 1.0) == ()
+    assert ports.healthy(ports.source(HOST, PORTS), 31.0) == KEYS
 
 
 def test_a_failed_attempt_makes_the_next_port_due() -> None:
-    source = source_of()
-    source.advance()
-    assert due(source) == 5002
+    ports = Ports(30.0)
+    ports.source(HOST, PORTS).advance()
+    assert due(ports) == 5002
 
 
 def test_clients_differ_in_the_port_they_begin_with() -> None:
-    assert [due(source_of(first=first)) for first in range(5)] == [5001, 5002, 5003, 5004, 5001]
-    assert due(source_of(first=2**63 - 1)) == 5004
+    assert [due(Ports(30.0, first)) for first in range(5)] == [5001, 5002, 5003, 5004, 5001]
+    assert due(Ports(30.0, 2**63 - 1)) == 5004
 
 
 def test_sources_rotate_independently() -> None:
-    sources: Sources[object] = Sources()
-    busy, quiet = sources.of("busy", PORTS), sources.of("quiet", PORTS)
+    ports = Ports(30.0)
+    busy, quiet = ports.source("busy", PORTS), ports.source("quiet", PORTS)
     for _ in range(3):
         busy.first(busy.keys, alone=False)
     assert (busy.first(busy.keys, alone=True), quiet.first(quiet.keys, alone=True)) == (3, 0)
-    assert sources.of("busy", PORTS) is busy
+    assert ports.source("busy", PORTS) is busy
 
 
 def test_sources_remembered_are_bounded_and_the_longest_unused_is_forgotten() -> None:
-    sources: Sources[object] = Sources()
+    ports = Ports(30.0)
     for host in ("first", "kept"):
-        sources.of(host, PORTS).advance()
+        ports.source(host, PORTS).advance()
     for number in range(REMEMBERED_SOURCES - 1):
-        sources.of(f"host-{number}", PORTS)
-    kept, first = sources.of("kept", PORTS), sources.of("first", PORTS)
+        ports.source(f"host-{number}", PORTS)
+    kept, first = ports.source("kept", PORTS), ports.source("first", PORTS)
     assert (kept.first(kept.keys, alone=True), first.first(first.keys, alone=True)) == (1, 0)
 
 
@@ -115,45 +102,47 @@ def test_shares_are_of_all_reads_and_even(count: int, nbytes: int, ports: int) -
 
 
 def test_a_port_is_avoided_for_the_whole_duration_and_not_longer() -> None:
-    quarantine = Quarantine(30.0)
-    quarantine.add((HOST, 5001), 100.0)
-    assert quarantine.holds((HOST, 5001), 100.0)
-    assert quarantine.holds((HOST, 5001), 129.999)
-    assert not quarantine.holds((HOST, 5001), 130.0)
+    ports = Ports(30.0)
+    ports.quarantine((HOST, 5001), 100.0)
+    assert ports.avoids((HOST, 5001), 100.0)
+    assert ports.avoids((HOST, 5001), 129.999)
+    assert not ports.avoids((HOST, 5001), 130.0)
 
 
 def test_a_further_failure_restarts_the_duration() -> None:
-    quarantine = Quarantine(30.0)
-    quarantine.add((HOST, 5001), 100.0)
-    quarantine.add((HOST, 5001), 120.0)
-    assert quarantine.holds((HOST, 5001), 149.0)
+    ports = Ports(30.0)
+    ports.quarantine((HOST, 5001), 100.0)
+    ports.quarantine((HOST, 5001), 120.0)
+    assert ports.avoids((HOST, 5001), 149.0)
 
 
 def test_only_the_port_that_failed_is_avoided() -> None:
-    quarantine = Quarantine(30.0)
-    quarantine.add((HOST, 5001), 100.0)
-    assert not quarantine.holds((HOST, 5002), 100.0)
-    assert not quarantine.holds(("10.0.0.2", 5001), 100.0)
+    ports = Ports(30.0)
+    ports.quarantine((HOST, 5001), 100.0)
+    assert not ports.avoids((HOST, 5002), 100.0)
+    assert not ports.avoids(("10.0.0.2", 5001), 100.0)
 
 
 def test_a_port_that_served_a_read_is_forgiven() -> None:
-    quarantine = Quarantine(30.0)
-    quarantine.add((HOST, 5001), 100.0)
-    quarantine.forgive((HOST, 5001))
-    quarantine.forgive((HOST, 5002))
-    assert not quarantine.holds((HOST, 5001), 100.0)
+    ports = Ports(30.0)
+    ports.quarantine((HOST, 5001), 100.0)
+    ports.forgive((HOST, 5001))
+    ports.forgive((HOST, 5002))
+    assert not ports.avoids((HOST, 5001), 100.0)
 
 
 def test_a_duration_of_zero_avoids_nothing() -> None:
-    quarantine = Quarantine(0.0)
-    quarantine.add((HOST, 5001), 100.0)
-    assert not quarantine.holds((HOST, 5001), 100.0)
+    ports = Ports(0.0)
+    ports.quarantine((HOST, 5001), 100.0)
+    assert not ports.avoids((HOST, 5001), 100.0)
 
 
-def test_what_has_expired_is_forgotten() -> None:
-    quarantine = Quarantine(30.0)
+def test_whether_any_port_is_avoided_is_known_until_the_last_one_is_not() -> None:
+    ports = Ports(30.0)
+    assert not ports.avoids_any(0.0)
     for number in range(100):
-        quarantine.add(("10.0.0.1", number), float(number))
-    quarantine.prune(100.0)
-    assert len(quarantine) == 29
-    assert quarantine.holds(("10.0.0.1", 99), 100.0)
+        ports.quarantine((HOST, number), float(number))
+    ports.quarantine((HOST, 0), 100.0)
+    assert ports.avoids_any(129.0)
+    ports.forgive((HOST, 0))
+    assert not ports.avoids_any(129.0)

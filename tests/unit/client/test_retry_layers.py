@@ -13,6 +13,7 @@ import pytest
 from tests.support.exchange_rig import ExchangeRig, SilentPeer, open_rig
 from tests.support.rows import row
 from ucxx_transport.client import Payload
+from ucxx_transport.client.connections import CONNECTS_AT_ONCE
 from ucxx_transport.client.ports import PROBE_S
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import (
@@ -470,12 +471,56 @@ def test_reads_with_hardly_any_time_leave_a_connection_to_those_that_follow() ->
         assert (statistics.connections, statistics.quarantined) == (1, 0)
 
 
+def test_many_first_connects_take_turns_and_no_port_is_blamed_for_the_wait(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    ring = RingConfig(slots=64, slot_bytes=8192, prefault=False)
+    with open_rig(ports=40, ring=ring) as rig:
+        client = rig.client(connect_timeout_s=1.0)
+        refs, hold = [], Hold()
+        for number in range(1, 41):
+            rig.publish(number)
+            refs.append(rig.write(EPISODE))
+            rig.faults_of(number).hold = hold
+        job = client.begin(*refs, deadline_s=60.0)
+        connected = []
+        for until_s in (0.2, 0.3, 0.6):
+            rig.advance(until_s - (rig.now_s - 1000.0))
+            connected.append(client.link.statistics().endpoints_connected)
+        assert connected == [CONNECTS_AT_ONCE, 2 * CONNECTS_AT_ONCE, 40]
+        assert [event["event"] for event in log_events] == ["connects_queued"]
+        rig.advance(0.5)  # the first ones have had their time; the last ones began later
+        assert client.counts.quarantined == CONNECTS_AT_ONCE
+        hold.set()
+        assert all(isinstance(outcome, Payload) for outcome in client.outcomes(job))
+
+
+def test_sources_that_never_answer_hold_up_a_first_connect_to_another_one_only_briefly() -> None:
+    ring = RingConfig(slots=64, slot_bytes=8192, prefault=False)
+    with open_rig(ports=40, ring=ring) as rig:
+        client = rig.client(connect_timeout_s=5.0)
+        refs = []
+        for number in range(1, 41):
+            rig.publish(number)
+            refs.append(rig.write(EPISODE))
+            rig.faults_of(number).hold = Hold() if number < 40 else None
+        began_s = rig.now_s
+        job = client.begin(*refs, deadline_s=8.0)
+        rig.run_until(lambda: job.outcomes[-1] is not None)
+        assert rig.now_s - began_s <= 0.5
+        client.abandon(job)
+        for number in range(1, 40):
+            hold, rig.faults_of(number).hold = rig.faults_of(number).hold, None
+            assert hold is not None
+            hold.set()
+
+
 def test_every_time_limit_of_a_call_is_checked_where_it_comes_in() -> None:
     with open_rig(ports=1) as rig:
         client = rig.client()
         for given in (-1, -0.001, float("nan"), float("inf"), "soon", "", True, b"5s", [1]):
             with row(given=given):
-                for call in (client.core.begin, client.core.begin_discard):
+                for call in (client.core.begin, client.core.discard_call):
                     with pytest.raises(ConfigError, match="deadline_s") as caught:
                         call([], given)  # type: ignore[arg-type]  # what is refused
                     assert caught.value.facts["field"] == "deadline_s"

@@ -9,11 +9,11 @@ from tests.support.rows import row
 from ucxx_transport.client.ports import (
     BACKOFF_LIMIT_S,
     SHORTEST_ATTEMPT_S,
-    PortVerdict,
     attempt_budget_s,
     backoff_s,
-    judge_port,
+    blames_port,
     retries_slot,
+    rotates,
 )
 from ucxx_transport.errors import (
     AuthenticationError,
@@ -29,10 +29,11 @@ from ucxx_transport.errors import (
     TransportError,
 )
 
-QUARANTINE, ROTATE, PROPAGATE = PortVerdict.ROTATE_AND_QUARANTINE, PortVerdict.ROTATE, PortVerdict.PROPAGATE
+QUARANTINE, ROTATE, PROPAGATE = (True, True), (False, True), (False, False)
 
-# The module's own table: the port layer's verdict, whether the slot layer repeats, whether it waits first.
-TABLE: dict[type[TransportError], tuple[PortVerdict, bool, bool]] = {
+# The module's own table: whether the port is blamed and whether the next one is tried, whether the slot layer repeats,
+# whether it waits first.
+TABLE: dict[type[TransportError], tuple[tuple[bool, bool], bool, bool]] = {
     PeerLostError: (QUARANTINE, True, False),
     DeadlineExceededError: (QUARANTINE, True, False),
     BusyError: (ROTATE, True, True),
@@ -50,7 +51,7 @@ def test_each_failure_is_judged_as_the_table_says() -> None:
     for cls, (verdict, repeats, waits) in TABLE.items():
         with row(cls=cls):
             error = cls("it failed")
-            assert judge_port(error) is verdict
+            assert (blames_port(error), rotates(error)) == verdict
             assert retries_slot(error, attempt=1, read_attempts=2, remaining_s=5.0) is repeats
             assert (backoff_s(error, 1) > 0) is waits
 

@@ -12,8 +12,8 @@ from tests.support.port_beside import port_beside
 from tests.support.rows import row
 from tests.support.source_records import record
 from ucxx_transport.client import Payload
+from ucxx_transport.client.errands import Take
 from ucxx_transport.client.ports import Takeable
-from ucxx_transport.client.takes import Take
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -25,7 +25,9 @@ RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 
 def begin(client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
-    return client.core.begin_take(client.core.take_request(source, wait_s=wait_s, **values))  # type: ignore[arg-type]
+    take = client.core.take_call(source, wait_s=wait_s, **values)  # type: ignore[arg-type]
+    client.core.reads.take(take)
+    return take
 
 
 def taken(rig: ExchangeRig, client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> list[Payload]:
@@ -224,7 +226,7 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
         assert rig.ring.statistics().ready == 3
         gc.collect()
         assert client.counts.lent_buffers == 0
-        assert contents(taken(rig, client, take.request.source)) == [b"\1", b"\2", b"\3"]
+        assert contents(taken(rig, client, take.source)) == [b"\1", b"\2", b"\3"]
 
 
 def test_a_duplicate_that_a_lost_end_allows_is_not_delivered_again() -> None:
