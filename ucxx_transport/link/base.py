@@ -66,83 +66,31 @@ DATA_PORT_SILENT: Final = (
 """What to add to the error of a connection that is not up in time, where `Endpoint.listener_has_answered`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LinkStatistics:
-    """Counters of one link since it was opened.
+    """Counts of one link since it was opened.
 
     Attributes:
-        endpoints_connected: connections this side opened.
-        endpoints_accepted: connections its listeners took.
-        accepts_failed: connections that failed while its listeners took them.
-        endpoints_open: of both, those not closed yet.
-        sends: sends posted.
-        receives: receives posted.
-        sent_bytes: bytes of the completed sends.
-        posted_receive_bytes: sizes of the buffers of completed receives (messages may have been shorter).
+        endpoints_open: connections that are not closed yet.
         in_flight: operations posted and not completed.
-        failed: operations that completed with an error, whatever its kind.
-        truncated: of those, messages longer than their buffer.
+        accepts_failed: connections that failed while its listeners took them.
         peers_lost: endpoints whose peer went away before this side closed them.
         leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
-        leaked_bytes: their size.
-        progress_turns: calls of `progress`.
+        turns: calls of `progress`.
         sleeps: times the link was armed for a sleep.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
         suppressed_errors: errors of clean-up that no caller could be given.
     """
 
-    endpoints_connected: int = 0
-    endpoints_accepted: int = 0
-    accepts_failed: int = 0
     endpoints_open: int = 0
-    sends: int = 0
-    receives: int = 0
-    sent_bytes: int = 0
-    posted_receive_bytes: int = 0
     in_flight: int = 0
-    failed: int = 0
-    truncated: int = 0
+    accepts_failed: int = 0
     peers_lost: int = 0
     leaked_buffers: int = 0
-    leaked_bytes: int = 0
-    progress_turns: int = 0
+    turns: int = 0
     sleeps: int = 0
     unexpected_messages: int = 0
     suppressed_errors: int = 0
-
-
-class Counters:
-    """The counts behind `LinkStatistics`, plain integers. One thread writes them; any may take a snapshot."""
-
-    __slots__ = ("ended", *(name for name in LinkStatistics.__dataclass_fields__ if name != "in_flight"))
-
-    endpoints_connected: int
-    endpoints_accepted: int
-    accepts_failed: int
-    endpoints_open: int
-    sends: int
-    receives: int
-    sent_bytes: int
-    posted_receive_bytes: int
-    ended: int
-    failed: int
-    truncated: int
-    peers_lost: int
-    leaked_buffers: int
-    leaked_bytes: int
-    progress_turns: int
-    sleeps: int
-    unexpected_messages: int
-    suppressed_errors: int
-
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
-
-    def snapshot(self) -> LinkStatistics:
-        """The counters as they are now."""
-        counted = {name: getattr(self, name) for name in self.__slots__ if name != "ended"}
-        return LinkStatistics(in_flight=self.sends + self.receives - self.ended, **counted)
 
 
 class Operation(Protocol):

@@ -1,4 +1,4 @@
-"""What is in flight over one link, and how its ends are found.
+"""What is in flight over one link, how its ends are found, and what else its endpoints and listeners share.
 
 UCX's requests say whether they are over when asked, so they are asked after progress moved something. That is bounded:
 
@@ -11,15 +11,20 @@ UCX's requests say whether they are over when asked, so they are asked after pro
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Counters, OnDone, Timer, Timers
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, Timer, Timers, byte_view
+from ucxx_transport.link.settings import limits_in_words, loopback_only
 from ucxx_transport.link.translate import Translator
 from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
+from ucxx_transport.link.ucx_hello import CHANNEL_BITS
+from ucxx_transport.link.ucx_process import keep_for_good
 
 IDLE_ENDPOINTS: Final = 4
 HOT_ENDPOINTS: Final = 64
@@ -28,18 +33,11 @@ FULL_EVERY: Final = 16
 ENDS_AT_ONCE: Final = 64
 EVERYTHING: Final = 1 << 30
 
-RECEIVE, SEND, HELLO = range(3)
+STRAYS_EVERY: Final = 8
+"""Turns in which something moved between two looks for unexpected messages: at 64 KiB each some 16 MiB of them."""
 
-
-class UCXXMessage:
-    """See `base.Message`."""
-
-    __slots__ = ("array", "nbytes", "writable")
-
-    def __init__(self, view: memoryview, array: UcxArray) -> None:
-        self.array = array
-        self.nbytes = view.nbytes
-        self.writable = not view.readonly
+UNEXPECTED_AT_ONCE: Final = 4096
+"""Unexpected messages are cleared away this many at a time, so that a flood cannot hold the thread."""
 
 
 class UCXXOperation:
@@ -48,30 +46,40 @@ class UCXXOperation:
     Attributes:
         request: UCX's; None before it was asked, and when it is over.
         array: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
-        kind: RECEIVE, SEND or HELLO; of the last, either direction, nothing is counted.
         channel: of a receive; -1 else.
         follower: the next receive of its channel.
     """
 
-    __slots__ = ("array", "channel", "completed", "error", "follower", "kind", "nbytes", "on_done", "request")
+    __slots__ = ("array", "channel", "completed", "error", "follower", "nbytes", "on_done", "request")
 
     def __init__(
-        self,
-        kind: int,
-        array: UcxArray,
-        nbytes: int,
-        on_done: OnDone | None,
-        request: UcxRequest | None,
+        self, array: UcxArray | None, nbytes: int, on_done: OnDone | None, request: UcxRequest | None, channel: int = -1
     ) -> None:
-        self.kind = kind
-        self.array: UcxArray | None = array
+        self.array = array
         self.nbytes = nbytes
         self.on_done = on_done
         self.request = request
-        self.channel = -1
+        self.channel = channel
         self.completed = False
         self.error: TransportError | None = None
         self.follower: UCXXOperation | None = None
+
+
+class UCXXMessage:
+    """See `base.Message`.
+
+    Attributes:
+        sent: what a send of it that has left at once is.
+    """
+
+    __slots__ = ("array", "nbytes", "sent", "writable")
+
+    def __init__(self, view: memoryview, array: UcxArray) -> None:
+        self.array = array
+        self.nbytes = view.nbytes
+        self.writable = not view.readonly
+        self.sent = UCXXOperation(None, view.nbytes, None, None)
+        self.sent.completed = True
 
 
 class Posted:
@@ -90,12 +98,12 @@ class Posted:
         self.sends: list[UCXXOperation] = []
         self.newest: dict[int, UCXXOperation] = {}
 
-    def take_outcome(self, operation: UCXXOperation) -> None:
-        """An operation is over: its buffer is free."""
+    def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
+        """An operation has ended in an error."""
         raise NotImplementedError
 
     def search(self, misses: int) -> bool:
-        """Call back what has ended; whether anything has. See `ucx_flight`.
+        """Call back what has ended; whether anything has. See the module.
 
         Args:
             misses: how many of the receives, and of the sends, may be in progress.
@@ -107,18 +115,25 @@ class Posted:
                 operation = flight[index]
                 request = operation.request
                 assert request is not None  # in flight
-                if request.status == IN_PROGRESS:
+                status = request.status
+                if status == IN_PROGRESS:
                     index += 1
                     if index > misses:
                         break
                     continue
                 found += 1
-                if operation.follower is None:
+                follower, operation.follower = operation.follower, None
+                while follower is not None and follower.completed:
+                    follower = follower.follower
+                if follower is not None:
+                    flight[index] = follower
+                else:
                     del flight[index]
                     self.newest.pop(operation.channel, None)
-                else:
-                    self._replace(flight, index, operation)
-                self.take_outcome(operation)
+                operation.request = operation.array = None
+                operation.completed = True
+                if status:
+                    self.note_failure(operation, request)
                 on_done, operation.on_done = operation.on_done, None
                 if on_done is not None:
                     on_done(operation)
@@ -126,17 +141,6 @@ class Posted:
                     self.cut_short = True
                     return True
         return found > 0
-
-    def _replace(self, flight: list[UCXXOperation], index: int, operation: UCXXOperation) -> None:
-        """An operation is over: the next one of its channel takes its place."""
-        follower, operation.follower = operation.follower, None
-        while follower is not None and follower.completed:
-            follower = follower.follower
-        if follower is not None:
-            flight[index] = follower
-        else:
-            del flight[index]
-            del self.newest[operation.channel]
 
     def in_flight(self) -> list[UCXXOperation]:
         """All that has not ended."""
@@ -166,15 +170,6 @@ class Flight:
         self.overlooked = False
         self.searches = 0
 
-    def add(self, endpoint: Posted) -> None:
-        """Look at this one, too."""
-        self.endpoints[endpoint] = self.order[endpoint] = None
-
-    def remove(self, endpoint: Posted) -> None:
-        """It is closed."""
-        del self.endpoints[endpoint]
-        self.order.pop(endpoint, None)
-
     def search(self, *, everywhere: bool) -> bool:
         """Call back what has ended; whether anything has.
 
@@ -183,10 +178,10 @@ class Flight:
         """
         self.searches += 1
         order = self.order
+        misses = MISSES
         if everywhere or self.searches % FULL_EVERY == 0:
-            misses, endpoints = EVERYTHING, tuple(reversed(order))
-        else:
-            misses, endpoints = MISSES, tuple(islice(reversed(order), HOT_ENDPOINTS))
+            misses = EVERYTHING
+        endpoints = tuple(reversed(order) if misses == EVERYTHING else islice(reversed(order), HOT_ENDPOINTS))
         overlooked = len(endpoints) < len(order)
         self.overlooked = True  # until it is through: a callback may raise
         found, idle = False, 0
@@ -205,37 +200,127 @@ class Flight:
             if len(endpoint.receives) > misses or len(endpoint.sends) > misses:
                 overlooked = True
         self.overlooked = overlooked
+        if self.searches % STRAYS_EVERY == 0:
+            self.discard_unexpected()
         return found
 
+    def discard_unexpected(self) -> None:
+        """Drop messages that no endpoint waits for."""
 
-class LinkContext(Protocol):
+
+class LinkState(Flight):
     """A `UCXXLink`, as its endpoints and listeners see it.
 
     Attributes:
         ipv6: an address that listeners listen on, too.
+        make_array, make_tag: UCX's.
+        copies: by length, memory that small messages are sent from: UCX has taken them when a post returns.
         ready: what is to be called in the next turn, with its argument.
         cancel_due: operations of a broken connection are to be ended in the next turn.
         closing: the link is being closed, which the owners of its endpoints hear by their operations' ends alone.
+        lost: endpoints whose owners are to hear so. ending: those that are being closed, and when they end anyway.
+        listeners: that are open.
     """
 
-    binding: Binding
     worker: UcxWorker
-    ipv6: str | None
-    translator: Translator
-    counters: Counters
-    timers: Timers
-    flight: Flight
-    ready: deque[tuple[Callable[[Any], object], object]]
-    cancel_due: bool
-    closing: bool
+    settings: Mapping[str, str]
+    context: Any
 
-    def check_usable(self) -> None: ...
-    def message(self, buffer: object, /) -> UCXXMessage: ...
-    def adopt(self, endpoint: Any, /) -> None: ...
-    def note_lost(self, endpoint: Any, /) -> None: ...
-    def note_closing(self, endpoint: Any, /) -> None: ...
-    def forget_endpoint(self, endpoint: Any, /) -> None: ...
-    def forget_listener(self, listener: Any, /) -> None: ...
-    def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object, /) -> Timer: ...
-    def leak(self, operation: UCXXOperation, ucx: UcxEndpoint | None, /) -> None: ...
-    def explain_unreachable(self, error: TransportError, address: tuple[str, int] | None, /) -> TransportError: ...
+    def __init__(self, timers: Timers, binding: Binding, ipv6: str | None) -> None:
+        super().__init__()
+        self.timers = timers
+        self.ipv6 = ipv6
+        self.binding = binding
+        self.make_array = binding.make_array
+        self.make_tag = binding.lib.UCXXTag
+        self.translator = Translator(binding.lib)
+        self.counters = LinkStatistics()
+        self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
+        self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
+        self.cancel_due = False
+        self.closing = False
+        self.lost: deque[Any] = deque()
+        self.ending: dict[Any, Timer] = {}
+        self.listeners: set[Any] = set()
+        self.closed = self.forked = False
+        self._any_tag, self._any_mask = binding.lib.UCXXTag(0), binding.lib.UCXXTagMask(0)
+        self._bases: set[int] = set()
+        self.strays: list[tuple[UcxRequest, UcxArray]] = []
+
+    def check_usable(self) -> None:
+        """Refuse a closed link, and one of a parent process.
+
+        Raises:
+            ConfigError: it is one of these.
+        """
+        if self.forked:
+            raise ConfigError(FORKED)
+        if self.closed:
+            raise ConfigError(CLOSED)
+
+    def message(self, buffer: object) -> UCXXMessage:
+        self.check_usable()
+        view = byte_view(buffer, writable=False)
+        return UCXXMessage(view, self.make_array(view))
+
+    def adopt(self, endpoint: Any) -> None:
+        """Count an endpoint among the open ones."""
+        self.endpoints[endpoint] = self.order[endpoint] = None
+        self._bases.add(endpoint.base)
+
+    def note_lost(self, endpoint: Any) -> None:
+        """An endpoint's peer is gone: the next turn says so to its owner, when what had arrived is called back."""
+        self.lost.append(endpoint)
+        self.cancel_due = True
+
+    def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object) -> Timer:
+        """Call this in a turn, after a while."""
+        call = (action, argument)
+        return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(call))
+
+    def forget_endpoint(self, endpoint: Any) -> None:
+        """An endpoint is closed."""
+        del self.endpoints[endpoint]
+        self.order.pop(endpoint, None)
+        self._bases.discard(endpoint.base)
+        self.discard_unexpected()
+
+    def leak(self, operation: UCXXOperation, ucx: UcxEndpoint | None) -> None:
+        """Keep the buffer of an operation that never ends, for good."""
+        self.counters.leaked_buffers += 1
+        keep_for_good(operation, ucx)
+
+    def explain_unreachable(self, error: TransportError, address: tuple[str, int] | None) -> TransportError:
+        """The same error, or a ConfigError where it is this side's settings that leave no way to another host."""
+        if address is None or not isinstance(error, PeerLostError) or error.facts["reason"] != "unreachable":
+            return error
+        limits = limits_in_words(self.settings, os.environ)
+        if limits and loopback_only(self.context.info) and not ipaddress.ip_address(address[0]).is_loopback:
+            return ConfigError(
+                f"{limits} leaves UCX nothing but loopback; add an interface of this host", host=address[0]
+            )
+        return error
+
+    def discard_unexpected(self) -> None:
+        """Drop messages that no endpoint waits for: UCX would keep them until the worker's end.
+
+        They are what came to an endpoint that has been closed, or under a tag that never was one's: tags are matched in
+        the whole worker, so any peer may send such.
+        """
+        if self.strays:
+            self.strays = [stray for stray in self.strays if stray[0].status == IN_PROGRESS]
+        found = self.worker.tag_probe(self._any_tag, self._any_mask)
+        if not found.matched:
+            return
+        nowhere = self.make_array(bytearray(1))
+        for _ in range(UNEXPECTED_AT_ONCE):
+            tag = found.sender_tag
+            if tag.value >> CHANNEL_BITS in self._bases:
+                return  # its receive is about to be posted; what lies behind it is seen to next time
+            request = self.worker.tag_recv(nowhere, tag)
+            self.counters.unexpected_messages += 1
+            if request.status == IN_PROGRESS:  # UCX still refers to it: dropping it, or the array, could be a crash
+                self.strays.append((request, nowhere))
+            found = self.worker.tag_probe(self._any_tag, self._any_mask)
+            if not found.matched:
+                return

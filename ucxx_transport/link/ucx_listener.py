@@ -20,7 +20,7 @@ from ucxx_transport.link.base import OnEndpoint
 from ucxx_transport.link.libraries import loaded_library
 from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, endpoint_peer, request_peer
 from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
-from ucxx_transport.link.ucx_flight import LinkContext
+from ucxx_transport.link.ucx_flight import LinkState
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
@@ -99,7 +99,7 @@ class UCXXListener:
         on_endpoint: gets each connection, in a turn of the link, outside of UCX's callbacks.
     """
 
-    def __init__(self, link: LinkContext, port: int, on_endpoint: OnEndpoint) -> None:
+    def __init__(self, link: LinkState, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
         self._on_endpoint = on_endpoint
         self._arrived: deque[UcxEndpoint] = deque()
@@ -123,7 +123,7 @@ class UCXXListener:
             self._link.check_usable()
             self._closed = True
             self.hand_over()
-            self._link.forget_listener(self)
+            self._link.listeners.discard(self)
             self._release_if_unused()
 
     def note_request(self, request: int) -> None:
@@ -156,7 +156,6 @@ class UCXXListener:
             endpoint = UCXXEndpoint(self._link, ucx, peer, on_ended=self._endpoint_ended)
             self._open_endpoints += 1
             self._link.adopt(endpoint)
-            self._link.counters.endpoints_accepted += 1
             try:
                 endpoint.events = self._on_endpoint(endpoint)
             finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ucxx_transport.errors import PeerLostError, TransportError
-from ucxx_transport.link.base import Counters, EndpointEvents, LostReason, OnDone, byte_view, lost
+from ucxx_transport.link.base import EndpointEvents, LinkStatistics, LostReason, OnDone, byte_view, lost
 from ucxx_transport.testing.faults import Faults, Hold
 
 EAGER_BYTES = 8191
@@ -18,7 +18,7 @@ class EndpointLink(Protocol):
     """A `MemoryLink`, as its endpoints see it."""
 
     closing: bool
-    counters: Counters
+    counters: LinkStatistics
     endpoints: set[MemoryEndpoint]
 
     @property
@@ -114,6 +114,11 @@ class MemoryEndpoint:
         """Whether connecting goes further than to the listener, as `Faults.hang_connect` has it."""
         return self.waits_for_ever
 
+    @property
+    def in_flight(self) -> int:
+        """Operations posted and not completed."""
+        return len(self._in_flight)
+
     def connected(self, other: MemoryEndpoint) -> None:
         """The listener has taken the connection. In the link's own turn, as all that follows."""
         if not self.alive:
@@ -164,11 +169,6 @@ class MemoryEndpoint:
             raise lost("closed" if self._closed else "reset", peer=self.peer)
         view = byte_view(buffer.view if isinstance(buffer, MemoryMessage) else buffer, writable=not sending)
         operation = MemoryOperation(view, on_done, sending=sending)
-        counters = self.link.counters
-        if sending:
-            counters.sends += 1
-        else:
-            counters.receives += 1
         self._in_flight[operation] = None
         if not self.alive:
             self.link.call(self._end, operation, lost("closed", peer=self.peer))
@@ -218,15 +218,6 @@ class MemoryEndpoint:
         operation.error = error
         operation.view = None
         del self._in_flight[operation]
-        counters = self.link.counters
-        counters.ended += 1
-        if error is not None:
-            counters.failed += 1
-            counters.truncated += error.facts["reason"] == "truncated"
-        elif operation.sending:
-            counters.sent_bytes += operation.nbytes
-        else:
-            counters.posted_receive_bytes += operation.nbytes
 
     def _call_done(self, operation: MemoryOperation) -> None:
         on_done, operation.on_done = operation.on_done, None
@@ -253,9 +244,7 @@ class MemoryEndpoint:
 
     def _finish_close(self) -> None:
         self._end_all("closed")
-        for operation in self._in_flight:
-            self.link.counters.leaked_buffers += 1
-            self.link.counters.leaked_bytes += operation.nbytes
+        self.link.counters.leaked_buffers += len(self._in_flight)
         self._clean = not self._in_flight
         self.link.endpoints.discard(self)
         self.link.call(self._call_closed)

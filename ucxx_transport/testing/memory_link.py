@@ -14,13 +14,12 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.base import (
     CLOSED,
     FORKED,
-    Counters,
     EndpointEvents,
     LinkStatistics,
     OnEndpoint,
@@ -81,7 +80,6 @@ class MemoryListener:
             return
         far = MemoryEndpoint(self.link, f"memory:{id(near):x}", near)
         self.link.endpoints.add(far)
-        self.link.counters.endpoints_accepted += 1
         near.link.call(near.connected, far)
         self.link.call(far.accepted)
         try:
@@ -105,7 +103,7 @@ class MemoryLink:
         self.closed = False
         self.closing = False
         self.forked = False
-        self.counters = Counters()
+        self.counters = LinkStatistics()
         self.endpoints: set[MemoryEndpoint] = set()
         self._listeners: list[MemoryListener] = []
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
@@ -124,7 +122,6 @@ class MemoryLink:
         near.events = events
         near.waits_for_ever = self.network.faults.hang_connect
         self.endpoints.add(near)
-        self.counters.endpoints_connected += 1
         listener = self.network.listeners.get(port)
         if near.waits_for_ever:
             pass
@@ -153,7 +150,7 @@ class MemoryLink:
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.check_usable()
-        self.counters.progress_turns += 1
+        self.counters.turns += 1
         if self._armed:
             self._armed = False
             self._wakeup.drain()
@@ -174,8 +171,8 @@ class MemoryLink:
         return self._wakeup.fileno()
 
     def statistics(self) -> LinkStatistics:
-        self.counters.endpoints_open = len(self.endpoints)
-        return self.counters.snapshot()
+        in_flight = sum(endpoint.in_flight for endpoint in self.endpoints)
+        return replace(self.counters, endpoints_open=len(self.endpoints), in_flight=in_flight)
 
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""

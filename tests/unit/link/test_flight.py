@@ -14,8 +14,6 @@ from ucxx_transport.link.ucx_flight import (
     FULL_EVERY,
     HOT_ENDPOINTS,
     MISSES,
-    RECEIVE,
-    SEND,
     Flight,
     Posted,
     UCXXOperation,
@@ -30,17 +28,16 @@ class Side(Posted):
         self.flight = flight
         self.ended: list[str] = []
         self.asked = 0
-        flight.add(self)
+        flight.endpoints[self] = flight.order[self] = None
 
-    def post(self, name: str, kind: int = RECEIVE, channel: int = 0) -> Any:
-        """Post an operation; what UCX would know of it."""
+    def post(self, name: str, channel: int = 0) -> Any:
+        """Post a receive, or a send as channel -1; what UCX would know of it."""
         request = Request(self)
         array: Any = None
-        operation = UCXXOperation(kind, array, 1, lambda _: self.ended.append(name), request)
-        if kind == SEND:
+        operation = UCXXOperation(array, 1, lambda _: self.ended.append(name), request, channel)
+        if channel < 0:
             self.sends.append(operation)
         else:
-            operation.channel = channel
             before = self.newest.get(channel)
             if before is None:
                 self.receives.append(operation)
@@ -50,10 +47,6 @@ class Side(Posted):
         self.flight.order.pop(self, None)
         self.flight.order[self] = None
         return request
-
-    def take_outcome(self, operation: UCXXOperation) -> None:
-        operation.completed = True
-        operation.request = None
 
 
 class Request(SimpleNamespace):
@@ -92,7 +85,7 @@ def test_channels_and_directions_do_not_wait_for_each_other() -> None:
     flight = Flight()
     side = Side(flight)
     requests = {name: side.post(name, channel=channel) for channel, name in enumerate("abc")}
-    requests["send"] = side.post("send", SEND)
+    requests["send"] = side.post("send", -1)
     for name in ("c", "send"):
         requests[name].end()
         flight.search(everywhere=False)
