@@ -93,7 +93,7 @@ class RigClient:
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
         """As `SyncUCXXClient.discard`, but for the count."""
         call = self.core.discard_call(refs, deadline_s)
-        self.core.reads.discard(call)
+        self.core.discard(call)
         self._rig.run_until(lambda: call.done)
         return call.found
 

@@ -126,17 +126,17 @@ class UCXXClient:
         core = self._core
         core.require_usable()
         job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
-        remote = core.read_here(job)
-        if remote:
-            await self._run(job, partial(core.reads.start, job, remote))
+        remote, here = core.look_at(job, range(len(refs)))
+        if remote or here:
+            await self._run(job, partial(core.go_on, job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
     async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
         core = self._core
-        call = await to_thread.run_sync(core.discard_call, refs, deadline_s)  # it may wait for rings' locks
-        if call.rings:
-            await self._run(call, partial(core.reads.discard, call))
+        call = core.discard_call(refs, deadline_s)
+        if call.rings or call.here:
+            await self._run(call, partial(core.discard, call))
         return call.found
 
     async def take(

@@ -123,9 +123,9 @@ class SyncUCXXClient:
         core = self._core
         core.require_usable()
         job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
-        remote = core.read_here(job)
-        if remote:
-            self._lead.perform(job, Reads.start, job, remote)
+        remote, here = core.look_at(job, range(len(refs)))
+        if remote or here:
+            self._lead.perform(job, lambda _: core.go_on(job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
@@ -143,8 +143,8 @@ class SyncUCXXClient:
             ConfigError: the client is closed, or `deadline_s` is no duration.
         """
         call = self._core.discard_call(refs, deadline_s)
-        if call.rings:
-            self._lead.perform(call, Reads.discard, call)
+        if call.rings or call.here:
+            self._lead.perform(call, lambda _: self._core.discard(call))
         return call.found
 
     def take(

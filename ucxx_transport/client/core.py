@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.client.errands import Discard, Take
-from ucxx_transport.client.here import Here, Into
+from ucxx_transport.client.here import Entry, Here, Into, in_turn
 from ucxx_transport.client.jobs import Call, Job, OnPayload
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.reads import Reads
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Link, LinkFactory, Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
+
+FIRST_PAUSE_S: Final = 0.003
+LONGEST_PAUSE_S: Final = 0.1
+"""A ring whose lock was held is tried again after the first, then ever later."""
 
 
 class ClientCore(Here):
@@ -112,14 +117,40 @@ class ClientCore(Here):
         self.require_usable()
         limit_s = self.limit_s(deadline_s)
         job = Job(refs, self.reactor.now() + limit_s, on_done, on_payload, into)
-        remote = self.read_here(job)
-        if remote and len(refs) == 1:
+        self.go_on(job, *self.look_at(job, range(len(refs))))
+        return job
+
+    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[tuple[int, SharedRingBuffer]]) -> None:
+        """Do the rest of a job after `look_at`: what is asked of other hosts leaves before anything is copied here."""
+        if remote and len(job.refs) == 1:
             self.reads.start_one(job)
         elif remote:
             self.reads.start(job, remote)
+            here = in_turn(here, partial(self.read_at, job))
+        if here:
+            self.reads.jobs.add(job)
+        self._until_free(job, here, partial(self.read_at, job), over=partial(self.reads.here_over, job))
+
+    def _until_free(
+        self,
+        call: Call,
+        held: Sequence[tuple[Entry, SharedRingBuffer]],
+        visit: Callable[[Entry, SharedRingBuffer], bool],
+        *,
+        over: Callable[[], object],
+        pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
+        """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
+
+        def again() -> None:
+            if not call.done:
+                left = [] if self.closed else in_turn(held, visit)
+                self._until_free(call, left, visit, over=over, pause_s=min(2 * pause_s, LONGEST_PAUSE_S))
+
+        if held:
+            self.reactor.call_at(min(self.reactor.now() + pause_s, call.until_s), again)
         else:
-            job.finish()
-        return job
+            over()
 
     def discard_call(
         self,
@@ -127,17 +158,21 @@ class ClientCore(Here):
         deadline_s: float | str | None = None,
         on_done: Callable[[Any], object] | None = None,
     ) -> Discard:
-        """Let payloads of this host's rings go unread; the call's `begin` does so with the others, if there are any.
+        """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any.
 
         Raises:
             ConfigError: as for `begin`.
         """
         self.require_usable()
-        limit_s = self.limit_s(deadline_s)
-        until_s = self.reactor.now() + limit_s
-        found, elsewhere = self.discard_here(refs, limit_s)
-        self.counters.add("discarded", found)
-        return Discard(found, elsewhere, until_s, on_done)
+        call = Discard(self.reactor.now() + self.limit_s(deadline_s), on_done)
+        call.rings, call.here = self.look_at_discards(call, refs)
+        return call
+
+    def discard(self, call: Discard) -> None:
+        """Do the rest of a call of `discard_call`, as the reactor is run."""
+        call.left += 1
+        self.reads.discard(call)
+        self._until_free(call, call.here, partial(self.discard_at, call), over=call.one_over)
 
     def take_call(
         self,
@@ -178,6 +213,7 @@ class ClientCore(Here):
         if isinstance(call, Take):
             self.reads.takes.discard(call)
         if isinstance(job, Job):
+            job.done = True
             job.outcomes.clear()
             job.reads.clear()
             self.reads.jobs.discard(job)
@@ -204,7 +240,7 @@ class ClientCore(Here):
             job.reads.clear()
             missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
             job.left = len(missing)
-            self.reads.start(job, missing)  # which reports it at once when nothing is missing
+            self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
         for take in tuple(reads.takes):
             if take.job in begun_again:
                 take.bind(self.reads, self.reads.dispatch, self.reads.takes)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Carrier, Engine
     from ucxx_transport.link.base import Timer
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.wire.actions import Asked, Offered
     from ucxx_transport.wire.answers import Named
 
@@ -287,22 +288,17 @@ class Discard(Call):
 
     Attributes:
         found: how many were still there.
-        rings: those of other hosts, by ring.
+        rings: those of other hosts, by ring. here: those in rings of this host whose locks are held.
         left: rings that are not over, and one until all have been started.
     """
 
-    __slots__ = ("found", "left", "rings")
+    __slots__ = ("found", "here", "left", "rings")
 
-    def __init__(
-        self,
-        found: int,
-        rings: Sequence[Sequence[SlotRef]],
-        until_s: float,
-        on_done: Callable[[Any], object] | None = None,
-    ) -> None:
+    def __init__(self, until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
         super().__init__(until_s, on_done)
-        self.found = found
-        self.rings = rings
+        self.found = 0
+        self.rings: Sequence[Sequence[SlotRef]] = ()
+        self.here: Sequence[tuple[SlotRef, SharedRingBuffer]] = ()
         self.left = 1
 
     def begin(self, dispatch: Dispatch) -> None:

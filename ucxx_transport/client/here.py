@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from typing_extensions import Buffer
 
@@ -20,10 +20,10 @@ from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.payload import Payload, writable_bytes
 from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.config import ClientConfig, checked_seconds
-from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.errands import Take
+    from ucxx_transport.client.errands import Discard, Take
     from ucxx_transport.client.jobs import Job
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
@@ -32,6 +32,25 @@ Into = Buffer
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
+
+LOCK_TURN_S: Final = 0.003
+"""How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
+takes longer is stopped, or without a core."""
+
+Entry = TypeVar("Entry")
+
+
+def in_turn(
+    entries: Iterable[tuple[Entry, SharedRingBuffer]], visit: Callable[[Entry, SharedRingBuffer], bool]
+) -> list[tuple[Entry, SharedRingBuffer]]:
+    """Visit rings in turn, and none again whose lock was not to be had; returns what is left of the entries."""
+    left: list[tuple[Entry, SharedRingBuffer]] = []
+    held: set[int] = set()
+    for entry in entries:
+        if id(entry[1]) in held or not visit(*entry):
+            held.add(id(entry[1]))
+            left.append(entry)
+    return left
 
 
 class Here:
@@ -112,23 +131,49 @@ class Here:
         local = self.local
         return None if local.is_off or ref.host_id != local.host_id else local.ring_of(ref)
 
-    def read_here(self, job: Job) -> list[int]:
-        """Read what a job reads on this host; returns the indices of the rest, for `Reads.start`."""
+    def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], list[tuple[int, SharedRingBuffer]]]:
+        """Read what a job reads on this host, unless there is more to read: that is asked for first.
+
+        Returns:
+            Which of the payloads are to be read over the link, and which are still to be read here, from which ring.
+        """
         remote: list[int] = []
-        for index, ref in enumerate(job.refs):
+        here: list[tuple[int, SharedRingBuffer]] = []
+        for index in indices:
             try:
-                ring = self.admit(ref, job.into)
-                if ring is None:
-                    remote.append(index)
-                    continue
-                left_s = max(0.0, job.until_s - self._clock())
-                payload = self.read_local(ring, ref, job.into, left_s, job.began_s)
-                job.outcomes[index] = payload if job.on_payload is None else job.on_payload(index, payload)
+                ring = self.admit(job.refs[index], job.into)
             except TransportError as error:
-                self.counters.failed(error)
-                job.outcomes[index] = without_traceback(error)
-            job.left -= 1
-        return remote
+                self._over(job, index, error)
+                continue
+            if ring is None:
+                remote.append(index)
+            else:
+                here.append((index, ring))
+        return (remote, here) if remote else (remote, in_turn(here, partial(self.read_at, job)))
+
+    def read_at(self, job: Job, index: int, ring: SharedRingBuffer) -> bool:
+        """Read a payload of a job from an attached ring; False if it is to be tried again, since the lock is held."""
+        ref, left_s = job.refs[index], job.until_s - self._clock()
+        outcome: Payload | TransportError
+        try:
+            self.delivered.check(ref)  # one that the job names twice
+            payload = self.read_local(ring, ref, job.into, max(0.0, min(left_s, LOCK_TURN_S)), job.began_s)
+            outcome = payload if job.on_payload is None else job.on_payload(index, payload)
+        except DeadlineExceededError as error:
+            if left_s > LOCK_TURN_S:
+                return False
+            outcome = error
+        except TransportError as error:
+            outcome = error
+        self._over(job, index, outcome)
+        return True
+
+    def _over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
+        if isinstance(outcome, TransportError):
+            self.counters.failed(outcome)
+            outcome = without_traceback(outcome)
+        job.outcomes[index] = outcome
+        job.left -= 1
 
     def require_usable(self) -> None:
         """Refuse a closed client, and a forked copy of one, by a ConfigError."""
@@ -174,23 +219,41 @@ class Here:
             payloads.append(payload)
         return payloads
 
-    def discard_here(self, refs: Sequence[SlotRef], limit_s: float) -> tuple[int, list[list[SlotRef]]]:
-        """Discard those of rings on this host: how many were still there; and the others by ring, their names taken."""
+    def look_at_discards(
+        self, call: Discard, refs: Sequence[SlotRef]
+    ) -> tuple[list[list[SlotRef]], list[tuple[SlotRef, SharedRingBuffer]]]:
+        """Discard those of rings on this host.
+
+        Returns:
+            Those of other hosts by ring, their names taken; and those still to be discarded here, from which ring.
+        """
         self.require_usable()
-        until_s = time.monotonic() + limit_s
-        found = 0
+        here: list[tuple[SlotRef, SharedRingBuffer]] = []
         elsewhere: dict[bytes, list[SlotRef]] = {}
         for ref in refs:
             try:
-                self.delivered.check(ref)
                 ring = self.local.ring_of(ref)
             except TransportError:
-                continue  # gone, delivered before, or out of this client's reach
+                continue  # gone, or out of this client's reach
             if ring is not None:
-                found += self.local.discard(ring, ref, max(0.0, until_s - time.monotonic()))
+                here.append((ref, ring))
             elif self.claim(ref):
                 elsewhere.setdefault(ref.ring_id, []).append(ref)
-        return found, list(elsewhere.values())
+        return list(elsewhere.values()), in_turn(here, partial(self.discard_at, call))
+
+    def discard_at(self, call: Discard, ref: SlotRef, ring: SharedRingBuffer) -> bool:
+        """Discard a payload of an attached ring; False if it is to be tried again, since the lock is held."""
+        left_s = call.until_s - self._clock()
+        try:
+            self.delivered.check(ref)
+            found = self.local.discard(ring, ref, max(0.0, min(left_s, LOCK_TURN_S)))
+            call.found += found
+            self.counters.add("discarded", found)
+        except StaleSlotError:
+            pass  # delivered before
+        except DeadlineExceededError:
+            return left_s <= LOCK_TURN_S
+        return True
 
     def claim(self, ref: SlotRef) -> bool:
         """Take a payload's name, so that this client never delivers it; whether it was not taken yet."""

@@ -18,6 +18,7 @@ from ucxx_transport.errors import (
     BusyError,
     ChecksumError,
     ConfigError,
+    DeadlineExceededError,
     ProtocolError,
     SlotError,
     StaleSlotError,
@@ -150,12 +151,14 @@ class LocalReader:
         return ring, lease, self._copied(ring, ref, lease)
 
     def discard(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
-        """Discard a payload of an attached ring; whether it was still there."""
+        """Discard a payload of an attached ring; whether it was still there. DeadlineExceededError: as for `begin`."""
         try:
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
             with suppress(StaleSlotError):  # whose name another read has taken
                 self._claim(ref)
             return lease.mark_consumed()
+        except DeadlineExceededError:
+            raise
         except TransportError:
             return False
 

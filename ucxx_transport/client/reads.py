@@ -118,14 +118,7 @@ class Reads:
                 continue
             source.under_way += 1
             job.reads.append(read)
-            if source in groups:
-                groups[source].append(read)
-            else:
-                groups[source] = [read]
-        if not job.left:
-            self.jobs.discard(job)
-            if job not in self.finished:
-                self.finished.append(job)
+            groups.setdefault(source, []).append(read)
         job.alone = len(groups) < 2
         for source, reads in groups.items():
             self.dispatch.assign(source, reads, now)
@@ -173,6 +166,12 @@ class Reads:
                 return
         self.start(job, (0,))
 
+    def here_over(self, job: Job) -> None:
+        """What a job reads on this host has its outcomes; where that was all, it is done."""
+        if not (job.left or job.done or job in self.finished):
+            self._finish(job)
+            self.settle()
+
     def abandon(self, job: Job) -> None:
         """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
         job.on_done = None
@@ -186,6 +185,8 @@ class Reads:
             if isinstance(outcome, Payload):
                 outcome.release()
         self.settle()
+        self.jobs.discard(job)
+        job.done = True
 
     def discard(self, call: Discard) -> None:
         """Have payloads discarded."""
@@ -211,6 +212,9 @@ class Reads:
             for read in tuple(job.reads):
                 if read.job is not None:
                     self.fail(read, copy_of(error))
+            for index, outcome in enumerate(job.outcomes):
+                if outcome is None:  # it waits for the lock of a ring of this host
+                    self._fail_at(job, index, copy_of(error))
         for take in tuple(self.takes):
             take.fail(copy_of(error))
         self.end_discards()
@@ -262,7 +266,7 @@ class Reads:
         read.source.under_way -= 1
         job.outcomes[read.index] = outcome
         job.left -= 1
-        if not job.left:
+        if not job.left:  # as `_finish`
             self.jobs.discard(job)
             job.reads.clear()
             self.finished.append(job)
@@ -304,9 +308,7 @@ class Reads:
         if attempt.late or read is None:
             self.orphans.discard(attempt)
         attempt.read = None
-        if read is None or read.job is None:
-            return
-        if read.attempt is not attempt:
+        if read is None or read.job is None or read.attempt is not attempt:
             return  # the read has gone on without it
         read.attempt = None
         if blames_port(error):
@@ -329,8 +331,7 @@ class Reads:
         job.outcomes[index] = error
         job.left -= 1
         if not job.left:
-            self.jobs.discard(job)
-            self.finished.append(job)
+            self._finish(job)
 
     def _over(self, read: Read, outcome: Outcome) -> None:
         job, source = read.job, read.source
@@ -348,9 +349,12 @@ class Reads:
         job.outcomes[read.index] = outcome
         job.left -= 1
         if not job.left:
-            self.jobs.discard(job)
-            job.reads.clear()
-            self.finished.append(job)
+            self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        self.jobs.discard(job)
+        job.reads.clear()
+        self.finished.append(job)
 
     def settle(self) -> None:
         """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""

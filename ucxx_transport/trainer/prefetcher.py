@@ -395,6 +395,6 @@ class Prefetcher:
         refs = discardable_of(losses, discard_lost=self._discard_lost)
         if refs:
             try:
-                self._core.reads.discard(self._core.discard_call(refs, self._deadline_s))
+                self._core.discard(self._core.discard_call(refs, self._deadline_s))
             except TransportError as error:
                 _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")

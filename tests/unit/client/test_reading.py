@@ -12,7 +12,7 @@ from tests.support.rows import row
 from ucxx_transport.client import Payload
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
-from ucxx_transport.ring import SlotState
+from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import Schema, TensorSpec
 
 EPISODE = bytes(range(256)) * 16
@@ -52,6 +52,22 @@ def test_arrays_arrive_under_the_schema_of_the_ring() -> None:
                 assert isinstance(arrays, dict)
                 np.testing.assert_array_equal(np.asarray(arrays["obs"]), obs)
                 np.testing.assert_array_equal(np.asarray(arrays["done"]), done)
+
+
+def test_what_other_hosts_are_asked_for_leaves_before_anything_is_read_here() -> None:
+    with open_rig(ports=1) as rig, SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=64)) as near:
+        client = rig.client(local="auto")
+        far = [replace(rig.write(EPISODE), host_id="elsewhere") for _ in range(2)]
+        client.consume(far[0])
+        under_way: list[int] = []
+
+        def taken(_: int, payload: Payload) -> Payload:
+            under_way.append(sum(len(one.attempts) for one in client.core.reads.connections.known.values()))
+            return payload
+
+        job = client.core.begin((near.write_raw(b"near"), far[1]), on_payload=taken)
+        assert under_way == [1]
+        assert [getattr(one, "transport", None) for one in client.outcomes(job)] == ["view", "ucx"]
 
 
 def test_overlapping_reads_take_the_ports_in_turn() -> None:
