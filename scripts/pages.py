@@ -24,7 +24,7 @@ from ucxx_transport.groups.states import RankState
 from ucxx_transport.link import address, ucx_hello
 from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states
-from ucxx_transport.settings.section import Rule
+from ucxx_transport.settings import Rule
 from ucxx_transport.sidecar import main as sidecar
 from ucxx_transport.units import format_bytes, format_duration
 from ucxx_transport.wire import frames, server_side

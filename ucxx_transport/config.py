@@ -1,6 +1,6 @@
 """Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings.section`).
+Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings`).
 Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
 names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy,
 validated again.
@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.settings.fields import (
+from ucxx_transport.settings import section, setting
+from ucxx_transport.units import (
     Bytes,
     Count,
     Folder,
@@ -25,9 +26,8 @@ from ucxx_transport.settings.fields import (
     Ports,
     Seconds,
     UCXSettings,
+    parse_duration,
 )
-from ucxx_transport.settings.section import section, setting
-from ucxx_transport.units import parse_duration
 
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64

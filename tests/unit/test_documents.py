@@ -16,7 +16,7 @@ from ucxx_transport.cli.program import VERBS
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.server.counters import PortStatistics
-from ucxx_transport.settings.section import SECTIONS
+from ucxx_transport.settings import SECTIONS
 from ucxx_transport.wire.frames import Status
 
 ROOT = Path(__file__).parents[2]

@@ -41,7 +41,7 @@ def installed_version(*distributions: str) -> str | None:
 def config(*, as_json: AsJson = False) -> None:
     """Show every setting, its value and its source; what is wrong with them is an error here too."""
     from ucxx_transport.config import ClientConfig, PublisherConfig, ServerConfig, StoreConfig
-    from ucxx_transport.settings.section import ENV_PREFIX, SECTIONS, TOML_NAME, effective
+    from ucxx_transport.settings import ENV_PREFIX, SECTIONS, TOML_NAME, effective
 
     for checked in (ServerConfig, ClientConfig, StoreConfig, PublisherConfig):
         checked()  # a ring's is often complete in code alone
@@ -50,7 +50,11 @@ def config(*, as_json: AsJson = False) -> None:
     if as_json:
         sections = {
             name: {
-                field: {"value": _shown(one.value), "source": one.source, "description": one.rule.description}
+                field: {
+                    "value": _shown(one.value),
+                    "source": one.source,
+                    "description": SECTIONS[name][field].description,
+                }
                 for field, one in section.items()
             }
             for name, section in settings.items()
@@ -64,12 +68,12 @@ def config(*, as_json: AsJson = False) -> None:
         table.add_column(column)
     for name, section in settings.items():
         for field, one in section.items():
-            table.add_row(f"{name}.{field}", str(_shown(one.value)), one.source, one.rule.description)
+            table.add_row(f"{name}.{field}", str(_shown(one.value)), one.source, SECTIONS[name][field].description)
         table.add_section()
     console().print(table)
 
 
 def _shown(value: object) -> object:
-    from ucxx_transport.settings.fields import Secret
+    from ucxx_transport.units import Secret
 
     return "(set, hidden)" if isinstance(value, Secret) else value

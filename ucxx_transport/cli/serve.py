@@ -54,7 +54,7 @@ def serve(
     from ucxx_transport.config import RingConfig, ServerConfig
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server import UCXXServer
-    from ucxx_transport.settings.section import gather
+    from ucxx_transport.settings import gather
 
     logs_to_stderr(log_level)
     exit_on_sigterm(code=0)

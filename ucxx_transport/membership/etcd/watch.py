@@ -24,7 +24,7 @@ from ucxx_transport.membership.etcd.client import Connection, EtcdClient
 from ucxx_transport.membership.etcd.messages import Json
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Batch, Watch
-from ucxx_transport.settings.fields import Secret
+from ucxx_transport.units import Secret
 
 PROBE_S: Final = 2.0
 _FIRST_PAUSE_S: Final = 0.05

@@ -1,4 +1,4 @@
-"""A section of the settings: a frozen dataclass that validates, whose defaults are the environment and the file.
+"""Settings: a section is a frozen dataclass that validates, and whose defaults are the environment and a file.
 
 | source, a stronger one above    | example                                  |
 |---------------------------------|------------------------------------------|
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.settings import fields
+from ucxx_transport.units import Parse, kind_of, parse_token, parse_ucx_settings
 
 SectionT = TypeVar("SectionT")
 
@@ -34,16 +34,15 @@ _SHORT_NAMES: Final = {"PUBLISH_TIMEOUT_S": "PUBLISHER__PUBLISH_TIMEOUT_S"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What is declared of a setting beside its kind; `metadata["rule"]` of the dataclass's field.
+    """What is declared of a setting; `metadata["rule"]` of the dataclass's field.
 
     Attributes:
         default: as the section holds it.
         description: what it is for.
-        gt: its value is more than this.
-        ge: its value is at least this.
-        le: its value is at most this.
+        gt, ge, le: its value is more than this, at least this, at most this.
         max_length: its text is at most as long.
         code_only: whether it cannot stand in the environment or in TOML.
+        parse: its kind, once it is in a section.
     """
 
     default: object
@@ -53,6 +52,7 @@ class Rule:
     le: float | None = None
     max_length: int | None = None
     code_only: bool = False
+    parse: Parse = str
 
     @property
     def bounds(self) -> str:
@@ -62,42 +62,29 @@ class Rule:
         words = (("more than", self.gt), ("at least", self.ge), ("at most", self.le))
         return ", ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
-    def check(self, value: object) -> None:
-        """Raise ValueError for a value out of bounds."""
-        if isinstance(value, str) and self.max_length is not None and len(value) > self.max_length:
+    def held(self, value: object) -> object:
+        """What the section holds for a value that was given, or a ValueError."""
+        held = self.parse(value)
+        if isinstance(held, str) and self.max_length is not None and len(held) > self.max_length:
             raise ValueError(f"expected at most {self.max_length} characters")
-        if isinstance(value, int | float) and not (
-            (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.le is None or value <= self.le)
+        if isinstance(held, int | float) and not (
+            (self.gt is None or held > self.gt)
+            and (self.ge is None or held >= self.ge)
+            and (self.le is None or held <= self.le)
         ):
             raise ValueError(f"expected {self.bounds}")
+        return held
 
 
-class Declared(NamedTuple):
-    """A setting of a section: how a value is parsed, and its rule."""
-
-    parse: fields.Parse
-    rule: Rule
-
-
-SECTIONS: Final[dict[str, dict[str, Declared]]] = {}
+SECTIONS: Final[dict[str, dict[str, Rule]]] = {}
 """Every setting, by section and name."""
 
 
 class Given(NamedTuple):
-    """A value as it stood in its source, and the source in words: `environment UCXX_TRANSPORT_SERVER__PORTS`."""
+    """A value, and in words where it is from: `environment UCXX_TRANSPORT_SERVER__PORTS`."""
 
     value: object
     source: str
-
-
-class Effective(NamedTuple):
-    """A setting as a program gets it that does not set it in code; `source` is "default" if none has it."""
-
-    value: object
-    source: str
-    rule: Rule
 
 
 def setting(description: str, *, default: object, **declared: Any) -> Any:  # `Any`: it stands for a field of any type
@@ -123,7 +110,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
         made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
         hints = get_type_hints(cls, include_extras=True)
         own = SECTIONS[name] = {
-            field.name: Declared(fields.kind_of(hints[field.name]), field.metadata["rule"])
+            field.name: dataclasses.replace(field.metadata["rule"], parse=kind_of(hints[field.name]))
             for field in dataclasses.fields(made)
         }
         store = made.__init__
@@ -144,13 +131,13 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
     return decorate
 
 
-def effective(section: str) -> Mapping[str, Effective]:
-    """Every setting of a section with its value and its source; errors as `gather`, and of a wrong value."""
+def effective(section: str) -> dict[str, Given]:
+    """Every setting of a section as a program gets it that sets none in code; errors as `gather`, and of its value."""
     given = gather(section, {})
     held = _validated(section, given)
     return {
-        field: Effective(held.get(field, rule.default), given[field].source if field in given else "default", rule)
-        for field, (_, rule) in SECTIONS[section].items()
+        field: Given(held[field], given[field].source) if field in given else Given(rule.default, "default")
+        for field, rule in SECTIONS[section].items()
     }
 
 
@@ -178,12 +165,11 @@ def _validated(section: str, given: Mapping[str, Given]) -> dict[str, object]:
     problems: list[str] = []
     facts: dict[str, object] = {}
     for field, one in given.items():
-        parse, rule = SECTIONS[section][field]
+        rule = SECTIONS[section][field]
         try:
-            held[field] = parse(one.value)
-            rule.check(held[field])
+            held[field] = rule.held(one.value)
         except ValueError as error:
-            shown = "(hidden)" if parse is fields.parse_token else repr(one.value)
+            shown = "(hidden)" if rule.parse is parse_token else repr(one.value)
             problems.append(f"{section}.{field} = {shown} ({one.source}): {error}")
             facts = facts or {"field": field, "value": shown, "source": one.source}
     if problems:
@@ -195,15 +181,14 @@ def _from_environment(section: str) -> Iterator[tuple[str, Given]]:
     # Iterating decodes each name once (0.3 µs); the values of foreign variables are never looked at.
     # Sorted: `SERVER__UCX` comes before `SERVER__UCX__TLS`, in whatever order the environment has them.
     for variable in sorted(name for name in os.environ if name.startswith(ENV_PREFIX)):
-        words = variable.removeprefix(ENV_PREFIX)
+        words, source = variable.removeprefix(ENV_PREFIX), f"environment {variable}"
         own_section, field, key = (*_SHORT_NAMES.get(words, words).split("__", 2), "", "")[:3]
-        own_section, field, source = own_section.lower(), field.lower(), f"environment {variable}"
-        declared = _outside(own_section, source)
-        _check_name(own_section, field, declared, source)
+        own_section, field = own_section.lower(), field.lower()
+        rule = _rule_of(own_section, field, source)
         if own_section != section:
             continue
         text = os.environ[variable]
-        if declared[field].parse is fields.parse_ucx_settings:
+        if rule.parse is parse_ucx_settings:
             yield field, Given({key: text} if key else _json_object(text, field, source), source)
         elif key:
             raise ConfigError(f"{variable}: {section}.{field} has no parts; drop '__{key}'", field=field)
@@ -216,27 +201,23 @@ def _from_toml(section: str) -> Iterator[tuple[str, Given]]:
         if not isinstance(table, dict):
             sections = ", ".join(f"[{name}]" for name in sorted(SECTIONS))
             raise ConfigError(f"{TOML_NAME}: {own_section!r} stands outside a section; use one of {sections}")
-        declared = _outside(own_section, TOML_NAME)
-        for name in table:
-            _check_name(own_section, name, declared, TOML_NAME)
-        if own_section == section:
-            yield from ((name, Given(value, f"{TOML_NAME} [{section}]")) for name, value in table.items())
+        for name, value in table.items():
+            _rule_of(own_section, name, TOML_NAME)
+            if own_section == section:
+                yield name, Given(value, f"{TOML_NAME} [{section}]")
 
 
-def _outside(section: str, source: str) -> Mapping[str, Declared]:
-    """The settings of a section that may stand outside of code."""
+def _rule_of(section: str, field: str, source: str) -> Rule:
+    """The rule of a setting that may stand outside of code, or an error that names what is unknown."""
     if section not in SECTIONS:
         raise _unknown_name("settings section", section, SECTIONS, source=source)
-    return {name: declared for name, declared in SECTIONS[section].items() if not declared.rule.code_only}
-
-
-def _check_name(section: str, field: str, declared: Mapping[str, Declared], source: str) -> None:
-    if field not in declared:
-        raise _unknown_name(f"setting in [{section}]", field, declared, source=source)
+    rules = {name: rule for name, rule in SECTIONS[section].items() if not rule.code_only}
+    if field not in rules:
+        raise _unknown_name(f"setting in [{section}]", field, rules, source=source)
+    return rules[field]
 
 
 def _unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
-    """The error for a name that is not in `choices`, with the nearest one as a suggestion."""
     from difflib import get_close_matches
 
     ordered = sorted(choices)
@@ -250,24 +231,16 @@ def _json_object(text: str, field: str, source: str) -> Mapping[str, object]:
 
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{field} from {source} is not JSON: {error}", field=field, value=text) from None
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{field} from {source} must be a JSON object, as {{'TLS': 'tcp'}}", field=field, value=text)
     return value
 
 
 def _toml_document() -> Mapping[str, object]:
-    """The parsed file of the working directory; parsed again only when it is another file or has changed."""
-    try:
-        status = os.stat(TOML_NAME)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(TOML_NAME):
         return {}
-    return _parsed_toml(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed_toml(*_stamp: int) -> Mapping[str, object]:
     import tomllib
 
     try:
