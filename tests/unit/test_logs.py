@@ -142,7 +142,7 @@ def test_neither_a_helper_nor_the_command_line_shows_the_locals_of_a_logged_exce
 
 def test_the_command_line_shows_no_locals_of_an_error_that_ends_it() -> None:
     done = ran(
-        "import ucxx_transport.cli.installation as verb\n"
+        "import ucxx_transport.cli.program as verb\n"
         "from tests.unit.test_logs import fail_with_a_token_in_the_frame\n"
         "verb.version = lambda: fail_with_a_token_in_the_frame()\n"
         "from ucxx_transport.__main__ import main; main(['version'])"

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from ucxx_transport import __version__
-from ucxx_transport.cli.installation import installed_version
 from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.cli.program import installed_version
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError

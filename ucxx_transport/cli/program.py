@@ -1,4 +1,4 @@
-"""The program: which verbs there are, and how what goes wrong ends it.
+"""The program: which verbs there are, how what goes wrong ends it; and the verbs `version` and `config`.
 
 | exit code | meaning                                                              |
 |-----------|----------------------------------------------------------------------|
@@ -21,50 +21,50 @@ pyproject.toml has the wheel's column.
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Annotated, Final, NoReturn
 
 import typer
 
 import ucxx_transport
-from ucxx_transport.cli.output import print_error, print_json
+from ucxx_transport.cli.output import AsJson, console, print_error, print_json
 from ucxx_transport.errors import ConfigError, TransportError
 
-VERBS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "demo": "cartpole.command:demo",
-        "serve": "ucxx_transport.cli.serve:serve",
-        "doctor": "ucxx_transport.cli.doctor:doctor",
-        "inspect": "ucxx_transport.cli.segments:inspect",
-        "top": "ucxx_transport.cli.segments:top",
-        "bench": "bench.core.command:bench",
-        "registry": "ucxx_transport.cli.registry:registry",
-        "clean": "ucxx_transport.cli.segments:clean",
-        "config": "ucxx_transport.cli.installation:config",
-        "version": "ucxx_transport.cli.installation:version",
-    }
-)
+VERBS: Final[Mapping[str, str]] = {
+    "demo": "cartpole.command:demo",
+    "serve": "ucxx_transport.cli.rings:serve",
+    "doctor": "ucxx_transport.cli.doctor:doctor",
+    "inspect": "ucxx_transport.cli.rings:inspect",
+    "top": "ucxx_transport.cli.rings:top",
+    "bench": "bench.core.command:bench",
+    "registry": "ucxx_transport.cli.registry:registry",
+    "clean": "ucxx_transport.cli.rings:clean",
+    "config": "ucxx_transport.cli.program:config",
+    "version": "ucxx_transport.cli.program:version",
+}
 """Module and function of each verb; a module outside of the package is that of a program."""
 
-EXTRA_OF: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "ucxx": "cpu",
-        "rich": "cli",
-        "zmq": "bench",
-        "gymnasium": "examples",
-        "matplotlib": "examples",
-        "ale_py": "atari",
-        "cupy": "cu12",
-        "torch": "torch",
-    }
-)
+EXTRA_OF: Final[Mapping[str, str]] = {
+    "ucxx": "cpu",
+    "rich": "cli",
+    "zmq": "bench",
+    "gymnasium": "examples",
+    "matplotlib": "examples",
+    "ale_py": "atari",
+    "cupy": "cu12",
+    "torch": "torch",
+}
 """Which extra brings a module that a verb may find missing."""
 
-_IN_CLONE: Final[Mapping[str, str]] = MappingProxyType({"cartpole": "examples/cartpole", "bench": "bench"})
+_IN_CLONE: Final[Mapping[str, str]] = {"cartpole": "examples/cartpole", "bench": "bench"}
 _INTERRUPTED: Final = 130
 
 
@@ -104,9 +104,7 @@ def _program(verbs: Iterable[str]) -> typer.Typer:
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001 - the signature of an option's callback
     if asked:
-        from ucxx_transport import __version__
-
-        typer.echo(__version__)
+        typer.echo(ucxx_transport.__version__)
         raise typer.Exit
 
 
@@ -196,3 +194,63 @@ def import_program(module: str) -> ModuleType:
     if sys.path[:1] != [around]:
         sys.path.insert(0, around)
     return import_module(module)
+
+
+def version(*, as_json: AsJson = False) -> None:
+    """Show the version of this package, of Python, ucxx and UCX."""
+    found = {
+        "ucxx_transport": ucxx_transport.__version__,
+        "python": platform.python_version(),
+        "ucxx": installed_version("ucxx-cu12", "ucxx-cu13", "ucxx"),
+        "libucx": installed_version("libucx-cu12", "libucx-cu13", "libucx"),
+    }
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        typer.echo(f"{name:15} {value or 'not installed'}")
+
+
+def installed_version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed, or None; nothing is loaded."""
+    for name in distributions:
+        try:
+            return version_of(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def config(*, as_json: AsJson = False) -> None:
+    """Show every setting, its value and its source; what is wrong with them is an error here too."""
+    from ucxx_transport.config import ClientConfig, PublisherConfig, ServerConfig, StoreConfig
+    from ucxx_transport.settings import ENV_PREFIX, SECTIONS, TOML_NAME, effective
+    from ucxx_transport.units import Secret
+
+    for checked in (ServerConfig, ClientConfig, StoreConfig, PublisherConfig):
+        checked()  # a ring's is often complete in code alone
+    settings: dict[str, dict[str, dict[str, object]]] = {
+        name: {
+            field: {
+                "value": "(set, hidden)" if isinstance(given.value, Secret) else given.value,
+                "source": given.source,
+                "description": SECTIONS[name][field].description,
+            }
+            for field, given in effective(name).items()
+        }
+        for name in SECTIONS
+    }
+    file = os.path.abspath(TOML_NAME) if os.path.exists(TOML_NAME) else None
+    if as_json:
+        print_json({"file": file, **settings})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{ENV_PREFIX}*  over  {file or f'./{TOML_NAME} (none here)'}", title_justify="left")
+    for column in ("setting", "value", "source", "meaning"):
+        table.add_column(column)
+    for name, section in settings.items():
+        for field, shown in section.items():
+            table.add_row(f"{name}.{field}", *map(str, shown.values()))
+        table.add_section()
+    console().print(table)

@@ -68,7 +68,7 @@ def replace_version_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException) 
     def version() -> None:
         raise error
 
-    monkeypatch.setattr("ucxx_transport.cli.installation.version", version)
+    monkeypatch.setattr("ucxx_transport.cli.program.version", version)
 
 
 def test_an_interrupt_ends_with_130(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

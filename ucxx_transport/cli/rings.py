@@ -1,19 +1,24 @@
-"""The verbs about the rings of this host: `inspect` and `top` show them, `clean` removes those of dead processes."""
+"""The verbs about rings of this host: `serve` makes one, `inspect` and `top` show them, `clean` removes dead ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments, sweep_orphans
-from ucxx_transport.units import format_bytes
+from ucxx_transport.settings import gather
+from ucxx_transport.teardown import exit_on_sigterm
+from ucxx_transport.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,7 +138,9 @@ def segments_table(segments: Sequence[dict[str, Any]], rates: dict[str, str] | N
         counts = segment["statistics"]
         row += [f"{segment['slots']} × {format_bytes(segment['slot_bytes'])}"]
         row += [str(counts[state]) for state in ("free", "writing", "ready", "reading")]
-        row += [_address_in_words(segment), str(counts["committed"]), str(counts["consumed"]), _lost_in_words(counts)]
+        lost = [f"{counts[name]} {name}" for name in ("overwritten", "discarded", "stale", "full") if counts[name]]
+        address = f"{segment['host']}:{','.join(map(str, segment['ports']))}" if segment["ports"] else "-"
+        row += [address, str(counts["committed"]), str(counts["consumed"]), " ".join(lost) or "-"]
         table.add_row(*row, *([rates.get(segment["name"], "")] if rates is not None else []))
     return table
 
@@ -174,17 +181,82 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
         return document | {"problem": error.message}
 
 
-def _address_in_words(segment: dict[str, Any]) -> str:
-    ports = segment["ports"]
-    if not ports:
-        return "-"
-    together = ports == list(range(ports[0], ports[0] + len(ports)))
-    listed = f"{ports[0]}-{ports[-1]}" if together and len(ports) > 1 else ",".join(map(str, ports))
-    return f"{segment['host']}:{listed}"
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
-def _lost_in_words(counts: dict[str, int]) -> str:
-    return (
-        " ".join(f"{counts[name]} {name}" for name in ("overwritten", "discarded", "stale", "full") if counts[name])
-        or "-"
-    )
+def serve(
+    *,
+    slots: Annotated[int | None, typer.Option(min=1, max=65536, help="Slots of the ring; 16 unless set.")] = None,
+    slot_bytes: Annotated[
+        int | None,
+        typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set."),
+    ] = None,
+    ports: Annotated[int | None, typer.Option(min=1, max=64, help="Ports of the server.")] = None,
+    base_port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
+    mode: Annotated[
+        Literal["process", "thread"] | None, typer.Option(help="Server in a process of its own, or in this one.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the ring; without it a random one.")] = None,
+    fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Of what goes to stderr.")
+    ] = "info",
+    as_json: AsJson = False,
+) -> None:
+    """Make a ring, serve it until SIGTERM or Ctrl-C, and leave nothing behind.
+
+    What is not given comes from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds the
+    references of the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
+    """
+    from ucxx_transport.server import UCXXServer
+
+    logs_to_stderr(log_level)
+    exit_on_sigterm(code=0)
+    outside = gather("ring", {})
+    defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
+    ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes, name=name)
+    server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
+    settings = RingConfig(**ring_options)
+    with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
+        try:
+            refs = [ring.write_raw(os.urandom(ring.slot_bytes)) for _ in range(min(fill, ring.slots))]
+            document = {
+                "event": "serving",
+                "ring": ring.name,
+                "slots": ring.slots,
+                "slot_bytes": ring.slot_bytes,
+                "host": server.address,
+                "ports": list(server.ports),
+                "pid": os.getpid(),
+                "server_pids": server.statistics().pids,
+                "refs": [ref.to_dict() for ref in refs],
+            }
+            words = (
+                f"ring     {ring.name}: {ring.slots} slots of {format_bytes(ring.slot_bytes)}, {len(refs)} filled\n"
+                f"serving  {server.address} ports {', '.join(map(str, server.ports))}; Ctrl-C ends it"
+            )
+            _say(document, words, as_json=as_json)
+            while True:
+                time.sleep(3600)
+        finally:
+            counts = server.statistics()
+            delivered, sent = counts.total("delivered"), format_bytes(counts.total("bytes_sent"))
+            words = f"stopping: {delivered} payloads delivered, {sent}; {counts.restarts} restarts of its ports"
+            _say({"event": "stopping", "server": counts, "ring": ring.statistics()}, words, as_json=as_json)
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _say(document: dict[str, Any], words: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(words)
+        sys.stdout.flush()
