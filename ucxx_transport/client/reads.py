@@ -220,8 +220,6 @@ class Reads:
         self.end_discards()
         self.settle()
 
-    # --- What a connection reports ---
-
     def arrived(self, attempt: Attempt) -> bool | None:
         """An attempt has brought its payload, and its schema is known.
 
