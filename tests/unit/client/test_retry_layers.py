@@ -486,7 +486,7 @@ def test_many_first_connects_take_turns_and_no_port_is_blamed_for_the_wait(
         connected = []
         for until_s in (0.2, 0.3, 0.6):
             rig.advance(until_s - (rig.now_s - 1000.0))
-            connected.append(client.link.statistics().endpoints_connected)
+            connected.append(client.link.statistics().endpoints_open)
         assert connected == [CONNECTS_AT_ONCE, 2 * CONNECTS_AT_ONCE, 40]
         assert [event["event"] for event in log_events] == ["connects_queued"]
         rig.advance(0.5)  # the first ones have had their time; the last ones began later
