@@ -214,12 +214,12 @@ class Attempt:
     def arrived(self, operation: Operation) -> None:
         """Its receive is over."""
         connection = self.connection
-        if operation.error is None:
+        if operation.error is not None:
+            connection.fail(operation.error)
+        elif not connection.closed:  # by a callback before: what had arrived by then is called back all the same
             connection.proved = True
             if not connection.take(self):
                 connection.after_answers()
-        else:
-            connection.fail(operation.error)
 
 
 class SharedMessage:
@@ -236,10 +236,10 @@ class SharedMessage:
         if operation.error is not None:
             connection.fail(operation.error)
             return
-        connection.proved = True
         for attempt in self.attempts:
             if connection.closed:
-                return  # the answer before was not as the protocol has it
+                return  # before, or since the answer before was not as the protocol has it
+            connection.proved = True
             connection.take(attempt)
         connection.after_answers()
 

@@ -138,8 +138,8 @@ class MemoryEndpoint:
             self.events.connected()
 
     def take(self, channel: int, content: bytes, send: MemoryOperation) -> None:
-        """A message of the other end has arrived."""
-        if self.alive:
+        """A message of the other end has arrived; also while this end is being closed, as with UCX."""
+        if self.alive or (self._closed and self._clean is None):
             self._arrived[channel].append((content, send))
             self._match(channel)
 
@@ -225,6 +225,7 @@ class MemoryEndpoint:
             on_done(operation)
 
     def _end_all(self, reason: LostReason) -> None:
+        self._receives.clear()
         for operation in tuple(self._in_flight):
             if operation.immortal:
                 operation.error = lost(reason, peer=self.peer)

@@ -13,6 +13,7 @@ from ucxx_transport.errors import (
     ConfigError,
     DeadlineExceededError,
     PeerLostError,
+    ProtocolError,
     StaleSlotError,
     TransportError,
 )
@@ -166,6 +167,20 @@ def test_the_end_has_left_when_the_call_returns() -> None:
         client.core.reactor.close()  # nothing is sent any more
         rig.settle()
         assert rig.states(ref) == [SlotState.FREE]
+
+
+def test_an_answer_that_breaks_its_connection_costs_those_that_had_come_behind_it_another_try_and_no_more() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=4, slot_bytes=80 << 10, prefault=False)) as rig:
+        client = rig.client()
+        warm(rig, client)
+        refs = [rig.write(bytes([number]) * (70 << 10)) for number in range(3)]  # a message each
+        rig.faults_of(1).flip_byte = 0  # of the magic
+        job = client.core.begin(refs)
+        broken, *others = client.outcomes(job)
+        assert isinstance(broken, ProtocolError)
+        assert [bytes(each.buffer[:1]) for each in others if isinstance(each, Payload)] == [b"\1", b"\2"]
+        rig.settle()
+        assert client.counts.lent_buffers == 2
 
 
 def test_nothing_is_consumed_before_the_end() -> None:

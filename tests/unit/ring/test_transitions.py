@@ -20,6 +20,9 @@ from ucxx_transport.ring.layout import (
     REQUIRED_READS,
     TAKE_NEXT,
     TAKE_NUMBER,
+    TAKE_RETURNS,
+    TAKE_SEQUENCE,
+    TAKE_SLOT,
     TAKE_STEPS,
     Counter,
 )
@@ -253,6 +256,26 @@ def test_a_take_looks_at_a_bounded_number_of_slots_at_a_time_and_finds_what_ther
             assert sum(steps) == slots
             assert max(steps) <= 1024
             assert (asked[TAKE_NUMBER], hold[HOLD_SLOT]) == (1, payloads[wanted][HOLD_SLOT])
+            bench.check()
+            bench.segment.unlink()
+
+
+def test_a_take_looks_at_nothing_again_that_its_reader_has_had() -> None:
+    for newest in (False, True):
+        with row(newest=newest):
+            bench = RingBench(slots=40, readers=2)
+            place = (0, 0, 0)
+            for count in (30, 1, 0):
+                payloads = [bench.written(2)[HOLD_SLOT] for _ in range(count)]
+                holds = [bench.hold(LIVING, reader=1) for _ in range(40)]
+                asked = TakeWords(40, 2**64 - 1, newest, *place)
+                bench.transitions.take(holds, asked)
+                found = [hold[HOLD_SLOT] for hold in holds[: asked[TAKE_NUMBER]]]
+                assert found == (payloads[::-1] if newest else payloads)
+                assert asked[TAKE_STEPS] == count
+                for hold in holds[:count]:
+                    bench.transitions.finalise(hold, Counter.CONSUMED)
+                place = (asked[TAKE_SLOT], asked[TAKE_SEQUENCE], asked[TAKE_RETURNS])
             bench.check()
             bench.segment.unlink()
 

@@ -98,7 +98,7 @@ def test_from_a_base_port_taken_ones_are_stepped_over(
 ) -> None:
     with server_of(ring, factory, ports=[5001, 5002]):
         with server_of(another_ring, factory, ports=3, base_port=5000) as second:
-            assert second.ports == (5000, 5003, 5004)
+            assert sorted(second.ports) == [5000, 5003, 5004]  # two of them may meet at 5003
         with pytest.raises(ConfigError, match="no free port"):
             server_of(another_ring, factory, ports=3, base_port=5000, port_attempts=4).start()
     assert network.listeners == {}
