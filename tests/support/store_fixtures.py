@@ -18,7 +18,7 @@ from tests.support.store_rigs import EtcdRig, LocalRig, StoreRig
 
 __all__ = ["etcd_binary", "etcd_server", "fork_server", "own_etcd", "own_rig"]
 
-NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server), or let scripts/test fetch it"
+NO_ETCD = "no etcd to run: install one (Debian, Ubuntu: etcd-server); the extra dev brings one for x86-64"
 
 
 @pytest.fixture(scope="session", autouse=True)
