@@ -119,7 +119,7 @@ class EtcdServer:
     def leads(self) -> bool:
         """Whether it is the leader of its cluster, as far as it knows."""
         status = self.ask("maintenance/status", {})
-        return status.get("leader") == status["header"]["member_id"]
+        return bool(status.get("leader") == status["header"]["member_id"])
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -177,7 +177,7 @@ class EtcdServer:
             with socket.socket() as probe:
                 return probe.connect_ex((self.address, self.ports[0])) == 0
         try:
-            return self.ask("maintenance/status", {}).get("leader", "0") != "0"
+            return bool(self.ask("maintenance/status", {}).get("leader", "0") != "0")
         except OSError:
             return False
 
