@@ -5,6 +5,7 @@ A view moves no byte: its time says how soon a reader may start, whatever the si
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from bench.core.figures import Row
@@ -31,4 +32,4 @@ def measure(question: str, plan: Plan) -> list[Row]:
             Lane(subject="copy, asyncio", source=ring, reader=asyncio, options=copy, hold=False),
             Lane(subject="memcpy", source=OwnMemory(), reader=lineup.reader("memcpy", MemcpyReader), hold=False),
         ]
-        return measure_sizes(question, lanes, plan.sizes(SIZES), plan)
+        return measure_sizes(question, lanes, plan.sizes(SIZES), replace(plan, turn_s=plan.turn_s / 2))

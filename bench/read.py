@@ -14,11 +14,10 @@ from bench.core.lineup import Lineup
 from bench.core.rounds import Lane, Plan, measure_sizes
 from bench.peers.bare_ucx import BareReader, BareSource
 from bench.peers.naive import NaiveReader, NaiveSource
-from bench.peers.nixl import nixl_lanes
 from bench.peers.tcp_socket import SocketReader, SocketSource
 from bench.peers.zeromq import ZeromqReader, ZeromqSource
 
-__all__ = ["ASYNCIO", "BARE", "BLOCKING", "NAIVE", "NIXL", "SIZES", "SOCKET", "ZEROMQ", "measure"]
+__all__ = ["ASYNCIO", "BARE", "BLOCKING", "NAIVE", "SIZES", "SOCKET", "ZEROMQ", "measure"]
 
 SIZES: Final = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
 BLOCKING: Final = "blocking client"
@@ -26,7 +25,6 @@ ASYNCIO: Final = "asyncio client"
 ZEROMQ: Final = "pyzmq REQ/REP"
 BARE: Final = "bare UCX ping"
 SOCKET: Final = "TCP socket"
-NIXL: Final = "NIXL over TCP"
 NAIVE: Final = "naive protocol, stock ucxx"
 
 
@@ -36,7 +34,6 @@ def measure(question: str, plan: Plan) -> list[Row]:
         ring, options = lineup.ring(BLOCKING), {"local": "off"}
         zeromq = lineup.source(ZEROMQ, ZeromqSource, int(zmq.REP))
         bare, plain = lineup.source(BARE, BareSource), lineup.source(SOCKET, SocketSource)
-        nixl, skipped = nixl_lanes(lineup, {NIXL: "tcp"})
         naive = lineup.source(NAIVE, NaiveSource)
         lanes = [
             Lane(subject=BLOCKING, source=ring, reader=lineup.blocking(), options=options),
@@ -44,7 +41,12 @@ def measure(question: str, plan: Plan) -> list[Row]:
             Lane(subject=BARE, source=bare, reader=lineup.reader(BARE, BareReader)),
             Lane(subject=SOCKET, source=plain, reader=lineup.reader(SOCKET, SocketReader)),
             Lane(subject=ASYNCIO, source=ring, reader=lineup.asyncio(), options=options),
-            *nixl,
-            Lane(subject=NAIVE, source=naive, reader=lineup.async_reader(NAIVE, NaiveReader), polls=True),
+            Lane(
+                subject=NAIVE,
+                source=naive,
+                reader=lineup.async_reader(NAIVE, NaiveReader),
+                polls=True,
+                most_bytes=1 << 20,
+            ),
         ]
-        return measure_sizes(question, lanes, plan.sizes(SIZES), plan, skipped=skipped)
+        return measure_sizes(question, lanes, plan.sizes(SIZES), plan)

@@ -19,7 +19,7 @@ from bench.core.figures import Row, SkippedError
 from bench.core.host import host_facts
 from bench.core.rounds import Plan
 from bench.core.table import disturbance, question_table, verdict_table
-from bench.targets import judge
+from bench.targets import TARGETS, judge
 from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError, TransportError
 
@@ -32,7 +32,7 @@ QUESTIONS: Final = (
 FORMAT: Final = "ucxx_transport.bench/2"
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 3
-TURN_S: Final = 0.3
+TURN_S: Final = 0.2
 QUICK_TURN_S: Final = 0.1
 
 
@@ -46,7 +46,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure reads over UCX and in place, batches, many clients and sources: each beside its peers and ceilings."""
-    names = chosen_questions(only or [])
+    names = chosen_questions(only or (sorted({target.question for target in TARGETS}) if check else []))
     terminal = console(stderr=as_json)
     with Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("", total=None)

@@ -4,7 +4,7 @@
 |--------|---------------------------------------------|--------------------------------------------------------------|
 | open   | make room for payloads, and serve them      | make the client; nothing is connected yet                    |
 | fill   | write a payload into every slot             |                                                              |
-| verify |                                             | read all, compare every byte: also the warm-up               |
+| verify |                                             | read all, and compare every byte: also the warm-up           |
 | time   |                                             | read all, each one timed; or in batches                      |
 | close  | end what was opened                         | the same                                                     |
 
@@ -167,7 +167,7 @@ class _Desk:
     async def close(self) -> None:
         await _done(self._reader.close())
 
-    async def verify(self, offers: Sequence[Offer], batch: int) -> int:
+    async def verify(self, offers: Sequence[Offer], batch: int, *, compare: bool = True) -> int:
         """Holds as many as a timed order does, so that every receive buffer is there, and warm."""
         watch = _Watch(self._hold)
         for first in range(0, len(offers), batch or 1):
@@ -175,7 +175,8 @@ class _Desk:
             references = [self._reader.resolve(reference) for _, reference in group]
             came = self._read_batch(references) if batch else [await _done(self._reader.read(references[0]))]
             for (number, _), held in zip(group, came, strict=True):
-                self._pattern.check(number, held.buffer)
+                if compare:
+                    self._pattern.check(number, held.buffer)
                 watch.hold(held)
         watch.release()
         return len(offers)

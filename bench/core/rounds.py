@@ -22,8 +22,8 @@ from ucxx_transport.units import format_bytes
 
 __all__ = ["Lane", "Plan", "Source", "measure_sizes", "take_turn"]
 
-TURN_LIMIT_S: Final = 3.0
-"""A turn begins no batch after this: reads in place take no time, and refilling their slots for the next batch does."""
+TURN_LIMIT: Final = 3.0
+"""A turn begins no batch after so many times `turn_s`: reads in place take no time, and refilling their slots does."""
 
 QUICK_BYTES: Final = 1 << 20
 """Payloads of a first look are no larger."""
@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         rounds: turns of every subject in every case.
         turn_s: how long one turn is timed at least, in batches of as many reads as there are slots; less where
-            refilling the slots takes too long for that (`TURN_LIMIT_S`).
+            refilling the slots takes too long for that (`TURN_LIMIT`).
         quick: fewer cases, for a first look.
         most_slots: slots of a source, at most.
         pool_bytes: payload bytes that a source holds at most, but for `least_slots`.
@@ -45,10 +45,10 @@ class Plan:
     """
 
     rounds: int = 5
-    turn_s: float = 0.3
+    turn_s: float = 0.2
     quick: bool = False
     most_slots: int = 64
-    pool_bytes: int = 512 << 20
+    pool_bytes: int = 256 << 20
     least_slots: int = 4
     on_turn: Callable[[str], None] = lambda _: None
 
@@ -84,6 +84,7 @@ class Lane:
         batch: payloads of one call; 0: one by one.
         hold: whether the reader holds as many payloads as the source has slots; reads in place are released at once.
         polls: whether its processes poll while they have nothing to do: they are stopped while others are measured.
+        most_bytes: the largest payload that it is measured with.
     """
 
     subject: str
@@ -93,6 +94,7 @@ class Lane:
     batch: int = 0
     hold: bool = True
     polls: bool = False
+    most_bytes: int = 1 << 40
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -128,38 +130,39 @@ def measure_sizes(
     """
     rows = []
     for size_bytes in sizes:
-        for lane in {id(lane.source): lane for lane in lanes}.values():
+        present = [lane for lane in lanes if size_bytes <= lane.most_bytes]
+        for lane in {id(lane.source): lane for lane in present}.values():
             with lane.running():
                 lane.source.call("open", size_bytes=size_bytes, slots=plan.slots(size_bytes))
                 lane.source.watch_cpu()
-        figures: list[dict[str, list[float]]] = [{} for _ in lanes]
+        figures: list[dict[str, list[float]]] = [{} for _ in present]
         for number in range(plan.rounds):
-            for lane, of_lane in zip(lanes, figures, strict=True):
+            for lane, of_lane in zip(present, figures, strict=True):
                 with lane.running():
-                    values = take_turn(lane, size_bytes, plan)
+                    values = take_turn(lane, size_bytes, plan, compare=not number)
                 for figure, value in values.items():
                     of_lane.setdefault(figure, []).append(value)
             plan.on_turn(f"{question}: {format_bytes(size_bytes)}, round {number + 1} of {plan.rounds}")
         case = format_bytes(size_bytes)
         rows += [
             Row(question=question, case=case, subject=lane.subject, figures=of_lane)
-            for lane, of_lane in zip(lanes, figures, strict=True)
+            for lane, of_lane in zip(present, figures, strict=True)
         ]
         rows += [Row(question=question, case=case, subject=subject, skipped=why) for subject, why in skipped.items()]
     return rows
 
 
 def take_turn(
-    lane: Lane, size_bytes: int, plan: Plan, *, clock: Callable[[], float] = time.monotonic
+    lane: Lane, size_bytes: int, plan: Plan, *, compare: bool = True, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, float]:
-    """One turn of one lane, whose source is open: connect and verify (which warms up), then time batches."""
+    """One turn of one lane, whose source is open: connect, read all once, which warms up, then time batches."""
     slots = plan.slots(size_bytes)
     options = dict(lane.options)
     lane.reader.call("open", size_bytes=size_bytes, slots=slots, hold=slots if lane.hold else 0, **options)
-    lane.reader.call("verify", offers=lane.source.call("fill"), batch=lane.batch)
+    lane.reader.call("verify", offers=lane.source.call("fill"), batch=lane.batch, compare=compare)
     foreign_load = ForeignLoad()
     tally = _Tally()
-    last_batch_s = clock() + TURN_LIMIT_S
+    last_batch_s = clock() + TURN_LIMIT * plan.turn_s
     while not tally.reads or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
         offers: Sequence[Offer] = lane.source.call("fill")
         cpu_s = lane.source.cpu_s

@@ -6,7 +6,7 @@ import array
 from typing import Any, cast
 
 from bench.core.control import ControlledProcess
-from bench.core.rounds import TURN_LIMIT_S, Lane, Plan, measure_sizes, take_turn
+from bench.core.rounds import TURN_LIMIT, Lane, Plan, measure_sizes, take_turn
 
 SIZE_BYTES = 1024
 
@@ -58,13 +58,13 @@ def test_turn_lasts_until_its_reads_have_taken_as_long_as_asked() -> None:
 
 
 def test_turn_ends_although_its_reads_take_no_time_at_all() -> None:
-    payloads = Payloads(fill_s=0.5, read_ns=1)
-    figures_of(payloads, turn_s=0.1)
-    assert batches(payloads) == TURN_LIMIT_S / 0.5
+    payloads = Payloads(fill_s=0.25, read_ns=1)
+    figures_of(payloads, turn_s=0.5)
+    assert batches(payloads) == TURN_LIMIT * 0.5 / 0.25
 
 
 def test_turn_has_one_batch_at_least_and_is_verified_before_it_is_timed() -> None:
-    payloads = Payloads(fill_s=10 * TURN_LIMIT_S, read_ns=1)
+    payloads = Payloads(fill_s=10 * TURN_LIMIT, read_ns=1)
     figures_of(payloads, turn_s=0.1)
     assert payloads.said == ["open", "fill", "verify", "fill", "time", "close"]
 
