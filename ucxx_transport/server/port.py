@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-SWEEP_INTERVAL_S: Final = 0.25
+SWEEP_INTERVAL_S: Final = 0.5
 """How often time limits are looked at: four wake-ups a second cost nothing that can be measured, and no limit needs to
 be kept more exactly."""
 

@@ -42,7 +42,7 @@ _log = get_logger(__name__)
 
 # How often the worker and the port are looked at; the worker's end shows at once by the end of file, unless a process
 # that it has forked keeps the pipe open.
-LOOK_S: Final = 0.25
+LOOK_S: Final = 0.5
 # How often the worker is looked at while its end is waited for.
 _POLL_S: Final = 0.01
 # From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.

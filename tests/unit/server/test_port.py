@@ -11,13 +11,14 @@ from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.ring import SlotState
 from ucxx_transport.server.connection import MAX_LATE_FRAMES
+from ucxx_transport.server.port import SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
 
 EPISODE = bytes(range(256)) * 16
 LARGE = bytes(60_000)
 # Time limits are looked at this often; a limit is kept within one look.
-SWEEP_S = 0.3
+SWEEP_S = SWEEP_INTERVAL_S + 0.05
 
 
 def still_serves(rig: PortRig) -> bool:
