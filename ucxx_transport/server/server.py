@@ -196,7 +196,7 @@ class UCXXServer(RingSource):
         """Whether every port listens and its loop has turned.
 
         Args:
-            within_s: seconds; a loop turns four times a second, later on a busy host.
+            within_s: seconds; a loop turns twice a second, later on a busy host.
         """
         if not self._ports or self._ring.closed:
             return False
