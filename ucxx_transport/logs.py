@@ -48,19 +48,15 @@ class EventLogger:
         self._logger = logging.getLogger(name)
 
     def debug(self, event: str, /, **keys: object) -> None:
-        """Log at DEBUG."""
         self._log(logging.DEBUG, event, keys)
 
     def info(self, event: str, /, **keys: object) -> None:
-        """Log at INFO."""
         self._log(logging.INFO, event, keys)
 
     def warning(self, event: str, /, **keys: object) -> None:
-        """Log at WARNING."""
         self._log(logging.WARNING, event, keys)
 
     def error(self, event: str, /, **keys: object) -> None:
-        """Log at ERROR."""
         self._log(logging.ERROR, event, keys)
 
     def exception(self, event: str, /, **keys: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLocking, Receiver, Upload
-from ucxx_transport.gpu.page_lock import Bytes
+from ucxx_transport.gpu.runtime import Bytes
 from ucxx_transport.schema.dtypes import DType
 from ucxx_transport.schema.tensors import Array
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,16 +17,11 @@ if TYPE_CHECKING:
     from ucxx_transport.membership import SourceRecord, Store
 
 
-class Action(StrEnum):
-    """What to do with a store."""
-
-    ls = "ls"
-    watch = "watch"
-    reap = "reap"
-
-
 def registry(
-    action: Annotated[Action, typer.Argument(help="ls: list once. watch: every change. reap: end sources' leases.")],
+    action: Annotated[
+        Literal["ls", "watch", "reap"],
+        typer.Argument(help="ls: list once. watch: every change. reap: end sources' leases."),
+    ],
     workers: Annotated[list[str] | None, typer.Argument(help="reap: the worker ids to end.")] = None,
     *,
     store: Annotated[str, typer.Option("--store", help="URL: local://, local:///path, etcd://host:port")] = "local://",
@@ -41,13 +35,13 @@ def registry(
     from ucxx_transport.config import StoreConfig
     from ucxx_transport.membership import open_store
 
-    if workers and action is not Action.reap:
-        raise ConfigError(f"{action.value} takes no worker ids", field="workers")
+    if workers and action != "reap":
+        raise ConfigError(f"{action} takes no worker ids", field="workers")
     config = StoreConfig() if namespace is None else StoreConfig(namespace=namespace)
     with open_store(store, config) as opened:
-        if action is Action.ls:
+        if action == "ls":
             _list(opened, as_json=as_json)
-        elif action is Action.watch:
+        elif action == "watch":
             _follow(opened, as_json=as_json)
         else:
             _reap(opened, workers or [], as_json=as_json)
@@ -64,26 +58,22 @@ def _list(store: Store, *, as_json: bool) -> None:
         sources = [source.to_dict() for source in view.sources]
         print_json({"store": store.url, "revision": snapshot.revision, "sources": sources, "malformed": view.malformed})
         return
-    _print_table(store, view.sources)
-    if view.malformed:
-        typer.echo(f"{view.malformed} record(s) of another version, or none of ours", err=True)
-
-
-def _print_table(store: Store, sources: Sequence[SourceRecord]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
     for column in ("worker", "epoch", "status", "host", "ports", "ring", "lease"):
         table.add_column(column)
-    for source in sources:
+    for source in view.sources:
         ports = ",".join(map(str, source.ports))
-        lease = f"{source.ttl_s:g} s"
         row = (source.worker_id, str(source.epoch), source.status.value, source.host or "–", ports or "–")
-        table.add_row(*map(Text, (*row, source.ring_name, lease)))  # as they are: mark-up in a name is a name
+        words = (*row, source.ring_name, f"{source.ttl_s:g} s")
+        table.add_row(*map(Text, words))  # as they are: mark-up in a name is a name
     terminal = console()
-    terminal.print(Text(f"{len(sources)} source(s) in {store.url}"), soft_wrap=True)
+    terminal.print(Text(f"{len(view.sources)} source(s) in {store.url}"), soft_wrap=True)
     terminal.print(table)
+    if view.malformed:
+        typer.echo(f"{view.malformed} record(s) of another version, or none of ours", err=True)
 
 
 def _follow(store: Store, *, as_json: bool) -> None:

@@ -20,8 +20,7 @@
 | or a receive | receiver's own; the memory is          |                           | when it takes the arrays     |
 | buffer       | page-locked                            |                           |                              |
 
-Nothing here imports torch or cupy before an array or a `device` asks for it. `runtime` says what an end needs of CUDA,
-as Protocols; `page_lock` decides what a refusal to lock means.
+Nothing here imports torch or cupy before an array or a `device` asks for it.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from functools import cache
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.page_lock import PageLockError, PageLocking, page_lock
-from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload
+from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, PageLockError, PageLocking, Receiver, Upload, page_lock
 from ucxx_transport.schema.tensors import Array, as_array, is_on_device
 from ucxx_transport.schema.wire_form import describe
 

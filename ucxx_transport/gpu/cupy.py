@@ -22,8 +22,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.page_lock import SUCCESS, Bytes, PageLocking
-from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload, check_index
+from ucxx_transport.gpu.runtime import (
+    SUCCESS,
+    Bytes,
+    DeviceArray,
+    LeafRuntime,
+    PageLocking,
+    Receiver,
+    Upload,
+    check_index,
+)
 from ucxx_transport.schema.dtypes import DType, canonical_dtype
 
 if TYPE_CHECKING:

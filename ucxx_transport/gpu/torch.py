@@ -15,8 +15,17 @@ import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.page_lock import ALREADY_REGISTERED, SUCCESS, Bytes, PageLocking
-from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, Receiver, Upload, check_index
+from ucxx_transport.gpu.runtime import (
+    ALREADY_REGISTERED,
+    SUCCESS,
+    Bytes,
+    DeviceArray,
+    LeafRuntime,
+    PageLocking,
+    Receiver,
+    Upload,
+    check_index,
+)
 from ucxx_transport.schema.dtypes import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from cosmos_rl.utils.payload_transport.registry import PayloadTransport, PayloadTransportRegistry
 from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
@@ -40,7 +40,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.batch import PrefetchStatistics, log_loss
+from ucxx_transport.trainer.batch import FetchSettings, PrefetchStatistics, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
 from ucxx_transport.trainer.prefetcher import Prefetcher
@@ -112,32 +112,20 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
         self._lost: OrderedDict[str, None] = OrderedDict()
 
     def setup(
-        self,
-        *,
-        device: object = None,
-        client: ClientConfig | None = None,
-        deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = 3,
+        self, *, device: object = None, client: ClientConfig | None = None, **settings: Unpack[FetchSettings]
     ) -> None:
         """Make the client, with a thread of its own.
 
         Args:
             device: as for `RolloutFeed`.
             client: settings of the client.
-            deadline_s: of one batch.
-            max_fetch_rounds: as for `fetch_batch`.
+            **settings: as for `Prefetcher`.
 
         Raises:
             ConfigError: an argument is out of its bounds, or this machine has no such device.
         """
         self._unpack = unpacker_for(device)
-        self._prefetcher = Prefetcher(
-            client,
-            deadline_s=deadline_s,
-            max_fetch_rounds=max_fetch_rounds,
-            on_loss=log_loss,
-            uploader=self._unpack.uploader,
-        )
+        self._prefetcher = Prefetcher(client, on_loss=log_loss, uploader=self._unpack.uploader, **settings)
 
     def shutdown(self) -> None:
         """Take leave of the servers. Idempotent."""

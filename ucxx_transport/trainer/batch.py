@@ -11,9 +11,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
 import anyio
 
@@ -24,10 +24,11 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import Payload
+    from ucxx_transport.client import Payload, UCXXClient
     from ucxx_transport.client.core import ClientCore
     from ucxx_transport.client.jobs import Job
-    from ucxx_transport.link.base import Timer
+    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.link.base import LinkFactory, Timer
     from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)
@@ -45,6 +46,7 @@ class Batch:
     Attributes:
         payloads: by the episode's place in what was asked for, in that order.
         losses: the others, in that order, each with its reason.
+        nbytes: of the payloads.
         rounds: how many it took.
         retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
@@ -52,6 +54,7 @@ class Batch:
 
     payloads: dict[int, Payload]
     losses: tuple[Loss, ...]
+    nbytes: int
     rounds: int
     retried: int
     took_s: float
@@ -67,11 +70,7 @@ Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
 
 
 class FetchRequest:
-    """A batch to fetch, its bounds as `fetch_batch` takes them, and the version of the trainer's weights then.
-
-    Raises:
-        ConfigError: nothing could be fetched under these bounds, or `policy_version` is missing for `max_staleness`.
-    """
+    """A batch to fetch; arguments and errors as `fetch_batch`."""
 
     def __init__(
         self,
@@ -158,6 +157,7 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
     return Batch(
         payloads=dict(sorted(payloads.items())),
         losses=tuple(sorted(losses, key=lambda loss: loss.index)),
+        nbytes=sum(payload.nbytes for payload in payloads.values()),
         rounds=rounds,
         retried=retried,
         took_s=clock() - began_s,
@@ -176,17 +176,8 @@ def log_loss(loss: Loss) -> None:
     )
 
 
-class BatchReader(Protocol):
-    """What `fetch_batch` needs of a client; `UCXXClient` is one."""
-
-    async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | None = None
-    ) -> list[Payload | TransportError]:
-        """See `UCXXClient.read_many`."""
-
-
 async def fetch_batch(
-    client: BatchReader,
+    client: UCXXClient,
     records: Sequence[AskedFor],
     *,
     deadline_s: float | str,
@@ -199,7 +190,7 @@ async def fetch_batch(
     Without an event loop, use `Prefetcher.fetch`.
 
     Args:
-        client: reads; `UCXXClient`.
+        client: reads.
         records: the episodes, as their workers described them; an error stands for a record that could not be read.
         deadline_s: seconds for the whole batch.
         max_fetch_rounds: how often an episode is asked for while its error is retryable, at least 1.
@@ -214,25 +205,18 @@ async def fetch_batch(
         ConfigError: an argument is out of its bounds.
     """
     request = FetchRequest(
-        records,
-        policy_version,
-        deadline_s=deadline_s,
-        max_fetch_rounds=max_fetch_rounds,
-        max_staleness=max_staleness,
+        records, policy_version, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
     )
+    outcomes: Outcomes | None = None
     with closing(rounds_of(request, anyio.current_time)) as rounds:
-        outcomes: Outcomes | None = None
-        while True:
-            try:
+        try:
+            while True:
                 asked = rounds.send(outcomes)
-            except StopIteration as end:
-                batch: Batch = end.value
-                return batch
-            if asked is None:
-                outcomes = None
-                await anyio.sleep(ROUND_PAUSE_S)
-            else:
-                outcomes = await client.read_many(asked[0], deadline_s=asked[1])
+                outcomes = None if asked is None else await client.read_many(asked[0], deadline_s=asked[1])
+                if asked is None:
+                    await anyio.sleep(ROUND_PAUSE_S)
+        except StopIteration as end:
+            return cast("Batch", end.value)
 
 
 class BatchFetch:
@@ -341,11 +325,22 @@ class PrefetchStatistics:
         unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
     """
 
-    batches: int
-    episodes: int
-    nbytes: int
-    fetch_s: float
-    retried: int
-    losses: Mapping[str, int]
-    given_up: int
+    batches: int = 0
+    episodes: int = 0
+    nbytes: int = 0
+    fetch_s: float = 0.0
+    retried: int = 0
+    losses: Mapping[str, int] = field(default_factory=dict)
+    given_up: int = 0
     unlocked_rings: int = 0
+
+
+class FetchSettings(TypedDict, total=False):
+    """How batches are fetched; see `Prefetcher`."""
+
+    deadline_s: float | str
+    max_fetch_rounds: int
+    max_staleness: int | None
+    discard_lost: bool
+    watcher: Watcher | None
+    link_factory: LinkFactory | None

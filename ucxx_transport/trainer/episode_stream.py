@@ -6,20 +6,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, PrefetchStatistics, log_loss
+from ucxx_transport.trainer.batch import FetchSettings, PrefetchStatistics, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
 
 
@@ -47,13 +45,10 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         config: settings of the client.
         device: where episodes are given, as for `RolloutFeed`.
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
-        deadline_s: of one episode.
-        max_fetch_rounds: as for `Prefetcher`.
-        discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, in the thread that iterates, with index 0; by default
             it is logged.
-        watcher: as for `UCXXClient`.
-        link_factory: as for `UCXXClient`.
+        **settings: as for `Prefetcher`, of one episode: `deadline_s`, `max_fetch_rounds`, `discard_lost`, `watcher`,
+            `link_factory`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -66,12 +61,8 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         *,
         device: object = None,
         ahead: int = 8,
-        deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
-        discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = log_loss,
-        watcher: Watcher | None = None,
-        link_factory: LinkFactory | None = None,
+        **settings: Unpack[FetchSettings],
     ) -> None:
         if ahead < 1:
             raise ConfigError(f"ahead must be at least 1, not {ahead}", field="ahead")
@@ -82,16 +73,7 @@ class EpisodeStream(Iterator[StreamedEpisode]):
         # the class, not an object of it: kept, that would keep the frames that it was raised through
         self._end: Exception | type[StopIteration] | None = None
         self._closed = False
-        self._prefetcher = Prefetcher(
-            config,
-            deadline_s=deadline_s,
-            max_fetch_rounds=max_fetch_rounds,
-            discard_lost=discard_lost,
-            on_loss=on_loss,
-            watcher=watcher,
-            link_factory=link_factory,
-            uploader=self._unpack.uploader,
-        )
+        self._prefetcher = Prefetcher(config, on_loss=on_loss, uploader=self._unpack.uploader, **settings)
         # a daemon: it may wait for a reference that never comes
         threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()
 
@@ -145,22 +127,23 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             self._changed.notify_all()
             return begun
 
-    def _take(self, references: Iterable[object]) -> None:
+    def _take(self, references: Iterable[Any]) -> None:
+        end: Exception | type[StopIteration] = StopIteration
         try:
             for reference in references:
-                if not self._begin(reference):
+                if not is_ours(reference):
+                    message = f"{describe(reference)} is no episode record and no SlotRef"
+                    raise ConfigError(message, field="references")  # noqa: TRY301 - raised to who iterates
+                if not self._begin(record_of(reference)):
                     return
-            self._finish(StopIteration)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates
-            self._finish(error)
-        except BaseException:
-            self._finish(StopIteration)
-            raise
+            end = error
+        finally:
+            with self._changed:
+                self._end = end
+                self._changed.notify_all()
 
-    def _begin(self, reference: Any) -> bool:
-        if not is_ours(reference):
-            raise ConfigError(f"{describe(reference)} is no episode record and no SlotRef", field="references")
-        record = record_of(reference)
+    def _begin(self, record: AskedFor) -> bool:
         with self._changed:
             while len(self._begun) >= self._ahead and not self._closed:
                 self._changed.wait()
@@ -170,8 +153,3 @@ class EpisodeStream(Iterator[StreamedEpisode]):
             self._begun.append((record, self._prefetcher.begin([record])))
             self._changed.notify_all()
         return True
-
-    def _finish(self, end: Exception | type[StopIteration]) -> None:
-        with self._changed:
-            self._end = end
-            self._changed.notify_all()

@@ -80,7 +80,7 @@ class Loss:
     error: TransportError | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """One episode to fetch."""
 
@@ -102,26 +102,25 @@ def sort_out(
     for index, record in enumerate(records):
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
-        elif record.ref is None:
-            losses.append(Loss(index=index, record=record, reason=LossReason.DROPPED))
+            continue
+        if record.ref is None:
+            reason = LossReason.DROPPED
         elif record.ref.name in seen:
-            losses.append(Loss(index=index, record=record, reason=LossReason.DUPLICATE))
+            reason = LossReason.DUPLICATE
         elif _too_old(record, policy_version, max_staleness):
-            losses.append(Loss(index=index, record=record, reason=LossReason.TOO_OLD))
+            reason = LossReason.TOO_OLD
         else:
             seen.add(record.ref.name)
-            wanted.append(Wanted(index=index, record=record, ref=record.ref))
+            wanted.append(Wanted(index, record, record.ref))
+            continue
+        losses.append(Loss(index=index, record=record, reason=reason))
     return wanted, losses
 
 
 def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list[SlotRef]:
     """Payloads that are not fetched and may be there: too old, and with `discard_lost` those that could not be."""
     reasons = _MAY_BE_THERE if discard_lost else {LossReason.TOO_OLD}
-    return [
-        loss.record.ref
-        for loss in losses
-        if loss.reason in reasons and loss.record is not None and loss.record.ref is not None
-    ]
+    return [loss.record.ref for loss in losses if loss.reason in reasons and loss.record and loss.record.ref]
 
 
 def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: int | None) -> bool:

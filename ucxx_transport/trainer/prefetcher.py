@@ -8,8 +8,7 @@
 | taken           | …               | its caller, who releases it | nothing more: counted then                      |
 | given up        | cancelled       | nobody: released as it comes| nothing more: counted then                      |
 
-The thread runs the reactor of the client's core, and sleeps while nothing is on its way. Fetches begin and end in it;
-other threads hand over what it is to do (`Reactor.submit`), and wait for a future.
+Fetches begin and end in the thread, which runs the reactor of the client's core; others wait for a future.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import atexit
 import math
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import checked_seconds
@@ -164,9 +163,8 @@ class Prefetcher:
         self._lock = threading.RLock()
         self._closed = False
         self._untaken: set[PendingBatch] = set()
-        self._counts: Counter[str] = Counter()
+        self._counts: defaultdict[str, Any] = defaultdict(int)  # of `PrefetchStatistics`, by its names
         self._losses: Counter[str] = Counter()
-        self._fetch_s = 0.0
         self._running: dict[PendingBatch, BatchFetch] = {}  # the thread's own
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
@@ -190,10 +188,9 @@ class Prefetcher:
     def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
         pending = PendingBatch(self, self._request(records, policy_version))
-        self.check_usable()
         with self._lock:
-            self._untaken.add(pending)
-            self.check_usable()  # closing gives up what it finds there
+            self.check_usable()
+            self._untaken.add(pending)  # where closing finds it
         return pending
 
     def check_usable(self) -> None:
@@ -204,11 +201,9 @@ class Prefetcher:
             raise ConfigError("the prefetcher is closed; make another")
 
     def begin_prepared(self, pending: PendingBatch, after_s: float) -> None:
-        """See `PendingBatch.begin`."""
         self._core.reactor.submit(partial(self._start, pending, after_s))
 
     def wait_for(self, pending: PendingBatch, timeout_s: float | str | None) -> bool:
-        """See `PendingBatch.wait`."""
         limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
         try:
             self._outcome_of(pending, limit_s)
@@ -219,7 +214,6 @@ class Prefetcher:
         return True
 
     def take(self, pending: PendingBatch) -> Batch:
-        """See `PendingBatch.result`."""
         try:
             batch = self._outcome_of(pending)
         except ConfigError:
@@ -231,15 +225,17 @@ class Prefetcher:
             raise ConfigError("the batch was taken or cancelled")
         if isinstance(batch, Exception):
             raise batch
-        nbytes = sum(payload.nbytes for payload in batch.payloads.values())
+        counts = self._counts
         with self._lock:
-            self._counts.update(batches=1, episodes=len(batch.payloads), nbytes=nbytes, retried=batch.retried)
-            self._fetch_s += batch.took_s
-        self._report(batch.losses)
+            counts["batches"] += 1
+            counts["episodes"] += len(batch.payloads)
+            counts["nbytes"] += batch.nbytes
+            counts["fetch_s"] += batch.took_s
+            counts["retried"] += batch.retried
+        self._count(batch.losses, self._on_loss)
         return batch
 
     def leave(self, pending: PendingBatch) -> None:
-        """See `PendingBatch.cancel`."""
         if not self._forgotten(pending):
             return
         outcome = self._dropped(pending)
@@ -252,24 +248,18 @@ class Prefetcher:
 
     def count_left(self, episodes: int) -> None:
         """Count episodes that were asked for and will not be taken, as lost by "closed"."""
-        if episodes:
-            with self._lock:
-                self._losses[LossReason.CLOSED.value] += episodes
+        with self._lock:
+            self._losses.update({LossReason.CLOSED.value: episodes} if episodes else {})
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have the thread make a call that the trainer need not wait for; dropped when the prefetcher is closed."""
+        self._core.reactor.submit(call)
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
-        uploader, counts = self._uploader, self._counts
+        unlocked_rings = 0 if self._uploader is None else self._uploader.unlocked_rings
         with self._lock:
-            return PrefetchStatistics(
-                batches=counts["batches"],
-                episodes=counts["episodes"],
-                nbytes=counts["nbytes"],
-                fetch_s=self._fetch_s,
-                retried=counts["retried"],
-                losses=dict(self._losses),
-                given_up=counts["given_up"],
-                unlocked_rings=0 if uploader is None else uploader.unlocked_rings,
-            )
+            return PrefetchStatistics(**self._counts, losses=dict(self._losses), unlocked_rings=unlocked_rings)
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
@@ -309,9 +299,9 @@ class Prefetcher:
     def _forgotten(self, pending: PendingBatch) -> bool:
         """Whether it had not been taken or given up; it has now."""
         with self._lock:
-            was_there = pending in self._untaken
+            found = pending in self._untaken
             self._untaken.discard(pending)
-        return was_there
+        return found
 
     def _dropped(self, pending: PendingBatch) -> Batch | Exception | None:
         """Fetch it no longer; what has come of it already."""
@@ -324,13 +314,11 @@ class Prefetcher:
         with self._lock:
             self._counts["given_up"] += 1
         _log.warning("batch_abandoned", episodes=len(request.records))
-        error = DeadlineExceededError("the batch did not come in time")
-        wanted, losses = request.sort_out()
-        timeout = LossReason.TIMEOUT
-        losses += [Loss(index=each.index, record=each.record, reason=timeout, error=error) for each in wanted]
-        losses.sort(key=lambda loss: loss.index)
+        error, (wanted, lost) = DeadlineExceededError("the batch did not come in time"), request.sort_out()
+        late = [Loss(index=each.index, record=each.record, reason=LossReason.TIMEOUT, error=error) for each in wanted]
+        losses = sorted([*lost, *late], key=lambda loss: loss.index)
         self._core.reactor.submit(partial(self._discard, losses))
-        self._report(losses)
+        self._count(losses, self._on_loss)
 
     def _leave_all(self) -> None:
         with self._lock:
@@ -341,19 +329,22 @@ class Prefetcher:
         if untaken:
             _log.warning("episodes_not_taken", episodes=self._losses[LossReason.CLOSED.value])
 
-    def _report(self, losses: Sequence[Loss]) -> None:
-        self._count(losses)
-        for loss in losses:
-            self._on_loss(loss)
-
-    def _count(self, losses: Sequence[Loss]) -> None:
+    def _count(self, losses: Sequence[Loss], on_loss: Callable[[Loss], None] = lambda _: None) -> None:
         with self._lock:
             self._losses.update(loss.reason.value for loss in losses)
+        for loss in losses:
+            on_loss(loss)
 
     def _run(self) -> None:  # from here on: by the thread itself
         try:
             while not self._stopping.is_set():
-                self._turn()
+                try:
+                    self._core.reactor.run_once(math.inf)
+                except Exception as error:
+                    if not self._running:
+                        raise
+                    for fetch in [*self._running.values()]:
+                        fetch.fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
@@ -361,15 +352,6 @@ class Prefetcher:
             if self._uploader is not None:
                 self._uploader.close()  # before the core, which frees the buffers that come back
             self._core.close()
-
-    def _turn(self) -> None:
-        try:
-            self._core.reactor.run_once(math.inf)
-        except Exception as error:
-            if not self._running:
-                raise
-            for fetch in [*self._running.values()]:
-                fetch.fail(error)
 
     def _start(self, pending: PendingBatch, after_s: float) -> None:
         if pending not in self._running and not pending.future.done():
@@ -386,6 +368,9 @@ class Prefetcher:
         del self._running[pending]
         if isinstance(outcome, Batch):
             self._discard(outcome.losses)
+            if self._uploader is None:  # made here and kept, the arrays cost the trainer no time
+                with suppress(TransportError):  # raised to who takes those arrays
+                    any(payload.arrays is None for payload in outcome.payloads.values())
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_result(outcome)
         elif isinstance(outcome, Batch):

@@ -17,19 +17,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, PrefetchStatistics, log_loss
+from ucxx_transport.trainer.batch import Batch, FetchSettings, PrefetchStatistics, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics, Payload
-    from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import LinkFactory
     from ucxx_transport.schema.tree import ArrayTree
 
 YIELD_S: Final = 1e-3
@@ -77,15 +75,28 @@ class _InUse:
     """The rollouts that are trained on, as asked for, and what came of them; None when nothing did."""
 
     def __init__(self, asked: _Asked, batch: Batch | None) -> None:
-        payloads = {} if batch is None else batch.payloads
         self.asked = asked
         self.batch = batch
-        self.payloads: dict[Hashable, Payload] = {asked.keys[index]: payload for index, payload in payloads.items()}
+        self._came = came = {} if batch is None else batch.payloads
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(asked.outputs[index]): payload for index, payload in payloads.items()}
-        self.lost = frozenset(asked.keys) - frozenset(self.payloads)
-        lost_places = {place for index, place in enumerate(asked.places) if index not in payloads}
-        self.rollouts = [rollout for place, rollout in enumerate(asked.rollouts) if place not in lost_places]
+        self.by_output = {id(asked.outputs[index]): payload for index, payload in came.items()}
+        lost = {place for index, place in enumerate(asked.places) if index not in came}
+        self.rollouts = [rollout for place, rollout in enumerate(asked.rollouts) if place not in lost]
+
+    def release(self) -> None:
+        """Release the batch."""
+        if self.batch is not None:
+            self.batch.release()
+
+    @cached_property
+    def payloads(self) -> dict[Hashable, Payload]:
+        """By key."""
+        return {self.asked.keys[index]: payload for index, payload in self._came.items()}
+
+    @cached_property
+    def lost(self) -> frozenset[Hashable]:
+        """The keys of the others."""
+        return frozenset(self.asked.keys) - frozenset(self.payloads)
 
 
 class RolloutFeed:
@@ -103,15 +114,11 @@ class RolloutFeed:
         config: settings of the client.
         device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
             tensors and arrays on a GPU.
-        deadline_s: of one batch.
-        max_fetch_rounds: as for `Prefetcher`.
-        max_staleness: as for `Prefetcher`.
-        discard_lost: as for `Prefetcher`.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves; by
             default it is logged.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
-        watcher: as for `UCXXClient`.
-        link_factory: as for `UCXXClient`.
+        **settings: as for `Prefetcher`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`, `watcher`,
+            `link_factory`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -122,14 +129,9 @@ class RolloutFeed:
         config: ClientConfig | None = None,
         *,
         device: object = None,
-        deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
-        max_staleness: int | None = None,
-        discard_lost: bool = True,
         on_loss: Callable[[Loss], None] = log_loss,
         output_of: Callable[[object], object] = completion_of,
-        watcher: Watcher | None = None,
-        link_factory: LinkFactory | None = None,
+        **settings: Unpack[FetchSettings],
     ) -> None:
         self._unpack = unpacker_for(device)
         self._output_of = output_of
@@ -141,17 +143,7 @@ class RolloutFeed:
         self._in_use: _InUse | None = None
         self._is_awaited = True
         self._policy_version: int | None = None
-        self._prefetcher = Prefetcher(
-            config,
-            deadline_s=deadline_s,
-            max_fetch_rounds=max_fetch_rounds,
-            max_staleness=max_staleness,
-            discard_lost=discard_lost,
-            on_loss=self._losses.append,
-            watcher=watcher,
-            link_factory=link_factory,
-            uploader=self._unpack.uploader,
-        )
+        self._prefetcher = Prefetcher(config, on_loss=self._losses.append, uploader=self._unpack.uploader, **settings)
 
     @property
     def is_cold_start(self) -> bool:
@@ -293,7 +285,9 @@ class RolloutFeed:
         Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
         """
         with self._state:
-            self._use(None)
+            done, self._in_use = self._in_use, None
+        if done is not None:
+            done.release()
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since the feed was made."""
@@ -308,7 +302,7 @@ class RolloutFeed:
         self._prefetcher.close()
         with self._state:
             self._pending.clear()
-            self._use(None)
+        self.release()
 
     def __enter__(self) -> Self:
         return self
@@ -328,11 +322,6 @@ class RolloutFeed:
         if self._pending:
             self._pending[0][1].begin(0.0 if self._is_awaited else YIELD_S)
 
-    def _use(self, in_use: _InUse | None) -> None:
-        done, self._in_use = self._in_use, in_use
-        if done is not None and done.batch is not None:
-            done.batch.release()
-
     def _note_version(self, policy_version: int | None) -> None:
         self._policy_version = policy_version if policy_version is not None else self._policy_version
 
@@ -351,18 +340,19 @@ class RolloutFeed:
         """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
         asked, pending = self._pending[0]
         self._is_awaited = not pending.is_ready
-        came = pending.wait(timeout_s)
+        came = not self._is_awaited or pending.wait(timeout_s)
         batch: Batch | None = None
         try:
             batch = pending.result() if came else None
         finally:
+            done: _InUse | None = _InUse(asked, batch)
             with self._state:
-                if self._pending:
+                if self._pending:  # else it was closed meanwhile, and this one is not used at all
                     self._pending.popleft()
                     self._begin_next()
-                    self._use(_InUse(asked, batch))
-                elif batch is not None:  # it was closed meanwhile
-                    batch.release()
+                    done, self._in_use = self._in_use, done
+            if done is not None:
+                self._prefetcher.soon(done.release)
         return came
 
     def _report(self) -> None:

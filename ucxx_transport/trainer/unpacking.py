@@ -1,24 +1,12 @@
 """Payloads as the arrays that a trainer works with, on its device.
 
-| device                           | gives                                                                             |
-|----------------------------------|-----------------------------------------------------------------------------------|
-| None, "numpy"                    | numpy views of the payload's memory                                               |
-| "cpu"                            | torch tensors of the payload's memory; bfloat16 and float8 as torch's own         |
-| "cuda", "cuda:N", a torch.device | torch tensors on that GPU, views of one copy of the payload, begun when it comes |
-| "cupy", "cupy:N"                 | cupy arrays on that GPU, the same; a dtype that this cupy has not is refused      |
-
 What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
 refers to it any more, a tensor neither. A tensor cannot be read-only: clone one before writing to it, since it may lie
 in a slot that others read too.
 
-On their way to a GPU:
-
-| a payload of                | is copied from                                                                         |
-|-----------------------------|----------------------------------------------------------------------------------------|
-| a ring of this host         | its slot: the ring's memory is page-locked once, by a thread beside the reads          |
-| … until that has been done, | a receive buffer, which is page-locked when it is allocated                            |
-| or where it cannot be       |                                                                                        |
-| another host                | a receive buffer                                                                       |
+To a GPU a payload of this host is copied from its slot, once a thread beside the reads has page-locked the ring's
+memory. Until then, where that cannot be, and from other hosts, it is copied from a receive buffer, which is page-locked
+when it is allocated.
 
 | when                        | the payload's bytes                                       | its slot or receive buffer |
 |-----------------------------|-----------------------------------------------------------|----------------------------|
@@ -37,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -50,7 +39,7 @@ from ucxx_transport.gpu.torch import host_tensor, import_torch
 from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu.page_lock import Bytes
+    from ucxx_transport.gpu.runtime import Bytes
     from ucxx_transport.link.base import Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.placement import Placement
@@ -67,21 +56,22 @@ _JOIN_TIMEOUT_S: Final = 5.0
 _log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class Unpacker:
     """Gives a payload's arrays on a device: its own, tensors over its memory, or arrays on a GPU.
 
     Attributes:
+        torch: what tensors are made by; None for the payload's own arrays.
         uploader: what takes payloads to the GPU as they come; None where they stay in the host's memory.
     """
 
-    def __init__(self, *, torch: Any = None, uploader: DeviceUploader | None = None) -> None:
-        self._torch = torch
-        self.uploader = uploader
+    torch: Any = None
+    uploader: DeviceUploader | None = None
 
     def __call__(self, payload: Payload) -> ArrayTree:
         """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
         arrays = payload.arrays
-        return arrays if self._torch is None else map_leaves(partial(host_tensor, self._torch), arrays)
+        return arrays if self.torch is None else map_leaves(partial(host_tensor, self.torch), arrays)
 
 
 def unpacker_for(device: object = None) -> Unpacker:
@@ -129,7 +119,6 @@ class DevicePayload(Payload):
 
     @property
     def buffer(self) -> memoryview:
-        """Not here: always a SlotError, the bytes are on the device."""
         raise SlotError("the payload's bytes are on a GPU; take its arrays", slot=self.ref.slot)
 
     @property
@@ -153,7 +142,6 @@ class DevicePayload(Payload):
         return schema.nest([upload.view(*place) for place in places])
 
     def release(self) -> None:
-        """Give up this payload's hold on the device's memory; arrays taken from it stay valid. Idempotent."""
         super().release()
         self._upload = None
 
@@ -216,8 +204,7 @@ class DeviceUploader:
                 upload = self._receiver.upload(source)
                 self._in_flight.append((upload, source))
         if not self._is_watched:
-            self._is_watched = True
-            self._look_again(timers, FIRST_LOOK_S)
+            self._look(timers, FIRST_LOOK_S)
         return DevicePayload(payload, upload, placement)
 
     def close(self) -> None:
@@ -231,15 +218,13 @@ class DeviceUploader:
         for thread in tuple(self._locking):
             thread.join(max(0.0, until_s - time.monotonic()))
 
-    def _look_again(self, timers: Timers, after_s: float) -> None:
-        timers.call_at(timers.now() + after_s, partial(self._look, timers, after_s))
-
     def _look(self, timers: Timers, after_s: float) -> None:
+        """Release what has been copied, and look again, ever later, as long as anything is in flight."""
         with self._lock:
             self._release_copied()
             self._is_watched = bool(self._in_flight)
         if self._is_watched:
-            self._look_again(timers, min(2 * after_s, LONGEST_LOOK_S))
+            timers.call_at(timers.now() + after_s, partial(self._look, timers, min(2 * after_s, LONGEST_LOOK_S)))
 
     def _release_copied(self) -> None:
         while self._in_flight and self._in_flight[0][0].done:  # they end in the order in which they began

@@ -23,6 +23,7 @@ from ucxx_transport import (
     SlotRef,
     StaleSlotError,
     TransportError,
+    UCXXClient,
 )
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
@@ -294,13 +295,13 @@ class Reader:
 @pytest.mark.anyio
 async def test_an_asynchronous_client_is_asked_round_by_round_too() -> None:
     reader = Reader({0: [LOST], 1: [StaleSlotError("stale")]})
-    batch = await fetch_batch(reader, [episode(number) for number in range(3)], deadline_s=10)
+    batch = await fetch_batch(cast("UCXXClient", reader), [episode(number) for number in range(3)], deadline_s=10)
     assert reader.core.asked == [[0, 1, 2], [0]]
     assert (list(batch.payloads), reasons(batch)) == ([0, 2], {1: LossReason.STALE})
     assert batch.took_s == pytest.approx(ROUND_PAUSE_S, abs=1e-3)
     assert reader.core.limits_s == pytest.approx([5.0, (10 - ROUND_PAUSE_S) / 2], abs=1e-3)
     with pytest.raises(ConfigError, match="deadline_s"):
-        await fetch_batch(reader, [], deadline_s=0)
+        await fetch_batch(cast("UCXXClient", reader), [], deadline_s=0)
 
 
 @pytest.mark.anyio
@@ -308,6 +309,6 @@ async def test_a_cancelled_fetch_leaves_no_payload_behind() -> None:
     reader = Reader({0: [LOST] * 9})
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(ROUND_PAUSE_S / 2):
-            await fetch_batch(reader, [episode(0), episode(1)], deadline_s=10)
+            await fetch_batch(cast("UCXXClient", reader), [episode(0), episode(1)], deadline_s=10)
     gc.collect()
     assert [reference() for reference in reader.memory] == [None]
