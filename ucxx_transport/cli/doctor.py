@@ -257,7 +257,6 @@ def _host_findings() -> Iterator[Finding]:
     matters = rdma_devices() and soft != resource.RLIM_INFINITY
     remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
     yield Finding.judged("host", "locked memory", locked, "warning", remedy)
-    yield _pidfd()
     yield Finding("host", "cores", str(len(os.sched_getaffinity(0))))
     remedy = "containers that show the same one read each other's rings in place: share the folder and pids"
     yield Finding("host", "host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
@@ -265,16 +264,6 @@ def _host_findings() -> Iterator[Finding]:
 
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _pidfd() -> Finding:
-    """How the end of a worker, or of its sidecar, is noticed."""
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except (AttributeError, OSError) as error:
-        remedy = "works all the same: the end of a process is polled for, and noticed within a second"
-        return Finding("host", "pidfd", f"none here ({type(error).__name__}: {error})", "note", remedy)
-    return Finding("host", "pidfd", "available")
 
 
 def _shared_memory() -> Finding:

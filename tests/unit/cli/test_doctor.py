@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +108,6 @@ def test_a_ucx_that_does_not_start_is_a_failure_not_a_crash(capsys: Capture, mon
     answer = call(capsys, "doctor", "--no-loopback", "--json")
     (start,) = (finding for finding in answer.document["findings"] if finding["name"] == "start")
     assert (answer.code, start["verdict"]) == (1, "failure")
-
-
-def test_a_machine_without_pidfd_is_noted_with_what_it_costs(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found() -> dict[str, Any]:
-        findings = call(capsys, "doctor", "--no-loopback", "--json").document["findings"]
-        (pidfd,) = (finding for finding in findings if finding["name"] == "pidfd")
-        return dict(pidfd)
-
-    def refused(_pid: int) -> int:
-        raise PermissionError(1, "Operation not permitted")
-
-    assert found()["verdict"] == "ok"
-    monkeypatch.setattr(os, "pidfd_open", refused)
-    assert found()["verdict"] == "note"
-    monkeypatch.delattr(os, "pidfd_open")
-    assert "within a second" in found()["remedy"]
 
 
 def test_memory_too_small_for_a_ring_is_said_before_it_hurts(capsys: Capture) -> None:

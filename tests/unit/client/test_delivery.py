@@ -169,6 +169,28 @@ def test_the_end_has_left_when_the_call_returns() -> None:
         assert rig.states(ref) == [SlotState.FREE]
 
 
+def test_ends_that_wait_for_another_request_have_left_too_when_the_call_returns() -> None:
+    with open_rig(ports=2, ring=RingConfig(slots=4, slot_bytes=80 << 10, prefault=False)) as rig:
+        client = rig.client()
+        warm(rig, client)
+        refs = [rig.write(bytes([number]) * (70 << 10)) for number in range(2)]  # a message each
+        holds = [Hold(), Hold()]
+        for number, hold in enumerate(holds, 1):
+            rig.faults_of(number).hold = hold
+        rig.faults_of(1).spare, rig.faults_of(1).drop = 1, 1  # the second answer of the first port is lost,
+        job = client.begin(*refs, deadline_s=8.0)
+        rig.faults_of(2).spare, rig.faults_of(2).drop = 1, 1  # and the first one of the second, after its welcome
+        rig.advance(4.5)  # half the time: both are asked of the second port too
+        for number, hold in enumerate(holds, 1):
+            rig.faults_of(number).hold = None
+            hold.set()
+        rig.run_until(lambda: job.done)
+        rig.idle_alone = (client,)
+        rig.settle()
+        assert [rig.statistics(number).delivered for number in (1, 2)] == [2, 1]  # with the one that came first
+        assert all(isinstance(outcome, Payload) for outcome in job.outcomes)
+
+
 def test_an_answer_that_breaks_its_connection_costs_those_that_had_come_behind_it_another_try_and_no_more() -> None:
     with open_rig(ports=1, ring=RingConfig(slots=4, slot_bytes=80 << 10, prefault=False)) as rig:
         client = rig.client()
