@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import ucxx_transport
 from ucxx_transport import config, errors, teardown
-from ucxx_transport.groups.states import TRANSITIONS as RANK_TRANSITIONS
-from ucxx_transport.groups.states import RankState
+from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
+from ucxx_transport.groups.view import RankState
 from ucxx_transport.link import address, ucx_hello
 from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, Seat
+from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
 
 # From → to, whatever happened between two views: a rank's death and its next life may fall into one.
 STEPS = {
@@ -54,8 +53,8 @@ class GroupModel:
         assert {seat.rank for seat in before.seats} <= {seat.rank for seat in view.seats}, "a seat stays"
         self.views.append((now, view))
 
-    def _judge(self, before: Seat | None, after: Seat, view: GroupView, now: float) -> None:
-        if before is not None and before.incarnation == after.incarnation:
+    def _judge(self, before: Seat, after: Seat, view: GroupView, now: float) -> None:
+        if before.incarnation == after.incarnation:
             if before.state is after.state:
                 return
             assert (before.state, after.state) in STEPS
@@ -63,7 +62,7 @@ class GroupModel:
         else:
             assert after.state is RankState.JOINING, "a new incarnation begins by joining"
             assert after.awaited_epoch == view.epoch
-            if before is not None and before.state.is_seated:
+            if before.state.is_seated:
                 assert before.incarnation not in self.alive, "a rank is taken from the dead alone"
         if after.state is RankState.ACTIVE:
             self._judge_activation(after, view)

@@ -33,11 +33,10 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.participant import MembershipEndedError, Participant, acquire_rank
+from ucxx_transport.groups.participant import MembershipEndedError, Participant
 from ucxx_transport.groups.state import GroupListener, SharedState
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
-from ucxx_transport.groups.writes import RankContext, Retrying, change_view
+from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
+from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view
 from ucxx_transport.membership.store import Lease
 
 RULES_AN_EXAMPLE = 25
@@ -169,7 +168,7 @@ class GroupMachine(RuleBasedStateMachine):
         wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.shared.now.epoch, ttl_s=TTL_S)
         self.model.alive.add(one.incarnation)
         self.model.applied[one.incarnation] = one.shared.now.epoch
-        one.lease = acquire_rank(one.context, wanted, self.retrying(one))
+        one.lease = acquire_rank(self.retrying(one), wanted)
         one.shared.begin(one.incarnation)
         one.participant = Participant(one.context, one.shared, one.incarnation, one.lease_id)
         one.snapshot = one.watch = None
@@ -299,17 +298,17 @@ class GroupMachine(RuleBasedStateMachine):
         if one is None or not one.store.reachable:
             return
         seat = self.model.view.seat_of(other)
-        change_view(one.context, RankEvent.DEACTIVATE, [other], self.retrying(one))
+        change_view(self.retrying(one), RankEvent.DEACTIVATE, [other])
         self.judge()
-        if seat is not None and seat.state in (RankState.JOINING, RankState.ACTIVE):
+        if seat.state in (RankState.JOINING, RankState.ACTIVE):
             self.model.resting.add(seat.incarnation)
 
     def recall(self, rank: int, other: int) -> None:
         one, seat = self.member(rank), self.model.view.seat_of(other)
-        if one is None or not one.store.reachable or seat is None or not seat.state.is_seated:
+        if one is None or not one.store.reachable or not seat.state.is_seated:
             return
         self.model.resting.discard(seat.incarnation)
-        change_view(one.context, RankEvent.RECALL, [other], self.retrying(one))
+        change_view(self.retrying(one), RankEvent.RECALL, [other])
         self.judge()
 
     def leave(self, rank: int, _: int) -> None:
@@ -318,7 +317,7 @@ class GroupMachine(RuleBasedStateMachine):
             return
         self.model.left.add(one.incarnation)
         with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
-            change_view(one.context, RankEvent.LEAVE, [rank], self.retrying(one), incarnation=one.incarnation)
+            change_view(self.retrying(one), RankEvent.LEAVE, [rank], incarnation=one.incarnation)
         self.judge()
         self.drop_out(one, RankEvent.LEAVE)
 

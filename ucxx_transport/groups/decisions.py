@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, MemberRecord, Seat
+from ucxx_transport.groups.view import TRANSITIONS, GroupView, MemberRecord, RankEvent, RankState, Seat
 
 Members = Mapping[int, MemberRecord]
 
@@ -24,13 +23,6 @@ AckWaits = Mapping[tuple[int, int], float]
 
 MARGIN_S: Final = 1.0
 """How long after its lease's end a dead member's key may still be there: etcd takes up to 0.5 s, a local store less."""
-
-_CONCERNS: Final = {
-    RankEvent.RECALL: (RankState.INACTIVE,),
-    RankEvent.DEACTIVATE: (RankState.JOINING, RankState.ACTIVE),
-    RankEvent.LEAVE: (RankState.JOINING, RankState.ACTIVE, RankState.INACTIVE),
-}
-"""The states that a request concerns: the other ranks are already as is wished, or must become so by themselves."""
 
 
 def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: float) -> bool:
@@ -42,39 +34,42 @@ def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: floa
     return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
 
 
-def next_epoch(view: GroupView | None, members: Members) -> int:
+def next_epoch(view: GroupView, members: Members) -> int:
     """Larger than the view's, and than any that a live member has applied: those of a store that was wiped too."""
-    return max([0 if view is None else view.epoch, *(record.epoch for record in members.values())]) + 1
+    return max([view.epoch, *(record.epoch for record in members.values())]) + 1
 
 
-def next_view(view: GroupView | None, members: Members, *, overdue: Collection[int] = ()) -> GroupView | None:
+def next_view(view: GroupView, members: Members, *, overdue: Collection[int] = ()) -> GroupView | None:
     """The view that should follow, with the `overdue_ranks` dropped; None when the present one is right."""
-    before = GroupView(epoch=0) if view is None else view
     epoch = next_epoch(view, members)
     changed: dict[int, Seat] = {}
-    for seat in before.seats:
+    for seat in view.seats:
         ending = _ending(seat, members, overdue)
         if ending is not None:
             changed[seat.rank] = seat.after(ending, epoch=epoch)
     for rank, record in members.items():
-        seat_before = changed.get(rank) or before.seat_of(rank)
-        if seat_before is None or seat_before.incarnation != record.incarnation:
-            changed[rank] = Seat.admitted(rank, record.incarnation, before=seat_before, epoch=epoch)
-    after = before.with_seats(changed, epoch=epoch)
-    joiners = [seat for seat in after.seats if seat.state is RankState.JOINING and seat.awaited_epoch <= before.epoch]
-    known = [seat for seat in joiners if not _missing(seat, after, members)]
-    changed |= {seat.rank: seat.after(RankEvent.ACTIVATE, epoch=epoch) for seat in known}
-    is_behind = any(record.epoch > before.epoch for record in members.values())
-    return before.with_seats(changed, epoch=epoch) if changed or is_behind else None
+        before = changed.get(rank) or view.seat_of(rank)
+        if before.incarnation != record.incarnation:
+            changed[rank] = before.after(RankEvent.ADMIT, epoch=epoch, incarnation=record.incarnation)
+    after = view.with_seats(changed, epoch=epoch)
+    for seat in after.seats:
+        if seat.state is RankState.JOINING and seat.awaited_epoch <= view.epoch and not _missing(seat, after, members):
+            changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
+    is_behind = any(record.epoch > view.epoch for record in members.values())
+    return view.with_seats(changed, epoch=epoch) if changed or is_behind else None
 
 
 def _ending(seat: Seat, members: Members, overdue: Collection[int]) -> RankEvent | None:
     if not seat.state.is_seated:
         return None
-    record = members.get(seat.rank)
-    if record is None or record.incarnation != seat.incarnation:
+    if not _is_present(seat, members):
         return RankEvent.LOSE
     return RankEvent.DROP if seat.rank in overdue else None
+
+
+def _is_present(seat: Seat, members: Members) -> bool:
+    """Whether the seat's life of the rank is a live member."""
+    return seat.rank in members and members[seat.rank].incarnation == seat.incarnation
 
 
 def _missing(joiner: Seat, view: GroupView, members: Members) -> tuple[int, ...]:
@@ -83,17 +78,15 @@ def _missing(joiner: Seat, view: GroupView, members: Members) -> tuple[int, ...]
         seat.rank
         for seat in view.seats
         if (seat.state is RankState.ACTIVE or seat.rank == joiner.rank)
-        and (record := members.get(seat.rank)) is not None
-        and record.incarnation == seat.incarnation
-        and record.epoch < joiner.awaited_epoch
+        and _is_present(seat, members)
+        and members[seat.rank].epoch < joiner.awaited_epoch
     )
 
 
-def awaited_ranks(view: GroupView | None, members: Members, rank: int) -> tuple[int, ...]:
+def awaited_ranks(view: GroupView, members: Members, rank: int) -> tuple[int, ...]:
     """The ranks that a joining one still waits for: those that must acknowledge it, or those that could admit it."""
-    seat = None if view is None else view.seat_of(rank)
-    record = members.get(rank)
-    if view is None or seat is None or record is None or seat.incarnation != record.incarnation:
+    seat = view.seat_of(rank)
+    if not _is_present(seat, members):
         return tuple(other for other in sorted(members) if other != rank)
     return _missing(seat, view, members)
 
@@ -107,36 +100,31 @@ def view_after(
         seat.rank: seat.after(event, epoch=epoch)
         for seat in view.seats
         if seat.rank in ranks
-        and seat.state in _CONCERNS[event]
+        and (seat.state, event) in TRANSITIONS
         and (incarnation is None or seat.incarnation == incarnation)
     }
     return view.with_seats(changed, epoch=epoch) if changed else None
 
 
-def ack_waits(view: GroupView | None, known: AckWaits, now: float) -> AckWaits:
+def ack_waits(view: GroupView, known: AckWaits, now: float) -> AckWaits:
     """The waits of a view: those that are known go on, new ones begin now."""
-    joiners = [] if view is None else [seat for seat in view.seats if seat.state is RankState.JOINING]
-    keys = [(seat.rank, seat.awaited_epoch) for seat in joiners]  # a later incarnation's epoch is larger
-    return {key: known.get(key, now) for key in keys}
+    keys = [(seat.rank, seat.awaited_epoch) for seat in view.seats if seat.state is RankState.JOINING]
+    return {key: known.get(key, now) for key in keys}  # a later incarnation's epoch is larger
 
 
 def overdue_ranks(
-    view: GroupView | None, members: Members, waits: AckWaits, *, now: float, ack_timeout_s: float
+    view: GroupView, members: Members, waits: AckWaits, *, now: float, ack_timeout_s: float
 ) -> frozenset[int]:
     """The ranks that have kept a joiner waiting for too long, the joiner itself among them if it has."""
-    late: set[int] = set()
-    for (rank, _), since in waits.items():
-        seat = None if view is None else view.seat_of(rank)
-        if view is not None and seat is not None and now - since >= ack_timeout_s:
-            late.update(_missing(seat, view, members))
-    return frozenset(late)
+    late = [rank for (rank, _), since in waits.items() if now - since >= ack_timeout_s]
+    return frozenset(missing for rank in late for missing in _missing(view.seat_of(rank), view, members))
 
 
-def turn_of(view: GroupView | None, members: Members, rank: int) -> int:
+def turn_of(view: GroupView, members: Members, rank: int) -> int:
     """How many live members should have written the next view before `rank` does: 0 for one of them.
 
     Those in the group come first, by rank; so a joiner leaves the group's view to the group, if there is one.
     """
-    in_group = [] if view is None else [other for other in view.ranks if other in members]
+    in_group = [other for other in view.ranks if other in members]
     order = [*in_group, *(other for other in sorted(members) if other not in in_group)]
     return order.index(rank) if rank in order else len(order)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Final, Self
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
@@ -20,11 +21,10 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.groups.decisions import awaited_ranks
-from ucxx_transport.groups.participant import MemberThread, acquire_rank
+from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GroupListener, GroupState, GroupStatistics, Member, SharedState
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, MemberRecord
-from ucxx_transport.groups.writes import RankContext, Retrying, change_view, put_policy_version
+from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
+from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, put_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
 from ucxx_transport.teardown import Teardown
@@ -98,7 +98,7 @@ class RankGroup:
         self._record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
         self._joining = threading.Lock()
         self._cancelled = threading.Event()
-        self._thread: MemberThread | None = None
+        self._participant: Participant | None = None
 
     @property
     def rank(self) -> int:
@@ -137,9 +137,9 @@ class RankGroup:
             raise NotReadyError("an isolated rank knows no others: join_group() first", group=now.group, rank=rank)
         seat = now.view.seat_of(rank)
         record = None if now.snapshot is None else now.snapshot.members.get(rank)
-        if seat is not None and (seat.state.is_seated or record is None or record.incarnation == seat.incarnation):
+        if seat.state.is_seated or record is None or record.incarnation == seat.incarnation:
             return seat.state
-        return RankState.ISOLATED if record is None else RankState.JOINING  # it has published itself: to be admitted
+        return RankState.JOINING  # it has published itself: to be admitted
 
     def join_group(self, timeout_s: float) -> GroupState:
         """Become a member: publish this rank, be admitted at a new epoch, and wait until all have acknowledged it.
@@ -166,10 +166,10 @@ class RankGroup:
             raise DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
         try:
             self._cancelled.clear()
-            if self._thread is not None:
+            if self._participant is not None:
                 if self.state.state.is_seated:
                     return self.state
-                self._stop(self._thread)  # one that is over: it may just be ending
+                self._stop(self._participant)  # one that is over: it may just be ending
             while True:
                 try:
                     return self._join_once(retrying)
@@ -187,12 +187,12 @@ class RankGroup:
         itself. `join_group` may be called again.
         """
         self._cancelled.set()
-        is_callback = self._thread is not None and self._thread.is_own_thread
+        is_callback = self._participant is not None and self._participant.is_own_thread
         has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)
         try:
-            thread, self._thread = self._thread, None
-            if thread is not None:
-                self._stop(thread, leaves=True)
+            participant, self._participant = self._participant, None
+            if participant is not None:
+                self._stop(participant, leaves=True)
         finally:
             if has_lock:
                 self._joining.release()
@@ -217,19 +217,7 @@ class RankGroup:
             NotReadyError: this rank or one of those is not a member, or is one no longer.
             DeadlineExceededError: the store did not answer, or `facts["waiting_for"]` are not active yet.
         """
-
-        def active(now: GroupState, epoch: int) -> GroupView | None:
-            view = now.notified_view(epoch)
-            gone = [] if view is None else [rank for rank in ranks if not view.state_of(rank).is_seated]
-            if gone:
-                raise NotReadyError(f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone)
-            return view if set(ranks) <= set(now.active_ranks) else None
-
-        def late(now: GroupState, _: int) -> DeadlineExceededError:
-            waiting_for = tuple(sorted(set(ranks) - set(now.active_ranks)))
-            return DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
-
-        return self._change(RankEvent.RECALL, ranks, timeout_s, active, late)
+        return self._change(RankEvent.RECALL, ranks, timeout_s)
 
     def deactivate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:
         """Take these ranks out of the active ones; they stay members, and are not waited for.
@@ -244,7 +232,7 @@ class RankGroup:
             NotReadyError: this rank is not a member.
             DeadlineExceededError: the store did not answer.
         """
-        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s, GroupState.notified_view, _not_seen)
+        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s)
 
     def set_policy_version(self, version: int, timeout_s: float = CHANGE_TIMEOUT_S, *, rewind: bool = False) -> None:
         """Set which policy version the group trains; joiners get it. It is no part of the view: no epoch follows.
@@ -256,13 +244,13 @@ class RankGroup:
         """
         if type(version) is not int or not 0 <= version < 1 << 59:
             raise ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
-        thread, retrying = self._member(), Retrying(self._context, timeout_s, "setting the policy version")
-        revision = put_policy_version(self._context, version, retrying, rewind=rewind)
+        participant, retrying = self._member(), Retrying(self._context, timeout_s, "setting the policy version")
+        revision = put_policy_version(retrying, version, rewind=rewind)
 
         def seen(now: GroupState) -> bool:
             return now.snapshot is not None and now.snapshot.revision >= revision
 
-        if not thread.is_own_thread:
+        if not participant.is_own_thread:
             self._shared.wait(seen, retrying, lambda now: _not_seen(now, now.epoch))
 
     def wait_for_view(self, min_epoch: int, timeout_s: float) -> GroupView:
@@ -309,11 +297,9 @@ class RankGroup:
 
     def _join_once(self, retrying: Retrying) -> GroupState:
         incarnation = uuid.uuid4().hex
-        wanted = replace(self._record, incarnation=incarnation, epoch=self.state.epoch)
-        lease = acquire_rank(self._context, wanted, retrying)
-        thread = MemberThread(self._context, self._shared, incarnation, lease.lease_id)
+        lease = acquire_rank(retrying, replace(self._record, incarnation=incarnation, epoch=self.state.epoch))
         self._shared.begin(incarnation)
-        self._thread = thread
+        participant = self._participant = Participant(self._context, self._shared, incarnation, lease.lease_id)
 
         def joined(now: GroupState) -> GroupState | None:
             view = now.notified_view()
@@ -321,12 +307,12 @@ class RankGroup:
             return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
         try:
-            thread.start()
+            participant.start()
             return self._shared.wait(joined, retrying, self._not_joined)
         except BaseException:
-            self._stop(thread)
+            self._stop(participant)
             self._shared.end(RankEvent.LEAVE, RegistryError("joining was cancelled", **self._context.keys))
-            self._thread = None
+            self._participant = None
             raise
 
     def _not_joined(self, now: GroupState) -> DeadlineExceededError:
@@ -339,42 +325,47 @@ class RankGroup:
             **self._context.keys,
         )
 
-    def _stop(self, thread: MemberThread, *, leaves: bool = False) -> None:
-        timeout_s, keys = self._context.config.stop_timeout_s, self._context.keys
+    def _stop(self, participant: Participant, *, leaves: bool = False) -> None:
+        timeout_s, incarnation = self._context.config.stop_timeout_s, participant.incarnation
         until_s = time.monotonic() + timeout_s
         teardown = Teardown("rank", group=self._context.group, rank=self.rank)
         if leaves and self.state.state.is_seated:
-            teardown.step("view", lambda: self._write_leave(thread.incarnation, timeout_s), until_s)
+            leaving = Retrying(self._context, timeout_s, "leaving")
+            change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=incarnation)
+            teardown.step("view", change, until_s)
         if leaves:
-            self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **keys))
-        thread.stop(teardown, until_s)
+            self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **self._context.keys))
+        participant.stop(teardown, until_s)
 
-    def _write_leave(self, incarnation: str, timeout_s: float) -> None:
-        retrying = Retrying(self._context, timeout_s, "leaving")
-        change_view(self._context, RankEvent.LEAVE, [self.rank], retrying, incarnation=incarnation)
-
-    def _member(self) -> MemberThread:
-        """The present incarnation's thread; a NotReadyError while this rank is not a member."""
-        thread = self._thread
-        if thread is None or not self.state.state.is_seated:
+    def _member(self) -> Participant:
+        """The present incarnation's; a NotReadyError while this rank is not a member."""
+        if self._participant is None or not self.state.state.is_seated:
             raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
-        return thread
+        return self._participant
 
-    def _change(
-        self,
-        event: RankEvent,
-        ranks: Collection[int],
-        timeout_s: float,
-        find: Callable[[GroupState, int], GroupView | None],
-        late: Callable[[GroupState, int], DeadlineExceededError],
-    ) -> GroupView:
-        """Write a change, and wait for the view that has it; `find` and `late` get that one's epoch."""
+    def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float) -> GroupView:
+        """Write a change, and wait for the view that has it; after a RECALL for one in which the ranks are ACTIVE."""
         self._check_ranks(ranks)
-        thread, retrying = self._member(), Retrying(self._context, timeout_s, event.name.lower())
-        epoch = change_view(self._context, event, ranks, retrying)
-        if thread.is_own_thread and self.view is not None:
+        participant, retrying = self._member(), Retrying(self._context, timeout_s, event.name.lower())
+        epoch = change_view(retrying, event, ranks)
+        if participant.is_own_thread and self.view is not None:
             return self.view  # the next one comes by this very thread
-        return self._shared.wait(lambda now: find(now, epoch), retrying, lambda now: late(now, epoch))
+
+        def found(now: GroupState) -> GroupView | None:
+            view = now.notified_view(epoch)
+            if view is None or event is not RankEvent.RECALL:
+                return view
+            if gone := [rank for rank in ranks if not view.state_of(rank).is_seated]:
+                raise NotReadyError(f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone)
+            return view if set(ranks) <= set(view.active_ranks) else None
+
+        def late(now: GroupState) -> DeadlineExceededError:
+            if event is not RankEvent.RECALL:
+                return _not_seen(now, epoch)
+            waiting_for = tuple(sorted(set(ranks) - set(now.active_ranks)))
+            return DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
+
+        return self._shared.wait(found, retrying, late)
 
     def _check_ranks(self, ranks: Collection[int]) -> None:
         end = MAX_RANKS if self._world_size is None else self._world_size
@@ -384,9 +375,5 @@ class RankGroup:
 
 
 def _not_seen(now: GroupState, epoch: int) -> DeadlineExceededError:
-    return DeadlineExceededError(
-        f"no view of epoch {epoch} or later was seen in time",
-        group=now.group,
-        waiting_for=f"epoch {epoch}",
-        epoch=now.epoch,
-    )
+    text = f"no view of epoch {epoch} or later was seen in time"
+    return DeadlineExceededError(text, group=now.group, waiting_for=f"epoch {epoch}", epoch=now.epoch)

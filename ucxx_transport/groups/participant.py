@@ -1,7 +1,6 @@
-"""A participant of a group: it takes a rank, then applies, acknowledges and writes views, in a thread of its own.
+"""A participant of a group: one life of a rank applies, acknowledges and writes views, in a thread of its own.
 
-`acquire_rank` publishes the rank's record under a new lease, while no live member has the rank. After that each
-`Participant.step` takes a snapshot of the group:
+Once `writes.acquire_rank` has published the rank's record, each `Participant.step` takes a snapshot of the group:
 
 1. is this rank still a member? Its key must be there, and its seat not GONE; else its membership is over;
 2. a newer view is applied: callbacks first, then waiting calls return;
@@ -21,35 +20,27 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
-from functools import partial
 from typing import Final
 
 from ucxx_transport.errors import (
     CompactedError,
     ConflictError,
-    DeadlineExceededError,
-    DuplicateSourceError,
     LeaseLostError,
     RegistryError,
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of
+from ucxx_transport.groups.decisions import AckWaits, ack_waits, next_view, overdue_ranks, turn_of
 from ucxx_transport.groups.state import SharedState
-from ucxx_transport.groups.states import RankEvent
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord
-from ucxx_transport.groups.writes import CALL_S, RankContext, Retrying
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, RankEvent
+from ucxx_transport.groups.writes import CALL_S, RankContext
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
-from ucxx_transport.membership.renewal import LeaseRenewer, Renewal
-from ucxx_transport.membership.store import Lease, Watch
+from ucxx_transport.membership.renewal import LeaseRenewer
+from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown
 
 _log = get_logger(__name__)
-
-POLL_S: Final = 0.25
-"""How often a rank whose lease may still end is read."""
 
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
@@ -67,72 +58,6 @@ TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
 
 
-def acquire_rank(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> Lease:
-    """Publish a member, once its rank is free.
-
-    A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
-
-    Returns:
-        The lease, by which the rank is this process's as long as it is renewed; its TTL is asked for by `wanted`.
-
-    Raises:
-        DuplicateSourceError: a live member has the rank.
-        DeadlineExceededError: the store did not answer, or it is not known yet whether the rank's holder lives.
-        StorePermissionError, StoreResetError, ProtocolError: the store's answers.
-    """
-    began = context.clock()
-    first = holder = _holder(context, retrying)
-    while True:
-        if holder is None:
-            lease = _publish(context, wanted, retrying)
-            if lease is not None:
-                return lease
-        elif is_alive(holder, first=first, waited_s=context.clock() - began):
-            raise DuplicateSourceError(
-                f"rank {context.rank} of {context.group!r} is a live member: give this process another rank, "
-                "or end that one",
-                incarnation=holder.incarnation,
-                address=holder.address,
-                **context.keys,
-            )
-        else:
-            retrying.pause(POLL_S)
-            if retrying.left_s <= 0:
-                raise DeadlineExceededError(
-                    f"rank {context.rank} of {context.group!r} has a holder whose lease may still end; "
-                    "it was not waited out",
-                    waiting_for="the rank's holder",
-                    **context.keys,
-                )
-        holder = _holder(context, retrying)
-
-
-def _holder(context: RankContext, retrying: Retrying) -> MemberRecord | None:
-    key = member_key(context.group, context.rank)
-    entry = retrying.call(lambda left_s: context.store.get(key, timeout_s=left_s))
-    return None if entry is None else MemberRecord.from_bytes(entry.value)
-
-
-def _publish(context: RankContext, wanted: MemberRecord, retrying: Retrying) -> Lease | None:
-    """Put the record under a new lease; None: another process was first, just now, so it is alive."""
-    while True:
-        lease = retrying.call(lambda left_s: context.store.grant(wanted.ttl_s, timeout_s=left_s))
-        try:
-            retrying.call(partial(_put_record, context, replace(wanted, ttl_s=lease.ttl_s), lease.lease_id))
-        except LeaseLostError:
-            continue  # the store was away for longer than the lease lived
-        except ConflictError:
-            holder = _holder(context, retrying)
-            # It is this process's own if the answer of a put was lost that had been done after all.
-            return lease if holder is not None and holder.incarnation == wanted.incarnation else None
-        return lease
-
-
-def _put_record(context: RankContext, record: MemberRecord, lease_id: int, left_s: float) -> None:
-    key = member_key(context.group, context.rank)
-    context.store.put(key, record.to_bytes(), lease_id=lease_id, expected=0, timeout_s=left_s)
-
-
 class MembershipEndedError(Exception):
     """This rank is not in the group any more; `error` is for waiting calls, and for `on_gone`."""
 
@@ -142,139 +67,21 @@ class MembershipEndedError(Exception):
 
 
 class Participant:
-    """See the module. Used by one thread; `lease_id` keeps the rank in this life, `incarnation`."""
+    """See the module. `lease_id` keeps the rank in this life, `incarnation`."""
 
     def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
         self._context, self._shared = context, shared
         self._group, self._rank = context.group, context.rank
-        self._incarnation, self._lease_id = incarnation, lease_id
+        self.incarnation, self._lease_id = incarnation, lease_id
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
-        self._written: GroupView | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """The store was out of reach: that time does not count against members that could not acknowledge in it."""
-        self._waits: AckWaits = {}
-        self._due: tuple[int, float] | None = None  # a view's revision, and since when another should follow it
-        self._seen_revision = 0
-        self._overtaken_revision = -1
-
-    def step(self, snapshot: GroupSnapshot) -> float | None:
-        """Do what the snapshot asks for.
-
-        Returns:
-            In how many seconds to step again at the latest, if nothing changes; None: only a change matters.
-
-        Raises:
-            MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
-        """
-        self._shared.show(snapshot)
-        self._check_key(snapshot)
-        self._apply(snapshot)
-        self._check_seat()
-        if snapshot.revision < self._seen_revision:
-            return TICK_S  # what this rank wrote has not come back yet: the snapshot is older than its own writes
-        self._restore_policy(snapshot)
-        self._acknowledge(snapshot)
-        return self._write(snapshot)
-
-    def _check_key(self, snapshot: GroupSnapshot) -> None:
-        own = snapshot.members.get(self._rank)
-        if own is None or own.incarnation != self._incarnation:
-            text = "this rank's key is gone from the store, as its lease must be"
-            raise self._ended(LeaseLostError, text, taken_over=own is not None)
-
-    def _apply(self, snapshot: GroupSnapshot) -> None:
-        """Take a newer view. An older one is of a store that lost data: another will follow it, with a newer epoch."""
-        view, known = snapshot.view, self._shared.now.view
-        if view is None:
-            return
-        if known is None or view.epoch > known.epoch:
-            self._has_applied = True
-            self._shared.apply(view, is_own=view == self._written)
-        elif view.epoch == known.epoch and view != known and self._has_applied:
-            text = "the store has another view of the epoch that this rank applied last, its data are others"
-            raise self._ended(StoreResetError, text, epoch=view.epoch)
-
-    def _check_seat(self) -> None:
-        now = self._shared.now
-        seat = None if now.view is None else now.view.seat_of(self._rank)
-        ended_by = RankEvent.LOSE
-        if seat is not None and seat.incarnation == self._incarnation:
-            if seat.state.is_seated:
-                self._was_seated = True
-                return
-            ended_by = seat.ended_by or ended_by
-        elif not self._was_seated:
-            return  # not admitted yet
-        text = "the group goes on without this rank"
-        raise self._ended(LeaseLostError, text, ended_by, epoch=now.epoch, ended_by=ended_by.value)
-
-    def _ended(
-        self, error: type[RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
-    ) -> MembershipEndedError:
-        return MembershipEndedError(event, error(f"{text}: join_group() again", **facts, **self._context.keys))
-
-    def _restore_policy(self, snapshot: GroupSnapshot) -> None:
-        """A store that lost its data has lost the policy version too."""
-        known, key = self._shared.now.policy_version, policy_key(self._group)
-        if snapshot.policy_version is None and known is not None and key not in snapshot.problems:
-            self._put(key, str(known).encode(), expected=0)
-
-    def _acknowledge(self, snapshot: GroupSnapshot) -> None:
-        own, epoch = snapshot.members[self._rank], self._shared.now.epoch
-        if own.epoch < epoch:
-            key, expected = member_key(self._group, self._rank), snapshot.member_revisions[self._rank]
-            self._put(key, own.having_applied(epoch).to_bytes(), expected=expected, lease_id=self._lease_id)
-
-    def _write(self, snapshot: GroupSnapshot) -> float | None:
-        """Write the view that should follow, at this rank's turn."""
-        view, members, now = snapshot.view, snapshot.members, self._context.clock()
-        if view_key(self._group) in snapshot.problems or snapshot.view_revision == self._overtaken_revision:
-            return None
-        self._waits = ack_waits(view, self._waits, now)
-        timeout_s = self._context.ack_timeout_s
-        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
-        wanted = next_view(view, members, overdue=overdue)
-        if wanted is None or snapshot.revision < self._seen_revision:
-            self._due = None
-            return TICK_S if self._waits or wanted is not None else None
-        if self._due is None or self._due[0] != snapshot.view_revision:
-            self._due = (snapshot.view_revision, now)
-        if now - self._due[1] >= TURN_S * min(turn_of(view, members, self._rank), LAST_TURN):
-            self._write_view(wanted, expected=snapshot.view_revision)
-        return TICK_S
-
-    def _write_view(self, wanted: GroupView, *, expected: int) -> None:
-        self._written = wanted
-        try:
-            self._put(view_key(self._group), wanted.to_bytes(), expected=expected)
-        except ConflictError:
-            self._written = None  # the other member may have decided the same
-            self._overtaken_revision = expected
-            self._shared.count(conflicts=1)
-
-    def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
-        store = self._context.store
-        self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
-
-
-class MemberThread:
-    """One incarnation of a rank: its lease, and the thread in which it takes part."""
-
-    def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
-        self._context, self._shared = context, shared
-        self.incarnation, self._lease_id = incarnation, lease_id
-        self._participant = Participant(context, shared, incarnation, lease_id)
-        self._ending = threading.Event()
-        self._lease_lost = threading.Event()
+        self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
-        config = context.config
-        by_process = config.keeper == "process"
-        helper = Renewal(context.store, context.store_config, config.interval_s) if by_process else None
-        self._renewer = LeaseRenewer(context.store, self._lease_id, config.interval_s, self._on_lease_lost, helper)
+        self._renewer = LeaseRenewer(
+            context.store, context.store_config, lease_id, context.config, on_lost=self._on_lease_lost
+        )
         self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
+        self.reset()
 
     @property
     def is_own_thread(self) -> bool:
@@ -294,20 +101,93 @@ class MemberThread:
             teardown.step("thread", self._thread.join, until_s)
         teardown.step("lease", lambda: self._give_back(until_s), until_s)
 
-    def _give_back(self, until_s: float) -> None:
-        """End the renewals, then the lease; if the store does not answer, it ends by itself."""
-        self._renewer.stop()
-        if not self._lease_lost.is_set():
-            self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
+    def reset(self) -> None:
+        """The store was out of reach: that time does not count against members that could not acknowledge in it."""
+        self._waits: AckWaits = {}
+        self._due: tuple[int, float] | None = None  # a view's revision, and since when another should follow it
+        self._seen_revision = 0
+        self._overtaken_revision = -1
 
-    def _on_lease_lost(self) -> None:
-        self._lease_lost.set()
-        self._interrupt()
+    def step(self, snapshot: GroupSnapshot) -> float | None:
+        """Do what the snapshot asks for; for one thread.
 
-    def _interrupt(self) -> None:
-        watch = self._watch
-        if watch is not None:
-            watch.close()
+        Returns:
+            In how many seconds to step again at the latest, if nothing changes; None: only a change matters.
+
+        Raises:
+            MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
+        """
+        self._shared.show(snapshot)
+        own = snapshot.members.get(self._rank)
+        if own is None or own.incarnation != self.incarnation:
+            text = "this rank's key is gone from the store, as its lease must be"
+            raise self._ended(LeaseLostError, text, taken_over=own is not None)
+        self._apply(snapshot)
+        self._check_seat()
+        if snapshot.revision < self._seen_revision:
+            return TICK_S  # what this rank wrote has not come back yet: the snapshot is older than its own writes
+        known, key = self._shared.now.policy_version, policy_key(self._group)
+        if snapshot.policy_version is None and known is not None and key not in snapshot.problems:
+            self._put(key, str(known).encode(), expected=0)  # a store that lost its data has lost this too
+        epoch = self._shared.now.epoch
+        if own.epoch < epoch:  # acknowledge
+            raw = own.having_applied(epoch).to_bytes()
+            self._put(member_key(self._group, self._rank), raw, expected=own.revision, lease_id=self._lease_id)
+        return self._write(snapshot)
+
+    def _apply(self, snapshot: GroupSnapshot) -> None:
+        """Take a newer view. An older one is of a store that lost data: another will follow it, with a newer epoch."""
+        view, known = snapshot.view, self._shared.now
+        if view.epoch > known.epoch:
+            self._has_applied = True
+            self._shared.apply(view)
+        elif view.epoch == known.epoch and view != known.view and self._has_applied:
+            text = "the store has another view of the epoch that this rank applied last, its data are others"
+            raise self._ended(StoreResetError, text, epoch=view.epoch)
+
+    def _check_seat(self) -> None:
+        view = self._shared.now.view or NO_VIEW
+        seat = view.seat_of(self._rank)
+        is_own = seat.incarnation == self.incarnation
+        if is_own and seat.state.is_seated:
+            self._was_seated = True
+        elif is_own or self._was_seated:  # else it is not admitted yet
+            ended_by = (seat.ended_by if is_own else None) or RankEvent.LOSE
+            text = "the group goes on without this rank"
+            raise self._ended(LeaseLostError, text, ended_by, epoch=view.epoch, ended_by=ended_by.value)
+
+    def _ended(
+        self, error: type[RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
+    ) -> MembershipEndedError:
+        return MembershipEndedError(event, error(f"{text}: join_group() again", **facts, **self._context.keys))
+
+    def _write(self, snapshot: GroupSnapshot) -> float | None:
+        """Write the view that should follow, at this rank's turn."""
+        view, members, now = snapshot.view, snapshot.members, self._context.clock()
+        if view_key(self._group) in snapshot.problems or snapshot.view_revision == self._overtaken_revision:
+            return None
+        self._waits = ack_waits(view, self._waits, now)
+        timeout_s = self._context.ack_timeout_s
+        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
+        wanted = next_view(view, members, overdue=overdue)
+        if wanted is None or snapshot.revision < self._seen_revision:
+            self._due = None
+            return TICK_S if self._waits or wanted is not None else None
+        if self._due is None or self._due[0] != snapshot.view_revision:
+            self._due = (snapshot.view_revision, now)
+        if now - self._due[1] >= TURN_S * min(turn_of(view, members, self._rank), LAST_TURN):
+            try:
+                self._put(view_key(self._group), wanted.to_bytes(), expected=snapshot.view_revision)
+            except ConflictError:  # the other member may have decided the same
+                self._overtaken_revision = snapshot.view_revision
+                self._shared.count(conflicts=1)
+        return TICK_S
+
+    def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
+        store = self._context.store
+        self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
+
+    # the thread
 
     def _run(self) -> None:
         keys = self._context.keys
@@ -331,14 +211,14 @@ class MemberThread:
 
     def _take_part(self) -> None:
         self._check_lease()
-        store, group = self._context.store, self._context.group
-        self._participant.reset()
+        store, group = self._context.store, self._group
+        self.reset()
         snapshot = GroupSnapshot.of(group, store.snapshot(group_prefix(group), timeout_s=CALL_S))
         with store.watch(group_prefix(group), after=snapshot.revision) as watch:
             self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()
-                step_in_s = self._participant.step(snapshot)
+                step_in_s = self.step(snapshot)
                 batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
                 while batch is not None:  # what came together is one step
                     snapshot = snapshot.after(batch)
@@ -348,6 +228,20 @@ class MemberThread:
         if self._lease_lost.is_set():
             text = "this rank's lease has ended: join_group() again"
             raise LeaseLostError(text, lease=self._lease_id, **self._context.keys)
+
+    def _on_lease_lost(self) -> None:
+        self._lease_lost.set()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if (watch := self._watch) is not None:
+            watch.close()
+
+    def _give_back(self, until_s: float) -> None:
+        """End the renewals, then the lease; if the store does not answer, it ends by itself."""
+        self._renewer.stop()
+        if not self._lease_lost.is_set():
+            self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
     def _end(self, event: RankEvent, error: RegistryError) -> None:
         if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it

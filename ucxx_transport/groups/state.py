@@ -14,8 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.groups.states import TRANSITIONS, RankEvent, RankState, advance
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, Seat
+from ucxx_transport.groups.view import (
+    NO_VIEW,
+    TRANSITIONS,
+    GroupSnapshot,
+    GroupView,
+    RankEvent,
+    RankState,
+    Seat,
+    advance,
+)
 from ucxx_transport.groups.writes import Retrying
 from ucxx_transport.logs import get_logger
 
@@ -25,8 +33,6 @@ T = TypeVar("T")
 
 POLL_S: Final = 0.2
 """How often a waiting call looks at the clock, and whether it is cancelled; what it waits for wakes it at once."""
-
-_COUNTED_AS: Final = {RankEvent.LEAVE: "left", RankEvent.LOSE: "lost", RankEvent.DROP: "dropped"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +60,6 @@ class GroupStatistics:
 
     Attributes:
         views: applied.
-        written: those of them that this rank wrote.
         admitted: ranks given a seat, those that came back included.
         activated: ranks that became active.
         left: ranks gone by themselves.
@@ -66,7 +71,6 @@ class GroupStatistics:
     """
 
     views: int = 0
-    written: int = 0
     admitted: int = 0
     activated: int = 0
     left: int = 0
@@ -110,22 +114,17 @@ class GroupState:
     @property
     def epoch(self) -> int:
         """Of the view that was applied last; 0 before the first."""
-        return 0 if self.view is None else self.view.epoch
+        return (self.view or NO_VIEW).epoch
 
     @property
     def active_ranks(self) -> tuple[int, ...]:
         """Those that take part, in order."""
-        return () if self.view is None else self.view.active_ranks
+        return (self.view or NO_VIEW).active_ranks
 
     @property
     def members(self) -> Mapping[int, Member]:
         """By rank: all that are in the group, active or not, this rank too, with what each has published."""
-        seats = () if self.view is None else self.view.seats
-        return {seat.rank: self._member(seat) for seat in seats if seat.state.is_seated}
-
-    def notified_view(self, min_epoch: int = 1) -> GroupView | None:
-        """The view, once all callbacks have had it, if its epoch is not smaller; else None."""
-        return self.view if self.notified_epoch == self.epoch >= min_epoch else None
+        return {seat.rank: self._member(seat) for seat in (self.view or NO_VIEW).seats if seat.state.is_seated}
 
     def _member(self, seat: Seat) -> Member:
         member = Member(rank=seat.rank, state=seat.state, incarnation=seat.incarnation)
@@ -133,6 +132,10 @@ class GroupState:
         if record is None or record.incarnation != seat.incarnation:
             return member
         return replace(member, address=record.address, meta=record.meta)
+
+    def notified_view(self, min_epoch: int = 1) -> GroupView | None:
+        """The view, once all callbacks have had it, if its epoch is not smaller; else None."""
+        return self.view if self.notified_epoch == self.epoch >= min_epoch else None
 
     def not_in(self, view: GroupView | None) -> list[Member]:
         """The members whose incarnation is not seated in `view`."""
@@ -201,13 +204,6 @@ class SharedState:
                 self._notify(listener.on_add, member)
         return end
 
-    def _notify(self, callback: Callable[..., object], fact: object) -> None:
-        try:
-            callback(fact)
-        except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
-            self.count(callback_errors=1)
-            _log.exception("group_callback_failed", group=self.now.group, rank=self.now.rank)
-
     def count(self, **more: int) -> None:
         """Add to the statistics."""
         with self._changed:
@@ -227,13 +223,21 @@ class SharedState:
             self.now = replace(self.now, snapshot=snapshot, policy_version=version)
             self._changed.notify_all()
 
-    def apply(self, view: GroupView, *, is_own: bool) -> None:
-        """Take a newer view: publish it, notify the listeners, and only then wake waiting calls."""
+    def apply(self, view: GroupView) -> None:
+        """Take a newer view: publish it with its counts, notify the listeners, and only then wake waiting calls."""
         with self._notifying:
             with self._changed:
                 before, listeners = self.now, self._listeners
-                self.now = self._with_view(view, is_own=is_own)
-            removed, added = before.not_in(view), self.now.not_in(before.view)
+                after = replace(before, view=view)
+                if view.seats_incarnation(before.rank, self._incarnation):
+                    after = replace(after, state=view.state_of(before.rank))
+                    self._has_joined = self._has_joined or after.state is not RankState.JOINING
+                removed, added = before.not_in(view), after.not_in(before.view)
+                activated = set(view.active_ranks) - set(before.active_ranks)
+                statistics = before.statistics.plus(views=1, admitted=len(added), activated=len(activated))
+                for member in removed:
+                    statistics = statistics.plus(**{_reason_gone(view, member): 1})
+                self.now = replace(after, statistics=statistics)
             for member in removed:
                 if (reason := _reason_gone(view, member)) != "left":
                     keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
@@ -248,20 +252,6 @@ class SharedState:
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
 
-    def _with_view(self, view: GroupView, *, is_own: bool) -> GroupState:
-        """The state with a newer view: this rank's own state and all counts change with it."""
-        before = self.now
-        after = replace(before, view=view)
-        if view.seats_incarnation(before.rank, self._incarnation):
-            after = replace(after, state=view.state_of(before.rank))
-            self._has_joined = self._has_joined or after.state is not RankState.JOINING
-        activated = set(view.active_ranks) - set(before.active_ranks)
-        counts = {"admitted": len(after.not_in(before.view)), "activated": len(activated)}
-        statistics = before.statistics.plus(views=1, written=int(is_own), **counts)
-        for member in before.not_in(view):
-            statistics = statistics.plus(**{_reason_gone(view, member): 1})
-        return replace(after, statistics=statistics)
-
     def end(self, event: RankEvent, error: TransportError) -> None:
         """This rank is a member no more: waiting calls raise `error`; `on_gone`, if it had joined and did not leave."""
         with self._changed:
@@ -275,8 +265,15 @@ class SharedState:
         for listener in listeners:
             self._notify(listener.on_gone, error)
 
+    def _notify(self, callback: Callable[..., object], fact: object) -> None:
+        try:
+            callback(fact)
+        except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
+            self.count(callback_errors=1)
+            _log.exception("group_callback_failed", group=self.now.group, rank=self.now.rank)
+
 
 def _reason_gone(view: GroupView, member: Member) -> str:
     """How a member that has gone from `view` is counted."""
-    seat = view.seat_of(member.rank)  # its next incarnation's, perhaps: then it was lost before
-    return _COUNTED_AS[RankEvent.LOSE if seat is None or seat.ended_by is None else seat.ended_by]
+    ended_by = view.seat_of(member.rank).ended_by  # of its next incarnation, perhaps: then it was lost before
+    return "left" if ended_by is RankEvent.LEAVE else "dropped" if ended_by is RankEvent.DROP else "lost"

@@ -1,4 +1,19 @@
-"""The values of a group in its store: the view, the records of its members, and a snapshot of both.
+"""The states of a rank, and the values of a group in its store: the view, the records of its members, a snapshot.
+
+| from     | event        | to       | meaning                                                                       |
+|----------|--------------|----------|-------------------------------------------------------------------------------|
+| ISOLATED | `ADMIT`      | JOINING  | it has published itself, and the view has a seat for it                       |
+| GONE     | `ADMIT`      | JOINING  | a new incarnation of it has                                                   |
+| JOINING  | `ACTIVATE`   | ACTIVE   | all live active members, and the rank itself, have acknowledged that it joins |
+| JOINING  | `DEACTIVATE` | INACTIVE | `deactivate_ranks`, before it was active                                      |
+| ACTIVE   | `DEACTIVATE` | INACTIVE | `deactivate_ranks`                                                            |
+| INACTIVE | `RECALL`     | JOINING  | `activate_ranks`: it joins once more, and all acknowledge it                  |
+| a seated | `LEAVE`      | GONE     | it left, or gave up waiting                                                   |
+| a seated | `LOSE`       | GONE     | its lease ended: it died, or was cut off from the store for as long           |
+| JOINING  | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
+| ACTIVE   | `DROP`       | GONE     | the same                                                                      |
+
+JOINING awaits activation. An INACTIVE rank's acknowledgement is never waited for, so it is never dropped.
 
 | key              | value          | changed by                                                        |
 |------------------|----------------|-------------------------------------------------------------------|
@@ -15,13 +30,13 @@ to be hostile, but not to be of this version: keys and types are checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Final
 
-from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.groups.states import RankEvent, RankState, advance
+from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.keys import MAX_VALUE_BYTES, policy_key, rank_of, view_key
 from ucxx_transport.membership.store import Batch, Snapshot
 from ucxx_transport.schema.wire_form import (
@@ -39,12 +54,59 @@ MAX_ADDRESS_CHARS: Final = 1024
 MAX_META_BYTES: Final = 64 << 10
 MAX_POLICY_DIGITS: Final = 18
 
-_ENDINGS: Final = {event.value: event for event in (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)}
-_SEAT_KEYS: Final = ("rank", "incarnation", "state", "awaited", "ended_by")
-_RECORD_KEYS: Final = ("rank", "incarnation", "address", "meta", "epoch", "ttl_s")
 
-T = TypeVar("T")
-KeyT = TypeVar("KeyT")
+class RankState(Enum):
+    """What a rank is to its group. The values are part of the stored view."""
+
+    ISOLATED = "isolated"
+    JOINING = "joining"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    GONE = "gone"
+
+    @property
+    def is_seated(self) -> bool:
+        """Whether the rank is in the group, active or not."""
+        return self in _SEATED
+
+
+class RankEvent(Enum):
+    """What can happen to a rank. The values are part of the stored view."""
+
+    ADMIT = "admit"
+    ACTIVATE = "activate"
+    DEACTIVATE = "deactivate"
+    RECALL = "recall"
+    LEAVE = "leave"
+    LOSE = "lose"
+    DROP = "drop"
+
+
+_ENDS: Final = (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)
+_SEATED: Final = (RankState.JOINING, RankState.ACTIVE, RankState.INACTIVE)
+
+TRANSITIONS: Final[Mapping[tuple[RankState, RankEvent], RankState]] = MappingProxyType(
+    {
+        (RankState.ISOLATED, RankEvent.ADMIT): RankState.JOINING,
+        (RankState.GONE, RankEvent.ADMIT): RankState.JOINING,
+        (RankState.JOINING, RankEvent.ACTIVATE): RankState.ACTIVE,
+        (RankState.JOINING, RankEvent.DEACTIVATE): RankState.INACTIVE,
+        (RankState.ACTIVE, RankEvent.DEACTIVATE): RankState.INACTIVE,
+        (RankState.INACTIVE, RankEvent.RECALL): RankState.JOINING,
+        **{(state, RankEvent.LEAVE): RankState.GONE for state in _SEATED},
+        **{(state, RankEvent.LOSE): RankState.GONE for state in _SEATED},
+        (RankState.JOINING, RankEvent.DROP): RankState.GONE,
+        (RankState.ACTIVE, RankEvent.DROP): RankState.GONE,
+    }
+)
+
+
+def advance(state: RankState, event: RankEvent) -> RankState:
+    """The state after `event`: the only maker of states. A RegistryError: the table has no such transition."""
+    after = TRANSITIONS.get((state, event))
+    if after is None:
+        raise RegistryError(f"a rank cannot {event.name} while {state.name}", state=state.name, event=event.name)
+    return after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,33 +115,62 @@ class Seat:
 
     Attributes:
         rank: the rank.
-        incarnation: which life of that rank: a new word at each join.
-        state: see `states`.
+        incarnation: which life of that rank: a new word at each join; "" where there was none.
+        state: see the module.
         awaited_epoch: of the view that made it JOINING: it is ACTIVE once that one is acknowledged.
         ended_by: GONE: by LEAVE, LOSE or DROP; else None.
     """
 
     rank: int
-    incarnation: str
-    state: RankState
-    awaited_epoch: int
+    incarnation: str = ""
+    state: RankState = RankState.ISOLATED
+    awaited_epoch: int = 0
     ended_by: RankEvent | None = None
 
-    @classmethod
-    def admitted(cls, rank: int, incarnation: str, *, before: Seat | None, epoch: int) -> Seat:
-        """The seat of a new incarnation, in place of a GONE one or of none; a RegistryError in place of another."""
-        state = advance(RankState.ISOLATED if before is None else before.state, RankEvent.ADMIT)
-        return cls(rank=rank, incarnation=incarnation, state=state, awaited_epoch=epoch)
+    def after(self, event: RankEvent, *, epoch: int, incarnation: str | None = None) -> Seat:
+        """The seat after an event, in the view of `epoch`; an ADMIT names the new incarnation.
 
-    def after(self, event: RankEvent, *, epoch: int) -> Seat:
-        """The seat after an event, in the view of `epoch`: one that is RECALLed waits for its acknowledgement."""
+        One that is admitted or RECALLed waits for its acknowledgement. Errors as `advance`.
+        """
         state = advance(self.state, event)
-        return replace(
-            self,
+        return Seat(
+            rank=self.rank,
+            incarnation=self.incarnation if incarnation is None else incarnation,
             state=state,
-            awaited_epoch=epoch if event is RankEvent.RECALL else self.awaited_epoch,
+            awaited_epoch=epoch if state is RankState.JOINING else self.awaited_epoch,
             ended_by=event if state is RankState.GONE else None,
         )
+
+    @classmethod
+    def from_form(cls, data: object) -> Seat:
+        """From its stored form; a ProtocolError where that is malformed."""
+        form = take_fields(data, "seat", required=("rank", "incarnation", "state", "awaited", "ended_by"))
+        try:
+            state = RankState(form["state"])
+            ended_by = None if form["ended_by"] is None else RankEvent(form["ended_by"])
+        except ValueError as exc:
+            raise ProtocolError(f"a seat of no known state: {describe(form['state'])}", field="state") from exc
+        is_sound = ended_by in _ENDS if state is RankState.GONE else ended_by is None
+        if state is RankState.ISOLATED or not is_sound:
+            text = f"a seat that contradicts itself: {state.value}, {describe(form['ended_by'])}"
+            raise ProtocolError(text, field="state")
+        return cls(
+            rank=_count(form, "rank"),
+            incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
+            state=state,
+            awaited_epoch=_count(form, "awaited"),
+            ended_by=ended_by,
+        )
+
+    def to_form(self) -> dict[str, object]:
+        """For the store."""
+        return {
+            "rank": self.rank,
+            "incarnation": self.incarnation,
+            "state": self.state.value,
+            "awaited": self.awaited_epoch,
+            "ended_by": None if self.ended_by is None else self.ended_by.value,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +195,18 @@ class GroupView:
         """The ranks that are in the group, active or not, in order."""
         return tuple(seat.rank for seat in self.seats if seat.state.is_seated)
 
-    def seat_of(self, rank: int) -> Seat | None:
-        """The rank's seat, GONE or not; None: it never had one."""
-        return next((seat for seat in self.seats if seat.rank == rank), None)
+    def seat_of(self, rank: int) -> Seat:
+        """The rank's seat, GONE or not; ISOLATED: it never had one."""
+        return next((seat for seat in self.seats if seat.rank == rank), Seat(rank=rank))
 
     def state_of(self, rank: int) -> RankState:
         """The rank's state; ISOLATED without a seat."""
-        seat = self.seat_of(rank)
-        return RankState.ISOLATED if seat is None else seat.state
+        return self.seat_of(rank).state
 
     def seats_incarnation(self, rank: int, incarnation: str) -> bool:
         """Whether this life of the rank is in the group."""
         seat = self.seat_of(rank)
-        return seat is not None and seat.incarnation == incarnation and seat.state.is_seated
+        return seat.incarnation == incarnation and seat.state.is_seated
 
     def with_seats(self, changed: dict[int, Seat], *, epoch: int) -> GroupView:
         """A later view, with these seats in place of their ranks' earlier ones."""
@@ -125,51 +215,26 @@ class GroupView:
 
     def to_bytes(self) -> bytes:
         """For the store."""
-        seats = [
-            {
-                "rank": seat.rank,
-                "incarnation": seat.incarnation,
-                "state": seat.state.value,
-                "awaited": seat.awaited_epoch,
-                "ended_by": None if seat.ended_by is None else seat.ended_by.value,
-            }
-            for seat in self.seats
-        ]
+        seats = [seat.to_form() for seat in self.seats]
         return pack_json({"version": WIRE_VERSION, "epoch": self.epoch, "seats": seats})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        data = unpack_json(raw, "group view", max_bytes=MAX_VALUE_BYTES)
-        form = take_fields(data, "group view", required=("version", "epoch", "seats"))
-        check_version(form["version"], "group view")
+        form = _form(raw, "group view", ("epoch", "seats"))
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
-        seats = tuple(_seat_from(entry) for entry in form["seats"])
+        seats = tuple(Seat.from_form(one) for one in form["seats"])
         ranks = [seat.rank for seat in seats]
         if ranks != sorted(set(ranks)):
             raise ProtocolError("seats must be in order, one a rank", field="seats")
-        return cls(epoch=_take_count(form["epoch"], "epoch"), seats=seats)
+        return cls(epoch=_count(form, "epoch"), seats=seats)
 
 
-def _seat_from(entry: object) -> Seat:
-    form = take_fields(entry, "seat", required=_SEAT_KEYS)
-    try:
-        state = RankState(form["state"])
-        ended_by = None if form["ended_by"] is None else _ENDINGS[str(form["ended_by"])]
-    except (ValueError, KeyError) as exc:
-        raise ProtocolError(f"a seat of no known state: {describe(form['state'])}", field="state") from exc
-    if state is RankState.ISOLATED or (state is RankState.GONE) != (ended_by is not None):
-        raise ProtocolError(
-            f"a seat that contradicts itself: {state.value}, {describe(form['ended_by'])}", field="state"
-        )
-    return Seat(
-        rank=_take_count(form["rank"], "rank"),
-        incarnation=_take_text(form["incarnation"], "incarnation", max_chars=MAX_INCARNATION_CHARS),
-        state=state,
-        awaited_epoch=_take_count(form["awaited"], "awaited"),
-        ended_by=ended_by,
-    )
+NO_VIEW: Final = GroupView(epoch=0)
+"""What is followed by a group's first view."""
+
+_RECORD_KEYS: Final = ("rank", "incarnation", "address", "meta", "epoch", "ttl_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +249,7 @@ class MemberRecord:
         ttl_s: how long its lease lives without being renewed, as granted.
         address: where it can be reached; "" when it has none.
         meta: plain values of its own for the others.
+        revision: of its key, where it is from the store.
     """
 
     rank: int
@@ -192,6 +258,7 @@ class MemberRecord:
     ttl_s: float
     address: str = ""
     meta: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         """Check what the caller chose; a ConfigError where `address` or `meta` cannot be stored."""
@@ -214,21 +281,22 @@ class MemberRecord:
         return pack_json({"version": WIRE_VERSION, **values, "meta": dict(self.meta)})
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> MemberRecord:
-        """From the store; a ProtocolError where it is malformed, or of another version."""
-        data = unpack_json(raw, "member record", max_bytes=MAX_VALUE_BYTES)
-        form = take_fields(data, "member record", required=("version", *_RECORD_KEYS))
-        check_version(form["version"], "member record")
+    def from_bytes(cls, raw: bytes, *, rank: int | None = None, revision: int = 0) -> MemberRecord:
+        """From the store; a ProtocolError where it is malformed, of another version, or of another rank."""
+        form = _form(raw, "member record", _RECORD_KEYS)
+        if rank not in {None, form["rank"]}:
+            raise ProtocolError(f"the record of rank {describe(form['rank'])}", field="rank")
         ttl_s, meta = form["ttl_s"], form["meta"]
         if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not isinstance(meta, dict):
             raise ProtocolError("a member record without a TTL or meta", field="ttl_s")
         return cls(
-            rank=_take_count(form["rank"], "rank"),
-            incarnation=_take_text(form["incarnation"], "incarnation", max_chars=MAX_INCARNATION_CHARS),
-            epoch=_take_count(form["epoch"], "epoch"),
+            rank=_count(form, "rank"),
+            incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
+            epoch=_count(form, "epoch"),
             ttl_s=float(ttl_s),
-            address=_take_text(form["address"], "address", max_chars=MAX_ADDRESS_CHARS),
+            address=_text(form, "address", MAX_ADDRESS_CHARS),
             meta=MappingProxyType(meta),
+            revision=revision,
         )
 
 
@@ -246,84 +314,75 @@ class GroupSnapshot:
     Attributes:
         group: its name.
         revision: of the store.
-        view: None: there is none, or it cannot be read (then `problems` has it).
+        view: `NO_VIEW`: there is none, or it cannot be read (then `problems` has it).
         view_revision: of the view's key; 0: there is none.
         members: by rank: those whose key exists, which is to say whose lease lives.
-        member_revisions: of their keys.
         policy_version: None: there is none.
         problems: key → why its value was not understood; it is as if it were not there.
     """
 
     group: str
     revision: int
-    view: GroupView | None = None
+    view: GroupView = NO_VIEW
     view_revision: int = 0
-    members: Mapping[int, MemberRecord] = field(default_factory=lambda: MappingProxyType({}))
-    member_revisions: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    members: Mapping[int, MemberRecord] = field(default_factory=dict)
     policy_version: int | None = None
-    problems: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    problems: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: str, snapshot: Snapshot) -> GroupSnapshot:
         """From the store's snapshot of the group's prefix."""
-        found = cls(group=group, revision=snapshot.revision)
-        for entry in snapshot:
-            found = _with_key(found, entry.key, entry.value, entry.revision)
-        return found
+        empty = cls(group=group, revision=snapshot.revision)
+        return empty._with((entry.key, entry.value, entry.revision) for entry in snapshot)
 
     def after(self, batch: Batch) -> GroupSnapshot:
         """The snapshot after the changes of one revision."""
-        found = replace(self, revision=batch.revision)
-        for event in batch.events:
-            found = _with_key(found, event.key, event.value if event.kind == "put" else None, event.revision)
-        return found
+        changes = ((one.key, one.value if one.kind == "put" else None, one.revision) for one in batch.events)
+        return replace(self._with(changes), revision=batch.revision)
+
+    def _with(self, changes: Iterable[tuple[str, bytes | None, int]]) -> GroupSnapshot:
+        """With the new values of these keys, and the revisions of those; None: it was deleted."""
+        view, view_revision, policy_version = self.view, self.view_revision, self.policy_version
+        members, problems = dict(self.members), dict(self.problems)
+        for key, value, revision in changes:
+            problems.pop(key, None)
+            try:
+                if key == view_key(self.group):
+                    view, view_revision = NO_VIEW, 0 if value is None else revision
+                    view = NO_VIEW if value is None else GroupView.from_bytes(value)
+                elif key == policy_key(self.group):
+                    policy_version = None
+                    policy_version = None if value is None else parse_policy_version(value)
+                elif (rank := rank_of(key, self.group)) is not None:
+                    members.pop(rank, None)
+                    if value is not None:
+                        members[rank] = MemberRecord.from_bytes(value, rank=rank, revision=revision)
+            except ProtocolError as error:
+                problems[key] = str(error)
+        return replace(
+            self,
+            view=view,
+            view_revision=view_revision,
+            members=members,
+            policy_version=policy_version,
+            problems=problems,
+        )
 
 
-def _with_key(snapshot: GroupSnapshot, key: str, value: bytes | None, revision: int) -> GroupSnapshot:
-    """With one key's new value; None: it was deleted."""
-    problem = ""
-    rank = rank_of(key, snapshot.group)
-    if key == view_key(snapshot.group):
-        view, problem = _parsed(value, GroupView.from_bytes)
-        snapshot = replace(snapshot, view=view, view_revision=0 if value is None else revision)
-    elif key == policy_key(snapshot.group):
-        version, problem = _parsed(value, parse_policy_version)
-        snapshot = replace(snapshot, policy_version=version)
-    elif rank is not None:
-        record, problem = _parsed(value, MemberRecord.from_bytes)
-        if record is not None and record.rank != rank:
-            problem = f"the record of rank {record.rank}"
-        known = None if problem else record
-        members = _changed(snapshot.members, rank, known)
-        revisions = _changed(snapshot.member_revisions, rank, None if known is None else revision)
-        snapshot = replace(snapshot, members=members, member_revisions=revisions)
-    return replace(snapshot, problems=_changed(snapshot.problems, key, problem or None))
+def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> Mapping[str, object]:
+    form = take_fields(unpack_json(raw, what, max_bytes=MAX_VALUE_BYTES), what, required=("version", *keys))
+    check_version(form["version"], what)
+    return form
 
 
-def _changed(mapping: Mapping[KeyT, T], key: KeyT, value: T | None) -> Mapping[KeyT, T]:
-    """A copy with `value` at `key`, or without that key."""
-    others = {known: other for known, other in mapping.items() if known != key}
-    return MappingProxyType(others if value is None else others | {key: value})
-
-
-def _parsed(value: bytes | None, parse: Callable[[bytes], T]) -> tuple[T | None, str]:
-    if value is None:
-        return None, ""
-    try:
-        return parse(value), ""
-    except ProtocolError as error:
-        return None, str(error)
-
-
-def _take_count(value: object, field: str) -> int:
-    if not is_unsigned(value, 63):
+def _count(form: Mapping[str, object], field: str) -> int:
+    if not is_unsigned(value := form[field], 63):
         raise ProtocolError(f"{field} must be a number from 0 on, not {describe(value)}", field=field)
     return value
 
 
-def _take_text(value: object, field: str, *, max_chars: int) -> str:
-    if not isinstance(value, str) or len(value) > max_chars:
-        raise ProtocolError(
-            f"{field} must be text of at most {max_chars} characters, not {describe(value)}", field=field
-        )
+def _text(form: Mapping[str, object], field: str, max_chars: int) -> str:
+    if not isinstance(value := form[field], str) or len(value) > max_chars:
+        text = f"{field} must be text of at most {max_chars} characters, not {describe(value)}"
+        raise ProtocolError(text, field=field)
     return value

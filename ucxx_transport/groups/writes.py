@@ -1,10 +1,15 @@
-"""Writes of a group by compare-and-swap, tried again until they are in or a deadline passes."""
+"""Writes of a rank to its group: each is tried again until it is in, or a deadline passes.
+
+`acquire_rank` publishes the rank's record under a new lease, while no live member has the rank. The view and the policy
+version are changed by compare-and-swap.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final, TypeVar
 
@@ -14,20 +19,24 @@ from ucxx_transport.errors import (
     ConfigError,
     ConflictError,
     DeadlineExceededError,
+    DuplicateSourceError,
+    LeaseLostError,
     NotReadyError,
     RegistryError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.decisions import view_after
-from ucxx_transport.groups.states import RankEvent
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, parse_policy_version
-from ucxx_transport.membership.keys import group_prefix, policy_key, view_key
-from ucxx_transport.membership.store import Store
+from ucxx_transport.groups.decisions import is_alive, view_after
+from ucxx_transport.groups.view import GroupSnapshot, MemberRecord, RankEvent, parse_policy_version
+from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
+from ucxx_transport.membership.store import Lease, Store
 
 T = TypeVar("T")
 
 CALL_S: Final = 5.0
 """The bound of one call of the store: one that never answers is asked again while there is time."""
+
+POLL_S: Final = 0.25
+"""How often a rank whose lease may still end is read."""
 
 RACE_S: Final = 0.01
 """Before the next read, when another member's write came first."""
@@ -35,17 +44,7 @@ RACE_S: Final = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankContext:
-    """What each part of a rank's membership works with.
-
-    Attributes:
-        store: the group's.
-        group: its name.
-        rank: this process's.
-        config: interval, pauses, bounds, and what renews the lease.
-        store_config: the store's settings, for a process that renews the lease.
-        ack_timeout_s: how long an acknowledgement is waited for before the member that owes it is dropped.
-        clock: seconds.
-    """
+    """What each part of a rank's membership works with: the arguments of `RankGroup`."""
 
     store: Store
     group: str
@@ -65,7 +64,7 @@ class Retrying:
     """Calls of a store for one purpose: under one deadline, with growing pauses while it does not answer.
 
     Args:
-        context: has the pauses and the clock.
+        context: of the rank.
         timeout_s: seconds to the deadline; a ConfigError unless more than 0.
         purpose: what the calls are for, such as "joining", for the errors.
         cancelled: set when the result is no longer wanted; None: it always is.
@@ -76,34 +75,42 @@ class Retrying:
     ) -> None:
         if timeout_s <= 0:
             raise ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
-        self._config, self._clock, self._purpose = context.config, context.clock, purpose
+        self.context, self._purpose = context, purpose
         self._deadline = context.clock() + timeout_s
         self._cancelled = threading.Event() if cancelled is None else cancelled
 
     @property
     def left_s(self) -> float:
         """Seconds to the deadline, never negative."""
-        return max(0.0, self._deadline - self._clock())
+        return max(0.0, self._deadline - self.context.clock())
 
-    def call(self, call: Callable[[float], T]) -> T:
-        """Call, with the seconds that it may take, until the store answers; an error that is an answer is raised.
+    def call(self, method: Callable[..., T], *args: object, **settings: object) -> T:
+        """What a method of the store answers; it is called until then; an error that is an answer is raised.
 
         Raises:
             DeadlineExceededError: the store did not answer until the deadline.
             RegistryError: it was cancelled, or the store answered by an error.
         """
         unanswered: StoreUnavailableError | None = None
-        first_s, longest_s = self._config.backoff_s, self._config.max_backoff_s
+        config = self.context.config
         for attempt in count(1):
             if self.left_s <= 0:
                 break
             try:
-                return call(min(self.left_s, CALL_S))
+                return method(*args, **settings, timeout_s=min(self.left_s, CALL_S))
             except StoreUnavailableError as error:
                 unanswered = error
-            self.pause(random_pause_s(attempt, first_s=first_s, longest_s=longest_s))
+            self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
         text = f"{self._purpose}: the deadline passed before the store answered"
         raise DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
+
+    def swap(self, key: str, value: bytes, expected: int) -> int | None:
+        """The revision of the write; None: another came first, or it was this one, its answer lost: read again."""
+        try:
+            return self.call(self.context.store.put, key, value, expected=expected)
+        except ConflictError:
+            self.pause(RACE_S)
+            return None
 
     def pause(self, seconds: float) -> None:
         """Wait, at most until the deadline; a RegistryError when it was cancelled."""
@@ -116,71 +123,80 @@ class Retrying:
             raise RegistryError(f"{self._purpose}: cancelled by leave()")
 
 
-def change_view(
-    context: RankContext,
-    event: RankEvent,
-    ranks: Collection[int],
-    retrying: Retrying,
-    *,
-    incarnation: str | None = None,
-) -> int:
-    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
+def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
+    """Publish a member, once its rank is free, under a new lease, whose TTL `wanted` asks for.
 
-    Returns:
-        The epoch of the view in which it is so.
+    A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
 
     Raises:
-        NotReadyError: RECALL: a rank is not in the group.
-        DeadlineExceededError: the store did not answer.
+        DuplicateSourceError: a live member has the rank.
+        DeadlineExceededError: the store did not answer, or it is not known yet whether the rank's holder lives.
+        StorePermissionError, StoreResetError, ProtocolError: the store's answers.
     """
-    store, group = context.store, context.group
+    context, store = retrying.context, retrying.context.store
+    key, what = member_key(context.group, context.rank), f"rank {context.rank} of {context.group!r}"
+    began = context.clock()
+    first: MemberRecord | None = None
+    lease: Lease | None = None
+    for attempt in count():
+        entry = retrying.call(store.get, key)
+        holder = None if entry is None else MemberRecord.from_bytes(entry.value)
+        first = holder if attempt == 0 else first
+        if holder is None:
+            lease = retrying.call(store.grant, wanted.ttl_s)
+            raw = replace(wanted, ttl_s=lease.ttl_s).to_bytes()
+            # Else another was first, an answer was lost, or the store was away for longer than the lease lived.
+            with suppress(ConflictError, LeaseLostError):
+                retrying.call(store.put, key, raw, lease_id=lease.lease_id, expected=0)
+                return lease
+        elif lease is not None and holder.incarnation == wanted.incarnation:
+            return lease
+        elif is_alive(holder, first=first, waited_s=context.clock() - began):
+            text = f"{what} is a live member: give this process another rank, or end that one"
+            facts = {"incarnation": holder.incarnation, "address": holder.address}
+            raise DuplicateSourceError(text, **facts, **context.keys)
+        else:
+            retrying.pause(POLL_S)
+            if retrying.left_s <= 0:
+                text = f"{what} has a holder whose lease may still end; it was not waited out"
+                raise DeadlineExceededError(text, waiting_for="the rank's holder", **context.keys)
+    raise AssertionError
+
+
+def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
+    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
+
+    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
+    """
+    store, group = retrying.context.store, retrying.context.group
     while True:
-        found = retrying.call(lambda left_s: store.snapshot(group_prefix(group), timeout_s=left_s))
-        snapshot = GroupSnapshot.of(group, found)
-        view = GroupView(epoch=0) if snapshot.view is None else snapshot.view
+        snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, group_prefix(group)))
+        view = snapshot.view
         absent = [rank for rank in ranks if not view.state_of(rank).is_seated]
         if absent and event is RankEvent.RECALL:
-            raise NotReadyError(
-                f"ranks {absent} are not in {group!r}: they can be active when they have joined",
-                group=group,
-                ranks=absent,
-                epoch=view.epoch,
-            )
+            text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
+            raise NotReadyError(text, group=group, ranks=absent, epoch=view.epoch)
         wanted = view_after(view, snapshot.members, event, ranks, incarnation=incarnation)
         if wanted is None:
             return view.epoch
-        if _swap(store, view_key(group), wanted.to_bytes(), snapshot.view_revision, retrying) is not None:
+        if retrying.swap(view_key(group), wanted.to_bytes(), snapshot.view_revision) is not None:
             return wanted.epoch
 
 
-def put_policy_version(context: RankContext, version: int, retrying: Retrying, *, rewind: bool) -> int:
+def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int:
     """Write the policy version; returns the store's revision that has it.
 
-    Raises:
-        ConfigError: a larger one is there, and it is not to `rewind`.
-        DeadlineExceededError: the store did not answer.
+    A ConfigError: a larger one is there, and it is not to `rewind`.
     """
-    store, key = context.store, policy_key(context.group)
+    key = policy_key(retrying.context.group)
     while True:
-        entry = retrying.call(lambda left_s: store.get(key, timeout_s=left_s))
+        entry = retrying.call(retrying.context.store.get, key)
         known = None if entry is None else parse_policy_version(entry.value)
         if entry is not None and known == version:
             return entry.revision
         if known is not None and known > version and not rewind:
-            raise ConfigError(
-                f"policy version {version} is behind {known}, which the group has: rewind=True goes back",
-                field="version",
-                known=known,
-            )
-        revision = _swap(store, key, str(version).encode(), 0 if entry is None else entry.revision, retrying)
+            text = f"policy version {version} is behind {known}, which the group has: rewind=True goes back"
+            raise ConfigError(text, field="version", known=known)
+        revision = retrying.swap(key, str(version).encode(), 0 if entry is None else entry.revision)
         if revision is not None:
             return revision
-
-
-def _swap(store: Store, key: str, value: bytes, expected: int, retrying: Retrying) -> int | None:
-    """The revision of the write; None: another came first, or it was this one, and its answer was lost: read again."""
-    try:
-        return retrying.call(lambda left_s: store.put(key, value, expected=expected, timeout_s=left_s))
-    except ConflictError:
-        retrying.pause(RACE_S)
-        return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from ucxx_transport.config import StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
@@ -58,13 +58,11 @@ class Renewal:
         settings = {spec.name: getattr(config, spec.name) for spec in fields(config)}
         settings["password"] = config.password_text
         self._store = {"url": store.url, "config": settings, "interval_s": interval_s}
-        self._interval_s = interval_s
-        self._on_news = on_news
-        self._clock = clock
+        self._fresh_s = FRESH * interval_s
+        self._on_news, self._clock = on_news, clock
         self._lock = threading.RLock()
         self._lease_id: int | None = None
-        self._renewed_s = _NEVER_S
-        self._lost: str | None = None
+        self._renewed_s, self._lost = _NEVER_S, ""
         self.restarts = 0
         self._own = host is None or not host.keep(self.hear, self.order)
         if host is None or self._own:
@@ -81,7 +79,7 @@ class Renewal:
     def is_kept(self) -> bool:
         """Whether the lease has just been renewed by the sidecar."""
         with self._lock:
-            return self._lost is None and self._clock() - self._renewed_s < FRESH * self._interval_s
+            return not self._lost and self._clock() - self._renewed_s < self._fresh_s
 
     @property
     def pid(self) -> int | None:
@@ -95,7 +93,9 @@ class Renewal:
 
     def keep(self, lease_id: int | None) -> None:
         """Renew this lease from now on, or none."""
-        self._keep(lease_id)
+        with self._lock:
+            self._lease_id, self._lost, self._renewed_s = lease_id, "", _NEVER_S
+        self._host.keep(self.hear, self.order)
         if lease_id is not None:
             self.start()
 
@@ -104,38 +104,30 @@ class Renewal:
         with self._lock:
             if lease_id != self._lease_id:
                 return False
-            if self._lost is not None:
+            if self._lost:
                 raise LeaseLostError(self._lost, lease_id=lease_id)
             return self.is_kept
 
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
-        self._keep(None)
+        self.keep(None)
         self._host.keep(self.hear, None)
         if self._own:
             self._host.stop(time.monotonic() + CLOSE_S)
 
-    def _keep(self, lease_id: int | None) -> None:
-        with self._lock:
-            self._lease_id, self._lost, self._renewed_s = lease_id, None, _NEVER_S
-        self._host.keep(self.hear, self.order)
-
     def hear(self, report: Mapping[str, Any] | None) -> None:
         """A report of the sidecar has arrived; None: it has died, and nothing that it has reported counts any more."""
-        if report is None:
-            with self._lock:
-                self.restarts += 1
-                self._renewed_s = _NEVER_S
-            self._on_news()
-            return
         with self._lock:
-            if report.get("lease_id") != self._lease_id:
+            if report is not None and report.get("lease_id") != self._lease_id:
                 return  # of one before
             was_kept = self.is_kept
-            self._lost = report.get("lost")
-            self._renewed_s = report.get("renewed_s", _NEVER_S)
-            is_news = was_kept != self.is_kept
-        if is_news or self._lost is not None:
+            if report is None:
+                self.restarts += 1
+                self._renewed_s = _NEVER_S
+            else:
+                self._lost, self._renewed_s = report.get("lost", ""), report.get("renewed_s", _NEVER_S)
+            is_news = report is None or bool(self._lost) or was_kept != self.is_kept
+        if is_news:
             self._on_news()
 
 
@@ -157,24 +149,25 @@ class LeaseRenewer:
 
     Args:
         store: where the lease is.
+        store_config: its settings.
         lease_id: the lease.
-        interval_s: between two renewals.
+        config: how often it is renewed, and whether by a process in the thread's place from when that can: a call that
+            holds the GIL for longer than a lease lives would starve it.
         on_lost: called once, in the renewer's thread, when the store answers twice that the lease has ended. A store
             that does not answer says nothing: it is asked again, for as long as it takes.
-        helper: a process that renews in its place from when it can, closed at the end; None: a call that holds the GIL
-            for longer than a lease lives starves the lease.
     """
 
     def __init__(
         self,
         store: Store,
+        store_config: StoreConfig,
         lease_id: int,
-        interval_s: float,
+        config: PublisherConfig,
         on_lost: Callable[[], object],
-        helper: Renewal | None = None,
     ) -> None:
-        self._store, self._lease_id, self._interval_s = store, lease_id, interval_s
-        self._on_lost, self._helper = on_lost, helper
+        self._store, self._lease_id, self._interval_s = store, lease_id, config.interval_s
+        self._on_lost = on_lost
+        self._helper = Renewal(store, store_config, config.interval_s) if config.keeper == "process" else None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-lease", daemon=True)
 

@@ -12,8 +12,7 @@ from ucxx_transport.groups.decisions import (
     turn_of,
     view_after,
 )
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, MemberRecord
+from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, RankState
 
 
 def record(rank: int, *, life: int = 0, epoch: int = 0) -> MemberRecord:
@@ -24,7 +23,7 @@ def members(*records: MemberRecord) -> dict[int, MemberRecord]:
     return {one.rank: one for one in records}
 
 
-def follow(view: GroupView | None, alive: dict[int, MemberRecord]) -> GroupView:
+def follow(view: GroupView, alive: dict[int, MemberRecord]) -> GroupView:
     after = next_view(view, alive)
     assert after is not None
     return after
@@ -33,7 +32,7 @@ def follow(view: GroupView | None, alive: dict[int, MemberRecord]) -> GroupView:
 def all_active(*ranks: int) -> tuple[GroupView, dict[int, MemberRecord]]:
     """A group whose ranks are active, and have all applied its view."""
     alive = members(*(record(rank) for rank in ranks))
-    view = follow(follow(None, alive), {rank: one.having_applied(1) for rank, one in alive.items()})
+    view = follow(follow(NO_VIEW, alive), {rank: one.having_applied(1) for rank, one in alive.items()})
     assert view.active_ranks == ranks
     return view, {rank: one.having_applied(view.epoch) for rank, one in alive.items()}
 
@@ -44,7 +43,7 @@ def states(view: GroupView) -> dict[int, str]:
 
 def test_a_group_of_one_is_admitted_and_then_active() -> None:
     alive = members(record(3))
-    first = follow(None, alive)
+    first = follow(NO_VIEW, alive)
     assert (first.epoch, states(first)) == (1, {3: "JOINING"})
     assert next_view(first, alive) is None, "it has not applied its own admission yet"
     second = follow(first, members(record(3, epoch=1)))
@@ -53,7 +52,7 @@ def test_a_group_of_one_is_admitted_and_then_active() -> None:
 
 
 def test_without_members_there_is_no_group() -> None:
-    assert next_view(None, {}) is None
+    assert next_view(NO_VIEW, {}) is None
 
 
 def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknowledged_it() -> None:
@@ -101,7 +100,6 @@ def test_who_has_no_lease_any_more_is_gone_and_is_not_awaited_ranks() -> None:
     after = follow(admitted, alive)
     assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
     gone = after.seat_of(1)
-    assert gone is not None
     assert gone.ended_by is RankEvent.LOSE
 
 
@@ -117,7 +115,6 @@ def test_a_dead_rank_s_new_life_takes_its_place_with_a_larger_epoch() -> None:
     view, alive = all_active(0, 1)
     after = follow(view, alive | members(record(1, life=1)))
     seat = after.seat_of(1)
-    assert seat is not None
     assert (seat.incarnation, seat.state, seat.awaited_epoch) == ("1.1", RankState.JOINING, view.epoch + 1)
 
 
@@ -167,8 +164,8 @@ def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_recall(
     assert ack_waits(admitted, waits, 8.0) == waits
     again = admitted.with_seats({1: replace(admitted.seats[1], awaited_epoch=9)}, epoch=9)
     assert ack_waits(again, waits, 8.0) == {(1, 9): 8.0}
-    assert ack_waits(None, waits, 8.0) == {}
-    assert overdue_ranks(None, alive, waits, now=99.0, ack_timeout_s=1) == frozenset()
+    assert ack_waits(NO_VIEW, waits, 8.0) == {}
+    assert overdue_ranks(NO_VIEW, alive, waits, now=99.0, ack_timeout_s=1) == frozenset()
 
 
 def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_itself() -> None:
@@ -198,8 +195,8 @@ def test_a_request_changes_only_the_ranks_and_lives_that_it_concerns() -> None:
 
 
 def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() -> None:
-    assert next_epoch(None, members(record(0, epoch=9), record(1, epoch=4))) == 10
-    first = follow(None, members(record(0, epoch=9)))
+    assert next_epoch(NO_VIEW, members(record(0, epoch=9), record(1, epoch=4))) == 10
+    first = follow(NO_VIEW, members(record(0, epoch=9)))
     assert first.epoch == 10
     view, _ = all_active(0)
     behind = follow(view, members(record(0, epoch=12)))
@@ -212,8 +209,8 @@ def test_the_group_writes_its_view_before_those_who_join() -> None:
     assert [turn_of(view, alive, rank) for rank in range(4)] == [2, 0, 3, 1]
     del alive[1]
     assert turn_of(view, alive, 3) == 0
-    assert turn_of(None, members(record(4), record(7)), 7) == 1
-    assert turn_of(None, {}, 7) == 0
+    assert turn_of(NO_VIEW, members(record(4), record(7)), 7) == 1
+    assert turn_of(NO_VIEW, {}, 7) == 0
 
 
 def test_a_holder_is_alive_once_it_came_after_the_first_read_or_outlived_its_lease() -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from ucxx_transport.errors import LeaseLostError, NotReadyError
 from ucxx_transport.groups.state import GroupListener, GroupState, SharedState
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, Seat
+from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
 
 
 def seat(rank: int, life: int, state: RankState = RankState.ACTIVE) -> Seat:
@@ -62,7 +61,7 @@ def test_no_reader_sees_a_view_without_the_counts_of_what_it_changed(shared: Sha
     for epoch in (1, 2, 3, 4):
         seen.clear()
         at_each_bytecode(
-            partial(shared.apply, view(epoch), is_own=False),
+            partial(shared.apply, view(epoch)),
             lambda: seen.add((shared.now.epoch, contradiction(shared.now))),
         )
         assert seen == {(epoch - 1, ""), (epoch, "")}
@@ -82,21 +81,15 @@ def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared
         )
     )
     for epoch in (1, 2, 3):
-        shared.apply(view(epoch), is_own=False)
+        shared.apply(view(epoch))
     calls = ["0.0 came", "1.1 came", "view 1", "1.1 went", "view 2", "1.2 came", "view 3"]
     assert found == [(call, "") for call in calls]
-
-
-def test_a_view_that_this_rank_wrote_is_counted_as_written_when_it_is_applied(shared: SharedState) -> None:
-    shared.apply(view(1), is_own=True)
-    shared.apply(view(2), is_own=False)
-    assert (shared.now.statistics.views, shared.now.statistics.written) == (2, 1)
 
 
 def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState) -> None:
     found: list[GroupView | None] = []
     shared.listen(GroupListener(on_view=lambda _: found.append(shared.now.notified_view())))
-    shared.apply(view(1), is_own=False)
+    shared.apply(view(1))
     assert found == [None]
     assert shared.now.notified_view() == view(1)
 
@@ -104,7 +97,7 @@ def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState
 def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: SharedState) -> None:
     gone: list[object] = []
     shared.listen(GroupListener(on_gone=lambda error: gone.append((error, shared.now.state, shared.now.ended))))
-    shared.apply(view(1), is_own=False)
+    shared.apply(view(1))
     error = LeaseLostError("it has ended")
     shared.end(RankEvent.LOSE, error)
     shared.end(RankEvent.LOSE, NotReadyError("a second end changes nothing"))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ucxx_transport.errors import RegistryError
-from ucxx_transport.groups.states import TRANSITIONS, RankEvent, RankState, advance
+from ucxx_transport.groups.view import TRANSITIONS, RankEvent, RankState, advance
 
 EXPECTED = {
     ("ISOLATED", "ADMIT"): "JOINING",

@@ -8,8 +8,16 @@ import pytest
 
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, Seat, parse_policy_version
+from ucxx_transport.groups.view import (
+    NO_VIEW,
+    GroupSnapshot,
+    GroupView,
+    MemberRecord,
+    RankEvent,
+    RankState,
+    Seat,
+    parse_policy_version,
+)
 from ucxx_transport.membership.keys import member_key, policy_key, rank_of, view_key
 
 VIEW = GroupView(
@@ -42,11 +50,11 @@ def test_what_is_stored_comes_back_and_is_readable_json() -> None:
 
 
 def test_an_incarnation_takes_a_free_or_a_gone_seat_and_no_other() -> None:
-    fresh = Seat.admitted(2, "new", before=None, epoch=8)
-    assert Seat.admitted(2, "new", before=VIEW.seat_of(2), epoch=8) == fresh
-    assert (fresh.state, fresh.awaited_epoch, fresh.ended_by) == (RankState.JOINING, 8, None)
+    fresh = Seat(rank=2).after(RankEvent.ADMIT, epoch=8, incarnation="new")
+    assert VIEW.seat_of(2).after(RankEvent.ADMIT, epoch=8, incarnation="new") == fresh
+    assert (fresh.state, fresh.incarnation, fresh.awaited_epoch, fresh.ended_by) == (RankState.JOINING, "new", 8, None)
     with pytest.raises(RegistryError):
-        Seat.admitted(0, "new", before=VIEW.seat_of(0), epoch=8)
+        VIEW.seat_of(0).after(RankEvent.ADMIT, epoch=8, incarnation="new")
 
 
 def test_a_recalled_rank_joins_once_more_with_the_epoch_that_recalls_it() -> None:
@@ -145,12 +153,7 @@ def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None
     store = MemoryStore()
     watch = store.watch("groups/", after=0)
     snapshot = GroupSnapshot.of(GROUP, store.snapshot("groups/"))
-    assert (snapshot.view, snapshot.view_revision, dict(snapshot.members), snapshot.policy_version) == (
-        None,
-        0,
-        {},
-        None,
-    )
+    assert (snapshot.view, snapshot.view_revision, snapshot.members, snapshot.policy_version) == (NO_VIEW, 0, {}, None)
     lease = store.grant(60)
     store.put(member_key(GROUP, 3), record_of(3).to_bytes(), lease_id=lease.lease_id)
     store.put(member_key(GROUP, 12), record_of(12).to_bytes())
@@ -165,7 +168,7 @@ def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None
     assert snapshot.view == GroupView(epoch=5)
     assert (snapshot.view_revision, snapshot.policy_version, snapshot.revision) == (5, 7, 7)
     assert dict(snapshot.members) == {12: record_of(12)}
-    assert dict(snapshot.member_revisions) == {12: 2}
+    assert snapshot.members[12].revision == 2
     store.close()
 
 
@@ -183,7 +186,7 @@ def test_what_is_not_understood_is_as_if_it_were_not_there_and_is_named() -> Non
         member_key(GROUP, 0),
         member_key(GROUP, 1),
     }
-    assert (snapshot.view, snapshot.view_revision, dict(snapshot.members)) == (None, 1, {})
+    assert (snapshot.view, snapshot.view_revision, snapshot.members) == (NO_VIEW, 1, {})
     store.put(member_key(GROUP, 1), record_of(1).to_bytes())
     assert member_key(GROUP, 1) not in GroupSnapshot.of(GROUP, store.snapshot()).problems
 

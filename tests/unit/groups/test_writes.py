@@ -9,8 +9,7 @@ import pytest
 from tests.support.memory_store import MemoryStore
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError
-from ucxx_transport.groups.states import RankEvent, RankState
-from ucxx_transport.groups.view import GroupView, Seat
+from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
 from ucxx_transport.groups.writes import Retrying, change_view
 from ucxx_transport.membership.keys import view_key
 
@@ -32,7 +31,7 @@ def ticking() -> Callable[[], float]:
 
 def change(store: MemoryStore, event: RankEvent, rank: int, *, incarnation: str | None = None) -> int:
     context = rank_context(store, 1, clock=ticking())
-    return change_view(context, event, [rank], Retrying(context, 100.0, "changing"), incarnation=incarnation)
+    return change_view(Retrying(context, 100.0, "changing"), event, [rank], incarnation=incarnation)
 
 
 def stored(store: MemoryStore) -> GroupView:

@@ -8,11 +8,12 @@ import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.waiting import wait_until
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError, StoreUnavailableError
 from ucxx_transport.membership.renewal import LeaseRenewer
 
 TTL_S = 60.0
-INTERVAL_S = 0.02
+CONFIG = PublisherConfig(keeper="thread", interval_s=0.02)
 
 
 class CountingStore(MemoryStore):
@@ -42,7 +43,7 @@ class Renewed:
         self.lease_id = self.store.grant(TTL_S).lease_id
         self.lost = threading.Event()
         self.losses = 0
-        self.renewer = LeaseRenewer(self.store, self.lease_id, INTERVAL_S, self.note)
+        self.renewer = LeaseRenewer(self.store, StoreConfig(), self.lease_id, CONFIG, self.note)
 
     def note(self) -> None:
         self.losses += 1
