@@ -1,14 +1,4 @@
-"""Publication: one life of a worker's record in the store, from its lease to its end, and what is published.
-
-| step      | what                                        | when it fails                |
-|-----------|---------------------------------------------|------------------------------|
-| epoch     | the worker id's counter, one more than ever | try again                    |
-| lease     | granted by the store                        | try again                    |
-| visible   | the record, "starting", if there is none    | wait for its end, or give up |
-| bound     | the source serves                           | try again, still "starting"  |
-| ready     | the record, "ready", if it is still ours    | another's: start over        |
-| stale     | the record, "stale", and back               | as ready                     |
-| withdrawn | "stale", then the lease is revoked          | the lease runs out by itself |
+"""Publication: one life of a worker's record in the store, from its lease to its end; and what is published.
 
 The publisher's state is where it is in that:
 
@@ -116,10 +106,8 @@ class Publication:
     def begin(cls, store: Store, record: SourceRecord, *, ttl_s: float) -> Publication:
         """Make a record visible, "starting", under a lease of its own; its epoch is of `next_epoch`.
 
-        Raises:
-            ConflictError: there is a record of this worker id already.
-            StoreUnavailableError, StorePermissionError, LeaseLostError: as the store answers. No lease is left behind
-                as far as the store can be reached.
+        A ConflictError: there is a record of this worker id already. Where that or the store's answer is raised, no
+        lease is left behind as far as the store can be reached.
         """
         lease = store.grant(ttl_s)
         first = replace(record, status=SourceStatus.STARTING, ttl_s=float(lease.ttl_s))
@@ -134,8 +122,7 @@ class Publication:
     def update(self, status: SourceStatus, offer: Offer | None = None) -> bool:
         """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
 
-        Raises:
-            ConflictError, LeaseLostError: the record is not ours any more, or it was withdrawn.
+        A ConflictError or LeaseLostError: the record is not ours any more, or it was withdrawn.
         """
         # Before the check: with the revision that a withdrawal by another thread leaves behind, nothing is overwritten.
         revision = self._revision
@@ -158,8 +145,7 @@ class Publication:
     def withdraw(self, timeout_s: float) -> None:
         """Write "stale", then end the lease, and the record with it. Nothing is written any more after that.
 
-        Raises:
-            TransportError: the store did not answer; then the lease runs out by itself.
+        A TransportError: the store did not answer; then the lease runs out by itself.
         """
         self._withdrawn = True
         with suppress(ConflictError, LeaseLostError):
@@ -167,30 +153,23 @@ class Publication:
         self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
 
     def _put(self, record: SourceRecord, expected: int, timeout_s: float | None) -> None:
-        raw = record.to_bytes()
+        raw, lease_id = record.to_bytes(), self.lease.lease_id
         try:
-            self._revision = self._store.put(
-                self._key, raw, lease_id=self.lease.lease_id, expected=expected, timeout_s=timeout_s
-            )
+            revision = self._store.put(self._key, raw, lease_id=lease_id, expected=expected, timeout_s=timeout_s)
         except ConflictError:
             entry = self._store.get(self._key, timeout_s=timeout_s)
             if entry is None or entry.value != raw:
                 raise
-            self._revision = entry.revision  # an earlier try had arrived, its answer had not
-        self.record = record
+            revision = entry.revision  # an earlier try had arrived, its answer had not
+        self._revision, self.record = revision, record
 
 
 class Rival:
-    """Another worker of this id in the store: a dead one, whose record is about to end, or a second live one.
-
-    A record lives `ttl_s` without a renewal; that of the other may say more.
-    """
+    """Another worker of this id in the store: a dead one, whose record is about to end, or a second live one."""
 
     def __init__(self, store: Store, worker_id: str, session: str, ttl_s: float) -> None:
-        self._store = store
-        self._worker_id = worker_id
-        self._session = session
-        self._ttl_s = ttl_s
+        self._store, self._worker_id = store, worker_id
+        self._session, self._ttl_s = session, ttl_s
         self._seen: tuple[tuple[str, int], float] | None = None
 
     @property
@@ -205,9 +184,8 @@ class Rival:
     def yield_to(self, now: float) -> None:
         """Check that there is none.
 
-        Raises:
-            ConflictError: there is one, which may be about to end.
-            DuplicateSourceError: there is one for longer than a dead one's record could live.
+        A ConflictError: there is one, which may be about to end. A DuplicateSourceError: there is one for longer than
+        a dead one's record could live.
         """
         entry = self._store.get(source_key(self._worker_id))
         if entry is None:
@@ -223,20 +201,17 @@ class Rival:
             return
         if self._seen is None or self._seen[0] != who:
             self._seen = (who, now)
+        keys: dict[str, object] = {"worker_id": self._worker_id, "epoch": who[1]}
         if now - self._seen[1] > 2 * max(ttl_s, self._ttl_s) + 1.0:
-            raise DuplicateSourceError(
-                f"another live worker is published as {self._worker_id!r}; give each worker an id of its own",
-                worker_id=self._worker_id,
-                epoch=who[1],
-            )
-        raise ConflictError("a worker of this id is still in the store", worker_id=self._worker_id, epoch=who[1])
+            text = f"another live worker is published as {self._worker_id!r}; give each worker an id of its own"
+            raise DuplicateSourceError(text, **keys)
+        raise ConflictError("a worker of this id is still in the store", **keys)
 
 
 def next_epoch(store: Store, worker_id: str, *, known: int) -> int:
     """A new epoch for a worker id, larger than any before, and than `known`: a wiped store has forgotten that.
 
-    Raises:
-        ConflictError: another publisher of this worker id was faster; look again.
+    A ConflictError: another publisher of this worker id was faster; look again.
     """
     key = epoch_key(worker_id)
     entry = store.get(key)

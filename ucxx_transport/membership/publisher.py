@@ -36,7 +36,7 @@ from ucxx_transport.membership.publication import (
     Rival,
     next_epoch,
 )
-from ucxx_transport.membership.renewal import Renewal, renew
+from ucxx_transport.membership.renewal import Renewal
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
@@ -97,7 +97,7 @@ class HeartbeatPublisher:
         self._store: Store = open_store(store, self._store_config) if isinstance(store, str) else store
         self._rival = Rival(self._store, worker_id, self._session, self._config.ttl_s)
         self._publication: Publication | None = None
-        self._renewal: Renewal | None = None
+        self._renewal = Renewal(self._store, self._store_config, self._config, on_news=self._wake)
         self._is_away = False
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
@@ -136,10 +136,7 @@ class HeartbeatPublisher:
         """
         if self.state is not PublisherState.NEW:
             raise ConfigError("this publisher was started before; make another")
-        if self._config.keeper == "process":
-            interval_s, host = self._config.interval_s, self._source.sidecar
-            self._renewal = Renewal(self._store, self._store_config, interval_s, host=host, on_news=self._wake)
-            self._renewal.start()
+        self._renewal.start(self._source.sidecar)
         self._source.hold()
         self._change(PublisherState.PUBLISHING)
         self._holders.add("thread")
@@ -193,9 +190,7 @@ class HeartbeatPublisher:
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
-        if (renewal := self._renewal) is None:
-            return self._now
-        return replace(self._now, keeper_restarts=renewal.restarts, keeper_keeps=renewal.is_kept)
+        return replace(self._now, keeper_restarts=self._renewal.restarts, keeper_keeps=self._renewal.is_kept)
 
     def __enter__(self) -> Self:
         self.start()
@@ -234,8 +229,7 @@ class HeartbeatPublisher:
         if holder == "thread":  # it hung in the store, and what it has written there since was withdrawn by no one
             self._withdraw(self._config.stop_timeout_s)
             self._source.release()
-        if self._renewal is not None:
-            self._renewal.close()
+        self._renewal.close()
         if self._owns_store:
             self._store.close()
 
@@ -268,7 +262,7 @@ class HeartbeatPublisher:
             _log.exception("publisher_died", worker=self._worker_id)
             known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
             self._change(PublisherState.FAILED, known)
-        if self._renewal is not None and not self._stopping:
+        if not self._stopping:
             self._renewal.close()  # it has failed: there is nothing left to renew
         self._leave("thread")
 
@@ -305,7 +299,7 @@ class HeartbeatPublisher:
             if publication is None:
                 publication = self._become_visible()
             else:
-                self._renew(publication)
+                self._renewal.renew(publication.lease.lease_id)
             if self._stopping:
                 return None
             self._source.bind()
@@ -324,8 +318,7 @@ class HeartbeatPublisher:
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
         self._publication = publication  # from here on there is something to withdraw, whatever happens
         self._change(PublisherState.STARTING, epoch=epoch)
-        if self._renewal is not None:
-            self._renewal.keep(publication.lease.lease_id)
+        self._renewal.keep(publication.lease.lease_id)
         return publication
 
     def _live(self, publication: Publication) -> None:
@@ -335,7 +328,7 @@ class HeartbeatPublisher:
             if self._stopping:
                 return
             try:
-                self._renew(publication)
+                self._renewal.renew(publication.lease.lease_id)
                 self._show_health(publication)
                 self._source.discard_old()
                 if turn % LOOK_EVERY == 0:
@@ -350,11 +343,6 @@ class HeartbeatPublisher:
                     self._change(outages=self._now.outages + 1)
                     _log.warning("store_unreachable", worker=self._worker_id, reason=str(error))
 
-    def _renew(self, publication: Publication) -> None:
-        lease_id = publication.lease.lease_id
-        if self._renewal is None or not self._renewal.keeps(lease_id):
-            renew(self._store, lease_id)
-
     def _show_health(self, publication: Publication) -> None:
         is_healthy = self._source.is_healthy(2 * self._config.interval_s)
         if is_healthy:
@@ -367,8 +355,7 @@ class HeartbeatPublisher:
 
     def _lose(self, reason: str) -> None:
         self._source.hold()
-        if self._renewal is not None:
-            self._renewal.keep(None)
+        self._renewal.keep(None)
         self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
         _log.warning("lease_lost", worker=self._worker_id, epoch=self.epoch, reason=reason)
         self._revoke()

@@ -27,17 +27,15 @@ _RETRIES_AN_INTERVAL: Final = 4
 
 
 class Renewal:
-    """One lease at a time, renewed by a process that no blocked interpreter starves. Thread-safe; close it.
+    """Renews one lease at a time: a process does, that no blocked interpreter starves, or else its owner's calls.
 
-    Its owner renews the lease itself while `keeps` is False: until the sidecar is up, and while that is stopped
-    or dead, or cannot reach the store.
+    Those do until the sidecar is up, and while that is stopped or dead, or cannot reach the store. Thread-safe; close
+    it.
 
     Args:
         store: where the lease is; the sidecar opens its URL.
-        config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
-        interval_s: how often the lease is renewed.
-        host: a sidecar that may renew it beside its other work; where there is none, or it has a lease to renew
-            already, one is started that does nothing else.
+        store_config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
+        config: how often the lease is renewed, and whether by a process.
         on_news: called in the sidecar's thread when `keeps` may answer differently.
         clock: seconds of CLOCK_MONOTONIC.
 
@@ -48,32 +46,30 @@ class Renewal:
     def __init__(
         self,
         store: Store,
-        config: StoreConfig,
-        interval_s: float,
+        store_config: StoreConfig,
+        config: PublisherConfig,
         *,
-        host: Sidecar | None = None,
         on_news: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        settings = {spec.name: getattr(config, spec.name) for spec in fields(config)}
-        settings["password"] = config.password_text
-        self._store = {"url": store.url, "config": settings, "interval_s": interval_s}
-        self._fresh_s = FRESH * interval_s
+        settings = {spec.name: getattr(store_config, spec.name) for spec in fields(store_config)}
+        settings["password"] = store_config.password_text
+        self._store = store
+        self._opening = {"url": store.url, "config": settings, "interval_s": config.interval_s}
+        self._by_process = config.keeper == "process"
+        self._fresh_s = FRESH * config.interval_s
         self._on_news, self._clock = on_news, clock
         self._lock = threading.RLock()
         self._lease_id: int | None = None
         self._renewed_s, self._lost = _NEVER_S, ""
+        self._host: Sidecar | None = None
+        self._owns_host = False
         self.restarts = 0
-        self._own = host is None or not host.keep(self.hear, self.order)
-        if host is None or self._own:
-            host = Sidecar("ucxx lease", pauses_s=(1.0, 60.0))
-            host.keep(self.hear, self.order)
-        self._host = host
 
     @property
     def order(self) -> Order:
         """What a sidecar is sent."""
-        return {"lease_id": self._lease_id, "store": self._store}
+        return {"lease_id": self._lease_id, "store": self._opening}
 
     @property
     def is_kept(self) -> bool:
@@ -84,20 +80,28 @@ class Renewal:
     @property
     def pid(self) -> int | None:
         """Of the sidecar that is up, None while there is none."""
-        return self._host.status.pid
+        return None if self._host is None else self._host.status.pid
 
-    def start(self) -> None:
-        """Start the sidecar before there is a lease: an interpreter takes a moment to be there."""
-        if self._own:
-            self._host.start()
+    def start(self, host: Sidecar | None = None) -> None:
+        """Find the process, before there is a lease: an interpreter takes a moment to be there.
+
+        `host` renews the lease beside its other work; where there is none, or it has a lease to renew already, one is
+        started that does nothing else.
+        """
+        if not self._by_process:
+            return
+        if host is None or not host.keep(self.hear, self.order):
+            host, self._owns_host = Sidecar("ucxx lease", pauses_s=(1.0, 60.0)), True
+            host.keep(self.hear, self.order)
+            host.start()
+        self._host = host
 
     def keep(self, lease_id: int | None) -> None:
         """Renew this lease from now on, or none."""
         with self._lock:
             self._lease_id, self._lost, self._renewed_s = lease_id, "", _NEVER_S
-        self._host.keep(self.hear, self.order)
-        if lease_id is not None:
-            self.start()
+        if self._host is not None:
+            self._host.keep(self.hear, self.order)
 
     def keeps(self, lease_id: int) -> bool:
         """Whether the sidecar has just renewed this lease, else its owner must; a LeaseLostError when it has ended."""
@@ -108,12 +112,18 @@ class Renewal:
                 raise LeaseLostError(self._lost, lease_id=lease_id)
             return self.is_kept
 
+    def renew(self, lease_id: int, *, timeout_s: float | None = None) -> None:
+        """Renew this lease now, unless the sidecar has just done so; errors as `renew`."""
+        if not self.keeps(lease_id):
+            renew(self._store, lease_id, timeout_s=timeout_s)
+
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
         self.keep(None)
-        self._host.keep(self.hear, None)
-        if self._own:
-            self._host.stop(time.monotonic() + CLOSE_S)
+        if self._host is not None:
+            self._host.keep(self.hear, None)
+            if self._owns_host:
+                self._host.stop(time.monotonic() + CLOSE_S)
 
     def hear(self, report: Mapping[str, Any] | None) -> None:
         """A report of the sidecar has arrived; None: it has died, and nothing that it has reported counts any more."""
@@ -165,9 +175,9 @@ class LeaseRenewer:
         config: PublisherConfig,
         on_lost: Callable[[], object],
     ) -> None:
-        self._store, self._lease_id, self._interval_s = store, lease_id, config.interval_s
+        self._lease_id, self._interval_s = lease_id, config.interval_s
         self._on_lost = on_lost
-        self._helper = Renewal(store, store_config, config.interval_s) if config.keeper == "process" else None
+        self._renewal = Renewal(store, store_config, config)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-lease", daemon=True)
 
@@ -185,23 +195,21 @@ class LeaseRenewer:
 
     def _run(self) -> None:
         try:
-            if self._helper is not None:
-                self._helper.keep(self._lease_id)
+            self._renewal.start()
+            self._renewal.keep(self._lease_id)
             self._renew_until_stopped()
         except LeaseLostError as error:
             if not self._stopping.is_set():
                 _log.warning("lease_lost", lease=self._lease_id, reason=str(error))
                 self._on_lost()
         finally:
-            if self._helper is not None:
-                self._helper.close()
+            self._renewal.close()
 
     def _renew_until_stopped(self) -> None:
         pause_s, failures = self._interval_s, 0
         while not self._stopping.wait(pause_s):
             try:
-                if self._helper is None or not self._helper.keeps(self._lease_id):
-                    renew(self._store, self._lease_id, timeout_s=self._interval_s)
+                self._renewal.renew(self._lease_id, timeout_s=self._interval_s)
             except LeaseLostError:
                 raise
             except Exception as error:  # noqa: BLE001 - the edge of a thread: whatever it was, the lease is to live

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from typing import Final, Protocol, Self, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Protocol, Self, TypeVar
 
 from ucxx_transport.logs import get_logger
 
@@ -13,9 +13,6 @@ _log = get_logger(__name__)
 
 ReplicaT = TypeVar("ReplicaT")
 ReplicaT_co = TypeVar("ReplicaT_co", covariant=True)
-
-_NAMES: Final = ("worker_id", "rank")
-"""What a source's record and a group's member are known by."""
 
 
 class ReplicaFeed(Protocol[ReplicaT_co]):
@@ -58,7 +55,7 @@ class ReplicaMonitor:
         self._is_calling = False
         self._unsubscribe: Callable[[], None] = lambda: None
         if feed is not None:
-            named = _name_of if name_of is None else name_of
+            named = name_of or _name_of
             self._unsubscribe = feed.subscribe(
                 on_add=lambda replica: self.added(named(replica)),
                 on_remove=lambda replica: self.removed(named(replica)),
@@ -118,7 +115,7 @@ class ReplicaMonitor:
 
 
 def _name_of(replica: object) -> Hashable:
-    names: Iterable[object] = (getattr(replica, name) for name in _NAMES if hasattr(replica, name))
-    name = next(iter(names), replica)
+    """What a source's record or a group's member is known by."""
+    name: object = getattr(replica, "worker_id", getattr(replica, "rank", replica))
     assert isinstance(name, Hashable), "a replica without a name: pass name_of"
     return name

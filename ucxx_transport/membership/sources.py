@@ -1,21 +1,6 @@
 """Sources: what a rollout worker publishes of itself, and the view of all of them that a watcher keeps.
 
-A record is JSON, which an operator can read in the store:
-
-| key       | value                                                                   |
-|-----------|-------------------------------------------------------------------------|
-| version   | 1                                                                       |
-| worker_id | 1-128 printable characters                                              |
-| epoch     | u64, not 0: larger with every publication of this worker id             |
-| session   | 32 hex digits, random, of one publisher: tells a worker from its double |
-| status    | "starting", "ready" or "stale"                                          |
-| ring_id   | 32 hex digits                                                           |
-| ring_name | the segment's name on its host                                          |
-| host_id   | which machine and namespace the segment is on                           |
-| host      | null, or the server's address                                           |
-| ports     | its ports                                                               |
-| ttl_s     | how long the record lives without a renewal                             |
-| meta      | what else the worker publishes: a JSON object                           |
+A record is JSON, which an operator can read in the store: the fields of `SourceRecord`, and the version of the form.
 
 What a snapshot or a batch changes in a view:
 
@@ -37,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.membership.keys import source_key, worker_id_of
@@ -58,7 +43,7 @@ from ucxx_transport.schema.wire_form import (
 MAX_RECORD_BYTES: Final = 64 << 10
 
 _KEYS: Final = (
-    *("version", "worker_id", "epoch", "session", "status", "ring_id", "ring_name"),
+    *("worker_id", "epoch", "session", "status", "ring_id", "ring_name"),
     *("host_id", "host", "ports", "ttl_s", "meta"),
 )
 _HEX: Final = set("0123456789abcdef")
@@ -100,9 +85,9 @@ class SourceRecord(Offer):
     """A rollout worker, as the store knows it.
 
     Attributes:
-        worker_id: its name in the job.
-        epoch: which publication of that name; larger is later.
-        session: random, of one publisher's life.
+        worker_id: its name in the job, 1-128 printable characters.
+        epoch: which publication of that name, from 1 on; larger is later.
+        session: 32 hex digits, random, of one publisher's life: tells a worker from its double.
         status: what may be expected of it.
         ttl_s: how long the record lives without a renewal.
         meta: what else the worker publishes.
@@ -124,7 +109,7 @@ class SourceRecord(Offer):
         for name, good in (
             ("worker_id", is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS)),
             ("epoch", is_unsigned(self.epoch, 64) and self.epoch > 0),
-            ("session", type(self.session) is str and len(self.session) == 32 and set(self.session) <= _HEX),
+            ("session", _is_hex(self.session)),
             ("status", isinstance(self.status, SourceStatus)),
             ("ring_id", type(self.ring_id) is bytes and len(self.ring_id) == 16),
             ("ring_name", is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)),
@@ -151,16 +136,10 @@ class SourceRecord(Offer):
         """The record as plain JSON values."""
         return {
             "version": WIRE_VERSION,
-            "worker_id": self.worker_id,
-            "epoch": self.epoch,
-            "session": self.session,
+            **{key: getattr(self, key) for key in _KEYS},
             "status": self.status.value,
             "ring_id": self.ring_id.hex(),
-            "ring_name": self.ring_name,
-            "host_id": self.host_id,
-            "host": self.host,
             "ports": list(self.ports),
-            "ttl_s": self.ttl_s,
             "meta": dict(self.meta),
         }
 
@@ -186,28 +165,21 @@ class SourceRecord(Offer):
             ProtocolError: it is malformed or of another version; the message names the field.
         """
         data = unpack_json(raw, "source record", max_bytes=MAX_RECORD_BYTES)
-        form = dict(take_fields(data, "source record", required=_KEYS))
+        form = dict(take_fields(data, "source record", required=("version", *_KEYS)))
         check_version(form.pop("version"), "source record")
-        # what these do not take they leave as it is, for __post_init__ to refuse by its name
-        form["ring_id"] = _ring_id_of(form["ring_id"])
-        form["status"] = _status_of(form["status"])
-        form["ttl_s"] = _seconds_of(form["ttl_s"])
+        # what is not taken here stays as it is, for __post_init__ to refuse by its name
+        ring_id, status, ttl_s = form["ring_id"], form["status"], form["ttl_s"]
+        form["ring_id"] = bytes.fromhex(ring_id) if _is_hex(ring_id) else ring_id
+        form["status"] = next((one for one in SourceStatus if one.value == status), status)
+        form["ttl_s"] = float(ttl_s) if is_unsigned(ttl_s, 64) else ttl_s
         try:
             return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
 
-def _ring_id_of(value: object) -> object:
-    return bytes.fromhex(value) if isinstance(value, str) and len(value) == 32 and set(value) <= _HEX else value
-
-
-def _status_of(value: object) -> object:
-    return next((status for status in SourceStatus if status.value == value), value)
-
-
-def _seconds_of(value: object) -> object:
-    return float(value) if is_unsigned(value, 64) else value
+def _is_hex(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and len(value) == 32 and set(value) <= _HEX
 
 
 def _are_ports(ports: object) -> bool:
@@ -246,11 +218,8 @@ class SourceView:
     def take_snapshot(self, snapshot: Snapshot, *, now: float, grace_s: float = 0.0) -> list[SourceChange]:
         """What a whole picture of the store changes.
 
-        Args:
-            snapshot: of all sources.
-            now: seconds.
-            grace_s: how long a source that is not in it is still taken for known: after a reset the store is empty,
-                though its sources live and are about to say so again. One that has a grace already keeps that.
+        For `grace_s` a source that is not in it is still taken for known: after a reset the store is empty, though its
+        sources live and are about to say so again. One that has a grace already keeps that.
         """
         changes: list[SourceChange] = []
         there: set[str] = set()

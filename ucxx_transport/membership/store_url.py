@@ -13,9 +13,8 @@ from __future__ import annotations
 import ipaddress
 import re
 import sys
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
 
 from ucxx_transport.config import StoreConfig
@@ -30,24 +29,15 @@ _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?:
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalAddress:
-    """A file on this machine; None: this user's own."""
+class StoreAddress(NamedTuple):
+    """Where a store is: its scheme, and a file on this machine (None: this user's own), or a cluster's endpoints.
 
-    path: PurePosixPath | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EtcdAddress:
-    """An etcd cluster.
-
-    Attributes:
-        endpoints: `host:port` of at least one, in the order in which they are tried; IPv6 in brackets.
-        tls: whether the URL asks for it.
+    Those are `host:port` of at least one, in the order in which they are tried; IPv6 in brackets.
     """
 
-    endpoints: tuple[str, ...]
-    tls: bool
+    scheme: str
+    path: Path | None = None
+    endpoints: tuple[str, ...] = ()
 
 
 def open_store(url: str, config: StoreConfig | None = None) -> Store:
@@ -64,7 +54,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
     """
     address = parse_store_url(url)
     config = config or StoreConfig()
-    if isinstance(address, LocalAddress):
+    if address.scheme == "local":
         try:
             from ucxx_transport.membership.local.store import LocalStore
         except ImportError as error:
@@ -72,27 +62,31 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
                 raise
             text = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
             raise ConfigError(text, python=sys.executable, reason=str(error)) from error
-        return LocalStore(None if address.path is None else Path(address.path), config)
+        return LocalStore(address.path, config)
     from ucxx_transport.membership.etcd.store import EtcdStore
 
-    return EtcdStore(address.endpoints, config, tls=address.tls)
+    return EtcdStore(address.endpoints, config, tls=address.scheme == "etcds")
 
 
-def parse_store_url(url: object) -> LocalAddress | EtcdAddress:
+def parse_store_url(url: object) -> StoreAddress:
     """The address that the text is; a ConfigError says what is wrong and would be right, and repeats no secret."""
     scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     if not found:
         raise _wrong(url, "has no scheme")
     if scheme == "local":
-        return _local(url, rest)
-    if scheme in {"etcd", "etcds"}:
-        return _etcd(url, rest, tls=scheme == "etcds")
-    raise _wrong(url, f"has the unknown scheme {scheme!r}")
+        return StoreAddress(scheme, path=_path(url, rest) if rest else None)
+    if scheme not in {"etcd", "etcds"}:
+        raise _wrong(url, f"has the unknown scheme {scheme!r}")
+    if "@" in rest:
+        raise _wrong(url, "has a user or a password in it: they go into the settings store.user and store.password")
+    rest = rest.removesuffix("/")
+    if any(mark in rest for mark in "/?#"):
+        raise _wrong(url, "has more than endpoints: keys lie below the setting store.namespace")
+    endpoints = dict.fromkeys(_endpoint(url, text) for text in rest.split(","))
+    return StoreAddress(scheme, endpoints=tuple(endpoints))
 
 
-def _local(url: object, rest: str) -> LocalAddress:
-    if not rest:
-        return LocalAddress(path=None)
+def _path(url: object, rest: str) -> Path:
     if not rest.startswith("/"):
         raise _wrong(url, "names a path that is not absolute: three slashes, as in local:///tmp/job.store")
     if "?" in rest or "#" in rest:
@@ -102,17 +96,7 @@ def _local(url: object, rest: str) -> LocalAddress:
         raise _wrong(url, "names a path with a zero byte")
     if path.endswith("/"):
         raise _wrong(url, "names a folder: add the file's name, as in local:///tmp/job.store")
-    return LocalAddress(path=PurePosixPath(path))
-
-
-def _etcd(url: object, rest: str, *, tls: bool) -> EtcdAddress:
-    if "@" in rest:
-        raise _wrong(url, "has a user or a password in it: they go into the settings store.user and store.password")
-    rest = rest.removesuffix("/")
-    if any(mark in rest for mark in "/?#"):
-        raise _wrong(url, "has more than endpoints: keys lie below the setting store.namespace")
-    endpoints = dict.fromkeys(_endpoint(url, text) for text in rest.split(","))
-    return EtcdAddress(endpoints=tuple(endpoints), tls=tls)
+    return Path(path)
 
 
 def _endpoint(url: object, text: str) -> str:
@@ -125,12 +109,11 @@ def _endpoint(url: object, text: str) -> str:
     host = found["host"]
     if found["six"] is not None:
         try:
-            address = ipaddress.IPv6Address(found["six"])
+            host = f"[{ipaddress.IPv6Address(found['six'])}]"
         except ValueError:
-            address = None
-        if address is None or address.scope_id is not None:
+            host = "%"
+        if "%" in host:
             raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address without a zone")
-        host = f"[{address}]"
     elif not _HOST.fullmatch(host):
         raise _wrong(url, f"has the endpoint {text!r}, which names no host")
     return f"{host}:{int(port)}"

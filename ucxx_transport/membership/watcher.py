@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Self
 
@@ -64,16 +64,16 @@ class WatcherStatistics:
         synced: whether what is known is up to date, as far as the store's last answer goes.
     """
 
-    sources: int
-    adds: int
-    updates: int
-    removes: int
-    resyncs: int
-    resets: int
-    failures: int
-    malformed: int
-    listener_errors: int
-    synced: bool
+    sources: int = 0
+    adds: int = 0
+    updates: int = 0
+    removes: int = 0
+    resyncs: int = 0
+    resets: int = 0
+    failures: int = 0
+    malformed: int = 0
+    listener_errors: int = 0
+    synced: bool = False
 
 
 class SourceWatcher:
@@ -115,10 +115,7 @@ class SourceWatcher:
         self._view = SourceView()
         self._subscriptions: dict[object, _Listeners] = {}
         self._notifying = threading.RLock()
-        self._counts = dict.fromkeys(
-            ("adds", "updates", "removes", "resyncs", "resets", "failures", "listener_errors"), 0
-        )
-        self._synced = False
+        self._now = WatcherStatistics()
         self._identity = ""
         self._error: RegistryError | None = None
         self._stopping = threading.Event()
@@ -203,7 +200,13 @@ class SourceWatcher:
                     raise ConfigError("the watcher was stopped")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
-                    raise self._too_few(n, len(ready), timeout_s)
+                    raise DeadlineExceededError(
+                        f"{len(ready)} of {n} sources were ready in time; is each worker's publisher started, with "
+                        "this store and namespace?",
+                        store=self._store.url,
+                        timeout_s=timeout_s,
+                        store_error="none" if self._error is None else str(self._error),
+                    )
                 self._changed.wait(left_s)
             return ready
 
@@ -218,10 +221,7 @@ class SourceWatcher:
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""
-        with self._changed:
-            return WatcherStatistics(
-                sources=len(self._view.sources), malformed=self._view.malformed, synced=self._synced, **self._counts
-            )
+        return self._now
 
     def __enter__(self) -> Self:
         self.start()
@@ -235,16 +235,6 @@ class SourceWatcher:
 
     async def __aexit__(self, *error: object) -> None:
         await asyncio.shield(asyncio.to_thread(self.stop))
-
-    def _too_few(self, wanted: int, ready: int, timeout_s: float) -> DeadlineExceededError:
-        reason = "none" if self._error is None else str(self._error)
-        return DeadlineExceededError(
-            f"{ready} of {wanted} sources were ready in time; is each worker's publisher started, with this store and "
-            "namespace?",
-            store=self._store.url,
-            timeout_s=timeout_s,
-            store_error=reason,
-        )
 
     def _run(self) -> None:
         revision: int | None = None
@@ -309,10 +299,11 @@ class SourceWatcher:
         with self._notifying:
             with self._changed:
                 changes = change()
-                self._count(**counts)
-                for one in changes:
-                    self._counts[one.kind + "s"] += 1
-                self._synced, self._error = True, None
+                for kind in ("add", "update", "remove"):
+                    counts[f"{kind}s"] = sum(one.kind == kind for one in changes)
+                known, malformed = len(self._view.sources), self._view.malformed
+                self._now = replace(self._counted(**counts), sources=known, malformed=malformed, synced=True)
+                self._error = None
                 self._changed.notify_all()
             before = list(self._subscriptions.items())  # who subscribes meanwhile gets what is known after all of them
             for one in changes:
@@ -326,19 +317,18 @@ class SourceWatcher:
         try:
             listener(change.record)
         except Exception:  # noqa: BLE001 - a listener's bug must not blind the watcher
-            self._count(listener_errors=1)
+            with self._changed:
+                self._now = self._counted(listener_errors=1)
             _log.exception("listener_failed", event_kind=change.kind, source=change.record.worker_id)
 
-    def _count(self, **counts: int) -> None:
-        with self._changed:
-            for name, count in counts.items():
-                self._counts[name] += count
+    def _counted(self, **counts: int) -> WatcherStatistics:
+        """The present statistics with these added."""
+        return replace(self._now, **{name: getattr(self._now, name) + more for name, more in counts.items()})
 
     def _note(self, error: TransportError, **counts: int) -> None:
         new = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
             known, self._error = self._error, new
-            self._synced = False
-            self._count(**counts)
+            self._now = replace(self._counted(**counts), synced=False)
         if type(known) is not type(new):
             _log.warning("store_not_followed", store=self._store.url, reason=str(error))

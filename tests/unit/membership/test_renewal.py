@@ -13,7 +13,7 @@ from tests.support.clock import Clock
 from tests.support.memory_store import MemoryStore
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.config import StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.membership.local.store import LocalStore
 from ucxx_transport.membership.renewal import FRESH, Renewal
@@ -21,7 +21,7 @@ from ucxx_transport.sidecar.launch import Sidecar
 
 MINUTE = 60.0
 TTL_S = 600.0
-INTERVAL_S = 0.05
+CONFIG = PublisherConfig(interval_s=0.05)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 @pytest.fixture
 def renewal(store: LocalStore) -> Iterator[Renewal]:
-    renewal = Renewal(store, StoreConfig(), INTERVAL_S)
+    renewal = Renewal(store, StoreConfig(), CONFIG)
     yield renewal
     renewal.close()
 
@@ -46,6 +46,7 @@ def pid_of(renewal: Renewal, other_than: int | None = None) -> int:
 def test_a_lease_is_renewed_until_it_is_lost(store: LocalStore, renewal: Renewal) -> None:
     lease_id = store.grant(TTL_S).lease_id
     assert not renewal.keeps(lease_id)
+    renewal.start()
     renewal.keep(lease_id)
     wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
     assert renewal.is_kept
@@ -59,6 +60,7 @@ def test_a_lease_is_renewed_until_it_is_lost(store: LocalStore, renewal: Renewal
 
 def test_a_sidecar_that_died_is_not_believed_and_another_goes_on(store: LocalStore, renewal: Renewal) -> None:
     lease_id = store.grant(TTL_S).lease_id
+    renewal.start()
     renewal.keep(lease_id)
     wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
     dead = pid_of(renewal)
@@ -70,6 +72,7 @@ def test_a_sidecar_that_died_is_not_believed_and_another_goes_on(store: LocalSto
 
 def test_a_sidecar_that_is_stopped_is_not_believed(store: LocalStore, renewal: Renewal) -> None:
     lease_id = store.grant(TTL_S).lease_id
+    renewal.start()
     renewal.keep(lease_id)
     wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
     pid = pid_of(renewal)
@@ -91,6 +94,7 @@ def test_where_no_process_can_be_made_the_owner_renews(
     lease_id = store.grant(TTL_S).lease_id
     with monkeypatch.context() as without:
         without.setattr("subprocess.Popen", refuse)
+        renewal.start()
         renewal.keep(lease_id)
         wait_until(lambda: renewal.restarts > 0, MINUTE, what="it could not be started")
         assert not renewal.keeps(lease_id)
@@ -99,6 +103,7 @@ def test_where_no_process_can_be_made_the_owner_renews(
 
 def test_it_is_closed_before_it_has_begun(store: LocalStore, renewal: Renewal) -> None:
     lease_id = store.grant(TTL_S).lease_id
+    renewal.start()
     renewal.keep(lease_id)
     renewal.close()
     renewal.close()
@@ -119,14 +124,9 @@ def news() -> list[str]:
 @pytest.fixture
 def hosted(clock: Clock, news: list[str]) -> Renewal:
     """One whose sidecar is never started: the test is its reports."""
-    return Renewal(
-        MemoryStore(),
-        StoreConfig(),
-        2.0,
-        host=idle(),
-        on_news=lambda: news.append("news"),
-        clock=clock,
-    )
+    found = Renewal(MemoryStore(), StoreConfig(), PublisherConfig(), on_news=lambda: news.append("news"), clock=clock)
+    found.start(idle())
+    return found
 
 
 def idle() -> Sidecar:
@@ -169,15 +169,27 @@ def test_news_is_what_changes_the_answer(hosted: Renewal, clock: Clock, news: li
 
 def test_a_sidecar_that_has_a_lease_already_is_not_given_another() -> None:
     host = idle()
-    first = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
-    second = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
-    first.start()
+    first, second, third = (Renewal(MemoryStore(), StoreConfig(), PublisherConfig()) for _ in range(3))
+    first.start(host)
     assert not host.is_running, "its owner starts it"
+    assert not host.keep(second.hear, second.order)
     first.close()
-    third = Renewal(MemoryStore(), StoreConfig(), 2.0, host=host)
-    third.start()
+    third.start(host)
     assert not host.is_running
     first.close()
     assert not host.keep(second.hear, second.order), "a second close takes nothing from another"
-    for one in (second, third):
-        one.close()
+    third.close()
+
+
+def test_without_a_process_each_call_renews(store: LocalStore) -> None:
+    renewal = Renewal(store, StoreConfig(), PublisherConfig(keeper="thread"))
+    renewal.start()
+    lease_id = store.grant(TTL_S).lease_id
+    renewal.keep(lease_id)
+    assert not renewal.keeps(lease_id)
+    renewal.renew(lease_id)
+    assert renewal.pid is None
+    store.revoke(lease_id)
+    with pytest.raises(LeaseLostError):
+        renewal.renew(lease_id)
+    renewal.close()

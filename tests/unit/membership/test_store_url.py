@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.store_url import EtcdAddress, LocalAddress, parse_store_url
+from ucxx_transport.membership.store_url import StoreAddress, parse_store_url
 
 LOCAL = {
     "local://": None,
@@ -61,13 +61,13 @@ WRONG: list[tuple[Any, str]] = [
 
 def test_a_local_address_names_a_file_or_none() -> None:
     for url, path in LOCAL.items():
-        expected = LocalAddress(path=None if path is None else PurePosixPath(path))
+        expected = StoreAddress("local", path=None if path is None else Path(path))
         assert parse_store_url(url) == expected, url
 
 
 def test_an_etcd_address_names_endpoints() -> None:
     for url, endpoints in ETCD.items():
-        assert parse_store_url(url) == EtcdAddress(endpoints=endpoints, tls=url.startswith("etcds")), url
+        assert parse_store_url(url) == StoreAddress(url.partition(":")[0], endpoints=endpoints), url
 
 
 def test_the_url_of_an_etcd_store_opens_it_again() -> None:
