@@ -34,9 +34,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, open_store
-from ucxx_transport.membership.etcd.client import EtcdClient
-from ucxx_transport.membership.etcd.watch import EtcdWatch
-from ucxx_transport.membership.keys import Namespace
+from ucxx_transport.membership.etcd_store import EtcdStore
 from ucxx_transport.membership.store import Batch, Store, Watch
 
 DEADLINE_S = 20.0
@@ -220,16 +218,14 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
 
     def show_client(endpoint: str) -> str:
         """What a client's calls and a watch show while etcd is silent; returns the client's token."""
-        config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD)
-        client = EtcdClient((endpoint,), config, tls=False)
+        config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD, timeout_s=0.2)
+        store = EtcdStore((endpoint,), config)
+        client = store.client()
         token = client.as_user(lambda token: token.reveal().decode(), time.monotonic() + 5)
-        watch = EtcdWatch(
-            client, Namespace(namespace), "", after=0, identity="", timeout_s=0.2, on_reset=partial(shown.append, "")
-        )
         guarded.pause()
         try:
             show(lambda: client.call("kv/range", {"key": ""}, until=time.monotonic() + 0.1))
-            with watch:
+            with store.watch(after=0) as watch:
                 show(lambda: watch.next(DEADLINE_S))
         finally:
             guarded.resume()

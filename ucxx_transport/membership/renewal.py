@@ -195,8 +195,8 @@ class LeaseRenewer:
 
     def _run(self) -> None:
         try:
+            self._renewal.keep(self._lease_id)  # first: the process starts with it
             self._renewal.start()
-            self._renewal.keep(self._lease_id)
             self._renew_until_stopped()
         except LeaseLostError as error:
             if not self._stopping.is_set():

@@ -56,14 +56,14 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
     config = config or StoreConfig()
     if address.scheme == "local":
         try:
-            from ucxx_transport.membership.local.store import LocalStore
+            from ucxx_transport.membership.local_store import LocalStore
         except ImportError as error:
             if "sqlite3" not in str(error):
                 raise
             text = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
             raise ConfigError(text, python=sys.executable, reason=str(error)) from error
         return LocalStore(address.path, config)
-    from ucxx_transport.membership.etcd.store import EtcdStore
+    from ucxx_transport.membership.etcd_store import EtcdStore
 
     return EtcdStore(address.endpoints, config, tls=address.scheme == "etcds")
 

@@ -19,8 +19,8 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.membership.etcd import messages
-from ucxx_transport.membership.etcd.client import EtcdClient
+from ucxx_transport.membership import etcd_messages as messages
+from ucxx_transport.membership.etcd_client import EtcdClient
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import Entry, Event
 

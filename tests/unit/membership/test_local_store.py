@@ -37,8 +37,8 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.local.file import FORMAT
-from ucxx_transport.membership.local.store import KEPT_REVISIONS, LocalStore
+from ucxx_transport.membership.local_file import FORMAT
+from ucxx_transport.membership.local_store import KEPT_REVISIONS, LocalStore
 from ucxx_transport.ring.owner import segment_folder
 
 

@@ -33,7 +33,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, PublisherState, SourceRecord, SourceStatus, Store
-from ucxx_transport.membership.local.store import LocalStore
+from ucxx_transport.membership.local_store import LocalStore
 
 MINUTE = 60.0
 KEY = "sources/w"

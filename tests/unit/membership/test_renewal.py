@@ -15,7 +15,7 @@ from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError
-from ucxx_transport.membership.local.store import LocalStore
+from ucxx_transport.membership.local_store import LocalStore
 from ucxx_transport.membership.renewal import FRESH, Renewal
 from ucxx_transport.sidecar.launch import Sidecar
 

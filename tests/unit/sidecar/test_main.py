@@ -87,7 +87,7 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes],
             (
                 "ucxx_transport.sidecar.main",
                 "ucxx_transport.membership.renewal",
-                "ucxx_transport.membership.local.store",
+                "ucxx_transport.membership.local_store",
             ),
             {"http", "numpy", "psutil", "rich"},
         ),

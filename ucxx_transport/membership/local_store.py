@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import CompactedError, StoreResetError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
-from ucxx_transport.membership.local.file import StoreFile, checked_path, default_path
+from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
 from ucxx_transport.membership.store import (
     Batch,
     Entry,
@@ -73,7 +73,7 @@ class LocalStore(Store):
     The first call of any process makes it. A lease that has run out is ended by the next call or watch of any process.
 
     Args:
-        path: of the file, which the first call opens or makes; None: this user's own on this machine (`local.file`).
+        path: of the file, which the first call opens or makes; None: this user's own on this machine (`local_file`).
         config: namespace and time limit.
         clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
         boot_id: changes when that clock begins again: the leases of another one are over.

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.etcd.messages import FAILED_PRECONDITION, NOT_LOGGED_IN, Json, answer_of
+from ucxx_transport.membership.etcd_messages import FAILED_PRECONDITION, NOT_LOGGED_IN, Json, answer_of
 from ucxx_transport.units import Secret
 
 T = TypeVar("T")

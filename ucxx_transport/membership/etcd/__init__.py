@@ -1,1 +1,0 @@
-"""A store in etcd v3, by its JSON gateway: many machines."""

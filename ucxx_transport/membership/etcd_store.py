@@ -1,0 +1,329 @@
+"""`EtcdStore`: the Store protocol over etcd v3's JSON gateway; and its watch, read by the calls of `next` themselves.
+
+A watch's stream is taken up again after the last whole batch, at another endpoint where one fails. etcd sends nothing
+on a stream whose revision it will not reach for long, as after its data were wiped; nor does a dead machine. So every
+`PROBE_S` the endpoint that serves the stream is asked for the store's identity. That reading is linearizable, which a
+stream's own revision is not: a member that lags is no wiped store.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Final
+
+from ucxx_transport.backoff import pause_s
+from ucxx_transport.config import StoreConfig
+from ucxx_transport.errors import (
+    CompactedError,
+    ConfigError,
+    ConflictError,
+    LeaseLostError,
+    StoreResetError,
+    StoreUnavailableError,
+    TransportError,
+)
+from ucxx_transport.membership import etcd_messages as messages
+from ucxx_transport.membership.etcd_client import Connection, EtcdClient
+from ucxx_transport.membership.etcd_messages import Json
+from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
+from ucxx_transport.membership.store import Batch, Entry, Lease, Snapshot, Store, Watch, lease_lost, revision_conflict
+from ucxx_transport.units import Secret
+
+PROBE_S: Final = 2.0
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 1.0
+
+
+class EtcdStore(Store):
+    """A store in etcd: many machines.
+
+    Its keys lie below `/ucxx_transport/<namespace>/`. Calls go to the endpoint that answered last, and to the others
+    when it fails, within the same deadline; a `put` or `delete` that may have been carried out is not sent again.
+
+    Args:
+        endpoints: `host:port` of at least one, in the order in which they are tried. The first call connects.
+        config: namespace, time limit, user and files of TLS.
+        tls: whether it is spoken without a `ca_file` too.
+
+    Raises:
+        ConfigError: a setting of TLS cannot be used.
+    """
+
+    def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
+        self._config = config or StoreConfig()
+        self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
+        self.namespace = Namespace(self._config.namespace)
+        self.timeout_s = self._config.timeout_s
+        self.known_identity = ""  # at the last look
+        self._new_client = partial(EtcdClient, endpoints, self._config, tls=tls)
+        self._by_process = {os.getpid(): self._new_client()}
+        self._closed = False
+        self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def __repr__(self) -> str:
+        return f"EtcdStore({self.url!r}, namespace={self._config.namespace!r})"
+
+    def identity(self, *, timeout_s: float | None = None) -> str:
+        ask = partial(self._call, until=self._until(timeout_s))
+        self.known_identity, _ = messages.identity_of(ask, self.namespace)
+        return self.known_identity
+
+    def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
+        whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
+        answer = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
+        return Lease(lease_id=messages.number(answer, "ID"), ttl_s=float(messages.number(answer, "TTL")))
+
+    def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
+        check_write(lease_id=lease_id)
+        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
+        if not (ttl_s := messages.number(answer, "TTL")):
+            raise lease_lost(lease_id)
+        return float(ttl_s)
+
+    def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
+        check_write(lease_id=lease_id)
+        with suppress(LeaseLostError):
+            self._call("lease/revoke", {"ID": str(lease_id)}, self._until(timeout_s))
+
+    def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
+        request = messages.range_request(self.namespace.stored(key))
+        found = messages.kvs_of(self._call("kv/range", request, self._until(timeout_s)))
+        return messages.entry(found[0], self.namespace) if found else None
+
+    def put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        lease_id: int | None = None,
+        expected: int | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        stored = self.namespace.stored(key)
+        check_write(value=value, lease_id=lease_id, expected=expected)
+        request = messages.put_request(stored, value, lease_id)
+        if expected is None:
+            return messages.revision_of(self._change("kv/put", request, timeout_s))
+        return messages.revision_of(self._change_expecting(stored, expected, "request_put", request, timeout_s))
+
+    def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
+        stored = self.namespace.stored(key)
+        check_write(expected=expected)
+        request = messages.range_request(stored)
+        if expected is None:
+            return bool(messages.number(self._change("kv/deleterange", request, timeout_s), "deleted"))
+        try:
+            self._change_expecting(stored, expected, "request_delete_range", request, timeout_s)
+        except ConflictError as error:
+            if error.facts["revision"] == 0:
+                return False
+            raise
+        return expected != 0
+
+    def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
+        first, end = self.namespace.bounds(prefix)
+        ask = partial(self._call, until=self._until(timeout_s))
+        # First, so that a watch which follows knows this store from one that is wiped before it begins.
+        self.known_identity, _ = messages.identity_of(ask, self.namespace, required=False)
+        answer = ask("kv/range", messages.range_request(first, end))
+        found = messages.entries(messages.kvs_of(answer), self.namespace)
+        return Snapshot(revision=messages.revision_of(answer), entries=found)
+
+    def watch(self, prefix: str = "", *, after: int) -> EtcdWatch:
+        watch = EtcdWatch(self, prefix, after=after)
+        self._watches.add(watch)
+        return watch
+
+    def close(self) -> None:
+        self._closed = True
+        for watch in list(self._watches):
+            watch.close()
+
+    def _change_expecting(
+        self, stored: bytes, expected: int, operation: str, request: Json, timeout_s: float | None
+    ) -> Json:
+        answer = self._change("kv/txn", messages.if_revision(stored, expected, operation, request), timeout_s)
+        if not answer.get("succeeded"):
+            kvs = messages.kvs_of(answer)
+            raise revision_conflict(stored, expected, messages.number(kvs[0], "mod_revision") if kvs else 0)
+        return answer
+
+    def _change(self, path: str, body: Json, timeout_s: float | None) -> Json:
+        return self.client().call(path, body, until=self._until(timeout_s), repeatable=False)
+
+    def _call(self, path: str, body: Json, until: float) -> Json:
+        return self.client().call(path, body, until=until)
+
+    def _until(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
+
+    def client(self) -> EtcdClient:
+        """This process's connections: a forked child has none of its parent's, which stay in the dict unused."""
+        if self._closed:
+            raise ConfigError("the store is closed: open another", url=self.url)
+        pid = os.getpid()
+        return self._by_process.get(pid) or self._by_process.setdefault(pid, self._new_client())
+
+
+class EtcdWatch(Watch):
+    """Changes below a prefix, as etcd streams them. The first `next` asks for them.
+
+    Taking the stream up, and a probe, may each take the store's `timeout_s`: so much longer may `next` take.
+    """
+
+    def __init__(self, store: EtcdStore, prefix: str, *, after: int) -> None:
+        self._store, self._client = store, store.client()
+        self._first, self._last = store.namespace.bounds(prefix)
+        self._after = self._revision = after
+        self._identity = store.known_identity
+        self._batches: deque[Batch] = deque()
+        self._end: TransportError | None = None
+        self._connections: set[Connection] = set()
+        self._closing, self._in_use = threading.Event(), threading.Lock()
+        self._pid = os.getpid()
+        self._stream: Connection | None = None
+        self._held = ExitStack()  # the stream
+        self._ask: Callable[[str, Json], Json]  # of the endpoint that serves it
+        self._failures, self._began_s, self._pause_until_s, self._probe_s = 0, 0.0, 0.0, 0.0
+
+    def next(self, timeout_s: float) -> Batch | None:
+        if self._pid != os.getpid():
+            raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
+        until = time.monotonic() + max(0.0, timeout_s)
+        try:
+            with self._in_use:
+                while True:
+                    if self._closing.is_set():
+                        raise StoreUnavailableError("the watch is closed")
+                    if self._batches:
+                        return self._batches.popleft()
+                    if not self._step(until) and time.monotonic() >= until:
+                        return None
+        finally:
+            if self._closing.is_set():
+                self.close()
+
+    def close(self) -> None:
+        if self._pid != os.getpid():
+            return  # the connections are the parent's
+        self._closing.set()
+        for connection in tuple(self._connections):
+            connection.abort()
+        if self._in_use.acquire(blocking=False):  # else `next` does this at its end
+            self._drop()
+            self._in_use.release()
+
+    def _step(self, until: float) -> bool:
+        """`_follow`; a watch that has ended raises why."""
+        if self._end is not None:
+            raise self._end
+        try:
+            return self._follow(until)
+        except TransportError as error:
+            self._drop()
+            if self._closing.is_set():
+                return True
+            if not isinstance(error, StoreUnavailableError):
+                self._end = error
+            if isinstance(error, StoreResetError):
+                self._store.known_identity = ""  # the next watch takes it as it is
+            raise
+
+    def _follow(self, until: float) -> bool:
+        """Take the stream up, or what has come of it, or probe; False: nothing came until then."""
+        stream = self._stream
+        if stream is None:
+            if time.monotonic() < self._pause_until_s:
+                self._closing.wait(min(until, self._pause_until_s) - time.monotonic())
+                return False
+            self._began_s = time.monotonic()
+            self._client.first(self._begin_at, self._began_s + self._store.timeout_s)
+            return True
+        try:
+            if stream.is_readable(min(until, self._probe_s)):
+                self._take(stream.read())
+                return True
+            if time.monotonic() >= self._probe_s:
+                self._probe()
+        except StoreUnavailableError:  # the stream was cut, or its endpoint is silent
+            self._client.failed(stream.endpoint)
+            self._drop()
+        return False
+
+    def _drop(self) -> None:
+        """End the stream; another is asked for after a pause, which grows while none lasts."""
+        self._stream = None
+        self._held.close()
+        now = time.monotonic()
+        self._failures = 1 if now - self._began_s > _LONGEST_PAUSE_S else self._failures + 1
+        self._pause_until_s = now + pause_s(self._failures, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+
+    def _begin_at(self, endpoint: str, share: float) -> None:
+        self._client.as_user(lambda token: self._begin_as(token, endpoint, share), time.monotonic() + share)
+
+    def _begin_as(self, token: Secret, endpoint: str, share: float) -> None:
+        request = messages.watch_request(self._first, self._last, after=self._after)
+        with ExitStack() as held:
+            stream = held.enter_context(self._connected(endpoint))
+            until = time.monotonic() + share
+            first = stream.stream("watch", request, token, until=until, connect_s=share)
+            self._ask = partial(self._asked, endpoint, token)
+            self._probe()
+            self._take(first)
+            self._stream, self._held = stream, held.pop_all()
+
+    def _asked(self, endpoint: str, token: Secret, path: str, body: Json) -> Json:
+        until = time.monotonic() + self._store.timeout_s
+        with self._connected(endpoint) as connection:
+            return connection.ask(path, body, token, until=until, connect_s=self._store.timeout_s)
+
+    @contextmanager
+    def _connected(self, endpoint: str) -> Iterator[Connection]:
+        """A connection that `close` ends, too."""
+        connection = Connection(endpoint, self._client.tls)
+        self._connections.add(connection)
+        if self._closing.is_set():
+            connection.abort()
+        try:
+            yield connection
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _take(self, received: list[Json]) -> None:
+        for message in received:
+            for batch in messages.batches(message, self._store.namespace):
+                if batch.revision > self._after:
+                    self._batches.append(batch)
+                    self._after = batch.revision
+            if message.get("canceled"):
+                self._raise_end(message)
+
+    def _raise_end(self, message: Json) -> None:
+        """Raise why etcd has ended the watch: its text is for people, so what was watched is asked for once."""
+        if compacted := messages.number(message, "compact_revision"):
+            text = "etcd no longer keeps what followed this revision; take a snapshot"
+            raise CompactedError(text, after=self._after, compacted=compacted)
+        self._ask("kv/range", {**messages.range_request(self._first, self._last), "count_only": True})
+        raise StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
+
+    def _probe(self) -> None:
+        """See that the store is the one it was."""
+        identity, revision = messages.identity_of(self._ask, self._store.namespace, required=False)
+        if revision < self._revision or (self._identity and identity != self._identity):
+            text = "etcd's data are others than before: they were wiped or restored; start over"
+            raise StoreResetError(text, revision=revision, seen=self._revision)
+        self._revision, self._identity = revision, identity
+        self._probe_s = time.monotonic() + PROBE_S
