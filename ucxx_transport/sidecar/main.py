@@ -136,16 +136,16 @@ class Renewer:
     def _run(self) -> None:
         from ucxx_transport.membership.renewal import open_ordered
 
-        while not self._ending.is_set():
+        while self._revokes or not self._ending.is_set():  # the lease may have come together with the end
             try:
                 with open_ordered(self._store) as store:
-                    if self._renew_until_lost(store) or not self._revokes:
-                        return
-                    if self._worker.wait_until_gone(DYING_S):
+                    if not self._renew_until_lost(store) and self._revokes and self._worker.wait_until_gone(DYING_S):
                         store.revoke(self._lease_id)
             except Exception as error:  # noqa: BLE001 - the edge of a thread: the port goes on whatever it was
                 self._note(error)
-                self._ending.wait(RETRY_S)
+                time.sleep(RETRY_S)
+            else:
+                return
 
     def _renew_until_lost(self, store: Store) -> bool:
         """Whether the lease was lost before the end."""
