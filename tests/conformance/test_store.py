@@ -35,7 +35,7 @@ DEADLINE_S = 20.0
 @pytest.fixture
 def store(rig: StoreRig) -> Store:
     store = rig.open()
-    store.identity()  # which is given when it is first asked for, and may count as a change
+    store.snapshot()  # its identity is given when it is first asked for, and may count as a change
     return store
 
 
@@ -392,7 +392,7 @@ def test_a_revision_that_the_store_has_not_reached_is_a_reset(store: Store) -> N
 @pytest.mark.may_leave("processes", reason="the server that all tests share, started again")
 def test_a_wiped_store_ends_its_watches_and_starts_over(rig: StoreRig) -> None:
     store = rig.open()
-    identity = store.identity()
+    identity = store.snapshot().identity
     lease = store.grant(60)
     store.put("a", b"1", lease_id=lease.lease_id)
     with store.watch(after=store.snapshot().revision) as idle:
@@ -401,7 +401,7 @@ def test_a_wiped_store_ends_its_watches_and_starts_over(rig: StoreRig) -> None:
         assert isinstance(error_of(idle), StoreResetError)
     with store.watch(after=0) as again:  # a user that starts over need not have asked anything else
         assert again.next(0.1) is None
-    assert wait_until(lambda: answer(store.identity), DEADLINE_S) != identity
+    assert wait_until(lambda: answer(lambda: store.snapshot().identity), DEADLINE_S) != identity
     assert store.snapshot().entries == ()
     with pytest.raises(LeaseLostError):
         store.keep_alive(lease.lease_id)
@@ -423,11 +423,12 @@ def answer(call: Callable[[], str]) -> str | None:
 def test_a_watch_begun_before_a_wipe_and_used_after_it_is_reset(rig: StoreRig) -> None:
     store = rig.open()
     store.put("a", b"1")
-    revision = store.snapshot().revision
-    watch = store.watch(after=revision)
+    found = store.snapshot()
+    revision = found.revision
+    watch = store.watch(after=revision, identity=found.identity)
     rig.wipe()
     with watch:
-        wait_until(lambda: answer(rig.open().identity), DEADLINE_S)
+        wait_until(lambda: answer(lambda: rig.open().snapshot().identity), DEADLINE_S)
         for _ in range(revision + 5):
             rig.open().put("b", b"")
         assert isinstance(error_of(watch), StoreResetError)
@@ -436,12 +437,12 @@ def test_a_watch_begun_before_a_wipe_and_used_after_it_is_reset(rig: StoreRig) -
 @pytest.mark.may_leave("processes", reason="the server that all tests share, started again")
 def test_a_store_started_again_has_its_data(shared_rig: StoreRig) -> None:
     store = shared_rig.open()
-    identity = store.identity()
+    identity = store.snapshot().identity
     lease = store.grant(60)
     revision = store.put("a", b"1", lease_id=lease.lease_id)
     shared_rig.restart()
     store = shared_rig.open()
-    assert wait_until(lambda: answer(store.identity), DEADLINE_S) == identity
+    assert wait_until(lambda: answer(lambda: store.snapshot().identity), DEADLINE_S) == identity
     assert store.get("a") == Entry(key="a", value=b"1", revision=revision, lease_id=lease.lease_id)
     assert store.keep_alive(lease.lease_id) >= 60
     with store.watch(after=revision - 1) as watch:
@@ -465,7 +466,6 @@ def test_a_stalled_store_is_unavailable_at_the_deadline_and_serves_again_after(s
         calls += [
             lambda: store.get("a", timeout_s=0.1),
             lambda: store.snapshot(timeout_s=0.1),
-            lambda: store.identity(timeout_s=0.1),
         ]
     shared_rig.stall()
     try:
@@ -510,9 +510,9 @@ def test_a_closed_store_refuses_and_its_watches_end(rig: StoreRig) -> None:
 
 
 def test_the_identity_is_the_same_for_every_user(rig: StoreRig) -> None:
-    identity = rig.open().identity()
+    identity = rig.open().snapshot().identity
     assert len(identity) >= 16
-    assert rig.open().identity() == identity
+    assert rig.open().snapshot("a/").identity == identity
 
 
 # processes and threads

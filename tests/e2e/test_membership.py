@@ -52,7 +52,7 @@ def host(own_rig: StoreRig, monkeypatch: pytest.MonkeyPatch) -> StoreRig:
     """The store of the test, which the worker processes reach by their environment."""
     monkeypatch.setenv("UCXX_TRANSPORT_STORE__NAMESPACE", str(own_rig.settings["namespace"]))
     monkeypatch.setenv("UCXX_TRANSPORT_STORE__TIMEOUT_S", "0.5")  # what their calls wait for at most
-    own_rig.open().identity()  # the first call makes the file
+    own_rig.open().snapshot()  # the first call makes the file
     return own_rig
 
 

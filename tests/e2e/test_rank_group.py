@@ -38,7 +38,7 @@ class Cluster:
         self.url = rig.url
         self.stack = stack
         self.store: Store = rig.open()
-        self.store.identity()  # the first call makes the file
+        self.store.snapshot()  # the first call makes the file
 
     def start(self, rank: int, *, interval_s: float = SHORT_LIVED_S, ack_timeout_s: float = MINUTE) -> Program:
         """A process that has not joined."""

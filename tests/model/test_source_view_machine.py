@@ -96,7 +96,7 @@ class SourceViewMachine(RuleBasedStateMachine):
         entries = [
             entry_of(value, source_key(worker)) for worker, value in sorted(self.stored.items(), key=lambda it: it[0])
         ]
-        snapshot = Snapshot(revision=1, entries=tuple(entries))
+        snapshot = Snapshot(revision=1, entries=tuple(entries), identity="")
         self.hear(self.view.take_snapshot(snapshot, now=self.now, grace_s=grace_s))
         for value in self.stored.values():
             if isinstance(value, SourceRecord):

@@ -146,12 +146,6 @@ class MemoryStore(Store):
             self.lose_answers -= 1
             raise StoreUnavailableError("the answer was lost", url=self.url)
 
-    def identity(self, *, timeout_s: float | None = None) -> str:
-        del timeout_s
-        with self.data.changed:
-            self._enter()
-            return self.data.identity
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         del timeout_s
         ttl_s = checked_ttl_s(ttl_s)
@@ -238,13 +232,13 @@ class MemoryStore(Store):
         with self.data.changed:
             self._enter()
             entries = [self.data.entries[key] for key in sorted(self.data.entries) if key.startswith(prefix)]
-            return Snapshot(revision=self.data.revision, entries=tuple(entries))
+            return Snapshot(revision=self.data.revision, entries=tuple(entries), identity=self.data.identity)
 
-    def watch(self, prefix: str = "", *, after: int) -> MemoryWatch:
+    def watch(self, prefix: str = "", *, after: int, identity: str = "") -> MemoryWatch:
         self._namespace.bounds(prefix)
         with self.data.changed:
             self._enter()
-            watch = MemoryWatch(self, prefix, after)
+            watch = MemoryWatch(self, prefix, after, identity or self.data.identity)
             self.watches.add(watch)
             return watch
 
@@ -257,10 +251,10 @@ class MemoryStore(Store):
 class MemoryWatch(Watch):
     """A `Watch` of a `MemoryStore`."""
 
-    def __init__(self, store: MemoryStore, prefix: str, after: int) -> None:
+    def __init__(self, store: MemoryStore, prefix: str, after: int, identity: str) -> None:
         self._store, self._data = store, store.data
         self._prefix, self._after = prefix, after
-        self._identity = store.data.identity
+        self._identity = identity
         self._closed = False
 
     def next(self, timeout_s: float) -> Batch | None:

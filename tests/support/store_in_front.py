@@ -73,9 +73,6 @@ class StoreInFront(Store):
     def url(self) -> str:
         return self.behind.url
 
-    def identity(self, *, timeout_s: float | None = None) -> str:
-        return self.passed_on(Call(name="identity"), lambda: self.behind.identity(timeout_s=timeout_s))
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         return self.passed_on(Call(name="grant"), lambda: self.behind.grant(ttl_s, timeout_s=timeout_s))
 
@@ -112,8 +109,10 @@ class StoreInFront(Store):
             Call(name="snapshot", key=prefix), lambda: self.behind.snapshot(prefix, timeout_s=timeout_s)
         )
 
-    def watch(self, prefix: str = "", *, after: int) -> WatchInFront:
-        behind = self.passed_on(Call(name="watch", key=prefix), lambda: self.behind.watch(prefix, after=after))
+    def watch(self, prefix: str = "", *, after: int, identity: str = "") -> WatchInFront:
+        behind = self.passed_on(
+            Call(name="watch", key=prefix), lambda: self.behind.watch(prefix, after=after, identity=identity)
+        )
         return WatchInFront(self, behind)
 
     def close(self) -> None:

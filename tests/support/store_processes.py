@@ -65,7 +65,7 @@ def hold_lease(url: str, settings: Settings, pipe: Connection, ttl_s: float, key
 def increment(url: str, settings: Settings, pipe: Connection, key: str, times: int) -> None:
     """On a message, count a key up so often; send when done."""
     with open_store(url, StoreConfig(**settings)) as store:
-        store.identity()
+        store.snapshot()
         pipe.send("ready")
         pipe.recv()
         increments(store, key, times)
@@ -88,7 +88,7 @@ def increments(store: Store, key: str, times: int) -> None:
 def take_once(url: str, settings: Settings, pipe: Connection, keys: Sequence[str], name: str) -> None:
     """On a message, try to create each key first; send which ones were."""
     with open_store(url, StoreConfig(**settings)) as store:
-        store.identity()
+        store.snapshot()
         pipe.send("ready")
         pipe.recv()
         won: list[str] = []

@@ -213,8 +213,9 @@ class Participant:
         self._check_lease()
         store, group = self._context.store, self._group
         self.reset()
-        snapshot = GroupSnapshot.of(group, store.snapshot(group_prefix(group), timeout_s=CALL_S))
-        with store.watch(group_prefix(group), after=snapshot.revision) as watch:
+        found = store.snapshot(group_prefix(group), timeout_s=CALL_S)
+        snapshot = GroupSnapshot.of(group, found)
+        with store.watch(group_prefix(group), after=snapshot.revision, identity=found.identity) as watch:
             self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()

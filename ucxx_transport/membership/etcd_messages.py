@@ -116,11 +116,10 @@ def identity_key(namespace: Namespace) -> bytes:
     return namespace.root + b"/identity"
 
 
-def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace, *, required: bool = True) -> tuple[str, int]:
+def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace) -> tuple[str, int]:
     """The store's identity, a random word that it is given now if it has none, and its revision when it was asked.
 
-    Not `required`: "" where there is none, and this user may not give it one. Raises what `ask` does, which takes a
-    path below `/v3/` and a request.
+    "" where there is none, and this user may not give it one. `ask` takes a path below `/v3/` and a request.
     """
     key = identity_key(namespace)
     found = ask("kv/range", range_request(key))
@@ -130,8 +129,6 @@ def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace, *, requi
         try:
             given = ask("kv/txn", if_revision(key, 0, "request_put", put_request(key, word.encode())))
         except StorePermissionError:
-            if required:
-                raise
             return "", revision
         if not given.get("succeeded"):  # another was first
             word = value_of(kvs_of(given))

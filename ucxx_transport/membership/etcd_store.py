@@ -62,7 +62,6 @@ class EtcdStore(Store):
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self.namespace = Namespace(self._config.namespace)
         self.timeout_s = self._config.timeout_s
-        self.known_identity = ""  # at the last look
         self._new_client = partial(EtcdClient, endpoints, self._config, tls=tls)
         self._by_process = {os.getpid(): self._new_client()}
         self._closed = False
@@ -74,11 +73,6 @@ class EtcdStore(Store):
 
     def __repr__(self) -> str:
         return f"EtcdStore({self.url!r}, namespace={self._config.namespace!r})"
-
-    def identity(self, *, timeout_s: float | None = None) -> str:
-        ask = partial(self._call, until=self._until(timeout_s))
-        self.known_identity, _ = messages.identity_of(ask, self.namespace)
-        return self.known_identity
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
@@ -136,13 +130,13 @@ class EtcdStore(Store):
         first, end = self.namespace.bounds(prefix)
         ask = partial(self._call, until=self._until(timeout_s))
         # First, so that a watch which follows knows this store from one that is wiped before it begins.
-        self.known_identity, _ = messages.identity_of(ask, self.namespace, required=False)
+        identity, _ = messages.identity_of(ask, self.namespace)
         answer = ask("kv/range", messages.range_request(first, end))
         found = messages.entries(messages.kvs_of(answer), self.namespace)
-        return Snapshot(revision=messages.revision_of(answer), entries=found)
+        return Snapshot(revision=messages.revision_of(answer), entries=found, identity=identity)
 
-    def watch(self, prefix: str = "", *, after: int) -> EtcdWatch:
-        watch = EtcdWatch(self, prefix, after=after)
+    def watch(self, prefix: str = "", *, after: int, identity: str = "") -> EtcdWatch:
+        watch = EtcdWatch(self, prefix, after=after, identity=identity)
         self._watches.add(watch)
         return watch
 
@@ -183,11 +177,11 @@ class EtcdWatch(Watch):
     Taking the stream up, and a probe, may each take the store's `timeout_s`: so much longer may `next` take.
     """
 
-    def __init__(self, store: EtcdStore, prefix: str, *, after: int) -> None:
+    def __init__(self, store: EtcdStore, prefix: str, *, after: int, identity: str) -> None:
         self._store, self._client = store, store.client()
         self._first, self._last = store.namespace.bounds(prefix)
         self._after = self._revision = after
-        self._identity = store.known_identity
+        self._identity = identity
         self._batches: deque[Batch] = deque()
         self._end: TransportError | None = None
         self._connections: set[Connection] = set()
@@ -237,8 +231,6 @@ class EtcdWatch(Watch):
                 return True
             if not isinstance(error, StoreUnavailableError):
                 self._end = error
-            if isinstance(error, StoreResetError):
-                self._store.known_identity = ""  # the next watch takes it as it is
             raise
 
     def _follow(self, until: float) -> bool:
@@ -321,7 +313,7 @@ class EtcdWatch(Watch):
 
     def _probe(self) -> None:
         """See that the store is the one it was."""
-        identity, revision = messages.identity_of(self._ask, self._store.namespace, required=False)
+        identity, revision = messages.identity_of(self._ask, self._store.namespace)
         if revision < self._revision or (self._identity and identity != self._identity):
             text = "etcd's data are others than before: they were wiped or restored; start over"
             raise StoreResetError(text, revision=revision, seen=self._revision)

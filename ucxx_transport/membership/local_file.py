@@ -129,13 +129,11 @@ class StoreFile:
         tables: the statements that make an empty store.
 
     Attributes:
-        store_id: the identity of the store in the file that was opened last; "" before.
         is_closed: whether `close` was called.
     """
 
     def __init__(self, path: Path, tables: str) -> None:
         self.path = path
-        self.store_id = ""
         self.is_closed = False
         self._tables = tables
         self._connection: sqlite3.Connection | None = None
@@ -231,7 +229,7 @@ class StoreFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder, which stays where files come and go
             shm = Path(f"{self.path}-shm")
             if self._connection is not None:
-                _log.warning("store_replaced", path=str(self.path), store_id=self.store_id)
+                _log.warning("store_replaced", path=str(self.path))
                 if self._shm is not None and self._shm == _identity(shm):  # open here: no other can be this inode
                     _remove(self.path, *_BESIDE)
             if _identity(self.path) is None:
@@ -240,7 +238,7 @@ class StoreFile:
             self._file = _identity(self.path)
             connection = _opened(self.path)
             try:
-                self.store_id = _settled(connection, self.path)
+                _settle(connection, self.path)
             except BaseException:
                 connection.close()
                 raise
@@ -289,14 +287,13 @@ def _opened(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
 
 
-def _settled(db: sqlite3.Connection, path: Path) -> str:
-    """The identity of the store in a file that was opened; a ConfigError: it is no store of this version."""
+def _settle(db: sqlite3.Connection, path: Path) -> None:
+    """Prepare a file that was opened; a ConfigError: it is no store of this version."""
     db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     if marks != [APPLICATION_ID, FORMAT]:
         raise _foreign_file(path)
-    return str(db.execute("SELECT store_id FROM state").fetchone()[0])
 
 
 def _remove(path: Path, *suffixes: str) -> None:

@@ -104,9 +104,6 @@ class LocalStore(Store):
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
 
-    def identity(self, *, timeout_s: float | None = None) -> str:
-        return str(self._read(lambda db: _state(db)[0], timeout_s))
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         ttl_s = checked_ttl_s(ttl_s)
         lease_id = secrets.randbelow((1 << 63) - 1) + 1  # no lease of this or an earlier store has had it
@@ -176,16 +173,17 @@ class LocalStore(Store):
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         bounds = self.namespace.bounds(prefix)
 
-        def read(db: sqlite3.Connection) -> tuple[int, list[_Row]]:
+        def read(db: sqlite3.Connection) -> tuple[str, int, list[_Row]]:
             found = db.execute("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key", bounds)
-            return _state(db)[2], found.fetchall()
+            identity, _, revision, _ = _state(db)
+            return identity, revision, found.fetchall()
 
-        revision, rows = self._read(read, timeout_s)
-        return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)))
+        identity, revision, rows = self._read(read, timeout_s)
+        return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)), identity=identity)
 
-    def watch(self, prefix: str = "", *, after: int) -> LocalWatch:
+    def watch(self, prefix: str = "", *, after: int, identity: str = "") -> LocalWatch:
         self.file.check_open()
-        return LocalWatch(self, prefix, after=after, timeout_s=self._config.timeout_s)
+        return LocalWatch(self, prefix, after=after, identity=identity, timeout_s=self._config.timeout_s)
 
     def close(self) -> None:
         self.file.close(self._config.timeout_s)
@@ -229,14 +227,14 @@ class LocalStore(Store):
 class LocalWatch(Watch):
     """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over.
 
-    It is of the store that the file has open, or else opens first; a locked file is tolerated for `timeout_s`.
+    A locked file is tolerated for `timeout_s`.
     """
 
-    def __init__(self, store: LocalStore, prefix: str, *, after: int, timeout_s: float) -> None:
+    def __init__(self, store: LocalStore, prefix: str, *, after: int, identity: str, timeout_s: float) -> None:
         self._store = store
         self._first, self._end = store.namespace.bounds(prefix)
         self._after, self._timeout_s = after, timeout_s
-        self._store_id = store.file.store_id
+        self._identity = identity
         self._locked_since: float | None = None
         self._batches: deque[Batch] = deque()
         self._closing = threading.Event()
@@ -289,8 +287,8 @@ class LocalWatch(Watch):
         return 0.0
 
     def _take(self, db: sqlite3.Connection) -> None:
-        store_id, _, revision, _ = _state(db)
-        if self._store_id not in {"", store_id}:
+        identity, _, revision, _ = _state(db)
+        if self._identity not in {"", identity}:
             raise StoreResetError("the store's file was deleted or replaced: start over", url=self._store.url)
         if self._after > revision:
             text = "the store has a lower revision than was seen before: it was wiped"
@@ -304,7 +302,7 @@ class LocalWatch(Watch):
         rows: list[_Row] = db.execute(wanted, (self._after, self._first, self._end)).fetchall()
         for of_batch, changed in groupby(rows, key=lambda row: row[2]):
             self._batches.append(Batch(revision=of_batch, events=tuple(map(self._event, changed))))
-        self._store_id, self._after = store_id, revision
+        self._identity, self._after = identity, revision
 
     def _event(self, row: _Row) -> Event:
         key, value, revision, lease_id = row

@@ -59,10 +59,13 @@ class Snapshot:
     Attributes:
         revision: the store's, then: a watch after it misses nothing and repeats nothing.
         entries: by key, in order.
+        identity: a random word that the store's data keep: another one later means that the data were wiped. "" in a
+            store that has none yet, and to which this user may give none.
     """
 
     revision: int
     entries: tuple[Entry, ...]
+    identity: str
 
     def __iter__(self) -> Iterator[Entry]:
         """The entries, by key."""
@@ -131,9 +134,6 @@ class Store(Protocol):
     def url(self) -> str:
         """Where it is, without secrets."""
 
-    def identity(self, *, timeout_s: float | None = None) -> str:
-        """A random word that the store's data keep: another one later means that the data were wiped."""
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         """A new lease that lives at least `ttl_s` seconds unless it is renewed."""
 
@@ -183,12 +183,13 @@ class Store(Protocol):
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         """All keys that begin with `prefix`, at one revision."""
 
-    def watch(self, prefix: str = "", *, after: int) -> Watch:
+    def watch(self, prefix: str = "", *, after: int, identity: str = "") -> Watch:
         """Changes below `prefix` whose revision is larger than `after`. Its `next` raises what is wrong with it.
 
         Args:
             prefix: of the keys.
             after: the revision of a snapshot or of the last batch. Larger than the store's own: the store was reset.
+            identity: of the snapshot; "": the store is taken as it is.
         """
 
     def close(self) -> None:

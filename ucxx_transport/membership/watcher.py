@@ -265,21 +265,14 @@ class SourceWatcher:
                 self._stopping.wait(_MOST_PAUSE_S)
 
     def _resync(self, grace_s: float) -> int:
-        self._identity = self._store.identity()  # first: a store wiped in between is then found to be another one
         snapshot = self._store.snapshot(SOURCES)
+        self._identity = snapshot.identity
         self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s), resyncs=1)
         return snapshot.revision
 
     def _follow(self, revision: int) -> Iterator[int]:
-        """Applies what changes after `revision`; the revision known is given after every turn.
-
-        Raises:
-            StoreResetError: the store is another one than that of the snapshot: wiped while it was not watched, it
-                may have got beyond `revision` since.
-        """
-        if self._store.identity() != self._identity:
-            raise StoreResetError("the store was wiped while it could not be watched", url=self._store.url)
-        with self._store.watch(SOURCES, after=revision) as watch:
+        """Applies what changes after `revision`; the revision known is given after every turn."""
+        with self._store.watch(SOURCES, after=revision, identity=self._identity) as watch:
             with self._changed:
                 self._watch = watch
             try:

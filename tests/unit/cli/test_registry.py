@@ -29,7 +29,7 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def store(url: str) -> Iterator[Store]:
     with open_store(url) as opened:
-        opened.identity()
+        opened.snapshot()
         yield opened
 
 

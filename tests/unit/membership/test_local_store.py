@@ -119,13 +119,13 @@ def test_after_a_reboot_all_leases_are_over_and_everything_else_is_there(opened:
     lease = before.grant(1e6)
     before.put("alive", b"", lease_id=lease.lease_id)
     before.put("kept", b"")
-    revision, identity = before.snapshot().revision, before.identity()
+    revision, identity = before.snapshot().revision, before.snapshot().identity
     before.close()
     clock.now_s = 1.0
     after = opened(clock=clock, boot_id="another boot")
     assert [entry.key for entry in after.snapshot()] == ["kept"]
     assert after.snapshot().revision == revision + 1
-    assert after.identity() == identity
+    assert after.snapshot().identity == identity
     with pytest.raises(LeaseLostError):
         after.keep_alive(lease.lease_id)
 
@@ -173,14 +173,14 @@ def test_the_default_store_is_in_a_folder_of_this_users_own() -> None:
         assert not folder.name.startswith("ucxx_transport")  # what is, is taken for a ring and swept
         with open_store("local://") as other:
             assert other.url == store.url
-            assert other.identity() == store.identity()
+            assert other.snapshot().identity == store.snapshot().identity
 
 
 def test_the_url_of_a_store_opens_it(opened: Callable[..., LocalStore], tmp_path: Path) -> None:
     store = opened(path=tmp_path / "a b%20ü")
     store.put("a", b"")
     with open_store(store.url) as other:
-        assert other.identity() == store.identity()
+        assert other.snapshot().identity == store.snapshot().identity
         assert other.url == store.url
         assert [entry.key for entry in other.snapshot()] == ["a"]
 
@@ -266,9 +266,10 @@ def test_a_wiped_file_is_noticed_by_watches_and_made_again_for_calls(
     opened: Callable[..., LocalStore], path: Path, wipe: Callable[[Path], None]
 ) -> None:
     store, other = opened(), opened()
-    identity = store.identity()
+    identity = store.snapshot().identity
     store.put("old", b"x")
-    with store.watch(after=store.snapshot().revision) as watch, other.watch(after=0) as second:
+    revision = store.snapshot().revision
+    with store.watch(after=revision, identity=identity) as watch, other.watch(after=0) as second:
         assert watch.next(0) is None
         assert second.next(0) is not None
         wipe(path)
@@ -279,7 +280,7 @@ def test_a_wiped_file_is_noticed_by_watches_and_made_again_for_calls(
     assert [entry.key for entry in other.snapshot()] == expected
     store.put("new", b"")
     assert [entry.key for entry in other.snapshot()] == [*expected, "new"]
-    assert identity != store.identity() == other.identity()
+    assert identity != store.snapshot().identity == other.snapshot().identity
     with other.watch(after=other.snapshot().revision) as watch:
         store.put("newer", b"")
         batch = watch.next(5)
@@ -316,7 +317,7 @@ def _make_one(url: str, settings: dict[str, Any], pipe: Connection) -> None:
         pipe.send("ready")
         pipe.recv()
         store.put(f"by-{os.getpid()}", b"")
-        pipe.send(store.identity())
+        pipe.send(store.snapshot().identity)
 
 
 def test_what_a_killed_maker_left_is_swept(opened: Callable[..., LocalStore], path: Path) -> None:

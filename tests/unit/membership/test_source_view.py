@@ -15,7 +15,7 @@ A, B = record("a"), record("b")
 
 
 def snapshot(*entries: Entry) -> Snapshot:
-    return Snapshot(revision=1, entries=entries)
+    return Snapshot(revision=1, entries=entries, identity="")
 
 
 def batch(*events: Event) -> Batch:
