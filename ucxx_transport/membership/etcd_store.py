@@ -76,12 +76,12 @@ class EtcdStore(Store):
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
-        answer = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
+        answer = self._call("lease/grant", {"TTL": str(whole)}, timeout_s)
         return Lease(lease_id=messages.number(answer, "ID"), ttl_s=float(messages.number(answer, "TTL")))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         check_write(lease_id=lease_id)
-        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
+        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, timeout_s)
         if not (ttl_s := messages.number(answer, "TTL")):
             raise lease_lost(lease_id)
         return float(ttl_s)
@@ -89,11 +89,11 @@ class EtcdStore(Store):
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         check_write(lease_id=lease_id)
         with suppress(LeaseLostError):
-            self._call("lease/revoke", {"ID": str(lease_id)}, self._until(timeout_s))
+            self._call("lease/revoke", {"ID": str(lease_id)}, timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         request = messages.range_request(self.namespace.stored(key))
-        found = messages.kvs_of(self._call("kv/range", request, self._until(timeout_s)))
+        found = messages.kvs_of(self._call("kv/range", request, timeout_s))
         return messages.entry(found[0], self.namespace) if found else None
 
     def put(
@@ -109,7 +109,7 @@ class EtcdStore(Store):
         check_write(value=value, lease_id=lease_id, expected=expected)
         request = messages.put_request(stored, value, lease_id)
         if expected is None:
-            return messages.revision_of(self._change("kv/put", request, timeout_s))
+            return messages.revision_of(self._call("kv/put", request, timeout_s, repeatable=False))
         return messages.revision_of(self._change_expecting(stored, expected, "request_put", request, timeout_s))
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
@@ -117,7 +117,7 @@ class EtcdStore(Store):
         check_write(expected=expected)
         request = messages.range_request(stored)
         if expected is None:
-            return bool(messages.number(self._change("kv/deleterange", request, timeout_s), "deleted"))
+            return bool(messages.number(self._call("kv/deleterange", request, timeout_s, repeatable=False), "deleted"))
         try:
             self._change_expecting(stored, expected, "request_delete_range", request, timeout_s)
         except ConflictError as error:
@@ -128,7 +128,7 @@ class EtcdStore(Store):
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self.namespace.bounds(prefix)
-        ask = partial(self._call, until=self._until(timeout_s))
+        ask = partial(self.client().call, until=self._until(timeout_s))
         # First, so that a watch which follows knows this store from one that is wiped before it begins.
         identity, _ = messages.identity_of(ask, self.namespace)
         answer = ask("kv/range", messages.range_request(first, end))
@@ -148,17 +148,15 @@ class EtcdStore(Store):
     def _change_expecting(
         self, stored: bytes, expected: int, operation: str, request: Json, timeout_s: float | None
     ) -> Json:
-        answer = self._change("kv/txn", messages.if_revision(stored, expected, operation, request), timeout_s)
+        wanted = messages.if_revision(stored, expected, operation, request)
+        answer = self._call("kv/txn", wanted, timeout_s, repeatable=False)
         if not answer.get("succeeded"):
             kvs = messages.kvs_of(answer)
             raise revision_conflict(stored, expected, messages.number(kvs[0], "mod_revision") if kvs else 0)
         return answer
 
-    def _change(self, path: str, body: Json, timeout_s: float | None) -> Json:
-        return self.client().call(path, body, until=self._until(timeout_s), repeatable=False)
-
-    def _call(self, path: str, body: Json, until: float) -> Json:
-        return self.client().call(path, body, until=until)
+    def _call(self, path: str, body: Json, timeout_s: float | None, *, repeatable: bool = True) -> Json:
+        return self.client().call(path, body, until=self._until(timeout_s), repeatable=repeatable)
 
     def _until(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)

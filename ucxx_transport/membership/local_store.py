@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -131,7 +132,7 @@ class LocalStore(Store):
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         stored = self.namespace.stored(key)
         found = self._read(lambda db: _row(db, stored), timeout_s)
-        return None if found is None else self._entry(found)
+        return None if found is None else self.entry(found)
 
     def put(
         self,
@@ -179,7 +180,7 @@ class LocalStore(Store):
             return identity, revision, found.fetchall()
 
         identity, revision, rows = self._read(read, timeout_s)
-        return Snapshot(revision=revision, entries=tuple(map(self._entry, rows)), identity=identity)
+        return Snapshot(revision=revision, entries=tuple(map(self.entry, rows)), identity=identity)
 
     def watch(self, prefix: str = "", *, after: int, identity: str = "") -> LocalWatch:
         self.file.check_open()
@@ -219,7 +220,8 @@ class LocalStore(Store):
         found, left_s = self.peek(body, self._config.timeout_s if timeout_s is None else timeout_s)
         return found if left_s > 0 else self.write(body, timeout_s)
 
-    def _entry(self, row: _Row) -> Entry:
+    def entry(self, row: _Row) -> Entry:
+        """A row of `entries` or `log`, as callers know it."""
         key, value, revision, lease_id = row
         return Entry(key=self.namespace.key(key), value=value or b"", revision=revision, lease_id=lease_id)
 
@@ -305,14 +307,7 @@ class LocalWatch(Watch):
         self._identity, self._after = identity, revision
 
     def _event(self, row: _Row) -> Event:
-        key, value, revision, lease_id = row
-        return Event(
-            kind="delete" if value is None else "put",
-            key=self._store.namespace.key(key),
-            value=value or b"",
-            revision=revision,
-            lease_id=lease_id,
-        )
+        return Event(kind="delete" if row[1] is None else "put", **asdict(self._store.entry(row)))
 
 
 def _state(db: sqlite3.Connection) -> tuple[str, str, int, int]:

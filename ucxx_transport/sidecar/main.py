@@ -136,14 +136,16 @@ class Renewer:
     def _run(self) -> None:
         from ucxx_transport.membership.renewal import open_ordered
 
-        while self._revokes or not self._ending.is_set():  # the lease may have come together with the end
+        is_last = False
+        while not is_last:  # once at least: the lease may have come together with the end
+            is_last = self._ending.is_set()
             try:
                 with open_ordered(self._store) as store:
                     if not self._renew_until_lost(store) and self._revokes and self._worker.wait_until_gone(DYING_S):
                         store.revoke(self._lease_id)
             except Exception as error:  # noqa: BLE001 - the edge of a thread: the port goes on whatever it was
                 self._note(error)
-                time.sleep(RETRY_S)
+                self._ending.wait(RETRY_S)
             else:
                 return
 
