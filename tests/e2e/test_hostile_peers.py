@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -18,11 +20,13 @@ import structlog
 from tests.support.raw_peer import NONCE, Answer, RawPeer, raw_peer
 from tests.support.rows import row
 from tests.support.served_ring import LOOPBACK, ServedRing, client_of, read_retrying, served_ring
+from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from tests.support.well_behaved import trainer_at_work
 from ucxx_transport import AuthenticationError, BusyError, SlotRef, SlotState
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.server.connection import FRAMES_POSTED, MAX_FRAMES
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_NAMES, Frame, Kind, Status
 
@@ -227,6 +231,27 @@ def test_more_names_than_the_window_end_the_connection_and_nothing_else(served: 
         peer.begin_fetch(*[ref] * MAX_NAMES)
         peer.begin_fetch(ref)
         assert peer.is_closed()
+
+
+def test_client_that_floods_its_port_with_valid_frames_is_cut_off_and_one_that_is_only_early_is_not(
+    mortal: ServedRing,
+) -> None:
+    """UCX keeps for a port whatever comes before it is asked for."""
+    pid = wait_until(lambda: mortal.server.statistics().pids[0], MINUTE)
+    assert pid is not None
+    with peer_of(mortal) as early, peer_of(mortal) as flooding:
+        for peer in (early, flooding):
+            assert peer.greet().status is Status.OK
+        stop_process(pid)
+        try:
+            for peer, frames in ((early, MAX_FRAMES - FRAMES_POSTED), (flooding, 8 * MAX_FRAMES)):
+                for _ in range(frames):
+                    peer.say(peer.frame(Kind.FETCH))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert flooding.is_closed()
+        assert early.ask(Kind.DESCRIBE, ring_id=mortal.ring.ring_id).status is Status.OK
+    assert mortal.server.statistics().pids == (pid,)
 
 
 def test_payload_that_is_never_acknowledged_is_ready_again(served: ServedRing, ref: SlotRef) -> None:

@@ -30,6 +30,7 @@ from ucxx_transport import (
     SyncUCXXClient,
 )
 from ucxx_transport.ring.segment import segment_path
+from ucxx_transport.wire.frames import Kind, Status
 
 MINUTE = 60
 
@@ -182,6 +183,22 @@ def test_slot_that_a_dead_server_was_sending_is_readable_again() -> None:
         wait_until(lambda: served.ring.statistics().reclaimed_reads == 1, MINUTE)  # the state changes first
         with client_of(connect_timeout_s=1.0) as client, read_retrying(client, ref) as payload:
             assert holds(payload, 0)
+
+
+def test_payload_whose_delivery_was_heard_goes_to_no_other_though_its_port_dies_before_the_message_has_left() -> None:
+    """The answer to a later frame proves to the client that it was heard, so it confirms nothing to the next one."""
+    with served_ring(ring={"slot_bytes": 64 << 20}) as served:
+        ref = write(served.ring, 0, 64 << 20)
+        with raw_peer(served.server.ports[0], served.ring.ring_id) as peer:
+            peer.greet()
+            (name,) = peer.names([ref])
+            peer.say(peer.frame(Kind.FETCH, ring_id=served.ring.ring_id, names=(name,)))  # no receive is posted for it
+            peer.say(peer.frame(Kind.FETCH, ends=(name[3] << 1 | 1,)))
+            assert peer.ask(Kind.DESCRIBE, ring_id=served.ring.ring_id).status is Status.OK
+            assert served.ring.slot_state(ref.slot) is SlotState.READING, "the message has not left"
+            kill_server(served)
+            wait_until(lambda: served.ring.slot_state(ref.slot) is not SlotState.READING, MINUTE)
+        assert served.ring.slot_state(ref.slot) is SlotState.FREE
 
 
 @pytest.mark.exhaustive

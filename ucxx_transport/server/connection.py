@@ -4,7 +4,7 @@ A read attempt has one owner, its entry in the session, and one end:
 
 | its message                     | its end           | then                                               |
 |---------------------------------|-------------------|----------------------------------------------------|
-| is on its way                   | is here           | nothing yet: UCX still reads the slot              |
+| is on its way                   | is here           | UCX still reads the slot; a delivery is recorded   |
 | has left                        | is not here       | the session's limit for the acknowledgement counts |
 | has left                        | is here           | it is consumed if delivered, else released         |
 | ended with the connection       | is here, or never | likewise; without an end it is released            |
@@ -17,7 +17,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.slots import NO_EPOCH
 from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
@@ -45,6 +45,9 @@ _log = get_logger(__name__)
 
 FRAMES_POSTED: Final = 4
 """Receives for frames: a client's next ones arrive while one is handled."""
+
+MAX_FRAMES: Final = 256
+"""Frames that have arrived and are not handled yet: more than an end and a name for each attempt of both windows."""
 
 MAX_LATE_FRAMES: Final = 64
 """Frames that are taken in from the last answered one on: a client's whole window may be on its way, no flood."""
@@ -124,9 +127,7 @@ class Connection:
         """Begin to take frames."""
         try:
             for _ in range(FRAMES_POSTED):
-                frame = bytearray(FRAME_BYTES)
-                message = self._port.reactor.link.message(frame)
-                self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+                self._post_frame()
         except TransportError as error:
             self.fail(error)
 
@@ -140,12 +141,31 @@ class Connection:
 
     # --- Frames ---
 
+    def _post_frame(self) -> None:
+        frame = bytearray(FRAME_BYTES)
+        message = self._port.reactor.link.message(frame)
+        self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+
+    def _take_in(self) -> None:
+        """The client is ahead of the port by all that was posted: UCX would keep its frames, however many there are."""
+        receives = self._receives
+        try:
+            while receives[-1][0].completed:
+                if len(receives) >= MAX_FRAMES:
+                    raise ProtocolError("the client sends on and on without its answers", frames=len(receives))
+                self._post_frame()
+        except TransportError as error:
+            self.fail(error)
+
     def _on_frame(self, operation: Operation) -> None:
         if operation.error is not None:
             self.close()  # a message longer than any frame, or the end of the connection
         elif self.is_closing:
             self._hear_out()
-        elif not self.is_deferred:
+            return
+        elif self._receives[-1][0].completed:
+            self._take_in()
+        if not (self.is_deferred or self.is_closing):
             turn = self._port.reactor.turns
             if turn == self._turn:
                 self._defer()
@@ -165,16 +185,16 @@ class Connection:
         session, finish = self.session, self._slots.finish
         try:
             for action in session.receive(frame, self._port.reactor.now()):
-                if isinstance(action, End):
-                    if action.attempt.sent_s is not None:
-                        finish(action.attempt)
+                if isinstance(action, End) and action.attempt.sent_s is not None:
+                    finish(action.attempt)
                 elif isinstance(action, Serve) and not action.shared:
                     self.serve(action.attempts)
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
                 self._note_late_frame()
-            receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+            if len(receives) < FRAMES_POSTED:
+                receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)
         if receives and receives[0][0].completed:
@@ -262,7 +282,9 @@ class Connection:
     # --- What is no FETCH ---
 
     def _answer(self, action: Action) -> None:
-        if isinstance(action, Reply):
+        if isinstance(action, End):
+            self._slots.record(action.attempt, self.session.reader)
+        elif isinstance(action, Reply):
             self.reply(action)
         elif isinstance(action, Serve):
             self._serve_packed(action)
@@ -354,8 +376,11 @@ class Connection:
                 if operation.error is not None:
                     return
                 for action in session.receive(frame, self._port.reactor.now()):
-                    if isinstance(action, End) and action.attempt.sent_s is not None:
-                        self._slots.finish(action.attempt)
+                    if isinstance(action, End):
+                        if action.attempt.sent_s is not None:
+                            self._slots.finish(action.attempt)
+                        else:
+                            self._slots.record(action.attempt, session.reader)
                     elif isinstance(action, Settle):
                         self._slots.consume(action.names, session.reader)
         except Exception as error:  # noqa: BLE001 - the edge of a callback

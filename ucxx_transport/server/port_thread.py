@@ -142,6 +142,9 @@ class PortThread:
             self._up.set_result(port.start(self._candidates))
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
+                if port.slots.is_clogged and self._settings.mode == "process":
+                    _log.error("port_clogged", see="stuck_sends")
+                    self._stop_by_s = time.monotonic() + self._settings.stop_timeout_s
             heard_by_s = time.monotonic() + LAST_FRAMES_S
             while reactor.poll() and time.monotonic() < heard_by_s:
                 pass

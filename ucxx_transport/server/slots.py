@@ -28,6 +28,9 @@ _log = get_logger(__name__)
 MAX_ANSWERS: Final = 4096
 """Slots, by length, whose memory is kept prepared for the link."""
 
+CLOGGED: Final = 8
+"""The part of the ring that stuck sends may hold."""
+
 NO_EPOCH: Final = "the worker has no epoch yet"
 _LOCKED: Final = "the ring's lock is held by a process that does not get on"
 
@@ -53,6 +56,9 @@ class ServedRing(Protocol):
 
     @property
     def schema_bytes(self) -> bytes: ...
+
+    @property
+    def slots(self) -> int: ...
 
     @property
     def server_words(self) -> memoryview: ...
@@ -82,6 +88,7 @@ class Slots:
     Attributes:
         words: of the counters. awaited: one word, not 0 while the source waits for its epoch.
         answers: by slot and length, whole answers as the slots are: prepared for the link, and as memory.
+        is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
     """
 
     def __init__(self, ring: ServedRing, counters: PortCounters, reactor: Reactor) -> None:
@@ -91,6 +98,7 @@ class Slots:
         self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
         self._ring = ring
         self._reactor = reactor
+        self.is_clogged = False
         self._locked_turn = -1
         self._kept: list[Attempt] = []
 
@@ -183,6 +191,23 @@ class Slots:
         else:
             words[RELEASED] += 1
 
+    def record(self, attempt: Attempt, reader: int) -> None:
+        """The client has ended it, and its message has not left. A delivery is recorded all the same.
+
+        Else the next answer would prove to the client that it was heard, and a port that dies before the message has
+        left would give the payload to another. Another attempt of the reader holds the slot from here on; it cannot be
+        recorded of reader 0, whose reads all count.
+        """
+        lease = attempt.lease
+        if lease is None or not attempt.delivered or not reader or self.is_locked:
+            return
+        try:
+            attempt.lease = _Recorded(self._ring.acquire_slot(attempt.slot, attempt.generation, reader=reader))
+            lease.mark_consumed()
+        except TransportError as error:
+            attempt.lease = lease
+            self._note_lock(error)
+
     def abandon(self, attempt: Attempt) -> None:
         """Its connection is closed: finish it, now or as soon as UCX does not read the slot any more."""
         if _is_over(attempt):
@@ -200,6 +225,7 @@ class Slots:
                 self.finish(attempt)
             else:
                 self._kept.append(attempt)
+        self.is_clogged = sum(not _is_over(attempt) for attempt in self._kept) > self._ring.slots // CLOGGED
 
     def reclaim(self) -> None:
         """Give back what dead processes hold; the next time where the lock is not to be had."""
@@ -220,6 +246,20 @@ class Slots:
     def _note_lock(self, error: TransportError) -> None:
         if isinstance(error, DeadlineExceededError):
             self._locked_turn = self._reactor.turns
+
+
+class _Recorded:
+    """The hold of an attempt whose read is recorded: it keeps the slot until the message has left."""
+
+    __slots__ = ("_lease",)
+
+    def __init__(self, lease: ReadLease) -> None:
+        self._lease = lease
+
+    def mark_consumed(self) -> bool:
+        return self._lease.release_reading()
+
+    release_reading = mark_consumed
 
 
 def _is_over(attempt: Attempt) -> bool:

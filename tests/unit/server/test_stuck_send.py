@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from tests.support.raw_peer import NONCE
+from tests.support.waiting import wait_until
 from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
@@ -19,10 +21,12 @@ from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import PortCounters, PortStatistics
 from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port
+from ucxx_transport.server.port_thread import PortThread
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import Frame, Kind
 
 LARGE = 1000
+MINUTE = 60
 
 
 @dataclass(eq=False, slots=True)
@@ -281,6 +285,19 @@ def test_an_acknowledged_payload_stays_delivered_when_its_send_fails_afterwards(
         assert served.endpoint.is_closed
 
 
+@pytest.mark.parametrize("delivered", [True, False])
+def test_a_delivery_is_recorded_before_its_send_is_over(*, delivered: bool) -> None:
+    """A port that dies in between gives the payload to no other reader."""
+    with serving() as served:
+        served.end(delivered=delivered)
+        assert served.state() is SlotState.READING
+        assert served.ring.statistics().consumed == delivered
+        served.endpoint.large_sends[0].end()
+        found = served.ring.statistics()
+        assert (served.state() is SlotState.FREE, found.consumed, found.freed) == (delivered, delivered, delivered)
+        assert (served.counts.delivered, served.counts.released) == (delivered, not delivered)
+
+
 @pytest.mark.parametrize("send_is_over", [True, False])
 def test_an_acknowledgement_counts_when_the_peer_is_gone_in_the_same_moment(*, send_is_over: bool) -> None:
     with serving() as served:
@@ -333,6 +350,54 @@ def test_a_peer_that_reads_no_large_answer_is_not_heard_until_it_does() -> None:
         assert len(served.endpoint.large_sends) == 4
         served.advance(3600.0)
         assert served.endpoint.is_closed, "and not for ever"
+
+
+class PlayedLink(OneListener):
+    """A link of a port's thread, in which a client comes, and goes with a send that never ends."""
+
+    def __init__(self, ring: SharedRingBuffer) -> None:
+        super().__init__()
+        ref = ring.write_raw(bytes(2000))
+        names = ((ref.slot, 0, ref.generation, 2, 2000),)
+        self.endpoint = StuckEndpoint(close_ends_sends=False)
+        self.frames = [
+            encode_frame(Frame(Kind.HELLO, 1, attempt=1, word=1, secret=NONCE)),
+            encode_frame(Frame(Kind.FETCH, 2, ring_id=ring.ring_id, names=names)),
+        ]
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        if self.on_endpoint is not None:
+            self.on_endpoint(self.endpoint)
+            self.on_endpoint = None
+        while self.frames and self.endpoint.alive:
+            self.endpoint.hear(self.frames.pop(0))
+        self.endpoint.finish_close()
+        return super().progress(spin_s)
+
+
+@pytest.mark.may_leave("descriptors", reason="a send that never ends keeps its slot for the life of the process")
+@pytest.mark.parametrize("mode", ["process", "thread"])
+def test_a_port_s_process_ends_when_stuck_sends_hold_too_much_of_the_ring(
+    mode: Literal["process", "thread"], log_events: list[MutableMapping[str, Any]]
+) -> None:
+    """Its end gives them back, and it is started again; a thread of the worker's own process serves on."""
+    with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=4096, prefault=False)) as ring:
+        config = ServerConfig(mode=mode, send_timeout_s=0.01)
+        port = PortThread(ring, config, 0, [PORT], lambda _: PlayedLink(ring))
+        counters = PortCounters(ring.server_words, 0)
+        port.start()
+        try:
+            wait_until(lambda: counters.snapshot().stuck_sends == 1, MINUTE, what="a send is stuck")
+            for _ in range(2):
+                beat_ns = counters.beat_ns
+                wait_until(lambda: counters.beat_ns > beat_ns or not port.alive, MINUTE, what="it is looked at")  # noqa: B023
+            if mode == "process":
+                wait_until(lambda: not port.alive, MINUTE, what="the port ends")
+            assert port.alive == (mode == "thread")
+        finally:
+            port.stop(time.monotonic() + MINUTE)
+        clogged = [event["event"] for event in log_events if event["event"] == "port_clogged"]
+        assert clogged == ["port_clogged"] * (mode == "process")
 
 
 @pytest.mark.may_leave("descriptors", reason="a send that never ends keeps its slot for the life of the process")
