@@ -498,11 +498,16 @@ def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
 
 
 @BOTH_LANES
-def test_messages_under_a_tag_that_is_no_endpoint_s_are_discarded(lanes: str) -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+def test_messages_that_nothing_waits_for_are_discarded(lanes: str, *, is_known: bool) -> None:
+    """Under a tag that is no endpoint's, or on a channel that the endpoint does not have."""
     with opened(lanes) as server, opened(lanes) as client:
         endpoint, owner = client.start(server.listen())
         both_until(server, client, lambda: owner.is_connected and server.accepted)
-        foreign, array = client.link.binding.lib.UCXXTag(7), client.link.binding.make_array(bytearray(64 << 10))
+        near = server.accepted[0][0]
+        near.channels = 1
+        tag = near.base << 16 | 9 if is_known else 7  # type: ignore[attr-defined]
+        foreign, array = client.link.binding.lib.UCXXTag(tag), client.link.binding.make_array(bytearray(64 << 10))
         raw = endpoint._ucx  # type: ignore[attr-defined]  # noqa: SLF001 - a peer that does not keep to the protocol
         flood = []
         while server.link.statistics().unexpected_messages < 100:
@@ -512,7 +517,7 @@ def test_messages_under_a_tag_that_is_no_endpoint_s_are_discarded(lanes: str) ->
             client.reactor.poll()
         both_until(server, client, lambda: all(request.completed for request in flood))
         into = bytearray(3)
-        receive = server.accepted[0][0].post_receive(into, ignore)
+        receive = near.post_receive(into, ignore)
         endpoint.post_send(b"own")
         both_until(server, client, lambda: receive.completed)
         assert into == b"own"

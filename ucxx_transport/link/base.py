@@ -138,9 +138,12 @@ class Endpoint(Protocol):
 
     Attributes:
         peer: `host:port` of the other end where it is known, for messages and logs.
+        channels: receives are posted on this many, 65536 unless the owner says so: messages of others are discarded,
+            which would pile up otherwise.
     """
 
     peer: str
+    channels: int
 
     @property
     def alive(self) -> bool:

@@ -63,6 +63,7 @@ class UCXXEndpoint(Posted):
         self.peer = peer
         self.events = events
         self.alive = True
+        self.channels = 1 << CHANNEL_BITS
         self._usable = ucx is not None
         self.base = secrets.randbits(BASE_BITS)
         self._link = link

@@ -109,7 +109,7 @@ class Posted:
             misses: how many of the receives, and of the sends, may be in progress.
         """
         found = 0
-        for flight in (self.receives, self.sends):
+        for flight in (self.sends, self.receives):  # in this order: the answer to a message shows that it has left
             index = 0
             while index < len(flight):
                 operation = flight[index]
@@ -244,7 +244,7 @@ class LinkState(Flight):
         self.listeners: set[Any] = set()
         self.closed = self.forked = False
         self._any_tag, self._any_mask = binding.lib.UCXXTag(0), binding.lib.UCXXTagMask(0)
-        self._bases: set[int] = set()
+        self._by_base: dict[int, Any] = {}
         self.strays: list[tuple[UcxRequest, UcxArray]] = []
 
     def check_usable(self) -> None:
@@ -266,7 +266,7 @@ class LinkState(Flight):
     def adopt(self, endpoint: Any) -> None:
         """Count an endpoint among the open ones."""
         self.endpoints[endpoint] = self.order[endpoint] = None
-        self._bases.add(endpoint.base)
+        self._by_base[endpoint.base] = endpoint
 
     def note_lost(self, endpoint: Any) -> None:
         """An endpoint's peer is gone: the next turn says so to its owner, when what had arrived is called back."""
@@ -282,7 +282,7 @@ class LinkState(Flight):
         """An endpoint is closed."""
         del self.endpoints[endpoint]
         self.order.pop(endpoint, None)
-        self._bases.discard(endpoint.base)
+        del self._by_base[endpoint.base]
         self.discard_unexpected()
 
     def leak(self, operation: UCXXOperation, ucx: UcxEndpoint | None) -> None:
@@ -304,8 +304,8 @@ class LinkState(Flight):
     def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for: UCX would keep them until the worker's end.
 
-        They are what came to an endpoint that has been closed, or under a tag that never was one's: tags are matched in
-        the whole worker, so any peer may send such.
+        They are what came to an endpoint that has been closed, on a channel that it does not have, or under a tag that
+        never was one's: tags are matched in the whole worker, so any peer may send such.
         """
         if self.strays:
             self.strays = [stray for stray in self.strays if stray[0].status == IN_PROGRESS]
@@ -315,7 +315,8 @@ class LinkState(Flight):
         nowhere = self.make_array(bytearray(1))
         for _ in range(UNEXPECTED_AT_ONCE):
             tag = found.sender_tag
-            if tag.value >> CHANNEL_BITS in self._bases:
+            endpoint = self._by_base.get(tag.value >> CHANNEL_BITS)
+            if endpoint is not None and tag.value - (endpoint.base << CHANNEL_BITS) < endpoint.channels:
                 return  # its receive is about to be posted; what lies behind it is seen to next time
             request = self.worker.tag_recv(nowhere, tag)
             self.counters.unexpected_messages += 1

@@ -117,6 +117,7 @@ class Connection:
         self.is_admitted = is_admitted
         self.is_closing = self.is_deferred = False
         self._endpoint = endpoint
+        endpoint.channels = 1
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._on_frame_done = self._on_frame
         self._turn = -1

@@ -62,6 +62,7 @@ class MemoryEndpoint:
         self.peer = peer
         self.events: EndpointEvents | None = None
         self.alive = True
+        self.channels = 1 << 16
         self.other = other
         self.waits_for_ever = False
         self._closed = False
@@ -139,7 +140,11 @@ class MemoryEndpoint:
 
     def take(self, channel: int, content: bytes, send: MemoryOperation) -> None:
         """A message of the other end has arrived; also while this end is being closed, as with UCX."""
-        if self.alive or (self._closed and self._clean is None):
+        if channel >= self.channels:
+            self.link.counters.unexpected_messages += 1
+            if self.other is not None:
+                self.other.link.call(self.other.sent, send)
+        elif self.alive or (self._closed and self._clean is None):
             self._arrived[channel].append((content, send))
             self._match(channel)
 

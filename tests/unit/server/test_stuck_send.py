@@ -61,6 +61,7 @@ class StuckEndpoint:
     close_ends_sends: bool
     peer: str = "stuck:1"
     alive: bool = True
+    channels: int = 1 << 16
     large_sends: list[StuckOperation] = field(default_factory=list)
     is_closed: bool = False
     _receives: list[tuple[bytearray, StuckOperation]] = field(default_factory=list)
