@@ -17,8 +17,12 @@ from ucxx_transport.ring.layout import (
     HELD_FIRST_WORD,
     HOLD_ENVELOPE_BYTES,
     HOLD_GENERATION,
+    HOLD_LEASE,
     HOLD_NBYTES,
+    HOLD_PID,
     HOLD_SLOT,
+    HOLD_START,
+    HOLD_STATE,
     NBYTES,
     PREVIOUS,
     READY_FIRST_WORD,
@@ -31,8 +35,8 @@ from ucxx_transport.ring.layout import (
     Counter,
     message_bytes,
 )
-from ucxx_transport.ring.opening import create_ring
 from ucxx_transport.ring.owner import Owner
+from ucxx_transport.ring.shared_ring_buffer import create_ring
 from ucxx_transport.ring.states import generation_of, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Transitions, Words
 from ucxx_transport.wire import codec
@@ -48,7 +52,7 @@ class RingBench:
         config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
         self.segment, self.identity, _ = create_ring(config)
         self.geometry = self.identity.geometry
-        self.transitions = Transitions(self.segment, self.geometry, lock_wait_s=5.0, library=library)
+        self.transitions = Transitions(self.segment, self.identity, lock_wait_s=5.0, library=library)
         self.leases = 0
 
     def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:
@@ -105,13 +109,15 @@ class RingBench:
 
     def meaning(self, slot: int) -> tuple[object, ...]:
         """All of a slot that counts in its present state."""
-        words, base, state = self.segment.words, self.base(slot), self.state(slot)
+        base, state = self.base(slot), self.state(slot)
         owners = sorted(
-            (seen.owner, seen.lease_id) for seen in self.transitions.holds() if seen.words[HOLD_SLOT] == slot
+            (words[HOLD_PID], words[HOLD_START], words[HOLD_LEASE])
+            for words in self.transitions.holds()
+            if words[HOLD_SLOT] == slot
         )
         if state in (SlotState.FREE, SlotState.WRITING):
             return state, self.generation(slot), owners
-        first = base + FIRST_ENTRY
+        words, first = self.segment.words, base + FIRST_ENTRY
         entries = [first + ENTRY_WORDS * index for index in range(self.geometry.entries)]
         had = [words[entry + ENTRY_READER] for entry in entries if words[entry + ENTRY_LEASE] & 1]
         facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS, ENVELOPE_BYTES)]
@@ -149,12 +155,12 @@ class RingBench:
         return holds[: asked[TAKE_NUMBER]]
 
     def reclaim(self, owner: Owner) -> None:
-        for seen in list(self.transitions.holds()):
-            if seen.owner == owner:
-                if seen.is_write:
-                    assert self.transitions.abort(seen.words, Counter.RECLAIMED_WRITES)
+        for words in list(self.transitions.holds()):
+            if (words[HOLD_PID], words[HOLD_START]) == owner:
+                if state_of(words[HOLD_STATE]) is SlotState.WRITING:
+                    assert self.transitions.abort(words, Counter.RECLAIMED_WRITES)
                 else:
-                    assert self.transitions.finalise(seen.words, Counter.RECLAIMED_READS)
+                    assert self.transitions.finalise(words, Counter.RECLAIMED_READS)
 
     def drain(self) -> None:
         """Every slot can be written, read and freed, whatever has happened."""

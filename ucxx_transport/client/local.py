@@ -31,7 +31,7 @@ from ucxx_transport.ring.owner import host_id, segment_folder
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.client.ports import Takeable
-    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.schema import SlotRef
 
 _LISTENING = "0A"  # in /proc/net/tcp (proc(5))

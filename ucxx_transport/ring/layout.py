@@ -36,11 +36,13 @@ is one store: it turns the one into the other.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, ProtocolError
 
 MAGIC: Final = int.from_bytes(b"UCXXRING", "little")
 LAYOUT_VERSION: Final = 3
@@ -113,86 +115,40 @@ ADDRESS_BANK_WORDS: Final = 64
 SERVER_WORD: Final = HEADER_WORDS
 SCHEMA_BYTE: Final = (HEADER_WORDS + SERVER_WORDS) * WORD_BYTES
 
-# Words of a slot header.
-STATE: Final = 0
-NBYTES: Final = 1
-SEQUENCE: Final = 2
-CHECKSUM: Final = 3
-HAS_CHECKSUM: Final = 4
-REQUIRED_READS: Final = 5
-WRITER: Final = 6
-WRITER_PID: Final = 7
-WRITER_START: Final = 8
-PREVIOUS: Final = 9
-NEXT: Final = 10
-ENVELOPE_BYTES: Final = 11
-COMMIT_TIME: Final = 12
-READY_PREVIOUS: Final = 13
-READY_NEXT: Final = 14
+# Words of a slot header, as in the table above.
+STATE, NBYTES, SEQUENCE, CHECKSUM, HAS_CHECKSUM, REQUIRED_READS, WRITER, WRITER_PID, WRITER_START = range(9)
+PREVIOUS, NEXT, ENVELOPE_BYTES, COMMIT_TIME, READY_PREVIOUS, READY_NEXT = range(9, 15)
 FIRST_ENTRY: Final = 16
 
 # Words of a read entry.
-ENTRY_WORDS: Final = 4
-ENTRY_LEASE: Final = 0
-ENTRY_PID: Final = 1
-ENTRY_START: Final = 2
-ENTRY_READER: Final = 3
+ENTRY_LEASE, ENTRY_PID, ENTRY_START, ENTRY_READER, ENTRY_WORDS = range(5)
 
-# Words of a hold: what a caller and a transition say to each other of one write or read attempt.
-HOLD_SLOT: Final = 0
-HOLD_GENERATION: Final = 1
-HOLD_LEASE: Final = 2
-HOLD_PID: Final = 3
-HOLD_START: Final = 4
-HOLD_READER: Final = 5
-HOLD_RING: Final = 6
-"""Where the caller's `struct ring` is, for the calls that take nothing but a hold."""
-HOLD_ARGUMENT: Final = 7
-"""The one argument of such a call."""
-HOLD_NBYTES: Final = 8
-HOLD_CHECKSUM: Final = 9
-HOLD_HAS_CHECKSUM: Final = 10
-HOLD_STATE: Final = 11
-"""The slot's state word as the transition found it."""
-HOLD_OUTCOME: Final = 12
-HOLD_ATTEMPTS: Final = 13
-"""Attempts in flight that the transition found."""
-HOLD_ENVELOPE_BYTES: Final = 14
-"""Of a write: what its envelope takes, also when that is more than there is room for."""
-HOLD_COMMIT_TIME: Final = 15
-HOLD_WORDS: Final = 16
+# Words of a hold: what a caller and a transition say to each other of one write or read attempt. RING is where the
+# caller's `struct ring` is, for the calls that take nothing but a hold, and ARGUMENT the one argument of such a call.
+# STATE is the slot's state word as the transition found it, ATTEMPTS how many were in flight; ENVELOPE_BYTES what a
+# write's envelope takes, also when that is more than there is room for.
+HOLD_SLOT, HOLD_GENERATION, HOLD_LEASE, HOLD_PID, HOLD_START, HOLD_READER, HOLD_RING, HOLD_ARGUMENT = range(8)
+HOLD_NBYTES, HOLD_CHECKSUM, HOLD_HAS_CHECKSUM, HOLD_STATE, HOLD_OUTCOME, HOLD_ATTEMPTS = range(8, 14)
+HOLD_ENVELOPE_BYTES, HOLD_COMMIT_TIME, HOLD_WORDS = range(14, 17)
 
-# Words of a take. What is asked for, which shrinks as it is given:
-TAKE_ROOM: Final = 0
-"""Payloads at most."""
-TAKE_BYTES: Final = 1
-TAKE_NEWEST: Final = 2
-"""1 for the newest first."""
-# Its reader's place, from take to take: nothing is left for it up to there, unless further attempts end unread.
-TAKE_SLOT: Final = 3
-"""1 + the slot."""
-TAKE_SEQUENCE: Final = 4
-TAKE_RETURNS: Final = 5
-"""How many attempts had ended unread."""
-# What came of it.
-TAKE_NUMBER: Final = 6
-TAKE_LARGE: Final = 7
-"""1 + the size of the payload that was left for want of bytes, or 0."""
-TAKE_SEEN: Final = 8
-"""`READIED_WORD` when the walk began."""
-# The walk, where one call does not come to its end.
-TAKE_NEXT: Final = 9
-"""1 + the slot to go on with, 0 when it is over."""
-TAKE_NEXT_SEQUENCE: Final = 10
-TAKE_FOLLOWS: Final = 11
-"""1 while the place follows the walk."""
-TAKE_FIRST: Final = 12
-TAKE_FIRST_SEQUENCE: Final = 13
-TAKE_STEPS: Final = 14
-"""Slots that the last call looked at."""
-TAKE_WORDS: Final = 15
+# Words of a take. Asked for: payloads and bytes at most, which shrink as they are given, and 1 for the newest first.
+TAKE_ROOM, TAKE_BYTES, TAKE_NEWEST = range(3)
+# Its reader's place, from take to take: nothing is left for it up to 1 + the slot SLOT, with the payload of the write
+# SEQUENCE, unless more attempts than RETURNS have ended unread.
+TAKE_SLOT, TAKE_SEQUENCE, TAKE_RETURNS = range(3, 6)
+# What came of it: payloads taken, 1 + the size of one that was left for want of bytes (or 0), and `READIED_WORD` as the
+# walk began. Where one call does not come to its end, NEXT is 1 + the slot to go on with, else 0; FOLLOWS is 1 while
+# the place follows the walk, FIRST where it began; STEPS counts the slots that the last call looked at.
+TAKE_NUMBER, TAKE_LARGE, TAKE_SEEN, TAKE_NEXT, TAKE_NEXT_SEQUENCE, TAKE_FOLLOWS = range(6, 12)
+TAKE_FIRST, TAKE_FIRST_SEQUENCE, TAKE_STEPS, TAKE_WORDS = range(12, 16)
+
+RAW_FIELD: Final = "data"
+"""The one array of a raw ring's payload: its bytes as uint8."""
 
 POLICIES: Final = ("overwrite", "block", "raise")
+
+
+_TWO_WORDS: Final = struct.Struct("<2Q")
 
 
 class Counter(IntEnum):
@@ -245,7 +201,17 @@ class Outcome(IntEnum):
     """The hold had ended, or never was."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def message_bytes(nbytes: int) -> int:
+    """Size of a payload's message, which begins in its headroom and ends in its tailroom."""
+    return HEADROOM_BYTES + round_up(nbytes, 8) + TRAILER_BYTES
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple from `value` on."""
+    return (value + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """Where everything lies, from the five numbers that decide it.
 
@@ -316,15 +282,88 @@ class Geometry:
         return self.header_bytes + slot * self.stride_bytes + self.envelope_bytes + HEADROOM_BYTES
 
 
-RAW_FIELD = "data"
-"""The one array of a raw ring's payload: its bytes as uint8."""
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a segment says of itself. Nothing of it changes after creation.
 
+    `ring_id` is 16 random bytes, new for every created segment, `fingerprint` the schema's, 0 for a raw ring, and
+    `creator_start` the creator's start time in clock ticks since boot. Pids count in one `boot_id` (16 bytes) and one
+    `pid_namespace` (its inode).
+    """
 
-def message_bytes(nbytes: int) -> int:
-    """Size of a payload's message, which begins in its headroom and ends in its tailroom."""
-    return HEADROOM_BYTES + round_up(nbytes, 8) + TRAILER_BYTES
+    geometry: Geometry
+    ring_id: bytes
+    fingerprint: int
+    on_full: str
+    checksum: bool
+    block_timeout_ns: int
+    lock_timeout_ns: int
+    creator_pid: int
+    creator_start: int
+    boot_id: bytes
+    pid_namespace: int
 
+    def to_words(self) -> list[int]:
+        """The identity's words in order, still marked incomplete."""
+        geometry = self.geometry
+        return [
+            *(MAGIC, LAYOUT_VERSION, geometry.total_bytes, 0),
+            *_TWO_WORDS.unpack(self.ring_id),
+            *(geometry.slots, geometry.slot_bytes, geometry.readers, geometry.schema_bytes, self.fingerprint),
+            *(POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns),
+            geometry.envelope_bytes,
+            *(self.creator_pid, self.creator_start, *_TWO_WORDS.unpack(self.boot_id), self.pid_namespace),
+        ]
 
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple from `value` on."""
-    return (value + multiple - 1) // multiple * multiple
+    @classmethod
+    def from_words(cls, words: Sequence[int], segment_bytes: int) -> Identity:
+        """Read an identity that anyone may have written.
+
+        Args:
+            words: the first `IDENTITY_WORDS` words of the segment.
+            segment_bytes: how large the segment really is.
+
+        Raises:
+            ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
+        """
+        magic, version, total_bytes, _, *ring_id = words[:SLOTS_WORD]
+        slots, slot_bytes, readers, schema_bytes, fingerprint, policy, checksum, block_ns, lock_ns, envelope_bytes = (
+            words[SLOTS_WORD:CREATOR_PID_WORD]
+        )
+        pid, start, boot_low, boot_high, namespace = words[CREATOR_PID_WORD:IDENTITY_WORDS]
+        if magic != MAGIC:
+            found = magic.to_bytes(WORD_BYTES, "little")
+            raise ProtocolError(f"not a ring: it begins with {found!r}", field="magic", found=found.hex())
+        if version != LAYOUT_VERSION:
+            expected = LAYOUT_VERSION
+            raise ProtocolError(
+                f"a ring of layout version {version}; this program reads version {expected}: run the same release of "
+                "ucxx_transport on both sides",
+                field="layout_version",
+                found=version,
+                expected=expected,
+            )
+        try:
+            geometry = Geometry(slots, slot_bytes, readers, schema_bytes, envelope_bytes)
+        except ConfigError as exc:
+            raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
+        if not geometry.total_bytes == total_bytes == segment_bytes:
+            raise ProtocolError(
+                "a ring whose sizes contradict each other",
+                field="total_bytes",
+                segment_bytes=segment_bytes,
+                declared_bytes=total_bytes,
+                computed_bytes=geometry.total_bytes,
+            )
+        if policy >= len(POLICIES):
+            raise ProtocolError("a ring of an unknown policy", field="on_full", found=policy)
+        return cls(
+            geometry,
+            _TWO_WORDS.pack(*ring_id),
+            fingerprint,
+            POLICIES[policy],
+            bool(checksum),
+            *(block_ns, lock_ns, pid, start),
+            _TWO_WORDS.pack(boot_low, boot_high),
+            namespace,
+        )

@@ -6,19 +6,20 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, WORD_BYTES
+from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, WORD_BYTES, Identity
 from ucxx_transport.ring.owner import boot_id, owner_alive, pid_namespace, segment_folder
 
 NAME_PREFIX: Final = "ucxx_transport-"
 
 _LOCK_WAIT_S: Final = 0.1
-"""The kernel lets go of a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
+"""The kernel releases a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +45,12 @@ class SegmentInfo:
 
 def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
     """All segments in a folder (None: `segment_folder()`) that this user may open, by name."""
-    found = [inspect_segment(path) for path in _segment_paths(folder)]
-    return [info for info in found if info is not None]
-
-
-def inspect_segment(path: Path) -> SegmentInfo | None:
-    """What a file is; None when it is gone or not this user's to open."""
-    fd = _open_plain(path)
-    if fd is None:
-        return None
-    try:
-        return _inspect(fd, path)
-    finally:
-        os.close(fd)
+    found = []
+    for path in _segment_paths(folder):
+        with _opened(path) as fd:
+            if fd is not None:
+                found.append(_inspect(fd, path))
+    return found
 
 
 def sweep_orphans(folder: Path | None = None) -> list[str]:
@@ -69,29 +63,20 @@ def sweep_orphans(folder: Path | None = None) -> list[str]:
 
 def remove_orphan(path: Path) -> bool:
     """Remove a segment if its creator is dead; whether the name is free now. False: the creator lives, or may."""
-    fd = _open_plain(path)
-    if fd is None:
-        return not os.path.lexists(path)
-    try:
+    with _opened(path) as fd:
+        if fd is None:
+            return not os.path.lexists(path)
         info = _inspect(fd, path)
-        if info.creator_alive:
-            return False
         # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
-        locked = _lock(fd, _LOCK_WAIT_S)
-        if not locked and info.identity is None:
+        if info.creator_alive or not (_lock(fd, _LOCK_WAIT_S) or info.identity is not None):
             return False
         try:
-            current = os.stat(path, follow_symlinks=False)
-            if current.st_ino != os.fstat(fd).st_ino:
+            if os.stat(path, follow_symlinks=False).st_ino != os.fstat(fd).st_ino:
                 return False
             os.unlink(path)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        except OSError as exc:
+            return isinstance(exc, FileNotFoundError)
         return True
-    finally:
-        os.close(fd)
 
 
 def _segment_paths(folder: Path | None) -> list[Path]:
@@ -99,8 +84,7 @@ def _segment_paths(folder: Path | None) -> list[Path]:
 
 
 def _inspect(fd: int, path: Path) -> SegmentInfo:
-    nbytes = os.fstat(fd).st_size
-    identity, problem = _read_identity(fd, nbytes)
+    identity, problem = _read_identity(fd)
     alive = True
     if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
         alive = owner_alive(identity.creator_pid, identity.creator_start)
@@ -111,31 +95,36 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
     return SegmentInfo(
         name=path.name.removeprefix(NAME_PREFIX),
         path=path,
-        nbytes=nbytes,
+        nbytes=os.fstat(fd).st_size,
         identity=identity,
         problem=problem,
         creator_alive=alive,
     )
 
 
-def _read_identity(fd: int, nbytes: int) -> tuple[Identity | None, str]:
+def _read_identity(fd: int) -> tuple[Identity | None, str]:
     head = os.pread(fd, IDENTITY_WORDS * WORD_BYTES, 0)
-    if len(head) < IDENTITY_WORDS * WORD_BYTES:
-        return None, "half-made"
-    words = struct.unpack(f"<{IDENTITY_WORDS}Q", head)
-    if not words[COMPLETE_WORD]:
+    words = [word for (word,) in struct.iter_unpack("<Q", head[: len(head) & -WORD_BYTES])]
+    if len(words) < IDENTITY_WORDS or not words[COMPLETE_WORD]:
         return None, "half-made"
     try:
-        return Identity.from_words(words, nbytes), ""
+        return Identity.from_words(words, os.fstat(fd).st_size), ""
     except ProtocolError as exc:
         return None, exc.message
 
 
-def _open_plain(path: Path) -> int | None:
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A descriptor of a file; None when it is gone, a link, or not this user's to open."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return None
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, wait_s: float) -> bool:

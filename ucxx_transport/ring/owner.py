@@ -55,9 +55,11 @@ def process_start(pid: int) -> int:
     return _read_stat(pid)[1]
 
 
+@cache
 def boot_id() -> bytes:
     """16 bytes that are new at each boot of the machine."""
-    return _boot_id()
+    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return bytes.fromhex(text.strip().replace("-", ""))
 
 
 def pid_namespace() -> int:
@@ -102,12 +104,6 @@ def host_id(folder: Path | None = None) -> str:
 @cache
 def _host_id(boot: bytes, *numbers: int) -> str:
     return xxhash.xxh3_128_hexdigest(boot + b"".join(number.to_bytes(8, "little") for number in numbers))
-
-
-@cache
-def _boot_id() -> bytes:
-    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return bytes.fromhex(text.strip().replace("-", ""))
 
 
 def _read_stat(pid: int) -> tuple[str, int, int]:

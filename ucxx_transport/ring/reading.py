@@ -1,217 +1,217 @@
-"""SlotReader and ReadLease: read attempts are entered, and each is ended exactly once."""
+"""ReadableRing: read attempts are entered, by name or in the order of the writes, and each ends once.
+
+What a take gives a reader where one read frees a payload: the READY ones, in that order, each given to one taker. Where
+several readers share a ring (`readers` > 1): those too that others are reading, but none that it has had or holds.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Self
+import struct
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.errors import ChecksumError, ConfigError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.core import RingCore
-from ucxx_transport.ring.holds import DetachedRead, Hold, settle, unsettled
-from ucxx_transport.ring.layout import Counter, message_bytes
-from ucxx_transport.ring.states import MAX_GENERATION
-from ucxx_transport.schema.envelope import unpack_envelope
+from ucxx_transport.ring.handle import RingHandle
+from ucxx_transport.ring.holds import RELEASED, settle, unsettled
+from ucxx_transport.ring.layout import Counter
+from ucxx_transport.ring.leases import ReadLease
+from ucxx_transport.ring.states import SlotState
+from ucxx_transport.ring.transitions import TakeWords
+from ucxx_transport.schema.envelope import meta_of
+from ucxx_transport.schema.slot_ref import renumbered, with_meta
 
 if TYPE_CHECKING:
+    from ucxx_transport.ring.layout import Identity
+    from ucxx_transport.ring.segment import Segment
     from ucxx_transport.schema import Schema, SlotRef
 
 _MAX_READER: Final = (1 << 63) - 1
-# An attribute of an enum costs 0.3 µs in Python 3.11.
-_CONSUMED: Final = Counter.CONSUMED
-_RELEASED: Final = Counter.RELEASED
+_READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
+_READING: Final = layout.STATE_COUNT_WORD + SlotState.READING
+_U32: Final = (1 << 32) - 1
+_NO_LIMIT: Final = (1 << 64) - 1
+
+_LOOK_EVERY_S: Final = 0.1
+"""While waiting: how often signals are looked for, and takers that died with payloads."""
+
+_REMEMBERED_READERS: Final = 1024
+
+_NOWHERE: Final[tuple[int, int, int, int | None]] = (0, 0, 0, None)
+"""Where a reader's last take ended: `TAKE_SLOT`, `_SEQUENCE`, `_RETURNS`, and, where nothing was left, `TAKE_SEEN`."""
 
 
-class ReadLease(Hold):
-    """One read attempt on a payload, from `acquire()`. As a context manager: leaving it unfinalised releases it."""
+class ReadableRing(RingHandle):
+    """The reading half of `SharedRingBuffer`."""
 
-    __slots__ = ("_core", "_schema")
+    def __init__(self, segment: Segment, identity: Identity, schema: Schema | None, **seams: Any) -> None:
+        super().__init__(segment, identity, schema, **seams)
+        self._places: dict[int, tuple[int, int, int, int | None]] = {}
 
-    _core: RingCore
-    _schema: Schema | None
+    def acquire(self, ref: SlotRef, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
+        """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
 
-    @property
-    def attempt(self) -> int:
-        """The attempt's id, unique in this process."""
-        return self.lease_id
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the payload."""
-        self._require_held()
-        return self.words[layout.HOLD_NBYTES]
-
-    @property
-    def checksum(self) -> int | None:
-        """xxh3_64 of the payload, None when the ring takes none."""
-        return self.words[layout.HOLD_CHECKSUM] if self.words[layout.HOLD_HAS_CHECKSUM] else None
-
-    @property
-    def buffer(self) -> memoryview:
-        """The payload, read-only."""
-        self._require_held()
-        return np.asarray(self).data
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """Read-only arrays over the payload, nested as the schema says; a raw ring's is `{"data": uint8}`.
-
-        They are the slot's own memory: copy what must outlive `mark_consumed` or `release_reading`.
-        """
-        self._require_held()
-        memory = np.asarray(self)
-        return {layout.RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
-
-    @property
-    def commit_time_ns(self) -> int:
-        """When the payload was committed: nanoseconds since 1970 by its writer's clock."""
-        return self.words[layout.HOLD_COMMIT_TIME]
-
-    @property
-    def message(self) -> memoryview:
-        """The payload as a server sends it, read-only: [header of 64 bytes | payload | zeros to 8 | trailer of 16].
-
-        It does not keep the attempt.
-        """
-        if not self.is_live:
-            self._require_held()
-        core, words = self._core, self.words
-        start = core.first_payload_byte + words[layout.HOLD_SLOT] * core.stride_bytes - layout.HEADROOM_BYTES
-        return core.readable[start : start + message_bytes(words[layout.HOLD_NBYTES])]
-
-    @property
-    def envelope(self) -> bytes:
-        """What the writer said of the payload, as msgpack; b"" when it said nothing, or too much."""
-        self._require_held()
-        core, words = self._core, self.words
-        room = core.identity.geometry.envelope_bytes
-        start = core.first_payload_byte + words[layout.HOLD_SLOT] * core.stride_bytes - layout.HEADROOM_BYTES - room
-        return bytes(core.readable[start : start + words[layout.HOLD_ENVELOPE_BYTES]])
-
-    @property
-    def record(self) -> dict[str, object] | None:
-        """The envelope's content: the payload's `meta`, or, of a rollout worker's, its record; None without one.
-
-        `EpisodeRecord.from_envelope(lease.record, ring.reference(lease))` makes a record of it.
+        Args:
+            ref: the payload's name.
+            reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: unnamed; each
+                of its reads counts.
+            deadline_s: how long to wait for the ring's lock; None: as configured.
 
         Raises:
-            ProtocolError: the envelope is no mapping of plain values.
+            StaleSlotError: the payload is not in the ring any more, or never was.
+            SlotError: the ring has no such slot.
+            BusyError: the slot carries as many read attempts as it can.
         """
-        return unpack_envelope(self.envelope)
-
-    def is_of(self, ring_id: bytes) -> bool:
-        """Whether it is an attempt on that ring."""
-        return self._core.identity.ring_id == ring_id
-
-    def mark_consumed(self) -> bool:
-        """End the attempt: its reader has had the payload.
-
-        Returns:
-            Whether this call ended it. False changes nothing and is counted: it had ended, or was reclaimed.
-        """
-        return self._core.end_read(self, _CONSUMED)
-
-    def release_reading(self) -> bool:
-        """End the attempt without having had the payload: it is READY again unless another attempt has it.
-
-        Returns:
-            Whether this call ended it. False changes nothing and is counted.
-        """
-        return self._core.end_read(self, _RELEASED)
-
-    def detach(self) -> npt.NDArray[np.uint8]:
-        """Hand the attempt over to an array.
-
-        Returns:
-            The payload, read-only, shape (nbytes,), uint8. When it and every view derived from it are gone, in any
-            thread and at any time, the attempt is consumed. The lease itself ends with this call.
-
-        Raises:
-            SlotError: the lease has ended.
-        """
-        return np.asarray(DetachedRead(self))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Release the attempt if it was neither finalised nor detached."""
-        if self.is_live:
-            self.release_reading()
-
-    def _require_held(self) -> None:
-        if not self.is_live:
-            raise SlotError(
-                "this read lease has ended, or was inherited by a forked process",
-                slot=self.slot,
-                generation=self.generation,
-            )
-
-
-class SlotReader:
-    """The reading half of a ring handle."""
-
-    __slots__ = ("_core", "_ring_id", "_schema", "_slots")
-
-    def __init__(self, core: RingCore, schema: Schema | None) -> None:
-        """Bind to a ring."""
-        self._core = core
-        self._ring_id = core.identity.ring_id
-        self._schema = schema
-        self._slots = core.identity.geometry.slots
-
-    def acquire(self, slot: int, generation: int, reader: int, wait_s: float | None = None) -> ReadLease:
-        """See `SharedRingBuffer.acquire_slot`."""
-        if not 0 <= slot < self._slots:
-            self._core.transitions.count(Counter.OUT_OF_RANGE)
-            raise SlotError("the ring has no such slot", slot=slot, slots=self._slots)
-        if not 0 <= generation <= MAX_GENERATION:
-            raise self._stale("the slot has no such generation", slot, generation)
-        lease = self.new_lease(slot, generation, reader)
-        try:
-            self._core.transitions.acquire(lease.words, wait_s)
-        except TransportError:
-            lease.forget()
-            raise
-        return lease
-
-    def acquire_ref(self, ref: SlotRef, reader: int, wait_s: float | None = None) -> ReadLease:
-        """See `SharedRingBuffer.acquire`."""
-        if ref.ring_id != self._ring_id:
-            raise self._stale(
-                "the reference names another ring, or an earlier one of that name",
-                ref.slot,
-                ref.generation,
+        if ref.ring_id != self.ring_id:
+            self._require_open()
+            self._transitions.count(Counter.STALE)
+            raise StaleSlotError(
+                "stale slot: the reference names another ring, or an earlier one of that name",
+                slot=ref.slot,
+                generation=ref.generation,
                 ring_id=ref.ring_id.hex(),
-                found_ring_id=self._ring_id.hex(),
+                found_ring_id=self.ring_id.hex(),
             )
-        lease = self.new_lease(ref.slot, ref.generation, reader)
+        return self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
+
+    def acquire_slot(
+        self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None
+    ) -> ReadLease:
+        """`acquire` for the server: the ring's id has been checked, the numbers have not."""
         try:
-            self._core.transitions.acquire(lease.words, wait_s)
+            lease = self._new_lease(slot, generation, reader)
+        except struct.error:  # not of 64 bits
+            self._transitions.count(Counter.OUT_OF_RANGE)
+            raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
+        try:
+            self._transitions.acquire(lease.words, deadline_s)
         except TransportError:
             lease.forget()
             raise
         return lease
 
-    def new_lease(self, slot: int, generation: int, reader: int) -> ReadLease:
-        """A lease of an attempt yet to begin, on any u64 as slot and generation: `ring.c` refuses what is not there."""
-        if not 0 <= reader <= _MAX_READER:
-            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
-        if unsettled:
-            settle()
-        core = self._core
-        lease = ReadLease(core.transitions, core.owner(), slot, generation, reader, _RELEASED)
-        lease._core = core  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
-        lease._schema = self._schema  # noqa: SLF001
-        return lease
+    def take(
+        self,
+        max_payloads: int,
+        *,
+        max_bytes: int | None = None,
+        newest: bool = False,
+        reader: int = 0,
+        deadline_s: float | None = None,
+    ) -> list[ReadLease]:
+        """Begin to read what is there, without references. No two takers get the same payload for the same read.
 
-    def read(self, ref: SlotRef, reader: int) -> dict[str, Any]:
-        """See `SharedRingBuffer.read`."""
-        with self.acquire_ref(ref, reader) as lease:
-            copy = np.frombuffer(lease.buffer, np.uint8).copy()
+        Args:
+            max_payloads: how many at most.
+            max_bytes: of them all; the first that exceeds what is left of it ends the list. None: without a limit.
+            newest: the newest first; else the oldest.
+            reader: as for `acquire`; it is given none that it has had or holds.
+            deadline_s: how long to wait for the ring's lock; None: as configured.
+
+        Returns:
+            A lease for each payload, in order; [] when there is none for this reader (see `wait_for_ready`). Each has
+            the payload's `record`; `reference` gives its name.
+
+        Raises:
+            ConfigError: the very first payload is larger than `max_bytes`; `facts["nbytes"]` says how large. Or one of
+                the numbers is out of its range.
+        """
+        if max_payloads < 1:
+            raise ConfigError("take at least one payload", field="max_payloads", value=max_payloads)
+        if max_bytes is not None and max_bytes < 0:
+            raise ConfigError("max_bytes is 0 or more, or None", field="max_bytes", value=max_bytes)
+        words = self._words
+        there = words[_READY] + (words[_READING] if self.readers > 1 else 0)
+        room = max(1, min(max_payloads, there))
+        limit = _NO_LIMIT if max_bytes is None else min(max_bytes, _NO_LIMIT)
+        asked = TakeWords(room, limit, newest, *self._places.get(reader, _NOWHERE)[:3])
+        # registered before their attempts begin, as every hold is
+        leases = [self._new_lease(0, 0, reader) for _ in range(room)]
+        walked, holds, began_s = 0, [lease.words for lease in leases], self._clock()
+        try:
+            self._transitions.take(holds, asked, deadline_s)
+            while asked[layout.TAKE_NEXT] and walked <= 2 * self.slots:
+                # a place that is gone by then costs the walk its beginning again: not without end
+                walked += asked[layout.TAKE_STEPS]
+                left_s = None if deadline_s is None else max(0.0, began_s + deadline_s - self._clock())
+                self._transitions.take(holds, asked, left_s)
+        except TransportError:
+            if not asked[layout.TAKE_NUMBER]:
+                raise
+        finally:
+            number = asked[layout.TAKE_NUMBER]
+            for lease in leases[number:]:
+                lease.forget()
+        large = asked[layout.TAKE_LARGE]
+        seen = asked[layout.TAKE_SEEN] if number < room and not (large or asked[layout.TAKE_NEXT]) else None
+        self._places[reader] = (asked[layout.TAKE_SLOT], asked[layout.TAKE_SEQUENCE], asked[layout.TAKE_RETURNS], seen)
+        if len(self._places) > _REMEMBERED_READERS:
+            self._places.pop(next(iter(self._places)), None)
+        if large and not number:
+            raise ConfigError(
+                f"the next payload has {large - 1} bytes, which is more than max_bytes = {max_bytes}",
+                field="max_bytes",
+                nbytes=large - 1,
+                max_bytes=max_bytes,
+            )
+        return leases[:number]
+
+    def wait_for_ready(self, wait_s: float, *, reader: int = 0) -> bool:
+        """Wait until something has become READY since `take` left nothing for this reader, through this handle.
+
+        Args:
+            wait_s: how long at most. Any other thread runs meanwhile, and Ctrl-C ends it.
+            reader: as for `take`.
+
+        Returns:
+            Whether something has: `take` again, another taker may be faster. Before the first `take`: whether anything
+            is READY.
+        """
+        self._require_open()
+        if not wait_s >= 0:
+            raise ConfigError("wait_s is seconds, 0 or more", field="wait_s", value=wait_s)
+        words = self._words
+        started = self._clock()
+        seen = self._places.get(reader, _NOWHERE)[3]
+        if seen is None:
+            # looked at first: one that comes in between is waited for no longer
+            seen = words[layout.READIED_WORD] & _U32
+            if words[_READY]:
+                return True
+        while words[layout.READIED_WORD] & _U32 == seen:
+            left_s = started + wait_s - self._clock()
+            if left_s <= 0:
+                return False
+            self._transitions.wait_for_ready(seen, min(left_s, _LOOK_EVERY_S))
+            if left_s > _LOOK_EVERY_S and words[_READING] and words[layout.READIED_WORD] & _U32 == seen:
+                self.reclaim_dead()
+        return True
+
+    def reference(self, lease: ReadLease) -> SlotRef:
+        """The reference of a payload that was taken, with the `meta` that its writer gave it, if its envelope has it.
+
+        Raises:
+            SlotError: the lease has ended, or is of another ring.
+            ProtocolError: the payload's envelope is malformed.
+        """
+        self._require_open()
+        if lease.transitions.ring_id != self.ring_id:
+            raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
+        ref = renumbered(self._template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
+        meta = meta_of(lease.record)
+        return with_meta(ref, meta)[0] if meta else ref
+
+    def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
+        """A copy of a payload's arrays, nested as the schema says (`{"data": uint8}` of a raw ring); consumes it.
+
+        Raises:
+            ChecksumError: the ring takes checksums and this one does not match; the payload is released, not consumed.
+            StaleSlotError: as for `acquire`, like the others there.
+        """
+        with self.acquire(ref, reader=reader) as lease:
+            copy = np.array(lease)
             if lease.checksum is not None and xxhash.xxh3_64_intdigest(copy.data) != lease.checksum:
                 raise ChecksumError(
                     "the payload in the ring is not the one that was written",
@@ -219,10 +219,18 @@ class SlotReader:
                     generation=ref.generation,
                     expected=lease.checksum,
                 )
-            arrays = {layout.RAW_FIELD: copy} if self._schema is None else self._schema.views(copy.data, writable=True)
+            arrays = {layout.RAW_FIELD: copy} if self.schema is None else self.schema.views(copy.data, writable=True)
             lease.mark_consumed()
         return arrays
 
-    def _stale(self, why: str, slot: int, generation: int, **facts: object) -> StaleSlotError:
-        self._core.transitions.count(Counter.STALE)
-        return StaleSlotError(f"stale slot: {why}", slot=slot, generation=generation, **facts)
+    def _new_lease(self, slot: int, generation: int, reader: int) -> ReadLease:
+        """A lease of an attempt yet to begin, on any u64 as slot and generation: `ring.c` refuses what is not there."""
+        if self.closed:
+            self._require_open()
+        if not 0 <= reader <= _MAX_READER:
+            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
+        if unsettled:
+            settle()
+        lease = ReadLease(self._transitions, self._owner(), slot, generation, reader, RELEASED)
+        lease._schema = self.schema  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
+        return lease

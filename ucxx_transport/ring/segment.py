@@ -16,17 +16,17 @@ import multiprocessing.util
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring.layout import PAGE_BYTES
-from ucxx_transport.ring.memory_limit import MemoryLimit, is_charged, memory_limit
 from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
-from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.owner import file_system, segment_folder
 
 _CHUNK_BYTES: Final = 256 << 20
 """Allocated and touched at a time, so that signals are seen in between (the kernel restarts an interrupted call)."""
@@ -36,9 +36,74 @@ _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 """<linux/mman.h>, since Linux 5.14; `mmap` has no names for them."""
 
+_UNLIMITED_BYTES: Final = 1 << 60
+"""v1 says "no limit" by a number near 2**63."""
+
+
+# How each version names its files: of the limit, of what is used, and what of that file's statistics is a cache.
+_Files = tuple[str, str, tuple[str, str]]
+_V2: Final[_Files] = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1: Final[_Files] = (
+    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("total_inactive_file", "total_active_file"),
+)
+
+
+class _Creation:
+    """What a file's creator has of it: its lock, and its removal, once, never in a forked child.
+
+    It is removed on request, when its segment is garbage, or at exit.
+    """
+
+    def __init__(self, path: Path, held: list[int]) -> None:
+        self._path = path
+        self._held = held
+        self._process_id = os.getpid()
+        self._at_exit: multiprocessing.util.Finalize | None = None
+        _creations.add(self)
+        # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
+        self._at_exit = multiprocessing.util.Finalize(None, self, exitpriority=0)
+
+    def descriptor(self) -> int | None:
+        """Of the file, whose lock it holds; None once it is removed, and in a forked child."""
+        return self._held[0] if self._held and self._process_id == os.getpid() else None
+
+    def __call__(self) -> bool:
+        fd = self.descriptor()
+        if fd is None:
+            return False
+        removed = False
+        with contextlib.suppress(FileNotFoundError):
+            # held by flock until here, so no other file can have taken its place
+            if os.stat(self._path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
+                os.unlink(self._path)
+                removed = True
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+        self.release()  # not before: what an interrupt cuts off is done by the next call
+        return removed
+
+    def release(self) -> None:
+        """Release the lock; in a forked child too, where it would otherwise outlive the creator."""
+        while self._held:
+            os.close(self._held.pop())
+
+
+_creations: weakref.WeakSet[_Creation] = weakref.WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for creation in list(_creations):
+        creation.release()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
+
 
 class Segment:
     """A mapped file. The memory stays mapped as long as this object or any view of it is referenced.
+
+    Use `create_segment` or `open_segment`.
 
     Attributes:
         name: the file's name without the prefix that all segments share.
@@ -47,28 +112,43 @@ class Segment:
         memory: its bytes, shape (nbytes,), uint8, writable.
         words: its bytes as unsigned 64-bit words, for single aligned loads and stores.
         address: where it is mapped.
-        is_creator: whether this object made the file, in this process.
     """
 
-    __slots__ = ("__weakref__", "_map", "_remove", "address", "memory", "name", "nbytes", "path", "words")
-
-    def __init__(self, path: Path, mapping: mmap.mmap, remove: _Removal | None) -> None:
-        """Wrap a mapping; use `create_segment` or `open_segment`."""
+    def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation | None) -> None:
         self._map = mapping
-        self._remove = remove
+        self._creation = creation
         self.name = path.name.removeprefix(NAME_PREFIX)
         self.path = path
         self.nbytes = len(mapping)
         self.memory: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.words = memoryview(mapping).cast("Q")
         self.address: int = self.memory.__array_interface__["data"][0]
-        if remove is not None:
-            remove.watch(self)
+        if creation is not None:
+            weakref.finalize(self, creation)
 
     @property
     def is_creator(self) -> bool:
         """Whether this object made the file, in this process, and has not removed it."""
-        return self._remove is not None and self._remove.pending
+        return self._held() is not None
+
+    @property
+    def lost_its_name(self) -> bool:
+        """Whether another program removed the file's name, which this object made, in this process."""
+        fd = self._held()
+        return fd is not None and os.fstat(fd).st_nlink == 0
+
+    def duplicate(self) -> int | None:
+        """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
+
+        None where this object did not make the file, in this process.
+        """
+        fd = self._held()
+        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
+        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def unlink(self) -> bool:
+        """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
+        return self._creation is not None and self._creation()
 
     def populate(self, *, write: bool) -> None:
         """Touch all pages now, to write (creator) or as they are (attacher): the first use then runs at memory speed.
@@ -92,87 +172,8 @@ class Segment:
                 else:
                     pages.max()
 
-    @property
-    def lost_its_name(self) -> bool:
-        """Whether somebody else removed the file's name, which this object made, in this process."""
-        return self._remove is not None and self._remove.pending and self._remove.nothing_left
-
-    def duplicate(self) -> int | None:
-        """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
-
-        None where this object did not make the file, in this process.
-        """
-        return None if self._remove is None or not self._remove.pending else self._remove.duplicate()
-
-    def unlink(self) -> bool:
-        """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
-        return self._remove is not None and self._remove()
-
-
-class _Removal:
-    """Removes a file once: on request, when its segment is garbage, or at exit; never in a forked child."""
-
-    def __init__(self, path: Path, held: list[int]) -> None:
-        self._path = path
-        self._held = held
-        self._inode = os.fstat(held[0]).st_ino
-        self._process_id = os.getpid()
-        self._done = False
-        self._at_exit: multiprocessing.util.Finalize | None = None
-        _removals.add(self)
-        # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
-        self._at_exit = multiprocessing.util.Finalize(None, self, exitpriority=0)
-
-    @property
-    def pending(self) -> bool:
-        return not self._done and self._process_id == os.getpid()
-
-    @property
-    def nothing_left(self) -> bool:
-        return os.fstat(self._held[0]).st_nlink == 0
-
-    def duplicate(self) -> int:
-        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
-        return os.open(f"/proc/self/fd/{self._held[0]}", os.O_RDWR | os.O_CLOEXEC)
-
-    def watch(self, segment: Segment) -> None:
-        weakref.finalize(segment, self)
-
-    def __call__(self) -> bool:
-        if not self.pending:
-            return False
-        removed = False
-        with contextlib.suppress(FileNotFoundError):
-            # held by flock until here, so no other file can have taken its place
-            if os.stat(self._path, follow_symlinks=False).st_ino == self._inode:
-                os.unlink(self._path)
-                removed = True
-        self._done = True  # not before: what an interrupt cuts off is done by the next call
-        if self._at_exit is not None:
-            self._at_exit.cancel()
-        self._close()
-        return removed
-
-    def leave_to_parent(self) -> None:
-        """In a forked child: release the lock, which would otherwise outlive the creator."""
-        if not self._done:
-            self._done = True
-            self._close()
-
-    def _close(self) -> None:
-        while self._held:
-            os.close(self._held.pop())
-
-
-_removals: weakref.WeakSet[_Removal] = weakref.WeakSet()
-
-
-def _leave_all_to_parent() -> None:
-    for removal in list(_removals):
-        removal.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_leave_all_to_parent)
+    def _held(self) -> int | None:
+        return None if self._creation is None else self._creation.descriptor()
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
@@ -192,15 +193,15 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
     """
     path = segment_path(name, folder)
     held: list[int] = []
-    removal: _Removal | None = None
+    creation: _Creation | None = None
     try:
         _open_fresh(path, held)
-        removal = _Removal(path, held)
+        creation = _Creation(path, held)
         _allocate(held[0], nbytes, path)
-        return Segment(path, _map_file(path), removal)
+        return Segment(path, _map_file(path), creation)
     except BaseException:
-        if removal is not None:
-            removal()
+        if creation is not None:
+            creation()
         while held:
             os.close(held.pop())
         remove_orphan(path)  # an interrupt may have come between the file and what removes it
@@ -281,7 +282,9 @@ def _allocate(fd: int, nbytes: int, path: Path) -> None:
     free = folder.f_bavail * folder.f_frsize
     if folder.f_blocks and nbytes > free:
         raise _too_large(nbytes, free, path)
-    if is_charged(fd) and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
+    # the pages of a file in memory stay charged to the cgroup: one that does not fit is no error, but SIGKILL
+    in_memory = file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
+    if in_memory and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
         raise _over_limit(nbytes, limit)
     for start in range(0, nbytes, _CHUNK_BYTES):
         try:
@@ -294,9 +297,9 @@ def _allocate(fd: int, nbytes: int, path: Path) -> None:
 
 def _too_large(nbytes: int, free: int, path: Path) -> ConfigError:
     return ConfigError(
-        f"a ring of {nbytes} bytes ({nbytes / 2**20:.1f} MiB) does not fit {path.parent}, which has {free} bytes "
-        f"({free / 2**20:.1f} MiB) free: lower ring.slots or the size of a slot, remove what dead workers left with "
-        f"`ucxx-transport clean`, or enlarge it (docker: --shm-size; else: mount -o remount,size=… {path.parent})",
+        f"a ring of {_both(nbytes)} does not fit {path.parent}, which has {_both(free)} free: lower ring.slots or the "
+        "size of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it (docker: --shm-size; "
+        f"else: mount -o remount,size=… {path.parent})",
         field="slots",
         needed_bytes=nbytes,
         free_bytes=free,
@@ -304,14 +307,77 @@ def _too_large(nbytes: int, free: int, path: Path) -> ConfigError:
 
 
 def _over_limit(nbytes: int, limit: MemoryLimit) -> ConfigError:
-    room, most = limit.room_bytes, limit.limit_bytes
     return ConfigError(
-        f"a ring of {nbytes} bytes ({nbytes / 2**20:.1f} MiB) is more than its cgroup may have (SIGKILL): "
-        f"{limit.folder} has {room} bytes ({room / 2**20:.1f} MiB) left of {most} ({most / 2**20:.1f} MiB). "
-        "Lower ring.slots or the size of a slot, or raise the limit (docker: --memory; Kubernetes: "
-        "resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)",
+        f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
+        f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, or "
+        "raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)",
         field="slots",
         needed_bytes=nbytes,
-        room_bytes=room,
-        limit_bytes=most,
+        room_bytes=limit.room_bytes,
+        limit_bytes=limit.limit_bytes,
     )
+
+
+def _both(nbytes: int) -> str:
+    return f"{nbytes} bytes ({nbytes / 2**20:.1f} MiB)"
+
+
+class MemoryLimit(NamedTuple):
+    """A cgroup with a limit, and what is charged to it now.
+
+    Attributes:
+        folder: of the group.
+        limit_bytes: its limit.
+        used_bytes: charged to it now.
+        cached_bytes: of these, contents of files that the kernel drops for something better; a tmpfs's are not.
+    """
+
+    folder: Path
+    limit_bytes: int
+    used_bytes: int
+    cached_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        """What can still be charged to it. Swap is not counted: a ring there would be slower than no ring."""
+        return max(0, self.limit_bytes - self.used_bytes + self.cached_bytes)
+
+
+def memory_limit(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> MemoryLimit | None:
+    """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
+    found = [limit for folder, files in _groups(membership, mount) if (limit := _read(folder, files)) is not None]
+    return min(found, key=lambda limit: limit.room_bytes, default=None)
+
+
+def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, _Files]]:
+    """The folders of this process's group and of all above it. A container may see its own as the root."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, files = mount / "memory", _V1
+        elif number == "0":
+            root, files = mount, _V2
+        else:
+            continue
+        group = Path(path)
+        for folder in (group, *group.parents):
+            yield root / folder.relative_to("/"), files
+
+
+def _read(folder: Path, files: _Files) -> MemoryLimit | None:
+    limit_file, used_file, cached = files
+    try:
+        limit = (folder / limit_file).read_text(encoding="ascii").strip()
+        used = int((folder / used_file).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None  # there is no such group here, or it has no controller of memory
+    if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
+        return None
+    return MemoryLimit(folder, int(limit), used, sum(int(stat.get(name, 0)) for name in cached))

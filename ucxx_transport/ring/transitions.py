@@ -10,9 +10,14 @@ A hold is passed to the transitions as a `HoldWords`, an array whose words `layo
 from __future__ import annotations
 
 import ctypes
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from ucxx_transport.errors import (
     BusyError,
@@ -20,12 +25,11 @@ from ucxx_transport.errors import (
     DeadlineExceededError,
     SlotError,
     StaleSlotError,
-    TransportError,
 )
+from ucxx_transport.logs import get_logger
 from ucxx_transport.native import Library, RingStruct, load
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import Counter, Geometry, Outcome
-from ucxx_transport.ring.owner import Owner
+from ucxx_transport.ring.layout import Counter, Identity, Outcome
 from ucxx_transport.ring.segment import Segment
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 
@@ -34,7 +38,7 @@ TakeWords = ctypes.c_uint64 * layout.TAKE_WORDS
 Words = ctypes.Array[ctypes.c_uint64]
 
 _HOLDS_A_CALL: Final = 1024
-"""Holds or payloads listed in one critical section."""
+"""Holds listed in one critical section."""
 
 _THREAD_ID_MASK: Final = 0x3FFFFFFF
 """Of a robust mutex's first word (<linux/futex.h>): who holds it."""
@@ -45,78 +49,114 @@ _LOCKED: Final = int(Outcome.LOCKED)
 _DAMAGED: Final = int(Outcome.DAMAGED)
 _FULL: Final = int(Outcome.FULL)
 
-
-class SeenHold(NamedTuple):
-    """A write or read attempt as the segment names it; `words` are itself, as the calls take it."""
-
-    owner: Owner
-    lease_id: int
-    words: Words
-
-    @property
-    def is_write(self) -> bool:
-        """Whether it is a write."""
-        return state_of(self.words[layout.HOLD_STATE]) is SlotState.WRITING
+_log = get_logger(__name__)
 
 
-class ReadyPayload(NamedTuple):
-    """A payload that waits to be read."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingStatistics:
+    """Counts since the ring was made, of all its processes. They live in the segment, so a process's death loses none.
 
-    slot: int
-    generation: int
-    nbytes: int
-    checksum: int | None
+    Attributes:
+        slots: number of slots; `free`, `writing`, `ready`, `reading`: how many hold nothing, are being written, have a
+            payload to read, are being read.
+        written: writes begun; `committed`: completed; `committed_bytes`: payload bytes of these.
+        overwritten: unread payloads dropped for a new one (`on_full="overwrite"`).
+        aborted: writes that ended without a payload: failed, or given up.
+        acquired: read attempts begun; `consumed`, `released`: ended with the payload received, or without.
+        freed: payloads that all their readers have had; `discarded`: dropped on request.
+        stale: reads refused because the slot no longer held that payload; `out_of_range`: because the ring has no such
+            slot; `busy`: because the slot carried as many attempts as it can.
+        late_finalise: finalises by a lease that had ended; they changed nothing.
+        reclaimed_writes: writes ended because their process had died, or forgotten them; `reclaimed_reads`: attempts.
+        full: writes refused because no slot was to be had; `blocked`: writes that had to wait for a slot.
+        lock_recoveries: times the lock was taken over from a thread that died with it.
+        repaired_slots: transitions that were cut off (kill, interrupt) and completed or undone by the next process.
+        envelopes_left_out: payloads whose record or meta is larger than the ring's `envelope_bytes`; it is in their
+            reference alone.
+    """
+
+    slots: int
+    free: int
+    writing: int
+    ready: int
+    reading: int
+    written: int
+    committed: int
+    committed_bytes: int
+    overwritten: int
+    aborted: int
+    acquired: int
+    consumed: int
+    released: int
+    freed: int
+    discarded: int
+    stale: int
+    out_of_range: int
+    busy: int
+    late_finalise: int
+    reclaimed_writes: int
+    reclaimed_reads: int
+    full: int
+    blocked: int
+    lock_recoveries: int
+    repaired_slots: int
+    envelopes_left_out: int
 
 
 class Transitions:
-    """The transitions of one segment's slots; each waits `lock_wait_s` for the lock, unless it says otherwise.
+    """The transitions of one segment's slots, as one handle makes them.
+
+    Each waits for the lock as long as the segment says, or `lock_wait_s`, or as it is asked to.
 
     Attributes:
         address: of what the calls know of the segment, `HOLD_RING` of the holds that they are given.
         first_payload: where slot 0's payload is in this process's memory.
+        first_byte: where it is in the segment.
         stride: bytes from there to the next slot's.
-        lock_wait_s: how long one call waits for the lock.
+        first_envelope: where its envelope is in the segment, in front of the payload's headroom.
+        ring_id: of the ring.
+        readable: the segment as bytes, read-only.
     """
 
     __slots__ = (
-        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_reserve", "_segment"),
-        *("_sleeping", "_struct", "address", "first_payload", "lock_wait_s", "stride"),
+        *("_acquire", "_brief", "_clock", "_commit", "_finalise", "_lock_wait_s", "_reserve", "_sleeping", "_struct"),
+        *("_warned_late", "address", "first_byte", "first_envelope", "first_payload", "readable", "ring_id"),
+        *("segment", "stride"),
     )
 
     def __init__(
         self,
         segment: Segment,
-        geometry: Geometry,
+        identity: Identity,
         *,
-        lock_wait_s: float,
+        lock_wait_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         library: Library | None = None,
     ) -> None:
-        self._segment = segment  # keeps the memory mapped
+        self.segment = segment
         self._clock = clock
-        self.lock_wait_s = lock_wait_s
+        self._lock_wait_s = identity.lock_timeout_ns / 1e9 if lock_wait_s is None else lock_wait_s
+        self._warned_late = False
+        geometry = identity.geometry
+        self.first_byte, self.stride = geometry.payload_byte(0), geometry.stride_bytes
+        self.first_payload = segment.address + self.first_byte
+        self.first_envelope = self.first_byte - layout.HEADROOM_BYTES - geometry.envelope_bytes
+        self.ring_id = identity.ring_id
+        self.readable = segment.memory.data.toreadonly()
         self._struct = RingStruct(
             segment.address,
-            geometry.slots,
-            geometry.slot_bytes,
-            geometry.first_slot_word,
-            geometry.slot_words,
-            geometry.entries,
-            geometry.max_attempts,
-            geometry.payload_byte(0),
-            geometry.stride_bytes,
-            geometry.envelope_bytes,
+            *(geometry.slots, geometry.slot_bytes, geometry.first_slot_word, geometry.slot_words, geometry.entries),
+            *(geometry.max_attempts, self.first_byte, self.stride, geometry.envelope_bytes),
         )
         self.address = ctypes.addressof(self._struct)
-        self.first_payload = segment.address + geometry.payload_byte(0)
-        self.stride = geometry.stride_bytes
-        library = library or load()
-        self._brief = library.brief
-        self._sleeping = library.sleeping
-        self._reserve = self._brief.reserve_now
-        self._commit = self._brief.commit_now
-        self._acquire = self._brief.acquire_now
-        self._finalise = self._brief.finalise_now
+        self._brief, self._sleeping = library or load()
+        self._reserve, self._commit = self._brief.reserve_now, self._brief.commit_now
+        self._acquire, self._finalise = self._brief.acquire_now, self._brief.finalise_now
+
+    def payload(self, words: Words) -> npt.NDArray[np.uint8]:
+        """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
+        start = self.first_byte + words[layout.HOLD_SLOT] * self.stride
+        return self.segment.memory[start : start + words[layout.HOLD_NBYTES]]
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
@@ -131,12 +171,9 @@ class Transitions:
         """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation. False: there is none."""
         words[layout.HOLD_ARGUMENT] = overwrites
         code = self._reserve(words)
-        if code:
-            if code != _FULL:
-                code = self._waited(code, wait_s, self._sleeping.reserve, words, overwrites)
-            if code == _FULL:
-                return False
-        return True
+        if code and code != _FULL:
+            code = self._waited(code, wait_s, "reserve", words, overwrites)
+        return code != _FULL
 
     def commit(self, words: Words, required_reads: int) -> None:
         """WRITING → READY: the payload of a write, whose size and checksum are in the words, is complete.
@@ -146,34 +183,26 @@ class Transitions:
         """
         words[layout.HOLD_ARGUMENT] = required_reads
         code = self._commit(words)
-        if code:
-            code = self._waited(code, None, self._sleeping.commit, words, required_reads)
-            if code:
-                raise SlotError(
-                    "this write lease no longer holds its slot; nothing was committed",
-                    slot=words[layout.HOLD_SLOT],
-                    generation=words[layout.HOLD_GENERATION],
-                    state=state_of(words[layout.HOLD_STATE]).name,
-                )
+        if code and self._waited(code, None, "commit", words, required_reads):
+            raise SlotError(
+                "this write lease no longer holds its slot; nothing was committed",
+                slot=words[layout.HOLD_SLOT],
+                generation=words[layout.HOLD_GENERATION],
+                state=state_of(words[layout.HOLD_STATE]).name,
+            )
 
     def abort(self, words: Words, reason: Counter | int = Counter.ABORTED, wait_s: float | None = None) -> bool:
         """WRITING → FREE: a write ends without a payload; False, and nothing changes, unless this hold had the slot."""
-        code = self._brief.abort(self.address, words, reason, 0)
-        if code:
-            code = self._waited(code, wait_s, self._sleeping.abort, words, reason)
-        return code == _DONE
+        return self._call("abort", words, reason, wait_s=wait_s) == _DONE
 
     def discard(self, slot: int, generation: int) -> bool:
         """READY → FREE, if the slot holds that generation, unread."""
-        code = self._brief.discard(self.address, slot, generation, 0)
-        if code:
-            code = self._waited(code, None, self._sleeping.discard, slot, generation)
-        return code == _DONE
+        return self._call("discard", slot, generation) == _DONE
 
     def discard_until(self, sequence: int) -> int:
         """Discard the unread payloads of the writes up to `sequence`; how many of these are being read or written."""
         left = ctypes.c_uint64()
-        self._waited(_LOCKED, None, self._sleeping.discard_until, sequence, ctypes.addressof(left))
+        self._waited(_LOCKED, None, "discard_until", sequence, ctypes.addressof(left))
         return left.value
 
     def acquire(self, words: Words, wait_s: float | None = None) -> None:
@@ -183,14 +212,14 @@ class Transitions:
             StaleSlotError: another generation, no payload, or one that all its readers, or this one, have had.
             BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
                 the reads that the payload asks for.
+            SlotError: the ring has no such slot.
         """
         code = self._acquire(words)
+        if code == _LOCKED:
+            self._waited(code, wait_s, "acquire", words, 1)
+            code = words[layout.HOLD_OUTCOME]
         if code:
-            if code == _LOCKED:
-                self._waited(code, wait_s, self._sleeping.acquire, words, 1)
-                code = words[layout.HOLD_OUTCOME]
-            if code:
-                raise _refusal(Outcome(code), words)
+            raise _refusal(Outcome(code), words)
 
     def finalise(self, words: Words, reason: Counter | int, wait_s: float | None = None) -> bool:
         """End a read attempt, counted by `reason`: `CONSUMED` when its reader has had the payload; False: it was over.
@@ -200,7 +229,7 @@ class Transitions:
         words[layout.HOLD_ARGUMENT] = reason
         code = self._finalise(words)
         if code:
-            code = self._waited(code, wait_s, self._sleeping.finalise, words, 1, reason)
+            code = self._waited(code, wait_s, "finalise", words, 1, reason)
         return code == _DONE
 
     def take(self, holds: Sequence[Words], asked: Words, wait_s: float | None = None) -> None:
@@ -212,61 +241,58 @@ class Transitions:
             wait_s: how long to wait for the lock.
         """
         pointers = (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds))
-        code = self._brief.take(self.address, pointers, asked, 0)
-        if code:
-            self._waited(code, wait_s, self._sleeping.take, pointers, asked)
+        self._call("take", pointers, asked, wait_s=wait_s)
 
     def count(self, counter: Counter) -> None:
         """Add one to a counter."""
-        code = self._brief.count(self.address, counter, 0)
-        if code:
-            self._waited(code, None, self._sleeping.count, counter)
+        self._call("count", counter)
 
-    def holds(self) -> Iterator[SeenHold]:
-        """The writes and read attempts in the segment, read in several critical sections."""
+    def count_late(self, words: Words) -> bool:
+        """Count a finalise that came too late, and say so once for this handle; False: it changed nothing."""
+        self.count(Counter.LATE_FINALISE)
+        if not self._warned_late:
+            self._warned_late = True
+            _log.warning(
+                "finalise_ignored",
+                ring=self.segment.name,
+                slot=words[layout.HOLD_SLOT],
+                generation=words[layout.HOLD_GENERATION],
+                attempt=words[layout.HOLD_LEASE],
+                pid=os.getpid(),
+                reason="the lease had ended; counted from here on",
+            )
+        return False
+
+    def holds(self) -> Iterator[Words]:
+        """The writes and read attempts in the segment, as the calls take them, read in several critical sections."""
         first, number = ctypes.c_uint64(0), ctypes.c_uint64(0)
         room = max(_HOLDS_A_CALL, self._struct.entries)
         seen = (HoldWords * room)()
         while first.value < self._struct.slots:
-            self._waited(
-                _LOCKED,
-                None,
-                self._sleeping.holds,
-                ctypes.addressof(first),
-                seen,
-                room,
-                ctypes.addressof(number),
-            )
+            pointers = ctypes.addressof(first), seen, room, ctypes.addressof(number)
+            self._waited(_LOCKED, None, "holds", *pointers)
             for index in range(number.value):
-                words = HoldWords(*seen[index])
-                yield SeenHold(Owner(words[layout.HOLD_PID], words[layout.HOLD_START]), words[layout.HOLD_LEASE], words)
+                yield HoldWords(*seen[index])
 
-    def ready(self) -> list[ReadyPayload]:
-        """The payloads that wait to be read, the oldest first, all of one moment."""
+    def ready(self) -> list[Words]:
+        """The payloads that wait to be read, the oldest first, all of one moment: slot, generation, size, checksum."""
         room = self._struct.slots
         seen, number = (HoldWords * room)(), ctypes.c_uint64(0)
-        self._waited(_LOCKED, None, self._sleeping.ready, seen, room, ctypes.addressof(number))
-        return [
-            ReadyPayload(
-                words[layout.HOLD_SLOT],
-                words[layout.HOLD_GENERATION],
-                words[layout.HOLD_NBYTES],
-                words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None,
-            )
-            for words in seen[: number.value]
-        ]
+        self._waited(_LOCKED, None, "ready", seen, room, ctypes.addressof(number))
+        return list(seen[: number.value])
 
-    def snapshot(self) -> tuple[list[int], list[int]]:
-        """The counters (`Counter`) and the number of slots in each state, of one moment."""
+    def statistics(self) -> RingStatistics:
+        """The counters and the number of slots in each state, of one moment."""
         out = (ctypes.c_uint64 * (len(Counter) + len(SlotState)))()
-        self._waited(_LOCKED, None, self._sleeping.snapshot, out)
-        values = list(out)
-        return values[: len(Counter)], values[len(Counter) :]
+        self._waited(_LOCKED, None, "snapshot", out)
+        free, writing, ready, reading = states = out[len(Counter) :]
+        counts = {counter.name.lower(): out[counter] for counter in Counter}
+        return RingStatistics(slots=sum(states), free=free, writing=writing, ready=ready, reading=reading, **counts)
 
     def publish(self, address: bytes) -> None:
         """Store the server's address, a bank of `ADDRESS_BANK_WORDS` words."""
         bank = (ctypes.c_uint64 * layout.ADDRESS_BANK_WORDS).from_buffer_copy(address)
-        self._waited(_LOCKED, None, self._sleeping.publish, bank)
+        self._waited(_LOCKED, None, "publish", bank)
 
     def wait_for_free(self, seen: int, wait_s: float) -> None:
         """Sleep until a slot is FREE since `reserve` found none and left `seen` in `HOLD_STATE`, or for `wait_s`."""
@@ -276,12 +302,12 @@ class Transitions:
         """Sleep until a slot is READY since `take` left `seen` in `TAKE_SEEN`, or for `wait_s`."""
         self._sleeping.wait_ready(self.address, seen, int(wait_s * 1e9))
 
-    @property
-    def holder_thread_id(self) -> int:
-        """Kernel id of the thread that holds the lock now, 0 when none does."""
-        return self._segment.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK
+    def _call(self, name: str, *arguments: Any, wait_s: float | None = None) -> int:
+        """Make a call, and return its outcome; errors as `_waited`."""
+        code: int = getattr(self._brief, name)(self.address, *arguments, 0)
+        return self._waited(code, wait_s, name, *arguments) if code else code
 
-    def _waited(self, code: int, wait_s: float | None, call: Callable[..., int], *arguments: Any) -> int:
+    def _waited(self, code: int, wait_s: float | None, name: str, *arguments: Any) -> int:
         """Repeat a call that found the lock taken (`code` LOCKED), and return its outcome.
 
         Raises:
@@ -289,54 +315,49 @@ class Transitions:
             SlotError: the lock or a list of slots is damaged.
         """
         if code == _LOCKED:
-            bound_s = self.lock_wait_s if wait_s is None else min(wait_s, self.lock_wait_s)
+            call = getattr(self._sleeping, name)
+            bound_s = self._lock_wait_s if wait_s is None else min(wait_s, self._lock_wait_s)
             until_s = self._clock() + bound_s
             left_s = bound_s
-            while True:
-                code = call(self.address, *arguments, max(1, int(left_s * 1e9)))
-                if code != _LOCKED:
-                    break
+            while (code := call(self.address, *arguments, max(1, int(left_s * 1e9)))) == _LOCKED:
                 left_s = until_s - self._clock()
                 if left_s <= 0:
                     raise DeadlineExceededError(
                         "the ring's lock is held by a thread that does not get on (stopped?)",
                         waited_s=bound_s,
-                        holder_thread_id=self.holder_thread_id,
+                        holder_thread_id=self.segment.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK,
                     )
         if code == _DAMAGED:
             raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
         return code
 
 
-def _refusal(outcome: Outcome, words: Words) -> TransportError:
-    """The error that an outcome of `acquire` is."""
-    found = words[layout.HOLD_STATE]
-    slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
-    if outcome is Outcome.OUT_OF_RANGE:
-        return SlotError("the ring has no such slot", slot=slot)
-    if outcome is Outcome.DAMAGED:
-        return SlotError("the lock or the slot's header is damaged; recreate the ring", slot=slot)
-    if outcome is Outcome.CROWDED:
-        return BusyError(
-            "the slot carries as many read attempts as it can", slot=slot, attempts=words[layout.HOLD_ATTEMPTS]
-        )
-    if outcome is Outcome.TAKEN:
-        return BusyError(
+_REFUSALS: Final[Mapping[Outcome, tuple[type[SlotError | BusyError], str]]] = {
+    Outcome.OUT_OF_RANGE: (SlotError, "the ring has no such slot"),
+    Outcome.DAMAGED: (SlotError, "the lock or the slot's header is damaged; recreate the ring"),
+    Outcome.CROWDED: (BusyError, "the slot carries as many read attempts as it can"),
+    Outcome.TAKEN: (
+        BusyError,
+        (
             "other readers have attempts in flight for all the reads that this payload asks for; it is theirs unless "
-            "one of them gives it back",
-            slot=slot,
-            generation=generation,
-            attempts=words[layout.HOLD_ATTEMPTS],
-        )
-    why = (
-        "the payload was read already, though an attempt is still in flight"
-        if outcome is Outcome.HAD
-        else "the slot was recycled, or its payload was read, dropped or never written"
-    )
-    return StaleSlotError(
-        f"stale slot: {why}",
-        slot=slot,
-        generation=generation,
-        found_generation=generation_of(found),
-        state=state_of(found).name,
-    )
+            "one of them gives it back"
+        ),
+    ),
+    Outcome.HAD: (StaleSlotError, "stale slot: the payload was read already, though an attempt is still in flight"),
+    Outcome.STALE: (
+        StaleSlotError,
+        "stale slot: the slot was recycled, or its payload was read, dropped or never written",
+    ),
+}
+
+
+def _refusal(outcome: Outcome, words: Words) -> SlotError | BusyError:
+    """The error that an outcome of `acquire` is."""
+    kind, text = _REFUSALS[outcome]
+    facts: dict[str, object] = {"slot": words[layout.HOLD_SLOT], "generation": words[layout.HOLD_GENERATION]}
+    if kind is StaleSlotError:
+        found = words[layout.HOLD_STATE]
+        facts |= {"found_generation": generation_of(found), "state": state_of(found).name}
+    elif kind is BusyError:
+        facts["attempts"] = words[layout.HOLD_ATTEMPTS]
+    return kind(text, **facts)

@@ -205,8 +205,15 @@ class _Draft:
     __slots__ = SlotRef.__slots__
 
 
-def renumbered(template: SlotRef, slot: int, generation: int, nbytes: int, checksum: int | None) -> SlotRef:
-    """A reference to another payload of the same ring, by numbers that were checked before. Cannot fail."""
+def renumbered(  # noqa: PLR0917 - one is made at every write
+    template: SlotRef,
+    slot: int,
+    generation: int,
+    nbytes: int,
+    checksum: int | None,
+    meta: Mapping[str, object] | None = None,
+) -> SlotRef:
+    """A reference to another payload of the same ring, by numbers and a `meta` that are checked. Cannot fail."""
     ref: Any = _Draft()
     ref.ring_id = template.ring_id
     ref.ring_name = template.ring_name
@@ -218,7 +225,7 @@ def renumbered(template: SlotRef, slot: int, generation: int, nbytes: int, check
     ref.ports = template.ports
     ref.fingerprint = template.fingerprint
     ref.checksum = checksum
-    ref.meta = template.meta
+    ref.meta = meta or NO_META
     ref.__class__ = SlotRef
     made: SlotRef = ref
     return made

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ucxx_transport.link.base import Endpoint, Message, Operation
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.slots import Slots
     from ucxx_transport.wire.actions import Action, Attempt
     from ucxx_transport.wire.server_side import ServerSession

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ucxx_transport.link.base import Message
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.ring.reading import ReadLease
+    from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.counters import PortCounters
     from ucxx_transport.wire.actions import Attempt
 

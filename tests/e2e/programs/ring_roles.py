@@ -27,7 +27,7 @@ from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
 from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE
-from ucxx_transport.ring.opening import attach_ring
+from ucxx_transport.ring.segment import open_segment
 from ucxx_transport.schema import SlotRef
 
 RAMP = np.arange(1 << 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -177,7 +177,7 @@ def take_and_stay(ring_name: str, number: str) -> None:
 
 def sit_in_section(ring_name: str, how: str) -> None:
     """Enters the critical section and stays there until it is killed, or told to go on."""
-    segment = attach_ring(ring_name, populate=False)[0]
+    segment = open_segment(ring_name)
     libc, mutex = ctypes.CDLL(None), ctypes.c_void_p(segment.address + MUTEX_BYTE)
     assert libc.pthread_mutex_lock(mutex) == 0
     if how == "in transition":

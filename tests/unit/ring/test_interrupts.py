@@ -207,13 +207,14 @@ def test_an_interrupt_at_any_bytecode_wedges_nothing(
 @pytest.mark.may_leave(
     "descriptors", reason="an interrupt between os.open and the store of its result loses the number"
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 @pytest.mark.usefixtures("quick_collections")
 def test_an_interrupt_at_any_bytecode_of_a_creation_leaves_no_segment() -> None:
     def create() -> None:
         SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=8, name="interrupted", prefault=False)).close()
 
     points = 0
-    for where in every_point(create, ("ring/segment.py", "ring/opening.py", "ring/ring_handle.py")):
+    for where in every_point(create, ("ring/segment.py", "ring/shared_ring_buffer.py", "ring/handle.py")):
         points += 1
         gc.collect()
         assert not list_segments(), where

@@ -8,8 +8,7 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.identity import Identity
-from ucxx_transport.ring.layout import Geometry, message_bytes
+from ucxx_transport.ring.layout import Geometry, Identity, message_bytes
 
 GEOMETRIES = [
     Geometry(

@@ -13,8 +13,8 @@ import pytest
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.ring import segment
-from ucxx_transport.ring.memory_limit import MemoryLimit, memory_limit
 from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import MemoryLimit, memory_limit
 
 MIB = 1 << 20
 
@@ -91,7 +91,7 @@ def test_a_ring_on_a_disk_is_no_matter_of_the_limit(
     make_ring: MakeRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment, "memory_limit", lambda: MemoryLimit(tmp_path, MIB, MIB, 0))
-    monkeypatch.setattr(segment, "is_charged", lambda _: False)
+    monkeypatch.setattr(segment, "file_system", lambda _: "ext4")
     make_ring(slots=2, slot_bytes=MIB)
 
 

@@ -16,6 +16,7 @@ from ucxx_transport.ring.layout import (
     HOLD_PID,
     HOLD_SLOT,
     HOLD_START,
+    HOLD_STATE,
     NBYTES,
     REQUIRED_READS,
     TAKE_NEXT,
@@ -27,7 +28,7 @@ from ucxx_transport.ring.layout import (
     Counter,
 )
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.ring.states import SlotState
+from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words
 
 
@@ -133,8 +134,7 @@ def test_an_abort_or_commit_by_anyone_but_the_writer_changes_nothing(bench: Ring
         with pytest.raises(SlotError, match="nothing was committed"):
             bench.transitions.commit(wrong, 1)
     assert bench.meaning(mine[HOLD_SLOT]) == before
-    counters, _ = bench.transitions.snapshot()
-    assert counters[Counter.LATE_FINALISE] == 5
+    assert bench.transitions.statistics().late_finalise == 5
 
 
 def test_an_attempt_of_another_generation_is_stale(bench: RingBench) -> None:
@@ -197,8 +197,7 @@ def test_a_slot_takes_no_more_attempts_than_it_has_room_for(bench: RingBench) ->
     attempts = [bench.reading(payload) for _ in range(bench.geometry.max_attempts)]
     with pytest.raises(BusyError, match="as many read attempts"):
         bench.reading(payload)
-    counters, _ = bench.transitions.snapshot()
-    assert counters[Counter.BUSY] == 1
+    assert bench.transitions.statistics().busy == 1
     assert bench.transitions.finalise(attempts[0], Counter.RELEASED)
     bench.reading(payload)
 
@@ -233,8 +232,8 @@ def test_holds_of_many_slots_are_listed_in_several_critical_sections() -> None:
     expected = {bench.reading(payload, Owner(9, index))[HOLD_LEASE] for index, payload in enumerate(payloads)}
     expected |= {bench.reserved()[HOLD_LEASE] for _ in range(100)}
     seen = list(bench.transitions.holds())
-    assert {hold.lease_id for hold in seen} == expected
-    assert sum(hold.is_write for hold in seen) == 100
+    assert {words[HOLD_LEASE] for words in seen} == expected
+    assert sum(state_of(words[HOLD_STATE]) is SlotState.WRITING for words in seen) == 100
     bench.segment.unlink()
 
 
