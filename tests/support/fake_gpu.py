@@ -15,7 +15,7 @@ import numpy as np
 
 from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLocking, Receiver, Upload
 from ucxx_transport.gpu.runtime import Bytes
-from ucxx_transport.schema.dtypes import DType
+from ucxx_transport.schema.tensor_spec import DType
 from ucxx_transport.schema.tensors import Array
 
 __all__ = ["POISON", "FakeArray", "FakeGpu", "FakeLeaves", "FakeReceiver", "FakeUpload"]

@@ -6,8 +6,7 @@ import struct
 from collections.abc import Mapping
 
 from ucxx_transport.schema import Schema
-from ucxx_transport.schema.placement import view_fields
-from ucxx_transport.schema.tensors import copy_fields
+from ucxx_transport.schema.tensors import copy_fields, view_fields
 
 
 def pack_into(schema: Schema, memory: bytearray, tree: Mapping[str, object]) -> int:

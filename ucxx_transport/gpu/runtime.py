@@ -27,7 +27,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.wire_form import describe
 
 if TYPE_CHECKING:
-    from ucxx_transport.schema.dtypes import DType
+    from ucxx_transport.schema.tensor_spec import DType
     from ucxx_transport.schema.tensors import Array
 
 _log = get_logger(__name__)

@@ -26,7 +26,7 @@ from ucxx_transport.gpu.runtime import (
     Upload,
     check_index,
 )
-from ucxx_transport.schema.dtypes import DType, canonical_dtype
+from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
 
 

@@ -13,7 +13,7 @@ from ucxx_transport.ring import layout
 from ucxx_transport.ring.holds import ABORTED, CONSUMED, RELEASED, DetachedRead, Hold
 from ucxx_transport.ring.layout import message_bytes
 from ucxx_transport.schema.envelope import unpack_envelope
-from ucxx_transport.schema.placement import Placement, view_fields
+from ucxx_transport.schema.tensors import Placement, view_fields
 
 if TYPE_CHECKING:
     from ucxx_transport.ring.owner import Owner

@@ -201,7 +201,7 @@ class ReadableRing(RingHandle):
             raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
         ref = renumbered(self._template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
         meta = meta_of(lease.record)
-        return with_meta(ref, meta)[0] if meta else ref
+        return with_meta(ref, meta) if meta else ref
 
     def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
         """A copy of a payload's arrays, nested as the schema says (`{"data": uint8}` of a raw ring); consumes it.

@@ -19,9 +19,8 @@ from ucxx_transport.ring.holds import ABORTED, Hold, settle, unsettled
 from ucxx_transport.ring.layout import Counter
 from ucxx_transport.ring.leases import WriteLease
 from ucxx_transport.schema.envelope import checked_meta
-from ucxx_transport.schema.placement import Placement, byte_view, view_fields
 from ucxx_transport.schema.slot_ref import renumbered
-from ucxx_transport.schema.tensors import Array, copy_fields
+from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

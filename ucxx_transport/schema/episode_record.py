@@ -27,6 +27,7 @@ from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
     describe,
+    draft_of,
     is_plain_text,
     is_unsigned,
     pack,
@@ -72,24 +73,23 @@ class RewardSummary:
     def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         try:
-            values = _rewards_of(data) if len(data) == 4 else None
-        except (KeyError, TypeError, IndexError):
-            values = None
-        if values is None:
-            values = _rewards_of(take_fields(data, "reward summary", required=_REWARD_KEYS))
-        total, mean, least, most = values
-        # a number that is not finite makes the sum one, and that times 0 is not 0
-        if (
-            type(total) is type(mean) is type(least) is type(most) is float
-            and (total + mean + least + most) * 0.0 == 0.0
-        ):
-            summary: Any = _DraftSummary()
-            summary.total, summary.mean, summary.least, summary.most = total, mean, least, most
-            summary.__class__ = RewardSummary
-            made: RewardSummary = summary
-            return made
+            total, mean, least, most = _rewards_of(data)
+            # a number that is not finite makes the sum one, and that times 0 is not 0
+            if (
+                len(data) == 4
+                and (total + mean + least + most) * 0.0 == 0.0
+                and type(total) is type(mean) is type(least) is type(most) is float
+            ):
+                summary = _DraftSummary()
+                summary.total, summary.mean, summary.least, summary.most = total, mean, least, most
+                summary.__class__ = RewardSummary
+                made: RewardSummary = summary
+                return made
+        except (KeyError, TypeError, IndexError, OverflowError):
+            pass  # said below
+        form = take_fields(data, "reward summary", required=_REWARD_KEYS)
         try:
-            return cls(total=total, mean=mean, least=least, most=most)  # takes it, or names what is wrong
+            return cls(**dict(zip(cls.__slots__, _rewards_of(form), strict=True)))  # takes it, or names what is wrong
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -184,8 +184,10 @@ class EpisodeRecord:
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
         if mark is not WIRE_VERSION:
             check_version(mark, "episode record")
-        ref = None if ref is None else SlotRef.from_dict(ref)
-        rewards = None if rewards is None else RewardSummary.from_dict(rewards)
+        if ref is not None:
+            ref = SlotRef.from_dict(ref)
+        if rewards is not None:
+            rewards = RewardSummary.from_dict(rewards)
         if (
             type(worker_id) is str
             and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
@@ -197,22 +199,17 @@ class EpisodeRecord:
             and ref is not None
             and dropped is None
         ):
-            record: Any = _DraftRecord()
+            record = _DraftRecord()
             record.worker_id, record.sequence, record.ref, record.dropped = worker_id, sequence, ref, None
             record.episode_length, record.rewards, record.policy_version = steps, rewards, version
             record.__class__ = EpisodeRecord
             made: EpisodeRecord = record
             return made
         try:
+            # takes it, or names what is wrong
             return cls(
-                worker_id=worker_id,
-                sequence=sequence,
-                ref=ref,
-                dropped=dropped,
-                episode_length=steps,
-                rewards=rewards,
-                policy_version=version,
-            )  # takes it, or names what is wrong
+                **dict(zip(cls.__slots__, (worker_id, sequence, ref, dropped, steps, rewards, version), strict=True))
+            )
         except ConfigError as exc:
             raise ProtocolError(exc.message, **exc.facts) from exc
 
@@ -220,14 +217,8 @@ class EpisodeRecord:
 # Made of checked values, not by the constructors: these take three times as long. Drafts are not frozen.
 _rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARD_KEYS)
 _record_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
-
-
-class _DraftSummary:
-    __slots__ = RewardSummary.__slots__
-
-
-class _DraftRecord:
-    __slots__ = EpisodeRecord.__slots__
+_DraftSummary: Any = draft_of(RewardSummary)
+_DraftRecord: Any = draft_of(EpisodeRecord)
 
 
 def record_envelope(

@@ -6,15 +6,23 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.schema.placement import Placement, byte_view, make_placer, read_lengths, view_fields
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.tensors import Array, as_array, fit
+from ucxx_transport.schema.tensors import (
+    Array,
+    Placement,
+    as_array,
+    byte_view,
+    fit,
+    make_placer,
+    read_lengths,
+    view_fields,
+)
 from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
@@ -30,7 +38,7 @@ from ucxx_transport.schema.wire_form import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.schema.placement import Memory
+    from ucxx_transport.schema.tensors import Memory
 
 MAX_FIELDS = 4096
 MAX_SCHEMA_BYTES = 1 << 20
@@ -40,7 +48,14 @@ MAX_PAYLOAD_BYTES = 1 << 48
 
 
 class Schema:
-    """What a ring's payloads look like. Immutable; equal schemas have equal fingerprints.
+    """What a ring's payloads look like. Not to be changed; equal schemas have equal fingerprints.
+
+    Attributes:
+        fields: in payload order.
+        nbytes: of a payload at full size: what a slot must hold.
+        offsets: each field's first byte in a payload at full size.
+        varlen: names of the fields whose leading dimension varies, in payload order.
+        fingerprint: 64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0.
 
     Examples:
         >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
@@ -53,15 +68,8 @@ class Schema:
     """
 
     __slots__ = (
-        "_by_name",
-        "_fields",
-        "_fingerprint",
-        "_full",
-        "_offsets",
-        "_place",
-        "_tree",
-        "_varlen",
-        "_varlen_maxima",
+        *("_by_name", "_full", "_place", "_tree", "_varlen", "_varlen_maxima"),
+        *("fields", "fingerprint", "nbytes", "offsets", "varlen"),
     )
 
     def __init__(self, fields: Iterable[TensorSpec]) -> None:
@@ -75,80 +83,57 @@ class Schema:
                 payload or 1 MiB of description.
         """
         try:
-            self._fields = tuple(fields)
+            self.fields: tuple[TensorSpec, ...] = tuple(fields)
         except TypeError as exc:
             raise ConfigError(
                 f"a Schema is made of TensorSpec objects, not of {describe(fields)}", field="fields"
             ) from exc
-        if not all(isinstance(field, TensorSpec) for field in self._fields):
+        if not all(isinstance(field, TensorSpec) for field in self.fields):
             raise ConfigError("a Schema is made of TensorSpec objects", field="fields")
-        if not 1 <= len(self._fields) <= MAX_FIELDS:
-            raise ConfigError(f"a Schema has 1 to {MAX_FIELDS} fields, not {len(self._fields)}", field="fields")
-        self._tree = TreeShape([field.name for field in self._fields])
-        self._by_name = {field.name: field for field in self._fields}
-        self._varlen = tuple(index for index, field in enumerate(self._fields) if field.varlen)
-        self._varlen_maxima = tuple(self._fields[index].shape[0] for index in self._varlen)
-        self._place = make_placer(self._fields)
+        if not 1 <= len(self.fields) <= MAX_FIELDS:
+            raise ConfigError(f"a Schema has 1 to {MAX_FIELDS} fields, not {len(self.fields)}", field="fields")
+        self._tree = TreeShape([field.name for field in self.fields])
+        self._by_name = {field.name: field for field in self.fields}
+        self._varlen = tuple(index for index, field in enumerate(self.fields) if field.varlen)
+        self._varlen_maxima = tuple(self.fields[index].shape[0] for index in self._varlen)
+        self._place = make_placer(self.fields)
         self._full = self._place(self._varlen_maxima)
-        if self._full.nbytes > MAX_PAYLOAD_BYTES:
-            raise ConfigError(f"a payload of {self._full.nbytes} bytes is over {MAX_PAYLOAD_BYTES}", field="fields")
-        self._offsets = MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
+        self.nbytes = self._full.nbytes
+        self.varlen = tuple(field.name for field in self.fields if field.varlen)
+        self.offsets: Mapping[str, int] = MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
+        if self.nbytes > MAX_PAYLOAD_BYTES:
+            raise ConfigError(f"a payload of {self.nbytes} bytes is over {MAX_PAYLOAD_BYTES}", field="fields")
         packed = self.to_bytes()
         if len(packed) > MAX_SCHEMA_BYTES:
             raise ConfigError(
                 f"a Schema of {len(packed)} bytes is over {MAX_SCHEMA_BYTES}: shorten names", field="fields"
             )
         # 0 stands for "raw, no schema" on the wire and in a SlotRef
-        self._fingerprint = xxhash.xxh3_64_intdigest(packed) or 1
-
-    @property
-    def fields(self) -> tuple[TensorSpec, ...]:
-        """The fields, in payload order."""
-        return self._fields
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a payload at full size: what a slot must hold."""
-        return self._full.nbytes
-
-    @property
-    def offsets(self) -> Mapping[str, int]:
-        """Each field's first byte in a payload at full size."""
-        return self._offsets
-
-    @property
-    def varlen(self) -> tuple[str, ...]:
-        """Names of the fields whose leading dimension varies, in payload order."""
-        return tuple(self._fields[index].name for index in self._varlen)
-
-    @property
-    def fingerprint(self) -> int:
-        """64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0."""
-        return self._fingerprint
+        self.fingerprint = xxhash.xxh3_64_intdigest(packed) or 1
 
     def __len__(self) -> int:
         """Number of fields."""
-        return len(self._fields)
+        return len(self.fields)
 
     def __iter__(self) -> Iterator[TensorSpec]:
         """The fields, in payload order."""
-        return iter(self._fields)
+        return iter(self.fields)
 
     def __eq__(self, other: object) -> bool:
         """Same fields in the same order."""
-        return self._fields == other._fields if isinstance(other, Schema) else NotImplemented
+        return self.fields == other.fields if isinstance(other, Schema) else NotImplemented
 
     def __hash__(self) -> int:
         """Consistent with equality, in every process."""
-        return self._fingerprint
+        return self.fingerprint
 
     def __repr__(self) -> str:
         """Size and identity; the fields would fill pages."""
-        return f"<Schema {len(self._fields)} fields, {self.nbytes} bytes, fingerprint {self._fingerprint:016x}>"
+        return f"<Schema {len(self.fields)} fields, {self.nbytes} bytes, fingerprint {self.fingerprint:016x}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuilt from its fields: the caches stay behind."""
-        return (Schema, (self._fields,))
+        return (Schema, (self.fields,))
 
     @classmethod
     def from_example(cls, tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int] = ()) -> Schema:
@@ -167,7 +152,7 @@ class Schema:
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
-        return {"version": WIRE_VERSION, "fields": [field.to_dict() for field in self._fields]}
+        return {"version": WIRE_VERSION, "fields": [field.to_dict() for field in self.fields]}
 
     def to_bytes(self) -> bytes:
         """`to_dict` in msgpack: what the segment holds and what the fingerprint is taken of."""
@@ -218,7 +203,7 @@ class Schema:
                 raise ConfigError(f"{describe(name)} is not a varlen field of the schema", field=describe(name))
             if not is_unsigned(length, 64) or length > field.shape[0]:
                 raise misfit(name, f"a length is 0 to {field.shape[0]}, not {describe(length)}")
-        return self._place(tuple(lengths.get(self._fields[i].name, self._fields[i].shape[0]) for i in self._varlen))
+        return self._place(tuple(map(lengths.get, self.varlen, self._varlen_maxima)))
 
     def lengths_of(self, tree: Mapping[str, object]) -> dict[str, int]:
         """Rows of each varlen field in `tree`.
@@ -227,7 +212,7 @@ class Schema:
             ConfigError: the tree does not fit the schema; the message names the field and the remedy.
         """
         _, placement = self.arrange(tree)
-        return {self._fields[i].name: length for i, length in zip(self._varlen, placement.lengths, strict=True)}
+        return dict(zip(self.varlen, placement.lengths, strict=True))
 
     def gather(self, tree: Mapping[str, object]) -> list[Any]:
         """The leaves of `tree` in field order, whatever they are: a new list, which `nest` undoes.
@@ -245,7 +230,7 @@ class Schema:
         """
         ndarray = np.ndarray
         arrays: list[Array] = self._tree.gather(tree)
-        for index, field in enumerate(self._fields):
+        for index, field in enumerate(self.fields):
             array = arrays[index]
             # the common case inline: a call a field would double the time
             if type(array) is not ndarray or array.dtype is not field.dtype or array.shape != field.shape:
@@ -282,18 +267,14 @@ class Schema:
         if self._varlen:
             lengths = read_lengths(memory, len(self._varlen))
             if any(map(operator.gt, lengths, self._varlen_maxima)):
-                self._refuse_lengths(lengths)
+                claims = zip(self.varlen, lengths, self._varlen_maxima, strict=True)
+                name, length, most = next(claim for claim in claims if claim[1] > claim[2])
+                raise ProtocolError(f"field {name!r} claims {length} rows of at most {most}", field=name, length=length)
             placement = self._place(lengths)
         if placement.nbytes > len(memory):
             given, needed = len(memory), placement.nbytes
             raise ProtocolError(f"a payload of {given} bytes is shorter than its {needed}", nbytes=given)
         return placement
-
-    def _refuse_lengths(self, lengths: tuple[int, ...]) -> NoReturn:
-        name, length, maximum = next(
-            claim for claim in zip(self.varlen, lengths, self._varlen_maxima, strict=True) if claim[1] > claim[2]
-        )
-        raise ProtocolError(f"field {name!r} claims {length} rows of at most {maximum}", field=name, length=length)
 
 
 def _specs_of_example(tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int]) -> list[TensorSpec]:

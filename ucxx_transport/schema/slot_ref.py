@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -30,6 +29,7 @@ from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
     describe,
+    draft_of,
     is_plain_text,
     is_unsigned,
     pack,
@@ -49,8 +49,7 @@ MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
 _REQUIRED = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
 _DEFAULTS = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
-_IN_BYTES = (*_REQUIRED, *_DEFAULTS)
-_COMMON = ("ring_id", "ring_name", "host_id", "host", "fingerprint")
+_KEYS = (*_REQUIRED, *_DEFAULTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +92,12 @@ class SlotRef:
         """
         if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
             _refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
-        if (
-            not is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)
-            or "/" in self.ring_name
-            or self.ring_name in (".", "..")
-        ):
-            _refuse("ring_name", self.ring_name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
-        if not is_unsigned(self.slot, 32):
-            _refuse("slot", self.slot, "an integer of 32 bits, not negative")
-        for name in ("generation", "nbytes", "fingerprint"):
-            if not is_unsigned(value := getattr(self, name), 64):
-                _refuse(name, value, "an integer of 64 bits, not negative")
+        name = self.ring_name
+        if not is_plain_text(name, MAX_RING_NAME_CHARS) or "/" in name or name in (".", ".."):
+            _refuse("ring_name", name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
+        for name, bits in (("slot", 32), ("generation", 64), ("nbytes", 64), ("fingerprint", 64)):
+            if not is_unsigned(value := getattr(self, name), bits):
+                _refuse(name, value, f"an integer of {bits} bits, not negative")
         if not is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
             _refuse("host_id", self.host_id, f"1 to {MAX_HOST_ID_CHARS} printable characters")
         if self.host is not None and not is_plain_text(self.host, MAX_HOST_CHARS):
@@ -160,14 +154,12 @@ class SlotRef:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
         try:
-            values = _values_of(data) if len(data) == 12 else None
+            if len(data) == 12:
+                return _rebuilt(_values_of(data), _of_digits)
         except (KeyError, TypeError, IndexError):
-            values = None
-        if values is None:
-            values = _values_of(
-                {**_DEFAULTS, **take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS)}
-            )
-        return _rebuilt(values, _template_by_digits)
+            pass
+        form = take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS)
+        return _rebuilt(_values_of({**_DEFAULTS, **form}), _of_digits)
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -177,32 +169,26 @@ class SlotRef:
             ProtocolError: the form is malformed, too long or of another version; the message names the field.
         """
         values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
-        if type(values) is not list or len(values) != len(_IN_BYTES):
+        if type(values) is not list or len(values) != len(_KEYS):
             if isinstance(values, list) and values:
                 check_version(values[0], "slot reference")
             raise ProtocolError(
-                f"a slot reference must be an array of {len(_IN_BYTES)}, not {describe(values)}", field="slot reference"
+                f"a slot reference must be an array of {len(_KEYS)}, not {describe(values)}", field="slot reference"
             )
-        return _rebuilt(values, _template)
+        return _rebuilt(values)
 
 
 # References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
 # they have in common is checked once, in a template, and a reference is one of its copies, made as a draft, which is
 # not frozen: the constructor takes 6 µs.
-_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_IN_BYTES)
+_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
+_Draft: Any = draft_of(SlotRef)
 _MAX_U32: Final = (1 << 32) - 1
 _MAX_U64: Final = (1 << 64) - 1
 
-
-_MOST_RINGS: Final = 1024
-_last: dict[object, SlotRef] = {}
-"""The template that was last of use for each ring, by its id or the digits of that."""
-
-
-class _Draft:
-    """A reference that is being made."""
-
-    __slots__ = SlotRef.__slots__
+_MOST_TEMPLATES: Final = 1024
+_templates: dict[object, SlotRef] = {}
+"""A reference to each ring that was heard of, by its id, or the digits of that: of the form which was checked last."""
 
 
 def renumbered(  # noqa: PLR0917 - one is made at every write
@@ -214,7 +200,7 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
     meta: Mapping[str, object] | None = None,
 ) -> SlotRef:
     """A reference to another payload of the same ring, by numbers and a `meta` that are checked. Cannot fail."""
-    ref: Any = _Draft()
+    ref = _Draft()
     ref.ring_id = template.ring_id
     ref.ring_name = template.ring_name
     ref.slot = slot
@@ -231,87 +217,63 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
     return made
 
 
-def with_meta(template: SlotRef, meta: object) -> tuple[SlotRef, bytes]:
-    """A template with this `meta`, and the msgpack form of that; a ConfigError where no reference can have it."""
-    copy, packed = checked_meta(meta)
-    ref = renumbered(template, template.slot, template.generation, template.nbytes, template.checksum)
-    object.__setattr__(ref, "meta", copy)
-    return ref, packed
+def with_meta(ref: SlotRef, meta: object) -> SlotRef:
+    """A reference with this `meta`; a ConfigError where none can have it."""
+    return renumbered(ref, ref.slot, ref.generation, ref.nbytes, ref.checksum, checked_meta(meta)[0])
 
 
-@lru_cache(maxsize=_MOST_RINGS, typed=True)
-def _template(ring_id: bytes, ring_name: str, host_id: str, host: str | None, fingerprint: int, *ports: int) -> SlotRef:
-    """A reference with these, checked."""
-    return SlotRef(
-        ring_id=ring_id,
-        ring_name=ring_name,
-        slot=0,
-        generation=0,
-        nbytes=0,
-        host_id=host_id,
-        host=host,
-        ports=ports,
-        fingerprint=fingerprint,
-    )
+def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None) -> SlotRef:
+    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`."""
+    version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
+    if version is not WIRE_VERSION:
+        check_version(version, "slot reference")
+    template = _templates.get(ring_id) if type(ring_id) in (str, bytes) else None
+    try:
+        if (
+            template is not None
+            and template.ring_name == ring_name
+            and template.host_id == host_id
+            and template.host == host
+            and type(ports) in (list, tuple)
+            and template.ports == tuple(ports)
+            and template.fingerprint == fingerprint
+            and type(fingerprint) is type(slot) is type(generation) is type(nbytes) is int
+            and 0 <= slot <= _MAX_U32
+            and 0 <= generation <= _MAX_U64
+            and 0 <= nbytes <= _MAX_U64
+            and (checksum is None or (type(checksum) is int and 0 <= checksum <= _MAX_U64))
+            and type(meta) is dict
+        ):
+            return renumbered(template, slot, generation, nbytes, checksum, checked_meta(meta)[0] if meta else None)
+        ref = SlotRef(  # takes it, or names what is wrong
+            ring_id=id_of(ring_id) if id_of else ring_id,
+            ring_name=ring_name,
+            slot=slot,
+            generation=generation,
+            nbytes=nbytes,
+            host_id=host_id,
+            host=host,
+            ports=ports,
+            fingerprint=fingerprint,
+            checksum=checksum,
+            meta=meta,
+        )
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, **exc.facts) from exc
+    if len(_templates) >= _MOST_TEMPLATES:
+        _templates.clear()
+    _templates[ring_id] = renumbered(ref, 0, 0, 0, None)
+    return ref
 
 
-def _template_by_digits(digits: object, *common: Any) -> SlotRef:
-    """Likewise, with the ring's id as hex digits."""
+def _of_digits(digits: object) -> bytes:
     try:
         ring_id = bytes.fromhex(digits)  # type: ignore[arg-type]  # a TypeError then
     except (TypeError, ValueError):
         ring_id = b""
     if len(ring_id) != RING_ID_BYTES or ring_id.hex() != digits:
         raise ConfigError(f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(digits)}", field="ring_id")
-    return _template(ring_id, *common)
-
-
-def _rebuilt(values: Sequence[Any], template_of: Callable[..., SlotRef]) -> SlotRef:
-    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`."""
-    version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
-    if version is not WIRE_VERSION:
-        check_version(version, "slot reference")
-    try:
-        try:
-            template = _last.get(ring_id)
-            if (
-                template is None
-                or template.ring_name != ring_name
-                or template.host_id != host_id
-                or template.host != host
-                or template.ports != tuple(ports)
-                or template.fingerprint != fingerprint
-                or type(fingerprint) is not int
-            ):
-                template = template_of(ring_id, ring_name, host_id, host, fingerprint, *ports)
-                if len(_last) >= _MOST_RINGS:
-                    _last.clear()
-                _last[ring_id] = template
-        except TypeError:  # a value that has no hash
-            for name, value in zip(_COMMON, (ring_id, ring_name, host_id, host, fingerprint), strict=True):
-                if isinstance(value, (dict, list)):
-                    _refuse(name, value, "a plain value")
-            _refuse("ports", ports, f"at most {MAX_PORTS} port numbers")
-        if (
-            type(slot) is type(generation) is type(nbytes) is int
-            and 0 <= slot <= _MAX_U32
-            and 0 <= generation <= _MAX_U64
-            and 0 <= nbytes <= _MAX_U64
-            and (checksum is None or (type(checksum) is int and 0 <= checksum <= _MAX_U64))
-            and type(ports) in (list, tuple)
-        ):
-            ref = renumbered(template, slot, generation, nbytes, checksum)
-            return with_meta(ref, meta)[0] if meta or type(meta) is not dict else ref
-        return SlotRef(
-            **{name: getattr(template, name) for name in (*_COMMON, "meta")},
-            slot=slot,
-            generation=generation,
-            nbytes=nbytes,
-            ports=ports,
-            checksum=checksum,
-        )  # names the field that is wrong
-    except ConfigError as exc:
-        raise ProtocolError(exc.message, **exc.facts) from exc
+    return ring_id
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:

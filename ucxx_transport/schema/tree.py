@@ -12,7 +12,7 @@ is refused, since it would come back as a list; so is an empty container, since 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH
@@ -21,28 +21,16 @@ from ucxx_transport.schema.wire_form import describe
 ArrayTree: TypeAlias = dict[str, Any]
 """Arrays by name; a value is an array, or again a dict or a list of these. `Any`, so that callers may index freely."""
 
-
-class _Branch(NamedTuple):
-    """A container of the tree: `keys` is None for a list. A child is a branch, or the index of a leaf."""
-
-    keys: tuple[str, ...] | None
-    children: tuple[_Branch | int, ...]
-
-
-class _MisfitError(Exception):
-    """The fast walk met another structure than it was made for."""
+_MISSING: Final = object()
 
 
 class TreeShape:
-    """The nesting that a sequence of paths stands for."""
+    """The nesting that a sequence of paths stands for: dicts and lists, whose leaves are the indices of the fields."""
 
     __slots__ = ("_flat", "_root", "paths")
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Check that the paths make one tree.
-
-        Args:
-            paths: well-formed field names, in field order.
+        """Check that the paths, well-formed field names in field order, make one tree.
 
         Raises:
             ConfigError: a path occurs twice or is a prefix of another, or the positions of a list have gaps.
@@ -56,8 +44,8 @@ class TreeShape:
                 "the root of a tree is a mapping: a field's name may not begin with a list position",
                 field=self.paths[0],
             )
-        self._root = _branch(nested, "")
-        self._flat = all(isinstance(child, int) for child in self._root.children)
+        self._root = _with_lists(nested, "")
+        self._flat = all(isinstance(child, int) for child in nested.values())
 
     def gather(self, tree: object) -> list[Any]:
         """The leaves of `tree`, in field order, whatever they are: a new list.
@@ -71,17 +59,13 @@ class TreeShape:
             except KeyError:
                 return self._gather_any(tree)
         leaves: list[object] = [None] * len(self.paths)
-        try:
-            _collect(self._root, tree, leaves)
-        except _MisfitError:
-            return self._gather_any(tree)
-        return leaves
+        return leaves if _collects(self._root, tree, leaves) else self._gather_any(tree)
 
     def build(self, leaves: Sequence[object]) -> ArrayTree:
         """A new tree of these leaves, given in field order."""
         if self._flat:
             return dict(zip(self.paths, leaves, strict=True))
-        built: ArrayTree = _grow(self._root, leaves)
+        built: ArrayTree = _grown(self._root, leaves)
         return built
 
     def _gather_any(self, tree: object) -> list[object]:
@@ -157,45 +141,46 @@ def _insert(nested: dict[str, Any], path: str, index: int) -> None:
     nested[last] = index
 
 
-def _branch(nested: dict[str, Any], path: str) -> _Branch:
+def _with_lists(nested: dict[str, Any], path: str) -> dict[str, Any] | list[Any]:
+    """The same, with lists where the keys are their positions."""
     children = {
-        key: _branch(child, f"{path}/{key}" if path else key) if isinstance(child, dict) else child
+        key: _with_lists(child, f"{path}/{key}" if path else key) if isinstance(child, dict) else child
         for key, child in nested.items()
     }
     if not any(key.isdecimal() for key in children):
-        return _Branch(tuple(children), tuple(children.values()))
+        return children
     positions = [str(i) for i in range(len(children))]
     if set(children) != set(positions):
         raise ConfigError(
             f"the segments under {path!r} must be all names, or all positions 0 to {len(children) - 1}", field=path
         )
-    return _Branch(None, tuple(children[key] for key in positions))
+    return [children[key] for key in positions]
 
 
-def _collect(branch: _Branch, node: object, leaves: list[object]) -> None:
-    keys, children = branch
-    if keys is None:
-        if not isinstance(node, (list, tuple)) or len(node) != len(children):
-            raise _MisfitError
-        items: Sequence[object] = node
+def _collects(shape: Any, tree: Any, leaves: list[object]) -> bool:
+    """Put the leaves of a tree of exactly this shape to their places; False where it has another."""
+    if type(shape) is dict:
+        if not isinstance(tree, Mapping) or len(tree) != len(shape):
+            return False
+        pairs = [(child, tree.get(key, _MISSING)) for key, child in shape.items()]
     else:
-        if not isinstance(node, Mapping) or len(node) != len(keys):
-            raise _MisfitError
-        try:
-            items = [node[key] for key in keys]
-        except KeyError as exc:
-            raise _MisfitError from exc
-    for child, item in zip(children, items, strict=True):
-        if isinstance(child, int):
+        if not isinstance(tree, (list, tuple)) or len(tree) != len(shape):
+            return False
+        pairs = list(zip(shape, tree, strict=True))
+    for child, item in pairs:
+        if item is _MISSING:
+            return False
+        if type(child) is int:
             leaves[child] = item
-        else:
-            _collect(child, item, leaves)
+        elif not _collects(child, item, leaves):
+            return False
+    return True
 
 
-def _grow(branch: _Branch, leaves: Sequence[object]) -> Any:
-    keys, children = branch
-    grown = [leaves[child] if isinstance(child, int) else _grow(child, leaves) for child in children]
-    return grown if keys is None else dict(zip(keys, grown, strict=True))
+def _grown(shape: Any, leaves: Sequence[object]) -> Any:
+    if type(shape) is dict:
+        return {key: _grown(child, leaves) for key, child in shape.items()}
+    return leaves[shape] if type(shape) is int else [_grown(child, leaves) for child in shape]
 
 
 def _listed(paths: Sequence[str]) -> str:

@@ -74,6 +74,11 @@ def take_fields(
     return data
 
 
+def draft_of(frozen: type) -> type:
+    """A class of the same slots, not frozen: an instance is filled, then made one of `frozen` without its checks."""
+    return type(f"_{frozen.__name__}Draft", (), {"__slots__": frozen.__slots__})  # type: ignore[attr-defined]
+
+
 def check_version(version: object, what: str) -> None:
     """Refuse, by a ProtocolError, a form that was written by another version of its format."""
     if type(version) is not int or version != WIRE_VERSION:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import Bytes
     from ucxx_transport.link.base import Timers
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.schema.placement import Placement
+    from ucxx_transport.schema.tensors import Placement
     from ucxx_transport.schema.tree import ArrayTree
 
 _PAGE_BYTES = 4096

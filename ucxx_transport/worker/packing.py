@@ -31,7 +31,7 @@ import numpy as np
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import DeviceArray, RuntimeFinder, page_lock, runtime_of
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema.dtypes import DType, casts_exactly
+from ucxx_transport.schema.tensor_spec import DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device
 from ucxx_transport.schema.tree import flatten
 
