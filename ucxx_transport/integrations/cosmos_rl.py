@@ -45,7 +45,7 @@ from ucxx_transport.trainer.loss_policy import AskedFor, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
 from ucxx_transport.trainer.prefetcher import Prefetcher
 from ucxx_transport.trainer.unpacking import unpacker_for
-from ucxx_transport.worker.mixin import UCXXRolloutMixin
+from ucxx_transport.worker import UCXXRolloutMixin
 
 NAME = "ucxx_transport"
 """Of the transport in `payload_transfer`, and of its table of settings."""

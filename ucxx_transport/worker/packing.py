@@ -89,15 +89,28 @@ class TrajectoryPacker:
 
     def write(self, trajectory: Mapping[str, object], **options: Any) -> SlotRef:
         """Write one trajectory; options and errors as `SharedRingBuffer.write`."""
-        if not self._meets_devices:
+        if not self._may_narrow and not self._meets_devices:
             try:
-                if not self._may_narrow:
-                    return self._ring.write(trajectory, **options)
-                return self._write_leaf_by_leaf(self._schema.gather(trajectory), {}, **options)
+                return self._ring.write(trajectory, **options)
             except DeviceArrayError:  # before a slot was touched
                 self._meets_devices = True
-        leaves = self._schema.gather(trajectory)
-        return self._write_leaf_by_leaf(leaves, self._take_devices(leaves), **options)
+        schema = self._schema
+        leaves = schema.gather(trajectory)
+        devices, wide = self._set_apart(leaves)
+        tree = schema.nest(leaves)
+        if not wide and not devices:
+            return self._ring.write(tree, **options)
+        arrays, placement = schema.arrange(tree)
+        if devices:
+            self._lock_pages(next(iter(devices.values())))
+        lengths = dict(zip(schema.varlen, placement.lengths, strict=True))
+        with self._ring.reserve(lengths=lengths, **options) as lease:
+            targets = schema.gather(lease.arrays)
+            with self._copies(devices, targets) if devices else nullcontext():
+                for index, (target, fitted) in enumerate(zip(targets, arrays, strict=True)):
+                    if index not in devices:
+                        _fill(target, wide.get(index, fitted), schema.fields[index])
+        return lease.ref
 
     def close(self) -> None:
         """Wait for the copies under way, and let the ring's memory be unmapped. Idempotent."""
@@ -106,62 +119,38 @@ class TrajectoryPacker:
             if self._unlock is not None:
                 self._unlock()
 
-    def _write_leaf_by_leaf(self, leaves: list[Any], taken: dict[int, DeviceArray], **options: Any) -> SlotRef:
-        wide = self._take_wide(leaves, taken)
-        tree = self._schema.nest(leaves)
-        if not wide and not taken:
-            return self._ring.write(tree, **options)
-        arrays, placement = self._schema.arrange(tree)
-        lengths = dict(zip(self._schema.varlen, placement.lengths, strict=True))
-        if taken:
-            self._lock_pages(next(iter(taken.values())))
-        with self._ring.reserve(lengths=lengths, **options) as lease:
-            targets = self._schema.gather(lease.arrays)
-            with self._copies(taken, targets) if taken else nullcontext():
-                for index, (target, array) in enumerate(zip(targets, arrays, strict=True)):
-                    if index not in taken:
-                        _fill(target, wide.get(index, array), self._schema.fields[index])
-        return lease.ref
-
-    def _take_wide(self, leaves: list[Any], taken: Mapping[int, DeviceArray]) -> dict[int, Array]:
-        """The host leaves that lose precision, by position; stood in for in `leaves` until their place is known."""
-        wide: dict[int, Array] = {}
-        for index, field in enumerate(self._schema.fields):
-            if index in taken or field.name not in self._may_narrow:
-                continue
-            array = as_array(leaves[index], field.name)
-            if array.dtype is not field.dtype and not casts_exactly(array.dtype, field.dtype):
-                self._allow(array.dtype, field, partial(_bounds, array))
-                wide[index] = array
-                leaves[index] = _stand_in(array.shape, field.dtype)
-        return wide
-
-    def _take_devices(self, leaves: list[Any]) -> dict[int, DeviceArray]:
-        """Those of `leaves` that are on a GPU, by position, each ready for its field; stood in for in `leaves`.
+    def _set_apart(self, leaves: list[Any]) -> tuple[dict[int, DeviceArray], dict[int, Array]]:
+        """Those of `leaves` on a GPU and those that lose precision, by position; stood in for until they have a place.
 
         Raises:
             ConfigError: a leaf cannot be taken, or a value does not fit its field; the message names the field.
         """
-        taken: dict[int, DeviceArray] = {}
+        devices: dict[int, DeviceArray] = {}
+        wide: dict[int, Array] = {}
         for index, field in enumerate(self._schema.fields):
             leaf = leaves[index]
-            if type(leaf) is np.ndarray or not is_on_device(leaf):
-                continue
-            array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
-            if array.dtype is not field.dtype:
-                array = self._converted(array, field)
-            taken[index] = array
-            leaves[index] = _stand_in(array.shape, array.dtype)
-        return taken
+            if type(leaf) is not np.ndarray and is_on_device(leaf):
+                devices[index] = array = self._adopted(leaf, field)
+                leaves[index] = _stand_in(array.shape, array.dtype)
+            elif field.name in self._may_narrow:
+                given = as_array(leaf, field.name)
+                if given.dtype is not field.dtype and not casts_exactly(given.dtype, field.dtype):
+                    self._allow(given.dtype, field, partial(_bounds, given))
+                    wide[index] = given
+                    leaves[index] = _stand_in(given.shape, field.dtype)
+        return devices, wide
 
-    def _converted(self, array: DeviceArray, field: TensorSpec) -> DeviceArray:
-        """An array with the dtype of its field; as it is where that may not be: the check of the fields refuses it."""
+    def _adopted(self, leaf: Any, field: TensorSpec) -> DeviceArray:
+        """An array on a GPU with its field's dtype; as it is where that may not be, for the fields' check to refuse."""
+        array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
         runtime = array.runtime
+        if array.dtype is field.dtype:
+            return array
         if casts_exactly(array.dtype, field.dtype):
             return runtime.converted(array, field.dtype, field.name)
         if field.name not in self._may_narrow:
             return array
-        self._allow(array.dtype, field, lambda: runtime.bounds(array))
+        self._allow(array.dtype, field, partial(runtime.bounds, array))
         narrow = runtime.converted(array, field.dtype, field.name)
         if array.dtype.kind not in "iu" and runtime.overflowed(array, narrow):
             raise _too_large(array.dtype, field)

@@ -1,13 +1,14 @@
-"""TrajectoryWriter: the ring, the server and the bookkeeping of one rollout worker."""
+"""TrajectoryWriter: the ring, the server and the bookkeeping of one rollout worker; and a mixin for its class."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -106,10 +107,10 @@ class TrajectoryWriter:
         self._on_error = on_error
         self._narrow = tuple(narrow)
         self._reward = reward
-        self._store = store
-        self._publisher_config = publisher
-        self._store_config = store_config
-        self._store_meta = store_meta
+        publishing: dict[str, Any] = {"config": publisher, "store_config": store_config, "meta": store_meta}
+        self._publish: Callable[..., HeartbeatPublisher] | None = None
+        if store is not None:
+            self._publish = partial(HeartbeatPublisher, store, worker_id, **publishing)
         self._runtimes = runtimes
         self._lock = threading.Lock()
         self._sequence = itertools.count()
@@ -156,19 +157,12 @@ class TrajectoryWriter:
         policy_version = _as_version(policy_version)
         packer = self._ready_for(trajectory)
         sequence = next(self._sequence)
+        facts: dict[str, Any] = {"worker_id": self._worker_id, "sequence": sequence, "policy_version": policy_version}
         ref: SlotRef | None = None
         dropped: str | None = None
-        length, rewards = None, None
         try:
-            length, rewards = self._reward_of(trajectory)
-            envelope = record_envelope(
-                worker_id=self._worker_id,
-                sequence=sequence,
-                episode_length=length,
-                rewards=rewards,
-                policy_version=policy_version,
-                meta=meta,
-            )
+            facts["episode_length"], facts["rewards"] = self._reward_of(trajectory)
+            envelope = record_envelope(**facts, meta=meta)
             ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
         except TransportError as error:
             if self._on_error == "raise" or isinstance(error, PageLockError):
@@ -179,15 +173,7 @@ class TrajectoryWriter:
             with self._lock:
                 self._written += 1
                 self._nbytes += ref.nbytes
-        return EpisodeRecord(
-            worker_id=self._worker_id,
-            sequence=sequence,
-            ref=ref,
-            dropped=dropped,
-            episode_length=length,
-            rewards=rewards,
-            policy_version=policy_version,
-        )
+        return EpisodeRecord(**facts, ref=ref, dropped=dropped)
 
     def statistics(self) -> RolloutStatistics:
         """Counts since the writer was made."""
@@ -232,16 +218,8 @@ class TrajectoryWriter:
                 raise ConfigError(f"reward names {self._reward!r}, which is no field of the schema", field="reward")
             if self._serve:
                 self.server = stack.enter_context(UCXXServer(ring, self._server_config))
-            if self._store is not None:
-                publisher = HeartbeatPublisher(
-                    self._store,
-                    self._worker_id,
-                    self.server or RingSource(ring),
-                    self._publisher_config,
-                    store_config=self._store_config,
-                    meta=self._store_meta,
-                )
-                self.publisher = stack.enter_context(publisher)
+            if self._publish is not None:
+                self.publisher = stack.enter_context(self._publish(self.server or RingSource(ring)))
             self._open = stack.pop_all()
         self.ring = ring
         self._packer = packer
@@ -261,10 +239,8 @@ class TrajectoryWriter:
         total = float(values.sum())
         if not np.isfinite(total):
             return length, None
-        summary = RewardSummary(
-            total=total, mean=total / values.size, least=float(values.min()), most=float(values.max())
-        )
-        return length, summary
+        least, most = float(values.min()), float(values.max())
+        return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
 
     def _count_drop(self, error: TransportError) -> None:
         kind = type(error).__name__
@@ -272,6 +248,55 @@ class TrajectoryWriter:
             count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
         if count == 1:
             _log.warning("episode_dropped", reason=str(error), kind=kind)
+
+
+class UCXXRolloutMixin:
+    """Gives a rollout worker `write_to_buffer`. It has no `__init__`, so its place among the bases does not matter.
+
+    ```python
+    class Worker(UCXXRolloutMixin):
+        def run(self, queue):
+            self.setup_ucxx("worker-0", reward="reward", varlen={"obs": 500, "reward": 500})
+            queue.put(self.write_to_buffer(self.play(), policy_version=3))
+            ...
+            self.cleanup_ucxx()
+    ```
+    """
+
+    ucxx_writer: TrajectoryWriter | None = None
+    """The writer behind it, from `setup_ucxx` to `cleanup_ucxx`."""
+
+    def setup_ucxx(self, worker_id: str, **settings: Any) -> None:
+        """Make this worker's writer.
+
+        Args:
+            worker_id: the worker's name in every record.
+            **settings: as for `TrajectoryWriter`: `schema`, `varlen`, `ring`, `server`, `serve`, `on_error`, `narrow`,
+                `reward`, `store`, `publisher`, `store_config`, `store_meta`, `runtimes`.
+
+        Raises:
+            ConfigError: a setting is wrong, or this worker is set up already.
+            TransportError: the server did not start.
+        """
+        if self.ucxx_writer is not None:
+            raise ConfigError("this worker is set up already; cleanup_ucxx() first")
+        self.ucxx_writer = TrajectoryWriter(worker_id, **settings)
+
+    def write_to_buffer(self, trajectory: Mapping[str, object], **options: Any) -> dict[str, object]:
+        """Write one trajectory; options (`policy_version` …) and errors as `TrajectoryWriter.write`.
+
+        Returns:
+            Its record as plain values (`EpisodeRecord.to_dict`), for the control plane to hand to a trainer.
+        """
+        if self.ucxx_writer is None:
+            raise ConfigError("this worker is not set up: call setup_ucxx(worker_id, …) first")
+        return self.ucxx_writer.write(trajectory, **options).to_dict()
+
+    def cleanup_ucxx(self) -> None:
+        """Stop the server and remove the ring. Unread payloads are gone with it. Idempotent."""
+        writer, self.ucxx_writer = self.ucxx_writer, None
+        if writer is not None:
+            writer.close()
 
 
 def _as_version(policy_version: int | None) -> int | None:
