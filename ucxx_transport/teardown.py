@@ -107,43 +107,41 @@ class Teardown:
         """
         began_s = time.monotonic()
         _log.info("teardown_step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
-        error, has_ended = _run_until(name, call, max(began_s, until_s) + self._margin_s)
+        outcome, error = _run_until(name, call, max(began_s, until_s) + self._margin_s)
         elapsed_s = time.monotonic() - began_s
         keys = {"step": name, "ms": round(elapsed_s * 1000), **self._keys}
-        if not has_ended:
+        if outcome is Outcome.HUNG:
             _log.error("teardown_hung", **keys)
             self._dump()
-            outcome = Outcome.HUNG
-        elif error is not None:
+        elif outcome is Outcome.FAILED:
             _log.warning("teardown_failed", reason=f"{type(error).__name__}: {error}", **keys)
-            outcome = Outcome.FAILED
         else:
             _log.debug("teardown_done", **keys)
-            outcome = Outcome.DONE
         report = StepReport(name=name, outcome=outcome, elapsed_s=elapsed_s, error=error)
         self._steps.append(report)
         return report
 
 
-def _run_until(name: str, call: Callable[[], object], until_s: float) -> tuple[BaseException | None, bool]:
-    """What the call raised, and whether it ended in time."""
-    errors: list[BaseException] = []
+def _run_until(name: str, call: Callable[[], object], until_s: float) -> tuple[Outcome, BaseException | None]:
+    """How the call ended, and what it raised."""
+    found: list[tuple[Outcome, BaseException | None]] = []
 
     def run() -> None:
         try:
             call()
         except BaseException as error:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
-            errors.append(error)
+            found.append((Outcome.FAILED, error))
+        else:
+            found.append((Outcome.DONE, None))
 
     thread = threading.Thread(target=run, name=f"teardown-{name}", daemon=True)
     try:
         thread.start()
     except RuntimeError:  # too many threads, or the interpreter is exiting (an atexit hook, since 3.12)
         run()
-        return next(iter(errors), None), True
-    thread.join(max(0.0, until_s - time.monotonic()))
-    has_ended = not thread.is_alive()
-    return next(iter(errors), None) if has_ended else None, has_ended
+    else:
+        thread.join(max(0.0, until_s - time.monotonic()))
+    return found[0] if found else (Outcome.HUNG, None)
 
 
 def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:

@@ -32,7 +32,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host: creator, size, slots by state, address and counters."""
-    segments = describe_segments(names or ())
+    segments = _described(names or ())
     missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
     if as_json:
         print_json({"segments": segments, "missing": missing})
@@ -40,7 +40,7 @@ def inspect(
         for segment in segments:
             console().print_json(data=segment)
     elif segments:
-        console().print(segments_table(segments))
+        console().print(_table_of(segments))
     else:
         typer.echo("no rings on this host")
     for name in missing:
@@ -56,26 +56,23 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host as they fill and empty, until interrupted."""
-    if once and not as_json:
-        console().print(segments_table(describe_segments()))
-    elif as_json:
-        print_json({"segments": describe_segments()})
+    if as_json:
+        print_json({"segments": _described()})
         while not once:
             time.sleep(interval_s)
-            print_json({"segments": describe_segments()})
-    else:
-        _watch(interval_s)
-
-
-def _watch(interval_s: float) -> None:
+            print_json({"segments": _described()})
+        return
+    if once:
+        console().print(_table_of(_described()))
+        return
     from rich.live import Live
 
     before: dict[str, dict[str, Any]] = {}
     with Live(console=console(), auto_refresh=False) as live:
         while True:
-            now = {segment["name"]: segment for segment in describe_segments()}
+            now = {segment["name"]: segment for segment in _described()}
             rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
-            live.update(segments_table(list(now.values()), rates), refresh=True)
+            live.update(_table_of(list(now.values()), rates), refresh=True)
             before = now
             time.sleep(interval_s)
 
@@ -115,13 +112,12 @@ def clean(
         raise typer.Exit(1)
 
 
-def describe_segments(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+def _described(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every segment of this host that this user may open, or those of `names`, each as a JSON-safe document."""
     return [_describe(info) for info in list_segments() if not names or info.name in names]
 
 
-def segments_table(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Table:
-    """The documents of `describe_segments` as a table, a row a segment; `rates` is a last column, by its name."""
+def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -8,8 +8,7 @@ some hundred bytes. A trainer takes the records of many actors from `ActorRollou
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ class ActorRollouts(Iterator[Any]):
         self._unswept: set[Path] = set()
         self._kept: Exception | None = None
         self._pending: dict[Any, int] = {}
-        self._counts: Counter[str] = Counter()
+        self._counts = dict.fromkeys(("asked", "received", "lost", "lost_actors"), 0)
         for actor in actors:
             self._welcome(actor)
 
@@ -163,10 +162,7 @@ class ActorRollouts(Iterator[Any]):
 
     def statistics(self) -> RolloutCounts:
         """Counts since this was made."""
-        counts: Mapping[str, int] = self._counts
-        return RolloutCounts(
-            asked=counts["asked"], received=counts["received"], lost=counts["lost"], lost_actors=counts["lost_actors"]
-        )
+        return RolloutCounts(**self._counts)
 
     def _welcome(self, actor: Any) -> None:
         self._actors.append(actor)

@@ -251,10 +251,6 @@ class Prefetcher:
         with self._lock:
             self._losses.update({LossReason.CLOSED.value: episodes} if episodes else {})
 
-    def soon(self, call: Callable[[], None]) -> None:
-        """Have the thread make a call that the trainer need not wait for; dropped when the prefetcher is closed."""
-        self._core.reactor.submit(call)
-
     def statistics(self) -> PrefetchStatistics:
         """Counts since this prefetcher was made."""
         unlocked_rings = 0 if self._uploader is None else self._uploader.unlocked_rings

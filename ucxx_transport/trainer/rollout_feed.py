@@ -40,11 +40,13 @@ def completion_of(rollout: object) -> object:
     return getattr(rollout, "completion", rollout)
 
 
-class _Asked:
+class _Rollouts:
     """Rollouts to fetch, or fetched: as given, the outputs of ours among them in order, and the places of these.
 
     What takes long is done by the thread that fetches, which asks first.
     """
+
+    pending: PendingBatch
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
         self.rollouts = tuple(rollouts)
@@ -63,40 +65,35 @@ class _Asked:
         """By what each output is found again."""
         return tuple(key_of(output, record) for output, record in zip(self.outputs, self.records, strict=True))
 
-    def is_for(self, other: _Asked) -> bool:
+    def is_for(self, other: _Rollouts) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
         if len(self.rollouts) != len(other.rollouts):
             return False
         same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
-
-class _InUse:
-    """The rollouts that are trained on, as asked for, and what came of them; None when nothing did."""
-
-    def __init__(self, asked: _Asked, batch: Batch | None) -> None:
-        self.asked = asked
-        self.batch = batch
+    def take(self, batch: Batch | None) -> None:
+        """Keep what came of them; None when nothing did."""
         self._came = came = {} if batch is None else batch.payloads
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(asked.outputs[index]): payload for index, payload in came.items()}
-        lost = {place for index, place in enumerate(asked.places) if index not in came}
-        self.rollouts = [rollout for place, rollout in enumerate(asked.rollouts) if place not in lost]
+        self.by_output = {id(self.outputs[index]): payload for index, payload in came.items()}
+        lost = {place for index, place in enumerate(self.places) if index not in came}
+        self.usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
 
     def release(self) -> None:
-        """Release the batch."""
-        if self.batch is not None:
-            self.batch.release()
+        """Release what came."""
+        for payload in self._came.values():
+            payload.release()
 
     @cached_property
     def payloads(self) -> dict[Hashable, Payload]:
         """By key."""
-        return {self.asked.keys[index]: payload for index, payload in self._came.items()}
+        return {self.keys[index]: payload for index, payload in self._came.items()}
 
     @cached_property
     def lost(self) -> frozenset[Hashable]:
         """The keys of the others."""
-        return frozenset(self.asked.keys) - frozenset(self.payloads)
+        return frozenset(self.keys) - frozenset(self.payloads)
 
 
 class RolloutFeed:
@@ -139,8 +136,8 @@ class RolloutFeed:
         self._losses: deque[Loss] = deque()
         self._state = threading.RLock()
         self._turn = threading.RLock()
-        self._pending: deque[tuple[_Asked, PendingBatch]] = deque()  # of which the first is begun
-        self._in_use: _InUse | None = None
+        self._pending: deque[_Rollouts] = deque()  # of which the first is begun
+        self._in_use: _Rollouts | None = None
         self._is_awaited = True
         self._policy_version: int | None = None
         self._prefetcher = Prefetcher(config, on_loss=self._losses.append, uploader=self._unpack.uploader, **settings)
@@ -155,13 +152,13 @@ class RolloutFeed:
     def is_ready(self) -> bool:
         """Whether a batch has come, so that `collect` need not wait for it."""
         with self._state:
-            return bool(self._pending) and self._pending[0][1].is_ready
+            return bool(self._pending) and self._pending[0].pending.is_ready
 
     @property
     def buffer(self) -> list[object] | None:
         """The rollouts in use: those of the batch collected last that can be resolved, and those that are not ours."""
         in_use = self._in_use
-        return None if in_use is None else list(in_use.rollouts)
+        return None if in_use is None else list(in_use.usable)
 
     def start(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Begin to fetch the episodes of these rollouts, and return at once.
@@ -173,7 +170,7 @@ class RolloutFeed:
         Raises:
             ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
         """
-        asked = _Asked(rollouts, self._output_of)
+        asked = _Rollouts(rollouts, self._output_of)
         with self._state:
             if self._pending:
                 self._prefetcher.check_usable()
@@ -192,15 +189,13 @@ class RolloutFeed:
         Raises:
             ConfigError: `policy_version` is missing, or the feed is closed.
         """
-        asked = _Asked(rollouts, self._output_of)
+        asked = _Rollouts(rollouts, self._output_of)
         with self._state:
-            known = [pending for pending, _ in self._pending]
-            if self._in_use is not None:
-                known.append(self._in_use.asked)
-            if any(asked.is_for(other) for other in known):
-                self._note_version(policy_version)
-                return
-            self._append(asked, policy_version)
+            known = [*self._pending] if self._in_use is None else [*self._pending, self._in_use]
+            if not any(asked.is_for(other) for other in known):
+                self._append(asked, policy_version)
+            elif policy_version is not None:
+                self._policy_version = policy_version
 
     def wait(self, timeout_s: float | str | None = None) -> bool:
         """Wait for the batch on its way and take it into use; the one before it is released, with the next that comes.
@@ -310,26 +305,24 @@ class RolloutFeed:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _append(self, asked: _Asked, policy_version: int | None) -> None:
+    def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
         # what is given: a call that the thread makes which fetches
-        pending = self._prefetcher.prepare(lambda: asked.records, policy_version=policy_version)
-        self._pending.append((asked, pending))
+        asked.pending = self._prefetcher.prepare(lambda: asked.records, policy_version=policy_version)
+        self._pending.append(asked)
         if len(self._pending) == 1:
             self._begin_next()
-        self._note_version(policy_version)
+        if policy_version is not None:
+            self._policy_version = policy_version
 
     def _begin_next(self) -> None:
         if self._pending:
-            self._pending[0][1].begin(0.0 if self._is_awaited else YIELD_S)
+            self._pending[0].pending.begin(0.0 if self._is_awaited else YIELD_S)
 
-    def _note_version(self, policy_version: int | None) -> None:
-        self._policy_version = policy_version if policy_version is not None else self._policy_version
-
-    def _awaited(self, key: Hashable, seen: _InUse | None) -> bool:
+    def _awaited(self, key: Hashable, seen: _Rollouts | None) -> bool:
         """Wait for what is on its way if `key` is among it; whether another batch than `seen` is in use now."""
         with self._turn:  # of several threads that look for one, the first takes the batch into use
             with self._state:
-                is_pending = any(key in asked.keys for asked, _ in self._pending)
+                is_pending = any(key in asked.keys for asked in self._pending)
             if is_pending:
                 self._take_next(None)
             changed = self._in_use is not seen
@@ -338,21 +331,22 @@ class RolloutFeed:
 
     def _take_next(self, timeout_s: float | str | None) -> bool:
         """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
-        asked, pending = self._pending[0]
-        self._is_awaited = not pending.is_ready
-        came = not self._is_awaited or pending.wait(timeout_s)
+        asked = self._pending[0]
+        self._is_awaited = not asked.pending.is_ready
+        came = not self._is_awaited or asked.pending.wait(timeout_s)
         batch: Batch | None = None
         try:
-            batch = pending.result() if came else None
+            batch = asked.pending.result() if came else None
         finally:
-            done: _InUse | None = _InUse(asked, batch)
+            asked.take(batch)
+            done: _Rollouts | None = asked
             with self._state:
                 if self._pending:  # else it was closed meanwhile, and this one is not used at all
                     self._pending.popleft()
                     self._begin_next()
-                    done, self._in_use = self._in_use, done
+                    done, self._in_use = self._in_use, asked
             if done is not None:
-                self._prefetcher.soon(done.release)
+                done.release()
         return came
 
     def _report(self) -> None:

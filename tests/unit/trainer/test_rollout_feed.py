@@ -238,7 +238,7 @@ def test_arrays_outlive_their_batch_and_hold_their_slot(worker: LocalWorker) -> 
         assert worker.ring.slot_states().count(SlotState.READING) == 2
         assert number_in(tree) == 0
         del tree
-        wait_until(lambda: worker.ring.slot_states().count(SlotState.READING) == 1, what="the first one is released")
+        assert worker.ring.slot_states().count(SlotState.READING) == 1
 
 
 def test_what_is_released_makes_room_before_the_next_batch_and_is_a_duplicate_when_asked_for(
