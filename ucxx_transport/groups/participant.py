@@ -111,11 +111,8 @@ class Participant:
     def step(self, snapshot: GroupSnapshot) -> float | None:
         """Do what the snapshot asks for; for one thread.
 
-        Returns:
-            In how many seconds to step again at the latest, if nothing changes; None: only a change matters.
-
-        Raises:
-            MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
+        Returns in how many seconds to step again at the latest, if nothing changes; None: only a change matters. A
+        MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
         """
         self._shared.show(snapshot)
         own = snapshot.members.get(self._rank)

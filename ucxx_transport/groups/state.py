@@ -173,9 +173,8 @@ class SharedState:
     ) -> T:
         """The first true answer of `find`, which is asked at each change, and must not block.
 
-        Raises:
-            TransportError: this rank is a member no longer; or `late`'s, when the deadline has passed.
-            RegistryError: it was cancelled.
+        Raises why this rank is a member no longer, `late`'s error when the deadline has passed, or that of a cancelled
+        wait.
         """
         with self._changed:
             while not (answer := find(self.now)):

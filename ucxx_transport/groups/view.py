@@ -311,14 +311,8 @@ def parse_policy_version(value: bytes) -> int:
 class GroupSnapshot:
     """A group's keys at one revision of the store.
 
-    Attributes:
-        group: its name.
-        revision: of the store.
-        view: `NO_VIEW`: there is none, or it cannot be read (then `problems` has it).
-        view_revision: of the view's key; 0: there is none.
-        members: by rank: those whose key exists, which is to say whose lease lives.
-        policy_version: None: there is none.
-        problems: key → why its value was not understood; it is as if it were not there.
+    The view is `NO_VIEW` where there is none, or none that can be read; a member's key exists while its lease lives.
+    `problems` says why the values of some keys were not understood: those are as if they were not there.
     """
 
     group: str

@@ -63,11 +63,7 @@ class RankContext:
 class Retrying:
     """Calls of a store for one purpose: under one deadline, with growing pauses while it does not answer.
 
-    Args:
-        context: of the rank.
-        timeout_s: seconds to the deadline; a ConfigError unless more than 0.
-        purpose: what the calls are for, such as "joining", for the errors.
-        cancelled: set when the result is no longer wanted; None: it always is.
+    The purpose, such as "joining", is for the errors; `cancelled` is set when the result is no longer wanted.
     """
 
     def __init__(
@@ -85,11 +81,9 @@ class Retrying:
         return max(0.0, self._deadline - self.context.clock())
 
     def call(self, method: Callable[..., T], *args: object, **settings: object) -> T:
-        """What a method of the store answers; it is called until then; an error that is an answer is raised.
+        """What a method of the store answers; it is called until then. An error that is an answer is raised.
 
-        Raises:
-            DeadlineExceededError: the store did not answer until the deadline.
-            RegistryError: it was cancelled, or the store answered by an error.
+        A DeadlineExceededError: the store did not answer until the deadline. A RegistryError: it was cancelled.
         """
         unanswered: StoreUnavailableError | None = None
         config = self.context.config
@@ -126,12 +120,8 @@ class Retrying:
 def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
     """Publish a member, once its rank is free, under a new lease, whose TTL `wanted` asks for.
 
-    A dead member has its rank until its lease ends, and that is waited for. A live one keeps it.
-
-    Raises:
-        DuplicateSourceError: a live member has the rank.
-        DeadlineExceededError: the store did not answer, or it is not known yet whether the rank's holder lives.
-        StorePermissionError, StoreResetError, ProtocolError: the store's answers.
+    A dead member has its rank until its lease ends, and that is waited for. A live one keeps it: a
+    DuplicateSourceError.
     """
     context, store = retrying.context, retrying.context.store
     key, what = member_key(context.group, context.rank), f"rank {context.rank} of {context.group!r}"

@@ -160,16 +160,7 @@ class Connection:
 
 
 class EtcdClient:
-    """One process's calls to a cluster, none by a proxy. Thread-safe.
-
-    Args:
-        endpoints: `host:port` of at least one, in the order in which they are tried.
-        config: the user, and the files of TLS.
-        tls: whether it is spoken without a `ca_file` too.
-
-    Raises:
-        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
-    """
+    """One process's calls to a cluster, none by a proxy. Thread-safe. Arguments and errors as of `EtcdStore`."""
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> None:
         self._endpoints, self._good = endpoints, 0
@@ -219,11 +210,8 @@ class EtcdClient:
     def as_user(self, work: Callable[[Secret], T], until: float) -> T:
         """What `work` does with the user's token; done again with a new one where etcd does not know that any more.
 
-        The token is empty without a user, and where etcd asks for none.
-
-        Raises:
-            StorePermissionError: etcd does not know this user with this password.
-            StoreUnavailableError: it does not answer.
+        The token is empty without a user, and where etcd asks for none. A StorePermissionError: etcd does not know
+        this user with this password.
         """
         token = self._token
         if token is None:

@@ -54,7 +54,7 @@ class EtcdStore(Store):
         tls: whether it is spoken without a `ca_file` too.
 
     Raises:
-        ConfigError: a setting of TLS cannot be used.
+        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
@@ -70,9 +70,6 @@ class EtcdStore(Store):
     @property
     def url(self) -> str:
         return self._url
-
-    def __repr__(self) -> str:
-        return f"EtcdStore({self.url!r}, namespace={self._config.namespace!r})"
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on

@@ -95,12 +95,7 @@ def default_path() -> Path:
 
 
 def checked_path(path: Path) -> Path:
-    """The file itself, without symbolic links, where a store can lie.
-
-    Raises:
-        ConfigError: the folder is missing or on a network, or something other than a file is there.
-        StorePermissionError: this user may not read the folder.
-    """
+    """The file itself, without symbolic links; a ConfigError or StorePermissionError where no store can lie."""
     real = Path(os.path.realpath(path))
     try:
         parent = real.parent.stat()
@@ -122,14 +117,9 @@ def checked_path(path: Path) -> Path:
 
 
 class StoreFile:
-    """The file, used in transactions. Thread-safe: the lock is held for one of them, some 20 to 100 µs.
+    """The file, used in transactions: the first opens it, or makes it by the statements in `tables`.
 
-    Args:
-        path: the file; it is opened, or made, by the first transaction.
-        tables: the statements that make an empty store.
-
-    Attributes:
-        is_closed: whether `close` was called.
+    Thread-safe: the lock is held for one of them, some 20 to 100 µs.
     """
 
     def __init__(self, path: Path, tables: str) -> None:

@@ -102,9 +102,6 @@ class LocalStore(Store):
     def url(self) -> str:
         return self.file.path.as_uri().replace("file://", "local://", 1)
 
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r}, namespace={self._config.namespace!r})"
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         ttl_s = checked_ttl_s(ttl_s)
         lease_id = secrets.randbelow((1 << 63) - 1) + 1  # no lease of this or an earlier store has had it

@@ -32,15 +32,9 @@ class Renewal:
     Those do until the sidecar is up, and while that is stopped or dead, or cannot reach the store. Thread-safe; close
     it.
 
-    Args:
-        store: where the lease is; the sidecar opens its URL.
-        store_config: the store's settings, with the password: it travels in the sidecar's pipe and nowhere else.
-        config: how often the lease is renewed, and whether by a process.
-        on_news: called in the sidecar's thread when `keeps` may answer differently.
-        clock: seconds of CLOCK_MONOTONIC.
-
-    Attributes:
-        restarts: how often the sidecar died, or could not be started.
+    The sidecar opens the store's URL with `store_config`: a password in that travels in its pipe and nowhere else.
+    `on_news` is called in the sidecar's thread when `keeps` may answer differently; `restarts` counts how often the
+    sidecar died, or could not be started.
     """
 
     def __init__(
@@ -157,14 +151,8 @@ def renew(store: Store, lease_id: int, *, timeout_s: float | None = None) -> Non
 class LeaseRenewer:
     """Renews one lease until it is stopped, or the store says that the lease has ended. A daemon thread.
 
-    Args:
-        store: where the lease is.
-        store_config: its settings.
-        lease_id: the lease.
-        config: how often it is renewed, and whether by a process in the thread's place from when that can: a call that
-            holds the GIL for longer than a lease lives would starve it.
-        on_lost: called once, in the renewer's thread, when the store answers twice that the lease has ended. A store
-            that does not answer says nothing: it is asked again, for as long as it takes.
+    `on_lost` is called once, in that thread, when the store answers twice that the lease has ended. A store that does
+    not answer says nothing: it is asked again, for as long as it takes.
     """
 
     def __init__(
