@@ -224,8 +224,7 @@ class Participant:
 
     def _check_lease(self) -> None:
         if self._lease_lost.is_set():
-            text = "this rank's lease has ended: join_group() again"
-            raise LeaseLostError(text, lease=self._lease_id, **self._context.keys)
+            raise self._ended(LeaseLostError, "this rank's lease has ended", lease=self._lease_id)
 
     def _on_lease_lost(self) -> None:
         self._lease_lost.set()

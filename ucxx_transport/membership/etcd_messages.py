@@ -49,14 +49,23 @@ Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is read field by field here alone."""
 
 FAILED_PRECONDITION: Final = 9
-_INVALID_ARGUMENT: Final = 3
-_NOT_FOUND: Final = 5
-_PERMISSION_DENIED: Final = 7
-_OUT_OF_RANGE: Final = 11
-_UNAUTHENTICATED: Final = 16
-NOT_LOGGED_IN: Final = frozenset({_INVALID_ARGUMENT, _UNAUTHENTICATED})
+NOT_LOGGED_IN: Final = (3, 16)
 """A request without a user, or with a token that is not known any more. All requests here are well-formed otherwise."""
-_NOT_A_GATEWAY: Final = frozenset({400, 404, 405, 415, 426})
+_NOT_A_GATEWAY: Final = (400, 404, 405, 415, 426)
+
+_Refusal = tuple[type[TransportError], str]
+_FORBIDDEN: Final = "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix"
+_REFUSED: Final = (StorePermissionError, "etcd refuses this user: see to store.user and store.password")
+_REFUSALS: Final[Mapping[int, _Refusal]] = {
+    5: (LeaseLostError, "the lease has ended: take another one and put its keys again"),
+    7: (StorePermissionError, _FORBIDDEN),
+    **dict.fromkeys(NOT_LOGGED_IN, _REFUSED),
+    11: (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
+}
+_NO_GATEWAY: Final = (
+    "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
+    "URL; etcds:// where it speaks TLS"
+)
 
 
 def parsed(text: bytes, endpoint: str) -> Json:
@@ -87,28 +96,11 @@ def answer_of(status: int, text: bytes, endpoint: str) -> Json:
     )
     if status == 200 and not code and not error:
         return body.get("result", body)  # type: ignore[no-any-return]  # what else it may hold is read field by field
-    raise _refusal(status, code if isinstance(code, int) else 0, str(words or ""), endpoint)
-
-
-def _refusal(status: int, code: int, reason: str, endpoint: str) -> TransportError:
-    facts: dict[str, object] = {"endpoint": endpoint, "status": status, "code": code, "reason": reason}
-    if code == _NOT_FOUND:
-        return LeaseLostError("the lease has ended: take another one and put its keys again", **facts)
-    if code == _PERMISSION_DENIED:
-        return StorePermissionError(
-            "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix", **facts
-        )
-    if code in NOT_LOGGED_IN:
-        return StorePermissionError("etcd refuses this user: see to store.user and store.password", **facts)
-    if code == _OUT_OF_RANGE:
-        return CompactedError("etcd no longer keeps this revision; take a snapshot", **facts)
+    code = code if isinstance(code, int) else 0
+    kind, why = _REFUSALS.get(code, (StoreUnavailableError, "etcd does not answer as asked"))
     if not code and status in _NOT_A_GATEWAY:
-        return ConfigError(
-            "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its "
-            "client URL; etcds:// where it speaks TLS",
-            **facts,
-        )
-    return StoreUnavailableError("etcd does not answer as asked", **facts)
+        kind, why = ConfigError, _NO_GATEWAY
+    raise kind(why, endpoint=endpoint, status=status, code=code, reason=str(words or ""))
 
 
 def identity_key(namespace: Namespace) -> bytes:
