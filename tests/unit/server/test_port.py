@@ -9,9 +9,10 @@ import pytest
 from tests.support.raw_peer import NONCE, READER, RawPeer
 from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
-from ucxx_transport.ring import SlotState
+from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring.owner import Owner
 from ucxx_transport.server.connection import MAX_LATE_FRAMES
-from ucxx_transport.server.port import SWEEP_INTERVAL_S
+from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
 
@@ -49,6 +50,17 @@ def test_garbage_is_answered_bad_request_and_closed() -> None:
             assert peer.is_closed()
             assert rig.counts.bad_requests == 1
             assert still_serves(rig)
+
+
+def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_asks_for_it(rig: PortRig) -> None:
+    dead = SharedRingBuffer.attach(rig.ring.name, owner=Owner(2**22 + 1, 1))  # above every real pid
+    ref = rig.write(EPISODE)
+    lease = dead.acquire(ref)
+    assert rig.states(ref) == [SlotState.READING]
+    rig.advance(RECLAIM_INTERVAL_S + SWEEP_S)
+    assert rig.states(ref) == [SlotState.READY]
+    assert not lease.release_reading()
+    dead.close()
 
 
 def test_a_peer_that_goes_on_sending_after_its_last_answer_is_cut_off_at_once(rig: PortRig) -> None:
