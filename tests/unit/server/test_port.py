@@ -53,7 +53,8 @@ def test_garbage_is_answered_bad_request_and_closed() -> None:
 
 
 def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_asks_for_it(rig: PortRig) -> None:
-    dead = SharedRingBuffer.attach(rig.ring.name, folder=rig.ring.folder, owner=Owner(2**22 + 1, 1))  # above every real pid
+    nobody = Owner(2**22 + 1, 1)  # above every real pid
+    dead = SharedRingBuffer.attach(rig.ring.name, folder=rig.ring.folder, owner=nobody)
     ref = rig.write(EPISODE)
     lease = dead.acquire(ref)
     assert rig.states(ref) == [SlotState.READING]
