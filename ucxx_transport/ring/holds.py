@@ -134,8 +134,9 @@ class Hold:
         if _live.get(self.lease_id) is not self._guard:
             return False
         transitions = self.transitions
-        ended = (transitions.abort if reason is ABORTED else transitions.finalise)(self.words, reason)
-        self.forget()
+        ended = transitions.abort(self.words) if reason is ABORTED else transitions.finalise(self.words, reason)
+        _live.pop(self.lease_id, None)  # `forget`, without the call
+        self._guard = _ENDED
         return ended
 
     def rest(self) -> None:

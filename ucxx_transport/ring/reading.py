@@ -74,23 +74,16 @@ class ReadableRing(RingHandle):
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self.ring_id.hex(),
             )
-        return self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
+        return self._enter(self._new_lease(ref.slot, ref.generation, reader), deadline_s)
 
-    def acquire_slot(
-        self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None
-    ) -> ReadLease:
+    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease:
         """`acquire` for the server: the ring's id has been checked, the numbers have not."""
         try:
             lease = self._new_lease(slot, generation, reader)
         except struct.error:  # not of 64 bits
             self._transitions.count(Counter.OUT_OF_RANGE)
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
-        try:
-            self._transitions.acquire(lease.words, deadline_s)
-        except TransportError:
-            lease.forget()
-            raise
-        return lease
+        return self._enter(lease, None)
 
     def take(
         self,
@@ -233,4 +226,12 @@ class ReadableRing(RingHandle):
             settle()
         lease = ReadLease(self._transitions, self._owner(), slot, generation, reader, RELEASED)
         lease._schema = self.schema  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
+        return lease
+
+    def _enter(self, lease: ReadLease, wait_s: float | None) -> ReadLease:
+        try:
+            self._transitions.acquire(lease.words, wait_s)
+        except TransportError:
+            lease.forget()
+            raise
         return lease

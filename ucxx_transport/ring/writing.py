@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +45,6 @@ _REMEMBERED_SLOTS: Final = 1024
 """Slots whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs."""
 
 
-class _Terms(NamedTuple):
-    """What a write says of its payload: the reads that free it, its reference's meta, and its envelope."""
-
-    readers: int
-    meta: Mapping[str, object] | None
-    envelope: bytes | None
-
-
 class WritableRing(RingHandle):
     """The writing half of `SharedRingBuffer`."""
 
@@ -63,7 +55,6 @@ class WritableRing(RingHandle):
         self._first_byte, self._stride = geometry.payload_byte(0), geometry.stride_bytes
         self._takes_checksums = identity.checksum
         self._overwrites = identity.on_full == "overwrite"
-        self._terms = _Terms(geometry.readers, None, None)
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
         self._spares_owner = self._owner()
         self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
@@ -94,9 +85,10 @@ class WritableRing(RingHandle):
             RingFullError: every slot is being read or written, or, with `on_full="raise"`, none is free.
             DeadlineExceededError: no slot, or the lock, in time.
         """
-        if self.schema is not None:
+        schema = self.schema
+        if schema is not None:
             # checked in full before a slot is touched: data that does not fit must not cost an unread payload
-            arrays, placement = self.schema.arrange(data)
+            arrays, placement = schema.arrange(data)
             return self._write(placement.nbytes, arrays, placement, readers, meta, envelope, deadline_s)
         if set(data) != {layout.RAW_FIELD}:
             raise ConfigError(
@@ -161,7 +153,8 @@ class WritableRing(RingHandle):
         else:
             placement = self.schema.layout(lengths)
             size = placement.nbytes
-        commit = partial(self._commit, self._agreed(readers, meta, envelope))
+        most, meta, envelope = self._agreed(readers, meta, envelope)
+        commit = partial(self._commit, readers=most, meta=meta, envelope=envelope)
         lease = WriteLease(self._transitions, self._owner(), self.schema, placement, commit)
         self._take(lease, size, deadline_s)
         if placement is not None:
@@ -179,7 +172,8 @@ class WritableRing(RingHandle):
         deadline_s: float | None,
     ) -> SlotRef:
         """Copy what fits into a slot: arrays to their places, or bytes where there is no placement."""
-        terms = self._terms if readers is None and not meta and not envelope else self._agreed(readers, meta, envelope)
+        if readers is not None or meta or envelope:
+            readers, meta, envelope = self._agreed(readers, meta, envelope)
         owner = self._owner()
         if owner is not self._spares_owner:  # a forked child's holds are its own
             self._spares_owner, self._spare = owner, []
@@ -189,28 +183,33 @@ class WritableRing(RingHandle):
         except IndexError:
             hold = Hold(self._transitions, owner)
         self._take(hold, nbytes, deadline_s)
+        slot = hold.words[layout.HOLD_SLOT]
         try:
             if placement is not None:
                 if placement.lengths:
                     self._write_lengths(hold, placement)
-                kept = self._targets.get(hold.words[layout.HOLD_SLOT])
+                kept = self._targets.get(slot)
                 targets = kept[1] if kept and kept[0] is placement else self._targets_in(hold, placement)
                 copy_fields(targets, content)
             elif nbytes <= _SMALL_BYTES:
-                start = self._first_byte + hold.words[layout.HOLD_SLOT] * self._stride
+                start = self._first_byte + slot * self._stride
                 self._bytes[start : start + nbytes] = content
             else:  # releases the interpreter's lock
                 np.copyto(self._transitions.payload(hold.words), np.frombuffer(content, np.uint8))
-            ref = self._commit(terms, hold)
+            ref = self._commit(hold, readers or self.readers, meta, envelope)
         except BaseException:  # anywhere: no payload of it remains
             if not hold.end(ABORTED):
                 self._transitions.discard(hold.slot, hold.generation)
             raise
+        if envelope:
+            hold.words[layout.HOLD_ENVELOPE_BYTES] = 0
         self._spare.append(hold)
         return ref
 
-    def _agreed(self, readers: int | None, meta: Mapping[str, object] | None, envelope: bytes | None) -> _Terms:
-        """The terms of a write; a ConfigError where it cannot have them."""
+    def _agreed(
+        self, readers: int | None, meta: Mapping[str, object] | None, envelope: bytes | None
+    ) -> tuple[int, Mapping[str, object] | None, bytes | None]:
+        """The reads that free a payload, its reference's meta, and its envelope; a ConfigError where one cannot be."""
         most = self.readers
         if readers is not None and not 1 <= readers <= most:
             raise ConfigError(
@@ -221,9 +220,9 @@ class WritableRing(RingHandle):
         if meta:
             meta, packed = checked_meta(meta)
             envelope = envelope or packed
-        return _Terms(readers or most, meta or None, envelope if self._identity.geometry.envelope_bytes else None)
+        return (readers or most, meta, envelope if self._identity.geometry.envelope_bytes else None)
 
-    def _commit(self, terms: _Terms, hold: Hold) -> SlotRef:
+    def _commit(self, hold: Hold, readers: int, meta: Mapping[str, object] | None, envelope: bytes | None) -> SlotRef:
         """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is.
 
         Raises:
@@ -236,10 +235,10 @@ class WritableRing(RingHandle):
             words[layout.HOLD_HAS_CHECKSUM] = 1
         slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
         # made first: what can go wrong with it must not leave a payload that has no reference
-        ref = renumbered(self._template(), slot, generation, words[layout.HOLD_NBYTES], checksum, terms.meta)
-        if terms.envelope:
-            self._write_envelope(hold, terms.envelope)
-        self._transitions.commit(words, terms.readers)
+        ref = renumbered(self._template(), slot, generation, words[layout.HOLD_NBYTES], checksum, meta)
+        if envelope:
+            self._write_envelope(hold, envelope)
+        self._transitions.commit(words, readers)
         hold.rest()
         if not slot and generation % self._look_every == 0:
             self._look_for_name()
@@ -258,7 +257,6 @@ class WritableRing(RingHandle):
             settle()
         words = hold.words
         words[layout.HOLD_NBYTES] = nbytes
-        words[layout.HOLD_ENVELOPE_BYTES] = 0
         try:
             if not self._transitions.reserve(words, overwrites=self._overwrites, wait_s=deadline_s):
                 self._wait_for_slot(words, deadline_s)

@@ -227,7 +227,10 @@ def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None)
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         check_version(version, "slot reference")
-    template = _templates.get(ring_id) if type(ring_id) in (str, bytes) else None
+    try:
+        template = _templates.get(ring_id)
+    except TypeError:  # of no use as a name: the constructor says so
+        template = None
     try:
         if (
             template is not None
