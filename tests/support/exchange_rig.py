@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ucxx_transport.client import ClientStatistics, Payload
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
@@ -106,10 +106,10 @@ class RigClient:
         """As `SyncUCXXClient.close`, in the rig's time."""
         if self.core.reactor.closed:
             return
-        said: list[bool] = []
-        self.core.begin_goodbye(lambda: said.append(True))
+        goodbye = Call(math.inf)
+        self.core.begin_goodbye(goodbye)
         if self.core.reactor.has_link:
-            self._rig.run_until(lambda: bool(said))
+            self._rig.run_until(lambda: goodbye.done)
         self.core.end()
         self._rig.settle()
 

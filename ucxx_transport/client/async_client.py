@@ -26,7 +26,7 @@ from ucxx_transport.errors import DeadlineExceededError, TransportError
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.errands import Selector
-    from ucxx_transport.client.here import Into
+    from ucxx_transport.client.local import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
@@ -99,7 +99,7 @@ class UCXXClient:
                 if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
                     return await self._read_aside(ring, ref, into, limit_s, began_s)
                 try:
-                    return core.read_local(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
+                    return core.local.read(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
                 except DeadlineExceededError:  # the ring's lock is held
                     return await self._read_aside(ring, ref, into, limit_s, began_s)
         except TransportError as error:
@@ -156,7 +156,7 @@ class UCXXClient:
             await self._run(take, partial(core.reads.take, take))
             return take.result()
         until_s = time.monotonic() + take.wait_s
-        while not (payloads := core.take_here(ring, take, core.config.deadline_s)):
+        while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
             left_s = min(until_s - time.monotonic(), LOOK_S)
             if left_s <= 0:
                 break
@@ -174,7 +174,7 @@ class UCXXClient:
             return
         if core.reactor.has_link:
             goodbye = Call(math.inf)
-            core.begin_goodbye(goodbye.finish)
+            core.begin_goodbye(goodbye)
             if not goodbye.done:  # there was a server to take leave of
                 await self._bound().wait(goodbye, alone=False)
         if self._waiter is not None:
@@ -193,7 +193,7 @@ class UCXXClient:
         """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         core = self._core
         begun = await to_thread.run_sync(core.local.begin, ring, ref, limit_s, abandon_on_cancel=True)
-        return core.deliver(core.local.finish(ref, *begun), into, began_s)
+        return core.local.deliver(ref, *begun, into, began_s)
 
     async def _run(self, call: Call, start: Callable[[], None]) -> None:
         """Start a call and return when it is done."""

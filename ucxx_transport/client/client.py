@@ -22,7 +22,7 @@ from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.errands import Selector
-    from ucxx_transport.client.here import Into
+    from ucxx_transport.client.local import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
@@ -93,7 +93,7 @@ class SyncUCXXClient:
         try:
             ring = core.admit(ref, into)
             if ring is not None:
-                return core.read_local(ring, ref, into, limit_s, time.perf_counter())
+                return core.local.read(ring, ref, into, limit_s, time.perf_counter())
         except TransportError as error:
             core.count_failure(error)
             raise
@@ -181,7 +181,7 @@ class SyncUCXXClient:
             self._lead.perform(take, Reads.take, take)
             return take.result()
         until_s = time.monotonic() + take.wait_s
-        while not (payloads := core.take_here(ring, take, core.config.deadline_s)):
+        while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not ring.wait_for_ready(left_s, reader=core.reader):
                 break

@@ -27,7 +27,7 @@ from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.jobs import Carrier
+    from ucxx_transport.client.jobs import Call, Carrier
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
@@ -274,20 +274,19 @@ class Connections:
 
     # --- The end ---
 
-    def say_goodbye(self, on_said: Callable[[], None]) -> None:
-        """Take leave of every server; called back once all have handled everything, or in `GOODBYE_TIMEOUT_S`."""
+    def say_goodbye(self, goodbye: Call) -> None:
+        """Take leave of every server; done once all have handled everything, or in `GOODBYE_TIMEOUT_S`."""
         awaited = {connection for connection in self.known.values() if connection.is_open}
-        too_late = self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, on_said)
 
         def said(connection: Carrier, asked: Asked, answer: bytearray) -> None:
             connection.session.farewell(asked.attempt, answer)
             awaited.discard(connection)
             if not awaited:
-                too_late.cancel()
-                on_said()
+                goodbye.finish()
 
         for connection in tuple(awaited):
             connection.ask(connection.session.bye(), BYE_RECEIVE_BYTES, partial(said, connection))
-        if not awaited:
-            too_late.cancel()
-            on_said()
+        if awaited:
+            self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, goodbye.finish)
+        else:
+            goodbye.finish()

@@ -1,52 +1,65 @@
-"""ClientCore, which the blocking and the asyncio client and the prefetcher share: `Here`, and a reactor with its reads.
+"""ClientCore, which the blocking and the asyncio client and the prefetcher share.
 
-What begins or ends jobs is for the thread that runs the reactor.
+It has an identity, settings, buffers, counts and names; it reads rings of this host at once, in any thread, and has a
+reactor with the reads over the link. What begins or ends those is for the thread that runs the reactor.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
 from ucxx_transport.client.errands import Discard, Take
-from ucxx_transport.client.here import Entry, Here, Into, in_turn
-from ucxx_transport.client.jobs import Call, Job, OnPayload
+from ucxx_transport.client.jobs import Call, Job, OnPayload, clear_frames
+from ucxx_transport.client.local import Entry, EntryT, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
+from ucxx_transport.client.payload import Deduplicator, writable_bytes
 from ucxx_transport.client.reads import Reads
+from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.config import ClientConfig, checked_seconds
-from ucxx_transport.errors import ConfigError, PeerLostError
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.reactor import Reactor
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.base import Link, LinkFactory, Timers
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 
+REMEMBERED_RINGS: Final = 1 << 16
+"""Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
+
 FIRST_PAUSE_S: Final = 0.003
 LONGEST_PAUSE_S: Final = 0.1
 """A ring whose lock was held is tried again after the first, then ever later."""
 
 
-class ClientCore(Here):
+class ClientCore:
     """See the module; arguments and errors as `UCXXClient`.
 
     Args:
-        config: settings. page_locker, in_place: as for `Here`.
+        config: settings.
         link_factory: opens the link on the first read that needs one; the default is UCX.
         watcher: which sources there are.
+        page_locker: page-locks the memory that payloads are received in; payloads of this host's rings are then copied
+            into such memory too.
+        in_place: beside a page_locker: of which rings payloads may stay in their slots all the same.
         on_link: called when the link has been opened.
         clock: of the reactor and of every deadline.
 
     Attributes:
-        reactor: runs everything that is not local; opens the link only when it is needed.
-        reads: those over the link.
+        config: the settings. reader: this client's random id. counters: its counts. pool: its buffers.
+        delivered: the names of what it has delivered. local: reads of this host's rings.
+        reactor: runs everything that is not local; opens the link only when it is needed. reads: those over the link.
+        closed: whether the client is. pid: of the process that made it.
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
 
@@ -61,9 +74,30 @@ class ClientCore(Here):
         on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(config, page_locker=page_locker, in_place=in_place, clock=clock)
-        self.damaged = False
-        self._link_factory = link_factory or _ucxx_links(self.config)
+        self.config = config = config if config is not None else ClientConfig()
+        if page_locker is not None and config.local == "view":
+            raise ConfigError(
+                "local='view' reads in place, but a GPU takes payloads from page-locked buffers: leave local at "
+                "'auto', which then copies into those, or receive with device='cpu'",
+                field="local",
+            )
+        self.reader = secrets.randbits(63) + 1
+        self.counters = ClientCounters()
+        self.pool = BufferPool(config.buffer_pool_bytes, page_locker)
+        self.delivered = Deduplicator(REMEMBERED_RINGS)
+        self.local = LocalReader(
+            config,
+            page_locker is None or in_place or False,
+            reader=self.reader,
+            pool=self.pool,
+            counters=self.counters,
+            delivered=self.delivered,
+            clock=clock,
+        )
+        self.closed = self.damaged = False
+        self.pid = os.getpid()
+        self._clock = clock
+        self._link_factory = link_factory
         self._on_link = on_link
         self._membership = Membership(watcher) if watcher is not None else None
         self.reactor, self.reads = self._opened()
@@ -85,12 +119,62 @@ class ClientCore(Here):
         return reactor, reads
 
     def _open_link(self, timers: Timers) -> Link:
-        link = self._link_factory(timers)
+        if self._link_factory is not None:
+            link = self._link_factory(timers)
+        else:
+            from ucxx_transport.link.ucx import UCXXLink
+
+            link = UCXXLink(timers, shm_lanes=self.config.shm_lanes, ucx=self.config.link_settings)
         if self._on_link is not None:
             self._on_link()
         return link
 
-    # --- Jobs: in the thread that runs the reactor ---
+    # --- Checks ---
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: connections are its parent's."""
+        return os.getpid() != self.pid
+
+    def require_usable(self) -> None:
+        """Refuse a closed client, and a forked copy of one, by a ConfigError."""
+        if self.closed:
+            raise ConfigError("the client is closed; make another")
+        if self.inherited:
+            raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
+
+    def limit_s(self, deadline_s: float | str | None) -> float:
+        """The seconds that a call may take; a ConfigError when they are no duration."""
+        return self.config.deadline_s if deadline_s is None else checked_seconds(deadline_s, "deadline_s")
+
+    def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
+        """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
+
+        Raises:
+            StaleSlotError: delivered before, or its ring on this host is gone.
+            ConfigError: the payload is larger than `max_payload_bytes` or does not fit `into`.
+        """
+        if ref.nbytes > self.config.max_payload_bytes:
+            raise ConfigError(
+                f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
+                f"{self.config.max_payload_bytes}; raise the setting if such payloads are real",
+                field="max_payload_bytes",
+                value=self.config.max_payload_bytes,
+            )
+        if into is not None:
+            writable_bytes(into, ref.nbytes)
+        slots = self.delivered.rings.get(ref.ring_id)
+        if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            self.delivered.check(ref)
+        local = self.local
+        return None if local.is_off or ref.host_id != local.host_id else local.ring_of(ref)
+
+    def count_failure(self, error: TransportError) -> None:
+        """Count a read that raised; the error may be kept, its buffers are not."""
+        clear_frames(error)
+        self.counters.failed(error)
+
+    # --- Calls ---
 
     def begin(
         self,
@@ -120,22 +204,42 @@ class ClientCore(Here):
         self.go_on(job, *self.look_at(job, range(len(refs))))
         return job
 
-    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[tuple[int, SharedRingBuffer]]) -> None:
+    def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], Sequence[Entry[int]]]:
+        """Read what a job reads on this host, unless there is more to read: that is asked for first.
+
+        Returns:
+            Which of the payloads are to be read over the link, and which are still to be read here, from which ring.
+        """
+        remote: list[int] = []
+        here: list[Entry[int]] = []
+        for index in indices:
+            try:
+                ring = self.admit(job.refs[index], job.into)
+            except TransportError as error:
+                self.local.over(job, index, error)
+                continue
+            if ring is None:
+                remote.append(index)
+            else:
+                here.append((index, ring))
+        return remote, here if remote else self.local.read_in_turn(job, here)
+
+    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[Entry[int]]) -> None:
         """Do the rest of a job after `look_at`: what is asked of other hosts leaves before anything is copied here."""
         if remote and len(job.refs) == 1:
             self.reads.start_one(job)
         elif remote:
             self.reads.start(job, remote)
-            here = in_turn(here, partial(self.read_at, job))
+            here = self.local.read_in_turn(job, here)
         if here:
             self.reads.jobs.add(job)
-        self._until_free(job, here, partial(self.read_at, job), over=partial(self.reads.here_over, job))
+        self._until_free(job, here, partial(self.local.read_in_turn, job), over=partial(self.reads.here_over, job))
 
     def _until_free(
         self,
         call: Call,
-        held: Sequence[tuple[Entry, SharedRingBuffer]],
-        visit: Callable[[Entry, SharedRingBuffer], bool],
+        held: Sequence[Entry[EntryT]],
+        visit: Callable[[Sequence[Entry[EntryT]]], Sequence[Entry[EntryT]]],
         *,
         over: Callable[[], object],
         pause_s: float = FIRST_PAUSE_S,
@@ -144,7 +248,7 @@ class ClientCore(Here):
 
         def again() -> None:
             if not call.done:
-                left = [] if self.closed else in_turn(held, visit)
+                left = () if self.closed else visit(held)
                 self._until_free(call, left, visit, over=over, pause_s=min(2 * pause_s, LONGEST_PAUSE_S))
 
         if held:
@@ -152,27 +256,32 @@ class ClientCore(Here):
         else:
             over()
 
-    def discard_call(
-        self,
-        refs: Sequence[SlotRef],
-        deadline_s: float | str | None = None,
-        on_done: Callable[[Any], object] | None = None,
-    ) -> Discard:
+    def discard_call(self, refs: Sequence[SlotRef], deadline_s: float | str | None = None) -> Discard:
         """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any.
 
         Raises:
             ConfigError: as for `begin`.
         """
         self.require_usable()
-        call = Discard(self.reactor.now() + self.limit_s(deadline_s), on_done)
-        call.rings, call.here = self.look_at_discards(call, refs)
+        call = Discard(self.reactor.now() + self.limit_s(deadline_s))
+        here: list[Entry[SlotRef]] = []
+        elsewhere: dict[bytes, list[SlotRef]] = {}
+        for ref in refs:
+            with suppress(TransportError):  # gone, delivered before, or out of this client's reach
+                ring = self.local.ring_of(ref)
+                if ring is not None:
+                    here.append((ref, ring))
+                else:
+                    self.delivered.claim(ref)
+                    elsewhere.setdefault(ref.ring_id, []).append(ref)
+        call.rings, call.here = list(elsewhere.values()), self.local.discard_in_turn(call, here)
         return call
 
     def discard(self, call: Discard) -> None:
         """Do the rest of a call of `discard_call`, as the reactor is run."""
         call.left += 1
-        self.reads.discard(call)
-        self._until_free(call, call.here, partial(self.discard_at, call), over=call.one_over)
+        call.begin(self.reads.dispatch)
+        self._until_free(call, call.here, partial(self.local.discard_in_turn, call), over=call.one_over)
 
     def take_call(
         self,
@@ -182,20 +291,12 @@ class ClientCore(Here):
         max_bytes: int,
         selector: str,
         wait_s: float | str,
-        on_done: Callable[[Any], object] | None = None,
     ) -> Take:
-        """A call that takes payloads, for `Reads.take` or `take_here`; errors as `SyncUCXXClient.take`."""
+        """A call that takes payloads, for `Reads.take` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
         self.require_usable()
-        wait = checked_seconds(wait_s, "wait_s")
-        return Take(
-            source,
-            max_payloads=max_payloads,
-            max_bytes=max_bytes,
-            selector=selector,
-            wait_s=wait,
-            until_s=self.reactor.now() + wait + self.config.deadline_s,
-            on_done=on_done,
-        )
+        wait, until_s = checked_seconds(wait_s, "wait_s"), self.reactor.now() + self.config.deadline_s
+        asked = {"max_payloads": max_payloads, "max_bytes": max_bytes}
+        return Take(source, **asked, selector=selector, wait_s=wait, until_s=until_s + wait)
 
     def abandon(self, call: Call) -> None:
         """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
@@ -206,6 +307,8 @@ class ClientCore(Here):
             self.reads.abandon(call)
         elif isinstance(call, Take):
             call.abandon()
+
+    # --- After an interrupt ---
 
     def forget(self, call: Call) -> None:
         """`abandon` while the core is damaged: nothing is done for it any more."""
@@ -247,35 +350,35 @@ class ClientCore(Here):
             else:
                 take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
 
+    # --- The end ---
+
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
         if self.reactor.closed or self.inherited:
             return
-        if self.damaged:
-            self.closed = True
-            self.end()
-            return
-        said: list[bool] = []
-        with suppress(ConfigError):  # the link was closed before: the interpreter exits
-            self.begin_goodbye(lambda: said.append(True))
-            while not said and self.reactor.has_link:
-                self.reactor.run_once(math.inf)
+        if not self.damaged:
+            goodbye = Call(math.inf)
+            with suppress(ConfigError):  # the link was closed before: the interpreter exits
+                self.begin_goodbye(goodbye)
+                while not goodbye.done and self.reactor.has_link:
+                    self.reactor.run_once(math.inf)
+        self.closed = True
         self.end()
 
-    def begin_goodbye(self, on_said: Callable[[], None]) -> None:
+    def begin_goodbye(self, goodbye: Call) -> None:
         """The first half of closing: refuse further reads, fail those under way, take leave of the servers."""
         self.closed = True
-        if self._membership is not None:
-            self._membership.close()
         self.fail_all()
-        self.reads.connections.say_goodbye(on_said)
+        self.reads.connections.say_goodbye(goodbye)
 
     def fail_all(self) -> None:
-        """Fail every job under way, because the client is closed."""
+        """Fail every call under way, because the client is closed."""
         self.reads.fail_all(PeerLostError("the client was closed", reason="closed"))
 
     def end(self) -> None:
         """The second half: nothing is left behind. Payloads still held stay valid."""
+        if self._membership is not None:
+            self._membership.close()
         self.reads.connections.close()
         self.reactor.close()
         self.local.close()
@@ -284,21 +387,11 @@ class ClientCore(Here):
     def statistics(self) -> ClientStatistics:
         """The counts now."""
         pool = self.pool.statistics()
-        connections = self.reads.connections
         link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
         return self.counters.snapshot(
-            pooled_endpoints=connections.idle_count,
+            pooled_endpoints=self.reads.connections.idle_count,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
             leaked_buffers=link.statistics().leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
-
-
-def _ucxx_links(config: ClientConfig) -> LinkFactory:
-    def open_link(timers: Timers) -> Link:
-        from ucxx_transport.link.ucx import UCXXLink
-
-        return UCXXLink(timers, shm_lanes=config.shm_lanes, ucx=config.link_settings)
-
-    return open_link

@@ -17,7 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from ucxx_transport.client.connections import UNSETTLED_PER_RING
 from ucxx_transport.client.jobs import Call, Job, Read
@@ -61,7 +61,6 @@ class Take(Call):
         selector: "oldest" or "newest" first.
         wait_s: how long to wait for a first one.
         until_s: when the whole call is over, on the reactor's clock.
-        on_done: called once it is.
 
     Attributes:
         job: reads what a server has picked; None before.
@@ -86,9 +85,8 @@ class Take(Call):
         selector: str,
         wait_s: float,
         until_s: float,
-        on_done: Callable[[Any], object] | None = None,
     ) -> None:
-        super().__init__(until_s, on_done)
+        super().__init__(until_s)
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:
                 raise ConfigError(f"{field} = {value!r}: expected 1 to {most}", field=field, value=value)
@@ -294,8 +292,8 @@ class Discard(Call):
 
     __slots__ = ("found", "here", "left", "rings")
 
-    def __init__(self, until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
-        super().__init__(until_s, on_done)
+    def __init__(self, until_s: float) -> None:
+        super().__init__(until_s)
         self.found = 0
         self.rings: Sequence[Sequence[SlotRef]] = ()
         self.here: Sequence[tuple[SlotRef, SharedRingBuffer]] = ()

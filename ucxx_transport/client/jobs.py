@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from ucxx_transport.wire.client_side import ClientSession
 
 Outcome = Payload | TransportError
+_OWN_CODE: Final = str(Path(__file__).parent)
+
 OnPayload = Callable[[int, Payload], Payload]
 Place = Literal["queued", "asked", "waiting", "paused"]
 
@@ -259,3 +263,26 @@ def too_late(ref: SlotRef, **facts: object) -> DeadlineExceededError:
 def copy_of(error: TransportError) -> TransportError:
     """An error of a read's own: several fail by one event, and each is raised somewhere else."""
     return type(error)(error.message, **error.facts)
+
+
+def clear_frames(error: BaseException) -> None:
+    """Empty the variables of the frames that `error` has left behind, from this package on downwards.
+
+    They refer to receive buffers of any size, which an error that is kept must not keep. Frames of the package's
+    callers, and those that still run, stay as they are; so do the traceback's lines.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        trace = link.__traceback__
+        while trace is not None and not trace.tb_frame.f_code.co_filename.startswith(_OWN_CODE):
+            trace = trace.tb_next
+        traceback.clear_frames(trace)
+        link = link.__context__
+
+
+def clear_traceback(error: TransportError) -> None:
+    """An error is kept as a value: its frames, and those they were called from, would keep a whole batch."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__context__

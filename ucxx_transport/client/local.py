@@ -6,14 +6,17 @@ import errno
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import numpy as np
 import xxhash
+from typing_extensions import Buffer
 
-from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.jobs import clear_traceback
+from ucxx_transport.client.payload import Deduplicator, Payload
 from ucxx_transport.errors import (
     BusyError,
     ChecksumError,
@@ -30,14 +33,28 @@ from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.client.errands import Discard, Take
+    from ucxx_transport.client.jobs import Call, Job
     from ucxx_transport.client.ports import Takeable
+    from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.config import ClientConfig
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.schema import SlotRef
 
-_LISTENING = "0A"  # in /proc/net/tcp (proc(5))
+Into = Buffer
 
-# Rings whose worker died are closed this often: their memory is freed only when no process maps it any more.
-PRUNE_INTERVAL_S = 5.0
+EntryT = TypeVar("EntryT")
+Entry: TypeAlias = tuple[EntryT, SharedRingBuffer]
+"""Something of a call, and the ring of this host that it concerns."""
+
+LOCK_TURN_S: Final = 0.003
+"""How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
+takes longer is stopped, or without a core."""
+
+_LISTENING: Final = "0A"  # in /proc/net/tcp (proc(5))
+
+PRUNE_INTERVAL_S: Final = 5.0
+"""Rings whose worker died are closed this often: their memory is freed only when no process maps it any more."""
 
 
 def verify_checksum(content: Bytes, ref: SlotRef) -> None:
@@ -59,16 +76,14 @@ class LocalReader:
     """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
 
     Args:
-        mode: "auto" falls back to UCX where a ring cannot be attached, or has lost its name and is served; "off" never
-            reads locally.
-        in_place: of which rings payloads stay in their slots; of others they are copied out, and the slots are free at
-            once.
-        reader: this client's id.
+        config: `local`: "auto" falls back to UCX where a ring cannot be attached, or has lost its name and is served;
+            "off" never reads locally.
+        in_place: of which rings payloads stay in their slots, unless `local` is "copy"; of others they are copied out,
+            and the slots are free at once.
+        reader: the client's id.
         pool: where copies go.
-        max_rings: mappings kept.
-        verify: whether checksums are checked.
-        on_fallback: called when "auto" gives a local read to UCX.
-        claim: called with a reference whose payload is here and not consumed yet; raises when it is a duplicate.
+        counters: of what is delivered, and of fallbacks.
+        delivered: the names of what the client has delivered. clock: of calls' deadlines.
 
     Attributes:
         is_off: whether nothing is read locally. host_id: of this host.
@@ -76,27 +91,28 @@ class LocalReader:
 
     def __init__(
         self,
-        mode: Literal["auto", "view", "copy", "off"],
+        config: ClientConfig,
+        in_place: bool | Callable[[SharedRingBuffer], bool],  # noqa: FBT001 - or a function
         *,
-        in_place: bool | Callable[[SharedRingBuffer], bool],
         reader: int,
         pool: BufferPool,
-        max_rings: int,
-        verify: bool,
-        on_fallback: Callable[[], None],
-        claim: Callable[[SlotRef], None],
-        clock: Callable[[], float] = time.monotonic,
+        counters: ClientCounters,
+        delivered: Deduplicator,
+        clock: Callable[[], float],
     ) -> None:
-        self._mode = mode
-        self.is_off = mode == "off"
+        self.is_off = config.local == "off"
+        self._is_auto = config.local == "auto"
+        if config.local == "copy":
+            in_place = False
         self._in_place = in_place if isinstance(in_place, bool) else False
         self._is_in_place = None if isinstance(in_place, bool) else in_place
+        self._max_rings = config.max_attached_rings
+        self._verify = config.verify_checksum
         self._reader = reader
         self._pool = pool
-        self._max_rings = max_rings
-        self._verify = verify
-        self._on_fallback = on_fallback
-        self._claim = claim
+        self._counters = counters
+        self._delivered = delivered
+        self._claim = delivered.claim
         self._clock = clock
         self._folder = segment_folder()
         self.host_id = host_id(self._folder)
@@ -104,6 +120,8 @@ class LocalReader:
         self._rings: OrderedDict[bytes, SharedRingBuffer] = OrderedDict()
         self._unreachable: set[bytes] = set()
         self._prune_at_s = clock() + PRUNE_INTERVAL_S
+
+    # --- Rings ---
 
     def ring_of(self, ref: Takeable) -> SharedRingBuffer | None:
         """The attached ring of a reference or a source, or None when it is to be read over UCX.
@@ -121,13 +139,80 @@ class LocalReader:
             self._prune()
             return self._rings.get(ref.ring_id) or self._attach(ref)
 
+    def close(self) -> None:
+        """Close all rings. Views still held keep their mapping."""
+        with self._lock:
+            for ring in self._rings.values():
+                ring.close()
+            self._rings.clear()
+
+    def _attach(self, ref: Takeable) -> SharedRingBuffer | None:
+        if ref.ring_id in self._unreachable:
+            return None
+        try:
+            ring = self._opened(ref)
+        except (ConfigError, ProtocolError) as error:
+            is_gone = error.facts.get("reason") == "missing"
+            if not (is_gone or self._is_auto):
+                raise
+        else:
+            if ring.ring_id == ref.ring_id:
+                self._rings[ref.ring_id] = ring
+                while len(self._rings) > self._max_rings:
+                    self._rings.popitem(last=False)[1].close()
+                return ring
+            is_gone = True
+            ring.close()
+        if is_gone and not (self._is_auto and _is_served(ref)):
+            message = "the ring of this payload is gone: its worker closed it, or died and was swept"
+            raise StaleSlotError(message, ring=ref.ring_name)
+        self._unreachable.add(ref.ring_id)
+        self._counters.add("fallbacks")
+        return None
+
+    def _opened(self, ref: Takeable) -> SharedRingBuffer:
+        """The ring of that name; where there is no descriptor for it, others are closed."""
+        limit = 0
+        for is_last in (False, True):
+            try:
+                return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
+            except ConfigError as error:
+                cause = error.__cause__
+                if not (isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)):
+                    raise
+            if not is_last:
+                limit = raised_limit()
+                for _ in range((len(self._rings) + 1) // 2):
+                    self._rings.popitem(last=False)[1].close()
+        words = (
+            "this process has no file descriptors for another ring; release payloads, or raise its limit (ulimit -n)"
+        )
+        raise BusyError(words, limit=limit, rings=len(self._rings))
+
+    def _prune(self) -> None:
+        now = self._clock()
+        if now < self._prune_at_s:
+            return
+        self._prune_at_s = now + PRUNE_INTERVAL_S
+        self._unreachable.clear()
+        for ring_id, ring in tuple(self._rings.items()):
+            if not ring.creator_alive():
+                del self._rings[ring_id]
+                ring.close()
+
+    # --- Payloads ---
+
+    def read(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
+        """`begin` and `deliver` in one."""
+        return self.deliver(ref, *self.begin(ring, ref, limit_s), into, began_s)
+
     def begin(
         self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
     ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace.
 
         Returns:
-            The ring, the attempt in flight, and the copy if the mode asks for one; for `finish`.
+            The ring, the attempt in flight, and the copy if the mode asks for one; for `deliver`.
 
         Raises:
             StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
@@ -150,17 +235,125 @@ class LocalReader:
             return ring, lease, None
         return ring, lease, self._copied(ring, ref, lease)
 
-    def discard(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> bool:
-        """Discard a payload of an attached ring; whether it was still there. DeadlineExceededError: as for `begin`."""
+    def deliver(  # noqa: PLR0917 - what `begin` returns, and keywords cost on this path
+        self,
+        ref: SlotRef,
+        ring: SharedRingBuffer,
+        lease: ReadLease,
+        root: Bytes | None,
+        into: Into | None,
+        began_s: float,
+    ) -> Payload:
+        """Deliver what `begin` has read, counted from `began_s` (`perf_counter`); a StaleSlotError for a duplicate."""
         try:
+            self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+        except StaleSlotError:
+            lease.mark_consumed()
+            raise
+        if root is None:
+            payload = Payload(ref, lease.detach(), ring.schema, "view")
+        else:
+            lease.mark_consumed()
+            payload = Payload(ref, root, ring.schema, "copy")
+        if into is not None:
+            payload = payload.copied_into(into)
+        self._counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
+        return payload
+
+    def take(self, ring: SharedRingBuffer, asked: Take, limit_s: float) -> list[Payload]:
+        """Take what a ring has ready now; `limit_s` is for its lock."""
+        began_s = time.perf_counter()
+        payloads = []
+        for lease in ring.take(
+            asked.max_payloads,
+            max_bytes=asked.max_bytes,
+            newest=asked.newest,
+            reader=self._reader,
+            deadline_s=limit_s,
+        ):
+            try:
+                payloads.append(self._taken(ring, lease, began_s))
+            except TransportError as error:  # a duplicate, or its bytes have changed: the others are none the worse
+                self._counters.failed(error)
+        return payloads
+
+    def copies(self, ref: SlotRef) -> bool:
+        """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
+        return not self._in_place or (self._verify and ref.checksum is not None)
+
+    # --- Several rings, of which one may be locked by a process that does not get on ---
+
+    def read_in_turn(self, job: Job, entries: Iterable[Entry[int]]) -> list[Entry[int]]:
+        """Read payloads of a job, by index, each from its ring; returns those whose rings' locks are held."""
+
+        def read(index: int, ring: SharedRingBuffer, limit_s: float) -> None:
+            self._delivered.check(job.refs[index])  # one that the job names twice
+            payload = self.read(ring, job.refs[index], job.into, limit_s, job.began_s)
+            self.over(job, index, payload if job.on_payload is None else job.on_payload(index, payload))
+
+        return self._in_turn(job, entries, read, partial(self.over, job))
+
+    def discard_in_turn(self, call: Discard, entries: Iterable[Entry[SlotRef]]) -> list[Entry[SlotRef]]:
+        """Discard payloads, each of its ring; returns those whose rings' locks are held."""
+
+        def discard(ref: SlotRef, ring: SharedRingBuffer, limit_s: float) -> None:
+            self._delivered.check(ref)
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
             with suppress(StaleSlotError):  # whose name another read has taken
                 self._claim(ref)
-            return lease.mark_consumed()
-        except DeadlineExceededError:
+            found = lease.mark_consumed()
+            call.found += found
+            self._counters.add("discarded", found)
+
+        return self._in_turn(call, entries, discard, lambda _ref, _error: None)
+
+    def over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
+        """A payload of a job has its outcome."""
+        if isinstance(outcome, TransportError):
+            self._counters.failed(outcome)
+            clear_traceback(outcome)
+        job.outcomes[index] = outcome
+        job.left -= 1
+
+    def _in_turn(
+        self,
+        call: Call,
+        entries: Iterable[Entry[EntryT]],
+        visit: Callable[[EntryT, SharedRingBuffer, float], None],
+        on_error: Callable[[EntryT, TransportError], None],
+    ) -> list[Entry[EntryT]]:
+        """Visit rings in turn; one whose lock was not to be had is left for later, as long as there is time."""
+        left: list[Entry[EntryT]] = []
+        held: set[int] = set()
+        for entry, ring in entries:
+            left_s = call.until_s - self._clock()
+            try:
+                if id(ring) not in held:
+                    visit(entry, ring, max(0.0, min(left_s, LOCK_TURN_S)))
+                    continue
+            except DeadlineExceededError as error:
+                if left_s <= LOCK_TURN_S:
+                    on_error(entry, error)
+                    continue
+            except TransportError as error:
+                on_error(entry, error)
+                continue
+            held.add(id(ring))
+            left.append((entry, ring))
+        return left
+
+    # --- Inside ---
+
+    def _taken(self, ring: SharedRingBuffer, lease: ReadLease, began_s: float) -> Payload:
+        """Deliver a payload that was taken; after an error it is READY again, unless it is a duplicate."""
+        try:
+            ref, record = ring.reference(lease), lease.record
+        except BaseException:
+            lease.release_reading()
             raise
-        except TransportError:
-            return False
+        payload = self.deliver(ref, ring, lease, self._copied(ring, ref, lease), None, began_s)
+        payload.record = record
+        return payload
 
     def _copied(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease) -> Bytes | None:
         """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""
@@ -176,102 +369,6 @@ class LocalReader:
             raise
         return root
 
-    def taken(self, ring: SharedRingBuffer, lease: ReadLease) -> Payload:
-        """Deliver a payload that was taken.
-
-        Raises:
-            StaleSlotError: a duplicate. ChecksumError, ProtocolError: it is damaged, and READY again.
-        """
-        try:
-            ref, record = ring.reference(lease), lease.record
-        except BaseException:
-            lease.release_reading()
-            raise
-        payload = self.finish(ref, ring, lease, self._copied(ring, ref, lease))
-        payload.record = record
-        return payload
-
-    def finish(self, ref: SlotRef, ring: SharedRingBuffer, lease: ReadLease, root: Bytes | None) -> Payload:
-        """Deliver what `begin` has read; a StaleSlotError for a duplicate."""
-        try:
-            self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
-        except StaleSlotError:
-            lease.mark_consumed()
-            raise
-        if root is None:
-            return Payload(ref, lease.detach(), ring.schema, "view")
-        lease.mark_consumed()
-        return Payload(ref, root, ring.schema, "copy")
-
-    def copies(self, ref: SlotRef) -> bool:
-        """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
-        return not self._in_place or (self._verify and ref.checksum is not None)
-
-    def close(self) -> None:
-        """Close all rings. Views still held keep their mapping."""
-        with self._lock:
-            for ring in self._rings.values():
-                ring.close()
-            self._rings.clear()
-
-    def _attach(self, ref: Takeable) -> SharedRingBuffer | None:
-        if ref.ring_id in self._unreachable:
-            return None
-        try:
-            ring = self._attached(ref)
-        except (ConfigError, ProtocolError) as error:
-            if error.facts.get("reason") == "missing" and not (self._mode == "auto" and _is_served(ref)):
-                raise _gone(ref) from None
-            if self._mode != "auto":
-                raise
-            self._unreachable.add(ref.ring_id)
-            self._on_fallback()
-            return None
-        if ring.ring_id != ref.ring_id:
-            ring.close()
-            if self._mode != "auto" or not _is_served(ref):
-                raise _gone(ref)
-            self._unreachable.add(ref.ring_id)
-            self._on_fallback()
-            return None
-        self._rings[ref.ring_id] = ring
-        while len(self._rings) > self._max_rings:
-            self._rings.popitem(last=False)[1].close()
-        return ring
-
-    def _attached(self, ref: Takeable) -> SharedRingBuffer:
-        """Attach a ring; where there is no descriptor for it, others are closed."""
-        try:
-            return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
-        except ConfigError as error:
-            if not _is_out_of_descriptors(error):
-                raise
-        limit = raised_limit()
-        for _ in range((len(self._rings) + 1) // 2):
-            self._rings.popitem(last=False)[1].close()
-        try:
-            return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
-        except ConfigError as error:
-            if not _is_out_of_descriptors(error):
-                raise
-            words = "this process has no file descriptors for another ring; release payloads, or raise its limit"
-            raise BusyError(f"{words} (ulimit -n)", limit=limit, rings=len(self._rings)) from None
-
-    def _prune(self) -> None:
-        now = self._clock()
-        if now < self._prune_at_s:
-            return
-        self._prune_at_s = now + PRUNE_INTERVAL_S
-        self._unreachable.clear()
-        for ring_id, ring in tuple(self._rings.items()):
-            if not ring.creator_alive():
-                del self._rings[ring_id]
-                ring.close()
-
-
-def _is_out_of_descriptors(error: ConfigError) -> bool:
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE)
-
 
 def _is_served(ref: Takeable) -> bool:
     """Whether a program on this host listens on a port of the reference's: its ring may live, though its name is gone.
@@ -286,9 +383,3 @@ def _is_served(ref: Takeable) -> bool:
                 if state == _LISTENING and local.rpartition(":")[2] in ports:
                     return True
     return False
-
-
-def _gone(ref: Takeable) -> StaleSlotError:
-    return StaleSlotError(
-        "the ring of this payload is gone: its worker closed it, or died and was swept", ring=ref.ring_name
-    )

@@ -1,7 +1,9 @@
-"""Payload: what a read delivers."""
+"""Payload: what a read delivers; and the names of what has been delivered."""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -9,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.errors import ConfigError, SlotError, StaleSlotError
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.tree import ArrayTree
 
@@ -121,6 +123,50 @@ class Payload:
         if self._root is None:
             raise SlotError("the payload has been released; read its arrays before release()", slot=self.ref.slot)
         return self._root
+
+
+class Deduplicator:
+    """The newest generation of each ring's slots that this client has delivered or discarded. Thread-safe.
+
+    It drops the duplicates that a lost acknowledgement allows. A generation only grows, so the newest one of each slot
+    is all there is to remember. Beyond `max_rings` the ring longest unused is forgotten.
+
+    Attributes:
+        rings: by id, the newest generation of each slot.
+    """
+
+    def __init__(self, max_rings: int) -> None:
+        self._max_rings = max_rings
+        self.rings: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, ref: SlotRef) -> None:
+        """Refuse (StaleSlotError) a payload that this client, or a newer one of its slot, was delivered before."""
+        slots = self.rings.get(ref.ring_id)
+        if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            raise StaleSlotError(
+                "this client has already received or discarded this payload, or a newer one of its slot",
+                slot=ref.slot,
+                generation=ref.generation,
+                delivered=slots[ref.slot],
+            )
+
+    def claim(self, ref: SlotRef) -> None:
+        """Deliver a payload, once: of several reads of it that came this far, one gets it. Errors as `check`.
+
+        Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
+        """
+        with self._lock:
+            slots = self.rings.get(ref.ring_id)
+            if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+                self.check(ref)
+            if slots is None:
+                slots = self.rings[ref.ring_id] = {}
+                while len(self.rings) > self._max_rings:
+                    self.rings.popitem(last=False)
+            else:
+                self.rings.move_to_end(ref.ring_id)
+            slots[ref.slot] = ref.generation
 
 
 def writable_bytes(into: Buffer, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.unit.client.references import reference
-from ucxx_transport.client.delivered import Deduplicator
+from ucxx_transport.client.payload import Deduplicator
 from ucxx_transport.errors import StaleSlotError
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from ucxx_transport.client import SyncUCXXClient
-from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.client.local import LocalReader
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
 from ucxx_transport.link.base import Timers
@@ -141,19 +140,10 @@ def test_a_served_ring_that_lost_its_name_is_read_over_the_network_and_never_by_
         for local in ("view", "copy"):
             with client_of(local=local) as client, pytest.raises(StaleSlotError, match="gone"):
                 client.read(ref)
-        fallbacks: list[bool] = []
-        reader = LocalReader(
-            "auto",
-            in_place=True,
-            reader=1,
-            pool=BufferPool(0, None),
-            max_rings=2,
-            verify=True,
-            on_fallback=lambda: fallbacks.append(True),
-            claim=lambda _: None,
-        )
-        assert [reader.ring_of(ref), reader.ring_of(ref)] == [None, None]
-        assert fallbacks == [True], "once for a ring, until it is looked for again"
+        core = ClientCore(ClientConfig(local="auto"), no_link)
+        assert [core.local.ring_of(ref), core.local.ring_of(ref)] == [None, None]
+        assert core.statistics().fallbacks == 1, "once for a ring, until it is looked for again"
+        core.close()
 
 
 def test_a_new_ring_of_the_same_name_is_not_the_one_the_reference_names() -> None:
