@@ -1,18 +1,27 @@
 """UCXXClient: payloads by reference, from this host's rings in place and from others over UCX, for an event loop.
 
-How its tasks wait is in `waiters`: on asyncio a read that is alone polls for its answer within the calling task, for as
-long as a blocking client would; most answers come sooner than a loop gets round.
+How its tasks wait for the reactor:
+
+| backend             | the reactor's descriptor            | its next timer     | who runs it                         |
+|---------------------|-------------------------------------|--------------------|-------------------------------------|
+| asyncio, uvloop     | `loop.add_reader`                   | `loop.call_later`  | the loop; a lone read itself, first |
+| others of anyio     | `anyio.wait_readable`               | the wait's bound   | one of the tasks that wait          |
+
+On asyncio a read that is alone polls for its answer within the calling task, for as long as a blocking client would;
+most answers come sooner than a loop gets round.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import getpid
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
+import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
@@ -20,8 +29,7 @@ from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
 from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.waiters import TURN_S, Waiter, waiter_of
-from ucxx_transport.errors import DeadlineExceededError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 
@@ -40,8 +49,24 @@ INLINE_BYTES: Final = 1 << 20
 # So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
 INLINE_WAIT_S: Final = 0.005
 
+TURN_S: Final = 0.001
+"""The reactor gives the loop back after this at the latest."""
+
 LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
+
+
+class _Waiter(Protocol):
+    """How tasks wait, for one backend."""
+
+    def bind(self) -> None:
+        """It belongs to the running loop from the first call on; a ConfigError in another one."""
+
+    async def wait(self, call: Call, *, alone: bool) -> None:
+        """Return when the call is done; `alone` when nothing else is waited for."""
+
+    def unbind(self) -> None:
+        """Leave the loop."""
 
 
 class UCXXClient:
@@ -69,7 +94,7 @@ class UCXXClient:
         page_locker: PageLocker | None = None,
     ) -> None:
         self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
-        self._waiter: Waiter | None = None
+        self._waiter: _Waiter | None = None
         self._kept_s = 0.0
 
     @property
@@ -206,9 +231,144 @@ class UCXXClient:
             core.abandon(call)
             raise
 
-    def _bound(self) -> Waiter:
+    def _bound(self) -> _Waiter:
         waiter = self._waiter
         if waiter is None:
-            waiter = self._waiter = waiter_of(self._core.reactor, self._core.config.spin_s)
+            reactor = self._core.reactor
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                waiter = self._waiter = _TaskWaiter(reactor)
+            else:
+                waiter = self._waiter = _LoopWaiter(reactor, self._core.config.spin_s)
         waiter.bind()
         return waiter
+
+
+class _LoopWaiter:
+    """Runs a reactor within an asyncio loop."""
+
+    def __init__(self, reactor: Reactor, spin_s: float) -> None:
+        self._reactor = reactor
+        self._spin_s = spin_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._descriptor = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
+        self._soon: asyncio.Handle | None = None
+
+    def bind(self) -> None:
+        """See `_Waiter`."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                raise ConfigError("this client belongs to another event loop; make one client a loop")
+            self._loop = loop
+
+    async def wait(self, call: Call, *, alone: bool) -> None:
+        """See `_Waiter`."""
+        reactor = self._reactor
+        if alone:
+            give_up_s = reactor.now() + TURN_S
+            while reactor.poll(self._spin_s):
+                if call.done:
+                    break
+                if reactor.now() > give_up_s:
+                    break
+            if call.done:
+                self._look_later()
+                return
+        self.bind()
+        came = asyncio.get_running_loop().create_future()
+
+        def on_done(_: object) -> None:
+            if not came.done():
+                came.set_result(None)
+
+        call.on_done = on_done
+        self.turn()
+        await came
+
+    def unbind(self) -> None:
+        """See `_Waiter`."""
+        loop, self._loop = self._loop, None
+        if loop is None or loop.is_closed():
+            return
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+        if self._descriptor >= 0:
+            loop.remove_reader(self._descriptor)
+            self._descriptor = -1
+
+    def _look_later(self) -> None:
+        """Nothing is waited for; what happens now is looked at when the loop gets round to it."""
+        if self._descriptor < 0:
+            self.turn()
+        elif self._soon is None:
+            assert self._loop is not None
+            self._soon = self._loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        """Run the reactor until it has nothing to do, or `TURN_S`; then wait for its descriptor and its next timer."""
+        reactor, loop = self._reactor, self._loop
+        self._soon = None
+        if loop is None or reactor.closed:
+            return
+        give_up_s = reactor.now() + TURN_S
+        while reactor.poll() or not reactor.arm():
+            if reactor.now() > give_up_s:
+                self._soon = loop.call_soon(self.turn)
+                return
+        if self._descriptor < 0:
+            self._descriptor = reactor.fileno()
+            loop.add_reader(self._descriptor, self.turn)
+        next_s = reactor.next_timer_s
+        if next_s != self._timer_s:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._timer_s = next_s
+            if next_s != math.inf:
+                self._timer = loop.call_later(max(0.0, next_s - reactor.now()), self._timer_due)
+
+    def _timer_due(self) -> None:
+        self._timer = None
+        self._timer_s = math.inf
+        self.turn()
+
+
+class _TaskWaiter:
+    """Runs a reactor in one of the tasks that wait for it: the others wait for their calls, or until it has left."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._lead = anyio.Lock(fast_acquire=True)
+
+    def bind(self) -> None:
+        """Nothing: only a task that waits touches its backend."""
+
+    def unbind(self) -> None:
+        """Nothing: nothing is left in a backend."""
+
+    async def wait(self, call: Call, *, alone: bool) -> None:
+        """See `_Waiter`."""
+        del alone
+        with anyio.CancelScope() as waiting:
+            call.on_done = lambda _: waiting.cancel()
+            async with self._lead:
+                await self._run(call)
+
+    async def _run(self, call: Call) -> None:
+        reactor = self._reactor
+        give_up_s = reactor.now() + TURN_S
+        while not call.done:
+            if reactor.poll() or not reactor.arm():
+                if reactor.now() > give_up_s:
+                    await checkpoint()
+                    give_up_s = reactor.now() + TURN_S
+                continue
+            left_s = reactor.next_timer_s - reactor.now()
+            with anyio.move_on_after(max(0.0, left_s)):
+                await anyio.wait_readable(reactor.fileno())
+            give_up_s = reactor.now() + TURN_S

@@ -64,13 +64,11 @@ class BufferPoolStatistics:
         lent: buffers out now.
         idle_bytes: kept for reuse.
         allocations: ever made.
-        reuses: loans served without one.
     """
 
     lent: int
     idle_bytes: int
     allocations: int
-    reuses: int
 
 
 class BufferPool:
@@ -86,7 +84,6 @@ class BufferPool:
         self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
         self._allocations = 0
-        self._reuses = 0
         self._loans: set[_Loan] = set()
         # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
         self._returned: deque[_Loan] = deque()
@@ -108,8 +105,6 @@ class BufferPool:
                     self._take_back()
             if memory is None:
                 memory = self._idle_or_new(wanted, nbytes)
-            else:
-                self._reuses += 1
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
             lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
             loan = _Loan(lent, self._returned.append)
@@ -125,7 +120,6 @@ class BufferPool:
                 lent=len(self._loans),
                 idle_bytes=self._idle_bytes,
                 allocations=self._allocations,
-                reuses=self._reuses,
             )
 
     def close(self) -> None:
@@ -141,7 +135,6 @@ class BufferPool:
         if stack:
             memory = stack.pop()
             self._idle_bytes -= wanted
-            self._reuses += 1
             return memory
         try:
             memory = _allocate(wanted, self._page_locker)

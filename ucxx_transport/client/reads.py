@@ -33,7 +33,7 @@ from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool
-    from ucxx_transport.client.errands import Discard, Take
+    from ucxx_transport.client.errands import Take
     from ucxx_transport.client.jobs import Attempt
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
@@ -187,10 +187,6 @@ class Reads:
         self.settle()
         self.jobs.discard(job)
         job.done = True
-
-    def discard(self, call: Discard) -> None:
-        """Have payloads discarded."""
-        call.begin(self.dispatch)
 
     def end_discards(self) -> None:
         """Wait for no discard any more: what has not been heard is owed."""

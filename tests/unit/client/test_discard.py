@@ -69,7 +69,7 @@ def test_a_discard_is_over_when_its_client_is_closed_or_has_to_begin_again() -> 
             ref = rig.write(EPISODE)
             rig.faults_of(1).hold = hold = Hold()
             call = client.core.discard_call([ref], 600.0)
-            client.core.reads.discard(call)
+            client.core.discard(call)
             rig.settle()
             assert not call.done
             end(client.core)

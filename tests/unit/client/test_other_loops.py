@@ -1,8 +1,9 @@
-"""The asyncio client's calls in event loops that are not asyncio's."""
+"""The asyncio client's calls in event loops that are not asyncio's own."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
@@ -16,6 +17,10 @@ from ucxx_transport.testing.faults import Hold
 EPISODE = bytes(range(256)) * 16
 
 in_trio = functools.partial(anyio.run, backend="trio")
+in_uvloop = functools.partial(anyio.run, backend="asyncio", backend_options={"use_uvloop": True})
+Runs = Callable[[Callable[[PortBeside], Awaitable[None]], PortBeside], None]
+keeps_pipe = pytest.mark.may_leave("descriptors", reason="libuv keeps a pipe for signals as long as the process lives")
+either = pytest.mark.parametrize("runs", [in_trio, pytest.param(in_uvloop, marks=keeps_pipe)], ids=["trio", "uvloop"])
 
 
 async def until_free(beside: PortBeside, slot: int) -> None:
@@ -25,7 +30,8 @@ async def until_free(beside: PortBeside, slot: int) -> None:
 
 
 @pytest.mark.may_leave("threads", reason="trio keeps a worker thread for ten seconds")
-def test_reads_one_by_one_together_and_in_a_batch() -> None:
+@either
+def test_reads_one_by_one_together_and_in_a_batch(runs: Runs) -> None:
     async def main(beside: PortBeside) -> None:
         async with beside.async_client() as client:
             for _ in range(5):
@@ -50,10 +56,11 @@ def test_reads_one_by_one_together_and_in_a_batch() -> None:
             assert taken.record == {"number": 1}
 
     with port_beside() as beside:
-        in_trio(main, beside)
+        runs(main, beside)
 
 
-def test_a_task_that_leaves_hands_the_reactor_on() -> None:
+@either
+def test_a_task_that_leaves_hands_the_reactor_on(runs: Runs) -> None:
     async def main(beside: PortBeside) -> None:
         async with beside.async_client(deadline_s=60.0) as client:
             (await client.read(beside.ring.write_raw(EPISODE))).release()
@@ -83,10 +90,11 @@ def test_a_task_that_leaves_hands_the_reactor_on() -> None:
         scope.cancel()
 
     with port_beside() as beside:
-        in_trio(main, beside)
+        runs(main, beside)
 
 
-def test_a_deadline_is_kept() -> None:
+@either
+def test_a_deadline_is_kept(runs: Runs) -> None:
     async def main(beside: PortBeside) -> None:
         async with beside.async_client() as client:
             (await client.read(beside.ring.write_raw(EPISODE))).release()
@@ -96,10 +104,11 @@ def test_a_deadline_is_kept() -> None:
             beside.faults.drop = 0
 
     with port_beside() as beside:
-        in_trio(main, beside)
+        runs(main, beside)
 
 
-def test_a_cancelled_read_loses_no_payload() -> None:
+@either
+def test_a_cancelled_read_loses_no_payload(runs: Runs) -> None:
     async def main(beside: PortBeside) -> None:
         async with beside.async_client(deadline_s=60.0) as client:
             (await client.read(beside.ring.write_raw(EPISODE))).release()
@@ -115,7 +124,7 @@ def test_a_cancelled_read_loses_no_payload() -> None:
             assert (client.statistics().reads, client.statistics().lent_buffers) == (11, 0)
 
     with port_beside() as beside:
-        in_trio(main, beside)
+        runs(main, beside)
 
 
 def test_a_client_of_another_loop_closes_cleanly_without_a_read() -> None:
