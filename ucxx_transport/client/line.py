@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import PeerLostError, TransportError
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Endpoint, Operation
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.wire.actions import Asked
+
+
+OWN_DELAY_S: Final = 0.05
+"""A timer that is called so much later than it was due says that the reactor was not run: no fault of the port's."""
 
 
 class Line(ABC):
@@ -45,6 +49,7 @@ class Line(ABC):
         self._connect_timeout_s = config.connect_timeout_s
         self._reactor = reactor
         self._timer: Timer | None = None
+        self._due_s = 0.0
 
     @abstractmethod
     def opened(self) -> None:
@@ -57,9 +62,8 @@ class Line(ABC):
     def start(self) -> None:
         """Connect, and shake hands."""
         if not self.closed:
-            reactor = self._reactor
-            self._timer = reactor.call_at(reactor.now() + self._connect_timeout_s, self._too_slow_to_open)
-            reactor.resolve(self.key[0], self._resolved)
+            self._start_timer()
+            self._reactor.resolve(self.key[0], self._resolved)
 
     def connected(self) -> None:  # noqa: B027 - of the endpoint's events, and not to be overridden
         """See `EndpointEvents`: the handshake's frames are under way already."""
@@ -92,6 +96,10 @@ class Line(ABC):
         except TransportError as error:
             self.fail(error)
 
+    def _start_timer(self) -> None:
+        self._due_s = self._reactor.now() + self._connect_timeout_s
+        self._timer = self._reactor.call_at(self._due_s, self._too_slow_to_open)
+
     def stop_timer(self) -> None:
         """It is open, or closed: connecting takes no more time."""
         if self._timer is not None:
@@ -112,6 +120,9 @@ class Line(ABC):
         self.ask(self.session.hello(), HANDSHAKE_RECEIVE_BYTES, self._welcomed)
 
     def _too_slow_to_open(self) -> None:
+        if self._reactor.now() - self._due_s > OWN_DELAY_S:
+            self._start_timer()  # this client has not looked meanwhile, and may have its answer
+            return
         endpoint = self.endpoint
         silent = endpoint is not None and endpoint.listener_has_answered()
         unknown = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"

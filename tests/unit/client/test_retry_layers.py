@@ -471,6 +471,21 @@ def test_reads_with_hardly_any_time_leave_a_connection_to_those_that_follow() ->
         assert (statistics.connections, statistics.quarantined) == (1, 0)
 
 
+def test_a_client_that_does_something_else_while_it_connects_blames_no_port() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(connect_timeout_s=1.0)
+        hold = rig.faults_of(1).hold = Hold()
+        with pytest.raises(DeadlineExceededError):
+            client.read(rig.write(EPISODE), deadline_s=0.001)
+        rig.idle_alone = (client,)
+        rig.faults_of(1).hold = None
+        hold.set()
+        rig.advance(5.0)
+        rig.idle_alone = ()
+        client.consume(rig.write(EPISODE))
+        assert (client.counts.connections, client.counts.quarantined) == (1, 0)
+
+
 def test_many_first_connects_take_turns_and_no_port_is_blamed_for_the_wait(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
