@@ -30,13 +30,7 @@ class CompilationError(RuntimeError):
 
 
 class Compiler(NamedTuple):
-    """A command that compiles C.
-
-    Attributes:
-        name: where it comes from, for messages.
-        command: its words.
-        platform_tag: of the wheel (PEP 425) that holds what it makes.
-    """
+    """A command that compiles C, where it comes from, and the tag of a wheel that holds what it makes (PEP 425)."""
 
     name: str
     command: tuple[str, ...]
@@ -70,14 +64,10 @@ def compilers() -> list[Compiler]:
 
 
 def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
-    """Compile `ring.c` into a shared library.
+    """Compile `ring.c` into a shared library; returns the compiler that did it.
 
-    Args:
-        target: the file to write; replaced in one step, so that a process that has the old one mapped keeps it.
-        flags: further flags of the compiler, such as `-DRING_CUT`.
-
-    Returns:
-        The compiler that did it.
+    The target is replaced in one step, so that a process that has the old one mapped keeps it. There may be further
+    flags, such as `-DRING_CUT`.
 
     Raises:
         CompilationError: none could; says what was tried and what each said.

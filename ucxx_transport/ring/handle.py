@@ -38,17 +38,6 @@ class RingHandle:
     """The part of `SharedRingBuffer` that moves no payload.
 
     `owner` takes its holds, None for this process; `alive` says whether a process (pid, start time) lives.
-
-    Attributes:
-        name: what `attach` takes; the file is `<folder>/ucxx_transport-<name>`.
-        folder: where its segment is.
-        ring_id: 16 random bytes, new for every created ring.
-        slots: number of slots.
-        slot_bytes: bytes of the largest payload.
-        readers: reads that free a payload.
-        schema: the payloads' fields; None for a raw ring.
-        fingerprint: the schema's, 0 for a raw ring.
-        closed: whether `close` was called on this handle.
     """
 
     def __init__(

@@ -215,14 +215,8 @@ def round_up(value: int, multiple: int) -> int:
 class Geometry:
     """Where everything lies, from the five numbers that decide it.
 
-    Attributes:
-        slots: number of slots.
-        slot_bytes: largest payload of a slot.
-        readers: reads that free a payload, unless a write asks for fewer.
-        schema_bytes: size of the schema's msgpack form, 0 for a raw ring.
-        envelope_bytes: largest envelope of a payload, a multiple of 64; 0: there are none.
-        header_bytes: bytes before slot 0's memory.
-        stride_bytes: bytes from one slot's memory to the next's.
+    `schema_bytes` is the size of the schema's msgpack form, 0 for a raw ring, `envelope_bytes` the largest envelope of
+    a payload, a multiple of 64, 0 for none. `stride_bytes` are from one slot's memory to the next's.
     """
 
     slots: int

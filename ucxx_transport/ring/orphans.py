@@ -26,13 +26,8 @@ _LOCK_WAIT_S: Final = 0.1
 class SegmentInfo:
     """A segment as found in the folder.
 
-    Attributes:
-        name: without the common prefix; `SharedRingBuffer.attach` takes it.
-        path: the file.
-        nbytes: its size.
-        identity: what it says of itself; None when it is half-made or damaged.
-        problem: what is wrong with it, "" when nothing is.
-        creator_alive: whether the process that made it lives.
+    `SharedRingBuffer.attach` takes its `name`. `identity` is what it says of itself, None when it is half-made or
+    damaged; `problem` says what is wrong with it, "" when nothing is.
     """
 
     name: str

@@ -17,9 +17,8 @@ from ucxx_transport.errors import ConfigError
 class Owner(NamedTuple):
     """A process, for ever: a pid alone is given to another process some day.
 
-    Attributes:
-        pid: its id in the pid namespace that all users of a segment share.
-        start: its start time in clock ticks since boot, field 22 of `/proc/<pid>/stat` (proc(5)).
+    `pid` counts in the namespace that all users of a segment share; `start` is in clock ticks since boot: field 22 of
+    `/proc/<pid>/stat` (proc(5)).
     """
 
     pid: int

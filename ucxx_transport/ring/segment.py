@@ -103,15 +103,8 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 class Segment:
     """A mapped file. The memory stays mapped as long as this object or any view of it is referenced.
 
-    Use `create_segment` or `open_segment`.
-
-    Attributes:
-        name: the file's name without the prefix that all segments share.
-        path: the file.
-        nbytes: its size.
-        memory: its bytes, shape (nbytes,), uint8, writable.
-        words: its bytes as unsigned 64-bit words, for single aligned loads and stores.
-        address: where it is mapped.
+    `memory` is its bytes, shape (nbytes,), uint8, writable; `words` the same as unsigned 64-bit words, for single
+    aligned loads and stores; `address` is where it is mapped. Its `name` is the file's without the common prefix.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation | None) -> None:
@@ -325,11 +318,7 @@ def _both(nbytes: int) -> str:
 class MemoryLimit(NamedTuple):
     """A cgroup with a limit, and what is charged to it now.
 
-    Attributes:
-        folder: of the group.
-        limit_bytes: its limit.
-        used_bytes: charged to it now.
-        cached_bytes: of these, contents of files that the kernel drops for something better; a tmpfs's are not.
+    Of `used_bytes`, `cached_bytes` are contents of files that the kernel drops for something better; a tmpfs's are not.
     """
 
     folder: Path

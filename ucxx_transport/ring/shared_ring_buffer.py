@@ -31,6 +31,17 @@ class SharedRingBuffer(WritableRing, ReadableRing):
     The handle that made the ring removes it from the host on `close`, on leaving `with`, and at exit; one that attached
     never does. Closing does not end leases: arrays of theirs stay valid, and the memory goes with the last of them.
 
+    Attributes:
+        name: what `attach` takes; the file is `<folder>/ucxx_transport-<name>`.
+        folder: where its segment is.
+        ring_id: 16 random bytes, new for every created ring.
+        slots: number of slots.
+        slot_bytes: bytes of the largest payload.
+        readers: reads that free a payload.
+        schema: the payloads' fields; None for a raw ring.
+        fingerprint: the schema's, 0 for a raw ring.
+        closed: whether `close` was called on this handle.
+
     >>> with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=64)) as ring:
     ...     ref = ring.write_raw(b"an episode")
     ...     with ring.acquire(ref) as lease:

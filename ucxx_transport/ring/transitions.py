@@ -108,14 +108,9 @@ class Transitions:
 
     Each waits for the lock as long as the segment says, or `lock_wait_s`, or as it is asked to.
 
-    Attributes:
-        address: of what the calls know of the segment, `HOLD_RING` of the holds that they are given.
-        first_payload: where slot 0's payload is in this process's memory.
-        first_byte: where it is in the segment.
-        stride: bytes from there to the next slot's.
-        first_envelope: where its envelope is in the segment, in front of the payload's headroom.
-        ring_id: of the ring.
-        readable: the segment as bytes, read-only.
+    `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given. Slot 0's payload
+    is at `first_payload` in this process's memory, at `first_byte` in the segment, its envelope at `first_envelope`;
+    the next slot's are `stride` bytes further. `readable` is the segment as bytes, read-only.
     """
 
     __slots__ = (
@@ -235,10 +230,8 @@ class Transitions:
     def take(self, holds: Sequence[Words], asked: Words, wait_s: float | None = None) -> None:
         """READY → READING of payloads that the holds' reader has neither had nor holds; `TAKE_NUMBER` of them are.
 
-        Args:
-            holds: as many as `TAKE_ROOM` says; those that are given a payload are the first.
-            asked: `layout` names its words. Where `TAKE_NEXT` is not 0 then, the same call goes on from there.
-            wait_s: how long to wait for the lock.
+        There are as many holds as `TAKE_ROOM` says; the first are given a payload. Where `TAKE_NEXT` of `asked` is not
+        0 then, the same call goes on from there.
         """
         pointers = (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds))
         self._call("take", pointers, asked, wait_s=wait_s)

@@ -208,15 +208,7 @@ _CACHED_PLACEMENTS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The byte map of one payload.
-
-    Attributes:
-        lengths: actual leading length of each varlen field, in order.
-        offsets: each field's first byte.
-        shapes: each field's actual shape.
-        dtypes: each field's dtype.
-        nbytes: size of the payload.
-    """
+    """The byte map of one payload: the actual length of each varlen field, and each field's first byte and shape."""
 
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
