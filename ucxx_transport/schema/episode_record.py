@@ -248,4 +248,4 @@ def check_policy_version(version: object) -> None:
 
 def is_episode_record(value: object) -> bool:
     """Whether `value` claims to be a record: `EpisodeRecord.from_dict` then takes it or says what is wrong with it."""
-    return isinstance(value, Mapping) and MARK in value
+    return isinstance(value, (dict, Mapping)) and MARK in value  # a dict first: an ABC's look takes longer

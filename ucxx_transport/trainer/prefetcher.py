@@ -56,17 +56,18 @@ _JOIN_TIMEOUT_S: Final = 5.0
 class PendingBatch:
     """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
 
-    __slots__ = ("_prefetcher", "future", "request")
+    __slots__ = ("_prefetcher", "future", "outcome", "request")
 
     def __init__(self, prefetcher: Prefetcher, request: FetchRequest) -> None:
         self._prefetcher = prefetcher
         self.request = request
         self.future: Future[Batch | Exception] = Future()
+        self.outcome: Batch | Exception | None = None  # the future's, which takes longer to ask
 
     @property
     def is_ready(self) -> bool:
         """Whether its result need not be waited for."""
-        return self.future.done()
+        return self.outcome is not None or self.future.done()
 
     def begin(self, after_s: float = 0.0) -> None:
         """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
@@ -287,7 +288,7 @@ class Prefetcher:
         """Wait for it; a TimeoutError when there is none in time, a ConfigError when there will be none."""
         self.check_usable()
         try:
-            return pending.future.result(limit_s)
+            return pending.outcome or pending.future.result(limit_s)
         except CancelledError:
             self.check_usable()
             raise ConfigError("the batch was cancelled") from None
@@ -368,6 +369,7 @@ class Prefetcher:
                 with suppress(TransportError):  # raised to who takes those arrays
                     any(payload.arrays is None for payload in outcome.payloads.values())
         if pending.future.set_running_or_notify_cancel():
+            pending.outcome = outcome
             pending.future.set_result(outcome)
         elif isinstance(outcome, Batch):
             outcome.release()  # whose episodes were counted as lost

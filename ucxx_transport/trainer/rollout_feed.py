@@ -50,10 +50,13 @@ class _Rollouts:
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
         self.rollouts = tuple(rollouts)
-        found = [(place, output_of(rollout)) for place, rollout in enumerate(self.rollouts)]
-        ours = [(place, output) for place, output in found if is_ours(output)]
-        self.places = tuple(place for place, _ in ours)
-        self.outputs = tuple(output for _, output in ours)
+        self.places: list[int] = []
+        self.outputs: list[object] = []
+        for place, rollout in enumerate(self.rollouts):
+            output = output_of(rollout)
+            if is_ours(output):
+                self.places.append(place)
+                self.outputs.append(output)
 
     @cached_property
     def records(self) -> tuple[AskedFor, ...]:
@@ -248,8 +251,6 @@ class RolloutFeed:
             ConfigError: the output is not ours, `policy_version` was never given, or the feed is closed.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        if not is_ours(output):
-            raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
         record: AskedFor | None = None
         key: Hashable = None
         while True:
@@ -258,6 +259,9 @@ class RolloutFeed:
                 if in_use is not None and (payload := in_use.by_output.get(id(output))) is not None:
                     return self._unpack(payload)
                 if record is None:
+                    if not is_ours(output):
+                        kind = type(output).__name__
+                        raise ConfigError(f"a {kind} is no episode record; it needs no resolving", field="output")
                     record = record_of(output)
                     key = key_of(output, record)
                 if in_use is not None and key in in_use.payloads:
