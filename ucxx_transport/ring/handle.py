@@ -174,26 +174,7 @@ class RingHandle:
             DeadlineExceededError: the lock was not to be had in time.
         """
         self._require_open()
-        holds.settle()
-        mine = self._owner()
-        verdicts: dict[tuple[int, int], bool] = {}
-        reclaimed = 0
-        # Looking at a process takes 20 µs (/proc): done between two critical sections, the second compares again.
-        for words in self._transitions.holds():
-            owner = (words[layout.HOLD_PID], words[layout.HOLD_START])
-            if owner == mine:
-                alive = holds.is_live(words[layout.HOLD_LEASE])
-            else:
-                if owner not in verdicts:
-                    verdicts[owner] = self._alive(*owner)
-                alive = verdicts[owner]
-            if alive:
-                continue
-            if state_of(words[layout.HOLD_STATE]) is SlotState.WRITING:
-                reclaimed += self._transitions.abort(words, Counter.RECLAIMED_WRITES)
-            else:
-                reclaimed += self._transitions.finalise(words, Counter.RECLAIMED_READS)
-        return reclaimed
+        return self._reclaim()
 
     def unlink(self) -> bool:
         """Remove the ring from the host, if this handle made it: processes that have it keep it, no other can attach.
@@ -222,6 +203,28 @@ class RingHandle:
     def _require_open(self) -> None:
         if self.closed:
             raise SlotError("this handle of the ring is closed", name=self.name)
+
+    def _reclaim(self) -> int:
+        holds.settle()
+        mine = self._owner()
+        verdicts: dict[tuple[int, int], bool] = {}
+        reclaimed = 0
+        # Looking at a process takes 20 µs (/proc): done between two critical sections, the second compares again.
+        for words in self._transitions.holds():
+            owner = (words[layout.HOLD_PID], words[layout.HOLD_START])
+            if owner == mine:
+                alive = holds.is_live(words[layout.HOLD_LEASE])
+            else:
+                if owner not in verdicts:
+                    verdicts[owner] = self._alive(*owner)
+                alive = verdicts[owner]
+            if alive:
+                continue
+            if state_of(words[layout.HOLD_STATE]) is SlotState.WRITING:
+                reclaimed += self._transitions.abort(words, Counter.RECLAIMED_WRITES)
+            else:
+                reclaimed += self._transitions.finalise(words, Counter.RECLAIMED_READS)
+        return reclaimed
 
     def _template(self) -> SlotRef:
         """What a reference made now has in common with the ring's others: its name, and where its server is."""

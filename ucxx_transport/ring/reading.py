@@ -179,7 +179,7 @@ class ReadableRing(RingHandle):
                 return False
             self._transitions.wait_for_ready(seen, min(left_s, _LOOK_EVERY_S))
             if left_s > _LOOK_EVERY_S and words[_READING] and words[layout.READIED_WORD] & _U32 == seen:
-                self.reclaim_dead()
+                self._reclaim()  # also of a handle that another thread has closed meanwhile
         return True
 
     def reference(self, lease: ReadLease) -> SlotRef:

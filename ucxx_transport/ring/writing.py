@@ -273,7 +273,7 @@ class WritableRing(RingHandle):
         while True:
             # tried whatever a look finds: another process may have been the one who took the dead's slots back
             if self._clock() >= reclaim_at:
-                self.reclaim_dead()
+                self._reclaim()
                 reclaim_at = self._clock() + _RECLAIM_EVERY_S
             if transitions.reserve(words, overwrites=self._overwrites):
                 return
