@@ -38,7 +38,6 @@ MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
-_MAX_U64 = (1 << 64) - 1
 _MAX_I64 = 1 << 63
 _REWARD_KEYS = ("sum", "mean", "min", "max")
 
@@ -193,8 +192,8 @@ class EpisodeRecord:
             and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
             and worker_id.isprintable()
             and type(sequence) is int
-            and 0 <= sequence <= _MAX_U64
-            and (steps is None or (type(steps) is int and 0 <= steps <= _MAX_U64))
+            and not sequence >> 64  # of a negative number all bits are left
+            and (steps is None or (type(steps) is int and not steps >> 64))
             and (version is None or (type(version) is int and -_MAX_I64 <= version < _MAX_I64))
             and ref is not None
             and dropped is None

@@ -183,8 +183,6 @@ class SlotRef:
 # not frozen: the constructor takes 6 µs.
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
 _Draft: Any = draft_of(SlotRef)
-_MAX_U32: Final = (1 << 32) - 1
-_MAX_U64: Final = (1 << 64) - 1
 
 _MOST_TEMPLATES: Final = 1024
 _templates: dict[object, SlotRef] = {}
@@ -241,10 +239,8 @@ def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None)
             and template.ports == tuple(ports)
             and template.fingerprint == fingerprint
             and type(fingerprint) is type(slot) is type(generation) is type(nbytes) is int
-            and 0 <= slot <= _MAX_U32
-            and 0 <= generation <= _MAX_U64
-            and 0 <= nbytes <= _MAX_U64
-            and (checksum is None or (type(checksum) is int and 0 <= checksum <= _MAX_U64))
+            and not (slot >> 32 or generation >> 64 or nbytes >> 64)  # of a negative number all bits are left
+            and (checksum is None or (type(checksum) is int and not checksum >> 64))
             and type(meta) is dict
         ):
             return renumbered(template, slot, generation, nbytes, checksum, checked_meta(meta)[0] if meta else None)
