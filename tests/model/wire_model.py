@@ -189,7 +189,7 @@ class Port:
         self._ask(connection, asked.frame, asked.attempt, DESCRIBE_RECEIVE_BYTES, judge)
 
     def send_ends(self, connection: Connection) -> None:
-        if connection.session.ends_waiting and not connection.client_knows:
+        if connection.session.ends and not connection.client_knows:
             self._send(connection, connection.session.ends_frame())
 
     def _post_payload(self, connection: Connection, attempt: int, name: Named) -> None:
@@ -254,10 +254,9 @@ class Port:
             connection.session.end(attempt, delivered=False)
         else:
             client.delivered[key] = connection
-            if name.generation % 3:
-                connection.session.end(attempt, delivered=True)
-            else:
-                self._send(connection, connection.session.end_at_once(attempt, delivered=True))
+            connection.session.end(attempt, delivered=True)
+            if name.generation % 3 == 0:
+                self._send(connection, connection.session.ends_frame())
 
     # --- The server's moves ---
 
@@ -438,7 +437,7 @@ class Port:
 
     def is_quiet(self, connection: Connection) -> bool:
         """Whether nothing is on its way."""
-        return not (connection.frames or connection.answers or connection.sending or connection.session.ends_waiting)
+        return not (connection.frames or connection.answers or connection.sending or connection.session.ends)
 
     def check(self) -> None:
         """What must hold between any two steps."""

@@ -130,8 +130,8 @@ class UCXXClient:
         except TransportError as error:
             core.count_failure(error)
             raise
-        job = Job((ref,), until_s, None, None, into)
-        job.is_held = True
+        job = Job((ref,), until_s)
+        job.into, job.is_held = into, True
         await self._run(job, partial(core.reads.start_one, job))
         core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
         self._kept_s += time.perf_counter() - began_s

@@ -97,7 +97,9 @@ class SyncUCXXClient:
         except TransportError as error:
             core.count_failure(error)
             raise
-        job = Job((ref,), core.reactor.now() + limit_s, None, None, into)
+        job = Job((ref,), core.reactor.now() + limit_s)
+        if into is not None:
+            job.into = into
         self._lead.perform(job, Reads.start_one, job)
         outcome = job.outcomes.pop()
         if isinstance(outcome, Payload):

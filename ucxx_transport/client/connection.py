@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ucxx_transport.client.jobs import Attempt, SharedMessage
+from ucxx_transport.client.jobs import Attempt, Read, SharedMessage
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request, schema_in
 from ucxx_transport.errors import BusyError, PeerLostError, TransportError
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Engine, Errand, Read
-    from ucxx_transport.client.ports import PortKey
+    from ucxx_transport.client.jobs import Engine, Errand, Job
+    from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.base import OnDone
-    from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
 
 
@@ -47,7 +46,6 @@ class Connection(Line):
         errands: that wait for it to be open. running: those that wait for an answer here.
         attempts: asked for and not answered, by number.
         late: how many of them have exceeded their time.
-        used: whether it has lain idle since it was opened.
         used_s: when it was last given a read.
         shortage: why it waits, where there were no descriptors for it.
     """
@@ -60,11 +58,9 @@ class Connection(Line):
         self.queue: deque[Read] = deque()
         self.attempts: dict[int, Attempt] = {}
         self.late = 0
-        self.used = False
         self.used_s = 0.0
         self.shortage: TransportError | None = None
         self._asked_bytes = 0
-        self._unsent: TransportError | None = None
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self.errands: list[Errand] = []
         self.running: list[Errand] = []
@@ -99,8 +95,8 @@ class Connection(Line):
 
     def _ask_next(self) -> bool:
         """Send one frame; whether there was room for it."""
-        request = next_request(self.queue, len(self.attempts), self._asked_bytes, self.session.room)
-        reads, pool = request.reads, self._pool
+        reads, shared_bytes = next_request(self.queue, len(self.attempts), self._asked_bytes, self.session.room)
+        pool = self._pool
         if not reads:
             return False
         ref = reads[0].ref
@@ -109,8 +105,8 @@ class Connection(Line):
         self.describe(ref.ring_id, ref.fingerprint)
         if self.closed:  # by what was just sent
             self._dispatch.reassign(reads)
-        elif request.shared_bytes:
-            self._ask_shared(reads, request.shared_bytes)
+        elif shared_bytes:
+            self._ask_shared(reads, shared_bytes)
         else:
             self._ask_each(reads)
         return True
@@ -167,10 +163,7 @@ class Connection(Line):
         return attempts
 
     def _send(self, frame: bytes | None, receives: Iterable[tuple[memoryview, OnDone, int]]) -> None:
-        """Send a frame, if it has not been sent, and post what the answers to it arrive in.
-
-        In this order the server works meanwhile: nothing that comes is taken in before the reactor's next turn.
-        """
+        """Send a frame, if it has not been sent, and then post what the answers to it arrive in; see `ask_one`."""
         endpoint = self.endpoint
         assert endpoint is not None
         try:
@@ -181,36 +174,46 @@ class Connection(Line):
         except TransportError as error:
             self.fail(error)
 
-    def ask_one(self, ref: SlotRef) -> int:
-        """Ask for a payload while nothing else is in flight here; returns its number, for `expect_one`."""
+    def ask_one(self, job: Job, source: Source, now: float) -> None:
+        """Ask for the one payload of a job, whose schema is known, while nothing else is in flight here.
+
+        It is what `pump` does of it in few steps. The request leaves before anything is made ready for its answer: the
+        server works meanwhile, and nothing that comes is taken in before the reactor's next turn.
+        """
+        ref, endpoint, unsent = job.refs[0], self.endpoint, None
         frame, number = self.session.fetch_one(ref)
-        endpoint = self.endpoint
         assert endpoint is not None
         try:
             endpoint.post_send(frame)
         except TransportError as error:
-            self._unsent = error
-        return number
-
-    def expect_one(self, read: Read, number: int, due_s: float) -> None:
-        """Be ready for the answer to what `ask_one` has asked; the server works meanwhile, see `_send`."""
-        ref = read.ref
+            unsent = error
+        self.used_s = now
+        read = Read(job, 0, ref, source)
+        if len(source.keys) > 1:
+            read.alternate = source.keys[(source.position + 1) % len(source.keys)]
+        job.reads.append(read)
+        dispatch, due_s = self._dispatch, job.until_s
+        if read.alternate is not None or dispatch.read_attempts > 1:
+            due_s = (now + due_s) / 2
+        read.place, read.due_s = "asked", due_s  # as `Dispatch.attempt_due_s`
+        if due_s < dispatch.look_s:
+            dispatch.look_at(due_s)
         try:
             message = self._message(ref.nbytes)
+            attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
+            self._asked_bytes += ref.nbytes
+            if unsent is not None:
+                raise unsent
+            endpoint.post_receive(message.data, attempt.arrived, channel=number & MAX_CHANNEL)
         except TransportError as error:
-            self._engine.no_memory(read, error)
-            self.fail(PeerLostError("closed for want of memory for an answer", reason="aborted"))
-            return
-        attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
-        self._asked_bytes += ref.nbytes
-        if self._unsent is None:
-            self._send(None, ((message.data, attempt.arrived, number & MAX_CHANNEL),))
-        else:
-            self.fail(self._unsent)
+            if read.attempt is None:
+                self._engine.no_memory(read, error)
+            self.fail(error)
 
-    def take(self, attempt: Attempt) -> bool:
-        """An attempt's answer has come; whether nothing is left to do after it (else: `after_answers`)."""
+    def take(self, attempt: Attempt, *, is_last: bool) -> None:
+        """An attempt's answer has come; after the last one of a message more is asked for, and the ends leave."""
         ref, session = attempt.ref, self.session
+        self.rested = False
         try:
             session.verify(attempt.number, attempt.message.data)
         except TransportError as error:
@@ -218,35 +221,24 @@ class Connection(Line):
             self._refused(attempt, error)
             if session.broken:
                 self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
-            return False
-        if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
-            waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
-            if isinstance(waiting, list):
-                waiting.append(attempt)
+        else:
+            if ref.fingerprint and ref.fingerprint not in self._pool.schemas and attempt.read is not None:
+                waiting = self._undescribed[ref.fingerprint]  # it was asked for with the payload
+                if isinstance(waiting, list):
+                    waiting.append(attempt)
+                else:
+                    self._refused(attempt, waiting)
+                    session.end(attempt.number, delivered=False)
             else:
-                self._refused(attempt, waiting)
-                session.end(attempt.number, delivered=False)
-            return False
-        del self.attempts[attempt.number]  # as `_answered`
-        self._asked_bytes -= ref.nbytes
-        if attempt.late:
-            self.late -= 1
-        engine, endpoint = self._engine, self.endpoint
-        delivered = engine.arrived(attempt)
-        if delivered is None:
-            return False
-        if self.attempts or self.queue or self._pool.waiting or endpoint is None or self.closed:
-            session.end(attempt.number, delivered=delivered)
-            return False
-        # As `after_answers`, of a read that was alone here.
-        try:
-            endpoint.post_send(session.end_at_once(attempt.number, delivered=delivered))
-        except TransportError as error:
-            self.fail(error)
-            return False
-        self.used, self.proved = True, False
-        engine.settle()
-        return True
+                del self.attempts[attempt.number]  # as `_answered`
+                self._asked_bytes -= ref.nbytes
+                if attempt.late:
+                    self.late -= 1
+                delivered = self._engine.arrived(attempt)
+                if delivered is not None:
+                    session.end(attempt.number, delivered=delivered)
+        if is_last:
+            self.after_answers()
 
     def receive(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None:
         """Receive what the server has picked, each payload for its read, or, without one, to give it back."""
@@ -290,31 +282,28 @@ class Connection(Line):
 
     def after_answers(self) -> None:
         """What has come is taken: ask for more, and see that the ends leave."""
-        if self.closed:
-            self._engine.settle()
-            return
-        if self.queue:
-            self.pump()
-        if self.session.ends_waiting:
-            if self.attempts and not self._engine.finished:
-                self._pool.delay_ends(self)
-            else:
-                self.send_ends()
-        if not self.attempts and not self.queue:
-            self.used = True
-            self.proved = False
-            if self._pool.waiting:
-                self._pool.rested(self)
-        self._engine.settle()
+        engine = self._engine
+        if not self.closed:
+            if self.queue:
+                self.pump()
+            if self.session.ends:
+                if self.attempts and not engine.finished:
+                    self._pool.delay_ends(self)
+                else:
+                    self.send_ends()
+            if not self.attempts and not self.queue:
+                self.rested = True
+                if self._pool.waiting:
+                    self._pool.rested(self)
+        engine.settle()
 
     def send_ends(self) -> None:
         """Send the ends that wait, in a frame of their own."""
-        session = self.session
         endpoint = self.endpoint
-        if not session.ends_waiting or endpoint is None or self.closed:
+        if not self.session.ends or endpoint is None or self.closed:
             return
         try:
-            endpoint.post_send(session.ends_frame())
+            endpoint.post_send(self.session.ends_frame())
         except TransportError as error:
             self.fail(error)
 
@@ -366,7 +355,7 @@ class Connection(Line):
             and self._pool.short(self, error)
         ):
             return  # this process has no descriptors for it now; a server that is busy says so otherwise
-        stale = self.used and not self.proved
+        stale = self.rested
         asked = [
             attempt.read
             for attempt in self.attempts.values()

@@ -200,7 +200,8 @@ class ClientCore:
         """
         self.require_usable()
         limit_s = self.limit_s(deadline_s)
-        job = Job(refs, self.reactor.now() + limit_s, on_done, on_payload, into)
+        job = Job(refs, self.reactor.now() + limit_s, on_done)
+        job.on_payload, job.into = on_payload, into
         self.go_on(job, *self.look_at(job, range(len(refs))))
         return job
 

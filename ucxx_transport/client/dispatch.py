@@ -296,7 +296,8 @@ class Dispatch:
         if read.alternate is not None or read.call < self.read_attempts:
             limit_s = (self.now() + limit_s) / 2  # see `ports.attempt_budget_s`
         read.due_s = limit_s
-        self.look_at(limit_s)
+        if limit_s < self.look_s:
+            self.look_at(limit_s)
         return limit_s
 
     def look_at(self, when_s: float) -> None:

@@ -39,11 +39,11 @@ class Call:
         on_done: called with it once it is.
     """
 
-    __slots__ = ("done", "on_done", "until_s")
+    done = False
+    on_done: Callable[[Any], object] | None = None
 
     def __init__(self, until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
         self.until_s = until_s
-        self.done = False
         self.on_done = on_done
 
     def finish(self) -> None:
@@ -69,30 +69,19 @@ class Job(Call):
         reads: those over the link.
     """
 
-    __slots__ = (
-        "alone", "began_s", "held", "into", "is_held", "left", "on_payload", "outcomes", "reads", "refs",
-    )  # fmt: skip
+    on_payload: OnPayload | None = None
+    into: Buffer | None = None
+    is_held = False
+    held: Attempt | None = None
+    alone = True
 
-    def __init__(
-        self,
-        refs: Sequence[SlotRef],
-        until_s: float,
-        on_done: Callable[[Any], object] | None = None,
-        on_payload: OnPayload | None = None,
-        into: Buffer | None = None,
-    ) -> None:
+    def __init__(self, refs: Sequence[SlotRef], until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
         self.until_s = until_s
-        self.done = False
         self.on_done = on_done
         self.refs = refs
         self.outcomes: list[Outcome | None] = [None] * len(refs)
         self.left = len(refs)
-        self.on_payload = on_payload
-        self.into = into
-        self.is_held = False
-        self.held: Attempt | None = None
         self.began_s = time.perf_counter()
-        self.alone = True
         self.reads: list[Read] = []
 
 
@@ -139,7 +128,6 @@ class Carrier(Protocol):
     late: int
     is_open: bool
     closed: bool
-    proved: bool
     used_s: float
     shortage: TransportError | None
 
@@ -149,10 +137,9 @@ class Carrier(Protocol):
     def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None], /) -> None: ...
     def run(self, errand: Errand) -> None: ...
     def pump(self) -> None: ...
-    def ask_one(self, ref: SlotRef) -> int: ...
-    def expect_one(self, read: Read, number: int, due_s: float) -> None: ...
+    def ask_one(self, job: Job, source: Source, now: float) -> None: ...
     def receive(self, offered: Sequence[Offered], reads: Sequence[Read | None]) -> None: ...
-    def take(self, attempt: Attempt) -> bool: ...
+    def take(self, attempt: Attempt, *, is_last: bool) -> None: ...
     def after_answers(self) -> None: ...
     def send_ends(self) -> None: ...
     def end_held(self, attempt: Attempt, *, delivered: bool) -> None: ...
@@ -173,20 +160,17 @@ class Read:
         due_s: when to look at it again.
     """
 
-    __slots__ = (
-        "alternate", "attempt", "call", "connection", "due_s", "index", "job", "limit_s", "place", "ref", "source",
-    )  # fmt: skip
+    place: Place = "queued"
+    connection: Carrier | None = None
+    attempt: Attempt | None = None
+    alternate: PortKey | None = None
+    call = 1
 
     def __init__(self, job: Job, index: int, ref: SlotRef, source: Source) -> None:
         self.job: Job | None = job
         self.index = index
         self.ref = ref
         self.source = source
-        self.place: Place = "queued"
-        self.connection: Carrier | None = None
-        self.attempt: Attempt | None = None
-        self.alternate: PortKey | None = None
-        self.call = 1
         self.limit_s = self.due_s = job.until_s
 
 
@@ -202,7 +186,7 @@ class Attempt:
         late: it has.
     """
 
-    __slots__ = ("connection", "due_s", "late", "message", "number", "read", "ref")
+    late = False
 
     def __init__(  # noqa: PLR0917 - a keyword costs on this path
         self, connection: Carrier, read: Read | None, ref: Named, number: int, message: Bytes, due_s: float
@@ -213,7 +197,6 @@ class Attempt:
         self.number = number
         self.message = message
         self.due_s = due_s
-        self.late = False
 
     def arrived(self, operation: Operation) -> None:
         """Its receive is over."""
@@ -221,9 +204,7 @@ class Attempt:
         if operation.error is not None:
             connection.fail(operation.error)
         elif not connection.closed:  # by a callback before: what had arrived by then is called back all the same
-            connection.proved = True
-            if not connection.take(self):
-                connection.after_answers()
+            connection.take(self, is_last=True)
 
 
 class SharedMessage:
@@ -243,9 +224,7 @@ class SharedMessage:
         for attempt in self.attempts:
             if connection.closed:
                 return  # before, or since the answer before was not as the protocol has it
-            connection.proved = True
-            connection.take(attempt)
-        connection.after_answers()
+            connection.take(attempt, is_last=attempt is self.attempts[-1])
 
 
 def removed(source: Takeable) -> PeerLostError:

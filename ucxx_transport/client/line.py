@@ -36,7 +36,7 @@ class Line(ABC):
         endpoint: once it is being opened.
         is_open: whether the handshake is over.
         closed: whether it is.
-        proved: whether anything was answered since it lay idle.
+        rested: whether it has lain idle, and nothing has been answered since.
     """
 
     def __init__(self, config: ClientConfig, reactor: Reactor, reader: int, key: PortKey) -> None:
@@ -45,7 +45,7 @@ class Line(ABC):
         self.endpoint: Endpoint | None = None
         self.is_open = False
         self.closed = False
-        self.proved = False
+        self.rested = False
         self._connect_timeout_s = config.connect_timeout_s
         self._reactor = reactor
         self._timer: Timer | None = None
@@ -82,7 +82,7 @@ class Line(ABC):
             if operation.error is not None:
                 self.fail(operation.error)
                 return
-            self.proved = True
+            self.rested = False
             try:
                 on_answer(asked, answer)
             except TransportError as error:

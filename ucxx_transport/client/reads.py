@@ -132,11 +132,9 @@ class Reads:
         membership = self._membership
         has_news = membership is not None and (membership.news or ref.ring_id in membership.gone)
         if not (source is None or source.under_way or self.dispatch.wary or job.until_s <= now or has_news):
-            keys = source.keys
-            ports = len(keys)
-            first = source.position % ports
             connections = self.connections
-            connection = connections.known.get(keys[first])
+            key = source.keys[source.position % len(source.keys)]
+            connection = connections.known.get(key)
             if (
                 connection is not None
                 and connection.is_open
@@ -144,23 +142,10 @@ class Reads:
                 and now - connection.used_s <= connections.max_age_s
                 and (not ref.fingerprint or ref.fingerprint in self._schemas)
             ):
-                number = connection.ask_one(ref)
-                connections.known.move_to_end(keys[first])
-                connection.used_s = now
-                read = Read(job, 0, ref, source)
-                read.place = "asked"
-                due_s = job.until_s
-                if ports > 1 or self.dispatch.read_attempts > 1:
-                    due_s = (now + due_s) / 2
-                    if ports > 1:
-                        read.alternate = keys[(first + 1) % ports]
-                read.due_s = due_s
+                connections.known.move_to_end(key)
                 source.under_way = 1
                 self.jobs.add(job)
-                job.reads.append(read)
-                if due_s < self.dispatch.look_s:
-                    self.dispatch.look_at(due_s)
-                connection.expect_one(read, number, due_s)
+                connection.ask_one(job, source, now)
                 if self.dispatch.again or self.finished:
                     self.settle()
                 return
@@ -252,18 +237,8 @@ class Reads:
             self.fail(read, error)
             return True
         self._counters.delivered("ucx", ref.nbytes, time.perf_counter() - job.began_s)
-        outcome = payload if job.into is None and job.on_payload is None else self._passed_on(job, read.index, payload)
-        if read.attempt is not None:
-            self._over(read, outcome)
-            return True
-        read.job = None  # as `_over`
-        read.source.under_way -= 1
-        job.outcomes[read.index] = outcome
-        job.left -= 1
-        if not job.left:  # as `_finish`
-            self.jobs.discard(job)
-            job.reads.clear()
-            self.finished.append(job)
+        plain = job.into is None and job.on_payload is None
+        self._over(read, payload if plain else self._passed_on(job, read.index, payload))
         return True
 
     def _passed_on(self, job: Job, index: int, payload: Payload) -> Outcome:
@@ -342,8 +317,10 @@ class Reads:
             self.dispatch.read_over(read)
         job.outcomes[read.index] = outcome
         job.left -= 1
-        if not job.left:
-            self._finish(job)
+        if not job.left:  # as `_finish`
+            self.jobs.discard(job)
+            job.reads.clear()
+            self.finished.append(job)
 
     def _finish(self, job: Job) -> None:
         self.jobs.discard(job)

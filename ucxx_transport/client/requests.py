@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.schema import Schema
@@ -42,21 +42,9 @@ class Queued(Protocol):
 ReadT = TypeVar("ReadT", bound=Queued)
 
 
-class Request(NamedTuple, Generic[ReadT]):
-    """One frame.
-
-    Attributes:
-        reads: what it asks for, in order.
-        nbytes: of all payloads together.
-        shared_bytes: of the message that all answers share; 0 when each has its own.
-    """
-
-    reads: list[ReadT]
-    nbytes: int
-    shared_bytes: int
-
-
-def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, room: Callable[[int, int], bool]) -> Request[ReadT]:
+def next_request(
+    queue: deque[ReadT], asked: int, asked_bytes: int, room: Callable[[int, int], bool]
+) -> tuple[list[ReadT], int]:
     """Take from the queue what the next frame asks for; no reads when there is no room.
 
     Args:
@@ -64,6 +52,9 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, room: Callab
         asked: attempts in flight there.
         asked_bytes: their payloads.
         room: whether the server's window has room for so many bytes and names.
+
+    Returns:
+        The reads, in order, and the length of the message that all answers share; 0 when each has its own.
     """
     reads: list[ReadT] = []
     ring_id = b""
@@ -90,7 +81,7 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, room: Callab
         shared_bytes += whole * is_small
         total += nbytes
         reads.append(queue.popleft())
-    return Request(reads, total, shared_bytes if len(reads) > 1 else 0)
+    return reads, shared_bytes if len(reads) > 1 else 0
 
 
 def schema_in(encoded: bytes, fingerprint: int) -> Schema:

@@ -22,7 +22,6 @@ to wake a sleeper. A callback that raises ends its turn with its exception; the 
 
 from __future__ import annotations
 
-import ctypes
 import heapq
 import ipaddress
 import math
@@ -107,7 +106,7 @@ class Reactor:
     """
 
     def __init__(
-        self, link_factory: LinkFactory, *, spin_s: float = 50e-6, clock: Callable[[], float] = time.monotonic
+        self, link_factory: LinkFactory, *, spin_s: float = 200e-6, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.now = clock
         self.turns = 0
@@ -119,11 +118,12 @@ class Reactor:
         self._made = 0
         self._cancelled = 0
         self._asleep = False
+        self._rests = False  # timers alone have run: no reason to poll for what comes next
         self._closed = False
         self._forked = False
         self._wakeup: Wakeup | None = Wakeup()
-        self._sleep = _Sleep(self._wakeup.fileno())
-        self._epoll: select.epoll | None = None
+        self._epoll = select.epoll()
+        self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
         _reactors.add(self)
 
     @property
@@ -136,9 +136,7 @@ class Reactor:
         if self._link is None:
             self.check_usable()
             self._link = self._link_factory(self)
-            self._sleep.watch(self._link.fileno())
-            if self._epoll is not None:
-                self._epoll.register(self._link.fileno(), select.EPOLLIN)
+            self._epoll.register(self._link.fileno(), select.EPOLLIN)
         return self._link
 
     @property
@@ -218,31 +216,53 @@ class Reactor:
             result = lost("unreachable", peer=host, resolver=str(exc))
         self.submit(lambda: on_resolved(result))
 
-    def run_once(self, until_s: float) -> None:
-        """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest.
+    def run_once(self, until_s: float, spin_s: float | None = None, *, sleeps: bool = True) -> bool:
+        """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest, in whole ms.
 
         Args:
             until_s: on the reactor's clock; inf for a second.
-        """
-        self._asleep = False  # an interrupt may have ended the last sleep
-        if self._turn(self._spin_s, until_s) or not self.arm():
-            return
-        left_s = min(self.next_timer_s, until_s) - self.now()
-        if left_s > 0 and self._sleep.up_to(min(left_s, LONGEST_SLEEP_S)) and self._wakeup is not None:
-            self._wakeup.drain()
-        self._asleep = False
+            spin_s: how long to poll the link while nothing moves; not beyond the next timer, nor `until_s`.
+            sleeps: False: it does not.
 
-    def poll(self, spin_s: float = 0.0) -> bool:
-        """A turn without the sleep; whether anything was done.
-
-        Args:
-            spin_s: how long to poll the link while nothing moves; not beyond the next timer.
+        Returns:
+            Whether anything was done.
         """
-        if self._asleep:
+        if self._asleep:  # an event loop, or an interrupt, has ended the last sleep
             self._asleep = False
             if self._wakeup is not None:
                 self._wakeup.drain()
-        return self._turn(spin_s, math.inf)
+        if self._closed or self._forked:
+            self.check_usable()
+        self.turns += 1
+        due = bool(self._heap) and self._heap[0][0] <= self.now()
+        ran = bool(self._submitted) and self._run_submitted()
+        rests = due and not ran
+        if due:
+            ran = self._run_due(self.now()) or ran
+        if self._link is not None:
+            spin_s = self._spin_s if spin_s is None else spin_s
+            if ran or self._rests:
+                spin_s = 0.0
+            elif spin_s and (self._heap or until_s != math.inf):
+                limit_s = min(until_s, self._heap[0][0]) if self._heap else until_s
+                spin_s = max(0.0, min(spin_s, limit_s - self.now()))
+            moved = self._link.progress(spin_s)
+            self._rests = rests and not moved
+            ran = ran or moved
+        if sleeps and not ran and self.arm():
+            self._sleep(min(self.next_timer_s, until_s) - self.now())
+        return ran
+
+    def poll(self, spin_s: float = 0.0) -> bool:
+        """A turn without the sleep; whether anything was done."""
+        return self.run_once(math.inf, spin_s, sleeps=False)
+
+    def _sleep(self, limit_s: float) -> None:
+        if limit_s > 0:
+            awake = self._epoll.poll(min(limit_s, LONGEST_SLEEP_S), 2)
+            if self._wakeup is not None and (self._wakeup.fileno(), select.EPOLLIN) in awake:
+                self._wakeup.drain()
+        self._asleep = False
 
     def arm(self) -> bool:
         """Before a sleep on `fileno()`, which is then readable when there is work. False: there is; poll first."""
@@ -255,12 +275,6 @@ class Reactor:
     def fileno(self) -> int:
         """One descriptor for all that wakes the reactor, but for its timers: see `next_timer_s`."""
         self.check_usable()
-        if self._epoll is None:
-            assert self._wakeup is not None  # not closed
-            self._epoll = select.epoll()
-            self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
-            if self._link is not None:
-                self._epoll.register(self._link.fileno(), select.EPOLLIN)
         return self._epoll.fileno()
 
     def close(self) -> None:
@@ -272,8 +286,7 @@ class Reactor:
             self._link.close()
         self._submitted.clear()
         self._heap.clear()
-        if self._epoll is not None:
-            self._epoll.close()
+        self._epoll.close()
         self._wakeup = None
 
     def forget(self) -> None:
@@ -289,26 +302,6 @@ class Reactor:
             self._heap = [entry for entry in self._heap if entry[2].action is not None]
             heapq.heapify(self._heap)
             self._cancelled = 0
-
-    def _turn(self, spin_s: float, until_s: float) -> bool:
-        if self._closed or self._forked:
-            self.check_usable()
-        self.turns += 1
-        ran = bool(self._submitted) and self._run_submitted()
-        if self._heap:
-            now = self.now()
-            if self._heap[0][0] <= now:
-                ran = self._run_due(now) or ran
-            if self._heap:
-                until_s = min(until_s, self._heap[0][0])
-        link = self._link
-        if link is None:
-            return ran
-        if ran:
-            spin_s = 0.0
-        elif spin_s and until_s != math.inf:
-            spin_s = max(0.0, min(spin_s, until_s - self.now()))
-        return link.progress(spin_s) or ran
 
     def _run_submitted(self) -> bool:
         submitted = self._submitted
@@ -328,50 +321,6 @@ class Reactor:
                 ran = True
                 action()
         return ran
-
-
-class _PollFd(ctypes.Structure):
-    """`struct pollfd`, poll(2)."""
-
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
-
-
-class _Timespec(ctypes.Structure):
-    """`struct timespec`, timespec(3)."""
-
-    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
-
-
-class _Sleep:
-    """Waits for descriptors, to the microsecond, by ppoll(2): `select` knows whole milliseconds, or 1,024 descriptors.
-
-    Args:
-        wakeup: the descriptor that `up_to` tells of.
-    """
-
-    def __init__(self, wakeup: int) -> None:
-        self._ppoll = ctypes.CDLL(None).ppoll
-        self._ppoll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
-        self._entries = (_PollFd * 2)(_PollFd(wakeup, select.POLLIN, 0))
-        self._count = 1
-        self._timeout = _Timespec()
-        self._addresses = ctypes.addressof(self._entries), ctypes.addressof(self._timeout)
-        self._wakeup = self._entries[0]
-
-    def watch(self, descriptor: int) -> None:
-        """Wait for this one, too."""
-        self._entries[1] = _PollFd(descriptor, select.POLLIN, 0)
-        self._count = 2
-
-    def up_to(self, seconds: float) -> bool:
-        """Sleep until a descriptor is readable, a signal comes, or the time is up; whether it was the wake-up."""
-        timeout = self._timeout
-        timeout.sec = whole = int(seconds)
-        timeout.nsec = int((seconds - whole) * 1e9)
-        self._wakeup.revents = 0
-        entries, address = self._addresses
-        self._ppoll(entries, self._count, address, None)
-        return bool(self._wakeup.revents)
 
 
 def _in_forked_child() -> None:

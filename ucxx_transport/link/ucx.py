@@ -20,7 +20,7 @@ from ucxx_transport.link.descriptors import shortage
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding, quiet_ucxx_log
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
-from ucxx_transport.link.ucx_flight import EVERYTHING, LinkState
+from ucxx_transport.link.ucx_flight import LinkState
 from ucxx_transport.link.ucx_listener import UCXXListener
 from ucxx_transport.link.ucx_process import check_not_forked, keep_for_good, link_closed, link_opened
 
@@ -223,7 +223,7 @@ class UCXXLink(LinkState):
         if everywhere or moved:
             called = self.search(everywhere=everywhere) or called
         for endpoint in tuple(self.ending):
-            called = endpoint.search(EVERYTHING) or called
+            called = self.search(endpoint, everywhere=True) or called
             if endpoint.ended():
                 called = True
                 endpoint.end_close()

@@ -20,7 +20,7 @@ from ucxx_transport.link.ucx_api import (
     listener_has_answered,
     release_cancelled,
 )
-from ucxx_transport.link.ucx_flight import EVERYTHING, LinkState, Posted, UCXXMessage, UCXXOperation
+from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
 CLOSE_TIMEOUT_S: Final = 2.0
@@ -86,9 +86,9 @@ class UCXXEndpoint(Posted):
         ucx.set_close_callback(lambda: _note_loss(here))
         out, into = link.make_array(encode_hello(self.base)), bytearray(HELLO_BYTES)
         array = link.make_array(into)
-        self.sends.append(UCXXOperation(out, HELLO_BYTES, None, ucx.stream_send(out)))
+        self.sends.append(operation_of(out, HELLO_BYTES, None, ucx.stream_send(out)))
         self.receives.append(
-            UCXXOperation(array, HELLO_BYTES, lambda hello: self._greeted(hello.error, into), ucx.stream_recv(array))
+            operation_of(array, HELLO_BYTES, lambda hello: self._greeted(hello.error, into), ucx.stream_recv(array))
         )
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
@@ -97,13 +97,16 @@ class UCXXEndpoint(Posted):
                 raise ConfigError("buffer is read-only; a receive needs a writable one")
             array, nbytes = buffer.array, buffer.nbytes
         else:
-            view = byte_view(buffer, writable=True)
-            array, nbytes = self._link.make_array(view), view.nbytes
+            if type(buffer) is not memoryview or buffer.readonly or not buffer.c_contiguous:
+                buffer = byte_view(buffer, writable=True)
+            array, nbytes = self._link.make_array(buffer), buffer.nbytes
         ucx = self._ucx
         if not self._usable or ucx is None:
             return self._refused(array, nbytes, on_done)
         request = ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
-        operation = UCXXOperation(array, nbytes, on_done, request, channel)
+        operation = UCXXOperation()  # as `operation_of`
+        operation.array, operation.nbytes, operation.on_done = array, nbytes, on_done
+        operation.request, operation.channel = request, channel
         before = self.newest.get(channel)
         if before is not None:
             before.follower = operation
@@ -121,30 +124,28 @@ class UCXXEndpoint(Posted):
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
         """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
         base, ucx, link = self._send_base, self._ucx, self._link
-        copy: bytearray | None = None
         if type(buffer) is UCXXMessage:
             message = buffer
-        elif type(buffer) is bytes and 0 < len(buffer) <= COPIED_BYTES and base >= 0:
-            known = link.copies.pop(len(buffer), None)
-            copy, message = self._memory(len(buffer)) if known is None else known
+        elif type(buffer) is bytes and base >= 0 and 0 < len(buffer) <= COPIED_BYTES:
+            copy, message = link.copies.get(len(buffer)) or self._memory(len(buffer))
             copy[:] = buffer
         else:
             message = link.message(buffer)
         if not self._usable or ucx is None:
             return self._refused(message.array, message.nbytes, on_done)
         if base < 0:
-            operation = UCXXOperation(message.array, message.nbytes, on_done, None, channel)
+            operation = operation_of(message.array, message.nbytes, on_done, None, channel)
             self._deferred.append(operation)
             return operation
         request = ucx.tag_send(message.array, self._make_tag(base | channel))
         status = request.status
         if status == 0:
-            if copy is not None:
-                link.copies[message.nbytes] = copy, message
             if on_done is not None:
                 link.ready.append((on_done, message.sent))
             return message.sent
-        operation = UCXXOperation(message.array, message.nbytes, on_done, request)
+        if message is not buffer:
+            link.copies.pop(message.nbytes, None)  # UCX has not taken it
+        operation = operation_of(message.array, message.nbytes, on_done, request)
         if status == IN_PROGRESS:
             self.sends.append(operation)
             self._order.pop(self, None)
@@ -253,16 +254,18 @@ class UCXXEndpoint(Posted):
 
     def _memory(self, nbytes: int) -> tuple[bytearray, UCXXMessage]:
         """What messages of a length are sent from, one after another."""
-        if len(self._link.copies) > MAX_COPIES:
-            self._link.copies.clear()
+        copies = self._link.copies
+        if len(copies) >= MAX_COPIES:
+            copies.clear()
         memory = bytearray(nbytes)
-        return memory, self._link.message(memory)
+        copies[nbytes] = memory, self._link.message(memory)
+        return copies[nbytes]
 
     def _refused(self, array: UcxArray, nbytes: int, on_done: OnDone | None) -> UCXXOperation:
         """What is posted before the owner can know of a loss, or of the link's close, ends in a turn."""
         if not (self.alive or self._link.closing):
             raise self._why_lost()
-        operation = UCXXOperation(array, nbytes, on_done, None)
+        operation = operation_of(array, nbytes, on_done, None)
         self._deferred.append(operation)
         self._link.ready.append((UCXXEndpoint.fail_deferred, self))
         return operation
@@ -314,7 +317,7 @@ class UCXXEndpoint(Posted):
 
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
-        self.search(EVERYTHING)
+        self._link.search(self, everywhere=True)
         for operation in self.in_flight():
             request = operation.request
             if request is not None and request.status != IN_PROGRESS:  # behind one that never ends

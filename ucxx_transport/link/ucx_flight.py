@@ -15,7 +15,6 @@ import ipaddress
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
@@ -50,19 +49,24 @@ class UCXXOperation:
         follower: the next receive of its channel.
     """
 
-    __slots__ = ("array", "channel", "completed", "error", "follower", "nbytes", "on_done", "request")
+    array: UcxArray | None = None
+    nbytes = 0
+    on_done: OnDone | None = None
+    request: UcxRequest | None = None
+    channel = -1
+    completed = False
+    error: TransportError | None = None
+    follower: UCXXOperation | None = None
 
-    def __init__(
-        self, array: UcxArray | None, nbytes: int, on_done: OnDone | None, request: UcxRequest | None, channel: int = -1
-    ) -> None:
-        self.array = array
-        self.nbytes = nbytes
-        self.on_done = on_done
-        self.request = request
-        self.channel = channel
-        self.completed = False
-        self.error: TransportError | None = None
-        self.follower: UCXXOperation | None = None
+
+def operation_of(
+    array: UcxArray, nbytes: int, on_done: OnDone | None, request: UcxRequest | None, channel: int = -1
+) -> UCXXOperation:
+    """One in flight."""
+    operation = UCXXOperation()
+    operation.array, operation.nbytes, operation.on_done = array, nbytes, on_done
+    operation.request, operation.channel = request, channel
+    return operation
 
 
 class UCXXMessage:
@@ -78,8 +82,8 @@ class UCXXMessage:
         self.array = array
         self.nbytes = view.nbytes
         self.writable = not view.readonly
-        self.sent = UCXXOperation(None, view.nbytes, None, None)
-        self.sent.completed = True
+        self.sent = UCXXOperation()
+        self.sent.nbytes, self.sent.completed = view.nbytes, True
 
 
 class Posted:
@@ -89,11 +93,9 @@ class Posted:
         receives: the oldest of each channel, oldest first; the others are its followers, since they end in order.
         sends: oldest first.
         newest: of the receives of each channel.
-        cut_short: the last search found so much that it did not go on.
     """
 
     def __init__(self) -> None:
-        self.cut_short = False
         self.receives: list[UCXXOperation] = []
         self.sends: list[UCXXOperation] = []
         self.newest: dict[int, UCXXOperation] = {}
@@ -101,46 +103,6 @@ class Posted:
     def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
         """An operation has ended in an error."""
         raise NotImplementedError
-
-    def search(self, misses: int) -> bool:
-        """Call back what has ended; whether anything has. See the module.
-
-        Args:
-            misses: how many of the receives, and of the sends, may be in progress.
-        """
-        found = 0
-        for flight in (self.sends, self.receives):  # in this order: the answer to a message shows that it has left
-            index = 0
-            while index < len(flight):
-                operation = flight[index]
-                request = operation.request
-                assert request is not None  # in flight
-                status = request.status
-                if status == IN_PROGRESS:
-                    index += 1
-                    if index > misses:
-                        break
-                    continue
-                found += 1
-                follower, operation.follower = operation.follower, None
-                while follower is not None and follower.completed:
-                    follower = follower.follower
-                if follower is not None:
-                    flight[index] = follower
-                else:
-                    del flight[index]
-                    self.newest.pop(operation.channel, None)
-                operation.request = operation.array = None
-                operation.completed = True
-                if status:
-                    self.note_failure(operation, request)
-                on_done, operation.on_done = operation.on_done, None
-                if on_done is not None:
-                    on_done(operation)
-                if found == ENDS_AT_ONCE:
-                    self.cut_short = True
-                    return True
-        return found > 0
 
     def in_flight(self) -> list[UCXXOperation]:
         """All that has not ended."""
@@ -170,26 +132,56 @@ class Flight:
         self.overlooked = False
         self.searches = 0
 
-    def search(self, *, everywhere: bool) -> bool:
-        """Call back what has ended; whether anything has.
+    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901, PLR0912, PLR0915 - a call more costs
+        """Call back what has ended; whether anything has. See the module.
 
         Args:
+            only: of this endpoint alone.
             everywhere: look at everything.
         """
-        self.searches += 1
+        self.searches = searches = self.searches + 1
         order = self.order
-        misses = MISSES
-        if everywhere or self.searches % FULL_EVERY == 0:
-            misses = EVERYTHING
-        endpoints = tuple(reversed(order) if misses == EVERYTHING else islice(reversed(order), HOT_ENDPOINTS))
-        overlooked = len(endpoints) < len(order)
+        misses = EVERYTHING if everywhere or not searches % FULL_EVERY else MISSES
+        endpoints = tuple(reversed(order)) if only is None else (only,)
+        overlooked = self.overlooked and only is not None
+        if misses == MISSES and len(endpoints) > HOT_ENDPOINTS:
+            endpoints, overlooked = endpoints[:HOT_ENDPOINTS], True
         self.overlooked = True  # until it is through: a callback may raise
-        found, idle = False, 0
+        found = idle = 0
         for endpoint in endpoints:
-            if endpoint.search(misses):
-                found, idle = True, 0
-                if endpoint.cut_short:
-                    endpoint.cut_short, overlooked = False, True
+            last = found + ENDS_AT_ONCE
+            before = found
+            for flight in (endpoint.sends, endpoint.receives):  # an answer shows that what it answers has left
+                index = 0
+                while index < len(flight) and found < last:
+                    operation = flight[index]
+                    request = operation.request
+                    status = request.status
+                    if status == IN_PROGRESS:
+                        index += 1
+                        if index > misses:
+                            overlooked = True
+                            break
+                        continue
+                    found += 1
+                    follower = operation.follower
+                    while follower is not None and follower.completed:
+                        follower = follower.follower
+                    if follower is not None:
+                        flight[index] = follower
+                    else:
+                        del flight[index]
+                        endpoint.newest.pop(operation.channel, None)
+                    operation.request = operation.array = operation.follower = None
+                    operation.completed = True
+                    if status:
+                        endpoint.note_failure(operation, request)
+                    on_done, operation.on_done = operation.on_done, None
+                    if on_done is not None:
+                        on_done(operation)
+            overlooked = overlooked or found == last
+            if found > before:
+                idle = 0
                 if not (endpoint.receives or endpoint.sends):
                     order.pop(endpoint, None)
             elif found and misses == MISSES:
@@ -197,12 +189,10 @@ class Flight:
                 if idle == IDLE_ENDPOINTS:
                     overlooked = True
                     break
-            if len(endpoint.receives) > misses or len(endpoint.sends) > misses:
-                overlooked = True
         self.overlooked = overlooked
-        if self.searches % STRAYS_EVERY == 0:
+        if not searches % STRAYS_EVERY:
             self.discard_unexpected()
-        return found
+        return found > 0
 
     def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for."""

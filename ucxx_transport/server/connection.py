@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.server.slots import NO_EPOCH
+from ucxx_transport.server.slots import NO_EPOCH, Refusal
 from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
@@ -163,19 +163,17 @@ class Connection:
             self.close()  # a message longer than any frame, or the end of the connection
         elif self.is_closing:
             self._hear_out()
-            return
-        elif self._receives[-1][0].completed:
-            self._take_in()
-        if not (self.is_deferred or self.is_closing):
-            turn = self._port.reactor.turns
-            if turn == self._turn:
-                self._defer()
-            else:
-                self._turn = turn
-                self.serve_next()
+        else:
+            if self._receives[-1][0].completed:
+                self._take_in()
+            if not (self.is_deferred or self.is_closing):
+                if self._turn == self._port.reactor.turns:
+                    self._defer()
+                else:
+                    self.serve_next()
 
-    def serve_next(self) -> None:
-        """Handle the next frame, if it has arrived; one that waits behind it comes after those of others."""
+    def serve_next(self) -> None:  # noqa: C901 - a call more costs on this path
+        """Handle the next frame, if it has arrived; a second one that asks for something in a turn has a later one."""
         receives = self._receives
         if self._is_full or self.is_closing or not receives:
             return
@@ -183,13 +181,19 @@ class Connection:
         if not operation.completed or operation.error is not None:
             return
         del receives[0]
-        session, finish = self.session, self._slots.finish
+        session, slots, reactor = self.session, self._slots, self._port.reactor
+        now = reactor.now()
         try:
-            for action in session.receive(frame, self._port.reactor.now()):
-                if isinstance(action, End) and action.attempt.sent_s is not None:
-                    finish(action.attempt)
-                elif isinstance(action, Serve) and not action.shared:
-                    self.serve(action.attempts)
+            for action in session.receive(frame, now):
+                if isinstance(action, End):
+                    if action.attempt.sent_s is not None:
+                        slots.finish(action.attempt)
+                    else:
+                        slots.record(action.attempt, session.reader)
+                    continue
+                self._turn = reactor.turns
+                if isinstance(action, Serve) and not action.shared:
+                    self.serve(action.attempts, now)
                 else:
                     self._answer(action)
             if session.phase is _CLOSING:
@@ -214,22 +218,19 @@ class Connection:
 
     # --- Attempts ---
 
-    def serve(self, attempts: Iterable[Attempt]) -> None:
+    def serve(self, attempts: Iterable[Attempt], now: float) -> None:
         """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
         slots, session, post_send = self._slots, self.session, self._endpoint.post_send
-        answers = slots.answers
         for attempt in attempts:
-            if attempt.lease is None:
-                refusal = slots.acquire(attempt, session.reader)
-                if refusal is not None:
-                    self.reply(session.refused(attempt, *refusal))
-                    continue
-            message, _ = answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
-            send = attempt.send = post_send(message, channel=attempt.number & MAX_CHANNEL)
+            answer = slots.acquire(attempt, session.reader) if attempt.lease is None else slots.answer_of(attempt)
+            if isinstance(answer, Refusal):
+                self.reply(session.refused(attempt, *answer))
+                continue
+            send = attempt.send = post_send(answer[0], channel=attempt.number & MAX_CHANNEL)
             if not send.completed:
                 send.on_done = partial(self._on_sent, attempt)
             elif send.error is None:
-                session.sent(attempt, self._port.reactor.now())
+                attempt.sent_s = session.moved_s = now
             else:
                 self.close()
 
@@ -241,13 +242,13 @@ class Connection:
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
-            refusal = slots.acquire(attempt, self.session.reader)
-            if refusal is None:
-                _, room[offset:end] = slots.answers.get((attempt.slot, attempt.nbytes)) or slots.prepare(attempt)
-                acquired.append(attempt)
+            answer = slots.acquire(attempt, self.session.reader)
+            if isinstance(answer, Refusal):
+                self._count(answer.status)
+                room[offset:end] = self.session.refused_part(attempt, *answer)
             else:
-                self._count(refusal.status)
-                room[offset:end] = self.session.refused_part(attempt, *refusal)
+                room[offset:end] = answer.memory
+                acquired.append(attempt)
             offset = end
         slots.counters.add("packed", len(acquired))
         send = self._endpoint.post_send(room[:offset], channel=serve.shared)
@@ -283,9 +284,7 @@ class Connection:
     # --- What is no FETCH ---
 
     def _answer(self, action: Action) -> None:
-        if isinstance(action, End):
-            self._slots.record(action.attempt, self.session.reader)
-        elif isinstance(action, Reply):
+        if isinstance(action, Reply):
             self.reply(action)
         elif isinstance(action, Serve):
             self._serve_packed(action)
@@ -316,7 +315,7 @@ class Connection:
             for attempt, lease in zip(attempts, leases, strict=True):
                 attempt.lease = lease
             self.reply(reply)
-            self.serve(attempts)
+            self.serve(attempts, now)
         elif now < take.until_s:
             return False
         else:

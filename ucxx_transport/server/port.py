@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ServerConfig
     from ucxx_transport.link.base import Endpoint, Listener
     from ucxx_transport.link.reactor import Reactor, Timer
-    from ucxx_transport.server.slots import ServedRing
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.wire.actions import Take
 
 _log = get_logger(__name__)
@@ -63,7 +63,7 @@ class Port:
         pack_buffers: see `connection.Host`.
     """
 
-    def __init__(self, ring: ServedRing, settings: ServerConfig, index: int, reactor: Reactor) -> None:
+    def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, index: int, reactor: Reactor) -> None:
         self.reactor = reactor
         self._counters = PortCounters(ring.server_words, index)
         self.slots = Slots(ring, self._counters, reactor)

@@ -6,7 +6,7 @@ could not be given back is kept for the port's next sweep.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from ucxx_transport.errors import BusyError, DeadlineExceededError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ucxx_transport.link.base import Message
     from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.counters import PortCounters
     from ucxx_transport.wire.actions import Attempt
@@ -45,36 +46,18 @@ _never_ended: list[Attempt] = []
 """Of ports that are gone: while UCX may read from a slot, its lease must not be dropped."""
 
 
-class ServedRing(Protocol):
-    """What a port needs of a ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-
-    @property
-    def fingerprint(self) -> int: ...
-
-    @property
-    def schema_bytes(self) -> bytes: ...
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def server_words(self) -> memoryview: ...
-
-    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease: ...
-
-    def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]: ...
-
-    def reclaim_dead(self) -> int: ...
-
-
 class Refusal(NamedTuple):
     """Why the ring gives a slot not now, or never."""
 
     status: Status
     text: str
+
+
+class Answer(NamedTuple):
+    """A whole answer as it lies in a slot: prepared for the link, and as memory."""
+
+    message: Message
+    memory: memoryview
 
 
 class Slots:
@@ -87,15 +70,14 @@ class Slots:
 
     Attributes:
         words: of the counters. awaited: one word, not 0 while the source waits for its epoch.
-        answers: by slot and length, whole answers as the slots are: prepared for the link, and as memory.
         is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
     """
 
-    def __init__(self, ring: ServedRing, counters: PortCounters, reactor: Reactor) -> None:
+    def __init__(self, ring: SharedRingBuffer, counters: PortCounters, reactor: Reactor) -> None:
         self.counters = counters
         self.words = counters.words
         self.awaited = ring.server_words[AWAITED : AWAITED + 1]
-        self.answers: dict[tuple[int, int], tuple[Message, memoryview]] = {}
+        self._answers: dict[tuple[int, int], Answer] = {}
         self._ring = ring
         self._reactor = reactor
         self.is_clogged = False
@@ -107,23 +89,34 @@ class Slots:
         """Whether the ring's lock was waited for in vain in this turn: others wait too, so not again."""
         return self._locked_turn == self._reactor.turns
 
-    def acquire(self, attempt: Attempt, reader: int) -> Refusal | None:
-        """Enter the attempt at its slot; why not, if so."""
+    def acquire(self, attempt: Attempt, reader: int) -> Answer | Refusal:
+        """Enter the attempt at its slot; the answer that this is, or why not."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
             return Refusal(_NOT_READY, NO_EPOCH)
         if self._locked_turn == self._reactor.turns:
             return Refusal(_BUSY, _LOCKED)
+        slot, nbytes = attempt.slot, attempt.nbytes
         try:
-            lease = attempt.lease = self._ring.acquire_slot(attempt.slot, attempt.generation, reader=reader)
+            lease = attempt.lease = self._ring.acquire_slot(slot, attempt.generation, reader=reader)
         except TransportError as error:
             self._note_lock(error)
             return Refusal(_status_of(error), error.message)
-        nbytes = lease.words[HOLD_NBYTES]
-        if nbytes != attempt.nbytes:
+        found = lease.words[HOLD_NBYTES]
+        if found != nbytes:
             self.finish(attempt)
-            return Refusal(_BAD_REQUEST, f"the payload has {nbytes} bytes, the reference says {attempt.nbytes}")
-        return None
+            return Refusal(_BAD_REQUEST, f"the payload has {found} bytes, the reference says {nbytes}")
+        return self._answers.get((slot, nbytes)) or self.answer_of(attempt)
+
+    def answer_of(self, attempt: Attempt) -> Answer:
+        """The whole answer that the attempt's slot is, kept for the next one of that length."""
+        known = self._answers.get((attempt.slot, attempt.nbytes))
+        if known is None:
+            if len(self._answers) >= MAX_ANSWERS:
+                del self._answers[next(iter(self._answers))]
+            memory = cast("ReadLease", attempt.lease).message
+            known = self._answers[attempt.slot, attempt.nbytes] = Answer(self._reactor.link.message(memory), memory)
+        return known
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
         """What is there and fits; none where the lock is not to be had.
@@ -156,14 +149,6 @@ class Slots:
                     status = _BUSY if error.retryable else _STALE
             statuses.append(status)
         return statuses
-
-    def prepare(self, attempt: Attempt) -> tuple[Message, memoryview]:
-        """The whole answer that the attempt's slot is: prepared for the link, and as memory; kept in `answers`."""
-        memory = cast("ReadLease", attempt.lease).message
-        if len(self.answers) >= MAX_ANSWERS:
-            del self.answers[next(iter(self.answers))]
-        answer = self.answers[attempt.slot, attempt.nbytes] = (self._reactor.link.message(memory), memory)
-        return answer
 
     def finish(self, attempt: Attempt) -> None:
         """Its message is over, and its end known, or will never be: the slot is given back, exactly once."""

@@ -87,23 +87,18 @@ class Attempt:
         lease, send: the shell's.
     """
 
-    __slots__ = (
-        "delivered", "generation", "is_taken", "lease", "nbytes", "number", "send", "sent_s", "since_s", "slot",
-    )  # fmt: skip
+    is_taken = False
+    sent_s: float | None = None
+    delivered: bool | None = None
+    lease: Lease | None = None
+    send: Send | None = None
 
-    def __init__(
-        self, number: int, slot: int, generation: int, nbytes: int, since_s: float, *, is_taken: bool = False
-    ) -> None:
+    def __init__(self, number: int, slot: int, generation: int, nbytes: int, since_s: float) -> None:
         self.number = number
         self.slot = slot
         self.generation = generation
         self.nbytes = nbytes
         self.since_s = since_s
-        self.is_taken = is_taken
-        self.sent_s: float | None = None
-        self.delivered: bool | None = None
-        self.lease: Lease | None = None
-        self.send: Send | None = None
 
     @property
     def channel(self) -> int:

@@ -70,6 +70,7 @@ class ClientSession:
     Attributes:
         broken: an answer was not as the protocol has it: close the connection.
         window: what the server lets this connection have in flight.
+        ends: those that wait for a frame.
         ring_id, fingerprint: of the ring behind it, once it is open.
     """
 
@@ -85,7 +86,7 @@ class ClientSession:
         self._named = 0  # attempts of FETCH that are named and not ended, and their bytes
         self._named_bytes = 0
         self._taken = 0
-        self._ends: list[int] = []
+        self.ends: list[int] = []
         self._delivered: list[Named] = []  # of the ends that wait
         self._unproved: deque[tuple[int, list[Named]]] = deque()  # by the sequence of the frame that brought the ends
         self.broken = False
@@ -166,7 +167,7 @@ class ClientSession:
             self._named_bytes += nbytes
         self._last = attempt
         self._named += len(attempts)
-        ends = self._ends and self._pass_ends(sequence)
+        ends = self.ends and self._pass_ends(sequence)
         frame = encode_fetch(sequence, named[0].ring_id, 1 if packed else 0, shared, words, ends)
         return Fetch(frame, attempts, shared)
 
@@ -175,7 +176,7 @@ class ClientSession:
         awaited = self._awaited
         attempt = self._last + 1
         channel = attempt & MAX_CHANNEL
-        if self._ends or not channel or channel in awaited:
+        if self.ends or not channel or channel in awaited:
             frame, attempts, _ = self.fetch((named,))
             return Asked(frame, attempts[0])
         self._sequence = sequence = self._sequence + 1
@@ -218,7 +219,7 @@ class ClientSession:
         self._arrived[attempt] = record
         if refusal is not None:
             self.end(attempt, delivered=False)
-            self._ends.pop()  # the server has forgotten it
+            self.ends.pop()  # the server has forgotten it
             raise refusal
 
     def end(self, attempt: int, *, delivered: bool) -> None:
@@ -230,32 +231,20 @@ class ClientSession:
         else:
             self._named -= 1
             self._named_bytes -= named.nbytes
-        self._ends.append(attempt << 1 | delivered)
+        self.ends.append(attempt << 1 | delivered)
         if delivered:
             self._delivered.append(named)
-
-    def end_at_once(self, attempt: int, *, delivered: bool) -> bytes:
-        """`end`, and the frame that brings it."""
-        self.end(attempt, delivered=delivered)
-        ends = self._ends
-        if len(ends) > 1:
-            return self.ends_frame()
-        self._sequence = sequence = self._sequence + 1
-        self._ends = []
-        if self._delivered:
-            self._unproved.append((sequence, self._delivered))
-            self._delivered = []
-        return pack_one_end(sequence, self.ring_id, 0, 1, ends[0], END_MARK ^ sequence)
-
-    @property
-    def ends_waiting(self) -> bool:
-        """Whether ends wait for a frame."""
-        return bool(self._ends)
 
     def ends_frame(self) -> bytes:
         """A frame that brings the ends that wait, and nothing else. It has no answer."""
         self._sequence = sequence = self._sequence + 1
-        return encode_fetch(sequence, self.ring_id, 0, 0, (), self._pass_ends(sequence))
+        ends, self.ends = self.ends, []
+        if self._delivered:  # as `_pass_ends`
+            self._unproved.append((sequence, self._delivered))
+            self._delivered = []
+        if len(ends) == 1:
+            return pack_one_end(sequence, self.ring_id, 0, 1, ends[0], END_MARK ^ sequence)
+        return encode_fetch(sequence, self.ring_id, 0, 0, (), ends)
 
     # --- Payloads without names ---
 
@@ -376,7 +365,7 @@ class ClientSession:
 
     def _pass_ends(self, sequence: int) -> list[int]:
         """The ends that wait; they go with this frame."""
-        ends, self._ends = self._ends, []
+        ends, self.ends = self.ends, []
         if self._delivered:
             self._unproved.append((sequence, self._delivered))
             self._delivered = []

@@ -132,22 +132,12 @@ class Status(IntEnum):
     EMPTY = 7
 
 
-class FrameName(NamedTuple):
-    """One payload that a FETCH asks for, or whose delivery a CONFIRM repeats (attempt and nbytes are 0 there)."""
-
-    slot: int
-    zero: int
-    generation: int
-    attempt: int
-    nbytes: int
-
-
 class Frame(NamedTuple):
     """A client's frame, every word within its range.
 
     Attributes:
         kind: as `Kind`. sequence, ring_id, flags, attempt, word, max_payloads, wait_ms, secret: as the table says.
-        names: `FrameName`s as plain tuples.
+        names: of payloads, each slot, zero, generation, attempt, nbytes; a CONFIRM's have the last two 0.
         ends: attempt << 1 | delivered, of each attempt that has ended.
     """
 

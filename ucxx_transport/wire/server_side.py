@@ -110,6 +110,7 @@ class ServerSession:
     Attributes:
         in_flight: attempts that are named or taken and have not ended, by number.
         leaving: those that have ended, and whose message has not left yet.
+        moved_s: when a message last left.
         takes: those that wait for an answer, by attempt.
         reader: the client's id, 0 before HELLO.
     """
@@ -124,7 +125,7 @@ class ServerSession:
         self._sequence = 0
         self._last = 0  # attempt
         self._since_s = now  # of the phase, or of the last frame
-        self._moved_s = now  # when a message last left
+        self.moved_s = now
         self._named = self._named_bytes = 0
         self._taken = self._taken_bytes = 0
         self._unsent_replies = self._unsent_shared = 0
@@ -136,7 +137,7 @@ class ServerSession:
 
     # --- Frames ---
 
-    def receive(self, frame: Message, now: float) -> list[Action]:
+    def receive(self, frame: Message, now: float) -> list[Action]:  # noqa: C901 - a call more costs on this path
         """What to do about the client's next frame; never longer than what is posted for one."""
         try:
             decoded = decode_frame(frame)
@@ -147,24 +148,13 @@ class ServerSession:
             return self._out_of_line(decoded, now)
         self._since_s = now
         actions: list[Action] = []
-        ends = decoded.ends
-        wrong = self._end(ends, actions) if ends else ""
-        if len(self.leaving) > MAX_UNSENT or self._unsent_replies > MAX_UNSENT or self._unsent_shared > MAX_UNSENT:
-            wrong = wrong or "answers are not read"
-        if wrong:
-            actions.append(self._wrong(decoded, wrong, now))
-        elif decoded[0] != _FETCH:
-            actions.append(self._obey(decoded, now))
-        elif decoded.names:
-            actions += self._fetch(decoded, now)
-        return actions
-
-    def _end(self, ends: Sequence[int], actions: list[Action]) -> str:
-        """Take in what has ended; what is wrong with it, "" if nothing is."""
-        for word in ends:
-            attempt = self.in_flight.pop(word >> 1, None)
+        wrong = ""
+        in_flight = self.in_flight
+        for word in decoded.ends:
+            attempt = in_flight.pop(word >> 1, None)
             if attempt is None:
-                return f"an end of attempt {word >> 1}, which is not in flight"
+                wrong = f"an end of attempt {word >> 1}, which is not in flight"
+                break
             attempt.delivered = word & 1 == 1
             if attempt.is_taken:
                 self._taken -= 1
@@ -175,7 +165,15 @@ class ServerSession:
             if attempt.sent_s is None:
                 self.leaving[attempt.number] = attempt
             actions.append(End(attempt))
-        return ""
+        if len(self.leaving) > MAX_UNSENT or self._unsent_replies > MAX_UNSENT or self._unsent_shared > MAX_UNSENT:
+            wrong = wrong or "answers are not read"
+        if wrong:
+            actions.append(self._wrong(decoded, wrong, now))
+        elif decoded[0] != _FETCH:
+            actions.append(self._obey(decoded, now))
+        elif decoded.names:
+            actions += self._fetch(decoded, now)
+        return actions
 
     def _fetch(self, frame: Frame, now: float) -> Sequence[Action]:
         """Register what a FETCH names; attempts grow, also within a frame, so that none is ever there twice."""
@@ -239,7 +237,7 @@ class ServerSession:
 
     def sent(self, attempt: Attempt, now: float) -> bool:
         """The attempt's message has left. True: its end is known, finalise it now."""
-        attempt.sent_s = self._moved_s = now
+        attempt.sent_s = self.moved_s = now
         if attempt.delivered is None:
             return False
         del self.leaving[attempt.number]
@@ -248,7 +246,7 @@ class ServerSession:
     def sent_shared(self, attempts: Sequence[Attempt], now: float) -> list[Attempt]:
         """A shared message has left, with what was acquired for it; returns those to finalise now."""
         self._unsent_shared -= 1
-        self._moved_s = now
+        self.moved_s = now
         return [attempt for attempt in attempts if self.sent(attempt, now)]
 
     def refused(self, attempt: Attempt, status: Status, text: str) -> Reply:
@@ -277,10 +275,11 @@ class ServerSession:
         """These were picked and acquired, at least one: the offer to send, and then the attempts, as in a Serve."""
         del self.takes[take.attempt]
         attempts = [
-            Attempt(number, payload.slot, payload.generation, payload.nbytes, now, is_taken=True)
+            Attempt(number, payload.slot, payload.generation, payload.nbytes, now)
             for number, payload in enumerate(payloads, take.attempt + 1)
         ]
         for attempt in attempts:
+            attempt.is_taken = True
             self.in_flight[attempt.number] = attempt
             self._taken += 1
             self._taken_bytes += attempt.nbytes
@@ -303,7 +302,7 @@ class ServerSession:
         if self.phase is not _OPEN:
             return Limit(self._since_s + limits.first_frame_timeout_s, "handshake_timeouts")
         due = [
-            max(attempt.since_s, self._moved_s) + limits.send_timeout_s
+            max(attempt.since_s, self.moved_s) + limits.send_timeout_s
             if attempt.sent_s is None
             else attempt.sent_s + limits.ack_timeout_s
             for several in (self.in_flight, self.leaving)

@@ -14,8 +14,6 @@ from ucxx_transport.client import Payload
 
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
 LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
-A_READ = 25
-"""Calls of client and wire for a lone read and its end; the link over UCX and its reactor add twenty."""
 A_FURTHER_NAME = 18
 READS = 20
 
@@ -39,22 +37,6 @@ def counted(names: list[str]) -> Iterator[None]:
 def fewest(work: Callable[[], list[str]]) -> list[str]:
     """Of several tries: one that found nothing of what is done now and then, such as a timer that is due."""
     return min((work() for _ in range(READS)), key=len)
-
-
-def test_a_lone_read_costs_few_calls() -> None:
-    with port_beside() as beside, beside.client() as client:
-        client.read(beside.ring.write_raw(b"first")).release()
-
-        def read() -> list[str]:
-            names: list[str] = []
-            ref = beside.ring.write_raw(bytes(4096))
-            with counted(names):
-                payload = client.read(ref)
-            payload.release()
-            return names
-
-        calls = fewest(read)
-        assert len(calls) <= A_READ, "\n".join(calls)
 
 
 def test_a_further_name_of_a_batch_costs_less_than_a_read_of_its_own() -> None:

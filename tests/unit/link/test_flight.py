@@ -10,13 +10,12 @@ import pytest
 from ucxx_transport.link.ucx_api import IN_PROGRESS
 from ucxx_transport.link.ucx_flight import (
     ENDS_AT_ONCE,
-    EVERYTHING,
     FULL_EVERY,
     HOT_ENDPOINTS,
     MISSES,
     Flight,
     Posted,
-    UCXXOperation,
+    operation_of,
 )
 
 
@@ -34,7 +33,7 @@ class Side(Posted):
         """Post a receive, or a send as channel -1; what UCX would know of it."""
         request = Request(self)
         array: Any = None
-        operation = UCXXOperation(array, 1, lambda _: self.ended.append(name), request, channel)
+        operation = operation_of(array, 1, lambda _: self.ended.append(name), request, channel)
         if channel < 0:
             self.sends.append(operation)
         else:
@@ -163,7 +162,7 @@ def test_search_ends_even_where_every_callback_posts_what_ends_at_once() -> None
     for turns in range(1, 4):
         flight.search(everywhere=turns % 2 == 0)
         assert len(side.ended) <= turns * ENDS_AT_ONCE
-    side.search(EVERYTHING)
+    flight.search(side, everywhere=True)
 
 
 def test_callback_that_raises_costs_no_other_its_turn() -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -16,7 +16,7 @@ from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
 from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, OnDone, OnEndpoint
-from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.reactor import Reactor, Wakeup
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import PortCounters, PortStatistics
@@ -122,6 +122,7 @@ class OneListener:
 
     port: int = 0
     on_endpoint: OnEndpoint | None = None
+    wakeup: Wakeup = field(default_factory=Wakeup)
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> OneListener:
         self.port, self.on_endpoint = port, on_endpoint
@@ -141,7 +142,7 @@ class OneListener:
         return True
 
     def fileno(self) -> int:
-        return -1
+        return self.wakeup.fileno()
 
     def statistics(self) -> LinkStatistics:
         return LinkStatistics()
@@ -212,7 +213,7 @@ class Serving:
         self.clock = Clock()
         self.reactor = Reactor(lambda _: OneListener(), spin_s=0.0, clock=self.clock)
         self.counters = PortCounters(ring.server_words, 0)
-        self.port = Port(self.locked, ServerConfig(), 0, self.reactor)
+        self.port = Port(cast(Any, self.locked), ServerConfig(), 0, self.reactor)
         self.port.start([PORT])
         self.sequence = 0
         link = self.reactor.link

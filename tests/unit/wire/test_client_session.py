@@ -105,7 +105,7 @@ def test_an_attempt_leaves_the_window_when_its_end_is_queued_or_it_is_refused() 
             pair.client.verify(numbers[1], encode_error(Status.STALE, ""))
         assert pair.client.room(1000, 2)
         assert pair.client.in_flight == 0
-        assert pair.client.ends_waiting
+        assert pair.client.ends
 
 
 # --- Ends ---
@@ -125,10 +125,10 @@ def test_the_next_frame_of_any_kind_takes_all_ends_along() -> None:
         pair = Pair().open()
         attempts = pair.deliver(ref(0), ref(1), delivered=False)
         with row(number=number):
-            assert pair.client.ends_waiting
+            assert pair.client.ends
             decoded = decode_frame(frame(pair))
             assert decoded.ends == tuple(attempt.number << 1 for attempt in attempts)
-            assert not pair.client.ends_waiting
+            assert not pair.client.ends
 
 
 def test_ends_alone_are_a_fetch_without_names_and_await_nothing() -> None:
@@ -166,12 +166,13 @@ def test_a_lone_payload_is_asked_for_and_ended_by_the_same_bytes_as_several() ->
             [attempt] = pair.action(asked.frame, Serve).attempts
             pair.server.sent(attempt, pair.now)
             pair.client.verify(number, payload(ref()))
-        several.client.end(fetch.attempts[0], delivered=True)
+        for pair, number in ((one, asked.attempt), (several, fetch.attempts[0])):
+            pair.client.end(number, delivered=True)
         frame = several.client.ends_frame()
-        assert one.client.end_at_once(asked.attempt, delivered=True) == frame
+        assert one.client.ends_frame() == frame
         assert (slots(one), slots(several)) == ([2], [2])
         assert [len(pair.actions(frame)) for pair in (one, several)] == [1, 1]
-    assert (one.client.in_flight, one.client.ends_waiting) == (0, False)
+    assert (one.client.in_flight, one.client.ends) == (0, [])
 
 
 def test_a_lone_payload_takes_the_ends_along_that_wait() -> None:
@@ -182,7 +183,8 @@ def test_a_lone_payload_takes_the_ends_along_that_wait() -> None:
     pair.action(asked, Serve)
     pair.deliver(ref(3))
     pair.client.verify(asked.attempt, payload(ref(2)))
-    ends = decode_frame(pair.client.end_at_once(asked.attempt, delivered=False)).ends
+    pair.client.end(asked.attempt, delivered=False)
+    ends = decode_frame(pair.client.ends_frame()).ends
     assert ends == (asked.attempt + 1 << 1 | 1, asked.attempt << 1)
 
 

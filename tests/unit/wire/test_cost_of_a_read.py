@@ -38,7 +38,6 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_eight_at_
     server: list[str] = []
 
     fetched: list[Asked] = []
-    client += calls_of(lambda: pair.client.room(named.nbytes))
     client += calls_of(lambda: fetched.append(pair.client.fetch_one(named)))
     frame, number = fetched[0]
     server += calls_of(lambda: pair.server.receive(frame, 1.0))
@@ -46,7 +45,8 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_eight_at_
     server += calls_of(lambda: pair.server.sent(attempt, 1.0))
     client += calls_of(lambda: pair.client.verify(number, message))
     ends: list[bytes] = []
-    client += calls_of(lambda: ends.append(pair.client.end_at_once(number, delivered=True)))
+    client += calls_of(lambda: pair.client.end(number, delivered=True))
+    client += calls_of(lambda: ends.append(pair.client.ends_frame()))
     server += calls_of(lambda: pair.server.receive(ends[0], 1.0))
 
     assert attempt.delivered

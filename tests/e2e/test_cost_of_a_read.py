@@ -1,0 +1,54 @@
+"""What one read over UCX costs in calls of this package, at both sides together: how long a small one takes follows."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import ucxx_transport
+from ucxx_transport import ClientConfig, RingConfig, ServerConfig, SharedRingBuffer, SyncUCXXClient, UCXXServer
+
+PACKAGE = str(Path(ucxx_transport.__file__).parent)
+A_READ = 60
+READS = 20
+TRIES = 10
+
+
+@contextmanager
+def counting(names: list[str]) -> Iterator[None]:
+    """This thread's calls into the package, and those of threads that begin meanwhile."""
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            names.append(frame.f_code.co_qualname)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def test_a_lone_read_and_its_end_cost_few_calls_of_client_and_port_together() -> None:
+    names: list[str] = []
+    with SharedRingBuffer.create(RingConfig(slots=2 * READS, slot_bytes=4096, prefault=False)) as ring, counting(names):
+        # Their spin is long: a side that sleeps in between costs some calls more.
+        server = UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=1, mode="thread", spin_s=0.05))
+        with server, SyncUCXXClient(ClientConfig(local="off", spin_s=0.05)) as client:
+            client.read(ring.write_raw(b"first")).release()
+            tries: list[list[str]] = []
+            for _ in range(TRIES):
+                refs = [ring.write_raw(bytes(4096)) for _ in range(READS)]
+                names.clear()
+                payloads = [client.read(ref) for ref in refs]
+                tries.append(list(names))
+                for payload in payloads:
+                    payload.release()
+    fewest = min(tries, key=len)
+    assert len(fewest) <= A_READ * READS, "\n".join(fewest[: 3 * A_READ])
