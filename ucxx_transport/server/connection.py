@@ -173,7 +173,7 @@ class Connection:
                     self.serve_next()
 
     def serve_next(self) -> None:  # noqa: C901 - a call more costs on this path
-        """Handle the next frame, if it has arrived; a second one that asks for something in a turn has a later one."""
+        """Handle the next frame, if it has arrived; unless it only brings ends, what comes behind it has a later turn."""
         receives = self._receives
         if self._is_full or self.is_closing or not receives:
             return
@@ -184,7 +184,8 @@ class Connection:
         session, slots, reactor = self.session, self._slots, self._port.reactor
         now = reactor.now()
         try:
-            for action in session.receive(frame, now):
+            actions = session.receive(frame, now)
+            for action in actions:
                 if isinstance(action, End):
                     if action.attempt.sent_s is not None:
                         slots.finish(action.attempt)
@@ -196,6 +197,8 @@ class Connection:
                     self.serve(action.attempts, now)
                 else:
                     self._answer(action)
+            if not actions:
+                self._turn = reactor.turns
             if session.phase is _CLOSING:
                 self._note_late_frame()
             if len(receives) < FRAMES_POSTED:
