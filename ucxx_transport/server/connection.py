@@ -106,7 +106,7 @@ class Connection:
     """
 
     __slots__ = (
-        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_on_frame_done", "_port", "_receives"),
+        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_port", "_receives"),
         *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
@@ -119,7 +119,6 @@ class Connection:
         self._endpoint = endpoint
         endpoint.channels = 1
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
-        self._on_frame_done = self._on_frame
         self._turn = -1
         self._copied_bytes = self._late_frames = 0
         self._is_full = False
@@ -136,7 +135,6 @@ class Connection:
         """The endpoint's hello has come: nothing to do, the client speaks first."""
 
     def lost(self, error: TransportError) -> None:
-        """The client has closed, or died."""
         del error
         self.close()
 
@@ -145,7 +143,7 @@ class Connection:
     def _post_frame(self) -> None:
         frame = bytearray(FRAME_BYTES)
         message = self._port.reactor.link.message(frame)
-        self._receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+        self._receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
 
     def _take_in(self) -> None:
         """The client is ahead of the port by all that was posted: UCX would keep its frames, however many there are."""
@@ -202,7 +200,7 @@ class Connection:
             if session.phase is _CLOSING:
                 self._note_late_frame()
             if len(receives) < FRAMES_POSTED:
-                receives.append((self._endpoint.post_receive(message, self._on_frame_done), message, frame))
+                receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)
         if receives and receives[0][0].completed:
