@@ -22,16 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import (
-    SUCCESS,
-    Bytes,
-    DeviceArray,
-    LeafRuntime,
-    PageLocking,
-    Receiver,
-    Upload,
-    check_index,
-)
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, LeafRuntime, PageLocking, Receiver, Upload, check_index
 from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
 
 if TYPE_CHECKING:
@@ -76,7 +67,7 @@ class CupyPageLocking(PageLocking):
                 getattr(runtime, function[0].lower() + function[1:])(*arguments)
         except runtime.CUDARuntimeError as error:  # cupy has cleared CUDA's last error already
             return int(error.status)
-        return SUCCESS
+        return 0
 
     def error_words(self, status: int) -> str:
         return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"

@@ -15,17 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import (
-    ALREADY_REGISTERED,
-    SUCCESS,
-    Bytes,
-    DeviceArray,
-    LeafRuntime,
-    PageLocking,
-    Receiver,
-    Upload,
-    check_index,
-)
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, LeafRuntime, PageLocking, Receiver, Upload, check_index
 from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
 
@@ -106,7 +96,7 @@ class TorchPageLocking(PageLocking):
         torch = self._torch
         with torch.cuda.device(self._device):
             status = int(getattr(torch.cuda.cudart(), f"cuda{function}")(*arguments))
-            if status != SUCCESS:
+            if status:
                 # CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would ask.
                 # torch has no cudaGetLastError; but every kernel of its own asks, and raises what it finds, once.
                 with suppress(RuntimeError):
@@ -114,8 +104,6 @@ class TorchPageLocking(PageLocking):
         return status
 
     def error_words(self, status: int) -> str:
-        if status == ALREADY_REGISTERED:
-            return "the memory is registered already"
         cudart = self._torch.cuda.cudart()
         return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
 
