@@ -139,7 +139,7 @@ class Take(Call):
         if self.done or connection is None:
             return
         dispatch = self._dispatch
-        if blames_port(error):
+        if blames_port(error) and connection not in dispatch.connections.waiting:  # whose turn has not come
             dispatch.quarantine(connection.key, error)
         now = dispatch.now()
         if retries_slot(

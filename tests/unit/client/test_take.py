@@ -155,6 +155,21 @@ def test_a_port_that_is_dead_costs_a_rotation() -> None:
         assert contents(taken(rig, client, refs[0])) == [b"\0", b"\1"]
 
 
+def test_a_take_that_waits_for_its_connection_s_turn_blames_no_port() -> None:
+    with open_rig(ports=17, ring=RingConfig(slots=32, slot_bytes=8192, prefault=False)) as rig:
+        client = rig.client(deadline_s=0.3)
+        refs, hold = [], Hold()
+        for number in range(1, 18):
+            rig.publish(number)
+            refs.append(rig.ring.write_raw(bytes([number])))
+            rig.faults_of(number).hold = hold if number < 17 else None
+        job = client.begin(*refs[:16], deadline_s=60.0)
+        assert contents(taken(rig, client, refs[-1], selector="newest", max_payloads=1)) == [b"\x11"]
+        assert client.counts.quarantined == 0
+        client.abandon(job)
+        hold.set()
+
+
 def test_a_source_that_does_not_answer_costs_the_deadline_and_says_so() -> None:
     with open_rig(ports=1, ring=RING) as rig:
         client = rig.client(deadline_s=4.0)
