@@ -30,8 +30,7 @@ QUESTIONS: Final = (
     *("sources", "idle", "spinning", "gpu", "trainer", "stores"),
 )
 FORMAT: Final = "ucxx_transport.bench/2"
-ROUNDS: Final = 5
-QUICK_ROUNDS: Final = 3
+ROUNDS: Final = 3
 TURN_S: Final = 0.2
 QUICK_TURN_S: Final = 0.1
 
@@ -39,7 +38,7 @@ QUICK_TURN_S: Final = 0.1
 def bench(
     *,
     only: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(QUESTIONS)}; commas or repeated")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="small payloads, fewer and shorter turns")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="small payloads, shorter turns")] = False,
     check: Annotated[bool, typer.Option("--check", help="print all targets; exit 1 when one is missed")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="turns of every subject in every case")] = None,
     turn_s: Annotated[float | None, typer.Option("--turn-s", min=0.0, help="seconds timed in a turn, at least")] = None,
@@ -51,7 +50,7 @@ def bench(
     with Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("", total=None)
         plan = Plan(
-            rounds=rounds or (QUICK_ROUNDS if quick else ROUNDS),
+            rounds=rounds or ROUNDS,
             turn_s=(QUICK_TURN_S if quick else TURN_S) if turn_s is None else turn_s,
             quick=quick,
             on_turn=lambda words: progress.update(task, description=words),

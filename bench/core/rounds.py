@@ -44,7 +44,7 @@ class Plan:
         on_turn: called with words about what has just been measured.
     """
 
-    rounds: int = 5
+    rounds: int = 3
     turn_s: float = 0.2
     quick: bool = False
     most_slots: int = 64
