@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status

@@ -27,7 +27,7 @@ from ucxx_transport.errors import (
     StaleSlotError,
     TransportError,
 )
-from ucxx_transport.link.descriptors import raised_limit
+from ucxx_transport.link.process import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, segment_folder
 

@@ -190,13 +190,11 @@ class Endpoint(Protocol):
 
 
 class Message(Protocol):
-    """A buffer prepared for any number of sends (what UCX wants to know of it, worked out once).
+    """A buffer prepared for any number of sends (what UCX wants to know of it, worked out once)."""
 
-    Attributes:
-        nbytes: its size.
-    """
-
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
 
 
 class Listener(Protocol):

@@ -16,13 +16,13 @@ from typing import Final
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
 from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, Timers, checked_port
-from ucxx_transport.link.descriptors import shortage
+from ucxx_transport.link.libraries import quiet_ucxx_log
+from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
-from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding, quiet_ucxx_log
+from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
 from ucxx_transport.link.ucx_flight import LinkState
 from ucxx_transport.link.ucx_listener import UCXXListener
-from ucxx_transport.link.ucx_process import check_not_forked, keep_for_good, link_closed, link_opened
 
 BUSY: Final = 32
 """So many progress calls in a row that moved something put off the end of a broken connection's operations."""

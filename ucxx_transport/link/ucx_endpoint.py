@@ -10,16 +10,8 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
-from ucxx_transport.link.translate import raisable
-from ucxx_transport.link.ucx_api import (
-    IN_PROGRESS,
-    UcxArray,
-    UcxEndpoint,
-    UcxRequest,
-    endpoint_lanes,
-    listener_has_answered,
-    release_cancelled,
-)
+from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered, release_cancelled
+from ucxx_transport.link.ucx_api import IN_PROGRESS, UcxArray, UcxEndpoint, UcxRequest, raisable
 from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 

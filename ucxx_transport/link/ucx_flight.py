@@ -19,11 +19,10 @@ from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, Timer, Timers, byte_view
+from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.translate import Translator
-from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
+from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, Translator, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
 from ucxx_transport.link.ucx_hello import CHANNEL_BITS
-from ucxx_transport.link.ucx_process import keep_for_good
 
 IDLE_ENDPOINTS: Final = 4
 HOT_ENDPOINTS: Final = 64

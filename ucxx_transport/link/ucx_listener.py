@@ -7,18 +7,14 @@ last endpoint accepted on it is closed.
 
 from __future__ import annotations
 
-import ctypes
-import socket
-import struct
 import weakref
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from ucxx_transport.link.base import OnEndpoint
-from ucxx_transport.link.libraries import loaded_library
-from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, endpoint_peer, request_peer
+from ucxx_transport.link.libraries import IPv6Listener, endpoint_peer, request_peer
+from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener
 from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
 from ucxx_transport.link.ucx_flight import LinkState
 from ucxx_transport.logs import get_logger
@@ -27,67 +23,6 @@ _log = get_logger(__name__)
 
 QUIET_S: Final = 60.0
 """After one event about connections that fail while they are accepted, further ones are only counted for so long."""
-
-
-_FIELDS: Final = 1 << 0 | 1 << 2  # enum ucp_listener_params_field: the address, the connection handler
-_OnRequest = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
-
-
-class _SocketAddress(ctypes.Structure):
-    """`ucs_sock_addr_t`."""
-
-    _fields_ = (("address", ctypes.c_void_p), ("nbytes", ctypes.c_uint32))
-
-
-class _Parameters(ctypes.Structure):
-    """`ucp_listener_params_t` of `ucp/api/ucp.h`."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("sockaddr", _SocketAddress),
-        ("accept_handler", ctypes.c_void_p * 2),
-        ("on_request", _OnRequest),
-        ("on_request_argument", ctypes.c_void_p),
-    )
-
-
-class IPv6Listener:
-    """UCX's listener on one IPv6 address, which ucxx cannot make. Close it once all that it accepted are closed.
-
-    Args:
-        worker: the `ucp_worker_h`.
-        address: numeric, of this host.
-        port: to listen on.
-        on_request: gets each `ucp_conn_request_h`, inside progress.
-
-    Raises:
-        OSError: the port is in use there, or UCX cannot listen.
-    """
-
-    def __init__(self, worker: int, address: str, port: int, on_request: Callable[[int], None]) -> None:
-        self._library = loaded_library("libucp.so")
-        self._called = _OnRequest(lambda request, _: on_request(request))  # UCX holds its address only
-        numeric = socket.inet_pton(socket.AF_INET6, address)
-        raw = struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, numeric, 0)  # sockaddr_in6, ipv6(7)
-        buffer = ctypes.create_string_buffer(raw)
-        parameters = _Parameters(
-            field_mask=_FIELDS,
-            sockaddr=_SocketAddress(ctypes.addressof(buffer), len(raw)),
-            on_request=self._called,
-        )
-        self._handle = ctypes.c_void_p()
-        create = self._library.ucp_listener_create
-        create.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-        create.restype = ctypes.c_int8
-        if status := create(worker, ctypes.byref(parameters), ctypes.byref(self._handle)):
-            raise OSError(f"UCX cannot listen on [{address}]:{port}, status {status}")
-
-    def close(self) -> None:
-        """Stop listening."""
-        destroy = self._library.ucp_listener_destroy
-        destroy.argtypes = (ctypes.c_void_p,)
-        destroy.restype = None
-        destroy(self._handle)
 
 
 class UCXXListener:

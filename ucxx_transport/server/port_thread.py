@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.link.address import choose_address
-from ucxx_transport.link.descriptors import connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.port import Port

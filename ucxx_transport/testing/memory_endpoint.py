@@ -1,42 +1,132 @@
-"""MemoryEndpoint: one end of a connection of a `MemoryLink`, its messages and operations."""
+"""MemoryEndpoint: one end of a connection of a `MemoryLink`, its messages and operations, and what goes wrong there."""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
-from ucxx_transport.errors import PeerLostError, TransportError
-from ucxx_transport.link.base import EndpointEvents, LinkStatistics, LostReason, OnDone, byte_view, lost
-from ucxx_transport.testing.faults import Faults, Hold
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.link.base import CLOSED, FORKED, EndpointEvents, LinkStatistics, LostReason, OnDone, byte_view, lost
+from ucxx_transport.link.reactor import Wakeup
 
 EAGER_BYTES = 8191
 """Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
 
 
-class EndpointLink(Protocol):
-    """A `MemoryLink`, as its endpoints see it."""
+class Hold:
+    """Keeps messages back until it is set, from any thread."""
 
-    closing: bool
-    counters: LinkStatistics
-    endpoints: set[MemoryEndpoint]
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Callable[[], object]] = []
+        self._is_set = False
 
-    @property
-    def faults(self) -> Faults: ...
+    def is_set(self) -> bool:
+        """Whether messages pass."""
+        return self._is_set
 
-    def check_usable(self) -> None: ...
+    def set(self) -> None:
+        """Let what was kept back pass, and all that follows."""
+        with self._lock:
+            self._is_set = True
+            waiting, self._waiting = self._waiting, []
+        for action in waiting:
+            action()
 
-    def call(self, action: Callable[..., object], *arguments: object) -> None: ...
+    def when_set(self, action: Callable[[], object]) -> None:
+        """Call this when it is set: now, or by the thread that sets it."""
+        with self._lock:
+            if not self._is_set:
+                self._waiting.append(action)
+                return
+        action()
 
 
-class MemoryMessage:
-    """See `base.Message`."""
+@dataclass(slots=True, kw_only=True)
+class Faults:
+    """Switches of a `MemoryNetwork`; each message sent takes them in this order. All are off by default.
 
-    __slots__ = ("nbytes", "view")
+    Attributes:
+        reset_after: this many further messages pass, then the connection of the next one breaks instead.
+        spare: this many further messages pass, then the next three faults are looked at.
+        drop: this many messages vanish; their sends succeed.
+        truncate_to: the next message loses what is beyond this many bytes.
+        flip_byte: the next message arrives with the byte at this offset inverted, if it has one.
+        hold: messages are delivered only once it is set, in order.
+        refuse: connections are refused.
+        hang_connect: connections neither succeed nor fail.
+        never_complete: further receives never end, not even by `close()`, which then is not clean.
+    """
 
-    def __init__(self, view: memoryview) -> None:
-        self.view = view
-        self.nbytes = view.nbytes
+    reset_after: int | None = None
+    spare: int = 0
+    drop: int = 0
+    truncate_to: int | None = None
+    flip_byte: int | None = None
+    hold: Hold | None = None
+    refuse: bool = False
+    hang_connect: bool = False
+    never_complete: bool = False
+
+    def breaks_connection(self) -> bool:
+        """Whether the connection breaks in the place of the next message."""
+        if self.reset_after is None:
+            return False
+        self.reset_after -= 1
+        if self.reset_after >= 0:
+            return False
+        self.reset_after = None
+        return True
+
+    def apply(self, content: bytes) -> bytes | None:
+        """What of the next message arrives; None when it vanishes."""
+        if self.spare > 0:
+            self.spare -= 1
+            return content
+        if self.drop > 0:
+            self.drop -= 1
+            return None
+        if self.truncate_to is not None:
+            content, self.truncate_to = content[: self.truncate_to], None
+        if self.flip_byte is not None:
+            flipped = bytearray(content)
+            if self.flip_byte < len(flipped):
+                flipped[self.flip_byte] ^= 0xFF
+            content, self.flip_byte = bytes(flipped), None
+        return content
+
+
+class LinkState:
+    """A `MemoryLink`, as its endpoints see it.
+
+    Attributes:
+        faults: of its network.
+        closing: it is being closed, which the owners of its endpoints hear by their operations' ends alone.
+    """
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.closed = self.closing = self.forked = False
+        self.counters = LinkStatistics()
+        self.endpoints: set[MemoryEndpoint] = set()
+        self.inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self.wakeup = Wakeup()
+        self.armed = False  # others notify only then
+
+    def check_usable(self) -> None:
+        """Refuse a closed link, and one of a parent process."""
+        if self.forked:
+            raise ConfigError(FORKED)
+        if self.closed:
+            raise ConfigError(CLOSED)
+
+    def call(self, action: Callable[..., object], *arguments: object) -> None:
+        """Call this in a turn of this link. From any thread."""
+        self.inbox.append((action, arguments))
+        if self.armed:
+            self.wakeup.notify()
 
 
 class MemoryOperation:
@@ -57,7 +147,7 @@ class MemoryOperation:
 class MemoryEndpoint:
     """One end of a connection; `other` is the end its messages go to, once connected. See `base.Endpoint`."""
 
-    def __init__(self, link: EndpointLink, peer: str, other: MemoryEndpoint | None = None) -> None:
+    def __init__(self, link: LinkState, peer: str, other: MemoryEndpoint | None = None) -> None:
         self.link = link
         self.peer = peer
         self.events: EndpointEvents | None = None
@@ -172,8 +262,7 @@ class MemoryEndpoint:
         self.link.check_usable()
         if not (self.alive or self.link.closing):
             raise lost("closed" if self._closed else "reset", peer=self.peer)
-        view = byte_view(buffer.view if isinstance(buffer, MemoryMessage) else buffer, writable=not sending)
-        operation = MemoryOperation(view, on_done, sending=sending)
+        operation = MemoryOperation(byte_view(buffer, writable=not sending), on_done, sending=sending)
         self._in_flight[operation] = None
         if not self.alive:
             self.link.call(self._end, operation, lost("closed", peer=self.peer))

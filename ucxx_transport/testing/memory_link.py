@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.base import (
-    CLOSED,
-    FORKED,
     EndpointEvents,
     LinkStatistics,
     OnEndpoint,
@@ -27,9 +23,7 @@ from ucxx_transport.link.base import (
     byte_view,
     checked_port,
 )
-from ucxx_transport.link.reactor import Wakeup
-from ucxx_transport.testing.faults import Faults
-from ucxx_transport.testing.memory_endpoint import MemoryEndpoint, MemoryMessage
+from ucxx_transport.testing.memory_endpoint import Faults, LinkState, MemoryEndpoint
 
 BURST = 256
 """What one `progress` takes out of the inbox."""
@@ -89,7 +83,7 @@ class MemoryListener:
                 far.close()
 
 
-class MemoryLink:
+class MemoryLink(LinkState):
     """A `base.Link` whose peers are other links of the same network, and itself.
 
     Args:
@@ -100,32 +94,20 @@ class MemoryLink:
     def __init__(self, timers: Timers, network: MemoryNetwork | None = None) -> None:
         self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
-        self.closed = False
-        self.closing = False
-        self.forked = False
-        self.counters = LinkStatistics()
-        self.endpoints: set[MemoryEndpoint] = set()
+        super().__init__(self.network.faults)
         self._listeners: list[MemoryListener] = []
-        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
-        self._wakeup = Wakeup()
-        self._armed = False  # others notify only then
-
-    @property
-    def faults(self) -> Faults:
-        """Of its network."""
-        return self.network.faults
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
         self.check_usable()
         near = MemoryEndpoint(self, f"{host}:{checked_port(port, lowest=1)}")
         near.events = events
-        near.waits_for_ever = self.network.faults.hang_connect
+        near.waits_for_ever = self.faults.hang_connect
         self.endpoints.add(near)
         listener = self.network.listeners.get(port)
         if near.waits_for_ever:
             pass
-        elif listener is None or self.network.faults.refuse:
+        elif listener is None or self.faults.refuse:
             self.call(near.lose, "refused")
         else:
             listener.link.call(listener.accept, near)
@@ -144,31 +126,31 @@ class MemoryLink:
         self._listeners.append(listener)
         return listener
 
-    def message(self, buffer: object) -> MemoryMessage:
+    def message(self, buffer: object) -> memoryview:
         self.check_usable()
-        return MemoryMessage(byte_view(buffer, writable=False))
+        return byte_view(buffer, writable=False)
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.check_usable()
         self.counters.turns += 1
-        if self._armed:
-            self._armed = False
-            self._wakeup.drain()
-        if not self._inbox and spin_s:
+        if self.armed:
+            self.armed = False
+            self.wakeup.drain()
+        if not self.inbox and spin_s:
             end = time.perf_counter() + spin_s
-            while not self._inbox and time.perf_counter() < end:
+            while not self.inbox and time.perf_counter() < end:
                 time.sleep(0)
         return self._take()
 
     def arm(self) -> bool:
-        self._armed = True
-        if self._inbox:
+        self.armed = True
+        if self.inbox:
             return False
         self.counters.sleeps += 1
         return True
 
     def fileno(self) -> int:
-        return self._wakeup.fileno()
+        return self.wakeup.fileno()
 
     def statistics(self) -> LinkStatistics:
         in_flight = sum(endpoint.in_flight for endpoint in self.endpoints)
@@ -190,29 +172,16 @@ class MemoryLink:
             if not self._take():
                 break
         self.closing, self.closed = False, True
-        while self._inbox:  # who connects meanwhile is refused, and who sends is reset
-            action, arguments = self._inbox.popleft()
+        while self.inbox:  # who connects meanwhile is refused, and who sends is reset
+            action, arguments = self.inbox.popleft()
             if getattr(action, "__func__", None) is MemoryListener.accept:
                 action(*arguments)
 
     def forget(self) -> None:
         self.forked = True
 
-    def check_usable(self) -> None:
-        """Refuse a closed link, and one of a parent process."""
-        if self.forked:
-            raise ConfigError(FORKED)
-        if self.closed:
-            raise ConfigError(CLOSED)
-
-    def call(self, action: Callable[..., object], *arguments: object) -> None:
-        """Call this in a turn of this link. From any thread."""
-        self._inbox.append((action, arguments))
-        if self._armed:
-            self._wakeup.notify()
-
     def _take(self) -> bool:
-        inbox = self._inbox
+        inbox = self.inbox
         moved = False
         for _ in range(min(len(inbox), BURST)):
             action, arguments = inbox.popleft()

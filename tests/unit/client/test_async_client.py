@@ -15,7 +15,7 @@ from tests.support.port_beside import port_beside
 from ucxx_transport.client import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
 

@@ -19,7 +19,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
 # Beyond the server's limit for an acknowledgement, and one sweep.

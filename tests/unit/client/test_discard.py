@@ -9,7 +9,7 @@ from tests.support.local_worker import LocalWorker
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
 

@@ -17,7 +17,7 @@ from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlo
 from ucxx_transport.membership import SourceRecord
 from ucxx_transport.ring import SlotState
 from ucxx_transport.server.counters import AWAITED
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
 Listener = Callable[[SourceRecord], None]

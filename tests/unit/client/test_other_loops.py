@@ -12,7 +12,7 @@ from tests.support.port_beside import PortBeside, port_beside
 from ucxx_transport.client import Payload, UCXXClient
 from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.ring import SlotState
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
 

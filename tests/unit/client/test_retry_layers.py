@@ -27,7 +27,7 @@ from ucxx_transport.errors import (
 from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 from ucxx_transport.wire.codec import encode_reply
 from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status
 

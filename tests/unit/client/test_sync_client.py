@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.client import Payload, SyncUCXXClient
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.ring import SlotState
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
 

@@ -18,7 +18,7 @@ from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
-from ucxx_transport.testing.faults import Hold
+from ucxx_transport.testing import Hold
 
 RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 

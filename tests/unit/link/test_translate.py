@@ -6,8 +6,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.translate import Translator, raisable
-from ucxx_transport.link.ucx_api import load_binding
+from ucxx_transport.link.ucx_api import Translator, load_binding, raisable
 
 LIB = load_binding().lib
 
