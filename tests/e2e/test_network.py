@@ -46,7 +46,7 @@ def written(at: Program, sequence: int) -> str:
 
 
 def begin_read(by: Program, ref: str, *, deadline_s: float) -> None:
-    by.tell(id=0, ref=ref, deadline_s=deadline_s, dwell_s=0)
+    by.tell(id=0, what="read", ref=ref, deadline_s=deadline_s, dwell_s=0)
 
 
 def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_and_learns_why() -> None:
