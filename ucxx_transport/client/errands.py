@@ -71,11 +71,6 @@ class Take(Call):
         ConfigError: an argument is out of its range.
     """
 
-    __slots__ = (
-        "_asked_until_s", "_call", "_connection", "_dispatch", "_engine", "_records", "_takes", "_timer",
-        "_wait_until_s", "error", "job", "max_bytes", "max_payloads", "newest", "payloads", "source", "wait_s",
-    )  # fmt: skip
-
     def __init__(
         self,
         source: Takeable,
@@ -289,8 +284,6 @@ class Discard(Call):
         rings: those of other hosts, by ring. here: those in rings of this host whose locks are held.
         left: rings that are not over, and one until all have been started.
     """
-
-    __slots__ = ("found", "here", "left", "rings")
 
     def __init__(self, until_s: float) -> None:
         super().__init__(until_s)
