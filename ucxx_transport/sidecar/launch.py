@@ -257,7 +257,7 @@ class Sidecar:
     def _take(self, report: dict[str, Any], process: SidecarProcess) -> None:
         if "up" in report:
             self._on_up(report["up"])
-            process.came_up_s = time.monotonic()
+            process.came_up()
             self.status = Status(process.popen.pid, self.status.restarts)
             if not self._first.done():
                 self._first.set_result(report["up"])

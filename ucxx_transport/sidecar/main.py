@@ -182,9 +182,10 @@ class Renewer:
 class _Main:
     """What a sidecar has been ordered to do."""
 
-    def __init__(self, order: Mapping[str, Any], report_fd: int) -> None:
+    def __init__(self, order: Mapping[str, Any], report_fd: int, errors_fd: int) -> None:
         os.set_blocking(report_fd, False)
         self._report_fd = report_fd
+        self._errors_fd = errors_fd
         self._worker = WorkerEnd(order["worker_pid"])
         self._ring: SharedRingBuffer | None = None
         self._port: PortThread | None = None
@@ -198,7 +199,11 @@ class _Main:
     def run(self, role: str, serve: Mapping[str, Any] | None) -> int:
         """Serve and renew until the close frame, or the worker's end; returns the exit status."""
         try:
-            self.report(up=None if serve is None else self._start_port(serve))
+            port = None if serve is None else self._start_port(serve)
+            for number in (1, 2):  # until here that was kept, for the error of a start that fails
+                os.dup2(self._errors_fd, number)
+            os.close(self._errors_fd)
+            self.report(up=port)
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error))
             return 1
@@ -281,15 +286,16 @@ class _Main:
         self._renewer = None if lease_id is None else Renewer(lease_id, store, self._worker, self.report)
 
 
-def main(order: Mapping[str, Any], *, report_fd: int, role: str) -> int:
+def main(order: Mapping[str, Any], *, report_fd: int, errors_fd: int, role: str) -> int:
     """The process; returns its exit status.
 
     Args:
         order: the first line on standard input; see `launch`.
         report_fd: where reports are written to.
+        errors_fd: what becomes its standard output and error when it is up.
         role: in front of its log lines.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     log_to_stderr(role, order["log_level"])
-    return _Main(order, report_fd).run(role, order["serve"])
+    return _Main(order, report_fd, errors_fd).run(role, order["serve"])

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from ucxx_transport.logs import effective_level, get_logger
 _log = get_logger(__name__)
 
 _READ_BYTES: Final = 65536
+_WORDS_BYTES: Final = 8192
 _BOOT: Final = Path(__file__).with_name("boot.py")
 _INTERPRETERS: Final = ("python", "pypy")
 
@@ -38,7 +40,8 @@ class SidecarProcess:
 
     Attributes:
         reports: descriptor that its reports are read from.
-        came_up_s: when it was up. last_words: what it says that it died of.
+        came_up_s: when it was up, and so writes to the worker's standard error; before, that is kept for the error.
+        last_words: what it says that it died of.
 
     Raises:
         ConfigError: there is no interpreter to start.
@@ -53,23 +56,26 @@ class SidecarProcess:
         handed = serve.get("descriptor") if serve is not None else None
         inherited = [handed] if isinstance(handed, int) else []
         self.reports, theirs = os.pipe()
+        self._first_words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
+        errors = _errors()
         try:
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
                 # -P: the folder of the script is none of the worker's `sys.path`
-                [interpreter(), *flags, "-P", str(_BOOT), str(theirs), role],
+                [interpreter(), *flags, "-P", str(_BOOT), str(theirs), str(errors), role],
                 stdin=subprocess.PIPE,
-                stdout=_errors(),  # UCX logs there, and the worker's own may be what it talks to a program by
-                stderr=_errors(),
+                stdout=self._first_words,  # UCX logs there, and the worker's own may be what it talks to a program by
+                stderr=self._first_words,
                 bufsize=0,
-                pass_fds=(theirs, *inherited),
+                pass_fds=(theirs, errors, *inherited),
                 process_group=0,
             )
         except BaseException:
             os.close(self.reports)
+            self._first_words.close()
             raise
         finally:
-            for number in (theirs, *inherited):
+            for number in (theirs, errors, *inherited):
                 os.close(number)
         os.set_blocking(self.reports, False)
         entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
@@ -107,11 +113,29 @@ class SidecarProcess:
         os.close(self.reports)
         assert self.popen.stdin is not None
         self.popen.stdin.close()
+        said = self._forwarded() if self.came_up_s is None else ""
         if self.last_words:
             return self.last_words
+        how = f"exit status {code}"
         with suppress(ValueError):  # a signal without a name
-            return signal.Signals(-code).name
-        return f"exit status {code}"
+            how = signal.Signals(-code).name
+        return f"{how}: {said}" if said else how
+
+    def came_up(self) -> None:
+        """It serves, and writes to the worker's standard error from now on."""
+        self.came_up_s = time.monotonic()
+        self._forwarded()
+
+    def _forwarded(self) -> str:
+        """The last line of what it has written so far, all of which goes where it belongs."""
+        with self._first_words as words:
+            words.seek(max(0, words.seek(0, os.SEEK_END) - _WORDS_BYTES))
+            text = words.read()
+        errors = _errors()
+        with suppress(OSError):
+            os.write(errors, text)
+        os.close(errors)
+        return text.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
 
 
 def interpreter() -> str:
@@ -135,9 +159,8 @@ def interpreter() -> str:
 
 
 def _errors() -> int:
-    """This process's standard error; nowhere, where that is closed."""
+    """A descriptor of this process's standard error; of nothing, where that is closed."""
     try:
-        os.fstat(2)
+        return os.dup(2)
     except OSError:
-        return subprocess.DEVNULL
-    return 2
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -22,10 +22,11 @@ def main() -> None:
     """Start a sidecar as `ucxx_transport.sidecar.launch` does, and close its standard input without a close frame."""
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
     reports, theirs = os.pipe()
+    errors = os.dup(2)
     sidecar = subprocess.Popen(
-        [sys.executable, "-P", boot.__file__, str(theirs), "ucxx port 0"],
+        [sys.executable, "-P", boot.__file__, str(theirs), str(errors), "ucxx port 0"],
         stdin=subprocess.PIPE,
-        pass_fds=(theirs,),
+        pass_fds=(theirs, errors),
     )
     os.close(theirs)
     assert sidecar.stdin is not None

@@ -22,7 +22,7 @@ MINUTE = 60.0
 AT_ONCE = (0.0, 0.0)
 REPORTING = """
 import json, os, select, sys
-def main(order, *, report_fd, role):
+def main(order, *, report_fd, errors_fd, role):
     facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
     os.write(report_fd, json.dumps({"up": facts}).encode() + b"\\n")
     sys.stdin.read()
@@ -84,6 +84,36 @@ def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
         one.wait_up(soon())
     one.stop(soon())
     assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
+
+
+def test_the_last_line_of_one_that_does_not_die_in_python_is_in_the_error(
+    in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = r"one line\nlibucp.so: undefined symbol: ucp_init\n"
+    for end, how in (("os._exit(127)", "exit status 127"), ("os.abort()", "SIGABRT")):
+        with row(end=end):
+            in_place_of_main.write_text(f"import os\nos.write(2, b'{said}')\n{end}\n")
+            one = sidecar()
+            one.start()
+            with pytest.raises(
+                TransportError, match=f"died at its start: {how}: libucp.so: undefined symbol: ucp_init"
+            ):
+                one.wait_up(soon())
+            one.stop(soon())
+            assert "one line\n" in capfd.readouterr().err
+
+
+def test_what_one_writes_while_it_comes_up_is_on_the_worker_s_standard_error(
+    in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_place_of_main.write_text(REPORTING.replace("    facts =", "    os.write(1, b'a warning of UCX')\n    facts ="))
+    one = sidecar()
+    one.start()
+    try:
+        one.wait_up(soon())
+        assert capfd.readouterr().err == "a warning of UCX"
+    finally:
+        one.stop(soon())
 
 
 def test_the_interpreter_is_the_one_that_multiprocessing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
