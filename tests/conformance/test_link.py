@@ -17,6 +17,7 @@ import pytest
 
 from tests.conformance.conftest import HOST, Owner, Pair, Sides
 from tests.support.rows import row
+from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import Endpoint, EndpointEvents, Operation
 from ucxx_transport.link.ucx import UCXXLink
@@ -823,7 +824,7 @@ def test_sleep_ends_when_a_message_comes(sides: Sides) -> None:
                 sides.client.run_once(end)
             assert answer == number.to_bytes(8, "little")
             if number % 10 == 0:
-                threading.Event().wait(0.001)  # both sides are asleep
+                wait_until(lambda: sides.server.asleep, 20, what="the other side sleeps")
     finally:
         stop.set()
         sides.server.submit(lambda: None)
