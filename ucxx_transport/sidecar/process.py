@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import effective_level, get_logger
@@ -55,8 +55,8 @@ class SidecarProcess:
         self.last_words = ""
         handed = serve.get("descriptor") if serve is not None else None
         inherited = [handed] if isinstance(handed, int) else []
+        self._first_words = _scratch()
         self.reports, theirs = os.pipe()
-        self._first_words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
         errors = _errors()
         try:
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
@@ -156,6 +156,13 @@ def interpreter() -> str:
         field="mode",
         value=sys.executable,
     )
+
+
+def _scratch() -> IO[bytes]:
+    """A file without a name: in memory, since a container may have no folder to write to; some builds lack the call."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("ucxx-sidecar"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _errors() -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.spawn
+import os
 import sys
+import tempfile
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -101,6 +103,32 @@ def test_the_last_line_of_one_that_does_not_die_in_python_is_in_the_error(
                 one.wait_up(soon())
             one.stop(soon())
             assert "one line\n" in capfd.readouterr().err
+
+
+def test_one_comes_up_where_no_folder_for_temporary_files_can_be_written_to(
+    in_place_of_main: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container with a read-only file system."""
+    in_place_of_main.write_text(REPORTING)
+    monkeypatch.setattr(tempfile, "tempdir", str(in_place_of_main / "nowhere"))
+    one = sidecar()
+    one.start()
+    try:
+        one.wait_up(soon())
+    finally:
+        one.stop(soon())
+
+
+def test_one_comes_up_where_python_has_no_memory_files(in_place_of_main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it was built for an old C library."""
+    in_place_of_main.write_text(REPORTING)
+    monkeypatch.delattr(os, "memfd_create")
+    one = sidecar()
+    one.start()
+    try:
+        one.wait_up(soon())
+    finally:
+        one.stop(soon())
 
 
 def test_what_one_writes_while_it_comes_up_is_on_the_worker_s_standard_error(
