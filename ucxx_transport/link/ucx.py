@@ -76,7 +76,7 @@ class UCXXLink(LinkState):
             require_network(self.context.info, settings, os.environ)
             self.worker = lib.UCXWorker(self.context, enable_delayed_submission=False, enable_python_future=False)
             self.worker.init_blocking_progress_mode()
-        except self.translator.root as exc:
+        except self.binding.root as exc:
             raise ConfigError(
                 "UCX does not start with these settings",
                 ucx=f"{type(exc).__name__}: {exc}",
@@ -99,8 +99,8 @@ class UCXXLink(LinkState):
         try:
             if error is None:
                 ucx = self.binding.lib.UCXEndpoint.create(self.worker, host, port, endpoint_error_handling=True)
-        except self.translator.root as exc:
-            error = self.explain_unreachable(self.translator.error(exc, peer=peer, connected=False), (host, port))
+        except self.binding.root as exc:
+            error = self.explain_unreachable(self.binding.error(exc, peer=peer, connected=False), (host, port))
         endpoint = UCXXEndpoint(self, ucx, peer, events=events, address=(host, port), error=error)
         self.adopt(endpoint)
         return endpoint
@@ -113,7 +113,7 @@ class UCXXLink(LinkState):
             listener = UCXXListener(self, port, on_endpoint)
         except self.binding.lib.UCXBusyError as exc:
             raise ConfigError("port is in use; choose another, or 0 for any free one", port=port) from exc
-        except (self.translator.root, OSError) as exc:
+        except (self.binding.root, OSError) as exc:
             raise ConfigError("UCX cannot listen on this port", port=port, ucx=f"{type(exc).__name__}: {exc}") from exc
         self.listeners.add(listener)
         return listener
@@ -134,7 +134,7 @@ class UCXXLink(LinkState):
                     while not moved and clock() < end:
                         sched_yield()  # on a full machine the peer waits for this very core: 4 KiB in 280 us, not 433
                         moved = progress_once()
-            except self.translator.root:
+            except self.binding.root:
                 self.counters.suppressed_errors += 1
                 time.sleep(PAUSE_S)
             self._busy = self._busy + 1 if moved else 0

@@ -36,8 +36,7 @@ class UCXXEndpoint(Posted):
         peer: `host:port`, for messages.
         events: of its owner; a listener sets it later.
         address: of the listener that it connects to.
-        on_ended: called when it is closed, and kept for as long as the connection. A listener's own method keeps the
-            listener, into which UCX points.
+        accepted_by: UCX's listeners, kept for as long as the connection: UCX points into them.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class UCXXEndpoint(Posted):
         *,
         events: EndpointEvents | None = None,
         address: tuple[str, int] | None = None,
-        on_ended: Callable[[], None] | None = None,
+        accepted_by: object = None,
         error: TransportError | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +62,7 @@ class UCXXEndpoint(Posted):
         self._order = link.order
         self._ucx = ucx
         self._address = address
-        self._on_ended = on_ended
+        self._accepted_by = accepted_by
         self._receive_base = self.base << CHANNEL_BITS
         self._send_base = -1  # not known before the hello
         self._deferred: deque[UCXXOperation] = deque()
@@ -215,9 +214,7 @@ class UCXXEndpoint(Posted):
             release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None
         self._link.forget_endpoint(self)
-        on_ended, self._on_ended = self._on_ended, None
-        if on_ended is not None:
-            on_ended()
+        self._accepted_by = None
         self.call_closed()
 
     def call_closed(self) -> None:
@@ -275,13 +272,13 @@ class UCXXEndpoint(Posted):
             self._link.ready.append((operation.on_done, operation))
 
     def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
-        translator = self._link.translator
+        binding = self._link.binding
         try:
             request.check_error()
-        except translator.root as exc:
-            truncated = operation.channel >= 0 and isinstance(exc, translator.truncated)  # not so a stream's, cut off
+        except binding.root as exc:
+            truncated = operation.channel >= 0 and isinstance(exc, binding.lib.UCXMessageTruncatedError)
             if truncated or self._usable:
-                operation.error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+                operation.error = binding.error(exc, peer=self.peer, connected=self._send_base >= 0)
             else:
                 operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
 
@@ -293,7 +290,7 @@ class UCXXEndpoint(Posted):
             # it never ends a receive that nothing has matched.
             try:
                 ucx.close_blocking()
-            except self._link.translator.root:
+            except self._link.binding.root:
                 self._link.counters.suppressed_errors += 1
         self._link.cancel_due = True
         if self._deferred:
@@ -327,11 +324,11 @@ class UCXXEndpoint(Posted):
         if self._closed:
             return lost("closed", peer=self.peer)
         if self._ucx is not None:
-            translator = self._link.translator
+            binding = self._link.binding
             try:
                 self._ucx.raise_on_error()
-            except translator.root as exc:
-                error = translator.error(exc, peer=self.peer, connected=self._send_base >= 0)
+            except binding.root as exc:
+                error = binding.error(exc, peer=self.peer, connected=self._send_base >= 0)
                 return self._link.explain_unreachable(error, self._address)
         return lost("reset", peer=self.peer)
 

@@ -21,7 +21,7 @@ from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, Timer, Timers, byte_view
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, Translator, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
+from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
 from ucxx_transport.link.ucx_hello import CHANNEL_BITS
 
 IDLE_ENDPOINTS: Final = 4
@@ -222,7 +222,6 @@ class LinkState(Flight):
         self.binding = binding
         self.make_array = binding.make_array
         self.make_tag = binding.lib.UCXXTag
-        self.translator = Translator(binding.lib)
         self.counters = LinkStatistics()
         self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Final
 
 from ucxx_transport.link.base import OnEndpoint
-from ucxx_transport.link.libraries import IPv6Listener, endpoint_peer, request_peer
+from ucxx_transport.link.libraries import IPv6Listener, request_peer
 from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener
 from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
 from ucxx_transport.link.ucx_flight import LinkState
@@ -37,29 +37,26 @@ class UCXXListener:
     def __init__(self, link: LinkState, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
         self._on_endpoint = on_endpoint
-        self._arrived: deque[UcxEndpoint] = deque()
         here = weakref.ref(self)
-        self._ucx: UcxListener | None = link.binding.lib.UCXListener.create(
+        ucx: UcxListener = link.binding.lib.UCXListener.create(
             link.worker, port, lambda request: _note_request(here, request)
         )
-        self._ipv6: IPv6Listener | None = None
+        self.port: int = ucx.port
+        self._ucx = deque([ucx])  # shared with the endpoints, which keep it when this one does no more
+        self._bound = weakref.ref(self._ucx)
         if link.ipv6 is not None:
-            self._ipv6 = IPv6Listener(
-                link.worker.handle, link.ipv6, self._ucx.port, lambda request: _note_request(here, request)
+            self._ucx.append(
+                IPv6Listener(link.worker.handle, link.ipv6, self.port, lambda request: _note_request(here, request))
             )
         self._closed = False
-        self._failed: tuple[str | None, str] | None = None
         self._quiet_until_s = 0.0
-        self._open_endpoints = 0
-        self.port: int = self._ucx.port
 
     def close(self) -> None:
         if not self._closed:
             self._link.check_usable()
             self._closed = True
-            self.hand_over()
+            self._ucx = deque()
             self._link.listeners.discard(self)
-            self._release_if_unused()
 
     def note_request(self, request: int) -> None:
         """A client connects. Called inside UCX's progress: takes note, no more.
@@ -67,29 +64,25 @@ class UCXXListener:
         Args:
             request: the `ucp_conn_request_h`, which the endpoint takes over.
         """
-        assert self._ucx is not None
-        peer = request_peer(request)
+        bound = self._bound()
+        assert bound is not None  # else UCX does not listen any more
+        peer = request_peer(request) or f"a client of port {self.port}"
         try:
-            self._arrived.append(self._ucx.create_endpoint_from_conn_request(request, True))  # noqa: FBT003
-        except self._link.translator.root as exc:  # it has gone already, or its address cannot be reached
+            ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
+        except self._link.binding.root as exc:  # it has gone already, or its address cannot be reached
             self._link.counters.accepts_failed += 1
-            self._failed = (peer, f"{type(exc).__name__}: {exc}")
-        self._link.ready.append((UCXXListener.hand_over, self))
+            self._link.ready.append((self._log_failed, (peer, f"{type(exc).__name__}: {exc}")))
+        else:
+            self._link.ready.append((self._hand_over, (ucx, peer, bound)))
 
-    def hand_over(self) -> None:
-        """Give the connections that came to their owner."""
-        self._log_failed()
-        while self._arrived:
-            ucx = self._arrived.popleft()
-            if not ucx.alive:
-                continue
-            if self._closed:
-                with suppress(self._link.translator.root):
-                    ucx.close_blocking()
-                continue
-            peer = endpoint_peer(ucx.handle) or f"a client of port {self.port}"
-            endpoint = UCXXEndpoint(self._link, ucx, peer, on_ended=self._endpoint_ended)
-            self._open_endpoints += 1
+    def _hand_over(self, accepted: tuple[UcxEndpoint, str, deque[UcxListener]]) -> None:
+        """Give a connection that came to its owner."""
+        ucx, peer, bound = accepted
+        if self._closed:
+            with suppress(self._link.binding.root):
+                ucx.close_blocking()
+        elif ucx.alive:
+            endpoint = UCXXEndpoint(self._link, ucx, peer, accepted_by=bound)
             self._link.adopt(endpoint)
             try:
                 endpoint.events = self._on_endpoint(endpoint)
@@ -97,25 +90,13 @@ class UCXXListener:
                 if endpoint.events is None:
                     endpoint.close()
 
-    def _endpoint_ended(self) -> None:
-        """One of the endpoints accepted here is closed."""
-        self._open_endpoints -= 1
-        self._release_if_unused()
-
-    def _release_if_unused(self) -> None:
-        if self._closed and not self._open_endpoints:
-            if self._ipv6 is not None:
-                self._ipv6.close()
-            self._ucx = self._ipv6 = None
-
-    def _log_failed(self) -> None:
+    def _log_failed(self, failed: tuple[str, str]) -> None:
         now = self._link.timers.now()
-        if self._failed is not None and now >= self._quiet_until_s:
+        if now >= self._quiet_until_s:
             self._quiet_until_s = now + QUIET_S
-            peer, reason = self._failed
-            failed = self._link.counters.accepts_failed
-            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=failed)
-        self._failed = None
+            peer, reason = failed
+            count = self._link.counters.accepts_failed
+            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=count)
 
 
 def _note_request(listener: weakref.ref[UCXXListener], request: int) -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.ucx_api import Translator, load_binding, raisable
+from ucxx_transport.link.ucx_api import load_binding, raisable
 
-LIB = load_binding().lib
+BINDING = load_binding()
+LIB = BINDING.lib
 
 
 def test_connection_errors_are_a_lost_peer_with_a_reason() -> None:
@@ -31,7 +32,7 @@ def test_connection_errors_are_a_lost_peer_with_a_reason() -> None:
     ]
     for name, connected, reason in rows:
         with row(name=name, connected=connected, reason=reason):
-            error = Translator(LIB).error(getattr(LIB, name)("words"), peer="host:1", connected=connected)
+            error = BINDING.error(getattr(LIB, name)("words"), peer="host:1", connected=connected)
             assert isinstance(error, PeerLostError)
             assert error.facts["reason"] == reason
             assert error.facts["peer"] == "host:1"
@@ -42,7 +43,7 @@ def test_lack_of_a_resource_is_busy() -> None:
     rows: list[str] = ["UCXNoMemoryError", "UCXNoResourceError", "UCXBusyError", "UCXExceedsLimitError"]
     for name in rows:
         with row(name=name):
-            assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), BusyError)
+            assert isinstance(BINDING.error(getattr(LIB, name)(), peer="p", connected=True), BusyError)
 
 
 def test_what_ucx_refuses_is_a_configuration_error() -> None:
@@ -55,7 +56,7 @@ def test_what_ucx_refuses_is_a_configuration_error() -> None:
     ]
     for name in rows:
         with row(name=name):
-            assert isinstance(Translator(LIB).error(getattr(LIB, name)(), peer="p", connected=True), ConfigError)
+            assert isinstance(BINDING.error(getattr(LIB, name)(), peer="p", connected=True), ConfigError)
 
 
 def test_every_class_of_ucxx_has_an_answer() -> None:
@@ -66,12 +67,12 @@ def test_every_class_of_ucxx_has_an_answer() -> None:
     ]
     assert len(classes) > 30
     for found in classes:
-        assert isinstance(Translator(LIB).error(found(), peer="p", connected=True), TransportError)
+        assert isinstance(BINDING.error(found(), peer="p", connected=True), TransportError)
 
 
 def test_translation_goes_by_class_not_by_name() -> None:
     other = type("UCXXMessageTruncatedError", (LIB.UCXIOError,), {})
-    error = Translator(LIB).error(other("Message truncated"), peer="p", connected=True)
+    error = BINDING.error(other("Message truncated"), peer="p", connected=True)
     assert error.facts["reason"] == "aborted"
 
 

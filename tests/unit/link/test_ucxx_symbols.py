@@ -74,4 +74,5 @@ def test_every_symbol_in_use_is_named() -> None:
             if isinstance(node, ast.Attribute) and re.fullmatch(r"lib|arr|.*\.lib", ast.unparse(node.value)):
                 used.add(node.attr)
     assert used <= tops, used - tops
-    assert tops - used <= {"UCXRequest"}  # only ever got from others
+    errors = {name for name in tops if name.endswith("Error")}  # a table names them, and no source
+    assert tops - used - errors <= {"UCXRequest"}  # only ever got from others
