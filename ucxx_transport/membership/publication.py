@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from ucxx_transport.errors import ConflictError, DuplicateSourceError, LeaseLostError, ProtocolError, TransportError
+from ucxx_transport.errors import ConflictError, LeaseLostError, TransportError
 from ucxx_transport.membership.keys import epoch_key, source_key
 from ucxx_transport.membership.sources import Offer, SourceRecord, SourceStatus
 
@@ -92,13 +92,12 @@ class PublisherStatistics:
 
 
 class Publication:
-    """The record of one epoch, as it was written last, and its lease. For one thread, and another that withdraws it."""
+    """The record of one epoch, as it was written last, and its lease. For one thread."""
 
     def __init__(self, store: Store, record: SourceRecord, lease: Lease, revision: int) -> None:
         self._store = store
         self._key = source_key(record.worker_id)
         self._revision = revision
-        self._withdrawn = False
         self.record = record
         self.lease = lease
 
@@ -122,18 +121,14 @@ class Publication:
     def update(self, status: SourceStatus, offer: Offer | None = None) -> bool:
         """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
 
-        A ConflictError or LeaseLostError: the record is not ours any more, or it was withdrawn.
+        A ConflictError or LeaseLostError: the record is not ours any more.
         """
-        # Before the check: with the revision that a withdrawal by another thread leaves behind, nothing is overwritten.
-        revision = self._revision
-        if self._withdrawn:
-            raise LeaseLostError("the record was withdrawn", key=self._key)
         record = replace(self.record, status=status)
         if offer is not None:
             record = replace(record, host=offer.host, ports=offer.ports)
         if record == self.record:
             return False
-        self._put(record, revision, None)
+        self._put(record, None)
         return True
 
     def require_there(self) -> None:
@@ -143,17 +138,16 @@ class Publication:
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
     def withdraw(self, timeout_s: float) -> None:
-        """Write "stale", then end the lease, and the record with it. Nothing is written any more after that.
+        """Write "stale", then end the lease, and the record with it.
 
         A TransportError: the store did not answer; then the lease runs out by itself.
         """
-        self._withdrawn = True
         with suppress(ConflictError, LeaseLostError):
-            self._put(replace(self.record, status=SourceStatus.STALE), self._revision, timeout_s / 2)
+            self._put(replace(self.record, status=SourceStatus.STALE), timeout_s / 2)
         self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
 
-    def _put(self, record: SourceRecord, expected: int, timeout_s: float | None) -> None:
-        raw, lease_id = record.to_bytes(), self.lease.lease_id
+    def _put(self, record: SourceRecord, timeout_s: float | None) -> None:
+        raw, lease_id, expected = record.to_bytes(), self.lease.lease_id, self._revision
         try:
             revision = self._store.put(self._key, raw, lease_id=lease_id, expected=expected, timeout_s=timeout_s)
         except ConflictError:
@@ -162,50 +156,6 @@ class Publication:
                 raise
             revision = entry.revision  # an earlier try had arrived, its answer had not
         self._revision, self.record = revision, record
-
-
-class Rival:
-    """Another worker of this id in the store: a dead one, whose record is about to end, or a second live one."""
-
-    def __init__(self, store: Store, worker_id: str, session: str, ttl_s: float) -> None:
-        self._store, self._worker_id = store, worker_id
-        self._session, self._ttl_s = session, ttl_s
-        self._seen: tuple[tuple[str, int], float] | None = None
-
-    @property
-    def is_seen(self) -> bool:
-        """Whether there was one at the last check."""
-        return self._seen is not None
-
-    def forget(self) -> None:
-        """Count its time from the next check: while the store did not answer, its lease may have been given more."""
-        self._seen = None
-
-    def yield_to(self, now: float) -> None:
-        """Check that there is none.
-
-        A ConflictError: there is one, which may be about to end. A DuplicateSourceError: there is one for longer than
-        a dead one's record could live.
-        """
-        entry = self._store.get(source_key(self._worker_id))
-        if entry is None:
-            self._seen = None
-            return
-        try:
-            other = SourceRecord.from_bytes(entry.value)
-            who, ttl_s = (other.session, other.epoch), other.ttl_s
-        except ProtocolError:
-            who, ttl_s = ("", entry.revision), 0.0
-        if who[0] == self._session and entry.lease_id is not None:
-            self._store.revoke(entry.lease_id)  # written by a try whose answer was lost
-            return
-        if self._seen is None or self._seen[0] != who:
-            self._seen = (who, now)
-        keys: dict[str, object] = {"worker_id": self._worker_id, "epoch": who[1]}
-        if now - self._seen[1] > 2 * max(ttl_s, self._ttl_s) + 1.0:
-            text = f"another live worker is published as {self._worker_id!r}; give each worker an id of its own"
-            raise DuplicateSourceError(text, **keys)
-        raise ConflictError("a worker of this id is still in the store", **keys)
 
 
 def next_epoch(store: Store, worker_id: str, *, known: int) -> int:

@@ -28,19 +28,18 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.publication import (
     Publication,
     Publishable,
     PublisherState,
     PublisherStatistics,
-    Rival,
     next_epoch,
 )
 from ucxx_transport.membership.renewal import Renewal
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.teardown import Teardown
 
 _log = get_logger(__name__)
 
@@ -70,6 +69,10 @@ class HeartbeatPublisher:
         meta: what else the record holds, JSON values.
         clock: monotonic seconds.
 
+    Attributes:
+        worker_id: this worker's name in the job.
+        error: why it has FAILED, or the store's last answer while that cannot be published to.
+
     Raises:
         ConfigError: the worker id, the URL or `meta` is wrong.
     """
@@ -87,7 +90,7 @@ class HeartbeatPublisher:
     ) -> None:
         self._config = config if config is not None else PublisherConfig()
         self._store_config = store_config if store_config is not None else StoreConfig()
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self._source = source
         self._meta = dict(meta or {})
         self._clock = clock
@@ -95,23 +98,18 @@ class HeartbeatPublisher:
         self._record(1).to_bytes()  # refused here rather than in the thread
         self._owns_store = isinstance(store, str)
         self._store: Store = open_store(store, self._store_config) if isinstance(store, str) else store
-        self._rival = Rival(self._store, worker_id, self._session, self._config.ttl_s)
+        # The lease of another worker of this id, and since when it is seen.
+        self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None
         self._renewal = Renewal(self._store, self._store_config, self._config, on_news=self._wake)
         self._is_away = False
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
-        self._error: TransportError | None = None
+        self.error: TransportError | None = None
         self._stopping = self._has_news = False
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
-        self._holders = {"stop"}
         self._pid = os.getpid()
-
-    @property
-    def worker_id(self) -> str:
-        """This worker's name in the job."""
-        return self._worker_id
 
     @property
     def state(self) -> PublisherState:
@@ -122,11 +120,6 @@ class HeartbeatPublisher:
     def epoch(self) -> int:
         """The epoch published last; 0 before the first."""
         return self._now.epoch
-
-    @property
-    def error(self) -> TransportError | None:
-        """Why it has FAILED, or the store's last answer while that cannot be published to."""
-        return self._error
 
     def start(self) -> None:
         """Hold back the source until it has its epoch, and publish it from a thread; returns at once.
@@ -139,7 +132,6 @@ class HeartbeatPublisher:
         self._renewal.start(self._source.sidecar)
         self._source.hold()
         self._change(PublisherState.PUBLISHING)
-        self._holders.add("thread")
         self._thread.start()
         atexit.register(self.stop)
 
@@ -154,21 +146,22 @@ class HeartbeatPublisher:
         until_s = self._clock() + timeout_s
         with self._changed:
             while self.state is not PublisherState.LIVE:
-                if self.state is PublisherState.FAILED and self._error is not None:
-                    raise self._error
+                if self.state is PublisherState.FAILED and self.error is not None:
+                    raise self.error
                 if self.state in {PublisherState.NEW, PublisherState.STOPPED}:
                     raise ConfigError(f"the publisher is {self.state.value}")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
                     message = "the source was not published in time"
-                    raise DeadlineExceededError(message, store=self._store.url, reason=str(self._error))
+                    raise DeadlineExceededError(message, store=self._store.url, reason=str(self.error))
                 self._changed.wait(left_s)
             return self.epoch
 
     def stop(self) -> None:
         """Take the source out of the store. Bounded by `stop_timeout_s`; idempotent.
 
-        First nothing is published any more, then the record is "stale", then it goes. Stop the server after this.
+        First nothing is published any more, then the record is "stale", then it goes. Stop the server after this. While
+        the store does not answer, the publisher's thread goes on with that; the lease ends it at the latest.
         """
         if os.getpid() != self._pid:
             return  # a forked child's copy: the record is its parent's
@@ -176,17 +169,16 @@ class HeartbeatPublisher:
             if self.state is PublisherState.STOPPED:
                 return
             atexit.unregister(self.stop)
-            until_s = time.monotonic() + self._config.stop_timeout_s
-            teardown = Teardown("publisher", worker=self._worker_id)
             self._stopping = True
             self._wake()
-            if self._thread.ident is not None:
-                teardown.step("thread", self._thread.join, until_s - self._config.stop_timeout_s / 2)
-            # A thread that hangs in the store can publish no more: its lease ends here, and the revision it expects.
-            teardown.step("record", lambda: self._withdraw(max(0.1, until_s - time.monotonic())), until_s)
-            teardown.step("source", self._source.release, until_s)
+            if self._thread.ident is None:
+                self._close()
+            else:
+                self._thread.join(self._config.stop_timeout_s)
+                if self._thread.is_alive():
+                    _log.warning("record_not_withdrawn", worker=self.worker_id, reason="the store does not answer")
+            self._source.release()
             self._change(PublisherState.STOPPED)
-            teardown.step("store", lambda: self._leave("stop"), until_s)
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
@@ -205,7 +197,7 @@ class HeartbeatPublisher:
             if state is not None and self.state is not PublisherState.STOPPED:
                 values["state"] = state
             if state is not None or error is not None:
-                self._error = error
+                self.error = error
             self._now = replace(self._now, **values)
             self._changed.notify_all()
 
@@ -220,31 +212,9 @@ class HeartbeatPublisher:
             self._changed.wait_for(lambda: self._stopping or self._has_news, seconds)
             self._has_news = False
 
-    def _leave(self, holder: str) -> None:
-        """The stop's end, or the thread's: the later of the two closes what both use."""
-        with self._changed:
-            self._holders.discard(holder)
-            if self._holders:
-                return
-        if holder == "thread":  # it hung in the store, and what it has written there since was withdrawn by no one
-            self._withdraw(self._config.stop_timeout_s)
-            self._source.release()
-        self._renewal.close()
-        if self._owns_store:
-            self._store.close()
-
-    def _withdraw(self, timeout_s: float) -> None:
-        publication, self._publication = self._publication, None
-        if publication is None:
-            return
-        try:
-            publication.withdraw(timeout_s)
-        except TransportError as error:
-            _log.warning("record_not_withdrawn", worker=self._worker_id, reason=str(error))
-
     def _record(self, epoch: int) -> SourceRecord:
         return SourceRecord(
-            worker_id=self._worker_id,
+            worker_id=self.worker_id,
             epoch=epoch,
             session=self._session,
             status=SourceStatus.STARTING,
@@ -259,12 +229,22 @@ class HeartbeatPublisher:
             while not self._stopping and (publication := self._publish()) is not None:
                 self._live(publication)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
-            _log.exception("publisher_died", worker=self._worker_id)
+            _log.exception("publisher_died", worker=self.worker_id)
             known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
             self._change(PublisherState.FAILED, known)
-        if not self._stopping:
-            self._renewal.close()  # it has failed: there is nothing left to renew
-        self._leave("thread")
+        if (publication := self._publication) is not None:
+            try:
+                publication.withdraw(self._config.stop_timeout_s)
+            except TransportError as error:
+                _log.warning("record_not_withdrawn", worker=self.worker_id, reason=str(error))
+        self._close()
+        if self.state is PublisherState.STOPPED:  # the stop has not waited, and this thread has held the source since
+            self._source.release()
+
+    def _close(self) -> None:
+        self._renewal.close()
+        if self._owns_store:
+            self._store.close()
 
     def _publish(self) -> Publication | None:
         """Try until the source is published and bound; None when it was given up or stopped."""
@@ -280,16 +260,16 @@ class HeartbeatPublisher:
                 return None
             except TransportError as error:
                 if isinstance(error, StoreUnavailableError):
-                    self._rival.forget()
+                    self._rival = None  # its lease may have been given more time
                 is_late = self._clock() - began_s >= self._config.publish_timeout_s
                 if is_late and self._config.on_timeout == "stop":
                     self._fail(error)
                     return None
                 self._change(error=error)
                 if is_late:
-                    _log.error("source_not_published", worker=self._worker_id, reason=str(error), attempt=attempt)
+                    _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
                 elif attempt == 1:
-                    _log.warning("source_not_published", worker=self._worker_id, reason=str(error), attempt=attempt)
+                    _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
             self._pause(self._pause_after(attempt, began_s))
         return None
 
@@ -313,13 +293,33 @@ class HeartbeatPublisher:
         return publication
 
     def _become_visible(self) -> Publication:
-        self._rival.yield_to(self._clock())
-        epoch = next_epoch(self._store, self._worker_id, known=self.epoch)
+        self._yield_to_rival()
+        epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
         self._publication = publication  # from here on there is something to withdraw, whatever happens
         self._change(PublisherState.STARTING, epoch=epoch)
         self._renewal.keep(publication.lease.lease_id)
         return publication
+
+    def _yield_to_rival(self) -> None:
+        """Check that no other worker of this id is in the store.
+
+        A ConflictError: there is one, which may be about to end. A DuplicateSourceError: there is one for longer than
+        a dead one's record could live.
+        """
+        entry = self._store.get(source_key(self.worker_id))
+        if entry is None:
+            self._rival = None
+            return
+        now, ttl_s = self._clock(), self._config.ttl_s
+        with suppress(ProtocolError):
+            ttl_s = max(ttl_s, SourceRecord.from_bytes(entry.value).ttl_s)
+        if self._rival is None or self._rival[0] != entry.lease_id:
+            self._rival = (entry.lease_id, now)
+        if now - self._rival[1] > 2 * ttl_s + 1.0:
+            text = f"another live worker is published as {self.worker_id!r}; give each worker an id of its own"
+            raise DuplicateSourceError(text, worker_id=self.worker_id)
+        raise ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
 
     def _live(self, publication: Publication) -> None:
         """Keep it until it is lost or a stop is asked for."""
@@ -341,7 +341,7 @@ class HeartbeatPublisher:
                 if not self._is_away:
                     self._is_away = True
                     self._change(outages=self._now.outages + 1)
-                    _log.warning("store_unreachable", worker=self._worker_id, reason=str(error))
+                    _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
 
     def _show_health(self, publication: Publication) -> None:
         is_healthy = self._source.is_healthy(2 * self._config.interval_s)
@@ -350,18 +350,18 @@ class HeartbeatPublisher:
         else:  # it may be closed, and offer nothing
             state, is_new = PublisherState.UNWELL, publication.update(SourceStatus.STALE)
         if is_new and state is not self.state:
-            _log.warning("source_health_changed", worker=self._worker_id, is_healthy=is_healthy)
+            _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
             self._change(state)
 
     def _lose(self, reason: str) -> None:
         self._source.hold()
         self._renewal.keep(None)
         self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
-        _log.warning("lease_lost", worker=self._worker_id, epoch=self.epoch, reason=reason)
+        _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
         self._revoke()
 
     def _fail(self, error: TransportError) -> None:
-        _log.error("publisher_failed", worker=self._worker_id, store=self._store.url, reason=str(error))
+        _log.error("publisher_failed", worker=self.worker_id, store=self._store.url, reason=str(error))
         self._revoke()
         self._change(PublisherState.FAILED, error)
 
@@ -373,7 +373,7 @@ class HeartbeatPublisher:
 
     def _pause_after(self, attempt: int, began_s: float) -> float:
         longest_s = self._config.max_backoff_s
-        if self._rival.is_seen:
+        if self._rival is not None:
             longest_s = min(longest_s, self._config.interval_s / 4)  # it ends any moment
         pause = random_pause_s(attempt, first_s=self._config.backoff_s, longest_s=longest_s)
         left_s = began_s + self._config.publish_timeout_s - self._clock()

@@ -199,18 +199,6 @@ def test_a_withdrawal_that_the_store_does_not_hear_says_so(history: History, fro
     assert history.statuses() == ["starting"]
 
 
-def test_nothing_is_said_any_more_after_a_withdrawal_that_the_store_heard_in_part(
-    history: History, front: StoreInFront
-) -> None:
-    publication = begun(front)
-    front.before = failing("revoke", AWAY)
-    with pytest.raises(StoreUnavailableError):
-        publication.withdraw(1.0)
-    with pytest.raises(LeaseLostError):
-        publication.update(SourceStatus.READY)
-    assert history.statuses() == ["starting", "stale"]
-
-
 def test_epochs_count_up_from_the_last_one_ever(store: Store) -> None:
     assert [next_epoch(store, "w", known=0) for _ in range(3)] == [1, 2, 3]
     assert next_epoch(store, "another/w", known=0) == 1
