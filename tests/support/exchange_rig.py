@@ -17,7 +17,7 @@ from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Endpoint, EndpointEvents, Timers
+from ucxx_transport.link.base import Endpoint, EndpointEvents
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
@@ -168,7 +168,7 @@ class ExchangeRig:
         self._clients.append(client)
         return client
 
-    def client_link(self, timers: Timers) -> MemoryLink:
+    def client_link(self, timers: Reactor) -> MemoryLink:
         """A link of the client side."""
         self.opened_links += 1
         return MemoryLink(timers, MemoryNetwork(faults=self.faults, listeners=self._network.listeners))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ucxx_transport.client import SyncUCXXClient, UCXXClient
 from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
-from ucxx_transport.link.base import Timers
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server.port_thread import PortThread
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
@@ -35,7 +35,7 @@ class PortBeside:
     def __post_init__(self) -> None:
         self.network = MemoryNetwork(faults=self.faults)
 
-    def link(self, timers: Timers) -> MemoryLink:
+    def link(self, timers: Reactor) -> MemoryLink:
         """A client's."""
         self.links_opened += 1
         return MemoryLink(timers, MemoryNetwork(faults=self.client_faults, listeners=self.network.listeners))

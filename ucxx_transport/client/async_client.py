@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import LinkFactory
-    from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.link.reactor import LinkFactory, Reactor
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.schema import SlotRef
 
 _CLOSE_WAIT_S: Final = 5.0

@@ -30,7 +30,8 @@ from ucxx_transport.link.reactor import Reactor
 if TYPE_CHECKING:
     from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.link.base import Link, LinkFactory, Timers
+    from ucxx_transport.link.base import Link
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
 
@@ -118,7 +119,7 @@ class ClientCore:
             self._membership.bind(reactor, reads.hear)
         return reactor, reads
 
-    def _open_link(self, timers: Timers) -> Link:
+    def _open_link(self, timers: Reactor) -> Link:
         if self._link_factory is not None:
             link = self._link_factory(timers)
         else:

@@ -37,7 +37,7 @@ from ucxx_transport.logs import get_logger
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.jobs import Attempt, Carrier, Engine, Read
-    from ucxx_transport.link.base import Timer
+    from ucxx_transport.link.reactor import Timer
 
 LATE_GRACE_S: Final = 1.0
 """A connection on which everything in flight is late for so long is closed."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Carrier, Engine
-    from ucxx_transport.link.base import Timer
+    from ucxx_transport.link.reactor import Timer
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.wire.actions import Asked, Offered
     from ucxx_transport.wire.answers import Named

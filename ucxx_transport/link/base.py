@@ -274,26 +274,6 @@ class Link(Protocol):
         """In a forked child: every later use is an error, and nothing of the parent's is touched or freed."""
 
 
-class Timer(Protocol):
-    """One action to come."""
-
-    def cancel(self) -> None:
-        """The action is not called. Idempotent, and harmless afterwards."""
-
-
-class Timers(Protocol):
-    """What a link needs of the reactor that drives it."""
-
-    def now(self) -> float:
-        """Seconds, on the reactor's clock."""
-
-    def call_at(self, when_s: float, action: Callable[[], None]) -> Timer:
-        """Call this in the reactor's thread, not before `when_s`."""
-
-
-LinkFactory: TypeAlias = Callable[[Timers], Link]
-
-
 def byte_view(buffer: object, *, writable: bool) -> memoryview:
     """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
 

@@ -34,13 +34,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.base import FORKED, lost
 
 if TYPE_CHECKING:
-    from ucxx_transport.link.base import Link, LinkFactory
+    from ucxx_transport.link.base import Link
 
 LONGEST_SLEEP_S: Final = 1.0
 """A sleep ends after this at the latest: a signal may come between Python's look for it and the sleep."""
@@ -76,7 +76,7 @@ class Wakeup:
 
 
 class Timer:
-    """One action to come. See `base.Timer`."""
+    """One action to come."""
 
     __slots__ = ("_reactor", "action", "when_s")
 
@@ -321,6 +321,9 @@ class Reactor:
                 ran = True
                 action()
         return ran
+
+
+LinkFactory: TypeAlias = Callable[[Reactor], "Link"]
 
 
 def _in_forked_child() -> None:

@@ -15,9 +15,10 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
-from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, Timers, checked_port
+from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, checked_port
 from ucxx_transport.link.libraries import quiet_ucxx_log
 from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
@@ -52,7 +53,7 @@ class UCXXLink(LinkState):
 
     def __init__(
         self,
-        timers: Timers,
+        timers: Reactor,
         *,
         shm_lanes: bool = False,
         ucx: Mapping[str, str] | None = None,

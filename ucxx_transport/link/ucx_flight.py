@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, Timer, Timers, byte_view
+from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, byte_view
 from ucxx_transport.link.process import keep_for_good
+from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
 from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
 from ucxx_transport.link.ucx_hello import CHANNEL_BITS
@@ -215,7 +216,7 @@ class LinkState(Flight):
     settings: Mapping[str, str]
     context: Any
 
-    def __init__(self, timers: Timers, binding: Binding, ipv6: str | None) -> None:
+    def __init__(self, timers: Reactor, binding: Binding, ipv6: str | None) -> None:
         super().__init__()
         self.timers = timers
         self.ipv6 = ipv6

@@ -25,7 +25,7 @@ from ucxx_transport.server.port import Port
 from ucxx_transport.teardown import MARGIN_S
 
 if TYPE_CHECKING:
-    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)

@@ -23,7 +23,7 @@ from ucxx_transport.teardown import Teardown
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)

@@ -15,14 +15,8 @@ import time
 from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.base import (
-    EndpointEvents,
-    LinkStatistics,
-    OnEndpoint,
-    Timers,
-    byte_view,
-    checked_port,
-)
+from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, byte_view, checked_port
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.testing.memory_endpoint import Faults, LinkState, MemoryEndpoint
 
 BURST = 256
@@ -46,7 +40,7 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self, timers: Timers) -> MemoryLink:
+    def link(self, timers: Reactor) -> MemoryLink:
         """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
         return MemoryLink(timers, self)
 
@@ -91,7 +85,7 @@ class MemoryLink(LinkState):
         network: shared with the links to talk to; a new one by default, on which the link can only reach itself.
     """
 
-    def __init__(self, timers: Timers, network: MemoryNetwork | None = None) -> None:
+    def __init__(self, timers: Reactor, network: MemoryNetwork | None = None) -> None:
         self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
         super().__init__(self.network.faults)

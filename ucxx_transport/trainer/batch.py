@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.core import ClientCore
     from ucxx_transport.client.jobs import Job
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.link.base import LinkFactory, Timer
+    from ucxx_transport.link.reactor import LinkFactory, Timer
     from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import LinkFactory
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)

@@ -40,7 +40,7 @@ from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import Bytes
-    from ucxx_transport.link.base import Timers
+    from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.tensors import Placement
     from ucxx_transport.schema.tree import ArrayTree
@@ -183,7 +183,7 @@ class DeviceUploader:
             thread.start()
         return locked
 
-    def upload(self, payload: Payload, timers: Timers) -> DevicePayload:
+    def upload(self, payload: Payload, timers: Reactor) -> DevicePayload:
         """Begin to copy a payload to the device, and take its place. What was given is released in any case.
 
         Args:
@@ -218,7 +218,7 @@ class DeviceUploader:
         for thread in tuple(self._locking):
             thread.join(max(0.0, until_s - time.monotonic()))
 
-    def _look(self, timers: Timers, after_s: float) -> None:
+    def _look(self, timers: Reactor, after_s: float) -> None:
         """Release what has been copied, and look again, ever later, as long as anything is in flight."""
         with self._lock:
             self._release_copied()

@@ -18,14 +18,14 @@ from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError
-from ucxx_transport.link.base import Timers
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.ring.segment import segment_path
 
 EPISODE = bytes(range(256)) * 16
 
 
-def no_link(_: Timers) -> NoReturn:
+def no_link(_: Reactor) -> NoReturn:
     raise AssertionError("a local read opened a link")
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import Link, LinkStatistics, OnEndpoint, Operation, Timers
+from ucxx_transport.link.base import Link, LinkStatistics, OnEndpoint, Operation
 from ucxx_transport.link.reactor import STALE_TIMERS, Reactor, Timer, Wakeup
 from ucxx_transport.testing import MemoryNetwork
 
@@ -58,7 +58,7 @@ class IdleLink:
         arms: whether `arm` allows a sleep.
     """
 
-    def __init__(self, timers: Timers) -> None:
+    def __init__(self, timers: Reactor) -> None:
         self.timers = timers
         self.spins: list[float] = []
         self.moves = 0
@@ -91,7 +91,7 @@ class IdleLink:
         return LinkStatistics()
 
 
-def no_link(_timers: Timers) -> Link:
+def no_link(_timers: Reactor) -> Link:
     raise AssertionError("no link is needed")
 
 
@@ -434,7 +434,7 @@ class Echo:
 def test_link_is_opened_when_it_is_needed_and_closed_with_the_reactor(clock: Clock) -> None:
     opened: list[IdleLink] = []
 
-    def factory(timers: Timers) -> IdleLink:
+    def factory(timers: Reactor) -> IdleLink:
         opened.append(IdleLink(timers))
         return opened[-1]
 
@@ -452,7 +452,7 @@ def test_link_is_opened_when_it_is_needed_and_closed_with_the_reactor(clock: Clo
 def test_link_that_cannot_be_opened_is_tried_again_at_the_next_use(clock: Clock) -> None:
     tries: list[int] = []
 
-    def factory(timers: Timers) -> IdleLink:
+    def factory(timers: Reactor) -> IdleLink:
         tries.append(1)
         if len(tries) == 1:
             raise ConfigError("not yet")

@@ -12,8 +12,8 @@ from tests.support.raw_peer import RawPeer
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import Link, LinkFactory, Timers
-from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.base import Link
+from ucxx_transport.link.reactor import LinkFactory, Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.testing import MemoryLink, MemoryNetwork
@@ -118,7 +118,7 @@ def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
 
 
 def test_a_link_that_cannot_be_opened_is_an_error_of_start(ring: SharedRingBuffer) -> None:
-    def broken(_: Timers) -> Link:
+    def broken(_: Reactor) -> Link:
         raise ConfigError("pip install ucxx_transport[cu12]")
 
     with pytest.raises(ConfigError, match="pip install"):
@@ -178,7 +178,7 @@ class BreakingLink(MemoryLink):
 def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer, network: MemoryNetwork) -> None:
     links: list[BreakingLink] = []
 
-    def link_of(timers: Timers) -> Link:
+    def link_of(timers: Reactor) -> Link:
         links.append(BreakingLink(timers, network))
         return links[-1]
 
