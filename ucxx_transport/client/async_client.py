@@ -27,7 +27,7 @@ from anyio.lowlevel import checkpoint
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
-from ucxx_transport.client.jobs import Call, Job
+from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.local import Into
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory, Reactor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
-from ucxx_transport.client.jobs import Call, Job
+from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.lead import Lead
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.local import Into
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
 from ucxx_transport.client.errands import Discard, Take
-from ucxx_transport.client.jobs import Call, Job, OnPayload, clear_frames
+from ucxx_transport.client.jobs import Call, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import Entry, EntryT, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Deduplicator, writable_bytes
@@ -28,7 +28,6 @@ from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.reactor import Reactor
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.base import Link
     from ucxx_transport.link.reactor import LinkFactory

@@ -20,9 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from ucxx_transport.client.connections import UNSETTLED_PER_RING
-from ucxx_transport.client.jobs import Call, Job, Read
+from ucxx_transport.client.jobs import Call, Job, Read, Takeable
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import Takeable, backoff_s, blames_port, retries_slot
+from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.envelope import meta_of, unpack_envelope

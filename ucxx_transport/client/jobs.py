@@ -7,7 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.ports import PortKey, Source, Takeable
+    from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.base import Operation
+    from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
     from ucxx_transport.wire.answers import Named
@@ -28,6 +29,9 @@ _OWN_CODE: Final = str(Path(__file__).parent)
 
 OnPayload = Callable[[int, Payload], Payload]
 Place = Literal["queued", "asked", "waiting", "paused"]
+
+Takeable: TypeAlias = "SlotRef | SourceRecord"
+"""What names a ring and says where it is served."""
 
 
 class Call:

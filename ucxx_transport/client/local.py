@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from typing_extensions import Buffer
 
-from ucxx_transport.client.jobs import clear_traceback
+from ucxx_transport.client.jobs import Takeable, clear_traceback
 from ucxx_transport.client.payload import Deduplicator, Payload
 from ucxx_transport.errors import (
     BusyError,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.client.errands import Discard, Take
     from ucxx_transport.client.jobs import Call, Job
-    from ucxx_transport.client.ports import Takeable
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.ring.leases import ReadLease

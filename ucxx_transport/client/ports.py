@@ -22,7 +22,7 @@ While all ports of a source are in quarantine, one read of it probes them and th
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, Protocol
+from typing import Final
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
@@ -43,21 +43,6 @@ SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
 
 PortKey = tuple[str, int]
-
-
-class Takeable(Protocol):
-    """A ring and where it is served: a `SourceRecord` of a watcher, or any `SlotRef` of the ring."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-    @property
-    def ring_name(self) -> str: ...
-    @property
-    def host_id(self) -> str: ...
-    @property
-    def host(self) -> str | None: ...
-    @property
-    def ports(self) -> tuple[int, ...]: ...
 
 
 # --- Retry -----------------------------------------------------------------------------------------------------------

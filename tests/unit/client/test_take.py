@@ -13,7 +13,7 @@ from tests.support.rows import row
 from tests.support.source_records import record
 from ucxx_transport.client import Payload
 from ucxx_transport.client.errands import Take
-from ucxx_transport.client.ports import Takeable
+from ucxx_transport.client.jobs import Takeable
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
