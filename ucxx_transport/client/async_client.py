@@ -1,25 +1,19 @@
 """UCXXClient: payloads by reference, from this host's rings in place and from others over UCX, for an event loop.
 
-How its tasks wait for the reactor:
-
-| backend             | the reactor's descriptor            | its next timer     | who runs it                         |
-|---------------------|-------------------------------------|--------------------|-------------------------------------|
-| asyncio, uvloop     | `loop.add_reader`                   | `loop.call_later`  | the loop; a lone read itself, first |
-| others of anyio     | `anyio.wait_readable`               | the wait's bound   | one of the tasks that wait          |
-
-On asyncio a read that is alone polls for its answer within the calling task, for as long as a blocking client would;
-most answers come sooner than a loop gets round.
+One of the tasks that wait runs the reactor for all: it sleeps in its loop on the reactor's descriptor, until the next
+timer at most. A read that is alone first polls for its answer, for as long as a blocking client would; most answers
+come sooner than a loop gets round. Between two calls nothing runs, as in a blocking client.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import getpid
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from threading import get_ident
+from typing import TYPE_CHECKING, Final, Self
 
 import anyio
 from anyio import to_thread
@@ -54,21 +48,8 @@ LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
 
 
-class _Waiter(Protocol):
-    """How tasks wait, for one backend."""
-
-    def bind(self) -> None:
-        """It belongs to the running loop from the first call on; a ConfigError in another one."""
-
-    async def wait(self, call: Call, *, alone: bool) -> None:
-        """Return when the call is done; `alone` when nothing else is waited for."""
-
-    def unbind(self) -> None:
-        """Leave the loop."""
-
-
 class UCXXClient:
-    """Reads payloads. Belongs to the event loop it is first used in; close it with `aclose()` or `async with`.
+    """Reads payloads. Belongs to the thread it is first used in; close it with `aclose()` or `async with`.
 
     Args and guarantees as `SyncUCXXClient`.
 
@@ -92,7 +73,7 @@ class UCXXClient:
         page_locker: PageLocker | None = None,
     ) -> None:
         self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
-        self._waiter: _Waiter | None = None
+        self._waiters = _Waiters(self._core.reactor, self._core.config.spin_s)
         self._kept_s = 0.0
 
     @property
@@ -199,9 +180,7 @@ class UCXXClient:
             goodbye = Call(math.inf)
             core.begin_goodbye(goodbye)
             if not goodbye.done:  # there was a server to take leave of
-                await self._bound().wait(goodbye, alone=False)
-        if self._waiter is not None:
-            self._waiter.unbind()
+                await self._waiters.wait(goodbye, alone=False)
         core.close()
 
     async def __aenter__(self) -> Self:
@@ -220,153 +199,74 @@ class UCXXClient:
 
     async def _run(self, call: Call, start: Callable[[], None]) -> None:
         """Start a call and return when it is done."""
-        core, waiter = self._core, self._bound()
+        core = self._core
         try:
+            self._waiters.check_thread()
             start()
             if not call.done:
-                await waiter.wait(call, alone=core.reads.in_flight == 1)
+                await self._waiters.wait(call, alone=core.reads.in_flight == 1)
         except BaseException:
             core.abandon(call)
             raise
 
-    def _bound(self) -> _Waiter:
-        waiter = self._waiter
-        if waiter is None:
-            reactor = self._core.reactor
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                waiter = self._waiter = _TaskWaiter(reactor)
-            else:
-                waiter = self._waiter = _LoopWaiter(reactor, self._core.config.spin_s)
-        waiter.bind()
-        return waiter
 
-
-class _LoopWaiter:
-    """Runs a reactor within an asyncio loop."""
+class _Waiters:
+    """Tasks that wait for one reactor: one of them runs it, for the others too; each that leaves wakes the next."""
 
     def __init__(self, reactor: Reactor, spin_s: float) -> None:
         self._reactor = reactor
         self._spin_s = spin_s
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._descriptor = -1
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_s = math.inf
-        self._soon: asyncio.Handle | None = None
+        self._thread = 0
+        self._sleep: anyio.CancelScope | None = None
+        self._followers: dict[anyio.Event, None] = {}
 
-    def bind(self) -> None:
-        """See `_Waiter`."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None:
-                raise ConfigError("this client belongs to another event loop; make one client a loop")
-            self._loop = loop
+    def check_thread(self) -> None:
+        """A ConfigError in another thread than the one of the first call."""
+        if self._thread != get_ident():
+            if self._thread:
+                raise ConfigError("this client belongs to an event loop of another thread; make one client a loop")
+            self._thread = get_ident()
 
     async def wait(self, call: Call, *, alone: bool) -> None:
-        """See `_Waiter`."""
-        reactor = self._reactor
-        if alone:
-            give_up_s = reactor.now() + TURN_S
-            while reactor.poll(self._spin_s):
+        """Return when the call is done; `alone` when nothing else is waited for."""
+        reactor, spin_s = self._reactor, self._spin_s if alone else 0.0
+        try:
+            while True:
+                give_up_s = reactor.now() + TURN_S
+                has_more = True
+                while has_more and not call.done and reactor.now() <= give_up_s:
+                    has_more = reactor.poll(spin_s) or not reactor.arm()
                 if call.done:
-                    break
-                if reactor.now() > give_up_s:
-                    break
-            if call.done:
-                self._look_later()
-                return
-        self.bind()
-        came = asyncio.get_running_loop().create_future()
+                    return
+                spin_s = 0.0
+                next_s = 0.0 if has_more else reactor.next_timer_s - reactor.now()
+                if self._sleep is None:
+                    await self._rest(call, next_s)
+                else:
+                    self._sleep.deadline = min(self._sleep.deadline, anyio.current_time() + next_s)
+                    await self._follow(call)
+        finally:
+            if self._sleep is None and self._followers:
+                next(iter(self._followers)).set()
 
-        def on_done(_: object) -> None:
-            if not came.done():
-                came.set_result(None)
-
-        call.on_done = on_done
-        self.turn()
-        await came
-
-    def unbind(self) -> None:
-        """See `_Waiter`."""
-        loop, self._loop = self._loop, None
-        if loop is None or loop.is_closed():
+    async def _rest(self, call: Call, limit_s: float) -> None:
+        """Wait until there is something to do for the reactor, in whose descriptor or by time."""
+        if limit_s <= 0:
+            await checkpoint()
             return
-        for handle in (self._timer, self._soon):
-            if handle is not None:
-                handle.cancel()
-        if self._descriptor >= 0:
-            loop.remove_reader(self._descriptor)
-            self._descriptor = -1
+        try:
+            with anyio.CancelScope(deadline=anyio.current_time() + limit_s) as self._sleep:
+                call.on_done = lambda _, sleep=self._sleep: sleep.cancel()
+                await anyio.wait_readable(self._reactor.fileno())
+        finally:
+            self._sleep = None
 
-    def _look_later(self) -> None:
-        """Nothing is waited for; what happens now is looked at when the loop gets round to it."""
-        if self._descriptor < 0:
-            self.turn()
-        elif self._soon is None:
-            assert self._loop is not None
-            self._soon = self._loop.call_soon(self.turn)
-
-    def turn(self) -> None:
-        """Run the reactor until it has nothing to do, or `TURN_S`; then wait for its descriptor and its next timer."""
-        reactor, loop = self._reactor, self._loop
-        self._soon = None
-        if loop is None or reactor.closed:
-            return
-        give_up_s = reactor.now() + TURN_S
-        while reactor.poll() or not reactor.arm():
-            if reactor.now() > give_up_s:
-                self._soon = loop.call_soon(self.turn)
-                return
-        if self._descriptor < 0:
-            self._descriptor = reactor.fileno()
-            loop.add_reader(self._descriptor, self.turn)
-        next_s = reactor.next_timer_s
-        if next_s != self._timer_s:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            self._timer_s = next_s
-            if next_s != math.inf:
-                self._timer = loop.call_later(max(0.0, next_s - reactor.now()), self._timer_due)
-
-    def _timer_due(self) -> None:
-        self._timer = None
-        self._timer_s = math.inf
-        self.turn()
-
-
-class _TaskWaiter:
-    """Runs a reactor in one of the tasks that wait for it: the others wait for their calls, or until it has left."""
-
-    def __init__(self, reactor: Reactor) -> None:
-        self._reactor = reactor
-        self._lead = anyio.Lock(fast_acquire=True)
-
-    def bind(self) -> None:
-        """Nothing: only a task that waits touches its backend."""
-
-    def unbind(self) -> None:
-        """Nothing: nothing is left in a backend."""
-
-    async def wait(self, call: Call, *, alone: bool) -> None:
-        """See `_Waiter`."""
-        del alone
-        with anyio.CancelScope() as waiting:
-            call.on_done = lambda _: waiting.cancel()
-            async with self._lead:
-                await self._run(call)
-
-    async def _run(self, call: Call) -> None:
-        reactor = self._reactor
-        give_up_s = reactor.now() + TURN_S
-        while not call.done:
-            if reactor.poll() or not reactor.arm():
-                if reactor.now() > give_up_s:
-                    await checkpoint()
-                    give_up_s = reactor.now() + TURN_S
-                continue
-            left_s = reactor.next_timer_s - reactor.now()
-            with anyio.move_on_after(max(0.0, left_s)):
-                await anyio.wait_readable(reactor.fileno())
-            give_up_s = reactor.now() + TURN_S
+    async def _follow(self, call: Call) -> None:
+        """Wait until the call is done, or the task that runs the reactor has left."""
+        woken = anyio.Event()
+        call.on_done = lambda _: woken.set()
+        self._followers[woken] = None
+        try:
+            await woken.wait()
+        finally:
+            del self._followers[woken]

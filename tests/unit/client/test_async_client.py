@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -173,7 +173,7 @@ def test_a_cancelled_batch_releases_what_had_come() -> None:
     asyncio.run(main())
 
 
-def test_a_client_belongs_to_the_loop_it_is_first_used_in() -> None:
+def test_a_client_belongs_to_the_thread_it_is_first_used_in() -> None:
     with port_beside() as rig:
         client = rig.async_client()
         first, second = (rig.ring.write_raw(EPISODE) for _ in range(2))
@@ -185,13 +185,14 @@ def test_a_client_belongs_to_the_loop_it_is_first_used_in() -> None:
             with pytest.raises(ConfigError, match="event loop"):
                 await client.read(second)
 
-        async def close() -> None:
+        async def read_here_and_close() -> None:
+            (await client.read(second)).release()
             await client.aclose()
 
-        with closing(asyncio.new_event_loop()) as loop, closing(asyncio.new_event_loop()) as other:
-            loop.run_until_complete(read())
-            other.run_until_complete(read_elsewhere())
-            loop.run_until_complete(close())
+        asyncio.run(read())
+        with ThreadPoolExecutor(1) as other:
+            other.submit(asyncio.run, read_elsewhere()).result()
+        asyncio.run(read_here_and_close())
 
 
 def test_a_client_that_has_no_connection_any_more_closes_at_once() -> None:
