@@ -307,4 +307,22 @@ def checked_port(port: int, *, lowest: int) -> int:
 
 
 FORKED: Final = "UCX does not survive a fork; start the process by spawn, or fork before the first link"
-CLOSED: Final = "this link is closed; open another"
+
+
+class Usable:
+    """Whether a link may be used.
+
+    Attributes:
+        closing: it is being closed, which the owners of its endpoints hear by their operations' ends alone.
+        closed: it has been.
+        forked: it is of the process that this one is a fork of.
+    """
+
+    closing = closed = forked = False
+
+    def check_usable(self) -> None:
+        """Refuse a closed link, and one of a parent process, with a ConfigError."""
+        if self.forked:
+            raise ConfigError(FORKED)
+        if self.closed:
+            raise ConfigError("this link is closed; open another")

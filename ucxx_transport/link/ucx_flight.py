@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import CLOSED, FORKED, LinkStatistics, OnDone, byte_view
+from ucxx_transport.link.base import LinkStatistics, OnDone, Usable, byte_view
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
@@ -198,7 +198,7 @@ class Flight:
         """Drop messages that no endpoint waits for."""
 
 
-class LinkState(Flight):
+class LinkState(Usable, Flight):
     """A `UCXXLink`, as its endpoints and listeners see it.
 
     Attributes:
@@ -207,7 +207,6 @@ class LinkState(Flight):
         copies: by length, memory that small messages are sent from: UCX has taken them when a post returns.
         ready: what is to be called in the next turn, with its argument.
         cancel_due: operations of a broken connection are to be ended in the next turn.
-        closing: the link is being closed, which the owners of its endpoints hear by their operations' ends alone.
         lost: endpoints whose owners are to hear so. ending: those that are being closed, and when they end anyway.
         listeners: that are open.
     """
@@ -227,25 +226,12 @@ class LinkState(Flight):
         self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.cancel_due = False
-        self.closing = False
         self.lost: deque[Any] = deque()
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
-        self.closed = self.forked = False
         self._any_tag, self._any_mask = binding.lib.UCXXTag(0), binding.lib.UCXXTagMask(0)
         self._by_base: dict[int, Any] = {}
         self.strays: list[tuple[UcxRequest, UcxArray]] = []
-
-    def check_usable(self) -> None:
-        """Refuse a closed link, and one of a parent process.
-
-        Raises:
-            ConfigError: it is one of these.
-        """
-        if self.forked:
-            raise ConfigError(FORKED)
-        if self.closed:
-            raise ConfigError(CLOSED)
 
     def message(self, buffer: object) -> UCXXMessage:
         self.check_usable()

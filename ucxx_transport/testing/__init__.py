@@ -23,7 +23,7 @@ ucx [1. 2. 3.]
 `network.faults` makes it misbehave: messages vanish, arrive cut short or changed, connections are refused or break.
 """
 
-from ucxx_transport.testing.memory_endpoint import Faults, Hold
+from ucxx_transport.testing.faults import Faults, Hold
 from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
 
 __all__ = ["Faults", "Hold", "MemoryLink", "MemoryNetwork"]

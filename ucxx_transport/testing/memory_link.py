@@ -12,15 +12,27 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, byte_view, checked_port
-from ucxx_transport.link.reactor import Reactor
-from ucxx_transport.testing.memory_endpoint import Faults, LinkState, MemoryEndpoint
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.base import (
+    EndpointEvents,
+    LinkStatistics,
+    LostReason,
+    OnDone,
+    OnEndpoint,
+    Usable,
+    byte_view,
+    checked_port,
+    lost,
+)
+from ucxx_transport.link.reactor import Reactor, Wakeup
+from ucxx_transport.testing.faults import Faults, Hold
 
-BURST = 256
-"""What one `progress` takes out of the inbox."""
+EAGER_BYTES = 8191
+"""Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
 
 CLOSING_ROUNDS = 10_000
 """How often `close` empties the inbox, which its own callbacks may fill."""
@@ -45,6 +57,202 @@ class MemoryNetwork:
         return MemoryLink(timers, self)
 
 
+@dataclass(slots=True, eq=False)
+class MemoryOperation:
+    """One operation of a `MemoryEndpoint`. See `base.Operation`."""
+
+    view: memoryview | None
+    nbytes: int
+    on_done: OnDone | None
+    channel: int
+    sending: bool
+    immortal: bool = False
+    completed: bool = False
+    error: TransportError | None = None
+
+    def call_back(self) -> None:
+        """Call `on_done`, once."""
+        on_done, self.on_done = self.on_done, None
+        if on_done is not None:
+            on_done(self)
+
+
+class MemoryEndpoint:
+    """One end of a connection. See `base.Endpoint`.
+
+    Attributes:
+        link: its own; what follows runs in that one's turns.
+        other: the end that its messages go to, once connected.
+        events: of its owner.
+        in_flight: posted and not completed, oldest first.
+    """
+
+    def __init__(self, link: MemoryLink, peer: str, other: MemoryEndpoint | None = None) -> None:
+        self.link = link
+        self.peer = peer
+        self.other = other
+        self.events: EndpointEvents | None = None
+        self.alive = True
+        self.channels = 1 << 16
+        self.in_flight: dict[MemoryOperation, None] = {}
+        self._outbox: deque[tuple[Hold | None, bytes, MemoryOperation]] = deque()
+        self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
+        self._closed = False
+        self._clean: bool | None = None
+        self._on_closed: list[Callable[[bool], None]] = []
+        link.endpoints.add(self)
+
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(byte_view(buffer, writable=True), on_done, channel, sending=False)
+        operation.immortal = self.link.faults.never_complete
+        if self._arrived[channel]:
+            self.link.call(self._match, channel)
+        return operation
+
+    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(byte_view(buffer, writable=False), on_done, channel, sending=True)
+        if not self.alive:
+            return operation
+        assert operation.view is not None  # just made
+        faults = self.link.faults
+        if faults.breaks_connection():
+            self._reset()
+            return operation
+        content = faults.apply(bytes(operation.view))
+        if content is not None:
+            self._outbox.append((faults.hold, content, operation))
+        if content is None or (self.other is not None and operation.nbytes <= EAGER_BYTES):
+            self._completed(operation)
+            self.link.call(operation.call_back)
+        if faults.hold is None:
+            self._deliver()
+        else:
+            faults.hold.when_set(lambda: self.link.call(self._deliver))
+        return operation
+
+    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
+        if on_closed is not None:
+            self._on_closed.append(on_closed)
+        if not self._closed:
+            self._closed = True
+            self._stop()
+            self._reset()
+        self.link.call(self._finish_close)
+
+    def listener_has_answered(self) -> bool:
+        """Never: there is nothing between a listener and its endpoints."""
+        return False
+
+    def connected(self, other: MemoryEndpoint) -> None:
+        """Both ends are there."""
+        if not self.alive:
+            other.link.call(other.lose, "reset")
+            return
+        self.other = other
+        for operation in tuple(self.in_flight):
+            if operation.sending and operation.nbytes <= EAGER_BYTES:
+                self.end(operation)
+        self._deliver()
+        if self.events is not None:
+            self.events.connected()
+
+    def take(self, content: bytes, send: MemoryOperation) -> None:
+        """A message of the other end has arrived."""
+        if send.channel >= self.channels:
+            self.link.counters.unexpected_messages += 1
+            self._received(send)
+        elif self.alive:
+            self._arrived[send.channel].append((content, send))
+            self._match(send.channel)
+
+    def end(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
+        """End an operation, unless it has ended, and call back."""
+        if not operation.completed:
+            self._completed(operation, error)
+            operation.call_back()
+
+    def lose(self, reason: LostReason) -> None:
+        """The other end is gone, or was never there."""
+        if not self.alive:
+            return
+        if self.other is not None:
+            self.link.counters.peers_lost += 1
+        self._stop()
+        if self.events is not None:
+            self.events.lost(lost(reason, peer=self.peer))
+        self._end_all(reason)
+
+    def _posted(self, view: memoryview, on_done: OnDone | None, channel: int, *, sending: bool) -> MemoryOperation:
+        self.link.check_usable()
+        if not (self.alive or self.link.closing):
+            raise lost("closed" if self._closed else "reset", peer=self.peer)
+        content = view.cast("B") if view.nbytes else memoryview(b"")
+        operation = MemoryOperation(content, view.nbytes, on_done, channel, sending)
+        self.in_flight[operation] = None
+        if not self.alive:
+            self.link.call(self.end, operation, lost("closed", peer=self.peer))
+        return operation
+
+    def _deliver(self) -> None:
+        """Send what is not held back, nor behind such."""
+        while self.other is not None and self._outbox and (self._outbox[0][0] is None or self._outbox[0][0].is_set()):
+            _, content, operation = self._outbox.popleft()
+            self.other.link.call(self.other.take, content, operation)
+
+    def _match(self, channel: int) -> None:
+        """Bring what has arrived and the receives posted for it together."""
+        while arrived := self._arrived[channel]:
+            posted = (one for one in self.in_flight if one.channel == channel and not one.sending)
+            receive = next(posted, None)
+            if receive is None or receive.immortal:
+                return
+            content, send = arrived.popleft()
+            self._received(send)
+            assert receive.view is not None  # in flight
+            if len(content) > receive.nbytes:
+                self.end(receive, lost("truncated", peer=self.peer))
+            else:
+                receive.view[: len(content)] = content
+                self.end(receive)
+
+    def _received(self, send: MemoryOperation) -> None:
+        if self.other is not None:
+            self.other.link.call(self.other.end, send)
+
+    def _completed(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
+        operation.completed, operation.error, operation.view = True, error, None
+        del self.in_flight[operation]
+
+    def _end_all(self, reason: LostReason) -> None:
+        for operation in tuple(self.in_flight):
+            if operation.immortal:
+                operation.error = lost(reason, peer=self.peer)
+                operation.call_back()
+            else:
+                self.end(operation, lost(reason, peer=self.peer))
+
+    def _stop(self) -> None:
+        self.alive = False
+        self._outbox.clear()
+        self.link.counters.unexpected_messages += sum(map(len, self._arrived.values()))
+        self._arrived.clear()
+
+    def _reset(self) -> None:
+        """Both ends find their peer lost, if they are alive."""
+        for end in (self, self.other):
+            if end is not None:
+                end.link.call(end.lose, "reset")
+
+    def _finish_close(self) -> None:
+        if self._clean is None:
+            self._end_all("closed")
+            self.link.counters.leaked_buffers += len(self.in_flight)
+            self._clean = not self.in_flight
+            self.link.endpoints.discard(self)
+        while self._on_closed:
+            self._on_closed.pop(0)(self._clean)
+
+
 class MemoryListener:
     """One port of a `MemoryNetwork`. See `base.Listener`."""
 
@@ -58,18 +266,13 @@ class MemoryListener:
             del self.link.network.listeners[self.port]
 
     def accept(self, near: MemoryEndpoint) -> None:
-        """Take a connection, in the link's own turn.
-
-        Args:
-            near: the end of the one who connects.
-        """
+        """Take the connection of `near`, in the link's own turn."""
         if self.link.closed or self.link.network.listeners.get(self.port) is not self:
             near.link.call(near.lose, "refused")
             return
         far = MemoryEndpoint(self.link, f"memory:{id(near):x}", near)
-        self.link.endpoints.add(far)
         near.link.call(near.connected, far)
-        self.link.call(far.accepted)
+        self.link.call(far.connected, near)
         try:
             far.events = self._on_endpoint(far)
         finally:
@@ -77,7 +280,7 @@ class MemoryListener:
                 far.close()
 
 
-class MemoryLink(LinkState):
+class MemoryLink(Usable):
     """A `base.Link` whose peers are other links of the same network, and itself.
 
     Args:
@@ -88,25 +291,32 @@ class MemoryLink(LinkState):
     def __init__(self, timers: Reactor, network: MemoryNetwork | None = None) -> None:
         self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
-        super().__init__(self.network.faults)
+        self.faults = self.network.faults
+        self.counters = LinkStatistics()
+        self.endpoints: set[MemoryEndpoint] = set()
         self._listeners: list[MemoryListener] = []
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._wakeup = Wakeup()
+        self._armed = False  # others notify only then
+
+    def call(self, action: Callable[..., object], *arguments: object) -> None:
+        """Call this in a turn of this link. From any thread."""
+        self._inbox.append((action, arguments))
+        if self._armed:
+            self._wakeup.notify()
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
         self.check_usable()
         near = MemoryEndpoint(self, f"{host}:{checked_port(port, lowest=1)}")
         near.events = events
-        near.waits_for_ever = self.faults.hang_connect
-        self.endpoints.add(near)
         listener = self.network.listeners.get(port)
-        if near.waits_for_ever:
-            pass
-        elif listener is None or self.faults.refuse:
-            self.call(near.lose, "refused")
-        else:
+        if self.faults.hang_connect:
+            return near
+        if listener is not None and not self.faults.refuse:
             listener.link.call(listener.accept, near)
-            if listener.link.closed:  # meanwhile, and it takes nothing any more
-                self.call(near.lose, "refused")
+        if listener is None or self.faults.refuse or listener.link.closed:  # it may have been closed meanwhile
+            self.call(near.lose, "refused")
         return near
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
@@ -127,27 +337,26 @@ class MemoryLink(LinkState):
     def progress(self, spin_s: float = 0.0) -> bool:
         self.check_usable()
         self.counters.turns += 1
-        if self.armed:
-            self.armed = False
-            self.wakeup.drain()
-        if not self.inbox and spin_s:
-            end = time.perf_counter() + spin_s
-            while not self.inbox and time.perf_counter() < end:
-                time.sleep(0)
+        if self._armed:
+            self._armed = False
+            self._wakeup.drain()
+        end = time.perf_counter() + spin_s
+        while not self._inbox and time.perf_counter() < end:
+            time.sleep(0)
         return self._take()
 
     def arm(self) -> bool:
-        self.armed = True
-        if self.inbox:
+        self._armed = True
+        if self._inbox:
             return False
         self.counters.sleeps += 1
         return True
 
     def fileno(self) -> int:
-        return self.wakeup.fileno()
+        return self._wakeup.fileno()
 
     def statistics(self) -> LinkStatistics:
-        in_flight = sum(endpoint.in_flight for endpoint in self.endpoints)
+        in_flight = sum(len(endpoint.in_flight) for endpoint in self.endpoints)
         return replace(self.counters, endpoints_open=len(self.endpoints), in_flight=in_flight)
 
     def transports(self) -> tuple[str, ...]:
@@ -166,19 +375,16 @@ class MemoryLink(LinkState):
             if not self._take():
                 break
         self.closing, self.closed = False, True
-        while self.inbox:  # who connects meanwhile is refused, and who sends is reset
-            action, arguments = self.inbox.popleft()
-            if getattr(action, "__func__", None) is MemoryListener.accept:
-                action(*arguments)
+        while self._take():  # who has connected meanwhile is refused
+            pass
 
     def forget(self) -> None:
         self.forked = True
 
     def _take(self) -> bool:
-        inbox = self.inbox
-        moved = False
-        for _ in range(min(len(inbox), BURST)):
-            action, arguments = inbox.popleft()
-            moved = True
+        """Do what lies in the inbox now; whether there was anything."""
+        count = len(self._inbox)
+        for _ in range(count):
+            action, arguments = self._inbox.popleft()
             action(*arguments)
-        return moved
+        return count > 0
