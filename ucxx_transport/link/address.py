@@ -16,11 +16,13 @@ host's address where nothing answers.
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,14 +31,15 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.settings import RDMA_FOLDER
 
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
-_ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and assigned to no host
+"""How names of bridges begin that containers sit on, which other hosts don't reach."""
 
-_SOCKADDR_BYTES: dict[int, int] = {socket.AF_INET: 8, socket.AF_INET6: 24}
+_ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and assigned to no host
 
 REACH_LIMIT_S = 3.0
 """How long an address of another host may take to answer."""
 
-_UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING, netdevice(7)
+_ADDRESS, _FLAGS = 0x8915, 0x8913  # SIOCGIFADDR and SIOCGIFFLAGS, netdevice(7)
+_UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class Interface:
 
     Attributes:
         name: such as `eth0`.
-        address: dotted IPv4.
+        address: dotted IPv4, its first.
         up: whether it is up.
         rdma_device: the RDMA device behind it, such as `mlx5_0`, or None.
     """
@@ -60,25 +63,19 @@ class Interface:
         """Whether the address is of 127.0.0.0/8."""
         return ipaddress.ip_address(self.address).is_loopback
 
-    @property
-    def bridge(self) -> bool:
-        """Whether the name is of a bridge that containers sit on, which other hosts don't reach."""
-        return self.name.startswith(_BRIDGES)
 
-
-def choose_address(host: str | None = None, *, interfaces: Sequence[Interface] | None = None) -> str:
+def choose_address(host: str | None = None) -> str:
     """The address to publish, by the rules above.
 
     Args:
         host: what was configured, or None.
-        interfaces: to choose from; those of this machine by default.
 
     Raises:
         ConfigError: the host is a wildcard, empty or unknown, or this machine has no address to publish.
     """
     address = decide_address(
         host,
-        interfaces=list_interfaces() if interfaces is None else interfaces,
+        interfaces=list_interfaces(),
         route_source=default_route_source(),
         net_devices=os.environ.get("UCX_NET_DEVICES"),
         ipv6=ipv6_addresses(),
@@ -129,49 +126,24 @@ def other_family(address: str, given: Mapping[str, str], environment: Mapping[st
         given: the context's settings, without prefix.
         environment: the process's.
     """
-    wanted = "inet6" if ipaddress.ip_address(address).version == 6 else "inet"
+    numeric = ipaddress.ip_address(address)
     setting = environment.get("UCX_TCP_AF_PRIO", given.get("TCP_AF_PRIO", "inet,inet6"))
-    first = setting.partition(",")[0].strip()
-    if first == wanted:
+    if setting.partition(",")[0].strip() == ("inet6" if numeric.version == 6 else "inet"):
         return None
-    if ipaddress.ip_address(address).is_loopback:
+    if numeric.is_loopback:
         others = True  # lo has both
-    elif wanted == "inet6":
+    elif numeric.version == 6:
         others = any(one.up and not one.loopback for one in list_interfaces())
     else:
         others = bool(ipv6_addresses())
     if not others:
         return None
-    prefers = {"inet": "inet,inet6", "inet6": "inet6,inet"}[wanted]
+    prefers = "inet6,inet" if numeric.version == 6 else "inet,inet6"
     return ConfigError(
-        f"{address} is {'IPv6' if wanted == 'inet6' else 'IPv4'}, and UCX takes this host's other addresses first; set "
+        f"{address} is IPv{numeric.version}, and UCX takes this host's other addresses first; set "
         f"UCX_TCP_AF_PRIO={prefers} for this process",
         host=address,
     )
-
-
-def _own_addresses() -> set[str]:
-    return {*(str(address) for _, address in _ipv6()), *(one.address for one in list_interfaces())}
-
-
-def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:
-    return [
-        (name, ipaddress.IPv6Address(raw[8:24]))
-        for name, family, raw, flags in _addresses()
-        if family == socket.AF_INET6 and flags & _UP == _UP
-    ]
-
-
-def _resolve(address: str) -> str:
-    try:
-        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
-        return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
-    except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
-        port = "; a port goes into base_port" if ":" in address else ""
-        raise ConfigError(
-            f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
-            host=address,
-        ) from None
 
 
 def decide_address(
@@ -190,37 +162,36 @@ def decide_address(
         route_source: source address of the default route, or None.
         net_devices: value of `UCX_NET_DEVICES`, or None.
         ipv6: interfaces with an IPv6 address that other hosts may reach, and that address.
-
-    Raises:
-        ConfigError: as `choose_address`.
     """
     if host is not None:
         return _asked_for(host, interfaces, ipv6)
-    usable = [interface for interface in interfaces if interface.up]
-    usable = _allowed(usable, net_devices) or usable
-    outward = sorted((interface for interface in usable if not interface.loopback), key=lambda one: one.bridge)
-    rdma = [interface for interface in outward if interface.rdma_device is not None]
-    routed = [interface for interface in outward if interface.address == route_source]
-    beyond_ipv4 = [address for name, address in ipv6.items() if not net_devices or name in _named(net_devices)]
-    for candidates in (rdma, routed, outward):
-        if candidates:
-            return candidates[0].address
-    for address in (*beyond_ipv4, *(interface.address for interface in usable)):
+    # UCX names a device `mlx5_0:1` (device and port) or by the interface's own name.
+    allowed = {name.strip().partition(":")[0] for name in (net_devices or "").split(",")}
+    usable = [one for one in interfaces if one.up]
+    usable = [one for one in usable if one.name in allowed or one.rdma_device in allowed] or usable
+    outward = sorted(
+        (one for one in usable if not one.loopback),
+        key=lambda one: (one.rdma_device is None, one.address != route_source, one.name.startswith(_BRIDGES)),
+    )
+    beyond_ipv4 = [address for name, address in ipv6.items() if not net_devices or name in allowed]
+    for address in (*(one.address for one in outward), *beyond_ipv4, *(one.address for one in usable)):
         return address
     raise ConfigError("this machine has no address to publish; give one as the server's host")
 
 
 def list_interfaces() -> list[Interface]:
-    """The IPv4 addresses of this machine, RDMA devices found through sysfs."""
-    rdma = _rdma_interfaces()
-    return sorted(
-        (
-            Interface(name=name, address=socket.inet_ntoa(raw[4:8]), up=flags & _UP == _UP, rdma_device=rdma.get(name))
-            for name, family, raw, flags in _addresses()
-            if family == socket.AF_INET
-        ),
-        key=lambda one: one.name,
-    )
+    """The interfaces of this machine that have an IPv4 address, by name; RDMA devices found through sysfs."""
+    rdma = {
+        interface.name: device.name
+        for device in sorted(RDMA_FOLDER.glob("*"))
+        for interface in sorted((device / "device" / "net").glob("*"))
+    }
+    found = []
+    for _, name in sorted(socket.if_nameindex(), key=lambda one: one[1]):
+        with suppress(OSError):  # it has none
+            address = socket.inet_ntoa(_ask(_ADDRESS, name)[4:8])
+            found.append(Interface(name=name, address=address, up=_is_up(name), rdma_device=rdma.get(name)))
+    return found
 
 
 def ipv6_addresses() -> dict[str, str]:
@@ -238,38 +209,40 @@ def default_route_source() -> str | None:
         return str(probe.getsockname()[0])
 
 
-class _IfAddrs(ctypes.Structure):
-    """The head of `struct ifaddrs`, getifaddrs(3)."""
-
-    _fields_ = (
-        ("next", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("flags", ctypes.c_uint),
-        ("sockaddr", ctypes.c_void_p),
-    )
+def _own_addresses() -> set[str]:
+    return {*(str(address) for _, address in _ipv6()), *(one.address for one in list_interfaces())}
 
 
-def _addresses() -> Iterator[tuple[str, int, bytes, int]]:
-    """Name, family, socket address and flags of every interface, once for each of its internet addresses.
+def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:
+    """Of the interfaces that are up: address, index, prefix, scope, flags and name in hexadecimal, proc(5)."""
+    listed = Path("/proc/net/if_inet6")
+    lines = listed.read_text().splitlines() if listed.exists() else []  # a kernel without IPv6 has none
+    rows = [line.split() for line in lines]
+    return [(row[5], ipaddress.IPv6Address(int(row[0], 16))) for row in rows if _is_up(row[5])]
 
-    `sockaddr_in` begins with two bytes of family, two of port and four of address, ip(7); `sockaddr_in6` with two of
-    family, two of port, four of flow and sixteen of address, ipv6(7).
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    first = ctypes.c_void_p()
-    if libc.getifaddrs(ctypes.byref(first)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+
+def _is_up(name: str) -> bool:
+    with suppress(OSError):  # it has gone meanwhile
+        return int.from_bytes(_ask(_FLAGS, name)[:2], "little") & _UP == _UP
+    return False
+
+
+def _ask(what: int, name: str) -> bytes:
+    """What the kernel knows of an interface: `struct ifreq`, netdevice(7), behind the name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return bytes(fcntl.ioctl(probe, what, struct.pack("40s", name.encode())))[16:]
+
+
+def _resolve(address: str) -> str:
     try:
-        following = first.value
-        while following:
-            entry = _IfAddrs.from_address(following)
-            family = ctypes.c_ushort.from_address(entry.sockaddr).value if entry.sockaddr else socket.AF_UNSPEC
-            if nbytes := _SOCKADDR_BYTES.get(family):
-                yield os.fsdecode(entry.name), family, ctypes.string_at(entry.sockaddr, nbytes), entry.flags
-            following = entry.next
-    finally:
-        libc.freeifaddrs(first)
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+        return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+    except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
+        port = "; a port goes into base_port" if ":" in address else ""
+        raise ConfigError(
+            f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
+            host=address,
+        ) from None
 
 
 def _asked_for(host: str, interfaces: Sequence[Interface], ipv6: Mapping[str, str]) -> str:
@@ -277,27 +250,9 @@ def _asked_for(host: str, interfaces: Sequence[Interface], ipv6: Mapping[str, st
         if interface.name == host:
             return interface.address
     try:
-        literal = ipaddress.ip_address(host)
+        is_wildcard = ipaddress.ip_address(host).is_unspecified
     except ValueError:
-        literal = None
-    if not host.strip() if literal is None else literal.is_unspecified:
+        is_wildcard = not host.strip()
+    if is_wildcard:
         raise ConfigError("host is what clients connect to; give an address, a name or an interface", host=host)
     return ipv6.get(host, host)
-
-
-def _named(net_devices: str) -> set[str]:
-    return {name.strip().partition(":")[0] for name in net_devices.split(",")}
-
-
-def _allowed(interfaces: Sequence[Interface], net_devices: str | None) -> list[Interface]:
-    # UCX names a device `mlx5_0:1` (device and port) or by the interface's own name.
-    names = _named(net_devices or "")
-    return [interface for interface in interfaces if interface.name in names or interface.rdma_device in names]
-
-
-def _rdma_interfaces(sysfs: Path = RDMA_FOLDER) -> dict[str, str]:
-    return {
-        interface.name: device.name
-        for device in sorted(sysfs.glob("*"))
-        for interface in sorted((device / "device" / "net").glob("*"))
-    }

@@ -17,17 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import (
-    EndpointEvents,
-    LinkStatistics,
-    LostReason,
-    OnDone,
-    OnEndpoint,
-    Usable,
-    byte_view,
-    checked_port,
-    lost,
-)
+from ucxx_transport.link import base
 from ucxx_transport.link.reactor import Reactor, Wakeup
 from ucxx_transport.testing.faults import Faults, Hold
 
@@ -63,7 +53,7 @@ class MemoryOperation:
 
     view: memoryview | None
     nbytes: int
-    on_done: OnDone | None
+    on_done: base.OnDone | None
     channel: int
     sending: bool
     immortal: bool = False
@@ -91,7 +81,7 @@ class MemoryEndpoint:
         self.link = link
         self.peer = peer
         self.other = other
-        self.events: EndpointEvents | None = None
+        self.events: base.EndpointEvents | None = None
         self.alive = True
         self.channels = 1 << 16
         self.in_flight: dict[MemoryOperation, None] = {}
@@ -102,15 +92,15 @@ class MemoryEndpoint:
         self._on_closed: list[Callable[[bool], None]] = []
         link.endpoints.add(self)
 
-    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> MemoryOperation:
-        operation = self._posted(byte_view(buffer, writable=True), on_done, channel, sending=False)
+    def post_receive(self, buffer: object, on_done: base.OnDone, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(base.byte_view(buffer, writable=True), on_done, channel, sending=False)
         operation.immortal = self.link.faults.never_complete
         if self._arrived[channel]:
             self.link.call(self._match, channel)
         return operation
 
-    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
-        operation = self._posted(byte_view(buffer, writable=False), on_done, channel, sending=True)
+    def post_send(self, buffer: object, on_done: base.OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(base.byte_view(buffer, writable=False), on_done, channel, sending=True)
         if not self.alive:
             return operation
         assert operation.view is not None  # just made
@@ -171,7 +161,7 @@ class MemoryEndpoint:
             self._completed(operation, error)
             operation.call_back()
 
-    def lose(self, reason: LostReason) -> None:
+    def lose(self, reason: base.LostReason) -> None:
         """The other end is gone, or was never there."""
         if not self.alive:
             return
@@ -179,18 +169,18 @@ class MemoryEndpoint:
             self.link.counters.peers_lost += 1
         self._stop()
         if self.events is not None:
-            self.events.lost(lost(reason, peer=self.peer))
+            self.events.lost(base.lost(reason, peer=self.peer))
         self._end_all(reason)
 
-    def _posted(self, view: memoryview, on_done: OnDone | None, channel: int, *, sending: bool) -> MemoryOperation:
+    def _posted(self, view: memoryview, on_done: base.OnDone | None, channel: int, *, sending: bool) -> MemoryOperation:
         self.link.check_usable()
         if not (self.alive or self.link.closing):
-            raise lost("closed" if self._closed else "reset", peer=self.peer)
+            raise base.lost("closed" if self._closed else "reset", peer=self.peer)
         content = view.cast("B") if view.nbytes else memoryview(b"")
         operation = MemoryOperation(content, view.nbytes, on_done, channel, sending)
         self.in_flight[operation] = None
         if not self.alive:
-            self.link.call(self.end, operation, lost("closed", peer=self.peer))
+            self.link.call(self.end, operation, base.lost("closed", peer=self.peer))
         return operation
 
     def _deliver(self) -> None:
@@ -210,7 +200,7 @@ class MemoryEndpoint:
             self._received(send)
             assert receive.view is not None  # in flight
             if len(content) > receive.nbytes:
-                self.end(receive, lost("truncated", peer=self.peer))
+                self.end(receive, base.lost("truncated", peer=self.peer))
             else:
                 receive.view[: len(content)] = content
                 self.end(receive)
@@ -223,13 +213,13 @@ class MemoryEndpoint:
         operation.completed, operation.error, operation.view = True, error, None
         del self.in_flight[operation]
 
-    def _end_all(self, reason: LostReason) -> None:
+    def _end_all(self, reason: base.LostReason) -> None:
         for operation in tuple(self.in_flight):
             if operation.immortal:
-                operation.error = lost(reason, peer=self.peer)
+                operation.error = base.lost(reason, peer=self.peer)
                 operation.call_back()
             else:
-                self.end(operation, lost(reason, peer=self.peer))
+                self.end(operation, base.lost(reason, peer=self.peer))
 
     def _stop(self) -> None:
         self.alive = False
@@ -256,7 +246,7 @@ class MemoryEndpoint:
 class MemoryListener:
     """One port of a `MemoryNetwork`. See `base.Listener`."""
 
-    def __init__(self, link: MemoryLink, port: int, on_endpoint: OnEndpoint) -> None:
+    def __init__(self, link: MemoryLink, port: int, on_endpoint: base.OnEndpoint) -> None:
         self.link = link
         self.port = port
         self._on_endpoint = on_endpoint
@@ -280,7 +270,7 @@ class MemoryListener:
                 far.close()
 
 
-class MemoryLink(Usable):
+class MemoryLink(base.Usable):
     """A `base.Link` whose peers are other links of the same network, and itself.
 
     Args:
@@ -292,7 +282,7 @@ class MemoryLink(Usable):
         self.timers = timers
         self.network = network if network is not None else MemoryNetwork()
         self.faults = self.network.faults
-        self.counters = LinkStatistics()
+        self.counters = base.LinkStatistics()
         self.endpoints: set[MemoryEndpoint] = set()
         self._listeners: list[MemoryListener] = []
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
@@ -305,10 +295,10 @@ class MemoryLink(Usable):
         if self._armed:
             self._wakeup.notify()
 
-    def connect(self, host: str, port: int, events: EndpointEvents) -> MemoryEndpoint:
+    def connect(self, host: str, port: int, events: base.EndpointEvents) -> MemoryEndpoint:
         """See `base.Link.connect`; the host is only a name."""
         self.check_usable()
-        near = MemoryEndpoint(self, f"{host}:{checked_port(port, lowest=1)}")
+        near = MemoryEndpoint(self, f"{host}:{base.checked_port(port, lowest=1)}")
         near.events = events
         listener = self.network.listeners.get(port)
         if self.faults.hang_connect:
@@ -319,9 +309,9 @@ class MemoryLink(Usable):
             self.call(near.lose, "refused")
         return near
 
-    def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
+    def listen(self, port: int, on_endpoint: base.OnEndpoint) -> MemoryListener:
         self.check_usable()
-        checked_port(port, lowest=0)
+        base.checked_port(port, lowest=0)
         used = self.network.listeners
         chosen = port or next(number for number in self.network.free_ports if number not in used)
         listener = MemoryListener(self, chosen, on_endpoint)
@@ -332,7 +322,7 @@ class MemoryLink(Usable):
 
     def message(self, buffer: object) -> memoryview:
         self.check_usable()
-        return byte_view(buffer, writable=False)
+        return base.byte_view(buffer, writable=False)
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.check_usable()
@@ -355,7 +345,7 @@ class MemoryLink(Usable):
     def fileno(self) -> int:
         return self._wakeup.fileno()
 
-    def statistics(self) -> LinkStatistics:
+    def statistics(self) -> base.LinkStatistics:
         in_flight = sum(len(endpoint.in_flight) for endpoint in self.endpoints)
         return replace(self.counters, endpoints_open=len(self.endpoints), in_flight=in_flight)
 
