@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
@@ -28,6 +29,7 @@ class GroupModel:
         ack_timeout_s: how long acknowledgements are waited for.
         views: all that were written, in order, with the time.
         applied: incarnation → the largest epoch that it has really applied.
+        acknowledged: (incarnation, epoch) → when its record said so first.
         alive: incarnations whose lease lives.
         resting: incarnations that were deactivated, and not recalled since.
         left: incarnations that left by themselves.
@@ -36,6 +38,7 @@ class GroupModel:
     ack_timeout_s: float
     views: list[tuple[float, GroupView]] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
+    acknowledged: dict[tuple[str, int], float] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
     resting: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
@@ -82,15 +85,22 @@ class GroupModel:
         assert joiner.incarnation not in self.resting
 
     def _judge_drop(self, dropped: Seat, now: float) -> None:
-        """Some joiner had been waiting for it for as long as acknowledgements are waited for."""
-        owed = [
-            seat
-            for seat in self.view.seats
-            if seat.state is RankState.JOINING and self.applied.get(dropped.incarnation, 0) < seat.awaited_epoch
-        ]
-        since = [written for written, view in self.views if any(view.epoch == seat.awaited_epoch for seat in owed)]
-        assert since, "no joiner waited for it"
-        assert now - min(since) >= self.ack_timeout_s - 1e-6
+        """Some joiner had been waiting for it for as long as acknowledgements are waited for.
+
+        One that acknowledged in time is not dropped; one that does so between the decision and its write may be.
+        """
+        late = []
+        for seat in self.view.seats:
+            written = [when for when, view in self.views if view.epoch == seat.awaited_epoch]
+            if seat.state is RankState.JOINING and written:
+                due = written[0] + self.ack_timeout_s - 1e-6
+                late.append(due <= min(now, self._acknowledged_at(dropped.incarnation, seat.awaited_epoch)))
+        assert late, "no rank was joining"
+        assert any(late), "no joiner had waited for it for so long"
+
+    def _acknowledged_at(self, incarnation: str, epoch: int) -> float:
+        times = [when for (who, known), when in self.acknowledged.items() if who == incarnation and known >= epoch]
+        return min(times, default=math.inf)
 
     def expected(self, healthy: dict[int, str]) -> dict[int, RankState]:
         """The states of healthy ranks once all is quiet: active, unless they were deactivated."""

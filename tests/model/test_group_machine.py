@@ -131,6 +131,9 @@ class GroupMachine(RuleBasedStateMachine):
             for event in batch.events:
                 if event.key == VIEW:
                     self.model.written(GroupView.from_bytes(event.value), self.clock())
+                elif event.kind == "put" and "/members/" in event.key:
+                    record = MemberRecord.from_bytes(event.value)
+                    self.model.acknowledged.setdefault((record.incarnation, record.epoch), self.clock())
                 elif event.kind == "delete" and "/members/" in event.key:
                     self.model.alive -= {
                         one.incarnation for one in self.all_processes() if event.key.endswith(f"/{one.rank}")

@@ -173,6 +173,14 @@ class Participant:
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
         if now - self._due[1] >= TURN_S * min(turn_of(view, members, self._rank), LAST_TURN):
+            if overdue:  # by a watch that may be behind: none is dropped who has acknowledged meanwhile
+                found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
+                latest = GroupSnapshot.of(self._group, found)
+                view, members = latest.view, latest.members
+                overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
+                wanted = next_view(view, members, overdue=overdue)
+                if wanted is None:
+                    return TICK_S
             try:
                 self._put(view_key(self._group), wanted.to_bytes(), expected=snapshot.view_revision)
             except ConflictError:  # the other member may have decided the same

@@ -11,7 +11,7 @@ from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, P
 from ucxx_transport.groups.decisions import next_view
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GroupStatistics, SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord, RankState
 from ucxx_transport.groups.writes import Retrying, acquire_rank
 
 KEY = "groups/g/members/1"
@@ -150,17 +150,20 @@ class Member:
     """Rank 1, which has published itself."""
 
     def __init__(self) -> None:
-        clock = FakeClock()
-        self.store = MemoryStore(MemoryData(clock=clock))
-        context = rank_context(self.store, 1, clock=clock)
+        self.clock = FakeClock()
+        self.store = MemoryStore(MemoryData(clock=self.clock))
+        context = rank_context(self.store, 1, clock=self.clock, ack_timeout_s=2.0)
         record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
         lease = acquire_rank(Retrying(context, 1.0, "joining"), record)
         self.shared = SharedState("g", 1)
         self.shared.begin("mine")
         self.participant = Participant(context, self.shared, "mine", lease.lease_id)
 
-    def step(self) -> GroupStatistics:
-        self.participant.step(GroupSnapshot.of("g", self.store.snapshot("groups/g/")))
+    def seen(self) -> GroupSnapshot:
+        return GroupSnapshot.of("g", self.store.snapshot("groups/g/"))
+
+    def step(self, snapshot: GroupSnapshot | None = None) -> GroupStatistics:
+        self.participant.step(self.seen() if snapshot is None else snapshot)
         return self.shared.now.statistics
 
 
@@ -186,3 +189,25 @@ def test_the_same_view_written_by_another_rank_first_is_a_conflict() -> None:
     applied = member.step()
     assert member.shared.now.view == wanted
     assert (applied.views, applied.conflicts) == (1, 1)
+
+
+def test_a_rank_that_has_acknowledged_is_not_dropped_by_one_whose_watch_is_behind() -> None:
+    member = Member()
+    while member.shared.now.state is not RankState.ACTIVE:
+        member.step()
+    joiner = MemberRecord(rank=2, incarnation="other", epoch=0, ttl_s=6.0)
+    lease_id = member.store.grant(6.0).lease_id
+    member.store.put("groups/g/members/2", joiner.to_bytes(), lease_id=lease_id)
+    while member.seen().members[1].epoch < member.seen().view.epoch or 2 not in member.seen().view.ranks:
+        member.step()
+    before = member.seen()
+    member.step(before)  # it waits from now on
+    acknowledged = joiner.having_applied(before.view.epoch)
+    member.store.put("groups/g/members/2", acknowledged.to_bytes(), lease_id=lease_id)
+    member.clock.now += 2.0
+    member.step(before)
+    member.clock.now += 1.0  # beyond any turn
+    member.step(before)
+    assert member.seen().view.state_of(2) is not RankState.GONE
+    while member.shared.now.active_ranks != (1, 2):
+        member.step()
