@@ -81,7 +81,7 @@ def test_what_was_given_up_while_its_server_hung_makes_room_once_that_goes_on() 
         late = prefetcher.begin(
             episodes_of(worker, (20, 30, 40))
         )  # all slots but one, of a ring that overwrites nothing
-        assert not late.wait(0.5)
+        assert not late.result(0.5).in_time
         assert prefetcher.statistics().losses == {"timeout": 3}
         os.kill(server, signal.SIGCONT)
         wait_until(lambda: worker.ask(ring=True)["ring"]["free"] == 4, 60, what="their slots are free")

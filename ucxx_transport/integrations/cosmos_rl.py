@@ -40,11 +40,10 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.batch import FetchSettings, PrefetchStatistics, log_loss
+from ucxx_transport.trainer.batch import FetchSettings, PrefetchStatistics
 from ucxx_transport.trainer.loss_policy import AskedFor, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
 from ucxx_transport.trainer.prefetcher import Prefetcher
-from ucxx_transport.trainer.unpacking import unpacker_for
 from ucxx_transport.worker import UCXXRolloutMixin
 
 NAME = "ucxx_transport"
@@ -108,24 +107,19 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
 
     def __init__(self) -> None:
         self._prefetcher: Prefetcher | None = None
-        self._unpack = unpacker_for(None)
         self._lost: OrderedDict[str, None] = OrderedDict()
 
-    def setup(
-        self, *, device: object = None, client: ClientConfig | None = None, **settings: Unpack[FetchSettings]
-    ) -> None:
+    def setup(self, *, client: ClientConfig | None = None, **settings: Unpack[FetchSettings]) -> None:
         """Make the client, with a thread of its own.
 
         Args:
-            device: as for `RolloutFeed`.
             client: settings of the client.
             **settings: as for `Prefetcher`.
 
         Raises:
             ConfigError: an argument is out of its bounds, or this machine has no such device.
         """
-        self._unpack = unpacker_for(device)
-        self._prefetcher = Prefetcher(client, on_loss=log_loss, uploader=self._unpack.uploader, **settings)
+        self._prefetcher = Prefetcher(client, **settings)
 
     def shutdown(self) -> None:
         """Take leave of the servers. Idempotent."""
@@ -147,11 +141,12 @@ class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl
     def fetch_batch(self, tasks: list[Any]) -> dict[str, Any]:
         """The episodes of `(index, completion)` pairs, by `cache_key`; the lost ones are not among them."""
         records = [record_of(unwrapped(completion)) for _, completion in tasks]
-        batch = self._open().fetch(records)
+        prefetcher = self._open()
+        batch = prefetcher.fetch(records)
         found = {}
         try:
             for place, payload in batch.payloads.items():
-                found[_key_of(records[place], tasks[place][1])] = self._unpack(payload)
+                found[_key_of(records[place], tasks[place][1])] = prefetcher.unpack(payload)
         finally:
             batch.release()  # the arrays hold the payloads' memory
         for loss in batch.losses:

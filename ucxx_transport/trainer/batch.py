@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
 import anyio
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.link.reactor import LinkFactory, Timer
     from ucxx_transport.schema import SlotRef
+    from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)
 
@@ -50,6 +51,7 @@ class Batch:
         rounds: how many it took.
         retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
+        in_time: False: it was given up, and every episode is lost.
     """
 
     payloads: dict[int, Payload]
@@ -58,6 +60,7 @@ class Batch:
     rounds: int
     retried: int
     took_s: float
+    in_time: bool = True
 
     def release(self) -> None:
         """Release all payloads."""
@@ -65,58 +68,43 @@ class Batch:
             payload.release()
 
 
-Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
-"""The episodes of a batch; or what gives them, called in the background thread."""
+class FetchLimits:
+    """What bounds the fetch of a batch; arguments and errors as `fetch_batch`."""
 
-
-class FetchRequest:
-    """A batch to fetch; arguments and errors as `fetch_batch`."""
-
-    def __init__(
-        self,
-        given: Records,
-        policy_version: int | None,
-        *,
-        deadline_s: float | str,
-        max_fetch_rounds: int,
-        max_staleness: int | None,
-    ) -> None:
-        if max_fetch_rounds < 1:
-            raise ConfigError(f"max_fetch_rounds must be at least 1, not {max_fetch_rounds}", field="max_fetch_rounds")
+    def __init__(self, deadline_s: float | str, max_fetch_rounds: int, max_staleness: int | None) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
-        if not self.deadline_s > 0:
-            raise ConfigError(f"deadline_s must be positive, not {deadline_s}", field="deadline_s")
-        if max_staleness is not None and max_staleness < 0:
-            raise ConfigError(f"max_staleness must not be negative, not {max_staleness}", field="max_staleness")
-        if max_staleness is not None and policy_version is None:
+        self.max_fetch_rounds = max_fetch_rounds
+        self.max_staleness = max_staleness
+        for name, value, fits, bound in (
+            ("deadline_s", deadline_s, self.deadline_s > 0, "more than 0"),
+            ("max_fetch_rounds", max_fetch_rounds, max_fetch_rounds >= 1, "at least 1"),
+            ("max_staleness", max_staleness, max_staleness is None or max_staleness >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} must be {bound}, not {value}", field=name)
+
+    def sorter(self, policy_version: int | None) -> Callable[[Sequence[AskedFor]], SortedOut]:
+        """What sorts the episodes of a batch out, for a trainer with weights of this version."""
+        if self.max_staleness is not None and policy_version is None:
             raise ConfigError(
                 "max_staleness needs policy_version: how old is judged against it", field="policy_version"
             )
-        self._given = given if callable(given) else tuple(given)
-        self._policy_version = policy_version
-        self._max_staleness = max_staleness
-        self.max_fetch_rounds = max_fetch_rounds
+        return partial(sort_out, policy_version=policy_version, max_staleness=self.max_staleness)
 
-    @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
-        """Its episodes."""
-        return tuple(self._given()) if callable(self._given) else self._given
 
-    def sort_out(self) -> tuple[list[Wanted], list[Loss]]:
-        """What to fetch of it, and what is lost already."""
-        return sort_out(self.records, policy_version=self._policy_version, max_staleness=self._max_staleness)
-
+SortedOut: TypeAlias = tuple[list[Wanted], list[Loss]]
 
 Outcomes: TypeAlias = "Sequence[Payload | TransportError]"
 
 Rounds: TypeAlias = "Generator[tuple[list[SlotRef], float] | None, Outcomes | None, Batch]"
 
 
-def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
+def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: Callable[[], float]) -> Rounds:
     """The rounds of one batch, written once for every driver. Closed before its end, it releases what it has.
 
     Args:
-        request: the batch.
+        sorted_out: gives what to fetch, and what is lost already.
+        limits: of all rounds together.
         clock: seconds.
 
     Yields:
@@ -126,13 +114,13 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
         The batch.
     """
     began_s = clock()
-    until_s = began_s + request.deadline_s
-    wanted, losses = request.sort_out()
+    until_s = began_s + limits.deadline_s
+    wanted, losses = sorted_out()
     payloads: dict[int, Payload] = {}
     rounds = retried = 0
     try:
         while wanted:
-            rounds_left = request.max_fetch_rounds - rounds
+            rounds_left = limits.max_fetch_rounds - rounds
             rounds += 1
             limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
             outcomes = yield [entry.ref for entry in wanted], limit_s
@@ -142,10 +130,10 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
             for entry, outcome in zip(wanted, outcomes, strict=True):
                 if not isinstance(outcome, Exception):
                     payloads[entry.index] = outcome
-                elif (loss := loss_of(entry, outcome, again=may_follow)) is not None:
-                    losses.append(loss)
-                else:
+                elif outcome.retryable and may_follow:
                     again.append(entry)
+                else:
+                    losses.append(loss_of(entry, outcome))
             wanted = again
             if wanted:
                 retried += len(wanted)
@@ -161,18 +149,6 @@ def rounds_of(request: FetchRequest, clock: Callable[[], float]) -> Rounds:
         rounds=rounds,
         retried=retried,
         took_s=clock() - began_s,
-    )
-
-
-def log_loss(loss: Loss) -> None:
-    """Log an episode that is in no batch: what is done about each unless you say otherwise."""
-    episode = loss.record.ref if loss.record is not None else None
-    _log.warning(
-        "episode_lost",
-        reason=loss.reason.value,
-        ring=episode.ring_name if episode is not None else None,
-        slot=episode.slot if episode is not None else None,
-        error=str(loss.error) if loss.error is not None else None,
     )
 
 
@@ -204,11 +180,10 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    request = FetchRequest(
-        records, policy_version, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
-    )
+    limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
+    sorted_out = partial(limits.sorter(policy_version), records)
     outcomes: Outcomes | None = None
-    with closing(rounds_of(request, anyio.current_time)) as rounds:
+    with closing(rounds_of(sorted_out, limits, anyio.current_time)) as rounds:
         try:
             while True:
                 asked = rounds.send(outcomes)
@@ -220,45 +195,45 @@ async def fetch_batch(
 
 
 class BatchFetch:
-    """The fetch of one batch, by the thread that runs the core's reactor. `start` it; its outcome goes to `on_done`.
+    """The fetch of one batch by a client's core. Its methods are for the thread that runs the core's reactor.
 
     Args:
         core: reads.
-        request: the batch.
-        on_done: called once, in that thread, with the batch, or what ended it that was no TransportError of one
-            episode; not called after `abandon`. Must not raise.
-        on_payload: given every payload as it comes, gives what stands in its place; what it raises beside
-            TransportErrors ends the fetch.
+        sorted_out: gives what to fetch, and what is lost already; called once the fetch begins.
+        limits: of the batch.
+        uploader: takes every payload to a GPU as it comes; what it raises beside TransportErrors ends the fetch.
     """
 
-    __slots__ = ("_core", "_error", "_job", "_on_done", "_on_payload", "_over", "_rounds", "_timer")
+    has_begun = False
+    _job: Job | None = None
+    _timer: Timer | None = None
+    _error: Exception | None = None
 
     def __init__(
         self,
         core: ClientCore,
-        request: FetchRequest,
-        on_done: Callable[[Batch | Exception], None],
-        on_payload: Callable[[Payload], Payload] | None = None,
+        sorted_out: Callable[[], SortedOut],
+        limits: FetchLimits,
+        uploader: DeviceUploader | None = None,
     ) -> None:
         self._core = core
-        self._on_done = on_done
-        self._on_payload = on_payload
-        self._rounds = rounds_of(request, core.reactor.now)
-        self._job: Job | None = None
-        self._timer: Timer | None = None
-        self._error: Exception | None = None
-        self._over = False
+        self._on_payload = None if uploader is None else partial(self._uploaded, uploader)
+        self._rounds = rounds_of(sorted_out, limits, core.reactor.now)
+
+    def ended(self, outcome: Batch | Exception) -> None:
+        """What comes of it, a batch or what ended it that was no TransportError of one episode. Must not raise."""
+        raise NotImplementedError
 
     def start(self, after_s: float = 0.0) -> None:
         """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
+        self.has_begun = True
         if after_s > 0:
-            self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self.start)
-        elif not self._over:
-            self._step(None)
+            self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self._step)
+        else:
+            self._step()
 
     def abandon(self) -> None:
-        """Give it up: what came of it is released, and `on_done` is not called. Idempotent."""
-        self._over = True
+        """Give it up: what came of it is released, and it does not end. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
         job, self._job = self._job, None
@@ -267,25 +242,22 @@ class BatchFetch:
         self._rounds.close()
 
     def fail(self, error: Exception) -> None:
-        """Give it up: `on_done` is called with this."""
+        """Give it up: it ends with this."""
         self.abandon()
-        self._on_done(error)
+        self.ended(error)
 
-    def _step(self, outcomes: Outcomes | None) -> None:
+    def _step(self, outcomes: Outcomes | None = None) -> None:
         """Go on, within a callback of the reactor: what is raised here ends this fetch and nothing else."""
         reactor = self._core.reactor
         try:
             asked = self._rounds.send(outcomes)
             if asked is None:
-                self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, partial(self._step, None))
+                self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, self._step)
                 return
-            on_payload = None if self._on_payload is None else self._replaced
-            job = self._core.begin(*asked, on_done=self._round_over, on_payload=on_payload)
-            if not job.done:
-                self._job = job
+            job = self._core.begin(*asked, on_done=self._round_over, on_payload=self._on_payload)
+            self._job = None if job.done else job
         except StopIteration as end:
-            self._over = True
-            self._on_done(end.value)
+            self.ended(end.value)
         except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
             self.fail(error)
 
@@ -297,11 +269,9 @@ class BatchFetch:
             self._job = job
             self.fail(self._error)
 
-    def _replaced(self, index: int, payload: Payload) -> Payload:
-        del index
-        assert self._on_payload is not None
+    def _uploaded(self, uploader: DeviceUploader, _: int, payload: Payload) -> Payload:
         try:
-            return self._on_payload(payload)
+            return uploader.upload(payload, self._core.reactor)
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold the payload's memory, and the error may be kept
             if isinstance(error, TransportError):
@@ -336,11 +306,24 @@ class PrefetchStatistics:
 
 
 class FetchSettings(TypedDict, total=False):
-    """How batches are fetched; see `Prefetcher`."""
+    """Settings of a `Prefetcher`, for what is built on one; see there."""
 
+    device: object
     deadline_s: float | str
     max_fetch_rounds: int
     max_staleness: int | None
     discard_lost: bool
     watcher: Watcher | None
     link_factory: LinkFactory | None
+
+
+def log_loss(loss: Loss) -> None:
+    """Log an episode that is in no batch: what is done about each unless you say otherwise."""
+    episode = loss.record.ref if loss.record is not None else None
+    _log.warning(
+        "episode_lost",
+        reason=loss.reason.value,
+        ring=episode.ring_name if episode is not None else None,
+        slot=episode.slot if episode is not None else None,
+        error=str(loss.error) if loss.error is not None else None,
+    )

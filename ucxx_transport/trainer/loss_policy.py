@@ -129,10 +129,8 @@ def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: i
     return record.policy_version is None or policy_version - record.policy_version > max_staleness
 
 
-def loss_of(wanted: Wanted, error: TransportError, *, again: bool) -> Loss | None:
-    """What a failed fetch means: None to try it in the next round, if there is one (`again`) and time for it."""
-    if error.retryable and again:
-        return None
+def loss_of(wanted: Wanted, error: TransportError) -> Loss:
+    """What a fetch that failed with this, and is not tried again, means."""
     if isinstance(error, StaleSlotError):
         had_it = error.facts.get("delivered") == wanted.ref.generation
         reason = LossReason.DUPLICATE if had_it else LossReason.STALE

@@ -1,14 +1,14 @@
 """Prefetcher: batches fetched side by side while a trainer does something else, by one plain thread with one client.
 
-| a batch         | its future      | is held by                  | counts, when the prefetcher is closed           |
-|-----------------|-----------------|-----------------------------|-------------------------------------------------|
-| prepared        | pending         | its caller                  | its episodes, as lost by "closed"               |
-| begun           | pending         | a `BatchFetch`              | the same                                        |
-| come            | has its outcome | its future                  | its payloads, the same; its losses, as they are |
-| taken           | …               | its caller, who releases it | nothing more: counted then                      |
-| given up        | cancelled       | nobody: released as it comes| nothing more: counted then                      |
+| a batch    | its outcome | in `untaken` | counts, when the prefetcher is closed           |
+|------------|-------------|--------------|-------------------------------------------------|
+| prepared   |             | yes          | its episodes, as lost by "closed"               |
+| begun      |             | yes          | the same                                        |
+| come       | is there    | yes          | its payloads, the same; its losses, as they are |
+| taken      | is there    | no           | nothing more: counted then                      |
+| given up   | is released | no           | nothing more: counted then                      |
 
-Fetches begin and end in the thread, which runs the reactor of the client's core; others wait for a future.
+Fetches begin and end in the thread, which runs the reactor of the client's core; others wait for `changed`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import checked_seconds
@@ -32,18 +32,19 @@ from ucxx_transport.trainer.batch import (
     DEFAULT_FETCH_ROUNDS,
     Batch,
     BatchFetch,
-    FetchRequest,
+    FetchLimits,
     PrefetchStatistics,
-    Records,
+    SortedOut,
+    log_loss,
 )
-from ucxx_transport.trainer.loss_policy import Loss, LossReason, discardable_of
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, discardable_of
+from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory
-    from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)
 
@@ -52,54 +53,130 @@ _GRACE_S: Final = 5.0
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
+Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
+"""The episodes of a batch; or what gives them, called in the background thread."""
 
-class PendingBatch:
+
+class PendingBatch(BatchFetch):
     """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
 
-    __slots__ = ("_prefetcher", "future", "outcome", "request")
+    _outcome: Batch | Exception | None = None
 
-    def __init__(self, prefetcher: Prefetcher, request: FetchRequest) -> None:
+    def __init__(self, prefetcher: Prefetcher, records: Records, policy_version: int | None) -> None:
         self._prefetcher = prefetcher
-        self.request = request
-        self.future: Future[Batch | Exception] = Future()
-        self.outcome: Batch | Exception | None = None  # the future's, which takes longer to ask
+        self._given = records if callable(records) else tuple(records)
+        self._sorter = prefetcher.limits.sorter(policy_version)
+        super().__init__(prefetcher.core, self._sorted_out, prefetcher.limits, prefetcher.unpack.uploader)
+
+    @cached_property
+    def records(self) -> tuple[AskedFor, ...]:
+        """Its episodes."""
+        return tuple(self._given()) if callable(self._given) else self._given
 
     @property
     def is_ready(self) -> bool:
-        """Whether its result need not be waited for."""
-        return self.outcome is not None or self.future.done()
+        """Whether it has come, so that its result need not be waited for."""
+        return self._outcome is not None
 
     def begin(self, after_s: float = 0.0) -> None:
         """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
-        self._prefetcher.begin_prepared(self, after_s)
+        self._core.reactor.submit(partial(self._begin, after_s))
 
-    def wait(self, timeout_s: float | str | None = None) -> bool:
-        """Wait for it.
+    def result(self, timeout_s: float | str | None = None) -> Batch:
+        """Wait for it, count it and report its losses. The caller releases it.
 
         Args:
             timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
 
         Returns:
-            False when it did not come: it is given up, its episodes are counted and reported as lost by "timeout",
-            and whatever still comes of it is released.
+            The batch. One that does not come in time is given up: then every episode that was on its way is lost by
+            "timeout", and whatever still comes of it is released.
 
         Raises:
-            ConfigError: it was cancelled, or the prefetcher is closed.
-        """
-        return self._prefetcher.wait_for(self, timeout_s)
-
-    def result(self) -> Batch:
-        """Wait for it, count it and report its losses. The caller releases it.
-
-        Raises:
-            ConfigError: it was cancelled, or the prefetcher is closed.
+            ConfigError: it was taken or cancelled, or the prefetcher is closed.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        return self._prefetcher.take(self)
+        limit_s = self._prefetcher.limits.deadline_s + _GRACE_S
+        if timeout_s is not None:
+            limit_s = checked_seconds(timeout_s, "timeout_s")
+        try:
+            batch = self._taken(limit_s)
+        except BaseException as error:
+            if not isinstance(error, ConfigError):  # interrupted
+                self.cancel()
+            raise
+        if isinstance(batch, Exception):
+            raise batch
+        if batch is None:
+            batch = self._late()
+        self._prefetcher.count(batch)
+        return batch
 
     def cancel(self) -> None:
         """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
-        self._prefetcher.leave(self)
+        prefetcher = self._prefetcher
+        with prefetcher.changed:
+            if self not in prefetcher.untaken:
+                return
+            prefetcher.untaken.discard(self)
+            prefetcher.changed.notify_all()
+            outcome = self._outcome
+        if isinstance(outcome, Batch):
+            prefetcher.count_left(len(outcome.payloads), outcome.losses)
+            outcome.release()
+        else:
+            prefetcher.count_left(len(self.records))
+            self._core.reactor.submit(self.abandon)
+
+    def abandon(self) -> None:
+        self._prefetcher.running.discard(self)
+        super().abandon()
+
+    def ended(self, outcome: Batch | Exception) -> None:
+        prefetcher = self._prefetcher
+        prefetcher.running.discard(self)
+        if isinstance(outcome, Batch):
+            prefetcher.discard(outcome.losses)
+            if prefetcher.unpack.uploader is None:  # made here and kept, the arrays cost the trainer no time
+                with suppress(TransportError):  # raised to who takes those arrays
+                    any(payload.arrays is None for payload in outcome.payloads.values())
+        with prefetcher.changed:
+            if self in prefetcher.untaken:
+                self._outcome = outcome
+                prefetcher.changed.notify_all()
+                return
+        if isinstance(outcome, Batch):
+            outcome.release()  # whose episodes were counted as lost
+
+    def _begin(self, after_s: float) -> None:
+        if self in self._prefetcher.untaken and not self.has_begun:
+            self._prefetcher.running.add(self)
+            self.start(after_s)
+
+    def _taken(self, limit_s: float) -> Batch | Exception | None:
+        """What it has come to, None after `limit_s`; it is not to be taken again."""
+        prefetcher, untaken = self._prefetcher, self._prefetcher.untaken
+        with prefetcher.changed:
+            prefetcher.check_usable()
+            prefetcher.changed.wait_for(lambda: self._outcome is not None or self not in untaken, limit_s)
+            prefetcher.check_usable()
+            if self not in untaken:
+                raise ConfigError("the batch was taken or cancelled")
+            untaken.discard(self)
+            return self._outcome
+
+    def _sorted_out(self) -> SortedOut:
+        return self._sorter(self.records)
+
+    def _late(self) -> Batch:
+        """What it is when it did not come: all that was to be fetched is lost, and discarded where it may lie."""
+        _log.warning("batch_abandoned", episodes=len(self.records))
+        error, (wanted, lost) = DeadlineExceededError("the batch did not come in time"), self._sorted_out()
+        late = [Loss(index=each.index, record=each.record, reason=LossReason.TIMEOUT, error=error) for each in wanted]
+        losses = tuple(sorted([*lost, *late], key=lambda loss: loss.index))
+        self._core.reactor.submit(self.abandon)
+        self._core.reactor.submit(partial(self._prefetcher.discard, losses))
+        return Batch(payloads={}, losses=losses, nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
 
 
 class Prefetcher:
@@ -117,56 +194,55 @@ class Prefetcher:
 
     Args:
         config: settings of the client.
+        device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
+            tensors and arrays on a GPU.
         deadline_s: of one batch.
         max_fetch_rounds: as for `fetch_batch`.
         max_staleness: as for `fetch_batch`.
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
-        on_loss: called with every episode that is in no batch, by `wait`, `result` and `fetch` in the caller's thread.
+        on_loss: called with every episode that is in no batch, by `wait`, `result` and `fetch` in the caller's thread;
+            by default it is logged.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
-        uploader: takes every payload to a GPU as soon as it has come; closed with the prefetcher.
 
     Raises:
-        ConfigError: an argument is out of its bounds.
+        ConfigError: an argument is out of its bounds, or this machine has no such device.
     """
 
     def __init__(
         self,
         config: ClientConfig | None = None,
         *,
+        device: object = None,
         deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
-        on_loss: Callable[[Loss], None] = lambda _: None,
+        on_loss: Callable[[Loss], None] = log_loss,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
-        uploader: DeviceUploader | None = None,
     ) -> None:
-        self._request = partial(
-            FetchRequest, deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness
-        )
-        self._deadline_s = self._request((), 0).deadline_s  # wrong bounds are refused here
-        self._discard_lost = discard_lost
-        self._on_loss = on_loss
-        self._uploader = uploader
-        self._core = ClientCore(
+        self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
+        self.unpack = unpacker_for(device)
+        uploader = self.unpack.uploader
+        self.core = ClientCore(
             config,
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,
             in_place=None if uploader is None else uploader.is_locked,
         )
-        self._on_payload = None if uploader is None else partial(uploader.upload, timers=self._core.reactor)
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._closed = False
-        self._untaken: set[PendingBatch] = set()
+        self.changed = threading.Condition()  # of what follows
+        self.closed = False
+        self.untaken: set[PendingBatch] = set()
         self._counts: defaultdict[str, Any] = defaultdict(int)  # of `PrefetchStatistics`, by its names
         self._losses: Counter[str] = Counter()
-        self._running: dict[PendingBatch, BatchFetch] = {}  # the thread's own
+        self._discard_lost = discard_lost
+        self._on_loss = on_loss
+        self._pid = os.getpid()
+        self.running: set[PendingBatch] = set()  # the thread's own
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
         self._thread.start()
@@ -188,94 +264,45 @@ class Prefetcher:
 
     def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
-        pending = PendingBatch(self, self._request(records, policy_version))
-        with self._lock:
+        pending = PendingBatch(self, records, policy_version)
+        with self.changed:
             self.check_usable()
-            self._untaken.add(pending)  # where closing finds it
+            self.untaken.add(pending)  # where closing finds it
         return pending
 
     def check_usable(self) -> None:
-        """Refuse, by a ConfigError, a prefetcher that is closed, or its parent process's."""
+        """Refuse, by a ConfigError, one that is closed, or its parent process's."""
         if os.getpid() != self._pid:
-            raise ConfigError("a prefetcher cannot be used in a forked child; make one in the process that reads")
-        if self._closed:
-            raise ConfigError("the prefetcher is closed; make another")
-
-    def begin_prepared(self, pending: PendingBatch, after_s: float) -> None:
-        self._core.reactor.submit(partial(self._start, pending, after_s))
-
-    def wait_for(self, pending: PendingBatch, timeout_s: float | str | None) -> bool:
-        limit_s = self._deadline_s + _GRACE_S if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
-        try:
-            self._outcome_of(pending, limit_s)
-        except TimeoutError:
-            if self._dropped(pending) is None and self._forgotten(pending):
-                self._lose(pending.request)
-                return False
-        return True
-
-    def take(self, pending: PendingBatch) -> Batch:
-        try:
-            batch = self._outcome_of(pending)
-        except ConfigError:
-            raise
-        except BaseException:  # interrupted
-            self.leave(pending)
-            raise
-        if not self._forgotten(pending):
-            raise ConfigError("the batch was taken or cancelled")
-        if isinstance(batch, Exception):
-            raise batch
-        counts = self._counts
-        with self._lock:
-            counts["batches"] += 1
-            counts["episodes"] += len(batch.payloads)
-            counts["nbytes"] += batch.nbytes
-            counts["fetch_s"] += batch.took_s
-            counts["retried"] += batch.retried
-        self._count(batch.losses, self._on_loss)
-        return batch
-
-    def leave(self, pending: PendingBatch) -> None:
-        if not self._forgotten(pending):
-            return
-        outcome = self._dropped(pending)
-        if isinstance(outcome, Batch):
-            self.count_left(len(outcome.payloads))
-            self._count(outcome.losses)
-            outcome.release()
-        else:
-            self.count_left(len(pending.request.records))
-
-    def count_left(self, episodes: int) -> None:
-        """Count episodes that were asked for and will not be taken, as lost by "closed"."""
-        with self._lock:
-            self._losses.update({LossReason.CLOSED.value: episodes} if episodes else {})
+            raise ConfigError(
+                f"a {type(self).__name__} cannot be used in a forked child; make one in the process that reads"
+            )
+        if self.closed:
+            raise ConfigError(f"the {type(self).__name__} is closed; make another")
 
     def statistics(self) -> PrefetchStatistics:
-        """Counts since this prefetcher was made."""
-        unlocked_rings = 0 if self._uploader is None else self._uploader.unlocked_rings
-        with self._lock:
+        """Counts since this was made."""
+        unlocked_rings = 0 if self.unpack.uploader is None else self.unpack.uploader.unlocked_rings
+        with self.changed:
             return PrefetchStatistics(**self._counts, losses=dict(self._losses), unlocked_rings=unlocked_rings)
 
     def client_statistics(self) -> ClientStatistics:
-        """Counts of the client since this prefetcher was made: what was read which way, and how long it took."""
+        """Counts of the client since this was made: what was read which way, and how long it took."""
         found: Future[ClientStatistics] = Future()
-        self._core.reactor.submit(lambda: found.set_result(self._core.statistics()))  # in the thread that has the link
+        self.core.reactor.submit(lambda: found.set_result(self.core.statistics()))  # in the thread that has the link
         while self._thread.is_alive():  # one that ends does not answer
             with suppress(TimeoutError):
                 return found.result(1.0)
-        return self._core.statistics()
+        return self.core.statistics()
 
     def close(self) -> None:
         """Give up what is not taken, take leave of the servers, end the thread. Idempotent, bounded."""
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
         try:
             self._leave_all()
         finally:
-            self._core.reactor.submit(self._stopping.set)
+            self.core.reactor.submit(self._stopping.set)
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def __enter__(self) -> Self:
@@ -284,100 +311,57 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _outcome_of(self, pending: PendingBatch, limit_s: float | None = None) -> Batch | Exception:
-        """Wait for it; a TimeoutError when there is none in time, a ConfigError when there will be none."""
-        self.check_usable()
-        try:
-            return pending.outcome or pending.future.result(limit_s)
-        except CancelledError:
-            self.check_usable()
-            raise ConfigError("the batch was cancelled") from None
+    def count(self, batch: Batch) -> None:
+        """Count a batch that is handed out, and report its losses."""
+        with self.changed:
+            counts = self._counts
+            counts["batches" if batch.in_time else "given_up"] += 1
+            counts["episodes"] += len(batch.payloads)
+            counts["nbytes"] += batch.nbytes
+            counts["fetch_s"] += batch.took_s
+            counts["retried"] += batch.retried
+        self.count_left(0, batch.losses)
+        for loss in batch.losses:
+            self._on_loss(loss)
 
-    def _forgotten(self, pending: PendingBatch) -> bool:
-        """Whether it had not been taken or given up; it has now."""
-        with self._lock:
-            found = pending in self._untaken
-            self._untaken.discard(pending)
-        return found
+    def count_left(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
+        """Count episodes that were asked for and will not be taken, as lost by "closed"; those lost before, as such."""
+        with self.changed:
+            self._losses.update([LossReason.CLOSED.value] * episodes)
+            self._losses.update(loss.reason.value for loss in losses)
 
-    def _dropped(self, pending: PendingBatch) -> Batch | Exception | None:
-        """Fetch it no longer; what has come of it already."""
-        if pending.future.cancel():
-            self._core.reactor.submit(partial(self._abandon, pending))
-            return None
-        return pending.future.result()
-
-    def _lose(self, request: FetchRequest) -> None:
-        with self._lock:
-            self._counts["given_up"] += 1
-        _log.warning("batch_abandoned", episodes=len(request.records))
-        error, (wanted, lost) = DeadlineExceededError("the batch did not come in time"), request.sort_out()
-        late = [Loss(index=each.index, record=each.record, reason=LossReason.TIMEOUT, error=error) for each in wanted]
-        losses = sorted([*lost, *late], key=lambda loss: loss.index)
-        self._core.reactor.submit(partial(self._discard, losses))
-        self._count(losses, self._on_loss)
+    def discard(self, losses: Sequence[Loss]) -> None:
+        """Make room for others in the slots of what is not wanted any more. By the thread."""
+        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        if refs:
+            try:
+                self.core.discard(self.core.discard_call(refs, self.limits.deadline_s))
+            except TransportError as error:
+                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
 
     def _leave_all(self) -> None:
-        with self._lock:
-            self._closed = True
-            untaken = [*self._untaken]
+        with self.changed:
+            self.closed = True
+            untaken = [*self.untaken]
         for pending in untaken:
-            self.leave(pending)
+            pending.cancel()
         if untaken:
             _log.warning("episodes_not_taken", episodes=self._losses[LossReason.CLOSED.value])
 
-    def _count(self, losses: Sequence[Loss], on_loss: Callable[[Loss], None] = lambda _: None) -> None:
-        with self._lock:
-            self._losses.update(loss.reason.value for loss in losses)
-        for loss in losses:
-            on_loss(loss)
-
-    def _run(self) -> None:  # from here on: by the thread itself
+    def _run(self) -> None:
         try:
             while not self._stopping.is_set():
                 try:
-                    self._core.reactor.run_once(math.inf)
+                    self.core.reactor.run_once(math.inf)
                 except Exception as error:
-                    if not self._running:
+                    if not self.running:
                         raise
-                    for fetch in [*self._running.values()]:
-                        fetch.fail(error)
+                    for pending in [*self.running]:
+                        pending.fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
         finally:
-            if self._uploader is not None:
-                self._uploader.close()  # before the core, which frees the buffers that come back
-            self._core.close()
-
-    def _start(self, pending: PendingBatch, after_s: float) -> None:
-        if pending not in self._running and not pending.future.done():
-            fetch = BatchFetch(self._core, pending.request, partial(self._came, pending), self._on_payload)
-            self._running[pending] = fetch
-            fetch.start(after_s)
-
-    def _abandon(self, pending: PendingBatch) -> None:
-        fetch = self._running.pop(pending, None)
-        if fetch is not None:
-            fetch.abandon()
-
-    def _came(self, pending: PendingBatch, outcome: Batch | Exception) -> None:
-        del self._running[pending]
-        if isinstance(outcome, Batch):
-            self._discard(outcome.losses)
-            if self._uploader is None:  # made here and kept, the arrays cost the trainer no time
-                with suppress(TransportError):  # raised to who takes those arrays
-                    any(payload.arrays is None for payload in outcome.payloads.values())
-        if pending.future.set_running_or_notify_cancel():
-            pending.outcome = outcome
-            pending.future.set_result(outcome)
-        elif isinstance(outcome, Batch):
-            outcome.release()  # whose episodes were counted as lost
-
-    def _discard(self, losses: Sequence[Loss]) -> None:
-        refs = discardable_of(losses, discard_lost=self._discard_lost)
-        if refs:
-            try:
-                self._core.discard(self._core.discard_call(refs, self._deadline_s))
-            except TransportError as error:
-                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
+            if self.unpack.uploader is not None:
+                self.unpack.uploader.close()  # before the core, which frees the buffers that come back
+            self.core.close()

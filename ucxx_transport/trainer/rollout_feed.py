@@ -17,16 +17,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Self, Unpack
+from typing import TYPE_CHECKING, Final, Unpack
 
-from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.trainer.batch import Batch, FetchSettings, PrefetchStatistics, log_loss
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.trainer.batch import Batch, FetchSettings, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
-from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
-    from ucxx_transport.client import ClientStatistics, Payload
+    from ucxx_transport.client import Payload
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
 
@@ -83,23 +82,18 @@ class _Rollouts:
         lost = {place for index, place in enumerate(self.places) if index not in came}
         self.usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
 
+    @cached_property
+    def by_key(self) -> dict[Hashable, Payload | None]:
+        """What came of them, by key; None for what is lost."""
+        return dict.fromkeys(self.keys) | {self.keys[index]: payload for index, payload in self._came.items()}
+
     def release(self) -> None:
         """Release what came."""
         for payload in self._came.values():
             payload.release()
 
-    @cached_property
-    def payloads(self) -> dict[Hashable, Payload]:
-        """By key."""
-        return {self.keys[index]: payload for index, payload in self._came.items()}
 
-    @cached_property
-    def lost(self) -> frozenset[Hashable]:
-        """The keys of the others."""
-        return frozenset(self.keys) - frozenset(self.payloads)
-
-
-class RolloutFeed:
+class RolloutFeed(Prefetcher):
     """A trainer's rollouts, their episodes fetched ahead; what is not ours passes through. Close it, or use `with`.
 
     ```python
@@ -112,13 +106,11 @@ class RolloutFeed:
 
     Args:
         config: settings of the client.
-        device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
-            tensors and arrays on a GPU.
         on_loss: called with every episode that could not be had, once, in the thread that collects or resolves; by
             default it is logged.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
-        **settings: as for `Prefetcher`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`, `watcher`,
-            `link_factory`.
+        **settings: as for `Prefetcher`: `device`, `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
+            `watcher`, `link_factory`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -128,22 +120,20 @@ class RolloutFeed:
         self,
         config: ClientConfig | None = None,
         *,
-        device: object = None,
         on_loss: Callable[[Loss], None] = log_loss,
         output_of: Callable[[object], object] = completion_of,
         **settings: Unpack[FetchSettings],
     ) -> None:
-        self._unpack = unpacker_for(device)
         self._output_of = output_of
-        self._on_loss = on_loss
-        self._losses: deque[Loss] = deque()
+        self._tell = on_loss
+        self._unreported: deque[Loss] = deque()
         self._state = threading.RLock()
         self._turn = threading.RLock()
         self._pending: deque[_Rollouts] = deque()  # of which the first is begun
         self._in_use: _Rollouts | None = None
         self._is_awaited = True
         self._policy_version: int | None = None
-        self._prefetcher = Prefetcher(config, on_loss=self._losses.append, uploader=self._unpack.uploader, **settings)
+        super().__init__(config, on_loss=self._unreported.append, **settings)
 
     @property
     def is_cold_start(self) -> bool:
@@ -176,7 +166,7 @@ class RolloutFeed:
         asked = _Rollouts(rollouts, self._output_of)
         with self._state:
             if self._pending:
-                self._prefetcher.check_usable()
+                self.check_usable()
                 raise ConfigError(
                     "a batch is on its way or waits to be collected; collect_prefetch() first, or "
                     "defer_prefetch(rollouts)"
@@ -215,7 +205,7 @@ class RolloutFeed:
         """
         with self._turn:
             if not self._pending:
-                self._prefetcher.check_usable()
+                self.check_usable()
                 raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
             came = self._take_next(timeout_s)
         self._report()
@@ -233,7 +223,7 @@ class RolloutFeed:
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
-            self._prefetcher.check_usable()
+            self.check_usable()
             if self._pending:
                 self._take_next(timeout_s)
             rollouts = self.buffer
@@ -251,32 +241,28 @@ class RolloutFeed:
             ConfigError: the output is not ours, `policy_version` was never given, or the feed is closed.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        record: AskedFor | None = None
-        key: Hashable = None
+        with self._state:  # in which the batch in use is not released
+            payload = None if self._in_use is None else self._in_use.by_output.get(id(output))
+            if payload is not None:
+                return self.unpack(payload)
+        if not is_ours(output):
+            raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
+        record = record_of(output)
+        key = key_of(output, record)
         while True:
-            in_use = self._in_use
-            try:
-                if in_use is not None and (payload := in_use.by_output.get(id(output))) is not None:
-                    return self._unpack(payload)
-                if record is None:
-                    if not is_ours(output):
-                        kind = type(output).__name__
-                        raise ConfigError(f"a {kind} is no episode record; it needs no resolving", field="output")
-                    record = record_of(output)
-                    key = key_of(output, record)
-                if in_use is not None and key in in_use.payloads:
-                    return self._unpack(in_use.payloads[key])
-            except SlotError:
-                if self._in_use is in_use:
-                    raise
-                continue  # another thread took the next batch into use meanwhile
-            if in_use is not None and key in in_use.lost:
-                return None
+            with self._state:
+                in_use = self._in_use
+                if in_use is not None and key in in_use.by_key:
+                    payload = in_use.by_key[key]
+                    return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        episode = self._fetched(record)
+        batch = self.fetch([record], policy_version=self._policy_version)
         self._report()
-        return episode
+        if not batch.payloads:
+            return None
+        with batch.payloads[0] as payload:
+            return self.unpack(payload)
 
     def release(self) -> None:
         """Use the batch in use no longer: slots and buffers come back now rather than with the next batch.
@@ -288,30 +274,16 @@ class RolloutFeed:
         if done is not None:
             done.release()
 
-    def statistics(self) -> PrefetchStatistics:
-        """Counts since the feed was made."""
-        return self._prefetcher.statistics()
-
-    def client_statistics(self) -> ClientStatistics:
-        """Counts of the client behind it: what was read which way, and how long it took."""
-        return self._prefetcher.client_statistics()
-
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""
-        self._prefetcher.close()
+        super().close()
         with self._state:
             self._pending.clear()
         self.release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
         # what is given: a call that the thread makes which fetches
-        asked.pending = self._prefetcher.prepare(lambda: asked.records, policy_version=policy_version)
+        asked.pending = self.prepare(lambda: asked.records, policy_version=policy_version)
         self._pending.append(asked)
         if len(self._pending) == 1:
             self._begin_next()
@@ -337,10 +309,9 @@ class RolloutFeed:
         """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
         asked = self._pending[0]
         self._is_awaited = not asked.pending.is_ready
-        came = not self._is_awaited or asked.pending.wait(timeout_s)
         batch: Batch | None = None
         try:
-            batch = asked.pending.result() if came else None
+            batch = asked.pending.result(timeout_s)
         finally:
             asked.take(batch)
             done: _Rollouts | None = asked
@@ -351,16 +322,9 @@ class RolloutFeed:
                     done, self._in_use = self._in_use, asked
             if done is not None:
                 done.release()
-        return came
+        return batch.in_time
 
     def _report(self) -> None:
         """Tell of losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
-        while self._losses:
-            self._on_loss(self._losses.popleft())
-
-    def _fetched(self, record: AskedFor) -> ArrayTree | None:
-        batch = self._prefetcher.fetch([record], policy_version=self._policy_version)
-        if not batch.payloads:
-            return None
-        with batch.payloads[0] as payload:
-            return self._unpack(payload)
+        while self._unreported:
+            self._tell(self._unreported.popleft())

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -28,7 +28,7 @@ from ucxx_transport import (
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, fetch_batch
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, ROUND_PAUSE_S, BatchFetch, FetchRequest, Records
+from ucxx_transport.trainer.batch import ROUND_PAUSE_S, BatchFetch, FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
 
 LOST = PeerLostError("gone")
@@ -39,23 +39,34 @@ def episode(number: int, **other: Any) -> EpisodeRecord:
     return EpisodeRecord(**{"worker_id": "w", "sequence": number, "ref": ref, **other})
 
 
+class Fetch(BatchFetch):
+    """A fetch that keeps what it ended with."""
+
+    def __init__(
+        self, core: FakeCore, records: Sequence[AskedFor], uploader: Any, policy_version: int | None, **limits: Any
+    ) -> None:
+        bounds = FetchLimits(**{"deadline_s": 10, "max_fetch_rounds": 3, "max_staleness": None, **limits})
+        sort = bounds.sorter(policy_version)
+        super().__init__(cast("ClientCore", core), lambda: sort(records), bounds, uploader)
+        self.outcomes: list[Batch | Exception] = []
+
+    def ended(self, outcome: Batch | Exception) -> None:
+        self.outcomes.append(outcome)
+
+
 def begun(
     core: FakeCore,
-    records: Records,
+    records: Sequence[AskedFor],
     *,
-    deadline_s: float = 10,
     policy_version: int | None = None,
-    on_payload: Any = None,
+    uploader: Any = None,
     after_s: float = 0.0,
     **limits: Any,
-) -> tuple[BatchFetch, list[Batch | Exception]]:
+) -> tuple[Fetch, list[Batch | Exception]]:
     """A fetch, and where its outcome will be."""
-    outcomes: list[Batch | Exception] = []
-    bounds = {"max_fetch_rounds": DEFAULT_FETCH_ROUNDS, "max_staleness": None, **limits}
-    request = FetchRequest(records, policy_version, deadline_s=deadline_s, **bounds)
-    fetch = BatchFetch(cast("ClientCore", core), request, outcomes.append, on_payload)
+    fetch = Fetch(core, records, uploader, policy_version, **limits)
     fetch.start(after_s)
-    return fetch, outcomes
+    return fetch, fetch.outcomes
 
 
 def fetched(core: FakeCore, records: Sequence[AskedFor], **settings: Any) -> Batch:
@@ -220,26 +231,31 @@ def test_what_a_fetch_meets_beside_errors_of_episodes_ends_it_and_releases_what_
     assert outcomes == [core.raises]
     assert [payload.released for payload in core.delivered] == [True]
 
-    def records() -> list[EpisodeRecord]:
-        raise ZeroDivisionError("no records")
+    class NoRecords(Sequence[EpisodeRecord]):
+        def __getitem__(self, _: object) -> NoReturn:
+            raise ZeroDivisionError("no records")
 
-    _, outcomes = begun(core, records)
+        def __len__(self) -> int:
+            return 1
+
+    _, outcomes = begun(core, NoRecords())
     assert str(outcomes[0]) == "no records"
 
 
 def test_what_takes_payloads_may_refuse_one_and_breaks_the_batch_with_anything_else() -> None:
-    def taken(payload: Payload) -> Payload:
-        if payload.ref.slot in refused:
-            payload.release()
-            raise refused[payload.ref.slot]
-        return Payload(payload.ref, payload.arrays["data"], None, "copy")
+    class Uploader:
+        def upload(self, payload: Payload, _: object) -> Payload:
+            if payload.ref.slot in refused:
+                payload.release()
+                raise refused[payload.ref.slot]
+            return Payload(payload.ref, payload.arrays["data"], None, "copy")
 
     refused: dict[int, Exception] = {1: ConfigError("no room")}
-    batch = fetched(FakeCore(), [episode(number) for number in range(3)], on_payload=taken)
+    batch = fetched(FakeCore(), [episode(number) for number in range(3)], uploader=Uploader())
     assert [payload.transport for payload in batch.payloads.values()] == ["copy"] * 2
     assert [(loss.index, loss.reason, loss.error) for loss in batch.losses] == [(1, LossReason.FAILED, refused[1])]
     refused[2] = ZeroDivisionError()
-    _, outcomes = begun(FakeCore(), [episode(number) for number in range(3)], on_payload=taken)
+    _, outcomes = begun(FakeCore(), [episode(number) for number in range(3)], uploader=Uploader())
     assert outcomes == [refused[2]]
 
 

@@ -138,7 +138,7 @@ def test_episodes_begin_their_way_while_others_of_the_batch_are_still_being_read
         worker = LocalWorker(raw)
         receiver = Slow(FakeGpu())
         receiver.left = []
-        with Prefetcher(uploader=DeviceUploader(receiver)) as prefetcher:
+        with Prefetcher(device=receiver) as prefetcher:
             batch = prefetcher.fetch(worker.play(4))
             assert len(batch.payloads) == 4
             assert receiver.left == [3, 2, 1, 0]
@@ -278,7 +278,7 @@ def test_nothing_lands_any_more_once_it_is_closed(ring: SharedRingBuffer) -> Non
 
 def test_a_landed_payload_has_no_bytes_on_the_host(ring: SharedRingBuffer) -> None:
     gpu = by_buffers()
-    with Prefetcher(uploader=DeviceUploader(FakeReceiver(gpu))) as prefetcher:
+    with Prefetcher(device=FakeReceiver(gpu)) as prefetcher:
         ref = ring.write(episode(4))
         batch = prefetcher.fetch([_record(ref)])
         payload = batch.payloads[0]

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import pytest
@@ -28,9 +29,8 @@ def sequences(batch: Batch) -> list[int]:
 def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         pending = prefetcher.begin(worker.play(3))
+        wait_until(lambda: pending.is_ready)
         for count, expected in ((2, [0, 1, 2]), (1, [3, 4])):
-            assert pending.wait()
-            assert pending.is_ready
             batch = pending.result()
             pending = prefetcher.begin(worker.play(count))
             assert sequences(batch) == expected
@@ -75,7 +75,7 @@ def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
         old, new = worker.play(1, policy_version=1), worker.play(2, policy_version=5)
         records = [*old, *new, new[0], EpisodeRecord(worker_id="w", sequence=9, dropped="why")]
         pending = prefetcher.begin(records, policy_version=5)
-        assert pending.wait()
+        wait_until(lambda: pending.is_ready)
         assert losses == []
         assert sequences(pending.result()) == [1, 2]
         assert [(loss.index, loss.reason) for loss in losses] == [
@@ -92,11 +92,11 @@ def test_a_batch_that_does_not_come_in_time_is_given_up_and_the_next_one_comes(w
         ClientConfig(local="auto"), deadline_s=600, on_loss=losses.append, link_factory=silence
     ) as prefetcher:
         late = prefetcher.begin([*worker.play_far_away(2), *worker.play(1)])
-        assert not late.wait(0.05)
+        batch = late.result(0.05)
+        assert (batch.in_time, batch.payloads) == (False, {})
         assert [(loss.index, loss.reason) for loss in losses] == [(index, LossReason.TIMEOUT) for index in range(3)]
-        for call in (late.wait, late.result):
-            with pytest.raises(ConfigError, match="cancelled"):
-                call()
+        with pytest.raises(ConfigError, match="cancelled"):
+            late.result()
         late.cancel()  # counted once
         assert sequences(prefetcher.fetch(worker.play(1))) == [3]
         found = prefetcher.statistics()
@@ -140,7 +140,6 @@ def test_what_ends_a_fetch_is_raised_to_who_takes_it_and_the_next_batch_is_fine(
 
     with Prefetcher(link_factory=broken) as prefetcher:
         pending = prefetcher.begin(worker.play_far_away(1))
-        assert pending.wait()
         with pytest.raises(ZeroDivisionError):
             pending.result()
         assert sequences(prefetcher.fetch(worker.play(1))) == [1]
@@ -151,7 +150,7 @@ def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: Lo
     with Prefetcher(deadline_s=600, on_loss=losses.append, link_factory=silence) as prefetcher:
         (away,) = worker.play_far_away(1)
         dropped = EpisodeRecord(worker_id="w", sequence=9, dropped="why")
-        assert not prefetcher.begin([dropped, away, away, ProtocolError("what?")]).wait(0.05)
+        assert not prefetcher.begin([dropped, away, away, ProtocolError("what?")]).result(0.05).in_time
     assert [(loss.index, loss.reason) for loss in losses] == [
         (0, LossReason.DROPPED),
         (1, LossReason.TIMEOUT),
@@ -177,7 +176,7 @@ def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged
     prefetcher = Prefetcher(ClientConfig(local="auto"), deadline_s=600, link_factory=silence, max_staleness=1)
     prefetcher.fetch(worker.play(1, policy_version=9), policy_version=9).release()
     come = prefetcher.begin([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
-    assert come.wait()
+    wait_until(lambda: come.is_ready)
     prefetcher.prepare(worker.play(3, policy_version=9), policy_version=9)
     beside = prefetcher.begin(worker.play_far_away(1), policy_version=9)
     beside.cancel()
@@ -200,15 +199,15 @@ def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> N
         except ConfigError as error:
             heard.append(error.message)
 
-    waiting = [threading.Thread(target=wait, args=(call,)) for call in (pending.wait, pending.result)]
+    waiting = [threading.Thread(target=wait, args=(call,)) for call in (pending.result, partial(pending.result, 500))]
     for thread in waiting:
         thread.start()
     prefetcher.close()
     prefetcher.close()
     for thread in waiting:
         thread.join()
-    assert heard == ["the prefetcher is closed; make another"] * 2
-    for call in (pending.wait, pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([])):
+    assert heard == ["the Prefetcher is closed; make another"] * 2
+    for call in (pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([])):
         with pytest.raises(ConfigError, match="closed"):
             call()
 
@@ -218,7 +217,7 @@ def test_a_forked_child_neither_uses_nor_ends_what_is_its_parent_s(worker: Local
         pending = prefetcher.begin(worker.play(1))
         child = os.fork()
         if child == 0:
-            calls = (pending.wait, pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([]))
+            calls = (pending.result, lambda: prefetcher.begin([]), lambda: prefetcher.fetch([]))
             refused = 0
             for call in calls:
                 try:
@@ -227,7 +226,7 @@ def test_a_forked_child_neither_uses_nor_ends_what_is_its_parent_s(worker: Local
                     refused += "forked" in error.message
             prefetcher.close()
             os._exit(refused)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         assert sequences(pending.result()) == [0]
 
 
@@ -262,12 +261,11 @@ class Machine(RuleBasedStateMachine):
     @rule(place=PLACES)
     def give_up(self, place: int) -> None:
         if self.pending:
-            pending = self.pending[place % len(self.pending)]
             before = len(self.lost)
-            came = pending.wait(0)
-            assert came == (len(self.lost) == before)
-            if not came:
-                self.pending.remove(pending)
+            batch = self.pending.pop(place % len(self.pending)).result(0)
+            assert batch.in_time == (len(self.lost) == before)
+            self.taken += sequences(batch)
+            batch.release()
 
     @rule(place=PLACES)
     def take(self, place: int) -> None:
