@@ -269,7 +269,8 @@ class PublisherConfig:
     backoff_s: Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
     max_backoff_s: Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(
-        "who renews the lease: a process, which no blocked interpreter starves, or a thread", default="process"
+        "who renews the lease: a process too, which no blocked interpreter starves, or a thread alone",
+        default="process",
     )
     stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)
 

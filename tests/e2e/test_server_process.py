@@ -294,8 +294,7 @@ def test_server_of_a_worker_that_takes_long_to_die_still_sweeps() -> None:
     """Descriptors close before a process is gone: unmapping a large ring takes a while."""
     with program("long_dying_worker") as worker:
         facts = worker.hear()
-        wait_until(lambda: not is_listening(facts["port"]), MINUTE, what="the server stops serving")
-        assert psutil.pid_exists(facts["server"])
+        assert is_listening(facts["port"]), "what it has written is served until it is dead"
         assert segment_path(facts["ring"]).exists()
         worker.signal(signal.SIGKILL)
         worker.wait()

@@ -11,7 +11,7 @@ Once `writes.acquire_rank` has published the rank's record, each `Participant.st
 | thread       | does                                                                                                |
 |--------------|-----------------------------------------------------------------------------------------------------|
 | `ucxx-group` | a snapshot, then a watch after it, and a participant's step at each change. Runs all callbacks      |
-| `ucxx-lease` | renews the lease, or has a helper process renew it: a callback that takes long costs no lease       |
+| `ucxx-lease` | renews the lease, as a helper process does: a callback that takes long costs none                   |
 
 A store that does not answer changes nothing: the rank goes on with what it knows, and starts over with a snapshot.
 """
@@ -36,7 +36,7 @@ from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, RankEvent
 from ucxx_transport.groups.writes import CALL_S, RankContext
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
-from ucxx_transport.membership.renewal import LeaseRenewer
+from ucxx_transport.membership.renewal import Keeper, LeaseRenewer
 from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown
 
@@ -77,8 +77,9 @@ class Participant:
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
+        self._keeper = Keeper(context.store, context.store_config, context.config)
         self._renewer = LeaseRenewer(
-            context.store, context.store_config, lease_id, context.config, on_lost=self._on_lease_lost
+            lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
         )
         self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
         self.reset()
@@ -90,6 +91,8 @@ class Participant:
 
     def start(self) -> None:
         """Renew the lease, and take part."""
+        self._keeper.start()
+        self._keeper.keep(self._lease_id)
         self._renewer.start()
         self._thread.start()
 
@@ -244,7 +247,8 @@ class Participant:
 
     def _give_back(self, until_s: float) -> None:
         """End the renewals, then the lease; if the store does not answer, it ends by itself."""
-        self._renewer.stop()
+        self._renewer.stop(self._context.config.interval_s)
+        self._keeper.close()
         if not self._lease_lost.is_set():
             self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 

@@ -36,7 +36,7 @@ from ucxx_transport.membership.publication import (
     PublisherStatistics,
     next_epoch,
 )
-from ucxx_transport.membership.renewal import Renewal
+from ucxx_transport.membership.renewal import Keeper, renew
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
@@ -101,13 +101,13 @@ class HeartbeatPublisher:
         # The lease of another worker of this id, and since when it is seen.
         self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None
-        self._renewal = Renewal(self._store, self._store_config, self._config, on_news=self._wake)
+        self._keeper = Keeper(self._store, self._store_config, self._config)
         self._is_away = False
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
         self.error: TransportError | None = None
-        self._stopping = self._has_news = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
         self._pid = os.getpid()
 
@@ -129,7 +129,7 @@ class HeartbeatPublisher:
         """
         if self.state is not PublisherState.NEW:
             raise ConfigError("this publisher was started before; make another")
-        self._renewal.start(self._source.sidecar)
+        self._keeper.start(self._source.sidecar)
         self._source.hold()
         self._change(PublisherState.PUBLISHING)
         self._thread.start()
@@ -169,8 +169,9 @@ class HeartbeatPublisher:
             if self.state is PublisherState.STOPPED:
                 return
             atexit.unregister(self.stop)
-            self._stopping = True
-            self._wake()
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
             if self._thread.ident is None:
                 self._close()
             else:
@@ -182,7 +183,7 @@ class HeartbeatPublisher:
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
-        return replace(self._now, keeper_restarts=self._renewal.restarts, keeper_keeps=self._renewal.is_kept)
+        return replace(self._now, keeper_restarts=self._keeper.restarts, keeper_keeps=self._keeper.keeps)
 
     def __enter__(self) -> Self:
         self.start()
@@ -201,16 +202,10 @@ class HeartbeatPublisher:
             self._now = replace(self._now, **values)
             self._changed.notify_all()
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._has_news = True
-            self._changed.notify_all()
-
     def _pause(self, seconds: float) -> None:
-        """Until then, a stop, or news of the renewal."""
+        """Until then, or a stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._has_news, seconds)
-            self._has_news = False
+            self._changed.wait_for(lambda: self._stopping, seconds)
 
     def _record(self, epoch: int) -> SourceRecord:
         return SourceRecord(
@@ -233,6 +228,7 @@ class HeartbeatPublisher:
             known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
             self._change(PublisherState.FAILED, known)
         if (publication := self._publication) is not None:
+            self._keeper.keep(None)
             try:
                 publication.withdraw(self._config.stop_timeout_s)
             except TransportError as error:
@@ -242,7 +238,7 @@ class HeartbeatPublisher:
             self._source.release()
 
     def _close(self) -> None:
-        self._renewal.close()
+        self._keeper.close()
         if self._owns_store:
             self._store.close()
 
@@ -279,7 +275,7 @@ class HeartbeatPublisher:
             if publication is None:
                 publication = self._become_visible()
             else:
-                self._renewal.renew(publication.lease.lease_id)
+                renew(self._store, publication.lease.lease_id)
             if self._stopping:
                 return None
             self._source.bind()
@@ -298,7 +294,7 @@ class HeartbeatPublisher:
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
         self._publication = publication  # from here on there is something to withdraw, whatever happens
         self._change(PublisherState.STARTING, epoch=epoch)
-        self._renewal.keep(publication.lease.lease_id)
+        self._keeper.keep(publication.lease.lease_id)
         return publication
 
     def _yield_to_rival(self) -> None:
@@ -328,7 +324,7 @@ class HeartbeatPublisher:
             if self._stopping:
                 return
             try:
-                self._renewal.renew(publication.lease.lease_id)
+                renew(self._store, publication.lease.lease_id)
                 self._show_health(publication)
                 self._source.discard_old()
                 if turn % LOOK_EVERY == 0:
@@ -355,7 +351,6 @@ class HeartbeatPublisher:
 
     def _lose(self, reason: str) -> None:
         self._source.hold()
-        self._renewal.keep(None)
         self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
         _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
         self._revoke()
@@ -366,6 +361,7 @@ class HeartbeatPublisher:
         self._change(PublisherState.FAILED, error)
 
     def _revoke(self) -> None:
+        self._keeper.keep(None)
         publication, self._publication = self._publication, None
         if publication is not None:
             with suppress(TransportError):

@@ -49,6 +49,14 @@ def owner_alive(pid: int, start: int) -> bool:
     return started == start and not (state in "ZX" and threads <= 1)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or a debugger, and so answers no request."""
+    try:
+        return _read_stat(pid)[0] in "Tt"
+    except OSError:
+        return False
+
+
 def process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot; an OSError where there is none."""
     return _read_stat(pid)[1]

@@ -119,7 +119,6 @@ class UCXXServer(RingSource):
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
         self._indices = range(self._config.ports if isinstance(self._config.ports, int) else len(self._config.ports))
-        self._known: dict[int, int] = {}  # ports by index, once they have listened
         self._sidecars: list[Sidecar] = []
         if self._config.mode == "process":
             self._sidecars = [self._sidecar_of(index) for index in self._indices]
@@ -184,11 +183,11 @@ class UCXXServer(RingSource):
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
-        status = [sidecar.status for sidecar in self._sidecars]
+        sidecars = self._sidecars
         return ServerStatistics(
             host=self._address,
-            pids=tuple(one.pid for one in status) if status else (os.getpid(),) * len(self._ports),
-            restarts=sum(one.restarts for one in status),
+            pids=tuple(one.pid for one in sidecars) if sidecars else (os.getpid(),) * len(self._ports),
+            restarts=sum(one.restarts for one in sidecars),
             ports=tuple(self._counters(index).snapshot() for index in self._indices),
         )
 
@@ -224,7 +223,6 @@ class UCXXServer(RingSource):
 
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
-        self._known.clear()
         self._running = self._sidecars or [
             PortThread(self._ring, self._config, index, self._candidates(index), self._link_factory)
             for index in self._indices
@@ -264,19 +262,19 @@ class UCXXServer(RingSource):
             serve=partial(self._order, index),
             pauses_s=(0.1, 1.0),
             start_timeout_s=self._config.start_timeout_s,
-            on_up=partial(self._known.__setitem__, index),
             on_death=partial(self._clean_up, index),
             is_stalled=partial(self._is_stalled, index),
         )
 
     def _order(self, index: int) -> dict[str, object]:
         """What a process is to serve: after another's death the very port that it had."""
+        known = self._sidecars[index].said
         return {
             "ring_name": self._ring.name,
             "ring_folder": str(self._ring.folder),
             "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
             "index": index,
-            "candidates": [self._known[index]] if index in self._known else self._candidates(index),
+            "candidates": self._candidates(index) if known is None else [known],
             "settings": to_order(self._config),
         }
 

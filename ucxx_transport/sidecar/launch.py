@@ -1,46 +1,51 @@
-"""The sidecar as its worker sees it: a process that serves a port of a ring, renews a lease, or both; kept alive.
+"""The sidecar as its worker sees it: a process that serves a port of a ring, renews leases, or both; kept alive.
 
 A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
-before it has cleaned up. Each way goes a pipe with lines of JSON:
+before it has cleaned up. It is an interpreter like the worker's own: the same executable
+(`multiprocessing.set_executable` is honoured), flags and `sys.path`. Each way goes a pipe with lines of JSON:
 
 | from    | line                                         | means                                                       |
 |---------|----------------------------------------------|-------------------------------------------------------------|
 | worker  | `{"sys_path": […], "worker_pid": n,          | the first: where its modules are, whose sidecar it is,      |
 |         | "log_level": m, "serve": {…}}`               | and what it serves (null: nothing)                          |
-| worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease from now on (null: none), there, so often  |
-| worker  | `{"close": true}`                            | the close frame: end, and leave the lease as it is          |
+| worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease too, there, so often (null: no longer)     |
+| worker  | `{"close": true}`                            | the close frame: end, and leave the leases as they are      |
 | worker  | end of file without that                     | the worker is dying                                         |
 | sidecar | `{"up": 5001}`                               | it is up, and serves that port (null: none)                 |
 | sidecar | `{"failed": class, "reason": …}`             | it could not start, and ends                                |
 | sidecar | `{"died": reason}`                           | an error that no one expected ends it                       |
-| sidecar | `{"lease_id": 7, "renewed_s": …}`            | renewed, by a call made then (CLOCK_MONOTONIC)              |
-| sidecar | `{"lease_id": 7, "lost": reason}`            | the store answered twice that there is no such lease        |
+| sidecar | `{"kept": 7}`                                | this lease was renewed                                      |
 """
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing.spawn
+import multiprocessing.util
 import os
 import select
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Final, NamedTuple
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Final
 
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
-from ucxx_transport.logs import get_logger
-from ucxx_transport.sidecar.process import SidecarProcess
+from ucxx_transport.logs import effective_level, get_logger
 
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]
 """What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
-
-Hear = Callable[[dict[str, Any] | None], None]
-"""Gets the reports of a lease's renewal, and None when the process has died or could not be started."""
 
 LOOK_S: Final = 1.0
 """How often a sidecar that is up is looked at."""
@@ -48,13 +53,10 @@ LOOK_S: Final = 1.0
 _REAP_S: Final = 5.0
 _HEALTHY: Final = 10
 _ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
-
-
-class Status(NamedTuple):
-    """The pid of the process that is up, None while there is none; and how often one that was up has died unasked."""
-
-    pid: int | None
-    restarts: int
+_READ_BYTES: Final = 65536
+_WORDS_BYTES: Final = 8192
+_BOOT: Final = Path(__file__).with_name("boot.py")
+_INTERPRETERS: Final = ("python", "pypy")
 
 
 class Sidecar:
@@ -66,14 +68,16 @@ class Sidecar:
         role: in front of its log lines, such as "ucxx port 0".
         serve: makes the order of what it serves, at every start; None: it only renews.
         start_timeout_s: one that is not up by then is killed and started again.
-        on_up: called in the thread with what each that is up says: its port.
         on_death: called in the thread when one has died unasked, before it is started again.
         pauses_s: the first and the longest before it is started again; for the first that dies young there is none.
             One that was up for ten times the first pause has died of something else than its start.
         is_stalled: asked in the thread every `LOOK_S` or so while one is up; True: it is killed, and so started again.
 
     Attributes:
-        status: now.
+        pid: of the process that is up, None while there is none.
+        restarts: how often one that was up has died unasked.
+        said: what the last one that came up said: its port. None before the first.
+        kept: the leases that this one has renewed.
     """
 
     def __init__(
@@ -83,7 +87,6 @@ class Sidecar:
         pauses_s: tuple[float, float],
         serve: Callable[[], Order] | None = None,
         start_timeout_s: float = 30.0,
-        on_up: Callable[[Any], None] = lambda _: None,
         on_death: Callable[[], None] = lambda: None,
         is_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -91,27 +94,24 @@ class Sidecar:
         self._serve = serve
         self._pauses_s = pauses_s
         self._start_timeout_s = start_timeout_s
-        self._on_up, self._on_death, self._is_stalled = on_up, on_death, is_stalled
+        self._on_death, self._is_stalled = on_death, is_stalled
         self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
         self._thread: threading.Thread | None = None
-        self._process: SidecarProcess | None = None
-        self._tenant: Hear | None = None
-        self._tenant_order: Order | None = None
+        self._process: _Process | None = None
+        self._leases: dict[int, Order] = {}
         self._first: Future[Any] = Future()
         self._stop_by_s = math.inf
         self._wake = -1
-        self.status = Status(None, 0)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it was started and not stopped."""
-        return self._thread is not None
+        self.pid: int | None = None
+        self.restarts = 0
+        self.said: Any = None
+        self.kept: set[int] = set()
 
     def start(self) -> None:
         """Start it from the thread, and return at once; one that runs goes on."""
         with self._lock:
             if self._thread is None:
-                self._stop_by_s, self._first, self._wake = math.inf, Future(), os.eventfd(0)
+                self._stop_by_s, self._first, self._wake, self.said = math.inf, Future(), os.eventfd(0), None
                 self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
                 self._thread.start()
 
@@ -149,53 +149,45 @@ class Sidecar:
             return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
         if thread.is_alive():
-            raise DeadlineExceededError(
-                "the sidecar was killed and has not ended", role=self._role, pid=self.status.pid
-            )
+            raise DeadlineExceededError("the sidecar was killed and has not ended", role=self._role, pid=self.pid)
         with self._lock:
             if self._thread is thread:
                 self._thread = None
                 os.close(self._wake)
 
-    def keep(self, hear: Hear, order: Order | None) -> bool:
-        """Renew a lease too, in every process from now on; None: no longer. False: it renews another's."""
+    def keep(self, lease_id: int, store: Order | None) -> None:
+        """Renew this lease too, there, in every process from now on; None: no longer."""
+        order = {"lease_id": lease_id, "store": store}
         with self._lock:
-            if self._tenant not in {None, hear}:
-                return False
-            self._tenant, self._tenant_order = (hear, order) if order is not None else (None, None)
-            if self._process is not None and order is not None:
+            self._leases[lease_id] = order
+            if store is None:
+                del self._leases[lease_id]
+                self.kept.discard(lease_id)
+            if self._process is not None:
                 self._process.write(order)
-            return True
 
     # the thread
 
     def _run(self) -> None:
-        (first_s, longest_s), young, pause = self._pauses_s, 0, 0.0
-        while not self._wait(pause):
+        (first_s, longest_s), young, pause_s = self._pauses_s, 0, 0.0
+        while not self._wait(pause_s):
             up_s = 0.0
             try:
                 up_s, reason = self._attend()
             except Exception as error:  # noqa: BLE001 - the edge of a thread: it goes on
                 reason = str(error)
-                if not isinstance(error, TransportError):  # no memory, no descriptors
-                    reason = f"{type(error).__name__}: {error}"
-                    cause = error
-                    error = TransportError("the sidecar could not be started", role=self._role, reason=reason)
-                    error.__cause__ = cause
                 if not self._first.done():
                     self._first.set_exception(error)
                     if self._serve is not None:
                         return  # a server that never came up is its caller's to start again
             if self._is_stopping:
                 return
-            if (hear := self._tenant) is not None:
-                hear(None)
             young = 0 if up_s >= _HEALTHY * first_s else young + 1
-            pause = 0.0
+            pause_s = 0.0
             if young > 1:
-                pause = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s)
+                pause_s = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s)
             _log.warning(
-                "sidecar_died", role=self._role, reason=reason, restarts=self.status.restarts, pause_s=round(pause, 3)
+                "sidecar_died", role=self._role, reason=reason, restarts=self.restarts, pause_s=round(pause_s, 3)
             )
 
     @property
@@ -203,23 +195,24 @@ class Sidecar:
         return self._stop_by_s < math.inf
 
     def _attend(self) -> tuple[float, str]:
-        """One process from its start to its end; returns how long it was up, and how it ended.
-
-        Raises:
-            TransportError: it did not come up.
-        """
-        process = SidecarProcess(self._role, None if self._serve is None else self._serve())
+        """One process from its start to its end; returns how long it was up, and how it ended."""
+        try:
+            process = _Process(self._role, None if self._serve is None else self._serve())
+        except OSError as error:  # no memory, no descriptors
+            reason = f"{type(error).__name__}: {error}"
+            raise TransportError("the sidecar could not be started", role=self._role, reason=reason) from error
         with self._lock:
             self._process = process
-            if self._tenant_order is not None:
-                process.write(self._tenant_order)
+            for order in self._leases.values():
+                process.write(order)
         try:
             self._follow(process)
         finally:
-            was_asked, came_up_s = self._is_stopping, process.came_up_s
+            was_asked = self._is_stopping
             with self._lock:
-                self._process = None
-                self.status = Status(None, self.status.restarts + (came_up_s is not None and not was_asked))
+                self._process = self.pid = None
+                self.kept.clear()
+                self.restarts += process.came_up_s is not None and not was_asked
             if was_asked:
                 process.end(self._stop_by_s)
             else:
@@ -227,12 +220,12 @@ class Sidecar:
             how = process.reap()
         if was_asked:
             return 0.0, how
-        if came_up_s is None:
+        if process.came_up_s is None:
             raise TransportError(f"the sidecar died at its start: {how}", role=self._role)
         self._on_death()
-        return time.monotonic() - came_up_s, how
+        return time.monotonic() - process.came_up_s, how
 
-    def _follow(self, process: SidecarProcess) -> None:
+    def _follow(self, process: _Process) -> None:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
         start_by_s = judged_s + self._start_timeout_s
@@ -254,19 +247,18 @@ class Sidecar:
                     _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
                     process.popen.kill()
 
-    def _take(self, report: dict[str, Any], process: SidecarProcess) -> None:
+    def _take(self, report: dict[str, Any], process: _Process) -> None:
         if "up" in report:
-            self._on_up(report["up"])
             process.came_up()
-            self.status = Status(process.popen.pid, self.status.restarts)
+            self.said, self.pid = report["up"], process.popen.pid
             if not self._first.done():
-                self._first.set_result(report["up"])
+                self._first.set_result(self.said)
         elif "failed" in report:
             raise _ERRORS.get(report["failed"], TransportError)(report["reason"])
         elif "died" in report:
             process.last_words = report["died"]
-        elif (hear := self._tenant) is not None:
-            hear(report)
+        elif "kept" in report:
+            self.kept.add(report["kept"])
 
     def _wait(self, timeout_s: float, reports: int = -1) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
@@ -276,3 +268,131 @@ class Sidecar:
             watched.register(reports, select.POLLIN | select.POLLHUP)
         watched.poll(timeout_s * 1000)
         return self._is_stopping
+
+
+class _Process:
+    """One process of a sidecar, and its pipes."""
+
+    def __init__(self, role: str, serve: Order | None) -> None:
+        self._role = role
+        self._unread = b""
+        self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
+        self.last_words = ""  # what it says that it died of
+        handed = serve.get("descriptor") if serve is not None else None
+        inherited = [handed] if isinstance(handed, int) else []
+        self._first_words = _scratch()
+        self.reports, theirs = os.pipe()
+        errors = _errors()
+        try:
+            flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
+            self.popen = subprocess.Popen(
+                # -P: the folder of the script is none of the worker's `sys.path`
+                [interpreter(), *flags, "-P", str(_BOOT), str(theirs), str(errors), role],
+                stdin=subprocess.PIPE,
+                stdout=self._first_words,  # UCX logs there, and the worker's own may be what it talks to a program by
+                stderr=self._first_words,
+                bufsize=0,
+                pass_fds=(theirs, errors, *inherited),
+                process_group=0,
+            )
+        except BaseException:
+            os.close(self.reports)
+            self._first_words.close()
+            raise
+        finally:
+            for number in (theirs, errors, *inherited):
+                os.close(number)
+        os.set_blocking(self.reports, False)
+        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
+        sys_path = [entry for entry in entries if isinstance(entry, str)]
+        self.write({"sys_path": sys_path, "worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
+
+    def write(self, line: Order) -> None:
+        """Send it a line; one that has died loses it."""
+        assert self.popen.stdin is not None
+        with suppress(OSError):
+            self.popen.stdin.write(json.dumps(line).encode() + b"\n")
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The reports that have arrived; None at the end of file."""
+        try:
+            part = os.read(self.reports, _READ_BYTES)
+        except BlockingIOError:
+            return []
+        *lines, self._unread = (self._unread + part).split(b"\n")
+        return [json.loads(line) for line in lines] if part else None
+
+    def end(self, until_s: float) -> None:
+        """By the close frame, and by SIGKILL once `until_s` has passed."""
+        self.write({"close": True})
+        self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
+        try:
+            self.popen.wait(max(0.0, until_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _log.warning("sidecar_killed", role=self._role, pid=self.popen.pid, reason="it did not stop in time")
+            self.popen.kill()
+
+    def reap(self) -> str:
+        """Wait for its end, close what is left of it, and say how it ended."""
+        code = self.popen.wait()
+        os.close(self.reports)
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+        said = self._forwarded() if self.came_up_s is None else ""
+        if self.last_words:
+            return self.last_words
+        how = f"exit status {code}"
+        with suppress(ValueError):  # a signal without a name
+            how = signal.Signals(-code).name
+        return f"{how}: {said}" if said else how
+
+    def came_up(self) -> None:
+        """It serves, and writes to the worker's standard error from now on."""
+        self.came_up_s = time.monotonic()
+        self._forwarded()
+
+    def _forwarded(self) -> str:
+        """The last line of what it has written so far, all of which goes where it belongs."""
+        with self._first_words as words:
+            words.seek(max(0, words.seek(0, os.SEEK_END) - _WORDS_BYTES))
+            text = words.read()
+        errors = _errors()
+        with suppress(OSError):
+            os.write(errors, text)
+        os.close(errors)
+        return text.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+
+
+def interpreter() -> str:
+    """The interpreter that sidecars are started with.
+
+    Raises:
+        ConfigError: `sys.executable` is none, as in an application that embeds Python, and no other was set.
+    """
+    chosen = multiprocessing.spawn.get_executable()
+    path = os.fsdecode(chosen) if chosen else ""
+    # an application that embeds Python would start itself again
+    if path and (path != sys.executable or Path(path).name.lower().startswith(_INTERPRETERS)):
+        return path
+    raise ConfigError(
+        f"sys.executable is {sys.executable!r}, which is no Python interpreter, so no sidecar can be started: call "
+        "multiprocessing.set_executable('/path/to/python'), or use ServerConfig(mode='thread') and "
+        "PublisherConfig(keeper='thread')",
+        field="mode",
+        value=sys.executable,
+    )
+
+
+def _scratch() -> IO[bytes]:
+    """A file without a name: in memory, since a container may have no folder to write to; some builds lack the call."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("ucxx-sidecar"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _errors() -> int:
+    """A descriptor of this process's standard error; of nothing, where that is closed."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.clock import Clock
-from tests.support.memory_store import MemoryStore
-from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.membership.local_store import LocalStore
-from ucxx_transport.membership.renewal import FRESH, Renewal
+from ucxx_transport.membership.renewal import Keeper
 from ucxx_transport.sidecar.launch import Sidecar
 
 MINUTE = 60.0
@@ -31,165 +28,89 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 @pytest.fixture
-def renewal(store: LocalStore) -> Iterator[Renewal]:
-    renewal = Renewal(store, StoreConfig(), CONFIG)
-    yield renewal
-    renewal.close()
+def keeper(store: LocalStore) -> Iterator[Keeper]:
+    keeper = Keeper(store, StoreConfig(), CONFIG)
+    yield keeper
+    keeper.close()
 
 
-def pid_of(renewal: Renewal, other_than: int | None = None) -> int:
-    pid = wait_until(lambda: renewal.pid not in (None, other_than) and renewal.pid, MINUTE, what="a sidecar is up")
-    assert isinstance(pid, int)
-    return pid
-
-
-def test_a_lease_is_renewed_until_it_is_lost(store: LocalStore, renewal: Renewal) -> None:
-    lease_id = store.grant(TTL_S).lease_id
-    assert not renewal.keeps(lease_id)
-    renewal.start()
-    renewal.keep(lease_id)
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
-    assert renewal.is_kept
-    store.revoke(lease_id)
-    with pytest.raises(LeaseLostError):
-        wait_until(lambda: not renewal.keeps(lease_id), MINUTE, what="its end is reported")
-    other = store.grant(TTL_S).lease_id
-    renewal.keep(other)
-    wait_until(lambda: renewal.keeps(other), MINUTE, what="the next one is renewed")
-
-
-def test_a_sidecar_that_died_is_not_believed_and_another_goes_on(store: LocalStore, renewal: Renewal) -> None:
-    lease_id = store.grant(TTL_S).lease_id
-    renewal.start()
-    renewal.keep(lease_id)
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
-    dead = pid_of(renewal)
-    os.kill(dead, signal.SIGKILL)
-    wait_until(lambda: renewal.restarts == 1, MINUTE, what="its death is noticed")
-    assert pid_of(renewal, other_than=dead) != dead
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="the other one renews")
-
-
-def test_a_sidecar_that_is_stopped_is_not_believed(store: LocalStore, renewal: Renewal) -> None:
-    lease_id = store.grant(TTL_S).lease_id
-    renewal.start()
-    renewal.keep(lease_id)
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it is renewed")
-    pid = pid_of(renewal)
-    stop_process(pid)
-    try:
-        wait_until(lambda: not renewal.keeps(lease_id), MINUTE, what="its last renewal is too long ago")
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="it goes on")
-    assert renewal.restarts == 0
-
-
-def test_where_no_process_can_be_made_the_owner_renews(
-    store: LocalStore, renewal: Renewal, monkeypatch: pytest.MonkeyPatch
+def test_one_lease_after_the_other_is_renewed_whatever_became_of_the_one_before(
+    store: LocalStore, keeper: Keeper
 ) -> None:
+    lease_id = store.grant(TTL_S).lease_id
+    keeper.start()
+    assert not keeper.keeps
+    keeper.keep(lease_id)
+    wait_until(lambda: keeper.keeps, MINUTE, what="it is renewed")
+    store.revoke(lease_id)
+    keeper.keep(store.grant(TTL_S).lease_id)
+    wait_until(lambda: keeper.keeps, MINUTE, what="the next one is renewed")
+
+
+def test_a_sidecar_that_died_is_not_believed_and_another_goes_on(store: LocalStore, keeper: Keeper) -> None:
+    keeper.start()
+    keeper.keep(store.grant(TTL_S).lease_id)
+    wait_until(lambda: keeper.keeps, MINUTE, what="it is renewed")
+    assert keeper.host is not None
+    dead = keeper.host.pid
+    assert dead is not None
+    os.kill(dead, signal.SIGKILL)
+    wait_until(lambda: keeper.restarts == 1, MINUTE, what="its death is noticed")
+    wait_until(lambda: keeper.keeps, MINUTE, what="the other one renews")
+    assert keeper.host.pid not in (None, dead)
+
+
+def test_where_no_process_can_be_made_that_is_tried_again(
+    store: LocalStore, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    was_refused = threading.Event()
+
     def refuse(*_: object, **__: object) -> None:
+        was_refused.set()
         raise BlockingIOError("too many processes")
 
-    lease_id = store.grant(TTL_S).lease_id
     with monkeypatch.context() as without:
         without.setattr("subprocess.Popen", refuse)
-        renewal.start()
-        renewal.keep(lease_id)
-        wait_until(lambda: renewal.restarts > 0, MINUTE, what="it could not be started")
-        assert not renewal.keeps(lease_id)
-    wait_until(lambda: renewal.keeps(lease_id), MINUTE, what="one can be made again")
+        keeper.start()
+        keeper.keep(store.grant(TTL_S).lease_id)
+        assert was_refused.wait(MINUTE)
+        assert not keeper.keeps
+    wait_until(lambda: keeper.keeps, MINUTE, what="one can be made again")
 
 
-def test_it_is_closed_before_it_has_begun(store: LocalStore, renewal: Renewal) -> None:
+def test_it_is_closed_before_it_has_begun(store: LocalStore, keeper: Keeper) -> None:
     lease_id = store.grant(TTL_S).lease_id
-    renewal.start()
-    renewal.keep(lease_id)
-    renewal.close()
-    renewal.close()
-    assert renewal.pid is None
+    keeper.start()
+    keeper.keep(lease_id)
+    keeper.close()
+    keeper.close()
+    assert keeper.host is not None
+    assert keeper.host.pid is None
     assert store.keep_alive(lease_id) == TTL_S, "the lease is its owner's"
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def test_a_sidecar_that_has_other_work_renews_all_leases_that_it_is_given(store: LocalStore) -> None:
+    host = Sidecar("server", pauses_s=(0.0, 0.0))
+    first, second = (Keeper(store, StoreConfig(), CONFIG) for _ in range(2))
+    for keeper in (first, second):
+        keeper.start(host)
+        keeper.keep(store.grant(TTL_S).lease_id)
+    host.start()
+    try:
+        for keeper in (first, second):
+            wait_until(lambda keeper=keeper: keeper.keeps, MINUTE, what="it is renewed")  # type: ignore[misc]  # bound
+        first.close()
+        assert host.pid is not None, "it is its owner's to stop"
+        host.kept.clear()
+        wait_until(lambda: second.keeps, MINUTE, what="the other one is renewed on")
+    finally:
+        second.close()
+        host.stop(0.0)
 
 
-@pytest.fixture
-def news() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def hosted(clock: Clock, news: list[str]) -> Renewal:
-    """One whose sidecar is never started: the test is its reports."""
-    found = Renewal(MemoryStore(), StoreConfig(), PublisherConfig(), on_news=lambda: news.append("news"), clock=clock)
-    found.start(idle())
-    return found
-
-
-def idle() -> Sidecar:
-    return Sidecar("server", pauses_s=(1.0, 1.0))
-
-
-def test_a_renewal_counts_for_a_little_longer_than_an_interval(hosted: Renewal, clock: Clock) -> None:
-    hosted.keep(7)
-    assert not hosted.keeps(7)
-    hosted.hear({"lease_id": 7, "renewed_s": clock.now_s - 0.5})
-    assert hosted.keeps(7)
-    clock.now_s += 2.0 * FRESH - 0.6
-    assert hosted.keeps(7)
-    clock.now_s += 0.2
-    assert not hosted.keeps(7), "counted from the call of the store, not from the report's arrival"
-
-
-def test_a_report_of_another_lease_or_of_a_dead_process_does_not_count(hosted: Renewal, clock: Clock) -> None:
-    hosted.keep(7)
-    hosted.hear({"lease_id": 6, "renewed_s": clock.now_s})
-    hosted.hear({"lease_id": 6, "lost": "of the one before"})
-    assert not hosted.keeps(7)
-    hosted.hear({"lease_id": 7, "renewed_s": clock.now_s})
-    hosted.hear(None)
-    assert not hosted.keeps(7)
-    assert hosted.restarts == 1
-
-
-def test_news_is_what_changes_the_answer(hosted: Renewal, clock: Clock, news: list[str]) -> None:
-    hosted.keep(7)
-    hosted.hear({"lease_id": 7, "renewed_s": clock.now_s})
-    assert len(news) == 1
-    hosted.hear({"lease_id": 7, "renewed_s": clock.now_s})
-    assert len(news) == 1
-    hosted.hear(None)
-    assert len(news) == 2
-    hosted.hear({"lease_id": 7, "lost": "gone"})
-    assert len(news) == 3
-
-
-def test_a_sidecar_that_has_a_lease_already_is_not_given_another() -> None:
-    host = idle()
-    first, second, third = (Renewal(MemoryStore(), StoreConfig(), PublisherConfig()) for _ in range(3))
-    first.start(host)
-    assert not host.is_running, "its owner starts it"
-    assert not host.keep(second.hear, second.order)
-    first.close()
-    third.start(host)
-    assert not host.is_running
-    first.close()
-    assert not host.keep(second.hear, second.order), "a second close takes nothing from another"
-    third.close()
-
-
-def test_without_a_process_each_call_renews(store: LocalStore) -> None:
-    renewal = Renewal(store, StoreConfig(), PublisherConfig(keeper="thread"))
-    renewal.start()
-    lease_id = store.grant(TTL_S).lease_id
-    renewal.keep(lease_id)
-    assert not renewal.keeps(lease_id)
-    renewal.renew(lease_id)
-    assert renewal.pid is None
-    store.revoke(lease_id)
-    with pytest.raises(LeaseLostError):
-        renewal.renew(lease_id)
-    renewal.close()
+def test_without_a_process_its_owner_alone_renews(store: LocalStore) -> None:
+    keeper = Keeper(store, StoreConfig(), PublisherConfig(keeper="thread"))
+    keeper.start()
+    keeper.keep(store.grant(TTL_S).lease_id)
+    assert (keeper.host, keeper.keeps, keeper.restarts) == (None, False, 0)
+    keeper.close()

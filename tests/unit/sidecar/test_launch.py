@@ -47,10 +47,10 @@ def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> Non
             with pytest.raises(ConfigError, match=str(port)):
                 second.wait_up(soon())
             second.stop(soon())
-            assert second.status.restarts == 0, "one that never came up is its caller's to start again"
+            assert second.restarts == 0, "one that never came up is its caller's to start again"
         finally:
             first.stop(soon())
-        assert not first.is_running
+        assert first.pid is None
 
 
 def test_a_ring_that_is_gone_is_an_error_of_the_start() -> None:
@@ -69,40 +69,19 @@ def test_one_that_is_not_up_in_time_is_an_error_of_the_start() -> None:
     sidecar.stop(soon())
 
 
-class Tenant:
-    """Notes what it hears of its lease."""
-
-    def __init__(self) -> None:
-        self.deaths = threading.Semaphore(0)
-
-    def hear(self, report: object) -> None:
-        if report is None:
-            self.deaths.release()
-
-
-NO_LEASE = {"lease_id": None, "store": {"url": "local://", "config": {}, "interval_s": 1.0}}
-
-
-def test_one_that_dies_is_started_again_and_its_tenant_hears_of_it() -> None:
-    up: list[object] = []
+def test_one_that_dies_is_started_again() -> None:
     died = threading.Event()
-    tenant, other = Tenant(), Tenant()
-    sidecar = Sidecar("lease", pauses_s=AT_ONCE, on_up=up.append, on_death=died.set)
-    assert sidecar.keep(tenant.hear, NO_LEASE)
-    assert not sidecar.keep(other.hear, NO_LEASE)
+    sidecar = Sidecar("lease", pauses_s=AT_ONCE, on_death=died.set)
     sidecar.start()
-    dead = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")
+    dead = wait_until(lambda: sidecar.pid, MINUTE, what="it is up")
     assert dead is not None
     os.kill(dead, signal.SIGKILL)
-    assert tenant.deaths.acquire(timeout=MINUTE)
     assert died.wait(MINUTE)
-    wait_until(lambda: sidecar.status.pid not in (None, dead), MINUTE, what="another one is up")
-    assert (sidecar.status.restarts, up) == (1, [None, None])
-    assert sidecar.keep(tenant.hear, None)
-    assert sidecar.keep(other.hear, NO_LEASE)
+    wait_until(lambda: sidecar.pid not in (None, dead), MINUTE, what="another one is up")
+    assert (sidecar.restarts, sidecar.said) == (1, None)
     sidecar.stop(soon())
     sidecar.stop(soon())
-    assert sidecar.status.pid is None
+    assert sidecar.pid is None
 
 
 def test_a_stopped_one_can_be_started_again() -> None:
@@ -112,15 +91,15 @@ def test_a_stopped_one_can_be_started_again() -> None:
         sidecar.start()
         assert sidecar.wait_up(soon()) is None
         sidecar.stop(soon())
-        assert not sidecar.is_running
+        assert sidecar.pid is None
 
 
 def test_one_that_does_not_answer_its_close_frame_is_killed() -> None:
     sidecar = Sidecar("lease", pauses_s=AT_ONCE)
     sidecar.start()
     sidecar.wait_up(soon())
-    pid = wait_until(lambda: sidecar.status.pid, MINUTE, what="it is up")
+    pid = wait_until(lambda: sidecar.pid, MINUTE, what="it is up")
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     sidecar.stop(time.monotonic())
-    assert sidecar.status.pid is None
+    assert sidecar.pid is None

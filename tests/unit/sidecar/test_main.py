@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.sidecar.main import WorkerEnd
+from ucxx_transport.ring.owner import is_stopped, owner_alive, process_start
+from ucxx_transport.sidecar.main import worker_of
 
 
 class Parent:
@@ -41,29 +42,25 @@ def parent(worker: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_worker_whose_children_have_another_parent_is_there_until_its_last_thread_has_ended(
     worker: subprocess.Popen[bytes], parent: Parent
 ) -> None:
-    end = WorkerEnd(worker.pid)
+    owner = worker_of(worker.pid)
     parent.pid = 1  # as when its main thread has ended and the others are about to
-    assert not end.is_gone
-    assert not end.wait_until_gone(0.0)
+    assert owner_alive(*owner)
     worker.kill()
-    assert end.wait_until_gone(60)
+    wait_until(lambda: not owner_alive(*owner), 60, what="it is gone")
 
 
 def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
     worker: subprocess.Popen[bytes], parent: Parent
 ) -> None:
     parent.pid = 1
-    end = WorkerEnd(worker.pid)
-    assert end.is_gone
-    assert end.wait_until_gone(0.0)
+    assert not owner_alive(*worker_of(worker.pid))
 
 
-def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes], parent: Parent) -> None:
-    end = WorkerEnd(parent.pid)
-    assert not end.is_stopped
+def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes]) -> None:
+    assert not is_stopped(worker.pid)
     worker.send_signal(signal.SIGSTOP)
-    wait_until(lambda: end.is_stopped, 60, what="it is seen to be stopped")
-    assert not end.is_gone
+    wait_until(lambda: is_stopped(worker.pid), 60, what="it is seen to be stopped")
+    assert owner_alive(worker.pid, process_start(worker.pid))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.membership import renewal
-from ucxx_transport.membership.renewal import Renewal, open_ordered
+from ucxx_transport.membership.renewal import Keeper, open_ordered
 from ucxx_transport.server.port_thread import of_order, to_order
 
 SECRET = "correct horse"
@@ -26,12 +26,11 @@ def as_sent(order: object) -> dict[str, Any]:
 
 def opened(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str, StoreConfig]:
     """What the sidecar would open for a store with these settings."""
-    order = as_sent(Renewal(MemoryStore(), config, PublisherConfig(interval_s=0.5)).order)
-    assert order["lease_id"] is None
+    order = as_sent(Keeper(MemoryStore(), config, PublisherConfig(interval_s=0.5)).order)
     found: list[tuple[str, StoreConfig]] = []
     with monkeypatch.context() as patched:
         patched.setattr(renewal, "open_store", lambda url, config: found.append((url, config)))
-        open_ordered(order["store"])
+        open_ordered(order)
     return found[0]
 
 
@@ -71,7 +70,7 @@ def test_the_settings_of_a_server_arrive_as_they_were_given(token: str | bytes |
 
 
 def test_secrets_are_never_printed() -> None:
-    lease = Renewal(MemoryStore(), STORE, PublisherConfig())
+    lease = Keeper(MemoryStore(), STORE, PublisherConfig())
     server = ServerConfig(token=SECRET)
     assert SECRET in json.dumps(lease.order)  # they have to travel
     for words in (repr(lease), repr(STORE), repr(server), repr(of_order(to_order(server)))):

@@ -17,8 +17,7 @@ import pytest
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.sidecar.process import interpreter
+from ucxx_transport.sidecar.launch import Sidecar, interpreter
 
 MINUTE = 60.0
 AT_ONCE = (0.0, 0.0)
@@ -178,10 +177,10 @@ def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: 
     one.start()
     try:
         one.wait_up(soon())
-        wait_until(lambda: one.status.restarts and one.status.pid, MINUTE, what="another one is up")
+        wait_until(lambda: one.restarts and one.pid, MINUTE, what="another one is up")
     finally:
         one.stop(soon())
-    assert one.status.restarts == 1
+    assert one.restarts == 1
 
 
 def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_later(
@@ -191,7 +190,7 @@ def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_lat
     one = Sidecar("test", serve=dict, pauses_s=(0.01, 0.03))
     one.start()
     try:
-        wait_until(lambda: one.status.restarts >= 4, MINUTE, what="it has died so often")
+        wait_until(lambda: one.restarts >= 4, MINUTE, what="it has died so often")
     finally:
         one.stop(soon())
     deaths = [event for event in log_events if event["event"] == "sidecar_died"][:4]
@@ -208,7 +207,7 @@ def test_one_that_was_up_for_long_is_started_again_at_once(
     one = Sidecar("test", serve=dict, pauses_s=(0.005, 60.0))
     one.start()
     try:
-        wait_until(lambda: one.status.restarts >= 3, MINUTE, what="it has died so often")
+        wait_until(lambda: one.restarts >= 3, MINUTE, what="it has died so often")
     finally:
         one.stop(soon())
     assert {event["pause_s"] for event in log_events if event["event"] == "sidecar_died"} == {0.0}
