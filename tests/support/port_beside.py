@@ -12,7 +12,7 @@ from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.server.port_thread import PortThread
+from ucxx_transport.server.port import PortThread
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
 
 __all__ = ["PortBeside", "port_beside"]

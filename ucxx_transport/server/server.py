@@ -16,7 +16,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, PortCounters, ServerStatistics
-from ucxx_transport.server.port_thread import PortThread, to_order
+from ucxx_transport.server.port import PortThread, to_order
 from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.teardown import Teardown
 

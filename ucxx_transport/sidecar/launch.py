@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
@@ -127,7 +126,7 @@ class Sidecar:
         """
         try:
             return self._first.result(max(0.0, until_s - time.monotonic()))
-        except FutureTimeoutError:
+        except TimeoutError:
             raise DeadlineExceededError("the sidecar did not come up in time", role=self._role) from None
 
     def begin_stop(self, until_s: float) -> None:

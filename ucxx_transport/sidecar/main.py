@@ -37,7 +37,7 @@ from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_st
 if TYPE_CHECKING:
     from ucxx_transport.membership.renewal import LeaseRenewer
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.server.port_thread import PortThread
+    from ucxx_transport.server.port import PortThread
 
 _log = get_logger(__name__)
 
@@ -104,7 +104,7 @@ class _Main:
     def _start_port(self, serve: Mapping[str, Any]) -> int:
         """Serve one port of a ring, as `ucxx_transport.server.server` orders it; returns the port."""
         from ucxx_transport.ring import SharedRingBuffer
-        from ucxx_transport.server.port_thread import PortThread, of_order
+        from ucxx_transport.server.port import PortThread, of_order
 
         settings = of_order(serve["settings"])
         self._stop_timeout_s = settings.stop_timeout_s

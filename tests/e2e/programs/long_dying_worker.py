@@ -14,7 +14,7 @@ import sys
 
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
-from ucxx_transport.server.port_thread import to_order
+from ucxx_transport.server.port import to_order
 from ucxx_transport.sidecar import boot
 
 

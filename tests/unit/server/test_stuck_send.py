@@ -20,8 +20,7 @@ from ucxx_transport.link.reactor import Reactor, Wakeup
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import PortCounters, PortStatistics
-from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port
-from ucxx_transport.server.port_thread import PortThread
+from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port, PortThread
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import Frame, Kind
 

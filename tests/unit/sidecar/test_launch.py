@@ -14,7 +14,7 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import segment_folder
-from ucxx_transport.server.port_thread import to_order
+from ucxx_transport.server.port import to_order
 from ucxx_transport.sidecar.launch import Order, Sidecar
 
 MINUTE = 60.0

@@ -68,7 +68,7 @@ def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes])
     [
         (("ucxx_transport.sidecar.main",), {"asyncio", "http", "numpy", "sqlite3"}),
         (
-            ("ucxx_transport.sidecar.main", "ucxx_transport.server.port_thread", "ucxx_transport.ring"),
+            ("ucxx_transport.sidecar.main", "ucxx_transport.server.port", "ucxx_transport.ring"),
             {
                 "anyio",
                 "asyncio",

@@ -11,7 +11,7 @@ from tests.support.memory_store import MemoryStore
 from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.membership import renewal
 from ucxx_transport.membership.renewal import Keeper, open_ordered
-from ucxx_transport.server.port_thread import of_order, to_order
+from ucxx_transport.server.port import of_order, to_order
 
 SECRET = "correct horse"
 STORE = StoreConfig(namespace="job-7", timeout_s=1.5, user="root", password=SECRET, ca_file="/ca.pem")
