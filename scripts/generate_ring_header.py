@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.states import STATE_BITS, STATE_MASK, TRANSITIONS, SlotEvent, SlotState, step_of
+from ucxx_transport.ring.states import STATE_BITS, STATE_MASK, TRANSITIONS, SlotEvent, SlotState, advance
 from ucxx_transport.wire import frames
 
 HEADER = Path(__file__).resolve().parent.parent / "ucxx_transport" / "native" / "ring_layout.h"
@@ -32,8 +32,8 @@ _WORDS = (
     "FIRST_ENTRY",
     *("ENTRY_WORDS", "ENTRY_LEASE", "ENTRY_PID", "ENTRY_START", "ENTRY_READER"),
     *("HOLD_SLOT", "HOLD_GENERATION", "HOLD_LEASE", "HOLD_PID", "HOLD_START", "HOLD_READER", "HOLD_NBYTES"),
-    *("HOLD_CHECKSUM", "HOLD_HAS_CHECKSUM", "HOLD_STATE", "HOLD_OUTCOME", "HOLD_ATTEMPTS"),
-    *("HOLD_RING", "HOLD_ARGUMENT", "HOLD_ENVELOPE_BYTES", "HOLD_COMMIT_TIME", "HOLD_WORDS"),
+    *("HOLD_CHECKSUM", "HOLD_HAS_CHECKSUM", "HOLD_STATE", "HOLD_WAIT_NS", "HOLD_ATTEMPTS"),
+    *("HOLD_RING", "HOLD_ARGUMENT", "HOLD_ENVELOPE_BYTES", "HOLD_COMMIT_TIME", "HOLD_SEQUENCE", "HOLD_WORDS"),
     *("TAKE_ROOM", "TAKE_BYTES", "TAKE_NEWEST", "TAKE_SLOT", "TAKE_SEQUENCE", "TAKE_RETURNS", "TAKE_NUMBER"),
     *("TAKE_LARGE", "TAKE_SEEN", "TAKE_NEXT", "TAKE_NEXT_SEQUENCE", "TAKE_FOLLOWS", "TAKE_FIRST"),
     *("TAKE_FIRST_SEQUENCE", "TAKE_STEPS", "TAKE_WORDS"),
@@ -60,8 +60,8 @@ def header() -> str:
         "",
         *_enum("state", {state.name: int(state) for state in SlotState}, "STATES"),
         *_enum("event", {event.name: int(event) for event in SlotEvent}, "EVENTS"),
-        *_enum("counter", {f"COUNT_{counter.name}": int(counter) for counter in layout.Counter}, "COUNTERS"),
-        *_enum("outcome", {outcome.name: int(outcome) for outcome in layout.Outcome}, "OUTCOMES"),
+        *_enum("counter", {f"COUNT_{name.upper()}": index for index, name in enumerate(layout.COUNTERS)}, "COUNTERS"),
+        *_enum("outcome", {name: index for index, name in enumerate(layout.OUTCOMES)}, "OUTCOMES"),
         "/* What an event adds to a state word: `advance` of ring/states.py. */",
         "#define NO_STEP 0x7fff",
         "static const short STEP[EVENTS][STATES] = {",
@@ -84,7 +84,7 @@ def _enum(name: str, members: dict[str, int], total: str) -> list[str]:
 
 
 def _step(state: SlotState, event: SlotEvent) -> str:
-    return str(step_of(state, event)) if (state, event) in TRANSITIONS else "NO_STEP"
+    return str(advance(state, event) - state) if (state, event) in TRANSITIONS else "NO_STEP"
 
 
 def main() -> int:

@@ -256,6 +256,7 @@ def _segment() -> str:
         for name, value in vars(layout).items()
         if name.endswith("_WORD") and value < layout.HEADER_WORDS
     ]
+    counters = ((number, f"`{name.upper()}`") for number, name in enumerate(layout.COUNTERS))
     lines = ["# Segment: the byte map", "", _NOTICE.format(source="ring/layout.py"), ""]
     lines += ["What the words are for is in [the reference](UCXX.md#the-ring).", ""]
     lines += [
@@ -265,7 +266,13 @@ def _segment() -> str:
         "",
         *_table(("word", "holds"), ((f"{value}", name) for name, value in sorted(words, key=lambda item: item[1]))),
     ]
-    lines += ["## Counters", "", f"From word {layout.COUNTER_WORD} on, one word each.", "", *_members(layout.Counter)]
+    lines += [
+        "## Counters",
+        "",
+        f"From word {layout.COUNTER_WORD} on, one word each.",
+        "",
+        *_table(("value", "name"), counters),
+    ]
     lines += ["## Numbers", "", *_table(("name", "value"), ((f"`{name}`", getattr(layout, name)) for name in sizes))]
     return "\n".join(lines).rstrip() + "\n"
 

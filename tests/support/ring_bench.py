@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+
 from ucxx_transport.config import RingConfig
 from ucxx_transport.native import Library
 from ucxx_transport.ring import SlotState
+from ucxx_transport.ring.handle import create_ring
 from ucxx_transport.ring.layout import (
+    ABORTED,
     COMMIT_TIME,
+    CONSUMED,
+    COUNTER_WORD,
+    COUNTERS,
     ENTRY_LEASE,
     ENTRY_READER,
     ENTRY_WORDS,
@@ -27,16 +35,16 @@ from ucxx_transport.ring.layout import (
     PREVIOUS,
     READY_FIRST_WORD,
     READY_PREVIOUS,
+    RECLAIMED_READS,
+    RECLAIMED_WRITES,
     REQUIRED_READS,
     SEQUENCE,
     STATE,
     STATE_COUNT_WORD,
     TAKE_NUMBER,
-    Counter,
     message_bytes,
 )
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.ring.shared_ring_buffer import create_ring
 from ucxx_transport.ring.states import generation_of, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Transitions, Words
 from ucxx_transport.wire import codec
@@ -51,7 +59,6 @@ class RingBench:
     def __init__(self, library: Library | None = None, *, slots: int = 3, readers: int = 3) -> None:
         config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
         self.segment, self.identity, _ = create_ring(config)
-        self.geometry = self.identity.geometry
         self.transitions = Transitions(self.segment, self.identity, lock_wait_s=5.0, library=library)
         self.leases = 0
 
@@ -61,7 +68,7 @@ class RingBench:
 
     def base(self, slot: int) -> int:
         """Word of a slot's header."""
-        return self.geometry.first_slot_word + slot * self.geometry.slot_words
+        return self.identity.first_slot_word + slot * self.identity.slot_words
 
     def state(self, slot: int) -> SlotState:
         return state_of(self.segment.words[self.base(slot) + STATE])
@@ -70,7 +77,7 @@ class RingBench:
         return generation_of(self.segment.words[self.base(slot) + STATE])
 
     def states(self) -> list[SlotState]:
-        return [self.state(slot) for slot in range(self.geometry.slots)]
+        return [self.state(slot) for slot in range(self.identity.slots)]
 
     def listed(self, first: int, links: int = PREVIOUS) -> list[int]:
         """The slots of a list, from its first to its last; checked against the same backwards."""
@@ -80,7 +87,7 @@ class RingBench:
             base = self.base(at - 1)
             assert words[base + links] == before, "a list reads backwards as it does forwards"
             forwards.append(at - 1)
-            assert len(forwards) <= self.geometry.slots, "a list ends"
+            assert len(forwards) <= self.identity.slots, "a list ends"
             before, at = at, words[base + links + 1]
         assert words[first + 1] == before, "a list's last word is its last slot"
         return forwards
@@ -99,7 +106,7 @@ class RingBench:
         assert counts == [states.count(state) for state in SlotState]
         for slot, state in enumerate(states):
             first = self.base(slot) + FIRST_ENTRY
-            leases = [words[first + ENTRY_WORDS * index] for index in range(self.geometry.entries)]
+            leases = [words[first + ENTRY_WORDS * index] for index in range(self.identity.entries)]
             if state in (SlotState.FREE, SlotState.WRITING):
                 assert not any(leases), "a slot without a payload has no reader"
             elif state is SlotState.READY:
@@ -112,17 +119,17 @@ class RingBench:
         base, state = self.base(slot), self.state(slot)
         owners = sorted(
             (words[HOLD_PID], words[HOLD_START], words[HOLD_LEASE])
-            for words in self.transitions.holds()
+            for words in self.holds()
             if words[HOLD_SLOT] == slot
         )
         if state in (SlotState.FREE, SlotState.WRITING):
             return state, self.generation(slot), owners
         words, first = self.segment.words, base + FIRST_ENTRY
-        entries = [first + ENTRY_WORDS * index for index in range(self.geometry.entries)]
+        entries = [first + ENTRY_WORDS * index for index in range(self.identity.entries)]
         had = [words[entry + ENTRY_READER] for entry in entries if words[entry + ENTRY_LEASE] & 1]
         facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS, ENVELOPE_BYTES)]
         assert words[base + COMMIT_TIME]
-        start = self.geometry.payload_byte(slot) - HEADROOM_BYTES
+        start = self.identity.first_payload_byte + slot * self.identity.stride_bytes - HEADROOM_BYTES
         message = self.segment.memory[start : start + message_bytes(facts[0])].data
         header = codec.decode_header(message)
         codec.check_trailer(message, header)
@@ -151,22 +158,37 @@ class RingBench:
     def taking(self, owner: Owner, reader: int, number: int = 2, *, newest: bool = False) -> list[Words]:
         holds = [self.hold(owner, reader=reader) for _ in range(number)]
         asked = TakeWords(number, 2**64 - 1, newest)
-        self.transitions.take(holds, asked)
+        self.take(holds, asked)
         return holds[: asked[TAKE_NUMBER]]
 
+    def take(self, holds: list[Words], asked: Words) -> None:
+        self.transitions.call("take", (ctypes.c_void_p * len(holds))(*map(ctypes.addressof, holds)), asked)
+
+    # ways out of one
+
+    def abort(self, words: Words) -> bool:
+        return self.transitions.finalise(words, ABORTED)
+
+    def discard(self, payload: Words) -> bool:
+        return not self.transitions.call("discard", payload[HOLD_SLOT], payload[HOLD_GENERATION])
+
+    def holds(self) -> Iterator[Words]:
+        return self.transitions.holds(SlotState.WRITING, SlotState.READING)
+
+    def counted(self, counter: str) -> int:
+        return self.segment.words[COUNTER_WORD + COUNTERS.index(counter)]
+
     def reclaim(self, owner: Owner) -> None:
-        for words in list(self.transitions.holds()):
+        for words in list(self.holds()):
             if (words[HOLD_PID], words[HOLD_START]) == owner:
-                if state_of(words[HOLD_STATE]) is SlotState.WRITING:
-                    assert self.transitions.abort(words, Counter.RECLAIMED_WRITES)
-                else:
-                    assert self.transitions.finalise(words, Counter.RECLAIMED_READS)
+                is_write = state_of(words[HOLD_STATE]) is SlotState.WRITING
+                assert self.transitions.finalise(words, RECLAIMED_WRITES if is_write else RECLAIMED_READS)
 
     def drain(self) -> None:
         """Every slot can be written, read and freed, whatever has happened."""
-        for _ in range(2 * self.geometry.slots):
+        for _ in range(2 * self.identity.slots):
             payload = self.written()
-            assert self.transitions.finalise(self.reading(payload, LIVING), Counter.CONSUMED)
+            assert self.transitions.finalise(self.reading(payload, LIVING), CONSUMED)
         self.check()
         assert SlotState.WRITING not in self.states()
         assert SlotState.READING not in self.states()

@@ -155,10 +155,10 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
         return document
     document |= {
         "ring_id": identity.ring_id.hex(),
-        "slots": identity.geometry.slots,
-        "slot_bytes": identity.geometry.slot_bytes,
-        "readers": identity.geometry.readers,
-        "envelope_bytes": identity.geometry.envelope_bytes,
+        "slots": identity.slots,
+        "slot_bytes": identity.slot_bytes,
+        "readers": identity.readers,
+        "envelope_bytes": identity.envelope_bytes,
         "on_full": identity.on_full,
         "fingerprint": f"{identity.fingerprint:016x}",
     }

@@ -42,15 +42,8 @@ class Calls:
         memory, word, number, wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
         for name, types in (
             ("initialise", ()),
-            ("reserve", (memory, ctypes.c_int, wait_ns)),
-            ("commit", (memory, word, wait_ns)),
-            ("abort", (memory, number, wait_ns)),
             ("discard", (word, word, wait_ns)),
-            ("discard_until", (word, memory, wait_ns)),
-            ("acquire", (memory, word, wait_ns)),
-            ("finalise", (memory, word, number, wait_ns)),
-            ("holds", (memory, memory, word, memory, wait_ns)),
-            ("ready", (memory, word, memory, wait_ns)),
+            ("holds", (number, memory, memory, word, memory, wait_ns)),
             ("take", (memory, memory, wait_ns)),
             ("count", (number, wait_ns)),
             ("snapshot", (memory, wait_ns)),
@@ -62,8 +55,8 @@ class Calls:
             function.argtypes = (memory, *types)
             function.restype = ctypes.c_int
             setattr(self, name, function)
-        for name in ("reserve_now", "commit_now", "acquire_now", "finalise_now"):
-            # without argument types an array is passed as it is: half the time of a call
+        for name in ("reserve", "commit", "acquire", "finalise"):
+            # of a hold alone: without argument types an array is passed as it is, in half the time of a call
             setattr(self, name, library[f"ring_{name}"])
 
 

@@ -32,7 +32,7 @@
 #define SPINS 100           /* a critical section takes a fraction of a microsecond */
 #define SLICE_NS 20000000LL /* the longest wait for the lock in one call, so that the caller sees its signals */
 #define TAKE_ENTRIES 8192   /* read entries, about, that a take looks at before it leaves the lock to others: 0.1 ms */
-#define HOLDS_SLOTS 2048    /* slots, likewise, that are searched for holds */
+#define HOLDS_SLOTS 2048    /* slots, likewise, that are listed */
 
 /* Bits of TAKERS_WORD. */
 #define ASLEEP 1ULL
@@ -71,6 +71,8 @@ static inline uint64_t *header(const struct ring *ring, uint64_t slot) {
 }
 
 static inline uint64_t *entry_of(uint64_t *slot, uint64_t index) { return slot + FIRST_ENTRY + index * ENTRY_WORDS; }
+
+static inline const struct ring *ring_of(const uint64_t *hold) { return (const struct ring *)hold[HOLD_RING]; }
 
 static inline unsigned state_of(uint64_t word) { return (unsigned)(word & STATE_MASK); }
 
@@ -408,7 +410,8 @@ static inline void mark(const struct ring *ring, uint64_t slot) { store(ring->wo
 
 static inline void unmark(const struct ring *ring) { store(ring->words + IN_TRANSITION_WORD, 0); }
 
-/* ---- What is called. Each returns an Outcome; `wait_ns` bounds the wait for the lock, SLICE_NS at most. ---- */
+/* ---- What is called. Each returns an outcome; `wait_ns` bounds the wait for the lock, SLICE_NS at most. The calls of
+ * every read and write have their hold as the only argument: ctypes takes 0.3 us for one and 1.4 for five. ---- */
 
 /* Which source this was compiled from: `native/build.py` says so to the compiler, and who loads the library compares. */
 EXPORT uint64_t ring_source(void) { return RING_SOURCE; }
@@ -430,15 +433,16 @@ EXPORT int ring_initialise(const struct ring *ring) {
     return code;
 }
 
-/* FREE → WRITING, or READY → WRITING of the oldest unread payload if `overwrites`.
+/* FREE → WRITING, or READY → WRITING of the oldest unread payload if the argument is not 0.
  * Takes lease and owner of the hold; gives slot, generation, and, when FULL, what `ring_wait` waits on. */
-EXPORT int ring_reserve(const struct ring *ring, uint64_t *hold, int overwrites, int64_t wait_ns) {
-    int code = enter(ring, wait_ns);
+EXPORT int ring_reserve(uint64_t *hold) {
+    const struct ring *ring = ring_of(hold);
+    int code = enter(ring, (int64_t)hold[HOLD_WAIT_NS]);
     if (code != DONE)
         return code;
     uint64_t *words = ring->words, chosen = words[FREE_FIRST_WORD];
     unsigned event = RESERVE;
-    if (!chosen && overwrites && words[STATE_COUNT_WORD + READY]) {
+    if (!chosen && hold[HOLD_ARGUMENT] && words[STATE_COUNT_WORD + READY]) {
         event = OVERWRITE;
         chosen = words[READY_FIRST_WORD];
     }
@@ -495,11 +499,12 @@ static void write_message(const struct ring *ring, const uint64_t *hold) {
 }
 
 /* WRITING → READY: the payload is complete. Takes the hold with nbytes, bytes of the envelope, which lies in its place,
- * checksum and whether it has one. */
-EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t required_reads, int64_t wait_ns) {
+ * checksum and whether it has one; the argument is how many reads free the payload. */
+EXPORT int ring_commit(uint64_t *hold) {
+    const struct ring *ring = ring_of(hold);
     if (hold[HOLD_SLOT] >= ring->slots || hold[HOLD_NBYTES] > ring->slot_bytes)
         return OUT_OF_RANGE;
-    int code = enter(ring, wait_ns);
+    int code = enter(ring, (int64_t)hold[HOLD_WAIT_NS]);
     if (code != DONE)
         return code;
     uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot);
@@ -523,7 +528,7 @@ EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t require
     store(own + SEQUENCE, sequence);
     store(own + CHECKSUM, hold[HOLD_CHECKSUM]);
     store(own + HAS_CHECKSUM, hold[HOLD_HAS_CHECKSUM]);
-    store(own + REQUIRED_READS, required_reads);
+    store(own + REQUIRED_READS, hold[HOLD_ARGUMENT]);
     store(own + ENVELOPE_BYTES, envelope);
     store(own + COMMIT_TIME, (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec);
     count(ring, COUNT_COMMITTED);
@@ -534,36 +539,6 @@ EXPORT int ring_commit(const struct ring *ring, uint64_t *hold, uint64_t require
     return leave(ring, DONE);
 }
 
-/* WRITING → FREE: a write ends without a payload; `reason` is counted. LATE changes nothing. */
-EXPORT int ring_abort(const struct ring *ring, const uint64_t *hold, unsigned reason, int64_t wait_ns) {
-    if (hold[HOLD_SLOT] >= ring->slots || reason >= COUNTERS)
-        return OUT_OF_RANGE;
-    int code = enter(ring, wait_ns);
-    if (code != DONE)
-        return code;
-    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot);
-    if (!is_writer(own, hold))
-        return leave(ring, LATE);
-    mark(ring, slot);
-    count(ring, reason);
-    become(ring, slot, advance(own[STATE], ABORT));
-    store(own + WRITER, 0);
-    unmark(ring);
-    return leave(ring, DONE);
-}
-
-static int discard(const struct ring *ring, uint64_t slot) {
-    uint64_t *own = header(ring, slot), word = advance(own[STATE], DISCARD);
-    if (!word)
-        return LATE;
-    mark(ring, slot);
-    count(ring, COUNT_DISCARDED);
-    become(ring, slot, word);
-    clear_entries(ring, own);
-    unmark(ring);
-    return DONE;
-}
-
 /* READY → FREE, if the slot holds that generation, unread; else LATE. */
 EXPORT int ring_discard(const struct ring *ring, uint64_t slot, uint64_t generation, int64_t wait_ns) {
     if (slot >= ring->slots)
@@ -571,22 +546,14 @@ EXPORT int ring_discard(const struct ring *ring, uint64_t slot, uint64_t generat
     int code = enter(ring, wait_ns);
     if (code != DONE)
         return code;
-    if (generation_of(header(ring, slot)[STATE]) != generation)
+    uint64_t *own = header(ring, slot), word = advance(own[STATE], DISCARD);
+    if (!word || generation_of(word) != generation)
         return leave(ring, LATE);
-    return leave(ring, discard(ring, slot));
-}
-
-/* READY → FREE of every write up to `sequence`; `left` is given those that are read or written over just now. */
-EXPORT int ring_discard_until(const struct ring *ring, uint64_t sequence, uint64_t *left, int64_t wait_ns) {
-    int code = enter(ring, wait_ns);
-    if (code != DONE)
-        return code;
-    *left = 0;
-    for (uint64_t slot = 0; slot < ring->slots; slot++) {
-        const uint64_t *own = header(ring, slot);
-        if (state_of(own[STATE]) != FREE && own[SEQUENCE] <= sequence)
-            *left += discard(ring, slot) != DONE;
-    }
+    mark(ring, slot);
+    count(ring, COUNT_DISCARDED);
+    become(ring, slot, word);
+    clear_entries(ring, own);
+    unmark(ring);
     return leave(ring, DONE);
 }
 
@@ -639,15 +606,12 @@ static int acquire(const struct ring *ring, uint64_t *hold) {
     return DONE;
 }
 
-/* READY → READING, or one attempt more within READING, of `number` holds: slot, generation, lease, owner and reader of
- * each; its outcome, nbytes, checksum, or what was found instead, are given back in it. */
-EXPORT int ring_acquire(const struct ring *ring, uint64_t *holds, uint64_t number, int64_t wait_ns) {
-    int code = enter(ring, wait_ns);
-    if (code != DONE)
-        return code;
-    for (uint64_t index = 0; index < number; index++, holds += HOLD_WORDS)
-        holds[HOLD_OUTCOME] = (uint64_t)acquire(ring, holds);
-    return leave(ring, DONE);
+/* READY → READING, or one attempt more within READING. Takes slot, generation, lease, owner and reader of the hold; gives
+ * nbytes, checksum, envelope and time, or what was found instead. */
+EXPORT int ring_acquire(uint64_t *hold) {
+    const struct ring *ring = ring_of(hold);
+    int code = enter(ring, (int64_t)hold[HOLD_WAIT_NS]);
+    return code != DONE ? code : leave(ring, acquire(ring, hold));
 }
 
 enum chance { NEVER, LATER, NOW };
@@ -758,38 +722,48 @@ static uint64_t *in_flight_entry(const struct ring *ring, uint64_t *own, const u
     return NULL;
 }
 
-static int finalise(const struct ring *ring, const uint64_t *hold, unsigned reason) {
-    if (hold[HOLD_SLOT] >= ring->slots || !hold[HOLD_LEASE])
+static int end_write(const struct ring *ring, uint64_t *own, const uint64_t *hold) {
+    if (!is_writer(own, hold))
         return LATE;
-    uint64_t slot = hold[HOLD_SLOT], *own = header(ring, slot), word = own[STATE];
-    if (state_of(word) != READING || generation_of(word) != hold[HOLD_GENERATION])
+    uint64_t slot = hold[HOLD_SLOT];
+    mark(ring, slot);
+    count(ring, (unsigned)hold[HOLD_ARGUMENT]);
+    become(ring, slot, advance(own[STATE], ABORT));
+    store(own + WRITER, 0);
+    unmark(ring);
+    return DONE;
+}
+
+static int end_read(const struct ring *ring, uint64_t *own, const uint64_t *hold) {
+    if (state_of(own[STATE]) != READING || generation_of(own[STATE]) != hold[HOLD_GENERATION])
         return LATE;
     uint64_t *entry = in_flight_entry(ring, own, hold);
     if (!entry)
         return LATE;
+    uint64_t slot = hold[HOLD_SLOT], reason = hold[HOLD_ARGUMENT];
     struct survey others = survey(ring, own, entry[ENTRY_READER], entry);
     /* a second read by one reader, or one more than asked for, is no record worth keeping */
     uint64_t counts = reason == COUNT_CONSUMED && others.reads < own[REQUIRED_READS] && !others.had;
     mark(ring, slot);
-    count(ring, reason);
+    count(ring, (unsigned)reason);
     store(entry + ENTRY_LEASE, counts ? hold[HOLD_LEASE] << 1 | 1 : 0);
     leave_reading(ring, slot, others.in_flight, others.reads + counts);
     unmark(ring);
     return DONE;
 }
 
-/* End `number` read attempts for one reason: CONSUMED, or one that leaves the payload to be read. The last one in flight
- * takes its slot to FREE, or back to READY while a reader is missing. LATE changes nothing. Returns the last outcome. */
-EXPORT int ring_finalise(const struct ring *ring, uint64_t *holds, uint64_t number, unsigned reason, int64_t wait_ns) {
-    if (reason >= COUNTERS)
-        return OUT_OF_RANGE;
-    int code = enter(ring, wait_ns);
+/* WRITING → FREE: a write ends without a payload. READING: a read attempt ends, consumed or leaving the payload to be
+ * read; the last one in flight takes its slot to FREE, or back to READY while a reader is missing. The argument is the
+ * counter of the reason. LATE changes nothing. */
+EXPORT int ring_finalise(uint64_t *hold) {
+    const struct ring *ring = ring_of(hold);
+    if (hold[HOLD_SLOT] >= ring->slots || !hold[HOLD_LEASE] || hold[HOLD_ARGUMENT] >= COUNTERS)
+        return LATE;
+    int code = enter(ring, (int64_t)hold[HOLD_WAIT_NS]);
     if (code != DONE)
         return code;
-    int last = DONE; /* for a caller of one, whose hold another thread may be ending too */
-    for (uint64_t index = 0; index < number; index++, holds += HOLD_WORDS)
-        holds[HOLD_OUTCOME] = (uint64_t)(last = finalise(ring, holds, reason));
-    return leave(ring, last);
+    uint64_t *own = header(ring, hold[HOLD_SLOT]);
+    return leave(ring, state_of(own[STATE]) == WRITING ? end_write(ring, own, hold) : end_read(ring, own, hold));
 }
 
 static uint64_t *put_hold(const struct ring *ring, uint64_t *out, uint64_t slot, const uint64_t *own, const uint64_t *owner, uint64_t lease) {
@@ -800,58 +774,48 @@ static uint64_t *put_hold(const struct ring *ring, uint64_t *out, uint64_t slot,
     out[HOLD_PID] = owner[0];
     out[HOLD_START] = owner[1];
     out[HOLD_RING] = (uint64_t)(uintptr_t)ring;
+    out[HOLD_NBYTES] = own[NBYTES];
+    out[HOLD_CHECKSUM] = own[CHECKSUM];
+    out[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
+    out[HOLD_SEQUENCE] = own[SEQUENCE];
     return out + HOLD_WORDS;
 }
 
-/* The first half of reclaiming: the writes and attempts in the slots from `first` on, as many slots as their holds fit
- * `room`, HOLDS_SLOTS at most. Gives how many holds there are and the next slot to look at; the second half is `ring_abort` and
- * `ring_finalise`, which compare again. */
+/* What is in the slots from `first` on that are in one of the states of a bit mask: the writes and read attempts in them,
+ * and of a READY one its payload, under no lease. As many slots as fit `room`, HOLDS_SLOTS at most; gives how many holds
+ * there are and the next slot to look at. What a caller then does with one is compared again. */
 EXPORT int ring_holds(
-    const struct ring *ring, uint64_t *first, uint64_t *holds, uint64_t room, uint64_t *number, int64_t wait_ns) {
+    const struct ring *ring, unsigned states, uint64_t *first, uint64_t *holds, uint64_t room, uint64_t *number,
+    int64_t wait_ns) {
     *number = 0;
     int code = enter(ring, wait_ns);
     if (code != DONE)
         return code;
     const uint64_t *counts = ring->words + STATE_COUNT_WORD;
-    uint64_t slot = *first, last = slot + HOLDS_SLOTS, *out = holds, *end = holds + room * HOLD_WORDS;
+    uint64_t slot = *first, last = slot + HOLDS_SLOTS, there = 0, *out = holds, *end = holds + room * HOLD_WORDS;
+    for (unsigned state = 0; state < STATES; state++)
+        there += states >> state & 1 ? counts[state] : 0;
     if (last > ring->slots)
         last = ring->slots;
-    if (!counts[WRITING] && !counts[READING])
+    if (!there)
         slot = last = ring->slots;
     for (; slot < last && out + ring->entries * HOLD_WORDS <= end; slot++) {
         uint64_t *own = header(ring, slot);
-        if (state_of(own[STATE]) == WRITING) {
-            out = put_hold(ring, out, slot, own, own + WRITER_PID, own[WRITER]);
-        } else if (state_of(own[STATE]) == READING) {
+        unsigned state = state_of(own[STATE]);
+        if (state >= STATES || !(states >> state & 1))
+            continue;
+        if (state == READING) {
             for (uint64_t index = 0; index < ring->entries; index++) {
                 const uint64_t *entry = entry_of(own, index);
                 if (entry[ENTRY_LEASE] && !(entry[ENTRY_LEASE] & 1))
                     out = put_hold(ring, out, slot, own, entry + ENTRY_PID, entry[ENTRY_LEASE] >> 1);
             }
+        } else {
+            out = put_hold(ring, out, slot, own, own + WRITER_PID, state == WRITING ? own[WRITER] : 0);
         }
     }
     *first = slot;
     *number = (uint64_t)(out - holds) / HOLD_WORDS;
-    return leave(ring, DONE);
-}
-
-/* The READY payloads, the oldest first: slot, generation, nbytes and checksum of each, `room` at most. */
-EXPORT int ring_ready(const struct ring *ring, uint64_t *holds, uint64_t room, uint64_t *number, int64_t wait_ns) {
-    *number = 0;
-    int code = enter(ring, wait_ns);
-    if (code != DONE)
-        return code;
-    uint64_t next = ring->words[READY_FIRST_WORD];
-    for (; is_listed(ring, next) && *number < room; ++*number) {
-        const uint64_t *own = header(ring, next - 1);
-        holds[HOLD_SLOT] = next - 1;
-        holds[HOLD_GENERATION] = generation_of(own[STATE]);
-        holds[HOLD_NBYTES] = own[NBYTES];
-        holds[HOLD_CHECKSUM] = own[CHECKSUM];
-        holds[HOLD_HAS_CHECKSUM] = own[HAS_CHECKSUM];
-        holds += HOLD_WORDS;
-        next = own[READY_NEXT];
-    }
     return leave(ring, DONE);
 }
 
@@ -903,22 +867,4 @@ EXPORT int ring_publish(const struct ring *ring, const uint64_t *address, int64_
         store(bank + index, address[index]);
     store(ring->words + ADDRESS_VERSION_WORD, version);
     return leave(ring, DONE);
-}
-
-/* ---- The calls of every read and write again, each with the hold alone: ctypes takes 0.3 us for one argument and 1.4 for
- * five. They do not wait for the lock. ---- */
-
-static const struct ring *ring_of(const uint64_t *hold) { return (const struct ring *)hold[HOLD_RING]; }
-
-EXPORT int ring_reserve_now(uint64_t *hold) { return ring_reserve(ring_of(hold), hold, (int)hold[HOLD_ARGUMENT], 0); }
-
-EXPORT int ring_commit_now(uint64_t *hold) { return ring_commit(ring_of(hold), hold, hold[HOLD_ARGUMENT], 0); }
-
-EXPORT int ring_acquire_now(uint64_t *hold) {
-    int code = ring_acquire(ring_of(hold), hold, 1, 0);
-    return code ? code : (int)hold[HOLD_OUTCOME];
-}
-
-EXPORT int ring_finalise_now(uint64_t *hold) {
-    return ring_finalise(ring_of(hold), hold, 1, (unsigned)hold[HOLD_ARGUMENT], 0);
 }

@@ -1,4 +1,4 @@
-"""RingHandle: what a process has of a ring: its name, sizes, state, statistics, address, and the end of its use.
+"""RingHandle: what a process has of a ring: its making, name, state, statistics, address, and the end of its use.
 
 The address of a ring's server is in the segment: written under the lock, read without it by everyone who makes a
 reference. Two banks; the version's lowest bit says which one holds. A new address goes into the other bank and counts
@@ -7,30 +7,39 @@ with one store of the version, so a writer killed half-way leaves the old addres
 
 from __future__ import annotations
 
+import ctypes
 import os
+import secrets
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final, Self
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.ring import holds, layout
-from ucxx_transport.ring.layout import Counter, Identity
-from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive
-from ucxx_transport.ring.segment import Segment
+from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError, SlotError
+from ucxx_transport.ring import layout, leases
+from ucxx_transport.ring.layout import Identity, RingStatistics, round_up
+from ucxx_transport.ring.orphans import sweep_orphans
+from ucxx_transport.ring.owner import Owner, boot_id, current_owner, host_id, owner_alive, pid_namespace
+from ucxx_transport.ring.segment import Segment, create_segment, open_segment
 from ucxx_transport.ring.states import SlotState, state_of
-from ucxx_transport.ring.transitions import RingStatistics, Transitions
+from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import RingConfig
 
 MAX_PORTS: Final = 64
 MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""
 
+_BankWords = ctypes.c_uint64 * layout.ADDRESS_BANK_WORDS
+_SnapshotWords = ctypes.c_uint64 * (len(layout.COUNTERS) + len(SlotState))
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
 
 
@@ -50,15 +59,16 @@ class RingHandle:
         alive: Callable[[int, int], bool] = owner_alive,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        geometry = identity.geometry
         self.name, self.folder = segment.name, segment.path.parent
         self.ring_id, self.schema, self.fingerprint = identity.ring_id, schema, identity.fingerprint
-        self.slots, self.slot_bytes, self.readers = geometry.slots, geometry.slot_bytes, geometry.readers
+        self.slots, self.slot_bytes, self.readers = identity.slots, identity.slot_bytes, identity.readers
+        self.mapping = segment.memory
+        self.server_words = segment.words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
         self.closed = False
         self._segment, self._identity = segment, identity
         self._words = segment.words
-        self._transitions = Transitions(segment, identity, clock=clock)
-        self._owner: Callable[[], Owner] = current_owner if owner is None else lambda: owner
+        own = current_owner if owner is None else lambda: owner
+        self._transitions = Transitions(segment, identity, schema, owner=own, clock=clock)
         self._alive, self._clock = alive, clock
         template = SlotRef(
             ring_id=identity.ring_id,
@@ -71,6 +81,49 @@ class RingHandle:
         )
         self._addressed: tuple[int, SlotRef] = (0, template)
 
+    @classmethod
+    def create(cls, config: RingConfig, **seams: Any) -> Self:
+        """Make a ring, after removing those of dead creators on this host.
+
+        Args:
+            config: sizes and policies.
+            **seams: `owner`, `alive` and `clock` of `RingHandle`.
+
+        Raises:
+            ConfigError: the name is in use by a live creator, or the ring does not fit its folder.
+        """
+        return cls(*create_ring(config), **seams)
+
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        folder: Path | str | None = None,
+        descriptor: int | None = None,
+        populate: bool = True,
+        **seams: Any,
+    ) -> Self:
+        """Open a ring that another process, or another handle, made.
+
+        Args:
+            name: its `name`, or that of a SlotRef (`ring_name`).
+            folder: where its segment is; None for the setting `ring.folder` of this process.
+            descriptor: of its segment (`duplicate`), whose name may be gone; stays the caller's.
+            populate: map all its pages now; the first read of each is half as fast otherwise.
+            **seams: as for `create`.
+
+        Raises:
+            ConfigError: no such ring on this host (`facts["reason"]` "missing"), or it is of another pid namespace.
+            NotReadyError: it is still being made.
+            ProtocolError: no ring, another layout version, or damaged; says what was found.
+        """
+        segment = open_segment(name, None if folder is None else Path(folder), descriptor)
+        identity, schema = _read_identity(segment)
+        if populate:
+            segment.populate(write=False)
+        return cls(segment, identity, schema, **seams)
+
     @property
     def schema_bytes(self) -> bytes:
         """The schema as msgpack, b"" for a raw ring."""
@@ -80,18 +133,6 @@ class RingHandle:
     def is_creator(self) -> bool:
         """Whether closing this handle removes the ring."""
         return self._segment.is_creator
-
-    @property
-    def mapping(self) -> npt.NDArray[np.uint8]:
-        """All of the ring's memory in this process, for registering it with a device: mapped while this array lives."""
-        self._require_open()
-        return self._segment.memory
-
-    @property
-    def server_words(self) -> memoryview:
-        """`SERVER_WORDS` unsigned 64-bit words for the server's own shared statistics; each should have one writer."""
-        self._require_open()
-        return self._words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
 
     @property
     def write_sequence(self) -> int:
@@ -116,15 +157,13 @@ class RingHandle:
         self._require_open()
         if not 0 <= slot < self.slots:
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots)
-        geometry = self._identity.geometry
-        return state_of(self._words[geometry.first_slot_word + slot * geometry.slot_words])
+        return state_of(self._words[self._identity.first_slot_word + slot * self._identity.slot_words])
 
     def slot_states(self) -> list[SlotState]:
         """What each slot holds now, in order."""
         self._require_open()
-        geometry = self._identity.geometry
-        first, step = geometry.first_slot_word, geometry.slot_words
-        return [state_of(word) for word in self._words[first : first + geometry.slots * step : step].tolist()]
+        first, step = self._identity.first_slot_word, self._identity.slot_words
+        return [state_of(word) for word in self._words[first : first + self.slots * step : step].tolist()]
 
     def get_ready_count(self) -> int:
         """How many payloads wait to be read."""
@@ -149,7 +188,8 @@ class RingHandle:
             raise ConfigError(f"a host has 1 to {MAX_HOST_BYTES} bytes", field="host", value=host)
         if len(ports) > MAX_PORTS or (name and not ports) or not all(1 <= port <= 65535 for port in ports):
             raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
-        self._transitions.publish(_BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name))
+        bank = _BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name)
+        self._transitions.call("publish", _BankWords.from_buffer_copy(bank))
 
     def address(self) -> tuple[str | None, tuple[int, ...]]:
         """Host and ports as published last; (None, ()) before, and after a withdrawal."""
@@ -158,9 +198,11 @@ class RingHandle:
         return template.host, template.ports
 
     def statistics(self) -> RingStatistics:
-        """What has happened since the ring was made, and what its slots hold now."""
+        """What has happened since the ring was made, and what its slots hold now, of one moment."""
         self._require_open()
-        return self._transitions.statistics()
+        found = _SnapshotWords()
+        self._transitions.call("snapshot", found)
+        return RingStatistics(self.slots, *found)
 
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
@@ -205,25 +247,17 @@ class RingHandle:
             raise SlotError("this handle of the ring is closed", name=self.name)
 
     def _reclaim(self) -> int:
-        holds.settle()
-        mine = self._owner()
-        verdicts: dict[tuple[int, int], bool] = {}
+        leases.settle()
+        transitions = self._transitions
+        mine, alive = transitions.owner(), cache(self._alive)
         reclaimed = 0
         # Looking at a process takes 20 µs (/proc): done between two critical sections, the second compares again.
-        for words in self._transitions.holds():
+        for words in transitions.holds(SlotState.WRITING, SlotState.READING):
             owner = (words[layout.HOLD_PID], words[layout.HOLD_START])
-            if owner == mine:
-                alive = holds.is_live(words[layout.HOLD_LEASE])
-            else:
-                if owner not in verdicts:
-                    verdicts[owner] = self._alive(*owner)
-                alive = verdicts[owner]
-            if alive:
-                continue
-            if state_of(words[layout.HOLD_STATE]) is SlotState.WRITING:
-                reclaimed += self._transitions.abort(words, Counter.RECLAIMED_WRITES)
-            else:
-                reclaimed += self._transitions.finalise(words, Counter.RECLAIMED_READS)
+            if not (leases.is_live(words[layout.HOLD_LEASE]) if owner == mine else alive(*owner)):
+                is_write = state_of(words[layout.HOLD_STATE]) is SlotState.WRITING
+                reason = layout.RECLAIMED_WRITES if is_write else layout.RECLAIMED_READS
+                reclaimed += transitions.finalise(words, reason)
         return reclaimed
 
     def _template(self) -> SlotRef:
@@ -242,3 +276,69 @@ class RingHandle:
                 template = replace(template, host=host, ports=tuple(ports[:count]))
                 self._addressed = (version, template)
         return template
+
+
+def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
+    """Make a segment that describes itself, after a sweep of what dead creators left; errors as `create_segment`."""
+    folder = Path(config.folder)
+    sweep_orphans(folder)
+    given = config.schema
+    schema = given if given is None or isinstance(given, Schema) else Schema.from_dict(given.to_dict())
+    described = b"" if schema is None else schema.to_bytes()
+    creator = current_owner()
+    identity = Identity(
+        ring_id=secrets.token_bytes(16),
+        slots=config.slots,
+        # a schema of empty arrays alone has payloads of no bytes
+        slot_bytes=max(1, schema.nbytes) if schema is not None else (config.slot_bytes or 1),
+        readers=config.readers,
+        schema_bytes=len(described),
+        fingerprint=0 if schema is None else schema.fingerprint,
+        on_full=config.on_full,
+        checksum=config.checksum,
+        block_timeout_ns=int(config.block_timeout_s * 1e9),
+        lock_timeout_ns=int(config.lock_timeout_s * 1e9),
+        envelope_bytes=round_up(config.envelope_bytes, 64),
+        creator_pid=creator.pid,
+        creator_start=creator.start,
+        boot_id=boot_id(),
+        pid_namespace=pid_namespace(),
+    )
+    name = config.name or f"{os.getpid()}-{secrets.token_hex(6)}"
+    segment = create_segment(name, identity.total_bytes, folder)
+    try:
+        if config.prefault:
+            segment.populate(write=True)
+        Transitions(segment, identity).initialise()
+        for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
+            segment.memory[first : first + len(content)] = np.frombuffer(content, np.uint8)
+        segment.words[layout.COMPLETE_WORD] = 1  # the last store
+    except BaseException:
+        segment.unlink()
+        raise
+    return segment, identity, schema
+
+
+def _read_identity(segment: Segment) -> tuple[Identity, Schema | None]:
+    """Check that a segment is a ring which this process can use, and what it says of itself; errors as `attach`."""
+    words = segment.words[: layout.COMPLETE_WORD + 1].tolist()
+    of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
+    if not any(words) or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
+        raise NotReadyError("the ring is still being made; try again", name=segment.name)
+    identity = Identity.from_bytes(segment.memory[: layout.IDENTITY_BYTES].tobytes(), segment.nbytes)
+    if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
+        raise ConfigError(
+            "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
+            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
+            field="name",
+            name=segment.name,
+            reason="pid_namespace",
+            creator_namespace=identity.pid_namespace,
+            own_namespace=pid_namespace(),
+        )
+    if not identity.schema_bytes:
+        return identity, None
+    schema = Schema.from_bytes(segment.memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
+    if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
+        raise ProtocolError("a ring whose schema is not the one it names", field="schema", name=segment.name)
+    return identity, schema

@@ -7,7 +7,7 @@ byte      words
                    slots (FREE; READY and READING by age; READY by age), slots in each state, the counts that writers
                    and takers wait on
 1024      128-135  the lock (pthread_mutex_t)
-1536      192-255  counters (`Counter`)
+1536      192-255  counters (`COUNTERS`)
 2048      256-383  published address: two banks of 64 words, the version's lowest bit says which holds
 4096      512-     words of the server (SERVER_WORDS)
 …                  the schema as msgpack, padded to 64
@@ -37,9 +37,7 @@ is one store: it turns the one into the other.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, fields
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
@@ -59,28 +57,12 @@ MAX_SCHEMA_BYTES: Final = 4 << 20
 MAX_SLOT_BYTES: Final = 1 << 48
 MAX_ENVELOPE_BYTES: Final = 1024
 
-# Words of the identity.
-MAGIC_WORD: Final = 0
-VERSION_WORD: Final = 1
-TOTAL_BYTES_WORD: Final = 2
-COMPLETE_WORD: Final = 3
-"""1 once everything else of the identity is written: the last store of a creation."""
-RING_ID_WORD: Final = 4
-SLOTS_WORD: Final = 6
-SLOT_BYTES_WORD: Final = 7
-READERS_WORD: Final = 8
-SCHEMA_BYTES_WORD: Final = 9
-FINGERPRINT_WORD: Final = 10
-POLICY_WORD: Final = 11
-CHECKSUM_WORD: Final = 12
-BLOCK_TIMEOUT_NS_WORD: Final = 13
-LOCK_TIMEOUT_NS_WORD: Final = 14
-ENVELOPE_BYTES_WORD: Final = 15
-CREATOR_PID_WORD: Final = 16
-CREATOR_START_WORD: Final = 17
-BOOT_ID_WORD: Final = 18
+# Words of the identity. COMPLETE is 1 once everything else of it is written: the last store of a creation.
+MAGIC_WORD, VERSION_WORD, TOTAL_BYTES_WORD, COMPLETE_WORD, RING_ID_WORD = range(5)
+SLOTS_WORD, SLOT_BYTES_WORD, READERS_WORD, SCHEMA_BYTES_WORD, FINGERPRINT_WORD, POLICY_WORD = range(6, 12)
+CHECKSUM_WORD, BLOCK_TIMEOUT_NS_WORD, LOCK_TIMEOUT_NS_WORD, ENVELOPE_BYTES_WORD = range(12, 16)
+CREATOR_PID_WORD, CREATOR_START_WORD, BOOT_ID_WORD = range(16, 19)
 PID_NAMESPACE_WORD: Final = 20
-IDENTITY_WORDS: Final = 21
 
 # Words that change, under the lock.
 SEQUENCE_WORD: Final = 64
@@ -124,12 +106,12 @@ FIRST_ENTRY: Final = 16
 ENTRY_LEASE, ENTRY_PID, ENTRY_START, ENTRY_READER, ENTRY_WORDS = range(5)
 
 # Words of a hold: what a caller and a transition say to each other of one write or read attempt. RING is where the
-# caller's `struct ring` is, for the calls that take nothing but a hold, and ARGUMENT the one argument of such a call.
+# caller's `struct ring` is, WAIT_NS how long the lock is waited for, and ARGUMENT the one argument of a transition.
 # STATE is the slot's state word as the transition found it, ATTEMPTS how many were in flight; ENVELOPE_BYTES what a
 # write's envelope takes, also when that is more than there is room for.
 HOLD_SLOT, HOLD_GENERATION, HOLD_LEASE, HOLD_PID, HOLD_START, HOLD_READER, HOLD_RING, HOLD_ARGUMENT = range(8)
-HOLD_NBYTES, HOLD_CHECKSUM, HOLD_HAS_CHECKSUM, HOLD_STATE, HOLD_OUTCOME, HOLD_ATTEMPTS = range(8, 14)
-HOLD_ENVELOPE_BYTES, HOLD_COMMIT_TIME, HOLD_WORDS = range(14, 17)
+HOLD_NBYTES, HOLD_CHECKSUM, HOLD_HAS_CHECKSUM, HOLD_STATE, HOLD_WAIT_NS, HOLD_ATTEMPTS = range(8, 14)
+HOLD_ENVELOPE_BYTES, HOLD_COMMIT_TIME, HOLD_SEQUENCE, HOLD_WORDS = range(14, 18)
 
 # Words of a take. Asked for: payloads and bytes at most, which shrink as they are given, and 1 for the newest first.
 TAKE_ROOM, TAKE_BYTES, TAKE_NEWEST = range(3)
@@ -148,57 +130,73 @@ RAW_FIELD: Final = "data"
 POLICIES: Final = ("overwrite", "block", "raise")
 
 
-_TWO_WORDS: Final = struct.Struct("<2Q")
+# What becomes of a transition. LOCKED: the lock was not to be had in time. DAMAGED: the lock, a list of slots, or the
+# slot is unusable. FULL: no slot can be written. STALE: another generation, or no payload. HAD: this reader, or every
+# reader that the payload asks for, has had it. CROWDED: the slot carries as many attempts as it can. TAKEN: all reads
+# that the payload asks for are taken by other readers' attempts in flight. LATE: the hold had ended, or never was.
+OUTCOMES: Final = ("DONE", "LOCKED", "DAMAGED", "FULL", "OUT_OF_RANGE", "STALE", "HAD", "CROWDED", "TAKEN", "LATE")
+DONE, LOCKED, DAMAGED, FULL, OUT_OF_RANGE, STALE, HAD, CROWDED, TAKEN, LATE = range(len(OUTCOMES))
 
 
-class Counter(IntEnum):
-    """Words of the counters, in order; each counts one reason."""
+@dataclass(frozen=True, slots=True)
+class RingStatistics:
+    """Counts since the ring was made, of all its processes. They live in the segment, so a process's death loses none.
 
-    WRITTEN = 0
-    COMMITTED = 1
-    COMMITTED_BYTES = 2
-    OVERWRITTEN = 3
-    ABORTED = 4
-    ACQUIRED = 5
-    CONSUMED = 6
-    RELEASED = 7
-    FREED = 8
-    DISCARDED = 9
-    STALE = 10
-    OUT_OF_RANGE = 11
-    BUSY = 12
-    LATE_FINALISE = 13
-    RECLAIMED_WRITES = 14
-    RECLAIMED_READS = 15
-    FULL = 16
-    BLOCKED = 17
-    LOCK_RECOVERIES = 18
-    REPAIRED_SLOTS = 19
-    ENVELOPES_LEFT_OUT = 20
+    Attributes:
+        slots: number of slots.
+        written: writes begun; `committed`: completed; `committed_bytes`: payload bytes of these.
+        overwritten: unread payloads dropped for a new one (`on_full="overwrite"`).
+        aborted: writes that ended without a payload: failed, or given up.
+        acquired: read attempts begun; `consumed`, `released`: ended with the payload received, or without.
+        freed: payloads that all their readers have had; `discarded`: dropped on request.
+        stale: reads refused because the slot no longer held that payload; `out_of_range`: because the ring has no such
+            slot; `busy`: because the slot carried as many attempts as it can.
+        late_finalise: finalises by a lease that had ended; they changed nothing.
+        reclaimed_writes: writes ended because their process had died, or forgotten them; `reclaimed_reads`: attempts.
+        full: writes refused because no slot was to be had; `blocked`: writes that had to wait for a slot.
+        lock_recoveries: times the lock was taken over from a thread that died with it.
+        repaired_slots: transitions that were cut off (kill, interrupt) and completed or undone by the next process.
+        envelopes_left_out: payloads whose record or meta is larger than the ring's `envelope_bytes`; it is in their
+            reference alone.
+        free: slots that hold nothing; `writing`, `ready`, `reading`: that are being written, have a payload to read,
+            are being read.
+    """
+
+    slots: int
+    written: int
+    committed: int
+    committed_bytes: int
+    overwritten: int
+    aborted: int
+    acquired: int
+    consumed: int
+    released: int
+    freed: int
+    discarded: int
+    stale: int
+    out_of_range: int
+    busy: int
+    late_finalise: int
+    reclaimed_writes: int
+    reclaimed_reads: int
+    full: int
+    blocked: int
+    lock_recoveries: int
+    repaired_slots: int
+    envelopes_left_out: int
+    free: int
+    writing: int
+    ready: int
+    reading: int
 
 
-class Outcome(IntEnum):
-    """What became of a transition."""
-
-    DONE = 0
-    LOCKED = 1
-    """The lock was not to be had in time."""
-    DAMAGED = 2
-    """The lock, or a list of slots, is unusable."""
-    FULL = 3
-    """No slot can be written."""
-    OUT_OF_RANGE = 4
-    """The ring has no such slot."""
-    STALE = 5
-    """Another generation, or no payload."""
-    HAD = 6
-    """This reader, or every reader that the payload asks for, has had it."""
-    CROWDED = 7
-    """The slot carries as many attempts as it can."""
-    TAKEN = 8
-    """All reads that the payload asks for are taken by other readers' attempts in flight."""
-    LATE = 9
-    """The hold had ended, or never was."""
+COUNTERS: Final = tuple(counter.name for counter in fields(RingStatistics))[1:-4]
+"""The counters of a segment in the order of their words; each counts one reason."""
+ABORTED: Final = COUNTERS.index("aborted")
+CONSUMED: Final = COUNTERS.index("consumed")
+RELEASED: Final = COUNTERS.index("released")
+RECLAIMED_WRITES: Final = COUNTERS.index("reclaimed_writes")
+RECLAIMED_READS: Final = COUNTERS.index("reclaimed_reads")
 
 
 def message_bytes(nbytes: int) -> int:
@@ -212,20 +210,34 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where everything lies, from the five numbers that decide it.
+class Identity:
+    """What a segment says of itself, and so where everything lies in it. Nothing of it changes after creation.
 
-    `schema_bytes` is the size of the schema's msgpack form, 0 for a raw ring, `envelope_bytes` the largest envelope of
-    a payload, a multiple of 64, 0 for none. `stride_bytes` are from one slot's memory to the next's.
+    The fields are its words behind the first four, in their order.
+
+    Attributes:
+        ring_id: 16 random bytes, new for every created segment.
+        schema_bytes: size of the schema's msgpack form, 0 for a raw ring, whose `fingerprint` is 0 too.
+        envelope_bytes: the largest envelope of a payload, a multiple of 64; 0 for none.
+        creator_start: the creator's start time in clock ticks since boot; pids count in one `boot_id` (16 bytes) and
+            one `pid_namespace` (its inode).
     """
 
+    ring_id: bytes
     slots: int
     slot_bytes: int
     readers: int
     schema_bytes: int
+    fingerprint: int
+    on_full: str
+    checksum: bool
+    block_timeout_ns: int
+    lock_timeout_ns: int
     envelope_bytes: int
-    header_bytes: int = field(init=False)
-    stride_bytes: int = field(init=False)
+    creator_pid: int
+    creator_start: int
+    boot_id: bytes
+    pid_namespace: int
 
     def __post_init__(self) -> None:
         """Check the bounds before anything is sized by them; a ConfigError names the number in `facts["field"]`."""
@@ -240,11 +252,6 @@ class Geometry:
                 raise ConfigError(f"{name} must be {low} to {high}, not {value}", field=name, value=value)
         if self.envelope_bytes % 64:
             raise ConfigError("envelope_bytes must be a multiple of 64", field="envelope_bytes")
-        # Both are asked for at every read and write, so they are worked out once.
-        words = self.first_slot_word + self.slots * self.slot_words
-        object.__setattr__(self, "header_bytes", round_up(words * WORD_BYTES, PAGE_BYTES))
-        stride_bytes = self.envelope_bytes + HEADROOM_BYTES + round_up(self.slot_bytes, 64) + TAILROOM_BYTES
-        object.__setattr__(self, "stride_bytes", stride_bytes)
 
     @property
     def max_attempts(self) -> int:
@@ -267,66 +274,44 @@ class Geometry:
         return round_up(SCHEMA_BYTE + self.schema_bytes, 64) // WORD_BYTES
 
     @property
+    def header_bytes(self) -> int:
+        """Bytes in front of the slots' memory."""
+        return round_up((self.first_slot_word + self.slots * self.slot_words) * WORD_BYTES, PAGE_BYTES)
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes from one slot's memory to the next's."""
+        return self.envelope_bytes + HEADROOM_BYTES + round_up(self.slot_bytes, 64) + TAILROOM_BYTES
+
+    @property
+    def first_payload_byte(self) -> int:
+        """First byte of slot 0's payload; 64 bytes of headroom lie in front of it, and the envelope before these."""
+        return self.header_bytes + self.envelope_bytes + HEADROOM_BYTES
+
+    @property
     def total_bytes(self) -> int:
         """Size of the segment."""
         return round_up(self.header_bytes + self.slots * self.stride_bytes, PAGE_BYTES)
 
-    def payload_byte(self, slot: int) -> int:
-        """First byte of a slot's payload; 64 bytes of headroom lie in front of it, and the envelope before these."""
-        return self.header_bytes + slot * self.stride_bytes + self.envelope_bytes + HEADROOM_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a segment says of itself. Nothing of it changes after creation.
-
-    `ring_id` is 16 random bytes, new for every created segment, `fingerprint` the schema's, 0 for a raw ring, and
-    `creator_start` the creator's start time in clock ticks since boot. Pids count in one `boot_id` (16 bytes) and one
-    `pid_namespace` (its inode).
-    """
-
-    geometry: Geometry
-    ring_id: bytes
-    fingerprint: int
-    on_full: str
-    checksum: bool
-    block_timeout_ns: int
-    lock_timeout_ns: int
-    creator_pid: int
-    creator_start: int
-    boot_id: bytes
-    pid_namespace: int
-
-    def to_words(self) -> list[int]:
-        """The identity's words in order, still marked incomplete."""
-        geometry = self.geometry
-        return [
-            *(MAGIC, LAYOUT_VERSION, geometry.total_bytes, 0),
-            *_TWO_WORDS.unpack(self.ring_id),
-            *(geometry.slots, geometry.slot_bytes, geometry.readers, geometry.schema_bytes, self.fingerprint),
-            *(POLICIES.index(self.on_full), int(self.checksum), self.block_timeout_ns, self.lock_timeout_ns),
-            geometry.envelope_bytes,
-            *(self.creator_pid, self.creator_start, *_TWO_WORDS.unpack(self.boot_id), self.pid_namespace),
-        ]
+    def to_bytes(self) -> bytes:
+        """The identity as it lies in the segment, still marked incomplete."""
+        values = {name: getattr(self, name) for name in _FIELDS} | {"on_full": POLICIES.index(self.on_full)}
+        return _IDENTITY.pack(MAGIC, LAYOUT_VERSION, self.total_bytes, 0, *values.values())
 
     @classmethod
-    def from_words(cls, words: Sequence[int], segment_bytes: int) -> Identity:
+    def from_bytes(cls, raw: bytes, segment_bytes: int) -> Identity:
         """Read an identity that anyone may have written.
 
         Args:
-            words: the first `IDENTITY_WORDS` words of the segment.
+            raw: the first `IDENTITY_BYTES` of the segment.
             segment_bytes: how large the segment really is.
 
         Raises:
             ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
         """
-        magic, version, total_bytes, _, *ring_id = words[:SLOTS_WORD]
-        slots, slot_bytes, readers, schema_bytes, fingerprint, policy, checksum, block_ns, lock_ns, envelope_bytes = (
-            words[SLOTS_WORD:CREATOR_PID_WORD]
-        )
-        pid, start, boot_low, boot_high, namespace = words[CREATOR_PID_WORD:IDENTITY_WORDS]
+        magic, version, total_bytes, _, *values = _IDENTITY.unpack(raw)
         if magic != MAGIC:
-            found = magic.to_bytes(WORD_BYTES, "little")
+            found = raw[:WORD_BYTES]
             raise ProtocolError(f"not a ring: it begins with {found!r}", field="magic", found=found.hex())
         if version != LAYOUT_VERSION:
             expected = LAYOUT_VERSION
@@ -337,27 +322,24 @@ class Identity:
                 found=version,
                 expected=expected,
             )
+        stated = dict(zip(_FIELDS, values, strict=True))
+        if stated["on_full"] >= len(POLICIES):
+            raise ProtocolError("a ring of an unknown policy", field="on_full", found=stated["on_full"])
         try:
-            geometry = Geometry(slots, slot_bytes, readers, schema_bytes, envelope_bytes)
+            identity = cls(**stated | {"on_full": POLICIES[stated["on_full"]], "checksum": bool(stated["checksum"])})
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
-        if not geometry.total_bytes == total_bytes == segment_bytes:
+        if not identity.total_bytes == total_bytes == segment_bytes:
             raise ProtocolError(
                 "a ring whose sizes contradict each other",
                 field="total_bytes",
                 segment_bytes=segment_bytes,
                 declared_bytes=total_bytes,
-                computed_bytes=geometry.total_bytes,
+                computed_bytes=identity.total_bytes,
             )
-        if policy >= len(POLICIES):
-            raise ProtocolError("a ring of an unknown policy", field="on_full", found=policy)
-        return cls(
-            geometry,
-            _TWO_WORDS.pack(*ring_id),
-            fingerprint,
-            POLICIES[policy],
-            bool(checksum),
-            *(block_ns, lock_ns, pid, start),
-            _TWO_WORDS.pack(boot_low, boot_high),
-            namespace,
-        )
+        return identity
+
+
+_FIELDS: Final = tuple(stated.name for stated in fields(Identity))
+_IDENTITY: Final = struct.Struct("<4Q16s12Q16sQ")
+IDENTITY_BYTES: Final = _IDENTITY.size

@@ -1,55 +1,159 @@
-"""ReadLease and WriteLease: what a reader and a writer have of one slot."""
+"""Leases: this process's writes and read attempts as objects, and what becomes of one that is dropped unfinished.
+
+A hold is registered here *before* its transition happens in the segment. So for every hold in a segment that names this
+process, either its object is alive here, or the hold is an orphan (its call was cut off by an exception, or its owner
+dropped it while the lock was taken) and may be reclaimed.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
+import struct
+import sys
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Final, Self
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 
-from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.errors import ConfigError, SlotError, TransportError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.holds import ABORTED, CONSUMED, RELEASED, DetachedRead, Hold
-from ucxx_transport.ring.layout import message_bytes
+from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED, message_bytes
+from ucxx_transport.ring.transitions import HoldWords, Transitions
 from ucxx_transport.schema.envelope import unpack_envelope
 from ucxx_transport.schema.tensors import Placement, view_fields
 
 if TYPE_CHECKING:
-    from ucxx_transport.ring.owner import Owner
-    from ucxx_transport.ring.transitions import Transitions
-    from ucxx_transport.schema import Schema, SlotRef
+    from ucxx_transport.schema import SlotRef
+
+_log = get_logger(__name__)
+
+_LOST_WAIT_S: Final = 0.05
+"""How long a finaliser waits for the lock, which runs wherever a reference goes. While others are to be settled it does
+not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once."""
+
+_fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
+_next_lease_id = itertools.count(1).__next__
+live: dict[int, ref[Hold]] = {}
+"""This process's holds that have not ended. A forked child inherits the objects only."""
+unsettled: list[Hold] = []
+"""Holds that were dropped while the lock was not to be had: `settle` ends them."""
+_detaching = threading.RLock()
+
+
+class Hold:
+    """One hold on one slot, by this process. numpy arrays made over it keep it.
+
+    A write is given its slot and generation by its transition. `reason` says as what a drop ends it: `ABORTED` for a
+    write, `RELEASED` for a read, `CONSUMED` for one that arrays alone keep. `words` is the hold as the transitions take
+    it; `layout` names them.
+    """
+
+    __slots__ = ("__weakref__", "lease_id", "reason", "transitions", "words")
+
+    def __init__(
+        self, transitions: Transitions, slot: int = 0, generation: int = 0, reader: int = 0, reason: int = ABORTED
+    ) -> None:
+        lease_id = self.lease_id = _next_lease_id()
+        words = self.words = HoldWords()
+        pid, start = transitions.owner()
+        _fill(words, 0, slot, generation, lease_id, pid, start, reader, transitions.address)
+        self.transitions = transitions
+        self.reason = reason
+        live[lease_id] = ref(self)
+
+    @property
+    def slot(self) -> int:
+        """The slot's index."""
+        return self.words[layout.HOLD_SLOT]
+
+    @property
+    def generation(self) -> int:
+        """Which write to that slot it is, or reads."""
+        return self.words[layout.HOLD_GENERATION]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload, or reserved for it."""
+        return self.words[layout.HOLD_NBYTES]
+
+    @property
+    def buffer(self) -> memoryview:
+        """The payload's memory: read-only for a read; for a write, not to be written to after `commit`."""
+        self.require_live()
+        return np.asarray(self).data
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this process took the hold and has not ended it."""
+        return self.lease_id in live
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The payload's bytes for numpy, read-only for a read. An array made of this keeps the hold."""
+        words, transitions = self.words, self.transitions
+        start = transitions.first_payload + words[layout.HOLD_SLOT] * transitions.stride
+        read_only = self.reason != ABORTED
+        return {"shape": (words[layout.HOLD_NBYTES],), "typestr": "|u1", "data": (start, read_only), "version": 3}
+
+    def require_live(self) -> None:
+        """Refuse, by a SlotError, one that has ended, or is another process's."""
+        if self.lease_id not in live:
+            raise SlotError(
+                f"this {'write' if self.reason == ABORTED else 'read'} lease has ended, or was inherited by a forked "
+                "process",
+                slot=self.slot,
+                generation=self.generation,
+            )
+
+    def end(self, reason: int, wait_s: float | None = None) -> bool:
+        """End it without a payload (`ABORTED`), or the read attempt that it is (`CONSUMED`, `RELEASED`).
+
+        Returns:
+            Whether this call ended it. False changes nothing: it had ended, was reclaimed, or is another process's.
+        """
+        lease_id = self.lease_id
+        if lease_id not in live:
+            return False
+        ended = self.transitions.finalise(self.words, reason, wait_s)
+        live.pop(lease_id, None)
+        return ended
+
+    def forget(self) -> None:
+        """Take it out of the registry: it has ended, or never began."""
+        live.pop(self.lease_id, None)
+
+    def settle(self) -> None:
+        """End it as a drop does; later where the lock is not to be had."""
+        try:
+            self.end(self.reason, 0.0 if unsettled else _LOST_WAIT_S)
+        except TransportError:
+            unsettled.append(self)
+
+    # At the end of the process, which is reclaimed, the names of this module may be gone.
+    def __del__(self, known: dict[int, ref[Hold]] = live, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.lease_id in known and not is_ending():
+            self.settle()
 
 
 class ReadLease(Hold):
     """One read attempt on a payload, from `acquire()`. As a context manager: leaving it unfinalised releases it."""
 
-    __slots__ = ("_schema",)
-
-    kind: ClassVar = "read"
-    _schema: Schema | None
+    __slots__ = ()
 
     @property
     def attempt(self) -> int:
         """The attempt's id, unique in this process."""
-        return self.lease_id
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the payload."""
-        self.require_live()
-        return self.words[layout.HOLD_NBYTES]
+        return self.words[layout.HOLD_LEASE]
 
     @property
     def checksum(self) -> int | None:
         """xxh3_64 of the payload, None when the ring takes none."""
         return self.words[layout.HOLD_CHECKSUM] if self.words[layout.HOLD_HAS_CHECKSUM] else None
-
-    @property
-    def buffer(self) -> memoryview:
-        """The payload, read-only."""
-        self.require_live()
-        return np.asarray(self).data
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -58,8 +162,8 @@ class ReadLease(Hold):
         They are the slot's own memory: copy what must outlive `mark_consumed` or `release_reading`.
         """
         self.require_live()
-        memory = np.asarray(self)
-        return {layout.RAW_FIELD: memory} if self._schema is None else self._schema.views(memory.data)
+        memory, schema = np.asarray(self), self.transitions.schema
+        return {layout.RAW_FIELD: memory} if schema is None else schema.views(memory.data)
 
     @property
     def commit_time_ns(self) -> int:
@@ -72,18 +176,13 @@ class ReadLease(Hold):
 
         It does not keep the attempt.
         """
-        self.require_live()
-        transitions, words = self.transitions, self.words
-        start = transitions.first_byte + words[layout.HOLD_SLOT] * transitions.stride - layout.HEADROOM_BYTES
-        return transitions.readable[start : start + message_bytes(words[layout.HOLD_NBYTES])]
+        first = self.transitions.first_byte - layout.HEADROOM_BYTES
+        return self._memory(first, message_bytes(self.words[layout.HOLD_NBYTES]))
 
     @property
     def envelope(self) -> bytes:
         """What the writer said of the payload, as msgpack; b"" when it said nothing, or too much."""
-        self.require_live()
-        transitions, words = self.transitions, self.words
-        start = transitions.first_envelope + words[layout.HOLD_SLOT] * transitions.stride
-        return bytes(transitions.readable[start : start + words[layout.HOLD_ENVELOPE_BYTES]])
+        return bytes(self._memory(self.transitions.first_envelope, self.words[layout.HOLD_ENVELOPE_BYTES]))
 
     @property
     def record(self) -> dict[str, object] | None:
@@ -102,7 +201,7 @@ class ReadLease(Hold):
         Returns:
             Whether this call ended it. False changes nothing and is counted: it had ended, or was reclaimed.
         """
-        return self.end(CONSUMED) or self.transitions.count_late(self.words)
+        return self.end(CONSUMED) or self._came_late()
 
     def release_reading(self) -> bool:
         """End the attempt without having had the payload: it is READY again unless another attempt has it.
@@ -110,7 +209,7 @@ class ReadLease(Hold):
         Returns:
             Whether this call ended it. False changes nothing and is counted.
         """
-        return self.end(RELEASED) or self.transitions.count_late(self.words)
+        return self.end(RELEASED) or self._came_late()
 
     def detach(self) -> npt.NDArray[np.uint8]:
         """Hand the attempt over to an array.
@@ -122,7 +221,16 @@ class ReadLease(Hold):
         Raises:
             SlotError: the lease has ended.
         """
-        return np.asarray(DetachedRead(self))
+        # Two threads that detach it at once would have two arrays that do not know of each other, and the slot would be
+        # written to when the first of them is gone.
+        with _detaching:
+            self.require_live()
+            hold = Hold.__new__(Hold)
+            hold.lease_id, hold.transitions, hold.words = self.lease_id, self.transitions, self.words
+            hold.reason = CONSUMED
+            live[hold.lease_id] = ref(hold)
+            self.lease_id = 0
+        return np.asarray(hold)
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +239,29 @@ class ReadLease(Hold):
         """Release the attempt if it was neither finalised nor detached."""
         self.end(RELEASED)
 
+    def _memory(self, first: int, nbytes: int) -> memoryview:
+        """So many bytes, which lie at `first` for slot 0."""
+        self.require_live()
+        start = first + self.words[layout.HOLD_SLOT] * self.transitions.stride
+        return self.transitions.readable[start : start + nbytes]
+
+    def _came_late(self) -> bool:
+        """Count a finalise that came too late, and say so once for this handle; False: it changed nothing."""
+        transitions = self.transitions
+        transitions.count("late_finalise")
+        if not transitions.warned_late:
+            transitions.warned_late = True
+            _log.warning(
+                "finalise_ignored",
+                ring=transitions.segment.name,
+                slot=self.slot,
+                generation=self.generation,
+                attempt=self.attempt,
+                pid=os.getpid(),
+                reason="the lease had ended; counted from here on",
+            )
+        return False
+
 
 class WriteLease(Hold):
     """A slot to write to, from `reserve()`.
@@ -138,39 +269,23 @@ class WriteLease(Hold):
     Fill `arrays` or `buffer`, then `commit()`. As a context manager: a clean exit commits, an exception aborts.
     """
 
-    __slots__ = ("_commit", "_placement", "_ref", "_schema")
+    __slots__ = ("_commit", "_placement", "_ref")
 
     def __init__(
-        self,
-        transitions: Transitions,
-        owner: Owner,
-        schema: Schema | None,
-        placement: Placement | None,
-        commit: Callable[[Hold], SlotRef],
+        self, transitions: Transitions, placement: Placement | None, commit: Callable[[Hold], SlotRef]
     ) -> None:
-        super().__init__(transitions, owner)
-        self._schema, self._placement, self._commit = schema, placement, commit
+        super().__init__(transitions)
+        self._placement, self._commit = placement, commit
         self._ref: SlotRef | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes reserved."""
-        return self.words[layout.HOLD_NBYTES]
-
-    @property
-    def buffer(self) -> memoryview:
-        """The slot's memory, writable, `nbytes` long. Not to be written to after `commit`."""
-        self.require_live()
-        return np.asarray(self).data
 
     @property
     def arrays(self) -> dict[str, Any]:
         """Writable arrays straight over the slot, nested as the schema says; a raw ring's is `{"data": uint8}`."""
         self.require_live()
-        memory = np.asarray(self)
-        if self._schema is None or self._placement is None:
+        memory, schema = np.asarray(self), self.transitions.schema
+        if schema is None or self._placement is None:
             return {layout.RAW_FIELD: memory}
-        return self._schema.nest(view_fields(memory.data, self._placement))
+        return schema.nest(view_fields(memory.data, self._placement))
 
     @property
     def ref(self) -> SlotRef:
@@ -198,7 +313,7 @@ class WriteLease(Hold):
         """
         if self._ref is None:
             reserved = self.nbytes
-            if nbytes is not None and (self._schema is not None or not 0 <= nbytes <= reserved):
+            if nbytes is not None and (self._placement is not None or not 0 <= nbytes <= reserved):
                 raise ConfigError(
                     f"nbytes must be 0 to {reserved} on a raw ring, and left out on one with a schema",
                     field="nbytes",
@@ -207,6 +322,7 @@ class WriteLease(Hold):
             self.require_live()
             self.words[layout.HOLD_NBYTES] = reserved if nbytes is None else nbytes
             self._ref = self._commit(self)
+            self.forget()
         return self._ref
 
     def abort(self) -> bool:
@@ -227,3 +343,27 @@ class WriteLease(Hold):
                 self.commit()
         finally:
             self.abort()  # changes nothing where it is committed
+
+
+def is_live(lease_id: int) -> bool:
+    """Whether a hold of this process with that id has its object."""
+    reference = live.get(lease_id)
+    return reference is not None and reference() is not None
+
+
+def settle() -> None:
+    """End the holds whose objects are gone and that could not be ended then."""
+    waiting = unsettled[:]
+    unsettled.clear()
+    for hold in waiting:
+        hold.settle()
+
+
+def _forget_inherited() -> None:
+    global _detaching  # noqa: PLW0603 - a module has one
+    live.clear()
+    unsettled.clear()
+    _detaching = threading.RLock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_WORDS, WORD_BYTES, Identity
+from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_BYTES, WORD_BYTES, Identity
 from ucxx_transport.ring.owner import boot_id, owner_alive, pid_namespace, segment_folder
 
 NAME_PREFIX: Final = "ucxx_transport-"
@@ -98,12 +97,11 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
 
 
 def _read_identity(fd: int) -> tuple[Identity | None, str]:
-    head = os.pread(fd, IDENTITY_WORDS * WORD_BYTES, 0)
-    words = [word for (word,) in struct.iter_unpack("<Q", head[: len(head) & -WORD_BYTES])]
-    if len(words) < IDENTITY_WORDS or not words[COMPLETE_WORD]:
+    head = os.pread(fd, IDENTITY_BYTES, 0)
+    if len(head) < IDENTITY_BYTES or not any(head[COMPLETE_WORD * WORD_BYTES :][:WORD_BYTES]):
         return None, "half-made"
     try:
-        return Identity.from_words(words, os.fstat(fd).st_size), ""
+        return Identity.from_bytes(head, os.fstat(fd).st_size), ""
     except ProtocolError as exc:
         return None, exc.message
 

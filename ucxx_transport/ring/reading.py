@@ -6,7 +6,9 @@ several readers share a ring (`readers` > 1): those too that others are reading,
 
 from __future__ import annotations
 
+import ctypes
 import struct
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,18 +17,15 @@ import xxhash
 from ucxx_transport.errors import ChecksumError, ConfigError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.handle import RingHandle
-from ucxx_transport.ring.holds import RELEASED, settle, unsettled
-from ucxx_transport.ring.layout import Counter
-from ucxx_transport.ring.leases import ReadLease
+from ucxx_transport.ring.layout import RELEASED
+from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import TakeWords
 from ucxx_transport.schema.envelope import meta_of
 from ucxx_transport.schema.slot_ref import renumbered, with_meta
 
 if TYPE_CHECKING:
-    from ucxx_transport.ring.layout import Identity
-    from ucxx_transport.ring.segment import Segment
-    from ucxx_transport.schema import Schema, SlotRef
+    from ucxx_transport.schema import SlotRef
 
 _MAX_READER: Final = (1 << 63) - 1
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
@@ -46,8 +45,8 @@ _NOWHERE: Final[tuple[int, int, int, int | None]] = (0, 0, 0, None)
 class ReadableRing(RingHandle):
     """The reading half of `SharedRingBuffer`."""
 
-    def __init__(self, segment: Segment, identity: Identity, schema: Schema | None, **seams: Any) -> None:
-        super().__init__(segment, identity, schema, **seams)
+    def __init__(self, *parts: Any, **seams: Any) -> None:
+        super().__init__(*parts, **seams)
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
 
     def acquire(self, ref: SlotRef, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
@@ -66,7 +65,7 @@ class ReadableRing(RingHandle):
         """
         if ref.ring_id != self.ring_id:
             self._require_open()
-            self._transitions.count(Counter.STALE)
+            self._transitions.count("stale")
             raise StaleSlotError(
                 "stale slot: the reference names another ring, or an earlier one of that name",
                 slot=ref.slot,
@@ -74,16 +73,25 @@ class ReadableRing(RingHandle):
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self.ring_id.hex(),
             )
-        return self._enter(self._new_lease(ref.slot, ref.generation, reader), deadline_s)
+        return self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
 
-    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> ReadLease:
+    def acquire_slot(
+        self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None
+    ) -> ReadLease:
         """`acquire` for the server: the ring's id has been checked, the numbers have not."""
+        if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
+            self._prepare(reader)
         try:
-            lease = self._new_lease(slot, generation, reader)
+            lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
         except struct.error:  # not of 64 bits
-            self._transitions.count(Counter.OUT_OF_RANGE)
+            self._transitions.count("out_of_range")
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
-        return self._enter(lease, None)
+        try:
+            self._transitions.acquire(lease.words, deadline_s)
+        except TransportError:
+            lease.forget()
+            raise
+        return lease
 
     def take(
         self,
@@ -115,21 +123,24 @@ class ReadableRing(RingHandle):
             raise ConfigError("take at least one payload", field="max_payloads", value=max_payloads)
         if max_bytes is not None and max_bytes < 0:
             raise ConfigError("max_bytes is 0 or more, or None", field="max_bytes", value=max_bytes)
+        self._prepare(reader)
         words = self._words
         there = words[_READY] + (words[_READING] if self.readers > 1 else 0)
         room = max(1, min(max_payloads, there))
         limit = _NO_LIMIT if max_bytes is None else min(max_bytes, _NO_LIMIT)
         asked = TakeWords(room, limit, newest, *self._places.get(reader, _NOWHERE)[:3])
         # registered before their attempts begin, as every hold is
-        leases = [self._new_lease(0, 0, reader) for _ in range(room)]
-        walked, holds, began_s = 0, [lease.words for lease in leases], self._clock()
+        leases = [ReadLease(self._transitions, 0, 0, reader, RELEASED) for _ in range(room)]
+        holds = (ctypes.c_void_p * room)(*(ctypes.addressof(lease.words) for lease in leases))
+        walked, began_s, left_s = 0, self._clock(), deadline_s
         try:
-            self._transitions.take(holds, asked, deadline_s)
-            while asked[layout.TAKE_NEXT] and walked <= 2 * self.slots:
-                # a place that is gone by then costs the walk its beginning again: not without end
+            # A place that is gone when the walk goes on costs it its beginning again: not without end.
+            while walked <= 2 * self.slots:
+                self._transitions.call("take", holds, asked, wait_s=left_s)
+                if not asked[layout.TAKE_NEXT]:
+                    break
                 walked += asked[layout.TAKE_STEPS]
                 left_s = None if deadline_s is None else max(0.0, began_s + deadline_s - self._clock())
-                self._transitions.take(holds, asked, left_s)
         except TransportError:
             if not asked[layout.TAKE_NUMBER]:
                 raise
@@ -165,7 +176,7 @@ class ReadableRing(RingHandle):
         self._require_open()
         if not wait_s >= 0:
             raise ConfigError("wait_s is seconds, 0 or more", field="wait_s", value=wait_s)
-        words = self._words
+        words, transitions = self._words, self._transitions
         started = self._clock()
         seen = self._places.get(reader, _NOWHERE)[3]
         if seen is None:
@@ -177,7 +188,7 @@ class ReadableRing(RingHandle):
             left_s = started + wait_s - self._clock()
             if left_s <= 0:
                 return False
-            self._transitions.wait_for_ready(seen, min(left_s, _LOOK_EVERY_S))
+            transitions.sleeping.wait_ready(transitions.address, seen, int(min(left_s, _LOOK_EVERY_S) * 1e9))
             if left_s > _LOOK_EVERY_S and words[_READING] and words[layout.READIED_WORD] & _U32 == seen:
                 self._reclaim()  # also of a handle that another thread has closed meanwhile
         return True
@@ -190,10 +201,10 @@ class ReadableRing(RingHandle):
             ProtocolError: the payload's envelope is malformed.
         """
         self._require_open()
-        if lease.transitions.ring_id != self.ring_id:
+        if lease.transitions.identity.ring_id != self.ring_id:
             raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
-        ref = renumbered(self._template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
         meta = meta_of(lease.record)
+        ref = renumbered(self._template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
         return with_meta(ref, meta) if meta else ref
 
     def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
@@ -216,22 +227,56 @@ class ReadableRing(RingHandle):
             lease.mark_consumed()
         return arrays
 
-    def _new_lease(self, slot: int, generation: int, reader: int) -> ReadLease:
-        """A lease of an attempt yet to begin, on any u64 as slot and generation: `ring.c` refuses what is not there."""
+    def ready_refs(self) -> list[SlotRef]:
+        """References of the payloads that wait to be read, oldest first; without `meta` (see `take`, `reference`)."""
+        self._require_open()
+        template = self._template()
+        return [
+            renumbered(
+                template,
+                words[layout.HOLD_SLOT],
+                words[layout.HOLD_GENERATION],
+                words[layout.HOLD_NBYTES],
+                words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None,
+            )
+            for words in sorted(self._transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
+        ]
+
+    def discard(self, ref: SlotRef) -> bool:
+        """Drop an unread payload.
+
+        Returns:
+            Whether this call freed its slot. False: it is being read, or not in the ring any more.
+        """
+        self._require_open()
+        return ref.ring_id == self.ring_id and not self._transitions.call("discard", ref.slot, ref.generation)
+
+    def discard_until(self, sequence: int) -> int:
+        """Drop the unread payloads of all writes up to one: their references must not be read any more.
+
+        Args:
+            sequence: the last write to drop, a `write_sequence` of before.
+
+        Returns:
+            How many payloads of these writes are still being read: call again, until there are none. A write that is
+            completed later than `sequence` keeps its payload, whenever it began.
+
+        Raises:
+            DeadlineExceededError: the ring's lock was not to be had in time.
+        """
+        self._require_open()
+        in_use = set()
+        for words in self._transitions.holds(SlotState.READY, SlotState.READING):
+            slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
+            if words[layout.HOLD_SEQUENCE] <= sequence and self._transitions.call("discard", slot, generation):
+                in_use.add(slot)
+        return len(in_use)
+
+    def _prepare(self, reader: int) -> None:
+        """Before leases are made: is the handle open, the reader's id one, and nothing dropped left to be ended?"""
         if self.closed:
             self._require_open()
         if not 0 <= reader <= _MAX_READER:
             raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:
             settle()
-        lease = ReadLease(self._transitions, self._owner(), slot, generation, reader, RELEASED)
-        lease._schema = self.schema  # noqa: SLF001 - the one maker of leases: a constructor of their own would be one call more
-        return lease
-
-    def _enter(self, lease: ReadLease, wait_s: float | None) -> ReadLease:
-        try:
-            self._transitions.acquire(lease.words, wait_s)
-        except TransportError:
-            lease.forget()
-            raise
-        return lease

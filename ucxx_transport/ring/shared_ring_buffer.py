@@ -1,31 +1,48 @@
-"""SharedRingBuffer: a ring of payloads in shared memory, written by rollout workers, read in place or served from."""
+"""SharedRingBuffer: a ring of payloads in shared memory, written by rollout workers, read in place or served from.
+
+Here its writing half: a slot is found under the ring's policy, filled, and committed, or given back.
+"""
 
 from __future__ import annotations
 
-import os
-import secrets
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+import struct
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
-from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
+from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import Geometry, Identity, round_up
-from ucxx_transport.ring.orphans import sweep_orphans
-from ucxx_transport.ring.owner import boot_id, current_owner, pid_namespace
+from ucxx_transport.ring.layout import ABORTED
+from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
-from ucxx_transport.ring.segment import Segment, create_segment, open_segment
-from ucxx_transport.ring.transitions import Transitions
-from ucxx_transport.ring.writing import WritableRing
-from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
 
 if TYPE_CHECKING:
-    from ucxx_transport.config import RingConfig
+    from typing_extensions import Buffer
+
+    from ucxx_transport.ring.transitions import Words
+    from ucxx_transport.schema import SlotRef
+
+_log = get_logger(__name__)
+
+_RECLAIM_EVERY_S: Final = 0.1
+"""While waiting for a slot: how often to look for holds of processes that died since."""
+
+_SMALL_BYTES: Final = 16 << 10
+"""Copied with the interpreter's lock held, which takes less than releasing it."""
+
+_REMEMBERED_SLOTS: Final = 1024
+"""Slots whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs."""
 
 
-class SharedRingBuffer(WritableRing, ReadableRing):
+class SharedRingBuffer(ReadableRing):
     """One process's handle on a ring. Every call is safe from any thread and any process that has a handle.
 
     The handle that made the ring removes it from the host on `close`, on leaving `with`, and at exit; one that attached
@@ -40,6 +57,8 @@ class SharedRingBuffer(WritableRing, ReadableRing):
         readers: reads that free a payload.
         schema: the payloads' fields; None for a raw ring.
         fingerprint: the schema's, 0 for a raw ring.
+        mapping: all of the ring's memory in this process, uint8, for registering it with a device.
+        server_words: unsigned 64-bit words for the server's own shared statistics; each should have one writer.
         closed: whether `close` was called on this handle.
 
     >>> with SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=64)) as ring:
@@ -49,157 +68,288 @@ class SharedRingBuffer(WritableRing, ReadableRing):
     (b'an episode', True)
     """
 
-    @classmethod
-    def create(cls, config: RingConfig, **seams: Any) -> Self:
-        """Make a ring, after removing those of dead creators on this host.
+    def __init__(self, *parts: Any, **seams: Any) -> None:
+        super().__init__(*parts, **seams)
+        self._bytes = self.mapping.data
+        self._first_byte, self._stride = self._transitions.first_byte, self._transitions.stride
+        self._takes_checksums = self._identity.checksum
+        self._overwrites = self._identity.on_full == "overwrite"
+        self._targets: dict[int, tuple[Placement, list[Array]]] = {}
+        self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
+        self._warned_envelope = False
 
-        Args:
-            config: sizes and policies.
-            **seams: `owner`, `alive` and `clock` of `RingHandle`.
-
-        Raises:
-            ConfigError: the name is in use by a live creator, or the ring does not fit its folder.
-        """
-        return cls(*create_ring(config), **seams)
-
-    @classmethod
-    def attach(
-        cls,
-        name: str,
+    def write(
+        self,
+        data: Mapping[str, Any],
         *,
-        folder: Path | str | None = None,
-        descriptor: int | None = None,
-        populate: bool = True,
-        **seams: Any,
-    ) -> Self:
-        """Open a ring that another process, or another handle, made.
+        readers: int | None = None,
+        meta: Mapping[str, object] | None = None,
+        deadline_s: float | None = None,
+        envelope: bytes | None = None,
+    ) -> SlotRef:
+        """Copy arrays into a slot and make them readable. A failed write leaves no trace but its count.
 
         Args:
-            name: its `name`, or that of a SlotRef (`ring_name`).
-            folder: where its segment is; None for the setting `ring.folder` of this process.
-            descriptor: of its segment (`RingHandle.duplicate`), whose name may be gone; stays the caller's.
-            populate: map all its pages now; the first read of each is half as fast otherwise.
-            **seams: as for `create`.
+            data: a value for every field of the schema, nested as its names say.
+            readers: reads that free this payload, at most the ring's own; None for that.
+            meta: what to say about the payload in its reference; msgpack- and JSON-safe, 64 KiB at most. Those who
+                `take` it have it too, if it takes no more than the ring's `envelope_bytes` as msgpack.
+            deadline_s: how long to wait for a slot under `on_full="block"`, and for the lock; None: as configured.
+            envelope: what those who `take` it have instead of `meta`: a mapping as msgpack (`schema.envelope`).
 
         Raises:
-            ConfigError: no such ring on this host (`facts["reason"]` "missing"), or it is of another pid namespace.
-            NotReadyError: it is still being made.
-            ProtocolError: no ring, another layout version, or damaged; says what was found.
+            ConfigError: the data does not fit the schema, or `meta` a reference; no slot was touched.
+            RingFullError: every slot is being read or written, or, with `on_full="raise"`, none is free.
+            DeadlineExceededError: no slot, or the lock, in time.
         """
-        segment = open_segment(name, None if folder is None else Path(folder), descriptor)
-        identity, schema = read_identity(segment)
-        if populate:
-            segment.populate(write=False)
-        return cls(segment, identity, schema, **seams)
-
-    def ready_refs(self) -> list[SlotRef]:
-        """References of the payloads that wait to be read, oldest first; without `meta` (see `take`, `reference`)."""
-        self._require_open()
-        template = self._template()
-        return [
-            renumbered(
-                template,
-                words[layout.HOLD_SLOT],
-                words[layout.HOLD_GENERATION],
-                words[layout.HOLD_NBYTES],
-                words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None,
+        schema = self.schema
+        if schema is not None:
+            # checked in full before a slot is touched: data that does not fit must not cost an unread payload
+            arrays, placement = schema.arrange(data)
+            return self._write(placement.nbytes, arrays, placement, readers, meta, envelope, deadline_s)
+        if set(data) != {layout.RAW_FIELD}:
+            raise ConfigError(
+                f"a raw ring takes write_raw(buffer), or write({{{layout.RAW_FIELD!r}: buffer}}): it has no others",
+                field="data",
             )
-            for words in self._transitions.ready()
-        ]
+        raw = data[layout.RAW_FIELD]
+        return self.write_raw(raw, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
 
-    def discard(self, ref: SlotRef) -> bool:
-        """Drop an unread payload.
+    def write_raw(
+        self,
+        buffer: Buffer | npt.NDArray[Any],
+        *,
+        readers: int | None = None,
+        meta: Mapping[str, object] | None = None,
+        deadline_s: float | None = None,
+        envelope: bytes | None = None,
+    ) -> SlotRef:
+        """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
+        if self.schema is not None:
+            raise ConfigError("this ring has a schema: write(data) takes its arrays", field="buffer")
+        # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
+        source = byte_view(buffer.data if isinstance(buffer, np.ndarray) else buffer, writable=False)
+        nbytes = source.nbytes
+        if nbytes > self.slot_bytes:
+            self._check_size(nbytes)
+        return self._write(nbytes, source, None, readers, meta, envelope, deadline_s)
 
-        Returns:
-            Whether this call freed its slot. False: it is being read, or not in the ring any more.
-        """
-        self._require_open()
-        return ref.ring_id == self.ring_id and self._transitions.discard(ref.slot, ref.generation)
-
-    def discard_until(self, sequence: int) -> int:
-        """Drop the unread payloads of all writes up to one: their references must not be read any more.
+    def reserve(
+        self,
+        nbytes: int | None = None,
+        *,
+        lengths: Mapping[str, int] | None = None,
+        readers: int | None = None,
+        meta: Mapping[str, object] | None = None,
+        deadline_s: float | None = None,
+        envelope: bytes | None = None,
+    ) -> WriteLease:
+        """A slot to produce a payload in, without a copy: `with ring.reserve() as lease: lease.arrays["obs"][:] = …`.
 
         Args:
-            sequence: the last write to drop, a `write_sequence` of before.
-
-        Returns:
-            How many payloads of these writes are still being read, and slots written again: call again, until there are
-            none. A write that is completed later than `sequence` keeps its payload, whenever it began.
+            nbytes: bytes of a raw payload; None for a whole slot (see `WriteLease.commit`).
+            lengths: rows of the schema's varlen fields; one left out has its maximum.
+            readers: as for `write`.
+            meta: as for `write`.
+            deadline_s: as for `write`.
+            envelope: as for `write`.
 
         Raises:
-            DeadlineExceededError: the ring's lock was not to be had in time.
+            ConfigError: a size or length does not fit, or `meta` a reference.
+            RingFullError: as for `write`.
+            DeadlineExceededError: as for `write`.
         """
-        self._require_open()
-        return self._transitions.discard_until(sequence)
+        placement: Placement | None = None
+        if self.schema is None:
+            if lengths is not None:
+                raise ConfigError("a raw ring has no varlen fields: give nbytes", field="lengths")
+            size = self.slot_bytes if nbytes is None else nbytes
+            self._check_size(size)
+        elif nbytes is not None:
+            raise ConfigError("this ring has a schema: give lengths of its varlen fields instead", field="nbytes")
+        else:
+            placement = self.schema.layout(lengths)
+            size = placement.nbytes
+        most, meta, envelope = self._agreed(readers, meta, envelope)
+        commit = partial(self._commit, readers=most, meta=meta, envelope=envelope)
+        lease = WriteLease(self._transitions, placement, commit)
+        self._reserve(lease, size, deadline_s)
+        if placement is not None:
+            self._write_lengths(lease, placement)
+        return lease
 
+    def _write(  # noqa: C901, PLR0917 - all that a write is
+        self,
+        nbytes: int,
+        content: Any,
+        placement: Placement | None,
+        readers: int | None,
+        meta: Mapping[str, object] | None,
+        envelope: bytes | None,
+        deadline_s: float | None,
+    ) -> SlotRef:
+        """Copy what fits into a slot: arrays to their places, or bytes where there is no placement."""
+        if readers is not None or meta or envelope:
+            readers, meta, envelope = self._agreed(readers, meta, envelope)
+        try:
+            hold = self._spare.pop()
+        except IndexError:
+            hold = Hold(self._transitions)
+        else:
+            if hold.lease_id not in live:  # a parent's
+                hold = Hold(self._transitions)
+        self._reserve(hold, nbytes, deadline_s)
+        slot = hold.words[layout.HOLD_SLOT]
+        try:
+            if placement is not None:
+                if placement.lengths:
+                    self._write_lengths(hold, placement)
+                kept = self._targets.get(slot)
+                targets = kept[1] if kept and kept[0] is placement else self._targets_in(hold, placement)
+                copy_fields(targets, content)
+            elif nbytes <= _SMALL_BYTES:
+                start = self._first_byte + slot * self._stride
+                self._bytes[start : start + nbytes] = content
+            else:  # releases the interpreter's lock
+                np.copyto(self._transitions.payload(hold.words), np.frombuffer(content, np.uint8))
+            ref = self._commit(hold, readers or self.readers, meta, envelope)
+        except BaseException:  # anywhere: no payload of it remains
+            if not hold.end(ABORTED):
+                self._transitions.call("discard", hold.slot, hold.generation)
+            raise
+        if envelope:
+            hold.words[layout.HOLD_ENVELOPE_BYTES] = 0
+        self._spare.append(hold)
+        return ref
 
-def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
-    """Make a segment that describes itself, after a sweep of what dead creators left; errors as `create_segment`."""
-    folder = Path(config.folder)
-    sweep_orphans(folder)
-    schema = None
-    if config.schema is not None:
-        given = config.schema
-        schema = given if isinstance(given, Schema) else Schema.from_dict(given.to_dict())
-    described = b"" if schema is None else schema.to_bytes()
-    creator = current_owner()
-    identity = Identity(
-        geometry=Geometry(
-            slots=config.slots,
-            # a schema of empty arrays alone has payloads of no bytes
-            slot_bytes=max(1, schema.nbytes) if schema is not None else (config.slot_bytes or 1),
-            readers=config.readers,
-            schema_bytes=len(described),
-            envelope_bytes=round_up(config.envelope_bytes, 64),
-        ),
-        ring_id=secrets.token_bytes(16),
-        fingerprint=0 if schema is None else schema.fingerprint,
-        on_full=config.on_full,
-        checksum=config.checksum,
-        block_timeout_ns=int(config.block_timeout_s * 1e9),
-        lock_timeout_ns=int(config.lock_timeout_s * 1e9),
-        creator_pid=creator.pid,
-        creator_start=creator.start,
-        boot_id=boot_id(),
-        pid_namespace=pid_namespace(),
-    )
-    name = config.name or f"{os.getpid()}-{secrets.token_hex(6)}"
-    segment = create_segment(name, identity.geometry.total_bytes, folder)
-    try:
-        if config.prefault:
-            segment.populate(write=True)
-        Transitions(segment, identity).initialise()
-        segment.memory[layout.SCHEMA_BYTE : layout.SCHEMA_BYTE + len(described)] = np.frombuffer(described, np.uint8)
-        for index, word in enumerate(identity.to_words()):
-            segment.words[index] = word
-        segment.words[layout.COMPLETE_WORD] = 1  # the last store
-    except BaseException:
-        segment.unlink()
-        raise
-    return segment, identity, schema
+    def _agreed(
+        self, readers: int | None, meta: Mapping[str, object] | None, envelope: bytes | None
+    ) -> tuple[int, Mapping[str, object] | None, bytes | None]:
+        """The reads that free a payload, its reference's meta, and its envelope; a ConfigError where one cannot be."""
+        most = self.readers
+        if readers is not None and not 1 <= readers <= most:
+            raise ConfigError(
+                f"readers must be 1 to the ring's own {most} (ring.readers), not {readers}",
+                field="readers",
+                value=readers,
+            )
+        if meta:
+            meta, packed = checked_meta(meta)
+            envelope = envelope or packed
+        return (readers or most, meta, envelope if self._identity.envelope_bytes else None)
 
+    def _commit(self, hold: Hold, readers: int, meta: Mapping[str, object] | None, envelope: bytes | None) -> SlotRef:
+        """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is.
 
-def read_identity(segment: Segment) -> tuple[Identity, Schema | None]:
-    """Check that a segment is a ring which this process can use, and what it says of itself; errors as `attach`."""
-    words = segment.words[: layout.IDENTITY_WORDS].tolist()
-    blank = not any(words[: layout.COMPLETE_WORD + 1])
-    of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
-    if blank or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
-        raise NotReadyError("the ring is still being made; try again", name=segment.name)
-    identity = Identity.from_words(words, segment.nbytes)
-    if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
-        raise ConfigError(
-            "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
-            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
-            field="name",
-            name=segment.name,
-            reason="pid_namespace",
-            creator_namespace=identity.pid_namespace,
-            own_namespace=pid_namespace(),
+        Raises:
+            SlotError: the hold was reclaimed.
+        """
+        words = hold.words
+        checksum = None
+        if self._takes_checksums:
+            checksum = words[layout.HOLD_CHECKSUM] = xxhash.xxh3_64_intdigest(self._transitions.payload(words).data)
+            words[layout.HOLD_HAS_CHECKSUM] = 1
+        slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
+        # made first: what can go wrong with it must not leave a payload that has no reference
+        ref = renumbered(self._template(), slot, generation, words[layout.HOLD_NBYTES], checksum, meta)
+        if envelope:
+            self._write_envelope(hold, envelope)
+        self._transitions.commit(words, readers)
+        return ref
+
+    def _reserve(self, hold: Hold, nbytes: int, deadline_s: float | None) -> None:
+        """Give a hold a slot in WRITING.
+
+        Raises:
+            RingFullError: there is none, and the policy is not to wait.
+            DeadlineExceededError: none became free in time.
+        """
+        if self.closed:
+            self._require_open()
+        if unsettled:
+            settle()
+        words = hold.words
+        words[layout.HOLD_NBYTES] = nbytes
+        try:
+            if not self._transitions.reserve(words, overwrites=self._overwrites, wait_s=deadline_s):
+                self._wait_for_slot(words, deadline_s)
+        except TransportError:
+            hold.forget()  # no slot was given
+            raise
+
+    def _wait_for_slot(self, words: Words, deadline_s: float | None) -> None:
+        """Reserve a slot for a write that found none, by the ring's policy; errors as `_reserve`."""
+        transitions, blocks = self._transitions, self._identity.on_full == "block"
+        block_s = self._identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
+        reclaim_at = started = self._clock()
+        has_waited = False
+        while True:
+            # tried whatever a look finds: another process may have been the one who took the dead's slots back
+            if self._clock() >= reclaim_at:
+                self._reclaim()
+                reclaim_at = self._clock() + _RECLAIM_EVERY_S
+            if transitions.reserve(words, overwrites=self._overwrites):
+                return
+            left_s = started + (block_s if blocks else 0.0) - self._clock()
+            if left_s <= 0:
+                break
+            if not has_waited:
+                has_waited = True
+                transitions.count("blocked")
+            # in slices: a signal is noticed between two, and so is a reader's death
+            wait_s = min(left_s, _RECLAIM_EVERY_S)
+            transitions.sleeping.wait(transitions.address, words[layout.HOLD_STATE], int(wait_s * 1e9))
+        transitions.count("full")
+        if blocks:
+            raise DeadlineExceededError(
+                "no slot became free in time: the readers are too slow, or gone; enlarge ring.slots or choose "
+                "on_full='overwrite'",
+                waited_s=round(self._clock() - started, 3),
+                slots=self.slots,
+            )
+        raise RingFullError(
+            "no slot can be written: every one is being read or written"
+            if self._overwrites
+            else "no slot is free and the ring's policy is to raise",
+            slots=self.slots,
+            on_full=self._identity.on_full,
         )
-    geometry, schema = identity.geometry, None
-    if geometry.schema_bytes:
-        schema = Schema.from_bytes(segment.memory[layout.SCHEMA_BYTE :][: geometry.schema_bytes].tobytes())
-        if schema.fingerprint != identity.fingerprint or schema.nbytes > geometry.slot_bytes:
-            raise ProtocolError("a ring whose schema is not the one it names", field="schema", name=segment.name)
-    return identity, schema
+
+    def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
+        """The arrays of a slot for this layout, made, and kept for the next write to it."""
+        slot = hold.words[layout.HOLD_SLOT]
+        targets = view_fields(self._transitions.payload(hold.words).data, placement)
+        if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
+            self._targets[slot] = (placement, targets)
+        return targets
+
+    def _write_lengths(self, hold: Hold, placement: Placement) -> None:
+        start = self._first_byte + hold.words[layout.HOLD_SLOT] * self._stride
+        struct.pack_into(f"<{len(placement.lengths)}Q", self._bytes, start, *placement.lengths)
+
+    def _write_envelope(self, hold: Hold, envelope: bytes) -> None:
+        nbytes = hold.words[layout.HOLD_ENVELOPE_BYTES] = len(envelope)
+        room = self._identity.envelope_bytes
+        if nbytes <= room:
+            start = self._transitions.first_envelope + hold.slot * self._stride
+            self._bytes[start : start + nbytes] = envelope
+        elif not self._warned_envelope:  # counted by the commit
+            self._warned_envelope = True
+            _log.warning(
+                "envelope_left_out",
+                ring=self.name,
+                slot=hold.slot,
+                generation=hold.generation,
+                nbytes=nbytes,
+                reason=f"larger than ring.envelope_bytes = {room}: those who take the payload do not have it",
+            )
+
+    def _check_size(self, nbytes: int) -> None:
+        most = self.slot_bytes
+        if not 0 <= nbytes <= most:
+            raise ConfigError(
+                f"a payload of {nbytes} bytes does not fit a slot of {most}: raise ring.slot_bytes",
+                field="slot_bytes",
+                nbytes=nbytes,
+                slot_bytes=most,
+            )

@@ -71,13 +71,6 @@ STATE_MASK: Final = (1 << STATE_BITS) - 1
 MAX_GENERATION: Final = (1 << (64 - STATE_BITS)) - 1
 
 
-def step_of(state: SlotState, event: SlotEvent) -> int:
-    """What `event` adds to the state word of a slot in `state`; a KeyError where the table has no such transition."""
-    target = TRANSITIONS[state, event]
-    new_generation = 1 << STATE_BITS if target is SlotState.WRITING else 0
-    return int(target) - int(state) + new_generation
-
-
 def state_of(word: int) -> SlotState:
     """The state in a state word; a SlotError where it holds none: the memory is not a slot's, or damaged."""
     try:
@@ -94,11 +87,12 @@ def generation_of(word: int) -> int:
 def advance(word: int, event: SlotEvent) -> int:
     """The state word after `event`: the only maker of state words. A SlotError: the table has no such transition."""
     state = state_of(word)
-    if (state, event) not in TRANSITIONS:
+    target = TRANSITIONS.get((state, event))
+    if target is None:
         raise SlotError(
             f"a slot cannot {event.name} while {state.name}",
             state=state.name,
             event=event.name,
             generation=generation_of(word),
         )
-    return word + step_of(state, event)
+    return generation_of(word) + (target is SlotState.WRITING) << STATE_BITS | target

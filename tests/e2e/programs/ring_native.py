@@ -22,12 +22,11 @@ from ucxx_transport.errors import BusyError, StaleSlotError
 from ucxx_transport.native import Library, load
 from ucxx_transport.ring import SlotState
 from ucxx_transport.ring.layout import (
+    CONSUMED,
     HOLD_ENVELOPE_BYTES,
-    HOLD_GENERATION,
     HOLD_HAS_CHECKSUM,
     HOLD_NBYTES,
-    HOLD_SLOT,
-    Counter,
+    RELEASED,
 )
 from ucxx_transport.ring.transitions import Words
 
@@ -42,7 +41,7 @@ def reserve(bench: RingBench) -> Call:
 
 
 def overwrite(bench: RingBench) -> Call:
-    for _ in range(bench.geometry.slots):
+    for _ in range(bench.identity.slots):
         bench.written()
     return lambda: bench.reserved(DYING)
 
@@ -61,7 +60,7 @@ def commit(bench: RingBench) -> Call:
 
 def abort(bench: RingBench) -> Call:
     words = bench.reserved(DYING)
-    return lambda: bench.transitions.abort(words)
+    return lambda: bench.abort(words)
 
 
 def commit_of_odd_size_with_too_large_an_envelope(bench: RingBench) -> Call:
@@ -84,20 +83,20 @@ def take_the_newest_of_those_that_another_reads(bench: RingBench) -> Call:
 
 def release_between_two_that_are_read(bench: RingBench) -> Call:
     first, second, third = [bench.reading(bench.written(), DYING) for _ in range(3)]
-    assert bench.transitions.finalise(first, Counter.RELEASED)
-    assert bench.transitions.finalise(third, Counter.RELEASED)
-    return ending(bench, second, Counter.RELEASED)
+    assert bench.transitions.finalise(first, RELEASED)
+    assert bench.transitions.finalise(third, RELEASED)
+    return ending(bench, second, RELEASED)
 
 
 def discard(bench: RingBench) -> Call:
     payload = bench.written()
-    return lambda: bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+    return lambda: bench.discard(payload)
 
 
 def discard_what_one_of_three_has_read(bench: RingBench) -> Call:
     payload = bench.written(3)
     consume_as(bench, payload, 7)
-    return lambda: bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+    return lambda: bench.discard(payload)
 
 
 def acquire(bench: RingBench) -> Call:
@@ -118,50 +117,50 @@ def join(bench: RingBench) -> Call:
 
 
 def consume(bench: RingBench) -> Call:
-    return ending(bench, bench.reading(bench.written(), DYING), Counter.CONSUMED)
+    return ending(bench, bench.reading(bench.written(), DYING), CONSUMED)
 
 
 def consume_as_the_first_of_three(bench: RingBench) -> Call:
-    return ending(bench, bench.reading(bench.written(3), DYING, 1), Counter.CONSUMED)
+    return ending(bench, bench.reading(bench.written(3), DYING, 1), CONSUMED)
 
 
 def release(bench: RingBench) -> Call:
-    return ending(bench, bench.reading(bench.written(), DYING), Counter.RELEASED)
+    return ending(bench, bench.reading(bench.written(), DYING), RELEASED)
 
 
 def consume_while_another_reads(bench: RingBench) -> Call:
     payload = bench.written(2)
     bench.reading(payload, LIVING, 1)
-    return ending(bench, bench.reading(payload, DYING, 2), Counter.CONSUMED)
+    return ending(bench, bench.reading(payload, DYING, 2), CONSUMED)
 
 
 def release_while_another_reads(bench: RingBench) -> Call:
     payload = bench.written(2)
     bench.reading(payload, LIVING, 1)
-    return ending(bench, bench.reading(payload, DYING, 2), Counter.RELEASED)
+    return ending(bench, bench.reading(payload, DYING, 2), RELEASED)
 
 
 def release_after_another_consumed(bench: RingBench) -> Call:
-    return ending(bench, left_by_another(bench), Counter.RELEASED)
+    return ending(bench, left_by_another(bench), RELEASED)
 
 
 def consume_after_another_consumed(bench: RingBench) -> Call:
-    return ending(bench, left_by_another(bench), Counter.CONSUMED)
+    return ending(bench, left_by_another(bench), CONSUMED)
 
 
 def left_by_another(bench: RingBench) -> Words:
     """An attempt in flight whose like, of the same reader, has consumed the payload."""
     payload = bench.written()
     first, second = bench.reading(payload, LIVING, 1), bench.reading(payload, DYING, 1)
-    assert bench.transitions.finalise(first, Counter.CONSUMED)
+    assert bench.transitions.finalise(first, CONSUMED)
     return second
 
 
 def consume_as(bench: RingBench, payload: Words, reader: int) -> None:
-    assert bench.transitions.finalise(bench.reading(payload, LIVING, reader), Counter.CONSUMED)
+    assert bench.transitions.finalise(bench.reading(payload, LIVING, reader), CONSUMED)
 
 
-def ending(bench: RingBench, words: Words, reason: Counter) -> Call:
+def ending(bench: RingBench, words: Words, reason: int) -> Call:
     return lambda: bench.transitions.finalise(words, reason)
 
 
@@ -208,13 +207,13 @@ def cut_once(library: Library, step: Callable[[RingBench], Call], stores: int, r
     """
     bench = RingBench(library)
     call = step(bench)
-    before = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+    before = [bench.meaning(slot) for slot in range(bench.identity.slots)]
     was_cut = dies_in(library, stores, call)
     if repair is not None and was_cut:
-        was_cut = dies_in(library, repair, lambda: bench.transitions.count(Counter.STALE))
-    bench.transitions.count(Counter.STALE)  # takes the lock, and so repairs
+        was_cut = dies_in(library, repair, lambda: bench.transitions.count("stale"))
+    bench.transitions.count("stale")  # takes the lock, and so repairs
     bench.check()
-    after = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+    after = [bench.meaning(slot) for slot in range(bench.identity.slots)]
     whole = step_done(library, step)
     assert len(before) == len(after) == len(whole)
     for slot, found in enumerate(after):
@@ -244,7 +243,7 @@ def step_done(library: Library, step: Callable[[RingBench], Call]) -> list[tuple
     if step not in _done:
         bench = RingBench(library)
         step(bench)()
-        _done[step] = [bench.meaning(slot) for slot in range(bench.geometry.slots)]
+        _done[step] = [bench.meaning(slot) for slot in range(bench.identity.slots)]
         bench.segment.unlink()
     return _done[step]
 
@@ -266,18 +265,18 @@ def drive(library: Library, steps: int) -> dict[str, int]:
                     attempts.append(bench.reading(choose.choice(payloads), LIVING, choose.randrange(4)))
             case 4 if attempts:
                 words = attempts.pop(choose.randrange(len(attempts)))
-                assert bench.transitions.finalise(words, choose.choice([Counter.CONSUMED, Counter.RELEASED]))
-                assert not bench.transitions.finalise(words, Counter.CONSUMED)
+                assert bench.transitions.finalise(words, choose.choice([CONSUMED, RELEASED]))
+                assert not bench.transitions.finalise(words, CONSUMED)
             case 5 if payloads:
                 payload = choose.choice(payloads)
-                bench.transitions.discard(payload[HOLD_SLOT], payload[HOLD_GENERATION])
+                bench.discard(payload)
             case 6:
                 attempts += bench.taking(
                     LIVING, choose.randrange(4), choose.randint(1, 9), newest=choose.random() < 0.5
                 )
         if step % 50 == 0:
             bench.check()
-            ready = bench.transitions.ready()
+            ready = list(bench.transitions.holds(SlotState.READY))
             assert len(ready) == bench.states().count(SlotState.READY)
     bench.reclaim(LIVING)
     bench.drain()

@@ -157,9 +157,13 @@ def quick_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-# an interrupt within a finaliser cannot be raised: CPython reports it and goes on
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("quick_collections")
+@pytest.fixture
+def forgetful_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt within a finaliser cannot be raised: CPython reports it and keeps nothing of it; pytest does."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+
+@pytest.mark.usefixtures("quick_collections", "forgetful_hook")
 @pytest.mark.parametrize(
     "call",
     [
@@ -207,8 +211,7 @@ def test_an_interrupt_at_any_bytecode_wedges_nothing(
 @pytest.mark.may_leave(
     "descriptors", reason="an interrupt between os.open and the store of its result loses the number"
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
-@pytest.mark.usefixtures("quick_collections")
+@pytest.mark.usefixtures("quick_collections", "forgetful_hook")
 def test_an_interrupt_at_any_bytecode_of_a_creation_leaves_no_segment() -> None:
     def create() -> None:
         SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=8, name="interrupted", prefault=False)).close()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -8,10 +7,33 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import Geometry, Identity, message_bytes
+from ucxx_transport.ring.layout import Identity, message_bytes
 
-GEOMETRIES = [
-    Geometry(
+
+def identity(
+    *, slots: int = 4, slot_bytes: int = 1000, readers: int = 2, schema_bytes: int = 10, envelope_bytes: int = 64
+) -> Identity:
+    return Identity(
+        ring_id=bytes(range(16)),
+        slots=slots,
+        slot_bytes=slot_bytes,
+        readers=readers,
+        schema_bytes=schema_bytes,
+        fingerprint=2**64 - 1,
+        on_full="raise",
+        checksum=True,
+        block_timeout_ns=30 * 10**9,
+        lock_timeout_ns=5 * 10**9,
+        envelope_bytes=envelope_bytes,
+        creator_pid=4242,
+        creator_start=987654,
+        boot_id=bytes(range(100, 116)),
+        pid_namespace=4026531836,
+    )
+
+
+IDENTITIES = [
+    identity(
         slots=slots, slot_bytes=slot_bytes, readers=readers, schema_bytes=schema_bytes, envelope_bytes=envelope_bytes
     )
     for slots, slot_bytes, readers, schema_bytes, envelope_bytes in itertools.product(
@@ -20,30 +42,18 @@ GEOMETRIES = [
 ]
 
 
-def identity(geometry: Geometry) -> Identity:
-    return Identity(
-        geometry=geometry,
-        ring_id=bytes(range(16)),
-        fingerprint=2**64 - 1,
-        on_full="raise",
-        checksum=True,
-        block_timeout_ns=30 * 10**9,
-        lock_timeout_ns=5 * 10**9,
-        creator_pid=4242,
-        creator_start=987654,
-        boot_id=bytes(range(100, 116)),
-        pid_namespace=4026531836,
-    )
+def payload_byte(geometry: Identity, slot: int) -> int:
+    return geometry.first_payload_byte + slot * geometry.stride_bytes
 
 
 def test_no_two_parts_of_a_segment_overlap() -> None:
-    for geometry in GEOMETRIES:
+    for geometry in IDENTITIES:
         last = geometry.slots - 1
         parts = [
-            (0, layout.IDENTITY_WORDS * 8),
+            (0, layout.IDENTITY_BYTES),
             (layout.SEQUENCE_WORD * 8, (layout.TAKERS_WORD + 1) * 8),
             (layout.MUTEX_BYTE, layout.MUTEX_BYTE + layout.MUTEX_BYTES),
-            (layout.COUNTER_WORD * 8, (layout.COUNTER_WORD + len(layout.Counter)) * 8),
+            (layout.COUNTER_WORD * 8, (layout.COUNTER_WORD + len(layout.COUNTERS)) * 8),
             (layout.ADDRESS_WORD * 8, (layout.ADDRESS_WORD + 2 * layout.ADDRESS_BANK_WORDS) * 8),
             (layout.SERVER_WORD * 8, (layout.SERVER_WORD + layout.SERVER_WORDS) * 8),
             (layout.SCHEMA_BYTE, layout.SCHEMA_BYTE + geometry.schema_bytes),
@@ -52,18 +62,16 @@ def test_no_two_parts_of_a_segment_overlap() -> None:
             start = (geometry.first_slot_word + slot * geometry.slot_words) * 8
             parts.append((start, start + (layout.FIRST_ENTRY + layout.ENTRY_WORDS * geometry.entries) * 8))
         for slot in sorted({0, min(1, last), last}):
-            start = geometry.payload_byte(slot) - layout.HEADROOM_BYTES - geometry.envelope_bytes
+            start = payload_byte(geometry, slot) - layout.HEADROOM_BYTES - geometry.envelope_bytes
             parts.append((start, start + geometry.envelope_bytes + message_bytes(geometry.slot_bytes)))
-            start = geometry.payload_byte(slot)
-            assert start + geometry.stride_bytes == geometry.payload_byte(slot + 1)
         assert all(end <= following for (_, end), (following, _) in itertools.pairwise(parts))
         assert parts[-1][1] <= geometry.total_bytes
 
 
 def test_payloads_are_aligned_to_cache_lines_and_the_segment_to_pages() -> None:
-    for geometry in GEOMETRIES:
+    for geometry in IDENTITIES:
         for slot in {0, geometry.slots // 2, geometry.slots - 1}:
-            assert geometry.payload_byte(slot) % 64 == 0
+            assert payload_byte(geometry, slot) % 64 == 0
         assert geometry.first_slot_word * 8 % 64 == geometry.slot_words * 8 % 64 == 0
         assert geometry.total_bytes % layout.PAGE_BYTES == 0
         assert layout.MUTEX_BYTE % 64 == 0
@@ -71,7 +79,7 @@ def test_payloads_are_aligned_to_cache_lines_and_the_segment_to_pages() -> None:
 
 def test_a_slot_has_room_for_all_attempts_and_all_records_of_its_readers() -> None:
     for readers in (1, 3, 4, 64):
-        geometry = Geometry(slots=1, slot_bytes=1, readers=readers, schema_bytes=0, envelope_bytes=0)
+        geometry = identity(slots=1, readers=readers)
         assert geometry.max_attempts >= max(8, 2 * readers + 2)
         assert geometry.entries >= geometry.max_attempts + readers
 
@@ -92,18 +100,17 @@ def test_numbers_out_of_bounds_size_nothing() -> None:
     ]
     for field, value in rows:
         with row(field=field, value=value):
-            good = Geometry(slots=2, slot_bytes=100, readers=1, schema_bytes=0, envelope_bytes=0)
             with pytest.raises(ConfigError) as caught:
-                dataclasses.replace(good, **{field: value})
+                identity(**{field: value})
             assert caught.value.facts["field"] == field
 
 
-def test_an_identity_comes_back_from_its_words() -> None:
-    for geometry in GEOMETRIES:
-        words = identity(geometry).to_words()
-        assert len(words) == layout.IDENTITY_WORDS
-        assert words[layout.COMPLETE_WORD] == 0
-        assert Identity.from_words(words, geometry.total_bytes) == identity(geometry)
+def test_an_identity_comes_back_from_its_bytes() -> None:
+    for geometry in IDENTITIES:
+        raw = geometry.to_bytes()
+        assert len(raw) == layout.IDENTITY_BYTES
+        assert not any(raw[8 * layout.COMPLETE_WORD :][:8])
+        assert Identity.from_bytes(raw, geometry.total_bytes) == geometry
 
 
 def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found() -> None:
@@ -122,15 +129,13 @@ def test_a_foreign_or_damaged_identity_is_refused_with_what_was_found() -> None:
     ]
     for word, value, field in rows:
         with row(word=word, value=value, field=field):
-            geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10, envelope_bytes=64)
-            words = identity(geometry).to_words()
-            words[word] = value
+            raw = bytearray(identity().to_bytes())
+            raw[8 * word : 8 * word + 8] = value.to_bytes(8, "little")
             with pytest.raises(ProtocolError) as caught:
-                Identity.from_words(words, geometry.total_bytes)
+                Identity.from_bytes(bytes(raw), identity().total_bytes)
             assert caught.value.facts["field"] == field
 
 
 def test_an_identity_of_another_size_than_the_file_is_refused() -> None:
-    geometry = Geometry(slots=4, slot_bytes=1000, readers=2, schema_bytes=10, envelope_bytes=64)
     with pytest.raises(ProtocolError, match="contradict"):
-        Identity.from_words(identity(geometry).to_words(), geometry.total_bytes + 4096)
+        Identity.from_bytes(identity().to_bytes(), identity().total_bytes + 4096)
