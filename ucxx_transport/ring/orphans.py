@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -41,9 +41,8 @@ def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
     """All segments in a folder (None: `segment_folder()`) that this user may open, by name."""
     found = []
     for path in _segment_paths(folder):
-        with _opened(path) as fd:
-            if fd is not None:
-                found.append(_inspect(fd, path))
+        with suppress(OSError), _opened(path) as file:
+            found.append(_inspect(file.fileno(), path))
     return found
 
 
@@ -57,28 +56,40 @@ def sweep_orphans(folder: Path | None = None) -> list[str]:
 
 def remove_orphan(path: Path) -> bool:
     """Remove a segment if its creator is dead; whether the name is free now. False: the creator lives, or may."""
-    with _opened(path) as fd:
-        if fd is None:
-            return not os.path.lexists(path)
-        info = _inspect(fd, path)
-        # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
-        if info.creator_alive or not (_lock(fd, _LOCK_WAIT_S) or info.identity is not None):
-            return False
-        try:
+    try:
+        with _opened(path) as file:
+            fd = file.fileno()
+            info = _inspect(fd, path)
+            # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
+            if info.creator_alive or not (_lock(fd, _LOCK_WAIT_S) or info.identity is not None):
+                return False
             if os.stat(path, follow_symlinks=False).st_ino != os.fstat(fd).st_ino:
                 return False
             os.unlink(path)
-        except OSError as exc:
-            return isinstance(exc, FileNotFoundError)
-        return True
+    except OSError:
+        return not os.path.lexists(path)
+    return True
 
 
 def _segment_paths(folder: Path | None) -> list[Path]:
     return sorted((folder or segment_folder()).glob(NAME_PREFIX + "*"))
 
 
+def _opened(path: Path) -> FileIO:
+    """A file to read; an OSError when it is gone, a link, or not this user's to open."""
+    return open(
+        path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    )
+
+
 def _inspect(fd: int, path: Path) -> SegmentInfo:
-    identity, problem = _read_identity(fd)
+    head, nbytes = os.pread(fd, IDENTITY_BYTES, 0), os.fstat(fd).st_size
+    identity, problem = None, "half-made"
+    if len(head) == IDENTITY_BYTES and any(head[COMPLETE_WORD * WORD_BYTES :][:WORD_BYTES]):
+        try:
+            identity, problem = Identity.from_bytes(head, nbytes), ""
+        except ProtocolError as exc:
+            problem = exc.message
     alive = True
     if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
         alive = owner_alive(identity.creator_pid, identity.creator_start)
@@ -86,38 +97,8 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
         # a pid of elsewhere says nothing, and a process may have become another program: who made it has the lock
         fcntl.flock(fd, fcntl.LOCK_UN)
         alive = False
-    return SegmentInfo(
-        name=path.name.removeprefix(NAME_PREFIX),
-        path=path,
-        nbytes=os.fstat(fd).st_size,
-        identity=identity,
-        problem=problem,
-        creator_alive=alive,
-    )
-
-
-def _read_identity(fd: int) -> tuple[Identity | None, str]:
-    head = os.pread(fd, IDENTITY_BYTES, 0)
-    if len(head) < IDENTITY_BYTES or not any(head[COMPLETE_WORD * WORD_BYTES :][:WORD_BYTES]):
-        return None, "half-made"
-    try:
-        return Identity.from_bytes(head, os.fstat(fd).st_size), ""
-    except ProtocolError as exc:
-        return None, exc.message
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int | None]:
-    """A descriptor of a file; None when it is gone, a link, or not this user's to open."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        yield None
-        return
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+    name = path.name.removeprefix(NAME_PREFIX)
+    return SegmentInfo(name=name, path=path, nbytes=nbytes, identity=identity, problem=problem, creator_alive=alive)
 
 
 def _lock(fd: int, wait_s: float) -> bool:

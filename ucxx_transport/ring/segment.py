@@ -15,8 +15,6 @@ import mmap
 import multiprocessing.util
 import os
 import stat
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -39,36 +37,51 @@ _MADV_POPULATE_WRITE: Final = 23
 _UNLIMITED_BYTES: Final = 1 << 60
 """v1 says "no limit" by a number near 2**63."""
 
-
-# How each version names its files: of the limit, of what is used, and what of that file's statistics is a cache.
-_Files = tuple[str, str, tuple[str, str]]
-_V2: Final[_Files] = ("memory.max", "memory.current", ("inactive_file", "active_file"))
-_V1: Final[_Files] = (
-    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("total_inactive_file", "total_active_file"),
-)
+_V2_FILES: Final = ("memory.max", "memory.current")
+_V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 class _Creation:
-    """What a file's creator has of it: its lock, and its removal, once, never in a forked child.
+    """What a file's creator has of it: a descriptor that holds its lock, and its removal; never in a forked child."""
 
-    It is removed on request, when its segment is garbage, or at exit.
-    """
-
-    def __init__(self, path: Path, held: list[int]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._held = held
+        self._fd: int | None = None
         self._process_id = os.getpid()
-        self._at_exit: multiprocessing.util.Finalize | None = None
-        _creations.add(self)
-        # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
-        self._at_exit = multiprocessing.util.Finalize(None, self, exitpriority=0)
+
+    def open(self) -> int:
+        """Make a new empty file, and lock it; returns its descriptor."""
+        for _ in range(_CREATE_ATTEMPTS):
+            try:
+                fd = self._fd = os.open(
+                    self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                )
+            except FileExistsError:
+                if not remove_orphan(self._path):
+                    break
+                continue
+            except OSError as exc:
+                raise ConfigError(f"{self._path} cannot be made: {exc.strerror}", field="name") from exc
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
+                    return fd
+            except BlockingIOError:
+                pass  # a sweep is about to take it
+            self._close()
+        raise ConfigError(
+            "a ring of that name is in use; choose another ring.name, or leave it out for a random one",
+            field="name",
+            name=self._path.name.removeprefix(NAME_PREFIX),
+            reason="in_use",
+        )
 
     def descriptor(self) -> int | None:
         """Of the file, whose lock it holds; None once it is removed, and in a forked child."""
-        return self._held[0] if self._held and self._process_id == os.getpid() else None
+        return self._fd if self._process_id == os.getpid() else None
 
     def __call__(self) -> bool:
+        """Remove it, on request, when its segment is garbage, or at exit; whether this call did."""
         fd = self.descriptor()
         if fd is None:
             return False
@@ -78,26 +91,13 @@ class _Creation:
             if os.stat(self._path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
                 os.unlink(self._path)
                 removed = True
-        if self._at_exit is not None:
-            self._at_exit.cancel()
-        self.release()  # not before: what an interrupt cuts off is done by the next call
+        self._close()  # not before: what an interrupt cuts off is done by the next call
         return removed
 
-    def release(self) -> None:
-        """Release the lock; in a forked child too, where it would otherwise outlive the creator."""
-        while self._held:
-            os.close(self._held.pop())
-
-
-_creations: weakref.WeakSet[_Creation] = weakref.WeakSet()
-
-
-def _leave_all_to_parent() -> None:
-    for creation in list(_creations):
-        creation.release()
-
-
-os.register_at_fork(after_in_child=_leave_all_to_parent)
+    def _close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Segment:
@@ -117,7 +117,8 @@ class Segment:
         self.words = memoryview(mapping).cast("Q")
         self.address: int = self.memory.__array_interface__["data"][0]
         if creation is not None:
-            weakref.finalize(self, creation)
+            # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
+            multiprocessing.util.Finalize(self, creation, exitpriority=0)
 
     @property
     def is_creator(self) -> bool:
@@ -179,18 +180,12 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
             cgroup may have; says how much is needed and free.
     """
     path = segment_path(name, folder)
-    held: list[int] = []
-    creation: _Creation | None = None
+    creation = _Creation(path)
     try:
-        _open_fresh(path, held)
-        creation = _Creation(path, held)
-        _allocate(held[0], nbytes, path)
+        _allocate(creation.open(), nbytes, path.parent)
         return Segment(path, _map_file(path), creation)
     except BaseException:
-        if creation is not None:
-            creation()
-        while held:
-            os.close(held.pop())
+        creation()
         remove_orphan(path)  # an interrupt may have come between the file and what removes it
         raise
 
@@ -237,72 +232,40 @@ def _map_descriptor(fd: int, path: Path) -> mmap.mmap:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
 
 
-def _open_fresh(path: Path, held: list[int]) -> None:
-    """Make a new empty file; `held` is given a descriptor of it, which holds its lock."""
-    for _ in range(_CREATE_ATTEMPTS):
-        try:
-            held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        except FileExistsError:
-            if not remove_orphan(path):
-                break
-            continue
-        except OSError as exc:
-            raise ConfigError(f"{path} cannot be made: {exc.strerror}", field="name", errno=exc.errno) from exc
-        try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(held[0]).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
-                return
-        except BlockingIOError:
-            pass  # a sweep is about to take it
-        os.close(held.pop())
-    raise ConfigError(
-        "a ring of that name is in use; choose another ring.name, or leave it out for a random one",
-        field="name",
-        name=path.name.removeprefix(NAME_PREFIX),
-        reason="in_use",
-    )
-
-
-def _allocate(fd: int, nbytes: int, path: Path) -> None:
+def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     """Give the file all its memory now: what is not there is an error here, and never SIGBUS or SIGKILL later."""
-    folder = os.fstatvfs(fd)
-    free = folder.f_bavail * folder.f_frsize
-    if folder.f_blocks and nbytes > free:
-        raise _too_large(nbytes, free, path)
     # the pages of a file in memory stay charged to the cgroup: one that does not fit is no error, but SIGKILL
     in_memory = file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
     if in_memory and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
-        raise _over_limit(nbytes, limit)
+        raise ConfigError(
+            f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
+            f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, "
+            "or raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: "
+            "MemoryMax=)",
+            field="slots",
+            needed_bytes=nbytes,
+            room_bytes=limit.room_bytes,
+            limit_bytes=limit.limit_bytes,
+        )
+    there = os.fstatvfs(fd)
+    free = there.f_bavail * there.f_frsize
+    too_large = ConfigError(
+        f"a ring of {_both(nbytes)} does not fit {folder}, which has {_both(free)} free: lower ring.slots or the size "
+        "of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it (docker: --shm-size; "
+        f"else: mount -o remount,size=… {folder})",
+        field="slots",
+        needed_bytes=nbytes,
+        free_bytes=free,
+    )
+    if there.f_blocks and nbytes > free:
+        raise too_large
     for start in range(0, nbytes, _CHUNK_BYTES):
         try:
             os.posix_fallocate(fd, start, min(_CHUNK_BYTES, nbytes - start))
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise _too_large(nbytes, free, path) from exc
+                raise too_large from exc
             raise ConfigError(f"the memory of the ring cannot be allocated: {exc.strerror}", errno=exc.errno) from exc
-
-
-def _too_large(nbytes: int, free: int, path: Path) -> ConfigError:
-    return ConfigError(
-        f"a ring of {_both(nbytes)} does not fit {path.parent}, which has {_both(free)} free: lower ring.slots or the "
-        "size of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it (docker: --shm-size; "
-        f"else: mount -o remount,size=… {path.parent})",
-        field="slots",
-        needed_bytes=nbytes,
-        free_bytes=free,
-    )
-
-
-def _over_limit(nbytes: int, limit: MemoryLimit) -> ConfigError:
-    return ConfigError(
-        f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
-        f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, or "
-        "raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)",
-        field="slots",
-        needed_bytes=nbytes,
-        room_bytes=limit.room_bytes,
-        limit_bytes=limit.limit_bytes,
-    )
 
 
 def _both(nbytes: int) -> str:
@@ -310,57 +273,44 @@ def _both(nbytes: int) -> str:
 
 
 class MemoryLimit(NamedTuple):
-    """A cgroup with a limit, and what is charged to it now.
+    """A cgroup with a limit, and what can still be charged to it.
 
-    Of `used_bytes`, `cached_bytes` are contents of files that the kernel drops for something better; a tmpfs's are not.
+    Contents of files that the kernel drops for something better make room; a tmpfs's are not of these. Swap is not
+    counted: a ring there would be slower than no ring.
     """
 
     folder: Path
     limit_bytes: int
-    used_bytes: int
-    cached_bytes: int
-
-    @property
-    def room_bytes(self) -> int:
-        """What can still be charged to it. Swap is not counted: a ring there would be slower than no ring."""
-        return max(0, self.limit_bytes - self.used_bytes + self.cached_bytes)
+    room_bytes: int
 
 
 def memory_limit(
     membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> MemoryLimit | None:
     """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
-    found = [limit for folder, files in _groups(membership, mount) if (limit := _read(folder, files)) is not None]
+    found = []
+    with contextlib.suppress(OSError):
+        for line in membership.read_text(encoding="utf-8").splitlines():
+            number, controllers, path = line.split(":", 2)
+            is_v1 = "memory" in controllers.split(",")
+            if is_v1 or number == "0":
+                root, group = mount / "memory" if is_v1 else mount, Path(path)
+                # a container may see its own group as the root
+                folders = [root / folder.relative_to("/") for folder in (group, *group.parents)]
+                found += [limit for folder in folders if (limit := _limit_of(folder, is_v1=is_v1)) is not None]
     return min(found, key=lambda limit: limit.room_bytes, default=None)
 
 
-def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, _Files]]:
-    """The folders of this process's group and of all above it. A container may see its own as the root."""
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, files = mount / "memory", _V1
-        elif number == "0":
-            root, files = mount, _V2
-        else:
-            continue
-        group = Path(path)
-        for folder in (group, *group.parents):
-            yield root / folder.relative_to("/"), files
-
-
-def _read(folder: Path, files: _Files) -> MemoryLimit | None:
-    limit_file, used_file, cached = files
+def _limit_of(folder: Path, *, is_v1: bool) -> MemoryLimit | None:
+    limit_file, used_file = _V1_FILES if is_v1 else _V2_FILES
+    cached = "total_{}_file" if is_v1 else "{}_file"
     try:
         limit = (folder / limit_file).read_text(encoding="ascii").strip()
         used = int((folder / used_file).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None  # there is no such group here, or it has no controller of memory
     if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
         return None
-    return MemoryLimit(folder, int(limit), used, sum(int(stat.get(name, 0)) for name in cached))
+    cached_bytes = sum(int(facts.get(cached.format(kind), 0)) for kind in ("inactive", "active"))
+    return MemoryLimit(folder, int(limit), max(0, int(limit) - used + cached_bytes))

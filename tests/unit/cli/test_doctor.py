@@ -54,13 +54,13 @@ def test_what_dead_processes_left_is_counted_with_the_way_to_remove_it() -> None
 
 
 def test_a_memory_limit_is_shown_with_what_it_leaves_and_a_small_rest_is_a_warning() -> None:
-    def found(used_bytes: int) -> Finding:
-        return memory_limit_finding(MemoryLimit(Path("/sys/fs/cgroup/pod"), 8 << 30, used_bytes, 0))
+    def found(room_bytes: int) -> Finding:
+        return memory_limit_finding(MemoryLimit(Path("/sys/fs/cgroup/pod"), 8 << 30, room_bytes))
 
     assert memory_limit_finding(None).value == "none"
-    assert (found(1 << 30).verdict, found(1 << 30).remedy) == ("ok", "")
-    assert (found(15 << 29).verdict, found(15 << 29).value) == ("warning", "512 MiB left of 8 GiB (/sys/fs/cgroup/pod)")
-    assert "docker: --memory" in found(15 << 29).remedy
+    assert (found(7 << 30).verdict, found(7 << 30).remedy) == ("ok", "")
+    assert (found(1 << 29).verdict, found(1 << 29).value) == ("warning", "512 MiB left of 8 GiB (/sys/fs/cgroup/pod)")
+    assert "docker: --memory" in found(1 << 29).remedy
 
 
 def test_the_whole_way_is_tried_and_its_bytes_compared(capsys: Capture) -> None:

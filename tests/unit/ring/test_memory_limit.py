@@ -90,7 +90,7 @@ def test_a_ring_beyond_the_limit_is_refused_with_both_numbers_and_leaves_nothing
 def test_a_ring_on_a_disk_is_no_matter_of_the_limit(
     make_ring: MakeRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment, "memory_limit", lambda: MemoryLimit(tmp_path, MIB, MIB, 0))
+    monkeypatch.setattr(segment, "memory_limit", lambda: MemoryLimit(tmp_path, MIB, 0))
     monkeypatch.setattr(segment, "file_system", lambda _: "ext4")
     make_ring(slots=2, slot_bytes=MIB)
 
