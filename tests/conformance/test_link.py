@@ -224,7 +224,6 @@ def test_prepared_message_is_sent_as_it_is_at_the_time_and_received_into(sides: 
     pair = sides.connect()
     source, target = bytearray(1000), bytearray(1000)
     message, into = sides.client.link.message(source), sides.server.link.message(target)
-    assert message.nbytes == 1000
     for value in range(1, 20):
         source[:] = bytes([value]) * 1000
         finish(sides, pair.far.post_receive(into, ignore), pair.near.post_send(message))
@@ -829,7 +828,6 @@ def test_sleep_ends_when_a_message_comes(sides: Sides) -> None:
         stop.set()
         sides.server.submit(lambda: None)
         thread.join()
-    assert sides.server.link.statistics().sleeps > 0
 
 
 def pair_is_quiet(pair: Pair) -> bool:

@@ -76,10 +76,7 @@ class LinkStatistics:
         accepts_failed: connections that failed while its listeners took them.
         peers_lost: endpoints whose peer went away before this side closed them.
         leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
-        turns: calls of `progress`.
-        sleeps: times the link was armed for a sleep.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
-        suppressed_errors: errors of clean-up that no caller could be given.
     """
 
     endpoints_open: int = 0
@@ -87,10 +84,7 @@ class LinkStatistics:
     accepts_failed: int = 0
     peers_lost: int = 0
     leaked_buffers: int = 0
-    turns: int = 0
-    sleeps: int = 0
     unexpected_messages: int = 0
-    suppressed_errors: int = 0
 
 
 class Operation(Protocol):
@@ -113,6 +107,9 @@ class Operation(Protocol):
 
 OnDone: TypeAlias = Callable[[Operation], None]
 
+Message: TypeAlias = object
+"""A buffer prepared for any number of sends: what UCX wants to know of it, worked out once."""
+
 
 class EndpointEvents(Protocol):
     """What the owner of an endpoint hears."""
@@ -134,7 +131,7 @@ class EndpointEvents(Protocol):
 
 
 class Endpoint(Protocol):
-    """One connection.
+    """One connection. Both ways to post raise PeerLostError once it is closed or lost, and ConfigError for a buffer.
 
     Attributes:
         peer: `host:port` of the other end where it is known, for messages and logs.
@@ -156,10 +153,6 @@ class Endpoint(Protocol):
             buffer: writable, contiguous, of the buffer protocol; all of it is offered. Or a `Message` made of such.
             on_done: called when it is over.
             channel: 0 to 65535.
-
-        Raises:
-            PeerLostError: the endpoint is closed, or its peer lost.
-            ConfigError: the buffer cannot be written or is not contiguous.
         """
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> Operation:
@@ -170,10 +163,6 @@ class Endpoint(Protocol):
                 change before completion.
             on_done: called when it is over. Small sends often are `completed` already when this returns.
             channel: 0 to 65535.
-
-        Raises:
-            PeerLostError: the endpoint is closed, or its peer lost.
-            ConfigError: the buffer is not contiguous.
         """
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
@@ -189,20 +178,8 @@ class Endpoint(Protocol):
         """Of an endpoint that is not connected yet: whether the peer's listener has said anything. Some 100 us."""
 
 
-class Message(Protocol):
-    """A buffer prepared for any number of sends (what UCX wants to know of it, worked out once)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-
-
 class Listener(Protocol):
-    """One port that takes connections.
-
-    Attributes:
-        port: the port really bound.
-    """
+    """One port that takes connections; `port` is the one really bound."""
 
     port: int
 
@@ -218,25 +195,17 @@ class Link(Protocol):
     """Everything of one worker: its listeners and endpoints."""
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
-        """Open a connection. Returns at once; the outcome is `events.connected` or `events.lost`.
+        """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
-        With UCX, nothing listening may also be neither of them: the caller bounds it in time, and closes the endpoint.
-
-        Args:
-            host: a numeric address; see `Reactor.resolve` for names.
-            port: the listener's.
-            events: of the endpoint.
+        Returns at once; the outcome is `events.connected` or `events.lost`. With UCX, nothing listening may also be
+        neither of them: the caller bounds it in time, and closes the endpoint.
 
         Raises:
             ConfigError: the port is none, or the link is closed or of another process.
         """
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
-        """Take connections on a port.
-
-        Args:
-            port: 0 for any free one.
-            on_endpoint: called once for each connection.
+        """Take connections on a port, 0 for any free one.
 
         Raises:
             ConfigError: the port is in use or forbidden; `facts["port"]`.
@@ -246,13 +215,10 @@ class Link(Protocol):
         """The buffer, prepared for sends. It must live, and stay where it is, as long as the message does."""
 
     def progress(self, spin_s: float = 0.0) -> bool:
-        """Take in what has arrived, and call back; bounded, some milliseconds at most.
+        """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
 
         Args:
             spin_s: how long to poll while nothing moves.
-
-        Returns:
-            Whether anything moved.
         """
 
     def arm(self) -> bool:
@@ -276,10 +242,6 @@ class Link(Protocol):
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:
     """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
-
-    Args:
-        buffer: bytes (to send), bytearray, memoryview, mmap or array; C-contiguous.
-        writable: True to receive into it.
 
     Raises:
         ConfigError: it has no buffer protocol, is not contiguous, or is read-only where it must be written.

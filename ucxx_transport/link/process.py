@@ -15,7 +15,7 @@ import os
 import resource
 import threading
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Any, Final
 
 from ucxx_transport.errors import BusyError, ConfigError
 from ucxx_transport.link.base import FORKED
@@ -32,13 +32,7 @@ RESERVE: Final = 3 * PER_CONNECTION
 
 
 def connection_budget(*, limit: int, in_use: int, asked: int | None) -> int:
-    """How many connections there may be, at least one.
-
-    Args:
-        limit: of the process's descriptors.
-        in_use: of these, taken by now.
-        asked: the setting's bound, None for none.
-    """
+    """How many connections there may be, at least one: of a limit of descriptors, and the setting's bound."""
     room = max(1, (limit - in_use - SPARE) // PER_CONNECTION)
     return room if asked is None else min(asked, room)
 
@@ -75,41 +69,24 @@ def shortage(begun: int) -> BusyError | None:
     return BusyError(words, in_use=in_use, limit=limit)
 
 
-class OpenLink(Protocol):
-    """A `UCXXLink`, as this module sees it.
-
-    Attributes:
-        thread: that had its last turn.
-    """
-
-    thread: int
-
-    def close(self) -> None: ...
-    def forget(self) -> None: ...
-
-
-_links: set[OpenLink] = set()
+_links: set[Any] = set()  # of UCXXLink, which imports this module
 _leaked: list[object] = []
 _pids_that_used_ucx: set[int] = set()
 
 
 def check_not_forked() -> None:
-    """Refuse to use UCX in a fork of a process that has used it.
-
-    Raises:
-        ConfigError: this is one.
-    """
+    """Refuse to use UCX in a fork of a process that has used it, with a ConfigError."""
     if _pids_that_used_ucx - {os.getpid()}:
         raise ConfigError(FORKED)
 
 
-def link_opened(link: OpenLink) -> None:
+def link_opened(link: Any) -> None:
     """Keep the link until `link_closed`."""
     _pids_that_used_ucx.add(os.getpid())
     _links.add(link)
 
 
-def link_closed(link: OpenLink) -> None:
+def link_closed(link: Any) -> None:
     """Release it."""
     _links.discard(link)
 

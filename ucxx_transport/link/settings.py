@@ -96,16 +96,9 @@ _RESOURCE: Final = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flag
 _WITHIN_A_HOST: Final = ("self", "posix", "sysv", "cma", "knem", "xpmem", "cuda", "gdr_copy", "rocm", "ze_")
 """How the names of transports begin that reach no other host; every other one is a network's."""
 
-_CHOOSING: Final = ("TLS", "NET_DEVICES")
-"""The settings that limit which transports a context has."""
-
 
 def resources_of(context_info: str) -> list[tuple[str, str]]:
-    """(transport, device) of each resource of a context, such as `("tcp", "eth0")`.
-
-    Args:
-        context_info: what UCX says of the context (`ucp_context_print_info`).
-    """
+    """(transport, device) of each resource of a context by its `ucp_context_print_info`, such as `("tcp", "eth0")`."""
     return _RESOURCE.findall(context_info)
 
 
@@ -115,16 +108,15 @@ def networks_of(resources: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def limits_in_words(given: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """Who limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nobody does.
+    """What limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nothing does.
 
     Args:
         given: the context's settings, without prefix.
         environment: the process's.
     """
-    of_environment = [
-        f"UCX_{name}={environment[f'UCX_{name}']} (environment)" for name in _CHOOSING if f"UCX_{name}" in environment
-    ]
-    return ", ".join(of_environment + [f"{name}={given[name]} (ucx=)" for name in _CHOOSING if name in given])
+    names = ("TLS", "NET_DEVICES")
+    found = [f"UCX_{name}={environment[f'UCX_{name}']} (environment)" for name in names if f"UCX_{name}" in environment]
+    return ", ".join(found + [f"{name}={given[name]} (ucx=)" for name in names if name in given])
 
 
 def require_network(context_info: str, given: Mapping[str, str], environment: Mapping[str, str]) -> None:
@@ -149,11 +141,7 @@ def loopback_only(context_info: str) -> bool:
 
 
 def require_free_port(port_range: str, addresses: Iterable[str]) -> None:
-    """Refuse a port range of which every port is in use: UCX would look for a free one for ever.
-
-    Args:
-        port_range: as UCX's TCP_PORT_RANGE; what is none is left to UCX.
-        addresses: that UCX listens on.
+    """Refuse a TCP_PORT_RANGE of which every port is in use at an address: UCX would look for a free one for ever.
 
     Raises:
         BusyError: names the range and the address.
@@ -181,5 +169,4 @@ def _is_free(address: str, port: int) -> bool:
 
 
 def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:
-    names = (name, _INHERITED_FROM.get(name, name))
-    return any(f"UCX_{name}" in environment for name in names)
+    return f"UCX_{name}" in environment or f"UCX_{_INHERITED_FROM.get(name, name)}" in environment

@@ -121,7 +121,6 @@ class UCXXLink(LinkState):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.thread = threading.get_ident()
-        self.counters.turns += 1
         progress_once = self._progress_once
         clock = time.perf_counter
         turn_end = 0.0
@@ -136,7 +135,6 @@ class UCXXLink(LinkState):
                         sched_yield()  # on a full machine the peer waits for this very core: 4 KiB in 280 us, not 433
                         moved = progress_once()
             except self.binding.root:
-                self.counters.suppressed_errors += 1
                 time.sleep(PAUSE_S)
             self._busy = self._busy + 1 if moved else 0
             if self.ready or self.cancel_due or self.ending or self.lost:
@@ -157,10 +155,7 @@ class UCXXLink(LinkState):
     def arm(self) -> bool:
         if self.forked or self.closed:
             self.check_usable()
-        if self.ready or self.cancel_due or self.overlooked or self.lost or not self.worker.arm():
-            return False
-        self.counters.sleeps += 1
-        return True
+        return not (self.ready or self.cancel_due or self.overlooked or self.lost or not self.worker.arm())
 
     def fileno(self) -> int:
         return self._descriptor

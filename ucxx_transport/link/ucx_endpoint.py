@@ -6,6 +6,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
@@ -288,10 +289,8 @@ class UCXXEndpoint(Posted):
         if ucx is not None and ucx.alive:
             # Not `close()`: it loses its FORCE flag on the way to UCX, so it waits for a peer that may be stopped, and
             # it never ends a receive that nothing has matched.
-            try:
+            with suppress(self._link.binding.root):
                 ucx.close_blocking()
-            except self._link.binding.root:
-                self._link.counters.suppressed_errors += 1
         self._link.cancel_due = True
         if self._deferred:
             self._link.ready.append((UCXXEndpoint.fail_deferred, self))

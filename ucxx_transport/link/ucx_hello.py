@@ -42,15 +42,9 @@ def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
         ProtocolError: not a hello of this version.
     """
     magic, version, zero, base = _HELLO.unpack(hello)
-    if magic != MAGIC or zero != 0:
+    if magic != MAGIC or zero != 0 or base >> BASE_BITS:
         raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
     if version != VERSION:
-        raise ProtocolError(
-            "the peer speaks another version of the link; upgrade both sides",
-            peer=peer,
-            found=version,
-            expected=VERSION,
-        )
-    if base >> BASE_BITS:
-        raise ProtocolError("the peer's tag base is out of range", peer=peer, found=base)
+        words = "the peer speaks another version of the link; upgrade both sides"
+        raise ProtocolError(words, peer=peer, found=version, expected=VERSION)
     return int(base)

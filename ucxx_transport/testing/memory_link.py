@@ -326,7 +326,6 @@ class MemoryLink(base.Usable):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.check_usable()
-        self.counters.turns += 1
         if self._armed:
             self._armed = False
             self._wakeup.drain()
@@ -337,10 +336,7 @@ class MemoryLink(base.Usable):
 
     def arm(self) -> bool:
         self._armed = True
-        if self._inbox:
-            return False
-        self.counters.sleeps += 1
-        return True
+        return not self._inbox
 
     def fileno(self) -> int:
         return self._wakeup.fileno()

@@ -18,7 +18,7 @@ import struct
 from typing import Final
 
 from ucxx_transport.errors import AuthenticationError, ProtocolError
-from ucxx_transport.wire.frames import MAC_BYTES, MAX_NAMES, NONCE_BYTES, ReplyHeader, Window
+from ucxx_transport.wire.frames import MAX_NAMES, NONCE_BYTES, ReplyHeader, Window
 
 _WELCOME: Final = struct.Struct(f"<{NONCE_BYTES}sIIQ")
 WELCOME_BYTES: Final = _WELCOME.size
@@ -27,9 +27,7 @@ WELCOME_BYTES: Final = _WELCOME.size
 def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
     """HMAC-SHA256 over the role ("client" or "server") and both nonces."""
     text = b"ucxx_transport/2 " + role.encode() + b"\0" + client_nonce + server_nonce
-    mac = hmac.new(token, text, hashlib.sha256).digest()
-    assert len(mac) == MAC_BYTES
-    return mac
+    return hmac.new(token, text, hashlib.sha256).digest()
 
 
 class ClientHandshake:
@@ -77,11 +75,7 @@ class ServerHandshake:
         self._nonce = nonce
         self._token = token
         self._client_nonce = b""
-
-    @property
-    def token_required(self) -> bool:
-        """Whether an AUTH must follow."""
-        return self._token is not None
+        self.token_required = token is not None  # an AUTH must follow
 
     def welcome(self, client_nonce: bytes, window: Window) -> bytes:
         """The body of the answer to HELLO."""
