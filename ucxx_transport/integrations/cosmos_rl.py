@@ -13,11 +13,8 @@ max_fetch_rounds = 3
 client = { local = "auto" }      # as ClientConfig
 ```
 
-| end     | the job's class has                       | and gets                                        |
-|---------|-------------------------------------------|-------------------------------------------------|
-| rollout | `CosmosRolloutMixin`                      | `write_to_buffer`, whose dict is the completion |
-| trainer | cosmos-rl's own `PrefetchDataPackerMixin` | a `UCXXStrategy`, composed                      |
-| trainer | or `CosmosDataPackerMixin`                | its `setup_ucxx_data_packer`                    |
+A rollout backend's class has `CosmosRolloutMixin`, and gets `write_to_buffer`, whose dict is the completion. A data
+packer's class has `CosmosDataPackerMixin` as its first base; its `setup_ucxx_data_packer` is called for it.
 
 cosmos-rl 0.4.7 fetches ahead for its own transports alone: with this one a job's trainer fetches an episode when it
 needs it, unless it calls `start_prefetch` and `wait_prefetch` itself.
@@ -28,22 +25,16 @@ cosmos-rl makes of its own point-to-point transports does not apply.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any
 
 from cosmos_rl.utils.payload_transport.registry import PayloadTransport, PayloadTransportRegistry
-from cosmos_rl.utils.payload_transport.strategy import PayloadTransportStrategy
 
-from ucxx_transport.config import ClientConfig, checked_seconds
+from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.batch import FetchSettings, PrefetchStatistics
-from ucxx_transport.trainer.loss_policy import AskedFor, is_ours, record_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
-from ucxx_transport.trainer.prefetcher import Prefetcher
 from ucxx_transport.worker import UCXXRolloutMixin
 
 NAME = "ucxx_transport"
@@ -54,8 +45,6 @@ REFERENCE = "_ucxx_transport"
 
 REWARDS = "rewards"
 EPISODE_LENGTH = "episode_length"
-_SETTINGS = ("device", "deadline_s", "max_fetch_rounds", "client")
-_REMEMBERED_LOSSES = 1 << 16
 
 _log = get_logger(__name__)
 
@@ -102,80 +91,6 @@ class CosmosDataPackerMixin(UCXXDataPackerMixin):
         return super().get_policy_input(sample, unwrapped(rollout_output), n_ignore_prefix_tokens, **kwargs)
 
 
-class UCXXStrategy(PayloadTransportStrategy):  # type: ignore[misc]  # cosmos-rl is not always there to be looked at
-    """What a packer that schedules by itself needs of a transport: which completions are ours, and their episodes."""
-
-    def __init__(self) -> None:
-        self._prefetcher: Prefetcher | None = None
-        self._lost: OrderedDict[str, None] = OrderedDict()
-
-    def setup(self, *, client: ClientConfig | None = None, **settings: Unpack[FetchSettings]) -> None:
-        """Make the client, with a thread of its own.
-
-        Args:
-            client: settings of the client.
-            **settings: as for `Prefetcher`.
-
-        Raises:
-            ConfigError: an argument is out of its bounds, or this machine has no such device.
-        """
-        self._prefetcher = Prefetcher(client, **settings)
-
-    def shutdown(self) -> None:
-        """Take leave of the servers. Idempotent."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-
-    def before_join(self) -> None:
-        """End what is being fetched, so that the scheduler's thread can be joined."""
-        self.shutdown()
-
-    def should_intercept(self, rollout_output: Any) -> bool:
-        """Whether a completion is ours; never raises."""
-        return is_ours(unwrapped(rollout_output))
-
-    def cache_key(self, rollout_output: Any) -> str:
-        """The payload's name as text; of a malformed record, the object's own identity."""
-        return _key_of(record_of(unwrapped(rollout_output)), rollout_output)
-
-    def fetch_batch(self, tasks: list[Any]) -> dict[str, Any]:
-        """The episodes of `(index, completion)` pairs, by `cache_key`; the lost ones are not among them."""
-        records = [record_of(unwrapped(completion)) for _, completion in tasks]
-        prefetcher = self._open()
-        batch = prefetcher.fetch(records)
-        found = {}
-        try:
-            for place, payload in batch.payloads.items():
-                found[_key_of(records[place], tasks[place][1])] = prefetcher.unpack(payload)
-        finally:
-            batch.release()  # the arrays hold the payloads' memory
-        for loss in batch.losses:
-            self._lost[_key_of(records[loss.index], tasks[loss.index][1])] = None
-        while len(self._lost) > _REMEMBERED_LOSSES:
-            self._lost.popitem(last=False)
-        return found
-
-    def sync_fetch(self, rollout_output: Any) -> Any | None:
-        """One episode, or None when it is lost: logged and counted, and not tried again."""
-        key = self.cache_key(rollout_output)
-        if key in self._lost:
-            return None
-        try:
-            return self.fetch_batch([(0, rollout_output)]).get(key)
-        except Exception as error:  # noqa: BLE001 - the interface's rule: it must not raise here
-            _log.warning("fetch_failed", reason=f"{type(error).__name__}: {error}")
-            return None
-
-    def statistics(self) -> PrefetchStatistics:
-        """Counts since `setup`."""
-        return self._open().statistics()
-
-    def _open(self) -> Prefetcher:
-        if self._prefetcher is None:
-            raise ConfigError("the strategy is not set up; call setup() first")
-        return self._prefetcher
-
-
 class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-rl is not always there to be looked at
     """The registry's entry. References are dicts and slots recycle themselves, so it has no prefix and no clean-up."""
 
@@ -186,7 +101,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         """Give a data packer its transport.
 
         Args:
-            packer: with cosmos-rl's `PrefetchDataPackerMixin`, or `CosmosDataPackerMixin`.
+            packer: with `CosmosDataPackerMixin`; another one is left as it is.
             config: the job's; `config.custom["ucxx_transport"]` has the settings.
             device: of the trainer; where that is a GPU, episodes are given on the CPU unless the settings name it too.
             redis_endpoint: not needed.
@@ -195,21 +110,18 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
             TransportSetupError: a setting is wrong or unknown, or the device is not there.
         """
         del redis_endpoint
-        settings = _settings_of(config)
-        # the trainer's own device is a GPU; episodes go there if the job's settings say so, since they take room there
-        where = settings.pop("device", "cpu" if str(device).startswith("cuda") else device)
-        composes = callable(getattr(packer, "set_transport_strategy", None))
-        if not composes and not isinstance(packer, UCXXDataPackerMixin):
+        if not isinstance(packer, UCXXDataPackerMixin):
             # as cosmos-rl's own transports do: a job without a validation packer gets a plain one, attached too
             _log.warning("data_packer_skipped", packer=type(packer).__name__)
             return
         try:
-            if composes:
-                _compose(packer, where, settings)
-            else:
-                packer.setup_ucxx_data_packer(where, **settings)
-        except ConfigError as error:
-            raise TransportSetupError(error.message, **error.facts) from error
+            settings = dict((getattr(config, "custom", None) or {}).get(NAME, {}))
+            client = ClientConfig(**settings.pop("client", {}))
+            # the trainer's own device is a GPU; episodes go there if the job's settings say so, since they take room
+            where = settings.pop("device", "cpu" if str(device).startswith("cuda") else device)
+            packer.setup_ucxx_data_packer(where, client=client, **settings)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise TransportSetupError(f"[custom.{NAME}]: {error}", field=NAME) from error
 
     def close_data_packer(self, packer: Any, *, timeout: float = 5.0) -> None:
         """Close what `attach_data_packer` made."""
@@ -223,41 +135,6 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
         del timeout
         if isinstance(producer, UCXXRolloutMixin):
             producer.cleanup_ucxx()
-
-
-def _compose(packer: Any, device: object, settings: Mapping[str, Any]) -> None:
-    strategy = UCXXStrategy()
-    packer.set_transport_strategy(strategy)
-    strategy.setup(device=device, **settings)
-    # a batch keeps its own deadline; the scheduler's must not come first, since it ends the job
-    limit_s = 2 * checked_seconds(settings.get("deadline_s", 30.0), "deadline_s") + 10.0
-    packer._setup_prefetch(prefetch_timeout=limit_s, thread_name="ucxx-cosmos")  # noqa: SLF001 - as its own transports do
-
-
-def _settings_of(config: Any) -> dict[str, Any]:
-    custom = getattr(config, "custom", None) or {}
-    table = custom.get(NAME, {}) if isinstance(custom, Mapping) else {}
-    if not isinstance(table, Mapping):
-        raise TransportSetupError(f"[custom.{NAME}] must be a table, not {table!r}", field=NAME)
-    unknown = sorted(set(table) - set(_SETTINGS))
-    if unknown:
-        raise TransportSetupError(
-            f"[custom.{NAME}] has an unknown setting {unknown[0]!r}; there are {', '.join(_SETTINGS)}", field=unknown[0]
-        )
-    settings = dict(table)
-    if "client" in settings:
-        try:
-            settings["client"] = ClientConfig(**settings["client"])
-        except (ConfigError, TypeError) as error:
-            raise TransportSetupError(f"[custom.{NAME}] client: {error}", field="client") from error
-    return settings
-
-
-def _key_of(record: AskedFor, completion: object) -> str:
-    if isinstance(record, EpisodeRecord) and record.ref is not None:
-        ring_id, slot, generation = record.ref.name
-        return f"{ring_id.hex()}/{slot}/{generation}"
-    return f"object {id(completion):#x}"
 
 
 PayloadTransportRegistry.register(CosmosPayloadTransport())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.contracts import cosmos_rl as recorded
+from tests.support.rows import row
 from ucxx_transport import ServerConfig
 
 OURS = "ucxx_transport.integrations.cosmos_rl"
@@ -56,7 +57,6 @@ def cosmos(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield SimpleNamespace(
             ours=ours,
             registry=importlib.import_module(f"{recorded.PACKAGE}.registry").PayloadTransportRegistry,
-            mixin=importlib.import_module(f"{recorded.PACKAGE}.prefetch_mixin").PrefetchDataPackerMixin,
         )
     finally:
         forget({name for name in set(sys.modules) - before if name.startswith(("cosmos_rl", OURS))})
@@ -95,16 +95,14 @@ def test_a_completion_is_a_dict_that_the_controller_can_read_and_send(rollout: A
     assert json.loads(json.dumps(completion)) == completion
 
 
-def packer_of(cosmos: Any, kind: str) -> Any:
-    base = cosmos.mixin if kind == "composed" else cosmos.ours.CosmosDataPackerMixin
-    return type("Packer", (base, TensorPacker), {})()
+def packer_of(cosmos: Any) -> Any:
+    return type("Packer", (cosmos.ours.CosmosDataPackerMixin, TensorPacker), {})()
 
 
-@pytest.mark.parametrize("kind", ["composed", "inherited"])
-def test_a_job_that_chose_the_transport_gets_its_episodes(cosmos: Any, rollout: Any, kind: str) -> None:
+def test_a_job_that_chose_the_transport_gets_its_episodes(cosmos: Any, rollout: Any) -> None:
     transport = cosmos.registry.get_optional("ucxx_transport")
     assert transport.completion_prefix is None
-    packer = packer_of(cosmos, kind)
+    packer = packer_of(cosmos)
     transport.attach_data_packer(packer, config=config(deadline_s="20s", client={"local": "view"}))
     completions = [rollout.write_to_buffer(trajectory(number)) for number in range(3)]
     rollouts = [SimpleNamespace(completion=completion) for completion in completions[:2]]
@@ -126,58 +124,30 @@ def test_a_job_that_chose_the_transport_gets_its_episodes(cosmos: Any, rollout: 
     transport.close_data_packer(packer)
 
 
-def test_a_strategy_counts_what_it_fetched_and_never_raises_where_it_must_not(cosmos: Any, rollout: Any) -> None:
-    strategy = cosmos.ours.UCXXStrategy()
-    strategy.setup(deadline_s=20.0)
-    completion = rollout.write_to_buffer(trajectory(1))
-    key = strategy.cache_key(completion)
-    assert list(strategy.fetch_batch([(0, completion)])) == [key]
-    assert strategy.statistics().episodes == 1
-    for other in (None, 3, "nccl:7", {}, {"_ucxx": True}, [completion], np.zeros(2)):
-        assert not strategy.should_intercept(other)
-    strategy.shutdown()
-    strategy.shutdown()
-    assert strategy.sync_fetch(completion) is None
-
-
-@pytest.mark.parametrize(
-    ("table", "field"),
-    [({"deadline_s": -1.0}, "deadline_s"), ({"deadlines": 1}, "deadlines"), ({"client": {"locl": "x"}}, "client")],
-)
-def test_a_wrong_setting_is_an_error_that_cosmos_rl_does_not_swallow(
-    cosmos: Any, table: dict[str, Any], field: str
-) -> None:
+def test_a_wrong_setting_is_an_error_that_cosmos_rl_does_not_swallow(cosmos: Any) -> None:
     transport = cosmos.registry.get_optional("ucxx_transport")
-    with pytest.raises(RuntimeError, match=field) as caught:
-        transport.attach_data_packer(packer_of(cosmos, "inherited"), config=config(**table))
-    assert caught.value.facts["field"] == field  # type: ignore[attr-defined]
+    for table, named in (
+        ({"deadline_s": -1.0}, "deadline_s"),
+        ({"deadlines": 1}, "deadlines"),
+        ({"client": {"locl": "x"}}, "locl"),
+        ({"client": 3}, "mapping"),
+    ):
+        with row(table=table), pytest.raises(RuntimeError, match=rf"\[custom.ucxx_transport\].*{named}"):
+            transport.attach_data_packer(packer_of(cosmos), config=config(**table))
 
 
 def test_a_packer_that_fetches_nothing_is_left_as_it_is(cosmos: Any) -> None:
     cosmos.registry.get_optional("ucxx_transport").attach_data_packer(TensorPacker(), config=config())
 
 
-@pytest.mark.parametrize("kind", ["composed", "inherited"])
-def test_a_trainer_on_a_gpu_gets_its_episodes_on_the_cpu(cosmos: Any, rollout: Any, kind: str) -> None:
+def test_a_trainer_on_a_gpu_gets_its_episodes_on_the_cpu(cosmos: Any, rollout: Any) -> None:
     torch: Any = pytest.importorskip("torch", exc_type=ImportError)
     transport = cosmos.registry.get_optional("ucxx_transport")
-    packer = packer_of(cosmos, kind)
+    packer = packer_of(cosmos)
     transport.attach_data_packer(packer, config=config(deadline_s=20.0), device=torch.device("cuda", 0))
     episode = packer.get_policy_input("s", rollout.write_to_buffer(trajectory(3)))[1]
     assert torch.is_tensor(episode["observations"])
     transport.close_data_packer(packer)
-
-
-def test_what_a_batch_has_lost_is_not_fetched_again(cosmos: Any, rollout: Any) -> None:
-    strategy = cosmos.ours.UCXXStrategy()
-    strategy.setup(deadline_s=20.0)
-    lost = rollout.write_to_buffer(trajectory(7))
-    for ref in rollout.ucxx_writer.ring.ready_refs():
-        rollout.ucxx_writer.ring.discard(ref)
-    assert strategy.fetch_batch([(0, lost)]) == {}
-    assert strategy.sync_fetch(lost) is None
-    assert strategy.statistics().losses == {"stale": 1}
-    strategy.shutdown()
 
 
 def test_the_recorded_contract_is_the_real_one() -> None:
