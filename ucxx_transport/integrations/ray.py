@@ -100,8 +100,8 @@ class ActorRollouts(Iterator[Any]):
         self._timeout_s = timeout_s
         self._replace = replace
         self._actors: list[Any | None] = []
-        self._rings: dict[int, Path] = {}
-        self._unswept: set[Path] = set()
+        self._rings: set[Path] = set()
+        self._dying_until_s = 0.0
         self._kept: Exception | None = None
         self._pending: dict[Any, int] = {}
         self._counts = dict.fromkeys(("asked", "received", "lost", "lost_actors"), 0)
@@ -137,14 +137,17 @@ class ActorRollouts(Iterator[Any]):
                     self._ask(number)  # out of reach for a while, Ray says
                 continue
             self._counts["received"] += 1
-            self._note_ring(number, answer)
-            self._sweep()
+            self._note_ring(answer)
+            if time.monotonic() < self._dying_until_s:
+                self._sweep()
             try:
                 self._ask(number)
             except Exception as error:  # noqa: BLE001 - the answer is there: what the next one meets is raised after it
                 self._kept = error
             return answer
-        self._sweep(wait_s=_DYING_S)
+        while self._rings and time.monotonic() < self._dying_until_s:
+            self._sweep()
+            time.sleep(_LOOK_S)
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
@@ -175,14 +178,14 @@ class ActorRollouts(Iterator[Any]):
             self._pending[self._ask_actor(actor)] = number
             self._counts["asked"] += 1
 
-    def _note_ring(self, number: int, answer: object) -> None:
+    def _note_ring(self, answer: object) -> None:
         record = record_of(answer) if is_ours(answer) else None
         if isinstance(record, EpisodeRecord) and record.ref is not None and record.ref.host_id == host_id():
-            ring = segment_path(record.ref.ring_name)
-            if self._actors[number] is None:
-                self._unswept.add(ring)  # it answered, and was dead before anybody looked
-            else:
-                self._rings[number] = ring
+            self._rings.add(segment_path(record.ref.ring_name))
+
+    def _sweep(self) -> None:
+        """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not."""
+        self._rings = {ring for ring in self._rings if not remove_orphan(ring)}
 
     def _bury(self, number: int, error: RayActorError) -> None:
         dead, self._actors[number] = self._actors[number], None
@@ -190,20 +193,7 @@ class ActorRollouts(Iterator[Any]):
             return  # by another of its rollouts
         self._counts["lost_actors"] += 1
         _log.warning("actor_died", reason=str(error).partition("\n")[0])
-        if (ring := self._rings.pop(number, None)) is not None:
-            self._unswept.add(ring)
+        self._dying_until_s = time.monotonic() + _DYING_S
         replacement = self._replace(dead)
         if replacement is not None:
             self._welcome(replacement)
-
-    def _sweep(self, *, wait_s: float = 0.0) -> None:
-        """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not.
-
-        What cannot be removed yet is tried again with the next answer, in the background.
-        """
-        until_s = time.monotonic() + wait_s
-        while self._unswept:
-            self._unswept = {ring for ring in self._unswept if not remove_orphan(ring)}
-            if time.monotonic() >= until_s:
-                return
-            time.sleep(_LOOK_S)
