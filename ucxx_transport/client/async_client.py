@@ -139,7 +139,7 @@ class UCXXClient:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
         core = self._core
         call = core.discard_call(refs, deadline_s)
-        if call.rings or call.here:
+        if call.elsewhere or call.here:
             await self._run(call, partial(core.discard, call))
         return call.found
 
@@ -157,11 +157,10 @@ class UCXXClient:
         take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
         ring = core.local.ring_of(source)
         if ring is None:
-            await self._run(take, partial(core.reads.take, take))
+            await self._run(take, partial(core.reads.begin, take))
             return take.result()
-        until_s = time.monotonic() + take.wait_s
         while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
-            left_s = min(until_s - time.monotonic(), LOOK_S)
+            left_s = min(take.wait_until_s - core.reactor.now(), LOOK_S)
             if left_s <= 0:
                 break
             await to_thread.run_sync(partial(ring.wait_for_ready, left_s, reader=core.reader), abandon_on_cancel=True)

@@ -144,7 +144,7 @@ class SyncUCXXClient:
             ConfigError: the client is closed, or `deadline_s` is no duration.
         """
         call = self._core.discard_call(refs, deadline_s)
-        if call.rings or call.here:
+        if call.elsewhere or call.here:
             self._lead.perform(call, lambda _: self._core.discard(call))
         return call.found
 
@@ -179,11 +179,10 @@ class SyncUCXXClient:
         take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
         ring = core.local.ring_of(source)
         if ring is None:
-            self._lead.perform(take, Reads.take, take)
+            self._lead.perform(take, Reads.begin, take)
             return take.result()
-        until_s = time.monotonic() + take.wait_s
         while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
-            left_s = until_s - time.monotonic()
+            left_s = take.wait_until_s - core.reactor.now()
             if left_s <= 0 or not ring.wait_for_ready(left_s, reader=core.reader):
                 break
         return payloads

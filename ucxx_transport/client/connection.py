@@ -365,7 +365,7 @@ class Connection(Line):
         errands = [*self.errands, *self.running]
         self.close()
         for errand in errands:
-            errand.lost(error)
+            errand.lost(self, error)
         self._dispatch.connection_lost(self, asked, queued, error, stale=stale)
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ many hosts that never answer hold up the others for long.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
@@ -55,16 +55,6 @@ SHORTAGE_PAUSE_S: Final = 0.005
 _log = get_logger(__name__)
 
 
-class Listener(Protocol):
-    """What waits to hear that payloads are discarded."""
-
-    def confirmed(self, names: Sequence[Named], statuses: Sequence[Status]) -> int:
-        """A server has heard of these; returns how many of them were discarded by this listener, and still there."""
-
-    def end(self) -> None:
-        """Nothing is waited for any more: what has not been heard is owed."""
-
-
 class Connections:
     """See the module. Of the thread that runs the reactor.
 
@@ -75,7 +65,6 @@ class Connections:
         max_age_s: one that has not been used for so long is not used again.
         schemas: by fingerprint, all that were asked for.
         unsettled: by ring, deliveries and discards that its servers may not know of.
-        listeners: to what servers confirm.
         closed: whether `close` has been called.
     """
 
@@ -98,7 +87,6 @@ class Connections:
         self.ending: set[Carrier] = set()
         self.schemas: dict[int, Schema] = {}
         self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
-        self.listeners: list[Listener] = []
         self.closed = False
         self._connect = connect
         self._opening: set[Carrier] = set()
@@ -268,8 +256,7 @@ class Connections:
                 raise
             statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
         self.owe(name for name, status in zip(names, statuses, strict=True) if status is Status.BUSY)
-        discarded = sum(listener.confirmed(names, statuses) for listener in tuple(self.listeners))
-        self.counters.add("confirms", statuses.count(Status.OK) - discarded)
+        self.counters.add("confirms", statuses.count(Status.OK))
         connection.after_answers()
 
     # --- The end ---

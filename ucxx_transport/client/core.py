@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
-from ucxx_transport.client.errands import Discard, Take
+from ucxx_transport.client.errands import Discard, RingDiscard, Take
 from ucxx_transport.client.jobs import Call, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import Entry, EntryT, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
 
-FIRST_PAUSE_S: Final = 0.003
-LONGEST_PAUSE_S: Final = 0.1
-"""A ring whose lock was held is tried again after the first, then ever later."""
+LOCK_PAUSE_S: Final = 0.05
+"""A ring whose lock was held is tried again after this."""
 
 
 class ClientCore:
@@ -234,26 +233,23 @@ class ClientCore:
             here = self.local.read_in_turn(job, here)
         if here:
             self.reads.jobs.add(job)
-        self._until_free(job, here, partial(self.local.read_in_turn, job), over=partial(self.reads.here_over, job))
+        self._until_free(job, here, partial(self.local.read_in_turn, job), partial(self.reads.here_over, job))
 
     def _until_free(
         self,
         call: Call,
         held: Sequence[Entry[EntryT]],
         visit: Callable[[Sequence[Entry[EntryT]]], Sequence[Entry[EntryT]]],
-        *,
         over: Callable[[], object],
-        pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
 
         def again() -> None:
             if not call.done:
-                left = () if self.closed else visit(held)
-                self._until_free(call, left, visit, over=over, pause_s=min(2 * pause_s, LONGEST_PAUSE_S))
+                self._until_free(call, () if self.closed else visit(held), visit, over)
 
         if held:
-            self.reactor.call_at(min(self.reactor.now() + pause_s, call.until_s), again)
+            self.reactor.call_at(min(self.reactor.now() + LOCK_PAUSE_S, call.until_s), again)
         else:
             over()
 
@@ -266,7 +262,6 @@ class ClientCore:
         self.require_usable()
         call = Discard(self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry[SlotRef]] = []
-        elsewhere: dict[bytes, list[SlotRef]] = {}
         for ref in refs:
             with suppress(TransportError):  # gone, delivered before, or out of this client's reach
                 ring = self.local.ring_of(ref)
@@ -274,15 +269,16 @@ class ClientCore:
                     here.append((ref, ring))
                 else:
                     self.delivered.claim(ref)
-                    elsewhere.setdefault(ref.ring_id, []).append(ref)
-        call.rings, call.here = list(elsewhere.values()), self.local.discard_in_turn(call, here)
+                    call.elsewhere.setdefault(ref.ring_id, []).append(ref)
+        call.here = self.local.discard_in_turn(call, here)
         return call
 
     def discard(self, call: Discard) -> None:
         """Do the rest of a call of `discard_call`, as the reactor is run."""
-        call.left += 1
-        call.begin(self.reads.dispatch)
-        self._until_free(call, call.here, partial(self.local.discard_in_turn, call), over=call.one_over)
+        call.left += len(call.elsewhere)
+        for refs in call.elsewhere.values():
+            self.reads.begin(RingDiscard(refs, call.until_s, call.ring_over))
+        self._until_free(call, call.here, partial(self.local.discard_in_turn, call), call.one_over)
 
     def take_call(
         self,
@@ -293,11 +289,17 @@ class ClientCore:
         selector: str,
         wait_s: float | str,
     ) -> Take:
-        """A call that takes payloads, for `Reads.take` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
+        """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
         self.require_usable()
-        wait, until_s = checked_seconds(wait_s, "wait_s"), self.reactor.now() + self.config.deadline_s
-        asked = {"max_payloads": max_payloads, "max_bytes": max_bytes}
-        return Take(source, **asked, selector=selector, wait_s=wait, until_s=until_s + wait)
+        wait_until_s = self.reactor.now() + checked_seconds(wait_s, "wait_s")
+        return Take(
+            source,
+            max_payloads=max_payloads,
+            max_bytes=max_bytes,
+            selector=selector,
+            wait_until_s=wait_until_s,
+            until_s=wait_until_s + self.config.deadline_s,
+        )
 
     def abandon(self, call: Call) -> None:
         """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
@@ -313,15 +315,9 @@ class ClientCore:
 
     def forget(self, call: Call) -> None:
         """`abandon` while the core is damaged: nothing is done for it any more."""
-        job = call.job if isinstance(call, Take) else call
-        if isinstance(call, Take):
-            self.reads.takes.discard(call)
-        if isinstance(job, Job):
-            job.done = True
-            job.outcomes.clear()
-            job.reads.clear()
-            self.reads.jobs.discard(job)
-            self.reads.finished = [other for other in self.reads.finished if other is not job]
+        call.done = True
+        if isinstance(call, Take) and call.job is not None:
+            call.job.done, call.job = True, None
 
     def repair(self) -> None:
         """After an interrupt that may have cut a step of the reactor in two: go on with a new one.
@@ -332,24 +328,26 @@ class ClientCore:
         reactor, reads = self.reactor, self.reads
         with suppress(Exception):
             reads.connections.close()  # what they owe is known then
-            reads.end_discards()
         with suppress(Exception):
             reactor.close()
         self.reactor, self.reads = self._opened()
         self.damaged = False
         for names in reads.connections.unsettled.values():
             self.reads.connections.owe(names)
-        begun_again = {*reads.jobs, *reads.finished}  # of a take, what its server has picked
+        begun_again = [
+            job for job in {*reads.jobs, *reads.finished} if not job.done
+        ]  # of a take, what it has been offered
         for job in begun_again:
             job.reads.clear()
             missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
             job.left = len(missing)
             self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
-        for take in tuple(reads.takes):
-            if take.job in begun_again:
-                take.bind(self.reads, self.reads.dispatch, self.reads.takes)
-            else:
-                take.fail(PeerLostError("the connection was closed after an interrupt", reason="closed"))
+        reads.jobs.clear()
+        for errand in reads.errands:
+            if not errand.done:
+                errand.bind(self.reads.dispatch, self.reads.errands)
+                if not (isinstance(errand, Take) and errand.job in begun_again):
+                    errand.ask()
 
     # --- The end ---
 

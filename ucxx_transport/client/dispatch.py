@@ -59,15 +59,15 @@ class Dispatch:
     """See the module.
 
     Attributes:
-        ports: of all sources. connections: to them. now, call_at: the reactor's. read_attempts: as configured.
+        reads: whose. ports: of all sources. connections: to them. now, call_at: the reactor's.
         wary: whether any port is in quarantine, or probed.
         again: reads that are to go on, until `run`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
 
-    def __init__(self, engine: Engine, connections: Connections) -> None:
+    def __init__(self, reads: Engine, connections: Connections) -> None:
         config = connections.config
-        self.ports = Ports(config.port_quarantine_s, engine.reader)
+        self.ports = Ports(config.port_quarantine_s, reads.reader)
         self.connections = connections
         self.now = connections.reactor.now
         self.call_at = connections.reactor.call_at
@@ -75,7 +75,7 @@ class Dispatch:
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
         self.read_attempts = config.read_attempts
-        self._engine = engine
+        self.reads = reads
         self._counters = connections.counters
         self._look: Timer | None = None
         self._probes: dict[Source, list[Read]] = {}  # the read that tries a port, and those that wait for it
@@ -228,7 +228,7 @@ class Dispatch:
                 self.failed(read, copy_of(error))
             if connection.is_open:
                 self.reassign(queued)
-        self._engine.settle()
+        self.reads.settle()
 
     def failed(self, read: Read, error: TransportError) -> None:
         """The port layer: go on at the next port, or give the call up."""
@@ -285,7 +285,7 @@ class Dispatch:
             return
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
-        self._engine.fail(read, error)
+        self.reads.fail(read, error)
 
     # --- Time ---
 
@@ -310,15 +310,15 @@ class Dispatch:
 
     def _look_round(self) -> None:
         """Take a step with everything that is due."""
-        engine = self._engine
+        reads = self.reads
         self._look = None
         self.look_s = math.inf
         now = self.now()
-        for job in tuple(engine.jobs):
+        for job in tuple(reads.jobs):
             for read in tuple(job.reads):
                 if read.job is not None and read.due_s <= now:
                     self._due(read, now)
-        for attempt in tuple(engine.orphans):
+        for attempt in tuple(reads.orphans):
             if attempt.due_s <= now:
                 attempt.due_s = now + LATE_GRACE_S
                 if attempt.late:
@@ -326,9 +326,9 @@ class Dispatch:
                 else:
                     attempt.late = True
                     attempt.connection.late += 1
-        engine.settle()
-        due_s = [read.due_s for job in engine.jobs for read in job.reads if read.job is not None]
-        self.look_at(min([*due_s, *(attempt.due_s for attempt in engine.orphans)], default=math.inf))
+        reads.settle()
+        due_s = [read.due_s for job in reads.jobs for read in job.reads if read.job is not None]
+        self.look_at(min([*due_s, *(attempt.due_s for attempt in reads.orphans)], default=math.inf))
 
     def _due(self, read: Read, now: float) -> None:
         job, place, connection = read.job, read.place, read.connection
@@ -354,14 +354,14 @@ class Dispatch:
             read.source.advance()
             self.failed(read, error)
         else:
-            self._engine.fail(read, error)
+            self.reads.fail(read, error)
 
     def _late(self, attempt: Attempt, error: TransportError, now: float) -> None:
         """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""
         connection = attempt.connection
         attempt.late = True
         attempt.due_s = now + LATE_GRACE_S
-        self._engine.orphans.add(attempt)
+        self.reads.orphans.add(attempt)
         connection.late += 1
         self.quarantine(connection.key, error)
         if connection.late == 1:

@@ -111,12 +111,12 @@ class Engine(Protocol):
 
 
 class Errand(Protocol):
-    """Something else than reads by name that a connection is needed for."""
+    """Something else than reads by name that a source is asked."""
 
     def start(self, connection: Carrier, /) -> None:
         """The connection is open."""
 
-    def lost(self, error: TransportError, /) -> None:
+    def lost(self, connection: Carrier, error: TransportError, /) -> None:
         """It failed, or was never open."""
 
 

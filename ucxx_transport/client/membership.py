@@ -14,7 +14,7 @@ from ucxx_transport.client.jobs import removed
 
 if TYPE_CHECKING:
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.errands import Take
+    from ucxx_transport.client.errands import SourceCall
     from ucxx_transport.client.jobs import Engine
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceRecord
@@ -64,7 +64,7 @@ class Membership:
         if unsubscribe is not None:
             unsubscribe()
 
-    def apply(self, engine: Engine, dispatch: Dispatch, takes: set[Take]) -> None:
+    def apply(self, reads: Engine, dispatch: Dispatch, errands: set[SourceCall]) -> None:
         """Pass on what was reported; before a read begins, which a report from before it does not concern."""
         with self._lock:
             news, self.news = self.news, {}
@@ -74,15 +74,15 @@ class Membership:
                 for key in keys:  # worth a try
                     dispatch.forgive(key)
                 continue
-            for read in [read for job in engine.jobs for read in job.reads]:
+            for read in [read for job in reads.jobs for read in job.reads]:
                 if read.job is not None and read.ref.ring_id == record.ring_id:
-                    engine.fail(read, removed(read.ref))
-            for take in tuple(takes):
-                if take.source.ring_id == record.ring_id:
-                    take.fail(removed(record))
+                    reads.fail(read, removed(read.ref))
+            for errand in tuple(errands):
+                if errand.source.ring_id == record.ring_id:
+                    errand.fail(removed(record))
             for key in keys:
                 dispatch.connections.evict(key)
-        engine.settle()
+        reads.settle()
 
     def _removed(self, record: SourceRecord) -> None:
         with self._lock:

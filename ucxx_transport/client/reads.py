@@ -33,7 +33,7 @@ from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool
-    from ucxx_transport.client.errands import Take
+    from ucxx_transport.client.errands import SourceCall
     from ucxx_transport.client.jobs import Attempt
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
@@ -50,7 +50,7 @@ class Reads:
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
         orphans: attempts in flight that no read waits for, and late ones.
-        takes: calls that take from a ring and have nothing yet.
+        errands: calls that take or discard, and are not done.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Reads:
         self.jobs: set[Job] = set()
         self.finished: list[Job] = []
         self.orphans: set[Attempt] = set()
-        self.takes: set[Take] = set()
+        self.errands: set[SourceCall] = set()
         self.connections = Connections(config, reactor, counters=counters, lend=pool.lend, connect=self._connect)
         self.dispatch = Dispatch(self, self.connections)
         self.now = reactor.now
@@ -93,7 +93,7 @@ class Reads:
     def hear(self) -> None:
         """Take in what a watcher has reported."""
         if self._membership is not None and self._membership.news:
-            self._membership.apply(self, self.dispatch, self.takes)
+            self._membership.apply(self, self.dispatch, self.errands)
 
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
@@ -173,19 +173,14 @@ class Reads:
         self.jobs.discard(job)
         job.done = True
 
-    def end_discards(self) -> None:
-        """Wait for no discard any more: what has not been heard is owed."""
-        for listener in tuple(self.connections.listeners):
-            listener.end()
-
-    def take(self, take: Take) -> None:
-        """Have payloads taken."""
+    def begin(self, errand: SourceCall) -> None:
+        """Have payloads taken, or discarded."""
         self.hear()
-        if take.source.ring_id in self._gone:
-            take.fail(removed(take.source))
+        errand.bind(self.dispatch, self.errands)
+        if errand.source.ring_id in self._gone:
+            errand.fail(removed(errand.source))
         else:
-            take.bind(self, self.dispatch, self.takes)
-            take.begin()
+            errand.ask()
 
     def fail_all(self, error: TransportError) -> None:
         """Fail every job."""
@@ -196,9 +191,8 @@ class Reads:
             for index, outcome in enumerate(job.outcomes):
                 if outcome is None:  # it waits for the lock of a ring of this host
                     self._fail_at(job, index, copy_of(error))
-        for take in tuple(self.takes):
-            take.fail(copy_of(error))
-        self.end_discards()
+        for errand in tuple(self.errands):
+            errand.fail(copy_of(error))
         self.settle()
 
     def arrived(self, attempt: Attempt) -> bool | None:

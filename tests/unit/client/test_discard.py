@@ -8,7 +8,6 @@ from tests.support.exchange_rig import open_rig
 from tests.support.local_worker import LocalWorker
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
-from ucxx_transport.client.core import ClientCore
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
@@ -62,23 +61,44 @@ def test_a_server_that_cannot_be_asked_hears_of_it_with_the_next_read() -> None:
         assert rig.ring.slot_states().count(SlotState.FREE) == rig.ring.slots
 
 
-def test_a_discard_is_over_when_its_client_is_closed_or_has_to_begin_again() -> None:
+def test_a_discard_is_over_when_its_client_is_closed() -> None:
     with open_rig(ports=1) as rig:
-        for end in (ClientCore.fail_all, ClientCore.repair):
-            client = rig.client()
-            ref = rig.write(EPISODE)
-            rig.faults_of(1).hold = hold = Hold()
-            call = client.core.discard_call([ref], 600.0)
-            client.core.discard(call)
-            rig.settle()
-            assert not call.done
-            end(client.core)
-            assert (call.done, call.found) == (True, 0)
-            rig.faults_of(1).hold = None
-            hold.set()
-            client.consume(rig.write(EPISODE))
-            rig.settle()
-            assert rig.states(ref) == [SlotState.FREE], "what was not heard has been said with the read"
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        rig.faults_of(1).hold = hold = Hold()
+        call = client.core.discard_call([ref], 600.0)
+        client.core.discard(call)
+        rig.settle()
+        assert not call.done
+        client.core.fail_all()
+        assert (call.done, call.found) == (True, 0)
+        rig.faults_of(1).hold = None
+        hold.set()
+        client.consume(rig.write(EPISODE))
+        rig.settle()
+        assert rig.states(ref) == [SlotState.FREE], "what was not heard has been said with the read"
+
+
+def test_a_discard_goes_on_although_another_call_s_interrupt_has_cut_a_step_in_two() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        refs = [rig.write(EPISODE) for _ in range(2)]
+        client.consume(refs[0])
+        rig.faults_of(1).drop = 1
+        call = client.core.discard_call(refs[1:], 600.0)
+        client.core.discard(call)
+        client.core.damaged = True
+        client.core.repair()
+        rig.run_until(lambda: call.done)
+        assert rig.states(refs[1]) == [SlotState.FREE]
+
+
+def test_a_discard_of_very_many_is_said_in_parts() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=300, slot_bytes=64, prefault=False)) as rig:
+        client = rig.client()
+        refs = [rig.write(b"x") for _ in range(300)]
+        assert client.discard(refs) == 300
+        assert rig.ring.slot_states().count(SlotState.FREE) == 300
 
 
 @pytest.mark.parametrize("local", ["view", "copy"])

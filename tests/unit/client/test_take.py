@@ -26,7 +26,7 @@ RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 def begin(client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
     take = client.core.take_call(source, wait_s=wait_s, **values)  # type: ignore[arg-type]
-    client.core.reads.take(take)
+    client.core.reads.begin(take)
     return take
 
 
@@ -155,6 +155,25 @@ def test_a_port_that_is_dead_costs_a_rotation() -> None:
         assert contents(taken(rig, client, refs[0])) == [b"\0", b"\1"]
 
 
+def test_a_take_goes_on_asking_while_every_port_restarts_for_as_long_as_it_waits() -> None:
+    with open_rig(ports=2, ring=RING) as rig:
+        client = rig.client()
+        refs = write(rig, 2)
+        rig.stop_port(1)
+        rig.stop_port(2)
+        take = begin(client, refs[0], wait_s=10.0)
+        rig.advance(2.0)
+        assert not take.done
+        rig.start_port(2)
+        rig.run_until(lambda: take.done)
+        assert contents(take.result()) == [b"\0", b"\1"]
+        rig.stop_port(2)
+        began_s = rig.now_s
+        with pytest.raises(PeerLostError):
+            taken(rig, client, refs[0])
+        assert rig.now_s - began_s < 1.0, "without a wait it is not worth the whole deadline"
+
+
 def test_a_take_that_waits_for_its_connection_s_turn_blames_no_port() -> None:
     with open_rig(ports=17, ring=RingConfig(slots=32, slot_bytes=8192, prefault=False)) as rig:
         client = rig.client(deadline_s=0.3)
@@ -226,7 +245,7 @@ def test_what_was_picked_for_a_take_comes_although_another_call_s_interrupt_has_
         rig.run_until(lambda: take.done)
         assert contents(take.result()) == [b"\1", b"\2", b"\3"]
         rig.settle()
-        assert not client.core.reads.takes
+        assert not client.core.reads.errands
         assert rig.ring.statistics().reading == rig.ring.statistics().ready == 0
 
 
