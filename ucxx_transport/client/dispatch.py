@@ -60,7 +60,7 @@ class Dispatch:
 
     Attributes:
         reads: whose. ports: of all sources. connections: to them. now, call_at: the reactor's.
-        wary: whether any port is in quarantine, or probed.
+        wary: whether any port is in quarantine.
         again: reads that are to go on, until `run`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
@@ -78,7 +78,6 @@ class Dispatch:
         self.reads = reads
         self._counters = connections.counters
         self._look: Timer | None = None
-        self._probes: dict[Source, list[Read]] = {}  # the read that tries a port, and those that wait for it
 
     # --- Which port ---
 
@@ -98,8 +97,10 @@ class Dispatch:
         if self.wary:
             keys = self.ports.healthy(source, now)
             if not keys:
-                self._probe(source, reads, now)
-                return
+                keys = source.keys
+                for read in reads:
+                    if read.job is not None and not read.job.alone:
+                        read.limit_s = min(read.limit_s, now + PROBE_S)
         first, count, ports = source.first(keys, alone=source.under_way <= len(reads)), len(reads), len(keys)
         nbytes = sum(read.ref.nbytes for read in reads) if ports > 1 and count > 1 else 0
         start = 0
@@ -156,46 +157,9 @@ class Dispatch:
 
     def forgive(self, key: PortKey) -> None:
         """A port has answered, or is said to be there."""
-        if not self.wary:
-            return
-        self.ports.forgive(key)
-        for source, (probe, *_) in tuple(self._probes.items()):
-            if key in source.keys:
-                if probe.job is not None:
-                    probe.limit_s = probe.job.until_s
-                self._probe_over(source)
-        self.wary = self.ports.avoids_any(self.now()) or bool(self._probes)
-
-    def read_over(self, read: Read) -> None:
-        """A read has its outcome; if it was a probe, those that waited for it are given a port."""
-        if self._is_probe(read):
-            self._probe_over(read.source)
-
-    def _probe(self, source: Source, reads: list[Read], now: float) -> None:
-        """All ports of a source are in quarantine: one read tries them, the others wait for what comes of it."""
-        probing = self._probes.setdefault(source, reads[:1])
-        for read in reads:
-            assert read.job is not None
-            if not read.job.alone:
-                read.limit_s = min(read.limit_s, now + PROBE_S)
-            if read is not probing[0]:
-                read.place = "waiting"
-                read.connection = None
-                read.due_s = read.limit_s
-                probing.append(read)
-                self.look_at(read.due_s)
-        probe = probing[0]
-        if probe in reads:
-            first, ports = source.first(source.keys, alone=True), len(source.keys)
-            probe.alternate = source.keys[(first + 1) % ports] if ports > 1 else None
-            self._enqueue(source.keys[first], [probe], now)
-
-    def _is_probe(self, read: Read) -> bool:
-        return read.source in self._probes and self._probes[read.source][0] is read
-
-    def _probe_over(self, source: Source) -> None:
-        for read in self._probes.pop(source)[1:]:
-            self._go_on(read)
+        if self.wary:
+            self.ports.forgive(key)
+            self.wary = self.ports.avoids_any(self.now())
 
     # --- What follows from a failure ---
 
@@ -242,7 +206,7 @@ class Dispatch:
             alternate is None
             or now >= read.limit_s
             or not rotates(error)
-            or (self.ports.avoids(alternate, now) and not self._is_probe(read))
+            or (self.ports.avoids(alternate, now) and self.ports.healthy(read.source, now))
         ):
             self._call_failed(read, error, now)
         else:
@@ -254,14 +218,6 @@ class Dispatch:
         job, source = read.job, read.source
         assert job is not None
         is_port, is_late = blames_port(error), isinstance(error, DeadlineExceededError)
-        if self._is_probe(read):
-            if is_port:  # those that waited fail with it
-                _, *waiting = self._probes.pop(source)
-                for other in waiting:
-                    if other.job is not None:
-                        self._call_failed(other, copy_of(error), now)
-            else:
-                self._probe_over(source)
         remaining_s = job.until_s - now
         hopeless = (
             is_port
@@ -335,6 +291,9 @@ class Dispatch:
         assert job is not None
         if place == "paused" and now < job.until_s:
             self._go_on(read)
+            return
+        if read.limit_s < job.until_s and connection is not None and not self.ports.avoids(connection.key, now):
+            read.limit_s = read.due_s = job.until_s  # the port has answered another read meanwhile
             return
         attempt = read.attempt
         error: TransportError = too_late(read.ref)

@@ -28,7 +28,7 @@ Outcome = Payload | TransportError
 _OWN_CODE: Final = str(Path(__file__).parent)
 
 OnPayload = Callable[[int, Payload], Payload]
-Place = Literal["queued", "asked", "waiting", "paused"]
+Place = Literal["queued", "asked", "paused"]
 
 Takeable: TypeAlias = "SlotRef | SourceRecord"
 """What names a ring and says where it is served."""

@@ -16,7 +16,7 @@ or of much, is spread over them at once. A read that is alone at its source stay
 that port is still polling, and the others sleep (the p50 of a 64 KiB read over 4 ports: 840 µs in turn, 620 µs by
 staying, in one run on 2 cores).
 
-While all ports of a source are in quarantine, one read of it probes them and the others wait for what comes of it.
+While all ports of a source are in quarantine, they are tried, for `PROBE_S` at most by a batch that reads from others.
 """
 
 from __future__ import annotations

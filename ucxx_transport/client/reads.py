@@ -8,7 +8,6 @@ timer, or a call takes one step, and `settle` does what follows from it.
 |-----------|--------------------------------------------------------|--------------------------------------------|
 | queued    | its connection is being opened, or its window is full  | it goes on at the next port, without blame |
 | asked     | its attempt is in flight                               | its port is quarantined; it goes elsewhere |
-| waiting   | another one probes the ports, which are in quarantine  | it fails                                   |
 | paused    | the server was busy, or not ready                      | it is asked again                          |
 
 An attempt that has exceeded its time is *late*: if its answer comes after all and the read has no outcome yet, it is
@@ -307,8 +306,6 @@ class Reads:
             attempt.read = None
             self.orphans.add(attempt)
             self.dispatch.look_at(attempt.due_s)
-        if self.dispatch.wary:
-            self.dispatch.read_over(read)
         job.outcomes[read.index] = outcome
         job.left -= 1
         if not job.left:  # as `_finish`

@@ -438,22 +438,22 @@ def test_a_source_in_quarantine_that_is_back_delivers_all_of_a_batch() -> None:
         assert client.counts.quarantined >= 1
 
 
-def test_one_read_probes_a_source_in_quarantine_and_the_others_wait_for_it() -> None:
-    with open_rig(ports=1, ring=RING_OF_MANY) as rig:
-        client = rig.client(read_attempts=1)
-        client.consume(rig.write(EPISODE))
-        rig.stop_port(1)
-        with pytest.raises(PeerLostError):
-            client.read(rig.write(EPISODE))
-        rig.start_port(1)
-        rig.faults_of(1).hold = hold = Hold()
-        job = client.begin(*(rig.write(EPISODE) for _ in range(6)), deadline_s=60.0)
-        rig.faults_of(1).hold = None
-        assert rig.requests() == 0 + 1 + 0 or rig.requests() <= 2
-        hold.set()
-        rig.settle()
-        assert job.done
-        assert all(isinstance(outcome, Payload) for outcome in job.outcomes)
+def test_a_source_in_quarantine_that_is_back_has_the_whole_deadline_once_it_has_answered_one_read() -> None:
+    with open_rig(ports=2, ring=RingConfig(slots=16, slot_bytes=64 << 10, prefault=False)) as rig:
+        client = rig.client()
+        rig.publish(1)
+        stopped = [rig.write(bytes(60_000)) for _ in range(5)]
+        rig.publish(2)
+        healthy = [rig.write(EPISODE) for _ in range(4)]
+        client.consume(stopped[0], healthy[0])
+        thaw = rig.freeze_port(1)
+        client.read_many([stopped[1], healthy[1]], deadline_s=2.0)
+        thaw()
+        rig.faults_of(1).spare, rig.faults_of(1).drop = 2, 2  # the late payload and one more pass
+        job = client.begin(*stopped[2:], *healthy[2:], deadline_s=60.0)
+        rig.advance(2.0)
+        assert [outcome is None for outcome in job.outcomes] == [False, True, True, False, False]
+        client.abandon(job)
 
 
 def test_reads_with_hardly_any_time_leave_a_connection_to_those_that_follow() -> None:
