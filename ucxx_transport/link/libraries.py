@@ -9,16 +9,7 @@ before ucxx is imported, by which UCX initialises itself.
 | unset or `false`                      | the files of the wheel `libucx`; without that wheel, the loader's            |
 | any other value                       | the loader's (`ld.so`); what that does not find, from the wheel              |
 
-What ucxx's Python API does not reach is called natively; each such call may answer "unknown":
-
-| call                        | of                 | for                                                            |
-|-----------------------------|--------------------|----------------------------------------------------------------|
-| `ucp_ep_query`              | libucp, public API | the lanes of one endpoint                                      |
-| `ucp_conn_request_query`    | libucp, public API | who asks for a connection                                      |
-| `ucp_listener_create`       | libucp, public API | listening on an IPv6 address                                   |
-| `Endpoint.getCancelingSize` | libucxx, a symbol  | releasing operations that a close has cancelled                |
-| `ucxx_log_component_config` | libucxx, a symbol  | ucxx's log, on stdout, which only `UCXX_LOG_LEVEL` sets else   |
-
+What ucxx's Python API does not reach is called natively; each such call may answer "unknown".
 Structures are those of `ucp/api/ucp.h` and `ucs/config/types.h` of UCX 1.19 to 1.21; a field mask says which fields are
 known here.
 """

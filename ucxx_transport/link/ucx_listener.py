@@ -37,17 +37,19 @@ class UCXXListener:
     def __init__(self, link: LinkState, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
         self._on_endpoint = on_endpoint
-        here = weakref.ref(self)
-        ucx: UcxListener = link.binding.lib.UCXListener.create(
-            link.worker, port, lambda request: _note_request(here, request)
-        )
+        here = weakref.WeakMethod(self._note_request)  # UCX keeps its listener, which keeps what it calls
+
+        def note(request: int) -> None:
+            call = here()
+            if call is not None:
+                call(request)
+
+        ucx: UcxListener = link.binding.lib.UCXListener.create(link.worker, port, note)
         self.port: int = ucx.port
         self._ucx = deque([ucx])  # shared with the endpoints, which keep it when this one does no more
         self._bound = weakref.ref(self._ucx)
         if link.ipv6 is not None:
-            self._ucx.append(
-                IPv6Listener(link.worker.handle, link.ipv6, self.port, lambda request: _note_request(here, request))
-            )
+            self._ucx.append(IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
         self._closed = False
         self._quiet_until_s = 0.0
 
@@ -58,7 +60,7 @@ class UCXXListener:
             self._ucx = deque()
             self._link.listeners.discard(self)
 
-    def note_request(self, request: int) -> None:
+    def _note_request(self, request: int) -> None:
         """A client connects. Called inside UCX's progress: takes note, no more.
 
         Args:
@@ -97,9 +99,3 @@ class UCXXListener:
             peer, reason = failed
             count = self._link.counters.accepts_failed
             _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=count)
-
-
-def _note_request(listener: weakref.ref[UCXXListener], request: int) -> None:
-    alive = listener()
-    if alive is not None:
-        alive.note_request(request)

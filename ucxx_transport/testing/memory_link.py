@@ -284,7 +284,6 @@ class MemoryLink(base.Usable):
         self.faults = self.network.faults
         self.counters = base.LinkStatistics()
         self.endpoints: set[MemoryEndpoint] = set()
-        self._listeners: list[MemoryListener] = []
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._wakeup = Wakeup()
         self._armed = False  # others notify only then
@@ -317,7 +316,6 @@ class MemoryLink(base.Usable):
         listener = MemoryListener(self, chosen, on_endpoint)
         if used.setdefault(chosen, listener) is not listener:
             raise ConfigError("port is in use; choose another, or 0 for any free one", port=chosen)
-        self._listeners.append(listener)
         return listener
 
     def message(self, buffer: object) -> memoryview:
@@ -353,7 +351,7 @@ class MemoryLink(base.Usable):
         if self.closed or self.forked:
             return
         self.closing = True
-        for listener in self._listeners:
+        for listener in [one for one in tuple(self.network.listeners.values()) if one.link is self]:
             listener.close()
         for _ in range(CLOSING_ROUNDS):
             for endpoint in list(self.endpoints):

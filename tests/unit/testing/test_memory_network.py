@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from ucxx_transport import (
     SyncUCXXClient,
     TransportError,
     UCXXServer,
-    testing,
 )
 from ucxx_transport.testing import MemoryNetwork
 
@@ -50,10 +48,6 @@ def job() -> Iterator[Job]:
         UCXXServer(ring, ServerConfig(mode="thread", ports=2), link_factory=network.link) as server,
     ):
         yield Job(ring, server, network)
-
-
-def test_the_documented_example_runs() -> None:
-    assert doctest.testmod(testing).failed == 0
 
 
 def test_payloads_of_any_size_come_whole_and_are_consumed_at_the_source(job: Job) -> None:
