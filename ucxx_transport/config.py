@@ -8,6 +8,7 @@ validated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from ucxx_transport.errors import ConfigError
@@ -19,6 +20,7 @@ from ucxx_transport.units import (
     Name,
     OptionalBytes,
     OptionalCount,
+    OptionalHost,
     OptionalName,
     OptionalPortRange,
     OptionalText,
@@ -57,14 +59,9 @@ def checked_seconds(value: float | str, field: str) -> float:
     if type(value) is float and 0.0 <= value < _LONGEST_S:
         return value
     try:
-        seconds = parse_duration(value)
+        return parse_duration(value)
     except ValueError as exc:
         raise ConfigError(f"{field} = {value!r}: {exc}", field=field, value=value) from exc
-    if seconds < 0:
-        raise ConfigError(
-            f"{field} = {value!r}: a time limit is not negative; 0 does not wait at all", field=field, value=value
-        )
-    return seconds
 
 
 @runtime_checkable
@@ -72,15 +69,10 @@ class PayloadSchema(Protocol):
     """What a ring's settings need of a `Schema`; `ucxx_transport.Schema` is one."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the largest payload, all variable-length fields full."""
-
+    def nbytes(self) -> int: ...
     @property
-    def fingerprint(self) -> int:
-        """Unsigned 64-bit name of the layout."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The schema as plain values; `Any` because its shape is the schema package's own."""
+    def fingerprint(self) -> int: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @section("ring", choice=frozenset({"schema", "slot_bytes"}))
@@ -144,9 +136,7 @@ class _OverUCX:
 class ServerConfig(_OverUCX):
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: OptionalText = setting(
-        "address to publish; unset finds one (RDMA interface first)", default=None, max_length=255
-    )
+    host: OptionalHost = setting("address to publish; unset finds one (RDMA interface first)", default=None)
     ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
     base_port: OptionalCount = setting("first port to try; unset takes any free ones", default=None, ge=1, le=65535)
     mode: Literal["process", "thread"] = setting(
@@ -170,35 +160,28 @@ class ServerConfig(_OverUCX):
     ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     def __post_init__(self) -> None:
-        self._check_data_ports()
-        if self.base_port is None:
-            return
-        field, value = "base_port", self.base_port
-        if not isinstance(self.ports, int):
-            problem = "ports names them already; drop one of the two"
-        elif self.port_attempts < self.ports:
-            field, value, problem = "port_attempts", self.port_attempts, f"expected at least ports = {self.ports}"
-        elif self.base_port + self.ports > 65536:
-            problem = f"{self.ports} ports from there on pass 65535"
-        else:
-            return
-        raise ConfigError(f"server.{field} = {value}: {problem}", field=field, value=value)
-
-    def _check_data_ports(self) -> None:
-        if self.data_ports is None:
-            return
-        first, last = self.data_ports
         count = self.ports if isinstance(self.ports, int) else len(self.ports)
-        listening = range(self.base_port or 0, (self.base_port or 0) + count)
-        named = set(listening if isinstance(self.ports, int) else self.ports)
-        if last - first + 1 < count:
-            problem = f"expected at least ports = {count}: each listening port takes one of these too"
-        elif clash := sorted(port for port in named if first <= port <= last):
-            problem = f"{clash[0]} is to be listened on already"
-        else:
-            return
-        value = f"{first}-{last}"
-        raise ConfigError(f"server.data_ports = {value}: {problem}", field="data_ports", value=value)
+        listening: Sequence[int] = () if isinstance(self.ports, int) else self.ports
+        if self.base_port is not None:
+            if listening:
+                raise _wrong("base_port", self.base_port, "ports names them already; drop one of the two")
+            if self.port_attempts < count:
+                raise _wrong("port_attempts", self.port_attempts, f"expected at least ports = {count}")
+            if self.base_port + count > 65536:
+                raise _wrong("base_port", self.base_port, f"{count} ports from there on pass 65535")
+            listening = range(self.base_port, self.base_port + count)
+        if self.data_ports is not None:
+            first, last = self.data_ports
+            value = f"{first}-{last}"
+            if last - first + 1 < count:
+                problem = f"expected at least ports = {count}: each listening port takes one of these too"
+                raise _wrong("data_ports", value, problem)
+            if clash := sorted(port for port in listening if first <= port <= last):
+                raise _wrong("data_ports", value, f"{clash[0]} is to be listened on already")
+
+
+def _wrong(field: str, value: object, problem: str) -> ConfigError:
+    return ConfigError(f"server.{field} = {value}: {problem}", field=field, value=value)
 
 
 @section("client")

@@ -40,7 +40,7 @@ class _Message:
 
 
 class EventLogger:
-    """Logs events with keys; a key whose name a `LogRecord` needs itself gets a `_` behind it there."""
+    """Logs a module's events with keys; one whose name a `LogRecord` needs itself gets a `_` behind it there."""
 
     __slots__ = ("_logger",)
 
@@ -78,9 +78,7 @@ class EventLogger:
         logger.handle(record)
 
 
-def get_logger(name: str) -> EventLogger:
-    """The event logger of the module with this `__name__`."""
-    return EventLogger(name)
+get_logger = EventLogger
 
 
 def effective_level() -> int:

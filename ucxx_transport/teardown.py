@@ -43,14 +43,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """How a step went.
-
-    Attributes:
-        name: the step's.
-        outcome: DONE, FAILED or HUNG.
-        elapsed_s: how long it took, or was waited for.
-        error: what it raised, if it FAILED.
-    """
+    """How a step went: its name, how it ended, seconds that it took or was waited for, and what it raised."""
 
     name: str
     outcome: Outcome
@@ -77,25 +70,23 @@ class Teardown:
         margin_s: how long after its deadline a step is taken for hanging.
         dump: called when a step hangs.
         keys: further keys of every log event, such as `ring`.
+
+    Attributes:
+        steps: the reports so far, in order.
     """
 
     def __init__(
         self, name: str, *, margin_s: float = MARGIN_S, dump: Callable[[], None] = dump_stacks, **keys: object
     ) -> None:
+        self.steps: list[StepReport] = []
         self._keys = {"teardown": name, **keys}
         self._margin_s = margin_s
         self._dump = dump
-        self._steps: list[StepReport] = []
-
-    @property
-    def steps(self) -> tuple[StepReport, ...]:
-        """The reports so far, in order."""
-        return tuple(self._steps)
 
     @property
     def is_clean(self) -> bool:
         """Whether every step so far was done."""
-        return all(step.outcome is Outcome.DONE for step in self._steps)
+        return all(step.outcome is Outcome.DONE for step in self.steps)
 
     def step(self, name: str, call: Callable[[], object], until_s: float) -> StepReport:
         """Run one step and wait for it; what it raises is logged and reported, not raised.
@@ -105,43 +96,40 @@ class Teardown:
             call: the work; what it returns is dropped.
             until_s: its deadline on `time.monotonic()`. One that has passed leaves the step the margin.
         """
+        raised: list[BaseException | None] = []
+
+        def run() -> None:
+            try:
+                call()
+            except BaseException as error:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
+                raised.append(error)
+            else:
+                raised.append(None)
+
         began_s = time.monotonic()
         _log.info("teardown_step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
-        outcome, error = _run_until(name, call, max(began_s, until_s) + self._margin_s)
+        thread = threading.Thread(target=run, name=f"teardown-{name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # too many threads, or the interpreter is exiting (an atexit hook, since 3.12)
+            run()
+        else:
+            thread.join(max(0.0, until_s - began_s) + self._margin_s)
         elapsed_s = time.monotonic() - began_s
+        error = raised[0] if raised else None
         keys = {"step": name, "ms": round(elapsed_s * 1000), **self._keys}
-        if outcome is Outcome.HUNG:
+        if not raised:
+            outcome = Outcome.HUNG
             _log.error("teardown_hung", **keys)
             self._dump()
-        elif outcome is Outcome.FAILED:
+        elif error is not None:
+            outcome = Outcome.FAILED
             _log.warning("teardown_failed", reason=f"{type(error).__name__}: {error}", **keys)
         else:
+            outcome = Outcome.DONE
             _log.debug("teardown_done", **keys)
-        report = StepReport(name=name, outcome=outcome, elapsed_s=elapsed_s, error=error)
-        self._steps.append(report)
-        return report
-
-
-def _run_until(name: str, call: Callable[[], object], until_s: float) -> tuple[Outcome, BaseException | None]:
-    """How the call ended, and what it raised."""
-    found: list[tuple[Outcome, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
-            found.append((Outcome.FAILED, error))
-        else:
-            found.append((Outcome.DONE, None))
-
-    thread = threading.Thread(target=run, name=f"teardown-{name}", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # too many threads, or the interpreter is exiting (an atexit hook, since 3.12)
-        run()
-    else:
-        thread.join(max(0.0, until_s - time.monotonic()))
-    return found[0] if found else (Outcome.HUNG, None)
+        self.steps.append(StepReport(name=name, outcome=outcome, elapsed_s=elapsed_s, error=error))
+        return self.steps[-1]
 
 
 def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:

@@ -14,7 +14,7 @@
 A bare prefix is binary (`4k` is 4096), as it is for UCX; `iB` says so, and `KB` `MB` `GB` are the decimal ones.
 
 A kind is the annotation of a setting: a function from what was given, maybe text, to what is held, which raises
-ValueError that says what it expected. `Optional...` of a kind takes None as well.
+ValueError that says what it expected. `Optional...` of a kind is one that may be unset.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Parse = Callable[[Any], object]
 GotT_co = TypeVar("GotT_co", covariant=True)
 GivenT_contra = TypeVar("GivenT_contra", contravariant=True)
 
-_TEXT = re.compile(r"\s*([0-9]{1,400})(?:\.([0-9]{1,400}))?(?:e([+-]?[0-9]{1,3}))?\s*([a-zµμ]*)\s*", re.IGNORECASE)
+_TEXT = re.compile(r"\s*([0-9]{1,400}(?:\.[0-9]{1,400})?(?:e[+-]?[0-9]{1,3})?)\s*([a-zµμ]*)\s*", re.IGNORECASE)
 
 _BINARY = {letter: 1024**power for power, letter in enumerate("kmgtp", start=1)}
 _BYTE_UNITS: Final[Mapping[str, int]] = (
@@ -48,6 +48,8 @@ _BOOLEANS: Final = {
     **dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True),
     **dict.fromkeys(("false", "no", "off", "n", "f", "0"), False),
 }
+_A_SIZE: Final = "a size, for example 4096, '64KiB' or '512MiB'"
+_A_DURATION: Final = "a finite duration, for example 5, '5s', '250ms' or '2m'"
 _SECOND: Final = 10**9
 _NANOSECONDS: Final[Mapping[str, int]] = {
     "ns": 1,
@@ -69,41 +71,37 @@ def parse_bytes(value: object) -> int:
         ValueError: not a size, or not a whole number of bytes; the message says what would be.
     """
     if isinstance(value, str):
-        numerator, denominator, unit = _split(value, "a size, for example 4096, '64KiB' or '512MiB'")
-        scale = _BYTE_UNITS.get(unit)
-        if scale is None:
-            raise ValueError(f"unknown unit in {value!r}: use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
-        size, rest = divmod(numerator * scale, denominator)
-        if rest:
-            raise ValueError(f"{value!r} is not a whole number of bytes")
-        return size
+        size = _scaled(value, _BYTE_UNITS, f"expected {_A_SIZE}", "use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
+        if isinstance(size, float):
+            size = round(size, 2)  # of "1.1kB" more than its whole bytes are rounding
+            if not size.is_integer():
+                raise ValueError(f"{value!r} is not a whole number of bytes")
+        return int(size)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError("expected a size, for example 4096, '64KiB' or '512MiB'")
+    raise ValueError(f"expected {_A_SIZE}")
 
 
 def parse_duration(value: object) -> float:
     """A duration in seconds from a number, or text such as `"250ms"` with a unit of the table above.
 
     Raises:
-        ValueError: not a finite duration; the message says what would be.
+        ValueError: not a finite duration, or a negative one; the message says what would be.
     """
     seconds = math.nan
     try:
         if isinstance(value, str):
-            numerator, denominator, unit = _split(value, "a duration, for example 5, '5s', '250ms' or '2m'")
-            scale = _NANOSECONDS.get(unit)
-            if scale is None:
-                raise ValueError(f"unknown unit in {value!r}: use ns, us, ms, s, m or h")
-            seconds = numerator * scale / (denominator * 10**9)  # of integers: rounded once
+            seconds = _scaled(value, _NANOSECONDS, f"expected {_A_DURATION}", "use ns, us, ms, s, m or h") / _SECOND
         elif isinstance(value, int | float) and not isinstance(value, bool):
             seconds = float(value)
     except OverflowError:
         pass
     if not math.isfinite(seconds):
-        raise ValueError("expected a finite duration, for example 5, '5s', '250ms' or '2m'")
+        raise ValueError(f"expected {_A_DURATION}")
+    if seconds < 0:
+        raise ValueError("a duration is not negative; 0 is none at all")
     return seconds
 
 
@@ -127,14 +125,16 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-def _split(text: str, expected: str) -> tuple[int, int, str]:
-    """The number as a fraction, and the unit."""
+def _scaled(text: str, units: Mapping[str, int], expected: str, known: str) -> float:
+    """The number of a text times its unit; an int if it is written as one."""
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise ValueError(f"expected {expected}")
-    whole, decimals, exponent, unit = match.groups(default="")
-    power = int(exponent or 0) - len(decimals)
-    return int(whole + decimals) * 10 ** max(power, 0), 10 ** max(-power, 0), unit.lower().replace("μ", "µ")
+        raise ValueError(expected)
+    number, unit = match.groups()
+    scale = units.get(unit.lower().replace("μ", "µ"))
+    if scale is None:
+        raise ValueError(f"unknown unit in {text!r}: {known}")
+    return (int(number) if number.isdecimal() else float(number)) * scale
 
 
 class Secret:
@@ -187,9 +187,9 @@ def _boolean(value: object) -> bool:
     return _BOOLEANS[str(value).strip().lower()]
 
 
-def parse_token(value: object) -> Secret | None:
+def parse_token(value: object) -> Secret:
     """`OptionalToken` at run time."""
-    if value is None or isinstance(value, Secret):
+    if isinstance(value, Secret):
         return value
     if not isinstance(value, str | bytes):
         raise ValueError("expected bytes or text")
@@ -242,10 +242,6 @@ def parse_ucx_settings(value: object) -> dict[str, str]:
     return held
 
 
-def _optional(parse: Parse) -> Parse:
-    return lambda value: None if value is None else parse(value)
-
-
 def _one_of(words: tuple[object, ...], value: object) -> object:
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"expected one of {', '.join(map(repr, words))}")
@@ -254,7 +250,7 @@ def _one_of(words: tuple[object, ...], value: object) -> object:
 
 def _instance_of(classes: tuple[type, ...], value: object) -> object:
     if not isinstance(value, classes):
-        raise ValueError(f"expected {' or '.join(one.__name__ for one in classes if one is not NoneType)}")
+        raise ValueError(f"expected {' or '.join(one.__name__ for one in classes)}")
     return value
 
 
@@ -272,17 +268,18 @@ _NAME: Final = partial(
 )
 
 Count = Annotated[int, _count]
-OptionalCount = Annotated[int | None, _optional(_count)]
+OptionalCount = Annotated[int | None, _count]
 Bytes = Annotated[_Field[int, int | str], parse_bytes]
-OptionalBytes = Annotated[_Field[int | None, int | str | None], _optional(parse_bytes)]
+OptionalBytes = Annotated[_Field[int | None, int | str | None], parse_bytes]
 Seconds = Annotated[_Field[float, float | str], parse_duration]
 Folder = Annotated[_Field[str, str | os.PathLike[str]], _folder]
 Name = Annotated[str, _NAME]
-OptionalName = Annotated[str | None, _optional(_NAME)]
-OptionalText = Annotated[str | None, _optional(partial(_matching, r"(?s:.)+", "text that is not empty"))]
+OptionalName = Annotated[str | None, _NAME]
+OptionalText = Annotated[str | None, partial(_matching, r"(?s:.)+", "text that is not empty")]
+OptionalHost = Annotated[str | None, partial(_matching, r"\S{1,255}", "an address, or the name of a host")]
 OptionalToken = Annotated[_Field[Secret | None, Secret | bytes | str | None], parse_token]
 Ports = Annotated[_Field[int | tuple[int, ...], int | Sequence[int]], _ports]
-OptionalPortRange = Annotated[_Field[tuple[int, int] | None, Sequence[int] | str | None], _optional(_port_range)]
+OptionalPortRange = Annotated[_Field[tuple[int, int] | None, Sequence[int] | str | None], _port_range]
 UCXSettings = Annotated[_Field[Mapping[str, str], Mapping[str, str | int | float | bool]], parse_ucx_settings]
 
 
@@ -294,4 +291,4 @@ def kind_of(hint: Any) -> Parse:  # `Any`: a type expression has no type of its 
         return _boolean
     if get_origin(hint) is Literal:
         return partial(_one_of, get_args(hint))
-    return partial(_instance_of, get_args(hint) or (hint,))
+    return partial(_instance_of, tuple(one for one in get_args(hint) or (hint,) if one is not NoneType))

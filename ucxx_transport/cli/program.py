@@ -76,15 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _program(called)(args=words, prog_name="ucxx-transport")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
-    except TransportError as error:
-        _fail(words, type(error).__name__, error.message, error.facts)
-    except ModuleNotFoundError as error:
-        extra = _extra_for(error)
-        if extra is None:
-            raise
-        remedy = f"{error.name} is not installed: pip install 'ucxx_transport[{extra}]'"
-        _fail(words, "ModuleNotFoundError", remedy, {"module": error.name, "extra": extra})
+    except (TransportError, ModuleNotFoundError) as error:
+        message, facts = _explained(error)
+        if "--json" in words:
+            print_json({"error": {"kind": type(error).__name__, "message": message, "facts": facts}})
+        else:
+            print_error(message, facts)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _explained(error: TransportError | ModuleNotFoundError) -> tuple[str, Mapping[str, object]]:
+    """What went wrong, and its facts; a module that no extra brings is raised as it is."""
+    if isinstance(error, TransportError):
+        return error.message, error.facts
+    extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+    if extra is None:
+        raise error
+    remedy = f"{error.name} is not installed: pip install 'ucxx_transport[{extra}]'"
+    return remedy, {"module": error.name, "extra": extra}
 
 
 def _program(verbs: Iterable[str]) -> typer.Typer:
@@ -119,53 +129,26 @@ def _options_of_all(
 
 
 def _load(verb: str) -> tuple[Callable[..., object], dict[str, bool]]:
-    """A verb's function, and how its words are read."""
+    """A verb's function, and how its words are read.
+
+    One that cannot be imported has a stand-in, so that the others can be called and `--help` lists them all.
+    """
     module, _, function = VERBS[verb].partition(":")
     load = import_module if module.startswith("ucxx_transport.") else import_program
     try:
-        command: Callable[..., object] = getattr(load(module), function)
-    except ConfigError as error:
-        return _unavailable(error, error.message)
-    except ModuleNotFoundError as error:
-        extra = _extra_for(error)
-        if extra is None:
-            raise
-        return _unavailable(error, f"Needs {error.name}: pip install 'ucxx_transport[{extra}]'")
-    return command, {}
-
-
-def _unavailable(error: Exception, reason: str) -> tuple[Callable[..., object], dict[str, bool]]:
-    """Stand for a verb that cannot be imported, so that the others can be called and `--help` lists them all."""
+        return getattr(load(module), function), {}
+    except (ConfigError, ModuleNotFoundError) as error:
+        cause = error
 
     def fail() -> None:
-        raise error
+        raise cause
 
-    fail.__doc__ = reason
+    fail.__doc__, _ = _explained(cause)
     return fail, {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def _extra_for(error: ModuleNotFoundError) -> str | None:
-    return EXTRA_OF.get((error.name or "").partition(".")[0])
-
-
-def _fail(words: Sequence[str], kind: str, message: str, facts: Mapping[str, object]) -> NoReturn:
-    if "--json" in words:
-        print_json({"error": {"kind": kind, "message": message, "facts": facts}})
-    else:
-        print_error(message, facts)
-    sys.exit(1)
-
-
 def program_folder(name: str, package: Path | None = None) -> Path:
-    """The folder of a program.
-
-    Args:
-        name: a row of the table.
-        package: the folder of ucxx_transport; by default that of the package that is imported.
-
-    Raises:
-        ConfigError: the program is neither in the package nor beside it.
-    """
+    """The folder of a program, by its row of the table; a ConfigError where `package` and its clone have none."""
     package = package or Path(ucxx_transport.__file__).parent
     installed, cloned = package / "_programs" / name, package.parent / _IN_CLONE[name]
     if installed.is_dir():
@@ -181,16 +164,11 @@ def program_folder(name: str, package: Path | None = None) -> Path:
 
 
 def import_program(module: str) -> ModuleType:
-    """Import a program's module, for example "cartpole.command".
+    """Import a program's module, for example "cartpole.command"; errors as `program_folder`.
 
     The folder around the program goes to the head of `sys.path`, which multiprocessing hands to spawned children.
-
-    Raises:
-        ConfigError: as `program_folder`.
-        ModuleNotFoundError: a module that the program needs is not installed.
     """
-    name = module.partition(".")[0]
-    around = str(program_folder(name).parent)
+    around = str(program_folder(module.partition(".")[0]).parent)
     if sys.path[:1] != [around]:
         sys.path.insert(0, around)
     return import_module(module)
