@@ -38,6 +38,7 @@ from ucxx_transport.schema.wire_form import (
     pack_json,
     take_fields,
     unpack_json,
+    untrusted,
 )
 
 MAX_RECORD_BYTES: Final = 64 << 10
@@ -172,10 +173,8 @@ class SourceRecord(Offer):
         form["ring_id"] = bytes.fromhex(ring_id) if _is_hex(ring_id) else ring_id
         form["status"] = next((one for one in SourceStatus if one.value == status), status)
         form["ttl_s"] = float(ttl_s) if is_unsigned(ttl_s, 64) else ttl_s
-        try:
-            return cls(**form)  # type: ignore[arg-type]  # __post_init__ checks every type, as for any caller
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, **exc.facts) from exc
+        with untrusted():
+            return cls(**form)
 
 
 def _is_hex(value: object) -> TypeGuard[str]:

@@ -15,23 +15,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import isfinite
-from operator import itemgetter
-from typing import Any, Final
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any, Final, NamedTuple
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.envelope import MARK, checked_meta
 from ucxx_transport.schema.slot_ref import SlotRef
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
+    Rule,
+    check_fields,
     check_version,
-    describe,
     draft_of,
-    is_plain_text,
-    is_unsigned,
+    optional,
     pack,
+    refuse,
     take_fields,
+    text,
+    unsigned,
+    untrusted,
 )
 
 MAX_WORKER_ID_CHARS = 128
@@ -39,12 +42,10 @@ MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
 _MAX_I64 = 1 << 63
-_REWARD_KEYS = ("sum", "mean", "min", "max")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSummary:
-    """Rewards of one episode.
+class RewardSummary(NamedTuple):
+    """Rewards of one episode, finite floats.
 
     Attributes:
         total: their sum.
@@ -58,12 +59,6 @@ class RewardSummary:
     least: float
     most: float
 
-    def __post_init__(self) -> None:
-        """Check that all are finite: JSON has no others."""
-        for name, value in zip(_REWARD_KEYS, (self.total, self.mean, self.least, self.most), strict=True):
-            if type(value) is not float or not isfinite(value):
-                raise ConfigError(f"rewards.{name} must be a finite float, not {describe(value)}", field="rewards")
-
     def to_dict(self) -> dict[str, float]:
         """Under the keys "sum", "mean", "min" and "max"."""
         return {"sum": self.total, "mean": self.mean, "min": self.least, "max": self.most}
@@ -72,25 +67,44 @@ class RewardSummary:
     def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         try:
-            total, mean, least, most = _rewards_of(data)
-            # a number that is not finite makes the sum one, and that times 0 is not 0
-            if (
-                len(data) == 4
-                and (total + mean + least + most) * 0.0 == 0.0
-                and type(total) is type(mean) is type(least) is type(most) is float
-            ):
-                summary = _DraftSummary()
-                summary.total, summary.mean, summary.least, summary.most = total, mean, least, most
-                summary.__class__ = RewardSummary
-                made: RewardSummary = summary
-                return made
-        except (KeyError, TypeError, IndexError, OverflowError):
-            pass  # said below
-        form = take_fields(data, "reward summary", required=_REWARD_KEYS)
-        try:
-            return cls(**dict(zip(cls.__slots__, _rewards_of(form), strict=True)))  # takes it, or names what is wrong
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, **exc.facts) from exc
+            values = _rewards_of(data) if len(data) == len(_REWARDS) else None
+        except (KeyError, TypeError, IndexError):
+            values = None
+        if values is None:
+            values = _rewards_of(take_fields(data, "reward summary", required=_REWARDS))
+        summary: RewardSummary = _make(cls, values)
+        if not _is_finite(summary):
+            raise ProtocolError("rewards must be finite floats", field="rewards")
+        return summary
+
+
+def _is_finite(summary: tuple[Any, Any, Any, Any]) -> bool:
+    total, mean, least, most = summary
+    are_floats = type(total) is type(mean) is type(least) is type(most) is float
+    return are_floats and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
+
+
+_REWARDS: Final = ("sum", "mean", "min", "max")
+_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARDS)
+_make: Final[Any] = tuple.__new__
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "worker_id": text(MAX_WORKER_ID_CHARS),
+    "sequence": unsigned(64),
+    "ref": optional(Rule(lambda ref: isinstance(ref, SlotRef), "a SlotRef")),
+    "dropped": optional(
+        Rule(lambda why: type(why) is str and 0 < len(why) <= MAX_REASON_CHARS, f"1 to {MAX_REASON_CHARS} characters")
+    ),
+    "episode_length": optional(unsigned(64)),
+    "rewards": optional(
+        Rule(lambda rewards: type(rewards) is RewardSummary and _is_finite(rewards), "a RewardSummary of finite floats")
+    ),
+    "policy_version": optional(
+        Rule(lambda version: type(version) is int and -_MAX_I64 <= version < _MAX_I64, "an integer of 64 bits")
+    ),
+}
+"""Of a record's fields, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,28 +135,9 @@ class EpisodeRecord:
         Raises:
             ConfigError: one is out of its bounds; `facts["field"]` names it.
         """
-        if not is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS):
-            raise ConfigError(
-                f"worker_id must be 1 to {MAX_WORKER_ID_CHARS} printable characters, not {describe(self.worker_id)}",
-                field="worker_id",
-            )
-        if not is_unsigned(self.sequence, 64):
-            raise ConfigError(f"sequence must be an u64, not {describe(self.sequence)}", field="sequence")
+        check_fields(RULES, _fields_of(self))
         if (self.ref is None) == (self.dropped is None):
             raise ConfigError("a record has either a ref, or the reason why it was dropped", field="dropped")
-        if self.ref is not None and not isinstance(self.ref, SlotRef):
-            raise ConfigError(f"ref must be a SlotRef, not {describe(self.ref)}", field="ref")
-        if self.rewards is not None and not isinstance(self.rewards, RewardSummary):
-            raise ConfigError(f"rewards must be a RewardSummary, not {describe(self.rewards)}", field="rewards")
-        if self.dropped is not None and (
-            type(self.dropped) is not str or not 0 < len(self.dropped) <= MAX_REASON_CHARS
-        ):
-            raise ConfigError(f"dropped must be 1 to {MAX_REASON_CHARS} characters", field="dropped")
-        if self.episode_length is not None and not is_unsigned(self.episode_length, 64):
-            raise ConfigError(
-                f"episode_length must be an u64, not {describe(self.episode_length)}", field="episode_length"
-            )
-        check_policy_version(self.policy_version)
 
     def to_dict(self) -> dict[str, object]:
         """The record as plain values, for any queue."""
@@ -164,8 +159,7 @@ class EpisodeRecord:
         Raises:
             ProtocolError: the envelope is no record's.
         """
-        record = cls.from_dict({**envelope, "ref": None, "dropped": "not yet known"})
-        return replace(record, ref=ref, dropped=None)
+        return cls.from_dict({**envelope, "ref": ref, "dropped": None})
 
     @classmethod
     def from_dict(cls, data: Any) -> EpisodeRecord:
@@ -175,15 +169,15 @@ class EpisodeRecord:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
         """
         try:
-            values = _record_of(data) if len(data) == 8 else None
+            values = _values_of(data) if len(data) == len(_KEYS) else None
         except (KeyError, TypeError, IndexError):
             values = None
         if values is None:
-            values = _record_of(take_fields(data, "episode record", required=_KEYS))
+            values = _values_of(take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
         if mark is not WIRE_VERSION:
             check_version(mark, "episode record")
-        if ref is not None:
+        if ref is not None and type(ref) is not SlotRef:
             ref = SlotRef.from_dict(ref)
         if rewards is not None:
             rewards = RewardSummary.from_dict(rewards)
@@ -198,26 +192,20 @@ class EpisodeRecord:
             and ref is not None
             and dropped is None
         ):
-            record = _DraftRecord()
+            record = _Draft()
             record.worker_id, record.sequence, record.ref, record.dropped = worker_id, sequence, ref, None
             record.episode_length, record.rewards, record.policy_version = steps, rewards, version
             record.__class__ = EpisodeRecord
             made: EpisodeRecord = record
             return made
-        try:
-            # takes it, or names what is wrong
-            return cls(
-                **dict(zip(cls.__slots__, (worker_id, sequence, ref, dropped, steps, rewards, version), strict=True))
-            )
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, **exc.facts) from exc
+        with untrusted():  # takes it, or names what is wrong
+            return cls(**dict(zip(RULES, (worker_id, sequence, ref, dropped, steps, rewards, version), strict=True)))
 
 
-# Made of checked values, not by the constructors: these take three times as long. Drafts are not frozen.
-_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARD_KEYS)
-_record_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
-_DraftSummary: Any = draft_of(RewardSummary)
-_DraftRecord: Any = draft_of(EpisodeRecord)
+# Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
+_Draft: Any = draft_of(EpisodeRecord)
+_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
+_fields_of: Final = attrgetter(*RULES)
 
 
 def record_envelope(
@@ -234,15 +222,16 @@ def record_envelope(
     Raises:
         ConfigError: no reference can have this `meta`.
     """
-    words = (WIRE_VERSION, worker_id, sequence, dict(checked_meta(meta)[0]) if meta else None, None, episode_length)
-    summary = None if rewards is None else rewards.to_dict()
-    return pack(dict(zip(_KEYS, (*words, summary, policy_version), strict=True)))
+    ref, summary = dict(checked_meta(meta)[0]) if meta else None, None if rewards is None else rewards.to_dict()
+    values = (WIRE_VERSION, worker_id, sequence, ref, None, episode_length, summary, policy_version)
+    return pack(dict(zip(_KEYS, values, strict=True)))
 
 
 def check_policy_version(version: object) -> None:
     """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
-    if version is not None and (type(version) is not int or not -(1 << 63) <= version < 1 << 63):
-        raise ConfigError(f"policy_version must be an i64, not {describe(version)}", field="policy_version")
+    rule = RULES["policy_version"]
+    if not rule.holds(version):
+        refuse("policy_version", version, rule.words)
 
 
 def is_episode_record(value: object) -> bool:

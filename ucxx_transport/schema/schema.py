@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -33,6 +33,7 @@ from ucxx_transport.schema.wire_form import (
     pack,
     take_fields,
     unpack,
+    untrusted,
 )
 
 if TYPE_CHECKING:
@@ -56,20 +57,22 @@ class Schema:
         offsets: each field's first byte in a payload at full size.
         varlen: names of the fields whose leading dimension varies, in payload order.
         fingerprint: 64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0.
+        gather: `gather(tree)` gives the leaves of a tree in field order, whatever they are; a ConfigError names fields
+            that are missing or unknown.
+        nest: `nest(leaves)` is the tree of these, given in field order.
 
     Examples:
         >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
         >>> schema = Schema([image, TensorSpec("reward", (), "float32")])
-        >>> lengths = schema.lengths_of({"obs": {"image": np.ones((2, 84, 84), np.uint8)}, "reward": 0.5})
-        >>> lengths, schema.layout(lengths).nbytes
-        ({'obs/image': 2}, 14212)
+        >>> schema.layout({"obs/image": 2}).nbytes
+        14212
         >>> schema.views(bytes(schema.nbytes))["obs"]["image"].shape
         (0, 84, 84)
     """
 
     __slots__ = (
-        *("_by_name", "_full", "_place", "_tree", "_varlen", "_varlen_maxima"),
-        *("fields", "fingerprint", "nbytes", "offsets", "varlen"),
+        *("_by_name", "_full", "_place", "_varlen", "_varlen_maxima"),
+        *("fields", "fingerprint", "gather", "nbytes", "nest", "offsets", "varlen"),
     )
 
     def __init__(self, fields: Iterable[TensorSpec]) -> None:
@@ -92,7 +95,8 @@ class Schema:
             raise ConfigError("a Schema is made of TensorSpec objects", field="fields")
         if not 1 <= len(self.fields) <= MAX_FIELDS:
             raise ConfigError(f"a Schema has 1 to {MAX_FIELDS} fields, not {len(self.fields)}", field="fields")
-        self._tree = TreeShape([field.name for field in self.fields])
+        shape = TreeShape([field.name for field in self.fields])
+        self.gather, self.nest = shape.gather, shape.build
         self._by_name = {field.name: field for field in self.fields}
         self._varlen = tuple(index for index, field in enumerate(self.fields) if field.varlen)
         self._varlen_maxima = tuple(self.fields[index].shape[0] for index in self._varlen)
@@ -148,7 +152,24 @@ class Schema:
         Raises:
             ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
         """
-        return cls(_specs_of_example(tree, varlen))
+        if isinstance(varlen, str):
+            raise ConfigError("varlen is a list of names, or a mapping of names to maximum lengths", field="varlen")
+        maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
+        leaves = flatten(tree)
+        for name in maxima:
+            if name not in leaves:
+                raise ConfigError(f"varlen names {describe(name)}, which the example lacks", field=describe(name))
+        specs = []
+        for name, leaf in leaves.items():
+            array = as_array(leaf, name)
+            spec = TensorSpec(name, array.shape, array.dtype)
+            if name in maxima:
+                maximum = maxima[name]
+                rows = spec.shape[:1] if maximum is None else (maximum,)
+                spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
+            fit(array, spec)
+            specs.append(spec)
+        return cls(specs)
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
@@ -172,10 +193,8 @@ class Schema:
             raise ProtocolError(
                 f"a schema has a list of 1 to {MAX_FIELDS} fields, not {describe(fields)}", field="fields"
             )
-        try:
+        with untrusted():
             return cls([TensorSpec.from_dict(field) for field in fields])
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, **exc.facts) from exc
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> Schema:
@@ -205,23 +224,6 @@ class Schema:
                 raise misfit(name, f"a length is 0 to {field.shape[0]}, not {describe(length)}")
         return self._place(tuple(map(lengths.get, self.varlen, self._varlen_maxima)))
 
-    def lengths_of(self, tree: Mapping[str, object]) -> dict[str, int]:
-        """Rows of each varlen field in `tree`.
-
-        Raises:
-            ConfigError: the tree does not fit the schema; the message names the field and the remedy.
-        """
-        _, placement = self.arrange(tree)
-        return dict(zip(self.varlen, placement.lengths, strict=True))
-
-    def gather(self, tree: Mapping[str, object]) -> list[Any]:
-        """The leaves of `tree` in field order, whatever they are: a new list, which `nest` undoes.
-
-        Raises:
-            ConfigError: fields are missing or unknown; the message names them.
-        """
-        return self._tree.gather(tree)
-
     def arrange(self, tree: Mapping[str, object]) -> tuple[list[Array], Placement]:
         """The arrays of `tree` in field order, each fitting its field, and where they go.
 
@@ -229,7 +231,7 @@ class Schema:
             ConfigError: the tree does not fit the schema; the message names the field and the remedy.
         """
         ndarray = np.ndarray
-        arrays: list[Array] = self._tree.gather(tree)
+        arrays: list[Array] = self.gather(tree)
         for index, field in enumerate(self.fields):
             array = arrays[index]
             # the common case inline: a call a field would double the time
@@ -238,10 +240,6 @@ class Schema:
         if not self._varlen:
             return arrays, self._full
         return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
-
-    def nest(self, arrays: Sequence[object]) -> ArrayTree:
-        """A tree of these arrays, given in field order."""
-        return self._tree.build(arrays)
 
     def views(self, buffer: Memory, *, writable: bool = False) -> ArrayTree:
         """The arrays of a payload, without a copy: they share and keep alive the memory of `buffer`.
@@ -255,7 +253,7 @@ class Schema:
             ConfigError: `buffer` is not a contiguous buffer, or not writable when asked for.
         """
         memory = byte_view(buffer, writable=writable)
-        return self._tree.build(view_fields(memory, self.placement_in(memory)))
+        return self.nest(view_fields(memory, self.placement_in(memory)))
 
     def placement_in(self, memory: memoryview) -> Placement:
         """Where the fields of a payload lie in its bytes, which may be somewhere else by then.
@@ -275,29 +273,3 @@ class Schema:
             given, needed = len(memory), placement.nbytes
             raise ProtocolError(f"a payload of {given} bytes is shorter than its {needed}", nbytes=given)
         return placement
-
-
-def _specs_of_example(tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int]) -> list[TensorSpec]:
-    """One field for each leaf of `tree`, in its order; see `Schema.from_example`.
-
-    Raises:
-        ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
-    """
-    if isinstance(varlen, str):
-        raise ConfigError("varlen is a list of names, or a mapping of names to maximum lengths", field="varlen")
-    maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
-    leaves = flatten(tree)
-    for name in maxima:
-        if name not in leaves:
-            raise ConfigError(f"varlen names {describe(name)}, which the example lacks", field=describe(name))
-    specs = []
-    for name, leaf in leaves.items():
-        array = as_array(leaf, name)
-        spec = TensorSpec(name, array.shape, array.dtype)
-        if name in maxima:
-            maximum = maxima[name]
-            rows = spec.shape[:1] if maximum is None else (maximum,)
-            spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
-        fit(array, spec)
-        specs.append(spec)
-    return specs

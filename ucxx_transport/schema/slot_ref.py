@@ -20,21 +20,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.envelope import MAX_META_BYTES, NO_META, checked_meta, plain
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
+    Rule,
+    check_fields,
     check_version,
     describe,
     draft_of,
     is_plain_text,
     is_unsigned,
+    optional,
     pack,
+    refuse,
     take_fields,
+    text,
     unpack,
+    unsigned,
 )
 
 if TYPE_CHECKING:
@@ -47,9 +53,30 @@ MAX_HOST_CHARS = 255
 MAX_PORTS = 64
 MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
-_REQUIRED = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
-_DEFAULTS = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
-_KEYS = (*_REQUIRED, *_DEFAULTS)
+
+def _is_file_name(name: object) -> bool:
+    return is_plain_text(name, MAX_RING_NAME_CHARS) and "/" not in name and name not in (".", "..")
+
+
+def _are_ports(ports: object) -> bool:
+    if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS:
+        return False
+    return all(is_unsigned(port, 16) and port > 0 for port in ports)
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "ring_id": Rule(lambda ring_id: type(ring_id) is bytes and len(ring_id) == RING_ID_BYTES, f"{RING_ID_BYTES} bytes"),
+    "ring_name": Rule(_is_file_name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters"),
+    "slot": unsigned(32),
+    "generation": unsigned(64),
+    "nbytes": unsigned(64),
+    "host_id": text(MAX_HOST_ID_CHARS),
+    "host": optional(text(MAX_HOST_CHARS)),
+    "ports": Rule(_are_ports, f"at most {MAX_PORTS} port numbers from 1 to 65535"),
+    "fingerprint": unsigned(64),
+    "checksum": optional(unsigned(64)),
+}
+"""Of a reference's fields, in their order; `meta`, the last one, is checked by its copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,21 +117,8 @@ class SlotRef:
         Raises:
             ConfigError: one is out of them; `facts["field"]` names it.
         """
-        if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
-            _refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
-        name = self.ring_name
-        if not is_plain_text(name, MAX_RING_NAME_CHARS) or "/" in name or name in (".", ".."):
-            _refuse("ring_name", name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
-        for name, bits in (("slot", 32), ("generation", 64), ("nbytes", 64), ("fingerprint", 64)):
-            if not is_unsigned(value := getattr(self, name), bits):
-                _refuse(name, value, f"an integer of {bits} bits, not negative")
-        if not is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
-            _refuse("host_id", self.host_id, f"1 to {MAX_HOST_ID_CHARS} printable characters")
-        if self.host is not None and not is_plain_text(self.host, MAX_HOST_CHARS):
-            _refuse("host", self.host, f"1 to {MAX_HOST_CHARS} printable characters, or None")
-        if self.checksum is not None and not is_unsigned(self.checksum, 64):
-            _refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
-        object.__setattr__(self, "ports", _checked_ports(self.ports))
+        check_fields(RULES, _checked_of(self))
+        object.__setattr__(self, "ports", tuple(self.ports))
         object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     @property
@@ -139,10 +153,11 @@ class SlotRef:
 
     def to_bytes(self) -> bytes:
         """The reference as one msgpack array, in the order of the module's table."""
+        meta = self.meta
         return pack(
             (
                 *(WIRE_VERSION, self.ring_id, self.ring_name, self.slot, self.generation, self.nbytes, self.host_id),
-                *(self.host, self.ports, self.fingerprint, self.checksum, dict(self.meta) if self.meta else {}),
+                *(self.host, self.ports, self.fingerprint, self.checksum, dict(meta) if meta is not NO_META else {}),
             )
         )
 
@@ -154,12 +169,12 @@ class SlotRef:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
         try:
-            if len(data) == 12:
-                return _rebuilt(_values_of(data), _of_digits)
+            values = _values_of(data) if len(data) == _FIELDS else None
         except (KeyError, TypeError, IndexError):
-            pass
-        form = take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS)
-        return _rebuilt(_values_of({**_DEFAULTS, **form}), _of_digits)
+            values = None
+        if values is None:
+            values = _values_of(take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
+        return _rebuilt(values, _of_digits)
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -169,11 +184,11 @@ class SlotRef:
             ProtocolError: the form is malformed, too long or of another version; the message names the field.
         """
         values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
-        if type(values) is not list or len(values) != len(_KEYS):
+        if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
                 check_version(values[0], "slot reference")
             raise ProtocolError(
-                f"a slot reference must be an array of {len(_KEYS)}, not {describe(values)}", field="slot reference"
+                f"a slot reference must be an array of {_FIELDS}, not {describe(values)}", field="slot reference"
             )
         return _rebuilt(values)
 
@@ -181,12 +196,16 @@ class SlotRef:
 # References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
 # they have in common is checked once, in a template, and a reference is one of its copies, made as a draft, which is
 # not frozen: the constructor takes 6 µs.
-_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
+_REQUIRED: Final = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
+_DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
+_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REQUIRED, *_DEFAULTS)
+_checked_of: Final[Callable[[SlotRef], tuple[object, ...]]] = attrgetter(*RULES)
 _Draft: Any = draft_of(SlotRef)
+_FIELDS: Final = 1 + len(SlotRef.__slots__)
 
 _MOST_TEMPLATES: Final = 1024
 _templates: dict[object, SlotRef] = {}
-"""A reference to each ring that was heard of, by its id, or the digits of that: of the form which was checked last."""
+"""A reference to each ring that was heard of, by what all of its references have in common, as the form has it."""
 
 
 def renumbered(  # noqa: PLR0917 - one is made at every write
@@ -225,43 +244,30 @@ def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None)
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         check_version(version, "slot reference")
+    ring = (ring_id, ring_name, host_id, host, fingerprint)
     try:
-        template = _templates.get(ring_id)
+        template = _templates.get(ring)
     except TypeError:  # of no use as a name: the constructor says so
         template = None
     try:
         if (
             template is not None
-            and template.ring_name == ring_name
-            and template.host_id == host_id
-            and template.host == host
-            and type(ports) in (list, tuple)
-            and template.ports == tuple(ports)
-            and template.fingerprint == fingerprint
+            and [*template.ports] == ports
             and type(fingerprint) is type(slot) is type(generation) is type(nbytes) is int
             and not (slot >> 32 or generation >> 64 or nbytes >> 64)  # of a negative number all bits are left
             and (checksum is None or (type(checksum) is int and not checksum >> 64))
             and type(meta) is dict
         ):
             return renumbered(template, slot, generation, nbytes, checksum, checked_meta(meta)[0] if meta else None)
-        ref = SlotRef(  # takes it, or names what is wrong
-            ring_id=id_of(ring_id) if id_of else ring_id,
-            ring_name=ring_name,
-            slot=slot,
-            generation=generation,
-            nbytes=nbytes,
-            host_id=host_id,
-            host=host,
-            ports=ports,
-            fingerprint=fingerprint,
-            checksum=checksum,
-            meta=meta,
-        )
+        if id_of:
+            ring_id = id_of(ring_id)
+        # takes it, or names what is wrong
+        ref = SlotRef(**dict(zip(SlotRef.__slots__, (ring_id, *values[2:]), strict=True)))
     except ConfigError as exc:
         raise ProtocolError(exc.message, **exc.facts) from exc
     if len(_templates) >= _MOST_TEMPLATES:
         _templates.clear()
-    _templates[ring_id] = renumbered(ref, 0, 0, 0, None)
+    _templates[ring] = renumbered(ref, 0, 0, 0, None)
     return ref
 
 
@@ -270,19 +276,6 @@ def _of_digits(digits: object) -> bytes:
         ring_id = bytes.fromhex(digits)  # type: ignore[arg-type]  # a TypeError then
     except (TypeError, ValueError):
         ring_id = b""
-    if len(ring_id) != RING_ID_BYTES or ring_id.hex() != digits:
-        raise ConfigError(f"ring_id must be {2 * RING_ID_BYTES} hex digits, not {describe(digits)}", field="ring_id")
+    if ring_id.hex() != digits:
+        refuse("ring_id", digits, f"{2 * RING_ID_BYTES} hex digits")
     return ring_id
-
-
-def _refuse(name: str, value: object, expected: str) -> NoReturn:
-    raise ConfigError(f"{name} must be {expected}, not {describe(value)}", field=name)
-
-
-def _checked_ports(ports: object) -> tuple[int, ...]:
-    if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS:
-        _refuse("ports", ports, f"at most {MAX_PORTS} port numbers")
-    for port in ports:
-        if not is_unsigned(port, 16) or port == 0:
-            _refuse("ports", port, "numbers from 1 to 65535")
-    return tuple(ports)

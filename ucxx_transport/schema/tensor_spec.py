@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.schema.wire_form import describe, is_plain_text, is_unsigned, misfit, take_fields
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.wire_form import describe, is_plain_text, misfit, refuse, take_fields, untrusted
 
 MAX_NAME_CHARS = 255
 MAX_NAME_DEPTH = 32
@@ -176,21 +176,14 @@ class TensorSpec:
         Raises:
             ProtocolError: the form is malformed; the message names the field.
         """
-        fields = take_fields(data, "tensor spec", required=("name", "shape", "dtype", "varlen"))
-        name, shape, dtype, varlen = fields["name"], fields["shape"], fields["dtype"], fields["varlen"]
-        if not isinstance(name, str):
-            raise ProtocolError(f"a field's name must be text, not {describe(name)}", field="name")
-        where = describe(name)
-        if not isinstance(shape, (list, tuple)) or not all(is_unsigned(size, 64) for size in shape):
-            raise ProtocolError(f"field {where}: shape must be a list of sizes, not {describe(shape)}", field="shape")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ProtocolError(f"field {where}: {describe(dtype)} is not a dtype known here", field="dtype")
-        if not isinstance(varlen, bool):
-            raise ProtocolError(f"field {where}: varlen must be a bool, not {describe(varlen)}", field="varlen")
-        try:
-            return cls(name, shape, dtype, varlen)
-        except ConfigError as exc:
-            raise ProtocolError(exc.message, field=where) from exc
+        form = take_fields(data, "tensor spec", required=("name", "shape", "dtype", "varlen"))
+        shape, dtype = form["shape"], form["dtype"]
+        with untrusted():
+            if not isinstance(shape, (list, tuple)):
+                refuse("shape", shape, "a list of sizes")
+            if not isinstance(dtype, str) or dtype not in DTYPES:
+                refuse("dtype", dtype, "a dtype known here, by its name")
+            return cls(**form)
 
 
 def _check_name(name: object) -> None:

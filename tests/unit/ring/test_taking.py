@@ -22,8 +22,8 @@ from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, reading
 from ucxx_transport.ring.layout import TAKERS_WORD
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.schema.envelope import pack_envelope
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, record_envelope
+from ucxx_transport.schema.wire_form import pack
 
 LONG_S = 600.0
 
@@ -247,7 +247,7 @@ def test_a_taken_payload_says_what_its_writer_said_of_it_and_when(make_ring: Mak
             written.append(lease.ref)
             taken = ring.take(9)
             assert [lease.record for lease in taken] == [meta or None, None, meta or None]
-            assert taken[0].envelope == (pack_envelope(meta) if meta else b"")
+            assert taken[0].envelope == (pack(meta) if meta else b"")
             assert [ring.reference(lease) for lease in taken] == written
             assert before <= taken[0].commit_time_ns <= taken[1].commit_time_ns <= time.time_ns()
             with ring.acquire(written[0]) as again:

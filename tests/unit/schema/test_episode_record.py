@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -83,5 +84,9 @@ def test_a_record_has_a_reference_or_a_reason() -> None:
 def test_a_summary_is_of_finite_floats() -> None:
     rows: list[Any] = [float("nan"), float("inf"), 1, None]
     for value in rows:
-        with row(value=value), pytest.raises(ConfigError, match=r"rewards\.min"):
-            RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)
+        with row(value=value):
+            summary = RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)
+            with pytest.raises(ConfigError, match="rewards must be"):
+                replace(FULL, rewards=summary)
+            with pytest.raises(ProtocolError, match="rewards must be"):
+                EpisodeRecord.from_dict({**FULL.to_dict(), "rewards": summary.to_dict()})

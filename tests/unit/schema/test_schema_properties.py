@@ -134,8 +134,9 @@ def test_a_varlen_tree_comes_back_and_is_never_padded(tree: dict[str, Any], data
     assert_same(schema.views(bytes(memory[:nbytes])), tree)
     table_bytes = -(-8 * len(chosen) // 64) * 64
     assert nbytes <= table_bytes + sum(-(-field.nbytes // 64) * 64 for field in example)
-    assert nbytes == schema.layout(schema.lengths_of(tree)).nbytes
-    placed = schema.layout(schema.lengths_of(tree))
+    _, placed = schema.arrange(tree)
+    assert nbytes == placed.nbytes
+    assert placed == schema.layout(dict(zip(schema.varlen, placed.lengths, strict=True)))
     assert all(offset % 64 == 0 for offset in placed.offsets)
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(placed.shapes, placed.dtypes, strict=True)]
     for size, (offset, following) in zip(sizes, pairwise(placed.offsets), strict=False):

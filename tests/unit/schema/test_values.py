@@ -281,11 +281,6 @@ def test_nothing_is_written_before_everything_is_checked() -> None:
     assert memory == bytearray(schema.nbytes)
 
 
-def test_lengths_of_a_tree() -> None:
-    schema = Schema([TensorSpec("a/x", (9, 2), "f4", varlen=True), TensorSpec("b", (), "u1")])
-    assert schema.lengths_of({"a": {"x": np.zeros((3, 2), "f4")}, "b": 1}) == {"a/x": 3}
-
-
 def test_fields_start_on_64_byte_boundaries_of_aligned_memory() -> None:
     backing = np.zeros(1024, np.uint8)
     start = -backing.ctypes.data % 64
