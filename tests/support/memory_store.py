@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
-from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.store import (
     Batch,
     Entry,
@@ -23,9 +23,8 @@ from ucxx_transport.membership.store import (
     Snapshot,
     Store,
     Watch,
-    lease_lost,
-    revision_conflict,
 )
+from ucxx_transport.membership.store_base import check_write, checked_ttl_s, lease_lost, revision_conflict
 
 __all__ = ["FakeClock", "MemoryData", "MemoryStore", "MemoryWatch"]
 

@@ -33,8 +33,9 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership import etcd_messages as messages
 from ucxx_transport.membership.etcd_client import Connection, EtcdClient
 from ucxx_transport.membership.etcd_messages import Json
-from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
-from ucxx_transport.membership.store import Batch, Entry, Lease, Snapshot, Store, Watch, lease_lost, revision_conflict
+from ucxx_transport.membership.keys import Namespace
+from ucxx_transport.membership.store import Batch, Entry, Lease, Snapshot, Store, Watch
+from ucxx_transport.membership.store_base import check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.units import Secret
 
 PROBE_S: Final = 2.0

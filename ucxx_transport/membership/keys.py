@@ -1,4 +1,4 @@
-"""What keys, values and leases may be, where all lies below a namespace, and the bytes that a store knows a key by.
+"""Which keys there are, what each may be, and the bytes that a store knows it by, below a namespace.
 
 | key                             | value                                              | lease         |
 |---------------------------------|----------------------------------------------------|---------------|
@@ -26,8 +26,6 @@ GROUPS: Final = "groups/"
 ROOT: Final = "/ucxx_transport/"
 MAX_KEY_BYTES: Final = 4096
 MAX_VALUE_BYTES: Final = 1 << 20
-MAX_TTL_S: Final = 1e9
-"""Thirty years; etcd refuses more than 9e9 s."""
 
 
 def source_key(worker_id: str) -> str:
@@ -101,28 +99,6 @@ class Namespace:
     def key(self, stored: bytes) -> str:
         """The key that a store knows by these bytes, which begin with `root`."""
         return stored[len(self.root) :].decode(errors="surrogateescape")
-
-
-def check_write(*, value: object = b"", lease_id: object = None, expected: object = None) -> None:
-    """Raise a ConfigError for a value, a lease or an expected revision (0: of no key) that no store takes."""
-    if not isinstance(value, bytes):
-        raise ConfigError(f"value is of {type(value).__name__}: a store keeps bytes", field="value")
-    if len(value) > MAX_VALUE_BYTES:
-        raise ConfigError(
-            f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)
-        )
-    for field, found, least in (("lease_id", lease_id, 1), ("expected", expected, 0)):
-        if found is not None and not (type(found) is int and least <= found < 1 << 63):
-            raise ConfigError(f"{field} = {found!r}: a number from {least} on is wanted", field=field)
-
-
-def checked_ttl_s(ttl_s: object) -> float:
-    """A time to live that a store can grant; a ConfigError unless it is a number above 0 and up to `MAX_TTL_S`."""
-    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
-        raise ConfigError(
-            f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
-        )
-    return float(ttl_s)
 
 
 def _encoded(text: object, what: str) -> bytes:

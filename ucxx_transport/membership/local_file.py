@@ -1,20 +1,12 @@
 """The store's file: where it lies, how it is made, and the connection that threads share and no fork inherits.
 
-| SQLite's result codes (https://www.sqlite.org/rescode.html) | raised                                           |
-|-------------------------------------------------------------|--------------------------------------------------|
-| BUSY, LOCKED, PROTOCOL                                      | `StoreUnavailableError`, once the deadline is up |
-| FULL, IOERR, NOMEM, CORRUPT …                               | `StoreUnavailableError`                          |
-| PERM, AUTH, READONLY, CANTOPEN                              | `StorePermissionError`                           |
-| NOTADB                                                      | `ConfigError`                                    |
-
 A file is known by its device and inode: one that was deleted, and made again by the next call, is another store. It is
 made under another name and then renamed, so that it is whole when it is first seen. SQLite knows the log beside a file
-(`-wal`, `-shm`) by its name alone: what a deleted file has left there is removed before another is made, what a
-replaced one has left, by the first process that had it open and finds its successor.
+(`-wal`, `-shm`) by its name alone: what a deleted file has left there is removed before another is made.
 
 SQLite keeps one table of locks a process and file. A forked child inherits the table but none of the locks: what it
-opens would take for held what is not (https://www.sqlite.org/howtocorrupt.html, 2.6). So every connection is closed
-before a fork, and the next use, in parent or child, opens another.
+opens would take for held what is not (https://www.sqlite.org/howtocorrupt.html, 2.6). So a process makes one call at a
+time, a fork waits for its end and closes every connection, and the next use, in parent or child, opens another.
 
 The default is a folder of this user's own beside the rings (`ring.folder`): processes that see the same rings see the
 same store, nothing of it outlives the machine's boot, and it is never on a network. Its name does not begin as the
@@ -31,8 +23,9 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Final, TypeVar
@@ -59,14 +52,26 @@ _FORK_WAIT_S: Final = 5.0
 _WAL_BYTES: Final = 4 << 20
 _BESIDE: Final = ("-wal", "-shm", "-journal")
 
-_BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
-_FORBIDDEN: Final = frozenset(
-    {sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
-)
-_REMEDIES: Final = {
-    sqlite3.SQLITE_FULL: "the disk of the store is full: free space there, or name a file on another disk",
-    sqlite3.SQLITE_CORRUPT: "the store's file is damaged: remove it; its users publish again",
+_BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_FORBIDDEN: Final = (sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_Failure = tuple[type[TransportError], str]
+_RIGHTS: Final = "this user may not use the store's file: give it the right to the file and its folder, or name another"
+_FOREIGN: Final = "the file is no store, or one of another version of this package: name another, or remove it"
+_FAILURES: Final[Mapping[int, _Failure]] = {
+    **dict.fromkeys(_BUSY, (StoreUnavailableError, "the store was locked until the deadline: see who is stopped")),
+    **dict.fromkeys(_FORBIDDEN, (StorePermissionError, _RIGHTS)),
+    sqlite3.SQLITE_NOTADB: (ConfigError, _FOREIGN),
+    sqlite3.SQLITE_FULL: (
+        StoreUnavailableError,
+        "the store's disk is full: free space, or name a file on another disk",
+    ),
+    sqlite3.SQLITE_CORRUPT: (StoreUnavailableError, "the store's file is damaged: remove it; its users publish again"),
 }
+"""By SQLite's result code (https://www.sqlite.org/rescode.html)."""
+_OTHER: Final[_Failure] = (
+    StoreUnavailableError,
+    "the store's file cannot be used: see to the folder and the space on its disk",
+)
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {
         *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
@@ -103,7 +108,7 @@ def checked_path(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError("the store's folder does not exist: make it, or name another", path=str(real)) from None
     except PermissionError as error:
-        raise _translated(error, real) from error
+        raise _failed(sqlite3.SQLITE_PERM, real, error) from error
     if not stat.S_ISREG(mode) or not stat.S_ISDIR(parent.st_mode):
         raise ConfigError("a store is a file, and something else is there: name another", path=str(real))
     kind = file_system(parent.st_dev)
@@ -117,10 +122,7 @@ def checked_path(path: Path) -> Path:
 
 
 class StoreFile:
-    """The file, used in transactions: the first opens it, or makes it by the statements in `tables`.
-
-    Thread-safe: the lock is held for one of them, some 20 to 100 µs.
-    """
+    """The file, used in transactions: the first opens it, or makes it by the statements in `tables`. Thread-safe."""
 
     def __init__(self, path: Path, tables: str) -> None:
         self.path = path
@@ -128,11 +130,6 @@ class StoreFile:
         self._tables = tables
         self._connection: sqlite3.Connection | None = None
         self._file: _Identity | None = None
-        self._shm: _Identity | None = None
-        self._lock = threading.Lock()
-        self._user: int | None = None
-        with _registering:
-            _files.add(self)
 
     def transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], until: float) -> ResultT:
         """What `body` returns, in one transaction that is tried again while others have the file locked.
@@ -141,13 +138,16 @@ class StoreFile:
         Raises by the module's table.
         """
         for attempt in count(1):
+            _calls.begin(self.path, until)
             try:
-                with self._connected(until) as db:
-                    return self._transact(db, mode, body)
+                return self._transact(mode, body)
             except (sqlite3.Error, OSError) as error:
+                code = _code_of(error, self.path)
                 wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
-                if not _is_busy(error) or time.monotonic() + wait_s > until:
-                    raise _translated(error, self.path) from error
+                if code not in _BUSY or time.monotonic() + wait_s > until:
+                    raise _failed(code, self.path, error) from error
+            finally:
+                _calls.end()
             time.sleep(wait_s)
         raise AssertionError
 
@@ -159,92 +159,112 @@ class StoreFile:
     def close(self, timeout_s: float) -> None:
         """Refuse from now on. Calls under way are waited for. Idempotent."""
         self.is_closed = True
-        if self.pause(time.monotonic() + timeout_s):
-            self.resume()
+        with suppress(StoreUnavailableError):
+            _calls.begin(self.path, time.monotonic() + timeout_s)
+            self.disconnect()
+            _calls.end()
 
-    def pause(self, until: float) -> bool:
-        """Close the connection and allow no call until `resume`; returns False when a call under way does not end."""
-        if self._user == threading.get_ident():  # this was called in the middle of a call, by a signal handler
-            return False
-        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            return False
-        self._disconnect()
-        return True
+    def disconnect(self) -> None:
+        """Close the connection; the next call opens another."""
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
 
-    def resume(self) -> None:
-        """Allow calls again."""
-        self._lock.release()
-
-    def _transact(self, db: sqlite3.Connection, mode: str, body: Callable[[sqlite3.Connection], ResultT]) -> ResultT:
+    def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT]) -> ResultT:
+        self.check_open()
+        db = self._connection
+        if db is None or _identity(self.path) != self._file:  # it was deleted
+            db = self._reconnect()
         if db.in_transaction:  # of a call that was interrupted between two lines of this function
             db.execute("ROLLBACK")
         db.execute(f"BEGIN {mode}")
         try:
             result = body(db)
-            self._check_usable()  # a child that was forked in `body` has inherited no lock
+            _calls.check(self.path)  # a child that was forked in `body` has inherited no lock
             db.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):  # it was rolled back already when the disk is full
-                if self.path not in _unusable:
+                if not _calls.is_torn:
                     db.execute("ROLLBACK")
             raise
         return result
-
-    @contextmanager
-    def _connected(self, until: float) -> Iterator[sqlite3.Connection]:
-        """The connection to the file that is there now: another one when it was deleted or replaced."""
-        self._check_usable()
-        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise StoreUnavailableError("other threads' calls took until the deadline", path=str(self.path))
-        try:
-            self._user = threading.get_ident()
-            self.check_open()
-            connection = self._connection
-            if connection is None or _identity(self.path) != self._file:
-                connection = self._reconnect()
-            yield connection
-        finally:
-            self._user = None
-            self._lock.release()
-
-    def _check_usable(self) -> None:
-        if self.path in _unusable:
-            text = "this process was forked in the middle of a call: start such a process afresh, not by a fork"
-            raise StoreUnavailableError(text, path=str(self.path))
 
     def _reconnect(self) -> sqlite3.Connection:
         """Open the file, and make it where none is; a BlockingIOError where another process does so just now."""
         fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder, which stays where files come and go
-            shm = Path(f"{self.path}-shm")
             if self._connection is not None:
                 _log.warning("store_replaced", path=str(self.path))
-                if self._shm is not None and self._shm == _identity(shm):  # open here: no other can be this inode
-                    _remove(self.path, *_BESIDE)
             if _identity(self.path) is None:
                 _make(self.path, self._tables)
-            self._disconnect()  # not before: it writes the log into its file, which was emptied perhaps
+            self.disconnect()  # not before: it writes the log into its file, which was emptied perhaps
             self._file = _identity(self.path)
-            connection = _opened(self.path)
-            try:
-                _settle(connection, self.path)
-            except BaseException:
-                connection.close()
-                raise
-            self._shm = _identity(shm)
-            if self._file != _identity(self.path):  # it was replaced just now, which the next call will find
-                self._shm = None
-            self._connection = connection
-            return connection
+            self._connection = connection = _opened(self.path)
+            _calls.files.add(self)
+            _settle(connection, self.path)
+        except BaseException:
+            self.disconnect()
+            raise
         finally:
             os.close(fd)
+        return connection
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            with suppress(sqlite3.Error):
-                self._connection.close()
-            self._connection = None
+
+class _Calls:
+    """The calls of this process, one at a time, some 20 to 100 µs each; and its forks, which come in between.
+
+    Attributes:
+        files: those that have a connection.
+        is_torn: this is a child that was forked in the middle of a call: it has a connection that was in use.
+    """
+
+    def __init__(self) -> None:
+        self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
+        self.is_torn = False
+        self._lock = threading.Lock()
+        self._caller: int | None = None
+        self._is_paused = False
+        os.register_at_fork(
+            before=self._pause,
+            after_in_parent=self._resume,
+            after_in_child=partial(self._resume, in_child=True),
+        )
+
+    def begin(self, path: Path, until: float) -> None:
+        """Wait for the end of the others' calls; then `end` ends this one."""
+        self.check(path)
+        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise StoreUnavailableError("other threads' calls took until the deadline", path=str(path))
+        self._caller = threading.get_ident()
+
+    def end(self) -> None:
+        """The call that was begun has ended."""
+        self._caller = None
+        self._lock.release()
+
+    def check(self, path: Path) -> None:
+        """Raise a StoreUnavailableError if this process can use no store."""
+        if self.is_torn:
+            text = "this process was forked in the middle of a call: start such a process afresh, not by a fork"
+            raise StoreUnavailableError(text, path=str(path))
+
+    def _pause(self) -> None:
+        in_a_call = self._caller == threading.get_ident()  # a signal handler forks
+        self._is_paused = not in_a_call and self._lock.acquire(timeout=_FORK_WAIT_S)
+        if self._is_paused:
+            for file in self.files:
+                file.disconnect()
+
+    def _resume(self, *, in_child: bool = False) -> None:
+        if self._is_paused:
+            self._lock.release()
+        elif in_child:
+            self.is_torn = True
+
+
+_calls = _Calls()
 
 
 def _identity(path: Path) -> _Identity | None:
@@ -283,7 +303,7 @@ def _settle(db: sqlite3.Connection, path: Path) -> None:
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     if marks != [APPLICATION_ID, FORMAT]:
-        raise _foreign_file(path)
+        raise _failed(sqlite3.SQLITE_NOTADB, path)
 
 
 def _remove(path: Path, *suffixes: str) -> None:
@@ -291,59 +311,16 @@ def _remove(path: Path, *suffixes: str) -> None:
         Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
-def _is_busy(error: Exception) -> bool:
-    return _primary_code(error) in _BUSY or isinstance(error, BlockingIOError)
+def _code_of(error: sqlite3.Error | OSError, path: Path) -> int:
+    """SQLite's result code, or the one that means the same as an error of the system's; 0: neither."""
+    if isinstance(error, PermissionError):
+        return sqlite3.SQLITE_PERM
+    if isinstance(error, BlockingIOError):
+        return sqlite3.SQLITE_BUSY
+    code = int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    return 0 if code == sqlite3.SQLITE_CANTOPEN and not path.exists() else code
 
 
-def _primary_code(error: Exception) -> int:
-    """SQLite's result code; 0 for any other error."""
-    return int(getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
-
-
-def _translated(error: sqlite3.Error | OSError, path: Path) -> TransportError:
-    code = _primary_code(error)
-    reason = error.strerror if isinstance(error, OSError) else getattr(error, "sqlite_errorname", type(error).__name__)
-    facts = {"path": str(path), "reason": reason, "detail": str(error)}
-    if code == sqlite3.SQLITE_NOTADB:
-        return _foreign_file(path)
-    if (code in _FORBIDDEN and os.path.exists(path)) or isinstance(error, PermissionError):
-        text = "this user may not use the store's file: give it the right to the file and its folder, or name another"
-        return StorePermissionError(text, **facts)
-    if _is_busy(error):
-        return StoreUnavailableError("the store was locked until the deadline: see who is stopped", **facts)
-    other = "the store's file cannot be used: see to the folder and the space on its disk"
-    return StoreUnavailableError(_REMEDIES.get(code, other), **facts)
-
-
-def _foreign_file(path: Path) -> ConfigError:
-    text = "the file is no store, or one of another version of this package: name another, or remove it"
-    return ConfigError(text, path=str(path))
-
-
-_files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
-_registering = threading.Lock()
-_paused: list[StoreFile] = []
-_unusable: set[Path] = set()
-"""Files of which this forked child has a connection that was in use: see the module."""
-
-
-def _before_fork() -> None:
-    until = time.monotonic() + _FORK_WAIT_S
-    _registering.acquire()
-    _paused.extend(file for file in list(_files) if file.pause(until))
-
-
-def _after_fork(*, in_child: bool) -> None:
-    if in_child:
-        _unusable.update(file.path for file in _files if file not in _paused)
-    for file in _paused:
-        file.resume()
-    _paused.clear()
-    _registering.release()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=lambda: _after_fork(in_child=False),
-    after_in_child=lambda: _after_fork(in_child=True),
-)
+def _failed(code: int, path: Path, reason: object = "") -> TransportError:
+    kind, text = _FAILURES.get(code, _OTHER)
+    return kind(text, path=str(path), reason=str(reason))

@@ -13,12 +13,9 @@ Each transaction that changes entries has one revision; a lease that has run out
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import sqlite3
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -26,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import CompactedError, StoreResetError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.keys import Namespace, check_write, checked_ttl_s
+from ucxx_transport.errors import CompactedError, StoreResetError
+from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
 from ucxx_transport.membership.store import (
     Batch,
@@ -36,10 +33,8 @@ from ucxx_transport.membership.store import (
     Lease,
     Snapshot,
     Store,
-    Watch,
-    lease_lost,
-    revision_conflict,
 )
+from ucxx_transport.membership.store_base import QueuedWatch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.ring import owner
 
 ResultT = TypeVar("ResultT")
@@ -223,67 +218,30 @@ class LocalStore(Store):
         return Entry(key=self.namespace.key(key), value=value or b"", revision=revision, lease_id=lease_id)
 
 
-class LocalWatch(Watch):
+class LocalWatch(QueuedWatch):
     """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over.
 
-    A locked file is tolerated for `timeout_s`.
+    Where a lease is to be ended, a locked file is waited for like by any call.
     """
 
     def __init__(self, store: LocalStore, prefix: str, *, after: int, identity: str, timeout_s: float) -> None:
+        super().__init__(store.url)
         self._store = store
         self._first, self._end = store.namespace.bounds(prefix)
         self._after, self._timeout_s = after, timeout_s
         self._identity = identity
-        self._locked_since: float | None = None
-        self._batches: deque[Batch] = deque()
-        self._closing = threading.Event()
-        self._pid = os.getpid()
-
-    def next(self, timeout_s: float) -> Batch | None:
-        until = time.monotonic() + max(0.0, timeout_s)
-        if self._pid != os.getpid():
-            raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
-        while True:
-            self._check_open()
-            pause_s = 0.0
-            if not self._batches:
-                try:
-                    pause_s = self._fetch()
-                except TransportError:
-                    self._check_open()  # closed in the meantime: that is what its user should know
-                    raise
-            if self._batches:
-                return self._batches.popleft()
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                return None
-            self._closing.wait(min(left_s, pause_s))
-
-    def close(self) -> None:
-        self._closing.set()
 
     def _check_open(self) -> None:
-        if self._closing.is_set() or self._store.file.is_closed:
-            raise StoreUnavailableError("the watch is closed", url=self._store.url)
+        if self._store.file.is_closed:
+            self.close()
+        super()._check_open()
 
-    def _fetch(self) -> float:
-        """Take what has changed, after the leases that are over have ended; returns when to do so again.
-
-        Where the file is locked, they are ended at a later poll, as long as that is tolerated.
-        """
+    def _fetch(self, until: float) -> None:
         _, left_s = self._store.peek(self._take, self._timeout_s)
-        if left_s > 0:
-            self._locked_since = None
-            return min(left_s, _POLL_S)
-        now = time.monotonic()
-        try:
-            self._store.write(self._take, _POLL_S)
-        except StoreUnavailableError:
-            self._locked_since = self._locked_since or now
-            if now - self._locked_since > self._timeout_s:
-                raise
-            return _POLL_S
-        return 0.0
+        if left_s <= 0:
+            self._store.write(self._take, self._timeout_s)
+        elif not self._batches:
+            self._closing.wait(max(0.0, min(left_s, _POLL_S, until - time.monotonic())))
 
     def _take(self, db: sqlite3.Connection) -> None:
         identity, _, revision, _ = _state(db)

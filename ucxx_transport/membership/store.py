@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from ucxx_transport.errors import ConflictError, LeaseLostError
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
@@ -203,18 +201,3 @@ class Store(Protocol):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def lease_lost(lease_id: int) -> LeaseLostError:
-    """The error for a lease that is not there."""
-    return LeaseLostError("the lease has ended: take another one and put its keys again", lease_id=lease_id)
-
-
-def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
-    """The error for a key, as stored, with another revision than expected; 0: it does not exist."""
-    return ConflictError(
-        "the key has another revision than expected; nothing was changed",
-        key=stored.decode(errors="replace"),
-        expected=expected,
-        revision=revision,
-    )
