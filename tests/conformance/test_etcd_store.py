@@ -219,7 +219,7 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
         """What a client's calls and a watch show while etcd is silent; returns the client's token."""
         config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD, timeout_s=0.2)
         store = EtcdStore((endpoint,), config)
-        client = store.client()
+        client = store.client
         token = client.as_user(lambda token: token.reveal().decode(), time.monotonic() + 5)
         guarded.pause()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import select
 import socket
 import ssl
@@ -38,27 +39,19 @@ class Connection:
         self._sent = self._aborted = False
         self._raw = self._text = b""
 
-    def ask(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> Json:
-        """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given."""
+    def ask(
+        self, path: str, body: Json, token: Secret, *, until: float, connect_s: float = math.inf, streams: bool = False
+    ) -> Json:
+        """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given.
+
+        One that `streams` messages is {}: `is_readable` and `read` bring them.
+        """
 
         def answer() -> Json:
             response = self._post(path, body, token, until, connect_s)
-            return answer_of(response.status, self._whole(response, until), self.endpoint)
+            return {} if streams and response.status == 200 else self._answer(response, until)
 
         return self._tried(answer)
-
-    def stream(self, path: str, body: Json, token: Secret, *, until: float, connect_s: float) -> list[Json]:
-        """The first messages of an answer that streams them; then `is_readable` and `read` bring the others."""
-
-        def begin() -> list[Json]:
-            response = self._post(path, body, token, until, connect_s)
-            if response.status != 200:
-                answer_of(response.status, self._whole(response, until), self.endpoint)
-            while not (messages := self.read()):
-                self._bound(until)
-            return messages
-
-        return self._tried(begin)
 
     def is_readable(self, until: float) -> bool:
         """Wait for more of a stream, or for its end."""
@@ -107,13 +100,13 @@ class Connection:
         self._response = self._http.getresponse()
         return self._response
 
-    def _whole(self, response: HTTPResponse, until: float) -> bytes:
-        """The body, which must be whole by then: the socket bounds each of its pieces alone."""
+    def _answer(self, response: HTTPResponse, until: float) -> Json:
+        """The answer in the body, which must be whole by then: the socket bounds each of its pieces alone."""
         pieces: list[bytes] = []
         while piece := response.read1(_PIECE_BYTES):
             pieces.append(piece)
             self._bound(until)
-        return b"".join(pieces)
+        return answer_of(response.status, b"".join(pieces), self.endpoint)
 
     def _bound(self, until: float) -> None:
         if (left_s := until - time.monotonic()) <= 0:
@@ -163,7 +156,7 @@ class EtcdClient:
     """One process's calls to a cluster, none by a proxy. Thread-safe. Arguments and errors as of `EtcdStore`."""
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig, *, tls: bool) -> None:
-        self._endpoints, self._good = endpoints, 0
+        self._endpoints = endpoints
         self.tls = _tls_context(config) if tls or config.ca_file is not None else None
         if self.tls is None and config.cert_file is not None:
             text = "store.cert_file is given, but nothing turns TLS on: write etcds:// or give store.ca_file too"
@@ -185,27 +178,23 @@ class EtcdClient:
         The one that answered last is asked first.
         """
         found: TransportError | None = None
-        good, count = self._good, len(self._endpoints)
-        for step in range(count):
-            endpoint = self._endpoints[(good + step) % count]
+        for step, endpoint in enumerate(endpoints := self._endpoints):
             try:
-                answer = ask(endpoint, max(0.0, until - time.monotonic()) / (count - step))
+                return ask(endpoint, max(0.0, until - time.monotonic()) / (len(endpoints) - step))
             except (StoreUnavailableError, ConfigError) as error:
                 self.failed(endpoint)
                 if found is None or isinstance(error, StoreUnavailableError):
                     found = error  # rather than one that is never tried again: the endpoint may come back
                 if not (repeatable or error.facts.get("sent") is False) or time.monotonic() >= until:
                     break
-            else:
-                self._good = self._endpoints.index(endpoint)
-                return answer
         assert found is not None  # there is an endpoint, and it has not answered
         raise found
 
     def failed(self, endpoint: str) -> None:
         """Ask another one first from now on."""
-        if self._endpoints[self._good] == endpoint:
-            self._good = (self._good + 1) % len(self._endpoints)
+        first, *others = self._endpoints
+        if first == endpoint:
+            self._endpoints = (*others, first)
 
     def as_user(self, work: Callable[[Secret], T], until: float) -> T:
         """What `work` does with the user's token; done again with a new one where etcd does not know that any more.

@@ -53,39 +53,31 @@ NOT_LOGGED_IN: Final = (3, 16)
 """A request without a user, or with a token that is not known any more. All requests here are well-formed otherwise."""
 _NOT_A_GATEWAY: Final = (400, 404, 405, 415, 426)
 
-_Refusal = tuple[type[TransportError], str]
+_LOST: Final = "the lease has ended: take another one and put its keys again"
 _FORBIDDEN: Final = "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix"
-_REFUSED: Final = (StorePermissionError, "etcd refuses this user: see to store.user and store.password")
-_REFUSALS: Final[Mapping[int, _Refusal]] = {
-    5: (LeaseLostError, "the lease has ended: take another one and put its keys again"),
+_REFUSED: Final = "etcd refuses this user: see to store.user and store.password"
+_REFUSALS: Final[Mapping[int, tuple[type[TransportError], str]]] = {
+    5: (LeaseLostError, _LOST),
     7: (StorePermissionError, _FORBIDDEN),
-    **dict.fromkeys(NOT_LOGGED_IN, _REFUSED),
+    **dict.fromkeys(NOT_LOGGED_IN, (StorePermissionError, _REFUSED)),
     11: (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
 }
+"""By gRPC's code, what is raised and why; for all others a StoreUnavailableError."""
 _NO_GATEWAY: Final = (
     "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
     "URL; etcds:// where it speaks TLS"
 )
 
 
-def parsed(text: bytes, endpoint: str) -> Json:
-    """The object that the text is; a StoreUnavailableError where it is none: cut off, or not etcd's."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise StoreUnavailableError("the answer is no JSON object: cut off, or not etcd's", endpoint=endpoint)
-    return found
-
-
 def answer_of(status: int, text: bytes, endpoint: str) -> Json:
     """The answer in a response, or in a line of a stream; where it is none, an error of the module's table."""
     try:
-        body = parsed(text, endpoint)
-    except StoreUnavailableError:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
         if status == 200:
-            raise
+            raise StoreUnavailableError("the answer is no JSON object: cut off, or not etcd's", endpoint=endpoint)
         body = {}
     error = body.get("error")
     # a stream's error is an object, a call's is text beside its code

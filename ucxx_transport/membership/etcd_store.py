@@ -13,8 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Final
@@ -34,8 +33,8 @@ from ucxx_transport.membership import etcd_messages as messages
 from ucxx_transport.membership.etcd_client import Connection, EtcdClient
 from ucxx_transport.membership.etcd_messages import Json
 from ucxx_transport.membership.keys import Namespace
-from ucxx_transport.membership.store import Batch, Entry, Lease, Snapshot, Store, Watch
-from ucxx_transport.membership.store_base import check_write, checked_ttl_s, lease_lost, revision_conflict
+from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store
+from ucxx_transport.membership.store_base import QueuedWatch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.units import Secret
 
 PROBE_S: Final = 2.0
@@ -59,18 +58,23 @@ class EtcdStore(Store):
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
-        self._config = config or StoreConfig()
+        config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
-        self.namespace = Namespace(self._config.namespace)
-        self.timeout_s = self._config.timeout_s
-        self._new_client = partial(EtcdClient, endpoints, self._config, tls=tls)
-        self._by_process = {os.getpid(): self._new_client()}
+        self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
+        self._client = EtcdClient(endpoints, config, tls=tls)
         self._closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
 
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def client(self) -> EtcdClient:
+        """What calls are made by; a ConfigError once the store is closed."""
+        if self._closed:
+            raise ConfigError("the store is closed: open another", url=self.url)
+        return self._client
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
@@ -126,7 +130,7 @@ class EtcdStore(Store):
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self.namespace.bounds(prefix)
-        ask = partial(self.client().call, until=self._until(timeout_s))
+        ask = partial(self.client.call, until=self._until(timeout_s))
         # First, so that a watch which follows knows this store from one that is wiped before it begins.
         identity, _ = messages.identity_of(ask, self.namespace)
         answer = ask("kv/range", messages.range_request(first, end))
@@ -154,101 +158,78 @@ class EtcdStore(Store):
         return answer
 
     def _call(self, path: str, body: Json, timeout_s: float | None, *, repeatable: bool = True) -> Json:
-        return self.client().call(path, body, until=self._until(timeout_s), repeatable=repeatable)
+        return self.client.call(path, body, until=self._until(timeout_s), repeatable=repeatable)
 
     def _until(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
-
-    def client(self) -> EtcdClient:
-        """This process's connections: a forked child has none of its parent's, which stay in the dict unused."""
-        if self._closed:
-            raise ConfigError("the store is closed: open another", url=self.url)
-        pid = os.getpid()
-        return self._by_process.get(pid) or self._by_process.setdefault(pid, self._new_client())
+        return time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
 
 
-class EtcdWatch(Watch):
+class EtcdWatch(QueuedWatch):
     """Changes below a prefix, as etcd streams them. The first `next` asks for them.
 
     Taking the stream up, and a probe, may each take the store's `timeout_s`: so much longer may `next` take.
     """
 
     def __init__(self, store: EtcdStore, prefix: str, *, after: int, identity: str) -> None:
-        self._store, self._client = store, store.client()
+        super().__init__(store.url)
+        self._store, self._client = store, store.client
         self._first, self._last = store.namespace.bounds(prefix)
         self._after = self._revision = after
         self._identity = identity
-        self._batches: deque[Batch] = deque()
         self._end: TransportError | None = None
         self._connections: set[Connection] = set()
-        self._closing, self._in_use = threading.Event(), threading.Lock()
-        self._pid = os.getpid()
+        self._in_use = threading.Lock()
         self._stream: Connection | None = None
         self._held = ExitStack()  # the stream
-        self._ask: Callable[[str, Json], Json]  # of the endpoint that serves it
         self._failures, self._began_s, self._pause_until_s, self._probe_s = 0, 0.0, 0.0, 0.0
-
-    def next(self, timeout_s: float) -> Batch | None:
-        if self._pid != os.getpid():
-            raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
-        until = time.monotonic() + max(0.0, timeout_s)
-        try:
-            with self._in_use:
-                while True:
-                    if self._closing.is_set():
-                        raise StoreUnavailableError("the watch is closed")
-                    if self._batches:
-                        return self._batches.popleft()
-                    if not self._step(until) and time.monotonic() >= until:
-                        return None
-        finally:
-            if self._closing.is_set():
-                self.close()
 
     def close(self) -> None:
         if self._pid != os.getpid():
             return  # the connections are the parent's
-        self._closing.set()
+        super().close()
         for connection in tuple(self._connections):
             connection.abort()
-        if self._in_use.acquire(blocking=False):  # else `next` does this at its end
+        if self._in_use.acquire(blocking=False):  # else `_fetch` does this at its end
             self._drop()
             self._in_use.release()
 
-    def _step(self, until: float) -> bool:
-        """`_follow`; a watch that has ended raises why."""
+    def _fetch(self, until: float) -> None:
+        try:
+            with self._in_use:
+                self._follow_to_the_end(until)
+        finally:
+            if self._closing.is_set():
+                self.close()
+
+    def _follow_to_the_end(self, until: float) -> None:
         if self._end is not None:
             raise self._end
         try:
-            return self._follow(until)
+            self._follow(until)
         except TransportError as error:
             self._drop()
-            if self._closing.is_set():
-                return True
             if not isinstance(error, StoreUnavailableError):
                 self._end = error
             raise
 
-    def _follow(self, until: float) -> bool:
-        """Take the stream up, or what has come of it, or probe; False: nothing came until then."""
-        stream = self._stream
+    def _follow(self, until: float) -> None:
+        """Take the stream up, or what has come of it, or probe."""
+        stream, now = self._stream, time.monotonic()
         if stream is None:
-            if time.monotonic() < self._pause_until_s:
-                self._closing.wait(min(until, self._pause_until_s) - time.monotonic())
-                return False
-            self._began_s = time.monotonic()
-            self._client.first(self._begin_at, self._began_s + self._store.timeout_s)
-            return True
+            if now < self._pause_until_s:
+                self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
+                return
+            self._began_s = now
+            self._client.first(self._begin_at, now + self._store.timeout_s)
+            return
         try:
             if stream.is_readable(min(until, self._probe_s)):
-                self._take(stream.read())
-                return True
-            if time.monotonic() >= self._probe_s:
-                self._probe()
+                self._take(stream)
+            elif time.monotonic() >= self._probe_s:
+                self._probe(stream.endpoint)
         except StoreUnavailableError:  # the stream was cut, or its endpoint is silent
             self._client.failed(stream.endpoint)
             self._drop()
-        return False
 
     def _drop(self) -> None:
         """End the stream; another is asked for after a pause, which grows while none lasts."""
@@ -259,23 +240,26 @@ class EtcdWatch(Watch):
         self._pause_until_s = now + pause_s(self._failures, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
 
     def _begin_at(self, endpoint: str, share: float) -> None:
-        self._client.as_user(lambda token: self._begin_as(token, endpoint, share), time.monotonic() + share)
-
-    def _begin_as(self, token: Secret, endpoint: str, share: float) -> None:
+        until = time.monotonic() + share
         request = messages.watch_request(self._first, self._last, after=self._after)
-        with ExitStack() as held:
-            stream = held.enter_context(self._connected(endpoint))
-            until = time.monotonic() + share
-            first = stream.stream("watch", request, token, until=until, connect_s=share)
-            self._ask = partial(self._asked, endpoint, token)
-            self._probe()
-            self._take(first)
-            self._stream, self._held = stream, held.pop_all()
 
-    def _asked(self, endpoint: str, token: Secret, path: str, body: Json) -> Json:
+        def begin(token: Secret) -> None:
+            with ExitStack() as held:
+                stream = held.enter_context(self._connected(endpoint))
+                stream.ask("watch", request, token, until=until, streams=True)
+                self._probe(endpoint)
+                self._stream, self._held = stream, held.pop_all()
+
+        self._client.as_user(begin, until)
+
+    def _ask(self, endpoint: str, path: str, body: Json) -> Json:
         until = time.monotonic() + self._store.timeout_s
-        with self._connected(endpoint) as connection:
-            return connection.ask(path, body, token, until=until, connect_s=self._store.timeout_s)
+
+        def ask(token: Secret) -> Json:
+            with self._connected(endpoint) as connection:
+                return connection.ask(path, body, token, until=until)
+
+        return self._client.as_user(ask, until)
 
     @contextmanager
     def _connected(self, endpoint: str) -> Iterator[Connection]:
@@ -290,26 +274,26 @@ class EtcdWatch(Watch):
             self._connections.discard(connection)
             connection.close()
 
-    def _take(self, received: list[Json]) -> None:
-        for message in received:
+    def _take(self, stream: Connection) -> None:
+        for message in stream.read():
             for batch in messages.batches(message, self._store.namespace):
                 if batch.revision > self._after:
                     self._batches.append(batch)
                     self._after = batch.revision
             if message.get("canceled"):
-                self._raise_end(message)
+                self._raise_end(stream.endpoint, message)
 
-    def _raise_end(self, message: Json) -> None:
+    def _raise_end(self, endpoint: str, message: Json) -> None:
         """Raise why etcd has ended the watch: its text is for people, so what was watched is asked for once."""
         if compacted := messages.number(message, "compact_revision"):
             text = "etcd no longer keeps what followed this revision; take a snapshot"
             raise CompactedError(text, after=self._after, compacted=compacted)
-        self._ask("kv/range", {**messages.range_request(self._first, self._last), "count_only": True})
+        self._ask(endpoint, "kv/range", {**messages.range_request(self._first, self._last), "count_only": True})
         raise StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
 
-    def _probe(self) -> None:
+    def _probe(self, endpoint: str) -> None:
         """See that the store is the one it was."""
-        identity, revision = messages.identity_of(self._ask, self._store.namespace)
+        identity, revision = messages.identity_of(partial(self._ask, endpoint), self._store.namespace)
         if revision < self._revision or (self._identity and identity != self._identity):
             text = "etcd's data are others than before: they were wiped or restored; start over"
             raise StoreResetError(text, revision=revision, seen=self._revision)

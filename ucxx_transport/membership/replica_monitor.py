@@ -5,23 +5,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
 
-ReplicaT = TypeVar("ReplicaT")
-ReplicaT_co = TypeVar("ReplicaT_co", covariant=True)
 
+class ReplicaFeed(Protocol):
+    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`; `Any` is a record of the one's kind."""
 
-class ReplicaFeed(Protocol[ReplicaT_co]):
-    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`."""
-
-    def subscribe(
-        self, *, on_add: Callable[[ReplicaT_co], None], on_remove: Callable[[ReplicaT_co], None]
-    ) -> Callable[[], None]:
-        """Call `on_add` with those there are and those that come, `on_remove` with those that go; returns its end."""
+    def subscribe(self, *, on_add: Callable[[Any], None], on_remove: Callable[[Any], None]) -> Callable[[], None]: ...
 
 
 class ReplicaMonitor:
@@ -36,8 +30,8 @@ class ReplicaMonitor:
     Args:
         on_dead: called with the name of each replica that is gone.
         on_all_gone: called, after that, when none is left.
-        feed: followed from now on until `close`; None: `added` and `removed` are called by hand.
-        name_of: of what the feed brings; None: its `worker_id` or `rank`.
+        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
+            until `close`. None: `added` and `removed` are called by hand.
     """
 
     def __init__(
@@ -45,8 +39,7 @@ class ReplicaMonitor:
         *,
         on_dead: Callable[[Hashable], object] = lambda _: None,
         on_all_gone: Callable[[], object] = lambda: None,
-        feed: ReplicaFeed[ReplicaT] | None = None,
-        name_of: Callable[[ReplicaT], Hashable] | None = None,
+        feed: ReplicaFeed | None = None,
     ) -> None:
         self._on_dead, self._on_all_gone = on_dead, on_all_gone
         self._lock = threading.Lock()
@@ -55,10 +48,9 @@ class ReplicaMonitor:
         self._is_calling = False
         self._unsubscribe: Callable[[], None] = lambda: None
         if feed is not None:
-            named = name_of or _name_of
             self._unsubscribe = feed.subscribe(
-                on_add=lambda replica: self.added(named(replica)),
-                on_remove=lambda replica: self.removed(named(replica)),
+                on_add=lambda replica: self.added(_name_of(replica)),
+                on_remove=lambda replica: self.removed(_name_of(replica)),
             )
 
     @property
@@ -104,8 +96,7 @@ class ReplicaMonitor:
 
     def close(self) -> None:
         """Follow the feed no longer. Idempotent."""
-        unsubscribe, self._unsubscribe = self._unsubscribe, lambda: None
-        unsubscribe()
+        self._unsubscribe()
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +105,6 @@ class ReplicaMonitor:
         self.close()
 
 
-def _name_of(replica: object) -> Hashable:
-    """What a source's record or a group's member is known by."""
-    name: object = getattr(replica, "worker_id", getattr(replica, "rank", replica))
-    assert isinstance(name, Hashable), "a replica without a name: pass name_of"
+def _name_of(replica: Any) -> Hashable:
+    name: Hashable = getattr(replica, "worker_id", None) or replica.rank
     return name

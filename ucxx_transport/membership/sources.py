@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 from types import MappingProxyType
-from typing import Final, Literal, TypeGuard
+from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.membership.keys import source_key, worker_id_of
@@ -125,9 +125,14 @@ class SourceRecord(Offer):
         object.__setattr__(self, "ports", tuple(self.ports))
         object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
 
+    @property
+    def life(self) -> tuple[int, str, bytes]:
+        """What another publication, or another worker of this id, differs in."""
+        return self.epoch, self.session, self.ring_id
+
     def __hash__(self) -> int:
-        """By worker, epoch and session: `meta` need not be hashable."""
-        return hash((self.worker_id, self.epoch, self.session))
+        """By its life: `meta` need not be hashable."""
+        return hash((self.worker_id, self.life))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled as its JSON form, which is checked on arrival."""
@@ -189,8 +194,7 @@ def _are_ports(ports: object) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceChange:
+class SourceChange(NamedTuple):
     """One change of what is known: "add", "update" or "remove", for which `record` is as it was known."""
 
     kind: Literal["add", "update", "remove"]
@@ -209,10 +213,6 @@ class SourceView:
     def sources(self) -> tuple[SourceRecord, ...]:
         """All known, by worker id."""
         return tuple(self._known[worker_id] for worker_id in sorted(self._known))
-
-    def get(self, worker_id: str) -> SourceRecord | None:
-        """One source, or None."""
-        return self._known.get(worker_id)
 
     def take_snapshot(self, snapshot: Snapshot, *, now: float, grace_s: float = 0.0) -> list[SourceChange]:
         """What a whole picture of the store changes.
@@ -253,28 +253,22 @@ class SourceView:
         try:
             record = SourceRecord.from_bytes(value)
         except ProtocolError:
+            record = None
+        if record is None or source_key(record.worker_id) != key:
             self.malformed += 1
             return []
-        worker_id = record.worker_id
-        if source_key(worker_id) != key:
-            self.malformed += 1
-            return []
-        self._missing_until_s.pop(worker_id, None)
-        before = self._known.get(worker_id)
+        self._missing_until_s.pop(record.worker_id, None)
+        before = self._known.get(record.worker_id)
         if before == record:
             return []
-        self._known[worker_id] = record
-        if before is None:
-            return [SourceChange(kind="add", record=record)]
-        if _life(before) == _life(record):
-            return [SourceChange(kind="update", record=record)]
-        return [SourceChange(kind="remove", record=before), SourceChange(kind="add", record=record)]
+        if before is not None and before.life == record.life:
+            self._known[record.worker_id] = record
+            return [SourceChange("update", record)]
+        changes = self._remove(record.worker_id)
+        self._known[record.worker_id] = record
+        return [*changes, SourceChange("add", record)]
 
     def _remove(self, worker_id: str) -> list[SourceChange]:
         self._missing_until_s.pop(worker_id, None)
         before = self._known.pop(worker_id, None)
-        return [] if before is None else [SourceChange(kind="remove", record=before)]
-
-
-def _life(record: SourceRecord) -> tuple[int, str, bytes]:
-    return record.epoch, record.session, record.ring_id
+        return [] if before is None else [SourceChange("remove", before)]

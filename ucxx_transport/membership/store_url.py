@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 ETCD_PORT: Final = 2379
 _HOST: Final = re.compile(r"(?=.{1,253}\.?$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
-_ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")
+_ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[0-9]{1,5}))?")
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
@@ -71,7 +72,7 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
 def parse_store_url(url: object) -> StoreAddress:
     """The address that the text is; a ConfigError says what is wrong and would be right, and repeats no secret."""
     scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
-    if not found:
+    if not found or "@" in scheme:
         raise _wrong(url, "has no scheme")
     if scheme == "local":
         return StoreAddress(scheme, path=_path(url, rest) if rest else None)
@@ -87,45 +88,38 @@ def parse_store_url(url: object) -> StoreAddress:
 
 
 def _path(url: object, rest: str) -> Path:
-    if not rest.startswith("/"):
-        raise _wrong(url, "names a path that is not absolute: three slashes, as in local:///tmp/job.store")
-    if "?" in rest or "#" in rest:
-        raise _wrong(url, "has a '?' or '#': percent-encode it as %3F or %23 where it is part of the path")
     path = unquote(rest)
-    if "\0" in path:
-        raise _wrong(url, "names a path with a zero byte")
-    if path.endswith("/"):
-        raise _wrong(url, "names a folder: add the file's name, as in local:///tmp/job.store")
+    for is_wrong, problem in (
+        (not path.startswith("/"), "names a path that is not absolute: three slashes, as in local:///tmp/job.store"),
+        ("?" in rest or "#" in rest, "has a '?' or '#': percent-encode it as %3F or %23 where it is part of the path"),
+        ("\0" in path, "names a path with a zero byte"),
+        (path.endswith("/"), "names a folder: add the file's name, as in local:///tmp/job.store"),
+    ):
+        if is_wrong:
+            raise _wrong(url, problem)
     return Path(path)
 
 
 def _endpoint(url: object, text: str) -> str:
     found = _ENDPOINT.fullmatch(text)
-    if found is None:
-        raise _wrong(url, f"has the endpoint {text!r}, which is not host:port; IPv6 goes in brackets, as in [::1]:2379")
-    port = found["port"] if found["port"] is not None else str(ETCD_PORT)
-    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
-        raise _wrong(url, f"has the endpoint {text!r}, whose port is not 1 to 65535")
-    host = found["host"]
+    port = int(found["port"] or ETCD_PORT) if found is not None else 0
+    if found is None or not 0 < port < 65536:
+        problem = "host:port, with a port from 1 to 65535; IPv6 goes in brackets, as in [::1]:2379"
+        raise _wrong(url, f"has the endpoint {text!r}, which is not {problem}")
     if found["six"] is not None:
-        try:
-            host = f"[{ipaddress.IPv6Address(found['six'])}]"
-        except ValueError:
-            host = "%"
-        if "%" in host:
-            raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address without a zone")
-    elif not _HOST.fullmatch(host):
+        with suppress(ValueError):
+            address = ipaddress.IPv6Address(found["six"])
+            if address.scope_id is None:
+                return f"[{address}]:{port}"
+        raise _wrong(url, f"has the endpoint {text!r}, which is no IPv6 address without a zone")
+    if not _HOST.fullmatch(found["host"]):
         raise _wrong(url, f"has the endpoint {text!r}, which names no host")
-    return f"{host}:{int(port)}"
+    return f"{found['host']}:{port}"
 
 
 def _wrong(url: object, problem: str) -> ConfigError:
-    return ConfigError(f"The store's address {_shown(url)} {problem}; {_REMEDY}", field="url")
-
-
-def _shown(url: object) -> str:
-    """The address without what comes before an "@": it may be a password."""
-    if not isinstance(url, str):
-        return f"is of {type(url).__name__} and"
-    scheme, found, rest = url.rpartition("://") if "@" in url else ("", "", "")
-    return repr(f"{scheme}{found}(hidden)@{rest.rpartition('@')[2]}" if "@" in url else url)
+    shown = f"is of {type(url).__name__} and"
+    if isinstance(url, str):
+        _, mark, rest = url.rpartition("@")  # what comes before it may be a password
+        shown = repr(f"(hidden)@{rest}" if mark else rest)
+    return ConfigError(f"The store's address {shown} {problem}; {_REMEDY}", field="url")

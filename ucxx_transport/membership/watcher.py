@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Self
@@ -44,7 +44,6 @@ _FIRST_PAUSE_S: Final = 0.05
 _MOST_PAUSE_S: Final = 2.0
 
 Listener = Callable[[SourceRecord], None]
-_Listeners = Mapping[str, Listener | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +94,9 @@ class SourceWatcher:
         on_remove: called with every source that ends, and with the old epoch of one that came back with a new one.
         reset_grace_s: how long the sources of a wiped store count as known.
         clock: monotonic seconds.
+
+    Attributes:
+        error: what keeps the watcher from the store now; None while all is well.
     """
 
     def __init__(
@@ -113,11 +115,11 @@ class SourceWatcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._subscriptions: dict[object, _Listeners] = {}
+        self._subscriptions: dict[object, dict[str, Listener | None]] = {}
         self._notifying = threading.RLock()
         self._now = WatcherStatistics()
         self._identity = ""
-        self._error: RegistryError | None = None
+        self.error: RegistryError | None = None
         self._stopping = threading.Event()
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
@@ -166,7 +168,7 @@ class SourceWatcher:
             with self._changed:
                 known = self._view.sources
             for record in known:
-                self._notify(listeners, SourceChange(kind="add", record=record))
+                self._notify(listeners, SourceChange("add", record))
             self._subscriptions[subscription] = listeners
 
         def end() -> None:
@@ -178,8 +180,7 @@ class SourceWatcher:
     def sources(self, *, status: SourceStatus | None = SourceStatus.READY) -> tuple[SourceRecord, ...]:
         """The sources known now, by worker id: those of `status`, or all with None."""
         with self._changed:
-            known = self._view.sources
-        return tuple(record for record in known if status is None or record.status is status)
+            return tuple(record for record in self._view.sources if status is None or record.status is status)
 
     def wait_for(self, n: int, timeout_s: float) -> tuple[SourceRecord, ...]:
         """Wait until at least `n` sources are ready.
@@ -205,19 +206,10 @@ class SourceWatcher:
                         "this store and namespace?",
                         store=self._store.url,
                         timeout_s=timeout_s,
-                        store_error="none" if self._error is None else str(self._error),
+                        store_error="none" if self.error is None else str(self.error),
                     )
                 self._changed.wait(left_s)
             return ready
-
-    async def wait_for_async(self, n: int, timeout_s: float) -> tuple[SourceRecord, ...]:
-        """`wait_for`, without blocking the event loop. Cancelled, its thread ends with `timeout_s`."""
-        return await asyncio.to_thread(self.wait_for, n, timeout_s)
-
-    @property
-    def error(self) -> RegistryError | None:
-        """What keeps the watcher from the store now; None while all is well."""
-        return self._error
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""
@@ -296,7 +288,7 @@ class SourceWatcher:
                     counts[f"{kind}s"] = sum(one.kind == kind for one in changes)
                 known, malformed = len(self._view.sources), self._view.malformed
                 self._now = replace(self._counted(**counts), sources=known, malformed=malformed, synced=True)
-                self._error = None
+                self.error = None
                 self._changed.notify_all()
             before = list(self._subscriptions.items())  # who subscribes meanwhile gets what is known after all of them
             for one in changes:
@@ -304,7 +296,7 @@ class SourceWatcher:
                     if subscription in self._subscriptions:
                         self._notify(listeners, one)
 
-    def _notify(self, listeners: _Listeners, change: SourceChange) -> None:
+    def _notify(self, listeners: dict[str, Listener | None], change: SourceChange) -> None:
         if (listener := listeners[change.kind]) is None:
             return
         try:
@@ -321,7 +313,7 @@ class SourceWatcher:
     def _note(self, error: TransportError, **counts: int) -> None:
         new = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
-            known, self._error = self._error, new
+            known, self.error = self.error, new
             self._now = replace(self._counted(**counts), synced=False)
         if type(known) is not type(new):
             _log.warning("store_not_followed", store=self._store.url, reason=str(error))

@@ -103,7 +103,7 @@ def test_a_watch_begins_after_the_revision() -> None:
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"hello", b"\xff", b"1"])
 def test_what_is_no_object_is_not_etcds(raw: bytes) -> None:
     with pytest.raises(StoreUnavailableError):
-        messages.parsed(raw, "host:1")
+        messages.answer_of(200, raw, "host:1")
 
 
 @pytest.mark.parametrize("broken", [{"key": "?"}, {"key": 5}, {"key": text(b"k"), "mod_revision": "x"}])

@@ -9,9 +9,8 @@ from tests.support.memory_store import MemoryStore
 from tests.support.source_records import record
 from tests.support.waiting import wait_until
 from ucxx_transport.groups import RankState
-from ucxx_transport.membership import SourceWatcher
+from ucxx_transport.membership import ReplicaMonitor, SourceWatcher
 from ucxx_transport.membership.keys import source_key
-from ucxx_transport.membership.replica_monitor import ReplicaMonitor
 
 if TYPE_CHECKING:
     from tests.support.group_ranks import Ranks
@@ -157,11 +156,6 @@ def test_a_feed_is_followed_until_the_monitor_is_closed() -> None:
         assert feed.subscribers == 1
     assert feed.subscribers == 0
     monitor.close()
-    named = Calls()
-    with named.monitor(feed=feed, name_of=lambda source: source.worker_id.upper()):
-        feed.on_add(Source("w1"))
-        feed.on_remove(Source("w1"))
-    assert named.words == ["W1", "all"]
 
 
 def test_a_group_s_members_are_replicas(ranks: Ranks) -> None:

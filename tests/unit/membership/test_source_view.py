@@ -52,7 +52,7 @@ def test_the_same_record_again_is_no_news(view: SourceView) -> None:
 def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[str, object]) -> None:
     other = replace(A, **words)  # type: ignore[arg-type]  # one field of each kind
     assert pairs(view.take_batch(batch(put_event(other)))) == [("update", other)]
-    assert view.get("a") == other
+    assert view.sources == (other,)
 
 
 @pytest.mark.parametrize(

@@ -433,13 +433,13 @@ def test_a_stop_ends_the_waiting(front: StoreInFront) -> None:
 async def test_an_event_loop_waits_without_being_blocked(front: StoreInFront, store: Store) -> None:
     watcher = SourceWatcher(front)
     async with watcher:
-        waiting = asyncio.ensure_future(watcher.wait_for_async(1, MINUTE))
+        waiting = asyncio.ensure_future(asyncio.to_thread(watcher.wait_for, 1, MINUTE))
         await asyncio.sleep(0)  # the loop turns on
         publish(store, "a")
         assert [source.worker_id for source in await waiting] == ["a"]
         with pytest.raises(DeadlineExceededError):
-            await watcher.wait_for_async(2, 0.01)
-        waiting = asyncio.ensure_future(watcher.wait_for_async(2, MINUTE))
+            await asyncio.to_thread(watcher.wait_for, 2, 0.01)
+        waiting = asyncio.ensure_future(asyncio.to_thread(watcher.wait_for, 2, MINUTE))
         await asyncio.to_thread(watcher.stop)
         with pytest.raises(ConfigError, match="stopped"):
             await waiting
