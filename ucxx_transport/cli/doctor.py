@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import median
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from ucxx_transport import __version__
-from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.cli.program import installed_version
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
@@ -26,6 +26,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
+from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
@@ -36,6 +37,7 @@ from ucxx_transport.units import format_bytes, format_duration
 Verdict = Literal["ok", "note", "warning", "failure"]
 """Good to know; something will hurt; the transport cannot work."""
 
+_UNLIMITED: Final = "unlimited"
 _PAYLOAD_BYTES: Final = 1 << 20
 _READS: Final = 32
 _PROBE_LIMIT_S: Final = 30.0
@@ -75,7 +77,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
-    logs_to_stderr("error")
+    log_to_stderr("doctor", "ERROR")
     findings = []
     for finding in _findings(loopback=loopback):
         findings.append(finding)
@@ -137,14 +139,12 @@ def _ucx_findings() -> Iterator[Finding]:
     probe = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_LIMIT_S, check=True)
-        facts = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         yield _does_not_start(f"no answer within {_PROBE_LIMIT_S:g} s")
     except subprocess.CalledProcessError as error:
         yield _does_not_start((error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1])
-    except (ValueError, IndexError) as error:
-        yield _does_not_start(f"its answer makes no sense: {error}")
     else:
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
         yield Finding("ucx", "version", f"{facts['version']} at {facts['library']}")
         yield from transport_findings(facts, rdma_devices=rdma_devices(), environment=os.environ)
     for name, value in sorted(os.environ.items()):
@@ -235,13 +235,12 @@ def _host_findings() -> Iterator[Finding]:
     yield _shared_memory()
     yield memory_limit_finding(memory_limit())
     yield segments_finding(list_segments())
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft != resource.RLIM_INFINITY and soft < _FEW_DESCRIPTORS
+    soft, hard = (_limit(one, str) for one in resource.getrlimit(resource.RLIMIT_NOFILE))
+    few = soft.isdecimal() and int(soft) < _FEW_DESCRIPTORS
     remedy = "each connection takes one: ulimit -n 65536 for a server of many trainers" if few else ""
-    yield Finding.judged("host", "open files", f"{_limit(soft)} (at most {_limit(hard)})", "note", remedy)
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    locked = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
-    matters = rdma_devices() and soft != resource.RLIM_INFINITY
+    yield Finding.judged("host", "open files", f"{soft} (at most {hard})", "note", remedy)
+    locked = _limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], format_bytes)
+    matters = rdma_devices() and locked != _UNLIMITED
     remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
     yield Finding.judged("host", "locked memory", locked, "warning", remedy)
     yield Finding("host", "cores", str(len(os.sched_getaffinity(0))))
@@ -249,8 +248,8 @@ def _host_findings() -> Iterator[Finding]:
     yield Finding("host", "host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
 
 
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+def _limit(value: int, words: Callable[[int], str]) -> str:
+    return _UNLIMITED if value == resource.RLIM_INFINITY else words(value)
 
 
 def _shared_memory() -> Finding:

@@ -1,12 +1,5 @@
 """The policy of a batch: which outputs are episodes of ours, which are worth fetching, and what a failed fetch means.
 
-| a rollout's output                                          | is                               |
-|-------------------------------------------------------------|----------------------------------|
-| `EpisodeRecord`, or its `to_dict()`                         | ours                             |
-| `SlotRef`                                                   | ours: only its place is known    |
-| a dict that claims to be a record                           | ours, and malformed              |
-| anything else                                               | not ours: passes through         |
-
 | episode                                                     | becomes                          |
 |-------------------------------------------------------------|----------------------------------|
 | a record that cannot be read                                | lost: `malformed`                |
@@ -26,8 +19,6 @@
 
 What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is discarded too, unless
 `discard_lost` is off.
-
-No I/O and no clock: times come in as arguments.
 """
 
 from __future__ import annotations
@@ -142,7 +133,7 @@ def loss_of(wanted: Wanted, error: TransportError) -> Loss:
 
 
 def is_ours(output: object) -> bool:
-    """Whether `output` refers to an episode of a ring."""
+    """Whether `output` refers to an episode: a record, what its `to_dict()` gave or claims to be that, a `SlotRef`."""
     return isinstance(output, (EpisodeRecord, SlotRef)) or is_episode_record(output)
 
 
