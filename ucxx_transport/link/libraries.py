@@ -39,60 +39,49 @@ PREFER_SYSTEM: Final = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
 _FILE: Final = re.compile(r"libuc[mpst]\.so(\.\d+)*")
 
 
-def check_loadable() -> None:
-    """Refuse to load UCX beside another one, or one that ucxx cannot use. Call it before ucxx is imported.
+def check_loaded() -> None:
+    """Refuse two UCX in one process, and one that is too old. Call it before ucxx is imported, and again after that.
 
     Raises:
         ConfigError: names both files, or the file and its version.
         OSError: there is none that can be loaded.
     """
     own = _wheel_folder()
-    if own is None or os.environ.get(PREFER_SYSTEM, "false").lower() != "false":
-        if own is not None and library_in_use() is None:
+    if own is not None and os.environ.get(PREFER_SYSTEM, "false").lower() != "false":
+        if library_in_use() is None:
             importlib.import_module("libucx").load_library()  # as ucxx does; it initialises nothing
-        check_loaded()
-        return
-    files = {file.resolve() for file in own.iterdir()}  # an installer may have made links of them
-    other = [file for file in _loaded_files() if file not in files]
-    if other:
-        remedy = f"; or let ucxx use that one, if it is {_words(OLDEST)} or later, by {PREFER_SYSTEM}=true"
-        raise _two_libraries(other[0], own / "libucp.so", remedy)
-
-
-def check_loaded() -> None:
-    """Refuse a UCX that was put together from two, or is too old. Call it before a context is made.
-
-    Raises:
-        ConfigError: names a file of each, or the file and its version.
-    """
-    by_folder = {file.parent: file for file in _loaded_files()}
-    if len(by_folder) > 1:
-        one, other, *_ = by_folder.values()
-        raise _two_libraries(one, other)
+        own = None
+    loaded = _loaded_files()
+    if own is not None:
+        expected = [file.resolve() for file in own.iterdir()]  # an installer may have made links of them
+    else:
+        expected = [file for file in loaded if file.parent == loaded[0].parent]
+    other = next((file for file in loaded if file not in expected), None)
+    oldest = _words(OLDEST)
+    if other is not None:
+        words = (
+            f"two UCX libraries in one process: {other} is loaded, and ucxx uses {own or expected[0].parent}. Remove "
+        )
+        words += "one of them (an import, LD_PRELOAD, LD_LIBRARY_PATH), or move it to another process"
+        remedy = f"; or let ucxx use that one, if it is {oldest} or later, by {PREFER_SYSTEM}=true"
+        raise ConfigError(words + remedy if own is not None else words)
     try:
         ask = loaded_library("libucp.so").ucp_get_version
     except (OSError, AttributeError):
-        return  # not to be asked
+        return  # not loaded yet, or not to be asked
     parts = [ctypes.c_uint() for _ in range(3)]
     ask(*map(ctypes.byref, parts))
     version = tuple(part.value for part in parts)
     if version < OLDEST:
         raise ConfigError(
-            f"{library_in_use()} is UCX {_words(version)}, and ucxx needs {_words(OLDEST)} or later: install a later "
-            f"one, or unset {PREFER_SYSTEM} to use the wheel's"
+            f"{library_in_use()} is UCX {_words(version)}, and ucxx needs {oldest} or later: install a later one, or "
+            f"unset {PREFER_SYSTEM} to use the wheel's"
         )
 
 
 def library_in_use() -> Path | None:
     """The file of `libucp` that this process has loaded; None before that."""
     return next((file for file in _loaded_files() if file.name.startswith("libucp")), None)
-
-
-def _two_libraries(one: Path, other: Path, remedy: str = "") -> ConfigError:
-    return ConfigError(
-        f"two UCX libraries in one process: {one} is loaded, and ucxx needs {other}. Remove one of them (an import, "
-        f"LD_PRELOAD, LD_LIBRARY_PATH), or move it to another process{remedy}"
-    )
 
 
 def _wheel_folder() -> Path | None:

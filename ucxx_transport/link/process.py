@@ -81,7 +81,7 @@ def check_not_forked() -> None:
 
 
 def link_opened(link: Any) -> None:
-    """Keep the link until `link_closed`."""
+    """Keep the link until `link_closed`. In a forked child it is the reactor that forgets it."""
     _pids_that_used_ucx.add(os.getpid())
     _links.add(link)
 
@@ -111,8 +111,6 @@ def _close_all() -> None:
 def _in_forked_child() -> None:
     for thing in (*_links, *_leaked):
         _never_free(thing)
-    for link in _links:
-        link.forget()
 
 
 def _never_free(thing: object) -> None:

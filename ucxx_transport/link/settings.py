@@ -64,32 +64,24 @@ def rdma_devices(sysfs: Path = RDMA_FOLDER) -> list[str]:
 
 
 def context_settings(
-    *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, object], environment: Mapping[str, str]
+    *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """What to give to the context, names without the `UCX_` prefix.
+    """What to give to the context; names are without the `UCX_` prefix.
 
     Args:
         shm_lanes: let same-host connections use shared memory instead of TCP; needed on both sides.
         rdma: whether this host has a device for it.
-        ucx: the configuration's own settings, with or without the prefix.
+        ucx: the configuration's own settings.
         environment: the process's; what it sets is left out of the result, for UCX reads it there by itself.
-
-    Raises:
-        ConfigError: a value that is not a string.
     """
-    merged: dict[str, str] = dict(TUNED)
-    if not rdma:
-        merged.update(WITHOUT_RDMA)
-    if shm_lanes:
-        merged.update(SHM_LANES)
-    for name, value in ucx.items():
-        if not isinstance(value, str):
-            raise ConfigError("ucx settings are strings, such as {'TLS': 'tcp'}", name=name, value=value)
-        merged[name.removeprefix("UCX_")] = value
+    merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else {}), **ucx}
     users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
     if users_rx and merged["TCP_TX_SEG_SIZE"] == TUNED["TCP_TX_SEG_SIZE"]:
         del merged["TCP_TX_SEG_SIZE"]  # UCX refuses one larger than the receive segment, as ours may be now
-    return {name: value for name, value in merged.items() if not _set_by_user(name, environment)}
+    for name in tuple(merged):
+        if f"UCX_{name}" in environment or f"UCX_{_INHERITED_FROM.get(name, name)}" in environment:
+            del merged[name]
+    return merged
 
 
 _RESOURCE: Final = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flags\s+\S+\s+(\S+)/(\S+)")
@@ -166,7 +158,3 @@ def _is_free(address: str, port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:
-    return f"UCX_{name}" in environment or f"UCX_{_INHERITED_FROM.get(name, name)}" in environment

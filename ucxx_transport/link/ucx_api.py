@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.link.base import LostReason, lost
-from ucxx_transport.link.libraries import check_loadable, check_loaded, library_in_use
+from ucxx_transport.link.libraries import check_loaded, library_in_use
 
 _MEANINGS: Final[dict[LostReason | Literal["busy", "config"], str]] = {
     "truncated": "MessageTruncated",
@@ -115,7 +115,7 @@ def _import_binding() -> Binding:
     before = {name for name in os.environ if name.startswith("UCX")}
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # UCX logs to stdout, and reads this once, when it is loaded
     try:
-        check_loadable()
+        check_loaded()
         lib = importlib.import_module("ucxx._lib.libucxx")
         arr = importlib.import_module("ucxx._lib.arr")
     except ModuleNotFoundError as exc:

@@ -58,7 +58,7 @@ def test_another_ucx_that_was_loaded_first_is_named_with_the_one_that_ucxx_needs
     said = opened(old / "libucp.so")
     assert said.startswith("two UCX libraries in one process")
     assert str(old / "libucp.so") in said
-    assert str(WHEEL / "libucp.so") in said
+    assert str(WHEEL) in said
 
 
 def test_ucx_of_the_wheel_may_be_loaded_before() -> None:
