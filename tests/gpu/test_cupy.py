@@ -16,8 +16,7 @@ import pytest
 from tests.support.waiting import wait_until
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.gpu import page_lock
-from ucxx_transport.gpu.cupy import CupyPageLocking, has_dtype
+from ucxx_transport.gpu.cupy import CupyRuntime, has_dtype
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -88,11 +87,11 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert is_page_locked(cupy, mapping)
         assert is_page_locked(cupy, mapping[-64:])
     assert not is_page_locked(cupy, mapping)
-    locking = CupyPageLocking(cupy, 0)
-    unlock = page_lock(mapping, locking, what="", remedy="")
-    assert locking.host_register(mapping.__array_interface__["data"][0], mapping.nbytes) == 712
+    runtime = CupyRuntime(cupy)
+    unlock = runtime.page_lock(mapping, 0, what="", remedy="")
+    assert runtime.call(0, "HostRegister", mapping.__array_interface__["data"][0], mapping.nbytes, 1) == 712
     unlock()
-    assert "error 712" in locking.error_words(712)
+    assert "error 712" in runtime.error_words(712)
 
 
 @pytest.mark.parametrize("own_stream", [False, True])

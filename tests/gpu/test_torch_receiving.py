@@ -14,8 +14,7 @@ from tests.support.served_ring import served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.gpu import page_lock
-from ucxx_transport.gpu.torch import TorchPageLocking, TorchReceiver
+from ucxx_transport.gpu.torch import TorchReceiver, TorchRuntime
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.trainer import RolloutFeed
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -105,15 +104,15 @@ def feed_in_place(ring: SharedRingBuffer) -> Iterator[RolloutFeed]:
 def test_a_ring_of_this_host_is_page_locked_once_and_unlocked_with_the_feed(torch: Any, ring: SharedRingBuffer) -> None:
     attached: list[Any] = []
 
-    class Noting(TorchPageLocking):
-        def host_register(self, address: int, nbytes: int) -> int:
-            status = super().host_register(address, nbytes)
-            if nbytes == ring.mapping.nbytes:
-                attached.append((address, status))
+    class Noting(TorchRuntime):
+        def call(self, device: int, function: str, *arguments: int) -> int:
+            status = super().call(device, function, *arguments)
+            if function == "HostRegister" and arguments[1] == ring.mapping.nbytes:
+                attached.append((arguments[0], status))
             return status
 
     receiver = TorchReceiver("cuda", None)
-    receiver.page_locking = lambda: Noting(torch, torch.cuda.current_device())  # type: ignore[method-assign]
+    receiver.runtime = Noting(torch)
     with RolloutFeed(device=receiver) as feed:
         wait_until(lambda: feed.resolve(ring.write(numbered(0, 10))) and "view" in feed.client_statistics().ways, 60)
         for number in range(20):
@@ -121,7 +120,7 @@ def test_a_ring_of_this_host_is_page_locked_once_and_unlocked_with_the_feed(torc
         assert [status for _, status in attached] == [0]
         assert feed.statistics().unlocked_rings == 0
     # the pages of the writer's own mapping were never locked, and may be
-    page_lock(ring.mapping, TorchPageLocking(torch, 0), what="", remedy="")()
+    TorchRuntime(torch).page_lock(ring.mapping, 0, what="", remedy="")()
 
 
 @pytest.mark.usefixtures("torch")

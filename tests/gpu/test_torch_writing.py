@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ucxx_transport import ConfigError, Schema, SharedRingBuffer, SlotState, TensorSpec
-from ucxx_transport.gpu import page_lock, runtime_of
-from ucxx_transport.gpu.torch import TorchPageLocking
+from ucxx_transport.gpu import runtime_of
+from ucxx_transport.gpu.torch import TorchRuntime
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.worker import TrajectoryWriter
@@ -92,19 +92,19 @@ def test_the_ring_is_really_page_locked_and_is_no_more_once_the_writer_is_closed
         assert torch.from_numpy(mapping[-64:]).is_pinned()
     assert not torch.from_numpy(mapping).is_pinned()
     # and the pages may be locked again
-    page_lock(mapping, TorchPageLocking(torch, 0), what="", remedy="")()
+    TorchRuntime(torch).page_lock(mapping, 0, what="", remedy="")()
 
 
 def test_memory_that_is_locked_twice_breaks_no_kernel_that_comes_later(torch: Any) -> None:
-    locking = TorchPageLocking(torch, 0)
+    runtime = TorchRuntime(torch)
     memory = np.zeros(1 << 20, np.uint8)
-    unlock = page_lock(memory, locking, what="", remedy="")
-    assert locking.host_register(memory.ctypes.data, memory.nbytes) == 712
+    unlock = runtime.page_lock(memory, 0, what="", remedy="")
+    assert runtime.call(0, "HostRegister", memory.ctypes.data, memory.nbytes, 1) == 712
     assert torch.ones(8, device="cuda").sum().item() == 8
     unlock()
-    assert locking.host_unregister(memory.ctypes.data) == 713
+    assert runtime.call(0, "HostUnregister", memory.ctypes.data) == 713
     assert torch.ones(8, device="cuda").sum().item() == 8
-    assert "error 713" in locking.error_words(713)
+    assert "error 713" in runtime.error_words(713)
 
 
 @pytest.mark.parametrize("own_stream", [False, True])

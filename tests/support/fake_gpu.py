@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ucxx_transport.gpu import DeviceArray, LeafRuntime, PageLocking, Receiver, Upload
+from ucxx_transport.gpu import DeviceArray, Receiver, Runtime, Upload
 from ucxx_transport.gpu.runtime import Bytes
 from ucxx_transport.schema.tensor_spec import DType
 from ucxx_transport.schema.tensors import Array
 
-__all__ = ["POISON", "FakeArray", "FakeGpu", "FakeLeaves", "FakeReceiver", "FakeUpload"]
+__all__ = ["POISON", "FakeArray", "FakeGpu", "FakeReceiver", "FakeRuntime", "FakeUpload"]
 
 PORTABLE = 1
 """`cudaHostRegisterPortable`."""
@@ -98,49 +98,34 @@ class FakeArray:
         return self._values
 
 
-class FakePageLocking(PageLocking):
-    """See `PageLocking`."""
-
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu = gpu
-
-    def call(self, function: str, *arguments: int) -> int:
-        if function == "HostRegister":
-            return self._register(*arguments)
-        (address,) = arguments
-        nbytes = self._gpu.registered.pop(address)
-        mapped = "mapped" if _is_mapped(address, nbytes) else "unmapped"
-        self._gpu.log.append(f"unregister {nbytes} {mapped}")
-        return self._gpu.unregister_status
-
-    def error_words(self, status: int) -> str:
-        return f"the GPU's words (error {status})"
-
-    def _register(self, address: int, nbytes: int, flags: int) -> int:
-        assert flags == PORTABLE
-        self._gpu.on_register(nbytes)
-        if self._gpu.refuse or nbytes > self._gpu.lockable:
-            return self._gpu.refuse or 2
-        self._gpu.log.append(f"register {nbytes}")
-        self._gpu.registered[address] = nbytes
-        return 0
-
-
-class FakeLeaves(LeafRuntime):
-    """See `LeafRuntime`.
+class FakeRuntime(Runtime):
+    """See `Runtime`.
 
     Attributes:
         fail_at: which copy of those begun fails, counted from 0; None: none.
     """
 
     def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__(np)
         self.gpu = gpu
-        self.library = np
         self.fail_at: int | None = None
 
-    def __call__(self, leaf: object, field: str) -> FakeLeaves:
+    def __call__(self, leaf: object, field: str) -> FakeRuntime:
         del leaf, field
         return self
+
+    def call(self, device: int, function: str, *arguments: int) -> int:
+        del device
+        if function == "HostRegister":
+            return self._register(*arguments)
+        (address,) = arguments
+        nbytes = self.gpu.registered.pop(address)
+        mapped = "mapped" if _is_mapped(address, nbytes) else "unmapped"
+        self.gpu.log.append(f"unregister {nbytes} {mapped}")
+        return self.gpu.unregister_status
+
+    def error_words(self, status: int) -> str:
+        return f"the GPU's words (error {status})"
 
     def seen(self, leaf: Any) -> Array:
         if not isinstance(leaf, FakeArray):
@@ -185,9 +170,14 @@ class FakeLeaves(LeafRuntime):
         copied: Array = array.array.copy()
         return copied
 
-    def page_locking(self, device: int) -> PageLocking:
-        del device
-        return FakePageLocking(self.gpu)
+    def _register(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == PORTABLE
+        self.gpu.on_register(nbytes)
+        if self.gpu.refuse or nbytes > self.gpu.lockable:
+            return self.gpu.refuse or 2
+        self.gpu.log.append(f"register {nbytes}")
+        self.gpu.registered[address] = nbytes
+        return 0
 
     def _array(self, values: Array, device: int) -> DeviceArray:
         return DeviceArray(runtime=self, array=values, shape=values.shape, dtype=values.dtype, device=device)
@@ -198,18 +188,17 @@ class FakeReceiver(Receiver):
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
+        self.runtime = FakeRuntime(gpu)
+        self.device = 0
         self.name = "fake:0"
         self.out_of_memory = MemoryError
-
-    def page_locking(self) -> PageLocking:
-        return FakePageLocking(self.gpu)
 
     def begin(self, source: Bytes) -> Upload:
         self.gpu.log.append(f"upload {source.nbytes}")
         assert self.gpu.is_page_locked(source), "a copy from pageable memory"
         upload = FakeUpload(self.gpu, source)
         self.gpu.uploads.append(upload)
-        return upload
+        return Upload(lambda: upload.done, upload.wait, upload.ready, upload.view)
 
 
 class FakeUpload:
@@ -220,11 +209,7 @@ class FakeUpload:
         # the address alone, as a GPU has it: what holds the source is the caller's business
         self._source = (source.__array_interface__["data"][0], source.nbytes)
         self._memory = np.full(source.nbytes, POISON, np.uint8)
-        self._landed = False
-
-    @property
-    def done(self) -> bool:
-        return self._landed
+        self.done = False
 
     def wait(self) -> None:
         self._gpu.log.append("wait upload")
@@ -239,11 +224,11 @@ class FakeUpload:
 
     def upload(self) -> None:
         address, nbytes = self._source
-        if nbytes and not self._landed:
+        if nbytes and not self.done:
             source = np.asarray(_Raw(address, nbytes))
             assert self._gpu.is_page_locked(source), "its source was unlocked under the copy"
             self._memory[:] = source
-        self._landed = True
+        self.done = True
 
 
 class _Raw:

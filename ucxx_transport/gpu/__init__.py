@@ -32,25 +32,23 @@ from functools import cache
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import DeviceArray, LeafRuntime, PageLockError, PageLocking, Receiver, Upload, page_lock
+from ucxx_transport.gpu.runtime import DeviceArray, PageLockError, Receiver, Runtime, Upload
 from ucxx_transport.schema.tensors import Array, as_array, is_on_device
 from ucxx_transport.schema.wire_form import describe
 
 __all__ = [
     "DeviceArray",
-    "LeafRuntime",
     "PageLockError",
-    "PageLocking",
     "Receiver",
+    "Runtime",
     "RuntimeFinder",
     "Upload",
     "on_host",
-    "page_lock",
     "receiver_for",
     "runtime_of",
 ]
 
-RuntimeFinder: TypeAlias = Callable[[object, str], LeafRuntime]
+RuntimeFinder: TypeAlias = Callable[[object, str], Runtime]
 """Gives what can work with a leaf on a GPU, of the field named."""
 
 _BY_DLPACK: Final = ("torch", "cupy")
@@ -60,7 +58,7 @@ _BY_INTERFACE: Final = ("cupy", "torch")
 """cupy first: it waits for the stream that the interface names by itself."""
 
 
-def runtime_of(leaf: object, field: str) -> LeafRuntime:
+def runtime_of(leaf: object, field: str) -> Runtime:
     """The library that works with a leaf on a GPU: its own, else one that this process has, else one installed.
 
     Raises:
@@ -73,18 +71,18 @@ def runtime_of(leaf: object, field: str) -> LeafRuntime:
         own = type(leaf).__module__.partition(".")[0]
         if own not in _BY_DLPACK:
             own = _library_for(leaf, field)
-    return _leaves_of(own)
+    return _runtime(own)
 
 
 @cache
-def _leaves_of(library: str) -> LeafRuntime:
+def _runtime(library: str) -> Runtime:
     if library == "torch":
-        from ucxx_transport.gpu.torch import TorchLeaves
+        from ucxx_transport.gpu.torch import TorchRuntime, import_torch
 
-        return TorchLeaves()
-    from ucxx_transport.gpu.cupy import CupyLeaves
+        return TorchRuntime(import_torch("cuda"))
+    from ucxx_transport.gpu.cupy import CupyRuntime, import_cupy
 
-    return CupyLeaves()
+    return CupyRuntime(import_cupy("an array on a GPU"))
 
 
 def _library_for(leaf: object, field: str) -> str:

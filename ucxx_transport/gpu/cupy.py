@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, LeafRuntime, PageLocking, Receiver, Upload, check_index
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
 from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
 
 if TYPE_CHECKING:
@@ -53,33 +53,22 @@ def has_dtype(cupy: Any, dtype: DType) -> bool:
     return True
 
 
-class CupyPageLocking(PageLocking):
-    """By cupy's binding of CUDA."""
+class CupyRuntime(Runtime):
+    """cupy's own arrays are ordered by the thread's current stream of cupy on their device."""
 
-    def __init__(self, cupy: Any, device: int) -> None:
-        self._cupy = cupy
-        self._device = device
+    remedy = ", or install torch"
 
-    def call(self, function: str, *arguments: int) -> int:
-        runtime = self._cupy.cuda.runtime
+    def call(self, device: int, function: str, *arguments: int) -> int:
+        runtime = self.library.cuda.runtime
         try:
-            with self._cupy.cuda.Device(self._device):
+            with self.library.cuda.Device(device):
                 getattr(runtime, function[0].lower() + function[1:])(*arguments)
         except runtime.CUDARuntimeError as error:  # cupy has cleared CUDA's last error already
             return int(error.status)
         return 0
 
     def error_words(self, status: int) -> str:
-        return f"{self._cupy.cuda.runtime.CUDARuntimeError(status)} (error {status})"
-
-
-class CupyLeaves(LeafRuntime):
-    """cupy's own arrays are ordered by the thread's current stream of cupy on their device."""
-
-    remedy = ", or install torch"
-
-    def __init__(self) -> None:
-        self.library = import_cupy("an array on a GPU")
+        return f"{self.library.cuda.runtime.CUDARuntimeError(status)} (error {status})"
 
     def seen(self, leaf: Any) -> Any:
         cupy = self.library
@@ -144,9 +133,6 @@ class CupyLeaves(LeafRuntime):
             host: Array = self.library.asnumpy(array.array)
         return host
 
-    def page_locking(self, device: int) -> PageLocking:
-        return CupyPageLocking(self.library, device)
-
 
 _PER_THREAD_STREAM: Final = 2
 """`cudaStreamPerThread`: another stream in every thread that names it."""
@@ -173,34 +159,49 @@ class CupyReceiver(Receiver):
                 "out for numpy arrays",
                 field="device",
             )
-        self._cupy = cupy
-        self._device = check_index(device, index, count, runtime.getDevice)
-        with cupy.cuda.Device(self._device):
+        self.runtime = CupyRuntime(cupy)
+        self.device = check_index(device, index, count, runtime.getDevice)
+        self.name = f"cupy:{self.device}"
+        self.out_of_memory = cupy.cuda.memory.OutOfMemoryError
+        with cupy.cuda.Device(self.device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._lock = threading.Lock()
         # A loan may end in any thread, inside any lock: its finaliser only appends here, which is atomic.
         self._returned: deque[tuple[Any, list[Any]]] = deque()
         self._waiting: list[tuple[Any, list[Any]]] = []
-        self.name = f"cupy:{self._device}"
-        self.out_of_memory = cupy.cuda.memory.OutOfMemoryError
-
-    def page_locking(self) -> PageLocking:
-        return CupyPageLocking(self._cupy, self._device)
 
     def begin(self, source: Bytes) -> Upload:
-        cupy = self._cupy
+        cupy, device, nbytes = self.runtime.library, self.device, source.nbytes
         runtime = cupy.cuda.runtime
-        with cupy.cuda.Device(self._device), self._stream:
+        with cupy.cuda.Device(device), self._stream:
             self._release_unread()
-            memory = cupy.cuda.alloc(max(1, source.nbytes))
-            if source.nbytes:
+            memory = cupy.cuda.alloc(max(1, nbytes))
+            if nbytes:
                 address = source.__array_interface__["data"][0]
-                runtime.memcpyAsync(memory.ptr, address, source.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+                runtime.memcpyAsync(memory.ptr, address, nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
             event = cupy.cuda.Event(disable_timing=True)
             event.record(self._stream)
         loan = _Loan(memory)
         weakref.finalize(loan, self._returned.append, (memory, loan.streams)).atexit = False
-        return _CupyUpload(cupy, self._device, loan, source.nbytes, event)
+
+        def ready() -> None:
+            with cupy.cuda.Device(device):
+                stream = cupy.cuda.get_current_stream()
+                stream.wait_event(event)
+                if stream not in loan.streams:
+                    loan.streams.append(stream)
+
+        def view(offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+            if not has_dtype(cupy, dtype):
+                raise ConfigError(
+                    f"cupy {cupy.__version__} has no {dtype.name}; receive such payloads with device='cuda:{device}' "
+                    "(torch tensors) or device='numpy'",
+                    field="device",
+                )
+            lent = cupy.cuda.UnownedMemory(memory.ptr, max(1, nbytes), loan, device)
+            return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(lent, offset))
+
+        return Upload(lambda: bool(event.done), event.synchronize, ready, view)
 
     def _release_unread(self) -> None:
         """Free the memory whose arrays are gone and which no stream reads any more. The device must be the current."""
@@ -211,7 +212,7 @@ class CupyReceiver(Receiver):
             self._waiting = [entry for entry in self._waiting if not all(event.done for event in entry[1])]
 
     def _passed(self, stream: Any) -> Any:
-        cuda = self._cupy.cuda
+        cuda = self.runtime.library.cuda
         event = cuda.Event(disable_timing=True)
         # nothing can be recorded on another thread's own stream; the default stream's events come after all of those
         event.record(cuda.Stream.null if stream.ptr == _PER_THREAD_STREAM else stream)
@@ -226,40 +227,3 @@ class _Loan:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.streams: list[Any] = []
-
-
-class _CupyUpload:
-    """See `Upload`."""
-
-    __slots__ = ("_cupy", "_device", "_event", "_loan", "_nbytes", "wait")
-
-    def __init__(self, cupy: Any, device: int, loan: _Loan, nbytes: int, event: Any) -> None:
-        self._cupy = cupy
-        self._device = device
-        self._loan = loan
-        self._nbytes = nbytes
-        self._event = event
-        self.wait = event.synchronize
-
-    @property
-    def done(self) -> bool:
-        return bool(self._event.done)
-
-    def ready(self) -> None:
-        with self._cupy.cuda.Device(self._device):
-            stream = self._cupy.cuda.get_current_stream()
-            stream.wait_event(self._event)
-            if stream not in self._loan.streams:
-                self._loan.streams.append(stream)
-
-    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        cupy = self._cupy
-        if not has_dtype(cupy, dtype):
-            raise ConfigError(
-                f"cupy {cupy.__version__} has no {dtype.name}; receive such payloads with device='cuda:{self._device}' "
-                "(torch tensors) or device='numpy'",
-                field="device",
-            )
-        loan = self._loan
-        memory = cupy.cuda.UnownedMemory(loan.memory.ptr, max(1, self._nbytes), loan, self._device)
-        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, offset))

@@ -17,7 +17,7 @@ import resource
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,72 +46,8 @@ _PORTABLE: Final = 1
 _NOTHING_LEFT_TO_DO: Final = frozenset({SUCCESS, CUDART_UNLOADING, NOT_REGISTERED})
 
 
-class PageLocking(ABC):
-    """Page-locking for the copies of one device, by CUDA's functions. Statuses are CUDA's numbers, 0 for success."""
-
-    def host_register(self, address: int, nbytes: int) -> int:
-        """`cudaHostRegister`, portable: for all devices of the process."""
-        return self.call("HostRegister", address, nbytes, _PORTABLE)
-
-    def host_unregister(self, address: int) -> int:
-        """`cudaHostUnregister` of what begins at `address`."""
-        return self.call("HostUnregister", address)
-
-    @abstractmethod
-    def call(self, function: str, *arguments: int) -> int:
-        """A function of CUDA's, in the context of that device alone: any other would be given one by the call."""
-
-    @abstractmethod
-    def error_words(self, status: int) -> str:
-        """CUDA's words for a status."""
-
-
 class PageLockError(ConfigError):
     """Memory could not be page-locked for CUDA; the message says why and what to do."""
-
-
-def page_lock(memory: Bytes, locking: PageLocking, *, what: str, remedy: str) -> Callable[[], object]:
-    """Lock the pages of `memory` for as long as this very array lives.
-
-    Args:
-        memory: contiguous; not a view that is dropped before the memory is.
-        locking: CUDA's functions.
-        what: what the memory is, for the error.
-        remedy: what makes it smaller, for the error.
-
-    Returns:
-        What unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
-
-    Raises:
-        PageLockError: CUDA refuses.
-    """
-    address: int = memory.__array_interface__["data"][0]
-    status = locking.host_register(address, memory.nbytes)
-    if status == ALREADY_REGISTERED:
-        return lambda: None
-    if status != SUCCESS:
-        raise PageLockError(
-            f"{what} of {memory.nbytes} bytes cannot be page-locked for CUDA: {locking.error_words(status)}. Allow the "
-            f"process more locked memory ({_limit()}; docker: --ulimit memlock=-1) and the container more memory, "
-            f"or {remedy}",
-            field="device",
-            status=status,
-            needed_bytes=memory.nbytes,
-        )
-    return weakref.finalize(memory, _unregister, locking, address, os.getpid())
-
-
-def _unregister(locking: PageLocking, address: int, pid: int) -> None:
-    if os.getpid() != pid:
-        return  # a forked child's copy: the registration is its parent's
-    status = locking.host_unregister(address)
-    if status not in _NOTHING_LEFT_TO_DO:
-        _log.warning("page_unlock_failed", status=status, reason=locking.error_words(status))
-
-
-def _limit() -> str:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "ulimit -l is unlimited" if soft == resource.RLIM_INFINITY else f"ulimit -l is {soft >> 10} KiB"
 
 
 class DeviceArray(NamedTuple):
@@ -120,23 +56,74 @@ class DeviceArray(NamedTuple):
     A tuple since one is made of each leaf, which a frozen dataclass takes 3 µs for.
     """
 
-    runtime: LeafRuntime
+    runtime: Runtime
     array: Any
     shape: tuple[int, ...]
     dtype: DType
     device: int
 
 
-class LeafRuntime(ABC):
-    """Takes arrays on GPUs to the host. Everything is ordered by the calling thread's current streams.
+class Runtime(ABC):
+    """CUDA by way of one library. Copies to the host are ordered by the calling thread's current streams.
 
     Attributes:
         library: torch, or cupy.
         remedy: what else helps where it cannot take an array.
     """
 
-    library: Any
     remedy = ""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    @abstractmethod
+    def call(self, device: int, function: str, *arguments: int) -> int:
+        """A function of CUDA's, in the context of that device alone: any other would be given one by the call.
+
+        Returns:
+            Its status, 0 for success.
+        """
+
+    @abstractmethod
+    def error_words(self, status: int) -> str:
+        """CUDA's words for a status."""
+
+    def page_lock(self, memory: Bytes, device: int, *, what: str, remedy: str) -> Callable[[], object]:
+        """Lock the pages of `memory`, for copies to and from `device`, for as long as this very array lives.
+
+        Args:
+            memory: contiguous; not a view that is dropped before the memory is.
+            device: the number of the GPU.
+            what: what the memory is, for the error.
+            remedy: what makes it smaller, for the error.
+
+        Returns:
+            What unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
+
+        Raises:
+            PageLockError: CUDA refuses.
+        """
+        address: int = memory.__array_interface__["data"][0]
+        status = self.call(device, "HostRegister", address, memory.nbytes, _PORTABLE)
+        if status == ALREADY_REGISTERED:
+            return lambda: None
+        if status != SUCCESS:
+            raise PageLockError(
+                f"{what} of {memory.nbytes} bytes cannot be page-locked for CUDA: {self.error_words(status)}. Allow "
+                f"the process more locked memory ({_limit()}; docker: --ulimit memlock=-1) and the container more "
+                f"memory, or {remedy}",
+                field="device",
+                status=status,
+                needed_bytes=memory.nbytes,
+            )
+        return weakref.finalize(memory, self._unregister, device, address, os.getpid())
+
+    def _unregister(self, device: int, address: int, pid: int) -> None:
+        if os.getpid() != pid:
+            return  # a forked child's copy: the registration is its parent's
+        status = self.call(device, "HostUnregister", address)
+        if status not in _NOTHING_LEFT_TO_DO:
+            _log.warning("page_unlock_failed", status=status, reason=self.error_words(status))
 
     def adopt(self, leaf: object, field: str) -> DeviceArray:
         """A leaf as an array of this library, without a copy; the current stream waits for who produces it.
@@ -190,42 +177,38 @@ class LeafRuntime(ABC):
     def to_host(self, array: DeviceArray) -> Array:
         """A copy in ordinary memory; for a few bytes."""
 
-    @abstractmethod
-    def page_locking(self, device: int) -> PageLocking:
-        """What locks the memory that arrays of `device` are copied to."""
 
+class Upload(NamedTuple):
+    """A payload's bytes on a device, or on their way there. Dropped, its memory is used again only in its turn.
 
-class Upload(Protocol):
-    """A payload's bytes on a device, or on their way there. Dropped, its memory is used again only in its turn."""
+    Attributes:
+        done: whether the copy has ended: its source may be used again.
+        wait: waits on the host until it has.
+        ready: lets the calling thread's current stream wait for the copy, and the memory for that stream.
+        view: an array of that shape and dtype over the bytes from an offset on; a ConfigError where the library has no
+            such dtype.
+    """
 
-    @property
-    def done(self) -> bool:
-        """Whether the copy has ended: its source may be used again."""
-
-    def wait(self) -> None:
-        """Wait on the host until it has."""
-
-    def ready(self) -> None:
-        """Let the calling thread's current stream wait for the copy, and the memory for that stream."""
-
-    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """An array over the bytes from `offset` on; a ConfigError where the library has no such dtype."""
+    done: Callable[[], bool]
+    wait: Callable[[], object]
+    ready: Callable[[], object]
+    view: Callable[[int, tuple[int, ...], DType], Any]
 
 
 class Receiver(ABC):
     """Takes payloads to one GPU. Thread-safe.
 
     Attributes:
+        runtime: what locks the memory that payloads are copied from.
+        device: the GPU's number.
         name: the device, as `device=` has it.
         out_of_memory: what `begin` raises where the GPU has no memory for a payload.
     """
 
+    runtime: Runtime
+    device: int
     name: str
     out_of_memory: type[Exception]
-
-    @abstractmethod
-    def page_locking(self) -> PageLocking:
-        """What locks the memory that payloads are copied from."""
 
     def upload(self, source: Bytes) -> Upload:
         """Begin one copy of all of `source`, which must stay as it is until the copy is done; does not wait for it.
@@ -262,3 +245,8 @@ def check_index(device: str, index: int | None, count: int, current: Callable[[]
             field="device",
         )
     return index
+
+
+def _limit() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return "ulimit -l is unlimited" if soft == resource.RLIM_INFINITY else f"ulimit -l is {soft >> 10} KiB"

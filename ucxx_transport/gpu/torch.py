@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import prod
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, LeafRuntime, PageLocking, Receiver, Upload, check_index
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
 from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
 
@@ -85,40 +85,29 @@ class _Writable:
         self._array = array  # held: it holds the payload's memory
 
 
-class TorchPageLocking(PageLocking):
-    """By torch's binding of CUDA."""
-
-    def __init__(self, torch: Any, device: int) -> None:
-        self._torch = torch
-        self._device = device
-
-    def call(self, function: str, *arguments: int) -> int:
-        torch = self._torch
-        with torch.cuda.device(self._device):
-            status = int(getattr(torch.cuda.cudart(), f"cuda{function}")(*arguments))
-            if status:
-                # CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would ask.
-                # torch has no cudaGetLastError; but every kernel of its own asks, and raises what it finds, once.
-                with suppress(RuntimeError):
-                    torch.zeros(1, device=f"cuda:{self._device}")
-        return status
-
-    def error_words(self, status: int) -> str:
-        cudart = self._torch.cuda.cudart()
-        return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
-
-
 _NO_SIGN: Final = "float8_e8m0fnu"
 
 _LEGACY_STREAM: Final = 1
 """How CUDA's array interface names the default stream."""
 
 
-class TorchLeaves(LeafRuntime):
+class TorchRuntime(Runtime):
     """torch orders a tensor's use by the thread's current stream of its device, and so does this."""
 
-    def __init__(self) -> None:
-        self.library = import_torch("cuda")
+    def call(self, device: int, function: str, *arguments: int) -> int:
+        torch = self.library
+        with torch.cuda.device(device):
+            status = int(getattr(torch.cuda.cudart(), f"cuda{function}")(*arguments))
+            if status:
+                # CUDA keeps a failed call's error until it is asked for, and the next kernel of the thread would ask.
+                # torch has no cudaGetLastError; but every kernel of its own asks, and raises what it finds, once.
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=f"cuda:{device}")
+        return status
+
+    def error_words(self, status: int) -> str:
+        cudart = self.library.cuda.cudart()
+        return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
 
     def seen(self, leaf: Any) -> Any:
         torch = self.library
@@ -184,9 +173,6 @@ class TorchLeaves(LeafRuntime):
     def to_host(self, array: DeviceArray) -> Array:
         return as_array(array.array.cpu(), "")
 
-    def page_locking(self, device: int) -> PageLocking:
-        return TorchPageLocking(self.library, device)
-
 
 def _largest_that_rounds_into(dtype: DType) -> float:
     """Half a step above the largest value of a float: what lies above that has no nearest value there."""
@@ -210,48 +196,26 @@ class TorchReceiver(Receiver):
                 f"move the tensors with .to({device!r})",
                 field="device",
             )
-        self._torch = torch
-        number = check_index(device, index, torch.cuda.device_count(), torch.cuda.current_device)
-        self._device = torch.device("cuda", number)
-        self._stream = torch.cuda.Stream(self._device)
-        self.name = str(self._device)
+        self.runtime = TorchRuntime(torch)
+        self.device = check_index(device, index, torch.cuda.device_count(), torch.cuda.current_device)
+        self.name = f"cuda:{self.device}"
         self.out_of_memory = torch.cuda.OutOfMemoryError
-
-    def page_locking(self) -> PageLocking:
-        return TorchPageLocking(self._torch, self._device.index)
+        self._stream = torch.cuda.Stream(self.device)
 
     def begin(self, source: Bytes) -> Upload:
-        torch = self._torch
+        torch = self.runtime.library
         # allocated under the stream that writes to it first: reused there it is in turn, whatever had it before
         with torch.cuda.stream(self._stream):
-            memory = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
+            memory = torch.empty(source.nbytes, dtype=torch.uint8, device=self.name)
             if source.nbytes:
                 memory.copy_(host_tensor(torch, source), non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._stream)
-        return _TorchUpload(torch, memory, event)
 
+        def ready() -> None:
+            stream = torch.cuda.current_stream(memory.device)
+            stream.wait_event(event)
+            # without it the caching allocator would hand the memory to the next payload while this stream reads it
+            memory.record_stream(stream)
 
-class _TorchUpload:
-    """See `Upload`."""
-
-    __slots__ = ("_event", "_memory", "_torch", "wait")
-
-    def __init__(self, torch: Any, memory: Any, event: Any) -> None:
-        self._torch = torch
-        self._memory = memory
-        self._event = event
-        self.wait = event.synchronize
-
-    @property
-    def done(self) -> bool:
-        return bool(self._event.query())
-
-    def ready(self) -> None:
-        stream = self._torch.cuda.current_stream(self._memory.device)
-        stream.wait_event(self._event)
-        # without it the caching allocator would hand the memory to the next payload while this stream still reads it
-        self._memory.record_stream(stream)
-
-    def view(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        return view_of_bytes(self._torch, self._memory, offset, shape, dtype)
+        return Upload(event.query, event.synchronize, ready, partial(view_of_bytes, torch, memory))

@@ -34,7 +34,7 @@ import numpy as np
 
 from ucxx_transport.client import Payload
 from ucxx_transport.errors import ConfigError, SlotError
-from ucxx_transport.gpu import PageLockError, Receiver, Upload, page_lock, receiver_for
+from ucxx_transport.gpu import PageLockError, Receiver, Upload, receiver_for
 from ucxx_transport.gpu.torch import host_tensor, import_torch
 from ucxx_transport.logs import get_logger
 
@@ -158,6 +158,7 @@ class DeviceUploader:
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
+        self._page_lock = partial(receiver.runtime.page_lock, device=receiver.device)
         self._lock = threading.Lock()
         self._in_flight: deque[tuple[Upload, Bytes]] = deque()
         self._is_watched = False
@@ -169,9 +170,7 @@ class DeviceUploader:
 
     def page_locker(self, memory: Bytes) -> object:
         """Page-lock a receive buffer for as long as it lives, or raise a PageLockError; see `BufferPool`."""
-        return page_lock(
-            memory, self._receiver.page_locking(), what="a receive buffer", remedy="lower client.buffer_pool_bytes"
-        )
+        return self._page_lock(memory, what="a receive buffer", remedy="lower client.buffer_pool_bytes")
 
     def is_locked(self, ring: SharedRingBuffer) -> bool:
         """Whether an attached ring's memory is page-locked; the first time that it is asked for, this begins."""
@@ -227,14 +226,13 @@ class DeviceUploader:
             timers.call_at(timers.now() + after_s, partial(self._look, timers, min(2 * after_s, LONGEST_LOOK_S)))
 
     def _release_copied(self) -> None:
-        while self._in_flight and self._in_flight[0][0].done:  # they end in the order in which they began
+        while self._in_flight and self._in_flight[0][0].done():  # they end in the order in which they began
             self._in_flight.popleft()
 
     def _lock_ring(self, ring: SharedRingBuffer) -> None:
         """In a thread of its own: it takes 0.7 s a GB (H200)."""
         try:
-            memory = ring.mapping
-            page_lock(memory, self._receiver.page_locking(), what="a ring", remedy="make the ring smaller")
+            self._page_lock(ring.mapping, what="a ring", remedy="make the ring smaller")
             self._rings[ring] = True
         except PageLockError as error:
             self.unlocked_rings += 1

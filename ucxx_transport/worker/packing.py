@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, RuntimeFinder, page_lock, runtime_of
+from ucxx_transport.gpu import DeviceArray, RuntimeFinder, runtime_of
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.tensor_spec import DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device
@@ -187,9 +187,9 @@ class TrajectoryPacker:
         with self._copying:
             self._require_open()
             if self._unlock is None:
-                self._unlock = page_lock(
+                self._unlock = array.runtime.page_lock(
                     self._ring.mapping,
-                    array.runtime.page_locking(array.device),
+                    array.device,
                     what="a ring",
                     remedy="lower ring.slots or the size of a slot",
                 )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.fake_gpu import FakeGpu, FakeLeaves
+from tests.support.fake_gpu import FakeGpu, FakeRuntime
 from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import on_host, receiver_for, runtime_of
@@ -39,10 +39,10 @@ def test_where_there_is_neither_library_an_array_on_a_gpu_says_what_to_install(
 def test_few_values_come_to_the_host_wherever_they_are() -> None:
     gpu = FakeGpu()
     values = np.arange(3)
-    assert on_host(values, "x", FakeLeaves(gpu)) is values
-    np.testing.assert_array_equal(on_host([1, 2], "x", FakeLeaves(gpu)), [1, 2])
+    assert on_host(values, "x", FakeRuntime(gpu)) is values
+    np.testing.assert_array_equal(on_host([1, 2], "x", FakeRuntime(gpu)), [1, 2])
     assert gpu.log == []
-    np.testing.assert_array_equal(on_host(gpu.array(values), "x", FakeLeaves(gpu)), values)
+    np.testing.assert_array_equal(on_host(gpu.array(values), "x", FakeRuntime(gpu)), values)
     assert gpu.log == ["to_host 24"]
 
 

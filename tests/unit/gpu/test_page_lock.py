@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.fake_gpu import FakeGpu, FakePageLocking
+from tests.support.fake_gpu import FakeGpu, FakeRuntime
 from tests.support.rows import row
 from ucxx_transport import ConfigError
-from ucxx_transport.gpu import PageLockError, page_lock
+from ucxx_transport.gpu import PageLockError
 
 WHAT = {"what": "a thing", "remedy": "have a smaller thing"}
 
@@ -23,7 +23,7 @@ def memory(nbytes: int = 1 << 20) -> Any:
 
 
 def lock(gpu: FakeGpu, array: Any) -> Callable[[], object]:
-    return page_lock(array, FakePageLocking(gpu), **WHAT)
+    return FakeRuntime(gpu).page_lock(array, 0, **WHAT)
 
 
 def test_memory_is_unregistered_once_however_often_it_is_unlocked() -> None:
@@ -88,12 +88,11 @@ def test_memory_that_cannot_be_unlocked_is_warned_of_unless_there_is_nothing_lef
 FORKED = """
 import os, sys
 import numpy as np
-from tests.support.fake_gpu import FakeGpu, FakePageLocking
-from ucxx_transport.gpu import page_lock
+from tests.support.fake_gpu import FakeGpu, FakeRuntime
 
 gpu = FakeGpu()
 memory = np.zeros(4096, np.uint8)
-unlock = page_lock(memory, FakePageLocking(gpu), what="", remedy="")
+unlock = FakeRuntime(gpu).page_lock(memory, 0, what="", remedy="")
 if os.fork() == 0:
     unlock()
     print("child", len(gpu.registered), flush=True)

@@ -156,4 +156,4 @@ def test_a_tensor_s_own_library_takes_it_a_subclass_too() -> None:
     class Own(torch.Tensor):  # type: ignore[misc]  # torch is not always there to be looked at
         __module__ = "somewhere.else"
 
-    assert type(runtime_of(torch.ones(1).as_subclass(Own), "x")).__name__ == "TorchLeaves"
+    assert type(runtime_of(torch.ones(1).as_subclass(Own), "x")).__name__ == "TorchRuntime"

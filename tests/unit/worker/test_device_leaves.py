@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support.fake_gpu import FakeGpu, FakeLeaves
+from tests.support.fake_gpu import FakeGpu, FakeRuntime
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
 from ucxx_transport.gpu import PageLockError
 from ucxx_transport.schema.episode_record import RewardSummary
@@ -34,7 +34,7 @@ LOGITS = np.array([1, 2.5, -3], ml_dtypes.bfloat16)
 @contextmanager
 def packing(gpu: FakeGpu, *narrow: str, **settings: Any) -> Iterator[tuple[SharedRingBuffer, TrajectoryPacker]]:
     with SharedRingBuffer.create(RingConfig(**{"slots": 2, "schema": SCHEMA, **settings})) as ring:
-        packer = TrajectoryPacker(ring, SCHEMA, narrow, runtimes=FakeLeaves(gpu))
+        packer = TrajectoryPacker(ring, SCHEMA, narrow, runtimes=FakeRuntime(gpu))
         try:
             yield ring, packer
         finally:
@@ -124,7 +124,7 @@ def test_a_ring_of_host_leaves_is_never_page_locked() -> None:
 
 def test_a_ring_that_is_closed_first_is_unlocked_all_the_same() -> None:
     gpu = FakeGpu()
-    with TrajectoryWriter("w", schema=SCHEMA, serve=False, ring={"slots": 2}, runtimes=FakeLeaves(gpu)) as end:
+    with TrajectoryWriter("w", schema=SCHEMA, serve=False, ring={"slots": 2}, runtimes=FakeRuntime(gpu)) as end:
         end.write(trajectory(gpu))
         assert end.ring is not None
         end.ring.close()
@@ -136,7 +136,7 @@ def test_a_ring_that_is_closed_first_is_unlocked_all_the_same() -> None:
 def test_a_writer_that_nobody_closes_unlocks_its_ring_before_the_memory_goes() -> None:
     gpu = FakeGpu()
     ring = SharedRingBuffer.create(RingConfig(slots=2, schema=SCHEMA))
-    packer = TrajectoryPacker(ring, SCHEMA, runtimes=FakeLeaves(gpu))
+    packer = TrajectoryPacker(ring, SCHEMA, runtimes=FakeRuntime(gpu))
     packer.write(trajectory(gpu))
     del packer, ring
     gc.collect()
@@ -148,7 +148,7 @@ def test_a_ring_that_cannot_be_locked_is_an_error_that_says_what_to_do_and_nothi
     gpu = FakeGpu()
     gpu.refuse = 2
     settings: dict[str, Any] = {"schema": SCHEMA, "serve": False, "ring": {"slots": 2}, "on_error": "drop"}
-    with TrajectoryWriter("w", runtimes=FakeLeaves(gpu), **settings) as end:
+    with TrajectoryWriter("w", runtimes=FakeRuntime(gpu), **settings) as end:
         words = r"a ring of \d+ bytes cannot be page-locked.*the GPU's words \(error 2\).*ulimit -l.*ring\.slots"
         with pytest.raises(PageLockError, match=words) as caught:
             end.write(trajectory(gpu))
@@ -175,7 +175,7 @@ def test_a_copy_that_fails_leaves_the_slot_free_and_no_copy_under_way(fail_at: i
     gpu = FakeGpu()
     states: list[SlotState] = []
     with SharedRingBuffer.create(RingConfig(slots=1, schema=SCHEMA)) as ring:
-        leaves = FakeLeaves(gpu)
+        leaves = FakeRuntime(gpu)
         packer = TrajectoryPacker(ring, SCHEMA, runtimes=leaves)
         leaves.fail_at = fail_at
         gpu.on_wait = lambda: states.extend(ring.slot_states())
@@ -195,7 +195,7 @@ def test_a_host_leaf_that_fails_in_the_slot_is_given_up_only_after_the_copies_be
     states: list[SlotState] = []
     schema = Schema([TensorSpec("x", (2,), "float32"), TensorSpec("y", (2,), "float32")])
     with SharedRingBuffer.create(RingConfig(slots=1, schema=schema)) as ring:
-        packer = TrajectoryPacker(ring, schema, narrow=["y"], runtimes=FakeLeaves(gpu))
+        packer = TrajectoryPacker(ring, schema, narrow=["y"], runtimes=FakeRuntime(gpu))
         gpu.on_wait = lambda: states.extend(ring.slot_states())
         with pytest.raises(ConfigError, match="too large for float32"):
             packer.write({"x": gpu.array(np.ones(2, np.float32)), "y": np.array([1e300, 0])})
@@ -289,7 +289,7 @@ def test_an_empty_array_of_wider_integers_is_narrowed_to_nothing() -> None:
 
 def test_the_schema_may_be_that_of_a_first_trajectory_on_the_device_and_none_of_it_is_copied_for_that() -> None:
     gpu = FakeGpu()
-    leaves = FakeLeaves(gpu)
+    leaves = FakeRuntime(gpu)
     end = TrajectoryWriter("w", varlen={"obs": 50}, serve=False, ring={"slots": 2}, runtimes=leaves)
     with end:
         record = end.write(trajectory(gpu, layers=[gpu.array(IDS), IDS]))
@@ -311,7 +311,7 @@ def test_the_schema_may_be_that_of_a_first_trajectory_on_the_device_and_none_of_
 def test_rewards_on_the_device_are_summed_up_like_others() -> None:
     gpu = FakeGpu()
     rewards = gpu.array(np.arange(4, dtype=np.float32))
-    with TrajectoryWriter("w", reward="reward", serve=False, ring={"slots": 2}, runtimes=FakeLeaves(gpu)) as end:
+    with TrajectoryWriter("w", reward="reward", serve=False, ring={"slots": 2}, runtimes=FakeRuntime(gpu)) as end:
         record = end.write({"reward": rewards, "obs": OBS})
         assert record.episode_length == 4
         assert record.rewards == RewardSummary(total=6.0, mean=1.5, least=0.0, most=3.0)
@@ -325,7 +325,7 @@ def test_what_no_library_can_take_off_its_gpu_is_dropped_or_raised_like_any_misf
         __cuda_array_interface__: dict[str, Any] = {}  # noqa: RUF012 - as such libraries have it
 
     with TrajectoryWriter(
-        "w", schema=SCHEMA, on_error="drop", serve=False, ring={"slots": 2}, runtimes=FakeLeaves(gpu)
+        "w", schema=SCHEMA, on_error="drop", serve=False, ring={"slots": 2}, runtimes=FakeRuntime(gpu)
     ) as end:
         record = end.write(trajectory(gpu, obs=Foreign()))
         assert str(record.dropped).startswith("ConfigError: field 'obs': numpy cannot take a Foreign")
