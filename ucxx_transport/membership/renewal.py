@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.store import Store
-from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.sidecar.launch import Order, Sidecar
 
 _log = get_logger(__name__)
@@ -102,13 +100,11 @@ class LeaseRenewer:
 class Keeper:
     """The process that renews its owner's lease too; none with `keeper="thread"`. Start it, close it.
 
-    It opens the store's URL with `store_config`: a password in that travels in its pipe and nowhere else.
+    It opens the store's URL with `store_config`: a password in that travels to it and nowhere else.
     """
 
     def __init__(self, store: Store, store_config: StoreConfig, config: PublisherConfig) -> None:
-        settings = {spec.name: getattr(store_config, spec.name) for spec in fields(store_config)}
-        settings["password"] = store_config.password_text
-        self.order: Order = {"url": store.url, "config": settings, "interval_s": config.interval_s}
+        self._order: Order = {"url": store.url, "config": store_config, "interval_s": config.interval_s}
         self._is_wanted = config.keeper == "process"
         self._lease_id: int | None = None
         self._owns_host = False
@@ -139,15 +135,10 @@ class Keeper:
             if last is not None:
                 self.host.keep(last, None)
             if lease_id is not None:
-                self.host.keep(lease_id, self.order)
+                self.host.keep(lease_id, self._order)
 
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
         self.keep(None)
         if self.host is not None and self._owns_host:
             self.host.stop(time.monotonic() + CLOSE_S)
-
-
-def open_ordered(order: Mapping[str, Any]) -> Store:
-    """The store that a keeper's order names, opened in the sidecar; errors as `open_store`."""
-    return open_store(order["url"], StoreConfig(**order["config"]))

@@ -15,10 +15,10 @@ import math
 import secrets
 import time
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
@@ -34,7 +34,7 @@ from ucxx_transport.wire.frames import NONCE_BYTES
 from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from ucxx_transport.link.base import Endpoint, Listener
     from ucxx_transport.link.reactor import LinkFactory, Timer
@@ -350,19 +350,6 @@ class PortThread:
         if budget < asked:
             _log.warning("connections_limited", connections=budget, asked=asked, descriptors=limit, see="ulimit -n")
         return max(1, budget)
-
-
-def to_order(config: ServerConfig) -> dict[str, object]:
-    """The settings as plain JSON values; the token travels in a sidecar's pipe and nowhere else."""
-    values = {spec.name: getattr(config, spec.name) for spec in fields(config)}
-    token = config.token_bytes
-    return {**values, "token": None if token is None else token.hex(), "ucx": dict(config.ucx)}
-
-
-def of_order(order: Mapping[str, Any]) -> ServerConfig:
-    """Rebuild them in the sidecar; its environment and files have no say."""
-    token = order["token"]
-    return ServerConfig(**{**order, "token": None if token is None else bytes.fromhex(token)})
 
 
 def ucxx_links(settings: ServerConfig) -> LinkFactory:

@@ -16,7 +16,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, PortCounters, ServerStatistics
-from ucxx_transport.server.port import PortThread, to_order
+from ucxx_transport.server.port import PortThread
 from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.teardown import Teardown
 
@@ -271,11 +271,11 @@ class UCXXServer(RingSource):
         known = self._sidecars[index].said
         return {
             "ring_name": self._ring.name,
-            "ring_folder": str(self._ring.folder),
+            "ring_folder": self._ring.folder,
             "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
             "index": index,
             "candidates": self._candidates(index) if known is None else [known],
-            "settings": to_order(self._config),
+            "settings": self._config,
         }
 
     def _clean_up(self, *indices: int) -> None:

@@ -2,19 +2,21 @@
 
 A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
 before it has cleaned up. It is an interpreter like the worker's own: the same executable
-(`multiprocessing.set_executable` is honoured), flags and `sys.path`. Each way goes a pipe with lines of JSON:
+(`multiprocessing.set_executable` is honoured), flags and `sys.path`. Between the two is a socket that keeps messages
+apart; what the worker sends is pickled, and what it gets is JSON:
 
-| from    | line                                         | means                                                       |
-|---------|----------------------------------------------|-------------------------------------------------------------|
-| worker  | `{"sys_path": […], "worker_pid": n,          | the first: where its modules are, whose sidecar it is,      |
-|         | "log_level": m, "serve": {…}}`               | and what it serves (null: nothing)                          |
-| worker  | `{"lease_id": 7, "store": {…}}`              | renew this lease too, there, so often (null: no longer)     |
-| worker  | `{"close": true}`                            | the close frame: end, and leave the leases as they are      |
-| worker  | end of file without that                     | the worker is dying                                         |
-| sidecar | `{"up": 5001}`                               | it is up, and serves that port (null: none)                 |
-| sidecar | `{"failed": class, "reason": …}`             | it could not start, and ends                                |
-| sidecar | `{"died": reason}`                           | an error that no one expected ends it                       |
-| sidecar | `{"kept": 7}`                                | this lease was renewed                                      |
+| from    | message                              | means                                                               |
+|---------|--------------------------------------|---------------------------------------------------------------------|
+| worker  | `[…]`, as JSON                       | the first: its `sys.path`, so that the others can be unpickled      |
+| worker  | `{"worker_pid": n, "log_level": m,   | the second: whose sidecar it is, and what it serves (None: nothing) |
+|         | "serve": {…}}`                       |                                                                     |
+| worker  | `{"lease_id": 7, "store": {…}}`      | renew this lease too, there, so often (None: no longer)             |
+| worker  | `{}`                                 | the close frame: end, and leave the leases as they are              |
+| worker  | end of file without that             | the worker is dying                                                 |
+| sidecar | `{"up": 5001}`                       | it is up, and serves that port (null: none)                         |
+| sidecar | `{"failed": class, "reason": …}`     | it could not start, and ends                                        |
+| sidecar | `{"died": reason}`                   | an error that no one expected ends it                               |
+| sidecar | `{"kept": 7}`                        | this lease was renewed                                              |
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import math
 import multiprocessing.spawn
 import multiprocessing.util
 import os
+import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,7 +48,7 @@ from ucxx_transport.logs import effective_level, get_logger
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]
-"""What a sidecar is to do, as plain JSON values. A `descriptor` in it is handed over: inherited, and closed here."""
+"""What a sidecar is to do. A `descriptor` in it is handed over: inherited, and closed here."""
 
 LOOK_S: Final = 1.0
 """How often a sidecar that is up is looked at."""
@@ -52,7 +56,7 @@ LOOK_S: Final = 1.0
 _REAP_S: Final = 5.0
 _HEALTHY: Final = 10
 _ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
-_READ_BYTES: Final = 65536
+_MESSAGE_BYTES: Final = 65536
 _WORDS_BYTES: Final = 8192
 _BOOT: Final = Path(__file__).with_name("boot.py")
 _INTERPRETERS: Final = ("python", "pypy")
@@ -163,7 +167,7 @@ class Sidecar:
                 del self._leases[lease_id]
                 self.kept.discard(lease_id)
             if self._process is not None:
-                self._process.write(order)
+                self._process.send(order)
 
     # the thread
 
@@ -203,7 +207,7 @@ class Sidecar:
         with self._lock:
             self._process = process
             for order in self._leases.values():
-                process.write(order)
+                process.send(order)
         try:
             self._follow(process)
         finally:
@@ -228,12 +232,12 @@ class Sidecar:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
         start_by_s = judged_s + self._start_timeout_s
-        while not self._wait(min(LOOK_S, self._start_timeout_s), process.reports):
+        while not self._wait(min(LOOK_S, self._start_timeout_s), process.fileno()):
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
-            reports = process.read()
-            for report in reports or ():
+            report = process.receive()
+            if report:
                 self._take(report, process)
-            if reports is None or (had_ended and not reports):  # another thread's fork may have kept its pipe open
+            elif report is None or had_ended:  # another thread's fork may have kept its end open
                 return
             now_s = time.monotonic()
             if process.came_up_s is None:
@@ -259,71 +263,72 @@ class Sidecar:
         elif "kept" in report:
             self.kept.add(report["kept"])
 
-    def _wait(self, timeout_s: float, reports: int = -1) -> bool:
+    def _wait(self, timeout_s: float, process: int = -1) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
         watched = select.poll()
         watched.register(self._wake, select.POLLIN)
-        if reports >= 0:
-            watched.register(reports, select.POLLIN | select.POLLHUP)
+        if process >= 0:
+            watched.register(process, select.POLLIN | select.POLLHUP)
         watched.poll(timeout_s * 1000)
         return self._is_stopping
 
 
 class _Process:
-    """One process of a sidecar, and its pipes."""
+    """One process of a sidecar, and the worker's end of what leads to it."""
 
     def __init__(self, role: str, serve: Order | None) -> None:
         self._role = role
-        self._unread = b""
         self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
         self.last_words = ""  # what it says that it died of
         handed = serve.get("descriptor") if serve is not None else None
         inherited = [handed] if isinstance(handed, int) else []
         self._first_words = _scratch()
-        self.reports, theirs = os.pipe()
+        self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         errors = _errors()
         try:
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
                 # -P: the folder of the script is none of the worker's `sys.path`
-                [interpreter(), *flags, "-P", str(_BOOT), str(theirs), str(errors), role],
-                stdin=subprocess.PIPE,
+                [interpreter(), *flags, "-P", str(_BOOT), str(theirs.fileno()), str(errors), role],
+                stdin=subprocess.DEVNULL,
                 stdout=self._first_words,  # UCX logs there, and the worker's own may be what it talks to a program by
                 stderr=self._first_words,
-                bufsize=0,
-                pass_fds=(theirs, errors, *inherited),
+                pass_fds=(theirs.fileno(), errors, *inherited),
                 process_group=0,
             )
         except BaseException:
-            os.close(self.reports)
+            self._socket.close()
             self._first_words.close()
             raise
         finally:
-            for number in (theirs, errors, *inherited):
+            theirs.close()
+            for number in (errors, *inherited):
                 os.close(number)
-        os.set_blocking(self.reports, False)
+        self._socket.settimeout(0.0)
+        self.fileno = self._socket.fileno
         entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
-        sys_path = [entry for entry in entries if isinstance(entry, str)]
-        self.write({"sys_path": sys_path, "worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
-
-    def write(self, line: Order) -> None:
-        """Send it a line; one that has died loses it."""
-        assert self.popen.stdin is not None
         with suppress(OSError):
-            self.popen.stdin.write(json.dumps(line).encode() + b"\n")
+            self._socket.send(json.dumps([entry for entry in entries if isinstance(entry, str)]).encode())
+        self.send({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """The reports that have arrived; None at the end of file."""
+    def send(self, order: Order) -> None:
+        """Send it a message; one that has died loses it."""
+        with suppress(OSError):
+            self._socket.send(pickle.dumps(order))
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next report; an empty one where there is none, None at the end of file."""
         try:
-            part = os.read(self.reports, _READ_BYTES)
+            report = self._socket.recv(_MESSAGE_BYTES)
         except BlockingIOError:
-            return []
-        *lines, self._unread = (self._unread + part).split(b"\n")
-        return [json.loads(line) for line in lines] if part else None
+            return {}
+        except OSError:  # it has not read all that it was sent
+            return None
+        return json.loads(report) if report else None
 
     def end(self, until_s: float) -> None:
         """By the close frame, and by SIGKILL once `until_s` has passed."""
-        self.write({"close": True})
+        self.send({})
         self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
         try:
             self.popen.wait(max(0.0, until_s - time.monotonic()))
@@ -334,9 +339,7 @@ class _Process:
     def reap(self) -> str:
         """Wait for its end, close what is left of it, and say how it ended."""
         code = self.popen.wait()
-        os.close(self.reports)
-        assert self.popen.stdin is not None
-        self.popen.stdin.close()
+        self._socket.close()
         said = self._forwarded() if self.came_up_s is None else ""
         if self.last_words:
             return self.last_words

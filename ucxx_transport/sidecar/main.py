@@ -7,8 +7,8 @@ signals that ask a whole job to end are the worker's affair, which may still hav
 |---------------------------------------------------|------------|--------------------------------|-------------------|
 | the worker runs, however busy                     | is served  | are renewed                    | –                 |
 | the worker is stopped (SIGSTOP, a debugger)       | is served  | are not renewed                | –                 |
-| the close frame on its standard input             | is closed  | are left as they are           | it ends           |
-| end of file there without it: the worker is dying | is served  | are not renewed                | it waits for that |
+| the close frame                                   | is closed  | are left as they are           | it ends           |
+| end of file without it: the worker is dying       | is served  | are not renewed                | it waits for that |
 | the worker is dead                                | is closed  | are revoked                    | it sweeps, ends   |
 | the thread of its port has died                   | is closed  | are left as they are           | it ends           |
 | SIGTERM, SIGINT, SIGHUP                           | is served  | are renewed                    | –                 |
@@ -22,10 +22,11 @@ import gc
 import json
 import math
 import os
+import pickle
 import select
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
@@ -35,12 +36,17 @@ from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ucxx_transport.config import ServerConfig
     from ucxx_transport.membership.renewal import LeaseRenewer
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server.port import PortThread
 
 _log = get_logger(__name__)
 
+# Of the longest message.
+MESSAGE_BYTES: Final = 1 << 17
 # How often the worker and the port are looked at; the worker's end shows at once by the end of file, unless a process
 # that it has forked keeps the pipe open.
 LOOK_S: Final = 0.5
@@ -68,62 +74,69 @@ def worker_of(pid: int) -> Owner:
 class _Main:
     """What a sidecar has been ordered to do."""
 
-    def __init__(self, order: Mapping[str, Any], report_fd: int, errors_fd: int) -> None:
-        os.set_blocking(report_fd, False)
-        self._report_fd = report_fd
-        self._errors_fd = errors_fd
+    def __init__(self, worker: int, order: Mapping[str, Any]) -> None:
+        os.set_blocking(worker, False)
+        self._socket = worker
         self._worker = worker_of(order["worker_pid"])
+        self._serve: Mapping[str, Any] | None = order["serve"]
         self._ring: SharedRingBuffer | None = None
         self._port: PortThread | None = None
-        self._stop_timeout_s = 0.0
         self._renewers: dict[int, LeaseRenewer] = {}
 
     def report(self, **report: object) -> None:
         """Send the worker a report; one that does not fit is dropped: the worker has been blocked for a long time."""
         with suppress(OSError):  # or it has died: what follows notices
-            os.write(self._report_fd, json.dumps(report, ensure_ascii=False).encode() + b"\n")
+            os.write(self._socket, json.dumps(report, ensure_ascii=False).encode())
 
-    def run(self, serve: Mapping[str, Any] | None) -> int:
+    def run(self, errors: int) -> int:
         """Serve and renew until the close frame, or the worker's end; returns the exit status."""
         try:
-            port = None if serve is None else self._start_port(serve)
+            port = None if self._serve is None else self._start_port(**self._serve)
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error))
             return 1
         for number in (1, 2):  # until here that was kept, for the error of a start that fails
-            os.dup2(self._errors_fd, number)
-        os.close(self._errors_fd)
+            os.dup2(errors, number)
+        os.close(errors)
         self.report(up=port)
         end = self._obey()
         self._renew_no_more()
         if end == "dead":
             self._leave()
-        self._stop_port()
+        if self._serve is not None:
+            self._stop_port(self._serve["settings"].stop_timeout_s)
         return int(end == "broken")
 
-    def _start_port(self, serve: Mapping[str, Any]) -> int:
+    def _start_port(
+        self,
+        *,
+        ring_name: str,
+        ring_folder: Path,
+        descriptor: int | None,
+        index: int,
+        candidates: Sequence[int],
+        settings: ServerConfig,
+    ) -> int:
         """Serve one port of a ring, as `ucxx_transport.server.server` orders it; returns the port."""
         from ucxx_transport.ring import SharedRingBuffer
-        from ucxx_transport.server.port import PortThread, of_order
+        from ucxx_transport.server.port import PortThread
 
-        settings = of_order(serve["settings"])
-        self._stop_timeout_s = settings.stop_timeout_s
-        descriptor = serve.get("descriptor")
-        self._ring = SharedRingBuffer.attach(serve["ring_name"], folder=serve["ring_folder"], descriptor=descriptor)
+        self._ring = SharedRingBuffer.attach(ring_name, folder=ring_folder, descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
-        self._port = PortThread(self._ring, settings, serve["index"], serve["candidates"])
+        self._port = PortThread(self._ring, settings, index, candidates)
         self._port.start()
         return self._port.wait_up(time.monotonic() + settings.start_timeout_s)
 
-    def _stop_port(self) -> None:
+    def _stop_port(self, limit_s: float) -> None:
         """Close the port and unmap the ring, bounded."""
-        if self._port is not None and self._ring is not None:
-            faulthandler.dump_traceback_later(self._stop_timeout_s + _KILL_MARGIN_S, exit=True)
-            self._port.stop(time.monotonic() + self._stop_timeout_s)
-            self._ring.close()
-            faulthandler.cancel_dump_traceback_later()
+        assert self._port is not None
+        assert self._ring is not None
+        faulthandler.dump_traceback_later(limit_s + _KILL_MARGIN_S, exit=True)
+        self._port.stop(time.monotonic() + limit_s)
+        self._ring.close()
+        faulthandler.cancel_dump_traceback_later()
 
     def _leave(self) -> NoReturn:
         """The worker is dead: peers see their connections reset, and UCX has no chance to crash."""
@@ -141,20 +154,19 @@ class _Main:
     def _obey(self) -> Literal["closed", "dead", "broken"]:
         """Until the end, and which it is."""
         watched = select.poll()
-        watched.register(0, select.POLLIN | select.POLLHUP)
-        unread, look_s, dead_by_s = b"", LOOK_S, math.inf
+        watched.register(self._socket, select.POLLIN | select.POLLHUP)
+        look_s, dead_by_s = LOOK_S, math.inf
         while time.monotonic() < dead_by_s:
             if watched.poll(look_s * 1000):
-                part = os.read(0, 65536)
-                *lines, unread = (unread + part).split(b"\n")
-                for line in map(json.loads, lines):
-                    if line.get("close"):
-                        return "closed"
-                    self._keep(line["lease_id"], line["store"])
-                if not part:
+                order = receive(self._socket)
+                if order is None:
                     self._renew_no_more()
-                    watched.unregister(0)
+                    watched.unregister(self._socket)
                     look_s, dead_by_s = _POLL_S, time.monotonic() + DYING_S
+                elif order:
+                    self._keep(**order)
+                else:
+                    return "closed"
             elif not owner_alive(*self._worker):  # and all that it had sent was read
                 return "dead"
             elif self._port is not None and not self._port.alive:
@@ -165,14 +177,15 @@ class _Main:
         for renewer in self._renewers.values():
             renewer.stop(0.0)
 
-    def _keep(self, lease_id: int, store: Mapping[str, Any] | None) -> None:
-        from ucxx_transport.membership.renewal import LeaseRenewer, open_ordered
+    def _keep(self, *, lease_id: int, store: Mapping[str, Any] | None) -> None:
+        from ucxx_transport.membership.renewal import LeaseRenewer
+        from ucxx_transport.membership.store_url import open_store
 
         if (before := self._renewers.pop(lease_id, None)) is not None:
             before.stop(0.0)
         if store is not None:
             self._renewers[lease_id] = renewer = LeaseRenewer(
-                cache(partial(open_ordered, store)),
+                cache(partial(open_store, store["url"], store["config"])),
                 lease_id,
                 store["interval_s"],
                 on_renewed=partial(self.report, kept=lease_id),
@@ -181,16 +194,27 @@ class _Main:
             renewer.start()
 
 
-def main(order: Mapping[str, Any], *, report_fd: int, errors_fd: int, role: str) -> int:
+def receive(worker: int) -> Mapping[str, Any] | None:
+    """The worker's next order; None at the end of file."""
+    try:
+        order = os.read(worker, MESSAGE_BYTES)
+    except ConnectionError:  # it has not read all that it was sent
+        return None
+    return pickle.loads(order) if order else None  # noqa: S301 - of the process that started this one
+
+
+def main(worker: int, errors: int, role: str) -> int:
     """The process; returns its exit status.
 
     Args:
-        order: the first line on standard input; see `launch`.
-        report_fd: where reports are written to.
-        errors_fd: what becomes its standard output and error when it is up.
+        worker: the socket to it.
+        errors: descriptor of what becomes the standard output and error when it is up.
         role: in front of its log lines.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    order = receive(worker)
+    if order is None:
+        return 1  # the worker has died meanwhile
     log_to_stderr(role, order["log_level"])
-    return _Main(order, report_fd, errors_fd).run(order["serve"])
+    return _Main(worker, order).run(errors)

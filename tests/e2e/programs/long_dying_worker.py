@@ -8,42 +8,39 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
-from ucxx_transport.server.port import to_order
 from ucxx_transport.sidecar import boot
 
 
 def main() -> None:
-    """Start a sidecar as `ucxx_transport.sidecar.launch` does, and close its standard input without a close frame."""
+    """Start a sidecar as `ucxx_transport.sidecar.launch` does, and close the socket to it without a close frame."""
     ring = SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=4096))
-    reports, theirs = os.pipe()
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     errors = os.dup(2)
     sidecar = subprocess.Popen(
-        [sys.executable, "-P", boot.__file__, str(theirs), str(errors), "ucxx port 0"],
-        stdin=subprocess.PIPE,
-        pass_fds=(theirs, errors),
+        [sys.executable, "-P", boot.__file__, str(theirs.fileno()), str(errors), "ucxx port 0"],
+        pass_fds=(theirs.fileno(), errors),
     )
-    os.close(theirs)
-    assert sidecar.stdin is not None
-    settings = to_order(ServerConfig(host="127.0.0.1", ports=1))
+    theirs.close()
     serve = {
         "ring_name": ring.name,
-        "ring_folder": str(ring.folder),
+        "ring_folder": ring.folder,
+        "descriptor": None,
         "index": 0,
         "candidates": [0],
-        "settings": settings,
+        "settings": ServerConfig(host="127.0.0.1", ports=1),
     }
-    order = {"sys_path": sys.path, "worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}
-    sidecar.stdin.write(json.dumps(order).encode() + b"\n")
-    sidecar.stdin.flush()
-    with open(reports, "rb") as lines:
-        port = json.loads(lines.readline())["up"]
-    sidecar.stdin.close()
+    ours.send(json.dumps(sys.path).encode())
+    ours.send(pickle.dumps({"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}))
+    port = json.loads(ours.recv(4096))["up"]
+    ours.close()
     answer({"ring": ring.name, "port": port, "server": sidecar.pid})
     signal.pause()
 

@@ -14,7 +14,6 @@ from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import segment_folder
-from ucxx_transport.server.port import to_order
 from ucxx_transport.sidecar.launch import Order, Sidecar
 
 MINUTE = 60.0
@@ -29,10 +28,11 @@ def order_of(ring_name: str, port: int = 0) -> Order:
     config = ServerConfig(host="127.0.0.1", ports=1)
     return {
         "ring_name": ring_name,
-        "ring_folder": str(segment_folder()),
+        "ring_folder": segment_folder(),
+        "descriptor": None,
         "index": 0,
         "candidates": [port],
-        "settings": to_order(config),
+        "settings": config,
     }
 
 

@@ -23,15 +23,16 @@ MINUTE = 60.0
 AT_ONCE = (0.0, 0.0)
 REPORTING = """
 import json, os, select, sys
-def main(order, *, report_fd, errors_fd, role):
+def main(worker, errors, role):
     facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
-    os.write(report_fd, json.dumps({"up": facts}).encode() + b"\\n")
-    sys.stdin.read()
+    os.read(worker, 9999)
+    os.write(worker, json.dumps({"up": facts}).encode())
+    os.read(worker, 1)
     return 0
 """
 CHATTING = """
-    while not select.select([0], [], [], 0.05)[0]:
-        os.write(report_fd, b'{"chat": 1}\\n')
+    while not select.select([worker], [], [], 0.05)[0]:
+        os.write(worker, b'{"chat": 1}')
 """
 
 
@@ -166,7 +167,7 @@ def test_a_worker_that_is_no_interpreter_gets_a_config_error_from_its_start(monk
 
 
 def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: Path) -> None:
-    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", CHATTING))
+    in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", CHATTING))
     stalled = [True]
     one = Sidecar(
         "test",
@@ -186,7 +187,7 @@ def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: 
 def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_later(
     in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", "    raise RuntimeError('of old age')"))
+    in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", "    raise RuntimeError('of old age')"))
     one = Sidecar("test", serve=dict, pauses_s=(0.01, 0.03))
     one.start()
     try:
@@ -203,7 +204,7 @@ def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_lat
 def test_one_that_was_up_for_long_is_started_again_at_once(
     in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    in_place_of_main.write_text(REPORTING.replace("    sys.stdin.read()", "    select.select([], [], [], 0.1)"))
+    in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", "    select.select([], [], [], 0.1)"))
     one = Sidecar("test", serve=dict, pauses_s=(0.005, 60.0))
     one.start()
     try:
