@@ -86,8 +86,8 @@ def effective_level() -> int:
     return logging.getLogger(ROOT).getEffectiveLevel()
 
 
-def log_to_stderr(role: str, level: int | str = logging.INFO) -> None:
-    """Log this process's events from `level` on to standard error, its role in front; for processes of our own."""
+def log_to_stderr(role: str, level: int = logging.INFO) -> None:
+    """Log this process's events from `level` on to standard error, its role in front; for helper processes."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{role}] %(levelname)s %(message)s"))
     root = logging.getLogger(ROOT)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgpack
 
 from bench.core.cpu_time import process_tree, tree_cpu_s
+from ucxx_transport.cli.output import logs_to_stderr
 from ucxx_transport.errors import TransportError
-from ucxx_transport.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -93,7 +93,7 @@ def _answer(connection: Connection, answer: Mapping[str, object]) -> None:
 
 def _run(main: Callable[..., None], *arguments: object) -> None:
     os.dup2(2, 1)  # UCX writes its warnings to standard output, which is for the answer
-    log_to_stderr("bench", "WARNING")
+    logs_to_stderr()
     main(*arguments)
 
 

@@ -126,8 +126,15 @@ def test_no_formatter_shows_the_locals_of_a_logged_exception(handler: Handler) -
     assert TOKEN not in handler.stream.getvalue()
 
 
-def test_a_process_of_our_own_shows_no_locals_of_a_logged_exception() -> None:
-    configured = "from ucxx_transport.logs import log_to_stderr; log_to_stderr('ucxx server')"
+@pytest.mark.parametrize(
+    "configured",
+    [
+        "from ucxx_transport.logs import log_to_stderr; log_to_stderr('ucxx server')",
+        "from ucxx_transport.cli.output import logs_to_stderr; logs_to_stderr()",
+    ],
+    ids=["helper process", "command line"],
+)
+def test_neither_a_helper_nor_the_command_line_shows_the_locals_of_a_logged_exception(configured: str) -> None:
     done = ran(f"from tests.unit.test_logs import log_the_failure\n{configured}\nlog_the_failure()")
     assert "RuntimeError: the call failed" in done.stderr
     assert TOKEN not in done.stderr + done.stdout

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from ucxx_transport import __version__
-from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
 from ucxx_transport.cli.program import installed_version
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
@@ -26,7 +26,6 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
-from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
@@ -77,7 +76,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
-    log_to_stderr("doctor", "ERROR")
+    logs_to_stderr("error")
     findings = []
     for finding in _findings(loopback=loopback):
         findings.append(finding)

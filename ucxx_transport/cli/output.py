@@ -38,6 +38,33 @@ def console(*, stderr: bool = False) -> Console:
     return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=max(terminal.width, 320))
 
 
+def logs_to_stderr(level: str = "warning") -> None:
+    """Send this program's log events of `level` and above to stderr; the library itself configures no logging."""
+    import logging
+
+    import structlog
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.ExtraAdder(),
+                structlog.processors.TimeStamper(fmt="iso", utc=False),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                ),
+            ],
+        )
+    )
+    logger = logging.getLogger("ucxx_transport")
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+
+
 def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.hex()

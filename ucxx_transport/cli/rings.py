@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
-from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.settings import gather
@@ -212,7 +211,7 @@ def serve(
     """
     from ucxx_transport.server import UCXXServer
 
-    log_to_stderr("serve", log_level.upper())
+    logs_to_stderr(log_level)
     exit_on_sigterm(code=0)
     outside = gather("ring", {})
     defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
