@@ -106,7 +106,7 @@ def test_what_the_producer_has_still_to_do_is_waited_for(cupy: Any, *, own_strea
             assert (through({"x": values})["x"] == number).all()
 
 
-def test_narrowing_is_done_on_the_gpu_and_refuses_what_the_host_refuses(cupy: Any) -> None:
+def test_narrowing_refuses_what_is_refused_of_host_arrays(cupy: Any) -> None:
     schema = Schema([TensorSpec("f", (3,), "float32"), TensorSpec("i", (2,), "int16")])
     good = {"f": cupy.array([1 / 3, np.inf, np.nan]), "i": cupy.array([-32768, 32767])}
     with writing(schema=schema, narrow=["f", "i"]) as (end, through):

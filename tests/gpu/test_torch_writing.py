@@ -119,7 +119,7 @@ def test_what_the_producer_has_still_to_do_is_waited_for(torch: Any, *, own_stre
             assert (through({"x": values})["x"] == number).all()
 
 
-def test_narrowing_is_done_on_the_gpu_and_refuses_what_the_host_refuses(torch: Any) -> None:
+def test_narrowing_refuses_what_is_refused_of_host_arrays(torch: Any) -> None:
     schema = Schema(
         [TensorSpec("f", (3,), "float32"), TensorSpec("i", (2,), "int16"), TensorSpec("h", (2,), "bfloat16")]
     )

@@ -137,18 +137,6 @@ class FakeRuntime(Runtime):
         del field
         return array.dtype, self._device
 
-    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        self.gpu.log.append(f"convert {field} {array.dtype.name} {dtype.name}")
-        with np.errstate(all="ignore"):
-            return self._array(array.array.astype(dtype), array.device)
-
-    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        values = array.array
-        return (int(values.min()), int(values.max())) if values.size else None
-
-    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        return not np.array_equal(np.isfinite(wide.array), np.isfinite(narrow.array))
-
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         begun = self.gpu.counts().get("download", 0)
         self.gpu.log.append(f"download {array.array.nbytes}")
@@ -178,9 +166,6 @@ class FakeRuntime(Runtime):
         self.gpu.log.append(f"register {nbytes}")
         self.gpu.registered[address] = nbytes
         return 0
-
-    def _array(self, values: Array, device: int) -> DeviceArray:
-        return DeviceArray(runtime=self, array=values, shape=values.shape, dtype=values.dtype, device=device)
 
 
 class FakeReceiver(Receiver):

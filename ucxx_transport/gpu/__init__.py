@@ -104,7 +104,7 @@ def _library_for(leaf: object, field: str) -> str:
 
 
 def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> Array:
-    """A few values in host memory, wherever they are; `as_array`, with its errors, for what is there already."""
+    """Values in host memory, wherever they are; `as_array`, with its errors, for what is there already."""
     if not is_on_device(leaf):
         return as_array(leaf, field)
     runtime = runtimes(leaf, field)

@@ -86,32 +86,6 @@ class CupyRuntime(Runtime):
     def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
         return canonical_dtype(array.dtype, field), int(array.device.id)
 
-    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        cupy = self.library
-        for wanted in (array.dtype, dtype):
-            if not has_dtype(cupy, wanted):
-                raise ConfigError(
-                    f"field {field!r}: cupy {cupy.__version__} does not convert {array.dtype.name} to {dtype.name}; "
-                    "convert it with torch first, or copy it to the host first (cupy.asnumpy)",
-                    field=field,
-                )
-        with cupy.cuda.Device(array.device):
-            return array._replace(array=array.array.astype(dtype), dtype=dtype)
-
-    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        if array.array.size == 0:
-            return None
-        with self.library.cuda.Device(array.device):
-            return int(array.array.min()), int(array.array.max())
-
-    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        cupy = self.library
-        with cupy.cuda.Device(wide.device):
-            # bfloat16 where cupy has it: not every ufunc takes it, and float32 has each of its values
-            low = narrow.array.astype(cupy.float32) if narrow.dtype.name == "bfloat16" else narrow.array
-            high = wide.array.astype(cupy.float32) if wide.dtype.name == "bfloat16" else wide.array
-            return bool((cupy.isfinite(low) != cupy.isfinite(high)).any())
-
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         if target.nbytes == 0:
             return

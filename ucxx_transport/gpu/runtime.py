@@ -151,18 +151,6 @@ class Runtime(ABC):
         """The dtype that a field has, or a ConfigError, and the device's number."""
 
     @abstractmethod
-    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        """The array with its elements as `dtype`, rounded to the nearest; or a ConfigError."""
-
-    @abstractmethod
-    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        """The least and the largest of an array of integers, None of none; waits for the device."""
-
-    @abstractmethod
-    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        """Whether an element that was finite is not any more; waits for the device."""
-
-    @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
 
@@ -175,7 +163,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def to_host(self, array: DeviceArray) -> Array:
-        """A copy in ordinary memory; for a few bytes."""
+        """A copy in ordinary memory, which is waited for."""
 
 
 class Upload(NamedTuple):

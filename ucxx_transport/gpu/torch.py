@@ -5,13 +5,11 @@ Nothing here imports torch before it is asked for; the functions need no GPU.
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from math import prod
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
@@ -85,8 +83,6 @@ class _Writable:
         self._array = array  # held: it holds the payload's memory
 
 
-_NO_SIGN: Final = "float8_e8m0fnu"
-
 _LEGACY_STREAM: Final = 1
 """How CUDA's array interface names the default stream."""
 
@@ -130,37 +126,6 @@ class TorchRuntime(Runtime):
     def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
         return dtype_of(array.dtype, field), array.get_device()
 
-    def converted(self, array: DeviceArray, dtype: DType, field: str) -> DeviceArray:
-        if dtype.name == _NO_SIGN:
-            raise ConfigError(
-                f"field {field!r}: torch converts to {dtype.name} whatever the sign; convert it first "
-                f"(tensor.to(torch.{dtype.name})), knowing that",
-                field=field,
-            )
-        return array._replace(array=array.array.to(torch_dtype(self.library, dtype)), dtype=dtype)
-
-    def bounds(self, array: DeviceArray) -> tuple[int, int] | None:
-        tensor = array.array
-        if tensor.numel() == 0:
-            return None
-        # of the wider unsigned integers torch has little more than the conversion
-        wide = tensor.to(self.library.int64)
-        least, largest = int(wide.min()), int(wide.max())
-        if array.dtype == np.uint64 and least < 0:
-            return 0, int(np.iinfo(np.uint64).max)
-        return least, largest
-
-    def overflowed(self, wide: DeviceArray, narrow: DeviceArray) -> bool:
-        torch = self.library
-        # float8 has no arithmetic of its own; every value of it is one of float32's
-        low = narrow.array.to(torch.float32) if narrow.dtype.itemsize == 1 else narrow.array
-        high = wide.array.to(torch.float32) if wide.dtype.itemsize == 1 else wide.array
-        finite = torch.isfinite(high)
-        wrong = torch.isfinite(low) != finite
-        if narrow.dtype.itemsize == 1:  # torch may give the largest value instead of an infinite one, by its version
-            wrong |= finite & (high.abs() > _largest_that_rounds_into(narrow.dtype))
-        return bool(wrong.any())
-
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         if target.nbytes:
             # bytes to bytes, both in one piece: torch then makes one cudaMemcpyAsync of it, and stages nothing
@@ -172,13 +137,6 @@ class TorchRuntime(Runtime):
 
     def to_host(self, array: DeviceArray) -> Array:
         return as_array(array.array.cpu(), "")
-
-
-def _largest_that_rounds_into(dtype: DType) -> float:
-    """Half a step above the largest value of a float: what lies above that has no nearest value there."""
-    facts = ml_dtypes.finfo(dtype)
-    largest = float(facts.max)
-    return largest + math.ldexp(0.5, math.frexp(largest)[1] - 1 - int(facts.nmant))
 
 
 class TorchReceiver(Receiver):

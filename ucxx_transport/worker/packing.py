@@ -5,7 +5,7 @@ A trajectory whose leaves are all in host memory, and of which nothing is narrow
 | a leaf on a GPU           | is                                                                                       |
 |---------------------------|------------------------------------------------------------------------------------------|
 | before a slot is touched  | adopted: shape and dtype without a copy, the current stream ordered after its producer   |
-|                           | converted on the device where its field's dtype is another, refused as on the host       |
+|                           | of another dtype than its field: copied to the host, and a host leaf from then on        |
 |                           | given memory to be copied to: the ring's mapping is page-locked, once                    |
 | into the slot             | one copy begun, of contiguous bytes; host leaves are copied at the same time             |
 | before commit or abort    | waited for, once a device: nothing is copied into a slot that another holder has         |
@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,43 +130,31 @@ class TrajectoryPacker:
         for index, field in enumerate(self._schema.fields):
             leaf = leaves[index]
             if type(leaf) is not np.ndarray and is_on_device(leaf):
-                devices[index] = array = self._adopted(leaf, field)
-                leaves[index] = _stand_in(array.shape, array.dtype)
-            elif field.name in self._may_narrow:
+                array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
+                is_converted = field.name in self._may_narrow or casts_exactly(array.dtype, field.dtype)
+                if array.dtype is field.dtype or not is_converted:  # which the check of the fields refuses
+                    devices[index] = array
+                    leaves[index] = _stand_in(array.shape, array.dtype)
+                    continue
+                leaf = leaves[index] = array.runtime.to_host(array)
+            if field.name in self._may_narrow:
                 given = as_array(leaf, field.name)
                 if given.dtype is not field.dtype and not casts_exactly(given.dtype, field.dtype):
-                    self._allow(given.dtype, field, partial(_bounds, given))
+                    self._allow(given, field)
                     wide[index] = given
                     leaves[index] = _stand_in(given.shape, field.dtype)
         return devices, wide
 
-    def _adopted(self, leaf: Any, field: TensorSpec) -> DeviceArray:
-        """An array on a GPU with its field's dtype; as it is where that may not be, for the fields' check to refuse."""
-        array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
-        runtime = array.runtime
-        if array.dtype is field.dtype:
-            return array
-        if casts_exactly(array.dtype, field.dtype):
-            return runtime.converted(array, field.dtype, field.name)
-        if field.name not in self._may_narrow:
-            return array
-        self._allow(array.dtype, field, partial(runtime.bounds, array))
-        narrow = runtime.converted(array, field.dtype, field.name)
-        if array.dtype.kind not in "iu" and runtime.overflowed(array, narrow):
-            raise _too_large(array.dtype, field)
-        return narrow
-
-    def _allow(self, given: DType, field: TensorSpec, bounds_of: Callable[[], tuple[int, int] | None]) -> None:
+    def _allow(self, values: Array, field: TensorSpec) -> None:
         """Refuse values that would be others in the field's dtype, but for rounding; log the first that are rounded.
 
         Raises:
             ConfigError: another kind, or an integer that does not fit; the message names the field and the remedy.
         """
-        stored = field.dtype
+        given, stored = values.dtype, field.dtype
         if given.kind in "iu" and stored.kind in "iu":
             limits = np.iinfo(stored)
-            bounds = bounds_of()
-            if bounds is not None and not (bounds[0] >= limits.min and bounds[1] <= limits.max):
+            if values.size and not (values.min() >= limits.min and values.max() <= limits.max):
                 raise ConfigError(
                     f"field {field.name!r}: a value of {given.name} does not fit {stored.name}; "
                     "give the schema the other dtype",
@@ -221,16 +209,8 @@ def _fill(target: Any, source: Array, field: TensorSpec) -> None:
     if target.dtype.kind not in "biufc" or target.dtype.name.startswith(("bfloat16", "float8")):
         overflowed = not np.array_equal(np.isfinite(target), np.isfinite(source))  # those of ml_dtypes raise no flag
     if overflowed:
-        raise _too_large(source.dtype, field)
-
-
-def _too_large(given: DType, field: TensorSpec) -> ConfigError:
-    return ConfigError(
-        f"field {field.name!r}: a value of {given.name} is too large for {field.dtype.name}; "
-        "scale it, or give the schema the other dtype",
-        field=field.name,
-    )
-
-
-def _bounds(array: Array) -> tuple[int, int] | None:
-    return (int(array.min()), int(array.max())) if array.size else None
+        raise ConfigError(
+            f"field {field.name!r}: a value of {source.dtype.name} is too large for {field.dtype.name}; "
+            "scale it, or give the schema the other dtype",
+            field=field.name,
+        )

@@ -99,51 +99,6 @@ def test_a_read_only_array_becomes_a_tensor_of_its_memory_without_a_warning() ->
     assert host_tensor(torch, array).data_ptr() == array.ctypes.data
 
 
-def test_bounds_of_integers_are_those_of_the_values() -> None:
-    rows: list[tuple[str, Any, object]] = [
-        ("int64", [-5, 3], (-5, 3)),
-        ("uint16", [1, 65535], (1, 65535)),
-        ("uint32", [0, 2**32 - 1], (0, 2**32 - 1)),
-        ("uint64", [7, 9], (7, 9)),
-        ("uint64", [0, 2**64 - 1], (0, 2**64 - 1)),
-        ("int8", [], None),
-    ]
-    for name, values, bounds in rows:
-        with row(name=name, values=values, bounds=bounds):
-            tensor = torch.from_numpy(np.array(values, name))
-            assert leaves().bounds(device_array(tensor)) == bounds
-
-
-def test_a_float_that_became_infinite_is_seen_and_one_that_was_is_not() -> None:
-    rows: list[tuple[str, list[float], float]] = [
-        ("float32", [3e38, float("inf"), float("nan")], 1e39),
-        ("float16", [65504.0, 1e-9], 1e5),
-        ("bfloat16", [3.38e38, -1.0], 3.4e38),
-        ("float8_e4m3fn", [448.0, -464.0], 465.0),
-        ("float8_e4m3fn", [448.0, -1.0], -1000.0),
-        ("float8_e5m2", [57344.0, 0.0], 1e6),
-        ("float8_e5m2", [57344.0, 61439.0], 61441.0),
-    ]
-    for stored, fits, too_large in rows:
-        with row(stored=stored, fits=fits, too_large=too_large):
-            runtime = leaves()
-            wide = device_array(torch.tensor(fits, dtype=torch.float64))
-            narrow = runtime.converted(wide, DTYPES[stored], "x")
-            assert (narrow.dtype, narrow.array.dtype) == (DTYPES[stored], getattr(torch, stored))
-            assert not runtime.overflowed(wide, narrow)
-            wide = device_array(torch.tensor([1.0, too_large], dtype=torch.float64))
-            assert runtime.overflowed(wide, runtime.converted(wide, DTYPES[stored], "x"))
-            with np.errstate(all="ignore"):  # as on the host
-                assert np.isfinite(np.array(fits).astype(DTYPES[stored])).tolist() == np.isfinite(fits).tolist()
-                assert not np.isfinite(np.array(too_large).astype(DTYPES[stored]))
-
-
-def test_a_float_without_a_sign_is_left_to_the_caller() -> None:
-    wide = device_array(torch.tensor([-1.0, 2.0]))
-    with pytest.raises(ConfigError, match=r"'x'.*float8_e8m0fnu whatever the sign"):
-        leaves().converted(wide, DTYPES["float8_e8m0fnu"], "x")
-
-
 def test_a_few_values_come_as_an_array_of_their_own_dtype() -> None:
     tensor = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
     array = leaves().to_host(device_array(tensor))

@@ -227,16 +227,16 @@ def test_what_does_not_fit_is_refused_in_the_words_for_host_arrays_and_no_slot_i
         assert gpu.log == []
 
 
-def test_a_narrower_dtype_is_widened_on_the_device_where_its_values_are_kept() -> None:
+def test_a_narrower_dtype_is_widened_by_way_of_the_host() -> None:
     gpu = FakeGpu()
     with packing(gpu) as (ring, packer):
         found = ring.read(packer.write(trajectory(gpu, obs=gpu.array(OBS.astype(np.float16)))))
         np.testing.assert_array_equal(found["obs"], OBS)
-        assert "convert obs float16 float32" in gpu.log
-        assert gpu.counts()["download"] == 2
+        assert "to_host 20" in gpu.log
+        assert gpu.counts()["download"] == 1
 
 
-def test_a_field_that_may_be_narrowed_is_on_the_device_and_is_warned_of_once(
+def test_a_field_that_may_be_narrowed_is_by_way_of_the_host_and_is_warned_of_once(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
     gpu = FakeGpu()
@@ -251,7 +251,7 @@ def test_a_field_that_may_be_narrowed_is_on_the_device_and_is_warned_of_once(
             np.testing.assert_array_equal(found["obs"], np.full((3, 2), 1 / 3, np.float32))
             np.testing.assert_array_equal(found["act"]["id"], IDS)
             np.testing.assert_array_equal(found["logits"], given["logits"].astype(ml_dtypes.bfloat16))
-        assert gpu.counts()["download"] == 4
+        assert gpu.counts() == {"to_host": 4}
     assert [(event["field"], event["given"], event["stored"]) for event in log_events] == [
         ("obs", "float64", "float32"),
         ("act/id", "int64", "int16"),
@@ -270,14 +270,15 @@ def test_a_field_that_may_be_narrowed_is_on_the_device_and_is_warned_of_once(
         ("obs", np.ones((1, 2), np.int64), "int64 is not narrowed to float32, which is of another kind"),
     ],
 )
-def test_what_would_not_be_the_same_number_is_refused_on_the_device_too(name: str, values: Any, words: str) -> None:
+def test_what_would_not_be_the_same_number_is_refused_from_a_device_too(name: str, values: Any, words: str) -> None:
     gpu = FakeGpu()
     with packing(gpu, "obs", "act/id") as (ring, packer):
         leaf = gpu.array(values)
         with pytest.raises(ConfigError, match=words):
             packer.write(trajectory(gpu, **({"act": {"id": leaf}} if name == "id" else {"obs": leaf})))
-        assert ring.statistics().written == 0
-        assert "download" not in gpu.counts()
+        assert ring.statistics().committed == 0
+        assert ring.slot_states() == [SlotState.FREE] * 2
+        assert gpu.downloads == []
 
 
 def test_an_empty_array_of_wider_integers_is_narrowed_to_nothing() -> None:
