@@ -121,18 +121,13 @@ class RingHandle:
         segment = open_segment(name, None if folder is None else Path(folder), descriptor)
         identity, schema = _read_identity(segment)
         if populate:
-            segment.populate(write=False)
+            segment.populate()
         return cls(segment, identity, schema, **seams)
 
     @property
     def schema_bytes(self) -> bytes:
         """The schema as msgpack, b"" for a raw ring."""
         return b"" if self.schema is None else self.schema.to_bytes()
-
-    @property
-    def is_creator(self) -> bool:
-        """Whether closing this handle removes the ring."""
-        return self._segment.is_creator
 
     @property
     def write_sequence(self) -> int:
@@ -239,7 +234,7 @@ class RingHandle:
 
     def __repr__(self) -> str:
         """Name, sizes and role."""
-        role = "closed" if self.closed else "creator" if self.is_creator else "attached"
+        role = "closed" if self.closed else "creator" if self._segment.is_creator else "attached"
         return f"<SharedRingBuffer {self.name!r} {self.slots} × {self.slot_bytes} bytes, {role}, pid {os.getpid()}>"
 
     def _require_open(self) -> None:
@@ -308,7 +303,7 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
     segment = create_segment(name, identity.total_bytes, folder)
     try:
         if config.prefault:
-            segment.populate(write=True)
+            segment.populate()
         Transitions(segment, identity).initialise()
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
             segment.memory[first : first + len(content)] = np.frombuffer(content, np.uint8)

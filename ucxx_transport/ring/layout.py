@@ -64,30 +64,16 @@ CHECKSUM_WORD, BLOCK_TIMEOUT_NS_WORD, LOCK_TIMEOUT_NS_WORD, ENVELOPE_BYTES_WORD 
 CREATOR_PID_WORD, CREATOR_START_WORD, BOOT_ID_WORD = range(16, 19)
 PID_NAMESPACE_WORD: Final = 20
 
-# Words that change, under the lock.
+# Words that change, under the lock. IN_TRANSITION is 1 + the slot whose header is being changed, 0 between changes:
+# where the next holder of the lock repairs. The lists of slots, each 1 + its number: FREE in the order in which they
+# became so (writes take the first), HELD, which are READY or READING, and READY, both in the order of their writes.
+# STATE_COUNT is of slots in each of the four states. FREED and READIED count slots that became FREE or READY, modulo
+# 2**32 in their low halves, which blocked writes and takers wait on (futex); SLEEPERS and TAKERS are not 0 while one
+# may be asleep there.
 SEQUENCE_WORD: Final = 64
-IN_TRANSITION_WORD: Final = 66
-"""1 + the slot whose header is being changed, 0 between changes: where the next holder of the lock repairs."""
-ADDRESS_VERSION_WORD: Final = 67
-FREE_FIRST_WORD: Final = 68
-FREE_LAST_WORD: Final = 69
-"""The FREE slots in the order in which they became so, each 1 + its number; writes take the first."""
-HELD_FIRST_WORD: Final = 70
-HELD_LAST_WORD: Final = 71
-"""The READY and READING slots in the order of their writes."""
-STATE_COUNT_WORD: Final = 72
-"""Slots in each of the four states."""
-FREED_WORD: Final = 76
-"""Slots that became FREE, modulo 2**32 in its low half, which a blocked write waits on (futex)."""
-SLEEPERS_WORD: Final = 77
-"""Not 0 while a write may be asleep on `FREED_WORD`."""
-READY_FIRST_WORD: Final = 78
-READY_LAST_WORD: Final = 79
-"""The READY slots in the order of their writes."""
-READIED_WORD: Final = 80
-"""Slots that became READY, modulo 2**32 in its low half, which takers wait on (futex)."""
-TAKERS_WORD: Final = 81
-"""Not 0 while a taker may be asleep on `READIED_WORD`."""
+IN_TRANSITION_WORD, ADDRESS_VERSION_WORD, FREE_FIRST_WORD, FREE_LAST_WORD = range(66, 70)
+HELD_FIRST_WORD, HELD_LAST_WORD, STATE_COUNT_WORD = range(70, 73)
+FREED_WORD, SLEEPERS_WORD, READY_FIRST_WORD, READY_LAST_WORD, READIED_WORD, TAKERS_WORD = range(76, 82)
 
 MUTEX_BYTE: Final = 1024
 MUTEX_BYTES: Final = 64

@@ -25,7 +25,6 @@ from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED, message_bytes
 from ucxx_transport.ring.transitions import HoldWords, Transitions
 from ucxx_transport.schema.envelope import unpack_envelope
-from ucxx_transport.schema.tensors import Placement, view_fields
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
@@ -88,9 +87,16 @@ class Hold:
         return np.asarray(self).data
 
     @property
-    def is_live(self) -> bool:
-        """Whether this process took the hold and has not ended it."""
-        return self.lease_id in live
+    def arrays(self) -> dict[str, Any]:
+        """Arrays straight over the slot, nested as the schema says; a raw ring's is `{"data": uint8}`.
+
+        Those of a read are read-only; copy what must outlive `mark_consumed` or `release_reading`.
+        """
+        self.require_live()
+        memory, schema = np.asarray(self), self.transitions.schema
+        if schema is None:
+            return {layout.RAW_FIELD: memory}
+        return schema.views(memory.data, writable=self.reason == ABORTED)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -111,11 +117,7 @@ class Hold:
             )
 
     def end(self, reason: int, wait_s: float | None = None) -> bool:
-        """End it without a payload (`ABORTED`), or the read attempt that it is (`CONSUMED`, `RELEASED`).
-
-        Returns:
-            Whether this call ended it. False changes nothing: it had ended, was reclaimed, or is another process's.
-        """
+        """End it; False changes nothing: it had ended, was reclaimed, or is another process's."""
         lease_id = self.lease_id
         if lease_id not in live:
             return False
@@ -133,6 +135,9 @@ class Hold:
             self.end(self.reason, 0.0 if unsettled else _LOST_WAIT_S)
         except TransportError:
             unsettled.append(self)
+
+    def __enter__(self) -> Self:
+        return self
 
     # At the end of the process, which is reclaimed, the names of this module may be gone.
     def __del__(self, known: dict[int, ref[Hold]] = live, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -154,16 +159,6 @@ class ReadLease(Hold):
     def checksum(self) -> int | None:
         """xxh3_64 of the payload, None when the ring takes none."""
         return self.words[layout.HOLD_CHECKSUM] if self.words[layout.HOLD_HAS_CHECKSUM] else None
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """Read-only arrays over the payload, nested as the schema says; a raw ring's is `{"data": uint8}`.
-
-        They are the slot's own memory: copy what must outlive `mark_consumed` or `release_reading`.
-        """
-        self.require_live()
-        memory, schema = np.asarray(self), self.transitions.schema
-        return {layout.RAW_FIELD: memory} if schema is None else schema.views(memory.data)
 
     @property
     def commit_time_ns(self) -> int:
@@ -232,9 +227,6 @@ class ReadLease(Hold):
             self.lease_id = 0
         return np.asarray(hold)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""
         self.end(RELEASED)
@@ -269,23 +261,12 @@ class WriteLease(Hold):
     Fill `arrays` or `buffer`, then `commit()`. As a context manager: a clean exit commits, an exception aborts.
     """
 
-    __slots__ = ("_commit", "_placement", "_ref")
+    __slots__ = ("_commit", "_ref")
 
-    def __init__(
-        self, transitions: Transitions, placement: Placement | None, commit: Callable[[Hold], SlotRef]
-    ) -> None:
+    def __init__(self, transitions: Transitions, commit: Callable[[Hold], SlotRef]) -> None:
         super().__init__(transitions)
-        self._placement, self._commit = placement, commit
+        self._commit = commit
         self._ref: SlotRef | None = None
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """Writable arrays straight over the slot, nested as the schema says; a raw ring's is `{"data": uint8}`."""
-        self.require_live()
-        memory, schema = np.asarray(self), self.transitions.schema
-        if schema is None or self._placement is None:
-            return {layout.RAW_FIELD: memory}
-        return schema.nest(view_fields(memory.data, self._placement))
 
     @property
     def ref(self) -> SlotRef:
@@ -313,7 +294,7 @@ class WriteLease(Hold):
         """
         if self._ref is None:
             reserved = self.nbytes
-            if nbytes is not None and (self._placement is not None or not 0 <= nbytes <= reserved):
+            if nbytes is not None and (self.transitions.schema is not None or not 0 <= nbytes <= reserved):
                 raise ConfigError(
                     f"nbytes must be 0 to {reserved} on a raw ring, and left out on one with a schema",
                     field="nbytes",
@@ -333,13 +314,10 @@ class WriteLease(Hold):
         """
         return self.end(ABORTED)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Commit on a clean exit, unless committed or aborted already; abort on an exception."""
         try:
-            if kind is None and self.is_live:
+            if kind is None and self.lease_id in live:
                 self.commit()
         finally:
             self.abort()  # changes nothing where it is committed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -105,12 +106,7 @@ def host_id(folder: Path | None = None) -> str:
             field="folder",
             value=str(folder),
         ) from error
-    return _host_id(boot_id(), pid_namespace(), facts.st_dev, facts.st_ino)
-
-
-@cache
-def _host_id(boot: bytes, *numbers: int) -> str:
-    return xxhash.xxh3_128_hexdigest(boot + b"".join(number.to_bytes(8, "little") for number in numbers))
+    return xxhash.xxh3_128_hexdigest(boot_id() + struct.pack("<3Q", pid_namespace(), facts.st_dev, facts.st_ino))
 
 
 def _read_stat(pid: int) -> tuple[str, int, int]:

@@ -25,6 +25,7 @@ from ucxx_transport.schema.envelope import meta_of
 from ucxx_transport.schema.slot_ref import renumbered, with_meta
 
 if TYPE_CHECKING:
+    from ucxx_transport.ring.transitions import Words
     from ucxx_transport.schema import SlotRef
 
 _MAX_READER: Final = (1 << 63) - 1
@@ -204,7 +205,7 @@ class ReadableRing(RingHandle):
         if lease.transitions.identity.ring_id != self.ring_id:
             raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
         meta = meta_of(lease.record)
-        ref = renumbered(self._template(), lease.slot, lease.generation, lease.nbytes, lease.checksum)
+        ref = self._named(lease.words)
         return with_meta(ref, meta) if meta else ref
 
     def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
@@ -230,17 +231,8 @@ class ReadableRing(RingHandle):
     def ready_refs(self) -> list[SlotRef]:
         """References of the payloads that wait to be read, oldest first; without `meta` (see `take`, `reference`)."""
         self._require_open()
-        template = self._template()
-        return [
-            renumbered(
-                template,
-                words[layout.HOLD_SLOT],
-                words[layout.HOLD_GENERATION],
-                words[layout.HOLD_NBYTES],
-                words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None,
-            )
-            for words in sorted(self._transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
-        ]
+        ready = sorted(self._transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
+        return [self._named(words) for words in ready]
 
     def discard(self, ref: SlotRef) -> bool:
         """Drop an unread payload.
@@ -271,6 +263,12 @@ class ReadableRing(RingHandle):
             if words[layout.HOLD_SEQUENCE] <= sequence and self._transitions.call("discard", slot, generation):
                 in_use.add(slot)
         return len(in_use)
+
+    def _named(self, words: Words) -> SlotRef:
+        """The reference of a hold's payload, without `meta`."""
+        slot, generation, nbytes = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES]
+        checksum = words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None
+        return renumbered(self._template(), slot, generation, nbytes, checksum)
 
     def _prepare(self, reader: int) -> None:
         """Before leases are made: is the handle open, the reader's id one, and nothing dropped left to be ended?"""

@@ -31,8 +31,7 @@ _CHUNK_BYTES: Final = 256 << 20
 
 _CREATE_ATTEMPTS: Final = 16
 _MADV_POPULATE_READ: Final = 22
-_MADV_POPULATE_WRITE: Final = 23
-"""<linux/mman.h>, since Linux 5.14; `mmap` has no names for them."""
+"""<linux/mman.h>, since Linux 5.14; `mmap` has no name for it."""
 
 _UNLIMITED_BYTES: Final = 1 << 60
 """v1 says "no limit" by a number near 2**63."""
@@ -138,27 +137,14 @@ class Segment:
         """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
         return self._creation is not None and self._creation()
 
-    def populate(self, *, write: bool) -> None:
-        """Touch all pages now, to write (creator) or as they are (attacher): the first use then runs at memory speed.
-
-        Raises:
-            ConfigError: the kernel has no memory for them.
-        """
-        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    def populate(self) -> None:
+        """Touch all pages now: the first use of each then runs at memory speed."""
         for start in range(0, self.nbytes, _CHUNK_BYTES):
             length = min(_CHUNK_BYTES, self.nbytes - start)
             try:
-                self._map.madvise(advice, start, length)
-            except OSError as exc:
-                if exc.errno != errno.EINVAL:
-                    raise ConfigError(
-                        f"the pages of the ring cannot be touched: {exc.strerror}", needed_bytes=self.nbytes
-                    ) from exc
-                pages = self.memory[start : start + length : PAGE_BYTES]
-                if write:
-                    pages[...] = pages
-                else:
-                    pages.max()
+                self._map.madvise(_MADV_POPULATE_READ, start, length)
+            except OSError:  # before Linux 5.14
+                self.memory[start : start + length : PAGE_BYTES].max()
 
     def _held(self) -> int | None:
         return None if self._creation is None else self._creation.descriptor()
@@ -172,18 +158,17 @@ def segment_path(name: str, folder: Path | None = None) -> Path:
     return (folder or segment_folder()) / (NAME_PREFIX + plain)
 
 
-def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segment:
+def create_segment(name: str, nbytes: int, folder: Path) -> Segment:
     """Make a zeroed file, all of it allocated, and map it. It holds no complete identity yet.
 
-    Raises:
-        ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's
-            cgroup may have; says how much is needed and free.
+    A ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's cgroup
+    may have; says how much is needed and free.
     """
     path = segment_path(name, folder)
     creation = _Creation(path)
     try:
-        _allocate(creation.open(), nbytes, path.parent)
-        return Segment(path, _map_file(path), creation)
+        _allocate(creation.open(), nbytes, folder)
+        return Segment(path, _mapped(path), creation)
     except BaseException:
         creation()
         remove_orphan(path)  # an interrupt may have come between the file and what removes it
@@ -191,20 +176,29 @@ def create_segment(name: str, nbytes: int, folder: Path | None = None) -> Segmen
 
 
 def open_segment(name: str, folder: Path | None = None, descriptor: int | None = None) -> Segment:
-    """Map an existing file, whatever it holds; by its descriptor, which stays the caller's, whatever its name.
+    """Map an existing file, whatever it holds; by its descriptor, which stays the caller's, whatever its name."""
+    path = segment_path(name, folder)
+    return Segment(path, _mapped(path, descriptor), None)
+
+
+def _mapped(path: Path, descriptor: int | None = None) -> mmap.mmap:
+    """A file's memory.
 
     Raises:
         ConfigError: there is none, or it is not ours to open.
         ProtocolError: it is no regular file of whole pages.
         NotReadyError: it has no size yet: its creator is at work.
     """
-    path = segment_path(name, folder)
-    return Segment(path, _map_file(path) if descriptor is None else _map_descriptor(descriptor, path), None)
-
-
-def _map_file(path: Path) -> mmap.mmap:
+    fd = descriptor
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if fd is None:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:
+            raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
+        if facts.st_size == 0:
+            raise NotReadyError("the ring is still being made; try again", name=path.name)
+        return mmap.mmap(fd, facts.st_size)
     except FileNotFoundError:
         raise ConfigError(
             "no such ring on this host: its creator is gone, or is on another host or in another container",
@@ -213,23 +207,10 @@ def _map_file(path: Path) -> mmap.mmap:
             reason="missing",
         ) from None
     except OSError as exc:
-        raise ConfigError(f"{path} cannot be opened: {exc.strerror}", field="name", reason="refused") from exc
-    try:
-        return _map_descriptor(fd, path)
-    finally:
-        os.close(fd)
-
-
-def _map_descriptor(fd: int, path: Path) -> mmap.mmap:
-    try:
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:
-            raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
-        if facts.st_size == 0:
-            raise NotReadyError("the ring is still being made; try again", name=path.name)
-        return mmap.mmap(fd, facts.st_size)
-    except OSError as exc:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
+    finally:
+        if fd is not None and fd != descriptor:
+            os.close(fd)
 
 
 def _allocate(fd: int, nbytes: int, folder: Path) -> None:

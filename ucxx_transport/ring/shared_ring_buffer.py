@@ -172,7 +172,7 @@ class SharedRingBuffer(ReadableRing):
             size = placement.nbytes
         most, meta, envelope = self._agreed(readers, meta, envelope)
         commit = partial(self._commit, readers=most, meta=meta, envelope=envelope)
-        lease = WriteLease(self._transitions, placement, commit)
+        lease = WriteLease(self._transitions, commit)
         self._reserve(lease, size, deadline_s)
         if placement is not None:
             self._write_lengths(lease, placement)
@@ -239,11 +239,7 @@ class SharedRingBuffer(ReadableRing):
         return (readers or most, meta, envelope if self._identity.envelope_bytes else None)
 
     def _commit(self, hold: Hold, readers: int, meta: Mapping[str, object] | None, envelope: bytes | None) -> SlotRef:
-        """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is.
-
-        Raises:
-            SlotError: the hold was reclaimed.
-        """
+        """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is."""
         words = hold.words
         checksum = None
         if self._takes_checksums:
@@ -258,12 +254,7 @@ class SharedRingBuffer(ReadableRing):
         return ref
 
     def _reserve(self, hold: Hold, nbytes: int, deadline_s: float | None) -> None:
-        """Give a hold a slot in WRITING.
-
-        Raises:
-            RingFullError: there is none, and the policy is not to wait.
-            DeadlineExceededError: none became free in time.
-        """
+        """Give a hold a slot in WRITING; errors as `write`."""
         if self.closed:
             self._require_open()
         if unsettled:
@@ -278,7 +269,7 @@ class SharedRingBuffer(ReadableRing):
             raise
 
     def _wait_for_slot(self, words: Words, deadline_s: float | None) -> None:
-        """Reserve a slot for a write that found none, by the ring's policy; errors as `_reserve`."""
+        """Reserve a slot for a write that found none, by the ring's policy; errors as `write`."""
         transitions, blocks = self._transitions, self._identity.on_full == "block"
         block_s = self._identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
         reclaim_at = started = self._clock()
@@ -307,13 +298,9 @@ class SharedRingBuffer(ReadableRing):
                 waited_s=round(self._clock() - started, 3),
                 slots=self.slots,
             )
-        raise RingFullError(
-            "no slot can be written: every one is being read or written"
-            if self._overwrites
-            else "no slot is free and the ring's policy is to raise",
-            slots=self.slots,
-            on_full=self._identity.on_full,
-        )
+        if self._overwrites:
+            raise RingFullError("no slot can be written: every one is being read or written", slots=self.slots)
+        raise RingFullError("no slot is free and the ring's policy is to raise", slots=self.slots)
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot for this layout, made, and kept for the next write to it."""

@@ -1,17 +1,6 @@
 """The life of a slot: states, events, one table, and the one function that makes a new state.
 
-| from    | event       | to      | generation | meaning                                                              |
-|---------|-------------|---------|------------|----------------------------------------------------------------------|
-| FREE    | `RESERVE`   | WRITING | + 1        | a writer has the slot                                                |
-| READY   | `OVERWRITE` | WRITING | + 1        | the oldest unread payload is dropped for a new one (policy, counted) |
-| WRITING | `COMMIT`    | READY   |            | the payload is complete                                              |
-| WRITING | `ABORT`     | FREE    |            | the writer failed, gave up, or died                                  |
-| READY   | `ACQUIRE`   | READING |            | the first read attempt enters                                        |
-| READING | `JOIN`      | READING |            | a further attempt enters                                             |
-| READING | `LEAVE`     | READING |            | an attempt ends, others are in flight                                |
-| READING | `CONSUME`   | FREE    |            | the last attempt in flight ends, all readers have had the payload    |
-| READING | `RELEASE`   | READY   |            | the last attempt in flight ends, a reader still wants the payload    |
-| READY   | `DISCARD`   | FREE    |            | the payload is dropped on request                                    |
+`TRANSITIONS` is the table; a transition to WRITING is the slot's next generation.
 
 A *state word* is one unsigned 64-bit integer, `generation << 8 | state`. Every transition of a slot in shared memory is
 one store of its state word, so that a process killed at any instruction leaves the slot either before or after it.
@@ -53,22 +42,28 @@ class SlotEvent(IntEnum):
 
 TRANSITIONS: Final[Mapping[tuple[SlotState, SlotEvent], SlotState]] = MappingProxyType(
     {
+        # a writer has the slot
         (SlotState.FREE, SlotEvent.RESERVE): SlotState.WRITING,
+        # the oldest unread payload is dropped for a new one (policy, counted)
         (SlotState.READY, SlotEvent.OVERWRITE): SlotState.WRITING,
+        # the payload is complete
         (SlotState.WRITING, SlotEvent.COMMIT): SlotState.READY,
+        # the writer failed, gave up, or died
         (SlotState.WRITING, SlotEvent.ABORT): SlotState.FREE,
+        # the first read attempt enters; then further ones, and some end while others are in flight
         (SlotState.READY, SlotEvent.ACQUIRE): SlotState.READING,
         (SlotState.READING, SlotEvent.JOIN): SlotState.READING,
         (SlotState.READING, SlotEvent.LEAVE): SlotState.READING,
+        # the last attempt in flight ends: all readers have had the payload, or one still wants it
         (SlotState.READING, SlotEvent.CONSUME): SlotState.FREE,
         (SlotState.READING, SlotEvent.RELEASE): SlotState.READY,
+        # the payload is dropped on request
         (SlotState.READY, SlotEvent.DISCARD): SlotState.FREE,
     }
 )
 
 STATE_BITS: Final = 8
 STATE_MASK: Final = (1 << STATE_BITS) - 1
-MAX_GENERATION: Final = (1 << (64 - STATE_BITS)) - 1
 
 
 def state_of(word: int) -> SlotState:

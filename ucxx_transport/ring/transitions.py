@@ -98,11 +98,7 @@ class Transitions:
         return not code or self._waited_for(code, wait_s, "reserve", words) != layout.FULL
 
     def commit(self, words: Words, required_reads: int) -> None:
-        """WRITING → READY: the payload of a write, whose size and checksum are in the words, is complete.
-
-        Raises:
-            SlotError: the hold has ended: committed, aborted, or reclaimed.
-        """
+        """WRITING → READY: the payload, whose size and checksum are in the words, is complete."""
         words[layout.HOLD_ARGUMENT] = required_reads
         code = self._commit(words)
         if code and self._waited_for(code, None, "commit", words):
@@ -114,14 +110,7 @@ class Transitions:
             )
 
     def acquire(self, words: Words, wait_s: float | None = None) -> None:
-        """READY → READING, or one attempt more within READING; gives nbytes and checksum.
-
-        Raises:
-            StaleSlotError: another generation, no payload, or one that all its readers, or this one, have had.
-            BusyError: the slot carries as many attempts as it can, or other readers' attempts are in flight for all
-                the reads that the payload asks for.
-            SlotError: the ring has no such slot.
-        """
+        """READY → READING, or one attempt more within READING; gives nbytes and checksum; errors as in `_REFUSALS`."""
         code = self._acquire(words)
         if code == layout.LOCKED:
             code = self._waited_for(code, wait_s, "acquire", words)

@@ -145,7 +145,7 @@ def test_a_forked_child_cannot_end_what_it_inherited(make_ring: MakeRing) -> Non
             outcomes.append(False)
         del globals_of_child["detached"]
         own = ring.acquire(ref)
-        return not any(outcomes) and own.release_reading() and not ring.is_creator and not ring.unlink()
+        return not any(outcomes) and own.release_reading() and not ring.unlink()
 
     globals_of_child = {"detached": detached}
     del detached
