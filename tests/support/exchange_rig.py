@@ -168,10 +168,10 @@ class ExchangeRig:
         self._clients.append(client)
         return client
 
-    def client_link(self, timers: Reactor) -> MemoryLink:
+    def client_link(self, _reactor: Reactor) -> MemoryLink:
         """A link of the client side."""
         self.opened_links += 1
-        return MemoryLink(timers, MemoryNetwork(faults=self.faults, listeners=self._network.listeners))
+        return MemoryLink(MemoryNetwork(faults=self.faults, listeners=self._network.listeners))
 
     def start_port(self, number: int) -> None:
         """Serve the ring on a port."""

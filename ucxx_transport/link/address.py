@@ -44,14 +44,7 @@ _UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """One network interface with an IPv4 address.
-
-    Attributes:
-        name: such as `eth0`.
-        address: dotted IPv4, its first.
-        up: whether it is up.
-        rdma_device: the RDMA device behind it, such as `mlx5_0`, or None.
-    """
+    """One network interface, its first IPv4 address, and the RDMA device behind it, such as `mlx5_0`."""
 
     name: str
     address: str
@@ -65,10 +58,7 @@ class Interface:
 
 
 def choose_address(host: str | None = None) -> str:
-    """The address to publish, by the rules above.
-
-    Args:
-        host: what was configured, or None.
+    """The address to publish, by the rules above, where `host` is what was configured.
 
     Raises:
         ConfigError: the host is a wildcard, empty or unknown, or this machine has no address to publish.
@@ -91,15 +81,7 @@ def choose_address(host: str | None = None) -> str:
 
 
 def require_reachable(address: str, port: int) -> None:
-    """Refuse an address of another host than this one where our own listener does not answer.
-
-    Args:
-        address: as `choose_address` returned it.
-        port: of a server of this host, which listens on all of its addresses.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Refuse an address of another host, with a ConfigError: where our own listener, of that port, does not answer."""
     numeric = _resolve(address)
     if ipaddress.ip_address(numeric).is_loopback or numeric in _own_addresses():
         return
@@ -119,12 +101,7 @@ def other_family(address: str, given: Mapping[str, str], environment: Mapping[st
 
     Over TCP, UCX tells its peer one address of each interface to connect back to, of the family that comes first in
     `TCP_AF_PRIO`. Where that is not the family of the listener's address the peer may not reach it; its UCX (1.19)
-    refuses, or corrupts its heap and aborts.
-
-    Args:
-        address: numeric, to connect to.
-        given: the context's settings, without prefix.
-        environment: the process's.
+    refuses, or corrupts its heap and aborts. `given` are the context's settings, without prefix.
     """
     numeric = ipaddress.ip_address(address)
     setting = environment.get("UCX_TCP_AF_PRIO", given.get("TCP_AF_PRIO", "inet,inet6"))
@@ -159,9 +136,9 @@ def decide_address(
     Args:
         host: what was configured, or None.
         interfaces: to choose from.
-        route_source: source address of the default route, or None.
-        net_devices: value of `UCX_NET_DEVICES`, or None.
-        ipv6: interfaces with an IPv6 address that other hosts may reach, and that address.
+        route_source: source address of the default route.
+        net_devices: value of `UCX_NET_DEVICES`.
+        ipv6: by interface, an address that other hosts may reach.
     """
     if host is not None:
         return _asked_for(host, interfaces, ipv6)

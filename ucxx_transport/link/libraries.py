@@ -246,12 +246,9 @@ class IPv6Listener:
 
     Args:
         worker: the `ucp_worker_h`.
-        address: numeric.
+        address: numeric; an OSError where UCX cannot listen there.
         port: to listen on.
         on_request: gets each `ucp_conn_request_h`, inside progress.
-
-    Raises:
-        OSError: the port is in use there, or UCX cannot listen.
     """
 
     def __init__(self, worker: int, address: str, port: int, on_request: Callable[[int], None]) -> None:

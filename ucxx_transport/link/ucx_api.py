@@ -68,13 +68,7 @@ UcxWorker: TypeAlias = Any
 
 
 class Binding:
-    """The imported modules, and what their errors mean.
-
-    Attributes:
-        lib: `ucxx._lib.libucxx`.
-        make_array: makes a `UcxArray` of a buffer.
-        root: the class of all errors of UCX.
-    """
+    """The imported modules, and what their errors, all of class `root`, mean."""
 
     def __init__(self, lib: Any, make_array: Callable[[object], UcxArray]) -> None:
         self.lib = lib

@@ -26,13 +26,7 @@ QUIET_S: Final = 60.0
 
 
 class UCXXListener:
-    """See `base.Listener`. After `close()` the port stays bound until the endpoints accepted on it are closed too.
-
-    Args:
-        link: that owns it.
-        port: 0 for any free one.
-        on_endpoint: gets each connection, in a turn of the link, outside of UCX's callbacks.
-    """
+    """See `base.Listener`. `on_endpoint` gets each connection in a turn of the link, outside of UCX's callbacks."""
 
     def __init__(self, link: LinkState, port: int, on_endpoint: OnEndpoint) -> None:
         self._link = link
@@ -61,11 +55,7 @@ class UCXXListener:
             self._link.listeners.discard(self)
 
     def _note_request(self, request: int) -> None:
-        """A client connects. Called inside UCX's progress: takes note, no more.
-
-        Args:
-            request: the `ucp_conn_request_h`, which the endpoint takes over.
-        """
+        """A client connects, by a `ucp_conn_request_h`. Called inside UCX's progress: takes note, no more."""
         bound = self._bound()
         assert bound is not None  # else UCX does not listen any more
         peer = request_peer(request) or f"a client of port {self.port}"

@@ -42,9 +42,9 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self, timers: Reactor) -> MemoryLink:
+    def link(self, _reactor: Reactor) -> MemoryLink:
         """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
-        return MemoryLink(timers, self)
+        return MemoryLink(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,13 +68,9 @@ class MemoryOperation:
 
 
 class MemoryEndpoint:
-    """One end of a connection. See `base.Endpoint`.
+    """One end of a connection; `other` is the end its messages go to, once connected. See `base.Endpoint`.
 
-    Attributes:
-        link: its own; what follows runs in that one's turns.
-        other: the end that its messages go to, once connected.
-        events: of its owner.
-        in_flight: posted and not completed, oldest first.
+    What is no part of that Protocol runs in a turn of its own link.
     """
 
     def __init__(self, link: MemoryLink, peer: str, other: MemoryEndpoint | None = None) -> None:
@@ -84,7 +80,7 @@ class MemoryEndpoint:
         self.events: base.EndpointEvents | None = None
         self.alive = True
         self.channels = 1 << 16
-        self.in_flight: dict[MemoryOperation, None] = {}
+        self.in_flight: dict[MemoryOperation, None] = {}  # oldest first
         self._outbox: deque[tuple[Hold | None, bytes, MemoryOperation]] = deque()
         self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
         self._closed = False
@@ -271,17 +267,11 @@ class MemoryListener:
 
 
 class MemoryLink(base.Usable):
-    """A `base.Link` whose peers are other links of the same network, and itself.
+    """A `base.Link` whose peers are the links of the same network, itself among them."""
 
-    Args:
-        timers: of the reactor that drives it.
-        network: shared with the links to talk to; a new one by default, on which the link can only reach itself.
-    """
-
-    def __init__(self, timers: Reactor, network: MemoryNetwork | None = None) -> None:
-        self.timers = timers
-        self.network = network if network is not None else MemoryNetwork()
-        self.faults = self.network.faults
+    def __init__(self, network: MemoryNetwork) -> None:
+        self.network = network
+        self.faults = network.faults
         self.counters = base.LinkStatistics()
         self.endpoints: set[MemoryEndpoint] = set()
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()

@@ -178,8 +178,8 @@ class BreakingLink(MemoryLink):
 def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer, network: MemoryNetwork) -> None:
     links: list[BreakingLink] = []
 
-    def link_of(timers: Reactor) -> Link:
-        links.append(BreakingLink(timers, network))
+    def link_of(_: Reactor) -> Link:
+        links.append(BreakingLink(network))
         return links[-1]
 
     reactor = Reactor(network.link)
