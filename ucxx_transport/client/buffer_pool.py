@@ -14,9 +14,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,15 +55,8 @@ class _Loan(weakref.ref[Bytes]):
     __eq__ = object.__eq__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BufferPoolStatistics:
-    """What a pool holds and has done.
-
-    Attributes:
-        lent: buffers out now.
-        idle_bytes: kept for reuse.
-        allocations: ever made.
-    """
+class BufferPoolStatistics(NamedTuple):
+    """Buffers that are out, bytes that are kept for reuse, and allocations ever made."""
 
     lent: int
     idle_bytes: int
@@ -116,11 +108,7 @@ class BufferPool:
         """Counts now."""
         with self._lock:
             self._take_back()
-            return BufferPoolStatistics(
-                lent=len(self._loans),
-                idle_bytes=self._idle_bytes,
-                allocations=self._allocations,
-            )
+            return BufferPoolStatistics(len(self._loans), self._idle_bytes, self._allocations)
 
     def close(self) -> None:
         """Give idle buffers back to the system, and those that are out when they come back."""

@@ -47,7 +47,6 @@ class Connection(Line):
         attempts: asked for and not answered, by number.
         late: how many of them have exceeded their time.
         used_s: when it was last given a read.
-        shortage: why it waits, where there were no descriptors for it.
     """
 
     def __init__(self, pool: Connections, dispatch: Dispatch, engine: Engine, key: PortKey) -> None:
@@ -59,7 +58,6 @@ class Connection(Line):
         self.attempts: dict[int, Attempt] = {}
         self.late = 0
         self.used_s = 0.0
-        self.shortage: TransportError | None = None
         self._asked_bytes = 0
         self._undescribed: dict[int, list[Attempt] | TransportError] = {}
         self.errands: list[Errand] = []
@@ -348,13 +346,8 @@ class Connection(Line):
         """The connection is of no use any more; its reads go on elsewhere, or fail with `error`."""
         if self.closed:
             return
-        if (
-            isinstance(error, BusyError)
-            and not self.is_open
-            and "limit" in error.facts
-            and self._pool.short(self, error)
-        ):
-            return  # this process has no descriptors for it now; a server that is busy says so otherwise
+        if isinstance(error, BusyError) and "limit" in error.facts:
+            self._pool.short()
         stale = self.rested
         asked = [
             attempt.read

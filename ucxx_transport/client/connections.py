@@ -49,9 +49,6 @@ ENDS_DELAY_S: Final = 0.001
 
 GOODBYE_TIMEOUT_S: Final = 0.5
 
-SHORTAGE_PAUSE_S: Final = 0.005
-"""A connection for which there were no descriptors is tried again after this: those of others come and go."""
-
 _log = get_logger(__name__)
 
 
@@ -145,23 +142,12 @@ class Connections:
         self._closing -= 1
         self._start_waiting()
 
-    def short(self, connection: Carrier, error: TransportError) -> bool:
-        """There were no descriptors for a connection, whatever the budget says; whether it now waits for others'."""
+    def short(self) -> None:
+        """There were no descriptors for a connection, whatever the budget says: it is less; idle ones are closed."""
+        self._budget = max(1, len(self.known) - len(self.waiting) + self._closing - 1)
         for other in tuple(self.known.values()):
             if other.idle:
                 other.close()
-        if len(self.known) - len(self.waiting) + self._closing < 2:  # this one is all there is
-            return False
-        again = self.known[connection.key] = self._connect(connection.key)
-        again.used_s, again.shortage = connection.used_s, error
-        for read in connection.queue:
-            read.connection = again
-        again.queue, connection.queue = connection.queue, again.queue
-        again.errands, connection.errands = connection.errands, again.errands
-        self.waiting.append(again)
-        connection.close()
-        self.reactor.call_at(self.reactor.now() + SHORTAGE_PAUSE_S, self._start_waiting)
-        return True
 
     def close(self) -> None:
         """Close every connection. Idempotent."""

@@ -307,8 +307,6 @@ class Dispatch:
                 read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
                 return
             connection.queue.remove(read)
-            if connection.shortage is not None and now >= job.until_s:
-                error = copy_of(connection.shortage)
         if place in ("queued", "asked"):
             read.source.advance()
             self.failed(read, error)

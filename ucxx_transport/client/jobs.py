@@ -133,7 +133,6 @@ class Carrier(Protocol):
     is_open: bool
     closed: bool
     used_s: float
-    shortage: TransportError | None
 
     @property
     def idle(self) -> bool: ...

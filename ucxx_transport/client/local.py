@@ -74,14 +74,13 @@ def verify_checksum(content: Bytes, ref: SlotRef) -> None:
 class LocalReader:
     """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
 
+    With `local="auto"` it falls back to UCX where a ring cannot be attached, or has lost its name and is served.
+
     Args:
-        config: `local`: "auto" falls back to UCX where a ring cannot be attached, or has lost its name and is served;
-            "off" never reads locally.
+        config: the client's.
         in_place: of which rings payloads stay in their slots, unless `local` is "copy"; of others they are copied out,
             and the slots are free at once.
-        reader: the client's id.
-        pool: where copies go.
-        counters: of what is delivered, and of fallbacks.
+        reader: the client's id. pool: where copies go. counters: of what is delivered, and of fallbacks.
         delivered: the names of what the client has delivered. clock: of calls' deadlines.
 
     Attributes:
@@ -100,12 +99,8 @@ class LocalReader:
         clock: Callable[[], float],
     ) -> None:
         self.is_off = config.local == "off"
-        self._is_auto = config.local == "auto"
-        if config.local == "copy":
-            in_place = False
-        self._in_place = in_place if isinstance(in_place, bool) else False
-        self._is_in_place = None if isinstance(in_place, bool) else in_place
-        self._max_rings = config.max_attached_rings
+        self._config = config
+        self._in_place = config.local != "copy" and in_place
         self._verify = config.verify_checksum
         self._reader = reader
         self._pool = pool
@@ -152,17 +147,17 @@ class LocalReader:
             ring = self._opened(ref)
         except (ConfigError, ProtocolError) as error:
             is_gone = error.facts.get("reason") == "missing"
-            if not (is_gone or self._is_auto):
+            if not (is_gone or self._config.local == "auto"):
                 raise
         else:
             if ring.ring_id == ref.ring_id:
                 self._rings[ref.ring_id] = ring
-                while len(self._rings) > self._max_rings:
+                while len(self._rings) > self._config.max_attached_rings:
                     self._rings.popitem(last=False)[1].close()
                 return ring
             is_gone = True
             ring.close()
-        if is_gone and not (self._is_auto and _is_served(ref)):
+        if is_gone and not (self._config.local == "auto" and _is_served(ref)):
             message = "the ring of this payload is gone: its worker closed it, or died and was swept"
             raise StaleSlotError(message, ring=ref.ring_name)
         self._unreachable.add(ref.ring_id)
@@ -171,22 +166,16 @@ class LocalReader:
 
     def _opened(self, ref: Takeable) -> SharedRingBuffer:
         """The ring of that name; where there is no descriptor for it, others are closed."""
-        limit = 0
-        for is_last in (False, True):
-            try:
-                return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
-            except ConfigError as error:
-                cause = error.__cause__
-                if not (isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)):
-                    raise
-            if not is_last:
-                limit = raised_limit()
-                for _ in range((len(self._rings) + 1) // 2):
-                    self._rings.popitem(last=False)[1].close()
-        words = (
-            "this process has no file descriptors for another ring; release payloads, or raise its limit (ulimit -n)"
-        )
-        raise BusyError(words, limit=limit, rings=len(self._rings))
+        try:
+            return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
+        except ConfigError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)):
+                raise
+        raised_limit()
+        for _ in range((len(self._rings) + 1) // 2):
+            self._rings.popitem(last=False)[1].close()
+        return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
 
     def _prune(self) -> None:
         now = self._clock()
@@ -230,7 +219,7 @@ class LocalReader:
             if other is None:
                 raise
             ring, lease = other, other.acquire(ref, reader=self._reader, deadline_s=limit_s)
-        if self._in_place and not (self._verify and ref.checksum is not None):
+        if self._in_place is True and not (self._verify and ref.checksum is not None):
             return ring, lease, None
         return ring, lease, self._copied(ring, ref, lease)
 
@@ -278,7 +267,7 @@ class LocalReader:
 
     def copies(self, ref: SlotRef) -> bool:
         """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
-        return not self._in_place or (self._verify and ref.checksum is not None)
+        return self._in_place is not True or (self._verify and ref.checksum is not None)
 
     # --- Several rings, of which one may be locked by a process that does not get on ---
 
@@ -323,21 +312,18 @@ class LocalReader:
     ) -> list[Entry[EntryT]]:
         """Visit rings in turn; one whose lock was not to be had is left for later, as long as there is time."""
         left: list[Entry[EntryT]] = []
-        held: set[int] = set()
+        held: set[bytes] = set()
         for entry, ring in entries:
             left_s = call.until_s - self._clock()
-            try:
-                if id(ring) not in held:
+            if ring.ring_id not in held:
+                try:
                     visit(entry, ring, max(0.0, min(left_s, LOCK_TURN_S)))
                     continue
-            except DeadlineExceededError as error:
-                if left_s <= LOCK_TURN_S:
-                    on_error(entry, error)
-                    continue
-            except TransportError as error:
-                on_error(entry, error)
-                continue
-            held.add(id(ring))
+                except TransportError as error:
+                    if not isinstance(error, DeadlineExceededError) or left_s <= LOCK_TURN_S:
+                        on_error(entry, error)
+                        continue
+                held.add(ring.ring_id)
             left.append((entry, ring))
         return left
 
@@ -357,7 +343,7 @@ class LocalReader:
     def _copied(self, ring: SharedRingBuffer, ref: SlotRef, lease: ReadLease) -> Bytes | None:
         """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""
         try:
-            stays = self._in_place or (self._is_in_place is not None and self._is_in_place(ring))
+            stays = self._in_place(ring) if callable(self._in_place) else self._in_place
             root = None if stays else self._pool.lend(lease.nbytes)
             if root is not None:
                 np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.client.jobs import removed
@@ -48,15 +49,16 @@ class Membership:
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._lock = threading.Lock()
-        self._reactor: Reactor | None = None
-        self._on_news: Callable[[], None] | None = None
-        self._unsubscribe: Callable[[], None] | None = watcher.subscribe(on_add=self._added, on_remove=self._removed)
+        self._announce: Callable[[], None] | None = None
+        self._unsubscribe: Callable[[], None] | None = watcher.subscribe(
+            on_add=partial(self._report, is_there=True), on_remove=partial(self._report, is_there=False)
+        )
 
     def bind(self, reactor: Reactor, on_news: Callable[[], None]) -> None:
         """From now on the reactor calls `on_news` when there are news."""
-        self._on_news, self._reactor = on_news, reactor
+        self._announce = partial(reactor.submit, on_news)
         if self.news:
-            reactor.submit(on_news)
+            self._announce()
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
@@ -84,23 +86,18 @@ class Membership:
                 dispatch.connections.evict(key)
         reads.settle()
 
-    def _removed(self, record: SourceRecord) -> None:
-        with self._lock:
-            self.gone[record.ring_id] = None
-            while len(self.gone) > REMEMBERED_RINGS:
-                self.gone.popitem(last=False)
-        self._report(record, is_there=False)
-
-    def _added(self, record: SourceRecord) -> None:
-        with self._lock:
-            self.gone.pop(record.ring_id, None)
-        self._report(record, is_there=True)
-
     def _report(self, record: SourceRecord, *, is_there: bool) -> None:
+        ring_id = record.ring_id
         with self._lock:
+            if is_there:
+                self.gone.pop(ring_id, None)
+            else:
+                self.gone[ring_id] = None
+                if len(self.gone) > REMEMBERED_RINGS:
+                    self.gone.popitem(last=False)
             is_first = not self.news
-            was_removed = self.news.get(record.ring_id, (record, True))[1] is False
+            was_removed = ring_id in self.news and not self.news[ring_id][1]
             # One that was removed and is back ends its reads all the same: it is another epoch.
-            self.news[record.ring_id] = (record, is_there and not was_removed)
-        if is_first and self._reactor is not None and self._on_news is not None:
-            self._reactor.submit(self._on_news)
+            self.news[ring_id] = (record, is_there and not was_removed)
+        if is_first and self._announce is not None:
+            self._announce()

@@ -45,9 +45,6 @@ SHORTEST_ATTEMPT_S: Final = 0.001
 PortKey = tuple[str, int]
 
 
-# --- Retry -----------------------------------------------------------------------------------------------------------
-
-
 def blames_port(error: TransportError) -> bool:
     """Whether a failure puts the port it came through into quarantine."""
     return isinstance(error, PeerLostError | DeadlineExceededError)
@@ -82,9 +79,6 @@ def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
     deadline, never all of it, and a slow link still gets the longest possible time.
     """
     return remaining_s if tries_left <= 1 else remaining_s / 2
-
-
-# --- Ports -----------------------------------------------------------------------------------------------------------
 
 
 class Source:
