@@ -56,13 +56,10 @@ class Connections:
     """See the module. Of the thread that runs the reactor.
 
     Attributes:
-        known: by port, least recently used first.
-        waiting: those that have not been started.
+        known: by port, least recently used first. waiting: those that have not been started.
         ending: those with ends that wait for a request to go along with.
-        max_age_s: one that has not been used for so long is not used again.
         schemas: by fingerprint, all that were asked for.
         unsettled: by ring, deliveries and discards that its servers may not know of.
-        closed: whether `close` has been called.
     """
 
     def __init__(
@@ -161,7 +158,9 @@ class Connections:
         while self.waiting and not self.closed:
             if not self._has_room():
                 if self._closing < len(self.waiting):
-                    self._close_idle()
+                    longest_idle = next((other for other in self.known.values() if other.idle), None)
+                    if longest_idle is not None:
+                        longest_idle.close()
                 return
             if len(self._opening) >= CONNECTS_AT_ONCE:
                 if not self._is_queue_logged:
@@ -194,13 +193,6 @@ class Connections:
             if connection.idle:
                 self.counters.add("aged_out")
                 connection.close()
-
-    def _close_idle(self) -> None:
-        """Close the one that has been idle longest."""
-        for connection in tuple(self.known.values()):
-            if connection.idle:
-                connection.close()
-                return
 
     # --- Ends and confirmations ---
 

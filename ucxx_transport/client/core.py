@@ -42,23 +42,16 @@ LOCK_PAUSE_S: Final = 0.05
 
 
 class ClientCore:
-    """See the module; arguments and errors as `UCXXClient`.
+    """See the module; other arguments and errors as `UCXXClient`.
 
     Args:
-        config: settings.
-        link_factory: opens the link on the first read that needs one; the default is UCX.
-        watcher: which sources there are.
-        page_locker: page-locks the memory that payloads are received in; payloads of this host's rings are then copied
-            into such memory too.
         in_place: beside a page_locker: of which rings payloads may stay in their slots all the same.
         on_link: called when the link has been opened.
-        clock: of the reactor and of every deadline.
 
     Attributes:
-        config: the settings. reader: this client's random id. counters: its counts. pool: its buffers.
+        reader: this client's random id.
         delivered: the names of what it has delivered. local: reads of this host's rings.
         reactor: runs everything that is not local; opens the link only when it is needed. reads: those over the link.
-        closed: whether the client is. pid: of the process that made it.
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
 
@@ -188,14 +181,11 @@ class ClientCore:
 
         Args:
             refs: what to read.
-            deadline_s: for all of them together; default `ClientConfig.deadline_s`.
+            deadline_s: for all of them together.
+            into: as for `SyncUCXXClient.read`, of a job of one.
             on_done: called with the job once it is done; before this returns, when nothing is to be waited for.
             on_payload: called with each payload and its index as it comes; what it returns takes the payload's place, a
                 TransportError that it raises becomes the outcome.
-            into: memory of the caller's for the payload, of a job of one.
-
-        Raises:
-            ConfigError: the client is closed or a forked copy, or `deadline_s` is no duration.
         """
         self.require_usable()
         limit_s = self.limit_s(deadline_s)
@@ -205,11 +195,7 @@ class ClientCore:
         return job
 
     def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], Sequence[Entry[int]]]:
-        """Read what a job reads on this host, unless there is more to read: that is asked for first.
-
-        Returns:
-            Which of the payloads are to be read over the link, and which are still to be read here, from which ring.
-        """
+        """Read what a job reads on this host, unless there is more to read; returns what is left for `go_on`."""
         remote: list[int] = []
         here: list[Entry[int]] = []
         for index in indices:
@@ -254,11 +240,7 @@ class ClientCore:
             over()
 
     def discard_call(self, refs: Sequence[SlotRef], deadline_s: float | str | None = None) -> Discard:
-        """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any.
-
-        Raises:
-            ConfigError: as for `begin`.
-        """
+        """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
         self.require_usable()
         call = Discard(self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry[SlotRef]] = []
@@ -302,10 +284,7 @@ class ClientCore:
         )
 
     def abandon(self, call: Call) -> None:
-        """Nobody wants a call any more: its payloads are released, and what is in flight ends as not delivered.
-
-        A discard goes on by itself: what cannot be said now is said with the next read.
-        """
+        """A call is not wanted any more: what it has is released, what comes is not delivered; a discard goes on."""
         if isinstance(call, Job):
             self.reads.abandon(call)
         elif isinstance(call, Take):
@@ -320,11 +299,7 @@ class ClientCore:
             call.job.done, call.job = True, None
 
     def repair(self) -> None:
-        """After an interrupt that may have cut a step of the reactor in two: go on with a new one.
-
-        Connections are opened again; calls of other threads that are under way begin again. What was delivered stays
-        so, by name.
-        """
+        """After an interrupt that may have cut a step in two: other calls begin again, with a new reactor."""
         reactor, reads = self.reactor, self.reads
         with suppress(Exception):
             reads.connections.close()  # what they owe is known then

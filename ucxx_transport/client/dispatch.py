@@ -166,14 +166,9 @@ class Dispatch:
     def connection_lost(
         self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
     ) -> None:
-        """A connection is of no use any more.
+        """A connection is closed: what was `asked` there, and `queued` for it, goes on elsewhere, or fails.
 
-        Args:
-            connection: it is closed.
-            asked: reads whose attempts were in flight there.
-            queued: reads that waited for it.
-            error: why.
-            stale: it had answered nothing since it last lay idle, and may have been dead since then.
+        It is `stale` if it had answered nothing since it last lay idle: it may have been dead since then.
         """
         key = connection.key
         reads = [read for read in (*asked, *queued) if read.job is not None]

@@ -53,10 +53,7 @@ MAX_WAIT_S: Final = 60.0
 class SourceCall(Call, ABC):
     """A call that asks one source, over one of its ports at a time, until it is answered. It is an `Errand`.
 
-    Attributes:
-        source: whom it asks.
-        error: why nothing has come of it, once it is done.
-        wait_until_s: a failure that may pass is retried until then, and `read_attempts` times at least.
+    A failure that may pass is retried until `wait_until_s`, and `read_attempts` times at least. The last is `error`.
     """
 
     def __init__(
@@ -155,12 +152,7 @@ class SourceCall(Call, ABC):
 
 
 class Take(SourceCall):
-    """One call that takes payloads; arguments and errors as `SyncUCXXClient.take`.
-
-    Attributes:
-        job: reads what a server has picked; None before.
-        payloads: what has come, once it is done.
-    """
+    """One call that takes payloads, as `SyncUCXXClient.take`. Its `job` reads what a server has picked."""
 
     def __init__(
         self,
@@ -279,11 +271,7 @@ class Take(SourceCall):
 
 
 class RingDiscard(SourceCall):
-    """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read.
-
-    Attributes:
-        found: how many were still there.
-    """
+    """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read."""
 
     def __init__(self, refs: Sequence[SlotRef], until_s: float, on_done: Callable[[RingDiscard], object]) -> None:
         super().__init__(refs[0], until_s, until_s, on_done)

@@ -80,8 +80,6 @@ class LocalReader:
         config: the client's.
         in_place: of which rings payloads stay in their slots, unless `local` is "copy"; of others they are copied out,
             and the slots are free at once.
-        reader: the client's id. pool: where copies go. counters: of what is delivered, and of fallbacks.
-        delivered: the names of what the client has delivered. clock: of calls' deadlines.
 
     Attributes:
         is_off: whether nothing is read locally. host_id: of this host.
@@ -201,11 +199,6 @@ class LocalReader:
 
         Returns:
             The ring, the attempt in flight, and the copy if the mode asks for one; for `deliver`.
-
-        Raises:
-            StaleSlotError: the slot no longer holds it. BusyError: too many attempts on the slot.
-            ChecksumError: its bytes have changed since they were written.
-            DeadlineExceededError: the lock was not to be had in `limit_s`.
         """
         try:
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)

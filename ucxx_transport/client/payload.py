@@ -130,9 +130,6 @@ class Deduplicator:
 
     It drops the duplicates that a lost acknowledgement allows. A generation only grows, so the newest one of each slot
     is all there is to remember. Beyond `max_rings` the ring longest unused is forgotten.
-
-    Attributes:
-        rings: by id, the newest generation of each slot.
     """
 
     def __init__(self, max_rings: int) -> None:

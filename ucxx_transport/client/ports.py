@@ -82,12 +82,7 @@ def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
 
 
 class Source:
-    """One source's ports, at least one.
-
-    Attributes:
-        keys: its ports. position: of the one that is due.
-        under_way: reads of it that are not over.
-    """
+    """One source's ports, at least one; at `position`, the one that is due, and how many reads are `under_way`."""
 
     __slots__ = ("keys", "position", "under_way")
 
