@@ -16,7 +16,7 @@ see a count that is a moment old.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Final
 
 MAX_PORTS: Final = 64
@@ -38,11 +38,7 @@ class PortStatistics:
         delivered: acknowledged payloads.
         bytes_sent: their bytes.
         released: attempts that ended without an acknowledgement.
-        stale: answers of that status, as the next four.
-        busy: likewise.
-        bad_requests: likewise.
-        unauthorized: likewise.
-        internal: likewise.
+        stale, busy, bad_requests, unauthorized, internal: answers of that status.
         handshake_timeouts: connections closed by `first_frame_timeout_s`.
         idle_evictions: by `idle_timeout_s`.
         delivery_timeouts: by `send_timeout_s` or `ack_timeout_s`.
@@ -78,9 +74,14 @@ class PortStatistics:
     packed: int = 0
 
 
-PORT_FIELDS: Final = tuple(spec.name for spec in fields(PortStatistics))
-_BEAT_WORD: Final = PORT_WORDS - 1
-assert len(PORT_FIELDS) <= _BEAT_WORD
+_POSITIONS: Final = {spec.name: position for position, spec in enumerate(fields(PortStatistics))}
+PORT: Final = _POSITIONS["port"]
+CONNECTIONS: Final = _POSITIONS["connections"]
+REQUESTS: Final = _POSITIONS["requests"]
+DELIVERED: Final = _POSITIONS["delivered"]
+BYTES_SENT: Final = _POSITIONS["bytes_sent"]
+RELEASED: Final = _POSITIONS["released"]
+BEAT: Final = PORT_WORDS - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ class ServerStatistics:
     """What a server has done, port by port; the counts survive its processes.
 
     Attributes:
-        host: published address.
+        host: published address, None while it does not serve.
         pids: of the process of each port, None while it has none; with `mode="thread"` this process's, for each.
         restarts: of those processes, together.
         ports: one entry a port.
@@ -97,7 +98,7 @@ class ServerStatistics:
     host: str | None
     pids: tuple[int | None, ...]
     restarts: int
-    ports: tuple[PortStatistics, ...] = field(default=())
+    ports: tuple[PortStatistics, ...] = ()
 
     def total(self, name: str) -> int:
         """The sum of one counter over all ports."""
@@ -118,35 +119,12 @@ class PortCounters:
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count `amount` more of `name` (a field of `PortStatistics`)."""
-        position = _POSITIONS[name]
-        self.words[position] += amount
-
-    def set(self, name: str, value: int) -> None:
-        """State a gauge such as `port` or `connections`."""
-        self.words[_POSITIONS[name]] = value
+        self.words[_POSITIONS[name]] += amount
 
     def retire(self) -> None:
         """State that the port listens no longer, and has no connection."""
-        self.set("port", 0)
-        self.set("connections", 0)
-
-    def beat(self, now_ns: int) -> None:
-        """Say that the port's loop turns."""
-        self.words[_BEAT_WORD] = now_ns
-
-    @property
-    def beat_ns(self) -> int:
-        """When it last did, by CLOCK_MONOTONIC, which all processes of a host share; 0 before the first time."""
-        return self.words[_BEAT_WORD]
+        self.words[PORT] = self.words[CONNECTIONS] = 0
 
     def snapshot(self) -> PortStatistics:
         """The counts now."""
         return PortStatistics(**{name: int(self.words[position]) for name, position in _POSITIONS.items()})
-
-
-_POSITIONS: Final = {name: position for position, name in enumerate(PORT_FIELDS)}
-
-REQUESTS: Final = _POSITIONS["requests"]
-DELIVERED: Final = _POSITIONS["delivered"]
-BYTES_SENT: Final = _POSITIONS["bytes_sent"]
-RELEASED: Final = _POSITIONS["released"]

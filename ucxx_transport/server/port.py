@@ -27,7 +27,7 @@ from ucxx_transport.link.process import connection_budget, descriptors_in_use, r
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.connection import Connection
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import BEAT, CONNECTIONS, PORT, PortCounters
 from ucxx_transport.server.slots import Slots
 from ucxx_transport.teardown import MARGIN_S
 from ucxx_transport.wire.frames import NONCE_BYTES
@@ -112,8 +112,8 @@ class Port:
             ConfigError: none of them can be bound, or the link cannot be opened.
         """
         self._listener = self._listen(candidates)
-        self._counters.set("port", self._listener.port)
-        self._counters.set("connections", 0)
+        self._counters.words[PORT] = self._listener.port
+        self._counters.words[CONNECTIONS] = 0
         self._reclaim_s = self.reactor.now()
         self._beat()
         return self._listener.port
@@ -155,7 +155,7 @@ class Port:
     def forget(self, connection: Connection) -> None:
         del self._connections[connection]
         self._admitted -= connection.is_admitted
-        self._counters.set("connections", len(self._connections))
+        self._counters.words[CONNECTIONS] = len(self._connections)
 
     # --- Callbacks ---
 
@@ -187,7 +187,7 @@ class Port:
         connection = Connection(self, session, endpoint, is_admitted=is_admitted)
         self._connections[connection] = None
         self._admitted += is_admitted
-        self._counters.set("connections", len(self._connections))
+        self._counters.words[CONNECTIONS] = len(self._connections)
         connection.open()
         return connection
 
@@ -229,7 +229,7 @@ class Port:
             _log.exception("sweep_failed")
 
     def _beat(self) -> None:
-        self._counters.beat(time.monotonic_ns())
+        self._counters.words[BEAT] = time.monotonic_ns()
         self._sweeper = self.reactor.call_at(self.reactor.now() + SWEEP_INTERVAL_S, self._sweep)
 
     def _close_if_overdue(self, connection: Connection, now: float) -> None:

@@ -15,13 +15,13 @@ from ucxx_transport.link.address import choose_address, require_reachable
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
-from ucxx_transport.server.counters import AWAITED, PortCounters, ServerStatistics
+from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.teardown import Teardown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
@@ -34,6 +34,9 @@ class RingSource:
 
     Args:
         ring: the ring; its creator keeps and closes it.
+
+    Attributes:
+        sidecar: a process that may renew its lease beside its other work; a ring alone has none.
     """
 
     def __init__(self, ring: SharedRingBuffer) -> None:
@@ -41,11 +44,7 @@ class RingSource:
         self._awaited = ring.server_words[AWAITED : AWAITED + 1]
         self._last_old: int | None = None
         self._was_bound = False
-
-    @property
-    def sidecar(self) -> Sidecar | None:
-        """A process beside this one that may renew its lease: a ring alone has none."""
-        return None
+        self.sidecar: Sidecar | None = None
 
     def offer(self) -> Offer:
         """What can be read now, and where."""
@@ -110,6 +109,10 @@ class UCXXServer(RingSource):
         ring: the ring to serve; its creator keeps and closes it.
         config: settings; the default is 2 ports, each a supervised process.
         link_factory: opens one link a port, for `mode="thread"` only; the default is UCX.
+
+    Attributes:
+        address: as published; None while not serving.
+        ports: that listen; empty while not serving.
     """
 
     def __init__(
@@ -122,25 +125,11 @@ class UCXXServer(RingSource):
         self._sidecars: list[Sidecar] = []
         if self._config.mode == "process":
             self._sidecars = [self._sidecar_of(index) for index in self._indices]
+        self._counters = [PortCounters(ring.server_words, index) for index in self._indices]
         self._running: Sequence[Sidecar | PortThread] = ()
-        self._address: str | None = None
-        self._ports: tuple[int, ...] = ()
+        self.address: str | None = None
+        self.ports: tuple[int, ...] = ()
         self._pid = os.getpid()
-
-    @property
-    def address(self) -> str | None:
-        """The published address; None while not serving."""
-        return self._address
-
-    @property
-    def ports(self) -> tuple[int, ...]:
-        """The ports that listen; empty while not serving."""
-        return self._ports
-
-    @property
-    def sidecar(self) -> Sidecar | None:
-        """The first port's process, which may renew a lease too; None with `mode="thread"`, and while not serving."""
-        return self._sidecars[0] if self._sidecars and self._ports else None
 
     def start(self) -> None:
         """Listen on all ports and publish them in the segment; returns when clients can connect.
@@ -150,7 +139,7 @@ class UCXXServer(RingSource):
             DeadlineExceededError: not up within `start_timeout_s`.
             TransportError: the server is running already, or a port's process died at its start.
         """
-        if self._ports:
+        if self.ports:
             raise TransportError("the server is running already; stop() it first")
         self._pid = os.getpid()
         until_s = time.monotonic() + self._config.start_timeout_s
@@ -163,7 +152,8 @@ class UCXXServer(RingSource):
         except BaseException:
             self.stop()
             raise
-        self._address, self._ports = address, ports
+        self.address, self.ports = address, ports
+        self.sidecar = self._sidecars[0] if self._sidecars else None
         if self._config.host is None and address.startswith("127."):
             _log.warning("loopback_published", address=address, ring=self._ring.name)
         atexit.register(self.stop)
@@ -177,18 +167,18 @@ class UCXXServer(RingSource):
         teardown = Teardown("server", ring=self._ring.name)
         if self._running:
             teardown.step("ports", lambda: self._end_ports(until_s), until_s)
-        if self._ports:
-            teardown.step("address", self._withdraw, until_s)
-        self._running, self._address, self._ports = (), None, ()
+        if self.ports and not self._ring.closed:  # else no one can attach any more
+            teardown.step("address", lambda: self._ring.publish_address(None, ()), until_s)
+        self._running, self.address, self.ports, self.sidecar = (), None, (), None
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
-        sidecars = self._sidecars
+        pids = tuple(one.pid for one in self._sidecars)
         return ServerStatistics(
-            host=self._address,
-            pids=tuple(one.pid for one in sidecars) if sidecars else (os.getpid(),) * len(self._ports),
-            restarts=sum(one.restarts for one in sidecars),
-            ports=tuple(self._counters(index).snapshot() for index in self._indices),
+            host=self.address,
+            pids=pids or (os.getpid(),) * len(self.ports),
+            restarts=sum(one.restarts for one in self._sidecars),
+            ports=tuple(one.snapshot() for one in self._counters),
         )
 
     def is_healthy(self, within_s: float) -> bool:
@@ -197,11 +187,9 @@ class UCXXServer(RingSource):
         Args:
             within_s: seconds; a loop turns twice a second, later on a busy host.
         """
-        if not self._ports or self._ring.closed:
-            return False
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
-        ports = map(self._counters, self._indices)
-        return all(one.snapshot().port and one.beat_ns >= oldest_ns for one in ports)
+        serves = bool(self.ports) and not self._ring.closed
+        return serves and all(one.words[PORT] and one.words[BEAT] >= oldest_ns for one in self._counters)
 
     def __enter__(self) -> Self:
         """Start."""
@@ -214,12 +202,18 @@ class UCXXServer(RingSource):
 
     async def __aenter__(self) -> Self:
         """Start, without blocking the event loop; what came up under a cancellation does not stay."""
-        await _in_thread(self.start, undo=self.stop)
+        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.gather(starting, return_exceptions=True)
+            self.stop()
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop, without blocking the event loop; not interrupted by a cancellation, and bounded."""
-        await _in_thread(self.stop)
+        """Stop, without blocking the event loop; a cancellation does not wait for the end of it, which is bounded."""
+        await asyncio.shield(asyncio.to_thread(self.stop))
 
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
@@ -283,7 +277,7 @@ class UCXXServer(RingSource):
         if self._ring.closed:
             return
         for index in indices:
-            self._counters(index).retire()
+            self._counters[index].retire()
         try:
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
@@ -291,30 +285,5 @@ class UCXXServer(RingSource):
 
     def _is_stalled(self, index: int) -> bool:
         """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
-        silent_ns = time.monotonic_ns() - self._counters(index).beat_ns
+        silent_ns = time.monotonic_ns() - self._counters[index].words[BEAT]
         return silent_ns > self._config.stall_timeout_s * 1e9
-
-    # the ring
-
-    def _counters(self, index: int) -> PortCounters:
-        return PortCounters(self._ring.server_words, index)
-
-    def _withdraw(self) -> None:
-        if self._ring.closed:
-            return  # its creator was faster; no one can attach any more
-        try:
-            self._ring.publish_address(None, ())
-        except TransportError as error:  # the server has stopped all the same
-            _log.warning("address_not_withdrawn", ring=self._ring.name, reason=str(error))
-
-
-async def _in_thread(call: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
-    """Run what is bounded in a thread, to its end even if this is cancelled; then `undo` what it did."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if not running.cancelled() and running.exception() is None:
-            await asyncio.to_thread(undo)
-        raise

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from ucxx_transport.server.counters import (
     AWAITED,
+    BEAT,
     MAX_PORTS,
-    PORT_FIELDS,
-    PORT_WORDS,
+    PORT,
     PortCounters,
     PortStatistics,
     ServerStatistics,
 )
+
+NAMES = [spec.name for spec in fields(PortStatistics)]
 
 
 @pytest.fixture
@@ -22,15 +26,15 @@ def words() -> memoryview:
 
 def test_every_counter_is_a_word_of_its_own(words: memoryview) -> None:
     counters = PortCounters(words, 3)
-    for amount, name in enumerate(PORT_FIELDS, start=1):
+    for amount, name in enumerate(NAMES, start=1):
         counters.add(name, amount)
     snapshot = counters.snapshot()
-    assert [getattr(snapshot, name) for name in PORT_FIELDS] == list(range(1, len(PORT_FIELDS) + 1))
+    assert [getattr(snapshot, name) for name in NAMES] == list(range(1, len(NAMES) + 1))
 
 
 def test_ports_do_not_share_words(words: memoryview) -> None:
     for index in range(MAX_PORTS):
-        PortCounters(words, index).set("port", 5000 + index)
+        PortCounters(words, index).words[PORT] = 5000 + index
     assert [PortCounters(words, index).snapshot().port for index in range(MAX_PORTS)] == list(range(5000, 5064))
     assert not any(words[AWAITED:])
     assert sum(word != 0 for word in words) == MAX_PORTS
@@ -43,7 +47,7 @@ def test_counts_outlive_the_object_that_counted(words: memoryview) -> None:
 
 
 def test_a_block_holds_every_counter() -> None:
-    assert len(PORT_FIELDS) <= PORT_WORDS
+    assert len(NAMES) <= BEAT
 
 
 def test_an_unknown_counter_is_an_error_not_a_loss(words: memoryview) -> None:

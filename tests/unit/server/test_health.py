@@ -11,7 +11,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server import UCXXServer
-from ucxx_transport.server.counters import PortCounters
+from ucxx_transport.server.counters import BEAT, PORT, PortCounters
 from ucxx_transport.testing import MemoryNetwork
 
 HOUR = 3600.0
@@ -48,17 +48,17 @@ def test_loops_go_on_turning_though_nobody_reads(ring: SharedRingBuffer) -> None
     with server_of(ring):
         ports = [PortCounters(ring.server_words, index) for index in range(2)]
         began_ns = time.monotonic_ns()
-        wait_until(lambda: all(port.beat_ns > began_ns for port in ports), 60, what="both loops turn")
+        wait_until(lambda: all(port.words[BEAT] > began_ns for port in ports), 60, what="both loops turn")
 
 
 def test_one_port_that_is_not_listening_makes_it_unhealthy(ring: SharedRingBuffer) -> None:
     with server_of(ring) as server:
         wait_until(lambda: server.is_healthy(HOUR), 60, what="every loop has turned")
         second = PortCounters(ring.server_words, 1)
-        port = second.snapshot().port
-        second.set("port", 0)  # as its owner says when it has stopped
+        port = second.words[PORT]
+        second.words[PORT] = 0  # as its owner says when it has stopped
         assert not server.is_healthy(HOUR)
-        second.set("port", port)
+        second.words[PORT] = port
         assert server.is_healthy(HOUR)
 
 

@@ -19,7 +19,7 @@ from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, O
 from ucxx_transport.link.reactor import Reactor, Wakeup
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.server.counters import PortCounters, PortStatistics
+from ucxx_transport.server.counters import BEAT, PortCounters, PortStatistics
 from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S, Port, PortThread
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import Frame, Kind
@@ -390,8 +390,8 @@ def test_a_port_s_process_ends_when_stuck_sends_hold_too_much_of_the_ring(
         try:
             wait_until(lambda: counters.snapshot().stuck_sends == 1, MINUTE, what="a send is stuck")
             for _ in range(2):
-                beat_ns = counters.beat_ns
-                wait_until(lambda: counters.beat_ns > beat_ns or not port.alive, MINUTE, what="it is looked at")  # noqa: B023
+                beat_ns = counters.words[BEAT]
+                wait_until(lambda: counters.words[BEAT] > beat_ns or not port.alive, MINUTE, what="it is looked at")  # noqa: B023
             if mode == "process":
                 wait_until(lambda: not port.alive, MINUTE, what="the port ends")
             assert port.alive == (mode == "thread")
@@ -438,15 +438,15 @@ def test_a_sweep_waits_for_the_lock_once_and_shows_before_that_the_loop_turns() 
     beats: list[int] = []
 
     def look() -> None:
-        beats.append(served.counters.beat_ns)
-        served.counters.beat(0)
+        beats.append(served.counters.words[BEAT])
+        served.counters.words[BEAT] = 0
 
     with serving() as served:
         served.endpoint.large_sends[0].end()
         served.locked.is_locked = True
         served.end()
         served.locked.on_wait = look
-        served.counters.beat(0)
+        served.counters.words[BEAT] = 0
         served.advance(RECLAIM_INTERVAL_S)
         assert len(beats) == RECLAIM_INTERVAL_S / SWEEP_INTERVAL_S
         assert all(beats), "two waits in a row would pass stall_timeout_s"
