@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +18,7 @@ from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema import Schema
 from ucxx_transport.schema.episode_record import (
     MAX_REASON_CHARS,
     EpisodeRecord,
@@ -107,10 +106,11 @@ class TrajectoryWriter:
         self._on_error = on_error
         self._narrow = tuple(narrow)
         self._reward = reward
-        publishing: dict[str, Any] = {"config": publisher, "store_config": store_config, "meta": store_meta}
-        self._publish: Callable[..., HeartbeatPublisher] | None = None
+        self._publish: Callable[[RingSource], HeartbeatPublisher] | None = None
         if store is not None:
-            self._publish = partial(HeartbeatPublisher, store, worker_id, **publishing)
+            self._publish = lambda source: HeartbeatPublisher(
+                store, worker_id, source, publisher, store_config=store_config, meta=store_meta
+            )
         self._runtimes = runtimes
         self._lock = threading.Lock()
         self._sequence = itertools.count()
@@ -124,7 +124,7 @@ class TrajectoryWriter:
         self.server: UCXXServer | None = None
         self.publisher: HeartbeatPublisher | None = None
         if schema is not None:
-            self._make(schema)
+            self._packer = self._make(schema)
 
     def write(
         self,
@@ -158,8 +158,7 @@ class TrajectoryWriter:
         packer = self._ready_for(trajectory)
         sequence = next(self._sequence)
         facts: dict[str, Any] = {"worker_id": self._worker_id, "sequence": sequence, "policy_version": policy_version}
-        ref: SlotRef | None = None
-        dropped: str | None = None
+        ref, dropped = None, None
         try:
             facts["episode_length"], facts["rewards"] = self._reward_of(trajectory)
             envelope = record_envelope(**facts, meta=meta)
@@ -167,8 +166,12 @@ class TrajectoryWriter:
         except TransportError as error:
             if self._on_error == "raise" or isinstance(error, PageLockError):
                 raise
-            dropped = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
-            self._count_drop(error)
+            kind = type(error).__name__
+            dropped = f"{kind}: {error}"[:MAX_REASON_CHARS]
+            with self._lock:
+                count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
+            if count == 1:
+                _log.warning("episode_dropped", reason=str(error), kind=kind)
         else:
             with self._lock:
                 self._written += 1
@@ -197,15 +200,13 @@ class TrajectoryWriter:
         with self._lock:
             if self._closed:
                 raise ConfigError("the writer is closed; make another")
-            if self._packer is not None:
-                return self._packer
-            return self._make(self._schema_of(trajectory))
-
-    def _schema_of(self, trajectory: Mapping[str, object]) -> Schema:
-        try:
-            return Schema.from_example(trajectory, self._varlen)
-        except DeviceArrayError:
-            return Schema.from_example(without_devices(trajectory, self._runtimes), self._varlen)
+            if self._packer is None:
+                try:
+                    schema = Schema.from_example(trajectory, self._varlen)
+                except DeviceArrayError:
+                    schema = Schema.from_example(without_devices(trajectory, self._runtimes), self._varlen)
+                self._packer = self._make(schema)
+            return self._packer
 
     def _make(self, schema: Schema) -> TrajectoryPacker:
         if "schema" in self._ring_settings:
@@ -222,7 +223,6 @@ class TrajectoryWriter:
                 self.publisher = stack.enter_context(self._publish(self.server or RingSource(ring)))
             self._open = stack.pop_all()
         self.ring = ring
-        self._packer = packer
         return packer
 
     def _reward_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
@@ -241,13 +241,6 @@ class TrajectoryWriter:
             return length, None
         least, most = float(values.min()), float(values.max())
         return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
-
-    def _count_drop(self, error: TransportError) -> None:
-        kind = type(error).__name__
-        with self._lock:
-            count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
-        if count == 1:
-            _log.warning("episode_dropped", reason=str(error), kind=kind)
 
 
 class UCXXRolloutMixin:
