@@ -45,6 +45,9 @@ _log = get_logger(__name__)
 
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
+_SERVING: Final = (PublisherState.LIVE, PublisherState.UNWELL)
+_LOSSES: Final = (LeaseLostError, ConflictError, StoreResetError)
+_HOPELESS: Final = (StorePermissionError, DuplicateSourceError, ConfigError, ProtocolError)
 
 
 class HeartbeatPublisher:
@@ -102,7 +105,7 @@ class HeartbeatPublisher:
         self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None
         self._keeper = Keeper(self._store, self._store_config, self._config)
-        self._is_away = False
+        self._failures, self._began_s, self._looks = 0, 0.0, count(1)
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
@@ -202,10 +205,9 @@ class HeartbeatPublisher:
             self._now = replace(self._now, **values)
             self._changed.notify_all()
 
-    def _pause(self, seconds: float) -> None:
-        """Until then, or a stop."""
+    def _stops_within(self, seconds: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping, seconds)
+            return self._changed.wait_for(lambda: self._stopping, seconds)
 
     def _record(self, epoch: int) -> SourceRecord:
         return SourceRecord(
@@ -220,15 +222,15 @@ class HeartbeatPublisher:
     # the thread: publish the record, renew its lease, publish again if the lease is lost
 
     def _run(self) -> None:
+        pause_s, self._began_s = 0.0, self._clock()
         try:
-            while not self._stopping and (publication := self._publish()) is not None:
-                self._live(publication)
+            while not self._stops_within(pause_s) and self.state is not PublisherState.FAILED:
+                pause_s = self._turn()
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
             _log.exception("publisher_died", worker=self.worker_id)
             known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
-            self._change(PublisherState.FAILED, known)
+            self._fail(known)
         if (publication := self._publication) is not None:
-            self._keeper.keep(None)
             try:
                 publication.withdraw(self._config.stop_timeout_s)
             except TransportError as error:
@@ -242,53 +244,61 @@ class HeartbeatPublisher:
         if self._owns_store:
             self._store.close()
 
-    def _publish(self) -> Publication | None:
-        """Try until the source is published and bound; None when it was given up or stopped."""
-        began_s = self._clock()
-        attempt = 0
-        while not self._stopping:
-            attempt += 1
+    def _turn(self) -> float:
+        """Try to publish, or look after what is published; returns the seconds until the next turn."""
+        was_live = self.state in _SERVING
+        if not was_live:
             self._change(attempts=self._now.attempts + 1)
-            try:
-                return self._attempt()
-            except (StorePermissionError, DuplicateSourceError, ConfigError, ProtocolError) as error:
-                self._fail(error)
-                return None
-            except TransportError as error:
-                if isinstance(error, StoreUnavailableError):
-                    self._rival = None  # its lease may have been given more time
-                is_late = self._clock() - began_s >= self._config.publish_timeout_s
-                if is_late and self._config.on_timeout == "stop":
-                    self._fail(error)
-                    return None
-                self._change(error=error)
-                if is_late:
-                    _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
-                elif attempt == 1:
-                    _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
-            self._pause(self._pause_after(attempt, began_s))
-        return None
-
-    def _attempt(self) -> Publication | None:
-        publication = self._publication
         try:
-            if publication is None:
-                publication = self._become_visible()
-            else:
-                renew(self._store, publication.lease.lease_id)
+            publication = self._visible()
             if self._stopping:
-                return None
-            self._source.bind()
-            publication.update(SourceStatus.READY, self._source.offer())
-        except (ConflictError, LeaseLostError) as error:
-            if publication is not None:
+                return 0.0
+            if was_live:
+                self._look_after(publication)
+            else:
+                self._source.bind()
+                publication.update(SourceStatus.READY, self._source.offer())
+                self._change(PublisherState.LIVE, publications=self._now.publications + 1)
+        except TransportError as error:
+            if self._publication is not None and isinstance(error, _LOSSES):
                 self._lose(str(error))
-            raise
-        self._is_away = False
-        self._change(PublisherState.LIVE, publications=self._now.publications + 1)
-        return publication
+                if was_live:
+                    return 0.0
+            if not was_live:
+                return self._after_failure(error)
+            if self._failures == 0:
+                self._change(outages=self._now.outages + 1)
+                _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
+            self._failures += 1
+        else:
+            self._failures = 0
+        return self._config.interval_s
 
-    def _become_visible(self) -> Publication:
+    def _after_failure(self, error: TransportError) -> float:
+        """What follows from a try to publish that has failed; returns the seconds until the next."""
+        config = self._config
+        left_s = self._began_s + config.publish_timeout_s - self._clock()
+        if isinstance(error, _HOPELESS) or (left_s <= 0 and config.on_timeout == "stop"):
+            self._fail(error)
+            return 0.0
+        if isinstance(error, StoreUnavailableError):
+            self._rival = None  # its lease may have been given more time
+        self._failures += 1
+        self._change(error=error)
+        if left_s <= 0:
+            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._failures)
+        elif self._failures == 1:
+            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._failures)
+        # a rival's record ends any moment
+        longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
+        pause_s = random_pause_s(self._failures, first_s=config.backoff_s, longest_s=longest_s)
+        return min(pause_s, left_s) if left_s > 0 else pause_s
+
+    def _visible(self) -> Publication:
+        """The record under its lease, which is renewed, or granted where there is none."""
+        if (publication := self._publication) is not None:
+            renew(self._store, publication.lease.lease_id)
+            return publication
         self._yield_to_rival()
         epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
         publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
@@ -317,29 +327,8 @@ class HeartbeatPublisher:
             raise DuplicateSourceError(text, worker_id=self.worker_id)
         raise ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
 
-    def _live(self, publication: Publication) -> None:
-        """Keep it until it is lost or a stop is asked for."""
-        for turn in count(1):
-            self._pause(self._config.interval_s)
-            if self._stopping:
-                return
-            try:
-                renew(self._store, publication.lease.lease_id)
-                self._show_health(publication)
-                self._source.discard_old()
-                if turn % LOOK_EVERY == 0:
-                    publication.require_there()
-                self._is_away = False
-            except (LeaseLostError, ConflictError, StoreResetError) as error:
-                self._lose(str(error))
-                return
-            except TransportError as error:
-                if not self._is_away:
-                    self._is_away = True
-                    self._change(outages=self._now.outages + 1)
-                    _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
-
-    def _show_health(self, publication: Publication) -> None:
+    def _look_after(self, publication: Publication) -> None:
+        """See that the record is there and says what is so."""
         is_healthy = self._source.is_healthy(2 * self._config.interval_s)
         if is_healthy:
             state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
@@ -348,10 +337,14 @@ class HeartbeatPublisher:
         if is_new and state is not self.state:
             _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
             self._change(state)
+        self._source.discard_old()
+        if next(self._looks) % LOOK_EVERY == 0:
+            publication.require_there()
 
     def _lose(self, reason: str) -> None:
         self._source.hold()
         self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
+        self._failures, self._began_s = 0, self._clock()
         _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
         self._revoke()
 
@@ -366,11 +359,3 @@ class HeartbeatPublisher:
         if publication is not None:
             with suppress(TransportError):
                 self._store.revoke(publication.lease.lease_id)
-
-    def _pause_after(self, attempt: int, began_s: float) -> float:
-        longest_s = self._config.max_backoff_s
-        if self._rival is not None:
-            longest_s = min(longest_s, self._config.interval_s / 4)  # it ends any moment
-        pause = random_pause_s(attempt, first_s=self._config.backoff_s, longest_s=longest_s)
-        left_s = began_s + self._config.publish_timeout_s - self._clock()
-        return min(pause, left_s) if left_s > 0 else pause
