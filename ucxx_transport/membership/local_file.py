@@ -201,12 +201,14 @@ class StoreFile:
                 _make(self.path, self._tables)
             self.disconnect()  # not before: it writes the log into its file, which was emptied perhaps
             self._file = _identity(self.path)
-            self._connection = connection = _opened(self.path)
+            connection = _opened(self.path)
+            try:
+                _settle(connection, self.path)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
             _calls.files.add(self)
-            _settle(connection, self.path)
-        except BaseException:
-            self.disconnect()
-            raise
         finally:
             os.close(fd)
         return connection

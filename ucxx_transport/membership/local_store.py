@@ -87,8 +87,8 @@ class LocalStore(Store):
         clock: Callable[[], float] = _boot_time,
         boot_id: str | None = None,
     ) -> None:
-        self._config = config or StoreConfig()
-        self.namespace = Namespace(self._config.namespace)
+        config = config or StoreConfig()
+        self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
         self._clock = clock
         self._boot_id = owner.boot_id().hex() if boot_id is None else boot_id
         self.file = StoreFile(checked_path(path or default_path()), _TABLES)
@@ -104,7 +104,7 @@ class LocalStore(Store):
         def grant(db: sqlite3.Connection) -> None:
             db.execute("INSERT INTO leases VALUES (?, ?, ?)", (lease_id, ttl_s, self._clock() + ttl_s))
 
-        self.write(grant, timeout_s)
+        self._write(grant, timeout_s)
         return Lease(lease_id=lease_id, ttl_s=ttl_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
@@ -115,15 +115,15 @@ class LocalStore(Store):
             db.execute("UPDATE leases SET deadline_s = ? WHERE lease_id = ?", (self._clock() + ttl_s, lease_id))
             return ttl_s
 
-        return self.write(renew, timeout_s)
+        return self._write(renew, timeout_s)
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         check_write(lease_id=lease_id)
-        self.write(lambda db: _end_lease(db, lease_id), timeout_s)
+        self._write(lambda db: _end_lease(db, lease_id), timeout_s)
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         stored = self.namespace.stored(key)
-        found = self._read(lambda db: _row(db, stored), timeout_s)
+        found, _ = self.read(lambda db: _row(db, stored), timeout_s)
         return None if found is None else self.entry(found)
 
     def put(
@@ -147,7 +147,7 @@ class LocalStore(Store):
             db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (stored, value, revision, lease_id))
             return revision
 
-        return self.write(put, timeout_s)
+        return self._write(put, timeout_s)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self.namespace.stored(key)
@@ -161,7 +161,7 @@ class LocalStore(Store):
             db.execute("DELETE FROM entries WHERE key = ?", (stored,))
             return True
 
-        return self.write(delete, timeout_s)
+        return self._write(delete, timeout_s)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         bounds = self.namespace.bounds(prefix)
@@ -171,27 +171,31 @@ class LocalStore(Store):
             identity, _, revision, _ = _state(db)
             return identity, revision, found.fetchall()
 
-        identity, revision, rows = self._read(read, timeout_s)
+        (identity, revision, rows), _ = self.read(read, timeout_s)
         return Snapshot(revision=revision, entries=tuple(map(self.entry, rows)), identity=identity)
 
     def watch(self, prefix: str = "", *, after: int, identity: str = "") -> LocalWatch:
         self.file.check_open()
-        return LocalWatch(self, prefix, after=after, identity=identity, timeout_s=self._config.timeout_s)
+        return LocalWatch(self, prefix, after=after, identity=identity)
 
     def close(self) -> None:
-        self.file.close(self._config.timeout_s)
+        self.file.close(self.timeout_s)
 
-    def peek(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float) -> tuple[ResultT, float]:
-        """What `body` reads, of one moment, and the seconds until a lease is over. Waits for no writer."""
+    def read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> tuple[ResultT, float]:
+        """What `body` reads, of one moment, after the leases that are over have ended; and for how long none will be.
+
+        Waits for no writer, unless there is a lease to end.
+        """
 
         def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
             first: float | None = db.execute("SELECT min(deadline_s) FROM leases").fetchone()[0]
             first = math.inf if first is None else first
             return body(db), first - self._clock() if _state(db)[1] == self._boot_id else 0.0
 
-        return self.file.transact("DEFERRED", look, time.monotonic() + timeout_s)
+        found, left_s = self._transact("DEFERRED", look, timeout_s)
+        return (found, left_s) if left_s > 0 else (self._write(body, timeout_s), 0.0)
 
-    def write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+    def _write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
         """What `body` returns; its changes are written all together, after the ends of leases; none if it raises."""
 
         def change(db: sqlite3.Connection) -> ResultT:
@@ -204,13 +208,10 @@ class LocalStore(Store):
                 _end_lease(db, lease_id)
             return body(db)
 
-        until = time.monotonic() + (self._config.timeout_s if timeout_s is None else timeout_s)
-        return self.file.transact("IMMEDIATE", change, until)
+        return self._transact("IMMEDIATE", change, timeout_s)
 
-    def _read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        """What `body` reads, of one moment, after the leases that are over have ended."""
-        found, left_s = self.peek(body, self._config.timeout_s if timeout_s is None else timeout_s)
-        return found if left_s > 0 else self.write(body, timeout_s)
+    def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
+        return self.file.transact(mode, body, time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s))
 
     def entry(self, row: _Row) -> Entry:
         """A row of `entries` or `log`, as callers know it."""
@@ -224,12 +225,11 @@ class LocalWatch(QueuedWatch):
     Where a lease is to be ended, a locked file is waited for like by any call.
     """
 
-    def __init__(self, store: LocalStore, prefix: str, *, after: int, identity: str, timeout_s: float) -> None:
+    def __init__(self, store: LocalStore, prefix: str, *, after: int, identity: str) -> None:
         super().__init__(store.url)
         self._store = store
         self._first, self._end = store.namespace.bounds(prefix)
-        self._after, self._timeout_s = after, timeout_s
-        self._identity = identity
+        self._after, self._identity = after, identity
 
     def _check_open(self) -> None:
         if self._store.file.is_closed:
@@ -237,10 +237,8 @@ class LocalWatch(QueuedWatch):
         super()._check_open()
 
     def _fetch(self, until: float) -> None:
-        _, left_s = self._store.peek(self._take, self._timeout_s)
-        if left_s <= 0:
-            self._store.write(self._take, self._timeout_s)
-        elif not self._batches:
+        _, left_s = self._store.read(self._take, None)
+        if not self._batches:
             self._closing.wait(max(0.0, min(left_s, _POLL_S, until - time.monotonic())))
 
     def _take(self, db: sqlite3.Connection) -> None:

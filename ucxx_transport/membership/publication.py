@@ -71,10 +71,8 @@ class PublisherStatistics:
     """What a publisher has done, as of one moment.
 
     Attributes:
-        state: now.
         epoch: the last one, 0 before the first.
-        attempts: to publish.
-        publications: that succeeded.
+        attempts: to publish, of which `publications` have succeeded.
         losses: publications that ended unasked.
         outages: times that the store stopped answering.
         keeper_restarts: of the process that renews the lease.

@@ -22,12 +22,7 @@ from typing import Literal, Protocol, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """What keeps keys alive as long as it is renewed.
-
-    Attributes:
-        lease_id: its number, not 0.
-        ttl_s: how long it lives without being renewed, as the store granted it: not less than asked for, maybe more.
-    """
+    """What keeps keys alive as long as it is renewed every `ttl_s` seconds: not less than asked for, maybe more."""
 
     lease_id: int
     ttl_s: float
@@ -35,14 +30,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One key.
-
-    Attributes:
-        key: below the store's namespace.
-        value: its bytes.
-        revision: of its last change.
-        lease_id: the lease it dies with; None: it stays.
-    """
+    """One key, with the revision of its last change, and the lease it dies with; None: it stays."""
 
     key: str
     value: bytes
@@ -52,11 +40,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All keys below a prefix at one moment.
+    """All keys below a prefix, in order, at one moment.
 
     Attributes:
         revision: the store's, then: a watch after it misses nothing and repeats nothing.
-        entries: by key, in order.
+        entries: the keys.
         identity: a random word that the store's data keep: another one later means that the data were wiped. "" in a
             store that has none yet, and to which this user may give none.
     """
@@ -66,29 +54,20 @@ class Snapshot:
     identity: str
 
     def __iter__(self) -> Iterator[Entry]:
-        """The entries, by key."""
+        """The entries."""
         return iter(self.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event(Entry):
-    """One change of one key, as it is from then on; a deleted one has no value and no lease.
-
-    Attributes:
-        kind: "put", or "delete": by hand, or because its lease ended.
-    """
+    """One change of one key; deleted, by hand or with its lease, it has no value and no lease from then on."""
 
     kind: Literal["put", "delete"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """All changes of one revision below a watch's prefix: never part of them.
-
-    Attributes:
-        revision: theirs; a watch after it goes on where this one was cut off.
-        events: at least one.
-    """
+    """All changes of one revision below a watch's prefix: a watch after it goes on where this one was cut off."""
 
     revision: int
     events: tuple[Event, ...]

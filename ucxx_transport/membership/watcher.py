@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
 
@@ -48,13 +49,9 @@ Listener = Callable[[SourceRecord], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatcherStatistics:
-    """What a watcher has seen, as of one moment.
+    """What a watcher has seen, as of one moment: the sources known now, and how often some came, changed and went.
 
     Attributes:
-        sources: known now.
-        adds: sources that appeared, ever.
-        updates: of their address or status.
-        removes: sources that ended.
         resyncs: snapshots taken.
         resets: stores found wiped.
         failures: calls and watches that the store did not answer.
@@ -117,8 +114,9 @@ class SourceWatcher:
         self._view = SourceView()
         self._subscriptions: dict[object, dict[str, Listener | None]] = {}
         self._notifying = threading.RLock()
-        self._now = WatcherStatistics()
-        self._identity = ""
+        self._counts: Counter[str] = Counter()
+        self._revision: int | None = None
+        self._identity, self._grace_s, self._failures = "", 0.0, 0
         self.error: RegistryError | None = None
         self._stopping = threading.Event()
         self._watch: Watch | None = None
@@ -142,12 +140,11 @@ class SourceWatcher:
         """End. What is known stays readable. Bounded by the store's `timeout_s`; idempotent."""
         self._stopping.set()
         with self._changed:
-            watch, thread = self._watch, self._thread
             self._changed.notify_all()
-        if watch is not None:
-            watch.close()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._watch is not None:
+            self._watch.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
         if self._owns_store:
             self._store.close()
 
@@ -213,7 +210,10 @@ class SourceWatcher:
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""
-        return self._now
+        with self._changed:
+            known, malformed = len(self._view.sources), self._view.malformed
+            synced = self.error is None and self._counts["resyncs"] > 0
+            return WatcherStatistics(sources=known, malformed=malformed, synced=synced, **self._counts)
 
     def __enter__(self) -> Self:
         self.start()
@@ -229,65 +229,47 @@ class SourceWatcher:
         await asyncio.shield(asyncio.to_thread(self.stop))
 
     def _run(self) -> None:
-        revision: int | None = None
-        grace_s = 0.0
-        failures = 0
         while not self._stopping.is_set():
             try:
-                if revision is None:
-                    revision = self._resync(grace_s)
-                    grace_s = 0.0
-                for seen in self._follow(revision):
-                    revision, failures = seen, 0
+                self._follow()
             except (CompactedError, StoreResetError) as error:
-                revision = None
+                self._revision = None
                 is_reset = isinstance(error, StoreResetError)
-                grace_s = self._reset_grace_s if is_reset else grace_s
+                self._grace_s = self._reset_grace_s if is_reset else self._grace_s
                 self._note(error, resets=int(is_reset))
             except TransportError as error:
                 if self._stopping.is_set():
                     return  # its own watch, closed by `stop`
-                failures += 1
+                self._failures += 1
                 self._note(error, failures=1)
-                self._stopping.wait(random_pause_s(failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S))
+                self._stopping.wait(random_pause_s(self._failures, first_s=_FIRST_PAUSE_S, longest_s=_MOST_PAUSE_S))
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher_failed", store=self._store.url)
-                revision = None
+                self._revision = None
                 self._note(RegistryError(f"{type(error).__name__}: {error}"), failures=1)
                 self._stopping.wait(_MOST_PAUSE_S)
 
-    def _resync(self, grace_s: float) -> int:
-        snapshot = self._store.snapshot(SOURCES)
-        self._identity = snapshot.identity
-        self._apply(lambda: self._view.take_snapshot(snapshot, now=self._clock(), grace_s=grace_s), resyncs=1)
-        return snapshot.revision
-
-    def _follow(self, revision: int) -> Iterator[int]:
-        """Applies what changes after `revision`; the revision known is given after every turn."""
-        with self._store.watch(SOURCES, after=revision, identity=self._identity) as watch:
-            with self._changed:
-                self._watch = watch
-            try:
-                while not self._stopping.is_set():
-                    batch = watch.next(_TURN_S)
-                    self._apply(lambda: self._view.expire(self._clock()))
-                    if batch is not None:
-                        self._apply(partial(self._view.take_batch, batch))
-                        revision = batch.revision
-                    yield revision
-            finally:
-                with self._changed:
-                    self._watch = None
+    def _follow(self) -> None:
+        if self._revision is None:
+            found = self._store.snapshot(SOURCES)
+            self._apply(partial(self._view.take_snapshot, found, now=self._clock(), grace_s=self._grace_s), resyncs=1)
+            self._revision, self._identity, self._grace_s = found.revision, found.identity, 0.0
+        with self._store.watch(SOURCES, after=self._revision, identity=self._identity) as self._watch:
+            while not self._stopping.is_set():
+                batch = self._watch.next(_TURN_S)
+                self._apply(partial(self._view.expire, self._clock()))
+                if batch is not None:
+                    self._apply(partial(self._view.take_batch, batch))
+                    self._revision = batch.revision
+                self._failures = 0
 
     def _apply(self, change: Callable[[], list[SourceChange]], **counts: int) -> None:
         """Change what is known and its counts at once, then notify."""
         with self._notifying:
             with self._changed:
                 changes = change()
-                for kind in ("add", "update", "remove"):
-                    counts[f"{kind}s"] = sum(one.kind == kind for one in changes)
-                known, malformed = len(self._view.sources), self._view.malformed
-                self._now = replace(self._counted(**counts), sources=known, malformed=malformed, synced=True)
+                self._counts.update(counts)
+                self._counts.update(f"{one.kind}s" for one in changes)
                 self.error = None
                 self._changed.notify_all()
             before = list(self._subscriptions.items())  # who subscribes meanwhile gets what is known after all of them
@@ -303,17 +285,13 @@ class SourceWatcher:
             listener(change.record)
         except Exception:  # noqa: BLE001 - a listener's bug must not blind the watcher
             with self._changed:
-                self._now = self._counted(listener_errors=1)
+                self._counts["listener_errors"] += 1
             _log.exception("listener_failed", event_kind=change.kind, source=change.record.worker_id)
-
-    def _counted(self, **counts: int) -> WatcherStatistics:
-        """The present statistics with these added."""
-        return replace(self._now, **{name: getattr(self._now, name) + more for name, more in counts.items()})
 
     def _note(self, error: TransportError, **counts: int) -> None:
         new = error if isinstance(error, RegistryError) else RegistryError(str(error))
         with self._changed:
             known, self.error = self.error, new
-            self._now = replace(self._counted(**counts), synced=False)
+            self._counts.update(counts)
         if type(known) is not type(new):
             _log.warning("store_not_followed", store=self._store.url, reason=str(error))
