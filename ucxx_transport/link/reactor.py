@@ -234,19 +234,25 @@ class Reactor:
         if self._closed or self._forked:
             self.check_usable()
         self.turns += 1
-        due = bool(self._heap) and self._heap[0][0] <= self.now()
+        heap = self._heap
+        now = self.now() if heap else 0.0
+        due = bool(heap) and heap[0][0] <= now
         ran = bool(self._submitted) and self._run_submitted()
         rests = due and not ran
         if due:
-            ran = self._run_due(self.now()) or ran
-        if self._link is not None:
-            spin_s = self._spin_s if spin_s is None else spin_s
+            ran = self._run_due(now) or ran
+        link = self._link
+        if link is not None:
             if ran or self._rests:
                 spin_s = 0.0
-            elif spin_s and (self._heap or until_s != math.inf):
-                limit_s = min(until_s, self._heap[0][0]) if self._heap else until_s
-                spin_s = max(0.0, min(spin_s, limit_s - self.now()))
-            moved = self._link.progress(spin_s)
+            else:
+                if spin_s is None:
+                    spin_s = self._spin_s
+                if heap and heap[0][0] - now < spin_s:
+                    spin_s = max(0.0, heap[0][0] - now)
+                if until_s != math.inf:
+                    spin_s = max(0.0, min(spin_s, until_s - self.now()))
+            moved = link.progress(spin_s)
             self._rests = rests and not moved
             ran = ran or moved
         if sleeps and not ran and self.arm():

@@ -6,11 +6,12 @@ Nothing here changes `os.environ`; `settings` says which settings a context gets
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import sched_yield
+from threading import get_ident
+from time import perf_counter
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
@@ -86,7 +87,7 @@ class UCXXLink(LinkState):
             ) from exc
         self._progress_once: Callable[[], bool] = self.worker.progress_once
         self._descriptor: int = self.worker.epoll_file_descriptor
-        self.thread = threading.get_ident()
+        self.thread = get_ident()
         self._busy = 0
         link_opened(self)
 
@@ -120,9 +121,8 @@ class UCXXLink(LinkState):
         return listener
 
     def progress(self, spin_s: float = 0.0) -> bool:
-        self.thread = threading.get_ident()
-        progress_once = self._progress_once
-        clock = time.perf_counter
+        self.thread = get_ident()
+        progress_once, clock = self._progress_once, perf_counter
         turn_end = 0.0
         while True:
             moved = False

@@ -65,6 +65,7 @@ class UCXXEndpoint(Posted):
         self._address = address
         self._accepted_by = accepted_by
         self._receive_base = self.base << CHANNEL_BITS
+        self._receive_tag = self._send_tag = self._make_tag(self._receive_base)  # of channel 0
         self._send_base = -1  # not known before the hello
         self._deferred: deque[UCXXOperation] = deque()
         self._error = error
@@ -95,11 +96,11 @@ class UCXXEndpoint(Posted):
         ucx = self._ucx
         if not self._usable or ucx is None:
             return self._refused(array, nbytes, on_done)
-        request = ucx.tag_recv(array, self._make_tag(self._receive_base | channel))
+        request = ucx.tag_recv(array, self._make_tag(self._receive_base | channel) if channel else self._receive_tag)
         operation = UCXXOperation()  # as `operation_of`
         operation.array, operation.nbytes, operation.on_done = array, nbytes, on_done
         operation.request, operation.channel = request, channel
-        before = self.newest.get(channel)
+        newest, before = self.newest, self.newest.get(channel)
         if before is not None:
             before.follower = operation
         elif request.status == IN_PROGRESS:
@@ -107,7 +108,7 @@ class UCXXEndpoint(Posted):
         else:  # the message was there already
             self._ended_at_once(operation, request)
             return operation
-        self.newest[channel] = operation
+        newest[channel] = operation
         order = self._order
         order.pop(self, None)
         order[self] = None
@@ -129,7 +130,7 @@ class UCXXEndpoint(Posted):
             operation = operation_of(message.array, message.nbytes, on_done, None, channel)
             self._deferred.append(operation)
             return operation
-        request = ucx.tag_send(message.array, self._make_tag(base | channel))
+        request = ucx.tag_send(message.array, self._make_tag(base | channel) if channel else self._send_tag)
         status = request.status
         if status == 0:
             if on_done is not None:
@@ -210,7 +211,8 @@ class UCXXEndpoint(Posted):
         self._clean = not left
         for operation in left:
             self._link.leak(operation, self._ucx)
-        self.receives, self.sends, self.newest = [], [], {}
+        for flight in (*self.flights, self.newest):
+            flight.clear()
         if self._ucx is not None and self._clean:
             release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None
@@ -234,6 +236,7 @@ class UCXXEndpoint(Posted):
                 error = exc.with_traceback(None)
             else:
                 self._send_base = base << CHANNEL_BITS
+                self._send_tag = self._make_tag(self._send_base)
                 self._send_deferred()
                 if self.events is not None:
                     self.events.connected()

@@ -5,7 +5,8 @@ UCX's requests say whether they are over when asked, so they are asked after pro
 - endpoints with something in flight, in the order of their last post; the search ends `IDLE_ENDPOINTS` after the last
   find, and after `HOT_ENDPOINTS` without one;
 - of each endpoint the oldest receive of each channel and the sends, the oldest first, until `MISSES` of either are
-  still in progress, or `ENDS_AT_ONCE` have been called back: those may post what ends at once;
+  still in progress; of those that follow on a channel, until `ENDS_AT_ONCE` have been called back: callbacks may post
+  what ends at once;
 - all of them every `FULL_EVERY` searches, and whenever progress moves nothing: so also before every sleep.
 """
 
@@ -93,12 +94,14 @@ class Posted:
         receives: the oldest of each channel, oldest first; the others are its followers, since they end in order.
         sends: oldest first.
         newest: of the receives of each channel.
+        flights: sends and receives: an answer shows that what it answers has left.
     """
 
     def __init__(self) -> None:
         self.receives: list[UCXXOperation] = []
         self.sends: list[UCXXOperation] = []
         self.newest: dict[int, UCXXOperation] = {}
+        self.flights = (self.sends, self.receives)
 
     def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
         """An operation has ended in an error."""
@@ -132,7 +135,7 @@ class Flight:
         self.overlooked = False
         self.searches = 0
 
-    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901, PLR0912, PLR0915 - a call more costs
+    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901 - a call more costs
         """Call back what has ended; whether anything has. See the module.
 
         Args:
@@ -140,47 +143,54 @@ class Flight:
             everywhere: look at everything.
         """
         self.searches = searches = self.searches + 1
-        order = self.order
-        misses = EVERYTHING if everywhere or not searches % FULL_EVERY else MISSES
-        endpoints = tuple(reversed(order)) if only is None else (only,)
-        overlooked = self.overlooked and only is not None
-        if misses == MISSES and len(endpoints) > HOT_ENDPOINTS:
-            endpoints, overlooked = endpoints[:HOT_ENDPOINTS], True
+        order, misses = self.order, MISSES
+        endpoints, overlooked = ([*reversed(order)], False) if only is None else ([only], self.overlooked)
+        if everywhere or not searches % FULL_EVERY:
+            misses = EVERYTHING
+        elif len(endpoints) > HOT_ENDPOINTS:
+            del endpoints[HOT_ENDPOINTS:]
+            overlooked = True
         self.overlooked = True  # until it is through: a callback may raise
         found = idle = 0
         for endpoint in endpoints:
-            last = found + ENDS_AT_ONCE
             before = found
-            for flight in (endpoint.sends, endpoint.receives):  # an answer shows that what it answers has left
-                index = 0
-                while index < len(flight) and found < last:
-                    operation = flight[index]
+            for flight in endpoint.flights:
+                missed = 0
+                for operation in tuple(flight):
                     request = operation.request
                     status = request.status
                     if status == IN_PROGRESS:
-                        index += 1
-                        if index > misses:
+                        missed += 1
+                        if missed > misses:
                             overlooked = True
                             break
                         continue
-                    found += 1
-                    follower = operation.follower
-                    while follower is not None and follower.completed:
-                        follower = follower.follower
-                    if follower is not None:
-                        flight[index] = follower
-                    else:
-                        del flight[index]
-                        endpoint.newest.pop(operation.channel, None)
-                    operation.request = operation.array = operation.follower = None
-                    operation.completed = True
-                    if status:
-                        endpoint.note_failure(operation, request)
-                    on_done, operation.on_done = operation.on_done, None
-                    if on_done is not None:
-                        on_done(operation)
-            overlooked = overlooked or found == last
+                    while True:
+                        found += 1
+                        follower = operation.follower
+                        while follower is not None and follower.completed:
+                            follower = follower.follower
+                        if follower is None:
+                            flight.remove(operation)
+                            endpoint.newest.pop(operation.channel, None)
+                        else:
+                            flight[flight.index(operation)] = follower
+                        operation.request = operation.array = operation.follower = None
+                        operation.completed = True
+                        if status:
+                            endpoint.note_failure(operation, request)
+                        on_done = operation.on_done
+                        if on_done is not None:
+                            operation.on_done = None
+                            on_done(operation)
+                        if follower is None or found - before >= ENDS_AT_ONCE:
+                            break
+                        operation, request = follower, follower.request
+                        status = request.status
+                        if status == IN_PROGRESS:
+                            break
             if found > before:
+                overlooked = overlooked or found - before >= ENDS_AT_ONCE
                 idle = 0
                 if not (endpoint.receives or endpoint.sends):
                     order.pop(endpoint, None)
