@@ -234,8 +234,7 @@ class Reactor:
         if self._closed or self._forked:
             self.check_usable()
         self.turns += 1
-        heap = self._heap
-        now = self.now() if heap else 0.0
+        heap, now = self._heap, self.now()
         due = bool(heap) and heap[0][0] <= now
         ran = bool(self._submitted) and self._run_submitted()
         rests = due and not ran
@@ -243,15 +242,12 @@ class Reactor:
             ran = self._run_due(now) or ran
         link = self._link
         if link is not None:
+            spin_s = self._spin_s if spin_s is None else spin_s
+            limit_s = min(until_s, heap[0][0]) if heap else until_s
             if ran or self._rests:
                 spin_s = 0.0
-            else:
-                if spin_s is None:
-                    spin_s = self._spin_s
-                if heap and heap[0][0] - now < spin_s:
-                    spin_s = max(0.0, heap[0][0] - now)
-                if until_s != math.inf:
-                    spin_s = max(0.0, min(spin_s, until_s - self.now()))
+            elif limit_s - now < spin_s:
+                spin_s = max(0.0, limit_s - now)
             moved = link.progress(spin_s)
             self._rests = rests and not moved
             ran = ran or moved

@@ -135,7 +135,7 @@ class Flight:
         self.overlooked = False
         self.searches = 0
 
-    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901 - a call more costs
+    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901, PLR0912, PLR0915 - a call more costs
         """Call back what has ended; whether anything has. See the module.
 
         Args:
@@ -156,16 +156,9 @@ class Flight:
             before = found
             for flight in endpoint.flights:
                 missed = 0
-                for operation in tuple(flight):
-                    request = operation.request
-                    status = request.status
-                    if status == IN_PROGRESS:
-                        missed += 1
-                        if missed > misses:
-                            overlooked = True
-                            break
-                        continue
-                    while True:
+                for first in tuple(flight):
+                    operation = first
+                    while (status := (request := operation.request).status) != IN_PROGRESS:
                         found += 1
                         follower = operation.follower
                         while follower is not None and follower.completed:
@@ -179,15 +172,16 @@ class Flight:
                         operation.completed = True
                         if status:
                             endpoint.note_failure(operation, request)
-                        on_done = operation.on_done
+                        on_done, operation.on_done = operation.on_done, None
                         if on_done is not None:
-                            operation.on_done = None
                             on_done(operation)
                         if follower is None or found - before >= ENDS_AT_ONCE:
                             break
-                        operation, request = follower, follower.request
-                        status = request.status
-                        if status == IN_PROGRESS:
+                        operation = follower
+                    else:
+                        missed += 1
+                        if missed > misses:
+                            overlooked = True
                             break
             if found > before:
                 overlooked = overlooked or found - before >= ENDS_AT_ONCE
