@@ -45,7 +45,7 @@ SYMBOLS = MappingProxyType(
         "ucxx._lib.libucxx": (
             *_members("Feature", "STREAM TAG WAKEUP"),
             *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback ucxx_ptr"),
-            *_members("UCXEndpoint", "stream_recv stream_send tag_recv tag_send"),
+            *_members("UCXEndpoint", "stream_recv stream_send tag_recv"),
             *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
             *_members("UCXRequest", "check_error status"),
             *_members("UCXWorker", "arm cancel_inflight_requests epoll_file_descriptor init_blocking_progress_mode"),
@@ -56,8 +56,6 @@ SYMBOLS = MappingProxyType(
     }
 )
 """Every private symbol that this package uses, by module."""
-
-IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
 
 # ucxx has no stubs.
 UcxArray: TypeAlias = Any  # `ucxx._lib.arr.Array`: address and size of a buffer, with a reference to it

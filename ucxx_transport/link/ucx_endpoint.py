@@ -11,8 +11,14 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
-from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered, release_cancelled
-from ucxx_transport.link.ucx_api import IN_PROGRESS, UcxArray, UcxEndpoint, UcxRequest, raisable
+from ucxx_transport.link.libraries import (
+    IN_PROGRESS,
+    PendingSend,
+    endpoint_lanes,
+    listener_has_answered,
+    release_cancelled,
+)
+from ucxx_transport.link.ucx_api import UcxArray, UcxEndpoint, UcxRequest, raisable
 from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
@@ -65,8 +71,9 @@ class UCXXEndpoint(Posted):
         self._address = address
         self._accepted_by = accepted_by
         self._receive_base = self.base << CHANNEL_BITS
-        self._receive_tag = self._send_tag = self._make_tag(self._receive_base)  # of channel 0
-        self._send_base = -1  # not known before the hello
+        self._receive_tag = self._make_tag(self._receive_base)  # of channel 0
+        self._tagged = link.sends
+        self._send_base, self._handle = -1, 0  # not known before the hello
         self._deferred: deque[UCXXOperation] = deque()
         self._error = error
         self._closed = False
@@ -130,16 +137,17 @@ class UCXXEndpoint(Posted):
             operation = operation_of(message.array, message.nbytes, on_done, None, channel)
             self._deferred.append(operation)
             return operation
-        request = ucx.tag_send(message.array, self._make_tag(base | channel) if channel else self._send_tag)
-        status = request.status
-        if status == 0:
+        sends = self._tagged
+        begun = sends.begin(self._handle, message.address, message.nbytes, base | channel, sends.options)
+        if begun is None:
             if on_done is not None:
                 link.ready.append((on_done, message.sent))
             return message.sent
         if message is not buffer:
             link.copies.pop(message.nbytes, None)  # UCX has not taken it
+        request = PendingSend(sends, begun)
         operation = operation_of(message.array, message.nbytes, on_done, request)
-        if status == IN_PROGRESS:
+        if request.status == IN_PROGRESS:
             self.sends.append(operation)
             self._order.pop(self, None)
             self._order[self] = None
@@ -229,14 +237,14 @@ class UCXXEndpoint(Posted):
         """The peer's hello has come, or never will."""
         if self._closed:
             return
-        if error is None:
+        if error is None and self._ucx is not None:
             try:
                 base = decode_hello(hello, peer=self.peer)
             except TransportError as exc:
                 error = exc.with_traceback(None)
             else:
                 self._send_base = base << CHANNEL_BITS
-                self._send_tag = self._make_tag(self._send_base)
+                self._handle = self._ucx.handle
                 self._send_deferred()
                 if self.events is not None:
                     self.events.connected()
@@ -276,6 +284,9 @@ class UCXXEndpoint(Posted):
             self._link.ready.append((operation.on_done, operation))
 
     def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
+        if isinstance(request, PendingSend):
+            operation.error = self._why_lost()
+            return
         binding = self._link.binding
         try:
             request.check_error()
@@ -339,7 +350,9 @@ class UCXXEndpoint(Posted):
             operation = self._deferred.popleft()
             assert operation.array is not None  # not over
             channel, operation.channel = operation.channel, -1
-            operation.request = request = self._ucx.tag_send(operation.array, self._make_tag(self._send_base | channel))
+            sends, tag = self._tagged, self._send_base | channel
+            begun = sends.begin(self._handle, operation.array.ptr, operation.nbytes, tag, sends.options)
+            operation.request = request = PendingSend(sends, begun)
             if request.status == IN_PROGRESS:
                 self.sends.append(operation)
                 self._order[self] = None

@@ -20,10 +20,11 @@ from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import LinkStatistics, OnDone, Usable, byte_view
+from ucxx_transport.link.libraries import IN_PROGRESS, TaggedSends
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.ucx_api import IN_PROGRESS, Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
+from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
 from ucxx_transport.link.ucx_hello import CHANNEL_BITS
 
 IDLE_ENDPOINTS: Final = 4
@@ -74,13 +75,15 @@ class UCXXMessage:
     """See `base.Message`.
 
     Attributes:
+        array: UCX's. address: where it lies.
         sent: what a send of it that has left at once is.
     """
 
-    __slots__ = ("array", "nbytes", "sent", "writable")
+    __slots__ = ("address", "array", "nbytes", "sent", "writable")
 
     def __init__(self, view: memoryview, array: UcxArray) -> None:
         self.array = array
+        self.address: int = array.ptr
         self.nbytes = view.nbytes
         self.writable = not view.readonly
         self.sent = UCXXOperation()
@@ -207,7 +210,7 @@ class LinkState(Usable, Flight):
 
     Attributes:
         ipv6: an address that listeners listen on, too.
-        make_array, make_tag: UCX's.
+        make_array, make_tag: UCX's. sends: tagged ones.
         copies: by length, memory that small messages are sent from: UCX has taken them when a post returns.
         ready: what is to be called in the next turn, with its argument.
         cancel_due: operations of a broken connection are to be ended in the next turn.
@@ -226,6 +229,7 @@ class LinkState(Usable, Flight):
         self.binding = binding
         self.make_array = binding.make_array
         self.make_tag = binding.lib.UCXXTag
+        self.sends = TaggedSends()
         self.counters = LinkStatistics()
         self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()

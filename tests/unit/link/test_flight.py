@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ucxx_transport.link.ucx_api import IN_PROGRESS
+from ucxx_transport.link.libraries import IN_PROGRESS
 from ucxx_transport.link.ucx_flight import (
     ENDS_AT_ONCE,
     FULL_EVERY,
