@@ -24,6 +24,7 @@ from ucxx_transport.client.jobs import Attempt, Read, SharedMessage
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request, schema_in
 from ucxx_transport.errors import BusyError, PeerLostError, TransportError
+from ucxx_transport.wire.answers import seal_of
 from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES
 from ucxx_transport.wire.codec import clear_ends
 from ucxx_transport.wire.frames import MAX_CHANNEL
@@ -200,6 +201,7 @@ class Connection(Line):
             message = self._message(ref.nbytes)
             attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
             self._asked_bytes += ref.nbytes
+            attempt.seal = seal_of(ref)
             if unsent is not None:
                 raise unsent
             endpoint.post_receive(message.data, attempt.arrived, channel=number & MAX_CHANNEL)
@@ -213,7 +215,7 @@ class Connection(Line):
         ref, session = attempt.ref, self.session
         self.rested = False
         try:
-            session.verify(attempt.number, attempt.message.data)
+            session.verify(attempt.number, attempt.message.data, attempt.seal)
         except TransportError as error:
             error.__traceback__ = None  # its frames hold the message
             self._refused(attempt, error)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
-    from ucxx_transport.wire.answers import Named
+    from ucxx_transport.wire.answers import Named, Seal
     from ucxx_transport.wire.client_side import ClientSession
 
 Outcome = Payload | TransportError
@@ -185,11 +185,13 @@ class Attempt:
         ref: the payload.
         number: the session's.
         message: the buffer, or part of one, that its answer lies in.
+        seal: what that has to look like, where there was time to work it out.
         due_s: when it has taken too long.
         late: it has.
     """
 
     late = False
+    seal: Seal | None = None
 
     def __init__(  # noqa: PLR0917 - a keyword costs on this path
         self, connection: Carrier, read: Read | None, ref: Named, number: int, message: Bytes, due_s: float

@@ -24,18 +24,27 @@ from typing import Final, TypeAlias
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire import frames
 from ucxx_transport.wire.actions import Asked, Fetch, Offer, Offered
-from ucxx_transport.wire.answers import Named, body_of, error_of, refusal_in
+from ucxx_transport.wire.answers import Named, Seal, body_of, error_of, refusal_in, seal_of
 from ucxx_transport.wire.codec import (
     Message,
     decode_offer,
     encode_fetch,
     encode_frame,
     error_text,
-    is_sealed,
     pack_one_end,
     pack_one_name,
 )
-from ucxx_transport.wire.frames import END_MARK, MAX_CHANNEL, MAX_SCHEMA_BYTES, Frame, Kind, ReplyHeader, Status, Window
+from ucxx_transport.wire.frames import (
+    END_MARK,
+    HEADER_BYTES,
+    MAX_CHANNEL,
+    MAX_SCHEMA_BYTES,
+    Frame,
+    Kind,
+    ReplyHeader,
+    Status,
+    Window,
+)
 from ucxx_transport.wire.handshake import WELCOME_BYTES, ClientHandshake
 
 HANDSHAKE_RECEIVE_BYTES: Final = frames.receive_bytes(WELCOME_BYTES)
@@ -188,10 +197,11 @@ class ClientSession:
         name = named.slot, named.generation, attempt, nbytes
         return Asked(pack_one_name(sequence, named.ring_id, 1, 0, *name, END_MARK ^ sequence), attempt)
 
-    def verify(self, attempt: int, message: Message) -> None:
+    def verify(self, attempt: int, message: Message, seal: Seal | None = None) -> None:
         """Check that `message` carries exactly the payload of the attempt, whole: it is `message[64 : 64 + nbytes]`.
 
         Of a shared message, the part of this attempt. Afterwards the attempt is to be ended.
+        `seal` as `seal_of` gave it.
 
         Raises:
             StaleSlotError, BusyError, NotReadyError, PeerLostError, AuthenticationError: as the server says; the
@@ -204,9 +214,8 @@ class ClientSession:
         _, sequence, named, shared, _ = record
         assert named is not None
         refusal = None
-        if not is_sealed(
-            message, named.ring_id, named.slot, named.generation, named.nbytes, named.checksum, named.fingerprint
-        ):
+        header, trailer, end, whole = seal or seal_of(named)
+        if message[:HEADER_BYTES] != header or message[end:whole] != trailer:
             self.broken = True
             refusal = refusal_in(named, message)
             self.broken = False

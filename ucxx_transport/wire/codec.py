@@ -71,6 +71,10 @@ pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, REQUE
 """A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
 pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one end: sequence, ring_id, 0, 1, end, end mark."""
+pack_header: Final = partial(_HEADER.pack, REPLY_MAGIC, VERSION, 0)
+"""The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
+pack_trailer: Final = _TRAILER.pack
+"""Its trailer: `TRAILER_MAGIC` ^ generation, nbytes."""
 assert _HEAD.size == FRAME_HEAD_BYTES
 assert _NAME.size == NAME_BYTES
 assert _HEADER.size == HEADER_BYTES
@@ -279,20 +283,6 @@ def decode_header(buffer: Message) -> ReplyHeader:
         fingerprint=fingerprint,
         token_required=bool(flags & FLAG_TOKEN_REQUIRED),
     )
-
-
-def is_sealed(  # noqa: PLR0917 - what a reference promises; a keyword costs on this path
-    message: Message, ring_id: bytes, slot: int, generation: int, nbytes: int, checksum: int | None, fingerprint: int
-) -> bool:
-    """Whether `message` begins and ends exactly as the OK answer with this payload does.
-
-    What `decode_header` and `check_trailer` verify, by two comparisons; where it says no, they say what is wrong.
-    """
-    end = HEADER_BYTES + ((nbytes + 7) & ~7)
-    flags = 0 if checksum is None else FLAG_CHECKSUM
-    return message[:HEADER_BYTES] == _HEADER.pack(
-        REPLY_MAGIC, VERSION, 0, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
-    ) and message[end : end + TRAILER_BYTES] == _TRAILER.pack(TRAILER_MAGIC ^ generation, nbytes)
 
 
 def error_text(buffer: Message, header: ReplyHeader) -> str:
