@@ -101,10 +101,11 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         The thread that takes references cannot be called back from one that it waits for: it ends when that comes, and
         does not hand it out. What was taken and not handed out is counted as lost by "closed".
         """
-        with self._moved:
-            self.closed = True
-            self._begun.clear()
-            self._moved.notify_all()
+        if not self.core.inherited:
+            with self._moved:
+                self.closed = True
+                self._begun.clear()
+                self._moved.notify_all()
         super().close()
 
     def _take(self, references: Iterable[Any]) -> None:

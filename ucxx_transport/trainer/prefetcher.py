@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -66,7 +65,7 @@ class PendingBatch(BatchFetch):
         self._prefetcher = prefetcher
         self._given = records if callable(records) else tuple(records)
         self._sorter = prefetcher.limits.sorter(policy_version)
-        super().__init__(prefetcher.core, self._sorted_out, prefetcher.limits, prefetcher.unpack.uploader)
+        super().__init__(prefetcher.core, self._sorted_out, prefetcher.limits, prefetcher.uploader)
 
     @cached_property
     def records(self) -> tuple[AskedFor, ...]:
@@ -137,7 +136,7 @@ class PendingBatch(BatchFetch):
         prefetcher.running.discard(self)
         if isinstance(outcome, Batch):
             prefetcher.discard(outcome.losses)
-            if prefetcher.unpack.uploader is None:  # made here and kept, the arrays cost the trainer no time
+            if prefetcher.uploader is None:  # made here and kept, the arrays cost the trainer no time
                 with suppress(TransportError):  # raised to who takes those arrays
                     any(payload.arrays is None for payload in outcome.payloads.values())
         with prefetcher.changed:
@@ -202,10 +201,13 @@ class Prefetcher:
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
-        on_loss: called with every episode that is in no batch, by `wait`, `result` and `fetch` in the caller's thread;
-            by default it is logged.
+        on_loss: called with every episode that is in no batch, by `result` and `fetch` in the caller's thread; by
+            default it is logged.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
+
+    Attributes:
+        unpack: gives the arrays of a payload, where episodes are given; valid for as long as they live.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -225,8 +227,8 @@ class Prefetcher:
         link_factory: LinkFactory | None = None,
     ) -> None:
         self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
-        self.unpack = unpacker_for(device)
-        uploader = self.unpack.uploader
+        self.unpack, self.uploader = unpacker_for(device)
+        uploader = self.uploader
         self.core = ClientCore(
             config,
             link_factory,
@@ -241,7 +243,6 @@ class Prefetcher:
         self._losses: Counter[str] = Counter()
         self._discard_lost = discard_lost
         self._on_loss = on_loss
-        self._pid = os.getpid()
         self.running: set[PendingBatch] = set()  # the thread's own
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
@@ -272,7 +273,7 @@ class Prefetcher:
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
-        if os.getpid() != self._pid:
+        if self.core.inherited:
             raise ConfigError(
                 f"a {type(self).__name__} cannot be used in a forked child; make one in the process that reads"
             )
@@ -281,7 +282,7 @@ class Prefetcher:
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
-        unlocked_rings = 0 if self.unpack.uploader is None else self.unpack.uploader.unlocked_rings
+        unlocked_rings = 0 if self.uploader is None else self.uploader.unlocked_rings
         with self.changed:
             return PrefetchStatistics(**self._counts, losses=dict(self._losses), unlocked_rings=unlocked_rings)
 
@@ -296,7 +297,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """Give up what is not taken, take leave of the servers, end the thread. Idempotent, bounded."""
-        if os.getpid() != self._pid:
+        if self.core.inherited:
             return
         atexit.unregister(self.close)
         try:
@@ -311,8 +312,9 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    # for its batches
+
     def count(self, batch: Batch) -> None:
-        """Count a batch that is handed out, and report its losses."""
         with self.changed:
             counts = self._counts
             counts["batches" if batch.in_time else "given_up"] += 1
@@ -320,18 +322,16 @@ class Prefetcher:
             counts["nbytes"] += batch.nbytes
             counts["fetch_s"] += batch.took_s
             counts["retried"] += batch.retried
-        self.count_left(0, batch.losses)
+            self.count_left(0, batch.losses)
         for loss in batch.losses:
             self._on_loss(loss)
 
     def count_left(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
-        """Count episodes that were asked for and will not be taken, as lost by "closed"; those lost before, as such."""
         with self.changed:
             self._losses.update([LossReason.CLOSED.value] * episodes)
             self._losses.update(loss.reason.value for loss in losses)
 
-    def discard(self, losses: Sequence[Loss]) -> None:
-        """Make room for others in the slots of what is not wanted any more. By the thread."""
+    def discard(self, losses: Sequence[Loss]) -> None:  # in the thread
         refs = discardable_of(losses, discard_lost=self._discard_lost)
         if refs:
             try:
@@ -362,6 +362,6 @@ class Prefetcher:
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
         finally:
-            if self.unpack.uploader is not None:
-                self.unpack.uploader.close()  # before the core, which frees the buffers that come back
+            if self.uploader is not None:
+                self.uploader.close()  # before the core, which frees the buffers that come back
             self.core.close()

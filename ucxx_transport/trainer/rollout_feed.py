@@ -277,9 +277,10 @@ class RolloutFeed(Prefetcher):
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""
         super().close()
-        with self._state:
-            self._pending.clear()
-        self.release()
+        if not self.core.inherited:
+            with self._state:
+                self._pending.clear()
+            self.release()
 
     def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
         # what is given: a call that the thread makes which fetches

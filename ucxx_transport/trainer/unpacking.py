@@ -25,9 +25,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -56,26 +56,12 @@ _JOIN_TIMEOUT_S: Final = 5.0
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Unpacker:
-    """Gives a payload's arrays on a device: its own, tensors over its memory, or arrays on a GPU.
-
-    Attributes:
-        torch: what tensors are made by; None for the payload's own arrays.
-        uploader: what takes payloads to the GPU as they come; None where they stay in the host's memory.
-    """
-
-    torch: Any = None
-    uploader: DeviceUploader | None = None
-
-    def __call__(self, payload: Payload) -> ArrayTree:
-        """The arrays, in the payload's own nesting; valid for as long as they live, whatever becomes of the payload."""
-        arrays = payload.arrays
-        return arrays if self.torch is None else map_leaves(partial(host_tensor, self.torch), arrays)
+Unpack: TypeAlias = "Callable[[Payload], ArrayTree]"
+"""Gives a payload's arrays, in its own nesting; valid for as long as they live, whatever becomes of the payload."""
 
 
-def unpacker_for(device: object = None) -> Unpacker:
-    """How payloads become arrays on `device`.
+def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None]:
+    """How payloads become arrays on `device`, and what takes them there as they come, if that is a GPU.
 
     Args:
         device: None, or what `str` words as "numpy", "cpu", "cuda", "cuda:N", "cupy" or "cupy:N" (a `torch.device`
@@ -84,15 +70,17 @@ def unpacker_for(device: object = None) -> Unpacker:
     Raises:
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
+    as_they_are = attrgetter("arrays")
     if isinstance(device, Receiver):
-        return Unpacker(uploader=DeviceUploader(device))
+        return as_they_are, DeviceUploader(device)
     name = "numpy" if device is None else str(device)
     if name == "numpy":
-        return Unpacker()
+        return as_they_are, None
     if name == "cpu":
-        return Unpacker(torch=import_torch(name))
+        as_tensor = partial(host_tensor, import_torch(name))
+        return lambda payload: map_leaves(as_tensor, payload.arrays), None
     if name.partition(":")[0] in ("cuda", "cupy"):
-        return Unpacker(uploader=DeviceUploader(receiver_for(name)))
+        return as_they_are, DeviceUploader(receiver_for(name))
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )

@@ -31,7 +31,8 @@ def test_tensors_are_the_payloads_own_memory_with_the_dtypes_that_were_written(l
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("error")
-            tree = unpacker_for(torch.device("cpu"))(payload)
+            unpack, _ = unpacker_for(torch.device("cpu"))
+            tree = unpack(payload)
             arrays = payload.arrays
             for name, tensor in tree["by_name"].items():
                 assert tensor.dtype == getattr(torch, name)
@@ -51,7 +52,7 @@ def test_a_dtype_that_torch_has_not_is_refused_by_name() -> None:
     with SharedRingBuffer.create(RingConfig(slots=1, schema=Schema.from_example({"x": np.longdouble(1)}))) as ring:
         ref = ring.write({"x": np.longdouble(1)})
         with SyncUCXXClient() as client, client.read(ref) as payload, pytest.raises(ConfigError, match="numpy"):
-            unpacker_for("cpu")(payload)
+            unpacker_for("cpu")[0](payload)
 
 
 def test_a_feed_gives_tensors() -> None:
