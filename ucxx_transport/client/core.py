@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
 from ucxx_transport.client.errands import Discard, RingDiscard, Take
 from ucxx_transport.client.jobs import Call, Job, OnPayload, Takeable, clear_frames
-from ucxx_transport.client.local import Entry, EntryT, Into, LocalReader
+from ucxx_transport.client.local import Entry, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
 from ucxx_transport.client.payload import Deduplicator, writable_bytes
 from ucxx_transport.client.reads import Reads
@@ -194,10 +194,10 @@ class ClientCore:
         self.go_on(job, *self.look_at(job, range(len(refs))))
         return job
 
-    def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], Sequence[Entry[int]]]:
+    def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], Sequence[Entry]]:
         """Read what a job reads on this host, unless there is more to read; returns what is left for `go_on`."""
         remote: list[int] = []
-        here: list[Entry[int]] = []
+        here: list[Entry] = []
         for index in indices:
             try:
                 ring = self.admit(job.refs[index], job.into)
@@ -208,31 +208,25 @@ class ClientCore:
                 remote.append(index)
             else:
                 here.append((index, ring))
-        return remote, here if remote else self.local.read_in_turn(job, here)
+        return remote, here if remote else self.local.in_turn(job, here)
 
-    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[Entry[int]]) -> None:
+    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[Entry]) -> None:
         """Do the rest of a job after `look_at`: what is asked of other hosts leaves before anything is copied here."""
         if remote and len(job.refs) == 1:
             self.reads.start_one(job)
         elif remote:
             self.reads.start(job, remote)
-            here = self.local.read_in_turn(job, here)
+            here = self.local.in_turn(job, here)
         if here:
             self.reads.jobs.add(job)
-        self._until_free(job, here, partial(self.local.read_in_turn, job), partial(self.reads.here_over, job))
+        self._until_free(job, here, partial(self.reads.here_over, job))
 
-    def _until_free(
-        self,
-        call: Call,
-        held: Sequence[Entry[EntryT]],
-        visit: Callable[[Sequence[Entry[EntryT]]], Sequence[Entry[EntryT]]],
-        over: Callable[[], object],
-    ) -> None:
+    def _until_free(self, call: Job | Discard, held: Sequence[Entry], over: Callable[[], object]) -> None:
         """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
 
         def again() -> None:
             if not call.done:
-                self._until_free(call, () if self.closed else visit(held), visit, over)
+                self._until_free(call, () if self.closed else self.local.in_turn(call, held), over)
 
         if held:
             self.reactor.call_at(min(self.reactor.now() + LOCK_PAUSE_S, call.until_s), again)
@@ -242,17 +236,17 @@ class ClientCore:
     def discard_call(self, refs: Sequence[SlotRef], deadline_s: float | str | None = None) -> Discard:
         """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
         self.require_usable()
-        call = Discard(self.reactor.now() + self.limit_s(deadline_s))
-        here: list[Entry[SlotRef]] = []
-        for ref in refs:
+        call = Discard(refs, self.reactor.now() + self.limit_s(deadline_s))
+        here: list[Entry] = []
+        for index, ref in enumerate(refs):
             with suppress(TransportError):  # gone, delivered before, or out of this client's reach
                 ring = self.local.ring_of(ref)
                 if ring is not None:
-                    here.append((ref, ring))
+                    here.append((index, ring))
                 else:
                     self.delivered.claim(ref)
                     call.elsewhere.setdefault(ref.ring_id, []).append(ref)
-        call.here = self.local.discard_in_turn(call, here)
+        call.here = self.local.in_turn(call, here)
         return call
 
     def discard(self, call: Discard) -> None:
@@ -260,7 +254,7 @@ class ClientCore:
         call.left += len(call.elsewhere)
         for refs in call.elsewhere.values():
             self.reads.begin(RingDiscard(refs, call.until_s, call.ring_over))
-        self._until_free(call, call.here, partial(self.local.discard_in_turn, call), call.one_over)
+        self._until_free(call, call.here, call.one_over)
 
     def take_call(
         self,

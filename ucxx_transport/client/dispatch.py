@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 LATE_GRACE_S: Final = 1.0
 """A connection on which everything in flight is late for so long is closed."""
 
-_REASONS: Final[tuple[tuple[type[TransportError], str], ...]] = (
-    (PeerLostError, "peers_lost"),
-    (DeadlineExceededError, "timeouts"),
-    (BusyError, "busy"),
-    (NotReadyError, "not_ready"),
-    (ProtocolError, "protocol_errors"),
-    (ChecksumError, "checksum_errors"),
-    (AuthenticationError, "unauthorized"),
-)
+_REASONS: Final[dict[type[TransportError], str]] = {
+    PeerLostError: "peers_lost",
+    DeadlineExceededError: "timeouts",
+    BusyError: "busy",
+    NotReadyError: "not_ready",
+    ProtocolError: "protocol_errors",
+    ChecksumError: "checksum_errors",
+    AuthenticationError: "unauthorized",
+}
 
 _log = get_logger(__name__)
 
@@ -191,10 +191,8 @@ class Dispatch:
 
     def failed(self, read: Read, error: TransportError) -> None:
         """The port layer: go on at the next port, or give the call up."""
-        for cls, reason in _REASONS:
-            if isinstance(error, cls):
-                self._counters.add(reason)
-                break
+        if type(error) in _REASONS:
+            self._counters.add(_REASONS[type(error)])
         now = self.now()
         alternate, read.alternate = read.alternate, None
         if (

@@ -314,16 +314,17 @@ class Discard(Call):
     """One call that discards payloads.
 
     Attributes:
-        found: how many were still there.
+        refs: what it discards. found: how many were still there.
         elsewhere: those of other hosts, by ring. here: those in rings of this host whose locks are held.
         left: rings that are not over, and one for those of this host.
     """
 
-    def __init__(self, until_s: float) -> None:
+    def __init__(self, refs: Sequence[SlotRef], until_s: float) -> None:
         super().__init__(until_s)
+        self.refs = refs
         self.found = 0
         self.elsewhere: dict[bytes, list[SlotRef]] = {}
-        self.here: Sequence[tuple[SlotRef, SharedRingBuffer]] = ()
+        self.here: Sequence[tuple[int, SharedRingBuffer]] = ()
         self.left = 1
 
     def ring_over(self, part: RingDiscard) -> None:

@@ -8,14 +8,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import xxhash
 from typing_extensions import Buffer
 
-from ucxx_transport.client.jobs import Takeable, clear_traceback
+from ucxx_transport.client.jobs import Job, Takeable, clear_traceback
 from ucxx_transport.client.payload import Deduplicator, Payload
 from ucxx_transport.errors import (
     BusyError,
@@ -34,7 +33,6 @@ from ucxx_transport.ring.owner import host_id, segment_folder
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool, Bytes
     from ucxx_transport.client.errands import Discard, Take
-    from ucxx_transport.client.jobs import Call, Job
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.ring.leases import ReadLease
@@ -42,9 +40,8 @@ if TYPE_CHECKING:
 
 Into = Buffer
 
-EntryT = TypeVar("EntryT")
-Entry: TypeAlias = tuple[EntryT, SharedRingBuffer]
-"""Something of a call, and the ring of this host that it concerns."""
+Entry: TypeAlias = tuple[int, SharedRingBuffer]
+"""The index of a call's reference, and its ring, of this host."""
 
 LOCK_TURN_S: Final = 0.003
 """How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
@@ -264,29 +261,38 @@ class LocalReader:
 
     # --- Several rings, of which one may be locked by a process that does not get on ---
 
-    def read_in_turn(self, job: Job, entries: Iterable[Entry[int]]) -> list[Entry[int]]:
-        """Read payloads of a job, by index, each from its ring; returns those whose rings' locks are held."""
+    def in_turn(self, call: Job | Discard, entries: Iterable[Entry]) -> list[Entry]:
+        """Read or discard payloads, each of its ring; while there is time, returns those whose rings are locked."""
+        left: list[Entry] = []
+        held: set[bytes] = set()
+        for index, ring in entries:
+            left_s = call.until_s - self._clock()
+            if ring.ring_id not in held:
+                try:
+                    self._visit(call, index, ring, max(0.0, min(left_s, LOCK_TURN_S)))
+                    continue
+                except TransportError as error:
+                    if not isinstance(error, DeadlineExceededError) or left_s <= LOCK_TURN_S:
+                        if isinstance(call, Job):
+                            self.over(call, index, error)
+                        continue
+                held.add(ring.ring_id)
+            left.append((index, ring))
+        return left
 
-        def read(index: int, ring: SharedRingBuffer, limit_s: float) -> None:
-            self._delivered.check(job.refs[index])  # one that the job names twice
-            payload = self.read(ring, job.refs[index], job.into, limit_s, job.began_s)
-            self.over(job, index, payload if job.on_payload is None else job.on_payload(index, payload))
-
-        return self._in_turn(job, entries, read, partial(self.over, job))
-
-    def discard_in_turn(self, call: Discard, entries: Iterable[Entry[SlotRef]]) -> list[Entry[SlotRef]]:
-        """Discard payloads, each of its ring; returns those whose rings' locks are held."""
-
-        def discard(ref: SlotRef, ring: SharedRingBuffer, limit_s: float) -> None:
-            self._delivered.check(ref)
-            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
-            with suppress(StaleSlotError):  # whose name another read has taken
-                self._claim(ref)
-            found = lease.mark_consumed()
-            call.found += found
-            self._counters.add("discarded", found)
-
-        return self._in_turn(call, entries, discard, lambda _ref, _error: None)
+    def _visit(self, call: Job | Discard, index: int, ring: SharedRingBuffer, limit_s: float) -> None:
+        ref = call.refs[index]
+        self._delivered.check(ref)  # one that the call names twice
+        if isinstance(call, Job):
+            payload = self.read(ring, ref, call.into, limit_s, call.began_s)
+            self.over(call, index, payload if call.on_payload is None else call.on_payload(index, payload))
+            return
+        lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        with suppress(StaleSlotError):  # whose name another read has taken
+            self._claim(ref)
+        found = lease.mark_consumed()
+        call.found += found
+        self._counters.add("discarded", found)
 
     def over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
         """A payload of a job has its outcome."""
@@ -295,30 +301,6 @@ class LocalReader:
             clear_traceback(outcome)
         job.outcomes[index] = outcome
         job.left -= 1
-
-    def _in_turn(
-        self,
-        call: Call,
-        entries: Iterable[Entry[EntryT]],
-        visit: Callable[[EntryT, SharedRingBuffer, float], None],
-        on_error: Callable[[EntryT, TransportError], None],
-    ) -> list[Entry[EntryT]]:
-        """Visit rings in turn; one whose lock was not to be had is left for later, as long as there is time."""
-        left: list[Entry[EntryT]] = []
-        held: set[bytes] = set()
-        for entry, ring in entries:
-            left_s = call.until_s - self._clock()
-            if ring.ring_id not in held:
-                try:
-                    visit(entry, ring, max(0.0, min(left_s, LOCK_TURN_S)))
-                    continue
-                except TransportError as error:
-                    if not isinstance(error, DeadlineExceededError) or left_s <= LOCK_TURN_S:
-                        on_error(entry, error)
-                        continue
-                held.add(ring.ring_id)
-            left.append((entry, ring))
-        return left
 
     # --- Inside ---
 
