@@ -29,11 +29,11 @@ from ucxx_transport.ring.segment import Segment, create_segment, open_segment
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema.slot_ref import MAX_PORTS
 
 if TYPE_CHECKING:
     from ucxx_transport.config import RingConfig
 
-MAX_PORTS: Final = 64
 MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""

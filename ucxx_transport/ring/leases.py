@@ -33,7 +33,8 @@ _log = get_logger(__name__)
 
 _LOST_WAIT_S: Final = 0.05
 """How long a finaliser waits for the lock, which runs wherever a reference goes. While others are to be settled it does
-not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once."""
+not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once, and later calls on
+other rings nothing."""
 
 _fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
 _next_lease_id = itertools.count(1).__next__
@@ -129,10 +130,10 @@ class Hold:
         """Take it out of the registry: it has ended, or never began."""
         live.pop(self.lease_id, None)
 
-    def settle(self) -> None:
+    def settle(self, wait_s: float) -> None:
         """End it as a drop does; later where the lock is not to be had."""
         try:
-            self.end(self.reason, 0.0 if unsettled else _LOST_WAIT_S)
+            self.end(self.reason, wait_s)
         except TransportError:
             unsettled.append(self)
 
@@ -142,7 +143,7 @@ class Hold:
     # At the end of the process, which is reclaimed, the names of this module may be gone.
     def __del__(self, known: dict[int, ref[Hold]] = live, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if self.lease_id in known and not is_ending():
-            self.settle()
+            self.settle(0.0 if unsettled else _LOST_WAIT_S)
 
 
 class ReadLease(Hold):
@@ -334,7 +335,7 @@ def settle() -> None:
     waiting = unsettled[:]
     unsettled.clear()
     for hold in waiting:
-        hold.settle()
+        hold.settle(0.0)
 
 
 def _forget_inherited() -> None:

@@ -41,7 +41,7 @@ _V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 class _Creation:
-    """What a file's creator has of it: a descriptor that holds its lock, and its removal; never in a forked child."""
+    """What its creator has of a file: a descriptor that holds its lock, and its removal; never in a forked child."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,7 +106,7 @@ class Segment:
     aligned loads and stores; `address` is where it is mapped. Its `name` is the file's without the common prefix.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation | None) -> None:
+    def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation) -> None:
         self._map = mapping
         self._creation = creation
         self.name = path.name.removeprefix(NAME_PREFIX)
@@ -115,27 +115,27 @@ class Segment:
         self.memory: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.words = memoryview(mapping).cast("Q")
         self.address: int = self.memory.__array_interface__["data"][0]
-        if creation is not None:
+        if self.is_creator:
             # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
             multiprocessing.util.Finalize(self, creation, exitpriority=0)
 
     @property
     def is_creator(self) -> bool:
         """Whether this object made the file, in this process, and has not removed it."""
-        return self._held() is not None
+        return self._creation.descriptor() is not None
 
     def duplicate(self) -> int | None:
         """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
 
         None where this object did not make the file, in this process.
         """
-        fd = self._held()
+        fd = self._creation.descriptor()
         # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
         return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
     def unlink(self) -> bool:
         """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
-        return self._creation is not None and self._creation()
+        return self._creation()
 
     def populate(self) -> None:
         """Touch all pages now: the first use of each then runs at memory speed."""
@@ -145,9 +145,6 @@ class Segment:
                 self._map.madvise(_MADV_POPULATE_READ, start, length)
             except OSError:  # before Linux 5.14
                 self.memory[start : start + length : PAGE_BYTES].max()
-
-    def _held(self) -> int | None:
-        return None if self._creation is None else self._creation.descriptor()
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
@@ -178,7 +175,7 @@ def create_segment(name: str, nbytes: int, folder: Path) -> Segment:
 def open_segment(name: str, folder: Path | None = None, descriptor: int | None = None) -> Segment:
     """Map an existing file, whatever it holds; by its descriptor, which stays the caller's, whatever its name."""
     path = segment_path(name, folder)
-    return Segment(path, _mapped(path, descriptor), None)
+    return Segment(path, _mapped(path, descriptor), _Creation(path))
 
 
 def _mapped(path: Path, descriptor: int | None = None) -> mmap.mmap:
