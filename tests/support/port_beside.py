@@ -61,7 +61,7 @@ def port_beside(*, slots: int = 16, slot_bytes: int = 64 << 10) -> Iterator[Port
         port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, [5001], made.network.link)
         try:
             port.start()
-            port.wait_up(time.monotonic() + 30.0)
+            port.up.result(30.0)
             ring.publish_address("10.0.0.1", (5001,))
             yield made
         finally:

@@ -21,7 +21,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.config import ServerConfig
-from ucxx_transport.errors import ConfigError, DeadlineExceededError
+from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
@@ -249,6 +249,9 @@ class PortThread:
         index: of the port among the server's.
         candidates: the ports that it tries, in order; 0 is any free one.
         link_factory: opens its link; None for one over UCX.
+
+    Attributes:
+        up: the port, once it listens; or why it does not. `stop` it after an error.
     """
 
     def __init__(
@@ -264,7 +267,7 @@ class PortThread:
         self._index = index
         self._candidates = candidates
         self._reactor = Reactor(link_factory or ucxx_links(settings), spin_s=settings.spin_s)
-        self._up: Future[int] = Future()
+        self.up: Future[int] = Future()
         self._stop_by_s = math.inf
         # A daemon: an embedding worker that forgets stop() must still be able to exit.
         self._thread = Thread(target=self._run, name=f"ucxx-port-{index}", daemon=True)
@@ -272,21 +275,6 @@ class PortThread:
     def start(self) -> None:
         """Start, and return at once."""
         self._thread.start()
-
-    def wait_up(self, until_s: float) -> int:
-        """Wait until the port listens; returns it. After an error `stop` it.
-
-        Args:
-            until_s: on `time.monotonic()`.
-
-        Raises:
-            ConfigError: no candidate can be bound, or UCX is not installed.
-            DeadlineExceededError: it does not listen in time.
-        """
-        try:
-            return self._up.result(max(0.0, until_s - time.monotonic()))
-        except TimeoutError:
-            raise DeadlineExceededError("a server's port did not come up in time", index=self._index) from None
 
     @property
     def alive(self) -> bool:
@@ -313,17 +301,17 @@ class PortThread:
             settings = replace(self._settings, max_connections=self._max_connections())
             self._serve(Port(self._ring, settings, self._index, self._reactor))
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
-            if self._up.done():
+            if self.up.done():
                 _log.exception("port_died", thread=self._thread.name)
             else:
-                self._up.set_exception(error)
+                self.up.set_exception(error)
         finally:
             self._reactor.close()
 
     def _serve(self, port: Port) -> None:
         reactor = self._reactor
         try:
-            self._up.set_result(port.start(self._candidates))
+            self.up.set_result(port.start(self._candidates))
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
                 if port.slots.is_clogged and self._settings.mode == "process":

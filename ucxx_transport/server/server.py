@@ -224,8 +224,8 @@ class UCXXServer(RingSource):
         for port in self._running:
             port.start()
         try:
-            return tuple(port.wait_up(until_s) for port in self._running)
-        except DeadlineExceededError:
+            return tuple(port.up.result(max(0.0, until_s - time.monotonic())) for port in self._running)
+        except TimeoutError:
             message = "a port did not come up in time; see ServerConfig(start_timeout_s=…)"
             raise DeadlineExceededError(message) from None
 
@@ -262,13 +262,13 @@ class UCXXServer(RingSource):
 
     def _order(self, index: int) -> dict[str, object]:
         """What a process is to serve: after another's death the very port that it had."""
-        known = self._sidecars[index].said
+        up = self._sidecars[index].up
         return {
             "ring_name": self._ring.name,
             "ring_folder": self._ring.folder,
             "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
             "index": index,
-            "candidates": self._candidates(index) if known is None else [known],
+            "candidates": [up.result()] if up.done() else self._candidates(index),
             "settings": self._config,
         }
 

@@ -79,7 +79,7 @@ class Sidecar:
     Attributes:
         pid: of the process that is up, None while there is none.
         restarts: how often one that was up has died unasked.
-        said: what the last one that came up said: its port. None before the first.
+        up: what the first one that comes up says, its port; or why it could not start. `stop` it after an error.
         kept: the leases that this one has renewed.
     """
 
@@ -102,36 +102,20 @@ class Sidecar:
         self._thread: threading.Thread | None = None
         self._process: _Process | None = None
         self._leases: dict[int, Order] = {}
-        self._first: Future[Any] = Future()
         self._stop_by_s = math.inf
         self._wake = -1
         self.pid: int | None = None
         self.restarts = 0
-        self.said: Any = None
+        self.up: Future[Any] = Future()
         self.kept: set[int] = set()
 
     def start(self) -> None:
         """Start it from the thread, and return at once; one that runs goes on."""
         with self._lock:
             if self._thread is None:
-                self._stop_by_s, self._first, self._wake, self.said = math.inf, Future(), os.eventfd(0), None
+                self._stop_by_s, self.up, self._wake = math.inf, Future(), os.eventfd(0)
                 self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
                 self._thread.start()
-
-    def wait_up(self, until_s: float) -> Any:
-        """Wait until the first one is up; returns what it says, its port. After an error `stop` it.
-
-        Args:
-            until_s: on `time.monotonic()`.
-
-        Raises:
-            ConfigError, TransportError: it could not start.
-            DeadlineExceededError: it was not up in time.
-        """
-        try:
-            return self._first.result(max(0.0, until_s - time.monotonic()))
-        except TimeoutError:
-            raise DeadlineExceededError("the sidecar did not come up in time", role=self._role) from None
 
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait, so that several end side by side."""
@@ -179,8 +163,8 @@ class Sidecar:
                 up_s, reason = self._attend()
             except Exception as error:  # noqa: BLE001 - the edge of a thread: it goes on
                 reason = str(error)
-                if not self._first.done():
-                    self._first.set_exception(error)
+                if not self.up.done():
+                    self.up.set_exception(error)
                     if self._serve is not None:
                         return  # a server that never came up is its caller's to start again
             if self._is_stopping:
@@ -253,9 +237,9 @@ class Sidecar:
     def _take(self, report: dict[str, Any], process: _Process) -> None:
         if "up" in report:
             process.came_up()
-            self.said, self.pid = report["up"], process.popen.pid
-            if not self._first.done():
-                self._first.set_result(self.said)
+            self.pid = process.popen.pid
+            if not self.up.done():
+                self.up.set_result(report["up"])
         elif "failed" in report:
             raise _ERRORS.get(report["failed"], TransportError)(report["reason"])
         elif "died" in report:

@@ -127,7 +127,7 @@ class _Main:
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
         self._port = PortThread(self._ring, settings, index, candidates)
         self._port.start()
-        return self._port.wait_up(time.monotonic() + settings.start_timeout_s)
+        return self._port.up.result()  # the worker knows when that takes too long
 
     def _stop_port(self, limit_s: float) -> None:
         """Close the port and unmap the ring, bounded."""

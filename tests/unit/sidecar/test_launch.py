@@ -41,11 +41,11 @@ def test_what_kept_the_ports_from_listening_is_raised_here_by_its_class() -> Non
         first = Sidecar("first", pauses_s=AT_ONCE, serve=lambda: order_of(ring.name))
         first.start()
         try:
-            port = first.wait_up(soon())
+            port = first.up.result(MINUTE)
             second = Sidecar("second", pauses_s=AT_ONCE, serve=lambda: order_of(ring.name, port))
             second.start()
             with pytest.raises(ConfigError, match=str(port)):
-                second.wait_up(soon())
+                second.up.result(MINUTE)
             second.stop(soon())
             assert second.restarts == 0, "one that never came up is its caller's to start again"
         finally:
@@ -57,7 +57,7 @@ def test_a_ring_that_is_gone_is_an_error_of_the_start() -> None:
     sidecar = Sidecar("server", pauses_s=AT_ONCE, serve=lambda: order_of("gone"))
     sidecar.start()
     with pytest.raises(TransportError, match="gone"):
-        sidecar.wait_up(soon())
+        sidecar.up.result(MINUTE)
     sidecar.stop(soon())
 
 
@@ -65,7 +65,7 @@ def test_one_that_is_not_up_in_time_is_an_error_of_the_start() -> None:
     sidecar = Sidecar("server", pauses_s=AT_ONCE, serve=lambda: order_of("r"), start_timeout_s=0.01)
     sidecar.start()
     with pytest.raises(DeadlineExceededError):
-        sidecar.wait_up(soon())
+        sidecar.up.result(MINUTE)
     sidecar.stop(soon())
 
 
@@ -78,7 +78,7 @@ def test_one_that_dies_is_started_again() -> None:
     os.kill(dead, signal.SIGKILL)
     assert died.wait(MINUTE)
     wait_until(lambda: sidecar.pid not in (None, dead), MINUTE, what="another one is up")
-    assert (sidecar.restarts, sidecar.said) == (1, None)
+    assert (sidecar.restarts, sidecar.up.result()) == (1, None)
     sidecar.stop(soon())
     sidecar.stop(soon())
     assert sidecar.pid is None
@@ -89,7 +89,7 @@ def test_a_stopped_one_can_be_started_again() -> None:
     for _ in range(2):
         sidecar.start()
         sidecar.start()
-        assert sidecar.wait_up(soon()) is None
+        assert sidecar.up.result(MINUTE) is None
         sidecar.stop(soon())
         assert sidecar.pid is None
 
@@ -97,7 +97,7 @@ def test_a_stopped_one_can_be_started_again() -> None:
 def test_one_that_does_not_answer_its_close_frame_is_killed() -> None:
     sidecar = Sidecar("lease", pauses_s=AT_ONCE)
     sidecar.start()
-    sidecar.wait_up(soon())
+    sidecar.up.result(MINUTE)
     pid = wait_until(lambda: sidecar.pid, MINUTE, what="it is up")
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)

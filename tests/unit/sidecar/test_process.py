@@ -69,7 +69,7 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
     one = sidecar()
     one.start()
     try:
-        facts = one.wait_up(soon())
+        facts = one.up.result(MINUTE)
     finally:
         one.stop(soon())
     assert facts["sys_path"] == seen
@@ -83,7 +83,7 @@ def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
     one = sidecar()
     one.start()
     with pytest.raises(TransportError, match=r"died at its start: RuntimeError: no such library"):
-        one.wait_up(soon())
+        one.up.result(MINUTE)
     one.stop(soon())
     assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
 
@@ -100,7 +100,7 @@ def test_the_last_line_of_one_that_does_not_die_in_python_is_in_the_error(
             with pytest.raises(
                 TransportError, match=f"died at its start: {how}: libucp.so: undefined symbol: ucp_init"
             ):
-                one.wait_up(soon())
+                one.up.result(MINUTE)
             one.stop(soon())
             assert "one line\n" in capfd.readouterr().err
 
@@ -114,7 +114,7 @@ def test_one_comes_up_where_no_folder_for_temporary_files_can_be_written_to(
     one = sidecar()
     one.start()
     try:
-        one.wait_up(soon())
+        one.up.result(MINUTE)
     finally:
         one.stop(soon())
 
@@ -126,7 +126,7 @@ def test_one_comes_up_where_python_has_no_memory_files(in_place_of_main: Path, m
     one = sidecar()
     one.start()
     try:
-        one.wait_up(soon())
+        one.up.result(MINUTE)
     finally:
         one.stop(soon())
 
@@ -138,7 +138,7 @@ def test_what_one_writes_while_it_comes_up_is_on_the_worker_s_standard_error(
     one = sidecar()
     one.start()
     try:
-        one.wait_up(soon())
+        one.up.result(MINUTE)
         assert capfd.readouterr().err == "a warning of UCX"
     finally:
         one.stop(soon())
@@ -162,7 +162,7 @@ def test_a_worker_that_is_no_interpreter_gets_a_config_error_from_its_start(monk
     one = sidecar()
     one.start()
     with pytest.raises(ConfigError, match="no Python interpreter"):
-        one.wait_up(soon())
+        one.up.result(MINUTE)
     one.stop(soon())
 
 
@@ -177,7 +177,7 @@ def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: 
     )
     one.start()
     try:
-        one.wait_up(soon())
+        one.up.result(MINUTE)
         wait_until(lambda: one.restarts and one.pid, MINUTE, what="another one is up")
     finally:
         one.stop(soon())
