@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from tests.support.held_lock import held_lock
 from tests.support.local_worker import LocalWorker
@@ -107,3 +109,20 @@ async def test_an_event_loop_s_call_does_the_same(worker: LocalWorker, other: Lo
             assert await client.discard([far[1], near[1]], deadline_s=0.05) == 1
             release()
             assert await client.discard(far) == 2
+
+
+@pytest.mark.anyio
+async def test_an_event_loop_goes_on_while_a_take_waits_for_a_held_lock(other: LocalWorker) -> None:
+    refs = refs_of(*other.play(1))
+    taken: list[SlotRef] = []
+    async with UCXXClient(LOCAL) as client:
+
+        async def take() -> None:
+            taken.extend(payload.ref for payload in await client.take(refs[0]))
+
+        with held_lock(other.ring) as release:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(take)
+                await checkpoint()
+                release()
+    assert [ref.name for ref in taken] == [ref.name for ref in refs]

@@ -22,6 +22,7 @@ from anyio.lowlevel import checkpoint
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
 from ucxx_transport.client.jobs import Call, Job, Takeable
+from ucxx_transport.client.local import LOCK_TURN_S
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 
@@ -159,12 +160,20 @@ class UCXXClient:
         if ring is None:
             await self._run(take, partial(core.reads.begin, take))
             return take.result()
-        while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
+        lock_until_s = core.reactor.now() + core.config.deadline_s
+        while True:
+            try:
+                payloads = core.local.take(ring, take, LOCK_TURN_S)
+            except DeadlineExceededError:
+                if core.reactor.now() >= lock_until_s:
+                    raise
+                # a thread waits for the lock: this call has no other effect
+                await to_thread.run_sync(ring.statistics, abandon_on_cancel=True)
+                continue
             left_s = min(take.wait_until_s - core.reactor.now(), LOOK_S)
-            if left_s <= 0:
-                break
+            if payloads or left_s <= 0:
+                return payloads
             await to_thread.run_sync(partial(ring.wait_for_ready, left_s, reader=core.reader), abandon_on_cancel=True)
-        return payloads
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
