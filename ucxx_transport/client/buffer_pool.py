@@ -31,6 +31,7 @@ _SMALLEST_BYTES = 4096
 _PAGE_BYTES: Final = 4096
 """What is page-locked is locked by whole pages, which two buffers must not share."""
 
+_Loan: TypeAlias = "weakref.ref[Bytes]"
 PageLocker: TypeAlias = Callable[[Bytes], object]
 """Page-locks the memory of an array for as long as the array lives; raises a `ConfigError` where that cannot be."""
 
@@ -42,17 +43,6 @@ def size_class(nbytes: int) -> int:
         return _SMALLEST_BYTES
     step = 1 << max(0, (nbytes - 1).bit_length() - 3)
     return -(-nbytes // step) * step
-
-
-class _Loan(weakref.ref[Bytes]):
-    """What outlives a lent array: the memory that comes back."""
-
-    __slots__ = ("memory",)
-    memory: memoryview
-
-    # By identity: a weak reference otherwise asks its referent, and arrays have no hash.
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
 
 
 class BufferPoolStatistics(NamedTuple):
@@ -76,7 +66,7 @@ class BufferPool:
         self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
         self._allocations = 0
-        self._loans: set[_Loan] = set()
+        self._loans: dict[int, tuple[_Loan, memoryview]] = {}  # by id: a weak reference to an array has no hash
         # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
         self._returned: deque[_Loan] = deque()
 
@@ -88,10 +78,9 @@ class BufferPool:
                 wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
             returned, memory = self._returned, None
             if returned:
-                loan = returned[0]
-                if len(loan.memory) == wanted <= self._keep_bytes:  # the usual way: what was read before is used up
-                    memory = loan.memory
-                    self._loans.discard(loan)
+                name = id(returned[0])
+                if name in self._loans and len(self._loans[name][1]) == wanted <= self._keep_bytes:
+                    memory = self._loans.pop(name)[1]  # the usual way: what was read before is used up
                     returned.popleft()
                 else:
                     self._take_back()
@@ -99,9 +88,8 @@ class BufferPool:
                 memory = self._idle_or_new(wanted, nbytes)
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
             lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
-            loan = _Loan(lent, self._returned.append)
-            loan.memory = memory
-            self._loans.add(loan)
+            loan = weakref.ref(lent, returned.append)
+            self._loans[id(loan)] = loan, memory
         return lent
 
     def statistics(self) -> BufferPoolStatistics:
@@ -133,17 +121,16 @@ class BufferPool:
 
     def _take_back(self) -> None:
         while self._returned:
-            loan = self._returned[0]
-            self._loans.discard(loan)
+            _, memory = self._loans.pop(id(self._returned[0]), (None, None))
             self._returned.popleft()  # behind the other: an interrupt in between must not keep the loan for good
-            memory = loan.memory
-            if self._idle_bytes + len(memory) > self._keep_bytes and not self._make_room(len(memory)):
-                continue
-            self._idle.setdefault(len(memory), []).append(memory)
-            self._idle_bytes += len(memory)
+            if memory is not None and self._make_room(len(memory)):
+                self._idle.setdefault(len(memory), []).append(memory)
+                self._idle_bytes += len(memory)
 
     def _make_room(self, nbytes: int) -> bool:
-        """Drop idle buffers of other sizes, which the work no longer asks for, until `nbytes` more fit."""
+        """Drop idle buffers of other sizes, which the work no longer asks for, until `nbytes` more fit, if they can."""
+        if self._idle_bytes + nbytes <= self._keep_bytes:
+            return True
         for other in sorted(self._idle, reverse=True):
             while other != nbytes and self._idle[other] and self._idle_bytes + nbytes > self._keep_bytes:
                 self._idle_bytes -= len(self._idle[other].pop())
