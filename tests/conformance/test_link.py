@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conformance.conftest import HOST, Owner, Pair, Sides
+from tests.support.links import endpoints_open, in_flight
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
@@ -272,7 +273,7 @@ def test_unusable_buffers_are_refused_with_the_reason(sides: Sides) -> None:
     for use in uses:
         with pytest.raises(ConfigError):
             use()
-    assert sides.client.link.statistics().in_flight == 0
+    assert in_flight(sides.client.link) == 0
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def test_refused_connection_is_lost_to_the_one_who_connects(sides: Sides) -> Non
     assert isinstance(owner.error, PeerLostError)
     assert (near.alive, seen[0].alive) == (False, False)
     near.close()
-    sides.until(lambda: sides.server.link.statistics().endpoints_open == 0)
+    sides.until(lambda: endpoints_open(sides.server.link) == 0)
 
 
 # --- closing ----------------------------------------------------------------------------------------------------------
@@ -455,7 +456,7 @@ def test_close_ends_what_is_in_flight_before_it_is_said_to_be_over(sides: Sides)
     pair.near.close(lambda clean: heard.append(f"clean={clean}"))
     sides.until(lambda: "clean=True" in heard)
     assert heard == ["closed"] * 6 + ["clean=True"]
-    assert sides.client.link.statistics().in_flight == 0
+    assert in_flight(sides.client.link) == 0
     assert pair.near_owner.heard == ["connected"]  # nothing is lost to the one who closes
 
 
@@ -469,7 +470,7 @@ def test_close_ends_sends_that_wait_for_the_connection(sides: Sides) -> None:
     near.close(closed.append)
     sides.until(lambda: closed)
     assert (over.outcomes(), closed) == (["closed"] * 3, [True])
-    assert sides.client.link.statistics().in_flight == 0
+    assert in_flight(sides.client.link) == 0
 
 
 def test_close_is_idempotent_and_says_so_to_every_caller(sides: Sides) -> None:
@@ -517,7 +518,7 @@ def test_peers_close_ends_what_is_in_flight_and_is_said_once(sides: Sides) -> No
     with pytest.raises(PeerLostError) as caught:
         pair.far.post_receive(bytearray(1), ignore)
     assert caught.value.facts["reason"] == "reset"
-    assert sides.server.link.statistics().peers_lost == 1
+    assert sides.server.link.counters.peers_lost == 1
     assert close(sides, pair.far)
 
 
@@ -538,7 +539,7 @@ def test_last_words_before_a_close_arrive_and_come_before_the_loss(sides: Sides)
 def test_loss_that_nobody_was_looking_at_is_found_by_the_next_turns(sides: Sides) -> None:
     pair = sides.connect()
     pair.near.close()
-    while not sides.server.link.statistics().peers_lost:  # the other side alone
+    while not sides.server.link.counters.peers_lost:  # the other side alone
         sides.client.poll()
         sides.server.poll()
     sides.until(lambda: pair.far_owner.error)
@@ -598,8 +599,7 @@ def test_closing_the_link_ends_everything_in_flight(sides: Sides) -> None:
     link.close()
     assert len(over.operations) == 6
     assert set(over.outcomes()) <= {"closed", "reset"}
-    statistics = link.statistics()
-    assert (statistics.in_flight, statistics.endpoints_open, statistics.leaked_buffers) == (0, 0, 0)
+    assert (in_flight(link), endpoints_open(link), link.counters.leaked_buffers) == (0, 0, 0)
     sides.until(lambda: all(pair.far_owner.error for pair in pairs))
 
 
@@ -666,7 +666,7 @@ def test_connecting_to_nothing_ends_with_a_clear_error_or_the_caller_s_own_time(
             assert owner.error.facts["peer"] == f"{HOST}:1"
         assert close(sides, near)
         assert over.outcomes()[0] != "ok"
-    assert sides.client.link.statistics().endpoints_open == 1
+    assert endpoints_open(sides.client.link) == 1
 
 
 def test_connections_that_are_given_up_at_once_leave_nothing(sides: Sides) -> None:
@@ -677,14 +677,14 @@ def test_connections_that_are_given_up_at_once_leave_nothing(sides: Sides) -> No
         for _ in range(turns % 3):
             sides.turn()
         near.close()
-    sides.until(lambda: sides.client.link.statistics().endpoints_open == 1)
+    sides.until(lambda: endpoints_open(sides.client.link) == 1)
     pair = sides.connect()
     exchange(sides, pair.near, pair.far, b"x")
     for endpoint, owner in sides.accepted:
         if endpoint not in {pair.far, sides.accepted[0][0]}:
             sides.until(lambda owner=owner: owner.error)  # type: ignore[misc]
             endpoint.close()
-    sides.until(lambda: sides.server.link.statistics().endpoints_open == 2)
+    sides.until(lambda: endpoints_open(sides.server.link) == 2)
 
 
 def test_port_in_use_is_a_configuration_error_that_names_it(sides: Sides) -> None:
@@ -778,21 +778,20 @@ def test_messages_that_are_never_received_do_not_outlive_their_endpoint(sides: S
         assert not worker.tag_probe(tag, mask).matched
     else:
         close(sides, pair.far)
-    assert 0 < link.statistics().unexpected_messages < 20
+    assert 0 < link.counters.unexpected_messages < 20
 
 
 def test_statistics_count_exactly(sides: Sides) -> None:
     pair = sides.connect()
     finish(sides, pair.far.post_receive(bytearray(1000), ignore), pair.near.post_send(bytes(600)))
     open_receive = pair.far.post_receive(bytearray(10), ignore)
-    client, server = sides.client.link.statistics(), sides.server.link.statistics()
-    assert (client.endpoints_open, client.in_flight) == (1, 0)
-    assert (server.endpoints_open, server.in_flight) == (1, 1)
+    client, server = sides.client.link, sides.server.link
+    assert (endpoints_open(client), in_flight(client)) == (1, 0)
+    assert (endpoints_open(server), in_flight(server)) == (1, 1)
     pair.near.close()
     sides.until(lambda: open_receive.completed and pair.far_owner.error)
     assert outcome(open_receive) == "reset"
-    server = sides.server.link.statistics()
-    assert (server.in_flight, server.peers_lost, server.leaked_buffers) == (0, 1, 0)
+    assert (in_flight(server), server.counters.peers_lost, server.counters.leaked_buffers) == (0, 1, 0)
 
 
 def test_sleep_ends_when_a_message_comes(sides: Sides) -> None:

@@ -23,6 +23,7 @@ import pytest
 
 from tests.e2e.programs import link_exit, link_peer
 from tests.support.exhaustive import exhaustive
+from tests.support.links import endpoints_open, in_flight
 from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.stopping import stop_process
@@ -195,7 +196,7 @@ def test_kill_of_an_idle_peer_ends_a_pending_receive(lanes: str) -> None:
         here.until(lambda: owner.error)
         assert not endpoint.alive
         assert here.close(endpoint)
-        assert here.link.statistics().peers_lost == 1
+        assert here.link.counters.peers_lost == 1
 
 
 @BOTH_LANES
@@ -244,7 +245,7 @@ def test_kill_in_the_middle_of_a_reply_ends_the_receive(lanes: str) -> None:
         before = bytes(into)
         here.turn_for(0.05)
         assert into == before
-        assert here.link.statistics().leaked_buffers == 0
+        assert here.link.counters.leaked_buffers == 0
 
 
 @pytest.mark.parametrize("seed", [1, *map(exhaustive, (0, 2, 3))])
@@ -288,7 +289,7 @@ def test_kill_of_the_receiver_ends_a_send_in_the_middle(lanes: str) -> None:
         kill(other)
         assert here.outcome(send) in GONE | {"ok"}
         assert here.close(endpoint)
-        assert here.link.statistics().leaked_buffers == 0
+        assert here.link.counters.leaked_buffers == 0
 
 
 def test_kill_of_a_client_is_seen_by_the_server_and_costs_nobody_else(lanes: str) -> None:
@@ -357,7 +358,7 @@ def test_stop_in_the_middle_of_a_transfer_never_hands_on_a_buffer_in_use(lanes: 
         here.turn_for(0.2)
         clean = here.close(endpoint)
         assert clean == receive.completed
-        assert here.link.statistics().leaked_buffers == (0 if clean else 1)
+        assert here.link.counters.leaked_buffers == (0 if clean else 1)
         assert clean or lanes == "shm"  # over shared memory the peer's own process copies; that cannot be stopped here
         if clean:
             was = bytes(into)
@@ -384,8 +385,8 @@ def test_buffer_of_a_receive_that_is_cut_off_is_never_written_again(lanes: str) 
             assert into == bytes([link_peer.CONTENT]) * 4096
             assert buffer == bytes([mark]) * len(buffer)
             here.close(other_end)
-        assert here.link.statistics().leaked_buffers == 0
-        assert here.link.statistics().in_flight == 0
+        assert here.link.counters.leaked_buffers == 0
+        assert in_flight(here.link) == 0
 
 
 def test_late_reply_to_a_closed_endpoint_reaches_no_other(lanes: str) -> None:
@@ -465,8 +466,8 @@ def test_foreign_server_costs_at_most_the_caller_s_own_time() -> None:
             here.turn_for(0.5)
             assert not owner.is_connected
             assert here.close(endpoint)
-            assert here.link.statistics().endpoints_open == 0
-            assert here.link.statistics().leaked_buffers == 0
+            assert endpoints_open(here.link) == 0
+            assert here.link.counters.leaked_buffers == 0
 
 
 def test_listener_that_has_answered_is_known() -> None:
@@ -482,7 +483,7 @@ def test_address_that_leads_nowhere_costs_at_most_the_caller_s_own_time() -> Non
         here.turn_for(0.5)
         assert not owner.is_connected
         assert here.close(endpoint)
-        assert here.link.statistics().endpoints_open == 0
+        assert endpoints_open(here.link) == 0
 
 
 def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
@@ -510,7 +511,7 @@ def test_messages_that_nothing_waits_for_are_discarded(lanes: str, *, is_known: 
         foreign, array = client.link.binding.lib.UCXXTag(tag), client.link.binding.make_array(bytearray(64 << 10))
         raw = endpoint._ucx  # type: ignore[attr-defined]  # noqa: SLF001 - a peer that does not keep to the protocol
         flood = []
-        while server.link.statistics().unexpected_messages < 100:
+        while server.link.counters.unexpected_messages < 100:
             flood.append(raw.tag_send(array, foreign))
             assert len(flood) < 10_000, "the server keeps them all"
             server.reactor.poll()
@@ -637,7 +638,7 @@ def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
             for client in clients:
                 client.kill()
                 client.wait()
-        here.until(lambda: here.link.statistics().accepts_failed == 3)
+        here.until(lambda: here.link.counters.accepts_failed == 3)
         (event,) = (event for event in log_events if event["event"] == "accept_failed")
         assert (event["port"], event["peer"].partition(":")[0]) == (port, HOST)
     assert "UCXPY" not in capfd.readouterr().err

@@ -360,6 +360,6 @@ class ClientCore:
             pooled_endpoints=self.reads.connections.idle_count,
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
-            leaked_buffers=link.statistics().leaked_buffers if link is not None else 0,
+            leaked_buffers=link.counters.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )

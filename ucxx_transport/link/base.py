@@ -67,20 +67,16 @@ DATA_PORT_SILENT: Final = (
 
 
 @dataclass(slots=True, kw_only=True)
-class LinkStatistics:
+class LinkCounters:
     """Counts of one link since it was opened.
 
     Attributes:
-        endpoints_open: connections that are not closed yet.
-        in_flight: operations posted and not completed.
         accepts_failed: connections that failed while its listeners took them.
         peers_lost: endpoints whose peer went away before this side closed them.
         leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
     """
 
-    endpoints_open: int = 0
-    in_flight: int = 0
     accepts_failed: int = 0
     peers_lost: int = 0
     leaked_buffers: int = 0
@@ -194,6 +190,8 @@ OnEndpoint: TypeAlias = Callable[[Endpoint], EndpointEvents | None]
 class Link(Protocol):
     """Everything of one worker: its listeners and endpoints."""
 
+    counters: LinkCounters
+
     def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
         """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
@@ -226,9 +224,6 @@ class Link(Protocol):
 
     def fileno(self) -> int:
         """The descriptor to sleep on once `arm()` was True."""
-
-    def statistics(self) -> LinkStatistics:
-        """A snapshot of the counters."""
 
     def transports(self) -> tuple[str, ...]:
         """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""

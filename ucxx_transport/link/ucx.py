@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from os import sched_yield
 from threading import get_ident
 from time import perf_counter
@@ -16,7 +15,7 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
-from ucxx_transport.link.base import EndpointEvents, LinkStatistics, OnEndpoint, checked_port
+from ucxx_transport.link.base import EndpointEvents, OnEndpoint, checked_port
 from ucxx_transport.link.libraries import quiet_ucxx_log
 from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
 from ucxx_transport.link.reactor import Reactor
@@ -159,10 +158,6 @@ class UCXXLink(LinkState):
 
     def fileno(self) -> int:
         return self._descriptor
-
-    def statistics(self) -> LinkStatistics:
-        in_flight = sum(len(endpoint.in_flight()) for endpoint in self.endpoints)
-        return replace(self.counters, endpoints_open=len(self.endpoints), in_flight=in_flight)
 
     def transports(self) -> tuple[str, ...]:
         lanes = [lane for endpoint in self.endpoints for lane in endpoint.lanes()]

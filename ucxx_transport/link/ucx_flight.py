@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import LinkStatistics, OnDone, Usable, byte_view
+from ucxx_transport.link.base import LinkCounters, OnDone, Usable, byte_view
 from ucxx_transport.link.libraries import IN_PROGRESS, TaggedSends
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
@@ -230,7 +230,7 @@ class LinkState(Usable, Flight):
         self.make_array = binding.make_array
         self.make_tag = binding.lib.UCXXTag
         self.sends = TaggedSends()
-        self.counters = LinkStatistics()
+        self.counters = LinkCounters()
         self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.cancel_due = False

@@ -217,7 +217,7 @@ class Port:
         self._beat()  # before the ring's lock is waited for, once a turn
         try:
             now = self.reactor.now()
-            before, self._accepts_failed = self._accepts_failed, self.reactor.link.statistics().accepts_failed
+            before, self._accepts_failed = self._accepts_failed, self.reactor.link.counters.accepts_failed
             self._counters.add("accepts_failed", self._accepts_failed - before)
             for connection in list(self._connections):
                 self._close_if_overdue(connection, now)

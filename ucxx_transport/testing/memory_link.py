@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link import base
@@ -80,7 +80,7 @@ class MemoryEndpoint:
         self.events: base.EndpointEvents | None = None
         self.alive = True
         self.channels = 1 << 16
-        self.in_flight: dict[MemoryOperation, None] = {}  # oldest first
+        self._in_flight: dict[MemoryOperation, None] = {}
         self._outbox: deque[tuple[Hold | None, bytes, MemoryOperation]] = deque()
         self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
         self._closed = False
@@ -125,6 +125,10 @@ class MemoryEndpoint:
             self._reset()
         self.link.call(self._finish_close)
 
+    def in_flight(self) -> list[MemoryOperation]:
+        """All that has not ended, oldest first."""
+        return list(self._in_flight)
+
     def listener_has_answered(self) -> bool:
         """Never: there is nothing between a listener and its endpoints."""
         return False
@@ -135,7 +139,7 @@ class MemoryEndpoint:
             other.link.call(other.lose, "reset")
             return
         self.other = other
-        for operation in tuple(self.in_flight):
+        for operation in self.in_flight():
             if operation.sending and operation.nbytes <= EAGER_BYTES:
                 self.end(operation)
         self._deliver()
@@ -174,7 +178,7 @@ class MemoryEndpoint:
             raise base.lost("closed" if self._closed else "reset", peer=self.peer)
         content = view.cast("B") if view.nbytes else memoryview(b"")
         operation = MemoryOperation(content, view.nbytes, on_done, channel, sending)
-        self.in_flight[operation] = None
+        self._in_flight[operation] = None
         if not self.alive:
             self.link.call(self.end, operation, base.lost("closed", peer=self.peer))
         return operation
@@ -188,7 +192,7 @@ class MemoryEndpoint:
     def _match(self, channel: int) -> None:
         """Bring what has arrived and the receives posted for it together."""
         while arrived := self._arrived[channel]:
-            posted = (one for one in self.in_flight if one.channel == channel and not one.sending)
+            posted = (one for one in self._in_flight if one.channel == channel and not one.sending)
             receive = next(posted, None)
             if receive is None or receive.immortal:
                 return
@@ -207,10 +211,10 @@ class MemoryEndpoint:
 
     def _completed(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
         operation.completed, operation.error, operation.view = True, error, None
-        del self.in_flight[operation]
+        del self._in_flight[operation]
 
     def _end_all(self, reason: base.LostReason) -> None:
-        for operation in tuple(self.in_flight):
+        for operation in self.in_flight():
             if operation.immortal:
                 operation.error = base.lost(reason, peer=self.peer)
                 operation.call_back()
@@ -232,8 +236,8 @@ class MemoryEndpoint:
     def _finish_close(self) -> None:
         if self._clean is None:
             self._end_all("closed")
-            self.link.counters.leaked_buffers += len(self.in_flight)
-            self._clean = not self.in_flight
+            self.link.counters.leaked_buffers += len(self._in_flight)
+            self._clean = not self._in_flight
             self.link.endpoints.discard(self)
         while self._on_closed:
             self._on_closed.pop(0)(self._clean)
@@ -272,7 +276,7 @@ class MemoryLink(base.Usable):
     def __init__(self, network: MemoryNetwork) -> None:
         self.network = network
         self.faults = network.faults
-        self.counters = base.LinkStatistics()
+        self.counters = base.LinkCounters()
         self.endpoints: set[MemoryEndpoint] = set()
         self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._wakeup = Wakeup()
@@ -328,10 +332,6 @@ class MemoryLink(base.Usable):
 
     def fileno(self) -> int:
         return self._wakeup.fileno()
-
-    def statistics(self) -> base.LinkStatistics:
-        in_flight = sum(len(endpoint.in_flight) for endpoint in self.endpoints)
-        return replace(self.counters, endpoints_open=len(self.endpoints), in_flight=in_flight)
 
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.exchange_rig import ExchangeRig, SilentPeer, open_rig
+from tests.support.links import endpoints_open
 from tests.support.rows import row
 from ucxx_transport.client import Payload
 from ucxx_transport.client.connections import CONNECTS_AT_ONCE
@@ -501,7 +502,7 @@ def test_many_first_connects_take_turns_and_no_port_is_blamed_for_the_wait(
         connected = []
         for until_s in (0.2, 0.3, 0.6):
             rig.advance(until_s - (rig.now_s - 1000.0))
-            connected.append(client.link.statistics().endpoints_open)
+            connected.append(endpoints_open(client.link))
         assert connected == [CONNECTS_AT_ONCE, 2 * CONNECTS_AT_ONCE, 40]
         assert [event["event"] for event in log_events] == ["connects_queued"]
         rig.advance(0.5)  # the first ones have had their time; the last ones began later

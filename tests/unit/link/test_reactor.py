@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import Link, LinkStatistics, OnEndpoint, Operation
+from ucxx_transport.link.base import Link, LinkCounters, OnEndpoint, Operation
 from ucxx_transport.link.reactor import STALE_TIMERS, Reactor, Timer, Wakeup
 from ucxx_transport.testing import MemoryNetwork
 
@@ -60,6 +60,7 @@ class IdleLink:
 
     def __init__(self, timers: Reactor) -> None:
         self.timers = timers
+        self.counters = LinkCounters()
         self.spins: list[float] = []
         self.moves = 0
         self.arms = True
@@ -86,9 +87,6 @@ class IdleLink:
     def message(self, buffer: object) -> Any: ...
     def transports(self) -> tuple[str, ...]:
         return ()
-
-    def statistics(self) -> LinkStatistics:
-        return LinkStatistics()
 
 
 def no_link(_timers: Reactor) -> Link:

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
-from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkStatistics, OnDone, OnEndpoint
+from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkCounters, OnDone, OnEndpoint
 from ucxx_transport.link.reactor import Reactor, Wakeup
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
@@ -122,6 +122,7 @@ class OneListener:
     port: int = 0
     on_endpoint: OnEndpoint | None = None
     wakeup: Wakeup = field(default_factory=Wakeup)
+    counters: LinkCounters = field(default_factory=LinkCounters)
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> OneListener:
         self.port, self.on_endpoint = port, on_endpoint
@@ -142,9 +143,6 @@ class OneListener:
 
     def fileno(self) -> int:
         return self.wakeup.fileno()
-
-    def statistics(self) -> LinkStatistics:
-        return LinkStatistics()
 
     def transports(self) -> tuple[str, ...]:
         return ()
