@@ -27,12 +27,12 @@ from hypothesis.stateful import (
 from tests.model.plain_ring import Key, ModelRing, Name, PlainRing
 from tests.model.wire_model import Client, Connection, Port
 from tests.support.exhaustive import exhaustive
-from ucxx_transport.config import RingConfig
+from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import RingFullError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.wire.actions import Take
 from ucxx_transport.wire.frames import MAX_CHANNEL, Window
-from ucxx_transport.wire.server_side import SessionLimits, SessionSource
+from ucxx_transport.wire.server_side import SessionSource
 
 T = TypeVar("T")
 
@@ -146,13 +146,15 @@ class WireMachine(RuleBasedStateMachine):
         if self.real:
             config = RingConfig(slots=SLOTS, slot_bytes=512, prefault=False)
             self.ring = RealRing(self.stack.enter_context(SharedRingBuffer.create(config)))
-        source = SessionSource(
-            ring_id=self.ring.ring_id, fingerprint=0, schema_bytes=b"schema", token=b"secret" if token else None
+        source = SessionSource(ring_id=self.ring.ring_id, fingerprint=0, schema_bytes=b"schema")
+        settings = ServerConfig(
+            token=b"secret" if token else None,
+            first_frame_timeout_s=1e6,
+            idle_timeout_s=1e6,
+            send_timeout_s=1e6,
+            ack_timeout_s=1e6,
         )
-        limits = SessionLimits(
-            first_frame_timeout_s=1e6, idle_timeout_s=1e6, send_timeout_s=1e6, ack_timeout_s=1e6, window=WINDOW
-        )
-        self.port = port = Port(self.ring, source, limits)
+        self.port = port = Port(self.ring, source, settings, WINDOW)
         self.clients = [Client(number + 1) for number in range(CLIENTS)]
         self.born = CLIENTS
         self.names: list[Name] = []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.model.plain_ring import Key, ModelLease, ModelRing, Name
+from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.wire.actions import Attempt, End, Reply, Serve, Settle, Take
 from ucxx_transport.wire.answers import Named
@@ -26,11 +27,12 @@ from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     OfferedPayload,
     Status,
+    Window,
     message_bytes,
     offer_receive_bytes,
     receive_bytes,
 )
-from ucxx_transport.wire.server_side import Phase, ServerSession, SessionLimits, SessionSource
+from ucxx_transport.wire.server_side import Phase, ServerSession, SessionSource
 
 
 @dataclass
@@ -99,10 +101,11 @@ class Client:
 class Port:
     """The server's shell, and the network. `on_consumed` hears of each payload that the ring has freed for a client."""
 
-    def __init__(self, ring: ModelRing, source: SessionSource, limits: SessionLimits) -> None:
+    def __init__(self, ring: ModelRing, source: SessionSource, settings: ServerConfig, window: Window) -> None:
         self.ring = ring
         self.source = source
-        self.limits = limits
+        self.settings = settings
+        self.window = window
         self.connections: list[Connection] = []
         self.clients: set[Client] = set()
         self.consumed: set[Key] = set()
@@ -116,8 +119,8 @@ class Port:
     def connect(self, client: Client) -> Connection:
         self._nonces += 1
         nonce = self._nonces.to_bytes(32, "little")
-        session = ClientSession(reader=client.reader, nonce=nonce, token=self.source.token)
-        server = ServerSession(self.source, self.limits, nonce=nonce, now=self.now)
+        session = ClientSession(reader=client.reader, nonce=nonce, token=self.settings.token_bytes)
+        server = ServerSession(self.source, self.settings, nonce=nonce, now=self.now, window=self.window)
         connection = Connection(client, session, server)
         client.connections.append(connection)
         self.connections.append(connection)
@@ -442,7 +445,7 @@ class Port:
     def check(self) -> None:
         """What must hold between any two steps."""
         self.connections = [one for one in self.connections if not (one.client_knows and one.server_knows)]
-        window = self.limits.window
+        window = self.window
         for connection in self.connections:
             server, session = connection.server, connection.session
             assert server.phase is not Phase.CLOSING

@@ -31,7 +31,7 @@ from ucxx_transport.server.counters import BEAT, CONNECTIONS, PORT, PortCounters
 from ucxx_transport.server.slots import Slots
 from ucxx_transport.teardown import MARGIN_S
 from ucxx_transport.wire.frames import NONCE_BYTES
-from ucxx_transport.wire.server_side import ServerSession, SessionLimits, SessionSource
+from ucxx_transport.wire.server_side import ServerSession, SessionSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,19 +80,8 @@ class Port:
         self._counters = PortCounters(ring.server_words, index)
         self.slots = Slots(ring, self._counters, reactor)
         self.pack_buffers: list[bytearray] = []
-        self._source = SessionSource(
-            ring_id=ring.ring_id,
-            fingerprint=ring.fingerprint,
-            schema_bytes=ring.schema_bytes,
-            token=settings.token_bytes,
-        )
-        self._limits = SessionLimits(
-            first_frame_timeout_s=settings.first_frame_timeout_s,
-            idle_timeout_s=settings.idle_timeout_s,
-            send_timeout_s=settings.send_timeout_s,
-            ack_timeout_s=settings.ack_timeout_s,
-        )
-        self._max_connections = settings.max_connections
+        self._source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
+        self._settings = settings
         self._reclaims = index == 0
         self._listener: Listener | None = None
         self._is_stopping = False
@@ -177,13 +166,13 @@ class Port:
             return None
         self._counters.add("accepted")
         # Those that only wait for their BUSY do not count.
-        is_admitted = self._admitted < self._max_connections
+        is_admitted = self._admitted < self._settings.max_connections
         if not is_admitted:
             self._counters.add("refused")
             if len(self._connections) - self._admitted >= BUSY_ANSWERS:
                 return None
         nonce = secrets.token_bytes(NONCE_BYTES)
-        session = ServerSession(self._source, self._limits, nonce=nonce, now=self.reactor.now(), admitted=is_admitted)
+        session = ServerSession(self._source, self._settings, nonce=nonce, now=self.reactor.now(), admitted=is_admitted)
         connection = Connection(self, session, endpoint, is_admitted=is_admitted)
         self._connections[connection] = None
         self._admitted += is_admitted

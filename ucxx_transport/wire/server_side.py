@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire.actions import Action, Attempt, End, Reply, Serve, Settle, Take
@@ -44,6 +44,9 @@ from ucxx_transport.wire.frames import (
     message_bytes,
 )
 from ucxx_transport.wire.handshake import ServerHandshake
+
+if TYPE_CHECKING:
+    from ucxx_transport.config import ServerConfig
 
 # How long the last reply may take to be read before the connection breaks.
 LINGER_S: Final = 1.0
@@ -70,24 +73,12 @@ _FOREIGN: Final = "this server stands before another ring"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionLimits:
-    """Seconds a connection may stay in each phase, and its window."""
-
-    first_frame_timeout_s: float
-    idle_timeout_s: float
-    send_timeout_s: float
-    ack_timeout_s: float
-    window: Window = DEFAULT_WINDOW
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSource:
     """What a session may send its peer about the ring behind it."""
 
     ring_id: bytes
     fingerprint: int
     schema_bytes: bytes
-    token: bytes | None = None
 
 
 class Limit(NamedTuple):
@@ -101,11 +92,12 @@ class ServerSession:
     """See the module.
 
     Args:
-        source: identity, schema and token of the ring.
-        limits: time limits by phase, and the window.
+        source: identity and schema of the ring.
+        settings: time limits by phase, and the token.
         nonce: 32 fresh random bytes, the server's half of the token challenge.
         now: the shell's clock, seconds.
         admitted: False for a connection above the cap: its first frame is answered BUSY.
+        window: what may be in flight.
 
     Attributes:
         in_flight: attempts that are named or taken and have not ended, by number.
@@ -116,11 +108,19 @@ class ServerSession:
     """
 
     def __init__(
-        self, source: SessionSource, limits: SessionLimits, *, nonce: bytes, now: float, admitted: bool = True
+        self,
+        source: SessionSource,
+        settings: ServerConfig,
+        *,
+        nonce: bytes,
+        now: float,
+        admitted: bool = True,
+        window: Window = DEFAULT_WINDOW,
     ) -> None:
         self._source = source
-        self._limits = limits
-        self._handshake = ServerHandshake(nonce=nonce, token=source.token)
+        self._settings = settings
+        self._window = window
+        self._handshake = ServerHandshake(nonce=nonce, token=settings.token_bytes)
         self._admitted = admitted
         self._sequence = 0
         self._last = 0  # attempt
@@ -190,7 +190,7 @@ class ServerSession:
             attempts.append(Attempt(number, slot, generation, nbytes, now))
         self._last = last
         self._named += len(attempts)
-        window = self._limits.window
+        window = self._window
         if self._named > window.attempts or (self._named_bytes > window.nbytes and self._named > 1):
             return [self._wrong(frame, "more is named than the window holds", now)]
         for attempt in attempts:
@@ -267,7 +267,7 @@ class ServerSession:
 
     def take_room(self, take: Take) -> tuple[int, int]:
         """How many payloads and bytes may be picked now; where nothing else is taken, all the bytes that were asked."""
-        window = self._limits.window
+        window = self._window
         nbytes = min(take.max_bytes, max(0, window.nbytes - self._taken_bytes)) if self._taken else take.max_bytes
         return min(take.max_payloads, window.attempts - self._taken), nbytes
 
@@ -296,22 +296,22 @@ class ServerSession:
 
     def limit(self) -> Limit:
         """When the connection's time is up, as things are."""
-        limits = self._limits
+        settings = self._settings
         if self.phase is Phase.CLOSING:
             return Limit(self._since_s + LINGER_S, "")
         if self.phase is not _OPEN:
-            return Limit(self._since_s + limits.first_frame_timeout_s, "handshake_timeouts")
+            return Limit(self._since_s + settings.first_frame_timeout_s, "handshake_timeouts")
         due = [
-            max(attempt.since_s, self.moved_s) + limits.send_timeout_s
+            max(attempt.since_s, self.moved_s) + settings.send_timeout_s
             if attempt.sent_s is None
-            else attempt.sent_s + limits.ack_timeout_s
+            else attempt.sent_s + settings.ack_timeout_s
             for several in (self.in_flight, self.leaving)
             for attempt in several.values()
         ]
         if due:
             return Limit(min(due), "delivery_timeouts")
         idle_since_s = max((take.until_s for take in self.takes.values()), default=self._since_s)
-        return Limit(max(self._since_s, idle_since_s) + limits.idle_timeout_s, "idle_evictions")
+        return Limit(max(self._since_s, idle_since_s) + settings.idle_timeout_s, "idle_evictions")
 
     # --- Handshake ---
 
@@ -343,7 +343,7 @@ class ServerSession:
         self._last = attempt
         if kind is Kind.HELLO:
             self.reader = frame.word
-            body = self._handshake.welcome(frame.secret, self._limits.window)
+            body = self._handshake.welcome(frame.secret, self._window)
             if self._handshake.token_required:
                 self.phase = Phase.CHALLENGED  # the first-frame limit covers the whole handshake
                 return self._ok(attempt, body, token_required=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Action, Asked, Attempt, Fetch, Reply, Serve
 from ucxx_transport.wire.answers import Named
@@ -19,7 +20,7 @@ from ucxx_transport.wire.frames import (
     Window,
     message_bytes,
 )
-from ucxx_transport.wire.server_side import DEFAULT_WINDOW, Phase, ServerSession, SessionLimits, SessionSource
+from ucxx_transport.wire.server_side import DEFAULT_WINDOW, Phase, ServerSession, SessionSource
 
 RING_ID = b"R" * 16
 SCHEMA = b"a schema as msgpack"
@@ -28,7 +29,7 @@ TOKEN = b"the secret"
 CLIENT_NONCE = b"c" * NONCE_BYTES
 SERVER_NONCE = b"s" * NONCE_BYTES
 READER = 77
-LIMITS = SessionLimits(first_frame_timeout_s=5.0, idle_timeout_s=120.0, send_timeout_s=60.0, ack_timeout_s=10.0)
+LIMITS = ServerConfig()
 
 A = TypeVar("A", bound=Action)
 
@@ -90,15 +91,15 @@ class Pair:
         schema: bytes = SCHEMA,
     ) -> None:
         self.now = 1000.0
-        source = SessionSource(ring_id=RING_ID, fingerprint=FINGERPRINT, schema_bytes=schema, token=token)
-        limits = SessionLimits(
-            first_frame_timeout_s=LIMITS.first_frame_timeout_s,
-            idle_timeout_s=LIMITS.idle_timeout_s,
-            send_timeout_s=LIMITS.send_timeout_s,
-            ack_timeout_s=LIMITS.ack_timeout_s,
+        source = SessionSource(ring_id=RING_ID, fingerprint=FINGERPRINT, schema_bytes=schema)
+        self.server = ServerSession(
+            source,
+            ServerConfig(token=token),
+            nonce=SERVER_NONCE,
+            now=self.now,
+            admitted=admitted,
             window=window,
         )
-        self.server = ServerSession(source, limits, nonce=SERVER_NONCE, now=self.now, admitted=admitted)
         secret = token if client_token == b"the same" else client_token
         self.client = ClientSession(reader=READER, nonce=CLIENT_NONCE, token=secret)
         self._posted = bytearray(FRAME_BYTES)  # used again for every frame, as a port does
