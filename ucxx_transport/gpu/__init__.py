@@ -7,19 +7,6 @@
 | `__dlpack__` on a CUDA device (jax)        | torch, cupy  | what the process has, else what is installed, in turn |
 | `__cuda_array_interface__` alone (numba)   | cupy, torch  | the same                                              |
 
-| `device` of a trainer                      | gives                                                                |
-|--------------------------------------------|----------------------------------------------------------------------|
-| "cuda", "cuda:N", a `torch.device`         | torch tensors there; bfloat16 and float8 as torch's own              |
-| "cupy", "cupy:N"                           | cupy arrays there; dtypes that this cupy has                         |
-
-| way          | copies                                 | ordered after             | waited for                   |
-|--------------|----------------------------------------|---------------------------|------------------------------|
-| into a slot  | one a leaf, on the writing thread's    | the producer's work: that | by the host, once a device,  |
-|              | current stream, to the page-locked ring| stream, or one it names   | before the slot is committed |
-| from a slot, | one a payload, on a stream of the      | the read that filled it   | by the consumer's stream,    |
-| or a receive | receiver's own; the memory is          |                           | when it takes the arrays     |
-| buffer       | page-locked                            |                           |                              |
-
 Nothing here imports torch or cupy before an array or a `device` asks for it.
 """
 

@@ -1,22 +1,15 @@
 """EpisodeRecord: what a rollout worker reports of one episode, as plain JSON- and msgpack-safe values.
 
-| key            | value                                                                         |
-|----------------|-------------------------------------------------------------------------------|
-| ucxx_transport | 1: this dict is one of ours, and its format's version                         |
-| worker_id      | 1-128 printable characters                                                    |
-| sequence       | u64: the worker's count of episodes, dropped ones too                         |
-| ref            | `SlotRef.to_dict()`, or null when the episode was dropped                     |
-| dropped        | null, or why: the error's class and words                                     |
-| episode_length | null, or steps                                                                |
-| rewards        | null, or {"sum", "mean", "min", "max"}: finite floats                         |
-| policy_version | null, or i64: the weights that it was played with                             |
+As a dict it has the record's fields and `ucxx_transport`, the version of the form: by that key a queue's other messages
+are told apart. `ref` is `SlotRef.to_dict()`, `rewards` is {"sum", "mean", "min", "max"}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from math import isfinite
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from ucxx_transport.errors import ConfigError, ProtocolError
@@ -24,16 +17,13 @@ from ucxx_transport.schema.envelope import MARK, checked_meta
 from ucxx_transport.schema.slot_ref import SlotRef
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
-    Rule,
-    check_fields,
     check_version,
     draft_of,
-    optional,
+    is_plain_text,
+    is_unsigned,
     pack,
     refuse,
     take_fields,
-    text,
-    unsigned,
     untrusted,
 )
 
@@ -61,27 +51,25 @@ class RewardSummary(NamedTuple):
 
     def to_dict(self) -> dict[str, float]:
         """Under the keys "sum", "mean", "min" and "max"."""
-        return {"sum": self.total, "mean": self.mean, "min": self.least, "max": self.most}
+        total, mean, least, most = self
+        return {"sum": total, "mean": mean, "min": least, "max": most}
 
     @classmethod
     def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         try:
-            values = _rewards_of(data) if len(data) == len(_REWARDS) else None
+            total, mean, least, most = values = _rewards_of(data)
+            if (
+                len(data) == len(values)
+                and type(total) is type(mean) is type(least) is type(most) is float
+                and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
+            ):
+                summary: RewardSummary = _make(cls, values)
+                return summary
         except (KeyError, TypeError, IndexError):
-            values = None
-        if values is None:
-            values = _rewards_of(take_fields(data, "reward summary", required=_REWARDS))
-        summary: RewardSummary = _make(cls, values)
-        if not _is_finite(summary):
-            raise ProtocolError("rewards must be finite floats", field="rewards")
-        return summary
-
-
-def _is_finite(summary: tuple[Any, Any, Any, Any]) -> bool:
-    total, mean, least, most = summary
-    are_floats = type(total) is type(mean) is type(least) is type(most) is float
-    return are_floats and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
+            pass
+        take_fields(data, "reward summary", required=_REWARDS)
+        raise ProtocolError("rewards must be finite floats", field="rewards")
 
 
 _REWARDS: Final = ("sum", "mean", "min", "max")
@@ -89,22 +77,8 @@ _rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARDS)
 _make: Final[Any] = tuple.__new__
 
 
-RULES: Final[Mapping[str, Rule]] = {
-    "worker_id": text(MAX_WORKER_ID_CHARS),
-    "sequence": unsigned(64),
-    "ref": optional(Rule(lambda ref: isinstance(ref, SlotRef), "a SlotRef")),
-    "dropped": optional(
-        Rule(lambda why: type(why) is str and 0 < len(why) <= MAX_REASON_CHARS, f"1 to {MAX_REASON_CHARS} characters")
-    ),
-    "episode_length": optional(unsigned(64)),
-    "rewards": optional(
-        Rule(lambda rewards: type(rewards) is RewardSummary and _is_finite(rewards), "a RewardSummary of finite floats")
-    ),
-    "policy_version": optional(
-        Rule(lambda version: type(version) is int and -_MAX_I64 <= version < _MAX_I64, "an integer of 64 bits")
-    ),
-}
-"""Of a record's fields, in their order."""
+def _is_finite(value: object) -> bool:
+    return type(value) is float and isfinite(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +109,21 @@ class EpisodeRecord:
         Raises:
             ConfigError: one is out of its bounds; `facts["field"]` names it.
         """
-        check_fields(RULES, _fields_of(self))
+        if not is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS):
+            refuse("worker_id", self.worker_id, f"1 to {MAX_WORKER_ID_CHARS} printable characters")
+        if not is_unsigned(self.sequence, 64):
+            refuse("sequence", self.sequence, "an u64")
+        if self.ref is not None and not isinstance(self.ref, SlotRef):
+            refuse("ref", self.ref, "a SlotRef")
+        dropped = self.dropped
+        if dropped is not None and (type(dropped) is not str or not 0 < len(dropped) <= MAX_REASON_CHARS):
+            refuse("dropped", dropped, f"1 to {MAX_REASON_CHARS} characters")
+        if self.episode_length is not None and not is_unsigned(self.episode_length, 64):
+            refuse("episode_length", self.episode_length, "an u64")
+        rewards = self.rewards
+        if rewards is not None and (type(rewards) is not RewardSummary or not all(map(_is_finite, rewards))):
+            refuse("rewards", rewards, "a RewardSummary of finite floats")
+        check_policy_version(self.policy_version)
         if (self.ref is None) == (self.dropped is None):
             raise ConfigError("a record has either a ref, or the reason why it was dropped", field="dropped")
 
@@ -198,14 +186,14 @@ class EpisodeRecord:
             record.__class__ = EpisodeRecord
             made: EpisodeRecord = record
             return made
+        values = (worker_id, sequence, ref, dropped, steps, rewards, version)
         with untrusted():  # takes it, or names what is wrong
-            return cls(**dict(zip(RULES, (worker_id, sequence, ref, dropped, steps, rewards, version), strict=True)))
+            return cls(**dict(zip(cls.__slots__, values, strict=True)))
 
 
 # Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
 _Draft: Any = draft_of(EpisodeRecord)
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
-_fields_of: Final = attrgetter(*RULES)
 
 
 def record_envelope(
@@ -229,9 +217,8 @@ def record_envelope(
 
 def check_policy_version(version: object) -> None:
     """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
-    rule = RULES["policy_version"]
-    if not rule.holds(version):
-        refuse("policy_version", version, rule.words)
+    if version is not None and (type(version) is not int or not -_MAX_I64 <= version < _MAX_I64):
+        refuse("policy_version", version, "an i64")
 
 
 def is_episode_record(value: object) -> bool:

@@ -1,46 +1,28 @@
 """SlotRef: the name of one payload and where to fetch it, small enough for any queue.
 
-| field       | msgpack array index | bounds                                                            |
-|-------------|---------------------|-------------------------------------------------------------------|
-| version     | 0                   | 1                                                                 |
-| ring_id     | 1                   | 16 bytes (32 hex digits in a dict)                                |
-| ring_name   | 2                   | 1-200 printable characters, no "/", not "." or ".."               |
-| slot        | 3                   | u32                                                               |
-| generation  | 4                   | u64                                                               |
-| nbytes      | 5                   | u64                                                               |
-| host_id     | 6                   | 1-128 printable characters                                        |
-| host        | 7                   | nil, or 1-255 printable characters                                |
-| ports       | 8                   | at most 64, each 1-65535                                          |
-| fingerprint | 9                   | u64, 0 for a raw ring                                             |
-| checksum    | 10                  | nil, or u64                                                       |
-| meta        | 11                  | 64 KiB of msgpack, 16 deep: nil, bool, finite numbers, text, lists, maps |
+In msgpack it is an array: the version of the form, 1, then the fields in the order of the class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.envelope import MAX_META_BYTES, NO_META, checked_meta, plain
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
-    Rule,
-    check_fields,
     check_version,
     describe,
     draft_of,
     is_plain_text,
     is_unsigned,
-    optional,
     pack,
     refuse,
     take_fields,
-    text,
     unpack,
-    unsigned,
 )
 
 if TYPE_CHECKING:
@@ -54,29 +36,8 @@ MAX_PORTS = 64
 MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
 
-def _is_file_name(name: object) -> bool:
-    return is_plain_text(name, MAX_RING_NAME_CHARS) and "/" not in name and name not in (".", "..")
-
-
-def _are_ports(ports: object) -> bool:
-    if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS:
-        return False
-    return all(is_unsigned(port, 16) and port > 0 for port in ports)
-
-
-RULES: Final[Mapping[str, Rule]] = {
-    "ring_id": Rule(lambda ring_id: type(ring_id) is bytes and len(ring_id) == RING_ID_BYTES, f"{RING_ID_BYTES} bytes"),
-    "ring_name": Rule(_is_file_name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters"),
-    "slot": unsigned(32),
-    "generation": unsigned(64),
-    "nbytes": unsigned(64),
-    "host_id": text(MAX_HOST_ID_CHARS),
-    "host": optional(text(MAX_HOST_CHARS)),
-    "ports": Rule(_are_ports, f"at most {MAX_PORTS} port numbers from 1 to 65535"),
-    "fingerprint": unsigned(64),
-    "checksum": optional(unsigned(64)),
-}
-"""Of a reference's fields, in their order; `meta`, the last one, is checked by its copy."""
+def _is_port(port: object) -> bool:
+    return type(port) is int and 0 < port < 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +78,26 @@ class SlotRef:
         Raises:
             ConfigError: one is out of them; `facts["field"]` names it.
         """
-        check_fields(RULES, _checked_of(self))
-        object.__setattr__(self, "ports", tuple(self.ports))
-        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
+        if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
+            refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
+        name = self.ring_name
+        if not is_plain_text(name, MAX_RING_NAME_CHARS) or "/" in name or name in (".", ".."):
+            refuse("ring_name", name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
+        for name, bits in (("slot", 32), ("generation", 64), ("nbytes", 64), ("fingerprint", 64)):
+            if not is_unsigned(value := getattr(self, name), bits):
+                refuse(name, value, f"an integer of {bits} bits, not negative")
+        if not is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
+            refuse("host_id", self.host_id, f"1 to {MAX_HOST_ID_CHARS} printable characters")
+        if self.host is not None and not is_plain_text(self.host, MAX_HOST_CHARS):
+            refuse("host", self.host, f"1 to {MAX_HOST_CHARS} printable characters, or None")
+        if self.checksum is not None and not is_unsigned(self.checksum, 64):
+            refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
+        ports: object = self.ports
+        if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS or not all(map(_is_port, ports)):
+            refuse("ports", ports, f"at most {MAX_PORTS} numbers from 1 to 65535")
+        object.__setattr__(self, "ports", tuple(ports))
+        if self.meta is not NO_META:
+            object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     @property
     def name(self) -> tuple[bytes, int, int]:
@@ -199,7 +177,6 @@ class SlotRef:
 _REQUIRED: Final = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
 _DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REQUIRED, *_DEFAULTS)
-_checked_of: Final[Callable[[SlotRef], tuple[object, ...]]] = attrgetter(*RULES)
 _Draft: Any = draft_of(SlotRef)
 _FIELDS: Final = 1 + len(SlotRef.__slots__)
 

@@ -1,4 +1,4 @@
-"""Forms of records: what a peer, a queue or a store hands to `from_dict` and the like, and what a field may hold.
+"""Forms of records: what a peer, a queue or a store hands to `from_dict` and the like.
 
 Nothing here trusts its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value
 quoted in an error is cut short first.
@@ -7,11 +7,11 @@ quoted in an error is cut short first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import msgpack
 
@@ -54,35 +54,6 @@ def is_unsigned(value: object, bits: int) -> TypeGuard[int]:
 def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
     """Whether `value` is 1 to `max_chars` printable characters: no control characters, no lone surrogates."""
     return isinstance(value, str) and 0 < len(value) <= max_chars and value.isprintable()
-
-
-class Rule(NamedTuple):
-    """What a field of a record may hold, and that in words."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def unsigned(bits: int) -> Rule:
-    """An integer, not negative."""
-    return Rule(lambda value: is_unsigned(value, bits), f"an integer of {bits} bits, not negative")
-
-
-def text(max_chars: int) -> Rule:
-    """A name or an address."""
-    return Rule(lambda value: is_plain_text(value, max_chars), f"1 to {max_chars} printable characters")
-
-
-def optional(rule: Rule) -> Rule:
-    """The same, or None."""
-    return Rule(lambda value: value is None or rule.holds(value), f"{rule.words}, or None")
-
-
-def check_fields(rules: Mapping[str, Rule], values: Iterable[object]) -> None:
-    """Check a record's values, in the order of its rules; a ConfigError names the first field that is not so."""
-    for (field, rule), value in zip(rules.items(), values, strict=True):
-        if not rule.holds(value):
-            refuse(field, value, rule.words)
 
 
 def refuse(field: str, value: object, words: str) -> NoReturn:
