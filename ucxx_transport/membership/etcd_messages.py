@@ -9,17 +9,6 @@
 | a refused watch       | status 200, `created` and `canceled` in one message                      |
 | a compacted watch     | status 200, `canceled` with a `compact_revision`                         |
 
-A refusal is known by its gRPC code (https://grpc.github.io/grpc/core/md_doc_statuscodes.html):
-
-| code                                                            | raised                                   |
-|-----------------------------------------------------------------|------------------------------------------|
-| 5 not found                                                     | `LeaseLostError`: only leases are named  |
-| 7 permission denied                                             | `StorePermissionError`                   |
-| 3 invalid argument ("user name is empty"), 16 unauthenticated   | a new token, then `StorePermissionError` |
-| 11 out of range                                                 | `CompactedError`                         |
-| all others: unavailable, deadline exceeded, no space, unknown … | `StoreUnavailableError`                  |
-| none, with an HTTP status of a server that is no etcd gateway   | `ConfigError`                            |
-
 The store's identity lies at `/identity` below the namespace: no key of a caller begins with "/", and none sees it.
 """
 
@@ -62,7 +51,11 @@ _REFUSALS: Final[Mapping[int, tuple[type[TransportError], str]]] = {
     **dict.fromkeys(NOT_LOGGED_IN, (StorePermissionError, _REFUSED)),
     11: (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
 }
-"""By gRPC's code, what is raised and why; for all others a StoreUnavailableError."""
+"""What is raised by gRPC's code (https://grpc.github.io/grpc/core/md_doc_statuscodes.html).
+
+5 is not found, of which only leases are named; 7 permission denied; 11 out of range. For all others, such as
+unavailable, no space and deadline exceeded, it is a StoreUnavailableError.
+"""
 _NO_GATEWAY: Final = (
     "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
     "URL; etcds:// where it speaks TLS"
@@ -70,7 +63,7 @@ _NO_GATEWAY: Final = (
 
 
 def answer_of(status: int, text: bytes, endpoint: str) -> Json:
-    """The answer in a response, or in a line of a stream; where it is none, an error of the module's table."""
+    """The answer in a response, or in a line of a stream; where it is none, an error by `_REFUSALS`."""
     try:
         body = json.loads(text)
     except ValueError:

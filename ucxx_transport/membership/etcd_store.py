@@ -176,7 +176,6 @@ class EtcdWatch(QueuedWatch):
         self._first, self._last = store.namespace.bounds(prefix)
         self._after = self._revision = after
         self._identity = identity
-        self._end: TransportError | None = None
         self._connections: set[Connection] = set()
         self._in_use = threading.Lock()
         self._stream: Connection | None = None
@@ -196,40 +195,30 @@ class EtcdWatch(QueuedWatch):
     def _fetch(self, until: float) -> None:
         try:
             with self._in_use:
-                self._follow_to_the_end(until)
+                self._follow(until)
         finally:
             if self._closing.is_set():
                 self.close()
 
-    def _follow_to_the_end(self, until: float) -> None:
-        if self._end is not None:
-            raise self._end
-        try:
-            self._follow(until)
-        except TransportError as error:
-            self._drop()
-            if not isinstance(error, StoreUnavailableError):
-                self._end = error
-            raise
-
     def _follow(self, until: float) -> None:
         """Take the stream up, or what has come of it, or probe."""
         stream, now = self._stream, time.monotonic()
-        if stream is None:
-            if now < self._pause_until_s:
-                self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
-                return
-            self._began_s = now
-            self._client.first(self._begin_at, now + self._store.timeout_s)
-            return
         try:
-            if stream.is_readable(min(until, self._probe_s)):
-                self._take(stream)
-            elif time.monotonic() >= self._probe_s:
-                self._probe(stream.endpoint)
-        except StoreUnavailableError:  # the stream was cut, or its endpoint is silent
-            self._client.failed(stream.endpoint)
+            if stream is not None:
+                if stream.is_readable(min(until, self._probe_s)):
+                    self._take(stream)
+                elif time.monotonic() >= self._probe_s:
+                    self._probe(stream.endpoint)
+            elif now < self._pause_until_s:
+                self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
+            else:
+                self._began_s = now
+                self._client.first(self._begin_at, now + self._store.timeout_s)
+        except TransportError as error:
             self._drop()
+            if stream is None or not isinstance(error, StoreUnavailableError):
+                raise
+            self._client.failed(stream.endpoint)  # the stream was cut, or its endpoint is silent
 
     def _drop(self) -> None:
         """End the stream; another is asked for after a pause, which grows while none lasts."""

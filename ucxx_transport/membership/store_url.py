@@ -1,4 +1,4 @@
-"""A store by its URL: the address that the text is, and the store that it opens.
+"""A store by its URL, which an error repeats without any secret.
 
 | text                             | the store                                                        |
 |----------------------------------|------------------------------------------------------------------|
@@ -15,7 +15,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from ucxx_transport.config import StoreConfig
@@ -30,17 +30,6 @@ _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?:
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
-class StoreAddress(NamedTuple):
-    """Where a store is: its scheme, and a file on this machine (None: this user's own), or a cluster's endpoints.
-
-    Those are `host:port` of at least one, in the order in which they are tried; IPv6 in brackets.
-    """
-
-    scheme: str
-    path: Path | None = None
-    endpoints: tuple[str, ...] = ()
-
-
 def open_store(url: str, config: StoreConfig | None = None) -> Store:
     """The store that membership is kept in. Close it, or use `with`.
 
@@ -53,9 +42,13 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
         ConfigError: the URL or a setting is wrong, or a local store's interpreter has no sqlite3.
         StorePermissionError: the file of a local store is not this user's to use.
     """
-    address = parse_store_url(url)
+    text: object = url
+    scheme, found, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
+    if not found or "@" in scheme:
+        raise _wrong(url, "has no scheme")
     config = config or StoreConfig()
-    if address.scheme == "local":
+    if scheme == "local":
+        path = _path(url, rest) if rest else None
         try:
             from ucxx_transport.membership.local_store import LocalStore
         except ImportError as error:
@@ -63,31 +56,25 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
                 raise
             text = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
             raise ConfigError(text, python=sys.executable, reason=str(error)) from error
-        return LocalStore(address.path, config)
-    from ucxx_transport.membership.etcd_store import EtcdStore
-
-    return EtcdStore(address.endpoints, config, tls=address.scheme == "etcds")
-
-
-def parse_store_url(url: object) -> StoreAddress:
-    """The address that the text is; a ConfigError says what is wrong and would be right, and repeats no secret."""
-    scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
-    if not found or "@" in scheme:
-        raise _wrong(url, "has no scheme")
-    if scheme == "local":
-        return StoreAddress(scheme, path=_path(url, rest) if rest else None)
+        return LocalStore(path, config)
     if scheme not in {"etcd", "etcds"}:
         raise _wrong(url, f"has the unknown scheme {scheme!r}")
+    from ucxx_transport.membership.etcd_store import EtcdStore
+
+    return EtcdStore(_endpoints(url, rest), config, tls=scheme == "etcds")
+
+
+def _endpoints(url: str, rest: str) -> tuple[str, ...]:
+    """`host:port` of at least one, in the order in which they are tried; IPv6 in brackets."""
     if "@" in rest:
         raise _wrong(url, "has a user or a password in it: they go into the settings store.user and store.password")
     rest = rest.removesuffix("/")
     if any(mark in rest for mark in "/?#"):
         raise _wrong(url, "has more than endpoints: keys lie below the setting store.namespace")
-    endpoints = dict.fromkeys(_endpoint(url, text) for text in rest.split(","))
-    return StoreAddress(scheme, endpoints=tuple(endpoints))
+    return tuple(dict.fromkeys(_endpoint(url, text) for text in rest.split(",")))
 
 
-def _path(url: object, rest: str) -> Path:
+def _path(url: str, rest: str) -> Path:
     path = unquote(rest)
     for is_wrong, problem in (
         (not path.startswith("/"), "names a path that is not absolute: three slashes, as in local:///tmp/job.store"),
@@ -100,7 +87,7 @@ def _path(url: object, rest: str) -> Path:
     return Path(path)
 
 
-def _endpoint(url: object, text: str) -> str:
+def _endpoint(url: str, text: str) -> str:
     found = _ENDPOINT.fullmatch(text)
     port = int(found["port"] or ETCD_PORT) if found is not None else 0
     if found is None or not 0 < port < 65536:
