@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from ucxx_transport.errors import ConfigError
 
@@ -31,11 +31,6 @@ MAX_VALUE_BYTES: Final = 1 << 20
 def source_key(worker_id: str) -> str:
     """The key of a worker's record."""
     return SOURCES + quote(worker_id, safe="")
-
-
-def worker_id_of(key: str) -> str:
-    """The worker whose record lies at `key`, which begins with `SOURCES`."""
-    return unquote(key.removeprefix(SOURCES))
 
 
 def epoch_key(worker_id: str) -> str:

@@ -18,14 +18,14 @@ What a snapshot or a batch changes in a view:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from math import isfinite
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.membership.keys import source_key, worker_id_of
+from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.store import Batch, Snapshot
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_PORTS, MAX_RING_NAME_CHARS
@@ -43,10 +43,6 @@ from ucxx_transport.schema.wire_form import (
 
 MAX_RECORD_BYTES: Final = 64 << 10
 
-_KEYS: Final = (
-    *("worker_id", "epoch", "session", "status", "ring_id", "ring_name"),
-    *("host_id", "host", "ports", "ttl_s", "meta"),
-)
 _HEX: Final = set("0123456789abcdef")
 _NO_META: Final[Mapping[str, object]] = MappingProxyType({})
 
@@ -182,6 +178,9 @@ class SourceRecord(Offer):
             return cls(**form)
 
 
+_KEYS: Final = tuple(spec.name for spec in fields(SourceRecord))
+
+
 def _is_hex(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) == 32 and set(value) <= _HEX
 
@@ -202,7 +201,7 @@ class SourceChange(NamedTuple):
 
 
 class SourceView:
-    """What is known of the sources of a store, by worker id. Keys lie below `SOURCES`."""
+    """What is known of the sources of a store, by their keys below `SOURCES`."""
 
     def __init__(self) -> None:
         self._known: dict[str, SourceRecord] = {}
@@ -212,7 +211,7 @@ class SourceView:
     @property
     def sources(self) -> tuple[SourceRecord, ...]:
         """All known, by worker id."""
-        return tuple(self._known[worker_id] for worker_id in sorted(self._known))
+        return tuple(sorted(self._known.values(), key=lambda record: record.worker_id))
 
     def take_snapshot(self, snapshot: Snapshot, *, now: float, grace_s: float = 0.0) -> list[SourceChange]:
         """What a whole picture of the store changes.
@@ -220,34 +219,25 @@ class SourceView:
         For `grace_s` a source that is not in it is still taken for known: after a reset the store is empty, though its
         sources live and are about to say so again. One that has a grace already keeps that.
         """
-        changes: list[SourceChange] = []
-        there: set[str] = set()
-        for entry in snapshot:
-            there.add(entry.key)
-            changes += self._put(entry.key, entry.value)
-        for worker_id in sorted(self._known):
-            if source_key(worker_id) in there:
-                continue
+        changes = [change for entry in snapshot for change in self._put(entry.key, entry.value)]
+        for key in sorted(self._known.keys() - {entry.key for entry in snapshot}):
             if grace_s > 0:
-                self._missing_until_s.setdefault(worker_id, now + grace_s)
-            elif worker_id not in self._missing_until_s:
-                changes += self._remove(worker_id)
+                self._missing_until_s.setdefault(key, now + grace_s)
+            elif key not in self._missing_until_s:
+                changes += self._remove(key)
         return changes
 
     def take_batch(self, batch: Batch) -> list[SourceChange]:
         """What the changes of one revision change."""
         changes: list[SourceChange] = []
         for event in batch.events:
-            if event.kind == "put":
-                changes += self._put(event.key, event.value)
-            elif source_key(worker_id := worker_id_of(event.key)) == event.key:
-                changes += self._remove(worker_id)
+            changes += self._put(event.key, event.value) if event.kind == "put" else self._remove(event.key)
         return changes
 
     def expire(self, now: float) -> list[SourceChange]:
         """Removes those that are missing since a reset and have not come back in time."""
-        late = sorted(worker_id for worker_id, until_s in self._missing_until_s.items() if now >= until_s)
-        return [change for worker_id in late for change in self._remove(worker_id)]
+        late = sorted(key for key, until_s in self._missing_until_s.items() if now >= until_s)
+        return [change for key in late for change in self._remove(key)]
 
     def _put(self, key: str, value: bytes) -> list[SourceChange]:
         try:
@@ -257,18 +247,18 @@ class SourceView:
         if record is None or source_key(record.worker_id) != key:
             self.malformed += 1
             return []
-        self._missing_until_s.pop(record.worker_id, None)
-        before = self._known.get(record.worker_id)
+        self._missing_until_s.pop(key, None)
+        before = self._known.get(key)
         if before == record:
             return []
         if before is not None and before.life == record.life:
-            self._known[record.worker_id] = record
+            self._known[key] = record
             return [SourceChange("update", record)]
-        changes = self._remove(record.worker_id)
-        self._known[record.worker_id] = record
+        changes = self._remove(key)
+        self._known[key] = record
         return [*changes, SourceChange("add", record)]
 
-    def _remove(self, worker_id: str) -> list[SourceChange]:
-        self._missing_until_s.pop(worker_id, None)
-        before = self._known.pop(worker_id, None)
+    def _remove(self, key: str) -> list[SourceChange]:
+        self._missing_until_s.pop(key, None)
+        before = self._known.pop(key, None)
         return [] if before is None else [SourceChange("remove", before)]
