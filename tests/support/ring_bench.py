@@ -59,7 +59,7 @@ class RingBench:
     def __init__(self, library: Library | None = None, *, slots: int = 3, readers: int = 3) -> None:
         config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
         self.segment, self.identity, _ = create_ring(config)
-        self.transitions = Transitions(self.segment, self.identity, lock_wait_s=5.0, library=library)
+        self.transitions = Transitions(self.segment, self.identity, library=library)
         self.leases = 0
 
     def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:

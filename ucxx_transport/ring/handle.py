@@ -11,7 +11,6 @@ import ctypes
 import os
 import secrets
 import struct
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -57,7 +56,6 @@ class RingHandle:
         *,
         owner: Owner | None = None,
         alive: Callable[[int, int], bool] = owner_alive,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.folder = segment.name, segment.path.parent
         self.ring_id, self.schema, self.fingerprint = identity.ring_id, schema, identity.fingerprint
@@ -68,8 +66,8 @@ class RingHandle:
         self._segment, self._identity = segment, identity
         self._words = segment.words
         own = current_owner if owner is None else lambda: owner
-        self._transitions = Transitions(segment, identity, schema, owner=own, clock=clock)
-        self._alive, self._clock = alive, clock
+        self._transitions = Transitions(segment, identity, schema, owner=own)
+        self._alive = alive
         template = SlotRef(
             ring_id=identity.ring_id,
             ring_name=segment.name,
@@ -87,7 +85,7 @@ class RingHandle:
 
         Args:
             config: sizes and policies.
-            **seams: `owner`, `alive` and `clock` of `RingHandle`.
+            **seams: `owner` and `alive` of `RingHandle`.
 
         Raises:
             ConfigError: the name is in use by a live creator, or the ring does not fit its folder.
@@ -144,11 +142,7 @@ class RingHandle:
         return self._segment.duplicate()
 
     def slot_state(self, slot: int) -> SlotState:
-        """What a slot holds now.
-
-        Raises:
-            SlotError: the ring has no such slot.
-        """
+        """What a slot holds now; a SlotError where the ring has no such slot."""
         self._require_open()
         if not 0 <= slot < self.slots:
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots)
@@ -172,10 +166,8 @@ class RingHandle:
     def publish_address(self, host: str | None, ports: Sequence[int]) -> None:
         """Store where the ring's server listens; every SlotRef made after that, in any process, carries it.
 
-        None and no ports withdraw it: the server has stopped.
-
-        Raises:
-            ConfigError: no host of 1 to 255 bytes, or not 1 to 64 ports.
+        None and no ports withdraw it: the server has stopped. A ConfigError: no host of 1 to 255 bytes, or not 1 to 64
+        ports.
         """
         self._require_open()
         name = (host or "").encode()
@@ -214,10 +206,9 @@ class RingHandle:
         return self._reclaim()
 
     def unlink(self) -> bool:
-        """Remove the ring from the host, if this handle made it: processes that have it keep it, no other can attach.
+        """Remove the ring from the host: processes that have it keep it, no other can attach.
 
-        Returns:
-            Whether this call removed it; False for a handle that attached.
+        False: it was removed before, or this handle did not make it.
         """
         return self._segment.unlink()
 

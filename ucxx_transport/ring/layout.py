@@ -286,14 +286,9 @@ class Identity:
 
     @classmethod
     def from_bytes(cls, raw: bytes, segment_bytes: int) -> Identity:
-        """Read an identity that anyone may have written.
+        """Read an identity that anyone may have written, of a segment that is really so large.
 
-        Args:
-            raw: the first `IDENTITY_BYTES` of the segment.
-            segment_bytes: how large the segment really is.
-
-        Raises:
-            ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
+        A ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
         """
         magic, version, total_bytes, _, *values = _IDENTITY.unpack(raw)
         if magic != MAGIC:

@@ -194,16 +194,14 @@ class ReadLease(Hold):
     def mark_consumed(self) -> bool:
         """End the attempt: its reader has had the payload.
 
-        Returns:
-            Whether this call ended it. False changes nothing and is counted: it had ended, or was reclaimed.
+        False changes nothing and is counted: it had ended, or was reclaimed.
         """
         return self.end(CONSUMED) or self._came_late()
 
     def release_reading(self) -> bool:
         """End the attempt without having had the payload: it is READY again unless another attempt has it.
 
-        Returns:
-            Whether this call ended it. False changes nothing and is counted.
+        False changes nothing and is counted.
         """
         return self.end(RELEASED) or self._came_late()
 
@@ -271,11 +269,7 @@ class WriteLease(Hold):
 
     @property
     def ref(self) -> SlotRef:
-        """The payload's reference, once committed.
-
-        Raises:
-            SlotError: not committed.
-        """
+        """The payload's reference; a SlotError before it is committed."""
         if self._ref is None:
             raise SlotError("a write lease has a reference only once it is committed", slot=self.slot)
         return self._ref
@@ -308,11 +302,7 @@ class WriteLease(Hold):
         return self._ref
 
     def abort(self) -> bool:
-        """Give the slot back without a payload.
-
-        Returns:
-            Whether this call did; False when the lease was committed, aborted or reclaimed before.
-        """
+        """Give the slot back without a payload; False when the lease was committed, aborted or reclaimed before."""
         return self.end(ABORTED)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

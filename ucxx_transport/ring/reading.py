@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from operator import itemgetter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -128,7 +129,7 @@ class ReadableRing(RingHandle):
         # registered before their attempts begin, as every hold is
         leases = [ReadLease(self._transitions, 0, 0, reader, RELEASED) for _ in range(room)]
         holds = (ctypes.c_void_p * room)(*(ctypes.addressof(lease.words) for lease in leases))
-        walked, began_s, left_s = 0, self._clock(), deadline_s
+        walked, began_s, left_s = 0, monotonic(), deadline_s
         try:
             # A place that is gone when the walk goes on costs it its beginning again: not without end.
             while walked <= 2 * self.slots:
@@ -136,7 +137,7 @@ class ReadableRing(RingHandle):
                 if not asked[layout.TAKE_NEXT]:
                     break
                 walked += asked[layout.TAKE_STEPS]
-                left_s = None if deadline_s is None else max(0.0, began_s + deadline_s - self._clock())
+                left_s = None if deadline_s is None else max(0.0, began_s + deadline_s - monotonic())
         except TransportError:
             if not asked[layout.TAKE_NUMBER]:
                 raise
@@ -173,7 +174,7 @@ class ReadableRing(RingHandle):
         if not wait_s >= 0:
             raise ConfigError("wait_s is seconds, 0 or more", field="wait_s", value=wait_s)
         words, transitions = self._words, self._transitions
-        started = self._clock()
+        started = monotonic()
         seen = self._places.get(reader, _NOWHERE)[3]
         if seen is None:
             # looked at first: one that comes in between is waited for no longer
@@ -181,7 +182,7 @@ class ReadableRing(RingHandle):
             if words[_READY]:
                 return True
         while words[layout.READIED_WORD] & _U32 == seen:
-            left_s = started + wait_s - self._clock()
+            left_s = started + wait_s - monotonic()
             if left_s <= 0:
                 return False
             transitions.sleeping.wait_ready(transitions.address, seen, int(min(left_s, _LOOK_EVERY_S) * 1e9))
@@ -230,11 +231,7 @@ class ReadableRing(RingHandle):
         return [self._named(words) for words in ready]
 
     def discard(self, ref: SlotRef) -> bool:
-        """Drop an unread payload.
-
-        Returns:
-            Whether this call freed its slot. False: it is being read, or not in the ring any more.
-        """
+        """Drop an unread payload; False: it is being read, or not in the ring any more."""
         self._require_open()
         return ref.ring_id == self.ring_id and not self._transitions.call("discard", ref.slot, ref.generation)
 

@@ -179,13 +179,7 @@ def open_segment(name: str, folder: Path | None = None, descriptor: int | None =
 
 
 def _mapped(path: Path, descriptor: int | None = None) -> mmap.mmap:
-    """A file's memory.
-
-    Raises:
-        ConfigError: there is none, or it is not ours to open.
-        ProtocolError: it is no regular file of whole pages.
-        NotReadyError: it has no size yet: its creator is at work.
-    """
+    """A file's memory; errors as `RingHandle.attach`."""
     fd = descriptor
     try:
         if fd is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -272,16 +273,16 @@ class SharedRingBuffer(ReadableRing):
         """Reserve a slot for a write that found none, by the ring's policy; errors as `write`."""
         transitions, blocks = self._transitions, self._identity.on_full == "block"
         block_s = self._identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
-        reclaim_at = started = self._clock()
+        reclaim_at = started = monotonic()
         has_waited = False
         while True:
             # tried whatever a look finds: another process may have been the one who took the dead's slots back
-            if self._clock() >= reclaim_at:
+            if monotonic() >= reclaim_at:
                 self._reclaim()
-                reclaim_at = self._clock() + _RECLAIM_EVERY_S
+                reclaim_at = monotonic() + _RECLAIM_EVERY_S
             if transitions.reserve(words, overwrites=self._overwrites):
                 return
-            left_s = started + (block_s if blocks else 0.0) - self._clock()
+            left_s = started + (block_s if blocks else 0.0) - monotonic()
             if left_s <= 0:
                 break
             if not has_waited:
@@ -295,7 +296,7 @@ class SharedRingBuffer(ReadableRing):
             raise DeadlineExceededError(
                 "no slot became free in time: the readers are too slow, or gone; enlarge ring.slots or choose "
                 "on_full='overwrite'",
-                waited_s=round(self._clock() - started, 3),
+                waited_s=round(monotonic() - started, 3),
                 slots=self.slots,
             )
         if self._overwrites:

@@ -10,9 +10,9 @@ A hold is passed to the transitions as a `HoldWords`, an array whose words `layo
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from time import monotonic
 from typing import Any, Final
 
 import numpy as np
@@ -41,7 +41,7 @@ _THREAD_ID_MASK: Final = 0x3FFFFFFF
 class Transitions:
     """The transitions of one segment's slots, as one handle makes them.
 
-    Each waits for the lock as long as the segment says, or `lock_wait_s`, or as it is asked to.
+    Each waits for the lock as long as the segment says, or less if it is asked to.
 
     `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given. Slot 0's payload
     is at `first_payload` in this process's memory, at `first_byte` in the segment, its envelope at `first_envelope`;
@@ -55,8 +55,6 @@ class Transitions:
         schema: Schema | None = None,
         *,
         owner: Callable[[], Owner] = current_owner,
-        lock_wait_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
         library: Library | None = None,
     ) -> None:
         self.segment, self.identity, self.schema, self.owner = segment, identity, schema, owner
@@ -65,8 +63,7 @@ class Transitions:
         self.first_payload = segment.address + self.first_byte
         self.first_envelope = self.first_byte - layout.HEADROOM_BYTES - identity.envelope_bytes
         self.readable = segment.memory.data.toreadonly()
-        self._clock = clock
-        self._lock_wait_s = identity.lock_timeout_ns / 1e9 if lock_wait_s is None else lock_wait_s
+        self._lock_wait_s = identity.lock_timeout_ns / 1e9
         self._struct = RingStruct(
             segment.address,
             *(identity.slots, identity.slot_bytes, identity.first_slot_word, identity.slot_words, identity.entries),
@@ -172,10 +169,10 @@ class Transitions:
         """Repeat a call that found the lock taken (`code` LOCKED), and return its outcome; errors as `call`."""
         if code == layout.LOCKED:
             bound_s = self._lock_wait_s if wait_s is None else min(wait_s, self._lock_wait_s)
-            until_s = self._clock() + bound_s
+            until_s = monotonic() + bound_s
             left_s = bound_s
             while (code := call(max(1, int(left_s * 1e9)))) == layout.LOCKED:
-                left_s = until_s - self._clock()
+                left_s = until_s - monotonic()
                 if left_s <= 0:
                     raise DeadlineExceededError(
                         "the ring's lock is held by a thread that does not get on (stopped?)",
