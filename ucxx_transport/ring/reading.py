@@ -7,6 +7,7 @@ several readers share a ring (`readers` > 1): those too that others are reading,
 from __future__ import annotations
 
 import ctypes
+import struct
 from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -79,10 +80,14 @@ class ReadableRing(RingHandle):
     def acquire_slot(
         self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None
     ) -> ReadLease:
-        """`acquire` for the server: the ring's id has been checked, the numbers, of 64 bits, have not."""
+        """`acquire` for the server: the ring's id has been checked, the numbers have not."""
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
-        lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+        try:
+            lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+        except struct.error:  # not of 64 bits
+            self._transitions.count("out_of_range")
+            raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
         try:
             self._transitions.acquire(lease.words, deadline_s)
         except TransportError:
