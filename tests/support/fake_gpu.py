@@ -127,15 +127,12 @@ class FakeRuntime(Runtime):
     def error_words(self, status: int) -> str:
         return f"the GPU's words (error {status})"
 
-    def seen(self, leaf: Any) -> Array:
+    def seen(self, leaf: Any, field: str) -> tuple[Array, DType, int]:
+        del field
         if not isinstance(leaf, FakeArray):
             raise TypeError("not of this library")
-        self._device = leaf.device
-        return leaf.seen_by_the_gpu()
-
-    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
-        del field
-        return array.dtype, self._device
+        values = leaf.seen_by_the_gpu()
+        return values, values.dtype, leaf.device
 
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         begun = self.gpu.counts().get("download", 0)

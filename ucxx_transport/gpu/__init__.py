@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final, TypeAlias
 
@@ -74,15 +75,10 @@ def _runtime(library: str) -> Runtime:
 
 def _library_for(leaf: object, field: str) -> str:
     wanted = _BY_DLPACK if hasattr(leaf, "__dlpack__") else _BY_INTERFACE
-    for name in wanted:
-        if sys.modules.get(name) is not None:
-            return name
-    for name in wanted:
-        try:
+    for name in sorted(wanted, key=lambda name: sys.modules.get(name) is None):
+        with suppress(ImportError):
             importlib.import_module(name)
-        except ImportError:
-            continue
-        return name
+            return name
     raise ConfigError(
         f"field {field!r}: {describe(leaf)} on a GPU needs torch or cupy to come to the host: "
         "pip install 'ucxx_transport[torch]' or '[cu12]', or copy it to the host first",

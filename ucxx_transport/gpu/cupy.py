@@ -70,21 +70,20 @@ class CupyRuntime(Runtime):
     def error_words(self, status: int) -> str:
         return f"{self.library.cuda.runtime.CUDARuntimeError(status)} (error {status})"
 
-    def seen(self, leaf: Any) -> Any:
+    def seen(self, leaf: Any, field: str) -> tuple[Any, DType, int]:
         cupy = self.library
         if isinstance(leaf, cupy.ndarray):
-            return leaf
-        if not hasattr(leaf, "__dlpack__"):
-            return cupy.asarray(leaf)  # waits for the stream that the interface names
-        dtype = str(getattr(leaf, "dtype", ""))
-        if dtype.rpartition(".")[2].startswith(("bfloat16", "float8")):
-            # cupy 13 does not refuse such a capsule, it crashes on it (cupy issue 8801)
-            raise TypeError(f"its dtype is {dtype}")
-        with cupy.cuda.Device(leaf.__dlpack_device__()[1]):
-            return cupy.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
-
-    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
-        return canonical_dtype(array.dtype, field), int(array.device.id)
+            array = leaf
+        elif not hasattr(leaf, "__dlpack__"):
+            array = cupy.asarray(leaf)  # waits for the stream that the interface names
+        else:
+            dtype = str(getattr(leaf, "dtype", ""))
+            if dtype.rpartition(".")[2].startswith(("bfloat16", "float8")):
+                # cupy 13 does not refuse such a capsule, it crashes on it (cupy issue 8801)
+                raise TypeError(f"its dtype is {dtype}")
+            with cupy.cuda.Device(leaf.__dlpack_device__()[1]):
+                array = cupy.from_dlpack(leaf)  # hands the current stream over, which the producer makes wait
+        return array, canonical_dtype(array.dtype, field), int(array.device.id)
 
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         if target.nbytes == 0:

@@ -78,11 +78,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def call(self, device: int, function: str, *arguments: int) -> int:
-        """A function of CUDA's, in the context of that device alone: any other would be given one by the call.
-
-        Returns:
-            Its status, 0 for success.
-        """
+        """The status of a function of CUDA's, called in the context of that device: any other would be given one."""
 
     @abstractmethod
     def error_words(self, status: int) -> str:
@@ -132,23 +128,20 @@ class Runtime(ABC):
             ConfigError: no array of this library, or of a dtype that cannot be a payload; the message names the field.
         """
         try:
-            array = self.seen(leaf)
+            array, dtype, device = self.seen(leaf, field)
+        except ConfigError:
+            raise
         except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as exc:
             raise ConfigError(
                 f"field {field!r}: {self.library.__name__} cannot take {describe(leaf)} from its GPU "
                 f"({type(exc).__name__}: {exc}); copy it to the host first{self.remedy}",
                 field=field,
             ) from exc
-        dtype, device = self.dtype_and_device(array, field)
         return DeviceArray(runtime=self, array=array, shape=tuple(array.shape), dtype=dtype, device=device)
 
     @abstractmethod
-    def seen(self, leaf: Any) -> Any:
-        """The library's own array over the memory of a leaf."""
-
-    @abstractmethod
-    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
-        """The dtype that a field has, or a ConfigError, and the device's number."""
+    def seen(self, leaf: Any, field: str) -> tuple[Any, DType, int]:
+        """The library's own array over a leaf's memory, its dtype as a field has it (or a ConfigError), its device."""
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:

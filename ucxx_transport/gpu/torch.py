@@ -105,7 +105,7 @@ class TorchRuntime(Runtime):
         cudart = self.library.cuda.cudart()
         return f"{cudart.cudaGetErrorString(cudart.cudaError(status))} (error {status})"
 
-    def seen(self, leaf: Any) -> Any:
+    def seen(self, leaf: Any, field: str) -> tuple[Any, DType, int]:
         torch = self.library
         tensor = leaf
         if not isinstance(leaf, torch.Tensor):
@@ -121,10 +121,7 @@ class TorchRuntime(Runtime):
                 tensor = torch.as_tensor(leaf, device="cuda")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         tensor.data_ptr()  # which what is no plain memory refuses: a sparse tensor
-        return tensor
-
-    def dtype_and_device(self, array: Any, field: str) -> tuple[DType, int]:
-        return dtype_of(array.dtype, field), array.get_device()
+        return tensor, dtype_of(tensor.dtype, field), tensor.get_device()
 
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
         if target.nbytes:

@@ -66,11 +66,7 @@ DTYPES: dict[str, DType] = _table()
 
 
 def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
-    """The supported dtype that `dtype` names, in the payload's byte order.
-
-    Args:
-        dtype: a name ("float32", "bfloat16"), a numpy or ml_dtypes scalar type, or a dtype.
-        field: the field it belongs to, for the error.
+    """The supported dtype that a name, a scalar type or a dtype means, in the payload's byte order; `field` for errors.
 
     Raises:
         ConfigError: not a dtype, or one that cannot be shared as plain bytes; the message gives the remedy.

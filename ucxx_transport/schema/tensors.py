@@ -125,9 +125,7 @@ def _of_tensor(tensor: Any, torch: Any) -> Array:
 def fit(value: object, spec: TensorSpec) -> Array:
     """`value` as an array of the rank of `spec` whose every element keeps its value in the field's dtype.
 
-    Args:
-        value: what the caller gave for the field.
-        spec: the field. A varlen field takes any leading length up to its maximum.
+    A varlen field takes any leading length up to its maximum.
 
     Raises:
         ConfigError: another shape, too long, or a dtype that would narrow; the message names the field, what was given,

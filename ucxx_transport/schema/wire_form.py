@@ -73,13 +73,7 @@ def untrusted() -> Iterator[None]:
 def take_fields(
     data: object, what: str, *, required: Collection[str], optional: Mapping[str, object] = MappingProxyType({})
 ) -> Mapping[str, Any]:
-    """`data` as a mapping that has exactly the expected keys; `what` names the form in errors.
-
-    Args:
-        data: a form that is not trusted.
-        what: the form's name for the error.
-        required: keys that it must have.
-        optional: keys that may be left out, with what that means.
+    """`data`, the form called `what` in errors, as a mapping of exactly the expected keys, defaults for optional ones.
 
     Raises:
         ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.
@@ -115,12 +109,7 @@ pack: Callable[[object], bytes] = msgpack.packb
 
 
 def unpack(raw: object, what: str, *, max_bytes: int) -> object:
-    """Decode one msgpack object of bounded size, without extension types.
-
-    Args:
-        raw: bytes-like msgpack.
-        what: the form's name for the error.
-        max_bytes: more than this is refused unread.
+    """Decode one msgpack object of bounded size, without extension types; `what` names it in errors.
 
     Raises:
         ProtocolError: not bytes, too long, or not exactly one msgpack object.
