@@ -138,8 +138,7 @@ def gather(section: str, arguments: Mapping[str, object]) -> dict[str, Given]:
     for name, given in (*_from_toml(section), *_from_environment(section), *in_code):
         before = found.get(name)
         if before is not None and isinstance(before.value, Mapping) and isinstance(given.value, Mapping):
-            sources = dict.fromkeys([*before.source.split(", "), given.source])
-            found[name] = Given({**before.value, **given.value}, ", ".join(sources))
+            found[name] = Given({**before.value, **given.value}, f"{before.source}, {given.source}")
         else:
             found[name] = given
     return found

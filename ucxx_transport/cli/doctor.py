@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from statistics import median
 from typing import Annotated, Any, Final, Literal
 
@@ -77,8 +78,9 @@ def doctor(
 ) -> None:
     """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
     logs_to_stderr("error")
+    parts = [_software_findings(), _ucx_findings(), _network_findings(), _host_findings()]
     findings = []
-    for finding in _findings(loopback=loopback):
+    for finding in chain(*parts, _loopback_findings() if loopback else ()):
         findings.append(finding)
         if not as_json:
             _print(finding)
@@ -91,16 +93,6 @@ def doctor(
         console().print(f"[bold red]{len(failures)} of {len(findings)} failed.[/bold red]")
     if failures:
         raise typer.Exit(1)
-
-
-def _findings(*, loopback: bool) -> Iterator[Finding]:
-    yield from _software_findings()
-    if find_spec("ucxx") is not None:
-        yield from _ucx_findings()
-    yield from _network_findings()
-    yield from _host_findings()
-    if loopback:
-        yield from _loopback_findings()
 
 
 def _print(finding: Finding) -> None:
@@ -135,13 +127,15 @@ def _software_findings() -> Iterator[Finding]:
 
 def _ucx_findings() -> Iterator[Finding]:
     """What UCX says of itself, in a process of its own: one that cannot start may end its process."""
+    if find_spec("ucxx") is None:
+        return
     probe = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_LIMIT_S, check=True)
-    except subprocess.TimeoutExpired:
-        yield _does_not_start(f"no answer within {_PROBE_LIMIT_S:g} s")
-    except subprocess.CalledProcessError as error:
-        yield _does_not_start((error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1])
+    except subprocess.SubprocessError as error:
+        lines = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"
+        yield Finding("ucx", "start", lines[-1] if lines else str(error), "failure", remedy)
     else:
         facts = json.loads(done.stdout.strip().splitlines()[-1])
         yield Finding("ucx", "version", f"{facts['version']} at {facts['library']}")
@@ -149,11 +143,6 @@ def _ucx_findings() -> Iterator[Finding]:
     for name, value in sorted(os.environ.items()):
         if name.startswith(("UCX_", "UCXPY_", "RAPIDS_LIBUCX_")):
             yield Finding("ucx", name, value, "note", "set by you; it wins over the transport's own")
-
-
-def _does_not_start(reason: str) -> Finding:
-    remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"
-    return Finding("ucx", "start", reason, "failure", remedy)
 
 
 def describe_ucx() -> dict[str, object]:

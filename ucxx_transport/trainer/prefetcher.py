@@ -127,13 +127,8 @@ class PendingBatch(BatchFetch):
             prefetcher.count_left(len(self.records))
             self._core.reactor.submit(self.abandon)
 
-    def abandon(self) -> None:
-        self._prefetcher.running.discard(self)
-        super().abandon()
-
     def ended(self, outcome: Batch | Exception) -> None:
         prefetcher = self._prefetcher
-        prefetcher.running.discard(self)
         if isinstance(outcome, Batch):
             prefetcher.discard(outcome.losses)
             if prefetcher.uploader is None:  # made here and kept, the arrays cost the trainer no time
@@ -149,7 +144,6 @@ class PendingBatch(BatchFetch):
 
     def _begin(self, after_s: float) -> None:
         if self in self._prefetcher.untaken and not self.has_begun:
-            self._prefetcher.running.add(self)
             self.start(after_s)
 
     def _taken(self, limit_s: float) -> Batch | Exception | None:
@@ -243,7 +237,6 @@ class Prefetcher:
         self._losses: Counter[str] = Counter()
         self._discard_lost = discard_lost
         self._on_loss = on_loss
-        self.running: set[PendingBatch] = set()  # the thread's own
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
         self._thread.start()
@@ -354,9 +347,11 @@ class Prefetcher:
                 try:
                     self.core.reactor.run_once(math.inf)
                 except Exception as error:
-                    if not self.running:
+                    with self.changed:
+                        running = [each for each in self.untaken if each.has_begun and not each.is_ready]
+                    if not running:
                         raise
-                    for pending in [*self.running]:
+                    for pending in running:
                         pending.fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")

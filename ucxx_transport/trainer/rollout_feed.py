@@ -40,7 +40,7 @@ def completion_of(rollout: object) -> object:
 
 
 class _Rollouts:
-    """Rollouts to fetch, or fetched: as given, the outputs of ours among them in order, and the places of these.
+    """Rollouts to fetch, or fetched: as given, and the outputs of ours among them by their places, in order.
 
     What takes long is done by the thread that fetches, which asks first.
     """
@@ -49,23 +49,18 @@ class _Rollouts:
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
         self.rollouts = tuple(rollouts)
-        self.places: list[int] = []
-        self.outputs: list[object] = []
-        for place, rollout in enumerate(self.rollouts):
-            output = output_of(rollout)
-            if is_ours(output):
-                self.places.append(place)
-                self.outputs.append(output)
+        outputs = enumerate(map(output_of, self.rollouts))
+        self.ours = {place: output for place, output in outputs if is_ours(output)}
 
     @cached_property
     def records(self) -> tuple[AskedFor, ...]:
         """What the outputs say."""
-        return tuple(record_of(output) for output in self.outputs)
+        return tuple(map(record_of, self.ours.values()))
 
     @cached_property
     def keys(self) -> tuple[Hashable, ...]:
         """By what each output is found again."""
-        return tuple(key_of(output, record) for output, record in zip(self.outputs, self.records, strict=True))
+        return tuple(map(key_of, self.ours.values(), self.records))
 
     def is_for(self, other: _Rollouts) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
@@ -78,8 +73,8 @@ class _Rollouts:
         """Keep what came of them; None when nothing did."""
         self._came = came = {} if batch is None else batch.payloads
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(self.outputs[index]): payload for index, payload in came.items()}
-        lost = {place for index, place in enumerate(self.places) if index not in came}
+        self.by_output = {id(each): came[index] for index, each in enumerate(self.ours.values()) if index in came}
+        lost = {place for index, place in enumerate(self.ours) if index not in came}
         self.usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
 
     @cached_property
