@@ -93,8 +93,6 @@ class Connections:
         """Open connections that nothing uses now."""
         return sum(connection.idle for connection in tuple(self.known.values()))
 
-    # --- Opening and closing ---
-
     def to(self, key: PortKey, now: float) -> Carrier:
         """The connection to a port, opened if there is none."""
         connection = self.known.get(key)
@@ -194,8 +192,6 @@ class Connections:
                 self.counters.add("aged_out")
                 connection.close()
 
-    # --- Ends and confirmations ---
-
     def delay_ends(self, connection: Carrier) -> None:
         """Its ends go with its next request, or a little later."""
         if not self.ending:
@@ -236,8 +232,6 @@ class Connections:
         self.owe(name for name, status in zip(names, statuses, strict=True) if status is Status.BUSY)
         self.counters.add("confirms", statuses.count(Status.OK))
         connection.after_answers()
-
-    # --- The end ---
 
     def say_goodbye(self, goodbye: Call) -> None:
         """Take leave of every server; done once all have handled everything, or in `GOODBYE_TIMEOUT_S`."""

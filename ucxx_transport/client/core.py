@@ -121,8 +121,6 @@ class ClientCore:
             self._on_link()
         return link
 
-    # --- Checks ---
-
     @property
     def inherited(self) -> bool:
         """Whether this is a forked child's copy: connections are its parent's."""
@@ -165,8 +163,6 @@ class ClientCore:
         """Count a read that raised; the error may be kept, its buffers are not."""
         clear_frames(error)
         self.counters.failed(error)
-
-    # --- Calls ---
 
     def begin(
         self,
@@ -253,8 +249,8 @@ class ClientCore:
         """Do the rest of a call of `discard_call`, as the reactor is run."""
         call.left += len(call.elsewhere)
         for refs in call.elsewhere.values():
-            self.reads.begin(RingDiscard(refs, call.until_s, call.ring_over))
-        self._until_free(call, call.here, call.one_over)
+            self.reads.begin(RingDiscard(call, refs))
+        self._until_free(call, call.here, call.part_over)
 
     def take_call(
         self,
@@ -283,8 +279,6 @@ class ClientCore:
             self.reads.abandon(call)
         elif isinstance(call, Take):
             call.abandon()
-
-    # --- After an interrupt ---
 
     def forget(self, call: Call) -> None:
         """`abandon` while the core is damaged: nothing is done for it any more."""
@@ -317,8 +311,6 @@ class ClientCore:
                 errand.bind(self.reads.dispatch, self.reads.errands)
                 if not (isinstance(errand, Take) and errand.job in begun_again):
                     errand.ask()
-
-    # --- The end ---
 
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""

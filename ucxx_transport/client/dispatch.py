@@ -79,8 +79,6 @@ class Dispatch:
         self._counters = connections.counters
         self._look: Timer | None = None
 
-    # --- Which port ---
-
     def run(self) -> None:
         """Give every read that waits for one a port."""
         while self.again:
@@ -143,8 +141,6 @@ class Dispatch:
         if is_open:
             connection.pump()
 
-    # --- Quarantine ---
-
     def quarantine(self, key: PortKey, error: TransportError) -> None:
         """Avoid a port; each further failure prolongs it, and is counted."""
         now = self.now()
@@ -160,8 +156,6 @@ class Dispatch:
         if self.wary:
             self.ports.forgive(key)
             self.wary = self.ports.avoids_any(self.now())
-
-    # --- What follows from a failure ---
 
     def connection_lost(
         self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
@@ -235,8 +229,6 @@ class Dispatch:
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
         self.reads.fail(read, error)
-
-    # --- Time ---
 
     def attempt_due_s(self, read: Read) -> float:
         """A read is asked of its port now; when that will have taken too long."""

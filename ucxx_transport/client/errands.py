@@ -56,10 +56,8 @@ class SourceCall(Call, ABC):
     A failure that may pass is retried until `wait_until_s`, and `read_attempts` times at least. The last is `error`.
     """
 
-    def __init__(
-        self, source: Takeable, until_s: float, wait_until_s: float, on_done: Callable[..., object] | None = None
-    ) -> None:
-        super().__init__(until_s, on_done)
+    def __init__(self, source: Takeable, until_s: float, wait_until_s: float) -> None:
+        super().__init__(until_s)
         self.source = source
         self.wait_until_s = wait_until_s
         self.error: TransportError | None = None
@@ -273,9 +271,9 @@ class Take(SourceCall):
 class RingDiscard(SourceCall):
     """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read."""
 
-    def __init__(self, refs: Sequence[SlotRef], until_s: float, on_done: Callable[[RingDiscard], object]) -> None:
-        super().__init__(refs[0], until_s, until_s, on_done)
-        self.found = 0
+    def __init__(self, call: Discard, refs: Sequence[SlotRef]) -> None:
+        super().__init__(refs[0], call.until_s, call.until_s)
+        self._whole = call
         self._left = {(ref.slot, ref.generation): ref for ref in refs}
 
     def say(self, connection: Carrier) -> None:
@@ -286,10 +284,9 @@ class RingDiscard(SourceCall):
 
     def end(self, error: TransportError | None) -> None:
         """See `SourceCall`."""
-        connections = self._dispatch.connections
-        connections.owe(self._left.values())
-        connections.counters.add("discarded", self.found)
+        self._dispatch.connections.owe(self._left.values())
         super().end(error)
+        self._whole.part_over()
 
     def _confirmed(self, names: Sequence[SlotRef], connection: Carrier, attempt: int, answer: bytearray) -> None:
         """A server has heard of these; those that it could not look at come last."""
@@ -297,8 +294,10 @@ class RingDiscard(SourceCall):
         for ref, status in zip(names, statuses, strict=True):
             name = (ref.slot, ref.generation)
             if self._left.pop(name, None) is not None:
-                self.found += status is Status.OK
-                if status is Status.BUSY:
+                if status is Status.OK:
+                    self._whole.found += 1
+                    self._dispatch.connections.counters.add("discarded")
+                elif status is Status.BUSY:
                     self._left[name] = ref
         if connection is not self._connection:
             return
@@ -327,13 +326,8 @@ class Discard(Call):
         self.here: Sequence[tuple[int, SharedRingBuffer]] = ()
         self.left = 1
 
-    def ring_over(self, part: RingDiscard) -> None:
-        """One ring of another host is over."""
-        self.found += part.found
-        self.one_over()
-
-    def one_over(self) -> None:
-        """A part is over."""
+    def part_over(self) -> None:
+        """A ring of another host is over, or are those of this host."""
         self.left -= 1
         if not self.left:
             self.finish()

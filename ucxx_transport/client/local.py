@@ -110,8 +110,6 @@ class LocalReader:
         self._unreachable: set[bytes] = set()
         self._prune_at_s = clock() + PRUNE_INTERVAL_S
 
-    # --- Rings ---
-
     def ring_of(self, ref: Takeable) -> SharedRingBuffer | None:
         """The attached ring of a reference or a source, or None when it is to be read over UCX.
 
@@ -182,8 +180,6 @@ class LocalReader:
             if not ring.creator_alive():
                 del self._rings[ring_id]
                 ring.close()
-
-    # --- Payloads ---
 
     def read(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
         """`begin` and `deliver` in one."""
@@ -259,8 +255,6 @@ class LocalReader:
         """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
         return self._in_place is not True or (self._verify and ref.checksum is not None)
 
-    # --- Several rings, of which one may be locked by a process that does not get on ---
-
     def in_turn(self, call: Job | Discard, entries: Iterable[Entry]) -> list[Entry]:
         """Read or discard payloads, each of its ring; while there is time, returns those whose rings are locked."""
         left: list[Entry] = []
@@ -301,8 +295,6 @@ class LocalReader:
             clear_traceback(outcome)
         job.outcomes[index] = outcome
         job.left -= 1
-
-    # --- Inside ---
 
     def _taken(self, ring: SharedRingBuffer, lease: ReadLease, began_s: float) -> Payload:
         """Deliver a payload that was taken; after an error it is READY again, unless it is a duplicate."""

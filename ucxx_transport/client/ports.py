@@ -143,17 +143,11 @@ class Ports:
 
     def avoids_any(self, now: float) -> bool:
         """Whether any port is in quarantine; those that are no more are forgotten."""
-        avoided = self._avoided_until_s
-        while avoided:
-            first = next(iter(avoided))
-            if now < avoided[first]:
-                return True
-            del avoided[first]
-        return False
+        self._avoided_until_s = {key: until_s for key, until_s in self._avoided_until_s.items() if now < until_s}
+        return bool(self._avoided_until_s)
 
     def quarantine(self, key: PortKey, now: float) -> None:
         """Avoid a port from now on."""
-        self.forgive(key)  # they are in the order in which they are over
         self._avoided_until_s[key] = now + self._quarantine_s
 
     def forgive(self, key: PortKey) -> None:
