@@ -10,8 +10,7 @@ before ucxx is imported, by which UCX initialises itself.
 | any other value                       | the loader's (`ld.so`); what that does not find, from the wheel              |
 
 What ucxx's Python API does not reach is called natively; each such call may answer "unknown".
-Structures are those of `ucp/api/ucp.h` and `ucs/config/types.h` of UCX 1.19 to 1.21; a field mask says which fields are
-known here.
+Structures are those of `ucp/api/ucp.h` of UCX 1.19 to 1.21, to the last field used; a field mask says which those are.
 """
 
 from __future__ import annotations
@@ -147,20 +146,11 @@ class _EndpointAttributes(ctypes.Structure):
         ("entries", ctypes.POINTER(_TransportEntry)),
         ("num_entries", ctypes.c_uint),
         ("entry_size", ctypes.c_size_t),
-        ("user_data", ctypes.c_void_p),
     )
 
 
 class _RequestAttributes(ctypes.Structure):
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("client_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS),
-        ("client_id", ctypes.c_uint64),
-    )
-
-
-class _LogComponent(ctypes.Structure):
-    _fields_ = (("log_level", ctypes.c_int), ("name", ctypes.c_char * 16))
+    _fields_ = (("field_mask", ctypes.c_uint64), ("client_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS))
 
 
 class _ListenerParameters(ctypes.Structure):
@@ -282,9 +272,8 @@ def quiet_ucxx_log() -> None:
     if "UCXX_LOG_LEVEL" in os.environ:
         return
     with suppress(OSError, ValueError):
-        component = _LogComponent.in_dll(loaded_library("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE")
-        if component.name == b"UCXX":  # the structure that we know
-            component.log_level = _FATAL
+        # The first field of the structure of that name is the level.
+        ctypes.c_int.in_dll(loaded_library("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE").value = _FATAL
 
 
 class IPv6Listener:
