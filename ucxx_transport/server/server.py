@@ -192,12 +192,10 @@ class UCXXServer(RingSource):
         return serves and all(one.words[PORT] and one.words[BEAT] >= oldest_ns for one in self._counters)
 
     def __enter__(self) -> Self:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         self.stop()
 
     async def __aenter__(self) -> Self:
