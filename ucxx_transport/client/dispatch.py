@@ -292,11 +292,11 @@ class Dispatch:
                 read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
                 return
             connection.queue.remove(read)
-        if place in ("queued", "asked"):
+        if place == "paused":
+            self.reads.fail(read, error)
+        else:
             read.source.advance()
             self.failed(read, error)
-        else:
-            self.reads.fail(read, error)
 
     def _late(self, attempt: Attempt, error: TransportError, now: float) -> None:
         """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""

@@ -126,7 +126,6 @@ class Carrier(Protocol):
     key: PortKey
     session: ClientSession
     queue: deque[Read]
-    errands: list[Errand]
     running: list[Errand]
     attempts: dict[int, Attempt]
     late: int
