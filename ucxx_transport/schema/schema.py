@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,13 +15,13 @@ import xxhash
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema.tensor_spec import TensorSpec
 from ucxx_transport.schema.tensors import (
+    LENGTH_BYTES,
     Array,
     Placement,
     as_array,
     byte_view,
     fit,
     make_placer,
-    read_lengths,
     view_fields,
 )
 from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
@@ -85,16 +86,12 @@ class Schema:
             ConfigError: no field or too many, names that collide or leave gaps in a list, more than 2**48 bytes of
                 payload or 1 MiB of description.
         """
-        try:
-            self.fields: tuple[TensorSpec, ...] = tuple(fields)
-        except TypeError as exc:
+        given: object = fields
+        self.fields: tuple[TensorSpec, ...] = tuple(given) if isinstance(given, Iterable) else ()
+        if not 1 <= len(self.fields) <= MAX_FIELDS or not all(isinstance(field, TensorSpec) for field in self.fields):
             raise ConfigError(
-                f"a Schema is made of TensorSpec objects, not of {describe(fields)}", field="fields"
-            ) from exc
-        if not all(isinstance(field, TensorSpec) for field in self.fields):
-            raise ConfigError("a Schema is made of TensorSpec objects", field="fields")
-        if not 1 <= len(self.fields) <= MAX_FIELDS:
-            raise ConfigError(f"a Schema has 1 to {MAX_FIELDS} fields, not {len(self.fields)}", field="fields")
+                f"a Schema is made of 1 to {MAX_FIELDS} TensorSpec objects, not of {describe(fields)}", field="fields"
+            )
         shape = TreeShape([field.name for field in self.fields])
         self.gather, self.nest = shape.gather, shape.build
         self._by_name = {field.name: field for field in self.fields}
@@ -263,7 +260,11 @@ class Schema:
         """
         placement = self._full
         if self._varlen:
-            lengths = read_lengths(memory, len(self._varlen))
+            count = len(self._varlen)
+            if len(memory) < count * LENGTH_BYTES:
+                text = f"a payload of {len(memory)} bytes ends within its table of {count} lengths"
+                raise ProtocolError(text, nbytes=len(memory))
+            lengths = struct.unpack_from(f"<{count}Q", memory)
             if any(map(operator.gt, lengths, self._varlen_maxima)):
                 claims = zip(self.varlen, lengths, self._varlen_maxima, strict=True)
                 name, length, most = next(claim for claim in claims if claim[1] > claim[2])

@@ -23,7 +23,6 @@ unspecified. `nbytes` ends with the last field's last byte.
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.tensor_spec import DType, TensorSpec, casts_exactly
 from ucxx_transport.schema.wire_form import describe, misfit
 
@@ -267,12 +266,3 @@ def view_fields(memory: memoryview, placement: Placement) -> list[Array]:
     make: Callable[..., Array] = np.ndarray
     # map() over C callables: faster than a comprehension, and this is most of a decode
     return list(map(make, placement.shapes, placement.dtypes, repeat(memory), placement.offsets))
-
-
-def read_lengths(memory: memoryview, count: int) -> tuple[int, ...]:
-    """The table of lengths that a writer left, unchecked, each once read; a ProtocolError for a shorter payload."""
-    if len(memory) < count * LENGTH_BYTES:
-        raise ProtocolError(
-            f"a payload of {len(memory)} bytes ends within its table of {count} lengths", nbytes=len(memory)
-        )
-    return struct.unpack_from(f"<{count}Q", memory)

@@ -51,13 +51,10 @@ class TreeShape:
         Raises:
             ConfigError: fields are missing or unknown; the message names them.
         """
-        if self._flat and type(tree) is dict and len(tree) == len(self.paths):
-            try:
-                return [tree[path] for path in self.paths]
-            except KeyError:
-                return self._gather_any(tree)
-        leaves: list[object] = [None] * len(self.paths)
         try:
+            if self._flat and type(tree) is dict and len(tree) == len(self.paths):
+                return [tree[path] for path in self.paths]
+            leaves: list[object] = [None] * len(self.paths)
             _collect(self._root, tree, leaves)
         except LookupError:
             return self._gather_any(tree)

@@ -10,12 +10,8 @@ A trajectory whose leaves are all in host memory, and of which nothing is narrow
 | into the slot             | one copy begun, of contiguous bytes; host leaves are copied at the same time             |
 | before commit or abort    | waited for, once a device: nothing is copied into a slot that another holder has         |
 
-| given to a field that may be narrowed | becomes                                                           |
-|---------------------------------------|-------------------------------------------------------------------|
-| a dtype that keeps its values there   | copied as it is                                                   |
-| a wider float                         | rounded to the nearest; one that overflows is refused             |
-| a wider integer                       | the same number; one that does not fit is refused                 |
-| another kind (a float to an integer)  | refused: convert it first                                         |
+A field that may be narrowed takes a wider float, rounded to the nearest, and a wider integer that is the same number
+there. What overflows, does not fit or is of another kind is refused.
 """
 
 from __future__ import annotations
