@@ -124,6 +124,12 @@ class Segment:
         """Whether this object made the file, in this process, and has not removed it."""
         return self._creation.descriptor() is not None
 
+    @property
+    def lost_its_name(self) -> bool:
+        """Whether another program removed the file's name, which this object made, in this process."""
+        fd = self._creation.descriptor()
+        return fd is not None and os.fstat(fd).st_nlink == 0
+
     def duplicate(self) -> int | None:
         """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
 

@@ -36,6 +36,9 @@ _log = get_logger(__name__)
 _RECLAIM_EVERY_S: Final = 0.1
 """While waiting for a slot: how often to look for holds of processes that died since."""
 
+_WRITES_A_LOOK: Final = 1024
+"""Writes, about, from one look whether the ring still has its name to the next: one takes 0.8 µs."""
+
 _SMALL_BYTES: Final = 16 << 10
 """Copied with the interpreter's lock held, which takes less than releasing it."""
 
@@ -77,7 +80,8 @@ class SharedRingBuffer(ReadableRing):
         self._overwrites = self._identity.on_full == "overwrite"
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
         self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
-        self._warned_envelope = False
+        self._look_every = max(1, _WRITES_A_LOOK // self.slots)
+        self._warned_envelope = self._warned_name = False
 
     def write(
         self,
@@ -252,7 +256,21 @@ class SharedRingBuffer(ReadableRing):
         if envelope:
             self._write_envelope(hold, envelope)
         self._transitions.commit(words, readers)
+        if not slot and generation % self._look_every == 0 and not self._warned_name:
+            self._look_for_name()
         return ref
+
+    def _look_for_name(self) -> None:
+        """Say once when another program removed the ring's name: readers on this host then go over the network."""
+        self._warned_name = self._segment.lost_its_name
+        if self._warned_name:
+            _log.warning(
+                "ring_name_removed",
+                ring=self.name,
+                path=str(self._segment.path),
+                reason="removed by another program, such as systemd-logind (RemoveIPC; `loginctl enable-linger`); the "
+                "ring works on, over UCX for those who have not attached yet",
+            )
 
     def _reserve(self, hold: Hold, nbytes: int, deadline_s: float | None) -> None:
         """Give a hold a slot in WRITING; errors as `write`."""

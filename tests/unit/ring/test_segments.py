@@ -9,8 +9,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -289,3 +290,18 @@ def test_a_ring_whose_name_was_removed_is_attached_by_its_descriptor_and_its_loc
         with open(f"/proc/self/fd/{descriptor}", "rb") as again, pytest.raises(BlockingIOError):
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
+
+
+def test_a_writer_hears_once_that_another_program_removed_its_rings_name(
+    make_ring: MakeRing, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    ring = make_ring(slots=2)
+    for removed in (False, True):
+        if removed:
+            file_of(ring).unlink()
+        for _ in range(2 * 1024):
+            ring.write_raw(b"payload")
+        told = [event for event in log_events if event["event"] == "ring_name_removed"]
+        assert len(told) == removed
+    ring.close()
+    assert len(log_events) == 1
