@@ -222,7 +222,7 @@ class Worker:
         self._channel.cancel_join_thread()
 
     def _into_ring(self, pattern: PayloadPattern) -> None:
-        ring = {"slots": BATCHES_AHEAD * BATCH, "on_full": "block"}
+        ring = {"slots": BATCHES_AHEAD * BATCH}
         with TrajectoryWriter("bench", ring=ring, server=ServerConfig(host="127.0.0.1")) as writer:
             number = 0
             while not self._stopping.is_set():

@@ -45,7 +45,7 @@ class Rollouts(UCXXRolloutMixin):
         self.setup_ucxx(
             f"worker-{seat}",
             varlen={"tokens": MAX_TOKENS, "logprobs": MAX_TOKENS, "reward": MAX_TOKENS},
-            ring={"slots": 6 * GROUP, "on_full": "block", "block_timeout_s": 1.0},
+            ring={"slots": 6 * GROUP, "block_timeout_s": 1.0},
             on_error="drop",  # with no slot free in time: the worker then checks whether to stop
             reward="reward",
         )

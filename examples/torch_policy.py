@@ -79,7 +79,7 @@ class Rollouts(UCXXRolloutMixin):
         self.setup_ucxx(
             f"worker-{seat}",
             schema=Schema([TensorSpec(name, (steps, *shape), dtype, varlen=True) for name, shape, dtype in fields]),
-            ring={"slots": 3 * options.batch, "on_full": "block", "block_timeout_s": 1.0},
+            ring={"slots": 3 * options.batch, "block_timeout_s": 1.0},
             on_error="drop",  # with no slot free in time: the worker then checks whether to stop
             reward="reward",
         )

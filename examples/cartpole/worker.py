@@ -48,7 +48,7 @@ class RolloutWorker(UCXXRolloutMixin):
         self.setup_ucxx(
             f"worker-{worker}",  # a replacement takes over the name, and has a larger epoch in the store
             schema=plan.schema,
-            ring={"name": plan.ring_name(seat), "slots": plan.slots, "on_full": "block", "checksum": True},
+            ring={"name": plan.ring_name(seat), "slots": plan.slots, "checksum": True},
             server=ServerConfig(ports=plan.ports),
             reward="rewards",
             store=plan.store,

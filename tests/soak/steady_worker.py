@@ -37,7 +37,7 @@ class Worker(UCXXRolloutMixin):
         self.setup_ucxx(
             worker_id,
             varlen=dict.fromkeys(("obs/image", "obs/speed", "reward"), MAX_STEPS),
-            ring={"slots": SLOTS, "on_full": "block", "block_timeout_s": 60.0},
+            ring={"slots": SLOTS, "block_timeout_s": 60.0},
             server=ServerConfig(host="127.0.0.1", ports=2),
             reward="reward",
         )

@@ -309,6 +309,7 @@ class SharedRingBuffer(ReadableRing):
             # in slices: a signal is noticed between two, and so is a reader's death
             wait_s = min(left_s, _RECLAIM_EVERY_S)
             transitions.sleeping.wait(transitions.address, words[layout.HOLD_STATE], int(wait_s * 1e9))
+            self._require_open()
         transitions.count("full")
         if blocks:
             raise DeadlineExceededError(

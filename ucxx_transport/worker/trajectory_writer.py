@@ -29,6 +29,7 @@ from ucxx_transport.schema.episode_record import (
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
+from ucxx_transport.settings import gather
 from ucxx_transport.worker.packing import TrajectoryPacker, without_devices
 
 _log = get_logger(__name__)
@@ -52,12 +53,16 @@ class RolloutStatistics:
 class TrajectoryWriter:
     """A rollout worker's end of the transport. Thread-safe; close it with `close()` or `with`.
 
+    It loses no episode by itself: with no free slot `write` waits, up to `ring.block_timeout_s` (30), and is then a
+    DeadlineExceededError, or what `on_error` says. Another policy is chosen by name: `ring={"on_full": "overwrite"}`.
+
     Args:
         worker_id: this worker's name in every record, 1 to 128 printable characters.
         schema: the fields of every trajectory; None takes them from the first one, and makes ring and server then.
         varlen: for `schema=None`: names of the fields whose leading dimension varies, with their maximum lengths, or
             without: then the first trajectory has the maximum.
-        ring: settings of the ring (see `RingConfig`), all but its schema.
+        ring: settings of the ring (see `RingConfig`), all but its schema. `on_full` is "block" where no source of
+            settings has another.
         server: settings of the server; None for the defaults.
         serve: whether there is a server: without one only trainers on this host can read.
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
@@ -101,6 +106,8 @@ class TrajectoryWriter:
         self._worker_id = worker_id
         self._varlen = varlen if isinstance(varlen, (Mapping, str)) else tuple(varlen)
         self._ring_settings = dict(ring or {})
+        if "on_full" not in gather("ring", self._ring_settings):
+            self._ring_settings["on_full"] = "block"
         self._server_config = server
         self._serve = serve
         self._on_error = on_error
@@ -144,15 +151,15 @@ class TrajectoryWriter:
             policy_version: of the weights it was played with.
             readers: reads that free it, at most the ring's own; None for that.
             meta: what else to say about it; travels in the reference.
-            deadline_s: how long to wait for a slot under `on_full="block"`; None: as configured.
+            deadline_s: how long to wait for a slot where the ring does; None: `ring.block_timeout_s`.
 
         Returns:
             Its record. Under `on_error="drop"` a failed write's record has no reference, but the reason.
 
         Raises:
             ConfigError: the trajectory does not fit the schema, or the writer is closed.
-            RingFullError: no slot is to be had and the ring does not wait.
             DeadlineExceededError: no slot in time.
+            RingFullError: no slot, and a ring that does not wait was chosen.
         """
         policy_version = _as_version(policy_version)
         packer = self._ready_for(trajectory)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from tests.support.rows import row
+from tests.support.waiting import wait_until
 from ucxx_transport import (
     ConfigError,
     PublisherConfig,
     RingFullError,
     Schema,
+    SlotError,
     SourceWatcher,
     StoreConfig,
     TensorSpec,
@@ -105,6 +108,38 @@ def test_a_failed_write_is_a_record_with_the_reason_and_a_count_where_that_was_c
     assert str(misfit.dropped).startswith("ConfigError: ")
     assert end.statistics().dropped == {"RingFullError": 2, "ConfigError": 1}
     assert [event["kind"] for event in log_events] == ["RingFullError", "ConfigError"]
+
+
+def test_a_full_ring_costs_no_episode_unless_that_was_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, environment, written, overwritten, dropped in (
+        ({}, None, 8, 0, {"DeadlineExceededError": 56}),
+        ({"on_full": "raise"}, "overwrite", 8, 0, {"RingFullError": 56}),
+        ({"on_full": "overwrite"}, None, 64, 56, {}),
+        ({}, "overwrite", 64, 56, {}),
+    ):
+        with row(chosen=chosen, environment=environment), monkeypatch.context() as patch:
+            if environment is not None:
+                patch.setenv("UCXX_TRANSPORT_RING__ON_FULL", environment)
+            with writer(ring={"slots": 8, "block_timeout_s": 1e-3, **chosen}, on_error="drop") as end:
+                records = [end.write(episode()) for _ in range(64)]
+                assert end.ring is not None
+                assert end.ring.statistics().overwritten == overwritten
+                assert (end.statistics().written, end.statistics().dropped) == (written, dropped)
+                assert sum(record.ref is not None for record in records) == written
+
+
+def test_a_write_that_waits_for_a_slot_gets_the_one_that_a_reader_frees_and_fails_with_the_ring() -> None:
+    with writer(ring={"slots": 1}) as end, ThreadPoolExecutor(1) as pool:
+        first = end.write(episode())
+        assert end.ring is not None
+        ring, results = end.ring, []
+        for way_out in (lambda: ring.read(first.ref), end.close):  # type: ignore[arg-type]  # there is one
+            results.append(pool.submit(end.write, episode()))
+            wait_until(lambda: ring.statistics().blocked == len(results), MINUTE, what="it waits")
+            way_out()
+        assert results[0].result(MINUTE).sequence == 1
+        with pytest.raises(SlotError, match="closed"):
+            results[1].result(MINUTE)
 
 
 @pytest.mark.parametrize("rewards", [[], [np.nan], [np.inf, -np.inf], [3e38] * 100])
