@@ -3,11 +3,11 @@
 A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
 before it has cleaned up. It is an interpreter like the worker's own: the same executable
 (`multiprocessing.set_executable` is honoured), flags and `sys.path`. Between the two is a socket that keeps messages
-apart; what the worker sends is pickled, and what it gets is JSON:
+apart, each of which is JSON:
 
 | from    | message                              | means                                                               |
 |---------|--------------------------------------|---------------------------------------------------------------------|
-| worker  | `[…]`, as JSON                       | the first: its `sys.path`, so that the others can be unpickled      |
+| worker  | `[…]`                                | the first: its `sys.path`                                           |
 | worker  | `{"worker_pid": n, "log_level": m,   | the second: whose sidecar it is, and what it serves (None: nothing) |
 |         | "serve": {…}}`                       |                                                                     |
 | worker  | `{"lease_id": 7, "store": {…}}`      | renew this lease too, there, so often (None: no longer)             |
@@ -26,7 +26,6 @@ import math
 import multiprocessing.spawn
 import multiprocessing.util
 import os
-import pickle
 import select
 import signal
 import socket
@@ -38,17 +37,22 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
+from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]
 """What a sidecar is to do. A `descriptor` in it is handed over: inherited, and closed here."""
+
+AS_HEX: Final = "secret, as hex"
+"""The one key of what stands for a secret in a message."""
 
 LOOK_S: Final = 1.0
 """How often a sidecar that is up is looked at."""
@@ -291,14 +295,13 @@ class _Process:
         self._socket.settimeout(0.0)
         self.fileno = self._socket.fileno
         entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
-        with suppress(OSError):
-            self._socket.send(json.dumps([entry for entry in entries if isinstance(entry, str)]).encode())
+        self.send([entry for entry in entries if isinstance(entry, str)])
         self.send({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
 
-    def send(self, order: Order) -> None:
+    def send(self, message: Order | list[object]) -> None:
         """Send it a message; one that has died loses it."""
         with suppress(OSError):
-            self._socket.send(pickle.dumps(order))
+            self._socket.send(packed(message))
 
     def receive(self) -> dict[str, Any] | None:
         """The next report; an empty one where there is none, None at the end of file."""
@@ -347,6 +350,19 @@ class _Process:
             os.write(errors, text)
         os.close(errors)
         return text.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+
+
+def packed(message: Order | list[object]) -> bytes:
+    """A message to a sidecar; `main.settings_of` makes settings of it again."""
+    return json.dumps(message, default=_plain).encode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Secret):  # it travels by this socket and nowhere else
+        return {AS_HEX: value.reveal().hex()}
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def interpreter() -> str:

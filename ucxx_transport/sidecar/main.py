@@ -22,28 +22,29 @@ import gc
 import json
 import math
 import os
-import pickle
 import select
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
 
+from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
+from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ucxx_transport.config import ServerConfig
     from ucxx_transport.membership.renewal import LeaseRenewer
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.server.port import PortThread
 
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 # Of the longest message.
 MESSAGE_BYTES: Final = 1 << 17
@@ -104,28 +105,28 @@ class _Main:
         if end == "dead":
             self._leave()
         if self._serve is not None:
-            self._stop_port(self._serve["settings"].stop_timeout_s)
+            self._stop_port(self._serve["settings"]["stop_timeout_s"])
         return int(end == "broken")
 
     def _start_port(
         self,
         *,
         ring_name: str,
-        ring_folder: Path,
+        ring_folder: str,
         descriptor: int | None,
         index: int,
         candidates: Sequence[int],
-        settings: ServerConfig,
+        settings: Mapping[str, Any],
     ) -> int:
         """Serve one port of a ring, as `ucxx_transport.server.server` orders it; returns the port."""
         from ucxx_transport.ring import SharedRingBuffer
         from ucxx_transport.server.port import PortThread
 
-        self._ring = SharedRingBuffer.attach(ring_name, folder=ring_folder, descriptor=descriptor)
+        self._ring = SharedRingBuffer.attach(ring_name, folder=Path(ring_folder), descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
-        self._port = PortThread(self._ring, settings, index, candidates)
+        self._port = PortThread(self._ring, settings_of(ServerConfig, settings), index, candidates)
         self._port.start()
         return self._port.up.result()  # the worker knows when that takes too long
 
@@ -185,7 +186,7 @@ class _Main:
             before.stop(0.0)
         if store is not None:
             self._renewers[lease_id] = renewer = LeaseRenewer(
-                cache(partial(open_store, store["url"], store["config"])),
+                cache(partial(open_store, store["url"], settings_of(StoreConfig, store["config"]))),
                 lease_id,
                 store["interval_s"],
                 on_renewed=partial(self.report, kept=lease_id),
@@ -200,7 +201,17 @@ def receive(worker: int) -> Mapping[str, Any] | None:
         order = os.read(worker, MESSAGE_BYTES)
     except ConnectionError:  # it has not read all that it was sent
         return None
-    return pickle.loads(order) if order else None  # noqa: S301 - of the process that started this one
+    return json.loads(order) if order else None
+
+
+def settings_of(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """Settings that came by a message; this process's environment and files have no say, since each value is there."""
+    secrets = {
+        name: bytes.fromhex(value[AS_HEX])
+        for name, value in values.items()
+        if isinstance(value, dict) and AS_HEX in value
+    }
+    return kind(**{**values, **secrets})
 
 
 def main(worker: int, errors: int, role: str) -> int:

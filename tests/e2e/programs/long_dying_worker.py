@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import sys
 from tests.e2e.programs.request_lines import answer
 from ucxx_transport import RingConfig, ServerConfig, SharedRingBuffer
 from ucxx_transport.sidecar import boot
+from ucxx_transport.sidecar.launch import packed
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
         "candidates": [0],
         "settings": ServerConfig(host="127.0.0.1", ports=1),
     }
-    ours.send(json.dumps(sys.path).encode())
-    ours.send(pickle.dumps({"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}))
+    ours.send(packed([*sys.path]))
+    ours.send(packed({"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}))
     port = json.loads(ours.recv(4096))["up"]
     ours.close()
     answer({"ring": ring.name, "port": port, "server": sidecar.pid})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 
 import pytest
 
@@ -10,6 +10,8 @@ from tests.support.memory_store import MemoryStore
 from tests.support.rows import row
 from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.membership.renewal import Keeper
+from ucxx_transport.sidecar.launch import packed
+from ucxx_transport.sidecar.main import settings_of
 
 SECRET = "correct horse"
 STORE = StoreConfig(namespace="job-7", timeout_s=1.5, user="root", password=SECRET, ca_file="/ca.pem")
@@ -27,16 +29,16 @@ def test_settings_arrive_as_they_were_given_and_the_sidecar_s_environment_has_no
             for token in ("plain", b"\x00\xffbytes")
         ),
     ]
-    sent = [pickle.dumps(config) for config in given]
+    sent = [packed({"settings": config}) for config in given]
     for name, value in (("STORE__NAMESPACE", "another-job"), ("SERVER__IDLE_TIMEOUT_S", "99"), ("SERVER__TOKEN", "x")):
         monkeypatch.setenv(f"UCXX_TRANSPORT_{name}", value)
     for config, message in zip(given, sent, strict=True):
         with row(config=config):
-            heard = pickle.loads(message)  # noqa: S301 - its own
+            heard: object = settings_of(type(config), json.loads(message)["settings"])
             assert heard == config
-            if isinstance(config, ServerConfig):
+            if isinstance(config, ServerConfig) and isinstance(heard, ServerConfig):
                 assert heard.token_bytes == config.token_bytes
-            elif isinstance(config, StoreConfig):
+            elif isinstance(config, StoreConfig) and isinstance(heard, StoreConfig):
                 assert heard.password_text == config.password_text
 
 
