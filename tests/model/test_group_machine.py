@@ -34,7 +34,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
 )
 from ucxx_transport.groups.participant import MembershipEndedError, Participant
-from ucxx_transport.groups.state import GroupListener, SharedState
+from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view
 from ucxx_transport.membership.store import Lease
@@ -231,7 +231,7 @@ class GroupMachine(RuleBasedStateMachine):
             store = self.admin.beside()
             context = rank_context(store, rank, clock=self.clock, group=GROUP, ack_timeout_s=ACK_TIMEOUT_S)
             one = self.processes[rank] = Process(rank, context, SharedState(GROUP, rank), store)
-            one.shared.listen(GroupListener(on_view=partial(self.note_applied, one)))
+            one.shared.on_view(partial(self.note_applied, one))
         self.publish(one)
 
     def note_applied(self, one: Process, view: GroupView) -> None:

@@ -22,10 +22,11 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant
-from ucxx_transport.groups.state import GroupListener, GroupState, GroupStatistics, Member, SharedState
+from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, put_policy_version
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
 from ucxx_transport.teardown import Teardown
 
@@ -159,7 +160,9 @@ class RankGroup:
             DeadlineExceededError: nothing of this rank is left in the group; `facts["waiting_for"]` has the ranks, or
                 "store", that it was waiting for.
             RegistryError: it was cancelled by `leave`, or the store refuses this user.
+            ConfigError: a callback calls this.
         """
+        self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         if not self._joining.acquire(timeout=retrying.left_s):
             text = "another join_group() of this rank is under way"
@@ -185,6 +188,7 @@ class RankGroup:
         What this rank serves should have ended by then: the others stop asking it as soon as they see the view. A
         `join_group` that is under way in another thread is cancelled. If the store cannot be reached, the lease ends by
         itself. `join_group` may be called again.
+        Callbacks have a second for the news that they have not heard.
         """
         self._cancelled.set()
         is_callback = self._participant is not None and self._participant.is_own_thread
@@ -196,6 +200,7 @@ class RankGroup:
         finally:
             if has_lock:
                 self._joining.release()
+        self._shared.listeners.wait_idle()  # so that callbacks have ended with it, unless one blocks
 
     def __enter__(self) -> Self:
         return self
@@ -244,13 +249,14 @@ class RankGroup:
         """
         if type(version) is not int or not 0 <= version < 1 << 59:
             raise ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
-        participant, retrying = self._member(), Retrying(self._context, timeout_s, "setting the policy version")
+        self._member()
+        retrying = Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
 
         def seen(now: GroupState) -> bool:
             return now.snapshot is not None and now.snapshot.revision >= revision
 
-        if not participant.is_own_thread:
+        if not self._shared.listeners.is_calling_back():
             self._shared.wait(seen, retrying, lambda now: _not_seen(now, now.epoch))
 
     def wait_for_view(self, min_epoch: int, timeout_s: float) -> GroupView:
@@ -260,7 +266,9 @@ class RankGroup:
             NotReadyError: this rank is not a member.
             LeaseLostError, StoreResetError: it is one no longer: `join_group()` again.
             DeadlineExceededError: no such view came.
+            ConfigError: a callback calls this.
         """
+        self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
         return self._shared.wait(
@@ -272,16 +280,18 @@ class RankGroup:
 
         It is called in the group's own thread. The view is acknowledged, and waiting calls return, when it has
         returned: so it is the place to connect to joiners. A callback that takes longer than `ack_timeout_s` while a
-        rank joins costs this one its place. An exception is logged and counted, and the view acknowledged.
+        rank joins costs this one its place. An exception is logged and counted, and the view acknowledged. It must not
+        wait for the group: `join_group` and `wait_for_view` are a ConfigError in it.
         """
-        return self._shared.listen(GroupListener(on_view=callback))
+        return self._shared.on_view(callback)
 
     def on_gone(self, callback: Callable[[TransportError], object]) -> Callable[[], None]:
         """Call `callback` when this rank is a member no longer without having left; returns what ends that.
 
-        It is called in the group's own thread, with the reason: the lease was lost, or the group dropped this rank.
+        It is called in a thread of its own, with the reason: the lease was lost, or the group dropped this rank. Wake
+        your own loop with it to `join_group` again: a callback must not wait.
         """
-        return self._shared.listen(GroupListener(on_gone=callback))
+        return self._shared.listeners.subscribe({GONE: callback})
 
     def subscribe(
         self,
@@ -291,9 +301,11 @@ class RankGroup:
     ) -> Callable[[], None]:
         """Call `on_add` with each member there is and each that is admitted, `on_remove` with each that has gone.
 
-        A rank whose new life is admitted has gone before. Returns what ends that.
+        A rank whose new life is admitted has gone before. The members there are come in this thread, before this
+        returns; the others in a thread of its own, so that a slow callback delays neither the group nor another one.
+        Returns what ends that.
         """
-        return self._shared.listen(GroupListener(on_add=on_add, on_remove=on_remove), with_present=True)
+        return self._shared.listeners.subscribe({ADD: on_add, REMOVE: on_remove})
 
     def _join_once(self, retrying: Retrying) -> GroupState:
         incarnation = uuid.uuid4().hex
@@ -337,19 +349,19 @@ class RankGroup:
             self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **self._context.keys))
         participant.stop(teardown, until_s)
 
-    def _member(self) -> Participant:
-        """The present incarnation's; a NotReadyError while this rank is not a member."""
+    def _member(self) -> None:
+        """A NotReadyError while this rank is not a member."""
         if self._participant is None or not self.state.state.is_seated:
             raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
-        return self._participant
 
     def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float) -> GroupView:
         """Write a change, and wait for the view that has it; after a RECALL for one in which the ranks are ACTIVE."""
         self._check_ranks(ranks)
-        participant, retrying = self._member(), Retrying(self._context, timeout_s, event.name.lower())
+        self._member()
+        retrying = Retrying(self._context, timeout_s, event.name.lower())
         epoch = change_view(retrying, event, ranks)
-        if participant.is_own_thread and self.view is not None:
-            return self.view  # the next one comes by this very thread
+        if self._shared.listeners.is_calling_back() and self.view is not None:
+            return self.view  # the next one may come by this very thread
 
         def found(now: GroupState) -> GroupView | None:
             view = now.notified_view(epoch)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, TypeVar
 
 from ucxx_transport.errors import TransportError
@@ -26,10 +26,16 @@ from ucxx_transport.groups.view import (
 )
 from ucxx_transport.groups.writes import Retrying
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners
 
 _log = get_logger(__name__)
 
 T = TypeVar("T")
+
+ViewCallback = Callable[[GroupView], object]
+
+GONE: Final = "gone"
+"""To listeners: this rank is a member no longer, without having left."""
 
 POLL_S: Final = 0.2
 """How often a waiting call looks at the clock, and whether it is cancelled; what it waits for wakes it at once."""
@@ -68,6 +74,7 @@ class GroupStatistics:
         conflicts: writes that another member's had overtaken.
         outages: times that the store could not be reached.
         callback_errors: exceptions of callbacks.
+        callback_overflows: full queues of callbacks that were slow, and got the difference instead.
     """
 
     views: int = 0
@@ -79,6 +86,7 @@ class GroupStatistics:
     conflicts: int = 0
     outages: int = 0
     callback_errors: int = 0
+    callback_overflows: int = 0
 
     def plus(self, **more: int) -> GroupStatistics:
         """With these added."""
@@ -97,7 +105,7 @@ class GroupState:
         policy_version: what the group trains; None: it was never set.
         statistics: counts up to this view: a rank that has gone from it has been counted.
         ended: why this rank is a member no longer; None: it is one, or never was.
-        notified_epoch: of the last view that all callbacks have had.
+        notified_epoch: of the last view that all callbacks of `on_view` have had.
         snapshot: the store's content as seen last; None: not seen since this rank joined.
     """
 
@@ -134,7 +142,7 @@ class GroupState:
         return replace(member, address=record.address, meta=record.meta)
 
     def notified_view(self, min_epoch: int = 1) -> GroupView | None:
-        """The view, once all callbacks have had it, if its epoch is not smaller; else None."""
+        """The view, once all callbacks of `on_view` have had it, if its epoch is not smaller; else None."""
         return self.view if self.notified_epoch == self.epoch >= min_epoch else None
 
     def not_in(self, view: GroupView | None) -> list[Member]:
@@ -143,30 +151,22 @@ class GroupState:
         return [one for one in members if view is None or not view.seats_incarnation(one.rank, one.incarnation)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupListener:
-    """Callbacks for views, for members that come and go, and for the end of this rank's membership."""
-
-    on_view: Callable[[GroupView], object] = lambda _: None
-    on_add: Callable[[Member], object] = lambda _: None
-    on_remove: Callable[[Member], object] = lambda _: None
-    on_gone: Callable[[TransportError], object] = lambda _: None
-
-
 class SharedState:
     """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
 
     Attributes:
         now: everything at one moment; read it once for several facts that belong together.
+        listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
+            ("gone"), each in a thread of its own; whether the caller is one of them, or of `on_view`.
     """
 
     def __init__(self, group: str, rank: int) -> None:
         self.now = GroupState(group=group, rank=rank)
         self._changed = threading.Condition()
-        self._notifying = threading.RLock()  # taken before `_changed`: a new listener hears of each member once
         self._incarnation = ""
         self._has_joined = False
-        self._listeners: tuple[GroupListener, ...] = ()
+        self._view_callbacks: tuple[ViewCallback, ...] = ()
+        self.listeners = Listeners(_identity, self._count_callback, keys={"group": group, "rank": rank})
 
     def wait(
         self, find: Callable[[GroupState], T | None], retrying: Retrying, late: Callable[[GroupState], TransportError]
@@ -186,21 +186,16 @@ class SharedState:
                 self._changed.wait(min(retrying.left_s, POLL_S))
             return answer
 
-    def listen(self, listener: GroupListener, *, with_present: bool = False) -> Callable[[], None]:
-        """Notify `listener` from now on, until what is returned is called.
-
-        `with_present`: also call `on_add` with each member there is, which waits while a view's callbacks run.
-        """
+    def on_view(self, callback: ViewCallback) -> Callable[[], None]:
+        """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""
+        once = partial(callback)  # to be told from another registration of the same
 
         def end() -> None:
             with self._changed:
-                self._listeners = tuple(other for other in self._listeners if other is not listener)
+                self._view_callbacks = tuple(other for other in self._view_callbacks if other is not once)
 
-        with self._notifying if with_present else nullcontext():
-            with self._changed:
-                self._listeners += (listener,)
-            for member in self.now.members.values() if with_present else ():
-                self._notify(listener.on_add, member)
+        with self._changed:
+            self._view_callbacks += (once,)
         return end
 
     def count(self, **more: int) -> None:
@@ -223,30 +218,31 @@ class SharedState:
             self._changed.notify_all()
 
     def apply(self, view: GroupView) -> None:
-        """Take a newer view: publish it with its counts, notify the listeners, and only then wake waiting calls."""
-        with self._notifying:
-            with self._changed:
-                before, listeners = self.now, self._listeners
-                after = replace(before, view=view)
-                if view.seats_incarnation(before.rank, self._incarnation):
-                    after = replace(after, state=view.state_of(before.rank))
-                    self._has_joined = self._has_joined or after.state is not RankState.JOINING
-                removed, added = before.not_in(view), after.not_in(before.view)
-                activated = set(view.active_ranks) - set(before.active_ranks)
-                statistics = before.statistics.plus(views=1, admitted=len(added), activated=len(activated))
-                for member in removed:
-                    statistics = statistics.plus(**{_reason_gone(view, member): 1})
-                self.now = replace(after, statistics=statistics)
+        """Take a newer view with its counts, call back for it, and only then wake waiting calls; for one thread."""
+        with self._changed:
+            before, callbacks = self.now, self._view_callbacks
+            after = replace(before, view=view)
+            if view.seats_incarnation(before.rank, self._incarnation):
+                after = replace(after, state=view.state_of(before.rank))
+                self._has_joined = self._has_joined or after.state is not RankState.JOINING
+            removed, added = before.not_in(view), after.not_in(before.view)
+            activated = set(view.active_ranks) - set(before.active_ranks)
+            statistics = before.statistics.plus(views=1, admitted=len(added), activated=len(activated))
             for member in removed:
-                if (reason := _reason_gone(view, member)) != "left":
-                    keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
-                    _log.warning("group_member_gone", member=member.rank, reason=reason, **keys)
-            for listener in listeners:
-                for member in removed:
-                    self._notify(listener.on_remove, member)
-                for member in added:
-                    self._notify(listener.on_add, member)
-                self._notify(listener.on_view, view)
+                statistics = statistics.plus(**{_reason_gone(view, member): 1})
+            self.now = replace(after, statistics=statistics)
+            self.listeners.put([(REMOVE, member) for member in removed] + [(ADD, member) for member in added])
+        for member in removed:
+            if (reason := _reason_gone(view, member)) != "left":
+                keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
+                _log.warning("group_member_gone", member=member.rank, reason=reason, **keys)
+        for callback in callbacks:
+            try:
+                with self.listeners.calling_back():
+                    callback(view)
+            except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
+                self._count_callback("errors")
+                _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
         with self._changed:
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
@@ -259,17 +255,17 @@ class SharedState:
             is_known = (self.now.state, event) in TRANSITIONS  # not so if views were skipped that were soon outdated
             state = advance(self.now.state, event if is_known else RankEvent.LOSE)
             self.now = replace(self.now, state=state, ended=error)
-            listeners = self._listeners if self._has_joined and event is not RankEvent.LEAVE else ()
+            if self._has_joined and event is not RankEvent.LEAVE:
+                self.listeners.put([(GONE, error)])
             self._changed.notify_all()
-        for listener in listeners:
-            self._notify(listener.on_gone, error)
 
-    def _notify(self, callback: Callable[..., object], fact: object) -> None:
-        try:
-            callback(fact)
-        except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
-            self.count(callback_errors=1)
-            _log.exception("group_callback_failed", group=self.now.group, rank=self.now.rank)
+    def _count_callback(self, what: str) -> None:
+        self.count(**{f"callback_{what}": 1})
+
+
+def _identity(fact: Member | TransportError) -> tuple[int, str]:
+    assert isinstance(fact, Member)  # only what stays known is asked for
+    return fact.rank, fact.incarnation
 
 
 def _reason_gone(view: GroupView, member: Member) -> str:

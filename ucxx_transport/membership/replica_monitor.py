@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, Self
 
@@ -24,8 +24,10 @@ class ReplicaMonitor:
     A replica that was never there is never gone: before the first has registered nothing fires. One that registers
     again is alive again, and its next death is another one.
 
-    The callbacks run one at a time, in order, in the thread that brings the news (or in that of another which is just
-    calling back). An exception of theirs is logged and goes no further.
+    The callbacks run one at a time, in order, under no lock. With a `feed` they run in a thread of their own, and a
+    slow one delays nobody else. Fed by hand they run in the thread that brings the news, or in that of another which is
+    just calling back; a name that dies again before its death was reported is reported once. An exception is logged and
+    goes no further.
 
     Args:
         on_dead: called with the name of each replica that is gone.
@@ -44,7 +46,7 @@ class ReplicaMonitor:
         self._on_dead, self._on_all_gone = on_dead, on_all_gone
         self._lock = threading.Lock()
         self._alive: set[Hashable] = set()
-        self._due: deque[Callable[[], object]] = deque()
+        self._due: OrderedDict[tuple[Hashable, ...], None] = OrderedDict()  # deaths as (name,), "all are gone" as ()
         self._is_calling = False
         self._unsubscribe: Callable[[], None] = lambda: None
         if feed is not None:
@@ -70,9 +72,10 @@ class ReplicaMonitor:
             if name not in self._alive:
                 return
             self._alive.remove(name)
-            self._due.append(lambda: self._on_dead(name))
+            self._due[name,] = None
             if not self._alive:
-                self._due.append(self._report_all_gone)
+                self._due[()] = None
+                self._due.move_to_end(())  # after the deaths
             if self._is_calling:
                 return  # the thread that is calling back sees to these too
             self._is_calling = True
@@ -84,15 +87,14 @@ class ReplicaMonitor:
                 if not self._due:
                     self._is_calling = False
                     return
-                callback = self._due.popleft()
+                due, _ = self._due.popitem(last=False)
             try:
-                callback()
+                if due:
+                    self._on_dead(due[0])
+                elif not self.alive:  # else one has come back before this could be reported
+                    self._on_all_gone()
             except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
                 _log.exception("replica_callback_failed")
-
-    def _report_all_gone(self) -> None:
-        if not self.alive:  # else one has come back before this could be reported
-            self._on_all_gone()
 
     def close(self) -> None:
         """Follow the feed no longer. Idempotent."""

@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
@@ -31,6 +31,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import SOURCES
+from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
@@ -57,6 +58,7 @@ class WatcherStatistics:
         failures: calls and watches that the store did not answer.
         malformed: records that are none.
         listener_errors: exceptions of listeners.
+        listener_overflows: full queues of listeners that were slow, and got the difference instead.
         synced: whether what is known is up to date, as far as the store's last answer goes.
     """
 
@@ -69,6 +71,7 @@ class WatcherStatistics:
     failures: int = 0
     malformed: int = 0
     listener_errors: int = 0
+    listener_overflows: int = 0
     synced: bool = False
 
 
@@ -82,7 +85,9 @@ class SourceWatcher:
             print(source.worker_id, source.host, source.ports)
     ```
 
-    Listeners are called in the watcher's thread, in the order of the changes; one that raises is logged.
+    Each listener is called in a thread of its own, in the order of the changes, under no lock: one that is slow, or
+    blocks, delays neither the watcher nor another listener. One that raises is logged. It may call everything here but
+    `wait_for`; a `stop` in it does not wait for it.
 
     Args:
         store: the store or its URL. One given as a URL is opened and closed by the watcher.
@@ -112,8 +117,7 @@ class SourceWatcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._subscriptions: dict[object, dict[str, Listener | None]] = {}
-        self._notifying = threading.RLock()
+        self._listeners = Listeners(_identity, self._count_listener, keys={"store": self._store.url})
         self._counts: Counter[str] = Counter()
         self._revision: int | None = None
         self._identity, self._grace_s, self._failures = "", 0.0, 0
@@ -137,7 +141,11 @@ class SourceWatcher:
             self._thread.start()
 
     def stop(self) -> None:
-        """End. What is known stays readable. Bounded by the store's `timeout_s`; idempotent."""
+        """End. What is known stays readable. Idempotent, and bounded by the store's `timeout_s`.
+
+        Listeners have a second for the news that they have not heard; one that blocks is left to its daemon thread, and
+        called no more.
+        """
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -145,6 +153,7 @@ class SourceWatcher:
             self._watch.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        self._listeners.close()
         if self._owns_store:
             self._store.close()
 
@@ -155,24 +164,12 @@ class SourceWatcher:
         on_update: Listener | None = None,
         on_remove: Listener | None = None,
     ) -> Callable[[], None]:
-        """Call these on changes; `on_add` with the sources known already, before this returns.
+        """Call these on changes; `on_add` with the sources known already, in this thread, before this returns.
 
         Returns:
-            What ends it.
+            What ends it: no callback begins after that; one under way is not waited for.
         """
-        listeners, subscription = {"add": on_add, "update": on_update, "remove": on_remove}, object()
-        with self._notifying:
-            with self._changed:
-                known = self._view.sources
-            for record in known:
-                self._notify(listeners, SourceChange("add", record))
-            self._subscriptions[subscription] = listeners
-
-        def end() -> None:
-            with self._notifying:
-                self._subscriptions.pop(subscription, None)
-
-        return end
+        return self._listeners.subscribe({"add": on_add, "update": on_update, "remove": on_remove})
 
     def sources(self, *, status: SourceStatus | None = SourceStatus.READY) -> tuple[SourceRecord, ...]:
         """The sources known now, by worker id: those of `status`, or all with None."""
@@ -187,8 +184,9 @@ class SourceWatcher:
 
         Raises:
             DeadlineExceededError: fewer within `timeout_s`.
-            ConfigError: the watcher is stopped or was not started.
+            ConfigError: the watcher is stopped or was not started, or a listener calls this.
         """
+        self._listeners.refuse_in_callback("wait_for()")
         until_s = self._clock() + timeout_s
         with self._changed:
             if self._thread is None:
@@ -264,29 +262,18 @@ class SourceWatcher:
                 self._failures = 0
 
     def _apply(self, change: Callable[[], list[SourceChange]], **counts: int) -> None:
-        """Change what is known and its counts at once, then notify."""
-        with self._notifying:
-            with self._changed:
-                changes = change()
-                self._counts.update(counts)
-                self._counts.update(f"{one.kind}s" for one in changes)
-                self.error = None
-                self._changed.notify_all()
-            before = list(self._subscriptions.items())  # who subscribes meanwhile gets what is known after all of them
-            for one in changes:
-                for subscription, listeners in before:
-                    if subscription in self._subscriptions:
-                        self._notify(listeners, one)
+        """Change what is known, its counts and what the listeners are to hear at once."""
+        with self._changed:
+            changes = change()
+            self._counts.update(counts)
+            self._counts.update(f"{one.kind}s" for one in changes)
+            self.error = None
+            self._listeners.put(changes)
+            self._changed.notify_all()
 
-    def _notify(self, listeners: dict[str, Listener | None], change: SourceChange) -> None:
-        if (listener := listeners[change.kind]) is None:
-            return
-        try:
-            listener(change.record)
-        except Exception:  # noqa: BLE001 - a listener's bug must not blind the watcher
-            with self._changed:
-                self._counts["listener_errors"] += 1
-            _log.exception("listener_failed", event_kind=change.kind, source=change.record.worker_id)
+    def _count_listener(self, what: str) -> None:
+        with self._changed:
+            self._counts[f"listener_{what}"] += 1
 
     def _note(self, error: TransportError, **counts: int) -> None:
         new = error if isinstance(error, RegistryError) else RegistryError(str(error))
@@ -295,3 +282,7 @@ class SourceWatcher:
             self._counts.update(counts)
         if type(known) is not type(new):
             _log.warning("store_not_followed", store=self._store.url, reason=str(error))
+
+
+def _identity(record: SourceRecord) -> tuple[str, Hashable]:
+    return record.worker_id, record.life

@@ -23,7 +23,7 @@ from ucxx_transport.errors import (
     StoreResetError,
     TransportError,
 )
-from ucxx_transport.groups import GroupView, RankGroup, RankState
+from ucxx_transport.groups import GroupView, Member, RankGroup, RankState
 from ucxx_transport.groups.view import MemberRecord
 
 VIEW = "groups/trainers/view"
@@ -661,6 +661,51 @@ def test_callbacks_see_members_come_and_go(ranks: Ranks) -> None:
     second.join_group(10)
     wait_until(has_view(first, active_ranks=(0, 1)))
     assert calls == [("add", 0), ("add", 1), ("remove", 1)]
+
+
+def test_a_callback_that_blocks_delays_neither_the_group_nor_a_leave(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    is_in, go_on = threading.Event(), threading.Event()
+
+    def block(member: Member) -> None:
+        if member.rank != 0:
+            is_in.set()
+            go_on.wait(60)
+
+    quick: list[int] = []
+    first.subscribe(on_add=block)
+    first.subscribe(on_add=lambda member: quick.append(member.rank))
+    try:
+        for rank in (1, 2):
+            ranks.joined(rank)
+            assert is_in.wait(10)
+        wait_until(lambda: quick == [0, 1, 2], what="another callback hears of both")
+        first.leave()
+    finally:
+        go_on.set()
+
+
+def test_waiting_for_the_group_in_one_of_its_callbacks_is_refused(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    answers: list[str] = []
+
+    def wait(_: object) -> None:
+        for call in (partial(first.wait_for_view, 1, 60), partial(first.join_group, 60)):
+            with pytest.raises(ConfigError, match="a callback must not") as caught:
+                call()
+            answers.append(str(caught.value.facts["field"]))
+
+    first.on_view(wait)
+    first.on_gone(wait)
+    both = ["wait_for_view()", "join_group()"]
+    first.subscribe(on_add=wait)
+    assert answers == both
+    ranks.joined(1)
+    wait_until(lambda: len(answers) >= 8, what="on_add, and on_view twice")
+    ranks.data.kill(ranks.lease_of(first))
+    wait_until(lambda: len(answers) >= 10, what="on_gone")
+    assert set(answers) == set(both)
+    assert first.statistics().callback_errors == 0
 
 
 def test_waiting_for_a_view_is_bounded(ranks: Ranks) -> None:

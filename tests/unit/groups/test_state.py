@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import wait_until
 from ucxx_transport.errors import LeaseLostError, NotReadyError
-from ucxx_transport.groups.state import GroupListener, GroupState, SharedState
+from ucxx_transport.groups.state import GONE, GroupState, SharedState
 from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
+from ucxx_transport.membership.listeners import ADD, REMOVE
 
 
 def seat(rank: int, life: int, state: RankState = RankState.ACTIVE) -> Seat:
@@ -73,22 +75,29 @@ def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared
     def note(what: str) -> None:
         found.append((what, contradiction(shared.now)))
 
-    shared.listen(
-        GroupListener(
-            on_view=lambda seen: note(f"view {seen.epoch}"),
-            on_add=lambda member: note(f"{member.incarnation} came"),
-            on_remove=lambda member: note(f"{member.incarnation} went"),
-        )
-    )
+    shared.on_view(lambda seen: note(f"view {seen.epoch}"))
     for epoch in (1, 2, 3):
         shared.apply(view(epoch))
-    calls = ["0.0 came", "1.1 came", "view 1", "1.1 went", "view 2", "1.2 came", "view 3"]
-    assert found == [(call, "") for call in calls]
+    assert found == [(f"view {epoch}", "") for epoch in (1, 2, 3)]
+    found.clear()
+    shared.listeners.subscribe(
+        {
+            ADD: lambda member: note(f"{member.incarnation} came"),
+            REMOVE: lambda member: note(f"{member.incarnation} went"),
+        }
+    )
+    for epoch in (4, 5):
+        shared.apply(view(epoch))
+    calls = ["0.0 came", "1.2 came", "1.2 went", "view 4", "1.3 came", "view 5"]
+    wait_until(lambda: len(found) == len(calls))
+    assert sorted(found) == sorted((call, "") for call in calls)
+    members = [call for call, _ in found if not call.startswith("view")]
+    assert members == ["0.0 came", "1.2 came", "1.2 went", "1.3 came"]
 
 
 def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState) -> None:
     found: list[GroupView | None] = []
-    shared.listen(GroupListener(on_view=lambda _: found.append(shared.now.notified_view())))
+    shared.on_view(lambda _: found.append(shared.now.notified_view()))
     shared.apply(view(1))
     assert found == [None]
     assert shared.now.notified_view() == view(1)
@@ -96,11 +105,12 @@ def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState
 
 def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: SharedState) -> None:
     gone: list[object] = []
-    shared.listen(GroupListener(on_gone=lambda error: gone.append((error, shared.now.state, shared.now.ended))))
+    shared.listeners.subscribe({GONE: lambda error: gone.append((error, shared.now.state, shared.now.ended))})
     shared.apply(view(1))
     error = LeaseLostError("it has ended")
     shared.end(RankEvent.LOSE, error)
     shared.end(RankEvent.LOSE, NotReadyError("a second end changes nothing"))
+    shared.listeners.wait_idle()
     assert gone == [(error, RankState.GONE, error)]
     assert shared.now.view == view(1), "what was known stays known"
     shared.begin("0.1")

@@ -319,8 +319,8 @@ def test_a_listener_that_fails_is_counted_and_blinds_nobody(store: Store, watche
     publish(store, "c")
     store.delete("sources/c")
     heard.wait_for("+a1", "+b1", "+c1", "-c1")
-    assert after.words == ["+a1", "+b1", "+c1"]
-    assert watcher.statistics().listener_errors == 4
+    after.wait_for("+a1", "+b1", "+c1")
+    wait_until(lambda: watcher.statistics().listener_errors == 4, MINUTE, what="every failure is counted")
     assert watcher.error is None
 
 
@@ -346,19 +346,25 @@ def test_a_listener_may_end_another_s_subscription_and_its_own(
     store: Store, watcher: SourceWatcher, heard: Heard
 ) -> None:
     other = Heard()
+    own: list[str] = []
     ends: list[Callable[[], None]] = []
+    ended = threading.Event()
 
     def end_all(source: SourceRecord) -> None:
+        own.append(source.worker_id)
         if source.worker_id == "c":
             for end in ends:
                 end()
+            ended.set()
 
     ends.append(watcher.subscribe(on_add=end_all))
     ends.append(watcher.subscribe(on_add=other.add))
     publish(store, "c")
+    assert ended.wait(MINUTE)
     publish(store, "d")
     heard.wait_for("+a1", "+b1", "+c1", "+d1")
-    assert other.words == ["+a1", "+b1"]
+    assert own == ["a", "b", "c"]
+    assert other.words in (["+a1", "+b1"], ["+a1", "+b1", "+c1"])  # it may have heard of c before it was ended
 
 
 def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
@@ -377,7 +383,7 @@ def test_who_is_subscribed_by_a_listener_hears_of_every_source_once(
         publish(store, "d")
         data.compact()  # so that all of it comes at once, as the difference to a snapshot
     heard.wait_for("+a1", "+b1", "+c1", "+d1", "-a1")
-    assert inner.words == ["+b1", "+c1", "+d1"]
+    inner.wait_for("+b1", "+c1", "+d1")
 
 
 def test_waiting_ends_when_enough_are_ready(store: Store, watcher: SourceWatcher) -> None:

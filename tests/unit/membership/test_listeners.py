@@ -1,0 +1,254 @@
+"""Callbacks that block, wait, come back in, or take locks: what they may cost is their own news."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import pytest
+
+from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.source_records import record
+from tests.support.waiting import wait_until
+from ucxx_transport.client.membership import Membership
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceWatcher
+from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.listeners import ADD, REMOVE, UPDATE, Listeners
+
+MINUTE = 60.0
+
+
+class Field:
+    """A store with sources, the watcher that follows it, and a callback that blocks until it is released."""
+
+    def __init__(self) -> None:
+        self.data = MemoryData()
+        self.store = MemoryStore(self.data)
+        self.watcher = SourceWatcher(MemoryStore(self.data))
+        self.is_in, self.go_on = threading.Event(), threading.Event()
+        self.notes: list[str] = []
+
+    def publish(self, worker_id: str) -> None:
+        self.store.put(source_key(worker_id), record(worker_id).to_bytes())
+
+    def end(self, worker_id: str) -> None:
+        self.store.delete(source_key(worker_id))
+
+    def known(self, *worker_ids: str) -> None:
+        wait_until(lambda: [one.worker_id for one in self.watcher.sources()] == list(worker_ids), MINUTE)
+
+    def block(self, _: object) -> None:
+        self.is_in.set()
+        self.go_on.wait(MINUTE)
+
+    def note(self, source: SourceRecord) -> None:
+        self.notes.append(source.worker_id)
+
+
+def waits(field: Field) -> None:
+    refused: list[ConfigError] = []
+
+    def wait(_: SourceRecord) -> None:
+        with pytest.raises(ConfigError, match=r"wait_for\(\) waits, which a callback must not") as caught:
+            field.watcher.wait_for(2, MINUTE)
+        refused.append(caught.value)
+
+    field.watcher.subscribe(on_add=wait)
+    field.watcher.start()
+    field.publish("a")
+    wait_until(lambda: refused, MINUTE)
+    field.watcher.subscribe(on_add=wait)  # called in this thread, for what is known already: refused as well
+    assert len(refused) == 2
+    assert field.watcher.wait_for(1, MINUTE)
+
+
+def reenters(field: Field) -> None:
+    done = threading.Event()
+
+    def reenter(_: SourceRecord) -> None:
+        field.watcher.subscribe(on_remove=field.note, on_add=field.note)
+        field.watcher.sources()
+        field.watcher.statistics()
+        field.watcher.stop()
+        done.set()
+
+    field.watcher.subscribe(on_add=reenter)
+    field.watcher.start()
+    field.publish("a")
+    assert done.wait(MINUTE)
+    assert field.notes == ["a"]
+
+
+def blocks(field: Field) -> None:
+    field.watcher.subscribe(on_remove=field.block)
+    field.watcher.subscribe(on_remove=field.note)
+    field.watcher.start()
+    field.publish("a")
+    field.publish("b")
+    field.known("a", "b")
+    field.end("a")
+    assert field.is_in.wait(MINUTE)
+    field.end("b")
+    wait_until(lambda: field.notes == ["a", "b"], MINUTE, what="another listener hears of both")
+    assert field.watcher.statistics().removes == 2
+
+
+def locks(field: Field) -> None:
+    lock = threading.Lock()
+
+    def take(_: SourceRecord) -> None:
+        field.is_in.set()
+        with lock:
+            field.notes.append("got it")
+
+    field.watcher.subscribe(on_add=take)
+    field.watcher.start()
+    with lock:
+        field.publish("a")
+        assert field.is_in.wait(MINUTE)
+        field.watcher.subscribe(on_remove=field.note)()  # returns, though a callback waits for our lock
+        assert field.notes == []
+    wait_until(lambda: field.notes == ["got it"], MINUTE)
+
+
+def reads(field: Field) -> None:
+    field.watcher.subscribe(on_remove=field.block)
+    client = Membership(field.watcher)
+    field.watcher.start()
+    field.publish("a")
+    field.publish("b")
+    field.known("a", "b")
+    field.end("a")
+    assert field.is_in.wait(MINUTE)
+    field.end("b")
+    rings = {record("a").ring_id, record("b").ring_id}
+    wait_until(lambda: client.gone.keys() == rings, MINUTE, what="the client knows that b is dead")
+    client.close()
+
+
+def counts_replicas(field: Field) -> None:
+    slow = ReplicaMonitor(on_dead=field.block, feed=field.watcher)
+    other = ReplicaMonitor(on_dead=lambda name: field.notes.append(str(name)), feed=field.watcher)
+    field.watcher.start()
+    for worker_id in ("a", "b"):
+        field.publish(worker_id)
+        wait_until(lambda: other.alive, MINUTE)
+        field.end(worker_id)
+    wait_until(lambda: field.notes == ["a", "b"], MINUTE)
+    slow.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "mode", [waits, reenters, blocks, locks, reads, counts_replicas], ids=lambda mode: mode.__name__
+)
+def test_whatever_a_callback_does_others_hear_and_the_watcher_stops(mode: Callable[[Field], None]) -> None:
+    field = Field()
+    try:
+        mode(field)
+        field.watcher.stop()  # returns, though a callback may block
+        assert "ucxx-watcher" not in {thread.name for thread in threading.enumerate()}
+    finally:
+        field.go_on.set()
+
+
+def test_a_process_exits_while_a_callback_blocks_for_ever() -> None:
+    program = """if True:
+        import threading
+        from tests.unit.membership.test_listeners import Field
+        field = Field()
+        field.watcher.subscribe(on_add=lambda _: (field.is_in.set(), threading.Event().wait()))
+        field.watcher.start()
+        field.publish("a")
+        assert field.is_in.wait(60)
+    """
+    assert subprocess.run([sys.executable, "-c", program], timeout=MINUTE, check=False).returncode == 0
+
+
+class Heard:
+    """A listener that keeps what it should know by what it heard, and can be held up."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, SourceRecord] = {}
+        self.free = threading.Event()
+        self.calls = 0
+
+    @property
+    def callbacks(self) -> dict[str, Callable[[SourceRecord], None]]:
+        return {ADD: self.add, UPDATE: self.update, REMOVE: self.remove}
+
+    def add(self, source: SourceRecord) -> None:
+        self._heard()
+        assert source.worker_id not in self.known
+        self.known[source.worker_id] = source
+
+    def update(self, source: SourceRecord) -> None:
+        self._heard()
+        assert self.known[source.worker_id].life == source.life
+        self.known[source.worker_id] = source
+
+    def remove(self, source: SourceRecord) -> None:
+        self._heard()
+        assert self.known.pop(source.worker_id).life == source.life
+
+    def _heard(self) -> None:
+        self.calls += 1
+        self.free.wait(MINUTE)
+
+
+def test_a_listener_whose_queue_overflows_gets_the_difference_and_that_is_counted(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    counts: list[str] = []
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), counts.append, keys={"store": "s"}, limit=4
+    )
+    slow, quick = Heard(), Heard()
+    quick.free.set()
+    for heard in (slow, quick):
+        listeners.subscribe(heard.callbacks)
+    known: dict[str, SourceRecord] = {}
+    for turn in range(1, 31):
+        worker_id = "abcdef"[turn % 6]
+        before = known.get(worker_id)
+        if before is None:
+            news = [(ADD, record(worker_id, turn))]
+        elif turn % 4 == 0:
+            news = [(REMOVE, before)]
+        elif turn % 4 == 1:
+            news = [(UPDATE, record(worker_id, before.epoch, ports=(turn,)))]
+        else:
+            news = [(REMOVE, before), (ADD, record(worker_id, turn))]
+        for kind, source in news:
+            if kind == REMOVE:
+                del known[source.worker_id]
+            else:
+                known[source.worker_id] = source
+        listeners.put(news)
+        wait_until(lambda: quick.known == known, MINUTE, what="the quick one knows")
+    wait_until(lambda: slow.calls == 1, MINUTE)
+    assert {event["event"] for event in log_events} == {"listener_behind"}
+    slow.free.set()
+    wait_until(lambda: slow.known == known, MINUTE, what="the slow one is up to date")
+    assert slow.calls < quick.calls
+    assert set(counts) == {"overflows"}, "and no callback failed"
+    listeners.close()
+
+
+def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[MutableMapping[str, Any]]) -> None:
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
+    )
+    heard = Heard()
+    listeners.subscribe(heard.callbacks)
+    listeners.put([(ADD, record("a")), (REMOVE, record("a"))])
+    wait_until(lambda: heard.calls == 1, MINUTE)
+    listeners.close(0.01)
+    assert [(event["event"], event["listeners"]) for event in log_events] == [("listener_hung", 1)]
+    heard.free.set()
+    wait_until(lambda: "ucxx-listener" not in {thread.name for thread in threading.enumerate()}, MINUTE)
+    assert heard.calls == 1, "what was closed is called no more"
