@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, PeerLostError, UCXXRolloutMixin
+from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.trainer import RolloutFeed
 
 ray: Any = pytest.importorskip("ray", exc_type=ImportError)
@@ -123,6 +124,15 @@ def test_an_actor_that_died_is_replaced() -> None:
     assert next(rollouts)["worker_id"] == "first"
     ray.kill(first)
     wait_until(lambda: next(rollouts)["worker_id"] == "second", 60.0)
+
+
+def test_a_job_that_ends_leaves_no_ring_behind() -> None:
+    with ActorRollouts([actor(Rollouts, "w"), actor(Rollouts, "v")], lambda worker: worker.play.remote()) as rollouts:
+        rings = {record["ref"]["ring_name"] for record in rollouts.take(8)}
+        rollouts.stop()
+        rings |= {record["ref"]["ring_name"] for record in rollouts}
+        assert len(rings) == 2
+    assert not any(segment_path(ring).exists() for ring in rings)
 
 
 def test_what_a_rollout_raises_is_raised_and_the_actor_goes_on() -> None:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
@@ -63,9 +63,12 @@ class ActorRollouts(Iterator[Any]):
     """What rollout actors answer, as it comes: each is asked again as soon as it has answered.
 
     ```python
-    rollouts = ActorRollouts(actors, lambda actor: actor.play.remote(), in_flight=2)
-    for record in rollouts: ...
+    with ActorRollouts(actors, lambda actor: actor.play.remote(), in_flight=2) as rollouts:
+        for record in rollouts: ...
     ```
+
+    Ray kills actors at the end of a job, and rings stay behind those that it kills: leave the `with`, or call `close`,
+    which ends the writer of each actor of a class with `UCXXRolloutMixin`.
 
     An actor that dies costs the rollouts that it had not answered: they are counted, the ring that it left on this host
     is removed with a later answer of another one, and the others go on. What a rollout itself raises is raised here,
@@ -103,6 +106,7 @@ class ActorRollouts(Iterator[Any]):
         self._rings: set[Path] = set()
         self._dying_until_s = 0.0
         self._kept: Exception | None = None
+        self._stopped = False
         self._pending: dict[Any, int] = {}
         self._counts = dict.fromkeys(("asked", "received", "lost", "lost_actors"), 0)
         for actor in actors:
@@ -112,6 +116,7 @@ class ActorRollouts(Iterator[Any]):
         """The next answer, whichever actor it is from.
 
         Raises:
+            StopIteration: after `stop`, when all has been answered.
             PeerLostError: all actors are dead.
             DeadlineExceededError: no answer came for `timeout_s`.
             ray.exceptions.RayTaskError: what the rollout raised.
@@ -145,9 +150,9 @@ class ActorRollouts(Iterator[Any]):
             except Exception as error:  # noqa: BLE001 - the answer is there: what the next one meets is raised after it
                 self._kept = error
             return answer
-        while self._rings and time.monotonic() < self._dying_until_s:
-            self._sweep()
-            time.sleep(_LOOK_S)
+        if self._stopped:
+            raise StopIteration
+        self._sweep_dying()
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
@@ -163,6 +168,47 @@ class ActorRollouts(Iterator[Any]):
                 break
         return answers
 
+    def stop(self) -> None:
+        """Ask for no more: what is under way still comes, then the iteration ends."""
+        self._stopped = True
+
+    def close(self, *, drain_s: float = 0.0, timeout_s: float = 30.0) -> int:
+        """Call `cleanup_ucxx` of every actor that has it, and remove what dead ones left on this host. Idempotent.
+
+        What is under way is dropped: take it first, after `stop`.
+
+        Args:
+            drain_s: how long each waits until its payloads have had their readers.
+            timeout_s: how long the rollouts under way and the clean-up itself may take beside that.
+
+        Returns:
+            How many payloads the actors had left unread.
+        """
+        self.stop()
+        self._pending.clear()
+        actors, self._actors = self._actors, []
+        until_s = time.monotonic() + drain_s + timeout_s
+        ends = [
+            actor.cleanup_ucxx.remote(drain_s=drain_s)
+            for actor in filter(None, actors)
+            if hasattr(actor, "cleanup_ucxx")
+        ]
+        unread = 0
+        for end in ends:
+            try:
+                unread += ray.get(end, timeout=max(0.0, until_s - time.monotonic()))
+            except (RayError, TimeoutError) as error:
+                _log.warning("actor_not_cleaned", reason=str(error).partition("\n")[0] or type(error).__name__)
+        self._sweep()
+        self._sweep_dying()
+        return unread
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def statistics(self) -> RolloutCounts:
         """Counts since this was made."""
         return RolloutCounts(**self._counts)
@@ -174,7 +220,7 @@ class ActorRollouts(Iterator[Any]):
 
     def _ask(self, number: int) -> None:
         actor = self._actors[number]
-        if actor is not None:  # it answered before it died
+        if actor is not None and not self._stopped:  # else it answered before it died
             self._pending[self._ask_actor(actor)] = number
             self._counts["asked"] += 1
 
@@ -187,6 +233,11 @@ class ActorRollouts(Iterator[Any]):
         """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not."""
         self._rings = {ring for ring in self._rings if not remove_orphan(ring)}
 
+    def _sweep_dying(self) -> None:
+        while self._rings and time.monotonic() < self._dying_until_s:
+            self._sweep()
+            time.sleep(_LOOK_S)
+
     def _bury(self, number: int, error: RayActorError) -> None:
         dead, self._actors[number] = self._actors[number], None
         if dead is None:
@@ -194,6 +245,6 @@ class ActorRollouts(Iterator[Any]):
         self._counts["lost_actors"] += 1
         _log.warning("actor_died", reason=str(error).partition("\n")[0])
         self._dying_until_s = time.monotonic() + _DYING_S
-        replacement = self._replace(dead)
+        replacement = None if self._stopped else self._replace(dead)
         if replacement is not None:
             self._welcome(replacement)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
+from ucxx_transport.ring.states import SlotState
 from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
@@ -182,6 +184,25 @@ class SharedRingBuffer(ReadableRing):
         if placement is not None:
             self._write_lengths(lease, placement)
         return lease
+
+    def drain(self, wait_s: float) -> int:
+        """Wait until all payloads have had their readers, for `wait_s` at most; how many are left unread.
+
+        A write under way counts as one. What dead processes hold is given back meanwhile.
+        """
+        self._require_open()
+        words, transitions = self._words, self._transitions
+        until_s = monotonic() + wait_s
+        while True:
+            freed = words[layout.FREED_WORD] & 0xFFFFFFFF
+            # of one word: a slot on its way from READY to READING is never FREE in between
+            unread = self.slots - words[layout.STATE_COUNT_WORD + SlotState.FREE]
+            left_s = until_s - monotonic()
+            if not unread or left_s <= 0 or self.closed:
+                return unread
+            with suppress(TransportError):  # the lock is taken: the next turn looks again
+                self._reclaim()
+            transitions.sleeping.wait(transitions.address, freed, int(min(left_s, _RECLAIM_EVERY_S) * 1e9))
 
     def _write(  # noqa: C901, PLR0917 - all that a write is
         self,

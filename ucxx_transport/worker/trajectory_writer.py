@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.logs import get_logger
@@ -190,12 +190,32 @@ class TrajectoryWriter:
         with self._lock:
             return RolloutStatistics(written=self._written, nbytes=self._nbytes, dropped=dict(self._dropped))
 
-    def close(self) -> None:
-        """Stop the server and remove the ring: unread payloads are gone with it. Idempotent."""
+    def close(self, *, drain_s: float | str = 0.0) -> int:
+        """Stop the server and remove the ring, with the payloads that no one has read. Idempotent.
+
+        Args:
+            drain_s: how long to wait first until all payloads have had their readers; no more can be written meanwhile.
+
+        Returns:
+            How many were left unread. Where it waited for them, that is logged too.
+        """
+        wait_s = checked_seconds(drain_s, "drain_s")
         with self._lock:
             self._closed = True
             self._packer = None
-            self._open.close()
+            ring = self.ring
+        unread = 0
+        try:
+            if ring is not None and not ring.closed:
+                unread = ring.drain(wait_s)
+                if unread and wait_s:
+                    _log.warning(
+                        "unread_removed", worker=self._worker_id, ring=ring.name, payloads=unread, waited_s=wait_s
+                    )
+        finally:
+            with self._lock:
+                self._open.close()
+        return unread
 
     def __enter__(self) -> Self:
         return self
@@ -259,7 +279,7 @@ class UCXXRolloutMixin:
             self.setup_ucxx("worker-0", reward="reward", varlen={"obs": 500, "reward": 500})
             queue.put(self.write_to_buffer(self.play(), policy_version=3))
             ...
-            self.cleanup_ucxx()
+            self.cleanup_ucxx(drain_s=60)
     ```
     """
 
@@ -292,11 +312,17 @@ class UCXXRolloutMixin:
             raise ConfigError("this worker is not set up: call setup_ucxx(worker_id, …) first")
         return self.ucxx_writer.write(trajectory, **options).to_dict()
 
-    def cleanup_ucxx(self) -> None:
-        """Stop the server and remove the ring. Unread payloads are gone with it. Idempotent."""
+    def cleanup_ucxx(self, *, drain_s: float | str = 0.0) -> int:
+        """Stop the server and remove the ring; see `TrajectoryWriter.close`. Idempotent.
+
+        Args:
+            drain_s: how long to wait first until all payloads have had their readers.
+
+        Returns:
+            How many were left unread.
+        """
         writer, self.ucxx_writer = self.ucxx_writer, None
-        if writer is not None:
-            writer.close()
+        return 0 if writer is None else writer.close(drain_s=drain_s)
 
 
 def _as_version(policy_version: int | None) -> int | None:

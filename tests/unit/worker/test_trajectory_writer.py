@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +19,13 @@ from ucxx_transport import (
     RingFullError,
     Schema,
     SlotError,
+    SlotState,
     SourceWatcher,
     StoreConfig,
     TensorSpec,
     open_store,
 )
+from ucxx_transport.ring.layout import SLEEPERS_WORD
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
 from ucxx_transport.worker import TrajectoryWriter, UCXXRolloutMixin
 
@@ -191,6 +195,63 @@ def test_a_closed_writer_says_so() -> None:
     end.close()
     with pytest.raises(ConfigError, match="closed"):
         end.write(episode())
+
+
+def test_a_writer_that_drains_waits_for_the_last_reader(log_events: list[MutableMapping[str, Any]]) -> None:
+    end = writer(ring={"slots": 4, "readers": 2})
+    first, second = end.write(episode()), end.write(episode(), readers=1)
+    assert end.ring is not None
+    assert first.ref is not None
+    assert second.ref is not None
+    ring = end.ring
+    lease = ring.acquire(second.ref)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(end.close, drain_s=MINUTE)
+        wait_until(lambda: ring.mapping.view("u8")[SLEEPERS_WORD], MINUTE, what="it waits")
+        ring.read(first.ref, reader=1)
+        assert ring.slot_states() == [SlotState.READY, SlotState.READING, *[SlotState.FREE] * 2]
+        with pytest.raises(ConfigError, match="closed"):
+            end.write(episode())
+        ring.read(first.ref, reader=2)
+        assert not closing.done()
+        lease.mark_consumed()
+        assert closing.result(MINUTE) == 0
+    assert ring.closed
+    assert log_events == []
+    assert end.close(drain_s=MINUTE) == 0
+
+
+def test_what_a_writer_leaves_unread_is_counted_and_logged_once_where_it_waited(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    for drain_s, logged in ((0, 0), ("1ms", 1)):
+        with row(drain_s=drain_s):
+            worker = Worker()
+            worker.setup_ucxx("w", schema=SCHEMA, ring=RING, serve=False)
+            worker.write_to_buffer(episode())
+            worker.write_to_buffer(episode())
+            assert worker.cleanup_ucxx(drain_s=drain_s) == 2
+            assert [(event["event"], event["payloads"]) for event in log_events] == [("unread_removed", 2)] * logged
+    with writer() as end, pytest.raises(ConfigError, match="drain_s"):
+        end.close(drain_s=-1)
+
+
+def test_a_drain_gives_back_what_the_dead_hold_and_ends_with_the_ring() -> None:
+    with writer(ring={"slots": 1}) as end, ThreadPoolExecutor(1) as pool:
+        ref = end.write(episode()).ref
+        assert end.ring is not None
+        assert ref is not None
+        closing = pool.submit(end.close, drain_s=MINUTE)
+        program = (
+            "import os, sys; from ucxx_transport import SharedRingBuffer, SlotRef\n"
+            "ref = SlotRef.from_bytes(bytes.fromhex(sys.argv[2]))\n"
+            "lease = SharedRingBuffer.attach(sys.argv[1]).acquire(ref); os._exit(0)"
+        )
+        subprocess.run([sys.executable, "-c", program, end.ring.name, ref.to_bytes().hex()], check=True)
+        wait_until(lambda: end.ring and end.ring.statistics().reclaimed_reads, MINUTE, what="the dead reader's hold")
+        assert not closing.done()
+        end.close()
+        assert closing.result(MINUTE) == 1
 
 
 def test_threads_share_a_writer() -> None:
