@@ -157,6 +157,30 @@ class EtcdServer:
         assert isinstance(answer, dict)
         return answer
 
+    def add_user(self, name: str, password: str, *, prefix: str = "", token: str = "") -> None:
+        """A user, with a role of its own name that may read and write below the prefix."""
+        self.ask("auth/user/add", {"name": name, "password": password}, token=token)
+        self.ask("auth/role/add", {"name": name}, token=token)
+        self.ask("auth/user/grant", {"user": name, "role": name}, token=token)
+        if prefix:
+            first, end = (base64.b64encode(raw.encode()).decode() for raw in (prefix, prefix[:-1] + "0"))
+            permission = {"permType": "READWRITE", "key": first, "range_end": end}
+            self.ask("auth/role/grant", {"name": name, "perm": permission}, token=token)
+
+    def log_in(self, name: str, password: str) -> str:
+        """A token."""
+        return str(self.ask("auth/authenticate", {"name": name, "password": password})["token"])
+
+    @property
+    def logins(self) -> int:
+        """How many tokens it has given since it was started."""
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"http://{self.address}:{self.ports[0]}/metrics", timeout=10
+        ) as response:
+            lines = response.read().decode().splitlines()
+        counter = 'grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"'
+        return next((int(line.split()[-1]) for line in lines if line.startswith(counter)), 0)
+
     def compact(self) -> None:
         """Forget all revisions but the last."""
         header = self.ask("kv/range", {"key": base64.b64encode(b"x").decode()})["header"]

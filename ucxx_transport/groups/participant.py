@@ -27,6 +27,7 @@ from ucxx_transport.errors import (
     ConflictError,
     LeaseLostError,
     RegistryError,
+    StorePermissionError,
     StoreResetError,
     StoreUnavailableError,
 )
@@ -77,6 +78,7 @@ class Participant:
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
+        self._away: type[RegistryError] | None = None  # what the store has answered last, since it was last heard
         self._keeper = Keeper(context.store, context.store_config, context.config)
         self._renewer = LeaseRenewer(
             lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
@@ -204,10 +206,12 @@ class Participant:
                 self._take_part()
             except (CompactedError, StoreResetError, ConflictError) as error:
                 _log.info("group_read_again", reason=str(error), **keys)
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, StorePermissionError) as error:
                 if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
                     self._shared.count(outages=1)
-                    _log.warning("group_store_away", reason=str(error), **keys)
+                    if self._away is not type(error):
+                        _log.warning("group_store_away", reason=str(error), **keys)
+                    self._away = type(error)
             except MembershipEndedError as ended:
                 return self._end(ended.event, ended.error)
             except LeaseLostError as error:
@@ -229,6 +233,7 @@ class Participant:
                 self._check_lease()
                 step_in_s = self.step(snapshot)
                 batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
+                self._away = None
                 while batch is not None:  # what came together is one step
                     snapshot = snapshot.after(batch)
                     batch = watch.next(0.0)

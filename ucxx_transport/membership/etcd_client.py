@@ -8,20 +8,23 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from itertools import count
 from typing import Final, TypeVar
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
-from ucxx_transport.membership.etcd_messages import FAILED_PRECONDITION, NOT_LOGGED_IN, Json, answer_of
+from ucxx_transport.membership.etcd_messages import AUTH_IS_OFF, Json, answer_of, has_no_login
 from ucxx_transport.units import Secret
 
 T = TypeVar("T")
 
 _LEAST_S: Final = 0.001
 _PIECE_BYTES: Final = 1 << 16
+_FIRST_PAUSE_S: Final = 0.05
 NO_TOKEN: Final = Secret(b"")
 
 
@@ -197,29 +200,39 @@ class EtcdClient:
             self._endpoints = (*others, first)
 
     def as_user(self, work: Callable[[Secret], T], until: float) -> T:
-        """What `work` does with the user's token; done again with a new one where etcd does not know that any more.
+        """What `work` does with the user's token; done again with a new one while etcd does not know that any more.
 
-        The token is empty without a user, and where etcd asks for none. A StorePermissionError: etcd does not know
-        this user with this password.
+        A token ends when its time has run out, when etcd is started again or forgets it, and, in a JWT, with every
+        change of users and rights; nothing was carried out then. It is empty without a user, and where etcd asks for
+        none. A StorePermissionError: etcd does not know this user with this password.
         """
-        token = self._token
-        if token is None:
-            token = self._token = self._logged_in(until)
-        try:
-            return work(token)
-        except StorePermissionError as error:
-            if not self._user or error.facts.get("code") not in NOT_LOGGED_IN:
-                raise
-        self._token = self._logged_in(until)  # it had run out, or etcd was started again; nothing was carried out
-        return work(self._token)
+        facts: Mapping[str, object] = {}
+        for attempt in count():
+            token = self._token
+            if token is None:
+                token = self._token = self._logged_in(until)
+            try:
+                return work(token)
+            except StorePermissionError as error:
+                if not self._user or not has_no_login(error):
+                    raise
+                facts = error.facts
+            if self._token is token:
+                self._token = None
+            wait_s = pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=1.0) if attempt else 0.0
+            if time.monotonic() + wait_s >= until:
+                break
+            time.sleep(wait_s)
+        text = "etcd takes none of the tokens that it gives this user: its members need one key and one clock for JWT"
+        raise StoreUnavailableError(text, **facts)
 
     def _logged_in(self, until: float) -> Secret:
         credentials = {"name": self._user, "password": self._password}
         try:
             answer = self._ask("auth/authenticate", credentials, NO_TOKEN, until, repeatable=True)
         except StoreUnavailableError as error:
-            if error.facts.get("code") == FAILED_PRECONDITION:
-                return NO_TOKEN  # authentication is not turned on
+            if AUTH_IS_OFF in str(error.facts.get("reason")):
+                return NO_TOKEN
             raise
         token = str(answer.get("token", ""))
         if not token.isascii() or not token.isprintable():  # no header can have it

@@ -37,24 +37,66 @@ from ucxx_transport.membership.store import Batch, Entry, Event
 Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is read field by field here alone."""
 
-FAILED_PRECONDITION: Final = 9
-NOT_LOGGED_IN: Final = (3, 16)
-"""A request without a user, or with a token that is not known any more. All requests here are well-formed otherwise."""
 _NOT_A_GATEWAY: Final = (400, 404, 405, 415, 426)
 
+AUTH_IS_OFF: Final = "authentication is not enabled"
+_ASKED_FOR: Final = "etcd asks for a user, and there is none: set store.user and store.password"
+_TOKEN: Final = "etcd does not know this user's token any more"  # noqa: S105 - words
 _LOST: Final = "the lease has ended: take another one and put its keys again"
-_FORBIDDEN: Final = "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix"
-_REFUSED: Final = "etcd refuses this user: see to store.user and store.password"
-_REFUSALS: Final[Mapping[int, tuple[type[TransportError], str]]] = {
+_NO_SPACE: Final = (
+    "etcd has no space left and takes no writes, though leases are renewed: compact and defragment it, or raise its "
+    "--quota-backend-bytes, then `etcdctl alarm disarm`"
+)
+_UNSETTLED: Final = (
+    "etcd has no leader that answers: most of its members must run, reach each other, and have disks that keep up"
+)
+_TOO_LARGE: Final = "etcd takes no request of this size: raise its --max-request-bytes, or store less (meta)"
+_REFUSALS: Final[Mapping[str | int, tuple[type[TransportError], str]]] = {
+    "user name is empty": (StorePermissionError, _ASKED_FOR),
+    "invalid auth token": (StorePermissionError, _TOKEN),
+    "revision of auth store is old": (StorePermissionError, _TOKEN),
+    "revision in header is old": (StorePermissionError, _TOKEN),  # the same, before etcd 3.5.2
+    "authentication failed": (
+        StorePermissionError,
+        "etcd knows no such user with this password: see to store.user and store.password",
+    ),
+    "database space exceeded": (
+        StoreUnavailableError,
+        _NO_SPACE,
+    ),
+    "too many requests": (
+        StoreUnavailableError,
+        "etcd has more to write than its disk takes: faster disks, or fewer writers; it is asked again",
+    ),
+    "request is too large": (ConfigError, _TOO_LARGE),
+    "received message larger than max": (ConfigError, _TOO_LARGE),
+    "no leader": (StoreUnavailableError, _UNSETTLED),
+    "not leader": (StoreUnavailableError, _UNSETTLED),
+    "leader changed": (StoreUnavailableError, _UNSETTLED),
+    "request timed out": (StoreUnavailableError, _UNSETTLED),
+    "unhealthy cluster": (StoreUnavailableError, _UNSETTLED),
+    "corrupt": (
+        StoreUnavailableError,
+        "etcd's members differ in their data, and it takes no writes: `etcdctl alarm list` names the member to replace",
+    ),
+    "for learner": (
+        StoreUnavailableError,
+        "this member of etcd is a learner, and serves nothing yet: promote it, or leave it out of the URL",
+    ),
+    "server stopped": (StoreUnavailableError, "this member of etcd is being stopped"),
+    "required revision has been compacted": (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
     5: (LeaseLostError, _LOST),
-    7: (StorePermissionError, _FORBIDDEN),
-    **dict.fromkeys(NOT_LOGGED_IN, (StorePermissionError, _REFUSED)),
-    11: (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
+    16: (StorePermissionError, _TOKEN),
+    7: (
+        StorePermissionError,
+        "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix",
+    ),
 }
-"""What is raised by gRPC's code (https://grpc.github.io/grpc/core/md_doc_statuscodes.html).
+"""What is raised for etcd's words, the first that are in its answer, else for gRPC's code.
 
-5 is not found, of which only leases are named; 7 permission denied; 11 out of range. For all others, such as
-unavailable, no space and deadline exceeded, it is a StoreUnavailableError.
+The words are those by which etcd's own clients know its errors (api/v3rpc/rpctypes/error.go); codes say less, and two
+releases have two for one error (https://grpc.github.io/grpc/core/md_doc_statuscodes.html). 5 is not found, of which
+only leases are named; 7 permission denied; 16 unauthenticated. All else is a StoreUnavailableError.
 """
 _NO_GATEWAY: Final = (
     "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
@@ -81,11 +123,17 @@ def answer_of(status: int, text: bytes, endpoint: str) -> Json:
     )
     if status == 200 and not code and not error:
         return body.get("result", body)  # type: ignore[no-any-return]  # what else it may hold is read field by field
-    code = code if isinstance(code, int) else 0
-    kind, why = _REFUSALS.get(code, (StoreUnavailableError, "etcd does not answer as asked"))
+    code, reason = code if isinstance(code, int) else 0, str(words or "")
+    known = next((row for row in _REFUSALS if isinstance(row, str) and row in reason), code)
+    kind, why = _REFUSALS.get(known, (StoreUnavailableError, "etcd does not answer as asked"))
     if not code and status in _NOT_A_GATEWAY:
         kind, why = ConfigError, _NO_GATEWAY
-    raise kind(why, endpoint=endpoint, status=status, code=code, reason=str(words or ""))
+    raise kind(why, endpoint=endpoint, status=status, code=code, reason=reason)
+
+
+def has_no_login(error: StorePermissionError) -> bool:
+    """Whether a new token helps: the request had none, or one that etcd does not know any more."""
+    return error.message in {_ASKED_FOR, _TOKEN}
 
 
 def identity_key(namespace: Namespace) -> bytes:

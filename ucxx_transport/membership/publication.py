@@ -136,13 +136,15 @@ class Publication:
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
     def withdraw(self, timeout_s: float) -> None:
-        """Write "stale", then end the lease, and the record with it.
+        """Write "stale", then end the lease, and the record with it, also where no write is taken.
 
         A TransportError: the store did not answer; then the lease runs out by itself.
         """
-        with suppress(ConflictError, LeaseLostError):
-            self._put(replace(self.record, status=SourceStatus.STALE), timeout_s / 2)
-        self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
+        try:
+            with suppress(ConflictError, LeaseLostError):
+                self._put(replace(self.record, status=SourceStatus.STALE), timeout_s / 2)
+        finally:
+            self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
 
     def _put(self, record: SourceRecord, timeout_s: float | None) -> None:
         raw, lease_id, expected = record.to_bytes(), self.lease.lease_id, self._revision

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import (
     CompactedError,
@@ -119,7 +120,8 @@ def test_fields_of_another_kind_are_not_etcds(broken: dict[str, Any]) -> None:
         (403, {"code": 7}, StorePermissionError),
         (400, {"code": 3, "message": "etcdserver: user name is empty"}, StorePermissionError),
         (401, {"code": 16}, StorePermissionError),
-        (400, {"code": 11}, CompactedError),
+        (400, {"code": 11, "message": "etcdserver: mvcc: required revision has been compacted"}, CompactedError),
+        (400, {"code": 11, "message": "etcdserver: too large lease TTL"}, StoreUnavailableError),
         (503, {"code": 14}, StoreUnavailableError),
         (504, {"code": 4}, StoreUnavailableError),
         (429, {"code": 8, "message": "etcdserver: mvcc: database space exceeded"}, StoreUnavailableError),
@@ -130,13 +132,52 @@ def test_fields_of_another_kind_are_not_etcds(broken: dict[str, Any]) -> None:
         (502, {}, StoreUnavailableError),
     ],
 )
-def test_a_refusal_is_known_by_its_code(status: int, body: dict[str, Any], error: type[TransportError]) -> None:
+def test_a_refusal_is_known_by_its_words_or_its_code(
+    status: int, body: dict[str, Any], error: type[TransportError]
+) -> None:
     with pytest.raises(error) as caught:
         messages.answer_of(status, json.dumps(body).encode() if body else b"", ONE)
     assert type(caught.value) is error
     assert caught.value.facts["endpoint"] == "a:1"
     if "message" in body:
         assert caught.value.facts["reason"] == body["message"]
+
+
+def test_each_refusal_says_what_helps() -> None:
+    table: list[tuple[int, int, str, type[TransportError], str]] = [
+        (429, 8, "etcdserver: mvcc: database space exceeded", StoreUnavailableError, "etcdctl alarm disarm"),
+        (429, 8, "etcdserver: too many requests", StoreUnavailableError, "fewer writers"),
+        (400, 3, "etcdserver: request is too large", ConfigError, "--max-request-bytes"),
+        (429, 8, "grpc: received message larger than max (9 vs. 4)", ConfigError, "--max-request-bytes"),
+        (503, 14, "etcdserver: no leader", StoreUnavailableError, "most of its members"),
+        (400, 9, "etcdserver: not leader", StoreUnavailableError, "most of its members"),
+        (503, 14, "etcdserver: leader changed", StoreUnavailableError, "most of its members"),
+        (503, 14, "etcdserver: request timed out", StoreUnavailableError, "most of its members"),
+        (
+            *(503, 14, "etcdserver: request timed out, possibly due to previous leader failure"),
+            *(StoreUnavailableError, "most of its members"),
+        ),
+        (503, 14, "etcdserver: unhealthy cluster", StoreUnavailableError, "most of its members"),
+        (500, 15, "etcdserver: corrupt cluster", StoreUnavailableError, "alarm list"),
+        (503, 14, "etcdserver: rpc not supported for learner", StoreUnavailableError, "promote it"),
+        (503, 14, "etcdserver: server stopped", StoreUnavailableError, "being stopped"),
+        (400, 3, "etcdserver: user name is empty", StorePermissionError, "set store.user"),
+        (
+            *(400, 3, "etcdserver: authentication failed, invalid user ID or password"),
+            *(StorePermissionError, "see to store.user"),
+        ),
+        (403, 7, "etcdserver: permission denied", StorePermissionError, "READWRITE"),
+    ]
+    for status, code, said, error, remedy in table:
+        stream = {"grpc_code": code, "http_code": status, "message": said}
+        for http, body in ((status, {"error": said, "code": code, "message": said}), (200, {"error": stream})):
+            with row(said=said), pytest.raises(error) as caught:
+                messages.answer_of(http, json.dumps(body).encode(), ONE)
+            with row(said=said):
+                assert type(caught.value) is error
+                assert remedy in caught.value.message
+                assert caught.value.retryable is (error is StoreUnavailableError)
+                assert caught.value.facts["reason"] == said
 
 
 def asked(client: EtcdClient, *answering: str) -> list[str]:
