@@ -135,9 +135,9 @@ def test_narrowing_refuses_what_is_refused_of_host_arrays(torch: Any) -> None:
         assert found["h"].astype(np.float32).tolist() == good["h"].to(torch.bfloat16).float().tolist()
         for name, values, words in [
             ("f", torch.full((3,), 1e300, dtype=torch.float64), "too large for float32"),
-            ("f", torch.ones(3, dtype=torch.int64), "of another kind"),
+            ("f", torch.ones(3, dtype=torch.int64), "give floats"),
             ("i", torch.tensor([0, 32768]), "does not fit int16"),
-            ("i", torch.ones(2), "of another kind"),
+            ("i", torch.ones(2), "give the field float"),
             ("h", torch.tensor([1.0, 3.4e38]), "too large for bfloat16"),
         ]:
             with pytest.raises(ConfigError, match=words):

@@ -92,7 +92,7 @@ class Schema:
             raise ConfigError(
                 f"a Schema is made of 1 to {MAX_FIELDS} TensorSpec objects, not of {describe(fields)}", field="fields"
             )
-        shape = TreeShape([field.name for field in self.fields])
+        shape = TreeShape(self.fields)
         self.gather, self.nest = shape.gather, shape.build
         self._by_name = {field.name: field for field in self.fields}
         self._varlen = tuple(index for index, field in enumerate(self.fields) if field.varlen)
@@ -155,7 +155,11 @@ class Schema:
         leaves = flatten(tree)
         for name in maxima:
             if name not in leaves:
-                raise ConfigError(f"varlen names {describe(name)}, which the example lacks", field=describe(name))
+                raise ConfigError(
+                    f"varlen names {describe(name)}, which the example lacks: give it 0 rows there, such as "
+                    "np.zeros((0, 1176), 'float32'), or name the fields by schema=",
+                    field=describe(name),
+                )
         specs = []
         for name, leaf in leaves.items():
             array = as_array(leaf, name)

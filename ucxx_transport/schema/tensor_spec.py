@@ -34,6 +34,12 @@ MAX_FIELD_BYTES = 1 << 48
 
 DType: TypeAlias = np.dtype[Any]
 
+FOREIGN_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, ImportError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What numpy and the libraries of arrays and mappings raise when a value of theirs is not what it is taken for."""
+
 _BUILTIN = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", "longdouble", "complex64", "complex128", "clongdouble"),
@@ -41,7 +47,7 @@ _BUILTIN = (
 _EXTENSION = ("bfloat16", *sorted(name for name in dir(ml_dtypes) if name.startswith("float8_")))
 _MAX_TEXT = 32
 _REMEDIES = {
-    "O": "convert it to an array of numbers: objects cannot be shared without pickle",
+    "O": "make it an array of numbers of 64 bits at most: objects cannot be shared without pickle",
     "U": "encode the text and pass it as uint8, or put it into the SlotRef's meta",
     "S": "pass bytes as uint8 (np.frombuffer(data, np.uint8))",
     "V": "make each member of a structured type a field of its own",
@@ -84,10 +90,14 @@ def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
         raise misfit(field, f"{describe(dtype)} is not a dtype; supported are {', '.join(DTYPES)}") from exc
     known = DTYPES.get(found.name)
     if known is None or known != found.newbyteorder("<"):
-        kind = found.kind if found.kind != "V" or found.type is np.void else ""  # extension types are V too
-        remedy = _REMEDIES.get(kind) or f"supported are {', '.join(DTYPES)}"
-        raise misfit(field, f"dtype {found.name} cannot be a payload; {remedy}", dtype=found.name)
+        raise misfit(field, f"dtype {found.name} cannot be a payload; {remedy_for(found)}", dtype=found.name)
     return known
+
+
+def remedy_for(dtype: DType) -> str:
+    """What to do about values of a dtype that is not supported."""
+    kind = dtype.kind if dtype.kind != "V" or dtype.type is np.void else ""  # extension types are V too
+    return _REMEDIES.get(kind) or f"supported are {', '.join(DTYPES)}"
 
 
 @lru_cache(maxsize=1024)
@@ -160,6 +170,14 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the field at its full size."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def absence(self) -> str:
+        """How an episode says that it has nothing of this field, in words for an error."""
+        rows = f"give 0 rows, np.zeros({(0, *self.shape[1:])}, {self.dtype.name!r})"
+        if self.varlen:
+            return f"an episode without {self.name!r} must {rows}"
+        return f"make {self.name!r} varlen (schema= or varlen=) where some episodes lack it, and {rows}, in those"
 
     def to_dict(self) -> dict[str, object]:
         """The field as plain JSON- and msgpack-safe values, in a fixed order of keys."""

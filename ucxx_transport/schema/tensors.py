@@ -9,6 +9,8 @@
 | `__dlpack__` on the CPU                   | `np.from_dlpack`, no copy                                  |
 | bytes                                     | uint8                                                      |
 | Python number, list of numbers            | the field's dtype: integers exactly, floats to the nearest |
+| an empty list, for a varlen field         | 0 rows                                                     |
+| numpy's masked array, None                | an error: a mask would be lost, 0 rows are for what is not |
 | any of these on a GPU                     | an error: `DeviceArrayError`                               |
 
 Where they lie in a payload, given its actual lengths, is its *placement*:
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
@@ -35,7 +38,16 @@ import ml_dtypes
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.tensor_spec import DType, TensorSpec, casts_exactly
+from ucxx_transport.schema.tensor_spec import (
+    DTYPES,
+    FOREIGN_ERRORS,
+    MAX_DIMENSIONS,
+    DType,
+    TensorSpec,
+    casts_exactly,
+    remedy_for,
+)
+from ucxx_transport.schema.tree import is_number
 from ucxx_transport.schema.wire_form import describe, misfit
 
 if TYPE_CHECKING:
@@ -47,9 +59,6 @@ if TYPE_CHECKING:
 Array: TypeAlias = np.ndarray[Any, DType]
 
 _NUMBERS = (bool, int, float, complex)
-# What numpy and the array libraries raise when a value cannot be seen as an array of the host's memory.
-_CONVERSION_ERRORS = (TypeError, ValueError, RuntimeError, BufferError, AttributeError, OverflowError)
-
 
 # DLDeviceType, <dlpack/dlpack.h>: kDLCUDA and kDLCUDAManaged. kDLCUDAHost is page-locked memory of the host.
 _DLPACK_GPUS = (2, 13)
@@ -69,7 +78,7 @@ def is_on_device(value: object) -> bool:
         if said is not None:
             return said()[0] in _DLPACK_GPUS
         return hasattr(value, "__cuda_array_interface__")
-    except _CONVERSION_ERRORS:  # an array over several devices says so here
+    except FOREIGN_ERRORS:  # an array over several devices says so here
         return False
 
 
@@ -89,24 +98,99 @@ def as_array(value: object, field: str) -> Array:
             "UCXXRolloutMixin, which copy it straight into the slot, or copy it to the host first",
             field=field,
         )
-    # not imported here: only a program that has loaded it can hold one of its tensors
-    torch: Any = sys.modules.get("torch")
     try:
-        if torch is not None and isinstance(value, torch.Tensor):
-            return _of_tensor(value, torch)
-        if (
-            hasattr(value, "__dlpack__")
-            and not hasattr(value, "__array__")
-            and not hasattr(value, "__array_interface__")
-        ):
-            return np.from_dlpack(value)
-        return np.asarray(value)
-    except _CONVERSION_ERRORS as exc:
+        return _of_any(value, field)
+    except ConfigError:
+        raise
+    except FOREIGN_ERRORS as exc:
         raise misfit(
             field,
-            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); "
-            "copy it to the host, or view it as a dtype that numpy knows",
+            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_remedy_for(value)}",
         ) from exc
+
+
+def _of_any(value: Any, field: str) -> Array:
+    """As `as_array`; what is no array raises a ConfigError, or what its library raises."""
+    if value is None:
+        raise misfit(
+            field,
+            "None has neither shape nor dtype; give 0 rows where an episode has none, such as "
+            "np.zeros((0, 1176), 'float32') for a field that varlen= or schema= names",
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise misfit(
+            field,
+            "a masked array would lose its mask; give array.filled(value), and the mask as a field of its own "
+            "(np.ma.getmaskarray(array)), or array.data where nothing is masked",
+        )
+    if isinstance(value, (list, tuple)):
+        return _of_list(value, field)
+    # not imported here: only a program that has loaded it can hold one of its tensors
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _of_tensor(value, torch)
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def _of_list(value: list[Any] | tuple[Any, ...], field: str) -> Array:
+    """Numbers in nested lists as one array: what numpy makes of them, unless it rounds an integer."""
+    if {*map(type, value)} <= {float}:
+        return np.asarray(value)
+    leaves: list[object] = []
+    nested = _unwrapped(value, field, leaves)
+    try:
+        array = np.asarray(nested)
+    except ValueError as exc:
+        text = f"{_raggedness(value)}; pad them, or give one flat list and the lengths as a field of their own"
+        raise misfit(field, text) from exc
+    if array.dtype.kind not in "biu" and len(leaves) == array.size:
+        pairs = zip(leaves, array.ravel().tolist(), strict=True)
+        if any(isinstance(leaf, (int, np.integer)) and leaf != number for leaf, number in pairs):
+            text = (
+                f"{describe(value)} has integers that {array.dtype.name} would round; give them as a field of their own"
+            )
+            raise misfit(field, text)
+    return array
+
+
+def _unwrapped(value: Any, field: str, leaves: list[object]) -> Any:
+    """The same lists with numpy's scalars for tensors of 0 dimensions, and arrays for others."""
+    if isinstance(value, (list, tuple)):
+        return [_unwrapped(item, field, leaves) for item in value]
+    leaf = value if isinstance(value, (*_NUMBERS, np.generic)) else as_array(value, field)[()]
+    leaves.append(leaf)
+    return leaf
+
+
+def _raggedness(value: object) -> str:
+    """What lengths the rows of nested lists have that are no array."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DIMENSIONS):
+        lengths = [len(item) if isinstance(item, (list, tuple)) else np.shape(item)[:1] for item in level]
+        if len({*map(str, lengths)}) > 1:
+            shown = ", ".join("a number" if length == () else str(length).strip("(,)") for length in lengths[:8])
+            return f"its rows are of unequal lengths ({shown}{', …' * (len(lengths) > 8)})"
+        level = [child for item in level for child in item]
+    return f"it is nested deeper than {MAX_DIMENSIONS}"
+
+
+def _remedy_for(value: Any) -> str:
+    """What makes an array in host memory of a tensor that is none."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return "pad it (to_padded_tensor), or give its values and lengths as two fields"
+        if value.layout != torch.strided:
+            return "give value.to_dense(), or its indices and values as two fields"
+        if value.is_quantized:
+            return "give value.dequantize(), or value.int_repr() and its scale"
+        if hasattr(value, "full_tensor"):
+            return "give value.full_tensor(), or value.to_local()"
+        if value.is_meta or hasattr(value, "fake_mode"):
+            return "it has no values: give the tensor that it stands for"
+    return "copy it to the host, or view it as a dtype that numpy knows"
 
 
 def _of_tensor(tensor: Any, torch: Any) -> Array:
@@ -130,16 +214,17 @@ def fit(value: object, spec: TensorSpec) -> Array:
         ConfigError: another shape, too long, or a dtype that would narrow; the message names the field, what was given,
             what is expected, and the remedy.
     """
+    if value is None:
+        raise misfit(spec.name, f"None is no array; {spec.absence}")
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
         if array.dtype.kind not in "biufc" or not _is_weak(value):
-            given, expected = array.dtype.name, spec.dtype.name
-            text = (
-                f"dtype {given} would not keep its values in {expected}; convert it first (array.astype({expected!r}))"
-            )
-            raise misfit(spec.name, f"{text} or give the schema the other dtype", given=given, expected=expected)
+            raise too_narrow(array.dtype, spec)
         array = _cast_numbers(array, spec)
     shape, full = array.shape, spec.shape
+    if shape == (0,) and spec.varlen and isinstance(value, (list, tuple)):
+        shape = (0, *full[1:])
+        array = array.reshape(shape)
     if shape != full and not (
         spec.varlen and len(shape) == len(full) and shape[0] <= full[0] and shape[1:] == full[1:]
     ):
@@ -160,9 +245,32 @@ def copy_fields(targets: Iterable[Array], sources: Iterable[Array]) -> None:
                 np.copyto(target, source, casting="unsafe")
 
 
+def too_narrow(given: DType, spec: TensorSpec) -> ConfigError:
+    """The error for values of a dtype that its field would not keep; what it advises loses none of them."""
+    stored = spec.dtype
+    text = f"dtype {given.name} would not keep its values in {stored.name}"
+    if given.name not in DTYPES:
+        return misfit(spec.name, f"{text}; {remedy_for(given)}", given=given.name, expected=stored.name)
+    wider = given.name
+    with suppress(TypeError):  # of some pairs there is none
+        both = np.promote_types(given, stored)
+        if casts_exactly(given, both):
+            wider = both.name
+    remedy = f"give the field {wider}: schema=Schema([TensorSpec({spec.name!r}, …, {wider!r}), …])"
+    if given.kind in "iu" and _kind_order(stored) > 1 and wider == given.name:
+        remedy = "give floats for a field of floats (array.astype('float64') keeps integers up to 2**53)"
+        if stored.name != "float64":
+            remedy += f", and the field float64 by schema= ({stored.name} keeps fewer)"
+    elif "float" in given.name and "float" in stored.name:
+        remedy += f", or have it rounded by the writer's narrow=[{spec.name!r}]"
+    return misfit(spec.name, f"{text}; {remedy}", given=given.name, expected=stored.name)
+
+
 def _is_weak(value: object) -> bool:
-    """Whether `value` is a Python number or nested lists of only these: they carry no dtype of their own."""
-    return all(map(_is_weak, value)) if isinstance(value, (list, tuple)) else type(value) in _NUMBERS
+    """Whether `value` is a Python number or nested lists of only numbers: they carry no dtype of their own."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_weak(item) if isinstance(item, (list, tuple)) else is_number(item) for item in value)
+    return type(value) in _NUMBERS
 
 
 def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
@@ -174,11 +282,7 @@ def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
         is_same = np.isfinite(back) == np.isfinite(array) if array.dtype.kind in "fc" else back == array
         if is_same.all():
             return cast
-    given, expected = array.dtype.name, spec.dtype.name
-    text = (
-        f"these Python numbers ({given}) do not fit {expected}; convert them first, or give the schema the other dtype"
-    )
-    raise misfit(spec.name, text, given=given, expected=expected)
+    raise too_narrow(array.dtype, spec)
 
 
 def _kind_order(dtype: DType) -> int:

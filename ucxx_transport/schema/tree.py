@@ -5,17 +5,23 @@
 | a mapping's key       | itself ("obs")               | dict          |
 | a list's, a tuple's   | its position ("layers/0/w")  | list          |
 
+A list or tuple of nothing but numbers (Python's, numpy's, arrays and tensors of 0 dimensions), however nested, is one
+array; any other is a container. Where a schema is known, its paths say which.
+
 The root is a mapping. A key may itself be a path ({"obs/image": …} is {"obs": {"image": …}}). A key of decimal digits
 is refused, since it would come back as a list; so is an empty container, since it would not come back at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH
+from ucxx_transport.schema.tensor_spec import FOREIGN_ERRORS, MAX_NAME_DEPTH, TensorSpec
 from ucxx_transport.schema.wire_form import describe
 
 ArrayTree: TypeAlias = dict[str, Any]
@@ -23,17 +29,18 @@ ArrayTree: TypeAlias = dict[str, Any]
 
 
 class TreeShape:
-    """The nesting that a sequence of paths stands for: dicts and lists, whose leaves are the indices of the fields."""
+    """The nesting that the names of fields stand for: dicts and lists, whose leaves are the indices of the fields."""
 
-    __slots__ = ("_flat", "_root", "paths")
+    __slots__ = ("_fields", "_flat", "_root", "paths")
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        """Check that the paths, well-formed field names in field order, make one tree.
+    def __init__(self, fields: Sequence[TensorSpec]) -> None:
+        """Check that the names of the fields make one tree.
 
         Raises:
             ConfigError: a path occurs twice or is a prefix of another, or the positions of a list have gaps.
         """
-        self.paths = tuple(paths)
+        self._fields = fields
+        self.paths = tuple(field.name for field in fields)
         nested: dict[str, Any] = {}
         for index, path in enumerate(self.paths):
             _insert(nested, path, index)
@@ -69,63 +76,121 @@ class TreeShape:
 
     def _gather_any(self, tree: object) -> list[object]:
         """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
-        known = frozenset(self.paths)
-        found = flatten(tree, leaf_paths=known)
+        known = {path: index for index, path in enumerate(self.paths)}
+        found = flatten(tree, self.paths)
         missing = [path for path in self.paths if path not in found]
         unknown = [path for path in found if path not in known]
         if missing or unknown:
             words = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unknown: {_listed(unknown)}"] * bool(unknown)
+            remedy = (
+                self._fields[known[missing[0]]].absence
+                if missing
+                else "name in schema= every field that any episode has, and give 0 rows where one has none"
+            )
             raise ConfigError(
-                f"the data does not fit the schema; {'; '.join(words)}. Give every field of the schema and no other",
-                field=(missing or unknown)[0],
+                f"the data does not fit the schema; {'; '.join(words)}: {remedy}", field=(missing or unknown)[0]
             )
         return [found[path] for path in self.paths]
 
 
-def flatten(tree: object, *, leaf_paths: Collection[str] = ()) -> dict[str, object]:
+def flatten(tree: object, paths: Sequence[str] = ()) -> dict[str, object]:
     """Leaves by path, in the order of the tree.
 
     Args:
         tree: a mapping of arrays, mappings, lists and tuples.
-        leaf_paths: where these paths lead to a list, the list is a leaf (numbers for one array) and not a container.
+        paths: of the leaves, where they are known: a list there is a leaf, and one above them a container.
 
     Raises:
         ConfigError: not a mapping, a key that is not text or is all digits, an empty container, a path that occurs
             twice, nesting deeper than 32.
 
-    >>> flatten({"obs": {"image": 1}, "layers": [{"w": 2}, {"w": 3}]})
-    {'obs/image': 1, 'layers/0/w': 2, 'layers/1/w': 3}
+    >>> flatten({"obs": {"image": 1}, "layers": [{"w": 2}, {"w": [3, 4]}]})
+    {'obs/image': 1, 'layers/0/w': 2, 'layers/1/w': [3, 4]}
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"data must be a mapping of names to arrays, not {describe(tree)}", field="data")
-    leaves: dict[str, object] = {}
-    for path, leaf in _walk(tree, "", 0, leaf_paths):
-        if path in leaves:
-            raise ConfigError(f"the tree names {path!r} twice", field=path)
-        leaves[path] = leaf
+    is_leaf = dict.fromkeys(paths, True)
+    for path in paths:
+        while (path := path.rpartition("/")[0]) and path not in is_leaf:
+            is_leaf[path] = False
+    try:
+        found = list(_walk(tree, "", 0, is_leaf))
+    except ConfigError:
+        raise
+    except FOREIGN_ERRORS as exc:  # of a mapping that is no dict
+        raise ConfigError(
+            f"{describe(tree)} cannot be gone through as a mapping of names to arrays ({type(exc).__name__}: {exc}); "
+            "give a dict of its arrays",
+            field="data",
+        ) from exc
+    leaves = dict(found)
+    if len(leaves) < len(found):
+        twice = Counter(path for path, _ in found).most_common(1)[0][0]
+        raise ConfigError(f"the tree names {twice!r} twice", field=twice)
     return leaves
 
 
-def _walk(node: object, path: str, depth: int, leaf_paths: Collection[str]) -> Iterator[tuple[str, object]]:
-    if not isinstance(node, (Mapping, list, tuple)) or path in leaf_paths:
+def _walk(node: object, path: str, depth: int, is_leaf: Mapping[str, bool]) -> Iterator[tuple[str, object]]:
+    is_mapping = isinstance(node, Mapping)
+    if not isinstance(node, (Mapping, list, tuple)) or is_leaf.get(path, not is_mapping and _holds_numbers(node)):
         yield path, node
         return
     if depth >= MAX_NAME_DEPTH:
         raise ConfigError(f"the tree is deeper than {MAX_NAME_DEPTH} at {describe(path)}", field=describe(path))
-    if not node:
-        raise ConfigError(f"an empty container at {path!r} would not come back: leave it out", field=path)
+    is_empty = True  # asked of its items, since a TensorDict is not to be asked for its truth
     for key, child in node.items() if isinstance(node, Mapping) else ((str(i), item) for i, item in enumerate(node)):
-        if isinstance(node, Mapping):
+        is_empty = False
+        if is_mapping:
             _check_key(key, path)
-        yield from _walk(child, f"{path}/{key}" if path else key, depth + 1, leaf_paths)
+        yield from _walk(child, f"{path}/{key}" if path else key, depth + 1, is_leaf)
+    if is_empty:
+        remedy = "leave it out" if is_mapping else "leave it out, or give 0 rows: np.zeros((0, …), 'float32')"
+        raise ConfigError(f"an empty container at {path!r} would not come back: {remedy}", field=path)
+
+
+_NUMBERS: Final = frozenset({bool, int, float, complex})
+
+
+def is_number(value: object) -> bool:
+    """Whether `value`, an item of a list, is one number: Python's, numpy's, an array or tensor of 0 dimensions."""
+    if type(value) in _NUMBERS or isinstance(value, (bool, int, float, complex)):
+        return True
+    if isinstance(value, (np.str_, np.bytes_, Mapping)):
+        return False
+    try:
+        return getattr(value, "ndim", None) == 0
+    except FOREIGN_ERRORS:  # a nested tensor has none
+        return False
+
+
+def _holds_numbers(node: object) -> bool:
+    """Whether `node` is nested lists and tuples of numbers alone, and of one at least."""
+    return _kinds_in(node, 0) == {True}
+
+
+def _kinds_in(node: object, depth: int) -> set[bool]:
+    """Whether what the lists hold is numbers, of one after the other until something is not."""
+    if not isinstance(node, (list, tuple)):
+        return {is_number(node)}
+    kinds: set[bool] = set()
+    for item in node if depth < MAX_NAME_DEPTH else ("too deep",):
+        kinds |= _kinds_in(item, depth + 1)
+        if False in kinds:
+            break
+    return kinds
 
 
 def _check_key(key: object, path: str) -> None:
+    place = f"under {path!r}" if path else "of the root"
     if not isinstance(key, str) or not key:
-        raise ConfigError(f"a key under {path!r} is {describe(key)}: keys must be text, and not empty", field=path)
+        raise ConfigError(
+            f"a key {place} is {describe(key)}: keys must be text, and not empty; name it, as in "
+            f"'agent_{key if type(key) is int else 0}'",
+            field=path or "data",
+        )
     if key.isdecimal():
         raise ConfigError(
-            f"the key {key!r} under {path!r} reads as a list position: name it, as in 'agent_{key}'", field=path
+            f"the key {key!r} {place} reads as a list position: name it, as in 'agent_{key}'", field=path or "data"
         )
 
 

@@ -28,7 +28,7 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import DeviceArray, RuntimeFinder, runtime_of
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.tensor_spec import DType, casts_exactly
-from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device
+from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device, too_narrow
 from ucxx_transport.schema.tree import flatten
 
 if TYPE_CHECKING:
@@ -153,15 +153,11 @@ class TrajectoryPacker:
             if values.size and not (values.min() >= limits.min and values.max() <= limits.max):
                 raise ConfigError(
                     f"field {field.name!r}: a value of {given.name} does not fit {stored.name}; "
-                    "give the schema the other dtype",
+                    f"give the field {given.name} by schema=",
                     field=field.name,
                 )
         elif "float" not in given.name or "float" not in stored.name:
-            raise ConfigError(
-                f"field {field.name!r}: {given.name} is not narrowed to {stored.name}, which is of another kind; "
-                f"convert it first (array.astype({stored.name!r})) or give the schema the other dtype",
-                field=field.name,
-            )
+            raise too_narrow(given, field)
         if field.name not in self._warned:
             self._warned.add(field.name)
             _log.warning("values_narrowed", field=field.name, given=given.name, stored=stored.name)
@@ -207,6 +203,6 @@ def _fill(target: Any, source: Array, field: TensorSpec) -> None:
     if overflowed:
         raise ConfigError(
             f"field {field.name!r}: a value of {source.dtype.name} is too large for {field.dtype.name}; "
-            "scale it, or give the schema the other dtype",
+            f"scale it, or give the field {source.dtype.name} by schema=",
             field=field.name,
         )

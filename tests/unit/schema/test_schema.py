@@ -227,19 +227,19 @@ def test_read_only_memory_is_not_written_to() -> None:
 
 
 def test_a_schema_from_an_example_fits_it() -> None:
-    tree = {"obs": {"image": np.zeros((5, 2), "u1"), "t": 3}, "l": [1.5, (True, 2j)], "b": b"abc"}
+    tree = {"obs": {"image": np.zeros((5, 2), "u1"), "t": 3}, "l": [1.5, np.ones(1), (True, 2j)], "b": b"abc"}
     schema = Schema.from_example(tree, varlen=["obs/image"])
     assert [(field.name, field.shape, field.dtype.name, field.varlen) for field in schema] == [
         ("obs/image", (5, 2), "uint8", True),
         ("obs/t", (), "int64", False),
         ("l/0", (), "float64", False),
-        ("l/1/0", (), "bool", False),
-        ("l/1/1", (), "complex128", False),
+        ("l/1", (1,), "float64", False),
+        ("l/2", (2,), "complex128", False),
         ("b", (3,), "uint8", False),
     ]
     memory = bytearray(schema.nbytes)
     pack_into(schema, memory, tree)
-    assert schema.views(memory)["l"][1][1] == 2j
+    assert schema.views(memory)["l"][2][1] == 2j
 
 
 def test_an_example_may_be_shorter_than_the_maximum() -> None:

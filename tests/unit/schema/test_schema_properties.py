@@ -40,11 +40,21 @@ def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     return np.frombuffer(draw(st.binary(min_size=nbytes, max_size=nbytes)), np.uint8).view(dtype).reshape(shape)
 
 
+def has_more_than_numbers(node: Any) -> bool:
+    """Whether a list is a container: one of numbers alone is an array."""
+    if isinstance(node, list):
+        return any(map(has_more_than_numbers, node))
+    return isinstance(node, dict) or node.ndim > 0
+
+
 trees = st.dictionaries(
     keys,
     st.recursive(
         arrays(),
-        lambda nodes: st.dictionaries(keys, nodes, min_size=1, max_size=3) | st.lists(nodes, min_size=1, max_size=3),
+        lambda nodes: (
+            st.dictionaries(keys, nodes, min_size=1, max_size=3)
+            | st.lists(nodes, min_size=1, max_size=3).filter(has_more_than_numbers)
+        ),
         max_leaves=6,
     ),
     min_size=1,

@@ -265,9 +265,9 @@ def test_a_field_that_may_be_narrowed_is_by_way_of_the_host_and_is_warned_of_onc
         ("id", np.array([32768]), "a value of int64 does not fit int16"),
         ("id", np.array([0, -32769]), "a value of int64 does not fit int16"),
         ("id", np.array([2**63], np.uint64), "a value of uint64 does not fit int16"),
-        ("id", np.array([1.0]), "float64 is not narrowed to int16, which is of another kind"),
+        ("id", np.array([1.0]), "float64 would not keep its values in int16; give the field float64"),
         ("obs", np.full((1, 2), 1e300), "a value of float64 is too large for float32"),
-        ("obs", np.ones((1, 2), np.int64), "int64 is not narrowed to float32, which is of another kind"),
+        ("obs", np.ones((1, 2), np.int64), "int64 would not keep its values in float32; give floats"),
     ],
 )
 def test_what_would_not_be_the_same_number_is_refused_from_a_device_too(name: str, values: Any, words: str) -> None:
