@@ -24,7 +24,8 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.envelope import meta_of, unpack_envelope
+from ucxx_transport.schema.envelope import checked_meta, meta_of, unpack_envelope
+from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.wire.client_side import CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status, offer_receive_bytes
 
@@ -221,7 +222,7 @@ class Take(SourceCall):
         self._set_timer(None)
         try:
             records = [unpack_envelope(each.envelope) for each in offered]
-            refs = [self._reference(*each) for each in zip(offered, records, strict=True)]
+            refs = self._references(offered, records)
         except TransportError as error:
             self.end(error)
             connection.fail(error)
@@ -237,22 +238,26 @@ class Take(SourceCall):
         self._dispatch.reads.jobs.add(job)
         connection.receive(offered, job.reads)
 
-    def _reference(self, offered: Offered, record: Mapping[str, object] | None) -> SlotRef:
+    def _references(self, offered: Sequence[Offered], records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
         """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
-        source = self.source
-        return SlotRef(
-            ring_id=offered.ring_id,
+        source, (first, *_) = self.source, offered
+        template = SlotRef(
+            ring_id=first.ring_id,
             ring_name=source.ring_name,
-            slot=offered.slot,
-            generation=offered.generation,
-            nbytes=offered.nbytes,
+            slot=0,
+            generation=0,
+            nbytes=0,
             host_id=source.host_id,
             host=source.host,
             ports=tuple(source.ports),
-            fingerprint=offered.fingerprint,
-            checksum=offered.checksum,
-            meta=meta_of(record),
+            fingerprint=first.fingerprint,
         )
+        return [
+            renumbered(
+                template, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0]
+            )
+            for each, record in zip(offered, records, strict=True)
+        ]
 
     def _came(self, records: Sequence[Mapping[str, object] | None], job: Job) -> None:
         """Every payload that was picked has come, or will not."""

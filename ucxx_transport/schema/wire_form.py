@@ -145,11 +145,33 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
     try:
         decoded: object = json.loads(raw, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
+        if isinstance(exc, _NotFiniteError) and (name := _where_not_finite(raw)) is not None:
+            field = name if is_plain_text(name, _QUOTED_CHARS) else describe(name)
+            raise ProtocolError(f"{field} of a {what} has {exc}; send null, or leave it out", field=field) from exc
         raise ProtocolError(f"a {what} that is not JSON: {exc}", field=what) from exc
     return decoded
 
 
+class _NotFiniteError(ValueError):
+    pass
+
+
 def _finite(number: str) -> float:
     if not isfinite(value := float(number)):
-        raise ValueError(f"{number[:20]} is no number of JSON")
+        raise _NotFiniteError(f"{number[:20]}, which is no number of JSON")
     return value
+
+
+def _where_not_finite(raw: bytes) -> str | None:
+    """The key of a JSON form that the first number that is not finite lies at or below."""
+    try:
+        form = json.loads(raw)
+        return next((key for key, value in form.items() if not _is_finite(value)), None)
+    except (ValueError, RecursionError, AttributeError):  # not JSON behind that number either, or no mapping
+        return None
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or isfinite(value)

@@ -150,8 +150,21 @@ def test_an_unknown_field_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"null", b"[]", b'"text"', b"{", b"\xff\xfe", b"\x80", b"[" * 50_000, b"1" * 5000, b"NaN", b" " * 70_000],
-    ids=["empty", "null", "list", "text", "cut", "bom", "latin", "deep", "digits", "nan", "long"],
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{",
+        b"\xff\xfe",
+        b"\x80",
+        b"[" * 50_000,
+        b"1" * 5000,
+        b"NaN",
+        b'{"a":NaN,' + b"[" * 50_000,
+        b" " * 70_000,
+    ],
+    ids=["empty", "null", "list", "text", "cut", "bom", "latin", "deep", "digits", "nan", "nan_then_deep", "long"],
 )
 def test_what_is_no_record_is_a_protocol_error(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -174,8 +187,10 @@ JSON = st.recursive(
 )
 def test_numbers_that_json_has_not_are_refused(field: str, value: str) -> None:
     raw = changed(**{field: "HERE"}).replace(b'"HERE"', value.encode())
-    with pytest.raises(ProtocolError, match="is no number of JSON"):
+    with pytest.raises(ProtocolError, match="is no number of JSON") as refused:
         SourceRecord.from_bytes(raw)
+    assert refused.value.facts["field"] == field
+    assert refused.value.message.startswith(f"{field} of a source record")
 
 
 def is_refused_or_whole(raw: bytes) -> None:
