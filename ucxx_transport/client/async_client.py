@@ -25,6 +25,8 @@ from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.local import LOCK_TURN_S
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import PageLocker
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory, Reactor
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.schema import SlotRef
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
 INLINE_BYTES: Final = 1 << 20
@@ -99,6 +100,8 @@ class UCXXClient:
             await checkpoint()  # before the read: cancelled here, it has lost nothing
         began_s = time.perf_counter()
         try:
+            if type(ref) is not SlotRef:
+                ref = slot_ref_of(ref)
             ring = core.admit(ref, into)
             if ring is not None:
                 if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
@@ -110,7 +113,7 @@ class UCXXClient:
         except TransportError as error:
             core.count_failure(error)
             raise
-        job = Job((ref,), until_s)
+        job = Job([ref], until_s)
         job.into, job.is_held = into, True
         await self._run(job, partial(core.reads.start_one, job))
         core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
@@ -130,8 +133,8 @@ class UCXXClient:
         """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
         core = self._core
         core.require_usable()
-        job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
-        remote, here = core.look_at(job, range(len(refs)))
+        job = Job(listed(refs), core.reactor.now() + core.limit_s(deadline_s))
+        remote, here = core.look_at(job, range(job.left))
         if remote or here:
             await self._run(job, partial(core.go_on, job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
@@ -156,7 +159,7 @@ class UCXXClient:
         """Take payloads without knowing their references; arguments, result and errors as `SyncUCXXClient.take`."""
         core = self._core
         take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
-        ring = core.local.ring_of(source)
+        ring = core.local.ring_of(take.source)
         if ring is None:
             await self._run(take, partial(core.reads.begin, take))
             return take.result()

@@ -19,6 +19,8 @@ from ucxx_transport.client.lead import Lead
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import TransportError
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
     from ucxx_transport.client.errands import Selector
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory
-    from ucxx_transport.schema import SlotRef
 
 _CLOSE_WAIT_S: Final = 5.0
 
@@ -70,7 +71,8 @@ class SyncUCXXClient:
         """Read one payload.
 
         Args:
-            ref: names it and says where it is.
+            ref: names it and says where it is; a record, or what became of either in a queue (`to_dict()`, JSON), will
+                do as well, here and wherever references are taken.
             into: writable contiguous buffer of at least `ref.nbytes` bytes to copy the payload into; by default it
                 stays in a pooled buffer, or in the slot itself.
             deadline_s: seconds this call may take in all, retries included, or text such as `"5s"`; default
@@ -83,20 +85,23 @@ class SyncUCXXClient:
             StaleSlotError: it is gone (recycled, overwritten, its ring closed) or was delivered to this client before.
             DeadlineExceededError: not in time. PeerLostError, BusyError, NotReadyError: not after all retries.
             ChecksumError: the bytes differ from what was written. ProtocolError, AuthenticationError: the peer.
-            ConfigError: the reference has no address, is too large, `into` is unfit, or `deadline_s` is no duration.
+            ConfigError: `ref` is no reference, has no address or is too large, `into` is unfit, or `deadline_s` no
+                duration.
         """
         core = self._core
         if core.closed or getpid() != core.pid:
             core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         try:
+            if type(ref) is not SlotRef:
+                ref = slot_ref_of(ref)
             ring = core.admit(ref, into)
             if ring is not None:
                 return core.local.read(ring, ref, into, limit_s, time.perf_counter())
         except TransportError as error:
             core.count_failure(error)
             raise
-        job = Job((ref,), core.reactor.now() + limit_s)
+        job = Job([ref], core.reactor.now() + limit_s)
         if into is not None:
             job.into = into
         self._lead.perform(job, Reads.start_one, job)
@@ -123,8 +128,8 @@ class SyncUCXXClient:
         """
         core = self._core
         core.require_usable()
-        job = Job(refs, core.reactor.now() + core.limit_s(deadline_s))
-        remote, here = core.look_at(job, range(len(refs)))
+        job = Job(listed(refs), core.reactor.now() + core.limit_s(deadline_s))
+        remote, here = core.look_at(job, range(job.left))
         if remote or here:
             self._lead.perform(job, lambda _: core.go_on(job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
@@ -177,7 +182,7 @@ class SyncUCXXClient:
         """
         core = self._core
         take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
-        ring = core.local.ring_of(source)
+        ring = core.local.ring_of(take.source)
         if ring is None:
             self._lead.perform(take, Reads.begin, take)
             return take.result()

@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -24,15 +24,16 @@ from ucxx_transport.client.payload import Deduplicator, writable_bytes
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.config import ClientConfig, checked_seconds
-from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.base import Link
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.schema import SlotRef
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
@@ -185,7 +186,7 @@ class ClientCore:
         """
         self.require_usable()
         limit_s = self.limit_s(deadline_s)
-        job = Job(refs, self.reactor.now() + limit_s, on_done)
+        job = Job([*refs], self.reactor.now() + limit_s, on_done)
         job.on_payload, job.into = on_payload, into
         self.go_on(job, *self.look_at(job, range(len(refs))))
         return job
@@ -196,7 +197,10 @@ class ClientCore:
         here: list[Entry] = []
         for index in indices:
             try:
-                ring = self.admit(job.refs[index], job.into)
+                ref = job.refs[index]
+                if type(ref) is not SlotRef:
+                    ref = job.refs[index] = slot_ref_of(ref)
+                ring = self.admit(ref, job.into)
             except TransportError as error:
                 self.local.over(job, index, error)
                 continue
@@ -232,6 +236,7 @@ class ClientCore:
     def discard_call(self, refs: Sequence[SlotRef], deadline_s: float | str | None = None) -> Discard:
         """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
         self.require_usable()
+        refs = [*_payloads(listed(refs))]
         call = Discard(refs, self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry] = []
         for index, ref in enumerate(refs):
@@ -263,6 +268,8 @@ class ClientCore:
     ) -> Take:
         """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
         self.require_usable()
+        if not isinstance(source, SlotRef) and not hasattr(source, "ring_name"):  # nor a source's record
+            source = slot_ref_of(source)
         wait_until_s = self.reactor.now() + checked_seconds(wait_s, "wait_s")
         return Take(
             source,
@@ -355,3 +362,10 @@ class ClientCore:
             leaked_buffers=link.counters.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
+
+
+def _payloads(refs: Iterable[object]) -> Iterator[SlotRef]:
+    """The payloads of what a caller names; a record without one has none to discard. Errors as `slot_ref_of`."""
+    for ref in refs:
+        with suppress(StaleSlotError):
+            yield slot_ref_of(ref)

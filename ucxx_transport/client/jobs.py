@@ -79,7 +79,7 @@ class Job(Call):
     held: Attempt | None = None
     alone = True
 
-    def __init__(self, refs: Sequence[SlotRef], until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, refs: list[SlotRef], until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
         self.until_s = until_s
         self.on_done = on_done
         self.refs = refs

@@ -6,24 +6,28 @@ are told apart. `ref` is `SlotRef.to_dict()`, `rewards` is {"sum", "mean", "min"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from operator import itemgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
-from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.schema.envelope import MARK, checked_meta
-from ucxx_transport.schema.slot_ref import SlotRef
+from ucxx_transport.schema.slot_ref import MAX_SLOT_REF_BYTES, SlotRef
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
+    describe,
     draft_of,
     is_plain_text,
     is_unsigned,
     pack,
     refuse,
     take_fields,
+    unpack,
     untrusted,
 )
 
@@ -221,6 +225,119 @@ def check_policy_version(version: object) -> None:
         refuse("policy_version", version, "an i64")
 
 
-def is_episode_record(value: object) -> bool:
-    """Whether `value` claims to be a record: `EpisodeRecord.from_dict` then takes it or says what is wrong with it."""
-    return isinstance(value, (dict, Mapping)) and MARK in value  # a dict first: an ABC's look takes longer
+_REF_KEYS: Final = frozenset({"ring_id", "slot", "generation"})
+_PACKED_REF: Final = b"\x9c" + pack(WIRE_VERSION) + b"\xc4\x10"  # an array of 12: the version, 16 bytes
+_PACKED_RECORD: Final = b"\x88" + pack(MARK)  # a map of 8
+_PYTHONS: Final = (f"{{'{MARK}': ", "{'version': 1, 'ring_id': ", "EpisodeRecord(", "SlotRef(")
+_CARRIERS: Final = ("completion", "output")
+
+Reference: TypeAlias = "EpisodeRecord | SlotRef"
+
+
+def reader_of(value: object) -> Callable[[Any], Reference] | None:
+    """What makes a reference of `value`, or refuses it by a ProtocolError, if it looks like one of ours; else None.
+
+    | `value`                                                              | is                               |
+    |----------------------------------------------------------------------|----------------------------------|
+    | a record or a reference; its `to_dict()`, packed or as JSON text too; | that record or reference         |
+    | the `to_bytes()` of a reference                                      |                                  |
+    | an object or a mapping whose `completion` or `output` is one of these | that of it                       |
+    | text that `str` made of one; a list of these                         | refused                          |
+    """
+    reader = _reader_of(value)
+    if reader is not None or isinstance(value, (str, bytes, bytearray, list, tuple)):
+        return reader
+    for name in _CARRIERS:
+        carried = value.get(name) if isinstance(value, (dict, Mapping)) else getattr(value, name, None)
+        reader = _reader_of(carried)
+        if reader is not None:
+            return partial(_carried, reader, carried)
+    return None
+
+
+def slot_ref_of(value: object) -> SlotRef:
+    """The payload that a caller names, in whatever form; see `reader_of`.
+
+    Raises:
+        ConfigError: it is none of those. ProtocolError: it is malformed.
+        StaleSlotError: a record without a payload.
+    """
+    reader = reader_of(value)
+    if reader is None:
+        raise ConfigError(
+            f"ref must be a SlotRef or an episode record, as an object, its to_dict() or JSON, not {describe(value)}",
+            field="ref",
+        )
+    found = reader(value)
+    if isinstance(found, SlotRef):
+        return found
+    if found.ref is None:
+        raise StaleSlotError(
+            "this record has no payload, because its worker could not write it; go on with the next",
+            worker=found.worker_id,
+            sequence=found.sequence,
+            dropped=found.dropped,
+        )
+    return found.ref
+
+
+def listed(refs: Any) -> list[Any]:
+    """References as a list; a ConfigError where a single one is given, or no iterable."""
+    if isinstance(refs, Iterable) and not isinstance(refs, (str, bytes, bytearray, Mapping)):
+        return [*refs]
+    raise ConfigError(f"refs must be a list of references, not {describe(refs)}; give [ref]", field="refs")
+
+
+def _reader_of(value: object) -> Callable[[Any], Reference] | None:
+    if isinstance(value, (EpisodeRecord, SlotRef)):
+        return _itself
+    if isinstance(value, (dict, Mapping)):  # a dict first: an ABC's look takes longer
+        if MARK in value:
+            return EpisodeRecord.from_dict
+        return SlotRef.from_dict if value.keys() >= _REF_KEYS else None
+    if isinstance(value, str):
+        return _text_reader_of(value)
+    if isinstance(value, (bytes, bytearray)):
+        if value.startswith((_PACKED_REF, _PACKED_RECORD)):
+            return SlotRef.from_bytes if value.startswith(_PACKED_REF) else _packed_record
+        return _text_reader_of(value.decode(errors="replace")) if value.lstrip()[:1] == b"{" else None
+    if isinstance(value, (list, tuple)) and value and _reader_of(value[0]) is not None:
+        return _refuse_list
+    return None
+
+
+def _text_reader_of(text: str) -> Callable[[Any], Reference] | None:
+    if text.startswith(_PYTHONS):
+        return _refuse_text
+    if text.lstrip()[:1] != "{" or not (f'"{MARK}"' in text or '"ring_id"' in text):
+        return None
+    try:
+        form = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    reader = _reader_of(form)
+    return None if reader is None else partial(_carried, reader, form)
+
+
+def _itself(value: Reference) -> Reference:
+    return value
+
+
+def _carried(reader: Callable[[Any], Reference], carried: object, _value: object) -> Reference:
+    return reader(carried)
+
+
+def _packed_record(raw: bytes | bytearray) -> EpisodeRecord:
+    return EpisodeRecord.from_dict(unpack(raw, "episode record", max_bytes=MAX_SLOT_REF_BYTES))
+
+
+def _refuse_text(text: str) -> Reference:
+    raise ProtocolError(
+        f"{describe(text)} is Python's text for a record, which cannot be read back; send the dict itself, or "
+        "json.dumps(record)",
+        field="episode record",
+    )
+
+
+def _refuse_list(values: Sequence[object]) -> Reference:
+    raise ProtocolError(f"{describe(values)} records is not one; give each of them by itself", field="episode record")

@@ -30,7 +30,8 @@ from typing import TypeAlias
 
 from ucxx_transport.errors import DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import EpisodeRecord, is_episode_record
+from ucxx_transport.schema.episode_record import EpisodeRecord, reader_of
+from ucxx_transport.schema.wire_form import describe
 
 AskedFor: TypeAlias = EpisodeRecord | TransportError
 """One episode of a batch, or why its record could not be read."""
@@ -81,7 +82,7 @@ class Wanted:
 
 
 def sort_out(
-    records: Sequence[AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
+    records: Sequence[object], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
     """What to fetch of a batch, and what is lost already, each in the batch's order.
 
@@ -90,7 +91,8 @@ def sort_out(
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
-    for index, record in enumerate(records):
+    for index, asked in enumerate(records):
+        record = asked if isinstance(asked, (EpisodeRecord, TransportError)) else record_of(asked)
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
             continue
@@ -133,20 +135,22 @@ def loss_of(wanted: Wanted, error: TransportError) -> Loss:
 
 
 def is_ours(output: object) -> bool:
-    """Whether `output` refers to an episode: a record, what its `to_dict()` gave or claims to be that, a `SlotRef`."""
-    return isinstance(output, (EpisodeRecord, SlotRef)) or is_episode_record(output)
+    """Whether `output` looks like a reference of ours to an episode, in any of the forms that `reader_of` knows."""
+    return reader_of(output) is not None
 
 
 def record_of(output: object) -> AskedFor:
-    """The episode that an output of ours refers to, or why that cannot be said."""
-    if isinstance(output, EpisodeRecord):
-        return output
-    if isinstance(output, SlotRef):
-        return EpisodeRecord(worker_id=output.ring_name, sequence=output.generation, ref=output)
+    """The episode that an output refers to, or why that cannot be said."""
     try:
-        return EpisodeRecord.from_dict(output)
+        reader = reader_of(output)
+        if reader is None:
+            return ProtocolError(f"{describe(output)} is no episode record and no SlotRef", field="episode record")
+        found = reader(output)
     except ProtocolError as error:
         return error
+    if isinstance(found, EpisodeRecord):
+        return found
+    return EpisodeRecord(worker_id=found.ring_name, sequence=found.generation, ref=found)
 
 
 def key_of(output: object, record: AskedFor) -> Hashable:

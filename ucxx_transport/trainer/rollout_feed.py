@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Unpack
 
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.trainer.batch import Batch, FetchSettings, log_loss
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
@@ -241,7 +242,7 @@ class RolloutFeed(Prefetcher):
             if payload is not None:
                 return self.unpack(payload)
         if not is_ours(output):
-            raise ConfigError(f"a {type(output).__name__} is no episode record; it needs no resolving", field="output")
+            raise ConfigError(f"{describe(output)} is no episode record; it needs no resolving", field="output")
         record = record_of(output)
         key = key_of(output, record)
         while True:

@@ -1,34 +1,66 @@
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from ucxx_transport import ProtocolError, SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.loss_policy import is_ours, key_of, record_of
+from ucxx_transport.trainer.loss_policy import LossReason, is_ours, key_of, record_of, sort_out
 
 REF = SlotRef(ring_id=bytes(16), ring_name="r", slot=3, generation=7, nbytes=1, host_id="h")
 RECORD = EpisodeRecord(worker_id="w", sequence=5, ref=REF, policy_version=2)
 
 
-@pytest.mark.parametrize("output", [RECORD, RECORD.to_dict()])
-def test_a_record_is_ours_in_either_form(output: object) -> None:
-    assert is_ours(output)
-    assert record_of(output) == RECORD
-    assert key_of(output, RECORD) == REF.name
+def test_a_record_is_ours_in_every_form_and_in_a_rollout() -> None:
+    form = RECORD.to_dict()
+    for output in (RECORD, form, json.dumps(form), SimpleNamespace(output=form), {"completion": RECORD}):
+        with row(output=output):
+            assert is_ours(output)
+            assert record_of(output) == RECORD
+            assert key_of(output, RECORD) == REF.name
 
 
 def test_a_reference_alone_is_an_episode_of_which_only_the_place_is_known() -> None:
-    assert is_ours(REF)
-    assert record_of(REF) == EpisodeRecord(worker_id="r", sequence=7, ref=REF)
+    for output in (REF, RECORD.to_dict()["ref"], REF.to_bytes()):
+        with row(output=output):
+            assert is_ours(output)
+            assert record_of(output) == EpisodeRecord(worker_id="r", sequence=7, ref=REF)
+
+
+def test_what_was_a_record_and_cannot_be_read_back_is_malformed_rather_than_passed_on() -> None:
+    form = RECORD.to_dict()
+    for output in (str(form), repr(RECORD), str(form["ref"]), str(REF), [RECORD], (form, form)):
+        with row(output=output):
+            assert is_ours(output)
+            assert isinstance(record_of(output), ProtocolError)
+
+
+def test_plain_values_are_read_as_a_batch_is_sorted_out() -> None:
+    wanted, losses = sort_out([RECORD.to_dict(), "text"])
+    assert [each.record for each in wanted] == [RECORD]
+    assert [(loss.index, loss.reason) for loss in losses] == [(1, LossReason.MALFORMED)]
 
 
 @pytest.mark.parametrize(
     "output",
-    [None, "text", 3, {}, {"obs": np.zeros(3)}, [RECORD], np.zeros(3), SimpleNamespace(ucxx_transport=1), {1: 2}],
+    [
+        None,
+        "text",
+        3,
+        {},
+        {"obs": np.zeros(3)},
+        [3],
+        b"{",
+        '{"ucxx_transport"',
+        np.zeros(3),
+        SimpleNamespace(ucxx_transport=1),
+        {1: 2},
+    ],
 )
 def test_anything_else_is_not(output: Any) -> None:
     assert not is_ours(output)
