@@ -14,6 +14,10 @@ from ucxx_transport import ClientConfig, RingConfig, ServerConfig, SharedRingBuf
 
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
 A_READ = 60
+A_TURN = {"Reactor.run_once", "UCXXLink.progress", "Flight.search"}
+"""Calls of each turn of a reactor. How many turns a read takes depends on what arrives together, and so on the machine;
+where nothing does, they are three: with the request, with the answer, and with its end."""
+TURNS = 3
 READS = 20
 TRIES = 10
 
@@ -47,8 +51,8 @@ def test_a_lone_read_and_its_end_cost_few_calls_of_client_and_port_together() ->
                 refs = [ring.write_raw(bytes(4096)) for _ in range(READS)]
                 names.clear()
                 payloads = [client.read(ref) for ref in refs]
-                tries.append(list(names))
+                tries.append([name for name in names if name not in A_TURN])
                 for payload in payloads:
                     payload.release()
     fewest = min(tries, key=len)
-    assert len(fewest) <= A_READ * READS, "\n".join(fewest[: 3 * A_READ])
+    assert len(fewest) + TURNS * len(A_TURN) * READS <= A_READ * READS, "\n".join(fewest[: 3 * A_READ])

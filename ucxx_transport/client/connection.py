@@ -26,8 +26,8 @@ from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHOR
 from ucxx_transport.errors import BusyError, PeerLostError, TransportError
 from ucxx_transport.wire.answers import seal_of
 from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES
-from ucxx_transport.wire.codec import clear_ends
-from ucxx_transport.wire.frames import MAX_CHANNEL
+from ucxx_transport.wire.codec import clear_ends, clear_header, clear_trailer
+from ucxx_transport.wire.frames import MAX_CHANNEL, TRAILER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import Bytes
@@ -197,8 +197,11 @@ class Connection(Line):
         read.place, read.due_s = "asked", due_s  # as `Dispatch.attempt_due_s`
         if due_s < dispatch.look_s:
             dispatch.look_at(due_s)
+        whole = FRAMING_BYTES + ((ref.nbytes + 7) & ~7)
         try:
-            message = self._message(ref.nbytes)
+            message = self._pool.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - as `_message`
+            clear_header(message.data, 0)
+            clear_trailer(message.data, whole - TRAILER_BYTES)
             attempt = read.attempt = self.attempts[number] = Attempt(self, read, ref, number, message, due_s)
             self._asked_bytes += ref.nbytes
             attempt.seal = seal_of(ref)

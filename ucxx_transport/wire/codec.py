@@ -58,8 +58,6 @@ _FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for c
 _ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
-_NO_HEADER: Final = struct.Struct(f"{HEADER_BYTES}x")
-_NO_TRAILER: Final = struct.Struct(f"{TRAILER_BYTES}x")
 _U64: Final = (1 << 64) - 1
 _new: Final = tuple.__new__
 _STATUSES: Final = {int(status): status for status in Status}
@@ -71,6 +69,9 @@ pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, REQUE
 """A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
 pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one end: sequence, ring_id, 0, 1, end, end mark."""
+clear_header: Final = struct.Struct(f"{HEADER_BYTES}x").pack_into
+clear_trailer: Final = struct.Struct(f"{TRAILER_BYTES}x").pack_into
+"""`clear_ends` in two calls that are none in Python."""
 pack_header: Final = partial(_HEADER.pack, REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
 pack_trailer: Final = _TRAILER.pack
@@ -297,8 +298,8 @@ def clear_ends(buffer: memoryview, nbytes: int, offset: int = 0) -> None:
 
     Of a message that answers share, for each of them at its offset.
     """
-    _NO_HEADER.pack_into(buffer, offset)
-    _NO_TRAILER.pack_into(buffer, offset + HEADER_BYTES + ((nbytes + 7) & ~7))
+    clear_header(buffer, offset)
+    clear_trailer(buffer, offset + HEADER_BYTES + ((nbytes + 7) & ~7))
 
 
 def check_trailer(buffer: Message, header: ReplyHeader) -> None:
