@@ -86,9 +86,18 @@ def checked_meta(meta: object) -> tuple[Mapping[str, object], bytes]:
 _AS_THEY_ARE: Final = frozenset({type(None), bool, int, str})
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """A copy of `value` in types that both JSON and msgpack have; a ConfigError where there is none."""
-    if type(value) in _AS_THEY_ARE:
+def finite_meta(meta: object) -> Any:
+    """The same with None in the place of each NaN and infinity; what is not plain is left to `checked_meta`."""
+    if isinstance(meta, (dict, Mapping)):
+        return {key: finite_meta(item) for key, item in meta.items()}
+    if isinstance(meta, (list, tuple)):
+        return [finite_meta(item) for item in meta]
+    return None if isinstance(meta, (float, np.floating)) and not isfinite(meta) else meta
+
+
+def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
+    """A copy of `value` in types that both JSON and msgpack have; a ConfigError, with its path, where there is none."""
+    if type(value) in _AS_THEY_ARE or (type(value) is float and isfinite(value)):
         return value
     if depth > MAX_META_DEPTH:
         raise ConfigError(f"meta is deeper than {MAX_META_DEPTH}", field="meta")
@@ -98,13 +107,22 @@ def plain(value: Any, depth: int = 0) -> Any:
         copy = {}
         for key, item in value.items():
             if not isinstance(key, str):
-                refuse("meta", key, "keyed by text")
-            copy[key] = plain(item, depth + 1)
+                raise ConfigError(f"{path} must be keyed by text, not {describe(key)}", field="meta")
+            simple = type(item) in _AS_THEY_ARE
+            copy[key] = item if simple else plain(item, depth + 1, f"{path}[{describe(key)}]")
         return copy
     if isinstance(value, (list, tuple)):
-        return [plain(item, depth + 1) for item in value]
+        return [plain(item, depth + 1, path) for item in value]
     if isinstance(value, float) and not isfinite(value):
-        refuse("meta", value, "made of finite numbers (JSON has no others; use None)")
+        raise ConfigError(
+            f"{path} must be a finite number, not {value} (JSON has no others): give None, or have the writer give it "
+            "by nonfinite_meta='none'",
+            field="meta",
+        )
     if not isinstance(value, (int, float, str)):
-        refuse("meta", value, "made of None, bools, numbers, text, lists and mappings")
+        raise ConfigError(
+            f"{path} must be made of None, bools, numbers, text, lists and mappings (of an array: .tolist()), "
+            f"not {describe(value)}",
+            field="meta",
+        )
     return value

@@ -19,6 +19,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import Schema
+from ucxx_transport.schema.envelope import finite_meta
 from ucxx_transport.schema.episode_record import (
     MAX_REASON_CHARS,
     EpisodeRecord,
@@ -26,6 +27,7 @@ from ucxx_transport.schema.episode_record import (
     check_policy_version,
     record_envelope,
 )
+from ucxx_transport.schema.tensor_spec import DTYPES
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
@@ -68,6 +70,8 @@ class TrajectoryWriter:
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
             ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case.
         narrow: names of the fields whose values may lose precision on the way in.
+        nonfinite_meta: what a NaN or an infinity in `meta` does, since JSON has none: "refuse" fails the write, "none"
+            writes None in its place.
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
             it is not.
@@ -92,6 +96,7 @@ class TrajectoryWriter:
         serve: bool = True,
         on_error: Literal["raise", "drop"] = "raise",
         narrow: Iterable[str] = (),
+        nonfinite_meta: Literal["refuse", "none"] = "refuse",
         reward: str | None = None,
         store: str | None = None,
         publisher: PublisherConfig | None = None,
@@ -112,6 +117,11 @@ class TrajectoryWriter:
         self._serve = serve
         self._on_error = on_error
         self._narrow = tuple(narrow)
+        if nonfinite_meta not in ("refuse", "none"):
+            raise ConfigError(
+                f"nonfinite_meta must be 'refuse' or 'none', not {nonfinite_meta!r}", field="nonfinite_meta"
+            )
+        self._nonfinite_meta = nonfinite_meta
         self._reward = reward
         self._publish: Callable[[RingSource], HeartbeatPublisher] | None = None
         if store is not None:
@@ -167,23 +177,29 @@ class TrajectoryWriter:
         facts: dict[str, Any] = {"worker_id": self._worker_id, "sequence": sequence, "policy_version": policy_version}
         ref, dropped = None, None
         try:
+            if meta and self._nonfinite_meta == "none":
+                meta = finite_meta(meta)
             facts["episode_length"], facts["rewards"] = self._reward_of(trajectory)
             envelope = record_envelope(**facts, meta=meta)
             ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
         except TransportError as error:
             if self._on_error == "raise" or isinstance(error, PageLockError):
                 raise
-            kind = type(error).__name__
-            dropped = f"{kind}: {error}"[:MAX_REASON_CHARS]
-            with self._lock:
-                count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
-            if count == 1:
-                _log.warning("episode_dropped", reason=str(error), kind=kind)
+            dropped = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+            self._count_drop(error)
         else:
             with self._lock:
                 self._written += 1
                 self._nbytes += ref.nbytes
         return EpisodeRecord(**facts, ref=ref, dropped=dropped)
+
+    def _count_drop(self, error: TransportError) -> None:
+        """Count an episode that is given up; the 1st, 2nd, 4th, 8th … of a kind is logged with their number."""
+        kind = type(error).__name__
+        with self._lock:
+            count = self._dropped[kind] = self._dropped.get(kind, 0) + 1
+        if not count & (count - 1):
+            _log.warning("episode_dropped", worker=self._worker_id, reason=str(error), kind=kind, dropped=count)
 
     def statistics(self) -> RolloutStatistics:
         """Counts since the writer was made."""
@@ -252,18 +268,23 @@ class TrajectoryWriter:
         self.ring = ring
         return packer
 
-    def _reward_of(self, trajectory: Mapping[str, object]) -> tuple[int | None, RewardSummary | None]:
+    def _reward_of(self, trajectory: object) -> tuple[int | None, RewardSummary | None]:
         if self._reward is None:
             return None, None
-        leaf = trajectory.get(self._reward)
+        leaf = trajectory.get(self._reward) if isinstance(trajectory, Mapping) else None
         if leaf is None:  # nested, or missing: then writing says so
             leaf = flatten(trajectory).get(self._reward, ())
         rewards = on_host(leaf, self._reward, self._runtimes)
         length = rewards.shape[0] if rewards.ndim else 1
-        values = np.asarray(rewards, np.float64)
-        if values.size == 0 or not np.isfinite(values).all():
+        if (
+            rewards.dtype.name not in DTYPES or rewards.dtype.kind == "c"
+        ):  # refused when it is written, or without order
             return length, None
-        total = float(values.sum())
+        with np.errstate(all="ignore"):
+            values = np.asarray(rewards, np.float64)
+            if values.size == 0 or not np.isfinite(values).all():
+                return length, None
+            total = float(values.sum())
         if not np.isfinite(total):
             return length, None
         least, most = float(values.min()), float(values.max())
@@ -292,7 +313,7 @@ class UCXXRolloutMixin:
         Args:
             worker_id: the worker's name in every record.
             **settings: as for `TrajectoryWriter`: `schema`, `varlen`, `ring`, `server`, `serve`, `on_error`, `narrow`,
-                `reward`, `store`, `publisher`, `store_config`, `store_meta`, `runtimes`.
+                `nonfinite_meta`, `reward`, `store`, `publisher`, `store_config`, `store_meta`, `runtimes`.
 
         Raises:
             ConfigError: a setting is wrong, or this worker is set up already.

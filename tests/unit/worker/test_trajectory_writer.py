@@ -111,7 +111,44 @@ def test_a_failed_write_is_a_record_with_the_reason_and_a_count_where_that_was_c
     assert EpisodeRecord.from_dict(records[3].to_dict()) == records[3]
     assert str(misfit.dropped).startswith("ConfigError: ")
     assert end.statistics().dropped == {"RingFullError": 2, "ConfigError": 1}
-    assert [event["kind"] for event in log_events] == ["RingFullError", "ConfigError"]
+    assert [event["kind"] for event in log_events] == ["RingFullError", "RingFullError", "ConfigError"]
+
+
+def test_lasting_drops_are_logged_again_with_their_number(log_events: list[MutableMapping[str, Any]]) -> None:
+    with writer(on_error="drop") as end:
+        for _ in range(1000):
+            assert "float64" in str(end.write(episode(reward=np.array([0.5]))).dropped)
+        end.write(episode(other=1))
+        assert end.statistics().dropped == {"ConfigError": 1001}
+    logged = [event for event in log_events if event["event"] == "episode_dropped"]
+    assert [event["dropped"] for event in logged] == [2**power for power in range(10)]
+    assert {(event["worker"], event["kind"]) for event in logged} == {("worker-0", "ConfigError")}
+
+
+def test_a_number_that_json_has_not_is_named_in_meta_or_none_where_that_was_chosen() -> None:
+    meta = {"loss": np.float32("nan"), "kl": 0.5, "more": {"norms": [1.0, float("-inf")]}}
+    rows: list[tuple[dict[str, Any], str]] = [
+        (meta, r"meta\['loss'\] must be a finite number, not nan .*nonfinite_meta='none'"),
+        ({"more": meta["more"]}, r"meta\['more'\]\['norms'\] must be a finite number, not -inf"),
+        ({"more": {"a": {1, 2}}}, r"meta\['more'\]\['a'\] must be made of .*, not a set"),
+        ({"more": {1: 2}}, r"meta\['more'\] must be keyed by text, not 1"),
+    ]
+    with writer() as end:
+        for given, words in rows:
+            with row(meta=given), pytest.raises(ConfigError, match=words):
+                end.write(episode(), meta=given)
+    with writer(nonfinite_meta="none") as end:
+        record = end.write(episode(), meta=meta)
+        assert record.ref is not None
+        assert record.ref.meta == {"loss": None, "kl": 0.5, "more": {"norms": [1.0, None]}}
+
+
+@pytest.mark.parametrize("reward", [np.array(["a"]), np.array([1j]), [None], np.array([object()])])
+def test_rewards_that_are_no_numbers_are_refused_as_any_field(reward: object) -> None:
+    with writer() as end, pytest.raises(ConfigError, match="'reward'"):
+        end.write(episode(reward=reward))
+    with writer() as end, pytest.raises(ConfigError, match="mapping"):
+        end.write([1, 2])  # type: ignore[arg-type]
 
 
 def test_a_full_ring_costs_no_episode_unless_that_was_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +206,7 @@ def test_rewards_may_be_nested_or_one_for_all() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"nonfinite_meta": "null"}, "nonfinite_meta"),
         ({"on_error": "ignore"}, "on_error"),
         ({"reward": "rewards"}, "'rewards'"),
         ({"narrow": ["rewards"]}, "'rewards'"),
