@@ -150,7 +150,7 @@ class ServerConfig(_OverUCX):
     send_timeout_s: Seconds = setting("a payload that is not received by then is abandoned", default=60.0, gt=0)
     ack_timeout_s: Seconds = setting("a payload not acknowledged goes back to its slot", default=10.0, gt=0)
     max_connections: Count = setting("connections of one port", default=256, ge=1, le=65536)
-    port_attempts: Count = setting("ports tried from base_port on", default=64, ge=1, le=65535)
+    port_attempts: Count = setting("ports tried from base_port on", default=64, ge=1, le=4096)
     data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
     start_timeout_s: Seconds = setting("bound on start()", default=30.0, gt=0)
     stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)

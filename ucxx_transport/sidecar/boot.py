@@ -1,7 +1,7 @@
 """The first lines of a sidecar: `python -P boot.py SOCKET ERRORS ROLE`, started by `launch` and by nothing else.
 
-It takes over the `sys.path` of its worker before it imports anything of this package: a sidecar sees the modules that
-its worker sees, and no others.
+Its standard input holds the `sys.path` of its worker, which it takes over before it imports anything of this package: a
+sidecar sees the modules that its worker sees, and no others.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import os
 import sys
 import traceback
 
+LONGEST = 4096  # characters of a reason: a report is read whole
+
 
 def boot() -> int:
     """Run the sidecar; returns the exit status."""
     worker, errors = map(int, sys.argv[1:3])
-    path = os.read(worker, 1 << 17)
-    if not path:
-        return 1  # the worker died before it was sent
-    sys.path[:] = json.loads(path)
+    sys.path[:] = json.load(sys.stdin)
     try:
         from ucxx_transport.sidecar.main import main
 
         return main(worker, errors, sys.argv[3])
     except BaseException as error:  # noqa: BLE001 - the edge of a process: its worker is to hear of it
         traceback.print_exc()
-        os.write(worker, json.dumps({"died": f"{type(error).__name__}: {error}"}).encode())
+        os.write(worker, json.dumps({"died": f"{type(error).__name__}: {error}"[:LONGEST]}).encode())
         return 1
 
 

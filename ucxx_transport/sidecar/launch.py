@@ -2,13 +2,12 @@
 
 A sidecar is spawned, not forked, in a process group of its own, so that a signal to the worker's group does not end it
 before it has cleaned up. It is an interpreter like the worker's own: the same executable
-(`multiprocessing.set_executable` is honoured), flags and `sys.path`. Between the two is a socket that keeps messages
-apart, each of which is JSON:
+(`multiprocessing.set_executable` is honoured), flags and `sys.path`, which it finds in its standard input: however long
+that is. Between the two is a socket that keeps messages apart, each of which is JSON:
 
 | from    | message                              | means                                                               |
 |---------|--------------------------------------|---------------------------------------------------------------------|
-| worker  | `[…]`                                | the first: its `sys.path`                                           |
-| worker  | `{"worker_pid": n, "log_level": m,   | the second: whose sidecar it is, and what it serves (None: nothing) |
+| worker  | `{"worker_pid": n, "log_level": m,   | the first: whose sidecar it is, and what it serves (None: nothing)  |
 |         | "serve": {…}}`                       |                                                                     |
 | worker  | `{"lease_id": 7, "store": {…}}`      | renew this lease too, there, so often (None: no longer)             |
 | worker  | `{}`                                 | the close frame: end, and leave the leases as they are              |
@@ -36,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -268,37 +267,37 @@ class _Process:
         self._role = role
         self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
         self.last_words = ""  # what it says that it died of
-        handed = serve.get("descriptor") if serve is not None else None
-        inherited = [handed] if isinstance(handed, int) else []
-        self._first_words = _scratch()
-        self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        errors = _errors()
-        try:
+        descriptor = serve.get("descriptor") if serve is not None else None
+        inherited = [descriptor] if isinstance(descriptor, int) else []
+        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
+        with ExitStack() as handed, ExitStack() as kept:
+            for number in inherited:
+                handed.callback(os.close, number)
+            path = handed.enter_context(_scratch())
+            path.write(json.dumps([entry for entry in entries if isinstance(entry, str)]).encode())
+            path.seek(0)
+            self._first_words = kept.enter_context(_scratch())
+            self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            kept.enter_context(self._socket)
+            handed.enter_context(theirs)
+            errors = _errors()
+            handed.callback(os.close, errors)
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
                 # -P: the folder of the script is none of the worker's `sys.path`
                 [interpreter(), *flags, "-P", str(_BOOT), str(theirs.fileno()), str(errors), role],
-                stdin=subprocess.DEVNULL,
+                stdin=path,
                 stdout=self._first_words,  # UCX logs there, and the worker's own may be what it talks to a program by
                 stderr=self._first_words,
                 pass_fds=(theirs.fileno(), errors, *inherited),
                 process_group=0,
             )
-        except BaseException:
-            self._socket.close()
-            self._first_words.close()
-            raise
-        finally:
-            theirs.close()
-            for number in (errors, *inherited):
-                os.close(number)
+            kept.pop_all()
         self._socket.settimeout(0.0)
         self.fileno = self._socket.fileno
-        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
-        self.send([entry for entry in entries if isinstance(entry, str)])
         self.send({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
 
-    def send(self, message: Order | list[object]) -> None:
+    def send(self, message: Order) -> None:
         """Send it a message; one that has died loses it."""
         with suppress(OSError):
             self._socket.send(packed(message))
@@ -352,7 +351,7 @@ class _Process:
         return text.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
 
 
-def packed(message: Order | list[object]) -> bytes:
+def packed(message: Order) -> bytes:
     """A message to a sidecar; `main.settings_of` makes settings of it again."""
     return json.dumps(message, default=_plain).encode()
 

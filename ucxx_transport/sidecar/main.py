@@ -35,6 +35,7 @@ from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
+from ucxx_transport.sidecar.boot import LONGEST
 from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class _Main:
         try:
             port = None if self._serve is None else self._start_port(**self._serve)
         except TransportError as error:
-            self.report(failed=type(error).__name__, reason=str(error))
+            self.report(failed=type(error).__name__, reason=str(error)[:LONGEST])
             return 1
         for number in (1, 2):  # until here that was kept, for the error of a start that fails
             os.dup2(errors, number)

@@ -26,6 +26,7 @@ def main() -> None:
     errors = os.dup(2)
     sidecar = subprocess.Popen(
         [sys.executable, "-P", boot.__file__, str(theirs.fileno()), str(errors), "ucxx port 0"],
+        stdin=subprocess.PIPE,
         pass_fds=(theirs.fileno(), errors),
     )
     theirs.close()
@@ -37,7 +38,9 @@ def main() -> None:
         "candidates": [0],
         "settings": ServerConfig(host="127.0.0.1", ports=1),
     }
-    ours.send(packed([*sys.path]))
+    assert sidecar.stdin is not None
+    sidecar.stdin.write(json.dumps(sys.path).encode())
+    sidecar.stdin.close()
     ours.send(packed({"worker_pid": os.getpid(), "log_level": logging.INFO, "serve": serve}))
     port = json.loads(ours.recv(4096))["up"]
     ours.close()

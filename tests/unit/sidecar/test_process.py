@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.spawn
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -22,9 +26,10 @@ from ucxx_transport.sidecar.launch import Sidecar, interpreter
 MINUTE = 60.0
 AT_ONCE = (0.0, 0.0)
 REPORTING = """
-import json, os, select, sys
+import json, os, select, sys, zlib
 def main(worker, errors, role):
-    facts = {"port": None, "sys_path": sys.path, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
+    seen = zlib.crc32(repr(sys.path).encode())
+    facts = {"port": None, "sys_path": seen, "flags": sys.flags.no_user_site, "warnings": sys.warnoptions}
     os.read(worker, 9999)
     os.write(worker, json.dumps({"up": facts}).encode())
     os.read(worker, 1)
@@ -62,7 +67,8 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
     in_place_of_main.write_text(REPORTING)
     (tmp_path / "back-ports").mkdir()
     (tmp_path / "back-ports" / "enum.py").write_text("raise ImportError('a back-port took the place of a module')")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "back-ports")])
+    many = [f"/nowhere/{number:0200}" for number in range(2000)]  # as a build system writes that gives each its folder
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "back-ports"), *many])
     seen = list(sys.path)
     sys.path.append(tmp_path / "none, since it is no string")  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "warnoptions", ["error::UserWarning"])
@@ -72,7 +78,7 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
         facts = one.up.result(MINUTE)
     finally:
         one.stop(soon())
-    assert facts["sys_path"] == seen
+    assert facts["sys_path"] == zlib.crc32(repr(seen).encode())
     assert "error::UserWarning" in facts["warnings"]
 
 
@@ -86,6 +92,22 @@ def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
         one.up.result(MINUTE)
     one.stop(soon())
     assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
+
+
+def test_one_that_cannot_be_started_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for where, name in ((os, "memfd_create"), (socket, "socketpair"), (subprocess, "Popen")):
+        with row(name=name), monkeypatch.context() as patched:
+            patched.setattr(where, name, none_left)
+            one = Sidecar("test", serve=lambda: {"descriptor": os.dup(2)}, pauses_s=AT_ONCE)
+            one.start()
+            with pytest.raises(TransportError, match="Too many open files"):
+                one.up.result(MINUTE)
+            one.stop(soon())
+            assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_last_line_of_one_that_does_not_die_in_python_is_in_the_error(
@@ -191,10 +213,11 @@ def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_lat
     one = Sidecar("test", serve=dict, pauses_s=(0.01, 0.03))
     one.start()
     try:
-        wait_until(lambda: one.restarts >= 4, MINUTE, what="it has died so often")
+        wait_until(lambda: len(log_events) >= 4, MINUTE, what="it has died so often")
     finally:
         one.stop(soon())
-    deaths = [event for event in log_events if event["event"] == "sidecar_died"][:4]
+    deaths = log_events[:4]
+    assert {event["event"] for event in deaths} == {"sidecar_died"}
     assert {event["reason"] for event in deaths} == {"RuntimeError: of old age"}
     assert deaths[0]["pause_s"] == 0.0
     for event, longest_s in zip(deaths[1:], (0.01, 0.02, 0.03), strict=True):
