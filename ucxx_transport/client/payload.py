@@ -142,7 +142,8 @@ class Deduplicator:
         slots = self.rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
             raise StaleSlotError(
-                "this client has already received or discarded this payload, or a newer one of its slot",
+                "this client has already received or discarded this payload, or a newer one of its slot; keep the "
+                "first read's payload or a copy of its arrays, and write what several read with readers=N",
                 slot=ref.slot,
                 generation=ref.generation,
                 delivered=slots[ref.slot],

@@ -334,14 +334,14 @@ class SharedRingBuffer(ReadableRing):
         transitions.count("full")
         if blocks:
             raise DeadlineExceededError(
-                "no slot became free in time: the readers are too slow, or gone; enlarge ring.slots or choose "
-                "on_full='overwrite'",
+                f"no slot became free in time: {self._occupancy()}",
                 waited_s=round(monotonic() - started, 3),
                 slots=self.slots,
             )
         if self._overwrites:
-            raise RingFullError("no slot can be written: every one is being read or written", slots=self.slots)
-        raise RingFullError("no slot is free and the ring's policy is to raise", slots=self.slots)
+            message = f"no slot can be written: every one is being read or written: {self._occupancy()}"
+            raise RingFullError(message, slots=self.slots)
+        raise RingFullError("no slot is free, and on_full = 'raise'; write again once readers go on", slots=self.slots)
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot for this layout, made, and kept for the next write to it."""

@@ -198,7 +198,10 @@ _REFUSALS: Final[Mapping[int, tuple[type[SlotError | BusyError], str]]] = {
     layout.HAD: (StaleSlotError, "stale slot: the payload was read already, though an attempt is still in flight"),
     layout.STALE: (
         StaleSlotError,
-        "stale slot: the slot was recycled, or its payload was read, dropped or never written",
+        (
+            "stale slot: the slot was recycled, or its payload was read, dropped or never written; go on with the next "
+            "record, and write what several read with readers=N"
+        ),
     ),
 }
 
