@@ -10,16 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, Self
 
+from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import (
-    ConfigError,
-    DeadlineExceededError,
-    LeaseLostError,
-    NotReadyError,
-    RegistryError,
-    StoreResetError,
-    TransportError,
-)
 from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, SharedState
@@ -78,11 +70,11 @@ class RankGroup:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if world_size is not None and world_size < 1:
-            raise ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
+            raise errors.ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
         if not group:
-            raise ConfigError("a group needs a name", field="group")
+            raise errors.ConfigError("a group needs a name", field="group")
         if ack_timeout_s <= 0:
-            raise ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
+            raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
         self._world_size = world_size
         self._check_ranks([rank])
         self._context = RankContext(
@@ -135,7 +127,9 @@ class RankGroup:
         if rank == self.rank:
             return now.state
         if now.view is None:
-            raise NotReadyError("an isolated rank knows no others: join_group() first", group=now.group, rank=rank)
+            raise errors.NotReadyError(
+                "an isolated rank knows no others: join_group() first", group=now.group, rank=rank
+            )
         seat = now.view.seat_of(rank)
         record = None if now.snapshot is None else now.snapshot.members.get(rank)
         if seat.state.is_seated or record is None or record.incarnation == seat.incarnation:
@@ -166,7 +160,7 @@ class RankGroup:
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         if not self._joining.acquire(timeout=retrying.left_s):
             text = "another join_group() of this rank is under way"
-            raise DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
+            raise errors.DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
         try:
             self._cancelled.clear()
             if self._participant is not None:
@@ -176,7 +170,7 @@ class RankGroup:
             while True:
                 try:
                     return self._join_once(retrying)
-                except (LeaseLostError, StoreResetError) as error:
+                except (errors.LeaseLostError, errors.StoreResetError) as error:
                     _log.warning("join_restarted", reason=str(error), **self._context.keys)
                     retrying.pause(self._context.config.backoff_s)
         finally:
@@ -248,7 +242,7 @@ class RankGroup:
             DeadlineExceededError: the store did not answer.
         """
         if type(version) is not int or not 0 <= version < 1 << 59:
-            raise ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
+            raise errors.ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
         self._member()
         retrying = Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
@@ -285,7 +279,7 @@ class RankGroup:
         """
         return self._shared.on_view(callback)
 
-    def on_gone(self, callback: Callable[[TransportError], object]) -> Callable[[], None]:
+    def on_gone(self, callback: Callable[[errors.TransportError], object]) -> Callable[[], None]:
         """Call `callback` when this rank is a member no longer without having left; returns what ends that.
 
         It is called in a thread of its own, with the reason: the lease was lost, or the group dropped this rank. Wake
@@ -323,13 +317,13 @@ class RankGroup:
             return self._shared.wait(joined, retrying, self._not_joined)
         except BaseException:
             self._stop(participant)
-            self._shared.end(RankEvent.LEAVE, RegistryError("joining was cancelled", **self._context.keys))
+            self._shared.end(RankEvent.LEAVE, errors.RegistryError("joining was cancelled", **self._context.keys))
             self._participant = None
             raise
 
-    def _not_joined(self, now: GroupState) -> DeadlineExceededError:
+    def _not_joined(self, now: GroupState) -> errors.DeadlineExceededError:
         snapshot = now.snapshot
-        return DeadlineExceededError(
+        return errors.DeadlineExceededError(
             f"rank {self.rank} did not become active in {now.group!r} in time",
             waiting_for="store" if snapshot is None else awaited_ranks(snapshot.view, snapshot.members, self.rank),
             epoch=now.epoch,
@@ -346,13 +340,13 @@ class RankGroup:
             change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=incarnation)
             teardown.step("view", change, until_s)
         if leaves:
-            self._shared.end(RankEvent.LEAVE, NotReadyError("this rank has left", **self._context.keys))
+            self._shared.end(RankEvent.LEAVE, errors.NotReadyError("this rank has left", **self._context.keys))
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:
         """A NotReadyError while this rank is not a member."""
         if self._participant is None or not self.state.state.is_seated:
-            raise NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
+            raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
 
     def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float) -> GroupView:
         """Write a change, and wait for the view that has it; after a RECALL for one in which the ranks are ACTIVE."""
@@ -368,14 +362,16 @@ class RankGroup:
             if view is None or event is not RankEvent.RECALL:
                 return view
             if gone := [rank for rank in ranks if not view.state_of(rank).is_seated]:
-                raise NotReadyError(f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone)
+                raise errors.NotReadyError(
+                    f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone
+                )
             return view if set(ranks) <= set(view.active_ranks) else None
 
-        def late(now: GroupState) -> DeadlineExceededError:
+        def late(now: GroupState) -> errors.DeadlineExceededError:
             if event is not RankEvent.RECALL:
                 return _not_seen(now, epoch)
             waiting_for = tuple(sorted(set(ranks) - set(now.active_ranks)))
-            return DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
+            return errors.DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
 
         return self._shared.wait(found, retrying, late)
 
@@ -383,9 +379,9 @@ class RankGroup:
         end = MAX_RANKS if self._world_size is None else self._world_size
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank < end:
-                raise ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
+                raise errors.ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
 
 
-def _not_seen(now: GroupState, epoch: int) -> DeadlineExceededError:
+def _not_seen(now: GroupState, epoch: int) -> errors.DeadlineExceededError:
     text = f"no view of epoch {epoch} or later was seen in time"
-    return DeadlineExceededError(text, group=now.group, waiting_for=f"epoch {epoch}", epoch=now.epoch)
+    return errors.DeadlineExceededError(text, group=now.group, waiting_for=f"epoch {epoch}", epoch=now.epoch)

@@ -22,15 +22,7 @@ import threading
 import time
 from typing import Final
 
-from ucxx_transport.errors import (
-    CompactedError,
-    ConflictError,
-    LeaseLostError,
-    RegistryError,
-    StorePermissionError,
-    StoreResetError,
-    StoreUnavailableError,
-)
+from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, ack_waits, next_view, overdue_ranks, turn_of
 from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, RankEvent
@@ -62,7 +54,7 @@ TICK_S: Final = 0.05
 class MembershipEndedError(Exception):
     """This rank is not in the group any more; `error` is for waiting calls, and for `on_gone`."""
 
-    def __init__(self, event: RankEvent, error: RegistryError) -> None:
+    def __init__(self, event: RankEvent, error: errors.RegistryError) -> None:
         super().__init__(str(error))
         self.event, self.error = event, error
 
@@ -78,7 +70,9 @@ class Participant:
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
-        self._away: type[RegistryError] | None = None  # what the store has answered last, since it was last heard
+        self._away: type[errors.RegistryError] | None = (
+            None  # what the store has answered last, since it was last heard
+        )
         self._keeper = Keeper(context.store, context.store_config, context.config)
         self._renewer = LeaseRenewer(
             lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
@@ -123,7 +117,7 @@ class Participant:
         own = snapshot.members.get(self._rank)
         if own is None or own.incarnation != self.incarnation:
             text = "this rank's key is gone from the store, as its lease must be"
-            raise self._ended(LeaseLostError, text, taken_over=own is not None)
+            raise self._ended(errors.LeaseLostError, text, taken_over=own is not None)
         self._apply(snapshot)
         self._check_seat()
         if snapshot.revision < self._seen_revision:
@@ -145,7 +139,7 @@ class Participant:
             self._shared.apply(view)
         elif view.epoch == known.epoch and view != known.view and self._has_applied:
             text = "the store has another view of the epoch that this rank applied last, its data are others"
-            raise self._ended(StoreResetError, text, epoch=view.epoch)
+            raise self._ended(errors.StoreResetError, text, epoch=view.epoch)
 
     def _check_seat(self) -> None:
         view = self._shared.now.view or NO_VIEW
@@ -156,10 +150,10 @@ class Participant:
         elif is_own or self._was_seated:  # else it is not admitted yet
             ended_by = (seat.ended_by if is_own else None) or RankEvent.LOSE
             text = "the group goes on without this rank"
-            raise self._ended(LeaseLostError, text, ended_by, epoch=view.epoch, ended_by=ended_by.value)
+            raise self._ended(errors.LeaseLostError, text, ended_by, epoch=view.epoch, ended_by=ended_by.value)
 
     def _ended(
-        self, error: type[RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
+        self, error: type[errors.RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
     ) -> MembershipEndedError:
         return MembershipEndedError(event, error(f"{text}: join_group() again", **facts, **self._context.keys))
 
@@ -188,7 +182,7 @@ class Participant:
                     return TICK_S
             try:
                 self._put(view_key(self._group), wanted.to_bytes(), expected=snapshot.view_revision)
-            except ConflictError:  # the other member may have decided the same
+            except errors.ConflictError:  # the other member may have decided the same
                 self._overtaken_revision = snapshot.view_revision
                 self._shared.count(conflicts=1)
         return TICK_S
@@ -204,9 +198,9 @@ class Participant:
         while not self._ending.is_set():
             try:
                 self._take_part()
-            except (CompactedError, StoreResetError, ConflictError) as error:
+            except (errors.CompactedError, errors.StoreResetError, errors.ConflictError) as error:
                 _log.info("group_read_again", reason=str(error), **keys)
-            except (StoreUnavailableError, StorePermissionError) as error:
+            except (errors.StoreUnavailableError, errors.StorePermissionError) as error:
                 if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
                     self._shared.count(outages=1)
                     if self._away is not type(error):
@@ -214,7 +208,7 @@ class Participant:
                     self._away = type(error)
             except MembershipEndedError as ended:
                 return self._end(ended.event, ended.error)
-            except LeaseLostError as error:
+            except errors.LeaseLostError as error:
                 return self._end(RankEvent.LOSE, error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
                 _log.exception("group_thread_failed", **keys)
@@ -240,7 +234,7 @@ class Participant:
 
     def _check_lease(self) -> None:
         if self._lease_lost.is_set():
-            raise self._ended(LeaseLostError, "this rank's lease has ended", lease=self._lease_id)
+            raise self._ended(errors.LeaseLostError, "this rank's lease has ended", lease=self._lease_id)
 
     def _on_lease_lost(self) -> None:
         self._lease_lost.set()
@@ -257,11 +251,11 @@ class Participant:
         if not self._lease_lost.is_set():
             self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
-    def _end(self, event: RankEvent, error: RegistryError) -> None:
+    def _end(self, event: RankEvent, error: errors.RegistryError) -> None:
         if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
             _log.warning("membership_lost", reason=str(error), **self._context.keys)
         try:  # before anything else hears of it: the next `join_group` finds the rank free
             self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
-        except RegistryError as failure:
+        except errors.RegistryError as failure:
             _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
         self._shared.end(event, error)

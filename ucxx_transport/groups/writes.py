@@ -13,18 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final, TypeVar
 
+from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import (
-    ConfigError,
-    ConflictError,
-    DeadlineExceededError,
-    DuplicateSourceError,
-    LeaseLostError,
-    NotReadyError,
-    RegistryError,
-    StoreUnavailableError,
-)
 from ucxx_transport.groups.decisions import is_alive, view_after
 from ucxx_transport.groups.view import GroupSnapshot, MemberRecord, RankEvent, parse_policy_version
 from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
@@ -70,7 +61,7 @@ class Retrying:
         self, context: RankContext, timeout_s: float, purpose: str, *, cancelled: threading.Event | None = None
     ) -> None:
         if timeout_s <= 0:
-            raise ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
+            raise errors.ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
         self.context, self._purpose = context, purpose
         self._deadline = context.clock() + timeout_s
         self._cancelled = threading.Event() if cancelled is None else cancelled
@@ -85,24 +76,24 @@ class Retrying:
 
         A DeadlineExceededError: the store did not answer until the deadline. A RegistryError: it was cancelled.
         """
-        unanswered: StoreUnavailableError | None = None
+        unanswered: errors.StoreUnavailableError | None = None
         config = self.context.config
         for attempt in count(1):
             if self.left_s <= 0:
                 break
             try:
                 return method(*args, **settings, timeout_s=min(self.left_s, CALL_S))
-            except StoreUnavailableError as error:
+            except errors.StoreUnavailableError as error:
                 unanswered = error
             self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
         text = f"{self._purpose}: the deadline passed before the store answered"
-        raise DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
+        raise errors.DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
 
     def swap(self, key: str, value: bytes, expected: int) -> int | None:
         """The revision of the write; None: another came first, or it was this one, its answer lost: read again."""
         try:
             return self.call(self.context.store.put, key, value, expected=expected)
-        except ConflictError:
+        except errors.ConflictError:
             self.pause(RACE_S)
             return None
 
@@ -114,7 +105,7 @@ class Retrying:
     def check(self) -> None:
         """Raise a RegistryError when the result is no longer wanted."""
         if self._cancelled.is_set():
-            raise RegistryError(f"{self._purpose}: cancelled by leave()")
+            raise errors.RegistryError(f"{self._purpose}: cancelled by leave()")
 
 
 def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
@@ -136,7 +127,7 @@ def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
             lease = retrying.call(store.grant, wanted.ttl_s)
             raw = replace(wanted, ttl_s=lease.ttl_s).to_bytes()
             # Else another was first, an answer was lost, or the store was away for longer than the lease lived.
-            with suppress(ConflictError, LeaseLostError):
+            with suppress(errors.ConflictError, errors.LeaseLostError):
                 retrying.call(store.put, key, raw, lease_id=lease.lease_id, expected=0)
                 return lease
         elif lease is not None and holder.incarnation == wanted.incarnation:
@@ -144,12 +135,12 @@ def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
         elif is_alive(holder, first=first, waited_s=context.clock() - began):
             text = f"{what} is a live member: give this process another rank, or end that one"
             facts = {"incarnation": holder.incarnation, "address": holder.address}
-            raise DuplicateSourceError(text, **facts, **context.keys)
+            raise errors.DuplicateSourceError(text, **facts, **context.keys)
         else:
             retrying.pause(POLL_S)
             if retrying.left_s <= 0:
                 text = f"{what} has a holder whose lease may still end; it was not waited out"
-                raise DeadlineExceededError(text, waiting_for="the rank's holder", **context.keys)
+                raise errors.DeadlineExceededError(text, waiting_for="the rank's holder", **context.keys)
     raise AssertionError
 
 
@@ -165,7 +156,7 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
         absent = [rank for rank in ranks if not view.state_of(rank).is_seated]
         if absent and event is RankEvent.RECALL:
             text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
-            raise NotReadyError(text, group=group, ranks=absent, epoch=view.epoch)
+            raise errors.NotReadyError(text, group=group, ranks=absent, epoch=view.epoch)
         wanted = view_after(view, snapshot.members, event, ranks, incarnation=incarnation)
         if wanted is None:
             return view.epoch
@@ -186,7 +177,7 @@ def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int
             return entry.revision
         if known is not None and known > version and not rewind:
             text = f"policy version {version} is behind {known}, which the group has: rewind=True goes back"
-            raise ConfigError(text, field="version", known=known)
+            raise errors.ConfigError(text, field="version", known=known)
         revision = retrying.swap(key, str(version).encode(), 0 if entry is None else entry.revision)
         if revision is not None:
             return revision

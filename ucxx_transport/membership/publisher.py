@@ -13,20 +13,9 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any, Final, Self
 
+from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.errors import (
-    ConfigError,
-    ConflictError,
-    DeadlineExceededError,
-    DuplicateSourceError,
-    LeaseLostError,
-    ProtocolError,
-    StorePermissionError,
-    StoreResetError,
-    StoreUnavailableError,
-    TransportError,
-)
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.publication import (
@@ -46,8 +35,8 @@ _log = get_logger(__name__)
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
 _SERVING: Final = (PublisherState.LIVE, PublisherState.UNWELL)
-_LOSSES: Final = (LeaseLostError, ConflictError, StoreResetError)
-_HOPELESS: Final = (StorePermissionError, DuplicateSourceError, ConfigError, ProtocolError)
+_LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreResetError)
+_HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
 
 
 class HeartbeatPublisher:
@@ -109,7 +98,7 @@ class HeartbeatPublisher:
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
-        self.error: TransportError | None = None
+        self.error: errors.TransportError | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
         self._pid = os.getpid()
@@ -131,7 +120,7 @@ class HeartbeatPublisher:
             ConfigError: it was started before.
         """
         if self.state is not PublisherState.NEW:
-            raise ConfigError("this publisher was started before; make another")
+            raise errors.ConfigError("this publisher was started before; make another")
         self._keeper.start(self._source.sidecar)
         self._source.hold()
         self._change(PublisherState.PUBLISHING)
@@ -152,11 +141,11 @@ class HeartbeatPublisher:
                 if self.state is PublisherState.FAILED and self.error is not None:
                     raise self.error
                 if self.state in {PublisherState.NEW, PublisherState.STOPPED}:
-                    raise ConfigError(f"the publisher is {self.state.value}")
+                    raise errors.ConfigError(f"the publisher is {self.state.value}")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
                     message = "the source was not published in time"
-                    raise DeadlineExceededError(message, store=self._store.url, reason=str(self.error))
+                    raise errors.DeadlineExceededError(message, store=self._store.url, reason=str(self.error))
                 self._changed.wait(left_s)
             return self.epoch
 
@@ -195,7 +184,9 @@ class HeartbeatPublisher:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _change(self, state: PublisherState | None = None, error: TransportError | None = None, **values: Any) -> None:
+    def _change(
+        self, state: PublisherState | None = None, error: errors.TransportError | None = None, **values: Any
+    ) -> None:
         """Another state, error and counts, all at once. A publisher that has stopped stays so."""
         with self._changed:
             if state is not None and self.state is not PublisherState.STOPPED:
@@ -228,12 +219,16 @@ class HeartbeatPublisher:
                 pause_s = self._turn()
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
             _log.exception("publisher_died", worker=self.worker_id)
-            known = error if isinstance(error, TransportError) else TransportError(f"{type(error).__name__}: {error}")
+            known = (
+                error
+                if isinstance(error, errors.TransportError)
+                else errors.TransportError(f"{type(error).__name__}: {error}")
+            )
             self._fail(known)
         if (publication := self._publication) is not None:
             try:
                 publication.withdraw(self._config.stop_timeout_s)
-            except TransportError as error:
+            except errors.TransportError as error:
                 _log.warning("record_not_withdrawn", worker=self.worker_id, reason=str(error))
         self._close()
         if self.state is PublisherState.STOPPED:  # the stop has not waited, and this thread has held the source since
@@ -259,7 +254,7 @@ class HeartbeatPublisher:
                 self._source.bind()
                 publication.update(SourceStatus.READY, self._source.offer())
                 self._change(PublisherState.LIVE, publications=self._now.publications + 1)
-        except TransportError as error:
+        except errors.TransportError as error:
             if self._publication is not None and isinstance(error, _LOSSES):
                 self._lose(str(error))
                 if was_live:
@@ -274,14 +269,14 @@ class HeartbeatPublisher:
             self._failures = 0
         return self._config.interval_s
 
-    def _after_failure(self, error: TransportError) -> float:
+    def _after_failure(self, error: errors.TransportError) -> float:
         """What follows from a try to publish that has failed; returns the seconds until the next."""
         config = self._config
         left_s = self._began_s + config.publish_timeout_s - self._clock()
         if isinstance(error, _HOPELESS) or (left_s <= 0 and config.on_timeout == "stop"):
             self._fail(error)
             return 0.0
-        if isinstance(error, StoreUnavailableError):
+        if isinstance(error, errors.StoreUnavailableError):
             self._rival = None  # its lease may have been given more time
         self._failures += 1
         self._change(error=error)
@@ -318,14 +313,14 @@ class HeartbeatPublisher:
             self._rival = None
             return
         now, ttl_s = self._clock(), self._config.ttl_s
-        with suppress(ProtocolError):
+        with suppress(errors.ProtocolError):
             ttl_s = max(ttl_s, SourceRecord.from_bytes(entry.value).ttl_s)
         if self._rival is None or self._rival[0] != entry.lease_id:
             self._rival = (entry.lease_id, now)
         if now - self._rival[1] > 2 * ttl_s + 1.0:
             text = f"another live worker is published as {self.worker_id!r}; give each worker an id of its own"
-            raise DuplicateSourceError(text, worker_id=self.worker_id)
-        raise ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
+            raise errors.DuplicateSourceError(text, worker_id=self.worker_id)
+        raise errors.ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
 
     def _look_after(self, publication: Publication) -> None:
         """See that the record is there and says what is so."""
@@ -348,7 +343,7 @@ class HeartbeatPublisher:
         _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
         self._revoke()
 
-    def _fail(self, error: TransportError) -> None:
+    def _fail(self, error: errors.TransportError) -> None:
         _log.error("publisher_failed", worker=self.worker_id, store=self._store.url, reason=str(error))
         self._revoke()
         self._change(PublisherState.FAILED, error)
@@ -357,5 +352,5 @@ class HeartbeatPublisher:
         self._keeper.keep(None)
         publication, self._publication = self._publication, None
         if publication is not None:
-            with suppress(TransportError):
+            with suppress(errors.TransportError):
                 self._store.revoke(publication.lease.lease_id)

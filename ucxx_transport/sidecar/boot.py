@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-LONGEST = 4096  # characters of a reason: a report is read whole
+LONGEST = 4096  # characters of the reason: a report is read whole
 
 
 def boot() -> int:

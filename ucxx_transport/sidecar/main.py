@@ -35,7 +35,6 @@ from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
-from ucxx_transport.sidecar.boot import LONGEST
 from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ T = TypeVar("T")
 
 # Of the longest message.
 MESSAGE_BYTES: Final = 1 << 17
+# Of the reason of a failed start: a report is read whole.
+REASON_CHARS: Final = 4096
 # How often the worker and the port are looked at; the worker's end shows at once by the end of file, unless a process
 # that it has forked keeps the pipe open.
 LOOK_S: Final = 0.5
@@ -95,7 +96,7 @@ class _Main:
         try:
             port = None if self._serve is None else self._start_port(**self._serve)
         except TransportError as error:
-            self.report(failed=type(error).__name__, reason=str(error)[:LONGEST])
+            self.report(failed=type(error).__name__, reason=str(error)[:REASON_CHARS])
             return 1
         for number in (1, 2):  # until here that was kept, for the error of a start that fails
             os.dup2(errors, number)
