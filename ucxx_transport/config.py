@@ -23,6 +23,7 @@ from ucxx_transport.units import (
     OptionalHost,
     OptionalName,
     OptionalPortRange,
+    OptionalStoreURL,
     OptionalText,
     OptionalToken,
     Ports,
@@ -214,8 +215,11 @@ class ClientConfig(_OverUCX):
 
 @section("store")
 class StoreConfig:
-    """How a store of membership is reached; its address is the URL given to `open_store`."""
+    """Where the store of membership is, and how it is reached."""
 
+    url: OptionalStoreURL = setting(
+        "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
+    )
     namespace: Name = setting("keeps the jobs that share a store apart; the same for all of one job", default="default")
     timeout_s: Seconds = setting("bound on one call", default=5.0, gt=0)
     user: OptionalText = setting("etcd: the user's name", default=None)

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.units import Parse, kind_of, parse_token, parse_ucx_settings
+from ucxx_transport.units import Parse, kind_of, parse_store_url, parse_token, parse_ucx_settings
 
 SectionT = TypeVar("SectionT")
 
 ENV_PREFIX: Final = "UCXX_TRANSPORT_"
+_MAY_HOLD_A_SECRET: Final = (parse_token, parse_store_url)
 TOML_NAME: Final = "ucxx_transport.toml"
 
 
@@ -154,7 +155,7 @@ def _validated(section: str, given: Mapping[str, Given]) -> dict[str, object]:
         try:
             held[field] = rule.held(one.value)
         except ValueError as error:
-            shown = "(hidden)" if rule.parse is parse_token else repr(one.value)
+            shown = "(hidden)" if rule.parse in _MAY_HOLD_A_SECRET else repr(one.value)
             problems.append(f"{section}.{field} = {shown} ({one.source}): {error}")
             facts = facts or {"field": field, "value": shown, "source": one.source}
     if problems:

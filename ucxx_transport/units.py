@@ -198,6 +198,15 @@ def parse_token(value: object) -> Secret:
     return Secret(value.encode() if isinstance(value, str) else value)
 
 
+def parse_store_url(value: object) -> str:
+    """`OptionalStoreURL` at run time; `membership.store_url` reads the rest of it."""
+    if not isinstance(value, str) or "://" not in value:
+        raise ValueError("expected a URL: local://, local:///abs/path or etcd://host:2379")
+    if "@" in value and not value.startswith("local:"):
+        raise ValueError("it has a user or a password in it: they go into the settings store.user and store.password")
+    return value
+
+
 def _ports(value: object) -> int | tuple[int, ...]:
     if isinstance(value, str):
         words = value.strip().strip("[]").split(",")
@@ -278,6 +287,7 @@ OptionalName = Annotated[str | None, _NAME]
 OptionalText = Annotated[str | None, partial(_matching, r"(?s:.)+", "text that is not empty")]
 OptionalHost = Annotated[str | None, partial(_matching, r"\S{1,255}", "an address, or the name of a host")]
 OptionalToken = Annotated[_Field[Secret | None, Secret | bytes | str | None], parse_token]
+OptionalStoreURL = Annotated[str | None, parse_store_url]
 Ports = Annotated[_Field[int | tuple[int, ...], int | Sequence[int]], _ports]
 OptionalPortRange = Annotated[_Field[tuple[int, int] | None, Sequence[int] | str | None], _port_range]
 UCXSettings = Annotated[_Field[Mapping[str, str], Mapping[str, str | int | float | bool]], parse_ucx_settings]

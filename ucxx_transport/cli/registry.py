@@ -24,7 +24,12 @@ def registry(
     ],
     workers: Annotated[list[str] | None, typer.Argument(help="reap: the worker ids to end.")] = None,
     *,
-    store: Annotated[str, typer.Option("--store", help="URL: local://, local:///path, etcd://host:port")] = "local://",
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="URL: local://, local:///path, etcd://host:port. Default: the setting store.url, or local://"
+        ),
+    ] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", help="The job's part of the store.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +43,7 @@ def registry(
     if workers and action != "reap":
         raise ConfigError(f"{action} takes no worker ids", field="workers")
     config = StoreConfig() if namespace is None else StoreConfig(namespace=namespace)
-    with open_store(store, config) as opened:
+    with open_store(store or config.url or "local://", config) as opened:
         if action == "ls":
             _list(opened, as_json=as_json)
         elif action == "watch":

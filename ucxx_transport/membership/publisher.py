@@ -53,7 +53,8 @@ class HeartbeatPublisher:
     ```
 
     Args:
-        store: the store or its URL. One given as a URL is opened and closed by the publisher.
+        store: the store or its URL; None: `store.url`. One that is not given itself is opened and closed by the
+            publisher.
         worker_id: this worker's name in the job, 1 to 128 printable characters.
         source: what is published: a `UCXXServer`, or a `RingSource` without one.
         config: settings.
@@ -71,7 +72,7 @@ class HeartbeatPublisher:
 
     def __init__(
         self,
-        store: Store | str,
+        store: Store | str | None,
         worker_id: str,
         source: Publishable,
         config: PublisherConfig | None = None,
@@ -88,8 +89,8 @@ class HeartbeatPublisher:
         self._clock = clock
         self._session = secrets.token_hex(16)
         self._record(1).to_bytes()  # refused here rather than in the thread
-        self._owns_store = isinstance(store, str)
-        self._store: Store = open_store(store, self._store_config) if isinstance(store, str) else store
+        self._owns_store = store is None or isinstance(store, str)
+        self._store = open_store(store, self._store_config) if store is None or isinstance(store, str) else store
         # The lease of another worker of this id, and since when it is seen.
         self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None

@@ -30,25 +30,28 @@ _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?:
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
-def open_store(url: str, config: StoreConfig | None = None) -> Store:
+def open_store(url: str | None = None, config: StoreConfig | None = None) -> Store:
     """The store that membership is kept in. Close it, or use `with`.
 
     Args:
         url: `local://` or `local:///abs/path` for the processes of one machine; `etcd://host:2379,…` (`etcds://` over
-            TLS) for several machines.
+            TLS) for several machines; None: `store.url`.
         config: its settings; None: those of the environment and the file.
 
     Raises:
-        ConfigError: the URL or a setting is wrong, or a local store's interpreter has no sqlite3.
+        ConfigError: the URL or a setting is wrong, there is no URL, or a local store's interpreter has no sqlite3.
         StorePermissionError: the file of a local store is not this user's to use.
     """
-    text: object = url
-    scheme, found, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
-    if not found or "@" in scheme:
-        raise _wrong(url, "has no scheme")
     config = config or StoreConfig()
+    named: object = config.url if url is None else url
+    if named is None:
+        text = "no store is named: give its URL, or set store.url (UCXX_TRANSPORT_STORE__URL), such as etcd://host:2379"
+        raise ConfigError(text, field="url")
+    scheme, found, rest = named.partition("://") if isinstance(named, str) else ("", "", "")
+    if not isinstance(named, str) or not found or "@" in scheme:
+        raise _wrong(named, "has no scheme")
     if scheme == "local":
-        path = _path(url, rest) if rest else None
+        path = _path(named, rest) if rest else None
         try:
             from ucxx_transport.membership.local_store import LocalStore
         except ImportError as error:
@@ -58,10 +61,10 @@ def open_store(url: str, config: StoreConfig | None = None) -> Store:
             raise ConfigError(text, python=sys.executable, reason=str(error)) from error
         return LocalStore(path, config)
     if scheme not in {"etcd", "etcds"}:
-        raise _wrong(url, f"has the unknown scheme {scheme!r}")
+        raise _wrong(named, f"has the unknown scheme {scheme!r}")
     from ucxx_transport.membership.etcd_store import EtcdStore
 
-    return EtcdStore(_endpoints(url, rest), config, tls=scheme == "etcds")
+    return EtcdStore(_endpoints(named, rest), config, tls=scheme == "etcds")
 
 
 def _endpoints(url: str, rest: str) -> tuple[str, ...]:

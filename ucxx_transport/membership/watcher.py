@@ -90,7 +90,8 @@ class SourceWatcher:
     `wait_for`; a `stop` in it does not wait for it.
 
     Args:
-        store: the store or its URL. One given as a URL is opened and closed by the watcher.
+        store: the store or its URL; None: `store.url`. One that is not given itself is opened and closed by the
+            watcher.
         on_add: called with every source that appears, those there at the start too.
         on_update: called when a source's address or status changes.
         on_remove: called with every source that ends, and with the old epoch of one that came back with a new one.
@@ -103,7 +104,7 @@ class SourceWatcher:
 
     def __init__(
         self,
-        store: Store | str,
+        store: Store | str | None = None,
         *,
         on_add: Listener | None = None,
         on_update: Listener | None = None,
@@ -111,8 +112,8 @@ class SourceWatcher:
         reset_grace_s: float = RESET_GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._owns_store = isinstance(store, str)
-        self._store: Store = open_store(store) if isinstance(store, str) else store
+        self._owns_store = store is None or isinstance(store, str)
+        self._store = open_store(store) if store is None or isinstance(store, str) else store
         self._reset_grace_s = reset_grace_s
         self._clock = clock
         self._changed = threading.Condition()

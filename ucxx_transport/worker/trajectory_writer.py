@@ -74,7 +74,7 @@ class TrajectoryWriter:
             writes None in its place.
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
-            it is not.
+            `store.url`, and where that is unset it is not.
         publisher: settings of that.
         store_config: settings of the store.
         store_meta: what else its record there says, JSON values.
@@ -124,6 +124,8 @@ class TrajectoryWriter:
         self._nonfinite_meta = nonfinite_meta
         self._reward = reward
         self._publish: Callable[[RingSource], HeartbeatPublisher] | None = None
+        store_config = StoreConfig() if store_config is None else store_config
+        store = store_config.url if store is None else store
         if store is not None:
             self._publish = lambda source: HeartbeatPublisher(
                 store, worker_id, source, publisher, store_config=store_config, meta=store_meta

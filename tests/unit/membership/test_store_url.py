@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
+from tests.support.command_line import call
+from tests.support.fake_source import FakeSource
+from tests.support.rows import row
+from ucxx_transport import Schema, TensorSpec, TrajectoryWriter
+from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership import open_store
+from ucxx_transport.membership import HeartbeatPublisher, SourceWatcher, open_store
+
+OFTEN = PublisherConfig(keeper="thread")
+ALONE: dict[str, Any] = {
+    "schema": Schema([TensorSpec("x", (2,), "float32")]),
+    "ring": {"slots": 2},
+    "serve": False,
+    "publisher": OFTEN,
+}
 
 LOCAL = {
     "local:///tmp/s": "/tmp/s",
@@ -53,7 +70,7 @@ WRONG: list[tuple[Any, str]] = [
     ("etcd://host/prefix", "namespace"),
     ("etcd://host?x=1", "namespace"),
     (b"etcd://host", "bytes"),
-    (None, "NoneType"),
+    (None, "no store is named"),
 ]
 
 
@@ -79,14 +96,59 @@ def test_an_etcd_address_names_endpoints_and_opens_the_same_store_again() -> Non
 
 def test_a_wrong_address_says_what_would_be_right() -> None:
     for url, word in WRONG:
-        with pytest.raises(ConfigError, match=r"local:///abs/path or etcd://host:2379") as caught:
+        with pytest.raises(ConfigError, match=r"etcd://host:2379") as caught:
             open_store(url)
         assert word in str(caught.value), url
 
 
-def test_a_secret_in_an_address_is_refused_and_not_repeated() -> None:
+def test_a_secret_in_an_address_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for url in ("etcd://me:s3cret@host", "redis://me:s3cret@host", "me:s3cret@host", "s3cret@"):
+        monkeypatch.setenv("UCXX_TRANSPORT_STORE__URL", url)
+        shown = call(capsys, "config")
+        assert shown.code == 1
+        assert "s3cret" not in shown.out + shown.err, url
+        for build in (open_store, StoreConfig, partial(StoreConfig, url=url), SourceWatcher):
+            with row(url=url, build=build), pytest.raises(ConfigError) as caught:
+                build()
+            trace = traceback.TracebackException.from_exception(caught.value)
+            assert "s3cret" not in "".join(trace.format()), url
+            assert "s3cret" not in repr(caught.value), url
+        monkeypatch.delenv("UCXX_TRANSPORT_STORE__URL")
         with pytest.raises(ConfigError) as caught:
             open_store(url)
         assert "s3cret" not in str(caught.value), url
         assert "s3cret" not in repr(caught.value), url
+
+
+def test_a_store_that_code_does_not_name_is_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url, other = f"local://{tmp_path}/store.db", f"local://{tmp_path}/other.db"
+    uses: dict[str, Callable[[], object]] = {
+        "open_store": open_store,
+        "watcher": SourceWatcher,
+        "publisher": lambda: HeartbeatPublisher(None, "w", FakeSource()),
+    }
+    for what, use in uses.items():
+        with row(what=what), pytest.raises(ConfigError, match=r"store\.url \(UCXX_TRANSPORT_STORE__URL\)"):
+            use()
+    with TrajectoryWriter("w", **ALONE) as writer:
+        assert writer.publisher is None
+    toml = tmp_path / "ucxx_transport.toml"
+    for setting in ("toml", "environment"):
+        toml.write_text(f'[store]\nurl = "{url if setting == "toml" else other}"\nnamespace = "run-7"\n')
+        if setting == "environment":
+            monkeypatch.setenv("UCXX_TRANSPORT_STORE__URL", url)
+        with row(setting=setting), open_store() as store, SourceWatcher() as watcher, open_store(other) as elsewhere:
+            assert (store.url, elsewhere.url) == (url, other)
+            with TrajectoryWriter("w", **ALONE), HeartbeatPublisher(None, "v", FakeSource(), OFTEN):
+                assert [source.worker_id for source in watcher.wait_for(2, 60.0)] == ["v", "w"]
+                listed = call(capsys, "registry", "ls", "--json").document
+                assert [source["worker_id"] for source in listed["sources"]] == ["v", "w"]
+            with TrajectoryWriter("w", store=other, **ALONE) as writer:
+                assert writer.publisher is not None
+                writer.publisher.wait_published(60.0)
+                assert [entry.key for entry in elsewhere.snapshot("sources/")] == ["sources/w"]
