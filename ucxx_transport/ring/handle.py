@@ -11,12 +11,10 @@ import ctypes
 import os
 import secrets
 import struct
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from time import time_ns
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -42,15 +40,6 @@ _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 1
 _BankWords = ctypes.c_uint64 * layout.ADDRESS_BANK_WORDS
 _SnapshotWords = ctypes.c_uint64 * (len(layout.COUNTERS) + len(SlotState))
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
-
-
-_REMEDIES: Final = {
-    "unread": "Readers are too slow, or gone: start more of them, or raise ring.slots",
-    "read by fewer": "A reader is missing: start it, or lower readers",
-    "held by": "An array that is kept holds its slot: clone it and release its batch, read with "
-    "ClientConfig(local='copy'), or raise ring.slots above what two batches take",
-}
-"""What helps a write that found no slot, by who has them."""
 
 
 class RingHandle:
@@ -256,31 +245,6 @@ class RingHandle:
                 reason = layout.RECLAIMED_WRITES if is_write else layout.RECLAIMED_READS
                 reclaimed += transitions.finalise(words, reason)
         return reclaimed
-
-    def _occupancy(self) -> str:
-        """Who has the slots, since when, and what helps: for the error of a write that found none."""
-        ages = self._ages()
-        parts = [f"{len(held)} {words}, the oldest for {max(held):.3g} s" for words, held in ages.items()]
-        remedies = [remedy for part, remedy in _REMEDIES.items() if any(part in words for words in ages)]
-        return f"of ring.slots = {self.slots}: {'; '.join(parts) or 'all are free by now'}. {'; '.join(remedies)}"
-
-    def _ages(self) -> dict[str, list[float]]:
-        """Of the slots in use, by who has them: seconds since their payloads were committed."""
-        first, size, entries = self._identity.first_slot_word, self._identity.slot_words, self._identity.entries
-        now_ns, seen, ages = time_ns(), set(), defaultdict[str, list[float]](list)
-        for hold in self._transitions.holds(SlotState.READY, SlotState.READING):
-            slot, pid = hold[layout.HOLD_SLOT], hold[layout.HOLD_PID]
-            header = self._words[first + slot * size : first + (slot + 1) * size]
-            if state_of(hold[layout.HOLD_STATE]) is SlotState.READING:
-                words = "held by this process" if pid == os.getpid() else f"held by pid {pid} of this host"
-            elif any(int(lease) & 1 for lease in header[layout.FIRST_ENTRY :: layout.ENTRY_WORDS][:entries]):
-                words = f"read by fewer readers than ring.readers = {self._identity.readers}"
-            else:
-                words = "unread"
-            if (words, slot) not in seen:  # one process may read a slot several times
-                seen.add((words, slot))
-                ages[words].append((now_ns - int(header[layout.COMMIT_TIME])) / 1e9)
-        return ages
 
     def _template(self) -> SlotRef:
         """What a reference made now has in common with the ring's others: its name, and where its server is."""

@@ -23,6 +23,7 @@ from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
+from ucxx_transport.ring.transitions import why_full
 from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
@@ -332,16 +333,11 @@ class SharedRingBuffer(ReadableRing):
             transitions.sleeping.wait(transitions.address, words[layout.HOLD_STATE], int(wait_s * 1e9))
             self._require_open()
         transitions.count("full")
+        text, facts = why_full(self._segment, self._identity)
         if blocks:
-            raise DeadlineExceededError(
-                f"no slot became free in time: {self._occupancy()}",
-                waited_s=round(monotonic() - started, 3),
-                slots=self.slots,
-            )
-        if self._overwrites:
-            message = f"no slot can be written: every one is being read or written: {self._occupancy()}"
-            raise RingFullError(message, slots=self.slots)
-        raise RingFullError("no slot is free, and on_full = 'raise'; write again once readers go on", slots=self.slots)
+            waited_s = round(monotonic() - started, 3)
+            raise DeadlineExceededError(f"no slot became free in {waited_s:g} s; {text}", **facts, waited_s=waited_s)
+        raise RingFullError(f"no slot can be written; {text}", **facts)
 
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot for this layout, made, and kept for the next write to it."""

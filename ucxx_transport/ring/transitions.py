@@ -5,14 +5,25 @@ critical section takes a fraction of a microsecond; where the lock is taken for 
 released, in slices, so that Ctrl-C is noticed.
 
 A hold is passed to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
+
+Why a write finds no slot is one error, which says who holds the slots, what the others wait for, and what helps:
+
+| slots         | the message says                                    | and helps |
+|---|---|---|
+| being read    | process and reader, how many, how old the oldest is | cloning what is kept, `local="copy"` |
+| had by some   | how many wait for a second, third … reader          | starting it; `readers=1` and `discard` of what |
+|               |                                                     | it never had, if it is gone for good |
+| unread        | how many wait for a first reader                    | starting one |
+| being written | how many                                            | |
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any, Final
 
 import numpy as np
@@ -22,9 +33,9 @@ from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError,
 from ucxx_transport.native import Library, RingStruct, load
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import Identity
-from ucxx_transport.ring.owner import Owner, current_owner
+from ucxx_transport.ring.owner import Owner, current_owner, process_name
 from ucxx_transport.ring.segment import Segment
-from ucxx_transport.ring.states import SlotState, generation_of, state_of
+from ucxx_transport.ring.states import STATE_MASK, SlotState, generation_of, state_of
 from ucxx_transport.schema import Schema
 
 HoldWords = ctypes.c_uint64 * layout.HOLD_WORDS
@@ -33,6 +44,9 @@ Words = ctypes.Array[ctypes.c_uint64]
 
 _HOLDS_A_CALL: Final = 1024
 """Holds listed in one critical section."""
+
+_NAMED: Final = 3
+"""Holders of slots in a message; of the others it says how many there are."""
 
 _THREAD_ID_MASK: Final = 0x3FFFFFFF
 """Of a robust mutex's first word (<linux/futex.h>): who holds it."""
@@ -216,3 +230,87 @@ def _refusal(code: int, words: Words) -> SlotError | BusyError:
     elif kind is BusyError:
         facts["attempts"] = words[layout.HOLD_ATTEMPTS]
     return kind(text, **facts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupation:
+    """What keeps the slots of a ring from being written.
+
+    Attributes:
+        holders: of slots that are being read, by process and reader's id (0: no particular one), each with the number
+            of its slots and the age of the oldest payload in seconds; the one with the most comes first.
+        partly_read: slots that wait for a further reader, by the number of those that have had the payload.
+        unread: slots that wait for a first reader.
+        writing: slots that are being written.
+    """
+
+    holders: dict[tuple[int, int], tuple[int, float]]
+    partly_read: dict[int, int]
+    unread: int
+    writing: int
+
+
+def occupation(segment: Segment, identity: Identity) -> Occupation:
+    """Look at all slots, without the lock: one that changes meanwhile may be missing."""
+    first, nbytes = identity.first_slot_word * layout.WORD_BYTES, identity.slot_words * layout.WORD_BYTES
+    headers = segment.memory[first : first + identity.slots * nbytes].copy().view(np.uint64)
+    headers = headers.reshape(identity.slots, identity.slot_words)
+    entries = headers[:, layout.FIRST_ENTRY : layout.FIRST_ENTRY + identity.entries * layout.ENTRY_WORDS]
+    entries = entries.reshape(identity.slots, identity.entries, layout.ENTRY_WORDS)
+    states, leases = headers[:, layout.STATE] & STATE_MASK, entries[:, :, layout.ENTRY_LEASE]
+    reads = (leases & 1).sum(axis=1)
+    in_flight = (leases != 0) & (leases & 1 == 0) & (states == SlotState.READING)[:, None]
+    written_ns: dict[tuple[int, int], dict[int, int]] = {}
+    for slot, index in np.argwhere(in_flight).tolist():
+        _, pid, _, reader = entries[slot, index].tolist()
+        written_ns.setdefault((pid, reader), {})[slot] = int(headers[slot, layout.COMMIT_TIME])
+    now_ns = time_ns()
+    found = {who: (len(times), (now_ns - min(times.values())) / 1e9) for who, times in written_ns.items()}
+    had_by, numbers = np.unique(reads[states == SlotState.READY], return_counts=True)
+    waiting = dict(zip(had_by.tolist(), numbers.tolist(), strict=True))
+    return Occupation(
+        holders=dict(sorted(found.items(), key=lambda item: -item[1][0])),
+        unread=waiting.pop(0, 0),
+        partly_read=waiting,
+        writing=int((states == SlotState.WRITING).sum()),
+    )
+
+
+def why_full(segment: Segment, identity: Identity) -> tuple[str, dict[str, object]]:
+    """Why a write found no slot, in words that end with what helps, and the numbers behind them."""
+    found = occupation(segment, identity)
+    parts, remedies = [], []
+    for (pid, reader), (slots, age_s) in [*found.holders.items()][:_NAMED]:
+        name = process_name(pid, server_of=identity.creator_pid) + (f", reader {reader:x}," if reader else "")
+        parts.append(f"{name} holds {slots}, the oldest written {age_s:.1f} s ago")
+    if len(found.holders) > _NAMED:
+        parts.append(f"{len(found.holders) - _NAMED} other readers hold some")
+    if found.holders:
+        remedies.append("a trainer that keeps arrays keeps their slots: clone them, or read with local='copy'")
+    for had, slots in found.partly_read.items():
+        which = {1: "second", 2: "third"}.get(had, f"{had + 1}th")
+        parts.append(f"{_wait(slots)} for a {which} reader")
+    if found.partly_read:
+        remedies.append(
+            "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
+            "has not read them"
+        )
+    if found.unread:
+        parts.append(f"{_wait(found.unread)} for a first reader")
+        remedies.append("start more readers")
+    if found.writing:
+        parts.append(f"{found.writing} {'is' if found.writing == 1 else 'are'} being written")
+    text = f"of {identity.slots}: {'; '.join(parts)}. What helps: {'; '.join([*remedies, 'more ring.slots'])}"
+    facts: dict[str, object] = {
+        "slots": identity.slots,
+        "reading": sum(slots for slots, _ in found.holders.values()),
+        "holders": tuple(dict.fromkeys(pid for pid, _ in found.holders)),
+        "unread": found.unread,
+        "partly_read": sum(found.partly_read.values()),
+        "writing": found.writing,
+    }
+    return text, facts
+
+
+def _wait(slots: int) -> str:
+    return f"{slots} wait{'s' if slots == 1 else ''}"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_start
+from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_name, process_start
 
 
 @pytest.fixture
@@ -65,6 +65,14 @@ def test_a_process_whose_main_thread_ended_first_is_alive() -> None:
             assert owner_alive(*owner)
         finally:
             process.kill()
+
+
+def test_a_process_is_named_by_what_it_runs_and_as_a_server_where_the_ring_s_maker_started_it() -> None:
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as child:
+        assert process_name(child.pid, server_of=os.getpid()) == f"the ring's server, pid {child.pid}"
+        wait_until(lambda: process_name(child.pid, server_of=1) == f"pid {child.pid} (cat)", 60, what="its program")
+        child.communicate()
+    assert process_name(child.pid, server_of=1) == f"pid {child.pid}"
 
 
 def test_nobody_is_dead() -> None:

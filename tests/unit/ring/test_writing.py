@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
+from tests.support.rows import row
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, SlotError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.schema import Schema, TensorSpec
+from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 
 SCHEMA = Schema(
     [
@@ -215,6 +219,72 @@ def test_a_ring_whose_every_slot_is_in_use_is_full_under_every_policy(make_ring:
         assert held[0].mark_consumed()
         assert ring.write_raw(b"y").slot == held[0].slot
         writing.abort()
+
+
+def test_the_error_of_a_full_ring_names_who_holds_its_slots_what_they_wait_for_and_what_helps(
+    make_ring: MakeRing,
+) -> None:
+    here = f"pid {os.getpid()} ("
+    rows: list[
+        tuple[int, Callable[[SharedRingBuffer, list[SlotRef]], object], tuple[str, ...], tuple[int, int, int]]
+    ] = [
+        (
+            1,
+            lambda ring, refs: [ring.acquire(ref) for ref in refs],
+            (here, "holds 4, the oldest written ", "clone them"),
+            (4, 0, 0),
+        ),
+        (
+            1,
+            lambda ring, refs: [ring.acquire(refs[0], reader=0xABC)],
+            ("reader abc, holds 1,", "3 wait for a first reader"),
+            (1, 3, 0),
+        ),
+        (
+            1,
+            lambda ring, refs: [ring.acquire(ref, reader=1 + ref.slot) for ref in refs],
+            ("1 other readers hold some",),
+            (4, 0, 0),
+        ),
+        (
+            2,
+            lambda ring, refs: [ring.read(ref, reader=1) for ref in refs],
+            ("4 wait for a second reader", "write(readers=1)", "discard"),
+            (0, 0, 4),
+        ),
+        (
+            3,
+            lambda ring, refs: [ring.read(refs[0], reader=reader) for reader in (1, 2)],
+            ("1 waits for a third reader",),
+            (0, 3, 1),
+        ),
+        (1, lambda ring, refs: [ring.discard(refs[0]), ring.reserve()], ("1 is being written",), (0, 3, 0)),
+    ]
+    for readers, prepare, words, facts in rows:
+        for on_full, error in (("raise", RingFullError), ("block", DeadlineExceededError)):
+            with row(readers=readers, words=words, on_full=on_full):
+                ring = make_ring(slots=4, on_full=on_full, readers=readers, block_timeout_s=1e-3)
+                kept = prepare(ring, [ring.write_raw(b"x") for _ in range(4)])
+                with pytest.raises(error) as caught:
+                    ring.write_raw(b"y")
+                message = caught.value.message
+                assert all(word in message for word in (*words, "more ring.slots"))
+                assert "overwrite" not in message
+                assert [caught.value.facts[name] for name in ("reading", "unread", "partly_read")] == [*facts]
+                del kept
+
+
+def test_an_absent_reader_costs_no_payload_that_the_others_have_not_had(make_ring: MakeRing) -> None:
+    ring = make_ring(slots=2, on_full="raise", readers=2)
+    refs = [ring.write_raw(b"x"), ring.write_raw(b"y")]
+    for ref in refs:
+        ring.read(ref, reader=1)
+    with pytest.raises(RingFullError, match="2 wait for a second reader"):
+        ring.write_raw(b"z")
+    assert all(ring.discard(ref) for ref in refs)
+    ref = ring.write_raw(b"z", readers=1)
+    ring.read(ref, reader=1)
+    assert ring.slot_states() == [SlotState.FREE] * 2
 
 
 def test_raise_never_drops_an_unread_payload(make_ring: MakeRing) -> None:
