@@ -208,7 +208,7 @@ class Trainer:
         self.packer.start_prefetch(self.next_batch())
         began_s = time.monotonic()
         for version in range(1, self.options.steps + 1):
-            batch = self.packer.collect_prefetch() or []
+            batch = self.packer.collect_prefetch()
             self.packer.start_prefetch(self.next_batch())  # fetched while this batch is learnt from
             episodes = [self.packer.get_policy_input(None, record) for record in batch]
             self.curve.append(float(np.mean([record["rewards"]["sum"] for record in batch])))

@@ -101,7 +101,7 @@ class EpisodePacker(UCXXDataPackerMixin, Packer):
             return []
         self._fetching = False
         taken = []
-        for record in self.collect_prefetch() or ():
+        for record in self.collect_prefetch():
             ref = record["ref"]
             experience = self.get_policy_input(None, record, digest=ref["meta"]["digest"])
             if experience is not None:

@@ -57,7 +57,7 @@ class Trainer:
         """Which episodes were read, each as it was played; and how many were lost, by reason."""
         self._feed.start(records)
         seen = []
-        rollouts: list[Any] = self._feed.collect() or []
+        rollouts: list[Any] = self._feed.collect()
         for record in rollouts:
             tree: Any = self._feed.resolve(record)
             assert tree["obs"].shape == (10 + record["sequence"], 4)

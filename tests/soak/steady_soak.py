@@ -105,13 +105,13 @@ class SteadySoak:
             heard = worker.ask(play=BATCH)
             server = heard["server"] or server
             feed = feeds[number % 2]
-            rollouts = feed.collect()  # what was started two rounds ago
+            rollouts = [] if feed.is_cold_start else feed.collect()  # what was started two rounds ago
             feed.start(heard["records"])
-            self._compare(feed, rollouts or [])
+            self._compare(feed, rollouts)
             if number % look_every == look_every - 1 and server is not None:
                 self._look(worker.pid, server)
         for feed in feeds:
-            self._compare(feed, feed.collect() or [])
+            self._compare(feed, feed.collect())
         return server
 
     def _compare(self, feed: RolloutFeed, rollouts: list[Any]) -> None:

@@ -151,7 +151,10 @@ class LocalReader:
             is_gone = True
             ring.close()
         if is_gone and not (self._config.local == "auto" and _is_served(ref)):
-            message = "the ring of this payload is gone: its worker closed it, or died and was swept"
+            message = (
+                "the ring of this payload is gone: its worker closed it, or died and was swept; go "
+                "on with the next record, and let workers wait for their readers: close(drain_s=…)"
+            )
             raise StaleSlotError(message, ring=ref.ring_name)
         self._unreachable.add(ref.ring_id)
         self._counters.add("fallbacks")

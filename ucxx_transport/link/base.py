@@ -56,7 +56,10 @@ _LOST: Final[dict[LostReason, str]] = {
 
 def lost(reason: LostReason, *, peer: str, **facts: object) -> PeerLostError:
     """A `PeerLostError` in the words of its reason."""
-    return PeerLostError(_LOST[reason], reason=reason, peer=peer, **facts)
+    words = _LOST[reason]
+    if reason in {"refused", "unreachable"} and peer.startswith(("127.", "[::1]", "::1")):
+        words += "; this is loopback: a worker on another host needs a server with host= an address that is reached"
+    return PeerLostError(words, reason=reason, peer=peer, **facts)
 
 
 DATA_PORT_SILENT: Final = (

@@ -112,7 +112,9 @@ def _import_binding() -> Binding:
         arr = importlib.import_module("ucxx._lib.arr")
     except ModuleNotFoundError as exc:
         raise ConfigError(
-            'UCX is not installed; run pip install "ucxx_transport[cu12]" (or [cu13] with CUDA 13)', missing=exc.name
+            'UCX is not installed; run pip install "ucxx_transport[cpu]" ([cu12] or [cu13] with a GPU), or stay on one '
+            "host, where episodes are read in place, with writers that have no server: serve=False",
+            missing=exc.name,
         ) from exc
     except (ImportError, OSError) as exc:  # OSError: a shared library does not fit the others
         raise ConfigError(

@@ -28,7 +28,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ucxx_transport.errors import DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord, reader_of
 from ucxx_transport.schema.wire_form import describe
@@ -63,7 +63,7 @@ class Loss:
         index: its place in what was asked for.
         record: the episode; None when its record was malformed.
         reason: why.
-        error: what the last try raised; None when it was not fetched at all.
+        error: what the last try raised, or what is wrong with the record; None where its reason says it all.
     """
 
     index: int
@@ -96,17 +96,25 @@ def sort_out(
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
             continue
+        error: ConfigError | None = None
         if record.ref is None:
             reason = LossReason.DROPPED
         elif record.ref.name in seen:
             reason = LossReason.DUPLICATE
         elif _too_old(record, policy_version, max_staleness):
             reason = LossReason.TOO_OLD
+            if record.policy_version is None:
+                error = ConfigError(
+                    f"max_staleness = {max_staleness}, and worker {record.worker_id!r} did not say of which "
+                    "weights its episode is: give its writer's write policy_version=",
+                    field="policy_version",
+                    value=None,
+                )
         else:
             seen.add(record.ref.name)
             wanted.append(Wanted(index, record, record.ref))
             continue
-        losses.append(Loss(index=index, record=record, reason=reason))
+        losses.append(Loss(index=index, record=record, reason=reason, error=error))
     return wanted, losses
 
 

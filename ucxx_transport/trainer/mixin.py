@@ -89,8 +89,8 @@ class UCXXDataPackerMixin:
         """Wait for the batch on its way and take it into use; see `RolloutFeed.wait`."""
         return self._feed().wait(timeout_s)
 
-    def collect_prefetch(self, timeout_s: float | str | None = None) -> list[Any] | None:
-        """The rollouts to train on now, None at a cold start; see `RolloutFeed.collect`."""
+    def collect_prefetch(self, timeout_s: float | str | None = None) -> list[Any]:
+        """The rollouts to train on now; see `RolloutFeed.collect`."""
         return self._feed().collect(timeout_s)
 
     def defer_prefetch(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:

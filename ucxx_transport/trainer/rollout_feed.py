@@ -165,7 +165,8 @@ class RolloutFeed(Prefetcher):
                 self.check_usable()
                 raise ConfigError(
                     "a batch is on its way or waits to be collected; collect_prefetch() first, or "
-                    "defer_prefetch(rollouts)"
+                    "defer_prefetch(rollouts)",
+                    rollouts=sum(len(each.rollouts) for each in self._pending),
                 )
             self._append(asked, policy_version)
 
@@ -207,15 +208,14 @@ class RolloutFeed(Prefetcher):
         self._report()
         return came
 
-    def collect(self, timeout_s: float | str | None = None) -> list[object] | None:
+    def collect(self, timeout_s: float | str | None = None) -> list[object]:
         """The rollouts to train on now: waits for the batch on its way, if one is.
 
         Returns:
-            Those that can be resolved and those that are not ours, in order; without a batch on its way those in use;
-            None at a cold start.
+            Those that can be resolved and those that are not ours, in order; without a batch on its way those in use.
 
         Raises:
-            ConfigError: the feed is closed.
+            ConfigError: nothing was started, and nothing is in use; or the feed is closed.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
@@ -224,6 +224,8 @@ class RolloutFeed(Prefetcher):
                 self._take_next(timeout_s)
             rollouts = self.buffer
         self._report()
+        if rollouts is None:
+            raise ConfigError("nothing is on its way or in use: start_prefetch(rollouts) first")
         return rollouts
 
     def resolve(self, output: object) -> ArrayTree | None:

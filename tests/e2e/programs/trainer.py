@@ -25,7 +25,7 @@ from ucxx_transport.trainer import RolloutFeed
 def trained_on(feed: RolloutFeed, kept: list[object] | None) -> list[int]:
     """Take the next batch and look at every byte of it."""
     trained = []
-    for rollout in feed.collect() or []:
+    for rollout in feed.collect():
         record = cast("dict[str, Any]", rollout)
         tree = feed.resolve(record)
         assert tree is not None

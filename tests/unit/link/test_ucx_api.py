@@ -26,7 +26,7 @@ def test_missing_ucxx_is_a_configuration_error_that_says_what_to_install(missing
         "except ConfigError as exc:\n"
         "    print(exc)\n"
     )
-    assert 'pip install "ucxx_transport[cu12]"' in said
+    assert 'pip install "ucxx_transport[cpu]"' in said
     assert "[cu13]" in said
 
 

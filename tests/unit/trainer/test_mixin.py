@@ -109,7 +109,7 @@ def test_a_subclass_says_where_its_rollouts_keep_their_output(worker: LocalWorke
     packer.setup_ucxx_data_packer(client=LOCAL)
     try:
         packer.start_prefetch([{"out": record} for record in worker.play(1)])
-        (rollout,) = packer.collect_prefetch() or []
+        (rollout,) = packer.collect_prefetch()
         assert packer.get_policy_input(None, rollout["out"])[1]["data"].nbytes == 8
     finally:
         packer.shutdown_ucxx_data_packer()

@@ -30,7 +30,9 @@ def numbers(feed: RolloutFeed, rollouts: list[Any] | None) -> list[int]:
 
 def test_the_next_rollouts_are_fetched_while_these_are_trained_on(worker: LocalWorker) -> None:
     with RolloutFeed(LOCAL) as feed:
-        assert (feed.is_cold_start, feed.buffer, feed.collect()) == (True, None, None)
+        assert (feed.is_cold_start, feed.buffer) == (True, None)
+        with pytest.raises(ConfigError, match="start_prefetch"):
+            feed.collect()
         feed.start(worker.play(2))
         assert (feed.is_cold_start, feed.buffer) == (False, None)
         trained = []
@@ -53,7 +55,7 @@ def test_rollouts_are_acknowledged_early_and_trained_on_one_iteration_later(work
         trained = []
         for count in (1, 2, 3):
             arrived = worker.play(count)
-            before = feed.collect()
+            before = None if feed.is_cold_start else feed.collect()
             feed.start(arrived)
             if before is None:
                 assert feed.wait()
@@ -78,7 +80,7 @@ def test_references_to_the_same_payloads_in_other_objects_are_the_same_rollouts(
         records = worker.play(2)
         feed.start([record.to_dict() for record in records])
         feed.defer([record.to_dict() for record in records])
-        assert len(feed.collect() or []) == 2
+        assert len(feed.collect()) == 2
         feed.defer(records)
         assert numbers(feed, feed.collect()) == [0, 1]
         assert feed.statistics().losses == {}
@@ -102,7 +104,7 @@ def test_the_output_of_a_rollout_may_be_anywhere(worker: LocalWorker) -> None:
     with RolloutFeed(LOCAL, output_of=lambda rollout: rollout["out"]) as feed:  # type: ignore[index]
         rollouts = [{"out": record.to_dict()} for record in worker.play(2)]
         feed.start(rollouts)
-        assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect() or []] == [0, 1]  # type: ignore[index]
+        assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect()] == [0, 1]  # type: ignore[index]
 
 
 def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) -> None:
@@ -366,6 +368,9 @@ class Machine(RuleBasedStateMachine):
             expected = self.asked.popleft()
             assert self.feed.collect() == expected
             self.collected += numbers(self.feed, expected)
+        elif self.feed.is_cold_start:
+            with pytest.raises(ConfigError, match="start_prefetch"):
+                self.feed.collect()
         else:
             assert self.feed.collect() == self.feed.buffer
 

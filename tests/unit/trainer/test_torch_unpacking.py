@@ -58,7 +58,7 @@ def test_a_dtype_that_torch_has_not_is_refused_by_name() -> None:
 def test_a_feed_gives_tensors() -> None:
     with SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=64)) as ring, RolloutFeed(device="cpu") as feed:
         feed.start([ring.write_raw(b"12")])
-        (rollout,) = feed.collect() or []
+        (rollout,) = feed.collect()
         tree = feed.resolve(rollout)
         assert tree is not None
         assert tree["data"].tolist() == [0x31, 0x32]
