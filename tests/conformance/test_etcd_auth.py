@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import os
+import re
 import secrets
+import traceback
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +18,16 @@ import pytest
 
 from tests.support.etcd_server import EtcdServer
 from tests.support.fake_source import FakeSource
+from tests.support.sidecars import sidecars_of
 from tests.support.waiting import wait_until
 from ucxx_transport import HeartbeatPublisher, PublisherConfig, RankGroup, SourceWatcher
 from ucxx_transport.config import StoreConfig
-from ucxx_transport.errors import StorePermissionError
+from ucxx_transport.errors import StorePermissionError, TransportError
 from ucxx_transport.membership import open_store
 from ucxx_transport.membership.store import Store
 
 MINUTE = 60
-PASSWORD = "correct horse"
+PASSWORD, OTHER_PASSWORD = "correct horse", "battery staple"
 CONFIG = StoreConfig(user="worker", password=PASSWORD, timeout_s=20)
 OFTEN = PublisherConfig(interval_s=1.0, stop_timeout_s=20.0)
 
@@ -166,3 +172,63 @@ def test_authentication_turned_on_under_clients_without_a_user_names_it_and_ends
         assert len(said) == len(set(said)), said
         assert set(said) - {"store_unreachable"} == {"group_store_away", "store_not_followed"}
         assert not any(event.get("exception") for event in log_events)
+
+
+def test_no_secret_is_shown_by_anything_that_a_job_shows_in_trouble(
+    tmp_path: Path, log_events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+    hasty = StoreConfig(user="worker", password=PASSWORD, timeout_s=0.5)
+
+    def show(error: BaseException | None) -> None:
+        if error is not None:
+            trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+            shown.extend([*trace.format(), repr(error), repr(vars(error))])
+
+    def show_calls(store: Store) -> None:
+        for call in calls_of(store):
+            try:
+                call()
+            except TransportError as error:
+                show(error)
+
+    with server_of("jwt", tmp_path) as server, one_job(server.url) as (publisher, watcher, _):
+        (sidecars := sidecars_of(os.getpid())).sort()
+        assert len(sidecars) == 2  # the publisher's, and the rank's
+        for pid, what in product(sidecars, ("cmdline", "environ")):
+            shown.append(Path(f"/proc/{pid}/{what}").read_text())
+        with open_store(server.url, hasty) as store, HeartbeatPublisher(store, "v", FakeSource(), OFTEN) as other:
+            show_calls(store)
+            server.pause()
+            show_calls(store)
+            server.resume()
+            server.kill()
+            show_calls(store)
+            wait_until(lambda: watcher.error, MINUTE, what="the watcher has noticed")
+            show(watcher.error)
+            server.start()
+            as_root(server, "auth/user/changepw", {"name": "worker", "password": OTHER_PASSWORD})
+            show_calls(store)
+            wait_until(lambda: isinstance(watcher.error, StorePermissionError), MINUTE, what="it is refused")
+            show(watcher.error)
+            show(other.error)
+            show(publisher.error)
+            for one in (store, store.watch(after=0), publisher, other, watcher, hasty, CONFIG):
+                shown.extend([repr(one), str(one), repr(getattr(one, "__dict__", None))])
+            shown.extend([repr(vars(vars(store)["_client"])), repr(publisher.statistics())])
+            as_root(server, "auth/user/changepw", {"name": "worker", "password": PASSWORD})  # so that all ends well
+    shown.extend(f"{event['event']} {vars_of(event)}" for event in log_events)
+    shown.extend(capfd.readouterr())
+    assert len(log_events) > 3
+    assert any("StoreUnavailableError" in text for text in shown)
+    secret = re.compile("|".join([PASSWORD, OTHER_PASSWORD, text_of(PASSWORD), r"eyJ\w{8,}"]))  # the last: any JWT
+    assert [found.group() for text in shown if (found := secret.search(text))] == []
+
+
+def vars_of(event: MutableMapping[str, Any]) -> str:
+    """All that a formatter could show of it."""
+    return " ".join(f"{name}={value!s} {value!r}" for name, value in event.items())
+
+
+def text_of(secret: str) -> str:
+    return base64.b64encode(secret.encode()).decode().rstrip("=")
