@@ -266,6 +266,7 @@ def test_what_is_known_and_its_counts_change_at_once(
         store.delete("sources/a")
         data.compact()
     heard.wait_for("+a1", "+b1", "-a1")
+    wait_until(lambda: seen, MINUTE, what="the other listener has heard, too")
     assert seen == [(1, 1, 2)]
 
 
