@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ucxx_transport
-from ucxx_transport import config, errors, teardown
+from ucxx_transport import config, errors, machine, teardown
 from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.view import RankState
 from ucxx_transport.link import address, ucx_hello
@@ -323,6 +323,7 @@ PARTS: Final = (
     Part(page="wire.md", name=None, make=_wire),
     Part(page="segment.md", name=None, make=_segment),
     Part(page="api.md", name="names", make=_names),
+    Part(page="operations.md", name="machine-table", make=lambda: _table_of(machine)),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
     Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
     Part(page="operations.md", name="teardown-table", make=lambda: _table_of(teardown)),

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ucxx_transport.machine import prepare_output
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit; without the extra, say what to install."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_output(json_alone="--json" in words)
     try:
         from ucxx_transport.cli import program
     except ModuleNotFoundError as error:

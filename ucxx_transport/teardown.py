@@ -14,7 +14,6 @@ where it was. The order is the caller's: stop taking work, join, notify the othe
 from __future__ import annotations
 
 import faulthandler
-import io
 import signal
 import sys
 import threading
@@ -55,7 +54,7 @@ def dump_stacks() -> None:
     """Write the stack of every thread to standard error; a thread inside a system call has one too."""
     try:
         faulthandler.dump_traceback(all_threads=True)
-    except (AttributeError, ValueError, OSError, io.UnsupportedOperation):
+    except (AttributeError, RuntimeError, ValueError, OSError):
         if sys.__stderr__ is not None:  # sys.stderr is not a file; the process's own may still be
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
 

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
-from statistics import median
 from typing import Annotated, Any, Final, Literal
 
 import typer
@@ -27,6 +25,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
+from ucxx_transport.machine import has_proc, parts
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
@@ -78,12 +77,14 @@ def doctor(
 ) -> None:
     """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
     logs_to_stderr("error")
-    parts = [_software_findings(), _ucx_findings(), _network_findings(), _host_findings()]
+    looks = [_software_findings(), _machine_findings(), _ucx_findings(), _network_findings(), _host_findings()]
+    looks += [_loopback_findings()] if loopback else []
     findings = []
-    for finding in chain(*parts, _loopback_findings() if loopback else ()):
-        findings.append(finding)
-        if not as_json:
-            _print(finding)
+    for look in looks:
+        for finding in look:
+            findings.append(finding)
+            if not as_json:
+                _print(finding)
     failures = [finding for finding in findings if finding.verdict == "failure"]
     if as_json:
         print_json({"ok": not failures, "findings": findings})
@@ -125,13 +126,28 @@ def _software_findings() -> Iterator[Finding]:
         yield Finding.judged("software", module, version or "not installed", "note", "" if version else purpose)
 
 
+def _machine_findings() -> Iterator[Finding]:
+    """What Python or the machine may have been built or started without, and what it costs."""
+    for part in parts():
+        yield Finding.judged("machine", part.name, part.found, part.matters, part.cost)
+
+
 def _ucx_findings() -> Iterator[Finding]:
     """What UCX says of itself, in a process of its own: one that cannot start may end its process."""
-    if find_spec("ucxx") is None:
+    if find_spec("ucxx") is None or not has_proc():
         return
     probe = [sys.executable, "-c", _PROBE]
     try:
-        done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_LIMIT_S, check=True)
+        environment = {**os.environ, "UCX_LOG_FILE": "stderr"}
+        done = subprocess.run(
+            probe,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PROBE_LIMIT_S,
+            check=True,
+            env=environment,
+        )
     except subprocess.SubprocessError as error:
         lines = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
         remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"
@@ -232,6 +248,8 @@ def _host_findings() -> Iterator[Finding]:
     remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
     yield Finding.judged("host", "locked memory", locked, "warning", remedy)
     yield Finding("host", "cores", str(len(os.sched_getaffinity(0))))
+    if not has_proc():
+        return
     remedy = "containers that show the same one read each other's rings in place: share the folder and pids"
     yield Finding("host", "host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
 
@@ -299,7 +317,7 @@ def _reads(ring: SharedRingBuffer, settings: ClientConfig, name: str) -> Finding
                 if bytes(payload.buffer) != sent:
                     return Finding("loopback", name, "other bytes came than were written", "failure")
         lanes = [lane for lane in client.statistics().transports if lane != "unknown"]
-    typical = median(took_s)
+    typical = sorted(took_s)[_READS // 2]
     through = f" through {', '.join(lanes)}" if lanes else ""
     speed = f"{_PAYLOAD_BYTES / typical / 1e9:.1f} GB/s" if name != "in place" else "nothing copied"
     size = format_bytes(_PAYLOAD_BYTES)

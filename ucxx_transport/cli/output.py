@@ -20,7 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one document a
 
 def print_json(document: object) -> None:
     """Write `document` to stdout as one line of JSON; bytes go as hex, dataclasses as objects."""
-    sys.stdout.write(json.dumps(document, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(document, default=_plain) + "\n")
     sys.stdout.flush()
 
 

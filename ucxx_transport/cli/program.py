@@ -25,9 +25,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
+from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Final, NoReturn
@@ -82,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print_json({"error": {"kind": type(error).__name__, "message": message, "facts": facts}})
         else:
             print_error(message, facts)
+        sys.exit(1)
+    except OSError as error:
+        print_error("this machine refuses what the command needs", {"reason": str(error)})
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # a full disk refuses what is flushed at exit, too
         sys.exit(1)
     sys.exit(0)
 
@@ -193,8 +197,8 @@ def installed_version(*distributions: str) -> str | None:
     """The version of the first of these distributions that is installed, or None; nothing is loaded."""
     for name in distributions:
         try:
-            return version_of(name)
-        except PackageNotFoundError:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     return None
 

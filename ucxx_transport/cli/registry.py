@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ucxx_transport.membership import SourceRecord, Store
+from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
+from ucxx_transport.membership.keys import SOURCES, source_key
 
 
 def registry(
@@ -37,9 +36,6 @@ def registry(
 
     A worker that lives after all notices that its lease has ended, and publishes itself again.
     """
-    from ucxx_transport.config import StoreConfig
-    from ucxx_transport.membership import open_store
-
     if workers and action != "reap":
         raise ConfigError(f"{action} takes no worker ids", field="workers")
     config = StoreConfig() if namespace is None else StoreConfig(namespace=namespace)
@@ -53,7 +49,6 @@ def registry(
 
 
 def _list(store: Store, *, as_json: bool) -> None:
-    from ucxx_transport.membership.keys import SOURCES
     from ucxx_transport.membership.sources import SourceView
 
     view = SourceView()
@@ -82,8 +77,6 @@ def _list(store: Store, *, as_json: bool) -> None:
 
 
 def _follow(store: Store, *, as_json: bool) -> None:
-    from ucxx_transport.membership import SourceWatcher
-
     def report(change: str, source: SourceRecord) -> None:
         if as_json:
             print_json({"change": change, "source": source.to_dict()})
@@ -103,8 +96,6 @@ def _follow(store: Store, *, as_json: bool) -> None:
 
 
 def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:
-    from ucxx_transport.membership.keys import source_key
-
     if not workers:
         raise ConfigError("reap needs the ids of the workers to end; `registry ls` shows them", field="workers")
     reaped, missing = [], []

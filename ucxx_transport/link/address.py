@@ -193,7 +193,7 @@ def _own_addresses() -> set[str]:
 def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:
     """Of the interfaces that are up: address, index, prefix, scope, flags and name in hexadecimal, proc(5)."""
     listed = Path("/proc/net/if_inet6")
-    lines = listed.read_text().splitlines() if listed.exists() else []  # a kernel without IPv6 has none
+    lines = os.fsdecode(listed.read_bytes()).splitlines() if listed.exists() else []  # a kernel without IPv6 has none
     rows = [line.split() for line in lines]
     return [(row[5], ipaddress.IPv6Address(int(row[0], 16))) for row in rows if _is_up(row[5])]
 

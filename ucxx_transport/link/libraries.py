@@ -100,7 +100,7 @@ def _loaded_files() -> list[Path]:
 
 
 def _mapped() -> set[Path]:
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
     return {Path(f"/{path}") for line in lines if (path := line.partition("/")[2])}
 
 

@@ -33,11 +33,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.base import FORKED, lost
+from ucxx_transport.machine import Wakeup
 
 if TYPE_CHECKING:
     from ucxx_transport.link.base import Link
@@ -49,30 +49,6 @@ STALE_TIMERS: Final = 64
 """Cancelled timers that may lie in the heap, at least, before it is rebuilt without them."""
 
 _reactors: weakref.WeakSet[Reactor] = weakref.WeakSet()
-
-
-class Wakeup:
-    """A descriptor that any thread or signal handler makes readable.
-
-    It is closed with the last reference: a notifier in another thread must never write to a number that is reused.
-    """
-
-    def __init__(self) -> None:
-        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
-
-    def fileno(self) -> int:
-        """The descriptor to wait for."""
-        return self._descriptor
-
-    def notify(self) -> None:
-        """Make it readable."""
-        os.eventfd_write(self._descriptor, 1)
-
-    def drain(self) -> None:
-        """Make it quiet again."""
-        with suppress(BlockingIOError):  # it is already
-            os.eventfd_read(self._descriptor)
 
 
 class Timer:

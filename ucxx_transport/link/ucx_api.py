@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.link.base import LostReason, lost
 from ucxx_transport.link.libraries import check_loaded, library_in_use
+from ucxx_transport.machine import check_proc, open_standard_streams
 
 _MEANINGS: Final[dict[LostReason | Literal["busy", "config"], str]] = {
     "truncated": "MessageTruncated",
@@ -107,6 +108,8 @@ def _import_binding() -> Binding:
     before = {name for name in os.environ if name.startswith("UCX")}
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # UCX logs to stdout, and reads this once, when it is loaded
     try:
+        open_standard_streams()
+        check_proc()
         check_loaded()
         lib = importlib.import_module("ucxx._lib.libucxx")
         arr = importlib.import_module("ucxx._lib.arr")

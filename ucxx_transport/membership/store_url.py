@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.machine import NO_SQLITE, check_file_name
 
 if TYPE_CHECKING:
     from ucxx_transport.membership.store import Store
@@ -57,8 +58,7 @@ def open_store(url: str | None = None, config: StoreConfig | None = None) -> Sto
         except ImportError as error:
             if "sqlite3" not in str(error):
                 raise
-            text = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
-            raise ConfigError(text, python=sys.executable, reason=str(error)) from error
+            raise ConfigError(NO_SQLITE, python=sys.executable, reason=str(error)) from error
         return LocalStore(path, config)
     if scheme not in {"etcd", "etcds"}:
         raise _wrong(named, f"has the unknown scheme {scheme!r}")
@@ -87,6 +87,7 @@ def _path(url: str, rest: str) -> Path:
     ):
         if is_wrong:
             raise _wrong(url, problem)
+    check_file_name(path)
     return Path(path)
 
 

@@ -13,6 +13,7 @@ import xxhash
 
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.machine import check_file_name, check_proc, has_proc
 
 
 class Owner(NamedTuple):
@@ -28,7 +29,8 @@ class Owner(NamedTuple):
 
 @cache
 def current_owner() -> Owner:
-    """This process. Right in a forked child too."""
+    """This process. Right in a forked child too. A ConfigError where there is no /proc."""
+    check_proc()
     return Owner(os.getpid(), process_start(os.getpid()))
 
 
@@ -76,7 +78,8 @@ def process_name(pid: int, server_of: int) -> str:
 
 @cache
 def boot_id() -> bytes:
-    """16 bytes that are new at each boot of the machine."""
+    """16 bytes that are new at each boot of the machine; a ConfigError where there is no /proc."""
+    check_proc()
     text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return bytes.fromhex(text.strip().replace("-", ""))
 
@@ -109,6 +112,7 @@ def host_id(folder: Path | None = None) -> str:
     unless they share namespace and folder. A ConfigError: the folder is not there.
     """
     folder = folder or segment_folder()
+    check_file_name(str(folder))
     try:
         facts = os.stat(folder)
     except OSError as error:
@@ -129,11 +133,11 @@ def _read_stat(pid: int) -> tuple[str, int, int]:
 
 
 def _exists_unseen(pid: int) -> bool:
-    """Whether a process that /proc does not show exists nevertheless (mounted with hidepid)."""
+    """Whether a process that /proc does not show exists nevertheless (mounted with hidepid, or not at all)."""
     try:
         os.kill(pid, 0)
     except PermissionError:
         return True
     except (OSError, OverflowError):
         return False
-    return Path(f"/proc/{pid}").exists()
+    return not has_proc() or Path(f"/proc/{pid}").exists()

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
+from ucxx_transport.machine import check_file_name, open_standard_streams
 from ucxx_transport.ring.layout import PAGE_BYTES
 from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
 from ucxx_transport.ring.owner import file_system, segment_folder
@@ -50,6 +51,7 @@ class _Creation:
 
     def open(self) -> int:
         """Make a new empty file, and lock it; returns its descriptor."""
+        open_standard_streams()
         for _ in range(_CREATE_ATTEMPTS):
             try:
                 fd = self._fd = os.open(
@@ -158,7 +160,9 @@ def segment_path(name: str, folder: Path | None = None) -> Path:
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
         raise ConfigError(f"{name!r} is not a segment's name: a file name, without a slash", field="name", value=name)
-    return (folder or segment_folder()) / (NAME_PREFIX + plain)
+    path = (folder or segment_folder()) / (NAME_PREFIX + plain)
+    check_file_name(str(path))
+    return path
 
 
 def create_segment(name: str, nbytes: int, folder: Path) -> Segment:
@@ -186,6 +190,7 @@ def open_segment(name: str, folder: Path | None = None, descriptor: int | None =
 
 def _mapped(path: Path, descriptor: int | None = None) -> mmap.mmap:
     """A file's memory; errors as `RingHandle.attach`."""
+    open_standard_streams()
     fd = descriptor
     try:
         if fd is None:
@@ -268,7 +273,7 @@ def memory_limit(
     """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
     found = []
     with contextlib.suppress(OSError):
-        for line in membership.read_text(encoding="utf-8").splitlines():
+        for line in membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             number, controllers, path = line.split(":", 2)
             is_v1 = "memory" in controllers.split(",")
             if is_v1 or number == "0":

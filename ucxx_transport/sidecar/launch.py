@@ -43,6 +43,7 @@ from typing import IO, Any, Final
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
+from ucxx_transport.machine import Wakeup, open_standard_streams
 from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
@@ -106,7 +107,7 @@ class Sidecar:
         self._process: _Process | None = None
         self._leases: dict[int, Order] = {}
         self._stop_by_s = math.inf
-        self._wake = -1
+        self._wake: Wakeup  # while there is a thread
         self.pid: int | None = None
         self.restarts = 0
         self.up: Future[Any] = Future()
@@ -116,7 +117,7 @@ class Sidecar:
         """Start it from the thread, and return at once; one that runs goes on."""
         with self._lock:
             if self._thread is None:
-                self._stop_by_s, self.up, self._wake = math.inf, Future(), os.eventfd(0)
+                self._stop_by_s, self.up, self._wake = math.inf, Future(), Wakeup()
                 self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
                 self._thread.start()
 
@@ -125,7 +126,7 @@ class Sidecar:
         with self._lock:
             if self._thread is not None and self._stop_by_s == math.inf:
                 self._stop_by_s = until_s
-                os.eventfd_write(self._wake, 1)
+                self._wake.notify()
 
     def stop(self, until_s: float) -> None:
         """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent.
@@ -143,7 +144,7 @@ class Sidecar:
         with self._lock:
             if self._thread is thread:
                 self._thread = None
-                os.close(self._wake)
+                del self._wake
 
     def keep(self, lease_id: int, store: Order | None) -> None:
         """Renew this lease too, there, in every process from now on; None: no longer."""
@@ -253,7 +254,7 @@ class Sidecar:
     def _wait(self, timeout_s: float, process: int = -1) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
         watched = select.poll()
-        watched.register(self._wake, select.POLLIN)
+        watched.register(self._wake.fileno(), select.POLLIN)
         if process >= 0:
             watched.register(process, select.POLLIN | select.POLLHUP)
         watched.poll(timeout_s * 1000)
@@ -267,6 +268,7 @@ class _Process:
         self._role = role
         self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
         self.last_words = ""  # what it says that it died of
+        open_standard_streams()  # else what it is handed could have a number that its own streams take
         descriptor = serve.get("descriptor") if serve is not None else None
         inherited = [descriptor] if isinstance(descriptor, int) else []
         entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
@@ -280,7 +282,7 @@ class _Process:
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
             kept.enter_context(self._socket)
             handed.enter_context(theirs)
-            errors = _errors()
+            errors = os.dup(2)
             handed.callback(os.close, errors)
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
@@ -344,10 +346,8 @@ class _Process:
         with self._first_words as words:
             words.seek(max(0, words.seek(0, os.SEEK_END) - _WORDS_BYTES))
             text = words.read()
-        errors = _errors()
         with suppress(OSError):
-            os.write(errors, text)
-        os.close(errors)
+            os.write(2, text)
         return text.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
 
 
@@ -389,11 +389,3 @@ def _scratch() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("ucxx-sidecar"), "w+b")
     return tempfile.TemporaryFile()
-
-
-def _errors() -> int:
-    """A descriptor of this process's standard error; of nothing, where that is closed."""
-    try:
-        return os.dup(2)
-    except OSError:
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

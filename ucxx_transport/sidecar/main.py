@@ -89,7 +89,7 @@ class _Main:
     def report(self, **report: object) -> None:
         """Send the worker a report; one that does not fit is dropped: the worker has been blocked for a long time."""
         with suppress(OSError):  # or it has died: what follows notices
-            os.write(self._socket, json.dumps(report, ensure_ascii=False).encode())
+            os.write(self._socket, json.dumps(report).encode())
 
     def run(self, errors: int) -> int:
         """Serve and renew until the close frame, or the worker's end; returns the exit status."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link import base
-from ucxx_transport.link.reactor import Reactor, Wakeup
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.machine import Wakeup
 from ucxx_transport.testing.faults import Faults, Hold
 
 EAGER_BYTES = 8191

@@ -20,7 +20,8 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.base import Link, LinkCounters, OnEndpoint, Operation
-from ucxx_transport.link.reactor import STALE_TIMERS, Reactor, Timer, Wakeup
+from ucxx_transport.link.reactor import STALE_TIMERS, Reactor, Timer
+from ucxx_transport.machine import Wakeup
 from ucxx_transport.testing import MemoryNetwork
 
 DEADLINE_S = 20.0

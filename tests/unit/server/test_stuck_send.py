@@ -16,7 +16,8 @@ from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
 from ucxx_transport.link.base import Endpoint, EndpointEvents, LinkCounters, OnDone, OnEndpoint
-from ucxx_transport.link.reactor import Reactor, Wakeup
+from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.machine import Wakeup
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.server.counters import BEAT, PortCounters, PortStatistics

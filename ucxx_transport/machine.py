@@ -1,0 +1,157 @@
+"""What Python and the machine may lack. It is looked at here, and `ucxx-transport doctor` shows all of it.
+
+| part             | where it is missing                                                                       |
+|------------------|-------------------------------------------------------------------------------------------|
+| /proc            | no ring and no UCX: a ConfigError                                                          |
+| sqlite3          | no `local://` store: a ConfigError; `etcd://` works                                        |
+| cgroup           | a ring is not checked against the memory limit of its container                            |
+| eventfd          | a pipe takes its place: one more descriptor for each wait                                  |
+| memfd            | a temporary file takes its place, for the first words of a sidecar                         |
+| pidfd            | nothing: a sidecar watches its worker by polling                                           |
+| CUDA             | no arrays on a GPU                                                                         |
+| UTF-8            | the command line writes `?` for a sign that the terminal has not; its JSON is ASCII        |
+| standard streams | a closed one is /dev/null from the first ring, sidecar or link on, else theirs would be it |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from importlib.util import find_spec
+from typing import Final, Literal, NamedTuple
+
+from ucxx_transport.errors import ConfigError
+
+NO_PROC: Final = "this machine has no /proc, by which a ring knows its processes: mount it (mount -t proc proc /proc)"
+NO_SQLITE: Final = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
+_STREAMS: Final = ("standard input", "standard output", "standard error")
+
+
+class Part(NamedTuple):
+    """One part: what was found, and where it is missing, what that costs and how much it matters."""
+
+    name: str
+    found: str
+    cost: str = ""
+    matters: Literal["note", "warning", "failure"] = "note"
+
+
+def parts() -> list[Part]:
+    """Look at each; nothing of them is used or kept."""
+    has_sqlite = find_spec("sqlite3") is not None and find_spec("_sqlite3") is not None
+    unchecked = "a ring is not checked against a memory limit: see that its container has room for it"
+    encoding = str(getattr(sys.stdout, "encoding", None) or "none")
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    replaced = "what it has no sign for is printed as ?: PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    closed = ", ".join(name for number, name in enumerate(_STREAMS) if number in _were_closed)
+    unheard = "/dev/null takes its place: redirect it if its lines are wanted"
+    return [
+        _part("/proc", has_proc(), NO_PROC, "failure"),
+        _part("sqlite3", has_sqlite, NO_SQLITE, "warning"),
+        _part("cgroup", os.path.exists("/proc/self/cgroup"), unchecked, "warning"),
+        _part("eventfd", hasattr(os, "eventfd"), "a pipe takes its place: one more descriptor a reactor and sidecar"),
+        _part("memfd", hasattr(os, "memfd_create"), "a temporary file takes its place: TMPDIR must be writable"),
+        _part("pidfd", hasattr(os, "pidfd_open"), "nothing: a sidecar watches its worker by polling"),
+        _part("CUDA driver", os.path.exists("/dev/nvidiactl"), "no arrays on a GPU; all else works"),
+        Part("encoding", encoding, "" if is_utf8 else replaced),
+        Part("streams", f"closed: {closed}" if closed else "open", unheard if closed else ""),
+    ]
+
+
+def _part(name: str, is_there: bool, cost: str, matters: Literal["note", "warning", "failure"] = "note") -> Part:  # noqa: FBT001 - a row
+    return Part(name, "there", matters=matters) if is_there else Part(name, "missing", cost, matters)
+
+
+def has_proc() -> bool:
+    """Whether /proc is mounted and shows this process."""
+    return os.path.exists("/proc/self/stat")
+
+
+def check_proc() -> None:
+    """Refuse to go on without /proc, with a ConfigError."""
+    if not has_proc():
+        raise ConfigError(NO_PROC, field="/proc")
+
+
+def check_file_name(name: str) -> None:
+    """Refuse a name that the file system's encoding of this process cannot write, with a ConfigError."""
+    try:
+        os.fsencode(name)
+    except UnicodeError:
+        words = f"{name!r} has signs that no file name has in the encoding {sys.getfilesystemencoding()}: PYTHONUTF8=1"
+        raise ConfigError(words, field="name", value=name) from None
+
+
+_were_closed: set[int] = set()
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null on each of the descriptors 0 to 2 that is closed.
+
+    Else the next file that is opened, such as a ring, gets that number, and a library that writes to standard error,
+    as UCX does, writes into it. SQLite does the same (unix.c, SQLITE_MINIMUM_FILE_DESCRIPTOR).
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            _were_closed.add(number)
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            if opened > 2:  # another thread was faster
+                os.close(opened)
+
+
+def prepare_output(*, json_alone: bool) -> None:
+    """For a command: Python's streams are there, however it was started, and write whatever they are given.
+
+    Args:
+        json_alone: whether `sys.stdout` is for this program alone: what libraries write goes to standard error.
+    """
+    open_standard_streams()
+    if json_alone:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file of text, as it is where nobody has replaced it
+            stream.reconfigure(errors="replace")
+
+
+class Wakeup:
+    """A descriptor that any thread or signal handler makes readable.
+
+    It is closed with the last reference: a notifier in another thread must never write to a number that is reused.
+    """
+
+    def __init__(self) -> None:
+        if hasattr(os, "eventfd"):
+            self._descriptor = self._written = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        else:
+            self._descriptor, self._written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in {self._descriptor, self._written}:
+            weakref.finalize(self, os.close, number).atexit = False
+
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+        return self._descriptor
+
+    def notify(self) -> None:
+        """Make it readable."""
+        try:
+            os.write(self._written, _ONE)
+        except BlockingIOError:  # a full pipe: it is readable
+            return
+
+    def drain(self) -> None:
+        """Make it quiet again."""
+        try:
+            while len(os.read(self._descriptor, 4096)) == 4096:
+                pass
+        except BlockingIOError:  # it is already
+            return
+
+
+_ONE: Final = (1).to_bytes(8, sys.byteorder)
+"""What eventfd(2) counts by; a pipe takes anything."""
