@@ -1,0 +1,470 @@
+"""What a new user writes wrong, and the one line that says so: the field, the value, and what to do instead."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from tests.support.rows import row
+from tests.support.served_ring import client_of, served_ring
+from ucxx_transport import (
+    AuthenticationError,
+    ConfigError,
+    DeadlineExceededError,
+    EpisodeStream,
+    PeerLostError,
+    ProtocolError,
+    RolloutFeed,
+    Schema,
+    ServerConfig,
+    StaleSlotError,
+    SyncUCXXClient,
+    TensorSpec,
+    TrajectoryWriter,
+    TransportError,
+    UCXXDataPackerMixin,
+)
+from ucxx_transport.schema.episode_record import EpisodeRecord
+
+MAXIMA = {"obs": 500, "reward": 500}
+
+
+class Mistake(NamedTuple):
+    """What a user did, the error's class, and what its one line must say: the field, the value, the remedy."""
+
+    name: str
+    make: Callable[[], object]
+    error: type[TransportError]
+    field: str
+    value: str
+    remedy: str
+
+
+class FrameworksPacker:
+    def get_policy_input(self, *outputs: Any, **_: Any) -> Any:
+        return outputs[1]
+
+
+class Packer(UCXXDataPackerMixin, FrameworksPacker):
+    pass
+
+
+@contextmanager
+def writer(**settings: Any) -> Iterator[TrajectoryWriter]:
+    ring = {"slots": 4, "block_timeout_s": 0.05, **settings.pop("ring", {})}
+    with TrajectoryWriter("worker-0", serve=False, ring=ring, **{"varlen": MAXIMA, **settings}) as made:
+        yield made
+
+
+@contextmanager
+def packing(**settings: Any) -> Iterator[Packer]:
+    packer = Packer()
+    packer.setup_ucxx_data_packer(**settings)
+    try:
+        yield packer
+    finally:
+        packer.shutdown_ucxx_data_packer()
+
+
+def episode(steps: int, **other: Any) -> dict[str, Any]:
+    return {"obs": np.zeros((steps, 4), "f4"), "reward": np.ones(steps, "f4"), **other}
+
+
+def writing(*episodes: dict[str, Any], **settings: Any) -> Callable[[], object]:
+    def run() -> None:
+        with writer(**settings) as worker:
+            for each in episodes:
+                worker.write(each)
+
+    return run
+
+
+def using(use: Callable[[SimpleNamespace], object], **settings: Any) -> Callable[[], object]:
+    """A worker, a client and a packer on one host."""
+
+    def run() -> None:
+        with writer(**settings) as worker, SyncUCXXClient() as client, packing() as packer:
+            use(SimpleNamespace(worker=worker, client=client, packer=packer, record=worker.write(episode(3))))
+
+    return run
+
+
+def reading_twice(job: SimpleNamespace) -> None:
+    job.client.read(job.record).release()
+    job.client.read(job.record)
+
+
+def reading_what_is_gone() -> None:
+    with writer() as worker:
+        record = worker.write(episode(3))
+    with SyncUCXXClient() as client:
+        client.read(record.to_dict())  # type: ignore[arg-type]  # as it came from a queue
+
+
+def keeping_arrays(job: SimpleNamespace) -> None:
+    kept = job.client.read(job.record).arrays
+    for _ in range(4):
+        kept = kept, job.client.read(job.worker.write(episode(3))).arrays
+
+
+def a_batch_as_large_as_the_ring(job: SimpleNamespace) -> None:
+    job.packer.start_prefetch([job.record, *(job.worker.write(episode(3)) for _ in range(3))])
+    batch = job.packer.collect_prefetch()
+    assert len(batch) == 4
+    job.worker.write(episode(3))
+
+
+def starting_twice(job: SimpleNamespace) -> None:
+    job.packer.start_prefetch([job.record, job.worker.write(episode(3))])
+    job.packer.start_prefetch([job.worker.write(episode(3))])
+
+
+def reading_over_loopback_of_another_host(job: SimpleNamespace) -> None:
+    job.client.read(replace(job.record.ref, host_id="elsewhere", host="127.0.0.1", ports=(1,)), deadline_s=2)
+
+
+def setting_up(**settings: Any) -> Callable[[], object]:
+    def run() -> None:
+        schema = Schema([TensorSpec("obs", (4,), "float32")])
+        TrajectoryWriter("worker-0", schema=schema, **settings).close()
+
+    return run
+
+
+def streaming_text() -> None:
+    with EpisodeStream(["abc"]) as stream:
+        next(stream)
+
+
+def forgetting_the_version() -> None:
+    with packing(max_staleness=1) as packer:
+        packer.start_prefetch([])
+
+
+DATA = [
+    Mistake(
+        "wrong width",
+        writing(episode(3), episode(3, obs=np.zeros((3, 5), "f4"))),
+        ConfigError,
+        "'obs'",
+        r"\(3, 5\)",
+        r"4\b.*schema",
+    ),
+    Mistake(
+        "missing key",
+        writing(episode(3), {"obs": np.zeros((3, 4), "f4")}),
+        ConfigError,
+        "missing: 'reward'",
+        "reward",
+        r"np\.zeros\(\(0",
+    ),
+    Mistake(
+        "extra key",
+        writing(episode(3), episode(3, value=np.ones(3))),
+        ConfigError,
+        "unknown: 'value'",
+        "value",
+        "schema=",
+    ),
+    Mistake(
+        "float64 after float32",
+        writing(episode(3), episode(3, obs=np.zeros((3, 4)))),
+        ConfigError,
+        "'obs'",
+        "float64.*float32",
+        "schema=.*float64",
+    ),
+    Mistake(
+        "integers after floats",
+        writing(episode(3), episode(3, reward=np.ones(3, int))),
+        ConfigError,
+        "'reward'",
+        "int64.*float32",
+        "float64",
+    ),
+    Mistake(
+        "floats after integers",
+        writing(episode(3, reward=np.ones(3, int)), episode(3)),
+        ConfigError,
+        "'reward'",
+        "float32.*int64",
+        "schema=.*float64",
+    ),
+    Mistake(
+        "ring typo",
+        setting_up(ring={"slotz": 8}, serve=False),
+        ConfigError,
+        "RingConfig",
+        "slotz",
+        "did you mean 'slots'",
+    ),
+    Mistake(
+        "unresolvable host",
+        setting_up(server=ServerConfig(host="nosuchhost.invalid")),
+        ConfigError,
+        "host",
+        "nosuchhost.invalid",
+        "address.*interface.*name",
+    ),
+    Mistake(
+        "port in the host",
+        setting_up(server=ServerConfig(host="10.0.0.1:5000")),
+        ConfigError,
+        "host",
+        "10.0.0.1:5000",
+        "base_port",
+    ),
+]
+RINGS = [
+    Mistake("arrays kept", using(keeping_arrays), DeadlineExceededError, "slots", "4", "clone.*copy"),
+    Mistake(
+        "ring too small for the batch in use",
+        using(a_batch_as_large_as_the_ring),
+        DeadlineExceededError,
+        "slots",
+        "4",
+        "slots",
+    ),
+    Mistake("worker gone before the read", reading_what_is_gone, StaleSlotError, "ring", "gone", r"drain_s"),
+    Mistake("read twice", using(reading_twice), StaleSlotError, "slot=0", "generation=1", "keep.*readers=N"),
+    Mistake(
+        "loopback host",
+        using(reading_over_loopback_of_another_host),
+        PeerLostError,
+        "host",
+        r"127\.0\.0\.1:1",
+        "another host.*host= an address",
+    ),
+]
+CALLS = [
+    Mistake(
+        "collect before start",
+        using(lambda job: job.packer.collect_prefetch()),
+        ConfigError,
+        "nothing",
+        "on its way",
+        "start_prefetch",
+    ),
+    Mistake(
+        "wait before start",
+        using(lambda job: job.packer.wait_prefetch()),
+        ConfigError,
+        "nothing",
+        "on its way",
+        "start_prefetch",
+    ),
+    Mistake(
+        "start twice", using(starting_twice), ConfigError, "batch", "rollouts=2", "collect_prefetch.*defer_prefetch"
+    ),
+    Mistake(
+        "set up twice",
+        using(lambda job: job.packer.setup_ucxx_data_packer()),
+        ConfigError,
+        "packer",
+        "already",
+        "shutdown_ucxx_data_packer",
+    ),
+    Mistake(
+        "not set up", lambda: Packer().start_prefetch([]), ConfigError, "packer", "not set up", "setup_ucxx_data_packer"
+    ),
+    Mistake(
+        "policy_version forgotten", forgetting_the_version, ConfigError, "max_staleness", "policy_version", "judged"
+    ),
+    Mistake(
+        "text that is no record",
+        using(lambda job: job.client.read("abc")),
+        ConfigError,
+        "ref",
+        "'abc'",
+        "SlotRef.*record",
+    ),
+    Mistake(
+        "a record as Python's text",
+        using(lambda job: job.client.read(str(job.record.to_dict()))),
+        ProtocolError,
+        "record",
+        "ucxx_transport",
+        r"json\.dumps",
+    ),
+    Mistake(
+        "a list of records as one",
+        using(lambda job: job.client.read([job.record])),
+        ProtocolError,
+        "record",
+        "a list of 1",
+        "by itself",
+    ),
+    Mistake(
+        "one reference as a list",
+        using(lambda job: job.client.read_many(job.record)),
+        ConfigError,
+        "refs",
+        "EpisodeRecord",
+        r"\[ref\]",
+    ),
+    Mistake("text as a list", using(lambda job: job.client.discard("abc")), ConfigError, "refs", "'abc'", r"\[ref\]"),
+    Mistake("text as a source", using(lambda job: job.client.take("abc")), ConfigError, "ref", "'abc'", "record"),
+    Mistake("text in a stream", streaming_text, ConfigError, "references", "'abc'", "record.*SlotRef"),
+    Mistake(
+        "text to resolve",
+        using(lambda job: job.packer.ucxx_feed.resolve("abc")),
+        ConfigError,
+        "output",
+        "'abc'",
+        "needs no resolving",
+    ),
+    Mistake(
+        "a record that was dropped",
+        using(lambda job: job.client.read(EpisodeRecord(worker_id="w", sequence=7, dropped="RingFullError: x"))),
+        StaleSlotError,
+        "record",
+        "sequence=7.*RingFullError",
+        "go on with the next",
+    ),
+]
+
+
+@pytest.mark.parametrize("mistakes", [DATA, RINGS, CALLS], ids=["data", "rings", "calls"])
+def test_a_mistake_is_one_line_with_field_value_and_remedy(mistakes: list[Mistake]) -> None:
+    for mistake in mistakes:
+        with row(mistake=mistake.name):
+            with pytest.raises(mistake.error) as caught:
+                mistake.make()
+            assert_says(caught.value, mistake.field, mistake.value, mistake.remedy)
+
+
+def assert_says(error: TransportError, *patterns: str) -> None:
+    said = str(error)
+    assert "\n" not in said
+    assert "overwrite" not in said  # a remedy loses nothing
+    assert "astype('int" not in said
+    for pattern in patterns:
+        assert re.search(pattern, said), f"{pattern!r} is not in {said!r}"
+
+
+FORMS: list[tuple[str, Callable[[EpisodeRecord], object]]] = [
+    ("a record", lambda record: record),
+    ("its dict", lambda record: record.to_dict()),
+    ("its JSON", lambda record: json.dumps(record.to_dict())),
+    ("its JSON, sorted, as bytes", lambda record: json.dumps(record.to_dict(), sort_keys=True, indent=1).encode()),
+    ("its reference", lambda record: record.ref),
+    ("the reference in its dict", lambda record: record.to_dict()["ref"]),
+    ("the reference's JSON", lambda record: json.dumps(record.to_dict()["ref"])),
+    ("the reference's bytes", lambda record: record.ref and record.ref.to_bytes()),
+    ("an object with an output", lambda record: SimpleNamespace(output=record.to_dict())),
+    ("a mapping with a completion", lambda record: {"prompt": "…", "completion": json.dumps(record.to_dict())}),
+]
+
+
+def test_what_a_queue_made_of_a_record_is_taken_wherever_a_reference_is() -> None:
+    with writer(ring={"slots": 16}) as worker, SyncUCXXClient() as client, packing() as packer:
+        for name, form in FORMS:
+
+            def fresh(form: Callable[[EpisodeRecord], object] = form) -> Any:
+                return form(worker.write(episode(3)))
+
+            with row(form=name):
+                client.read(fresh()).release()
+                (payload,) = client.read_many([fresh()])
+                assert not isinstance(payload, TransportError)
+                payload.release()
+                assert client.discard([fresh()]) == 1
+                (payload,) = client.take(fresh())
+                payload.release()
+                with EpisodeStream([fresh()]) as stream:
+                    assert [each.arrays["obs"].shape for each in stream] == [(3, 4)]
+                packer.start_prefetch([fresh()])
+                (rollout,) = packer.collect_prefetch()
+                assert packer.get_policy_input(None, rollout)["obs"].shape == (3, 4)
+                packer.release_prefetch()
+
+
+def test_one_of_many_that_is_no_reference_costs_the_others_nothing() -> None:
+    with writer() as worker, SyncUCXXClient() as client:
+        first, wrong, last = client.read_many([worker.write(episode(3)), "abc", worker.write(episode(3)).to_dict()])  # type: ignore[list-item]
+        assert isinstance(wrong, ConfigError)
+        assert [each.arrays["obs"].shape for each in (first, last) if not isinstance(each, TransportError)] == [
+            (3, 4)
+        ] * 2
+
+
+def test_a_version_that_a_worker_forgot_is_named_in_the_loss() -> None:
+    losses: list[Any] = []
+    with writer() as worker, RolloutFeed(max_staleness=1, on_loss=losses.append) as feed:
+        feed.start([worker.write(episode(3))], policy_version=5)
+        assert feed.collect() == []
+    (loss,) = losses
+    assert_says(loss.error, "policy_version", "None", "write policy_version=")
+
+
+def test_a_wrong_token_says_so() -> None:
+    with (
+        served_ring(token="right", mode="thread") as served,
+        client_of(token="wrong") as client,
+        pytest.raises(AuthenticationError) as caught,
+    ):
+        client.read(served.ring.write_raw(b"secret"))
+    assert_says(caught.value, "token", "wrong", "the same one")
+    assert "right" not in str(caught.value)
+
+
+def test_a_packer_of_a_forked_child_s_parent_is_refused() -> None:
+    def use(answers: Any) -> None:
+        try:
+            packer.start_prefetch([])
+        except ConfigError as error:
+            answers.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    with packing() as packer:
+        answers = context.SimpleQueue()
+        child = context.Process(target=use, args=(answers,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        said = answers.get()
+    for pattern in ("RolloutFeed", "forked child", "make one in the process that reads"):
+        assert pattern in said
+
+
+WITHOUT_UCX = """
+import numpy as np
+from ucxx_transport import ConfigError, SyncUCXXClient, TrajectoryWriter
+episode = {"obs": np.zeros((3, 4), "f4")}
+try:
+    with TrajectoryWriter("worker-0", varlen={"obs": 500}) as writer:
+        writer.write(episode)
+except ConfigError as error:
+    print(error)
+with TrajectoryWriter("worker-0", varlen={"obs": 500}, serve=False) as writer, SyncUCXXClient() as client:
+    print(client.read(writer.write(episode)).arrays["obs"].shape)
+"""
+
+
+def test_the_base_install_without_ucx_says_how_to_stay_on_one_host_and_that_works(tmp_path: Path) -> None:
+    (tmp_path / "ucxx.py").write_text("raise ModuleNotFoundError('No module named ucxx', name='ucxx')")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_UCX],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said, shape = done.stdout.splitlines()
+    for pattern in ("UCX is not installed", "pip install", "serve=False"):
+        assert pattern in said
+    assert shape == "(3, 4)"
