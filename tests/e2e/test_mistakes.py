@@ -111,7 +111,7 @@ def reading_what_is_gone() -> None:
     with writer() as worker:
         record = worker.write(episode(3))
     with SyncUCXXClient() as client:
-        client.read(record.to_dict())  # type: ignore[arg-type]  # as it came from a queue
+        client.read(record.to_dict())
 
 
 def keeping_arrays(job: SimpleNamespace) -> None:
@@ -133,7 +133,8 @@ def starting_twice(job: SimpleNamespace) -> None:
 
 
 def reading_over_loopback_of_another_host(job: SimpleNamespace) -> None:
-    job.client.read(replace(job.record.ref, host_id="elsewhere", host="127.0.0.1", ports=(1,)), deadline_s=2)
+    with client_of() as client:
+        client.read(replace(job.record.ref, host_id="elsewhere", host="127.0.0.1", ports=(1,)))
 
 
 def setting_up(**settings: Any) -> Callable[[], object]:
@@ -292,6 +293,14 @@ CALLS = [
         "SlotRef.*record",
     ),
     Mistake(
+        "text in a ring",
+        using(lambda job: job.worker.ring.read("abc")),
+        ConfigError,
+        "ref",
+        "'abc'",
+        "record",
+    ),
+    Mistake(
         "a record as Python's text",
         using(lambda job: job.client.read(str(job.record.to_dict()))),
         ProtocolError,
@@ -377,6 +386,10 @@ def test_what_a_queue_made_of_a_record_is_taken_wherever_a_reference_is() -> Non
                 return form(worker.write(episode(3)))
 
             with row(form=name):
+                first = fresh()
+                assert worker.ring is not None
+                assert worker.ring.read(first)["obs"].shape == (3, 4)
+                assert worker.ring.discard(fresh())
                 client.read(fresh()).release()
                 (payload,) = client.read_many([fresh()])
                 assert not isinstance(payload, TransportError)
@@ -394,7 +407,7 @@ def test_what_a_queue_made_of_a_record_is_taken_wherever_a_reference_is() -> Non
 
 def test_one_of_many_that_is_no_reference_costs_the_others_nothing() -> None:
     with writer() as worker, SyncUCXXClient() as client:
-        first, wrong, last = client.read_many([worker.write(episode(3)), "abc", worker.write(episode(3)).to_dict()])  # type: ignore[list-item]
+        first, wrong, last = client.read_many([worker.write(episode(3)), "abc", worker.write(episode(3)).to_dict()])
         assert isinstance(wrong, ConfigError)
         assert [each.arrays["obs"].shape for each in (first, last) if not isinstance(each, TransportError)] == [
             (3, 4)

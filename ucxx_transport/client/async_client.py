@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from os import getpid
 from threading import get_ident
@@ -29,6 +29,8 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.local import Into
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory, Reactor
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.schema.episode_record import Referring
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
 INLINE_BYTES: Final = 1 << 20
@@ -88,7 +91,7 @@ class UCXXClient:
         """This client's random id, u64, as servers and rings see it."""
         return self._core.reader
 
-    async def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
+    async def read(self, ref: Referring, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
         core = self._core
         if core.closed or getpid() != core.pid:
@@ -128,7 +131,7 @@ class UCXXClient:
             del outcome  # which would refer to itself, by this frame
 
     async def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None
+        self, refs: Iterable[Referring], *, deadline_s: float | str | None = None
     ) -> list[Payload | TransportError]:
         """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
         core = self._core
@@ -139,7 +142,7 @@ class UCXXClient:
             await self._run(job, partial(core.go_on, job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
-    async def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
+    async def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
         core = self._core
         call = core.discard_call(refs, deadline_s)
@@ -149,7 +152,7 @@ class UCXXClient:
 
     async def take(
         self,
-        source: Takeable,
+        source: Takeable | Referring,
         *,
         max_payloads: int = DEFAULT_MAX_PAYLOADS,
         max_bytes: int = DEFAULT_MAX_BYTES,

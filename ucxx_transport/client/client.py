@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
 from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
@@ -23,12 +22,15 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.local import Into
     from ucxx_transport.client.membership import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory
+    from ucxx_transport.schema.episode_record import Referring
 
 _CLOSE_WAIT_S: Final = 5.0
 
@@ -67,7 +69,7 @@ class SyncUCXXClient:
         """This client's random id, u64, as servers and rings see it."""
         return self._core.reader
 
-    def read(self, ref: SlotRef, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
+    def read(self, ref: Referring, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload.
 
         Args:
@@ -115,7 +117,7 @@ class SyncUCXXClient:
             del outcome  # which would refer to itself, by this frame
 
     def read_many(
-        self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None
+        self, refs: Iterable[Referring], *, deadline_s: float | str | None = None
     ) -> list[Payload | TransportError]:
         """Read payloads, those over UCX together and fairly across sources; one that fails costs the others nothing.
 
@@ -134,7 +136,7 @@ class SyncUCXXClient:
             self._lead.perform(job, lambda _: core.go_on(job, remote, here))
         return [outcome for outcome in job.outcomes if outcome is not None]
 
-    def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | str | None = None) -> int:
+    def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
 
         Args:
@@ -155,7 +157,7 @@ class SyncUCXXClient:
 
     def take(
         self,
-        source: Takeable,
+        source: Takeable | Referring,
         *,
         max_payloads: int = DEFAULT_MAX_PAYLOADS,
         max_bytes: int = DEFAULT_MAX_BYTES,

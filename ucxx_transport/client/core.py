@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Link
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.schema.episode_record import Referring
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
@@ -233,13 +234,13 @@ class ClientCore:
         else:
             over()
 
-    def discard_call(self, refs: Sequence[SlotRef], deadline_s: float | str | None = None) -> Discard:
+    def discard_call(self, refs: Iterable[Referring], deadline_s: float | str | None = None) -> Discard:
         """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
         self.require_usable()
-        refs = [*_payloads(listed(refs))]
-        call = Discard(refs, self.reactor.now() + self.limit_s(deadline_s))
+        named = [*_payloads(listed(refs))]
+        call = Discard(named, self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry] = []
-        for index, ref in enumerate(refs):
+        for index, ref in enumerate(named):
             with suppress(TransportError):  # gone, delivered before, or out of this client's reach
                 ring = self.local.ring_of(ref)
                 if ring is not None:
@@ -259,7 +260,7 @@ class ClientCore:
 
     def take_call(
         self,
-        source: Takeable,
+        source: Takeable | Referring,
         *,
         max_payloads: int,
         max_bytes: int,
@@ -268,11 +269,12 @@ class ClientCore:
     ) -> Take:
         """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
         self.require_usable()
-        if not isinstance(source, SlotRef) and not hasattr(source, "ring_name"):  # nor a source's record
-            source = slot_ref_of(source)
+        whose: Any = source
+        if not isinstance(whose, SlotRef) and not hasattr(whose, "ring_name"):  # nor a source's record
+            whose = slot_ref_of(whose)
         wait_until_s = self.reactor.now() + checked_seconds(wait_s, "wait_s")
         return Take(
-            source,
+            whose,
             max_payloads=max_payloads,
             max_bytes=max_bytes,
             selector=selector,

@@ -23,11 +23,12 @@ from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import TakeWords
 from ucxx_transport.schema.envelope import meta_of
-from ucxx_transport.schema.slot_ref import renumbered, with_meta
+from ucxx_transport.schema.episode_record import slot_ref_of
+from ucxx_transport.schema.slot_ref import SlotRef, renumbered, with_meta
 
 if TYPE_CHECKING:
     from ucxx_transport.ring.transitions import Words
-    from ucxx_transport.schema import SlotRef
+    from ucxx_transport.schema.episode_record import Referring
 
 _MAX_READER: Final = (1 << 63) - 1
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
@@ -51,11 +52,11 @@ class ReadableRing(RingHandle):
         super().__init__(*parts, **seams)
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
 
-    def acquire(self, ref: SlotRef, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
+    def acquire(self, ref: Referring, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
         """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
 
         Args:
-            ref: the payload's name.
+            ref: the payload's name, or its record, as for a client.
             reader: who reads, where several do (`readers` > 1): a reader's second read does not count. 0: unnamed; each
                 of its reads counts.
             deadline_s: how long to wait for the ring's lock; None: as configured.
@@ -65,6 +66,8 @@ class ReadableRing(RingHandle):
             SlotError: the ring has no such slot.
             BusyError: the slot carries as many read attempts as it can.
         """
+        if type(ref) is not SlotRef:
+            ref = slot_ref_of(ref)
         if ref.ring_id != self.ring_id:
             self._require_open()
             self._transitions.count("stale")
@@ -209,7 +212,7 @@ class ReadableRing(RingHandle):
         ref = self._named(lease.words)
         return with_meta(ref, meta) if meta else ref
 
-    def read(self, ref: SlotRef, *, reader: int = 0) -> dict[str, Any]:
+    def read(self, ref: Referring, *, reader: int = 0) -> dict[str, Any]:
         """A copy of a payload's arrays, nested as the schema says (`{"data": uint8}` of a raw ring); consumes it.
 
         Raises:
@@ -221,8 +224,8 @@ class ReadableRing(RingHandle):
             if lease.checksum is not None and xxhash.xxh3_64_intdigest(copy.data) != lease.checksum:
                 raise ChecksumError(
                     "the payload in the ring is not the one that was written",
-                    slot=ref.slot,
-                    generation=ref.generation,
+                    slot=lease.slot,
+                    generation=lease.generation,
                     expected=lease.checksum,
                 )
             arrays = {layout.RAW_FIELD: copy} if self.schema is None else self.schema.views(copy.data, writable=True)
@@ -235,9 +238,11 @@ class ReadableRing(RingHandle):
         ready = sorted(self._transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
         return [self._named(words) for words in ready]
 
-    def discard(self, ref: SlotRef) -> bool:
+    def discard(self, ref: Referring) -> bool:
         """Drop an unread payload; False: it is being read, or not in the ring any more."""
         self._require_open()
+        if type(ref) is not SlotRef:
+            ref = slot_ref_of(ref)
         return ref.ring_id == self.ring_id and not self._transitions.call("discard", ref.slot, ref.generation)
 
     def discard_until(self, sequence: int) -> int:

@@ -233,6 +233,9 @@ _CARRIERS: Final = ("completion", "output")
 
 Reference: TypeAlias = "EpisodeRecord | SlotRef"
 
+Referring: TypeAlias = "Reference | Mapping[str, object] | str | bytes"
+"""What a caller may give where a reference is wanted; see `reader_of`."""
+
 
 def reader_of(value: object) -> Callable[[Any], Reference] | None:
     """What makes a reference of `value`, or refuses it by a ProtocolError, if it looks like one of ours; else None.
