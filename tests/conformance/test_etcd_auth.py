@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.etcd_server import EtcdServer
+from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
 from tests.support.sidecars import sidecars_of
 from tests.support.waiting import wait_until
@@ -125,7 +126,7 @@ def test_tokens_that_end_again_and_again_are_renewed_in_silence(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("kind", ["simple", "jwt"])
+@pytest.mark.parametrize("kind", [exhaustive("simple"), "jwt"])
 def test_authentication_turned_on_and_off_is_nothing_to_those_who_have_a_user(
     kind: str, tmp_path: Path, log_events: Events
 ) -> None:
