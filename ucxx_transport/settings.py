@@ -106,7 +106,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
         def initialise(self: SectionT, **arguments: object) -> None:
             for argument in arguments:
                 if argument not in own:
-                    raise _unknown_name(f"setting of {made.__name__}", argument, own)
+                    raise unknown_name(f"setting of {made.__name__}", argument, own)
             given = gather(name, arguments)
             if any(arguments.get(field) is not None for field in choice):
                 given = {field: one for field, one in given.items() if field in arguments or field not in choice}
@@ -192,14 +192,15 @@ def _from_toml(section: str) -> Iterator[tuple[str, Given]]:
 def _rule_of(section: str, field: str, source: str) -> Rule:
     """The rule of a setting that may stand outside of code, or an error that names what is unknown."""
     if section not in SECTIONS:
-        raise _unknown_name("settings section", section, SECTIONS, source=source)
+        raise unknown_name("settings section", section, SECTIONS, source=source)
     rules = {name: rule for name, rule in SECTIONS[section].items() if not rule.code_only}
     if field not in rules:
-        raise _unknown_name(f"setting in [{section}]", field, rules, source=source)
+        raise unknown_name(f"setting in [{section}]", field, rules, source=source)
     return rules[field]
 
 
-def _unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
+def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
+    """The error for a name that is none of `choices`, with the nearest of them."""
     from difflib import get_close_matches
 
     ordered = sorted(choices)

@@ -17,8 +17,10 @@ import pytest
 from tests.e2e.programs.rollout_worker import play
 from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
+from tests.support.rows import row
+from tests.support.served_ring import served_ring
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, UCXXDataPackerMixin
+from ucxx_transport import AuthenticationError, ClientConfig, UCXXDataPackerMixin
 from ucxx_transport.trainer import Loss
 
 RETRYABLE = {"timeout", "unreachable"}
@@ -128,6 +130,31 @@ def test_what_is_too_old_makes_room_in_a_ring_that_is_full(local: str) -> None:
         assert {loss.reason.value for loss in packer.lost} == {"too_old"}
         assert len(packer.lost) == 8
         assert worker.ask(ring=True)["ring"]["overwritten"] == 0
+
+
+def test_a_token_that_differs_stops_the_trainer_with_worker_host_and_remedy() -> None:
+    for server, client, remedy in (
+        ("right", "wrong", "wrong token; give client and server the same one"),
+        ("right", None, r"the server asks for a token; set ClientConfig\(token=…\)"),
+        (None, "wrong", r"this client has a token but the server asks for none; set ServerConfig\(token=…\)"),
+    ):
+        packer = Packer()
+        with row(server=server, client=client), served_ring(token=server) as served:
+            packer.setup_ucxx_data_packer(client={"local": "off", "token": client})
+            try:
+                refs = [served.ring.write_raw(bytes(8)) for _ in range(2)]
+                packer.start_prefetch(refs)
+                words = f"2 of 2 episodes of a batch are lost: worker '{served.ring.name}' at 127.0.0.1: .*{remedy}"
+                with pytest.raises(AuthenticationError, match=words):
+                    packer.collect_prefetch()
+                assert [loss.reason.value for loss in packer.lost] == ["failed"] * 2
+                assert packer.prefetch_missing == tuple(packer.lost)
+                with pytest.raises(AuthenticationError, match="1 of 1 episodes"):
+                    packer.get_policy_input(None, served.ring.write_raw(bytes(8)))
+                packer.start_prefetch(["text"])
+                assert packer.collect_prefetch() == ["text"]
+            finally:
+                packer.shutdown_ucxx_data_packer()
 
 
 def test_killed_server_process_costs_a_trainer_nothing() -> None:

@@ -55,3 +55,14 @@ def test_a_torch_policy_learns() -> None:
 def test_a_torch_policy_ends_whose_last_weights_no_worker_takes() -> None:
     """They are 230 KB, and a pipe holds 64 KiB."""
     assert "mean return" in run("torch_policy", "--units", "8192", "--steps", "2", "--batch", "2")
+
+
+@NEEDS_TORCH
+@pytest.mark.parametrize(
+    ("on_missing", "sizes"),
+    [("refill", "{0: 1, 4: 29}"), pytest.param("shrink", "{0: 1, 3: 10, 4: 19}", marks=pytest.mark.exhaustive)],
+)
+def test_ranks_that_lose_different_episodes_do_as_many_passes(on_missing: str, sizes: str) -> None:
+    output = run("data_parallel", "--steps", "30", "--on-missing", on_missing)
+    assert f"rank 0: batches by size {sizes}, lost {{}}, off by 0.0" in output
+    assert f"rank 1: batches by size {sizes}, lost {{'too_old': 14}}, off by 0.0" in output

@@ -46,5 +46,5 @@ def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
         raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
     if version != VERSION:
         words = "the peer speaks another version of the link; upgrade both sides"
-        raise ProtocolError(words, peer=peer, found=version, expected=VERSION)
+        raise ProtocolError(words, peer=peer, version=version, expected=VERSION)
     return int(base)

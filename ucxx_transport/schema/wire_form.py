@@ -101,6 +101,7 @@ def check_version(version: object, what: str) -> None:
             f"a {what} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "
             "run the same release of ucxx_transport on both sides",
             field="version",
+            version=describe(version),
         )
 
 

@@ -9,9 +9,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
@@ -20,7 +20,6 @@ import anyio
 from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import LinkFactory, Timer
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.trainer.unpacking import DeviceUploader
-
-_log = get_logger(__name__)
 
 DEFAULT_FETCH_ROUNDS: Final = 3
 
@@ -280,50 +277,19 @@ class BatchFetch:
             raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefetchStatistics:
-    """What a prefetcher has handed out.
+class HostFetchSettings(TypedDict, total=False):
+    """Settings of a `Prefetcher` beside its device; see there."""
 
-    Attributes:
-        batches: collected or fetched.
-        episodes: their payloads.
-        nbytes: their bytes.
-        fetch_s: seconds that fetching them took, added up; the trainer did not wait for what was fetched ahead.
-        retried: episodes asked for again, in a later round of their batch.
-        losses: episodes that are in no batch, by the reason's word.
-        given_up: batches that did not come in time; their episodes are lost by "timeout".
-        unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
-    """
-
-    batches: int = 0
-    episodes: int = 0
-    nbytes: int = 0
-    fetch_s: float = 0.0
-    retried: int = 0
-    losses: Mapping[str, int] = field(default_factory=dict)
-    given_up: int = 0
-    unlocked_rings: int = 0
-
-
-class FetchSettings(TypedDict, total=False):
-    """Settings of a `Prefetcher`, for what is built on one; see there."""
-
-    device: object
     deadline_s: float | str
     max_fetch_rounds: int
     max_staleness: int | None
     discard_lost: bool
+    unreachable_batches: int | None
     watcher: Watcher | None
     link_factory: LinkFactory | None
 
 
-def log_loss(loss: Loss) -> None:
-    """Log an episode that is in no batch: what is done about each unless you say otherwise."""
-    episode = loss.record.ref if loss.record is not None else None
-    _log.warning(
-        "episode_lost",
-        reason=loss.reason.value,
-        ring=episode.ring_name if episode is not None else None,
-        slot=episode.slot if episode is not None else None,
-        error=str(loss.error) if loss.error is not None else None,
-    )
+class FetchSettings(HostFetchSettings, total=False):
+    """Settings of a `Prefetcher`, for what is built on one; see there."""
+
+    device: object

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import FetchSettings, log_loss
+from ucxx_transport.trainer.batch import FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
-from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
+from ucxx_transport.trainer.prefetcher import DEFAULT_UNREACHABLE_BATCHES, PendingBatch, Prefetcher
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
@@ -37,16 +37,15 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     """Iterates over the episodes of references as they come, once. Close it, or use `with`.
 
     A thread takes the references, so that an episode is handed out as soon as it is there, however long the next
-    reference takes to come. An episode that is lost is left out, and reported to `on_loss`.
+    reference takes to come. An episode that is lost is left out, logged, and reported to `on_loss`.
 
     Args:
         references: records (as objects or dicts) and `SlotRef`s; may block, and may never end.
         config: settings of the client.
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
-        on_loss: called with every episode that could not be had, in the thread that iterates, with index 0; by default
-            it is logged.
+        on_loss: as for `Prefetcher`, in the thread that iterates, with index 0.
         **settings: as for `Prefetcher`, of one episode: `device`, `deadline_s`, `max_fetch_rounds`, `discard_lost`,
-            `watcher`, `link_factory`.
+            `watcher`, `link_factory`; `unreachable_batches`, of `ahead` episodes each.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -55,14 +54,16 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     def __init__(
         self,
         references: Iterable[object],
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
         ahead: int = 8,
-        on_loss: Callable[[Loss], None] = log_loss,
+        on_loss: Callable[[Loss], None] | None = None,
         **settings: Unpack[FetchSettings],
     ) -> None:
         if ahead < 1:
             raise ConfigError(f"ahead must be at least 1, not {ahead}", field="ahead")
+        batches = settings.get("unreachable_batches", DEFAULT_UNREACHABLE_BATCHES)
+        settings["unreachable_batches"] = None if batches is None else batches * ahead
         super().__init__(config, on_loss=on_loss, **settings)
         self._ahead = ahead
         self._moved = threading.Condition()  # of what follows
@@ -77,6 +78,8 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
 
         Raises:
             ConfigError: a reference is not ours, or the stream is closed.
+            TransportError: an episode is lost for a reason that cannot heal, or a source does not answer; see
+                `unreachable_batches`. The next call goes on.
             Exception: whatever the iterable of references raised, after the episodes before it.
         """
         self.check_usable()
@@ -129,7 +132,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         with self._moved:
             self._moved.wait_for(lambda: len(self._begun) < self._ahead or self.closed)
             if self.closed:
-                self.count_left(1)
+                self.accounts.count_closed(1)
                 return False
             self._begun.append(self.begin([record]))
             self._moved.notify_all()

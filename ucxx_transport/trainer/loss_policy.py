@@ -19,19 +19,31 @@
 
 What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is discarded too, unless
 `discard_lost` is off.
+
+| a batch                                                                          | is                           |
+|----------------------------------------------------------------------------------|------------------------------|
+| nothing came; a token, a release or a setting is wrong                           | raised: trying cannot help   |
+| `unreachable_batches` in a row without an answer of a source that never answered | raised, with where it is     |
+| as many in a row of which nothing came at all                                    | raised, for the first source |
+| any other                                                                        | trained on, as far as it came|
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Sequence
+import ipaddress
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Final, TypeAlias
 
+from ucxx_transport import errors
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import EpisodeRecord, reader_of
+from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, reader_of
 from ucxx_transport.schema.wire_form import describe
+
+MOST_SOURCES: Final = 4096
+"""That are remembered to have answered."""
 
 AskedFor: TypeAlias = EpisodeRecord | TransportError
 """One episode of a batch, or why its record could not be read."""
@@ -70,6 +82,25 @@ class Loss:
     record: EpisodeRecord | None
     reason: LossReason
     error: TransportError | None = None
+
+    @property
+    def worker(self) -> str | None:
+        """Who played it; None when its record does not even say that."""
+        return self.record.worker_id if self.record is not None else _said_by(self.error, "worker_id")
+
+    @property
+    def sequence(self) -> int | None:
+        """Its number among its worker's episodes; None likewise."""
+        return self.record.sequence if self.record is not None else _said_by(self.error, "sequence")
+
+    @property
+    def host(self) -> str | None:
+        """The address that its reference names."""
+        return None if self.record is None or self.record.ref is None else self.record.ref.host
+
+
+def _said_by(error: TransportError | None, key: str) -> Any:
+    return None if error is None else error.facts.get(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +186,12 @@ def record_of(output: object) -> AskedFor:
             return ProtocolError(f"{describe(output)} is no episode record and no SlotRef", field="episode record")
         found = reader(output)
     except ProtocolError as error:
+        if isinstance(output, Mapping):  # what can be read of it says whose it is
+            worker, sequence = output.get("worker_id"), output.get("sequence")
+            if type(worker) is str:
+                error.facts.setdefault("worker_id", worker[:MAX_WORKER_ID_CHARS])
+            if type(sequence) is int and not sequence >> 64:
+                error.facts.setdefault("sequence", sequence)
         return error
     if isinstance(found, EpisodeRecord):
         return found
@@ -166,3 +203,133 @@ def key_of(output: object, record: AskedFor) -> Hashable:
     if isinstance(record, EpisodeRecord) and record.ref is not None:
         return record.ref.name
     return id(output)
+
+
+_Source: TypeAlias = "tuple[str, str | None]"
+"""A worker, and where it is."""
+
+
+def hint_for(loss: Loss, host_id: str) -> str | None:
+    """What may be in the way of a source that does not answer, seen from this host; None where nothing is known."""
+    if not _is_silence(loss) or loss.host is None:
+        return None
+    assert loss.record is not None
+    assert loss.record.ref is not None
+    if loss.record.ref.host_id == host_id:
+        return None
+    if _is_loopback(loss.host):
+        return "loopback of another host? set ServerConfig(host=…) to an address that this host reaches"
+    return "a firewall? both directions must be open: docs/operations.md#firewalls"
+
+
+class Sources:
+    """Which sources have answered, batch by batch, and when their silence is a reason to stop.
+
+    A source that has answered before and is silent beside others has died: its episodes are all that this costs.
+
+    Args:
+        unreachable_batches: as the table above has it; None: never.
+
+    Raises:
+        ConfigError: `unreachable_batches` is less than 1.
+    """
+
+    def __init__(self, unreachable_batches: int | None) -> None:
+        if unreachable_batches is not None and unreachable_batches < 1:
+            message = f"unreachable_batches must be at least 1, or None for never, not {unreachable_batches}"
+            raise ConfigError(message, field="unreachable_batches")
+        self._most = unreachable_batches
+        self._answered: dict[_Source, None] = {}
+        self._silent: dict[_Source, int] = {}
+
+    def problem_in(
+        self,
+        records: Sequence[AskedFor],
+        came: Collection[int],
+        losses: Sequence[Loss],
+        *,
+        host_id: str,
+        counts: bool = True,
+    ) -> TransportError | None:
+        """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
+
+        Args:
+            records: what was asked for.
+            came: places of those that came.
+            losses: the others.
+            host_id: of this host.
+            counts: whether this is a batch to those of which so many in a row may be lost.
+        """
+        if not came:
+            for loss in losses:
+                if _cannot_heal(loss):
+                    return _stop(loss, f"{len(losses)} of {len(losses)} episodes of a batch are lost", losses)
+        return self._silence_in([records[place] for place in came], losses, host_id) if counts else None
+
+    def _silence_in(self, came: Sequence[AskedFor], losses: Sequence[Loss], host_id: str) -> TransportError | None:
+        answered = {
+            (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
+        }
+        self._answered.update(dict.fromkeys(answered))
+        while len(self._answered) > MOST_SOURCES:
+            del self._answered[next(iter(self._answered))]
+        silent: dict[_Source, Loss] = {}
+        for loss in losses:
+            if loss.record is not None and loss.error is not None and loss.reason is not LossReason.TOO_OLD:
+                source = (loss.record.worker_id, loss.host)
+                if _is_silence(loss):
+                    silent.setdefault(source, loss)
+                else:
+                    answered.add(source)
+        if self._silent:
+            gone_on = self._answered if came else {}
+            self._silent = {
+                source: count
+                for source, count in self._silent.items()
+                if source not in answered and source not in gone_on
+            }
+        problem: TransportError | None = None
+        for source, loss in silent.items():
+            if source in answered or (came and source in self._answered):
+                continue
+            count = self._silent[source] = self._silent.get(source, 0) + 1
+            if self._most is not None and count >= self._most and problem is None:
+                del self._silent[source]  # it may have as many more
+                hint = hint_for(loss, host_id)
+                words = f"nothing came in {count} batches in a row"
+                problem = _stop(loss, words, losses, "" if hint is None else f"; {hint}")
+        return problem
+
+
+def _stop(loss: Loss, words: str, losses: Sequence[Loss], hint: str = "") -> TransportError:
+    error = loss.error
+    assert error is not None
+    worker = "an unknown worker" if loss.worker is None else f"worker {loss.worker!r}"
+    where = worker if loss.host is None else f"{worker} at {loss.host}"
+    own = {"worker": loss.worker, "host": loss.host, "sequence": loss.sequence, "lost": len(losses)}
+    stop = type(error)(f"{words}: {where}: {error.message}{hint}", **{**error.facts, **own})
+    stop.__cause__ = error
+    return stop
+
+
+def _cannot_heal(loss: Loss) -> bool:
+    """Whether another try, of this episode or of another one there, fails alike until somebody changes something."""
+    error = loss.error
+    if isinstance(error, ProtocolError):
+        return "version" in error.facts
+    return isinstance(error, errors.AuthenticationError | ConfigError)
+
+
+def _is_silence(loss: Loss) -> bool:
+    """Whether its source did not answer, for no reason that is known."""
+    error = loss.error
+    if isinstance(error, errors.PeerLostError):
+        return error.facts.get("reason") != "removed"
+    return isinstance(error, DeadlineExceededError)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.trainer.batch import log_loss
+from ucxx_transport.trainer.batch import HostFetchSettings
 from ucxx_transport.trainer.loss_policy import Loss, is_ours
-from ucxx_transport.trainer.rollout_feed import RolloutFeed, completion_of
+from ucxx_transport.trainer.rollout_feed import OnMissing, RolloutFeed, completion_of
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
@@ -39,16 +39,23 @@ class UCXXDataPackerMixin:
     """The feed behind it, from `setup_ucxx_data_packer` to `shutdown_ucxx_data_packer`."""
 
     def setup_ucxx_data_packer(
-        self, device: object = None, *, client: ClientConfig | None = None, **settings: Any
+        self,
+        device: object = None,
+        *,
+        client: ClientConfig | Mapping[str, object] | None = None,
+        on_missing: OnMissing = "shrink",
+        **settings: Unpack[HostFetchSettings],
     ) -> None:
         """Make this packer's feed: one thread, one client.
 
         Args:
             device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
                 tensors and arrays on a GPU.
-            client: settings of the client.
+            client: settings of the client, or a mapping of them.
+            on_missing: what `collect_prefetch` gives of a batch of which episodes are lost: "shrink", "refill", or a
+                function of the rollouts left and the losses; see `RolloutFeed`.
             **settings: as for `RolloutFeed`: `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
-                `watcher`, `link_factory`.
+                `unreachable_batches`, `watcher`, `link_factory`.
 
         Raises:
             ConfigError: a setting is wrong, this packer is set up already, or no base behind the mixin has a
@@ -61,17 +68,24 @@ class UCXXDataPackerMixin:
                 f"no base of {type(self).__name__} behind UCXXDataPackerMixin has a get_policy_input; "
                 "write class Packer(UCXXDataPackerMixin, YourDataPacker), in this order"
             )
+        for word, method in (("on_loss", "on_episode_lost"), ("output_of", "rollout_output_of")):
+            if word in settings:
+                raise ConfigError(f"{word} is no setting of a packer; override {method}", field=word)
         self.ucxx_feed = RolloutFeed(
             client,
             device=device,
             on_loss=self.on_episode_lost,
+            on_missing=on_missing,
             output_of=self.rollout_output_of,
             **settings,
         )
 
     def on_episode_lost(self, loss: Loss) -> None:
-        """Called once with every episode that could not be had, in the trainer's thread; for subclasses. Logs it."""
-        log_loss(loss)
+        """Called once with every episode that could not be had, in the trainer's thread; for subclasses. Does nothing.
+
+        Losses are logged in any case, one line a batch and reason. What it raises is raised when it was called with all
+        of a batch's losses, and the batch is in use.
+        """
 
     def rollout_output_of(self, rollout: object) -> object:
         """The output of a rollout, as `get_policy_input` is given it; for subclasses whose rollouts keep it elsewhere.
@@ -115,6 +129,11 @@ class UCXXDataPackerMixin:
     def prefetch_buffer(self) -> list[Any] | None:
         """The rollouts in use, None before the first; see `RolloutFeed.buffer`."""
         return self._feed().buffer
+
+    @property
+    def prefetch_missing(self) -> tuple[Loss, ...]:
+        """What is lost of the batch in use, each with its reason; see `RolloutFeed.missing`."""
+        return self._feed().missing
 
     def get_policy_input(
         self, sample: Any = None, rollout_output: Any = None, n_ignore_prefix_tokens: int = 0, **kwargs: Any

@@ -16,33 +16,25 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Never, Self, TypeAlias
 
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.config import checked_seconds
+from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.batch import (
-    DEFAULT_FETCH_ROUNDS,
-    Batch,
-    BatchFetch,
-    FetchLimits,
-    PrefetchStatistics,
-    SortedOut,
-    log_loss,
-)
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, discardable_of
+from ucxx_transport.settings import unknown_name
+from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
+from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
     from ucxx_transport.client.membership import Watcher
-    from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory
 
 _log = get_logger(__name__)
@@ -52,6 +44,8 @@ _GRACE_S: Final = 5.0
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
+DEFAULT_UNREACHABLE_BATCHES: Final = 3
+
 Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
 """The episodes of a batch; or what gives them, called in the background thread."""
 
@@ -60,6 +54,7 @@ class PendingBatch(BatchFetch):
     """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
 
     _outcome: Batch | Exception | None = None
+    _is_counted = False
 
     def __init__(self, prefetcher: Prefetcher, records: Records, policy_version: int | None) -> None:
         self._prefetcher = prefetcher
@@ -93,9 +88,28 @@ class PendingBatch(BatchFetch):
 
         Raises:
             ConfigError: it was taken or cancelled, or the prefetcher is closed.
-            Exception: what ended the fetch, if that was no `TransportError` of one episode.
+            TransportError: all of it is lost for a reason that cannot heal, or a source has not answered in
+                `unreachable_batches` in a row.
+            Exception: what ended the fetch, if that was no `TransportError` of one episode; or what `on_loss` raised,
+                when all losses were reported. What came is not lost by it: call `result` again.
         """
-        limit_s = self._prefetcher.limits.deadline_s + _GRACE_S
+        batch, losses, problem = self.take(timeout_s)
+        try:
+            self._prefetcher.accounts.report(losses, problem)
+        except BaseException:
+            self._put_back(batch)
+            raise
+        return batch
+
+    def take(
+        self, timeout_s: float | str | None = None, *, counts: bool = True
+    ) -> tuple[Batch, tuple[Loss, ...], TransportError | None]:
+        """As `result`, and report nothing: the batch, its losses that are to be reported, and what is to be raised.
+
+        `counts`: whether a source that does not answer is held against it.
+        """
+        prefetcher = self._prefetcher
+        limit_s = prefetcher.limits.deadline_s + _GRACE_S
         if timeout_s is not None:
             limit_s = checked_seconds(timeout_s, "timeout_s")
         try:
@@ -108,8 +122,11 @@ class PendingBatch(BatchFetch):
             raise batch
         if batch is None:
             batch = self._late()
-        self._prefetcher.count(batch)
-        return batch
+        if self._is_counted:
+            return batch, (), None
+        self._is_counted = True
+        problem = prefetcher.accounts.count(self.records, batch, counts=counts)
+        return batch, batch.losses, problem
 
     def cancel(self) -> None:
         """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
@@ -120,11 +137,13 @@ class PendingBatch(BatchFetch):
             prefetcher.untaken.discard(self)
             prefetcher.changed.notify_all()
             outcome = self._outcome
-        if isinstance(outcome, Batch):
-            prefetcher.count_left(len(outcome.payloads), outcome.losses)
+        if isinstance(outcome, Batch) and self._is_counted:
+            outcome.release()
+        elif isinstance(outcome, Batch):
+            prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses)
             outcome.release()
         else:
-            prefetcher.count_left(len(self.records))
+            prefetcher.accounts.count_closed(len(self.records))
             self._core.reactor.submit(self.abandon)
 
     def ended(self, outcome: Batch | Exception) -> None:
@@ -141,6 +160,16 @@ class PendingBatch(BatchFetch):
                 return
         if isinstance(outcome, Batch):
             outcome.release()  # whose episodes were counted as lost
+
+    def _put_back(self, batch: Batch) -> None:
+        """Keep what came of it for another `result`, or until it is cancelled."""
+        prefetcher = self._prefetcher
+        with prefetcher.changed:
+            if batch.payloads and not prefetcher.closed:
+                self._outcome = batch
+                prefetcher.untaken.add(self)
+                return
+        batch.release()
 
     def _begin(self, after_s: float) -> None:
         if self in self._prefetcher.untaken and not self.has_begun:
@@ -186,7 +215,7 @@ class Prefetcher:
     ```
 
     Args:
-        config: settings of the client.
+        config: settings of the client, or a mapping of them.
         device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
             tensors and arrays on a GPU.
         deadline_s: of one batch.
@@ -195,8 +224,10 @@ class Prefetcher:
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
-        on_loss: called with every episode that is in no batch, by `result` and `fetch` in the caller's thread; by
-            default it is logged.
+        unreachable_batches: after so many batches in a row without an answer of a source that has never answered, or of
+            which nothing came at all, `result` raises; None: never.
+        on_loss: called with every episode that is in no batch, by `result` and `fetch` in the caller's thread. One line
+            a batch and reason is logged in any case (`episodes_lost`), ever more seldom while it lasts.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
 
@@ -209,22 +240,28 @@ class Prefetcher:
 
     def __init__(
         self,
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
         device: object = None,
         deadline_s: float | str = 30.0,
         max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
         max_staleness: int | None = None,
         discard_lost: bool = True,
-        on_loss: Callable[[Loss], None] = log_loss,
+        unreachable_batches: int | None = DEFAULT_UNREACHABLE_BATCHES,
+        on_loss: Callable[[Loss], None] | None = None,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
+            raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
         self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
+        sources = Sources(unreachable_batches)
         self.unpack, self.uploader = unpacker_for(device)
         uploader = self.uploader
         self.core = ClientCore(
-            config,
+            ClientConfig(**config) if isinstance(config, Mapping) else config,  # type: ignore[arg-type]  # it checks them
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,
@@ -233,18 +270,24 @@ class Prefetcher:
         self.changed = threading.Condition()  # of what follows
         self.closed = False
         self.untaken: set[PendingBatch] = set()
-        self._counts: defaultdict[str, Any] = defaultdict(int)  # of `PrefetchStatistics`, by its names
-        self._losses: Counter[str] = Counter()
+        self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
         self._discard_lost = discard_lost
-        self._on_loss = on_loss
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
     def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:
-        """Fetch a batch beside whatever is on its way, and wait for it; see `begin` and `PendingBatch.result`."""
-        return self.begin(records, policy_version=policy_version).result()
+        """Fetch a batch beside whatever is on its way, and wait for it; see `begin` and `PendingBatch.result`.
+
+        What came of a batch that raises is released.
+        """
+        pending = self.begin(records, policy_version=policy_version)
+        try:
+            return pending.result()
+        except BaseException:
+            pending.cancel()
+            raise
 
     def begin(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """Begin to fetch a batch beside whatever is on its way, and return at once.
@@ -276,8 +319,7 @@ class Prefetcher:
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
         unlocked_rings = 0 if self.uploader is None else self.uploader.unlocked_rings
-        with self.changed:
-            return PrefetchStatistics(**self._counts, losses=dict(self._losses), unlocked_rings=unlocked_rings)
+        return self.accounts.statistics(unlocked_rings)
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this was made: what was read which way, and how long it took."""
@@ -307,23 +349,6 @@ class Prefetcher:
 
     # for its batches
 
-    def count(self, batch: Batch) -> None:
-        with self.changed:
-            counts = self._counts
-            counts["batches" if batch.in_time else "given_up"] += 1
-            counts["episodes"] += len(batch.payloads)
-            counts["nbytes"] += batch.nbytes
-            counts["fetch_s"] += batch.took_s
-            counts["retried"] += batch.retried
-            self.count_left(0, batch.losses)
-        for loss in batch.losses:
-            self._on_loss(loss)
-
-    def count_left(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
-        with self.changed:
-            self._losses.update([LossReason.CLOSED.value] * episodes)
-            self._losses.update(loss.reason.value for loss in losses)
-
     def discard(self, losses: Sequence[Loss]) -> None:  # in the thread
         refs = discardable_of(losses, discard_lost=self._discard_lost)
         if refs:
@@ -339,7 +364,7 @@ class Prefetcher:
         for pending in untaken:
             pending.cancel()
         if untaken:
-            _log.warning("episodes_not_taken", episodes=self._losses[LossReason.CLOSED.value])
+            _log.info("episodes_not_taken", episodes=self.accounts.count_closed(0))
 
     def _run(self) -> None:
         try:

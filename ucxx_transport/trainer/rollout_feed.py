@@ -15,13 +15,15 @@ from __future__ import annotations
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Unpack
+from itertools import cycle
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import Batch, FetchSettings, log_loss
+from ucxx_transport.trainer.batch import Batch, FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from ucxx_transport.client import Payload
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
+
+OnMissing: TypeAlias = "Literal['shrink', 'refill'] | Callable[[list[object], tuple[Loss, ...]], Sequence[object]]"
+"""What to do about a batch of which episodes are lost: a word, or what makes rollouts of those left and the losses."""
 
 YIELD_S: Final = 1e-3
 """A trainer's thread that starts a fetch goes on with its step; where it has had its batches in time, the fetch begins
@@ -70,13 +75,37 @@ class _Rollouts:
         same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
-    def take(self, batch: Batch | None) -> None:
-        """Keep what came of them; None when nothing did."""
+    def take(self, batch: Batch | None, losses: Iterable[Loss] = ()) -> None:
+        """Keep what came of them, and what did not; None when nothing did."""
         self._came = came = {} if batch is None else batch.payloads
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
         self.by_output = {id(each): came[index] for index, each in enumerate(self.ours.values()) if index in came}
-        lost = {place for index, place in enumerate(self.ours) if index not in came}
-        self.usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
+        places = list(self.ours)
+        self.missing = tuple(replace(loss, index=places[loss.index]) for loss in losses)
+        self.lost = {place for index, place in enumerate(places) if index not in came}
+        self._filled: Sequence[object] | None = None
+
+    def to_train_on(self, on_missing: OnMissing) -> list[object]:
+        """The rollouts to train on."""
+        if self._filled is None:
+            usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in self.lost]
+            if not self.lost or on_missing == "shrink":
+                self._filled = usable
+            elif on_missing == "refill":
+                self._filled = self._refilled(usable)
+            else:
+                self._filled = on_missing(usable, self.missing)
+        return list(self._filled)
+
+    def _refilled(self, usable: Sequence[object]) -> list[object]:
+        if not usable:
+            reasons = ", ".join(sorted({loss.reason.value for loss in self.missing}))
+            message = (
+                f"none of the batch's {len(self.lost)} episodes came: there is nothing to refill it with ({reasons})"
+            )
+            raise TransportError(message, lost=len(self.lost), of=len(self.rollouts))
+        again = cycle(usable)
+        return [next(again) if place in self.lost else rollout for place, rollout in enumerate(self.rollouts)]
 
     @cached_property
     def by_key(self) -> dict[Hashable, Payload | None]:
@@ -102,11 +131,15 @@ class RolloutFeed(Prefetcher):
 
     Args:
         config: settings of the client.
-        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves; by
-            default it is logged.
+        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves. What it
+            raises is raised when it was called with all of them, and the batch is in use. One line a batch and reason
+            is logged in any case.
+        on_missing: what `collect` gives of a batch of which episodes are lost. "shrink": the others. "refill": as many
+            as were asked for, those that came repeated in the places of the lost ones, in turn; a TransportError when
+            none came. A function is called with the others and the losses, and gives the rollouts.
         output_of: the output of a rollout; the default is its `completion` where it has one, else itself.
         **settings: as for `Prefetcher`: `device`, `deadline_s`, `max_fetch_rounds`, `max_staleness`, `discard_lost`,
-            `watcher`, `link_factory`.
+            `unreachable_batches`, `watcher`, `link_factory`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -114,14 +147,19 @@ class RolloutFeed(Prefetcher):
 
     def __init__(
         self,
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
-        on_loss: Callable[[Loss], None] = log_loss,
+        on_loss: Callable[[Loss], None] | None = None,
+        on_missing: OnMissing = "shrink",
         output_of: Callable[[object], object] = completion_of,
         **settings: Unpack[FetchSettings],
     ) -> None:
+        if on_missing not in ("shrink", "refill") and not callable(on_missing):
+            message = f"on_missing must be 'shrink', 'refill' or a function, not {on_missing!r}"
+            raise ConfigError(message, field="on_missing")
         self._output_of = output_of
-        self._tell = on_loss
+        self._on_missing = on_missing
+        self._problem: TransportError | None = None
         self._unreported: deque[Loss] = deque()
         self._state = threading.RLock()
         self._turn = threading.RLock()
@@ -129,7 +167,7 @@ class RolloutFeed(Prefetcher):
         self._in_use: _Rollouts | None = None
         self._is_awaited = True
         self._policy_version: int | None = None
-        super().__init__(config, on_loss=self._unreported.append, **settings)
+        super().__init__(config, on_loss=on_loss, **settings)
 
     @property
     def is_cold_start(self) -> bool:
@@ -145,9 +183,18 @@ class RolloutFeed(Prefetcher):
 
     @property
     def buffer(self) -> list[object] | None:
-        """The rollouts in use: those of the batch collected last that can be resolved, and those that are not ours."""
+        """The rollouts in use: those of the batch collected last that can be resolved, and those that are not ours.
+
+        With `on_missing` it is what that makes of them.
+        """
         in_use = self._in_use
-        return None if in_use is None else list(in_use.usable)
+        return None if in_use is None else in_use.to_train_on(self._on_missing)
+
+    @property
+    def missing(self) -> tuple[Loss, ...]:
+        """What is lost of the batch in use, each with its reason and its place among the rollouts asked for."""
+        in_use = self._in_use
+        return () if in_use is None else in_use.missing
 
     def start(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Begin to fetch the episodes of these rollouts, and return at once.
@@ -198,6 +245,7 @@ class RolloutFeed(Prefetcher):
 
         Raises:
             ConfigError: nothing is on its way, or the feed is closed.
+            TransportError: as `collect`.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
@@ -213,20 +261,24 @@ class RolloutFeed(Prefetcher):
 
         Returns:
             Those that can be resolved and those that are not ours, in order; without a batch on its way those in use.
+            `missing` has what is lost of them; see `on_missing`, too.
 
         Raises:
             ConfigError: nothing was started, and nothing is in use; or the feed is closed.
+            TransportError: all of it is lost for a reason that cannot heal, or a source does not answer
+                (`unreachable_batches`): worker, host and remedy are named. `buffer` has what came, and the next
+                batch is on its way. Or nothing came that "refill" could repeat.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._turn:
             self.check_usable()
             if self._pending:
                 self._take_next(timeout_s)
-            rollouts = self.buffer
+            in_use = self._in_use
         self._report()
-        if rollouts is None:
+        if in_use is None:
             raise ConfigError("nothing is on its way or in use: start_prefetch(rollouts) first")
-        return rollouts
+        return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
         """The episode that a rollout's output refers to: of the batch in use, or on its way, else fetched now.
@@ -237,6 +289,7 @@ class RolloutFeed(Prefetcher):
 
         Raises:
             ConfigError: the output is not ours, `policy_version` was never given, or the feed is closed.
+            TransportError: it is lost for a reason that cannot heal.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         with self._state:  # in which the batch in use is not released
@@ -255,8 +308,8 @@ class RolloutFeed(Prefetcher):
                     return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        batch = self.fetch([record], policy_version=self._policy_version)
-        self._report()
+        batch, losses, problem = self.begin([record], policy_version=self._policy_version).take(counts=False)
+        self.accounts.report(losses, problem)
         if not batch.payloads:
             return None
         with batch.payloads[0] as payload:
@@ -309,10 +362,12 @@ class RolloutFeed(Prefetcher):
         asked = self._pending[0]
         self._is_awaited = not asked.pending.is_ready
         batch: Batch | None = None
+        losses: tuple[Loss, ...] = ()
         try:
-            batch = asked.pending.result(timeout_s)
+            batch, losses, self._problem = asked.pending.take(timeout_s)
         finally:
-            asked.take(batch)
+            asked.take(batch, losses)
+            self._unreported.extend(asked.missing)
             done: _Rollouts | None = asked
             with self._state:
                 if self._pending:  # else it was closed meanwhile, and this one is not used at all
@@ -324,6 +379,10 @@ class RolloutFeed(Prefetcher):
         return batch.in_time
 
     def _report(self) -> None:
-        """Tell of losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
+        """Report losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
+        problem, self._problem = self._problem, None
+        self.accounts.report(self._due(), problem)
+
+    def _due(self) -> Iterator[Loss]:
         while self._unreported:
-            self._tell(self._unreported.popleft())
+            yield self._unreported.popleft()

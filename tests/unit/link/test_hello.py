@@ -39,7 +39,7 @@ def test_another_version_is_refused_by_name(version: int) -> None:
     hello[4:6] = version.to_bytes(2, "little")
     with pytest.raises(ProtocolError, match="another version of the link") as caught:
         decode_hello(hello, peer="p")
-    assert (caught.value.facts["found"], caught.value.facts["expected"]) == (version, 2)
+    assert (caught.value.facts["version"], caught.value.facts["expected"]) == (version, 2)
 
 
 @given(st.integers(2**48, 2**64 - 1))

@@ -13,7 +13,8 @@ import pytest
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.rows import row
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, SlotState
+from ucxx_transport import ClientConfig, ConfigError, PeerLostError, SlotState
+from ucxx_transport.testing import Faults, MemoryNetwork
 from ucxx_transport.trainer import EpisodeStream, Loss, LossReason, RolloutFeed
 
 LOCAL = ClientConfig(local="view")
@@ -79,24 +80,46 @@ def test_a_lost_episode_is_left_out_and_told_of(worker: LocalWorker) -> None:
         assert stream.statistics().losses == {"malformed": 1, "stale": 1, "duplicate": 1}
 
 
-def test_a_lost_episode_is_logged_unless_something_else_is_asked_for(
+def test_a_lost_episode_is_logged_whatever_else_is_done_about_it(
     worker: LocalWorker, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    for reader in (EpisodeStream, RolloutFeed):
-        (gone,) = worker.play(1)
-        assert gone.ref is not None
-        worker.ring.discard(gone.ref)
-        with row(reader=reader.__name__):
-            if reader is EpisodeStream:
-                with EpisodeStream([gone], LOCAL) as stream:
-                    assert list(stream) == []
-            else:
-                with RolloutFeed(LOCAL) as feed:
-                    feed.start([gone])
-                    assert feed.collect() == []
-            logged = [event["reason"] for event in log_events if event["event"] == "episode_lost"]
-            assert logged == ["stale"]
-        log_events.clear()
+    losses: list[Loss] = []
+    for on_loss in (None, losses.append):
+        for reader in (EpisodeStream, RolloutFeed):
+            (gone,) = worker.play(1)
+            assert gone.ref is not None
+            worker.ring.discard(gone.ref)
+            with row(reader=reader.__name__, on_loss=on_loss):
+                if reader is EpisodeStream:
+                    with EpisodeStream([gone], LOCAL, on_loss=on_loss) as stream:
+                        assert list(stream) == []
+                else:
+                    with RolloutFeed(LOCAL, on_loss=on_loss) as feed:
+                        feed.start([gone])
+                        assert feed.collect() == []
+                (line,) = [event for event in log_events if event["event"] == "episodes_lost"]
+                assert (line["lost"], line["of"], line["reason"]) == (1, 1, "stale")
+                assert (line["worker"], line["sequences"], line["since"]) == ("w", (gone.sequence,), 0)
+            log_events.clear()
+    assert len(losses) == 2
+
+
+def test_a_stream_that_gets_nothing_stops_and_goes_on_if_it_is_asked_to(worker: LocalWorker) -> None:
+    network = MemoryNetwork(faults=Faults(refuse=True))
+    far_away = worker.play_far_away(9)
+    stopped = []
+    with EpisodeStream(
+        far_away, deadline_s=2, max_fetch_rounds=1, ahead=2, unreachable_batches=2, link_factory=network.link
+    ) as stream:
+        for _ in range(2):
+            with pytest.raises(
+                PeerLostError, match=r"nothing came in 4 batches in a row: worker 'w' at 192.0.2.1"
+            ) as caught:
+                next(stream)
+            stopped.append(caught.value.facts["sequence"])
+        assert list(stream) == []
+        assert stream.statistics().losses == {"unreachable": 9}
+    assert stopped == [3, 7]
 
 
 def test_what_the_references_raise_comes_after_the_episodes_before_it(worker: LocalWorker) -> None:
@@ -157,6 +180,8 @@ def test_wrong_arguments_are_refused() -> None:
         EpisodeStream([], ahead=0)
     with pytest.raises(ConfigError, match="device"):
         EpisodeStream([], device="tpu")
+    with pytest.raises(ConfigError, match=r"Unknown setting of EpisodeStream 'ahed'; did you mean 'ahead'?"):
+        EpisodeStream([], ahed=3)  # type: ignore[call-arg]  # as a user may write it
 
 
 def test_a_forked_child_is_refused_at_once(worker: LocalWorker) -> None:

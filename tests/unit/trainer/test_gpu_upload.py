@@ -387,7 +387,8 @@ def test_a_buffer_that_cannot_be_page_locked_costs_its_episode_with_the_reason(r
     losses: list[Any] = []
     with RolloutFeed(device=FakeReceiver(gpu), on_loss=losses.append) as feed:
         gpu.refuse = 2
-        assert feed.resolve(ring.write(episode(1))) is None
+        with pytest.raises(PageLockError, match="1 of 1 episodes of a batch are lost"):
+            feed.resolve(ring.write(episode(1)))
         assert [type(loss.error) for loss in losses] == [PageLockError]
         gpu.refuse = 0
         assert feed.resolve(ring.write(episode(1))) is not None
@@ -400,7 +401,8 @@ def test_a_device_without_room_costs_the_episode_and_its_buffer_comes_back(ring:
 
     losses: list[Any] = []
     with RolloutFeed(device=Full(by_buffers()), on_loss=losses.append) as feed:
-        assert feed.resolve(ring.write(episode(1))) is None
+        with pytest.raises(ConfigError, match=r"are lost: worker .*: no memory for it"):
+            feed.resolve(ring.write(episode(1)))
         assert [(loss.reason.value, str(loss.error)[:16]) for loss in losses] == [("failed", "no memory for it")]
         assert feed.client_statistics().lent_buffers == 0
 

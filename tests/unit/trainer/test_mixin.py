@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import MutableMapping
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.local_worker import LocalWorker
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, UCXXDataPackerMixin
 from ucxx_transport.trainer import Loss, LossReason
@@ -96,8 +98,27 @@ def test_who_does_not_listen_finds_the_loss_in_the_log(
         assert packer.get_policy_input(None, {**record.to_dict(), "sequence": -1}) is None
     finally:
         packer.shutdown_ucxx_data_packer()
-    told = [(event["reason"], event["slot"]) for event in log_events if event["event"] == "episode_lost"]
-    assert told == [("stale", record.ref.slot), ("malformed", None)]
+    logged = [
+        (event["reason"], event["worker"], event["sequences"])
+        for event in log_events
+        if event["event"] == "episodes_lost"
+    ]
+    assert logged == [("stale", "w", (record.sequence,)), ("malformed", "w", (None,))]
+
+
+def test_a_packer_tells_what_is_missing_of_the_batch_in_use_and_may_fill_it_up(worker: LocalWorker) -> None:
+    packer = Packer()
+    packer.setup_ucxx_data_packer(client={"local": "view"}, on_missing="refill")
+    try:
+        rollouts = [SimpleNamespace(completion=record.to_dict()) for record in worker.play(3)]
+        rollouts[0].completion["sequence"] = -1
+        packer.start_prefetch(rollouts)
+        assert not packer.prefetch_missing
+        assert packer.collect_prefetch() == [rollouts[1], rollouts[1], rollouts[2]]
+        assert [(loss.index, loss.reason) for loss in packer.prefetch_missing] == [(0, LossReason.MALFORMED)]
+        assert tuple(packer.lost) == packer.prefetch_missing
+    finally:
+        packer.shutdown_ucxx_data_packer()
 
 
 def test_a_subclass_says_where_its_rollouts_keep_their_output(worker: LocalWorker) -> None:
@@ -128,8 +149,17 @@ def test_a_wrong_set_up_is_refused_with_the_remedy(packer: Packer, worker: Local
     for wrong in (Backwards(), Alone()):
         with pytest.raises(ConfigError, match=r"class Packer\(UCXXDataPackerMixin, YourDataPacker\)"):
             wrong.setup_ucxx_data_packer()
-    for settings, field in (({"device": "tpu"}, "device"), ({"max_staleness": -1}, "max_staleness")):
-        with pytest.raises(ConfigError, match=field):
+    for settings, message in (
+        ({"device": "tpu"}, "device must be"),
+        ({"max_staleness": -1}, "max_staleness"),
+        ({"unreachable_batches": 0}, "unreachable_batches must be at least 1, or None for never, not 0"),
+        ({"on_missing": "refil"}, "on_missing must be 'shrink', 'refill' or a function, not 'refil'"),
+        ({"deadline": 10}, "Unknown setting of RolloutFeed 'deadline'; did you mean 'deadline_s'?"),
+        ({"client": {"locl": "view"}}, "Unknown setting of ClientConfig 'locl'; did you mean 'local'?"),
+        ({"on_loss": print}, "on_loss is no setting of a packer; override on_episode_lost"),
+        ({"output_of": print}, "output_of is no setting of a packer; override rollout_output_of"),
+    ):
+        with row(settings=settings), pytest.raises(ConfigError, match=re.escape(message)):
             Packer().setup_ucxx_data_packer(**settings)
     fresh = Packer()
     (record,) = worker.play(1)

@@ -160,6 +160,56 @@ def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: Lo
     assert [loss.record is None for loss in losses] == [False, False, False, True]
 
 
+def test_a_hook_that_raises_costs_neither_a_loss_nor_the_batch(worker: LocalWorker) -> None:
+    lost: list[int] = []
+
+    def hook(loss: Loss) -> None:
+        lost.append(loss.index)
+        raise ZeroDivisionError(loss.index)
+
+    with Prefetcher(LOCAL, on_loss=hook) as prefetcher:
+        first, second = worker.play(2)
+        pending = prefetcher.begin([first, first, second, second])
+        with pytest.raises(ZeroDivisionError, match="1"):
+            pending.result()
+        assert lost == [1, 3]
+        batch = pending.result()
+        assert sequences(batch) == [0, 1]
+        batch.release()
+        with pytest.raises(ConfigError, match="taken"):
+            pending.result()
+        assert prefetcher.statistics().losses == {"duplicate": 2}
+        assert prefetcher.statistics().episodes == 2
+        with pytest.raises(ZeroDivisionError):  # nothing of it is held any more
+            prefetcher.fetch([*worker.play(1), first])
+        kept = prefetcher.begin([*worker.play(1), first])
+        with pytest.raises(ZeroDivisionError):
+            kept.result()
+    assert prefetcher.statistics().losses == {"duplicate": 4}
+    wait_until(lambda: SlotState.READING not in worker.ring.slot_states())
+
+
+def test_every_failure_of_a_hook_but_the_first_is_logged(
+    worker: LocalWorker, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    def hook(loss: Loss) -> None:
+        raise ZeroDivisionError(loss.index)
+
+    with Prefetcher(LOCAL, on_loss=hook) as prefetcher:
+        (record,) = worker.play(1)
+        with pytest.raises(ZeroDivisionError, match="1"):
+            prefetcher.fetch([record, record, record])
+    (event,) = [event for event in log_events if event["event"] == "loss_hook_failed"]
+    assert (event["worker"], event["sequence"]) == ("w", 0)
+    assert "ZeroDivisionError: 2" in event["exception"]
+
+
+def test_a_batch_that_is_given_up_is_not_held_against_its_source(worker: LocalWorker) -> None:
+    with Prefetcher(deadline_s=600, unreachable_batches=1, link_factory=silence) as prefetcher:
+        for _ in range(3):
+            assert not prefetcher.begin(worker.play_far_away(1)).result(0).in_time
+
+
 def test_batches_are_fetched_side_by_side(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
         first = prefetcher.begin(worker.play(1))
@@ -184,7 +234,9 @@ def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged
     prefetcher.begin(worker.play_far_away(1), policy_version=9)
     prefetcher.close()
     assert prefetcher.statistics().losses == {"closed": 7, "too_old": 1}
-    assert ("episodes_not_taken", 7) in [(event["event"], event.get("episodes")) for event in log_events]
+    assert [
+        (event["log_level"], event["episodes"]) for event in log_events if event["event"] == "episodes_not_taken"
+    ] == [("info", 7)]
     assert SlotState.READING not in worker.ring.slot_states()
 
 

@@ -11,9 +11,19 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.local_worker import LocalWorker, silence
+from tests.support.rows import row
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState
+from ucxx_transport import (
+    ClientConfig,
+    ConfigError,
+    PeerLostError,
+    RingConfig,
+    SharedRingBuffer,
+    SlotState,
+    TransportError,
+)
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.testing import Faults, MemoryNetwork
 from ucxx_transport.trainer import Loss, LossReason, RolloutFeed
 
 LOCAL = ClientConfig(local="view")
@@ -276,14 +286,16 @@ def test_a_hook_that_raises_or_asks_hurts_neither_this_batch_nor_the_next(worker
     seen: list[tuple[bool, bool]] = []
     with RolloutFeed(LOCAL, on_loss=hook) as feed:
         first, second = worker.play(2), worker.play(3)
-        feed.start([*first, first[0]])
+        feed.start([*first, *first])
         feed.defer(second)
         with pytest.raises(ZeroDivisionError, match="duplicate"):
             feed.collect()
+        assert len(seen) == 2
+        assert len(feed.missing) == 2
         assert feed.buffer == first
         assert numbers(feed, feed.buffer) == [0, 1]
         assert numbers(feed, feed.collect()) == [2, 3, 4]
-        assert seen == [(False, True)]
+        assert seen == [(False, True)] * 2
 
 
 def test_a_batch_that_is_given_up_is_not_taken_for_the_next_one_whatever_the_hook_does(worker: LocalWorker) -> None:
@@ -298,6 +310,106 @@ def test_a_batch_that_is_given_up_is_not_taken_for_the_next_one_whatever_the_hoo
             feed.collect(0.05)
         assert feed.resolve(late[0]) is None
         assert numbers(feed, feed.collect()) == [1]
+
+
+def lossy(worker: LocalWorker) -> list[object]:
+    """Four rollouts: a text, and three episodes of which the first and the last are lost."""
+    gone, kept = worker.play(2)
+    assert gone.ref is not None
+    worker.ring.discard(gone.ref)
+    return ["text", gone, kept, {**kept.to_dict(), "sequence": -1}]
+
+
+def test_what_is_missing_of_the_batch_in_use_is_told_with_its_place(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    with RolloutFeed(LOCAL, on_loss=losses.append) as feed:
+        assert not feed.missing
+        rollouts = lossy(worker)
+        feed.start(rollouts)
+        assert not feed.missing
+        assert feed.collect() == [rollouts[0], rollouts[2]]
+        assert [(loss.index, loss.reason) for loss in feed.missing] == [
+            (1, LossReason.STALE),
+            (3, LossReason.MALFORMED),
+        ]
+        assert losses == list(feed.missing)
+        feed.start(worker.play(1))
+        feed.collect()
+        assert not feed.missing
+
+
+def test_a_batch_is_filled_up_with_what_came_in_the_places_of_what_did_not(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, on_missing="refill") as feed:
+        rollouts = lossy(worker)
+        feed.start(rollouts)
+        found = feed.collect()
+        assert found == ["text", "text", rollouts[2], rollouts[2]]
+        assert feed.buffer == found
+        assert feed.collect() == found
+        assert [number_in(feed.resolve(rollout)) for rollout in found[2:]] == [1, 1]
+        first, second, third = worker.play(3)
+        feed.start([first, first, second, second, third])
+        assert numbers(feed, feed.collect()) == [2, 2, 3, 3, 4]
+        lost = [gone for gone in lossy(worker)[1:2] for _ in range(2)]
+        feed.start(lost)
+        for _ in range(2):
+            with pytest.raises(TransportError, match=r"none of the batch's 2 episodes came: .* \(duplicate, stale\)"):
+                feed.collect()
+        assert len(feed.missing) == 2
+        feed.start(worker.play(1))
+        assert len(feed.collect()) == 1
+
+
+def test_a_function_may_say_what_becomes_of_a_batch_with_losses(worker: LocalWorker) -> None:
+    calls: list[tuple[list[object], list[int]]] = []
+
+    def in_pairs(rollouts: list[object], losses: tuple[Loss, ...]) -> list[object]:
+        calls.append((rollouts, [loss.index for loss in losses]))
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return rollouts[: len(rollouts) // 2 * 2]
+
+    with RolloutFeed(LOCAL, on_missing=in_pairs) as feed:
+        whole = worker.play(3)
+        feed.start(whole)
+        assert feed.collect() == whole
+        first, second = worker.play(2)
+        feed.start([first, first, second, "text"])
+        assert feed.collect() == feed.buffer == [first, second]
+        feed.start([first, *worker.play(1)])
+        with pytest.raises(ZeroDivisionError):
+            feed.collect()
+        assert feed.collect() == []
+        assert calls == [([first, second, "text"], [1]), (calls[1][0], [0]), (calls[1][0], [0])]
+
+
+def test_a_batch_that_stops_the_trainer_is_in_use_and_the_next_one_on_its_way(worker: LocalWorker) -> None:
+    network = MemoryNetwork(faults=Faults(refuse=True))
+    losses: list[Loss] = []
+    with RolloutFeed(
+        deadline_s=5, max_fetch_rounds=1, unreachable_batches=2, on_loss=losses.append, link_factory=network.link
+    ) as feed:
+        for wait in (feed.collect, feed.wait):
+            feed.start([*worker.play(1), *worker.play_far_away(2)])
+            assert len(feed.collect()) == 1
+            (kept,), away = worker.play(1), worker.play_far_away(1)
+            feed.start([kept, *away])
+            feed.defer(worker.play(1))
+            losses.clear()
+            with (
+                row(wait=wait.__name__),
+                pytest.raises(PeerLostError, match="nothing came in 2 batches in a row") as caught,
+            ):
+                wait()
+            assert caught.value.facts["host"] == "192.0.2.1"
+            assert "a firewall? both directions must be open" in caught.value.message
+            assert [loss.index for loss in losses] == [1]
+            assert feed.buffer == [kept]
+            assert number_in(feed.resolve(kept)) == kept.sequence
+            assert len(feed.collect()) == 1
+            assert feed.resolve(worker.play_far_away(1)[0]) is None
+        assert feed.statistics().losses == {"unreachable": 8}
+    wait_until(lambda: SlotState.READING not in worker.ring.slot_states())
 
 
 def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:

@@ -1,0 +1,213 @@
+"""When a trainer is stopped by its losses, and what it reads of them in its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from tests.support.rows import row
+from ucxx_transport import (
+    AuthenticationError,
+    ChecksumError,
+    ConfigError,
+    DeadlineExceededError,
+    PeerLostError,
+    ProtocolError,
+    SlotRef,
+    StaleSlotError,
+    TransportError,
+)
+from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, LossLine, LossLines
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
+
+HERE = "this host"
+UNREACHABLE = PeerLostError("the address cannot be reached", reason="unreachable")
+
+
+def episode(worker: str, sequence: int = 0, *, host: str = "10.77.0.1", host_id: str = "another") -> EpisodeRecord:
+    ref = SlotRef(ring_id=bytes(16), ring_name="r", slot=sequence, generation=1, nbytes=1, host_id=host_id, host=host)
+    return EpisodeRecord(worker_id=worker, sequence=sequence, ref=ref)
+
+
+class Trainer:
+    """Batches of episodes whose fetch ended as was given: an error, or None for those that came."""
+
+    def __init__(self, unreachable_batches: int | None = 3) -> None:
+        self.sources = Sources(unreachable_batches)
+
+    def batch(self, *episodes: tuple[AskedFor, TransportError | None], counts: bool = True) -> TransportError | None:
+        records = [record for record, _ in episodes]
+        came = [
+            place
+            for place, (record, error) in enumerate(episodes)
+            if error is None and isinstance(record, EpisodeRecord)
+        ]
+        losses = lost_of(episodes)
+        return self.sources.problem_in(records, came, losses, host_id=HERE, counts=counts)
+
+
+def lost_of(episodes: Sequence[tuple[AskedFor, TransportError | None]]) -> list[Loss]:
+    _, losses = sort_out([record for record, _ in episodes if not isinstance(record, EpisodeRecord)])
+    for place, (record, error) in enumerate(episodes):
+        if error is not None and isinstance(record, EpisodeRecord):
+            assert record.ref is not None
+            losses.append(loss_of(Wanted(place, record, record.ref), error))
+    return losses
+
+
+def test_a_batch_that_is_lost_for_a_reason_that_cannot_heal_stops_at_once_and_names_worker_host_and_remedy() -> None:
+    for error in (
+        AuthenticationError("the server refused this client: wrong token; give both the same one", status="…"),
+        ProtocolError("the server speaks protocol version 9, this side 4; install one release on both", version=9),
+        ConfigError("this reference carries no address to read from; start the UCXXServer before writing"),
+    ):
+        with row(error=error.message):
+            problem = Trainer().batch((episode("worker-0", 7), error), (episode("worker-0", 8), error))
+            assert type(problem) is type(error)
+            assert (
+                problem.message
+                == f"2 of 2 episodes of a batch are lost: worker 'worker-0' at 10.77.0.1: {error.message}"
+            )
+            assert problem.__cause__ is error
+            own = {"worker": "worker-0", "host": "10.77.0.1", "sequence": 7, "lost": 2}
+            assert problem.facts == {**error.facts, **own}
+
+
+def test_a_record_of_another_release_stops_at_once_and_names_its_worker() -> None:
+    record = record_of({**episode("worker-0", 7).to_dict(), "ucxx_transport": 99})
+    problem = Trainer().batch((record, None))
+    assert isinstance(problem, ProtocolError)
+    assert "worker 'worker-0': a episode record of format version 99" in problem.message
+    assert problem.facts["sequence"] == 7
+
+
+def test_what_costs_its_episodes_alone_stops_nothing() -> None:
+    wrong = AuthenticationError("wrong token")
+    malformed = record_of({**episode("w").to_dict(), "more": 1})
+    for batch in (
+        [(episode("a"), None), (episode("b"), wrong)],
+        [(episode("a"), StaleSlotError("stale"))],
+        [(episode("a"), ProtocolError("the payload is not what its reference promised"))],
+        [(episode("a"), ChecksumError("not the bytes that were written"))],
+        [(episode("a"), PeerLostError("the source is gone", reason="removed"))],
+        [(malformed, None)],
+        [],
+    ):
+        trainer = Trainer(unreachable_batches=1)
+        with row(batch=batch):
+            assert [trainer.batch(*batch) for _ in range(3)] == [None] * 3
+
+
+def test_a_source_that_never_answers_stops_after_so_many_batches_though_others_come() -> None:
+    for error in (UNREACHABLE, DeadlineExceededError("the payload did not arrive in time")):
+        trainer = Trainer()
+        batch = [(episode("a"), None), (episode("b", 5), error), (episode("b", 6), error)]
+        with row(error=error.message):
+            for _ in range(2):  # once more, after as many again
+                assert [trainer.batch(*batch), trainer.batch(batch[0]), trainer.batch(*batch)] == [None] * 3
+                problem = trainer.batch(*batch)
+                assert type(problem) is type(error)
+                assert problem.message.startswith("nothing came in 3 batches in a row: worker 'b' at 10.77.0.1: ")
+                assert error.message in problem.message
+                assert (problem.facts["lost"], problem.facts["sequence"]) == (2, 5)
+
+
+def test_a_source_that_has_answered_before_may_die_as_long_as_others_go_on() -> None:
+    trainer = Trainer()
+    dead, alive = episode("dead"), episode("alive")
+    assert trainer.batch((dead, None), (alive, None)) is None
+    for _ in range(5):
+        assert trainer.batch((dead, UNREACHABLE), (alive, None)) is None
+    lonely = [trainer.batch((dead, UNREACHABLE)) for _ in range(2)]
+    lonely.append(trainer.batch((alive, None)))
+    lonely += [trainer.batch((dead, UNREACHABLE)) for _ in range(2)]
+    assert lonely == [None] * 5
+    assert isinstance(trainer.batch((dead, UNREACHABLE)), PeerLostError)
+
+
+def test_an_answer_of_any_kind_begins_the_count_again() -> None:
+    trainer = Trainer()
+    for answer in (None, StaleSlotError("stale"), ChecksumError("torn")):
+        found = [trainer.batch((episode("a"), error)) for error in (UNREACHABLE, UNREACHABLE, answer)]
+        with row(answer=answer):
+            assert found == [None] * 3
+
+
+def test_silence_is_never_a_reason_to_stop_where_that_is_said_or_for_an_episode_fetched_alone() -> None:
+    never, alone = Trainer(unreachable_batches=None), Trainer()
+    for _ in range(10):
+        assert never.batch((episode("a"), UNREACHABLE)) is None
+        assert alone.batch((episode("a"), UNREACHABLE), counts=False) is None
+    with pytest.raises(ConfigError, match="unreachable_batches must be at least 1"):
+        Sources(0)
+
+
+def test_the_error_says_what_may_be_in_the_way() -> None:
+    for host, host_id, expected in (
+        ("127.0.0.1", "another", "loopback of another host? set ServerConfig(host=…)"),
+        ("::1", "another", "loopback of another host?"),
+        ("localhost", "another", "loopback of another host?"),
+        ("10.77.0.1", "another", "a firewall? both directions must be open: docs/operations.md#firewalls"),
+        ("127.0.0.1", HERE, None),
+        ("10.77.0.1", HERE, None),
+    ):
+        with row(host=host, host_id=host_id):
+            problem = Trainer(1).batch((episode("a", host=host, host_id=host_id), UNREACHABLE))
+            assert problem is not None
+            if expected is None:
+                assert problem.message.endswith(UNREACHABLE.message)
+            else:
+                assert f"{UNREACHABLE.message}; {expected}" in problem.message
+
+
+def lines(log: LossLines, at_s: float, *lost: Loss, of: int = 8) -> list[LossLine]:
+    return log.of_batch(lost, of=of, host_id=HERE, now=at_s)
+
+
+def test_a_batch_has_one_line_a_reason_with_worker_host_and_sequences() -> None:
+    unreachable = lost_of([(episode("worker-0", number), UNREACHABLE) for number in range(10)])
+    (stale,) = lost_of([(episode("worker-1", 3), StaleSlotError("stale slot"))])
+    first, second = lines(LossLines(), 0.0, *unreachable, replace(unreachable[0], record=episode("w")), stale, of=20)
+    assert first == LossLine(
+        lost=11,
+        of=20,
+        reason="unreachable",
+        worker="worker-0",
+        sequences=tuple(range(8)),
+        workers=2,
+        host="10.77.0.1",
+        error=str(UNREACHABLE),
+        hint="a firewall? both directions must be open: docs/operations.md#firewalls",
+        since=0,
+    )
+    assert (second.lost, second.reason, second.worker, second.sequences) == (1, "stale", "worker-1", (3,))
+    assert second.hint is None
+
+
+def test_a_reason_that_lasts_is_logged_ever_more_seldom_with_how_many_there_were_since() -> None:
+    log = LossLines()
+    (loss,) = lost_of([(episode("w"), UNREACHABLE)])
+    logged = [(at_s, line.since) for at_s in range(100) for line in lines(log, float(at_s), loss)]
+    assert logged == [(0, 0), (10, 9), (30, 19), (70, 39)]
+    assert sum(since for _, since in logged) + len(logged) == 71  # and 29 to come
+    (stale,) = lost_of([(episode("w"), StaleSlotError("stale"))])
+    assert [line.reason for line in lines(log, 100.0, loss, stale)] == ["stale"]  # another reason, at once
+    (again,) = lines(log, 151.0 + LONGEST_PAUSE_S, loss)
+    assert again.since == 30
+    quiet_s = 152.0 + LONGEST_PAUSE_S + FIRST_PAUSE_S
+    assert [line.since for line in lines(log, quiet_s, loss)] == [0]  # the pauses begin again after a long quiet
+
+
+def test_what_can_be_read_of_a_malformed_record_says_whose_it_is() -> None:
+    for output, expected in (
+        ({"ucxx_transport": 1, "worker_id": "worker-0", "sequence": 5}, ("worker-0", 5)),
+        ({"ucxx_transport": 1, "worker_id": 3, "sequence": -1}, (None, None)),
+        ({"ucxx_transport": 1, "worker_id": "x" * 1000, "sequence": 1 << 70}, ("x" * 128, None)),
+        ({"ucxx_transport": 1}, (None, None)),
+    ):
+        with row(output=output):
+            (line,) = lines(LossLines(), 0.0, *lost_of([(record_of(output), None)]))
+            assert (line.reason, line.worker, line.sequences[0]) == ("malformed", *expected)
