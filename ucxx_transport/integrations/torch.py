@@ -30,7 +30,8 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         ...
     ```
 
-    In a `DataLoader` with `num_workers=0` tensors lie in the payloads' own memory; workers copy them once more.
+    In a `DataLoader` with `num_workers=0` tensors lie in the payloads' own memory; workers copy them once more. With
+    workers give it a `timeout`: torch drops an item that /dev/shm has no room for, and waits for it.
 
     Args:
         references: as for `EpisodeStream`. With workers every one of them iterates over its own copy.
