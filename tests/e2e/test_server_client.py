@@ -18,18 +18,21 @@ import pytest
 from tests.e2e.programs import content
 from tests.support.exhaustive import exhaustive
 from tests.support.ports import free_ports
+from tests.support.rows import row
 from tests.support.served_ring import LOOPBACK, ServedRing, client_of, open_ring, served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
     ConfigError,
     Payload,
+    ProtocolError,
     Schema,
     ServerConfig,
     SharedRingBuffer,
     SlotRef,
     SlotState,
     StaleSlotError,
+    SyncUCXXClient,
     TensorSpec,
     TransportError,
     UCXXClient,
@@ -401,3 +404,16 @@ def test_statistics_of_both_sides_agree() -> None:
         served.server.stop()
         assert set(served.server.statistics().pids) == {None}
         assert served.server.statistics().total("delivered") == 6
+
+
+@pytest.mark.parametrize("damage", [{"fingerprint": 1}, {"nbytes": 3}])
+def test_a_damaged_reference_is_refused_the_same_way_in_place_and_over_ucx(damage: dict[str, Any]) -> None:
+    with served_ring(ring={"schema": Schema([TensorSpec("x", (4,), "uint8")])}) as served:
+        ways: tuple[Literal["auto", "copy", "off"], ...] = ("auto", "copy", "off")
+        for local in ways:
+            ref = served.ring.write({"x": b"abcd"})
+            with SyncUCXXClient(ClientConfig(local=local)) as client:
+                with row(local=local), pytest.raises(ProtocolError, match=r"reference (promised|says)"):
+                    client.read(replace(ref, **damage), deadline_s=10)
+                with client.read(ref, deadline_s=10) as payload:  # it was not consumed
+                    assert bytes(payload.arrays["x"]) == b"abcd"

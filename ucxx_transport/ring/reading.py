@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from ucxx_transport.errors import ChecksumError, ConfigError, SlotError, StaleSlotError, TransportError
+from ucxx_transport.errors import ChecksumError, ConfigError, ProtocolError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.handle import RingHandle
 from ucxx_transport.ring.layout import RELEASED
@@ -65,6 +65,7 @@ class ReadableRing(RingHandle):
             StaleSlotError: the payload is not in the ring any more, or never was.
             SlotError: the ring has no such slot.
             BusyError: the slot carries as many read attempts as it can.
+            ProtocolError: the reference was damaged on its way: its payload has another length or schema.
         """
         if type(ref) is not SlotRef:
             ref = slot_ref_of(ref)
@@ -78,7 +79,18 @@ class ReadableRing(RingHandle):
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self.ring_id.hex(),
             )
-        return self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
+        lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
+        nbytes = lease.words[layout.HOLD_NBYTES]
+        if ref.fingerprint != self.fingerprint or ref.nbytes != nbytes:
+            lease.release_reading()
+            raise ProtocolError(
+                "the payload is not what its reference promised",
+                promised_bytes=ref.nbytes,
+                nbytes=nbytes,
+                promised_fingerprint=ref.fingerprint,
+                fingerprint=self.fingerprint,
+            )
+        return lease
 
     def acquire_slot(
         self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None

@@ -7,6 +7,7 @@ are told apart. `ref` is `SlotRef.to_dict()`, `rewards` is {"sum", "mean", "min"
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from ucxx_transport.schema.wire_form import (
     take_fields,
     unpack,
     untrusted,
+    whole,
 )
 
 MAX_WORKER_ID_CHARS = 128
@@ -36,6 +38,7 @@ MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
 _MAX_I64 = 1 << 63
+_MAX_DOUBLE: Final = sys.float_info.max
 
 
 class RewardSummary(NamedTuple):
@@ -72,7 +75,9 @@ class RewardSummary(NamedTuple):
                 return summary
         except (KeyError, TypeError, IndexError):
             pass
-        take_fields(data, "reward summary", required=_REWARDS)
+        form = take_fields(data, "reward summary", required=_REWARDS)
+        if all(type(form[name]) in (int, float) and abs(form[name]) <= _MAX_DOUBLE for name in _REWARDS):
+            return cls(*(float(form[name]) for name in _REWARDS))  # in many languages 6.0 is written as 6
         raise ProtocolError("rewards must be finite floats", field="rewards")
 
 
@@ -167,6 +172,8 @@ class EpisodeRecord:
         if values is None:
             values = _values_of(take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
+        if type(mark) is float:
+            mark, sequence, steps, version = map(whole, (mark, sequence, steps, version))
         if mark is not WIRE_VERSION:
             check_version(mark, "episode record")
         if ref is not None and type(ref) is not SlotRef:

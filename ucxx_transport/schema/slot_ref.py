@@ -1,6 +1,8 @@
 """SlotRef: the name of one payload and where to fetch it, small enough for any queue.
 
-In msgpack it is an array: the version of the form, 1, then the fields in the order of the class.
+In msgpack it is an array: the version of the form, 1, then the fields in the order of the class. As a dict, for JSON,
+its hashes (`ring_id`, `fingerprint`, `checksum`) are text of hex digits: in many languages a number of JSON is a
+double, which keeps 53 bits. Such a JSON's 3.0 is 3 here.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ucxx_transport.schema.wire_form import (
     refuse,
     take_fields,
     unpack,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -124,8 +127,8 @@ class SlotRef:
             "host_id": self.host_id,
             "host": self.host,
             "ports": list(self.ports),
-            "fingerprint": self.fingerprint,
-            "checksum": self.checksum,
+            "fingerprint": f"{self.fingerprint:016x}",
+            "checksum": None if self.checksum is None else f"{self.checksum:016x}",
             "meta": plain(self.meta) if self.meta else {},
         }
 
@@ -152,7 +155,9 @@ class SlotRef:
             values = None
         if values is None:
             values = _values_of(take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
-        return _rebuilt(values, _of_digits)
+        if type(values[0]) is float:
+            values = (*map(whole, values[:-1]), values[-1])
+        return _rebuilt(values, digits=True)
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -175,7 +180,7 @@ class SlotRef:
 # they have in common is checked once, in a template, and a reference is one of its copies, made as a draft, which is
 # not frozen: the constructor takes 6 µs.
 _REQUIRED: Final = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
-_DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": 0, "checksum": None, "meta": NO_META}
+_DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": f"{0:016x}", "checksum": None, "meta": NO_META}
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REQUIRED, *_DEFAULTS)
 _Draft: Any = draft_of(SlotRef)
 _FIELDS: Final = 1 + len(SlotRef.__slots__)
@@ -216,8 +221,11 @@ def with_meta(ref: SlotRef, meta: object) -> SlotRef:
     return renumbered(ref, ref.slot, ref.generation, ref.nbytes, ref.checksum, checked_meta(meta)[0])
 
 
-def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None) -> SlotRef:
-    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`."""
+def _rebuilt(values: Sequence[Any], *, digits: bool = False) -> SlotRef:
+    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`.
+
+    With `digits` its hashes are text.
+    """
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         check_version(version, "slot reference")
@@ -227,19 +235,24 @@ def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None)
     except TypeError:  # of no use as a name: the constructor says so
         template = None
     try:
+        if digits and checksum is not None:
+            checksum = int.from_bytes(_of_digits("checksum", checksum, 8))
         if (
             template is not None
             and [*template.ports] == ports
-            and type(fingerprint) is type(slot) is type(generation) is type(nbytes) is int
+            and type(fingerprint) is (str if digits else int)
+            and type(slot) is type(generation) is type(nbytes) is int
             and not (slot >> 32 or generation >> 64 or nbytes >> 64)  # of a negative number all bits are left
             and (checksum is None or (type(checksum) is int and not checksum >> 64))
             and type(meta) is dict
         ):
             return renumbered(template, slot, generation, nbytes, checksum, checked_meta(meta)[0] if meta else None)
-        if id_of:
-            ring_id = id_of(ring_id)
+        if digits:
+            ring_id = _of_digits("ring_id", ring_id, RING_ID_BYTES)
+            fingerprint = int.from_bytes(_of_digits("fingerprint", fingerprint, 8))
+        numbers = (slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta)
         # takes it, or names what is wrong
-        ref = SlotRef(**dict(zip(SlotRef.__slots__, (ring_id, *values[2:]), strict=True)))
+        ref = SlotRef(**dict(zip(SlotRef.__slots__, (ring_id, ring_name, *numbers), strict=True)))
     except ConfigError as exc:
         raise ProtocolError(exc.message, **exc.facts) from exc
     if len(_templates) >= _MOST_TEMPLATES:
@@ -248,11 +261,11 @@ def _rebuilt(values: Sequence[Any], id_of: Callable[[Any], bytes] | None = None)
     return ref
 
 
-def _of_digits(digits: object) -> bytes:
+def _of_digits(field: str, digits: object, nbytes: int) -> bytes:
     try:
-        ring_id = bytes.fromhex(digits)  # type: ignore[arg-type]  # a TypeError then
+        value = bytes.fromhex(digits)  # type: ignore[arg-type]  # a TypeError then
     except (TypeError, ValueError):
-        ring_id = b""
-    if ring_id.hex() != digits:
-        refuse("ring_id", digits, f"{2 * RING_ID_BYTES} hex digits")
-    return ring_id
+        value = b""
+    if value.hex() != digits or len(value) != nbytes:
+        refuse(field, digits, f"text of {2 * nbytes} hex digits, as to_dict() gives it")
+    return value

@@ -20,6 +20,7 @@ from ucxx_transport.errors import ConfigError, ProtocolError
 WIRE_VERSION = 1
 """Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
 
+_LARGEST_WHOLE = 1 << 53
 _QUOTED_CHARS = 80
 _QUOTED_INT_BITS = 256
 
@@ -87,6 +88,13 @@ def take_fields(
         if not isinstance(key, str) or (key not in required and key not in optional):
             raise ProtocolError(f"a {what} with the unknown field {describe(key)}", field=describe(key))
     return {**optional, **data}
+
+
+def whole(value: object) -> object:
+    """The same with an int for each float that is one: of a JSON whose numbers are all doubles."""
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < _LARGEST_WHOLE else value
 
 
 def draft_of(frozen: type) -> type:

@@ -29,7 +29,7 @@ MALFORMED: dict[str, list[Any]] = {
     "episode_length": [-1, True, 0.5, "1"],
     "policy_version": [True, 0.5, "1", 1 << 63, -(1 << 63) - 1],
     "ref": ["text", [], {"version": 1}],
-    "rewards": ["text", [], {"sum": 1.0}, {"sum": 1, "mean": 1.0, "min": 1.0, "max": 1.0}],
+    "rewards": ["text", [], {"sum": 1.0}, {"sum": True, "mean": 1.0, "min": 1.0, "max": 1.0}],
 }
 
 
@@ -37,6 +37,12 @@ MALFORMED: dict[str, list[Any]] = {
 def test_a_record_travels_as_json_and_as_msgpack(record: EpisodeRecord) -> None:
     assert EpisodeRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert EpisodeRecord.from_dict(msgpack.unpackb(msgpack.packb(record.to_dict()))) == record
+
+
+@pytest.mark.parametrize("number", [lambda text: int(float(text)), float])
+def test_a_record_survives_a_json_whose_numbers_are_doubles(number: Any) -> None:
+    text = json.dumps(FULL.to_dict()).replace("10.0", "10").replace("1.0", "1")  # as JavaScript writes them
+    assert EpisodeRecord.from_dict(json.loads(text, parse_int=number)) == FULL
 
 
 def test_a_record_is_known_among_other_values() -> None:
@@ -82,7 +88,7 @@ def test_a_record_has_a_reference_or_a_reason() -> None:
 
 
 def test_a_summary_is_of_finite_floats() -> None:
-    rows: list[Any] = [float("nan"), float("inf"), 1, None]
+    rows: list[Any] = [float("nan"), float("inf"), True, "1", None]
     for value in rows:
         with row(value=value):
             summary = RewardSummary(total=0.0, mean=0.0, least=value, most=0.0)

@@ -73,6 +73,28 @@ def test_a_reference_travels(ref: SlotRef) -> None:
         assert dict(other.meta) == dict(ref.meta)
 
 
+@pytest.mark.parametrize("number", [lambda text: int(float(text)), float])
+@pytest.mark.parametrize("ref", [REF, BARE])
+def test_a_reference_survives_a_json_whose_numbers_are_doubles(ref: SlotRef, number: Any) -> None:
+    for _ in range(2):  # the second is made by a template
+        assert SlotRef.from_dict(json.loads(json.dumps(ref.to_dict()), parse_int=number)) == ref
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "checksum"])
+def test_a_hash_that_was_a_number_of_json_on_its_way_is_refused_by_name(field: str) -> None:
+    form = REF.to_dict()
+    assert SlotRef.from_dict(form) == REF
+    for damaged in (
+        int(str(form[field]), 16),
+        float(int(str(form[field]), 16)),
+        "0xffffffffffffff",
+        "F" * 16,
+        "f" * 17,
+    ):
+        with row(damaged=damaged), pytest.raises(ProtocolError, match=f"{field} must be text of 16 hex digits"):
+            SlotRef.from_dict(form | {field: damaged})
+
+
 def test_a_reference_is_small() -> None:
     assert len(REF.to_bytes()) < 256
     assert len(replace(REF, meta={}).to_bytes()) < 160
@@ -153,7 +175,7 @@ def test_a_malformed_dict_is_refused_by_field() -> None:
 
 
 def test_another_format_version_is_refused() -> None:
-    rows: list[Any] = [0, 2, True, "1", None, 1.0, HUGE]
+    rows: list[Any] = [0, 2, True, "1", None, 1.5, 2.0, HUGE]
     for version in rows:
         with row(version=version), pytest.raises(ProtocolError, match="version"):
             SlotRef.from_dict(REF.to_dict() | {"version": version})
