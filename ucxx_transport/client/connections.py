@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.link.process import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status
@@ -43,6 +43,9 @@ what was delivered, and what was discarded stays until it is overwritten."""
 
 CONNECTS_AT_ONCE: Final = 16
 CONNECT_TURN_S: Final = 0.25
+
+SHORTAGE_S: Final = 1.0
+"""After there were no descriptors for a connection, they are counted again once none waits, this much later or more."""
 
 ENDS_DELAY_S: Final = 0.001
 """How long an end waits for a request to go along with, while other answers are still to come."""
@@ -138,8 +141,12 @@ class Connections:
         self._start_waiting()
 
     def short(self) -> None:
-        """There were no descriptors for a connection, whatever the budget says: it is less; idle ones are closed."""
-        self._budget = max(1, len(self.known) - len(self.waiting) + self._closing - 1)
+        """There were no descriptors for a connection, whatever the budget says: for a while it is less.
+
+        Idle ones are closed.
+        """
+        self._budget = max(1, self._in_use - 1)
+        self.reactor.call_at(self.reactor.now() + SHORTAGE_S, self._count_again)
         for other in tuple(self.known.values()):
             if other.idle:
                 other.close()
@@ -171,17 +178,27 @@ class Connections:
             connection.start()
         self._is_queue_logged = False
 
+    def _count_again(self) -> None:
+        if self.waiting:  # while many are being opened, nothing is known of what each takes
+            self.reactor.call_at(self.reactor.now() + SHORTAGE_S, self._count_again)
+        else:
+            self._budget = None
+
     def _turn_over(self, connection: Carrier) -> None:
         self._opening.discard(connection)
         self._start_waiting()
 
+    @property
+    def _in_use(self) -> int:
+        """Connections that have descriptors, or are about to."""
+        return len(self.known) - len(self.waiting) + self._closing
+
     def _has_room(self) -> bool:
         """Whether there are descriptors for one more."""
         if self._budget is None:
-            self._budget = connection_budget(
-                limit=raised_limit(), in_use=descriptors_in_use(), asked=self.config.max_connections
-            )
-        return len(self.known) - len(self.waiting) + self._closing < self._budget
+            others = descriptors_in_use() - self._in_use * PER_CONNECTION
+            self._budget = connection_budget(limit=raised_limit(), in_use=others, asked=self.config.max_connections)
+        return self._in_use < self._budget
 
     def _close_aged(self, now: float) -> None:
         limit_s = now - self.max_age_s

@@ -48,8 +48,11 @@ def raised_limit() -> int:
 
 
 def descriptors_in_use() -> int:
-    """How many descriptors the process has open."""
-    return len(os.listdir("/proc/self/fd"))
+    """How many descriptors the process has open; the limit where there is not even one for this look."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def shortage(begun: int) -> BusyError | None:
@@ -59,10 +62,7 @@ def shortage(begun: int) -> BusyError | None:
         begun: connections that have not taken all of their descriptors yet.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        in_use = descriptors_in_use()
-    except OSError:  # not even for this look
-        in_use = limit
+    in_use = descriptors_in_use()
     if limit == resource.RLIM_INFINITY or limit - in_use >= RESERVE + begun * PER_CONNECTION:
         return None
     words = "this process has no file descriptors for another connection; close some, or raise its limit (ulimit -n)"

@@ -10,6 +10,7 @@ import pytest
 from tests.support.exchange_rig import open_rig
 from tests.support.rows import row
 from ucxx_transport.client import Payload
+from ucxx_transport.client.connections import SHORTAGE_S
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -131,6 +132,20 @@ def test_a_held_payload_of_a_shared_message_keeps_its_bytes() -> None:
         assert isinstance(kept, Payload)
         assert bytes(kept.buffer) == bytes([3]) * 500
         assert client.counts.lent_buffers == 1
+
+
+def test_a_shortage_of_descriptors_lowers_the_number_of_connections_for_a_while() -> None:
+    with open_rig(ports=2, ring=RingConfig(slots=16, slot_bytes=64, prefault=False)) as rig:
+        client = rig.client()
+        connections = client.core.reads.connections
+        counts = []
+        for is_short, passed_s in ((False, 0.0), (True, 0.0), (False, SHORTAGE_S)):
+            if is_short:
+                connections.short()
+            rig.advance(passed_s)
+            client.consume(*(rig.write(b"one of so many that both ports are asked") for _ in range(8)))
+            counts.append(len(connections.known))
+        assert counts == [2, 1, 2]
 
 
 def test_many_payloads_one_after_the_other_use_one_connection() -> None:

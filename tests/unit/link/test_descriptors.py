@@ -45,3 +45,14 @@ def test_the_limit_is_raised_as_far_as_it_goes() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert run.stdout.split() == [str(bound)] * 2
+
+
+def test_a_process_without_a_descriptor_to_look_with_has_its_limit_in_use() -> None:
+    program = (
+        "import os, resource\n"
+        "from ucxx_transport.link.process import descriptors_in_use\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "print(descriptors_in_use())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["3"]
