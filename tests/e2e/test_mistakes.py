@@ -414,11 +414,12 @@ def test_one_of_many_that_is_no_reference_costs_the_others_nothing() -> None:
         ] * 2
 
 
-def test_a_version_that_a_worker_forgot_is_named_in_the_loss() -> None:
+def test_a_version_that_a_worker_forgot_is_named_in_the_error_and_in_the_loss() -> None:
     losses: list[Any] = []
     with writer() as worker, RolloutFeed(max_staleness=1, on_loss=losses.append) as feed:
         feed.start([worker.write(episode(3))], policy_version=5)
-        assert feed.collect() == []
+        with pytest.raises(ConfigError, match="worker 'worker-0': max_staleness = 1"):
+            feed.collect()
     (loss,) = losses
     assert_says(loss.error, "policy_version", "None", "write policy_version=")
 
