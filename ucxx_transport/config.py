@@ -137,7 +137,12 @@ class _OverUCX:
 class ServerConfig(_OverUCX):
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: OptionalHost = setting("address to publish; unset finds one (RDMA interface first)", default=None)
+    host: OptionalHost = setting(
+        "address, name or interface of this machine to publish; unset finds one (RDMA first)", default=None
+    )
+    publish_host: OptionalHost = setting(
+        "published instead of host, as it is: what trainers connect to, in front of address translation", default=None
+    )
     ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
     base_port: OptionalCount = setting("first port to try; unset takes any free ones", default=None, ge=1, le=65535)
     mode: Literal["process", "thread"] = setting(
@@ -161,6 +166,8 @@ class ServerConfig(_OverUCX):
     ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     def __post_init__(self) -> None:
+        _check_host("host", self.host)
+        _check_host("publish_host", self.publish_host)
         count = self.ports if isinstance(self.ports, int) else len(self.ports)
         listening: Sequence[int] = () if isinstance(self.ports, int) else self.ports
         if self.base_port is not None:
@@ -179,6 +186,14 @@ class ServerConfig(_OverUCX):
                 raise _wrong("data_ports", value, problem)
             if clash := sorted(port for port in listening if first <= port <= last):
                 raise _wrong("data_ports", value, f"{clash[0]} is to be listened on already")
+
+
+def _check_host(field: str, host: str | None) -> None:
+    name, _, port = (host or "").rpartition(":")
+    if port.isdecimal() and name and (":" not in name or name.endswith("]")):
+        raise _wrong(field, host, f"it has a port in it: give {name!r}, and the port by ports or base_port")
+    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused
+        raise _wrong(field, host, "a wildcard, which clients cannot connect to; give an address, name or interface")
 
 
 def _wrong(field: str, value: object, problem: str) -> ConfigError:

@@ -199,8 +199,30 @@ def _rule_of(section: str, field: str, source: str) -> Rule:
     return rules[field]
 
 
+def made_of(kind: type[SectionT], given: SectionT | Mapping[str, Any] | None, field: str) -> SectionT:
+    """Settings as a caller gave them: made, or a dict of them, or None for those of the other sources.
+
+    Raises:
+        ConfigError: something else, or a setting is wrong; names `field`, the caller's argument.
+    """
+    if isinstance(given, kind):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{field} takes a {kind.__name__}, or a dict of its settings, not {type(given).__name__}", field=field
+        )
+    return kind(**(given or {}))
+
+
+def check_keywords(what: str, given: Iterable[str], known: type) -> None:
+    """Refuse, by a ConfigError, the first of the keyword arguments `given` that the TypedDict `known` has not."""
+    for name in given:
+        if name not in known.__annotations__:
+            raise unknown_name(what, name, known.__annotations__)
+
+
 def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
-    """The error for a name that is none of `choices`, with the nearest of them."""
+    """The error of a name that is none of `choices`: with the one that was meant, or all of them."""
     from difflib import get_close_matches
 
     ordered = sorted(choices)

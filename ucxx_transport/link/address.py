@@ -11,7 +11,7 @@
 | 7     | loopback, when there is nothing else                                                                  |
 
 What clients could not reach is refused: a name without an address, IPv6's loopback where UCX prefers IPv4, and another
-host's address where nothing answers.
+host's address. What is in front of this machine, a load balancer or address translation, is `publish_host`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
 """How names of bridges begin that containers sit on, which other hosts don't reach."""
 
 _ROUTE_PROBE = ("198.51.100.1", 9)  # TEST-NET-2 (RFC 5737): routed by default, and assigned to no host
-
-REACH_LIMIT_S = 3.0
-"""How long an address of another host may take to answer."""
 
 _ADDRESS, _FLAGS = 0x8915, 0x8913  # SIOCGIFADDR and SIOCGIFFLAGS, netdevice(7)
 _UP = 0x1 | 0x40  # IFF_UP and IFF_RUNNING
@@ -71,29 +68,19 @@ def choose_address(host: str | None = None) -> str:
         ipv6=ipv6_addresses(),
     )
     numeric = _resolve(address)
+    is_loopback = ipaddress.ip_address(numeric).is_loopback
+    if not is_loopback and numeric not in _own_addresses():
+        leads = "" if numeric == address else f" leads to {numeric}, which"
+        raise ConfigError(
+            f"host = {address!r}{leads} is not an address of this machine; leave it out, or give what trainers connect "
+            "to as publish_host",
+            host=address,
+        )
     if ":" not in numeric:
         return address  # a name leads clients to IPv4 first
-    if numeric not in _own_addresses():
-        raise ConfigError(f"host = {address!r} is not an address of this machine", host=address)
-    if ipaddress.ip_address(numeric).is_loopback and (error := other_family(numeric, {}, os.environ)) is not None:
+    if is_loopback and (error := other_family(numeric, {}, os.environ)) is not None:
         raise error  # its clients are on this host, and would meet this
     return numeric
-
-
-def require_reachable(address: str, port: int) -> None:
-    """Refuse an address of another host, with a ConfigError: where our own listener, of that port, does not answer."""
-    numeric = _resolve(address)
-    if ipaddress.ip_address(numeric).is_loopback or numeric in _own_addresses():
-        return
-    try:
-        with socket.create_connection((numeric, port), timeout=REACH_LIMIT_S):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"host = {address!r} is not an address of this machine, and the server does not answer there: {error}",
-            host=address,
-            port=port,
-        ) from None
 
 
 def other_family(address: str, given: Mapping[str, str], environment: Mapping[str, str]) -> ConfigError | None:
@@ -215,7 +202,7 @@ def _resolve(address: str) -> str:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
         return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
-        port = "; a port goes into base_port" if ":" in address else ""
+        port = "; a port goes into ports or base_port" if ":" in address else ""
         raise ConfigError(
             f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
             host=address,

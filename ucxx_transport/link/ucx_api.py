@@ -93,6 +93,12 @@ class Binding:
 _lock = threading.Lock()
 
 
+NOT_INSTALLED: Final = (
+    'UCX is not installed; run pip install "ucxx_transport[cpu]" ([cu12] or [cu13] with a GPU), or stay on one '
+    "host, where episodes are read in place, with writers that have no server: serve=False"
+)
+
+
 def load_binding() -> Binding:
     """Import ucxx once, leaving `os.environ` as it was.
 
@@ -114,11 +120,7 @@ def _import_binding() -> Binding:
         lib = importlib.import_module("ucxx._lib.libucxx")
         arr = importlib.import_module("ucxx._lib.arr")
     except ModuleNotFoundError as exc:
-        raise ConfigError(
-            'UCX is not installed; run pip install "ucxx_transport[cpu]" ([cu12] or [cu13] with a GPU), or stay on one '
-            "host, where episodes are read in place, with writers that have no server: serve=False",
-            missing=exc.name,
-        ) from exc
+        raise ConfigError(NOT_INSTALLED, missing=exc.name) from exc
     except (ImportError, OSError) as exc:  # OSError: a shared library does not fit the others
         raise ConfigError(
             "ucxx cannot be imported; another UCX or ucxx of this machine may be in its way",

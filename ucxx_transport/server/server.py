@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
-from ucxx_transport.link.address import choose_address, require_reachable
+from ucxx_transport.link.address import choose_address
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
@@ -143,18 +143,17 @@ class UCXXServer(RingSource):
             raise TransportError("the server is running already; stop() it first")
         self._pid = os.getpid()
         until_s = time.monotonic() + self._config.start_timeout_s
-        address = choose_address(self._config.host)
+        own = choose_address(self._config.host)
+        address = self._config.publish_host or own
         try:
             ports = self._start_ports(until_s)
-            if self._link_factory is None:
-                require_reachable(address, ports[0])
             self._ring.publish_address(address, ports)
         except BaseException:
             self.stop()
             raise
         self.address, self.ports = address, ports
         self.sidecar = self._sidecars[0] if self._sidecars else None
-        if self._config.host is None and address.startswith("127."):
+        if (self._config.host, self._config.publish_host) == (None, None) and address.startswith("127."):
             _log.warning("loopback_published", address=address, ring=self._ring.name)
         atexit.register(self.stop)
 

@@ -26,7 +26,7 @@ from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.settings import unknown_name
+from ucxx_transport.settings import made_of, unknown_name
 from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
@@ -261,7 +261,7 @@ class Prefetcher:
         self.unpack, self.uploader = unpacker_for(device)
         uploader = self.uploader
         self.core = ClientCore(
-            ClientConfig(**config) if isinstance(config, Mapping) else config,  # type: ignore[arg-type]  # it checks them
+            made_of(ClientConfig, config, "client"),
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,

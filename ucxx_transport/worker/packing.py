@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -52,6 +52,15 @@ def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = 
             array = runtimes(leaf, name).adopt(leaf, name)
             leaves[name] = _stand_in(array.shape, array.dtype)
     return leaves
+
+
+class WriteOptions(TypedDict, total=False):
+    """Of a write: keyword arguments of `TrajectoryWriter.write`; see there."""
+
+    policy_version: int | None
+    readers: int | None
+    meta: Mapping[str, object] | None
+    deadline_s: float | None
 
 
 class TrajectoryPacker:

@@ -7,17 +7,22 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
+from ucxx_transport.link.address import choose_address
+from ucxx_transport.link.ucx_api import NOT_INSTALLED
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.ring.owner import host_id
 from ucxx_transport.schema import Schema
 from ucxx_transport.schema.envelope import finite_meta
 from ucxx_transport.schema.episode_record import (
@@ -31,8 +36,8 @@ from ucxx_transport.schema.tensor_spec import DTYPES
 from ucxx_transport.schema.tensors import DeviceArrayError
 from ucxx_transport.schema.tree import flatten
 from ucxx_transport.server import RingSource, UCXXServer
-from ucxx_transport.settings import gather
-from ucxx_transport.worker.packing import TrajectoryPacker, without_devices
+from ucxx_transport.settings import check_keywords, gather, made_of
+from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, without_devices
 
 _log = get_logger(__name__)
 
@@ -65,7 +70,7 @@ class TrajectoryWriter:
             without: then the first trajectory has the maximum.
         ring: settings of the ring (see `RingConfig`), all but its schema. `on_full` is "block" where no source of
             settings has another.
-        server: settings of the server; None for the defaults.
+        server: settings of the server, a dict or a `ServerConfig`; None for the defaults.
         serve: whether there is a server: without one only trainers on this host can read.
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
             ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case.
@@ -75,8 +80,8 @@ class TrajectoryWriter:
         reward: name of the field that holds a reward a step, for the records' summaries and lengths; None: neither.
         store: URL of the store in which this worker is published, under `worker_id`, as long as the ring exists; None:
             `store.url`, and where that is unset it is not.
-        publisher: settings of that.
-        store_config: settings of the store.
+        publisher: settings of that, a dict or a `PublisherConfig`.
+        store_config: settings of the store, a dict or a `StoreConfig`.
         store_meta: what else its record there says, JSON values.
         runtimes: what works with leaves on a GPU; by default torch and cupy with their own, either with others.
 
@@ -92,15 +97,15 @@ class TrajectoryWriter:
         schema: Schema | None = None,
         varlen: Iterable[str] | Mapping[str, int] = (),
         ring: Mapping[str, object] | None = None,
-        server: ServerConfig | None = None,
+        server: ServerConfig | Mapping[str, Any] | None = None,
         serve: bool = True,
         on_error: Literal["raise", "drop"] = "raise",
         narrow: Iterable[str] = (),
         nonfinite_meta: Literal["refuse", "none"] = "refuse",
         reward: str | None = None,
         store: str | None = None,
-        publisher: PublisherConfig | None = None,
-        store_config: StoreConfig | None = None,
+        publisher: PublisherConfig | Mapping[str, Any] | None = None,
+        store_config: StoreConfig | Mapping[str, Any] | None = None,
         store_meta: Mapping[str, object] | None = None,
         runtimes: RuntimeFinder = runtime_of,
     ) -> None:
@@ -110,10 +115,12 @@ class TrajectoryWriter:
             raise ConfigError(f"on_error must be 'raise' or 'drop', not {on_error!r}", field="on_error")
         self._worker_id = worker_id
         self._varlen = varlen if isinstance(varlen, (Mapping, str)) else tuple(varlen)
-        self._ring_settings = dict(ring or {})
-        if "on_full" not in gather("ring", self._ring_settings):
-            self._ring_settings["on_full"] = "block"
-        self._server_config = server
+        self._ring_settings = _ring_settings(ring)
+        self._server_config = made_of(ServerConfig, server, "server")
+        if serve:
+            if find_spec("ucxx") is None:
+                raise ConfigError(NOT_INSTALLED, missing="ucxx")
+            choose_address(self._server_config.host)
         self._serve = serve
         self._on_error = on_error
         self._narrow = tuple(narrow)
@@ -124,11 +131,13 @@ class TrajectoryWriter:
         self._nonfinite_meta = nonfinite_meta
         self._reward = reward
         self._publish: Callable[[RingSource], HeartbeatPublisher] | None = None
-        store_config = StoreConfig() if store_config is None else store_config
-        store = store_config.url if store is None else store
+        publishing = made_of(PublisherConfig, publisher, "publisher")
+        reached = made_of(StoreConfig, store_config, "store_config")
         if store is not None:
+            reached = replace(reached, url=store)
+        if reached.url is not None:
             self._publish = lambda source: HeartbeatPublisher(
-                store, worker_id, source, publisher, store_config=store_config, meta=store_meta
+                str(reached.url), worker_id, source, publishing, store_config=reached, meta=store_meta
             )
         self._runtimes = runtimes
         self._lock = threading.Lock()
@@ -254,10 +263,8 @@ class TrajectoryWriter:
             return self._packer
 
     def _make(self, schema: Schema) -> TrajectoryPacker:
-        if "schema" in self._ring_settings:
-            raise ConfigError("give the schema as `schema`, not among the ring's settings", field="ring")
         with ExitStack() as stack:
-            ring = stack.enter_context(SharedRingBuffer.create(RingConfig(schema=schema, **self._ring_settings)))  # type: ignore[arg-type]  # RingConfig checks them
+            ring = stack.enter_context(SharedRingBuffer.create(RingConfig(schema=schema, **self._ring_settings)))
             packer = TrajectoryPacker(ring, schema, self._narrow, runtimes=self._runtimes)
             stack.callback(packer.close)
             if self._reward is not None and self._reward not in {field.name for field in schema}:
@@ -293,6 +300,25 @@ class TrajectoryWriter:
         return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
 
 
+class WriterSettings(TypedDict, total=False):
+    """Keyword arguments of a `TrajectoryWriter`; see there."""
+
+    schema: Schema | None
+    varlen: Iterable[str] | Mapping[str, int]
+    ring: Mapping[str, object] | None
+    server: ServerConfig | Mapping[str, Any] | None
+    serve: bool
+    on_error: Literal["raise", "drop"]
+    narrow: Iterable[str]
+    nonfinite_meta: Literal["refuse", "none"]
+    reward: str | None
+    store: str | None
+    publisher: PublisherConfig | Mapping[str, Any] | None
+    store_config: StoreConfig | Mapping[str, Any] | None
+    store_meta: Mapping[str, object] | None
+    runtimes: RuntimeFinder
+
+
 class UCXXRolloutMixin:
     """Gives a rollout worker `write_to_buffer`. It has no `__init__`, so its place among the bases does not matter.
 
@@ -301,7 +327,6 @@ class UCXXRolloutMixin:
         def run(self, queue):
             self.setup_ucxx("worker-0", reward="reward", varlen={"obs": 500, "reward": 500})
             queue.put(self.write_to_buffer(self.play(), policy_version=3))
-            ...
             self.cleanup_ucxx(drain_s=60)
     ```
     """
@@ -309,13 +334,12 @@ class UCXXRolloutMixin:
     ucxx_writer: TrajectoryWriter | None = None
     """The writer behind it, from `setup_ucxx` to `cleanup_ucxx`."""
 
-    def setup_ucxx(self, worker_id: str, **settings: Any) -> None:
+    def setup_ucxx(self, worker_id: str, **settings: Unpack[WriterSettings]) -> None:
         """Make this worker's writer.
 
         Args:
             worker_id: the worker's name in every record.
-            **settings: as for `TrajectoryWriter`: `schema`, `varlen`, `ring`, `server`, `serve`, `on_error`, `narrow`,
-                `nonfinite_meta`, `reward`, `store`, `publisher`, `store_config`, `store_meta`, `runtimes`.
+            **settings: as for `TrajectoryWriter`, all of which are checked here.
 
         Raises:
             ConfigError: a setting is wrong, or this worker is set up already.
@@ -323,9 +347,10 @@ class UCXXRolloutMixin:
         """
         if self.ucxx_writer is not None:
             raise ConfigError("this worker is set up already; cleanup_ucxx() first")
+        check_keywords("setting of setup_ucxx", settings, WriterSettings)
         self.ucxx_writer = TrajectoryWriter(worker_id, **settings)
 
-    def write_to_buffer(self, trajectory: Mapping[str, object], **options: Any) -> dict[str, object]:
+    def write_to_buffer(self, trajectory: Mapping[str, object], **options: Unpack[WriteOptions]) -> dict[str, object]:
         """Write one trajectory; options (`policy_version` …) and errors as `TrajectoryWriter.write`.
 
         Returns:
@@ -333,19 +358,37 @@ class UCXXRolloutMixin:
         """
         if self.ucxx_writer is None:
             raise ConfigError("this worker is not set up: call setup_ucxx(worker_id, …) first")
-        return self.ucxx_writer.write(trajectory, **options).to_dict()
+        try:
+            return self.ucxx_writer.write(trajectory, **options).to_dict()
+        except TypeError:
+            check_keywords("option of write_to_buffer", options, WriteOptions)
+            raise
 
     def cleanup_ucxx(self, *, drain_s: float | str = 0.0) -> int:
-        """Stop the server and remove the ring; see `TrajectoryWriter.close`. Idempotent.
-
-        Args:
-            drain_s: how long to wait first until all payloads have had their readers.
-
-        Returns:
-            How many were left unread.
-        """
+        """Stop the server and remove the ring; arguments and result as `TrajectoryWriter.close`. Idempotent."""
         writer, self.ucxx_writer = self.ucxx_writer, None
         return 0 if writer is None else writer.close(drain_s=drain_s)
+
+
+def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The ring's settings but its schema, checked, with a writer's own default."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"ring takes a dict of a ring's settings, not {type(given).__name__}; the schema goes into `schema`",
+            field="ring",
+        )
+    settings = dict(given or {})
+    for name in ("schema", "slot_bytes"):
+        if name in settings:
+            raise ConfigError(
+                f"{name!r} is not among the ring's settings here: a slot is as large as `schema`, or the first "
+                "trajectory and `varlen`, say",
+                field=name,
+            )
+    if "on_full" not in gather("ring", settings):
+        settings["on_full"] = "block"
+    host_id(Path(RingConfig(slot_bytes=1, **settings).folder))
+    return settings
 
 
 def _as_version(policy_version: int | None) -> int | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ from ucxx_transport import (
 from ucxx_transport.ring.layout import SLEEPERS_WORD
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
 from ucxx_transport.worker import TrajectoryWriter, UCXXRolloutMixin
+from ucxx_transport.worker.packing import WriteOptions
+from ucxx_transport.worker.trajectory_writer import WriterSettings
 
 SCHEMA = Schema(
     [TensorSpec("obs", (100, 2), "float32", varlen=True), TensorSpec("reward", (100,), "float32", varlen=True)]
@@ -211,14 +214,71 @@ def test_rewards_may_be_nested_or_one_for_all() -> None:
         ({"reward": "rewards"}, "'rewards'"),
         ({"narrow": ["rewards"]}, "'rewards'"),
         ({"ring": {"slots": 0}}, "slots"),
-        ({"ring": {"slotz": 2}}, "slotz"),
         ({"ring": {"schema": SCHEMA}}, "ring's settings"),
-        ({"schema": None, "varlen": "obs"}, "varlen"),
     ],
 )
 def test_a_wrong_setting_is_named_and_leaves_nothing(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words), writer(**settings) as end:
         end.write(episode())
+
+
+def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
+    for settings, words in (
+        ({"ring": {"slotz": 2}}, "did you mean 'slots'"),
+        ({"ring": {"slots": 0}}, "ring.slots = 0"),
+        ({"ring": {"slot_bytes": 64}}, "'slot_bytes'"),
+        ({"ring": {"folder": "/nowhere"}}, "ring.folder"),
+        ({"ring": 8}, "ring takes a dict"),
+        ({"server": {"portz": 1}}, "did you mean 'ports'"),
+        ({"server": {"ports": 0}}, "server.ports"),
+        ({"server": "127.0.0.1"}, "server takes a ServerConfig, or a dict"),
+        ({"serve": True, "server": {"host": "255.255.255.254"}}, "publish_host"),
+        ({"serve": True, "server": {"host": "no-such-host.invalid"}}, "nor a name"),
+        ({"server": {"host": "127.0.0.1:5000"}}, "a port in it"),
+        ({"server": {"publish_host": "lb.example:5000"}}, "a port in it"),
+        ({"publisher": {"interval_s": 0}}, "publisher.interval_s"),
+        ({"publisher": {"interval": 1}}, "did you mean 'interval_s'"),
+        ({"store_config": {"timeout": 1}}, "did you mean 'timeout_s'"),
+        ({"store": "nowhere"}, "store.url"),
+        ({"on_eror": "drop"}, "did you mean 'on_error'"),
+    ):
+        with row(settings=settings):
+            worker = Worker()
+            given: Any = {"serve": False, **settings}
+            with pytest.raises(ConfigError) as caught:
+                worker.setup_ucxx("w", **given)
+            assert words in str(caught.value)
+            assert worker.ucxx_writer is None
+
+
+def test_dicts_are_settings_like_those_that_were_made() -> None:
+    with writer(serve=True, server={"host": "127.0.0.1", "ports": 1, "mode": "thread"}, publisher={}) as end:
+        assert end.server is not None
+        assert (end.server.address, len(end.server.ports)) == ("127.0.0.1", 1)
+
+
+def test_a_server_publishes_what_stands_in_front_of_its_machine() -> None:
+    server = {"host": "127.0.0.1", "publish_host": "lb.example", "ports": 1, "mode": "thread"}
+    with writer(serve=True, server=server) as end:
+        ref = end.write(episode()).ref
+        assert ref is not None
+        assert (ref.host, len(ref.ports)) == ("lb.example", 1)
+
+
+def test_a_wrong_option_of_a_write_has_the_right_one_in_its_error() -> None:
+    worker = Worker()
+    worker.setup_ucxx("w", schema=SCHEMA, ring=RING, serve=False)
+    given: Any = {"policy_versoin": 1}
+    with pytest.raises(ConfigError, match="did you mean 'policy_version'"):
+        worker.write_to_buffer(episode(), **given)
+    worker.cleanup_ucxx()
+
+
+def test_the_mixin_s_keywords_are_the_writer_s() -> None:
+    for call, known in ((TrajectoryWriter.__init__, WriterSettings), (TrajectoryWriter.write, WriteOptions)):
+        with row(known=known.__name__):
+            parameters = inspect.signature(call).parameters.values()
+            assert set(known.__annotations__) == {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 129])
