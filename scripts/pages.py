@@ -29,7 +29,7 @@ from ucxx_transport.sidecar import main as sidecar
 from ucxx_transport.units import format_bytes, format_duration
 from ucxx_transport.wire import frames, server_side
 
-__all__ = ["DOCS", "PARTS", "Part", "main"]
+__all__ = ["DOCS", "PARTS", "Part", "logged", "main"]
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 _NOTICE: Final = "<!-- Made by scripts/pages.py from {source}: change that, then run `scripts/check --fix`. -->"
@@ -293,17 +293,17 @@ def _names() -> str:
 def _log_events() -> str:
     lines = ["# Log events", "", _NOTICE.format(source="the package's log calls"), ""]
     lines += [
-        "How to see them is in [Logging](operations.md#logging). Some are explained in",
+        "How to see them is in [Logging](operations.md#logging). What warnings and errors mean is in",
         "[Troubleshooting](troubleshooting.md#in-the-log).",
         "",
     ]
     for level in ("error", "warning", "info", "debug"):
-        rows = sorted({(event, keys, logger) for named, event, keys, logger in _logged() if named == level})
+        rows = sorted({(event, keys, logger) for named, event, keys, logger in logged() if named == level})
         lines += [f"## {level.upper()}", "", *_table(("event", "keys", "logger"), rows)] if rows else []
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _logged() -> Iterator[tuple[str, str, str, str]]:
+def logged() -> Iterator[tuple[str, str, str, str]]:
     """Level, event, keys and logger of each call of a module's `_log`; an exception is an error."""
     for path in sorted((DOCS.parent / "ucxx_transport").rglob("*.py")):
         logger = ".".join(path.relative_to(DOCS.parent).with_suffix("").parts[:2])

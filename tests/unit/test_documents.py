@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from scripts.pages import logged
 from ucxx_transport import ClientStatistics, RingStatistics, errors
 from ucxx_transport.cli.program import VERBS
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
@@ -27,7 +28,7 @@ PAGES = [
     ),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-ARGUMENTS = {"max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
+ARGUMENTS = {"drain_s", "max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
 NOT_RUN = {"sh", "text", "toml", "yaml", "mermaid"}
 """Languages of blocks that are shown. `python` is run: as a doctest, or as a program with its output behind it."""
 
@@ -133,12 +134,24 @@ def test_every_test_that_is_named_for_an_invariant_exists() -> None:
 
 
 def test_every_message_of_troubleshooting_stands_in_the_code() -> None:
-    headings = re.findall(r"^### `(.+)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
-    assert len(headings) >= 20
-    for heading in headings:
+    assert len(headings()) >= 20
+    for heading in headings():
         text = heading.removeprefix("field …: ")  # which `misfit` puts before all that is said of a field
         pattern = "[^\0]*".join(re.escape(piece) for piece in text.split("…"))
         assert re.search(pattern, messages()), f"no message of the package reads {heading!r}"
+
+
+def test_every_warning_and_error_in_the_log_has_its_heading() -> None:
+    events = {event.strip("`") for level, event, _, _ in logged() if level in {"warning", "error"}}
+    assert len(events) >= 40
+    missing = sorted(events - set(headings()))
+    assert not missing, f"docs/troubleshooting.md, In the log, has no heading for {', '.join(missing)}"
+
+
+def headings() -> list[str]:
+    """Each message of a heading; one heading may have several: ### `one`, `other`."""
+    found = re.findall(r"^### `(.+)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    return [message for heading in found for message in heading.split("`, `")]
 
 
 @cache
