@@ -157,12 +157,52 @@ def forgetting_the_version() -> None:
 
 DATA = [
     Mistake(
+        "forgotten varlen, a longer episode",
+        writing(episode(10), episode(20), varlen=()),
+        ConfigError,
+        "'obs'",
+        "20 rows.*first episode.* 10",
+        r"varlen=\{'obs': N\}",
+    ),
+    Mistake(
+        "forgotten varlen, a shorter episode",
+        writing(episode(10), episode(5), varlen=()),
+        ConfigError,
+        "'obs'",
+        "5 rows.*first episode.* 10",
+        r"varlen=\{'obs': N\}",
+    ),
+    Mistake(
+        "longer than varlen",
+        writing(episode(10), episode(501)),
+        ConfigError,
+        "'obs'",
+        "501 rows, at most 500",
+        r"varlen=\{'obs': N\}",
+    ),
+    Mistake(
+        "the first longer than varlen",
+        writing(episode(501)),
+        ConfigError,
+        "'obs'",
+        "501 rows, at most 500",
+        r"varlen=\{'obs': N\}",
+    ),
+    Mistake(
+        "a dimension too few",
+        writing(episode(10), episode(10, obs=np.zeros(10, "f4"))),
+        ConfigError,
+        "'obs'",
+        r"\(10,\)",
+        "2 dimensions.*schema=",
+    ),
+    Mistake(
         "wrong width",
         writing(episode(3), episode(3, obs=np.zeros((3, 5), "f4"))),
         ConfigError,
         "'obs'",
         r"\(3, 5\)",
-        r"4\b.*schema",
+        r"rows of shape \(4,\).*schema=",
     ),
     Mistake(
         "missing key",
@@ -403,6 +443,14 @@ def test_what_a_queue_made_of_a_record_is_taken_wherever_a_reference_is() -> Non
                 (rollout,) = packer.collect_prefetch()
                 assert packer.get_policy_input(None, rollout)["obs"].shape == (3, 4)
                 packer.release_prefetch()
+
+
+def test_lists_are_taken_with_varlen_as_arrays_are() -> None:
+    with writer() as worker, SyncUCXXClient() as client:
+        for steps in (3, 5):
+            record = worker.write({"obs": [[0.5] * 4] * steps, "reward": [1.0] * steps})
+            with client.read(record) as payload:
+                assert payload.arrays["obs"].shape == (steps, 4)
 
 
 def test_one_of_many_that_is_no_reference_costs_the_others_nothing() -> None:

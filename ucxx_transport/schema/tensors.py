@@ -229,9 +229,21 @@ def fit(value: object, spec: TensorSpec) -> Array:
         spec.varlen and len(shape) == len(full) and shape[0] <= full[0] and shape[1:] == full[1:]
     ):
         wanted = f"(≤{full[0]}, {', '.join(map(str, full[1:]))})" if spec.varlen else str(full)
-        text = f"shape {shape} is not {wanted}; reshape it, or change the schema"
+        text = f"shape {shape} is not {wanted}: {_shape_remedy(shape, spec)}"
         raise misfit(spec.name, text, given=shape, expected=wanted)
     return array
+
+
+def _shape_remedy(shape: tuple[int, ...], spec: TensorSpec) -> str:
+    """What helps where an array of this shape does not fit its field."""
+    full, name = spec.shape, spec.name
+    if len(shape) != len(full) or not full:
+        return f"give {len(full)} dimensions, or the field its own shape by schema="
+    if shape[1:] != full[1:]:
+        return f"give rows of shape {full[1:]}, or the field its own shape by schema="
+    if spec.varlen:
+        return f"{shape[0]} rows, at most {full[0]}: give varlen={{{name!r}: N}}, N the longest there will be"
+    return f"{shape[0]} rows, the first episode (or schema=) had {full[0]}: give varlen={{{name!r}: N}}, N the longest"
 
 
 def copy_fields(targets: Iterable[Array], sources: Iterable[Array]) -> None:
