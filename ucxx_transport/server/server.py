@@ -222,6 +222,8 @@ class UCXXServer(RingSource):
             port.start()
         try:
             return tuple(port.up.result(max(0.0, until_s - time.monotonic())) for port in self._running)
+        except DeadlineExceededError:
+            raise  # a port's own, which says why
         except TimeoutError:
             message = "a port did not come up in time; see ServerConfig(start_timeout_s=…)"
             raise DeadlineExceededError(message) from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
 
 from tests.support.raw_peer import RawPeer
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
-from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.link.base import Link
 from ucxx_transport.link.reactor import LinkFactory, Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -102,6 +103,14 @@ def test_from_a_base_port_taken_ones_are_stepped_over(
         with pytest.raises(ConfigError, match="no free port"):
             server_of(another_ring, factory, ports=3, base_port=5000, port_attempts=4).start()
     assert network.listeners == {}
+
+
+def test_a_port_whose_own_wait_was_in_vain_says_what_it_waited_for(ring: SharedRingBuffer) -> None:
+    def waits(_: Reactor) -> NoReturn:
+        raise DeadlineExceededError("the ring's lock was not to be had")
+
+    with pytest.raises(DeadlineExceededError, match="lock"):
+        server_of(ring, waits).start()
 
 
 def test_a_port_that_is_taken_stops_the_start_and_leaves_none_of_the_others(
