@@ -29,7 +29,6 @@ from ucxx_transport import (
     ProtocolError,
     RolloutFeed,
     Schema,
-    ServerConfig,
     StaleSlotError,
     SyncUCXXClient,
     TensorSpec,
@@ -254,7 +253,7 @@ DATA = [
     ),
     Mistake(
         "unresolvable host",
-        setting_up(server=ServerConfig(host="nosuchhost.invalid")),
+        setting_up(server={"host": "nosuchhost.invalid"}),
         ConfigError,
         "host",
         "nosuchhost.invalid",
@@ -262,7 +261,7 @@ DATA = [
     ),
     Mistake(
         "port in the host",
-        setting_up(server=ServerConfig(host="10.0.0.1:5000")),
+        setting_up(server={"host": "10.0.0.1:5000"}),
         ConfigError,
         "host",
         "10.0.0.1:5000",
