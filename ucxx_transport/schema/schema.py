@@ -137,22 +137,24 @@ class Schema:
         return (Schema, (self.fields,))
 
     @classmethod
-    def from_example(cls, tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int] = ()) -> Schema:
+    def from_example(cls, tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int] | int = ()) -> Schema:
         """The schema that `tree` fits.
 
         Args:
             tree: nested mappings, lists and tuples of arrays; a Python number becomes a 0-d bool, int64, float64 or
                 complex128.
             varlen: names of the fields whose leading dimension varies, either with their maximum lengths, or without:
-                then the example has the maximum.
+                then the example has the maximum. One number is the maximum of every field with a leading dimension.
 
         Raises:
             ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
         """
         if isinstance(varlen, str):
             raise ConfigError("varlen is a list of names, or a mapping of names to maximum lengths", field="varlen")
-        maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
         leaves = flatten(tree)
+        if isinstance(varlen, int):
+            varlen = {name: varlen for name, leaf in leaves.items() if as_array(leaf, name).ndim}
+        maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
         for name in maxima:
             if name not in leaves:
                 raise ConfigError(

@@ -67,7 +67,7 @@ class TrajectoryWriter:
         worker_id: this worker's name in every record, 1 to 128 printable characters.
         schema: the fields of every trajectory; None takes them from the first one, and makes ring and server then.
         varlen: for `schema=None`: names of the fields whose leading dimension varies, with their maximum lengths, or
-            without: then the first trajectory has the maximum.
+            without: then the first trajectory has the maximum. A number alone is that of every field with rows.
         ring: settings of the ring (see `RingConfig`), all but its schema. `on_full` is "block" where no source of
             settings has another.
         server: settings of the server, a dict or a `ServerConfig`; None for the defaults.
@@ -95,7 +95,7 @@ class TrajectoryWriter:
         worker_id: str,
         *,
         schema: Schema | None = None,
-        varlen: Iterable[str] | Mapping[str, int] = (),
+        varlen: Iterable[str] | Mapping[str, int] | int = (),
         ring: Mapping[str, object] | None = None,
         server: ServerConfig | Mapping[str, Any] | None = None,
         serve: bool = True,
@@ -114,7 +114,7 @@ class TrajectoryWriter:
         if on_error not in ("raise", "drop"):
             raise ConfigError(f"on_error must be 'raise' or 'drop', not {on_error!r}", field="on_error")
         self._worker_id = worker_id
-        self._varlen = varlen if isinstance(varlen, (Mapping, str)) else tuple(varlen)
+        self._varlen = varlen if isinstance(varlen, (Mapping, str, int)) else tuple(varlen)
         self._ring_settings = _ring_settings(ring)
         self._server_config = made_of(ServerConfig, server, "server")
         if serve:
@@ -304,7 +304,7 @@ class WriterSettings(TypedDict, total=False):
     """Keyword arguments of a `TrajectoryWriter`; see there."""
 
     schema: Schema | None
-    varlen: Iterable[str] | Mapping[str, int]
+    varlen: Iterable[str] | Mapping[str, int] | int
     ring: Mapping[str, object] | None
     server: ServerConfig | Mapping[str, Any] | None
     serve: bool

@@ -86,6 +86,16 @@ def test_the_schema_may_come_with_the_first_trajectory() -> None:
         end.write(episode(50))
 
 
+def test_one_number_is_the_maximum_of_every_field_that_has_rows() -> None:
+    with writer(schema=None, varlen=50) as end:
+        end.write(episode(4, seed=7))
+        assert end.ring is not None
+        schema = end.ring.schema
+        assert schema is not None
+        assert {field.name: field.shape for field in schema} == {"obs": (50, 2), "reward": (50,), "seed": ()}
+        end.write(episode(50, seed=8))
+
+
 def test_a_first_trajectory_that_is_no_payload_is_an_error_and_the_next_may_do() -> None:
     with writer(schema=None, varlen={"obs": 50, "reward": 50}, on_error="drop") as end:
         with pytest.raises(ConfigError, match="obs"):
