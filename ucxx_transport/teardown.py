@@ -14,6 +14,7 @@ where it was. The order is the caller's: stop taking work, join, notify the othe
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from enum import Enum
 from types import FrameType
 from typing import Final
 
+from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
@@ -48,6 +50,15 @@ class StepReport:
     outcome: Outcome
     elapsed_s: float
     error: BaseException | None = None
+
+
+def refuse_forked(pid: int, what: str) -> None:
+    """Raise a ConfigError in a forked child of the process `pid`, which made `what`.
+
+    Its threads did not come along, and its locks may be held for ever: so this comes before any of them is taken.
+    """
+    if os.getpid() != pid:
+        raise ConfigError(f"a {what} cannot be used in a forked child; make one in the process that uses it", pid=pid)
 
 
 def dump_stacks() -> None:

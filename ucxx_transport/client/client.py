@@ -20,6 +20,7 @@ from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.teardown import refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -197,6 +198,7 @@ class SyncUCXXClient:
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
         core = self._core
+        refuse_forked(core.pid, "client")
         if not core.reactor.has_link or core.closed:
             return core.statistics()
         question = Call(core.reactor.now() + core.config.deadline_s)

@@ -28,6 +28,7 @@ from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, Tr
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.teardown import refuse_forked
 
 if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
@@ -130,10 +131,9 @@ class ClientCore:
 
     def require_usable(self) -> None:
         """Refuse a closed client, and a forked copy of one, by a ConfigError."""
+        refuse_forked(self.pid, "client")
         if self.closed:
             raise ConfigError("the client is closed; make another")
-        if self.inherited:
-            raise ConfigError("a client cannot be used in a forked child; make one in the process that reads")
 
     def limit_s(self, deadline_s: float | str | None) -> float:
         """The seconds that a call may take; a ConfigError when they are no duration."""

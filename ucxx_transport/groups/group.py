@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, ch
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
-from ucxx_transport.teardown import Teardown
+from ucxx_transport.teardown import Teardown, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -92,6 +93,7 @@ class RankGroup:
         self._joining = threading.Lock()
         self._cancelled = threading.Event()
         self._participant: Participant | None = None
+        self._pid = os.getpid()
 
     @property
     def rank(self) -> int:
@@ -156,6 +158,7 @@ class RankGroup:
             RegistryError: it was cancelled by `leave`, or the store refuses this user.
             ConfigError: a callback calls this.
         """
+        refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         if not self._joining.acquire(timeout=retrying.left_s):
@@ -184,6 +187,8 @@ class RankGroup:
         itself. `join_group` may be called again.
         Callbacks have a second for the news that they have not heard.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the rank is its parent's
         self._cancelled.set()
         is_callback = self._participant is not None and self._participant.is_own_thread
         has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)
@@ -262,6 +267,7 @@ class RankGroup:
             DeadlineExceededError: no such view came.
             ConfigError: a callback calls this.
         """
+        refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
@@ -277,6 +283,7 @@ class RankGroup:
         rank joins costs this one its place. An exception is logged and counted, and the view acknowledged. It must not
         wait for the group: `join_group` and `wait_for_view` are a ConfigError in it.
         """
+        refuse_forked(self._pid, "RankGroup")
         return self._shared.on_view(callback)
 
     def on_gone(self, callback: Callable[[errors.TransportError], object]) -> Callable[[], None]:
@@ -285,6 +292,7 @@ class RankGroup:
         It is called in a thread of its own, with the reason: the lease was lost, or the group dropped this rank. Wake
         your own loop with it to `join_group` again: a callback must not wait.
         """
+        refuse_forked(self._pid, "RankGroup")
         return self._shared.listeners.subscribe({GONE: callback})
 
     def subscribe(
@@ -299,6 +307,7 @@ class RankGroup:
         returns; the others in a thread of its own, so that a slow callback delays neither the group nor another one.
         Returns what ends that.
         """
+        refuse_forked(self._pid, "RankGroup")
         return self._shared.listeners.subscribe({ADD: on_add, REMOVE: on_remove})
 
     def _join_once(self, retrying: Retrying) -> GroupState:
@@ -344,7 +353,8 @@ class RankGroup:
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:
-        """A NotReadyError while this rank is not a member."""
+        """A NotReadyError while this rank is not a member, a ConfigError in a forked child."""
+        refuse_forked(self._pid, "RankGroup")
         if self._participant is None or not self.state.state.is_seated:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
 

@@ -29,6 +29,7 @@ from ucxx_transport.membership.renewal import Keeper, renew
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
+from ucxx_transport.teardown import refuse_forked
 
 _log = get_logger(__name__)
 
@@ -120,6 +121,7 @@ class HeartbeatPublisher:
         Raises:
             ConfigError: it was started before.
         """
+        refuse_forked(self._pid, "HeartbeatPublisher")
         if self.state is not PublisherState.NEW:
             raise errors.ConfigError("this publisher was started before; make another")
         self._keeper.start(self._source.sidecar)
@@ -136,6 +138,7 @@ class HeartbeatPublisher:
             TransportError: the publisher has failed for good, and why.
             ConfigError: it was stopped, or not started.
         """
+        refuse_forked(self._pid, "HeartbeatPublisher")
         until_s = self._clock() + timeout_s
         with self._changed:
             while self.state is not PublisherState.LIVE:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
+from ucxx_transport.teardown import refuse_forked
 
 _log = get_logger(__name__)
 
@@ -126,6 +128,7 @@ class SourceWatcher:
         self._stopping = threading.Event()
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         if on_add or on_update or on_remove:
             self.subscribe(on_add=on_add, on_update=on_update, on_remove=on_remove)
 
@@ -133,8 +136,9 @@ class SourceWatcher:
         """Begin to follow, and return at once; `wait_for` waits for sources.
 
         Raises:
-            ConfigError: it was started before.
+            ConfigError: it was started before, or this is a forked child.
         """
+        refuse_forked(self._pid, "SourceWatcher")
         with self._changed:
             if self._thread is not None:
                 raise ConfigError("this watcher was started before; make another")
@@ -147,6 +151,8 @@ class SourceWatcher:
         Listeners have a second for the news that they have not heard; one that blocks is left to its daemon thread, and
         called no more.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the thread and the store are its parent's
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -170,10 +176,12 @@ class SourceWatcher:
         Returns:
             What ends it: no callback begins after that; one under way is not waited for.
         """
+        refuse_forked(self._pid, "SourceWatcher")
         return self._listeners.subscribe({"add": on_add, "update": on_update, "remove": on_remove})
 
     def sources(self, *, status: SourceStatus | None = SourceStatus.READY) -> tuple[SourceRecord, ...]:
         """The sources known now, by worker id: those of `status`, or all with None."""
+        refuse_forked(self._pid, "SourceWatcher")
         with self._changed:
             return tuple(record for record in self._view.sources if status is None or record.status is status)
 
@@ -187,6 +195,7 @@ class SourceWatcher:
             DeadlineExceededError: fewer within `timeout_s`.
             ConfigError: the watcher is stopped or was not started, or a listener calls this.
         """
+        refuse_forked(self._pid, "SourceWatcher")
         self._listeners.refuse_in_callback("wait_for()")
         until_s = self._clock() + timeout_s
         with self._changed:
@@ -209,6 +218,7 @@ class SourceWatcher:
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""
+        refuse_forked(self._pid, "SourceWatcher")
         with self._changed:
             known, malformed = len(self._view.sources), self._view.malformed
             synced = self.error is None and self._counts["resyncs"] > 0

@@ -18,7 +18,7 @@ from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.teardown import Teardown
+from ucxx_transport.teardown import Teardown, refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,6 +140,7 @@ class UCXXServer(RingSource):
             TransportError: the server is running already, or a port's process died at its start.
         """
         if self.ports:
+            refuse_forked(self._pid, "UCXXServer")
             raise TransportError("the server is running already; stop() it first")
         self._pid = os.getpid()
         until_s = time.monotonic() + self._config.start_timeout_s

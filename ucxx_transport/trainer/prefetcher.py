@@ -27,6 +27,7 @@ from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.settings import made_of, unknown_name
+from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
@@ -109,6 +110,7 @@ class PendingBatch(BatchFetch):
         `counts`: whether a source that does not answer is held against it.
         """
         prefetcher = self._prefetcher
+        prefetcher.check_usable()  # before a lock is taken, which a forked child may never get
         limit_s = prefetcher.limits.deadline_s + _GRACE_S
         if timeout_s is not None:
             limit_s = checked_seconds(timeout_s, "timeout_s")
@@ -131,6 +133,8 @@ class PendingBatch(BatchFetch):
     def cancel(self) -> None:
         """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
         prefetcher = self._prefetcher
+        if prefetcher.core.inherited:
+            return  # a forked child's copy
         with prefetcher.changed:
             if self not in prefetcher.untaken:
                 return
@@ -301,6 +305,7 @@ class Prefetcher:
 
     def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
         """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
+        self.check_usable()
         pending = PendingBatch(self, records, policy_version)
         with self.changed:
             self.check_usable()
@@ -309,20 +314,19 @@ class Prefetcher:
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
-        if self.core.inherited:
-            raise ConfigError(
-                f"a {type(self).__name__} cannot be used in a forked child; make one in the process that reads"
-            )
+        refuse_forked(self.core.pid, type(self).__name__)
         if self.closed:
             raise ConfigError(f"the {type(self).__name__} is closed; make another")
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
+        refuse_forked(self.core.pid, type(self).__name__)
         unlocked_rings = 0 if self.uploader is None else self.uploader.unlocked_rings
         return self.accounts.statistics(unlocked_rings)
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this was made: what was read which way, and how long it took."""
+        refuse_forked(self.core.pid, type(self).__name__)
         found: Future[ClientStatistics] = Future()
         self.core.reactor.submit(lambda: found.set_result(self.core.statistics()))  # in the thread that has the link
         while self._thread.is_alive():  # one that ends does not answer

@@ -19,10 +19,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
+from os import getpid
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.schema.wire_form import describe
+from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.batch import Batch, FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
@@ -172,12 +174,14 @@ class RolloutFeed(Prefetcher):
     @property
     def is_cold_start(self) -> bool:
         """Whether there is no batch in use, and none on its way."""
+        refuse_forked(self.core.pid, type(self).__name__)
         with self._state:
             return self._in_use is None and not self._pending
 
     @property
     def is_ready(self) -> bool:
         """Whether a batch has come, so that `collect` need not wait for it."""
+        refuse_forked(self.core.pid, type(self).__name__)
         with self._state:
             return bool(self._pending) and self._pending[0].pending.is_ready
 
@@ -206,6 +210,7 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
         """
+        refuse_forked(self.core.pid, type(self).__name__)
         asked = _Rollouts(rollouts, self._output_of)
         with self._state:
             if self._pending:
@@ -226,6 +231,7 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: `policy_version` is missing, or the feed is closed.
         """
+        refuse_forked(self.core.pid, type(self).__name__)
         asked = _Rollouts(rollouts, self._output_of)
         with self._state:
             known = [*self._pending] if self._in_use is None else [*self._pending, self._in_use]
@@ -248,6 +254,7 @@ class RolloutFeed(Prefetcher):
             TransportError: as `collect`.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
+        refuse_forked(self.core.pid, type(self).__name__)
         with self._turn:
             if not self._pending:
                 self.check_usable()
@@ -270,6 +277,7 @@ class RolloutFeed(Prefetcher):
                 batch is on its way. Or nothing came that "refill" could repeat.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
+        refuse_forked(self.core.pid, type(self).__name__)
         with self._turn:
             self.check_usable()
             if self._pending:
@@ -292,6 +300,8 @@ class RolloutFeed(Prefetcher):
             TransportError: it is lost for a reason that cannot heal.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
+        if getpid() != self.core.pid:
+            self.check_usable()
         with self._state:  # in which the batch in use is not released
             payload = None if self._in_use is None else self._in_use.by_output.get(id(output))
             if payload is not None:
@@ -320,6 +330,7 @@ class RolloutFeed(Prefetcher):
 
         Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
         """
+        refuse_forked(self.core.pid, type(self).__name__)
         with self._state:
             done, self._in_use = self._in_use, None
         if done is not None:
