@@ -497,7 +497,7 @@ def test_a_packer_of_a_forked_child_s_parent_is_refused() -> None:
         child.join(60)
         assert child.exitcode == 0
         said = answers.get()
-    for pattern in ("RolloutFeed", "forked child", "make one in the process that reads"):
+    for pattern in ("RolloutFeed", "forked child", "make one in the process that uses it"):
         assert pattern in said
 
 
