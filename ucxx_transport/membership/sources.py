@@ -28,7 +28,7 @@ from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.store import Batch, Snapshot
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
-from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_PORTS, MAX_RING_NAME_CHARS
+from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -40,6 +40,7 @@ from ucxx_transport.schema.wire_form import (
     unpack_json,
     untrusted,
 )
+from ucxx_transport.units import MAX_PORTS
 
 MAX_RECORD_BYTES: Final = 64 << 10
 

@@ -28,7 +28,7 @@ from ucxx_transport.ring.segment import Segment, create_segment, open_segment
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.slot_ref import MAX_PORTS
+from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
     from ucxx_transport.config import RingConfig

@@ -27,6 +27,7 @@ from ucxx_transport.schema.wire_form import (
     unpack,
     whole,
 )
+from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,7 +36,6 @@ RING_ID_BYTES = 16
 MAX_RING_NAME_CHARS = 200
 MAX_HOST_ID_CHARS = 128
 MAX_HOST_CHARS = 255
-MAX_PORTS = 64
 MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-MAX_PORTS: Final = 64
+from ucxx_transport.units import MAX_PORTS
+
 PORT_WORDS: Final = 32
 AWAITED: Final = MAX_PORTS * PORT_WORDS
 """The general block's word: the worker writes it, and every port looks at it before it serves."""

@@ -9,12 +9,12 @@ import pytest
 from ucxx_transport.server.counters import (
     AWAITED,
     BEAT,
-    MAX_PORTS,
     PORT,
     PortCounters,
     PortStatistics,
     ServerStatistics,
 )
+from ucxx_transport.units import MAX_PORTS
 
 NAMES = [spec.name for spec in fields(PortStatistics)]
 
