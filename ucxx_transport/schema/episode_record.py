@@ -7,12 +7,13 @@ are told apart. `ref` is `SlotRef.to_dict()`, `rewards` is {"sum", "mean", "min"
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
@@ -82,7 +83,7 @@ class RewardSummary(NamedTuple):
 
 
 _REWARDS: Final = ("sum", "mean", "min", "max")
-_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REWARDS)
+_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_REWARDS)
 _make: Final[Any] = tuple.__new__
 
 
@@ -132,7 +133,7 @@ class EpisodeRecord:
         rewards = self.rewards
         if rewards is not None and (type(rewards) is not RewardSummary or not all(map(_is_finite, rewards))):
             refuse("rewards", rewards, "a RewardSummary of finite floats")
-        check_policy_version(self.policy_version)
+        _check_policy_version(self.policy_version)
         if (self.ref is None) == (self.dropped is None):
             raise ConfigError("a record has either a ref, or the reason why it was dropped", field="dropped")
 
@@ -204,7 +205,7 @@ class EpisodeRecord:
 
 # Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
 _Draft: Any = draft_of(EpisodeRecord)
-_values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_KEYS)
+_values_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_KEYS)
 
 
 def record_envelope(
@@ -226,10 +227,18 @@ def record_envelope(
     return pack(dict(zip(_KEYS, values, strict=True)))
 
 
-def check_policy_version(version: object) -> None:
+def _check_policy_version(version: object) -> None:
     """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
     if version is not None and (type(version) is not int or not -_MAX_I64 <= version < _MAX_I64):
         refuse("policy_version", version, "an i64")
+
+
+def as_policy_version(version: Any) -> int | None:
+    """A policy version as a record has it: of numpy's integers, and torch's of one element, too; a ConfigError."""
+    with suppress(TypeError):
+        version = operator.index(version)
+    _check_policy_version(version)
+    return version  # type: ignore[no-any-return]  # checked
 
 
 _REF_KEYS: Final = frozenset({"ring_id", "slot", "generation"})

@@ -20,18 +20,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu import DeviceArray, RuntimeFinder, runtime_of
+from ucxx_transport.gpu import DeviceArray, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema.tensor_spec import DType, casts_exactly
+from ucxx_transport.schema.episode_record import RewardSummary
+from ucxx_transport.schema.tensor_spec import DTYPES, DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device, too_narrow
 from ucxx_transport.schema.tree import flatten
 
 if TYPE_CHECKING:
+    from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 
@@ -54,6 +56,25 @@ def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = 
     return leaves
 
 
+class WriterSettings(TypedDict, total=False):
+    """Keyword arguments of a `TrajectoryWriter`; see there."""
+
+    schema: Schema | None
+    varlen: Iterable[str] | Mapping[str, int] | int
+    ring: Mapping[str, object] | None
+    server: ServerConfig | Mapping[str, Any] | None
+    serve: bool
+    on_error: Literal["raise", "drop"]
+    narrow: Iterable[str]
+    nonfinite_meta: Literal["refuse", "none"]
+    reward: str | None
+    store: str | None
+    publisher: PublisherConfig | Mapping[str, Any] | None
+    store_config: StoreConfig | Mapping[str, Any] | None
+    store_meta: Mapping[str, object] | None
+    runtimes: RuntimeFinder
+
+
 class WriteOptions(TypedDict, total=False):
     """Of a write: keyword arguments of `TrajectoryWriter.write`; see there."""
 
@@ -66,8 +87,15 @@ class WriteOptions(TypedDict, total=False):
 class TrajectoryPacker:
     """Writes trajectories of one schema into one ring. Thread-safe. Close it before the ring.
 
+    Args:
+        ring: where to.
+        schema: the ring's.
+        narrow: names of the fields whose values may lose precision.
+        reward: name of the field that `rewards_in` sums up, if any.
+        runtimes: what works with leaves on a GPU.
+
     Raises:
-        ConfigError: `narrow`, the fields whose values may lose precision, names no field of the schema.
+        ConfigError: `narrow` or `reward` names no field of the schema.
     """
 
     def __init__(
@@ -75,15 +103,18 @@ class TrajectoryPacker:
         ring: SharedRingBuffer,
         schema: Schema,
         narrow: Iterable[str] = (),
+        reward: str | None = None,
         *,
         runtimes: RuntimeFinder = runtime_of,
     ) -> None:
         self._ring = ring
         self._schema = schema
         self._may_narrow = frozenset(narrow)
-        unknown = sorted(self._may_narrow - {field.name for field in schema})
-        if unknown:
-            raise ConfigError(f"narrow names {unknown[0]!r}, which is no field of the schema", field="narrow")
+        self._reward = reward
+        for keyword, names in (("narrow", sorted(self._may_narrow)), ("reward", [] if reward is None else [reward])):
+            for name in names:
+                if name not in schema.offsets:
+                    raise ConfigError(f"{keyword} names {name!r}, which is no field of the schema", field=keyword)
         self._warned: set[str] = set()
         self._runtimes = runtimes
         self._meets_devices = False
@@ -116,6 +147,27 @@ class TrajectoryPacker:
                     if index not in devices:
                         _fill(target, wide.get(index, fitted), schema.fields[index])
         return lease.ref
+
+    def rewards_in(self, trajectory: object) -> tuple[int | None, RewardSummary | None]:
+        """How many steps a trajectory has, and a summary of their rewards where these are finite numbers."""
+        if (name := self._reward) is None:
+            return None, None
+        leaf = trajectory.get(name) if isinstance(trajectory, Mapping) else None
+        if leaf is None:  # nested, or missing: then writing says so
+            leaf = flatten(trajectory).get(name, ())
+        rewards = on_host(leaf, name, self._runtimes)
+        length = rewards.shape[0] if rewards.ndim else 1
+        if rewards.dtype.name not in DTYPES or rewards.dtype.kind == "c":  # refused by the write, or without order
+            return length, None
+        with np.errstate(all="ignore"):
+            values = np.asarray(rewards, np.float64)
+            if values.size == 0 or not np.isfinite(values).all():
+                return length, None
+            total = float(values.sum())
+        if not np.isfinite(total):
+            return length, None
+        least, most = float(values.min()), float(values.max())
+        return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
 
     def close(self) -> None:
         """Wait for the copies under way, and let the ring's memory be unmapped. Idempotent."""

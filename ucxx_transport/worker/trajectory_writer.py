@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack
-
-import numpy as np
+from typing import Any, Literal, Self, Unpack
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.gpu import PageLockError, RuntimeFinder, on_host, runtime_of
+from ucxx_transport.gpu import PageLockError, RuntimeFinder, runtime_of
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.ucx_api import NOT_INSTALLED
 from ucxx_transport.logs import get_logger
@@ -25,19 +22,10 @@ from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.schema import Schema
 from ucxx_transport.schema.envelope import finite_meta
-from ucxx_transport.schema.episode_record import (
-    MAX_REASON_CHARS,
-    EpisodeRecord,
-    RewardSummary,
-    check_policy_version,
-    record_envelope,
-)
-from ucxx_transport.schema.tensor_spec import DTYPES
-from ucxx_transport.schema.tensors import DeviceArrayError
-from ucxx_transport.schema.tree import flatten
+from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, as_policy_version, record_envelope
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_keywords, gather, made_of
-from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, without_devices
+from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
 _log = get_logger(__name__)
 
@@ -182,7 +170,7 @@ class TrajectoryWriter:
             DeadlineExceededError: no slot in time.
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
-        policy_version = _as_version(policy_version)
+        policy_version = as_policy_version(policy_version)
         packer = self._ready_for(trajectory)
         sequence = next(self._sequence)
         facts: dict[str, Any] = {"worker_id": self._worker_id, "sequence": sequence, "policy_version": policy_version}
@@ -190,7 +178,7 @@ class TrajectoryWriter:
         try:
             if meta and self._nonfinite_meta == "none":
                 meta = finite_meta(meta)
-            facts["episode_length"], facts["rewards"] = self._reward_of(trajectory)
+            facts["episode_length"], facts["rewards"] = packer.rewards_in(trajectory)
             envelope = record_envelope(**facts, meta=meta)
             ref = packer.write(trajectory, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
         except TransportError as error:
@@ -255,20 +243,15 @@ class TrajectoryWriter:
             if self._closed:
                 raise ConfigError("the writer is closed; make another")
             if self._packer is None:
-                try:
-                    schema = Schema.from_example(trajectory, self._varlen)
-                except DeviceArrayError:
-                    schema = Schema.from_example(without_devices(trajectory, self._runtimes), self._varlen)
-                self._packer = self._make(schema)
+                example = without_devices(trajectory, self._runtimes)
+                self._packer = self._make(Schema.from_example(example, self._varlen))
             return self._packer
 
     def _make(self, schema: Schema) -> TrajectoryPacker:
         with ExitStack() as stack:
             ring = stack.enter_context(SharedRingBuffer.create(RingConfig(schema=schema, **self._ring_settings)))
-            packer = TrajectoryPacker(ring, schema, self._narrow, runtimes=self._runtimes)
+            packer = TrajectoryPacker(ring, schema, self._narrow, self._reward, runtimes=self._runtimes)
             stack.callback(packer.close)
-            if self._reward is not None and self._reward not in {field.name for field in schema}:
-                raise ConfigError(f"reward names {self._reward!r}, which is no field of the schema", field="reward")
             if self._serve:
                 self.server = stack.enter_context(UCXXServer(ring, self._server_config))
             if self._publish is not None:
@@ -276,47 +259,6 @@ class TrajectoryWriter:
             self._open = stack.pop_all()
         self.ring = ring
         return packer
-
-    def _reward_of(self, trajectory: object) -> tuple[int | None, RewardSummary | None]:
-        if self._reward is None:
-            return None, None
-        leaf = trajectory.get(self._reward) if isinstance(trajectory, Mapping) else None
-        if leaf is None:  # nested, or missing: then writing says so
-            leaf = flatten(trajectory).get(self._reward, ())
-        rewards = on_host(leaf, self._reward, self._runtimes)
-        length = rewards.shape[0] if rewards.ndim else 1
-        if (
-            rewards.dtype.name not in DTYPES or rewards.dtype.kind == "c"
-        ):  # refused when it is written, or without order
-            return length, None
-        with np.errstate(all="ignore"):
-            values = np.asarray(rewards, np.float64)
-            if values.size == 0 or not np.isfinite(values).all():
-                return length, None
-            total = float(values.sum())
-        if not np.isfinite(total):
-            return length, None
-        least, most = float(values.min()), float(values.max())
-        return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
-
-
-class WriterSettings(TypedDict, total=False):
-    """Keyword arguments of a `TrajectoryWriter`; see there."""
-
-    schema: Schema | None
-    varlen: Iterable[str] | Mapping[str, int] | int
-    ring: Mapping[str, object] | None
-    server: ServerConfig | Mapping[str, Any] | None
-    serve: bool
-    on_error: Literal["raise", "drop"]
-    narrow: Iterable[str]
-    nonfinite_meta: Literal["refuse", "none"]
-    reward: str | None
-    store: str | None
-    publisher: PublisherConfig | Mapping[str, Any] | None
-    store_config: StoreConfig | Mapping[str, Any] | None
-    store_meta: Mapping[str, object] | None
-    runtimes: RuntimeFinder
 
 
 class UCXXRolloutMixin:
@@ -389,12 +331,3 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
         settings["on_full"] = "block"
     host_id(Path(RingConfig(slot_bytes=1, **settings).folder))
     return settings
-
-
-def _as_version(policy_version: int | None) -> int | None:
-    """A policy version as a record takes it, refused (ConfigError) before anything is written rather than after."""
-    version: Any = policy_version
-    with suppress(TypeError):
-        version = operator.index(version)  # numpy's integers, and torch's of one element
-    check_policy_version(version)
-    return version  # type: ignore[no-any-return]  # checked

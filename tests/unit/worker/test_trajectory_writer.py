@@ -29,8 +29,7 @@ from ucxx_transport import (
 from ucxx_transport.ring.layout import SLEEPERS_WORD
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
 from ucxx_transport.worker import TrajectoryWriter, UCXXRolloutMixin
-from ucxx_transport.worker.packing import WriteOptions
-from ucxx_transport.worker.trajectory_writer import WriterSettings
+from ucxx_transport.worker.packing import WriteOptions, WriterSettings
 
 SCHEMA = Schema(
     [TensorSpec("obs", (100, 2), "float32", varlen=True), TensorSpec("reward", (100,), "float32", varlen=True)]
