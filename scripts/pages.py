@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ucxx_transport
+from scripts.messages import heading_of, headings, messages
 from ucxx_transport import config, errors, machine, teardown
 from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.view import RankState
@@ -171,6 +172,20 @@ def _errors() -> str:
         for cls in in_source_order
     ]
     lines += _table(("class", "retryable", "means", "what the caller does"), rows)
+    lines += [
+        "## Messages",
+        "",
+        "Every message, by class; `…` is what is filled in. Behind it is where Troubleshooting has more.",
+        "Where nothing is, the message says itself what to do.",
+        "",
+    ]
+    known = headings((DOCS / "troubleshooting.md").read_text(encoding="utf-8"))
+    for name, of_class in itertools.groupby(messages(), key=lambda message: message.cls):
+        texts: dict[str, str] = {}
+        for message in of_class:
+            heading = heading_of(message, known)
+            texts[f"`{message.text.replace('`', chr(39))}`"] = "" if heading is None else heading.link
+        lines += [f"### {name}", "", *_table(("message", "more"), texts.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 

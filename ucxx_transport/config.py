@@ -176,7 +176,9 @@ class ServerConfig(_OverUCX):
             if self.port_attempts < count:
                 raise _wrong("port_attempts", self.port_attempts, f"expected at least ports = {count}")
             if self.base_port + count > 65536:
-                raise _wrong("base_port", self.base_port, f"{count} ports from there on pass 65535")
+                raise _wrong(
+                    "base_port", self.base_port, f"expected at most {65536 - count}: {count} ports end at 65535"
+                )
             listening = range(self.base_port, self.base_port + count)
         if self.data_ports is not None:
             first, last = self.data_ports
@@ -185,7 +187,7 @@ class ServerConfig(_OverUCX):
                 problem = f"expected at least ports = {count}: each listening port takes one of these too"
                 raise _wrong("data_ports", value, problem)
             if clash := sorted(port for port in listening if first <= port <= last):
-                raise _wrong("data_ports", value, f"{clash[0]} is to be listened on already")
+                raise _wrong("data_ports", value, f"{clash[0]} is to be listened on; choose others")
 
 
 def _check_host(field: str, host: str | None) -> None:
@@ -251,10 +253,10 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
             missing = "key_file" if self.key_file is None else "cert_file"
-            raise ConfigError(f"store.{missing} is missing: a certificate and its key go together", field=missing)
+            raise ConfigError(f"store.{missing} is missing: set both, a certificate and its key", field=missing)
         if (self.user is None) != (self.password is None):
             missing = "password" if self.password is None else "user"
-            raise ConfigError(f"store.{missing} is missing: a user and a password go together", field=missing)
+            raise ConfigError(f"store.{missing} is missing: set both, a user and a password", field=missing)
 
 
 @section("publisher")

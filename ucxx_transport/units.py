@@ -75,7 +75,7 @@ def parse_bytes(value: object) -> int:
         if isinstance(size, float):
             size = round(size, 2)  # of "1.1kB" more than its whole bytes are rounding
             if not size.is_integer():
-                raise ValueError(f"{value!r} is not a whole number of bytes")
+                raise ValueError(f"expected a whole number of bytes, not {value!r}")
         return int(size)
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -101,7 +101,7 @@ def parse_duration(value: object) -> float:
     if not math.isfinite(seconds):
         raise ValueError(f"expected {_A_DURATION}")
     if seconds < 0:
-        raise ValueError("a duration is not negative; 0 is none at all")
+        raise ValueError("expected 0 seconds or more")
     return seconds
 
 
@@ -218,7 +218,7 @@ def _ports(value: object) -> int | tuple[int, ...]:
         if wrong := [port for port in ports if not 0 <= port <= 65535]:
             raise ValueError(f"{wrong[0]} is not a port number (0 to 65535, 0 for any free one)")
         if any(port and ports.count(port) > 1 for port in ports):
-            raise ValueError("the same port number twice")
+            raise ValueError("expected each port number once")
         return ports
     try:
         count = _count(value)
@@ -246,7 +246,7 @@ def parse_ucx_settings(value: object) -> dict[str, str]:
     held = {}
     for name, setting in value.items():
         if not isinstance(name, str) or not isinstance(setting, str | int | float):
-            raise ValueError(f"{name!r}: {setting!r} is not a name and a text, number or boolean")
+            raise ValueError(f"expected names to text, numbers or booleans, not {name!r} to {setting!r}")
         held[name.upper().removeprefix("UCX_")] = "ny"[setting] if isinstance(setting, bool) else str(setting)
     return held
 

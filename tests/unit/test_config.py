@@ -85,10 +85,10 @@ def test_a_refusal_names_field_value_source_and_what_is_expected() -> None:
         ("deadline_s", 0, "expected more than 0"),
         ("spin_s", "1s", "expected 0 to 0.1"),
         ("local", "remote", "expected one of 'auto', 'view', 'copy', 'off'"),
-        ("max_payload_bytes", "1.5B", "'1.5B' is not a whole number of bytes"),
+        ("max_payload_bytes", "1.5B", "expected a whole number of bytes, not '1.5B'"),
         ("verify_checksum", "maybe", "expected true or false"),
         ("ucx", "TLS=tcp", "expected names to values, such as {'TLS': 'tcp'}"),
-        ("ucx", {"TLS": None}, "'TLS': None is not a name and a text, number or boolean"),
+        ("ucx", {"TLS": None}, "expected names to text, numbers or booleans, not 'TLS' to None"),
     ]:
         error = refusal(ClientConfig, **{field: value})
         assert error.message == f"client.{field} = {value!r} (keyword argument): {problem}"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import pkgutil
 import re
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
+from scripts.messages import Message, heading_of, headings, messages
 from scripts.pages import logged
+from tests.support.rows import row
 from ucxx_transport import ClientStatistics, RingStatistics, errors
 from ucxx_transport.cli.program import VERBS
 from ucxx_transport.config import ClientConfig, PublisherConfig, RingConfig, ServerConfig, StoreConfig
@@ -29,6 +29,11 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 ARGUMENTS = {"drain_s", "max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
+OTHERS = {
+    "`ring.c cannot be compiled. Tried: …`": "native/build.py",
+    "`this machine refuses what the command needs`": "cli/program.py",
+}
+"""Headings of messages that are no errors of the package's own, and where those stand."""
 NOT_RUN = {"sh", "text", "toml", "yaml", "mermaid"}
 """Languages of blocks that are shown. `python` is run: as a doctest, or as a program with its output behind it."""
 
@@ -134,38 +139,94 @@ def test_every_test_that_is_named_for_an_invariant_exists() -> None:
 
 
 def test_every_message_of_troubleshooting_stands_in_the_code() -> None:
-    assert len(headings()) >= 20
-    for heading in headings():
-        text = heading.removeprefix("field …: ")  # which `misfit` puts before all that is said of a field
-        pattern = "[^\0]*".join(re.escape(piece) for piece in text.split("…"))
-        assert re.search(pattern, messages()), f"no message of the package reads {heading!r}"
+    page = read(ROOT / "docs" / "troubleshooting.md")
+    known = headings(page)
+    assert len(known) >= 80
+    for heading in known:
+        assert any(heading.quotes(one) or heading.is_for(one) for one in messages()) or heading.title in OTHERS, heading
+        for quoted in heading.quoted:
+            alone = dataclasses.replace(heading, quoted=(quoted,))
+            assert any(map(alone.quotes, messages())) or heading.title in OTHERS, f"no message reads {quoted!r}"
+    for title, file in OTHERS.items():
+        assert title.strip("`").partition("…")[0] in read(ROOT / "ucxx_transport" / file)
+    events = {event for _, event, _, _ in logged()}
+    assert {f"`{event}`" for event in events_of(page)} <= events
 
 
 def test_every_warning_and_error_in_the_log_has_its_heading() -> None:
     events = {event.strip("`") for level, event, _, _ in logged() if level in {"warning", "error"}}
     assert len(events) >= 40
-    missing = sorted(events - set(headings()))
+    missing = sorted(events - set(events_of(read(ROOT / "docs" / "troubleshooting.md"))))
     assert not missing, f"docs/troubleshooting.md, In the log, has no heading for {', '.join(missing)}"
 
 
-def headings() -> list[str]:
-    """Each message of a heading; one heading may have several: ### `one`, `other`."""
-    found = re.findall(r"^### `(.+)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
-    return [message for heading in found for message in heading.split("`, `")]
+def test_every_message_of_an_error_has_its_heading_or_says_what_to_do() -> None:
+    known = headings(read(ROOT / "docs" / "troubleshooting.md"))
+    found = messages()
+    assert len(found) >= 500
+    missing = [one for one in found if heading_of(one, known) is None and not one.says_what_to_do]
+    assert not missing, f"neither a remedy of their own, nor a heading in docs/troubleshooting.md: {missing}"
 
 
-@cache
-def messages() -> str:
-    """Every text of the package's code, with `…` for what is filled in, and NUL between them."""
-    found: set[str] = set()
-    for path in (ROOT / "ucxx_transport").rglob("*.py"):
-        for node in ast.walk(ast.parse(read(path))):
-            if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-                found.add("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
-    return "\0".join(found)
+def test_messages_are_found_wherever_they_stand_beside_a_class(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(
+        """
+_RIGHTS = "no right; grant it"
+_TABLE = {1: (StorePermissionError, _RIGHTS), 2: (BusyError, f"busy with {x}; wait")}
+_WORDS = {"reset": "the peer is gone", "cut": "it was cut short"}
+
+def refuse(field, words):
+    raise ConfigError(f"{field} must be {words}")
+
+def read(ref, other):
+    refuse("ref", "a reference that a ring made")
+    text = "too late for this one"
+    if other:
+        text += "; begin sooner"
+    raise errors.DeadlineExceededError(text)
+
+def lost(reason):
+    words = _WORDS[reason]
+    return PeerLostError(words if reason else "the connection is closed", peer=1)
+"""
+    )
+    found = {(one.cls, one.text, one.says_what_to_do) for one in messages(tmp_path)}
+    assert found == {
+        ("StorePermissionError", "no right; grant it", True),
+        ("BusyError", "busy with …; wait", True),
+        ("ConfigError", "… must be a reference that a ring made", True),
+        ("DeadlineExceededError", "too late for this one…", False),
+        ("PeerLostError", "the peer is gone", False),
+        ("PeerLostError", "it was cut short", False),
+        ("PeerLostError", "the connection is closed", False),
+    }
+
+
+def test_a_heading_is_for_the_messages_it_quotes_and_for_those_of_its_comment() -> None:
+    (quoting, whole) = headings(
+        "## Reading\n\n### `no … is there: …`, `too late`\n\n- **Cause:** x\n\n"
+        "### A broken peer\n\n<!-- errors: ProtocolError wire/ link/ -->\n\n- **Cause:** x\n\n"
+        "## In the log\n\n### `an_event`\n"
+    )
+    for cls, text, module, heading in (
+        ("ConfigError", "no ring is there: it ended", "ring/segment.py", quoting),
+        ("ProtocolError", "too late", "wire/codec.py", quoting),
+        ("ProtocolError", "cut short", "wire/codec.py", whole),
+        ("ProtocolError", "cut short", "ring/layout.py", None),
+        ("PeerLostError", "cut short", "wire/codec.py", None),
+    ):
+        with row(text=text, module=module):
+            assert heading_of(Message(cls, text, module), [whole, quoting]) == heading
+    assert [heading.link for heading in (quoting, whole)] == [
+        "[Reading](troubleshooting.md#reading)",
+        "[A broken peer](troubleshooting.md#a-broken-peer)",
+    ]
+
+
+def events_of(page: str) -> list[str]:
+    """The events of the log that have a heading; one heading may have several: ### `one`, `other`."""
+    found = re.findall(r"^### `(.+)`$", page.partition("\n## In the log\n")[2], re.MULTILINE)
+    return [event for heading in found for event in heading.split("`, `")]
 
 
 def test_code_and_documents_use_the_field_s_terms() -> None:

@@ -115,7 +115,7 @@ class BufferPool:
         try:
             memory = _allocate(wanted, self._page_locker)
         except MemoryError as exc:  # a reference's size is not trusted
-            raise ConfigError(f"there is no memory for a payload of {nbytes} bytes", nbytes=nbytes) from exc
+            raise ConfigError(f"no memory for a payload of {nbytes} bytes; release others", nbytes=nbytes) from exc
         self._allocations += 1
         return memory
 

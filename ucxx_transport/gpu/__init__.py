@@ -106,7 +106,7 @@ def receiver_for(device: str) -> Receiver:
     """
     library, colon, number = device.partition(":")
     if colon and not number.isdecimal():
-        raise ConfigError(f"device={device!r}: {number!r} is not the number of a GPU", field="device")
+        raise ConfigError(f"device={device!r}: {number!r} must be the number of a GPU", field="device")
     index = int(number) if colon else None
     if library == "cuda":
         from ucxx_transport.gpu.torch import TorchReceiver

@@ -221,8 +221,8 @@ def check_index(device: str, index: int | None, count: int, current: Callable[[]
         return current()
     if index >= count:
         raise ConfigError(
-            f"device={device!r}: this process has {count} GPU{'s' if count > 1 else ''}, numbered from 0 "
-            "(CUDA_VISIBLE_DEVICES says which)",
+            f"device={device!r}: this process has {count} GPU{'s' if count > 1 else ''} (CUDA_VISIBLE_DEVICES says "
+            f"which); the number must be below {count}",
             field="device",
         )
     return index

@@ -176,7 +176,7 @@ def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int
         if entry is not None and known == version:
             return entry.revision
         if known is not None and known > version and not rewind:
-            text = f"policy version {version} is behind {known}, which the group has: rewind=True goes back"
+            text = f"policy version {version} is behind {known}, which the group has: give rewind=True to go back"
             raise errors.ConfigError(text, field="version", known=known)
         revision = retrying.swap(key, str(version).encode(), 0 if entry is None else entry.revision)
         if revision is not None:

@@ -95,7 +95,7 @@ class ActorRollouts(Iterator[Any]):
         replace: Callable[[Any], Any | None] = lambda _: None,
     ) -> None:
         if not actors:
-            raise ConfigError("there is no actor to ask", field="actors")
+            raise ConfigError("there is no actor to ask; give one or more", field="actors")
         if in_flight < 1:
             raise ConfigError(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
         self._ask_actor = ask

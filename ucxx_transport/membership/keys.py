@@ -98,9 +98,9 @@ class Namespace:
 
 def _encoded(text: object, what: str) -> bytes:
     if not isinstance(text, str):
-        raise ConfigError(f"{what} is of {type(text).__name__}: text is wanted", field=what)
+        raise ConfigError(f"{what} must be text, not {type(text).__name__}", field=what)
     if text.startswith("/"):
-        raise ConfigError(f"{what} = {text!r}: it lies below the namespace, without a leading '/'", field=what)
+        raise ConfigError(f"{what} = {text!r}: leave out the leading '/', it lies below the namespace", field=what)
     try:
         encoded = text.encode()
     except UnicodeEncodeError as error:

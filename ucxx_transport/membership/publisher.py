@@ -145,7 +145,7 @@ class HeartbeatPublisher:
                 if self.state is PublisherState.FAILED and self.error is not None:
                     raise self.error
                 if self.state in {PublisherState.NEW, PublisherState.STOPPED}:
-                    raise errors.ConfigError(f"the publisher is {self.state.value}")
+                    raise errors.ConfigError(f"the publisher is {self.state.value}; start() it, or a new one")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
                     message = "the source was not published in time"

@@ -19,7 +19,7 @@ MAX_TTL_S: Final = 1e9
 def check_write(*, value: object = b"", lease_id: object = None, expected: object = None) -> None:
     """Raise a ConfigError for a value, a lease or an expected revision (0: of no key) that no store takes."""
     if not isinstance(value, bytes):
-        raise ConfigError(f"value is of {type(value).__name__}: a store keeps bytes", field="value")
+        raise ConfigError(f"value must be bytes, not {type(value).__name__}", field="value")
     if len(value) > MAX_VALUE_BYTES:
         raise ConfigError(
             f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)

@@ -203,7 +203,7 @@ class SourceWatcher:
                 raise ConfigError("start() the watcher first")
             while len(ready := self.sources()) < n:
                 if self._stopping.is_set():
-                    raise ConfigError("the watcher was stopped")
+                    raise ConfigError("the watcher was stopped; make another")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
                     raise DeadlineExceededError(

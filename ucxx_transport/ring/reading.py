@@ -289,6 +289,6 @@ class ReadableRing(RingHandle):
         if self.closed:
             self._require_open()
         if not 0 <= reader <= _MAX_READER:
-            raise ConfigError("a reader's id is 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
+            raise ConfigError("a reader's id must be 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:
             settle()

@@ -159,7 +159,7 @@ def segment_path(name: str, folder: Path | None = None) -> Path:
     """The file of a segment, named with or without the common prefix; a ConfigError for no plain file name."""
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
-        raise ConfigError(f"{name!r} is not a segment's name: a file name, without a slash", field="name", value=name)
+        raise ConfigError(f"name must be a file name, without a slash, not {name!r}", field="name", value=name)
     path = (folder or segment_folder()) / (NAME_PREFIX + plain)
     check_file_name(str(path))
     return path

@@ -98,7 +98,7 @@ class Transitions:
         code = self._brief.initialise(self.address)
         if code:
             raise ConfigError(
-                f"a robust process-shared mutex cannot be made (errno {code}): ucxx_transport runs on Linux with glibc",
+                f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc",
                 errno=code,
             )
 

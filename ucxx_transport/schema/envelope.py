@@ -73,7 +73,7 @@ def checked_meta(meta: object) -> tuple[Mapping[str, object], bytes]:
     try:
         packed = pack(copy)
     except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
-        raise ConfigError(f"meta cannot be written as msgpack: {exc}", field="meta") from exc
+        raise ConfigError(f"meta must be what msgpack can hold: {exc}", field="meta") from exc
     if len(packed) > MAX_META_BYTES:
         raise ConfigError(
             f"meta takes {len(packed)} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
@@ -100,7 +100,7 @@ def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
     if type(value) in _AS_THEY_ARE or (type(value) is float and isfinite(value)):
         return value
     if depth > MAX_META_DEPTH:
-        raise ConfigError(f"meta is deeper than {MAX_META_DEPTH}", field="meta")
+        raise ConfigError(f"meta must be at most {MAX_META_DEPTH} levels deep", field="meta")
     if isinstance(value, np.generic):  # rewards.mean() and the like
         value = value.item()
     if isinstance(value, (dict, Mapping)):

@@ -135,7 +135,7 @@ class EpisodeRecord:
             refuse("rewards", rewards, "a RewardSummary of finite floats")
         _check_policy_version(self.policy_version)
         if (self.ref is None) == (self.dropped is None):
-            raise ConfigError("a record has either a ref, or the reason why it was dropped", field="dropped")
+            raise ConfigError("a record must have a ref, or else the reason why it was dropped", field="dropped")
 
     def to_dict(self) -> dict[str, object]:
         """The record as plain values, for any queue."""

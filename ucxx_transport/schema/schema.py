@@ -103,7 +103,7 @@ class Schema:
         self.varlen = tuple(field.name for field in self.fields if field.varlen)
         self.offsets: Mapping[str, int] = MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
         if self.nbytes > MAX_PAYLOAD_BYTES:
-            raise ConfigError(f"a payload of {self.nbytes} bytes is over {MAX_PAYLOAD_BYTES}", field="fields")
+            raise ConfigError(f"a payload of {self.nbytes} bytes; at most {MAX_PAYLOAD_BYTES}", field="fields")
         packed = self.to_bytes()
         if len(packed) > MAX_SCHEMA_BYTES:
             raise ConfigError(
@@ -222,7 +222,7 @@ class Schema:
         for name, length in lengths.items():
             field = self._by_name.get(name)
             if field is None or not field.varlen:
-                raise ConfigError(f"{describe(name)} is not a varlen field of the schema", field=describe(name))
+                raise ConfigError(f"lengths must be of varlen fields, not {describe(name)}", field=describe(name))
             if not is_unsigned(length, 64) or length > field.shape[0]:
                 raise misfit(name, f"a length is 0 to {field.shape[0]}, not {describe(length)}")
         return self._place(tuple(map(lengths.get, self.varlen, self._varlen_maxima)))

@@ -83,7 +83,7 @@ def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     if dtype is None or (isinstance(dtype, str) and len(dtype) > _MAX_TEXT):
-        raise misfit(field, f"{describe(dtype)} is not a dtype")
+        raise misfit(field, f"{describe(dtype)} is not a dtype; give its name")
     try:
         found = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError, DeprecationWarning) as exc:  # numpy parses its own little language here
@@ -164,7 +164,7 @@ class TensorSpec:
             raise misfit(name, "varlen needs a leading dimension, its maximum length ≥ 1")
         # A zero size elsewhere must not hide an absurd one: numpy refuses such shapes when a view is made.
         if prod(max(size, 1) for size in self.shape) * self.dtype.itemsize > MAX_FIELD_BYTES:
-            raise misfit(name, f"shape {self.shape} is over {MAX_FIELD_BYTES} bytes")
+            raise misfit(name, f"shape {self.shape} is too large; at most {MAX_FIELD_BYTES} bytes")
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +172,7 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
-    def absence(self) -> str:
+    def absence_remedy(self) -> str:
         """How an episode says that it has nothing of this field, in words for an error."""
         rows = f"give 0 rows, np.zeros({(0, *self.shape[1:])}, {self.dtype.name!r})"
         if self.varlen:

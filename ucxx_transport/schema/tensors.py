@@ -215,7 +215,7 @@ def fit(value: object, spec: TensorSpec) -> Array:
             what is expected, and the remedy.
     """
     if value is None:
-        raise misfit(spec.name, f"None is no array; {spec.absence}")
+        raise misfit(spec.name, f"None is no array; {spec.absence_remedy}")
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
         if array.dtype.kind not in "biufc" or not _is_weak(value):
@@ -368,7 +368,7 @@ def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
             memory = memory.cast("B")
     except (TypeError, ValueError, BufferError) as exc:
         raise ConfigError(
-            f"a {type(buffer).__name__} is not a contiguous buffer of bytes: {exc}", field="buffer"
+            f"a {type(buffer).__name__} is no contiguous buffer ({exc}); give a copy in C order", field="buffer"
         ) from exc
     if not writable:
         return memory.toreadonly()

@@ -83,7 +83,7 @@ class TreeShape:
         if missing or unknown:
             words = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unknown: {_listed(unknown)}"] * bool(unknown)
             remedy = (
-                self._fields[known[missing[0]]].absence
+                self._fields[known[missing[0]]].absence_remedy
                 if missing
                 else "name in schema= every field that any episode has, and give 0 rows where one has none"
             )
@@ -126,7 +126,7 @@ def flatten(tree: object, paths: Sequence[str] = ()) -> dict[str, object]:
     leaves = dict(found)
     if len(leaves) < len(found):
         twice = Counter(path for path, _ in found).most_common(1)[0][0]
-        raise ConfigError(f"the tree names {twice!r} twice", field=twice)
+        raise ConfigError(f"the tree names {twice!r} twice; give each field a path of its own", field=twice)
     return leaves
 
 
@@ -136,7 +136,7 @@ def _walk(node: object, path: str, depth: int, is_leaf: Mapping[str, bool]) -> I
         yield path, node
         return
     if depth >= MAX_NAME_DEPTH:
-        raise ConfigError(f"the tree is deeper than {MAX_NAME_DEPTH} at {describe(path)}", field=describe(path))
+        raise ConfigError(f"at most {MAX_NAME_DEPTH} levels, not {describe(path)}", field=describe(path))
     is_empty = True  # asked of its items, since a TensorDict is not to be asked for its truth
     for key, child in node.items() if isinstance(node, Mapping) else ((str(i), item) for i, item in enumerate(node)):
         is_empty = False
@@ -199,9 +199,9 @@ def _insert(nested: dict[str, Any], path: str, index: int) -> None:
     for segment in parents:
         nested = nested.setdefault(segment, {})
         if not isinstance(nested, dict):
-            raise ConfigError(f"{path!r} lies below another field of the schema", field=path)
+            raise ConfigError(f"{path!r} lies below another field of the schema; rename one", field=path)
     if last in nested:
-        raise ConfigError(f"{path!r} is in the schema twice, or is the parent of another field", field=path)
+        raise ConfigError(f"{path!r} is in the schema twice, or has a field below it; rename one", field=path)
     nested[last] = index
 
 

@@ -116,7 +116,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         try:
             for reference in references:
                 if not is_ours(reference):
-                    message = f"{describe(reference)} is no episode record and no SlotRef"
+                    message = f"{describe(reference)} is no episode record and no SlotRef; give what the worker sent"
                     raise ConfigError(message, field="references")  # noqa: TRY301 - raised to who iterates
                 if not self._append(record_of(reference)):
                     return

@@ -187,7 +187,7 @@ class PendingBatch(BatchFetch):
             prefetcher.changed.wait_for(lambda: self._outcome is not None or self not in untaken, limit_s)
             prefetcher.check_usable()
             if self not in untaken:
-                raise ConfigError("the batch was taken or cancelled")
+                raise ConfigError("the batch was taken or cancelled; take each once")
             untaken.discard(self)
             return self._outcome
 

@@ -114,7 +114,7 @@ class TrajectoryPacker:
         for keyword, names in (("narrow", sorted(self._may_narrow)), ("reward", [] if reward is None else [reward])):
             for name in names:
                 if name not in schema.offsets:
-                    raise ConfigError(f"{keyword} names {name!r}, which is no field of the schema", field=keyword)
+                    raise ConfigError(f"{keyword} must name fields of the schema, not {name!r}", field=keyword)
         self._warned: set[str] = set()
         self._runtimes = runtimes
         self._meets_devices = False

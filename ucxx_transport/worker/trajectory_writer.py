@@ -323,8 +323,7 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     for name in ("schema", "slot_bytes"):
         if name in settings:
             raise ConfigError(
-                f"{name!r} is not among the ring's settings here: a slot is as large as `schema`, or the first "
-                "trajectory and `varlen`, say",
+                f"leave {name!r} out of `ring`: how large a slot is follows from `schema`, or from `varlen`",
                 field=name,
             )
     if "on_full" not in gather("ring", settings):

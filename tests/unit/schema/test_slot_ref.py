@@ -144,11 +144,11 @@ def test_meta_that_json_lacks_is_refused() -> None:
 
 def test_meta_may_be_deep_but_not_without_end() -> None:
     assert replace(REF, meta=nested(16)).meta == nested(16)
-    with pytest.raises(ConfigError, match="deeper"):
+    with pytest.raises(ConfigError, match="levels deep"):
         replace(REF, meta=nested(17))
     endless: dict[str, Any] = {}
     endless["a"] = endless
-    with pytest.raises(ConfigError, match="deeper"):
+    with pytest.raises(ConfigError, match="levels deep"):
         replace(REF, meta=endless)
 
 

@@ -223,7 +223,7 @@ def test_rewards_may_be_nested_or_one_for_all() -> None:
         ({"reward": "rewards"}, "'rewards'"),
         ({"narrow": ["rewards"]}, "'rewards'"),
         ({"ring": {"slots": 0}}, "slots"),
-        ({"ring": {"schema": SCHEMA}}, "ring's settings"),
+        ({"ring": {"schema": SCHEMA}}, "'schema' out of `ring`"),
     ],
 )
 def test_a_wrong_setting_is_named_and_leaves_nothing(settings: dict[str, Any], words: str) -> None:
