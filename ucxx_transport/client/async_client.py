@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from os import getpid
 from threading import get_ident
 from typing import TYPE_CHECKING, Final, Self
 
@@ -94,7 +93,7 @@ class UCXXClient:
     async def read(self, ref: Referring, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
         core = self._core
-        if core.closed or getpid() != core.pid:
+        if core.closed or core.pid != core.process:
             core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s
@@ -209,7 +208,7 @@ class UCXXClient:
         """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         core = self._core
         begun = await to_thread.run_sync(core.local.begin, ring, ref, limit_s, abandon_on_cancel=True)
-        return core.local.deliver(ref, *begun, into, began_s)
+        return core.local.deliver(ref, begun, into, began_s)
 
     async def _run(self, call: Call, start: Callable[[], None]) -> None:
         """Start a call and return when it is done."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import time
-from os import getpid
 from typing import TYPE_CHECKING, Final, Self
 
 from ucxx_transport.client.core import ClientCore
@@ -92,7 +91,7 @@ class SyncUCXXClient:
                 duration.
         """
         core = self._core
-        if core.closed or getpid() != core.pid:
+        if core.closed or core.pid != core.process:
             core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         try:

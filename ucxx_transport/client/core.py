@@ -58,6 +58,9 @@ class ClientCore:
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
 
+    process = os.getpid()
+    """This process, which a read must not ask the kernel for: that takes as long as five calls."""
+
     def __init__(
         self,
         config: ClientConfig | None,
@@ -127,7 +130,7 @@ class ClientCore:
     @property
     def inherited(self) -> bool:
         """Whether this is a forked child's copy: connections are its parent's."""
-        return os.getpid() != self.pid
+        return self.process != self.pid
 
     def require_usable(self) -> None:
         """Refuse a closed client, and a forked copy of one, by a ConfigError."""
@@ -364,6 +367,13 @@ class ClientCore:
             leaked_buffers=link.counters.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
+
+
+def _note_fork() -> None:
+    ClientCore.process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def _payloads(refs: Iterable[object]) -> Iterator[SlotRef]:

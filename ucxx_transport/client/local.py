@@ -43,6 +43,9 @@ Into = Buffer
 Entry: TypeAlias = tuple[int, SharedRingBuffer]
 """The index of a call's reference, and its ring, of this host."""
 
+Begun: TypeAlias = "tuple[ReadLease, Bytes | None]"
+"""A read attempt in flight, and the copy if the mode asks for one."""
+
 LOCK_TURN_S: Final = 0.003
 """How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
 takes longer is stopped, or without a core."""
@@ -186,16 +189,10 @@ class LocalReader:
 
     def read(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
         """`begin` and `deliver` in one."""
-        return self.deliver(ref, *self.begin(ring, ref, limit_s), into, began_s)
+        return self.deliver(ref, self.begin(ring, ref, limit_s), into, began_s)
 
-    def begin(
-        self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float
-    ) -> tuple[SharedRingBuffer, ReadLease, Bytes | None]:
-        """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace.
-
-        Returns:
-            The ring, the attempt in flight, and the copy if the mode asks for one; for `deliver`.
-        """
+    def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> Begun:
+        """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace."""
         try:
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         except BusyError:
@@ -209,29 +206,23 @@ class LocalReader:
                 raise
             ring, lease = other, other.acquire(ref, reader=self._reader, deadline_s=limit_s)
         if self._in_place is True and not (self._verify and ref.checksum is not None):
-            return ring, lease, None
-        return ring, lease, self._copied(ring, ref, lease)
+            return lease, None
+        return lease, self._copied(ring, ref, lease)
 
-    def deliver(  # noqa: PLR0917 - what `begin` returns, and keywords cost on this path
-        self,
-        ref: SlotRef,
-        ring: SharedRingBuffer,
-        lease: ReadLease,
-        root: Bytes | None,
-        into: Into | None,
-        began_s: float,
-    ) -> Payload:
+    def deliver(self, ref: SlotRef, begun: Begun, into: Into | None, began_s: float) -> Payload:
         """Deliver what `begin` has read, counted from `began_s` (`perf_counter`); a StaleSlotError for a duplicate."""
+        lease, root = begun
         try:
             self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
         except StaleSlotError:
             lease.mark_consumed()
             raise
+        schema = lease.transitions.schema
         if root is None:
-            payload = Payload(ref, lease.detach(), ring.schema, "view")
+            payload = Payload(ref, lease.hand_over(), schema, "view")
         else:
             lease.mark_consumed()
-            payload = Payload(ref, root, ring.schema, "copy")
+            payload = Payload(ref, root, schema, "copy")
         if into is not None:
             payload = payload.copied_into(into)
         self._counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
@@ -306,7 +297,7 @@ class LocalReader:
         except BaseException:
             lease.release_reading()
             raise
-        payload = self.deliver(ref, ring, lease, self._copied(ring, ref, lease), None, began_s)
+        payload = self.deliver(ref, (lease, self._copied(ring, ref, lease)), None, began_s)
         payload.record = record
         return payload
 

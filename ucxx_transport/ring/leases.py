@@ -37,9 +37,11 @@ not wait: a thousand arrays that go while the lock's holder is stopped cost thei
 other rings nothing."""
 
 _fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
+_BYTE: Final = np.dtype(np.uint8)
 _next_lease_id = itertools.count(1).__next__
-live: dict[int, ref[Hold]] = {}
-"""This process's holds that have not ended. A forked child inherits the objects only."""
+live: dict[int, ref[Any]] = {}
+"""This process's holds that have not ended: each as long as it is there, or the array that it was handed over to. A
+forked child inherits the objects only."""
 unsettled: list[Hold] = []
 """Holds that were dropped while the lock was not to be had: `settle` ends them."""
 _detaching = threading.RLock()
@@ -49,7 +51,7 @@ class Hold:
     """One hold on one slot, by this process. numpy arrays made over it keep it.
 
     A write is given its slot and generation by its transition. `reason` says as what a drop ends it: `ABORTED` for a
-    write, `RELEASED` for a read, `CONSUMED` for one that arrays alone keep. `words` is the hold as the transitions take
+    write, `RELEASED` for a read, `CONSUMED` for one that an array keeps. `words` is the hold as the transitions take
     it; `layout` names them.
     """
 
@@ -141,7 +143,9 @@ class Hold:
         return self
 
     # At the end of the process, which is reclaimed, the names of this module may be gone.
-    def __del__(self, known: dict[int, ref[Hold]] = live, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+    def __del__(
+        self, _: object = None, known: dict[int, ref[Any]] = live, is_ending: Callable[[], bool] = sys.is_finalizing
+    ) -> None:
         if self.lease_id in known and not is_ending():
             self.settle(0.0 if unsettled else _LOST_WAIT_S)
 
@@ -219,12 +223,21 @@ class ReadLease(Hold):
         # written to when the first of them is gone.
         with _detaching:
             self.require_live()
-            hold = Hold.__new__(Hold)
+            hold = ReadLease.__new__(ReadLease)
             hold.lease_id, hold.transitions, hold.words = self.lease_id, self.transitions, self.words
-            hold.reason = CONSUMED
-            live[hold.lease_id] = ref(hold)
+            array = hold.hand_over()
             self.lease_id = 0
-        return np.asarray(hold)
+        return array
+
+    def hand_over(self) -> npt.NDArray[np.uint8]:
+        """`detach` for a lease that is in use and that no caller has: it is the array's from now on."""
+        self.reason = CONSUMED
+        words, transitions = self.words, self.transitions
+        start = transitions.first_byte + words[layout.HOLD_SLOT] * transitions.stride
+        # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
+        array = np.frombuffer(transitions.readable, _BYTE, words[layout.HOLD_NBYTES], start)
+        live[self.lease_id] = ref(array, self.__del__)
+        return array
 
     def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""
