@@ -234,7 +234,7 @@ class _Package:
                 return self._joined(parts, scope, given, depth)
             case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
                 found = self._texts(value, scope, given, depth)
-                return list(dict.fromkeys(text if " " in text else _GAP for text in found))
+                return list(dict.fromkeys(text if " " in text and _words(text) else _GAP for text in found))
             case ast.Call(func=ast.Name(id=name)) | ast.Attribute(attr=name) if "remedy" in name and depth < _DEEPEST:
                 returned = self.functions[name]
                 return [text for value, at in returned for text in self._texts(value, at, {}, depth + 1)] or [_GAP]

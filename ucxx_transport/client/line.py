@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import PeerLostError, TransportError
-from ucxx_transport.link.base import DATA_PORT_SILENT
+from ucxx_transport.link.base import DATA_PORT_SILENT, loopback_hint
 from ucxx_transport.wire.client_side import HANDSHAKE_RECEIVE_BYTES, ClientSession
 from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
@@ -124,10 +124,13 @@ class Line(ABC):
             self._start_timer()  # this client has not looked meanwhile, and may have its answer
             return
         endpoint = self.endpoint
-        silent = endpoint is not None and endpoint.listener_has_answered()
-        unknown = "no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?"
         host, port = self.key
-        self.fail(PeerLostError(DATA_PORT_SILENT if silent else unknown, host=host, port=port, reason="unreachable"))
+        if endpoint is not None and endpoint.listener_has_answered():
+            words = DATA_PORT_SILENT
+        else:
+            hint = loopback_hint(host)
+            words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
+        self.fail(PeerLostError(words, host=host, port=port, reason="unreachable"))
 
     def _welcomed(self, asked: Asked, answer: bytearray) -> None:
         del asked

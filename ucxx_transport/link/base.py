@@ -56,10 +56,15 @@ _LOST: Final[dict[LostReason, str]] = {
 
 def lost(reason: LostReason, *, peer: str, **facts: object) -> PeerLostError:
     """A `PeerLostError` in the words of its reason."""
-    words = _LOST[reason]
-    if reason in {"refused", "unreachable"} and peer.startswith(("127.", "[::1]", "::1")):
-        words += "; this is loopback: a worker on another host needs a server with host= an address that is reached"
-    return PeerLostError(words, reason=reason, peer=peer, **facts)
+    hint = loopback_hint(peer) if reason in {"refused", "unreachable"} else ""
+    return PeerLostError(f"{_LOST[reason]}{hint}", reason=reason, peer=peer, **facts)
+
+
+def loopback_hint(address: str) -> str:
+    """What is said further of an address where what was asked for does not answer, if it is this host's own."""
+    if not address.startswith(("127.", "[::1]", "::1", "localhost")):
+        return ""
+    return "; this is loopback: a worker on another host needs a server with host= an address that is reached"
 
 
 DATA_PORT_SILENT: Final = (

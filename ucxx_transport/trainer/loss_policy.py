@@ -295,19 +295,19 @@ class Sources:
             count = self._silent[source] = self._silent.get(source, 0) + 1
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
-                hint = hint_for(loss, host_id)
                 words = f"nothing came in {count} batches in a row"
-                problem = _stop(loss, words, losses, "" if hint is None else f"; {hint}")
+                problem = _stop(loss, words, losses, hint_for(loss, host_id))
         return problem
 
 
-def _stop(loss: Loss, words: str, losses: Sequence[Loss], hint: str = "") -> TransportError:
+def _stop(loss: Loss, words: str, losses: Sequence[Loss], hint: str | None = None) -> TransportError:
     error = loss.error
     assert error is not None
     worker = "an unknown worker" if loss.worker is None else f"worker {loss.worker!r}"
     where = worker if loss.host is None else f"{worker} at {loss.host}"
     own = {"worker": loss.worker, "host": loss.host, "sequence": loss.sequence, "lost": len(losses)}
-    stop = type(error)(f"{words}: {where}: {error.message}{hint}", **{**error.facts, **own})
+    more = "" if hint is None or "loopback" in error.message else f"; {hint}"
+    stop = type(error)(f"{words}: {where}: {error.message}{more}", **{**error.facts, **own})
     stop.__cause__ = error
     return stop
 

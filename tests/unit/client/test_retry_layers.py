@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -251,6 +252,22 @@ def test_a_port_that_never_connects_costs_the_connect_limit_only() -> None:
         client.consume(rig.write(EPISODE), deadline_s=60.0)
         assert 0.5 <= rig.now_s - started < 0.6
         assert client.counts.quarantined == 1
+
+
+def test_a_handshake_that_has_no_answer_says_what_a_loopback_address_may_mean() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(connect_timeout_s=0.5, read_attempts=1)
+        ref = rig.write(EPISODE)
+        rig.faults_of(1).drop = 1000
+        for host, said in (
+            ("127.0.0.1", "loopback: a worker on another host"),
+            ("localhost", "loopback"),
+            ("10.0.0.1", ""),
+        ):
+            with row(host=host), pytest.raises(PeerLostError, match="is a ucxx_transport server there") as caught:
+                client.read(replace(ref, host=host), deadline_s=60.0)
+            assert ("loopback" in caught.value.message) == bool(said)
+            assert said in caught.value.message
 
 
 def test_a_deadline_that_has_passed_fails_without_a_word_against_any_port() -> None:
