@@ -70,9 +70,8 @@ class Participant:
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
-        self._away: type[errors.RegistryError] | None = (
-            None  # what the store has answered last, since it was last heard
-        )
+        # what the store has answered last, since it was last heard
+        self._away: type[errors.RegistryError] | None = None
         self._keeper = Keeper(context.store, context.store_config, context.config)
         self._renewer = LeaseRenewer(
             lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
