@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.errands import SourceCall
     from ucxx_transport.client.jobs import Engine
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.membership.sources import SourceRecord
+    from ucxx_transport.membership.sources import SourceChange, SourceRecord
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings that are gone, 100 bytes each: more than a job loses."""
@@ -27,13 +27,7 @@ REMEMBERED_RINGS: Final = 1 << 16
 class Watcher(Protocol):
     """What a client needs of a `SourceWatcher`."""
 
-    def subscribe(
-        self,
-        *,
-        on_add: Callable[[SourceRecord], None] | None = None,
-        on_update: Callable[[SourceRecord], None] | None = None,
-        on_remove: Callable[[SourceRecord], None] | None = None,
-    ) -> Callable[[], None]: ...
+    def report_to(self, report: Callable[[SourceChange], object]) -> Callable[[], None]: ...
 
 
 class Membership:
@@ -50,9 +44,7 @@ class Membership:
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._lock = threading.Lock()
         self._announce: Callable[[], None] | None = None
-        self._unsubscribe: Callable[[], None] | None = watcher.subscribe(
-            on_add=partial(self._report, is_there=True), on_remove=partial(self._report, is_there=False)
-        )
+        self._end_reports: Callable[[], None] | None = watcher.report_to(self._report)
 
     def bind(self, reactor: Reactor, on_news: Callable[[], None]) -> None:
         """From now on the reactor calls `on_news` when there are news."""
@@ -62,9 +54,9 @@ class Membership:
 
     def close(self) -> None:
         """Hear no more. Idempotent."""
-        unsubscribe, self._unsubscribe = self._unsubscribe, None
-        if unsubscribe is not None:
-            unsubscribe()
+        end, self._end_reports = self._end_reports, None
+        if end is not None:
+            end()
 
     def apply(self, reads: Engine, dispatch: Dispatch, errands: set[SourceCall]) -> None:
         """Pass on what was reported; before a read begins, which a report from before it does not concern."""
@@ -86,7 +78,10 @@ class Membership:
                 dispatch.connections.evict(key)
         reads.settle()
 
-    def _report(self, record: SourceRecord, *, is_there: bool) -> None:
+    def _report(self, change: SourceChange) -> None:
+        if change.kind == "update":
+            return
+        record, is_there = change.record, change.kind == "add"
         ring_id = record.ring_id
         with self._lock:
             if is_there:

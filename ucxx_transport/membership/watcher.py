@@ -121,6 +121,7 @@ class SourceWatcher:
         self._changed = threading.Condition()
         self._view = SourceView()
         self._listeners = Listeners(_identity, self._count_listener, keys={"store": self._store.url})
+        self._reports: tuple[Callable[[SourceChange], object], ...] = ()
         self._counts: Counter[str] = Counter()
         self._revision: int | None = None
         self._identity, self._grace_s, self._failures = "", 0.0, 0
@@ -178,6 +179,26 @@ class SourceWatcher:
         """
         refuse_forked(self._pid, "SourceWatcher")
         return self._listeners.subscribe({"add": on_add, "update": on_update, "remove": on_remove})
+
+    def report_to(self, report: Callable[[SourceChange], object]) -> Callable[[], None]:
+        """Call this with every change, and now with the sources known, before any listener hears, and under a lock.
+
+        For what must know no later than a listener, as a client must from which one reads: it never waits.
+
+        Returns:
+            What ends it.
+        """
+        refuse_forked(self._pid, "SourceWatcher")
+
+        def end() -> None:
+            with self._changed:
+                self._reports = tuple(one for one in self._reports if one is not report)
+
+        with self._changed:
+            for source in self._view.sources:
+                report(SourceChange("add", source))
+            self._reports += (report,)
+        return end
 
     def sources(self, *, status: SourceStatus | None = SourceStatus.READY) -> tuple[SourceRecord, ...]:
         """The sources known now, by worker id: those of `status`, or all with None."""
@@ -279,6 +300,9 @@ class SourceWatcher:
             self._counts.update(counts)
             self._counts.update(f"{one.kind}s" for one in changes)
             self.error = None
+            for one in changes:
+                for report in self._reports:
+                    report(one)
             self._listeners.put(changes)
             self._changed.notify_all()
 

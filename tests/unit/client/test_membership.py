@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -13,43 +15,39 @@ from tests.support.source_records import record
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import ClientConfig, RingConfig
-from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError
-from ucxx_transport.membership import SourceRecord
+from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
+from ucxx_transport.membership import SourceRecord, SourceWatcher
+from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.local_store import LocalStore
+from ucxx_transport.membership.sources import SourceChange
 from ucxx_transport.ring import SlotState
 from ucxx_transport.server.counters import AWAITED
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
-Listener = Callable[[SourceRecord], None]
+Report = Callable[[SourceChange], object]
 
 
 @dataclass
 class FakeWatcher:
     """A `Watcher` that a test speaks through."""
 
-    listeners: list[tuple[Listener | None, Listener | None]] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
     known: list[SourceRecord] = field(default_factory=list)
 
-    def subscribe(
-        self, *, on_add: Listener | None = None, on_update: Listener | None = None, on_remove: Listener | None = None
-    ) -> Callable[[], None]:
-        del on_update
-        listener = (on_add, on_remove)
-        self.listeners.append(listener)
+    def report_to(self, report: Report) -> Callable[[], None]:
+        self.reports.append(report)
         for source in self.known:
-            if on_add is not None:
-                on_add(source)
-        return lambda: self.listeners.remove(listener)
+            report(SourceChange("add", source))
+        return lambda: self.reports.remove(report)
 
     def add(self, source: SourceRecord) -> None:
-        for on_add, _ in tuple(self.listeners):
-            if on_add is not None:
-                on_add(source)
+        for report in tuple(self.reports):
+            report(SourceChange("add", source))
 
     def remove(self, source: SourceRecord) -> None:
-        for _, on_remove in tuple(self.listeners):
-            if on_remove is not None:
-                on_remove(source)
+        for report in tuple(self.reports):
+            report(SourceChange("remove", source))
 
 
 def source_of(rig: ExchangeRig, *ports: int) -> SourceRecord:
@@ -220,14 +218,12 @@ def test_a_closed_client_hears_nothing_more() -> None:
         watcher = FakeWatcher()
         client = rig.client(watcher=watcher)
         client.consume(rig.write(EPISODE))
-        (there, gone) = watcher.listeners[0]
-        assert there is not None
-        assert gone is not None
+        (report,) = watcher.reports
         client.close()
         client.close()
-        assert watcher.listeners == []
-        gone(source_of(rig, 1))  # one that was on its way
-        there(source_of(rig, 1))
+        assert watcher.reports == []
+        report(SourceChange("remove", source_of(rig, 1)))  # one that was on its way
+        report(SourceChange("add", source_of(rig, 1)))
         rig.settle()
 
 
@@ -264,6 +260,25 @@ def test_a_blocking_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_b
         watcher.remove(source)
         watcher.add(source)
         client.read(beside.ring.write_raw(EPISODE)).release()
+
+
+def test_a_listener_reads_at_once_from_a_source_that_has_published_itself_again(tmp_path: Path) -> None:
+    outcomes: queue.Queue[bytes | TransportError] = queue.Queue()
+
+    def read(source: SourceRecord) -> None:
+        try:
+            with client.read(beside.ring.write_raw(bytes([source.epoch])), deadline_s=60.0) as payload:
+                outcomes.put(bytes(payload.buffer))
+        except TransportError as error:
+            outcomes.put(error)
+
+    with port_beside() as beside, LocalStore(tmp_path / "store.db") as store, SourceWatcher(store) as watcher:
+        watcher.subscribe(on_add=read)  # before the client does
+        with beside.client(watcher=watcher) as client:
+            for epoch in range(1, 31):
+                source = record("w", epoch, ring_id=beside.ring.ring_id, host=HOST, ports=(5001,))
+                store.put(source_key("w"), source.to_bytes())
+                assert outcomes.get(timeout=60.0) == bytes([epoch])
 
 
 def test_a_ring_of_this_host_is_read_in_place_whatever_the_watcher_reports() -> None:

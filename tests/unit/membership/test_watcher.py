@@ -108,6 +108,23 @@ def test_sources_are_reported_as_they_come_change_and_go(store: Store, watcher: 
     assert watcher.error is None
 
 
+def test_who_is_reported_to_hears_what_is_known_and_every_change_before_it_is_seen(
+    store: Store, watcher: SourceWatcher, heard: Heard
+) -> None:
+    reported: list[tuple[str, str, bool]] = []
+    end = watcher.report_to(
+        lambda change: reported.append((change.kind, change.record.worker_id, bool(heard.words[2:])))
+    )
+    assert reported == [("add", "a", False), ("add", "b", False)]
+    publish(store, "a", epoch=2)
+    heard.wait_for("+a1", "+b1", "-a1", "+a2")
+    assert reported[2:] == [("remove", "a", False), ("add", "a", False)]
+    end()
+    store.delete("sources/b")
+    heard.wait_for("+a1", "+b1", "-a1", "+a2", "-b1")
+    assert len(reported) == 4
+
+
 def test_sources_are_asked_for_by_status(store: Store, watcher: SourceWatcher, heard: Heard) -> None:
     publish(store, "a", status=SourceStatus.STALE)
     heard.wait_for("+a1", "+b1", "~a1")
