@@ -163,7 +163,7 @@ def test_a_dtype_is_cupy_s_own_or_is_refused_with_another_way(cupy: Any, name: s
 
 
 def test_receive_buffers_are_really_page_locked(cupy: Any) -> None:
-    _, uploader = unpacker_for("cupy")
+    uploader = unpacker_for("cupy")[1]
     assert uploader is not None
     pool = BufferPool(1 << 30, uploader.page_locker)
     assert is_page_locked(cupy, pool.lend(3 << 20))

@@ -160,7 +160,7 @@ def test_a_slot_is_held_while_the_gpu_has_not_copied_it(torch: Any, ring: Shared
 
 
 def test_receive_buffers_are_really_page_locked(torch: Any) -> None:
-    _, uploader = unpacker_for("cuda")
+    uploader = unpacker_for("cuda")[1]
     assert uploader is not None
     pool = BufferPool(1 << 30, uploader.page_locker)
     lent = pool.lend(3 << 20)

@@ -48,7 +48,7 @@ class ClientCore:
     """See the module; other arguments and errors as `UCXXClient`.
 
     Args:
-        in_place: beside a page_locker: of which rings payloads may stay in their slots all the same.
+        in_place: of which rings payloads stay in their slots with `local="auto"`; None: of all without a page_locker.
         on_link: called when the link has been opened.
 
     Attributes:
@@ -68,7 +68,7 @@ class ClientCore:
         *,
         watcher: Watcher | None = None,
         page_locker: PageLocker | None = None,
-        in_place: Callable[[SharedRingBuffer], bool] | None = None,
+        in_place: bool | Callable[[SharedRingBuffer], bool] | None = None,
         on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,7 +85,7 @@ class ClientCore:
         self.delivered = Deduplicator(REMEMBERED_RINGS)
         self.local = LocalReader(
             config,
-            page_locker is None or in_place or False,
+            page_locker is None if in_place is None else in_place,
             reader=self.reader,
             pool=self.pool,
             counters=self.counters,

@@ -78,8 +78,8 @@ class LocalReader:
 
     Args:
         config: the client's.
-        in_place: of which rings payloads stay in their slots, unless `local` is "copy"; of others they are copied out,
-            and the slots are free at once.
+        in_place: of which rings payloads stay in their slots with `local="auto"`; of others they are copied out, and
+            the slots are free at once.
 
     Attributes:
         is_off: whether nothing is read locally. host_id: of this host.
@@ -98,7 +98,7 @@ class LocalReader:
     ) -> None:
         self.is_off = config.local == "off"
         self._config = config
-        self._in_place = config.local != "copy" and in_place
+        self._in_place = in_place if config.local == "auto" else config.local == "view"
         self._verify = config.verify_checksum
         self._reader = reader
         self._pool = pool

@@ -25,6 +25,9 @@ class Payload:
     neither the payload nor any array, slice or tensor made from it is left. `release()` drops the payload's own hold;
     call it, or use `with`, as soon as the data is used up: an unreleased view keeps its slot from being written.
 
+    It is read-only, however it came, since others may see it. numpy answers a write with "output array is read-only" or
+    "assignment destination is read-only": copy an array before you write to it, or read `into` memory of yours.
+
     Attributes:
         ref: the reference it was read by.
         transport: "view" (the slot, in place), "copy" (copied out of the slot), "ucx".
@@ -38,6 +41,7 @@ class Payload:
         self.ref = ref
         self.record: Mapping[str, object] | None = None
         self.transport: Transport = transport
+        root.setflags(write=False)
         self._root: npt.NDArray[np.uint8] | None = root
         self._schema = schema
         self._arrays: ArrayTree | None = None
@@ -54,7 +58,7 @@ class Payload:
 
     @property
     def buffer(self) -> memoryview:
-        """The payload's bytes, without a copy; read-only when it lies in the slot itself.
+        """The payload's bytes, without a copy; read-only unless it was read `into` memory of the caller's.
 
         Raises:
             SlotError: it has been released.
@@ -65,7 +69,7 @@ class Payload:
     def arrays(self) -> ArrayTree:
         """The payload's fields as nested dicts and lists of arrays, without a copy; `{"data": bytes}` for a raw ring.
 
-        Read-only when they lie in the slot itself (`transport == "view"`), writable otherwise.
+        Read-only unless it was read `into` memory of the caller's.
 
         Raises:
             SlotError: the payload has been released.
@@ -92,7 +96,7 @@ class Payload:
         self._arrays = None
 
     def copied_into(self, into: Buffer) -> Payload:
-        """This payload in memory of the caller's; its own memory is given back.
+        """The same payload, in memory of the caller's, and writable; its own memory is given back.
 
         Args:
             into: writable, contiguous, at least `nbytes` bytes.
@@ -102,10 +106,8 @@ class Payload:
         """
         target = writable_bytes(into, self.nbytes)
         np.copyto(target, self._held())
-        moved = Payload(self.ref, target, self._schema, self.transport)
-        moved.record = self.record
-        self.release()
-        return moved
+        self._root, self._arrays = target, None
+        return self
 
     def __enter__(self) -> Self:
         return self

@@ -262,14 +262,14 @@ class Prefetcher:
             raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
         self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
         sources = Sources(unreachable_batches)
-        self.unpack, self.uploader = unpacker_for(device)
+        self.unpack, self.uploader, in_place = unpacker_for(device)
         uploader = self.uploader
         self.core = ClientCore(
             made_of(ClientConfig, config, "client"),
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,
-            in_place=None if uploader is None else uploader.is_locked,
+            in_place=in_place,
         )
         self.changed = threading.Condition()  # of what follows
         self.closed = False

@@ -1,8 +1,8 @@
 """Payloads as the arrays that a trainer works with, on its device.
 
 What lies in host memory lies in a receive buffer or, read in place, in the worker's slot. It comes back when nothing
-refers to it any more, a tensor neither. A tensor cannot be read-only: clone one before writing to it, since it may lie
-in a slot that others read too.
+refers to it any more, a tensor neither. numpy's arrays are read-only. A tensor cannot be, and so it never lies in a
+slot, which others read too, unless `local="view"` says so: payloads are copied from their slots, each as a whole.
 
 To a GPU a payload of this host is copied from its slot, once a thread beside the reads has page-locked the ring's
 memory. Until then, where that cannot be, and from other hosts, it is copied from a receive buffer, which is page-locked
@@ -60,8 +60,12 @@ Unpack: TypeAlias = "Callable[[Payload], ArrayTree]"
 """Gives a payload's arrays, in its own nesting; valid for as long as they live, whatever becomes of the payload."""
 
 
-def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None]:
-    """How payloads become arrays on `device`, and what takes them there as they come, if that is a GPU.
+InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"
+"""Of which rings of this host payloads stay in their slots; see `LocalReader`."""
+
+
+def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, InPlace]:
+    """How payloads become arrays on `device`, what takes them there as they come, if that is a GPU, and from where.
 
     Args:
         device: None, or what `str` words as "numpy", "cpu", "cuda", "cuda:N", "cupy" or "cupy:N" (a `torch.device`
@@ -71,16 +75,15 @@ def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None]:
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
     as_they_are = attrgetter("arrays")
-    if isinstance(device, Receiver):
-        return as_they_are, DeviceUploader(device)
     name = "numpy" if device is None else str(device)
     if name == "numpy":
-        return as_they_are, None
+        return as_they_are, None, True
     if name == "cpu":
         as_tensor = partial(host_tensor, import_torch(name))
-        return lambda payload: map_leaves(as_tensor, payload.arrays), None
-    if name.partition(":")[0] in ("cuda", "cupy"):
-        return as_they_are, DeviceUploader(receiver_for(name))
+        return lambda payload: map_leaves(as_tensor, payload.arrays), None, False
+    if isinstance(device, Receiver) or name.partition(":")[0] in ("cuda", "cupy"):
+        uploader = DeviceUploader(device if isinstance(device, Receiver) else receiver_for(name))
+        return as_they_are, uploader, uploader.is_locked
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )

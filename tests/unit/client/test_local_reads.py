@@ -66,13 +66,6 @@ def test_a_view_keeps_its_slot_until_the_last_array_is_gone(ring: SharedRingBuff
         assert ring.slot_state(ref.slot) is SlotState.FREE
 
 
-def test_a_view_is_read_only_and_a_copy_is_the_readers_own(ring: SharedRingBuffer) -> None:
-    with client_of(local="view") as client, client.read(ring.write_raw(EPISODE)) as payload:
-        assert payload.buffer.readonly
-    with client_of(local="copy") as client, client.read(ring.write_raw(EPISODE)) as payload:
-        assert not payload.buffer.readonly
-
-
 def test_a_copy_frees_the_slot_at_once(ring: SharedRingBuffer) -> None:
     with client_of(local="copy") as client:
         ref = ring.write_raw(EPISODE)

@@ -31,7 +31,7 @@ def test_tensors_are_the_payloads_own_memory_with_the_dtypes_that_were_written(l
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("error")
-            unpack, _ = unpacker_for(torch.device("cpu"))
+            unpack = unpacker_for(torch.device("cpu"))[0]
             tree = unpack(payload)
             arrays = payload.arrays
             for name, tensor in tree["by_name"].items():
