@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tests.model.plain_ring import Key, ModelLease, ModelRing, Name
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
-from ucxx_transport.wire.actions import Attempt, End, Reply, Serve, Settle, Take
+from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle, Take
 from ucxx_transport.wire.answers import Named
 from ucxx_transport.wire.client_side import (
     CONFIRM_RECEIVE_BYTES,
@@ -67,7 +67,7 @@ class Connection:
     Attributes:
         posted: by channel, the attempt that a receive is posted for and its room.
         names: by attempt, the payloads that were asked for. shared: by attempt, those of a shared message.
-        abandoned: attempts that no read waits for.
+        abandoned: attempts that no read waits for. taken: those that the server picked.
         is_cut: nothing passes any more. client_knows, server_knows: who has noticed.
     """
 
@@ -82,6 +82,7 @@ class Connection:
     judges: dict[int, Callable[[bytes], object]] = field(default_factory=dict)
     names: dict[int, Named] = field(default_factory=dict)
     abandoned: set[int] = field(default_factory=set)
+    taken: set[Attempt] = field(default_factory=set)
     is_cut: bool = False
     client_knows: bool = False
     server_knows: bool = False
@@ -270,7 +271,7 @@ class Port:
         posted = bytearray(connection.frames.popleft())
         for action in connection.server.receive(posted, self.now):
             match action:
-                case End(attempt):
+                case Attempt() as attempt:
                     if attempt.sent_s is not None:
                         self._finalise(connection, attempt)
                 case Serve(attempts, shared):
@@ -329,6 +330,7 @@ class Port:
         ]
         reply, attempts = connection.server.taken(take, facts, self.now)
         self._reply(connection, reply)
+        connection.taken.update(attempts)
         for attempt, (_, lease) in zip(attempts, picked, strict=True):
             self._hold(connection, attempt, lease)
             self._put(connection, attempt.channel, Sending(lease.message, [attempt]))
@@ -451,7 +453,8 @@ class Port:
             assert server.phase is not Phase.CLOSING
             assert not session.broken
             for is_taken in (False, True):
-                sizes = [one.nbytes for one in server.in_flight.values() if one.is_taken is is_taken]
+                attempts = server.in_flight.values()
+                sizes = [one.nbytes for one in attempts if (one in connection.taken) is is_taken]
                 assert len(sizes) <= window.attempts
                 if not is_taken:
                     assert sum(sizes) <= window.nbytes or len(sizes) == 1

@@ -68,6 +68,12 @@ class Hold:
         self.reason = reason
         live[lease_id] = ref(self)
 
+    def begin(self, slot: int, generation: int, reader: int) -> None:
+        """Make it another hold of that kind, once it has ended."""
+        pid, start = self.transitions.owner()
+        _fill(self.words, 0, slot, generation, self.lease_id, pid, start, reader, self.transitions.address)
+        live[self.lease_id] = ref(self)
+
     @property
     def slot(self) -> int:
         """The slot's index."""

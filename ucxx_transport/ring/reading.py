@@ -93,13 +93,26 @@ class ReadableRing(RingHandle):
         return lease
 
     def acquire_slot(
-        self, slot: int, generation: int, *, reader: int = 0, deadline_s: float | None = None
+        self,
+        slot: int,
+        generation: int,
+        *,
+        reader: int = 0,
+        deadline_s: float | None = None,
+        again: list[ReadLease] | None = None,
     ) -> ReadLease:
-        """`acquire` for the server: the ring's id has been checked, the numbers have not."""
+        """`acquire` for the server: the ring's id has been checked, the numbers have not.
+
+        `again` has leases that have ended, and nobody else has: the last of them is used, if there is one.
+        """
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
         try:
-            lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+            if again:
+                lease = again.pop()
+                lease.begin(slot, generation, reader)
+            else:
+                lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
         except struct.error:  # not of 64 bits
             self._transitions.count("out_of_range")
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
@@ -148,7 +161,7 @@ class ReadableRing(RingHandle):
         asked = TakeWords(room, limit, newest, *self._places.get(reader, _NOWHERE)[:3])
         # registered before their attempts begin, as every hold is
         leases = [ReadLease(self._transitions, 0, 0, reader, RELEASED) for _ in range(room)]
-        holds = (ctypes.c_void_p * room)(*(ctypes.addressof(lease.words) for lease in leases))
+        holds = (ctypes.c_void_p * room)(*[ctypes.addressof(lease.words) for lease in leases])
         walked, began_s, left_s = 0, monotonic(), deadline_s
         try:
             # A place that is gone when the walk goes on costs it its beginning again: not without end.

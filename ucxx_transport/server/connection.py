@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.server.slots import NO_EPOCH, Refusal
-from ucxx_transport.wire.actions import End, Reply, Serve, Settle, Take
+from ucxx_transport.server.slots import NO_EPOCH, status_of
+from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     MAX_CHANNEL,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.slots import Slots
-    from ucxx_transport.wire.actions import Action, Attempt
+    from ucxx_transport.wire.actions import Action, Take
     from ucxx_transport.wire.server_side import ServerSession
 
 _log = get_logger(__name__)
@@ -50,7 +50,7 @@ MAX_FRAMES: Final = 256
 """Frames that have arrived and are not handled yet: more than an end and a name for each attempt of both windows."""
 
 MAX_LATE_FRAMES: Final = 64
-"""Frames that are taken in from the last answered one on: a client's whole window may be on its way, no flood."""
+"""Frames that are taken in behind the last answered one: a client's whole window may be on its way, no flood."""
 
 MAX_COPIED_BYTES: Final = 512 << 10
 """Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
@@ -106,13 +106,13 @@ class Connection:
     """
 
     __slots__ = (
-        *("_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_port", "_receives"),
+        *("_arrived", "_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_port", "_reactor", "_receives"),
         *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
     def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
         self._port = port
-        self._slots = port.slots
+        self._slots, self._reactor = port.slots, port.reactor
         self.session = session
         self.is_admitted = is_admitted
         self.is_closing = self.is_deferred = False
@@ -120,7 +120,7 @@ class Connection:
         endpoint.channels = 1
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._turn = -1
-        self._copied_bytes = self._late_frames = 0
+        self._arrived = self._copied_bytes = self._late_frames = 0  # the first: frames that are not handled yet
         self._is_full = False
 
     def open(self) -> None:
@@ -142,7 +142,7 @@ class Connection:
 
     def _post_frame(self) -> None:
         frame = bytearray(FRAME_BYTES)
-        message = self._port.reactor.link.message(frame)
+        message = self._reactor.link.message(frame)
         self._receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
 
     def _take_in(self) -> None:
@@ -159,58 +159,68 @@ class Connection:
     def _on_frame(self, operation: Operation) -> None:
         if operation.error is not None:
             self.close()  # a message longer than any frame, or the end of the connection
-        elif self.is_closing:
+            self._receives.clear()
+            self._arrived = 0
+            return
+        self._arrived += 1
+        if self._arrived == len(self._receives) and not self.is_closing:
+            self._take_in()
+        if self.is_closing:
             self._hear_out()
-        else:
-            if self._receives[-1][0].completed:
-                self._take_in()
-            if not (self.is_deferred or self.is_closing):
-                if self._turn == self._port.reactor.turns:
-                    self._defer()
-                else:
-                    self.serve_next()
+        elif not self.is_deferred:
+            if self._turn == self._reactor.turns:
+                self._defer()
+            else:
+                self.serve_next()
 
-    def serve_next(self) -> None:  # noqa: C901, PLR0912 - a call more costs on this path
+    def serve_next(self) -> None:
         """Handle the next frame, if it has arrived; unless it brings ends alone, the one behind it has a later turn."""
-        receives = self._receives
-        if self._is_full or self.is_closing or not receives:
+        if self._is_full or self.is_closing or not self._arrived:
             return
-        operation, message, frame = receives[0]
-        if not operation.completed or operation.error is not None:
-            return
-        del receives[0]
-        session, slots, reactor = self.session, self._slots, self._port.reactor
+        reactor, receives, session = self._reactor, self._receives, self.session
+        _, message, frame = receives.popleft()
+        self._arrived -= 1
         now = reactor.now()
         try:
             actions = session.receive(frame, now)
-            for action in actions:
-                if isinstance(action, End):
-                    if action.attempt.sent_s is not None:
-                        slots.finish(action.attempt)
-                    else:
-                        slots.record(action.attempt, session.reader)
-                    continue
+            if actions:
+                self._perform(actions, now)
+            else:
                 self._turn = reactor.turns
-                if isinstance(action, Serve) and not action.shared:
-                    self.serve(action.attempts, now)
-                else:
-                    self._answer(action)
-            if not actions:
-                self._turn = reactor.turns
-            if session.phase is _CLOSING:
-                self._note_late_frame()
-            if len(receives) < FRAMES_POSTED:
+                if session.phase is _CLOSING:  # the client closes, or the sweep does; one that goes on is cut off
+                    self._late_frames += 1
+                    if self._late_frames == MAX_LATE_FRAMES:
+                        self.close()
+            if len(receives) < FRAMES_POSTED and not self.is_closing:
                 receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
             self.fail(error)
-        if receives and receives[0][0].completed:
+        if self._arrived:
             self._defer()
 
-    def _note_late_frame(self) -> None:
-        """The session is over: the client closes, or the sweep does. One that goes on sending is cut off."""
-        self._late_frames += 1
-        if self._late_frames > MAX_LATE_FRAMES:
-            self.close()  # no further receive can be posted
+    def _perform(self, actions: Iterable[Action], now: float) -> None:
+        """Do what is to be done; once the connection is closing, what its client has said of ends alone."""
+        slots, session = self._slots, self.session
+        for action in actions:
+            if isinstance(action, Attempt):
+                if action.sent_s is None:
+                    slots.record(action, session.reader)
+                else:
+                    slots.finish(action)
+                continue
+            self._turn = self._reactor.turns
+            if isinstance(action, Settle):
+                statuses = slots.consume(action.names, session.reader)
+                if not self.is_closing:
+                    self.reply(session.settled(action, statuses))
+            elif self.is_closing:
+                return
+            elif isinstance(action, Serve):
+                self.serve(action, now)
+            elif isinstance(action, Reply):
+                self.reply(action)
+            elif not self.answer_take(action):
+                self._port.wait(self, action)
 
     def _defer(self) -> None:
         if not self.is_deferred:
@@ -219,21 +229,26 @@ class Connection:
 
     # --- Attempts ---
 
-    def serve(self, attempts: Iterable[Attempt], now: float) -> None:
-        """Send each slot, in a message of its own. Those of a TAKE have their lease already."""
+    def serve(self, serve: Serve, now: float) -> None:
+        """Send each slot, in a message of its own unless they share one. Those of a TAKE have their lease already."""
         slots, session, post_send = self._slots, self.session, self._endpoint.post_send
-        for attempt in attempts:
-            answer = slots.acquire(attempt, session.reader) if attempt.lease is None else slots.answer_of(attempt)
-            if isinstance(answer, Refusal):
-                self.reply(session.refused(attempt, *answer))
+        if serve.shared:
+            self._serve_packed(serve)
+            return
+        for attempt in serve.attempts:
+            try:
+                answer = slots.acquire(attempt, session.reader) if attempt.lease is None else slots.answer_of(attempt)
+            except TransportError as error:
+                self.reply(session.refused(attempt, status_of(error), error.message))
                 continue
-            send = attempt.send = post_send(answer[0], channel=attempt.number & MAX_CHANNEL)
-            if not send.completed:
-                send.on_done = partial(self._on_sent, attempt)
-            elif send.error is None:
+            send = post_send(answer[0], channel=attempt.number & MAX_CHANNEL)
+            if send.completed and send.error is None:
                 attempt.sent_s = session.moved_s = now
-            else:
+            elif send.completed:
                 self.close()
+            else:
+                attempt.send = send
+                send.on_done = partial(self._on_sent, attempt)
 
     def _serve_packed(self, serve: Serve) -> None:
         """Copy the slots into one message, and send that."""
@@ -243,13 +258,12 @@ class Connection:
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
-            answer = slots.acquire(attempt, self.session.reader)
-            if isinstance(answer, Refusal):
-                self._count(answer.status)
-                room[offset:end] = self.session.refused_part(attempt, *answer)
-            else:
-                room[offset:end] = answer.memory
+            try:
+                room[offset:end] = slots.acquire(attempt, self.session.reader).memory
                 acquired.append(attempt)
+            except TransportError as error:
+                self._count(status_of(error))
+                room[offset:end] = self.session.refused_part(attempt, status_of(error), error.message)
             offset = end
         slots.counters.add("packed", len(acquired))
         send = self._endpoint.post_send(room[:offset], channel=serve.shared)
@@ -268,7 +282,7 @@ class Connection:
             self.close()
             if not operation.completed:
                 return  # UCX has not released the slot, although the connection ends
-        if self.session.sent(attempt, self._port.reactor.now()):
+        if self.session.sent(attempt, self._reactor.now()):
             self._slots.finish(attempt)
 
     def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
@@ -278,26 +292,15 @@ class Connection:
         if operation.completed:
             if len(port.pack_buffers) < MAX_PACK_BUFFERS:
                 port.pack_buffers.append(buffer)
-            for attempt in self.session.sent_shared(attempts, port.reactor.now()):
+            for attempt in self.session.sent_shared(attempts, self._reactor.now()):
                 self._slots.finish(attempt)
         self._copy_left(operation)
 
     # --- What is no FETCH ---
 
-    def _answer(self, action: Action) -> None:
-        if isinstance(action, Reply):
-            self.reply(action)
-        elif isinstance(action, Serve):
-            self._serve_packed(action)
-        elif isinstance(action, Take):
-            if not self.answer_take(action):
-                self._port.wait(self, action)
-        elif isinstance(action, Settle):
-            self.reply(self.session.settled(action, self._slots.consume(action.names, self.session.reader)))
-
     def answer_take(self, take: Take) -> bool:
         """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
-        slots, session, now = self._slots, self.session, self._port.reactor.now()
+        slots, session, now = self._slots, self.session, self._reactor.now()
         if self.is_closing or session.phase is _CLOSING:
             return True
         if slots.awaited[0]:
@@ -316,7 +319,7 @@ class Connection:
             for attempt, lease in zip(attempts, leases, strict=True):
                 attempt.lease = lease
             self.reply(reply)
-            self.serve(attempts, now)
+            self.serve(Serve(attempts, 0), now)
         elif now < take.until_s:
             return False
         else:
@@ -370,20 +373,11 @@ class Connection:
 
     def _hear_out(self) -> None:
         """What the client said before it left counts: its ends and its confirmations."""
-        receives, session = self._receives, self.session
         try:
-            while receives and receives[0][0].completed and session.phase is not _CLOSING:
-                operation, _, frame = receives.popleft()
-                if operation.error is not None:
-                    return
-                for action in session.receive(frame, self._port.reactor.now()):
-                    if isinstance(action, End):
-                        if action.attempt.sent_s is not None:
-                            self._slots.finish(action.attempt)
-                        else:
-                            self._slots.record(action.attempt, session.reader)
-                    elif isinstance(action, Settle):
-                        self._slots.consume(action.names, session.reader)
+            while self._arrived and self.session.phase is not _CLOSING:
+                self._arrived -= 1
+                now = self._reactor.now()
+                self._perform(self.session.receive(self._receives.popleft()[2], now), now)
         except Exception as error:  # noqa: BLE001 - the edge of a callback
             self.fail(error)
 

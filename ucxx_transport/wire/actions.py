@@ -5,7 +5,7 @@
 | `ClientSession` | `Asked`   | posts a receive on the attempt's channel, and sends the frame                       |
 | `ClientSession` | `Fetch`   | posts a receive for each attempt, or one for all, and sends the frame               |
 | `ClientSession` | `Offer`   | posts a receive for each payload                                                    |
-| `ServerSession` | `End`     | finalises the attempt's lease, at once or when its message has left                 |
+| `ServerSession` | `Attempt` | it has ended: finalises its lease, at once or when its message has left             |
 | `ServerSession` | `Serve`   | acquires the slots and sends them                                                   |
 | `ServerSession` | `Take`    | picks payloads and sends them, now or a little later                                |
 | `ServerSession` | `Settle`  | consumes what is named, if it is still there                                        |
@@ -75,30 +75,41 @@ class Send(Protocol):
     def completed(self) -> bool: ...
 
 
+class Load:
+    """What of a connection's window is in use: by what was named, or by what was taken."""
+
+    __slots__ = ("attempts", "nbytes")
+
+    def __init__(self) -> None:
+        self.attempts = self.nbytes = 0
+
+
 class Attempt:
     """One payload under way to the client, as the server knows it.
 
     Attributes:
         number: the client's number for it.
         slot, generation, nbytes: the payload.
-        is_taken: the server picked it.
         since_s: when it was named. sent_s: when its message had left, None before.
+        load: where it counts.
         delivered: how the client ended it, None before.
         lease, send: the shell's.
     """
 
-    is_taken = False
     sent_s: float | None = None
     delivered: bool | None = None
     lease: Lease | None = None
     send: Send | None = None
 
-    def __init__(self, number: int, slot: int, generation: int, nbytes: int, since_s: float) -> None:
+    def __init__(  # noqa: PLR0917 - the words of its name, in their order
+        self, number: int, slot: int, generation: int, nbytes: int, since_s: float, load: Load
+    ) -> None:
         self.number = number
         self.slot = slot
         self.generation = generation
         self.nbytes = nbytes
         self.since_s = since_s
+        self.load = load
 
     @property
     def channel(self) -> int:
@@ -125,12 +136,6 @@ class Serve(NamedTuple):
     shared: int
 
 
-class End(NamedTuple):
-    """The client has ended this attempt (`attempt.delivered`). If its message has left (`sent_s`), finalise it now."""
-
-    attempt: Attempt
-
-
 class Take(NamedTuple):
     """Pick READY payloads within `take_room()`; answer by `taken()`, or `nothing()` once `until_s` has come.
 
@@ -154,4 +159,5 @@ class Settle(NamedTuple):
     attempt: int
 
 
-Action: TypeAlias = Reply | Serve | End | Take | Settle
+Action: TypeAlias = Attempt | Reply | Serve | Take | Settle
+"""An attempt: the client has ended it (`delivered`). If its message has left (`sent_s`), its lease is finalised now."""

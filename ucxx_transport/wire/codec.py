@@ -12,40 +12,8 @@ from functools import partial
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.wire.frames import (
-    END_BYTES,
-    END_MARK,
-    ERROR_TEXT_BYTES,
-    FLAG_CHECKSUM,
-    FLAG_NEWEST,
-    FLAG_PACKED,
-    FLAG_TOKEN_REQUIRED,
-    FRAME_HEAD_BYTES,
-    HEADER_BYTES,
-    MAX_ATTEMPT,
-    MAX_BODY_BYTES,
-    MAX_CHANNEL,
-    MAX_ENDS,
-    MAX_ENVELOPE_BYTES,
-    MAX_NAMES,
-    MAX_READER,
-    MAX_WAIT_MS,
-    NAME_BYTES,
-    OFFERED_BYTES,
-    PACK_BYTES,
-    REPLY_MAGIC,
-    REQUEST_MAGIC,
-    TRAILER_BYTES,
-    TRAILER_MAGIC,
-    VERSION,
-    Frame,
-    Kind,
-    OfferedPayload,
-    ReplyHeader,
-    Status,
-    message_bytes,
-    padded,
-)
+from ucxx_transport.wire import frames
+from ucxx_transport.wire.frames import HEADER_BYTES, TRAILER_BYTES, VERSION, Frame, OfferedPayload, ReplyHeader, Status
 
 Message = bytes | bytearray | memoryview
 
@@ -53,34 +21,38 @@ _HEAD: Final = struct.Struct("<IHHQ16sHHIQQII32s")
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
 _TRAILER: Final = struct.Struct("<QQ")
 _NAME: Final = struct.Struct("<IIQQQ")
-_END: Final = struct.Struct("<Q")
-_FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for count in range(MAX_NAMES + 1))
-_ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(MAX_ENDS + 1))  # and the end mark
+_FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for count in range(frames.MAX_NAMES + 1))
+_ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(frames.MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
-_U64: Final = (1 << 64) - 1
-_new: Final = tuple.__new__
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _OK: Final = Status.OK
-_HELLO, _FETCH, _TAKE, _CONFIRM, _BYE = map(int, (Kind.HELLO, Kind.FETCH, Kind.TAKE, Kind.CONFIRM, Kind.BYE))
+_HELLO, _, _FETCH, _TAKE, _CONFIRM, _, _BYE = map(int, frames.Kind)
 # The frames of a client that reads one by one, in one call each that is none in Python.
-pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
+pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, frames.REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
-pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, REQUEST_MAGIC, VERSION, _FETCH)
+pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, frames.REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one end: sequence, ring_id, 0, 1, end, end mark."""
+_GLANCE: Final = struct.Struct("<QQ16sQ56x5Q")
+GLANCE_BYTES: Final = _GLANCE.size
+glance: Final = _GLANCE.unpack_from
+"""Such frames at the server: `FETCH_HEAD`, sequence, ring_id, `ONE_NAME`, slot, generation, attempt, nbytes, end mark;
+or `FETCH_HEAD`, sequence, ring_id, `ONE_END`, end, end mark, and nothing."""
+FETCH_HEAD: Final = frames.REQUEST_MAGIC | VERSION << 32 | _FETCH << 48
+ONE_NAME, ONE_END = 1, 1 << 16
 clear_header: Final = struct.Struct(f"{HEADER_BYTES}x").pack_into
 clear_trailer: Final = struct.Struct(f"{TRAILER_BYTES}x").pack_into
 """`clear_ends` in two calls that are none in Python."""
-pack_header: Final = partial(_HEADER.pack, REPLY_MAGIC, VERSION, 0)
+pack_header: Final = partial(_HEADER.pack, frames.REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
 pack_trailer: Final = _TRAILER.pack
 """Its trailer: `TRAILER_MAGIC` ^ generation, nbytes."""
-assert _HEAD.size == FRAME_HEAD_BYTES
-assert _NAME.size == NAME_BYTES
+assert _HEAD.size == frames.FRAME_HEAD_BYTES
+assert _NAME.size == frames.NAME_BYTES
 assert _HEADER.size == HEADER_BYTES
 assert _TRAILER.size == TRAILER_BYTES
-assert _OFFERED.size == OFFERED_BYTES
+assert _OFFERED.size == frames.OFFERED_BYTES
 
 
 # --- Frames ----------------------------------------------------------------------------------------------------------
@@ -92,71 +64,59 @@ def encode_fetch(  # noqa: PLR0917 - the words of the frame, in its order; a key
     """A FETCH of any number of names and ends; `words` are the names, five words each."""
     count = len(words) // 5
     return _FETCHES[count].pack(
-        REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, *words
-    ) + _ENDS[len(ends)].pack(*ends, END_MARK ^ sequence)
+        frames.REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, *words
+    ) + _ENDS[len(ends)].pack(*ends, frames.END_MARK ^ sequence)
 
 
 def encode_frame(frame: Frame) -> bytes:
     """Any frame."""
-    kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends = frame
-    head = _HEAD.pack(
-        REQUEST_MAGIC,
-        VERSION,
-        kind,
-        sequence,
-        ring_id,
-        len(names),
-        len(ends),
-        flags,
-        attempt,
-        word,
-        count,
-        wait_ms,
-        secret,
-    )
-    return head + b"".join(_NAME.pack(*name) for name in names) + _ENDS[len(ends)].pack(*ends, END_MARK ^ sequence)
+    kind, sequence, ring_id, *words, names, ends = frame
+    head = _HEAD.pack(frames.REQUEST_MAGIC, VERSION, kind, sequence, ring_id, len(names), len(ends), *words)
+    tail = _ENDS[len(ends)].pack(*ends, frames.END_MARK ^ sequence)
+    return head + b"".join(_NAME.pack(*name) for name in names) + tail
 
 
 def decode_frame(buffer: Message) -> Frame:
     """The frame at the start of `buffer`, or a ProtocolError: one of its words is not as the table says."""
-    if len(buffer) < FRAME_HEAD_BYTES + END_BYTES:
-        raise ProtocolError("a frame is shorter than its head", nbytes=len(buffer), expected=FRAME_HEAD_BYTES)
+    if len(buffer) < frames.FRAME_HEAD_BYTES + frames.END_BYTES:
+        raise ProtocolError("a frame is shorter than its head", nbytes=len(buffer), expected=frames.FRAME_HEAD_BYTES)
     magic, version, kind, sequence, ring_id, named, ended, flags, attempt, word, count, wait_ms, secret = (
         _HEAD.unpack_from(buffer)
     )
-    if magic != REQUEST_MAGIC or version != VERSION:
+    if magic != frames.REQUEST_MAGIC or version != VERSION:
         _refuse_stranger(magic, version)
-    tail = FRAME_HEAD_BYTES + named * NAME_BYTES
-    if named > MAX_NAMES or ended > MAX_ENDS or len(buffer) < tail + (ended + 1) * END_BYTES:
+    tail = frames.FRAME_HEAD_BYTES + named * frames.NAME_BYTES
+    if named > frames.MAX_NAMES or ended > frames.MAX_ENDS or len(buffer) < tail + (ended + 1) * frames.END_BYTES:
         raise ProtocolError("a frame has more names or ends than it may", names=named, ends=ended)
     ends = _ENDS[ended].unpack_from(buffer, tail)
-    if ends[-1] != END_MARK ^ sequence:
+    if ends[-1] != frames.END_MARK ^ sequence:
         raise ProtocolError("a frame was cut short", kind=kind, sequence=sequence)
-    if named == 1:
-        names: tuple[tuple[int, int, int, int, int], ...] = (_NAME.unpack_from(buffer, FRAME_HEAD_BYTES),)
-    else:
-        names = tuple(_NAME.iter_unpack(memoryview(buffer)[FRAME_HEAD_BYTES:tail])) if named else ()
+    names = tuple(_NAME.iter_unpack(memoryview(buffer)[frames.FRAME_HEAD_BYTES : tail]))
     if kind != _FETCH or flags:
         _check_words(kind, named, flags, attempt, word, count, wait_ms)
     for _, zero, generation, number, nbytes in names:
-        if zero or generation == 0 or number > MAX_ATTEMPT or nbytes > MAX_BODY_BYTES:
+        if zero or generation == 0 or number > frames.MAX_ATTEMPT or nbytes > frames.MAX_BODY_BYTES:
             _refuse_name(zero, generation, number, nbytes)
     if flags and kind == _FETCH:
         _check_packed(names)
-    # As `Frame(…)`, which is a call in Python.
-    return _new(Frame, (kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1]))
+    return Frame(kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1])
 
 
 def answer_channel(buffer: Message) -> int:
-    """Where to answer a frame that is none: on its attempt's channel if it has one, else on 1, that of a HELLO."""
-    if len(buffer) < FRAME_HEAD_BYTES:
+    """Where the client of a faulty frame may listen: on its attempt's or first name's channel, else on 1, a HELLO's."""
+    if len(buffer) < frames.FRAME_HEAD_BYTES:
         return 1
-    magic, version, *words = _HEAD.unpack_from(buffer)
-    return words[6] & MAX_CHANNEL or 1 if (magic, version) == (REQUEST_MAGIC, VERSION) else 1
+    magic, version, kind, _, _, named, _, flags, attempt, *_ = _HEAD.unpack_from(buffer)
+    if magic != frames.REQUEST_MAGIC or version != VERSION:
+        return 1
+    if kind == _FETCH and not flags:
+        is_named = named and len(buffer) >= frames.FRAME_HEAD_BYTES + frames.NAME_BYTES
+        attempt = _NAME.unpack_from(buffer, frames.FRAME_HEAD_BYTES)[3] if is_named else 0
+    return attempt & frames.MAX_CHANNEL or 1
 
 
 def _refuse_stranger(magic: int, version: int) -> None:
-    if magic != REQUEST_MAGIC:
+    if magic != frames.REQUEST_MAGIC:
         raise ProtocolError("not a ucxx_transport frame", magic=f"{magic:#010x}")
     raise ProtocolError(
         f"the client speaks protocol version {version}, this side {VERSION}; install one release on both",
@@ -167,8 +127,10 @@ def _refuse_stranger(magic: int, version: int) -> None:
 def _refuse_name(zero: int, generation: int, attempt: int, nbytes: int) -> None:
     if generation == 0:
         raise ProtocolError("a frame names generation 0, which no payload has; send a reference that a ring made")
-    if nbytes > MAX_BODY_BYTES:
-        raise ProtocolError("a frame names more bytes than a payload can have", nbytes=nbytes, limit=MAX_BODY_BYTES)
+    if nbytes > frames.MAX_BODY_BYTES:
+        raise ProtocolError(
+            "a frame names more bytes than a payload can have", nbytes=nbytes, limit=frames.MAX_BODY_BYTES
+        )
     raise ProtocolError("a name's words are out of range", zero=zero, attempt=attempt)
 
 
@@ -178,12 +140,12 @@ def _check_words(  # noqa: PLR0917 - the words of the head
     """What is particular to a kind; a plain FETCH has nothing of it."""
     if not _HELLO <= kind <= _BYE:
         raise ProtocolError("unknown kind of frame", kind=kind)
-    if flags > (FLAG_PACKED if kind == _FETCH else FLAG_NEWEST if kind == _TAKE else 0):
+    if flags > (frames.FLAG_PACKED if kind == _FETCH else frames.FLAG_NEWEST if kind == _TAKE else 0):
         raise ProtocolError("unknown flags in a frame", kind=kind, flags=flags)
-    if not 0 < attempt <= MAX_ATTEMPT or not attempt & MAX_CHANNEL:
+    if not 0 < attempt <= frames.MAX_ATTEMPT or not attempt & frames.MAX_CHANNEL:
         raise ProtocolError("an attempt is out of range", attempt=attempt)
     if kind == _HELLO:
-        if not 0 < word <= MAX_READER:
+        if not 0 < word <= frames.MAX_READER:
             raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=word)
     elif kind == _TAKE:
         _check_take(attempt, word, count, wait_ms)
@@ -194,62 +156,48 @@ def _check_words(  # noqa: PLR0917 - the words of the head
 
 
 def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
-    if not 0 < count <= MAX_NAMES:
+    if not 0 < count <= frames.MAX_NAMES:
         raise ProtocolError("a TAKE is for 1 to 64 payloads", count=count)
-    if word > MAX_BODY_BYTES:
-        raise ProtocolError("a TAKE asks for more bytes than a ring can have", nbytes=word, limit=MAX_BODY_BYTES)
-    if wait_ms > MAX_WAIT_MS:
-        raise ProtocolError("a TAKE waits longer than it may", wait_ms=wait_ms, limit=MAX_WAIT_MS)
-    if attempt + count > MAX_ATTEMPT or (attempt & MAX_CHANNEL) + count > MAX_CHANNEL:
+    if word > frames.MAX_BODY_BYTES:
+        raise ProtocolError("a TAKE asks for more bytes than a ring can have", nbytes=word, limit=frames.MAX_BODY_BYTES)
+    if wait_ms > frames.MAX_WAIT_MS:
+        raise ProtocolError("a TAKE waits longer than it may", wait_ms=wait_ms, limit=frames.MAX_WAIT_MS)
+    if attempt + count > frames.MAX_ATTEMPT or (attempt & frames.MAX_CHANNEL) + count > frames.MAX_CHANNEL:
         raise ProtocolError("the attempts of a TAKE leave their range", attempt=attempt, count=count)
 
 
 def _check_packed(names: Sequence[tuple[int, int, int, int, int]]) -> None:
     """Verify that the answers to `names` may share a message."""
-    if len(names) < 2 or sum([message_bytes(name[4]) for name in names]) > PACK_BYTES:
-        raise ProtocolError(f"two answers or more of at most {PACK_BYTES} bytes share a message", names=len(names))
+    if len(names) < 2 or sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
+        raise ProtocolError(
+            f"two answers or more of at most {frames.PACK_BYTES} bytes share a message", names=len(names)
+        )
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def encode_header_into(buffer: memoryview | bytearray, header: ReplyHeader) -> None:
-    """Write the 64 bytes of `header` at the start of `buffer`."""
+def encode_header(header: ReplyHeader) -> bytes:
+    """The 64 bytes of a header."""
     status, nbytes, ring_id, slot, generation, checksum, fingerprint, token_required = header
-    flags = (FLAG_CHECKSUM if checksum is not None else 0) | (FLAG_TOKEN_REQUIRED if token_required else 0)
-    _HEADER.pack_into(
-        buffer, 0, REPLY_MAGIC, VERSION, status, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
+    flags = frames.FLAG_CHECKSUM * (checksum is not None) | frames.FLAG_TOKEN_REQUIRED * token_required
+    return _HEADER.pack(
+        frames.REPLY_MAGIC, VERSION, status, generation, nbytes, checksum or 0, ring_id, slot, flags, fingerprint
     )
-
-
-def seal(message: memoryview | bytearray, header: ReplyHeader) -> int:
-    """Put header, padding and trailer round the body at offset 64 of `message`; returns the length of it all."""
-    encode_header_into(message, header)
-    end = HEADER_BYTES + header.nbytes
-    pad = padded(header.nbytes) - header.nbytes
-    if pad:
-        message[end : end + pad] = bytes(pad)
-    _TRAILER.pack_into(message, end + pad, (TRAILER_MAGIC ^ header.generation) & _U64, header.nbytes)
-    return end + pad + TRAILER_BYTES
 
 
 def encode_reply(header: ReplyHeader, body: bytes = b"") -> bytes:
     """A whole OK answer with a small body."""
-    message = bytearray(message_bytes(len(body)))
-    message[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-    seal(message, header)
-    return bytes(message)
+    trailer = pack_trailer(frames.TRAILER_MAGIC ^ header.generation, header.nbytes)
+    return encode_header(header) + body + bytes(-len(body) % 8) + trailer
 
 
 def encode_error(
-    status: Status, text: str, *, slot: int = 0, generation: int = 0, room: int = HEADER_BYTES + ERROR_TEXT_BYTES
+    status: Status, text: str, *, slot: int = 0, generation: int = 0, room: int = HEADER_BYTES + frames.ERROR_TEXT_BYTES
 ) -> bytes:
     """An answer that carries no body: the header and the text, as much of it as 1024 bytes and the room hold."""
-    words = text.encode("utf-8", "replace")[: min(ERROR_TEXT_BYTES, room - HEADER_BYTES)]
-    message = bytearray(HEADER_BYTES + len(words))
-    encode_header_into(message, ReplyHeader(status=status, nbytes=len(words), slot=slot, generation=generation))
-    message[HEADER_BYTES:] = words
-    return bytes(message)
+    words = text.encode("utf-8", "replace")[: min(frames.ERROR_TEXT_BYTES, room - HEADER_BYTES)]
+    return encode_header(ReplyHeader(status=status, nbytes=len(words), slot=slot, generation=generation)) + words
 
 
 def decode_header(buffer: Message) -> ReplyHeader:
@@ -261,7 +209,7 @@ def decode_header(buffer: Message) -> ReplyHeader:
     if len(buffer) < HEADER_BYTES:
         raise ProtocolError("an answer is shorter than its header", nbytes=len(buffer), expected=HEADER_BYTES)
     magic, version, code, generation, nbytes, checksum, ring_id, slot, flags, fingerprint = _HEADER.unpack_from(buffer)
-    if magic != REPLY_MAGIC:
+    if magic != frames.REPLY_MAGIC:
         raise ProtocolError("not an answer of ucxx_transport", magic=f"{magic:#010x}")
     if version != VERSION:
         raise ProtocolError(
@@ -271,19 +219,11 @@ def decode_header(buffer: Message) -> ReplyHeader:
     status = _STATUSES.get(code)
     if status is None:
         raise ProtocolError("unknown status in an answer", status=code)
-    limit = MAX_BODY_BYTES if status is _OK else ERROR_TEXT_BYTES
+    limit = frames.MAX_BODY_BYTES if status is _OK else frames.ERROR_TEXT_BYTES
     if nbytes > limit:
         raise ProtocolError("an answer claims more bytes than its kind may have", nbytes=nbytes, limit=limit)
-    return ReplyHeader(
-        status=status,
-        nbytes=nbytes,
-        ring_id=ring_id,
-        slot=slot,
-        generation=generation,
-        checksum=checksum if flags & FLAG_CHECKSUM else None,
-        fingerprint=fingerprint,
-        token_required=bool(flags & FLAG_TOKEN_REQUIRED),
-    )
+    there, token_required = checksum if flags & frames.FLAG_CHECKSUM else None, bool(flags & frames.FLAG_TOKEN_REQUIRED)
+    return ReplyHeader(status, nbytes, ring_id, slot, generation, there, fingerprint, token_required)
 
 
 def error_text(buffer: Message, header: ReplyHeader) -> str:
@@ -304,11 +244,11 @@ def clear_ends(buffer: memoryview, nbytes: int, offset: int = 0) -> None:
 
 def check_trailer(buffer: Message, header: ReplyHeader) -> None:
     """Verify that the body arrived to its end; a ProtocolError where the message was shorter than its header says."""
-    end = HEADER_BYTES + padded(header.nbytes)
+    end = HEADER_BYTES + frames.padded(header.nbytes)
     if len(buffer) < end + TRAILER_BYTES:
         raise ProtocolError("an answer claims more bytes than were posted for it", nbytes=header.nbytes)
     mark, nbytes = _TRAILER.unpack_from(buffer, end)
-    if mark != (TRAILER_MAGIC ^ header.generation) & _U64 or nbytes != header.nbytes:
+    if mark != frames.TRAILER_MAGIC ^ header.generation or nbytes != header.nbytes:
         raise ProtocolError("an answer was cut short: its trailer is missing", nbytes=header.nbytes)
 
 
@@ -317,19 +257,12 @@ def check_trailer(buffer: Message, header: ReplyHeader) -> None:
 
 def encode_offer(payloads: Sequence[OfferedPayload]) -> bytes:
     """The body of the answer to a TAKE."""
-    rows = [
-        _OFFERED.pack(
-            payload.slot,
-            len(payload.envelope),
-            payload.generation,
-            payload.nbytes,
-            payload.checksum or 0,
-            0 if payload.checksum is None else FLAG_CHECKSUM,
-            payload.commit_time_ns,
-        )
-        for payload in payloads
-    ]
-    return b"".join((_OFFER.pack(len(payloads), 0), *rows, *(payload.envelope for payload in payloads)))
+    rows, envelopes = [_OFFER.pack(len(payloads), 0)], []
+    for slot, generation, nbytes, checksum, time_ns, envelope in payloads:
+        flags = 0 if checksum is None else frames.FLAG_CHECKSUM
+        rows.append(_OFFERED.pack(slot, len(envelope), generation, nbytes, checksum or 0, flags, time_ns))
+        envelopes.append(envelope)
+    return b"".join(rows + envelopes)
 
 
 def decode_offer(body: Message) -> list[OfferedPayload]:
@@ -337,20 +270,17 @@ def decode_offer(body: Message) -> list[OfferedPayload]:
     if len(body) < _OFFER.size:
         raise ProtocolError("an offer is shorter than its head", nbytes=len(body))
     count, _ = _OFFER.unpack_from(body)
-    end = _OFFER.size + count * OFFERED_BYTES
-    if not 0 < count <= MAX_NAMES or len(body) < end:
+    end = _OFFER.size + count * frames.OFFERED_BYTES
+    if not 0 < count <= frames.MAX_NAMES or len(body) < end:
         raise ProtocolError("an offer has more or fewer payloads than it may", count=count)
     payloads = []
-    for slot, envelope, generation, nbytes, checksum, flags, time_ns in _OFFERED.iter_unpack(
-        memoryview(body)[_OFFER.size : end]
-    ):
-        if generation == 0 or nbytes > MAX_BODY_BYTES or envelope > MAX_ENVELOPE_BYTES or len(body) < end + envelope:
-            raise ProtocolError("an offered payload is out of range", slot=slot, nbytes=nbytes, envelope=envelope)
-        said = bytes(body[end : end + envelope])
-        payloads.append(
-            OfferedPayload(slot, generation, nbytes, checksum if flags & FLAG_CHECKSUM else None, time_ns, said)
-        )
-        end += envelope
+    rows = _OFFERED.iter_unpack(memoryview(body)[_OFFER.size : end])
+    for slot, length, generation, nbytes, checksum, flags, time_ns in rows:
+        start, end = end, end + length
+        if generation == 0 or nbytes > frames.MAX_BODY_BYTES or length > frames.MAX_ENVELOPE_BYTES or len(body) < end:
+            raise ProtocolError("an offered payload is out of range", slot=slot, nbytes=nbytes, envelope=length)
+        there = checksum if flags & frames.FLAG_CHECKSUM else None
+        payloads.append(OfferedPayload(slot, generation, nbytes, there, time_ns, bytes(body[start:end])))
     if end != len(body):
         raise ProtocolError("an offer is longer than its envelopes", nbytes=len(body), expected=end)
     return payloads

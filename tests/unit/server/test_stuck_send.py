@@ -179,9 +179,9 @@ class LockedRing:
         self.wait()
         return self._ring.reclaim_dead()
 
-    def acquire_slot(self, slot: int, generation: int, *, reader: int = 0) -> Any:
+    def acquire_slot(self, slot: int, generation: int, **others: Any) -> Any:
         self.wait()
-        return LockedLease(self, self._ring.acquire_slot(slot, generation, reader=reader))
+        return LockedLease(self, self._ring.acquire_slot(slot, generation, **others))
 
 
 class LockedLease:

@@ -9,7 +9,7 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Action, Asked, Attempt, Fetch, Reply, Serve
 from ucxx_transport.wire.answers import Named
 from ucxx_transport.wire.client_side import ClientSession
-from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text, seal
+from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     HEADER_BYTES,
@@ -18,7 +18,6 @@ from ucxx_transport.wire.frames import (
     ReplyHeader,
     Status,
     Window,
-    message_bytes,
 )
 from ucxx_transport.wire.server_side import DEFAULT_WINDOW, Phase, ServerSession, SessionSource
 
@@ -49,21 +48,16 @@ def ref(slot: int = 2, *, generation: int = 6, nbytes: int = 128, ring_id: bytes
 
 def payload(named: Named, *, checksum: int | None = None) -> bytes:
     """The answer that brings it, as it lies in its slot."""
-    message = bytearray(message_bytes(named.nbytes))
-    message[HEADER_BYTES : HEADER_BYTES + named.nbytes] = bytes([named.slot & 0xFF]) * named.nbytes
-    seal(
-        message,
-        ReplyHeader(
-            status=Status.OK,
-            nbytes=named.nbytes,
-            ring_id=named.ring_id,
-            slot=named.slot,
-            generation=named.generation,
-            checksum=checksum if checksum is not None else named.checksum,
-            fingerprint=named.fingerprint,
-        ),
+    header = ReplyHeader(
+        status=Status.OK,
+        nbytes=named.nbytes,
+        ring_id=named.ring_id,
+        slot=named.slot,
+        generation=named.generation,
+        checksum=checksum if checksum is not None else named.checksum,
+        fingerprint=named.fingerprint,
     )
-    return bytes(message)
+    return encode_reply(header, bytes([named.slot & 0xFF]) * named.nbytes)
 
 
 def offered(named: Named, envelope: bytes = b"") -> OfferedPayload:

@@ -19,11 +19,10 @@ from ucxx_transport.wire.codec import (
     decode_header,
     decode_offer,
     encode_error,
-    encode_header_into,
+    encode_header,
     encode_offer,
     encode_reply,
     error_text,
-    seal,
 )
 from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
@@ -47,25 +46,22 @@ NOT_OK = [status for status in Status if status is not Status.OK]
 def sealed(body: bytes, generation: int = 5) -> bytearray:
     """A whole OK reply, as a server sends it straight from a slot."""
     reply = ReplyHeader(status=Status.OK, nbytes=len(body), generation=generation)
-    message = bytearray(message_bytes(len(body)))
-    message[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-    assert seal(message, reply) == len(message)
+    message = bytearray(encode_reply(reply, body))
+    assert len(message) == message_bytes(len(body))
     return message
 
 
 @settings(max_examples=150, deadline=None)
 @given(HEADERS)
 def test_every_header_survives_the_trip(reply: ReplyHeader) -> None:
-    buffer = bytearray(HEADER_BYTES)
-    encode_header_into(buffer, reply)
+    buffer = bytearray(encode_header(reply))
     assert decode_header(buffer) == reply
 
 
 @settings(max_examples=60, deadline=None)
 @given(HEADERS, st.integers(1, 0xFF))
 def test_a_mutated_header_is_valid_within_its_limits_or_a_protocol_error(reply: ReplyHeader, mask: int) -> None:
-    buffer = bytearray(HEADER_BYTES)
-    encode_header_into(buffer, reply)
+    buffer = bytearray(encode_header(reply))
     for position in range(HEADER_BYTES):
         buffer[position] ^= mask
         try:
@@ -81,8 +77,7 @@ def test_a_mutated_header_is_valid_within_its_limits_or_a_protocol_error(reply: 
 @settings(max_examples=20, deadline=None)
 @given(HEADERS)
 def test_a_header_cut_short_is_refused(reply: ReplyHeader) -> None:
-    buffer = bytearray(HEADER_BYTES)
-    encode_header_into(buffer, reply)
+    buffer = bytearray(encode_header(reply))
     for length in range(HEADER_BYTES):
         with pytest.raises(ProtocolError):
             decode_header(buffer[:length])
@@ -98,8 +93,7 @@ def test_garbage_is_no_header(garbage: bytes) -> None:
 @settings(max_examples=100, deadline=None)
 @given(OK_HEADERS, st.integers(MAX_BODY_BYTES + 1, (1 << 64) - 1))
 def test_a_body_longer_than_any_segment_is_refused(reply: ReplyHeader, nbytes: int) -> None:
-    buffer = bytearray(HEADER_BYTES)
-    encode_header_into(buffer, reply)
+    buffer = bytearray(encode_header(reply))
     struct.pack_into("<Q", buffer, 16, nbytes)
     with pytest.raises(ProtocolError, match="more bytes"):
         decode_header(buffer)
@@ -108,8 +102,7 @@ def test_a_body_longer_than_any_segment_is_refused(reply: ReplyHeader, nbytes: i
 @settings(max_examples=100, deadline=None)
 @given(ERROR_HEADERS, st.integers(ERROR_TEXT_BYTES + 1, (1 << 64) - 1))
 def test_an_error_text_beyond_1_kib_is_refused(reply: ReplyHeader, nbytes: int) -> None:
-    buffer = bytearray(HEADER_BYTES)
-    encode_header_into(buffer, reply)
+    buffer = bytearray(encode_header(reply))
     struct.pack_into("<Q", buffer, 16, nbytes)
     with pytest.raises(ProtocolError, match="more bytes"):
         decode_header(buffer)
@@ -279,9 +272,7 @@ def is_sealed(message: bytearray | memoryview, promised: tuple[bytes, int, int, 
 def test_what_is_sealed_as_promised_is_the_payload_and_nothing_else_is() -> None:
     body = b"a payload of 27 bytes......"
     header = ReplyHeader(Status.OK, len(body), b"R" * 16, 7, 9, 11, 13)
-    message = bytearray(message_bytes(len(body)))
-    message[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-    seal(message, header)
+    message = bytearray(encode_reply(header, body))
     promised = (b"R" * 16, 7, 9, len(body), 11, 13)
     assert is_sealed(message, promised)
     assert is_sealed(memoryview(message), promised)

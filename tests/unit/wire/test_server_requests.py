@@ -16,7 +16,7 @@ from tests.unit.wire.session_rig import (
     text_of,
 )
 from ucxx_transport.errors import StaleSlotError
-from ucxx_transport.wire.actions import Attempt, End, Reply, Settle, Take
+from ucxx_transport.wire.actions import Attempt, Reply, Settle, Take
 from ucxx_transport.wire.codec import decode_offer, encode_frame
 from ucxx_transport.wire.frames import MAX_SCHEMA_BYTES, Frame, Kind, Status, Window, message_bytes
 from ucxx_transport.wire.server_side import MAX_TAKES, Phase
@@ -76,7 +76,7 @@ def test_what_is_taken_is_offered_sent_and_ended_under_numbers_that_follow_the_t
     assert pair.server.takes == {}
     pair.server.sent(attempts[0], pair.now)
     ends = pair.actions(encode_frame(Frame(Kind.FETCH, 3, ends=(attempts[0].number << 1 | 1,))))
-    assert ends == [End(attempts[0])]
+    assert ends == [attempts[0]]
 
 
 def test_what_may_be_picked_depends_on_what_is_taken_already() -> None:

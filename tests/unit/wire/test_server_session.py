@@ -18,7 +18,7 @@ from tests.unit.wire.session_rig import (
     ref,
     text_of,
 )
-from ucxx_transport.wire.actions import Action, End, Reply, Serve, Settle, Take
+from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve, Settle, Take
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import FLAG_PACKED, Frame, Kind, Status, Window
 from ucxx_transport.wire.handshake import token_mac
@@ -118,7 +118,7 @@ def test_two_frames_in_a_row_never_reach_a_payload_without_the_handshake() -> No
             pair.actions(encode_frame(first._replace(sequence=1)))
             actions = pair.actions(encode_frame(second._replace(sequence=2)))
             with row(first=first, second=second):
-                assert not any(isinstance(action, Serve | Settle | Take | End) for action in actions)
+                assert not any(isinstance(action, Serve | Settle | Take | Attempt) for action in actions)
 
 
 def test_no_end_comes_before_the_first_payload() -> None:
@@ -229,13 +229,13 @@ def test_an_attempt_is_over_when_it_has_ended_and_its_message_has_left_in_any_or
     assert not pair.server.sent(attempt, pair.now)
     pair.client.verify(number, payload(ref()))
     pair.client.end(number, delivered=delivered)
-    assert pair.actions(pair.client.ends_frame()) == [End(attempt)]
+    assert pair.actions(pair.client.ends_frame()) == [attempt]
     assert (attempt.delivered, attempt.sent_s) == (delivered, pair.now)
     assert pair.server.leaving == {}
     [number], [attempt] = pair.fetch(ref())
     pair.client.verify(number, payload(ref()))
     pair.client.end(number, delivered=delivered)
-    assert pair.actions(pair.client.ends_frame()) == [End(attempt)]
+    assert pair.actions(pair.client.ends_frame()) == [attempt]
     assert (attempt.delivered, attempt.sent_s) == (delivered, None)
     assert list(pair.server.leaving) == [number]
     assert pair.server.sent(attempt, pair.now)
@@ -255,8 +255,8 @@ def test_ends_are_done_before_what_their_frame_asks_for() -> None:
         attempts = pair.deliver(ref(0), ref(1))
         first, second, third = pair.actions(frame(pair))
         with row(number=number):
-            assert [first, second] == [End(attempt) for attempt in attempts]
-            assert not isinstance(third, End)
+            assert [first, second] == attempts
+            assert not isinstance(third, Attempt)
 
 
 def test_an_end_of_what_is_not_in_flight_closes_and_the_ends_before_it_count() -> None:
@@ -266,7 +266,7 @@ def test_an_end_of_what_is_not_in_flight_closes_and_the_ends_before_it_count() -
         frame = Frame(Kind.FETCH, 3, RING_ID, names=((1, 0, 1, 50, 0),), ends=(number << 1 | 1, word))
         with row(word=word):
             first, last = pair.actions(encode_frame(frame))
-            assert first == End(attempt)
+            assert first == attempt
             assert isinstance(last, Reply)
             assert pair.server.phase is Phase.CLOSING
             assert pair.server.in_flight == {}, "what it names is not served"
