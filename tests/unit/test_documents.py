@@ -32,6 +32,7 @@ ARGUMENTS = {"drain_s", "max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
 OTHERS = {
     "`ring.c cannot be compiled. Tried: …`": "native/build.py",
     "`this machine refuses what the command needs`": "cli/program.py",
+    "`assignment destination is read-only`": "client/payload.py",
 }
 """Headings of messages that are no errors of the package's own, and where those stand."""
 NOT_RUN = {"sh", "text", "toml", "yaml", "mermaid"}
