@@ -312,13 +312,19 @@ class HeartbeatPublisher:
         A ConflictError: there is one, which may be about to end. A DuplicateSourceError: there is one for longer than
         a dead one's record could live.
         """
-        entry = self._store.get(source_key(self.worker_id))
+        key = source_key(self.worker_id)
+        entry = self._store.get(key)
+        now, ttl_s = self._clock(), self._config.ttl_s
+        if entry is not None:
+            with suppress(errors.ProtocolError):
+                found = SourceRecord.from_bytes(entry.value)
+                ttl_s = max(ttl_s, found.ttl_s)
+                if found.session == self._session:  # it was written, the answer lost
+                    self._store.delete(key, expected=entry.revision)
+                    entry = None
         if entry is None:
             self._rival = None
             return
-        now, ttl_s = self._clock(), self._config.ttl_s
-        with suppress(errors.ProtocolError):
-            ttl_s = max(ttl_s, SourceRecord.from_bytes(entry.value).ttl_s)
         if self._rival is None or self._rival[0] != entry.lease_id:
             self._rival = (entry.lease_id, now)
         if now - self._rival[1] > 2 * ttl_s + 1.0:

@@ -185,6 +185,27 @@ def test_a_ready_in_flight_at_a_stop_that_has_not_waited_is_withdrawn_all_the_sa
     assert source.serves == "released"
 
 
+def test_a_stop_that_the_store_hears_in_part_is_the_last_word_whatever_was_in_flight(
+    front: StoreInFront, history: History, source: FakeSource
+) -> None:
+    held = Held(lambda call: is_put_of(call, SourceStatus.READY))
+
+    def before(call: Call) -> None:
+        held(call)
+        if call.name == "revoke":
+            raise StoreUnavailableError("away")
+
+    front.before = before
+    publisher = HeartbeatPublisher(front, "w", source, IMPATIENT)
+    publisher.start()
+    held.wait_for_one()
+    publisher.stop()
+    held.release()
+    ended_thread()
+    assert front.calls[-1].name == "revoke"
+    assert history.look() == [(1, "starting"), (1, "ready"), (1, "stale")]
+
+
 @pytest.mark.parametrize("keeper", ["thread", "process"])
 def test_a_record_in_flight_does_not_outlive_the_stop(
     tmp_path: Path, source: FakeSource, keeper: Literal["thread", "process"]
@@ -259,6 +280,23 @@ def test_what_an_epoch_has_left_is_discarded_until_nothing_is_left(store: Store,
     source.old = 3
     with HeartbeatPublisher(store, "w", source, FAST):
         wait_until(lambda: source.old == 0, MINUTE, what="all of it is discarded")
+
+
+def test_a_record_of_its_own_whose_answer_was_lost_is_no_double(
+    front: StoreInFront, history: History, source: FakeSource
+) -> None:
+    def lose(call: Call) -> None:
+        if call.name == "revoke":
+            front.before = front.after = lambda _: None
+            raise StoreUnavailableError("away")
+        if is_put_of(call, SourceStatus.STARTING):
+            front.before, front.after = lose, lambda _: None
+            raise StoreUnavailableError("the answer was lost")
+
+    front.after = lose
+    with HeartbeatPublisher(front, "w", source, FAST) as publisher:
+        assert publisher.wait_published(MINUTE) == publisher.statistics().attempts == 2
+    assert history.look() == [(1, "starting"), "gone", (2, "starting"), (2, "ready"), (2, "stale"), "gone"]
 
 
 def test_another_worker_of_this_id_is_left_alone_and_waited_for(store: Store, source: FakeSource) -> None:
@@ -570,13 +608,18 @@ def test_a_stop_in_a_forked_child_is_not_its_parent_s(store: Store, source: Fake
         assert publisher.state is PublisherState.LIVE
 
 
-def test_a_sidecar_that_died_before_the_source_is_ready_is_replaced(tmp_path: Path, source: FakeSource) -> None:
+def test_a_sidecar_that_died_before_the_source_is_ready_is_replaced_once_and_causes_no_try(
+    tmp_path: Path, source: FakeSource
+) -> None:
     source.bind_error = DeadlineExceededError("the ring's lock")
-    slow = replace(FAST, interval_s=5.0, keeper="process", backoff_s=MINUTE, max_backoff_s=MINUTE)
+    hour = 60 * MINUTE
+    slow = replace(FAST, interval_s=5.0, keeper="process", publish_timeout_s=hour, backoff_s=hour, max_backoff_s=hour)
     with HeartbeatPublisher(f"local://{tmp_path}/store.db", "w", source, slow) as publisher:
         wait_until(lambda: publisher.statistics().keeper_keeps, MINUTE, what="its sidecar renews")
         assert publisher.state is PublisherState.STARTING
         (sidecar,) = sidecars_of(os.getpid())
         os.kill(sidecar, signal.SIGKILL)
-        wait_until(lambda: publisher.statistics().keeper_restarts == 1, MINUTE, what="it is missed")
+        wait_until(lambda: publisher.statistics().keeper_restarts, MINUTE, what="it is missed")
         wait_until(lambda: publisher.statistics().keeper_keeps, MINUTE, what="another renews")
+        counts = publisher.statistics()
+        assert (counts.keeper_restarts, counts.attempts) == (1, 1)
