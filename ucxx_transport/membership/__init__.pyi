@@ -1,8 +1,8 @@
+from ucxx_transport.membership.listeners import ReplicaMonitor as ReplicaMonitor
 from ucxx_transport.membership.publication import Publishable as Publishable
 from ucxx_transport.membership.publication import PublisherState as PublisherState
 from ucxx_transport.membership.publication import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
-from ucxx_transport.membership.replica_monitor import ReplicaMonitor as ReplicaMonitor
 from ucxx_transport.membership.sources import Offer as Offer
 from ucxx_transport.membership.sources import SourceRecord as SourceRecord
 from ucxx_transport.membership.sources import SourceStatus as SourceStatus

@@ -60,10 +60,7 @@ _REFUSALS: Final[Mapping[str | int, tuple[type[TransportError], str]]] = {
         StorePermissionError,
         "etcd knows no such user with this password: see to store.user and store.password",
     ),
-    "database space exceeded": (
-        StoreUnavailableError,
-        _NO_SPACE,
-    ),
+    "database space exceeded": (StoreUnavailableError, _NO_SPACE),
     "too many requests": (
         StoreUnavailableError,
         "etcd has more to write than its disk takes: faster disks, or fewer writers; it is asked again",

@@ -6,19 +6,21 @@
 | a queue is no longer empty | a daemon thread calls back, in order, one at a time, and ends when it is empty      |
 | a listener subscribes      | it is called for what is known, in the subscriber's thread, before it has returned  |
 | a callback raises          | logged and counted; the next one is called                                          |
-| a queue is full            | it is discarded; the listener then gets the difference between what it has heard and |
-|                            | what is known, so nothing that lasts is missed; logged and counted                  |
+| a queue is full            | what came and went meanwhile is left out of it, and each source's last news stay,   |
+|                            | so nothing that lasts is missed; logged and counted                                 |
 | a subscription is ended    | no further callback begins; one under way is not waited for                         |
+
+The replica monitor is one that calls back once for each replica's death, and when none is left.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
@@ -42,31 +44,14 @@ Callbacks = Mapping[str, Callable[..., object] | None]
 
 
 class _Subscription(Generic[T]):
-    """One listener: its callbacks, its news, and what it has heard. All but `callbacks` under the lock of the owner."""
+    """One listener: its callbacks, and its news. All but `callbacks` under the lock of the owner."""
 
-    def __init__(self, callbacks: Callbacks, news: Iterable[tuple[str, T]]) -> None:
-        self.callbacks = callbacks
-        self.follows_state = any(callbacks.get(kind) for kind in _STATE)
+    def __init__(self, callbacks: Callbacks, news: Iterable[tuple[str, T]], limit: int) -> None:
+        self.callbacks, self.limit = callbacks, limit
+        self.kinds = {kind for kind, callback in callbacks.items() if callback is not None}
+        self.kinds |= _STATE if self.kinds & _STATE else set()
         self.queue: deque[tuple[str, T]] = deque(news)
-        self.heard: dict[Hashable, T] = {}
         self.caller: int | None = None  # the thread that calls back
-        self.is_behind = self.is_ended = False
-
-    @property
-    def has_news(self) -> bool:
-        return not self.is_ended and bool(self.queue or self.is_behind)
-
-    def takes_too_much(self, kind: str, news: T, limit: int) -> bool:
-        """Queue news that concern this one; whether the queue was full, and is discarded."""
-        if not (self.follows_state and not self.is_behind if kind in _STATE else self.callbacks.get(kind)):
-            return False
-        is_full = len(self.queue) >= limit
-        if is_full:
-            self.queue.clear()
-            self.is_behind = self.follows_state
-        if not self.is_behind or kind not in _STATE:
-            self.queue.append((kind, news))
-        return is_full
 
 
 class Listeners(Generic[T]):
@@ -101,13 +86,12 @@ class Listeners(Generic[T]):
         """
         with self._lock:
             known = sorted(self._known.items(), key=lambda item: item[0])  # type: ignore[arg-type,return-value]  # names of one kind
-            subscription = _Subscription(callbacks, [(ADD, record) for _, record in known])
+            subscription = _Subscription(callbacks, [(ADD, record) for _, record in known], self._limit)
             subscription.caller = threading.get_ident()
             self._subscriptions += (subscription,)
 
         def end() -> None:
             with self._lock:
-                subscription.is_ended = True
                 subscription.queue.clear()
                 self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
                 self._lock.notify_all()
@@ -125,7 +109,7 @@ class Listeners(Generic[T]):
 
     def put(self, news: Iterable[tuple[str, T]]) -> None:
         """Give news to all listeners, who see them as one change: a new one is called for what is known after it."""
-        overflows = 0
+        overflows: list[int] = []
         with self._lock:
             for kind, record in news:
                 name, _ = self._identify(record) if kind in _STATE else (None, None)
@@ -133,11 +117,17 @@ class Listeners(Generic[T]):
                     self._known.pop(name, None)
                 elif kind in _STATE:
                     self._known[name] = record
-                overflows += sum(one.takes_too_much(kind, record, self._limit) for one in self._subscriptions)
-            idle = [one for one in self._subscriptions if one.caller is None and one.has_news]
-        for _ in range(overflows):
+                for one in self._subscriptions:
+                    if kind in one.kinds:
+                        if len(one.queue) >= one.limit:
+                            overflows.append(one.limit)
+                            one.queue = deque(self._shortened(one.queue))
+                            one.limit = max(self._limit, 2 * len(one.queue))
+                        one.queue.append((kind, record))
+            idle = [one for one in self._subscriptions if one.caller is None and one.queue]
+        for limit in overflows:
             self._count("overflows")
-            _log.warning("listener_behind", limit=self._limit, **self._keys)
+            _log.warning("listener_behind", limit=limit, **self._keys)
         for one in idle:
             self._start(one)
 
@@ -170,7 +160,7 @@ class Listeners(Generic[T]):
         """Wait until all news have been heard; bounded, and not at all inside a callback. Logs what is not back."""
         until_s = time.monotonic() + timeout_s
         with self._lock:
-            while busy := [one for one in self._subscriptions if one.caller is not None or one.has_news]:
+            while busy := [one for one in self._subscriptions if one.caller is not None or one.queue]:
                 left_s = until_s - time.monotonic()
                 if left_s <= 0 or self.is_calling_back():
                     break
@@ -183,7 +173,6 @@ class Listeners(Generic[T]):
         self.wait_idle(timeout_s)
         with self._lock:
             for one in self._subscriptions:
-                one.is_ended = True
                 one.queue.clear()
             self._subscriptions = ()
 
@@ -191,7 +180,7 @@ class Listeners(Generic[T]):
         """Begin to call back, unless it has begun."""
         thread = threading.Thread(target=self._run, args=(subscription,), name="ucxx-listener", daemon=True)
         with self._lock:
-            if subscription.caller is not None or not subscription.has_news:
+            if subscription.caller is not None or not subscription.queue:
                 return
             subscription.caller = 0  # until the thread has its identity
         try:
@@ -221,39 +210,132 @@ class Listeners(Generic[T]):
     def _step(self, subscription: _Subscription[T]) -> bool:
         """Call back once; False when there is nothing."""
         with self._lock:
-            if subscription.is_behind:
-                subscription.is_behind = False
-                subscription.queue.extendleft(reversed(self._difference(subscription.heard)))
             if not subscription.queue:
                 return False
             kind, record = subscription.queue.popleft()
-            name: Hashable = None
-            if kind in _STATE:
-                name, _ = self._identify(record)
-                if kind == REMOVE:
-                    subscription.heard.pop(name, None)
-                else:
-                    subscription.heard[name] = record
         if (callback := subscription.callbacks.get(kind)) is not None:
             try:
                 with self.calling_back():
                     callback(record)
             except Exception:  # noqa: BLE001 - a listener's failure is the application's: the feed goes on
                 self._count("errors")
+                name = self._identify(record)[0] if kind in _STATE else None
                 _log.exception("listener_failed", event_kind=kind, source=name, **self._keys)
         return True
 
-    def _difference(self, heard: Mapping[Hashable, T]) -> list[tuple[str, T]]:
-        """The news that lead from what was heard to what is known."""
-        news: list[tuple[str, T]] = []
-        for name, record in heard.items():
-            now = self._known.get(name)
-            if now is None or self._identify(now) != self._identify(record):
-                news.append((REMOVE, record))
-        for name, record in self._known.items():
-            before = heard.get(name)
-            if before is None or self._identify(before) != self._identify(record):
-                news.append((ADD, record))
-            elif before != record:
-                news.append((UPDATE, record))
-        return news
+    def _shortened(self, queue: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """News that end where these do: of each name a removal and an addition, or an update, at most."""
+        changes: dict[Hashable, tuple[T | None, T | None]] = {}  # what the listener has heard of, and what is there
+        for kind, record in queue:
+            if kind not in _STATE:
+                yield kind, record
+                continue
+            name, _ = self._identify(record)
+            heard, _ = changes.get(name, (None if kind == ADD else record, None))
+            changes[name] = (heard, None if kind == REMOVE else record)
+        for heard, known in changes.values():
+            is_same = heard is not None and known is not None and self._identify(heard) == self._identify(known)
+            if heard is not None and not is_same:
+                yield REMOVE, heard
+            if known is not None:
+                yield UPDATE if is_same else ADD, known
+
+
+class ReplicaFeed(Protocol):
+    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`; `Any` is a record of the one's kind."""
+
+    def subscribe(self, *, on_add: Callable[[Any], None], on_remove: Callable[[Any], None]) -> Callable[[], None]: ...
+
+
+class ReplicaMonitor:
+    """Calls back when a replica is gone, and when all are. Thread-safe.
+
+    A replica that was never there is never gone: before the first has registered nothing fires. One that registers
+    again is alive again, and its next death is another one.
+
+    The callbacks run one at a time, in order, under no lock. With a `feed` they run in a thread of their own, and a
+    slow one delays nobody else. Fed by hand they run in the thread that brings the news, or in that of another which is
+    just calling back; a name that dies again before its death was reported is reported once. An exception is logged and
+    goes no further.
+
+    Args:
+        on_dead: called with the name of each replica that is gone.
+        on_all_gone: called, after that, when none is left.
+        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
+            until `close`. None: `added` and `removed` are called by hand.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_dead: Callable[[Hashable], object] = lambda _: None,
+        on_all_gone: Callable[[], object] = lambda: None,
+        feed: ReplicaFeed | None = None,
+    ) -> None:
+        self._on_dead, self._on_all_gone = on_dead, on_all_gone
+        self._lock = threading.Lock()
+        self._alive: set[Hashable] = set()
+        self._due: OrderedDict[tuple[Hashable, ...], None] = OrderedDict()  # deaths as (name,), "all are gone" as ()
+        self._is_calling = False
+        self._unsubscribe: Callable[[], None] = lambda: None
+        if feed is not None:
+            self._unsubscribe = feed.subscribe(
+                on_add=lambda replica: self.added(_name_of(replica)),
+                on_remove=lambda replica: self.removed(_name_of(replica)),
+            )
+
+    @property
+    def alive(self) -> frozenset[Hashable]:
+        """The names of those that are there."""
+        with self._lock:
+            return frozenset(self._alive)
+
+    def added(self, name: Hashable) -> None:
+        """A replica has registered, or again."""
+        with self._lock:
+            self._alive.add(name)
+
+    def removed(self, name: Hashable) -> None:
+        """A replica is gone; one that is not there is none."""
+        with self._lock:
+            if name not in self._alive:
+                return
+            self._alive.remove(name)
+            self._due[name,] = None
+            if not self._alive:
+                self._due[()] = None
+                self._due.move_to_end(())  # after the deaths
+            if self._is_calling:
+                return  # the thread that is calling back sees to these too
+            self._is_calling = True
+        self._call_back()
+
+    def _call_back(self) -> None:
+        while True:
+            with self._lock:
+                if not self._due:
+                    self._is_calling = False
+                    return
+                due, _ = self._due.popitem(last=False)
+            try:
+                if due:
+                    self._on_dead(due[0])
+                elif not self.alive:  # else one has come back before this could be reported
+                    self._on_all_gone()
+            except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
+                _log.exception("replica_callback_failed")
+
+    def close(self) -> None:
+        """Follow the feed no longer. Idempotent."""
+        self._unsubscribe()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _name_of(replica: Any) -> Hashable:
+    name: Hashable = getattr(replica, "worker_id", None) or replica.rank
+    return name
