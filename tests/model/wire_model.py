@@ -15,7 +15,6 @@ from tests.model.plain_ring import Key, ModelLease, ModelRing, Name
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle, Take
-from ucxx_transport.wire.answers import Named
 from ucxx_transport.wire.client_side import (
     CONFIRM_RECEIVE_BYTES,
     DESCRIBE_RECEIVE_BYTES,
@@ -23,6 +22,7 @@ from ucxx_transport.wire.client_side import (
     ClientSession,
 )
 from ucxx_transport.wire.client_side import Phase as ClientPhase
+from ucxx_transport.wire.codec import Named
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     OfferedPayload,

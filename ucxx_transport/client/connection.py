@@ -24,9 +24,8 @@ from ucxx_transport.client.jobs import Attempt, Read, SharedMessage
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.requests import FRAMING_BYTES, OWN_WINDOW_BYTES, SHORTEST_BYTES, next_request, schema_in
 from ucxx_transport.errors import BusyError, PeerLostError, TransportError
-from ucxx_transport.wire.answers import seal_of
 from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES
-from ucxx_transport.wire.codec import clear_ends, clear_header, clear_trailer
+from ucxx_transport.wire.codec import clear_ends, clear_header, clear_trailer, seal_of
 from ucxx_transport.wire.frames import MAX_CHANNEL, TRAILER_BYTES
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.schema import Schema
     from ucxx_transport.wire.actions import Asked
-    from ucxx_transport.wire.answers import Named
+    from ucxx_transport.wire.codec import Named
 
 UNSETTLED_PER_RING: Final = 1024
 UNSETTLED_RINGS: Final = 256

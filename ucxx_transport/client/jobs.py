@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offered
-    from ucxx_transport.wire.answers import Named, Seal
     from ucxx_transport.wire.client_side import ClientSession
+    from ucxx_transport.wire.codec import Named, Seal
 
 Outcome = Payload | TransportError
 _OWN_CODE: Final = str(Path(__file__).parent)

@@ -16,7 +16,7 @@ from typing import Final, Protocol, TypeVar
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.schema import Schema
-from ucxx_transport.wire.answers import Named
+from ucxx_transport.wire.codec import Named
 from ucxx_transport.wire.frames import ERROR_TEXT_BYTES, HEADER_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES
 
 OWN_WINDOW_BYTES: Final = 2 << 20

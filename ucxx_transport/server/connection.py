@@ -32,7 +32,7 @@ from ucxx_transport.wire.frames import (
 from ucxx_transport.wire.server_side import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ucxx_transport.link.base import Endpoint, Message, Operation
     from ucxx_transport.link.reactor import Reactor
@@ -106,7 +106,7 @@ class Connection:
     """
 
     __slots__ = (
-        *("_arrived", "_copied_bytes", "_endpoint", "_is_full", "_late_frames", "_port", "_reactor", "_receives"),
+        *("_arrived", "_copied_bytes", "_endpoint", "_late_frames", "_port", "_reactor", "_receives"),
         *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
     )
 
@@ -121,7 +121,6 @@ class Connection:
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._turn = -1
         self._arrived = self._copied_bytes = self._late_frames = 0  # the first: frames that are not handled yet
-        self._is_full = False
 
     def open(self) -> None:
         """Begin to take frames."""
@@ -175,7 +174,7 @@ class Connection:
 
     def serve_next(self) -> None:
         """Handle the next frame, if it has arrived; unless it brings ends alone, the one behind it has a later turn."""
-        if self._is_full or self.is_closing or not self._arrived:
+        if self._copied_bytes >= MAX_COPIED_BYTES or self.is_closing or not self._arrived:
             return
         reactor, receives, session = self._reactor, self._receives, self.session
         _, message, frame = receives.popleft()
@@ -266,16 +265,9 @@ class Connection:
                 room[offset:end] = self.session.refused_part(attempt, status_of(error), error.message)
             offset = end
         slots.counters.add("packed", len(acquired))
-        send = self._endpoint.post_send(room[:offset], channel=serve.shared)
+        send = self._send_copied(room[:offset], serve.shared, partial(self._on_packed_sent, acquired, buffer))
         for attempt in acquired:
             attempt.send = send
-        on_sent = partial(self._on_packed_sent, acquired, buffer)
-        self._copied_bytes += offset
-        if send.completed:
-            on_sent(send)
-        else:
-            send.on_done = on_sent
-            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
         if operation.error is not None:
@@ -329,13 +321,17 @@ class Connection:
     def reply(self, reply: Reply) -> None:
         """Send an answer that is no payload."""
         self._count(reply.status)
-        send = self._endpoint.post_send(reply.message, channel=reply.channel)
+        self._send_copied(reply.message, reply.channel, self._on_replied)
+
+    def _send_copied(self, message: object, channel: int, on_sent: Callable[[Operation], None]) -> Operation:
+        """Send what is no slot's."""
+        send = self._endpoint.post_send(message, channel=channel)
         self._copied_bytes += send.nbytes
         if send.completed:
-            self._on_replied(send)
+            on_sent(send)
         else:
-            send.on_done = self._on_replied
-            self._is_full = self._copied_bytes >= MAX_COPIED_BYTES
+            send.on_done = on_sent
+        return send
 
     def _on_replied(self, operation: Operation) -> None:
         self.session.replied()
@@ -349,9 +345,9 @@ class Connection:
             self._slots.counters.add(counter)
 
     def _copy_left(self, operation: Operation) -> None:
+        was_full = self._copied_bytes >= MAX_COPIED_BYTES
         self._copied_bytes -= operation.nbytes
-        if self._is_full and self._copied_bytes < MAX_COPIED_BYTES:
-            self._is_full = False
+        if was_full and self._copied_bytes < MAX_COPIED_BYTES:
             self._defer()
 
     # --- The end ---

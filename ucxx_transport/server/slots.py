@@ -94,12 +94,12 @@ class Slots:
         slot, nbytes = attempt.slot, attempt.nbytes
         try:
             lease = self._ring.acquire_slot(slot, attempt.generation, reader=reader, again=self._spare)
-        except DeadlineExceededError:
-            self._locked_turn = self._reactor.turns
+        except TransportError as error:
+            self._note_lock(error)
             raise
         attempt.lease = lease
-        if lease.words[HOLD_NBYTES] != nbytes:
-            found = lease.words[HOLD_NBYTES]
+        found = lease.words[HOLD_NBYTES]
+        if found != nbytes:
             self.finish(attempt)
             raise ProtocolError(f"the payload has {found} bytes, the reference says {nbytes}")
         return self._answers.get((slot, nbytes)) or self.answer_of(attempt)
@@ -155,7 +155,7 @@ class Slots:
             self._kept.append(attempt)
             return
         try:
-            if attempt.delivered:
+            if attempt.delivered and not attempt.is_recorded:
                 lease.mark_consumed()
             else:
                 lease.release_reading()
@@ -185,8 +185,9 @@ class Slots:
         if lease is None or not attempt.delivered or not reader or self.is_locked:
             return
         try:
-            attempt.lease = _Recorded(self._ring.acquire_slot(attempt.slot, attempt.generation, reader=reader))
+            attempt.lease = self._ring.acquire_slot(attempt.slot, attempt.generation, reader=reader)
             lease.mark_consumed()
+            attempt.is_recorded = True
         except TransportError as error:
             attempt.lease = lease
             self._note_lock(error)
@@ -229,20 +230,6 @@ class Slots:
     def _note_lock(self, error: TransportError) -> None:
         if isinstance(error, DeadlineExceededError):
             self._locked_turn = self._reactor.turns
-
-
-class _Recorded:
-    """The hold of an attempt whose read is recorded: it keeps the slot until the message has left."""
-
-    __slots__ = ("_lease",)
-
-    def __init__(self, lease: ReadLease) -> None:
-        self._lease = lease
-
-    def mark_consumed(self) -> bool:
-        return self._lease.release_reading()
-
-    release_reading = mark_consumed
 
 
 def _is_over(attempt: Attempt) -> bool:

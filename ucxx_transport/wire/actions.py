@@ -93,9 +93,10 @@ class Attempt:
         since_s: when it was named. sent_s: when its message had left, None before.
         load: where it counts.
         delivered: how the client ended it, None before.
-        lease, send: the shell's.
+        lease, send, is_recorded: the shell's.
     """
 
+    is_recorded = False
     sent_s: float | None = None
     delivered: bool | None = None
     lease: Lease | None = None

@@ -22,18 +22,9 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.wire import frames
+from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Asked, Fetch, Offer, Offered
-from ucxx_transport.wire.answers import Named, Seal, body_of, error_of, refusal_in, seal_of
-from ucxx_transport.wire.codec import (
-    Message,
-    decode_offer,
-    encode_fetch,
-    encode_frame,
-    error_text,
-    pack_one_end,
-    pack_one_name,
-)
+from ucxx_transport.wire.codec import Message, Named, Seal, encode_fetch, pack_one_end, pack_one_name, seal_of
 from ucxx_transport.wire.frames import (
     END_MARK,
     HEADER_BYTES,
@@ -217,7 +208,7 @@ class ClientSession:
         header, trailer, end, whole = seal or seal_of(named)
         if message[:HEADER_BYTES] != header or message[end:whole] != trailer:
             self.broken = True
-            refusal = refusal_in(named, message)
+            refusal = codec.refusal_in(named, message)
             self.broken = False
         del self._awaited[channel]
         if shared:
@@ -281,11 +272,11 @@ class ClientSession:
         for number in numbers:
             del self._awaited[number & MAX_CHANNEL]
         if header.status is Status.EMPTY:
-            return Offer([], error_text(message, header))
+            return Offer([], codec.error_text(message, header))
         if header.status is not Status.OK:
-            raise error_of(header, message)
+            raise codec.error_of(header, message)
         self.broken = True
-        picked = decode_offer(body)
+        picked = codec.decode_offer(body)
         if (
             len(picked) > min(max_payloads, self.window.attempts - self._taken)
             or sum(payload.nbytes for payload in picked) > max_bytes
@@ -370,7 +361,7 @@ class ClientSession:
         self._sequence = sequence = self._sequence + 1
         self._awaited[attempt & MAX_CHANNEL] = (attempt, sequence, None, 0, False)
         ends = tuple(self._pass_ends(sequence))
-        return Asked(encode_frame(frame._replace(sequence=sequence, attempt=attempt, ends=ends)), attempt)
+        return Asked(codec.encode_frame(frame._replace(sequence=sequence, attempt=attempt, ends=ends)), attempt)
 
     def _pass_ends(self, sequence: int) -> list[int]:
         """The ends that wait; they go with this frame."""
@@ -383,7 +374,7 @@ class ClientSession:
     def _answer(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
         """Header and body of an answer that is no payload; what its frame and those before it said has been heard."""
         self.broken = True
-        header, body = body_of(message)
+        header, body = codec.body_of(message)
         self.broken = False
         sequence = self._awaited.pop(attempt & MAX_CHANNEL)[1]
         while self._unproved and self._unproved[0][0] <= sequence:
@@ -394,5 +385,5 @@ class ClientSession:
         """The same where only OK will do."""
         header, body = self._answer(attempt, message)
         if header.status is not Status.OK:
-            raise error_of(header, message)
+            raise codec.error_of(header, message)
         return header, body

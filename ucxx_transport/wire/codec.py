@@ -1,7 +1,8 @@
-"""Bytes to frames and back. Every word of a peer is range-checked as an unsigned number before it is used.
+"""Bytes to frames and back, and what an answer means: a payload as promised, a body, or the error of its status.
 
-Encoders return immutable bytes or write into memory the caller owns; decoders raise `ProtocolError` and nothing else.
-No allocation is sized by a word of a peer: the lengths in a frame are bounded by the buffer that it came in.
+Every word of a peer is range-checked as an unsigned number before it is used. Encoders return immutable bytes or write
+into memory the caller owns; decoders raise `ProtocolError` and nothing else. No allocation is sized by a word of a
+peer: the lengths in a frame are bounded by the buffer that it came in.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
+from ucxx_transport import errors
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire import frames
 from ucxx_transport.wire.frames import HEADER_BYTES, TRAILER_BYTES, VERSION, Frame, OfferedPayload, ReplyHeader, Status
 
 Message = bytes | bytearray | memoryview
+Seal: TypeAlias = tuple[bytes, bytes, int, int]
+"""Header and trailer of an answer, and from where to where the trailer lies."""
 
 _HEAD: Final = struct.Struct("<IHHQ16sHHIQQII32s")
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
@@ -25,6 +29,15 @@ _FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for c
 _ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(frames.MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
+_ERRORS: Final[dict[Status, tuple[type[errors.TransportError], str]]] = {
+    Status.STALE: (errors.StaleSlotError, "the slot no longer holds this payload"),
+    Status.NOT_READY: (errors.NotReadyError, "the source is not bound to its ring yet"),
+    Status.BUSY: (errors.BusyError, "the server is at a limit"),
+    Status.BAD_REQUEST: (ProtocolError, "the server refused the request"),
+    Status.UNAUTHORIZED: (errors.AuthenticationError, "the server refused this client"),
+    Status.INTERNAL: (errors.PeerLostError, "the server failed inside"),
+    Status.EMPTY: (ProtocolError, "the server answered EMPTY to what was no TAKE"),
+}
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _OK: Final = Status.OK
@@ -250,6 +263,81 @@ def check_trailer(buffer: Message, header: ReplyHeader) -> None:
     mark, nbytes = _TRAILER.unpack_from(buffer, end)
     if mark != frames.TRAILER_MAGIC ^ header.generation or nbytes != header.nbytes:
         raise ProtocolError("an answer was cut short: its trailer is missing", nbytes=header.nbytes)
+
+
+class Named(Protocol):
+    """What names a payload and promises how it looks; a `SlotRef` does."""
+
+    @property
+    def ring_id(self) -> bytes: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def checksum(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> int: ...
+
+
+def seal_of(named: Named) -> Seal:
+    """How the OK answer with this payload begins and ends; to be worked out while it is waited for.
+
+    An answer that has both is one that `refusal_in` has nothing against, found by two comparisons.
+    """
+    checksum, generation, nbytes = named.checksum, named.generation, named.nbytes
+    flags, end = 0 if checksum is None else frames.FLAG_CHECKSUM, HEADER_BYTES + ((nbytes + 7) & ~7)
+    header = pack_header(generation, nbytes, checksum or 0, named.ring_id, named.slot, flags, named.fingerprint)
+    return header, pack_trailer(frames.TRAILER_MAGIC ^ generation, nbytes), end, end + TRAILER_BYTES
+
+
+def refusal_in(named: Named, message: Message) -> errors.TransportError | None:
+    """Why `message` is not sealed as the payload it should bring.
+
+    Returns:
+        The error of a server that refuses it; None where it is that payload and only its checksum was not promised.
+
+    Raises:
+        ProtocolError: another name, another length, a missing trailer, or not our protocol.
+    """
+    header = decode_header(message)
+    if header.status is not _OK:
+        return error_of(header, message)
+    check_trailer(message, header)
+    if (header.ring_id, header.slot, header.generation) != (named.ring_id, named.slot, named.generation):
+        raise ProtocolError(
+            "the server sent another payload than was asked for",
+            asked=f"{named.slot}/{named.generation}",
+            got=f"{header.slot}/{header.generation}",
+        )
+    if (header.nbytes, header.fingerprint) != (named.nbytes, named.fingerprint):
+        raise ProtocolError(
+            "the payload is not what its reference promised",
+            promised_bytes=named.nbytes,
+            nbytes=header.nbytes,
+            promised_fingerprint=named.fingerprint,
+            fingerprint=header.fingerprint,
+        )
+    return None
+
+
+def body_of(message: Message) -> tuple[ReplyHeader, bytes]:
+    """Header and body of an answer that is no payload; no body after a status that is not OK. Raises ProtocolError."""
+    header = decode_header(message)
+    if header.status is not _OK:
+        return header, b""
+    check_trailer(message, header)
+    return header, bytes(message[HEADER_BYTES : HEADER_BYTES + header.nbytes])
+
+
+def error_of(header: ReplyHeader, message: Message) -> errors.TransportError:
+    """The error that a status stands for, with the server's words."""
+    cls, words = _ERRORS[header.status]
+    detail = error_text(message, header)
+    facts = {"slot": header.slot, "generation": header.generation} if header.generation else {}
+    return cls(f"{words}: {detail}" if detail else words, status=header.status.name, **facts)
 
 
 # --- Offers ----------------------------------------------------------------------------------------------------------

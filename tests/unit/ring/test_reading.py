@@ -20,7 +20,7 @@ from ucxx_transport.errors import BusyError, ChecksumError, ConfigError, SlotErr
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.schema import Schema, TensorSpec
 from ucxx_transport.wire import codec, frames
-from ucxx_transport.wire.answers import seal_of
+from ucxx_transport.wire.codec import seal_of
 
 
 def test_a_payload_is_read_in_place_and_freed_by_its_reader(ring: SharedRingBuffer) -> None:

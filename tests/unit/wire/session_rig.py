@@ -7,9 +7,8 @@ from typing import TypeVar
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Action, Asked, Attempt, Fetch, Reply, Serve
-from ucxx_transport.wire.answers import Named
 from ucxx_transport.wire.client_side import ClientSession
-from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text
+from ucxx_transport.wire.codec import Named, check_trailer, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     HEADER_BYTES,

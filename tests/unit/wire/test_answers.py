@@ -12,7 +12,6 @@ from tests.support.rows import row
 from tests.unit.wire.frame_strategies import ERROR_HEADERS, HEADERS, OFFERED, OK_HEADERS
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire.actions import Offered
-from ucxx_transport.wire.answers import seal_of
 from ucxx_transport.wire.codec import (
     check_trailer,
     clear_ends,
@@ -23,6 +22,7 @@ from ucxx_transport.wire.codec import (
     encode_offer,
     encode_reply,
     error_text,
+    seal_of,
 )
 from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
