@@ -11,26 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
+from ucxx_transport import units
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.settings import section, setting
-from ucxx_transport.units import (
-    Bytes,
-    Count,
-    Folder,
-    Name,
-    OptionalBytes,
-    OptionalCount,
-    OptionalHost,
-    OptionalName,
-    OptionalPortRange,
-    OptionalStoreURL,
-    OptionalText,
-    OptionalToken,
-    Ports,
-    Seconds,
-    UCXSettings,
-    parse_duration,
-)
 
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
@@ -60,7 +43,7 @@ def checked_seconds(value: float | str, field: str) -> float:
     if type(value) is float and 0.0 <= value < _LONGEST_S:
         return value
     try:
-        return parse_duration(value)
+        return units.parse_duration(value)
     except ValueError as exc:
         raise ConfigError(f"{field} = {value!r}: {exc}", field=field, value=value) from exc
 
@@ -80,28 +63,28 @@ class PayloadSchema(Protocol):
 class RingConfig:
     """How a `SharedRingBuffer` is made: exactly one of `schema` and `slot_bytes` says what a slot holds."""
 
-    slots: Count = setting("number of slots", default=64, ge=1, le=MAX_SLOTS)
+    slots: units.Count = setting("number of slots", default=64, ge=1, le=MAX_SLOTS)
     schema: PayloadSchema | None = setting("the fields of every payload (a Schema)", default=None, code_only=True)
-    slot_bytes: OptionalBytes = setting("largest raw payload of a slot", default=None, ge=1, le=1 << 46)
-    name: OptionalName = setting("name of the segment; unset makes a random one", default=None)
-    folder: Folder = setting(
+    slot_bytes: units.OptionalBytes = setting("largest raw payload of a slot", default=None, ge=1, le=1 << 46)
+    name: units.OptionalName = setting("name of the segment; unset makes a random one", default=None)
+    folder: units.Folder = setting(
         "where the segment is made; readers and `clean` look in the folder of their own setting",
         default="/dev/shm",  # noqa: S108 - POSIX shared memory, not a temporary file
     )
     on_full: Literal["overwrite", "block", "raise"] = setting(
         "with no free slot: drop the oldest unread payload, wait, or raise RingFullError", default="overwrite"
     )
-    readers: Count = setting("reads that free a payload", default=1, ge=1, le=MAX_READERS)
+    readers: units.Count = setting("reads that free a payload", default=1, ge=1, le=MAX_READERS)
     prefault: bool = setting("touch all pages at creation, so that the first lap is fast too", default=True)
     checksum: bool = setting("xxh3_64 of every payload, carried by its SlotRef", default=False)
-    envelope_bytes: Bytes = setting(
+    envelope_bytes: units.Bytes = setting(
         "room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
         default=1024,
         ge=0,
         le=1024,
     )
-    block_timeout_s: Seconds = setting("on_full='block': how long a write waits at most", default=30.0, gt=0)
-    lock_timeout_s: Seconds = setting("how long the header's lock is waited for at most", default=5.0, gt=0)
+    block_timeout_s: units.Seconds = setting("on_full='block': how long a write waits at most", default=30.0, gt=0)
+    lock_timeout_s: units.Seconds = setting("how long the header's lock is waited for at most", default=5.0, gt=0)
 
     def __post_init__(self) -> None:
         if (self.schema is None) == (self.slot_bytes is None):
@@ -117,9 +100,9 @@ class _OverUCX:
     """What servers and clients alike make of their settings."""
 
     __slots__ = ()
-    token: OptionalToken
-    ucx: UCXSettings
-    data_ports: OptionalPortRange
+    token: units.OptionalToken
+    ucx: units.UCXSettings
+    data_ports: units.OptionalPortRange
 
     @property
     def token_bytes(self) -> bytes | None:
@@ -137,33 +120,35 @@ class _OverUCX:
 class ServerConfig(_OverUCX):
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: OptionalHost = setting(
+    host: units.OptionalHost = setting(
         "address, name or interface of this machine to publish; unset finds one (RDMA first)", default=None
     )
-    publish_host: OptionalHost = setting(
+    publish_host: units.OptionalHost = setting(
         "published instead of host, as it is: what trainers connect to, in front of address translation", default=None
     )
-    ports: Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
-    base_port: OptionalCount = setting("first port to try; unset takes any free ones", default=None, ge=1, le=65535)
+    ports: units.Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
+    base_port: units.OptionalCount = setting(
+        "first port to try; unset takes any free ones", default=None, ge=1, le=65535
+    )
     mode: Literal["process", "thread"] = setting(
         "each port a supervised process, or a thread of this one", default="process"
     )
-    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
+    token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
-    spin_s: Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
-    first_frame_timeout_s: Seconds = setting("a new connection that sends nothing is closed", default=5.0, gt=0)
-    idle_timeout_s: Seconds = setting("a silent connection is closed", default=120.0, gt=0)
-    send_timeout_s: Seconds = setting("a payload that is not received by then is abandoned", default=60.0, gt=0)
-    ack_timeout_s: Seconds = setting("a payload not acknowledged goes back to its slot", default=10.0, gt=0)
-    max_connections: Count = setting("connections of one port", default=256, ge=1, le=65536)
-    port_attempts: Count = setting("ports tried from base_port on", default=64, ge=1, le=4096)
-    data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
-    start_timeout_s: Seconds = setting("bound on start()", default=30.0, gt=0)
-    stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)
-    stall_timeout_s: Seconds = setting(
+    spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
+    first_frame_timeout_s: units.Seconds = setting("a new connection that sends nothing is closed", default=5.0, gt=0)
+    idle_timeout_s: units.Seconds = setting("a silent connection is closed", default=120.0, gt=0)
+    send_timeout_s: units.Seconds = setting("a payload that is not received by then is abandoned", default=60.0, gt=0)
+    ack_timeout_s: units.Seconds = setting("a payload not acknowledged goes back to its slot", default=10.0, gt=0)
+    max_connections: units.Count = setting("connections of one port", default=256, ge=1, le=65536)
+    port_attempts: units.Count = setting("ports tried from base_port on", default=64, ge=1, le=4096)
+    data_ports: units.OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
+    start_timeout_s: units.Seconds = setting("bound on start()", default=30.0, gt=0)
+    stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
+    stall_timeout_s: units.Seconds = setting(
         "a port's process whose loop has not turned for so long is replaced", default=10.0, gt=0
     )
-    ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
+    ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     def __post_init__(self) -> None:
         _check_host("host", self.host)
@@ -209,41 +194,43 @@ class ClientConfig(_OverUCX):
     local: Literal["auto", "view", "copy", "off"] = setting(
         "a ring of this host: read in place, copied, or over UCX like any other ('off')", default="auto"
     )
-    token: OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
+    token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
-    spin_s: Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
-    deadline_s: Seconds = setting("bound on a read that names none", default=5.0, gt=0)
-    connect_timeout_s: Seconds = setting("bound on connecting to one port", default=1.0, gt=0)
-    port_quarantine_s: Seconds = setting("how long a port that failed is not used", default=30.0, ge=0)
-    read_attempts: Count = setting("calls made for one read, when retrying can help", default=2, ge=1, le=100)
-    pool_endpoint_max_age_s: Seconds = setting(
+    spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
+    deadline_s: units.Seconds = setting("bound on a read that names none", default=5.0, gt=0)
+    connect_timeout_s: units.Seconds = setting("bound on connecting to one port", default=1.0, gt=0)
+    port_quarantine_s: units.Seconds = setting("how long a port that failed is not used", default=30.0, ge=0)
+    read_attempts: units.Count = setting("calls made for one read, when retrying can help", default=2, ge=1, le=100)
+    pool_endpoint_max_age_s: units.Seconds = setting(
         "an idle connection is not used again; keep it below the server's idle_timeout_s", default=100.0, gt=0
     )
-    max_connections: OptionalCount = setting(
+    max_connections: units.OptionalCount = setting(
         "connections at a time; unset follows the limit of open files", default=None, ge=1, le=65536
     )
-    buffer_pool_bytes: Bytes = setting("receive buffers kept for reuse", default=1 << 30, ge=0)
-    max_payload_bytes: Bytes = setting("a SlotRef that promises more is refused", default=64 << 30, ge=1)
-    data_ports: OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
-    max_attached_rings: Count = setting("local rings kept mapped", default=256, ge=1, le=65536)
+    buffer_pool_bytes: units.Bytes = setting("receive buffers kept for reuse", default=1 << 30, ge=0)
+    max_payload_bytes: units.Bytes = setting("a SlotRef that promises more is refused", default=64 << 30, ge=1)
+    data_ports: units.OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
+    max_attached_rings: units.Count = setting("local rings kept mapped", default=256, ge=1, le=65536)
     verify_checksum: bool = setting("check the SlotRef's checksum when it has one", default=True)
-    ucx: UCXSettings = setting(_SETTINGS_OF_UCX, default={})
+    ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
 
 @section("store")
 class StoreConfig:
     """Where the store of membership is, and how it is reached."""
 
-    url: OptionalStoreURL = setting(
+    url: units.OptionalStoreURL = setting(
         "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
     )
-    namespace: Name = setting("keeps the jobs that share a store apart; the same for all of one job", default="default")
-    timeout_s: Seconds = setting("bound on one call", default=5.0, gt=0)
-    user: OptionalText = setting("etcd: the user's name", default=None)
-    password: OptionalToken = setting("etcd: the user's password", default=None)
-    ca_file: OptionalText = setting("etcd: certificates to trust; turns TLS on", default=None)
-    cert_file: OptionalText = setting("etcd: this client's certificate", default=None)
-    key_file: OptionalText = setting("etcd: the key of cert_file", default=None)
+    namespace: units.Name = setting(
+        "keeps the jobs that share a store apart; the same for all of one job", default="default"
+    )
+    timeout_s: units.Seconds = setting("bound on one call", default=5.0, gt=0)
+    user: units.OptionalText = setting("etcd: the user's name", default=None)
+    password: units.OptionalToken = setting("etcd: the user's password", default=None)
+    ca_file: units.OptionalText = setting("etcd: certificates to trust; turns TLS on", default=None)
+    cert_file: units.OptionalText = setting("etcd: this client's certificate", default=None)
+    key_file: units.OptionalText = setting("etcd: the key of cert_file", default=None)
 
     @property
     def password_text(self) -> str | None:
@@ -263,20 +250,20 @@ class StoreConfig:
 class PublisherConfig:
     """How a worker publishes itself, and how its lease is kept."""
 
-    interval_s: Seconds = setting("how often the lease is renewed; it lives three times this", default=2.0, gt=0)
-    publish_timeout_s: Seconds = setting(
+    interval_s: units.Seconds = setting("how often the lease is renewed; it lives three times this", default=2.0, gt=0)
+    publish_timeout_s: units.Seconds = setting(
         "how long a worker tries to publish itself before on_timeout", default=1800.0, gt=0
     )
     on_timeout: Literal["retry", "stop"] = setting(
         "then keep retrying, with errors in the log, or stop", default="retry"
     )
-    backoff_s: Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
-    max_backoff_s: Seconds = setting("longest pause between two tries", default=5.0, gt=0)
+    backoff_s: units.Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
+    max_backoff_s: units.Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(
         "who renews the lease: a process too, which no blocked interpreter starves, or a thread alone",
         default="process",
     )
-    stop_timeout_s: Seconds = setting("bound on stop()", default=5.0, gt=0)
+    stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
 
     @property
     def ttl_s(self) -> float:

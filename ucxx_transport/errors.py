@@ -25,6 +25,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class TransportError(Exception):
     """Root of every error this package raises on purpose.
@@ -56,6 +61,26 @@ class TransportError(Exception):
 
 def _rebuild(cls: type[TransportError], message: str, facts: dict[str, object]) -> TransportError:
     return cls(message, **facts)
+
+
+FOREIGN_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, ImportError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What numpy and the libraries of arrays and mappings raise when a value of theirs is not what it is taken for."""
+
+
+def article(name: str) -> str:
+    """A name with its article, for an error: "an episode record", "a slot reference", "a UCXXServer"."""
+    return f"an {name}" if name[:1] in "aeioAEIO" else f"a {name}"
+
+
+def nearest_remedy(name: str, choices: Iterable[str]) -> str:
+    """For the error of a name that is none of `choices`: a question for the nearest of them; "" where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name.lower(), sorted(choices), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 class ConfigError(TransportError, ValueError):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar, cast, dataclass_transform, get_type_hints
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, nearest_remedy
 from ucxx_transport.units import Parse, kind_of, parse_store_url, parse_token, parse_ucx_settings
 
 SectionT = TypeVar("SectionT")
@@ -223,11 +223,7 @@ def check_keywords(what: str, given: Iterable[str], known: type) -> None:
 
 def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
     """The error of a name that is none of `choices`: with the one that was meant, or all of them."""
-    from difflib import get_close_matches
-
-    ordered = sorted(choices)
-    near = get_close_matches(name.lower(), ordered, n=1)
-    remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ordered)}"
+    remedy = nearest_remedy(name, choices) or f"known: {', '.join(sorted(choices))}"
     return ConfigError(f"Unknown {what} {name!r}; {remedy}", field=name, **facts)
 
 

@@ -25,7 +25,7 @@ from enum import Enum
 from types import FrameType
 from typing import Final
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, article
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
@@ -58,7 +58,15 @@ def refuse_forked(pid: int, what: str) -> None:
     Its threads did not come along, and its locks may be held for ever: so this comes before any of them is taken.
     """
     if os.getpid() != pid:
-        raise ConfigError(f"a {what} cannot be used in a forked child; make one in the process that uses it", pid=pid)
+        raise ConfigError(
+            f"{article(what)} cannot be used in a forked child; make one in the process that uses it", pid=pid
+        )
+
+
+def not_in_forks(call: Callable[[], None]) -> Callable[[], None]:
+    """The same call, for an end: nothing in a forked child, where it would wait for a lock that is held for ever."""
+    pid = os.getpid()
+    return lambda: call() if os.getpid() == pid else None
 
 
 def dump_stacks() -> None:

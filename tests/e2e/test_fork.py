@@ -21,4 +21,6 @@ def test_forked_children_are_refused_all_they_inherited_and_their_exit_hurts_not
         "sources": ["w0"],
         "active": [0],
         "healthy": True,
+        "written": 1,
+        "alive": ["w0"],
     }

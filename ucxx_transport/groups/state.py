@@ -27,6 +27,7 @@ from ucxx_transport.groups.view import (
 from ucxx_transport.groups.writes import Retrying
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners
+from ucxx_transport.teardown import not_in_forks
 
 _log = get_logger(__name__)
 
@@ -190,6 +191,7 @@ class SharedState:
         """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""
         once = partial(callback)  # to be told from another registration of the same
 
+        @not_in_forks
         def end() -> None:
             with self._changed:
                 self._view_callbacks = tuple(other for other in self._view_callbacks if other is not once)

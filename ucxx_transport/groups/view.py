@@ -39,6 +39,7 @@ from typing import Final
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.keys import MAX_VALUE_BYTES, policy_key, rank_of, view_key
 from ucxx_transport.membership.store import Batch, Snapshot
+from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -47,11 +48,11 @@ from ucxx_transport.schema.wire_form import (
     pack_json,
     take_fields,
     unpack_json,
+    untrusted,
 )
 
 MAX_INCARNATION_CHARS: Final = 64
 MAX_ADDRESS_CHARS: Final = 1024
-MAX_META_BYTES: Final = 64 << 10
 MAX_POLICY_DIGITS: Final = 18
 
 
@@ -257,19 +258,14 @@ class MemberRecord:
     epoch: int
     ttl_s: float
     address: str = ""
-    meta: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
     revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         """Check what the caller chose; a ConfigError where `address` or `meta` cannot be stored."""
         if len(self.address) > MAX_ADDRESS_CHARS:
             raise ConfigError(f"address must be text of at most {MAX_ADDRESS_CHARS} characters", field="address")
-        try:
-            nbytes = len(pack_json(dict(self.meta)))
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(f"meta must be a mapping of plain JSON values: {exc}", field="meta") from exc
-        if nbytes > MAX_META_BYTES:
-            raise ConfigError(f"meta of {nbytes} bytes; at most {MAX_META_BYTES}", field="meta", nbytes=nbytes)
+        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     def having_applied(self, epoch: int) -> MemberRecord:
         """The record once its member has applied the view of `epoch`."""
@@ -286,18 +282,19 @@ class MemberRecord:
         form = _form(raw, "member record", _RECORD_KEYS)
         if rank not in {None, form["rank"]}:
             raise ProtocolError(f"the record of rank {describe(form['rank'])}", field="rank")
-        ttl_s, meta = form["ttl_s"], form["meta"]
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not isinstance(meta, dict):
-            raise ProtocolError("a member record without a TTL or meta", field="ttl_s")
-        return cls(
-            rank=_count(form, "rank"),
-            incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
-            epoch=_count(form, "epoch"),
-            ttl_s=float(ttl_s),
-            address=_text(form, "address", MAX_ADDRESS_CHARS),
-            meta=MappingProxyType(meta),
-            revision=revision,
-        )
+        ttl_s = form["ttl_s"]
+        if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float):
+            raise ProtocolError("a member record without a TTL", field="ttl_s")
+        with untrusted():
+            return cls(
+                rank=_count(form, "rank"),
+                incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
+                epoch=_count(form, "epoch"),
+                ttl_s=float(ttl_s),
+                address=_text(form, "address", MAX_ADDRESS_CHARS),
+                meta=form["meta"],  # type: ignore[arg-type]  # checked
+                revision=revision,
+            )
 
 
 def parse_policy_version(value: bytes) -> int:

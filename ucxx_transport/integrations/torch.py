@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, Unpack
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode
-
-if TYPE_CHECKING:
-    from ucxx_transport.config import ClientConfig
+from ucxx_transport.config import ClientConfig
+from ucxx_transport.settings import check_keywords, made_of
+from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings
 
 T = TypeVar("T")
 
@@ -39,23 +38,27 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         item_of: makes the dataset's item of an episode; the default gives its tensors.
         shared: whether copies of `references` share their items (a queue): then every worker takes what it gets. Else
             worker i of n takes every n-th, from the i-th.
-        **settings: as for `EpisodeStream`: `ahead`, `deadline_s`, `max_fetch_rounds`, `on_loss`; `device` is "cpu".
+        **settings: as for `EpisodeStream`: `ahead`, `deadline_s`, `max_fetch_rounds`, `on_loss` …; `device` is "cpu".
+
+    Raises:
+        ConfigError: a setting is unknown, or one of the client is wrong.
     """
 
     def __init__(
         self,
         references: Iterable[object],
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
         item_of: Callable[[StreamedEpisode], T] = arrays_of,
         shared: bool = False,
-        **settings: Any,
+        **settings: Unpack[StreamSettings],
     ) -> None:
+        check_keywords(f"setting of {type(self).__name__}", settings, StreamSettings)
         self._references = references
-        self._config = config
+        self._config = made_of(ClientConfig, config, "config")
         self._item_of = item_of
         self._shared = shared
-        self._settings: dict[str, Any] = {"device": "cpu", **settings}
+        self._settings: StreamSettings = {"device": "cpu", **settings}
 
     def __iter__(self) -> Iterator[T]:
         """Iterate; a client of its own each time."""

@@ -15,6 +15,7 @@ The replica monitor is one that calls back once for each replica's death, and wh
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -24,6 +25,7 @@ from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.teardown import not_in_forks, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -90,6 +92,7 @@ class Listeners(Generic[T]):
             subscription.caller = threading.get_ident()
             self._subscriptions += (subscription,)
 
+        @not_in_forks
         def end() -> None:
             with self._lock:
                 subscription.queue.clear()
@@ -273,7 +276,7 @@ class ReplicaMonitor:
         feed: ReplicaFeed | None = None,
     ) -> None:
         self._on_dead, self._on_all_gone = on_dead, on_all_gone
-        self._lock = threading.Lock()
+        self._pid, self._lock = os.getpid(), threading.Lock()
         self._alive: set[Hashable] = set()
         self._due: OrderedDict[tuple[Hashable, ...], None] = OrderedDict()  # deaths as (name,), "all are gone" as ()
         self._is_calling = False
@@ -287,16 +290,19 @@ class ReplicaMonitor:
     @property
     def alive(self) -> frozenset[Hashable]:
         """The names of those that are there."""
+        refuse_forked(self._pid, "ReplicaMonitor")
         with self._lock:
             return frozenset(self._alive)
 
     def added(self, name: Hashable) -> None:
         """A replica has registered, or again."""
+        refuse_forked(self._pid, "ReplicaMonitor")
         with self._lock:
             self._alive.add(name)
 
     def removed(self, name: Hashable) -> None:
         """A replica is gone; one that is not there is none."""
+        refuse_forked(self._pid, "ReplicaMonitor")
         with self._lock:
             if name not in self._alive:
                 return

@@ -179,6 +179,7 @@ class HeartbeatPublisher:
 
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
+        refuse_forked(self._pid, "HeartbeatPublisher")
         return replace(self._now, keeper_restarts=self._keeper.restarts, keeper_keeps=self._keeper.keeps)
 
     def __enter__(self) -> Self:

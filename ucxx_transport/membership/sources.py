@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from math import isfinite
-from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.store import Batch, Snapshot
+from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
-from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS
+from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,
     check_version,
@@ -40,12 +40,10 @@ from ucxx_transport.schema.wire_form import (
     unpack_json,
     untrusted,
 )
-from ucxx_transport.units import MAX_PORTS
 
 MAX_RECORD_BYTES: Final = 64 << 10
 
 _HEX: Final = set("0123456789abcdef")
-_NO_META: Final[Mapping[str, object]] = MappingProxyType({})
 
 
 class SourceStatus(Enum):
@@ -96,7 +94,7 @@ class SourceRecord(Offer):
     session: str
     status: SourceStatus
     ttl_s: float = 0.0
-    meta: Mapping[str, object] = field(default_factory=lambda: _NO_META)
+    meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -113,14 +111,13 @@ class SourceRecord(Offer):
             ("ring_name", is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)),
             ("host_id", is_plain_text(self.host_id, MAX_HOST_ID_CHARS)),
             ("host", self.host is None or is_plain_text(self.host, MAX_HOST_CHARS)),
-            ("ports", _are_ports(self.ports)),
+            ("ports", are_ports(self.ports)),
             ("ttl_s", type(self.ttl_s) is float and isfinite(self.ttl_s) and self.ttl_s >= 0),
-            ("meta", isinstance(self.meta, Mapping)),
         ):
             if not good:
                 raise ConfigError(f"a source's {name} cannot be {describe(getattr(self, name))}", field=name)
         object.__setattr__(self, "ports", tuple(self.ports))
-        object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     @property
     def life(self) -> tuple[int, str, bytes]:
@@ -150,12 +147,9 @@ class SourceRecord(Offer):
         """The record as JSON.
 
         Raises:
-            ConfigError: `meta` is not JSON, or the record is larger than 64 KiB.
+            ConfigError: the record is larger than 64 KiB.
         """
-        try:
-            raw = pack_json(self.to_dict())
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(f"meta must be JSON: {exc}", field="meta") from exc
+        raw = pack_json(self.to_dict())
         if len(raw) > MAX_RECORD_BYTES:
             raise ConfigError(f"a source's record takes {len(raw)} bytes; at most {MAX_RECORD_BYTES}", field="meta")
         return raw
@@ -184,14 +178,6 @@ _KEYS: Final = tuple(spec.name for spec in fields(SourceRecord))
 
 def _is_hex(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) == 32 and set(value) <= _HEX
-
-
-def _are_ports(ports: object) -> bool:
-    return (
-        isinstance(ports, (tuple, list))
-        and len(ports) <= MAX_PORTS
-        and all(is_unsigned(port, 16) and port > 0 for port in ports)
-    )
 
 
 class SourceChange(NamedTuple):

@@ -15,7 +15,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from ucxx_transport.config import StoreConfig
@@ -48,23 +48,30 @@ def open_store(url: str | None = None, config: StoreConfig | None = None) -> Sto
     if named is None:
         text = "no store is named: give its URL, or set store.url (UCXX_TRANSPORT_STORE__URL), such as etcd://host:2379"
         raise ConfigError(text, field="url")
-    scheme, found, rest = named.partition("://") if isinstance(named, str) else ("", "", "")
-    if not isinstance(named, str) or not found or "@" in scheme:
-        raise _wrong(named, "has no scheme")
-    if scheme == "local":
-        path = _path(named, rest) if rest else None
-        try:
-            from ucxx_transport.membership.local_store import LocalStore
-        except ImportError as error:
-            if "sqlite3" not in str(error):
-                raise
-            raise ConfigError(NO_SQLITE, python=sys.executable, reason=str(error)) from error
-        return LocalStore(path, config)
-    if scheme not in {"etcd", "etcds"}:
-        raise _wrong(named, f"has the unknown scheme {scheme!r}")
-    from ucxx_transport.membership.etcd_store import EtcdStore
+    scheme, place = parse_store_url(named)
+    if scheme != "local":
+        from ucxx_transport.membership.etcd_store import EtcdStore
 
-    return EtcdStore(_endpoints(named, rest), config, tls=scheme == "etcds")
+        return EtcdStore(place, config, tls=scheme == "etcds")
+    try:
+        from ucxx_transport.membership.local_store import LocalStore
+    except ImportError as error:
+        if "sqlite3" not in str(error):
+            raise
+        raise ConfigError(NO_SQLITE, python=sys.executable, reason=str(error)) from error
+    return LocalStore(place, config)
+
+
+def parse_store_url(url: object) -> tuple[str, Any]:
+    """The scheme, and a path (None: this user's own) or endpoints; a ConfigError where the URL cannot be a store's."""
+    scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    if not isinstance(url, str) or not found or "@" in scheme:
+        raise _wrong(url, "has no scheme")
+    if scheme == "local":
+        return scheme, _path(url, rest) if rest else None
+    if scheme not in {"etcd", "etcds"}:
+        raise _wrong(url, f"has the unknown scheme {scheme!r}")
+    return scheme, _endpoints(url, rest)
 
 
 def _endpoints(url: str, rest: str) -> tuple[str, ...]:

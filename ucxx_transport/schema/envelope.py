@@ -63,13 +63,13 @@ def meta_of(envelope: Mapping[str, object] | None) -> Mapping[str, object]:
     return meta
 
 
-def checked_meta(meta: object) -> tuple[Mapping[str, object], bytes]:
+def checked_meta(meta: object, field: str = "meta") -> tuple[Mapping[str, object], bytes]:
     """A read-only copy of `meta`, and its msgpack form; a ConfigError: no mapping, not plain, or too large."""
     if not isinstance(meta, (dict, Mapping)):  # a dict first: an ABC's look takes longer
-        refuse("meta", meta, "a mapping")
+        refuse(field, meta, "a mapping")
     if not meta:
         return NO_META, b""
-    copy: dict[str, object] = plain(meta)
+    copy: dict[str, object] = plain(meta, path=field)
     try:
         packed = pack(copy)
     except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
@@ -115,8 +115,8 @@ def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
         return [plain(item, depth + 1, path) for item in value]
     if isinstance(value, float) and not isfinite(value):
         raise ConfigError(
-            f"{path} must be a finite number, not {value} (JSON has no others): give None, or have the writer give it "
-            "by nonfinite_meta='none'",
+            f"{path} must be a finite number, not {value} (JSON has no others): give None, as a TrajectoryWriter does "
+            "in the meta of an episode by nonfinite_meta='none'",
             field="meta",
         )
     if not isinstance(value, (int, float, str)):

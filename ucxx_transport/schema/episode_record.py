@@ -12,27 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
+from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.envelope import MARK, checked_meta
 from ucxx_transport.schema.slot_ref import MAX_SLOT_REF_BYTES, SlotRef
-from ucxx_transport.schema.wire_form import (
-    WIRE_VERSION,
-    check_version,
-    describe,
-    draft_of,
-    is_plain_text,
-    is_unsigned,
-    pack,
-    refuse,
-    take_fields,
-    unpack,
-    untrusted,
-    whole,
-)
+from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, is_plain_text, is_unsigned, pack, refuse, whole
 
 MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
@@ -76,7 +63,7 @@ class RewardSummary(NamedTuple):
                 return summary
         except (KeyError, TypeError, IndexError):
             pass
-        form = take_fields(data, "reward summary", required=_REWARDS)
+        form = wire_form.take_fields(data, "reward summary", required=_REWARDS)
         if all(type(form[name]) in (int, float) and abs(form[name]) <= _MAX_DOUBLE for name in _REWARDS):
             return cls(*(float(form[name]) for name in _REWARDS))  # in many languages 6.0 is written as 6
         raise ProtocolError("rewards must be finite floats", field="rewards")
@@ -171,7 +158,7 @@ class EpisodeRecord:
         except (KeyError, TypeError, IndexError):
             values = None
         if values is None:
-            values = _values_of(take_fields(data, "episode record", required=_KEYS))
+            values = _values_of(wire_form.take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
         if type(mark) is float:
             mark, sequence, steps, version = map(whole, (mark, sequence, steps, version))
@@ -199,12 +186,12 @@ class EpisodeRecord:
             made: EpisodeRecord = record
             return made
         values = (worker_id, sequence, ref, dropped, steps, rewards, version)
-        with untrusted():  # takes it, or names what is wrong
+        with wire_form.untrusted():  # takes it, or names what is wrong
             return cls(**dict(zip(cls.__slots__, values, strict=True)))
 
 
 # Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
-_Draft: Any = draft_of(EpisodeRecord)
+_Draft: Any = wire_form.draft_of(EpisodeRecord)
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_KEYS)
 
 
@@ -270,7 +257,7 @@ def reader_of(value: object) -> Callable[[Any], Reference] | None:
         carried = value.get(name) if isinstance(value, (dict, Mapping)) else getattr(value, name, None)
         reader = _reader_of(carried)
         if reader is not None:
-            return partial(_carried, reader, carried)
+            return lambda _: reader(carried)
     return None
 
 
@@ -283,10 +270,7 @@ def slot_ref_of(value: object) -> SlotRef:
     """
     reader = reader_of(value)
     if reader is None:
-        raise ConfigError(
-            f"ref must be a SlotRef or an episode record, as an object, its to_dict() or JSON, not {describe(value)}",
-            field="ref",
-        )
+        refuse("ref", value, "a SlotRef or an episode record, as an object, its to_dict() or JSON")
     found = reader(value)
     if isinstance(found, SlotRef):
         return found
@@ -304,12 +288,12 @@ def listed(refs: Any) -> list[Any]:
     """References as a list; a ConfigError where a single one is given, or no iterable."""
     if isinstance(refs, Iterable) and not isinstance(refs, (str, bytes, bytearray, Mapping)):
         return [*refs]
-    raise ConfigError(f"refs must be a list of references, not {describe(refs)}; give [ref]", field="refs")
+    raise ConfigError(f"refs must be a list of references, not {wire_form.describe(refs)}; give [ref]", field="refs")
 
 
 def _reader_of(value: object) -> Callable[[Any], Reference] | None:
     if isinstance(value, (EpisodeRecord, SlotRef)):
-        return _itself
+        return lambda itself: itself
     if isinstance(value, (dict, Mapping)):  # a dict first: an ABC's look takes longer
         if MARK in value:
             return EpisodeRecord.from_dict
@@ -335,28 +319,22 @@ def _text_reader_of(text: str) -> Callable[[Any], Reference] | None:
     except (ValueError, RecursionError):
         return None
     reader = _reader_of(form)
-    return None if reader is None else partial(_carried, reader, form)
-
-
-def _itself(value: Reference) -> Reference:
-    return value
-
-
-def _carried(reader: Callable[[Any], Reference], carried: object, _value: object) -> Reference:
-    return reader(carried)
+    return None if reader is None else lambda _: reader(form)
 
 
 def _packed_record(raw: bytes | bytearray) -> EpisodeRecord:
-    return EpisodeRecord.from_dict(unpack(raw, "episode record", max_bytes=MAX_SLOT_REF_BYTES))
+    return EpisodeRecord.from_dict(wire_form.unpack(raw, "episode record", max_bytes=MAX_SLOT_REF_BYTES))
 
 
 def _refuse_text(text: str) -> Reference:
     raise ProtocolError(
-        f"{describe(text)} is Python's text for a record, which cannot be read back; send the dict itself, or "
-        "json.dumps(record)",
+        f"{wire_form.describe(text)} is Python's text for a record, which cannot be read back; send the dict itself, "
+        "or json.dumps(record)",
         field="episode record",
     )
 
 
 def _refuse_list(values: Sequence[object]) -> Reference:
-    raise ProtocolError(f"{describe(values)} records is not one; give each of them by itself", field="episode record")
+    raise ProtocolError(
+        f"{wire_form.describe(values)} records is not one; give each of them by itself", field="episode record"
+    )

@@ -7,40 +7,24 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import xxhash
 
-from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.errors import ConfigError, ProtocolError, nearest_remedy
+from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.tensors import (
-    LENGTH_BYTES,
-    Array,
-    Placement,
-    as_array,
-    byte_view,
-    fit,
-    make_placer,
-    view_fields,
-)
+from ucxx_transport.schema.tensors import Array, Placement, as_array, byte_view, fit, make_placer, view_fields
 from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
-from ucxx_transport.schema.wire_form import (
-    WIRE_VERSION,
-    check_version,
-    describe,
-    is_unsigned,
-    misfit,
-    pack,
-    take_fields,
-    unpack,
-    untrusted,
-)
+from ucxx_transport.schema.wire_form import describe, is_unsigned, misfit, refuse, untrusted
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ucxx_transport.schema.tensors import Memory
+
+Lengths: TypeAlias = Literal["equal", "any"]
 
 MAX_FIELDS = 4096
 MAX_SCHEMA_BYTES = 1 << 20
@@ -57,6 +41,9 @@ class Schema:
         nbytes: of a payload at full size: what a slot must hold.
         offsets: each field's first byte in a payload at full size.
         varlen: names of the fields whose leading dimension varies, in payload order.
+        lengths: what is written by this schema: "equal", varlen fields of one maximum have as many rows as each other,
+            or none; "any". It is the writer's own: equality, fingerprint and `to_dict` are without it, and a reader's
+            schema has "any".
         fingerprint: 64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0.
         gather: `gather(tree)` gives the leaves of a tree in field order, whatever they are; a ConfigError names fields
             that are missing or unknown.
@@ -72,15 +59,16 @@ class Schema:
     """
 
     __slots__ = (
-        *("_by_name", "_full", "_place", "_varlen", "_varlen_maxima"),
-        *("fields", "fingerprint", "gather", "nbytes", "nest", "offsets", "varlen"),
+        *("_alike", "_by_name", "_full", "_place", "_varlen", "_varlen_maxima"),
+        *("fields", "fingerprint", "gather", "lengths", "nbytes", "nest", "offsets", "varlen"),
     )
 
-    def __init__(self, fields: Iterable[TensorSpec]) -> None:
+    def __init__(self, fields: Iterable[TensorSpec], lengths: Lengths = "any") -> None:
         """Lay out the fields in the order given.
 
         Args:
             fields: 1 to 4096 of them, with names that make one tree.
+            lengths: "equal" or "any"; see the attribute.
 
         Raises:
             ConfigError: no field or too many, names that collide or leave gaps in a list, more than 2**48 bytes of
@@ -100,7 +88,14 @@ class Schema:
         self._place = make_placer(self.fields)
         self._full = self._place(self._varlen_maxima)
         self.nbytes = self._full.nbytes
-        self.varlen = tuple(field.name for field in self.fields if field.varlen)
+        self.varlen = tuple(self.fields[index].name for index in self._varlen)
+        if lengths not in ("equal", "any"):
+            refuse("lengths", lengths, "'equal' or 'any'")
+        self.lengths: Lengths = lengths
+        by_maximum: dict[int, list[int]] = {}
+        for position, maximum in enumerate(self._varlen_maxima):
+            by_maximum.setdefault(maximum, []).append(position)
+        self._alike = [alike for alike in by_maximum.values() if lengths == "equal" and len(alike) > 1]
         self.offsets: Mapping[str, int] = MappingProxyType(dict(zip(self._by_name, self._full.offsets, strict=True)))
         if self.nbytes > MAX_PAYLOAD_BYTES:
             raise ConfigError(f"a payload of {self.nbytes} bytes; at most {MAX_PAYLOAD_BYTES}", field="fields")
@@ -134,10 +129,15 @@ class Schema:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuilt from its fields: the caches stay behind."""
-        return (Schema, (self.fields,))
+        return (Schema, (self.fields, self.lengths))
 
     @classmethod
-    def from_example(cls, tree: Mapping[str, object], varlen: Iterable[str] | Mapping[str, int] | int = ()) -> Schema:
+    def from_example(
+        cls,
+        tree: Mapping[str, object],
+        varlen: Iterable[str] | Mapping[str, int | None] | int = (),
+        lengths: Lengths = "equal",
+    ) -> Schema:
         """The schema that `tree` fits.
 
         Args:
@@ -145,42 +145,48 @@ class Schema:
                 complex128.
             varlen: names of the fields whose leading dimension varies, either with their maximum lengths, or without:
                 then the example has the maximum. One number is the maximum of every field with a leading dimension.
+            lengths: "equal": of these fields, those of one maximum, or without, have as many rows as each other, or
+                none, in every payload; "any": as many as they like.
 
         Raises:
-            ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds.
+            ConfigError: an array cannot be a payload, `varlen` names no field, or a maximum that the example exceeds,
+                or `lengths` does not hold for it.
         """
-        if isinstance(varlen, str):
-            raise ConfigError("varlen is a list of names, or a mapping of names to maximum lengths", field="varlen")
+        maxima = checked_varlen(varlen)
         leaves = flatten(tree)
-        if isinstance(varlen, int):
-            varlen = {name: varlen for name, leaf in leaves.items() if as_array(leaf, name).ndim}
-        maxima = dict(varlen) if isinstance(varlen, Mapping) else dict.fromkeys(varlen)
+        if isinstance(maxima, int):
+            maxima = {name: maxima for name, leaf in leaves.items() if as_array(leaf, name).ndim}
         for name in maxima:
             if name not in leaves:
+                remedy = "give it 0 rows there, such as np.zeros((0, 1176), 'float32'), or name the fields by schema="
                 raise ConfigError(
-                    f"varlen names {describe(name)}, which the example lacks: give it 0 rows there, such as "
-                    "np.zeros((0, 1176), 'float32'), or name the fields by schema=",
+                    f"varlen names {describe(name)}, which the example lacks; {nearest_remedy(name, leaves) or remedy}",
                     field=describe(name),
                 )
         specs = []
+        rows: dict[int | None, dict[str, int]] = {}
         for name, leaf in leaves.items():
             array = as_array(leaf, name)
             spec = TensorSpec(name, array.shape, array.dtype)
             if name in maxima:
                 maximum = maxima[name]
-                rows = spec.shape[:1] if maximum is None else (maximum,)
-                spec = replace(spec, shape=(*rows, *spec.shape[1:]), varlen=True)
-            fit(array, spec)
+                most = spec.shape[:1] if maximum is None else (maximum,)
+                spec = replace(spec, shape=(*most, *spec.shape[1:]), varlen=True)
+            array = fit(array, spec)
+            if spec.varlen:
+                rows.setdefault(maxima[name], {})[name] = array.shape[0]
             specs.append(spec)
-        return cls(specs)
+        for alike in rows.values() if lengths == "equal" else ():
+            _check_equal(alike)
+        return cls(specs, lengths)
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""
-        return {"version": WIRE_VERSION, "fields": [field.to_dict() for field in self.fields]}
+        return {"version": wire_form.WIRE_VERSION, "fields": [field.to_dict() for field in self.fields]}
 
     def to_bytes(self) -> bytes:
         """`to_dict` in msgpack: what the segment holds and what the fingerprint is taken of."""
-        return pack(self.to_dict())
+        return wire_form.pack(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: object) -> Schema:
@@ -189,8 +195,8 @@ class Schema:
         Raises:
             ProtocolError: the form is malformed or of another version; the message names the field.
         """
-        form = take_fields(data, "schema", required=("version", "fields"))
-        check_version(form["version"], "schema")
+        form = wire_form.take_fields(data, "schema", required=("version", "fields"))
+        wire_form.check_version(form["version"], "schema")
         fields = form["fields"]
         if not isinstance(fields, (list, tuple)) or not 1 <= len(fields) <= MAX_FIELDS:
             raise ProtocolError(
@@ -206,7 +212,7 @@ class Schema:
         Raises:
             ProtocolError: the form is malformed, over 1 MiB or of another version; the message names the field.
         """
-        return cls.from_dict(unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
+        return cls.from_dict(wire_form.unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
 
     def layout(self, lengths: Mapping[str, int] | None = None) -> Placement:
         """Where the fields lie in a payload of these lengths.
@@ -242,7 +248,11 @@ class Schema:
                 arrays[index] = fit(array, field)
         if not self._varlen:
             return arrays, self._full
-        return arrays, self._place(tuple(arrays[index].shape[0] for index in self._varlen))
+        lengths = tuple(arrays[index].shape[0] for index in self._varlen)
+        if self._alike and len({0, *lengths}) > 2:
+            for alike in self._alike:
+                _check_equal({self.varlen[position]: lengths[position] for position in alike})
+        return arrays, self._place(lengths)
 
     def views(self, buffer: Memory, *, writable: bool = False) -> ArrayTree:
         """The arrays of a payload, without a copy: they share and keep alive the memory of `buffer`.
@@ -267,10 +277,11 @@ class Schema:
         placement = self._full
         if self._varlen:
             count = len(self._varlen)
-            if len(memory) < count * LENGTH_BYTES:
+            try:
+                lengths = struct.unpack_from(f"<{count}Q", memory)
+            except struct.error as exc:
                 text = f"a payload of {len(memory)} bytes ends within its table of {count} lengths"
-                raise ProtocolError(text, nbytes=len(memory))
-            lengths = struct.unpack_from(f"<{count}Q", memory)
+                raise ProtocolError(text, nbytes=len(memory)) from exc
             if any(map(operator.gt, lengths, self._varlen_maxima)):
                 claims = zip(self.varlen, lengths, self._varlen_maxima, strict=True)
                 name, length, most = next(claim for claim in claims if claim[1] > claim[2])
@@ -280,3 +291,28 @@ class Schema:
             given, needed = len(memory), placement.nbytes
             raise ProtocolError(f"a payload of {given} bytes is shorter than its {needed}", nbytes=given)
         return placement
+
+
+def checked_varlen(varlen: Any) -> dict[str, int | None] | int:
+    """`varlen` of `Schema.from_example`, names with their maxima or one maximum for all, or a ConfigError."""
+    given: list[tuple[Any, Any]] = [("", varlen)]
+    if isinstance(varlen, Mapping):
+        given = [*varlen.items()]
+    elif isinstance(varlen, Iterable) and not isinstance(varlen, (str, bytes)):
+        given = [(name, None) for name in varlen]
+    for name, most in given:
+        is_count = hasattr(most, "__index__") and not isinstance(most, bool) and most >= 1
+        if not isinstance(name, str) or not (is_count or (most is None and varlen is not None)):
+            shown = f"{{{describe(name)}: {describe(most)}}}" if isinstance(varlen, Mapping) else describe(varlen)
+            text = "varlen must be names of fields, or these with maxima from 1 on such as {'obs': 500}, or one maximum"
+            raise ConfigError(f"{text}, not {shown}", field="varlen")
+    return dict(given) if isinstance(varlen, Iterable) else operator.index(varlen)
+
+
+def _check_equal(rows: Mapping[str, int]) -> None:
+    """Refuse, by a ConfigError, fields that have neither as many rows as each other, nor none."""
+    (first, most), *others = [(name, count) for name, count in rows.items() if count] or [("", 0)]
+    for name, count in others:
+        if count != most:
+            text = f"{most} rows, but {name!r} has {count}: give both as many, or lengths='any' if they may differ"
+            raise misfit(first, f"{text} (an observation after the last step, say)")

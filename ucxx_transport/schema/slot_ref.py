@@ -13,20 +13,9 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.envelope import MAX_META_BYTES, NO_META, checked_meta, plain
-from ucxx_transport.schema.wire_form import (
-    WIRE_VERSION,
-    check_version,
-    describe,
-    draft_of,
-    is_plain_text,
-    is_unsigned,
-    pack,
-    refuse,
-    take_fields,
-    unpack,
-    whole,
-)
+from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, is_plain_text, is_unsigned, pack, refuse, whole
 from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
@@ -39,8 +28,10 @@ MAX_HOST_CHARS = 255
 MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
 
 
-def _is_port(port: object) -> bool:
-    return type(port) is int and 0 < port < 1 << 16
+def are_ports(ports: Any) -> bool:
+    """Whether these are ports, and no more than a server may have."""
+    is_list = isinstance(ports, (tuple, list)) and len(ports) <= MAX_PORTS
+    return is_list and all(is_unsigned(port, 16) and port for port in ports)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +86,9 @@ class SlotRef:
             refuse("host", self.host, f"1 to {MAX_HOST_CHARS} printable characters, or None")
         if self.checksum is not None and not is_unsigned(self.checksum, 64):
             refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
-        ports: object = self.ports
-        if not isinstance(ports, (tuple, list)) or len(ports) > MAX_PORTS or not all(map(_is_port, ports)):
-            refuse("ports", ports, f"at most {MAX_PORTS} numbers from 1 to 65535")
-        object.__setattr__(self, "ports", tuple(ports))
+        if not are_ports(self.ports):
+            refuse("ports", self.ports, f"at most {MAX_PORTS} numbers from 1 to 65535")
+        object.__setattr__(self, "ports", tuple(self.ports))
         if self.meta is not NO_META:
             object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
@@ -154,7 +144,7 @@ class SlotRef:
         except (KeyError, TypeError, IndexError):
             values = None
         if values is None:
-            values = _values_of(take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
+            values = _values_of(wire_form.take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
         if type(values[0]) is float:
             values = (*map(whole, values[:-1]), values[-1])
         return _rebuilt(values, digits=True)
@@ -166,12 +156,13 @@ class SlotRef:
         Raises:
             ProtocolError: the form is malformed, too long or of another version; the message names the field.
         """
-        values = unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
+        values = wire_form.unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
                 check_version(values[0], "slot reference")
             raise ProtocolError(
-                f"a slot reference must be an array of {_FIELDS}, not {describe(values)}", field="slot reference"
+                f"a slot reference must be an array of {_FIELDS}, not {wire_form.describe(values)}",
+                field="slot reference",
             )
         return _rebuilt(values)
 
@@ -182,7 +173,7 @@ class SlotRef:
 _REQUIRED: Final = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
 _DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": f"{0:016x}", "checksum": None, "meta": NO_META}
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REQUIRED, *_DEFAULTS)
-_Draft: Any = draft_of(SlotRef)
+_Draft: Any = wire_form.draft_of(SlotRef)
 _FIELDS: Final = 1 + len(SlotRef.__slots__)
 
 _MOST_TEMPLATES: Final = 1024

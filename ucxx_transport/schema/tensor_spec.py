@@ -34,12 +34,6 @@ MAX_FIELD_BYTES = 1 << 48
 
 DType: TypeAlias = np.dtype[Any]
 
-FOREIGN_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, BufferError, ImportError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
-)
-"""What numpy and the libraries of arrays and mappings raise when a value of theirs is not what it is taken for."""
-
 _BUILTIN = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", "longdouble", "complex64", "complex128", "clongdouble"),

@@ -37,16 +37,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.tensor_spec import (
-    DTYPES,
-    FOREIGN_ERRORS,
-    MAX_DIMENSIONS,
-    DType,
-    TensorSpec,
-    casts_exactly,
-    remedy_for,
-)
+from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError
+from ucxx_transport.schema.tensor_spec import DTYPES, MAX_DIMENSIONS, DType, TensorSpec, casts_exactly, remedy_for
 from ucxx_transport.schema.tree import is_number
 from ucxx_transport.schema.wire_form import describe, misfit
 
@@ -368,7 +360,7 @@ def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
             memory = memory.cast("B")
     except (TypeError, ValueError, BufferError) as exc:
         raise ConfigError(
-            f"a {type(buffer).__name__} is no contiguous buffer ({exc}); give a copy in C order", field="buffer"
+            f"{describe(buffer)} is no contiguous buffer ({exc}); give a copy in C order", field="buffer"
         ) from exc
     if not writable:
         return memory.toreadonly()

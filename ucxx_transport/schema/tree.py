@@ -20,8 +20,8 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from ucxx_transport.errors import ConfigError
-from ucxx_transport.schema.tensor_spec import FOREIGN_ERRORS, MAX_NAME_DEPTH, TensorSpec
+from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError, nearest_remedy
+from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH, TensorSpec
 from ucxx_transport.schema.wire_form import describe
 
 ArrayTree: TypeAlias = dict[str, Any]
@@ -81,8 +81,9 @@ class TreeShape:
         missing = [path for path in self.paths if path not in found]
         unknown = [path for path in found if path not in known]
         if missing or unknown:
-            words = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unknown: {_listed(unknown)}"] * bool(unknown)
-            remedy = (
+            words = [f"missing: {listed(missing)}"] * bool(missing) + [f"unknown: {listed(unknown)}"] * bool(unknown)
+            near = (nearest_remedy(path, missing[:_COMPARED]) for path in unknown[:_COMPARED])
+            remedy = next(filter(None, near), None) or (
                 self._fields[known[missing[0]]].absence_remedy
                 if missing
                 else "name in schema= every field that any episode has, and give 0 rows where one has none"
@@ -148,6 +149,9 @@ def _walk(node: object, path: str, depth: int, is_leaf: Mapping[str, bool]) -> I
         raise ConfigError(f"an empty container at {path!r} would not come back: {remedy}", field=path)
 
 
+_COMPARED: Final = 20
+"""Names, at most, that are looked at for the one that was meant: each takes some µs."""
+
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 
 
@@ -165,19 +169,17 @@ def is_number(value: object) -> bool:
 
 def _holds_numbers(node: object) -> bool:
     """Whether `node` is nested lists and tuples of numbers alone, and of one at least."""
-    return _kinds_in(node, 0) == {True}
+    kinds = _kinds_in(node, 0)
+    return next(kinds, False) and all(kinds)
 
 
-def _kinds_in(node: object, depth: int) -> set[bool]:
-    """Whether what the lists hold is numbers, of one after the other until something is not."""
-    if not isinstance(node, (list, tuple)):
-        return {is_number(node)}
-    kinds: set[bool] = set()
-    for item in node if depth < MAX_NAME_DEPTH else ("too deep",):
-        kinds |= _kinds_in(item, depth + 1)
-        if False in kinds:
-            break
-    return kinds
+def _kinds_in(node: object, depth: int) -> Iterator[bool]:
+    """Whether what the lists hold is a number, of one after the other; what is too deep is none."""
+    if isinstance(node, (list, tuple)) and depth <= MAX_NAME_DEPTH:
+        for item in node:
+            yield from _kinds_in(item, depth + 1)
+    else:
+        yield is_number(node)
 
 
 def _check_key(key: object, path: str) -> None:
@@ -238,6 +240,7 @@ def _grown(shape: Any, leaves: Sequence[object]) -> Any:
     return leaves[shape] if type(shape) is int else [_grown(child, leaves) for child in shape]
 
 
-def _listed(paths: Sequence[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
+    """Names for an error: the first of them, and how many more there are."""
     shown = ", ".join(describe(path) for path in paths[:5])
     return shown if len(paths) <= 5 else f"{shown} and {len(paths) - 5} more"

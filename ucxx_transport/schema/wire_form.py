@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeGuard
 
 import msgpack
 
-from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.errors import ConfigError, ProtocolError, article
 
 WIRE_VERSION = 1
 """Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
@@ -37,9 +37,8 @@ def describe(value: object) -> str:
         return repr(value)
     if isinstance(value, (str, bytes)):
         return repr(value) if len(value) <= _QUOTED_CHARS else f"{value[:_QUOTED_CHARS]!r}… ({len(value)} long)"
-    if isinstance(value, (list, tuple, dict)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    name = article(type(value).__name__)
+    return f"{name} of {len(value)}" if isinstance(value, (list, tuple, dict)) else name
 
 
 def misfit(field: str, text: str, **facts: object) -> ConfigError:
@@ -80,13 +79,13 @@ def take_fields(
         ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.
     """
     if not isinstance(data, Mapping):
-        raise ProtocolError(f"a {what} must be a mapping, not {describe(data)}", field=what)
+        raise ProtocolError(f"{article(what)} must be a mapping, not {describe(data)}", field=what)
     for key in required:
         if key not in data:
-            raise ProtocolError(f"a {what} without the field {key!r}", field=key)
+            raise ProtocolError(f"{article(what)} without the field {key!r}", field=key)
     for key in data:
         if not isinstance(key, str) or (key not in required and key not in optional):
-            raise ProtocolError(f"a {what} with the unknown field {describe(key)}", field=describe(key))
+            raise ProtocolError(f"{article(what)} with the unknown field {describe(key)}", field=describe(key))
     return {**optional, **data}
 
 
@@ -106,7 +105,7 @@ def check_version(version: object, what: str) -> None:
     """Refuse, by a ProtocolError, a form that was written by another version of its format."""
     if type(version) is not int or version != WIRE_VERSION:
         raise ProtocolError(
-            f"a {what} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "
+            f"{article(what)} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "
             "run the same release of ucxx_transport on both sides",
             field="version",
             version=describe(version),
@@ -128,13 +127,13 @@ def unpack(raw: object, what: str, *, max_bytes: int) -> object:
     elif isinstance(raw, (bytes, bytearray, memoryview)):
         nbytes = memoryview(raw).nbytes
     else:
-        raise ProtocolError(f"a {what} must be bytes, not {describe(raw)}", field=what)
+        raise ProtocolError(f"{article(what)} must be bytes, not {describe(raw)}", field=what)
     if nbytes > max_bytes:
-        raise ProtocolError(f"a {what} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
+        raise ProtocolError(f"{article(what)} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
     try:
         decoded: object = msgpack.unpackb(raw, ext_hook=_refuse_extension)
     except (ValueError, TypeError, OverflowError) as exc:
-        raise ProtocolError(f"a {what} that is not msgpack: {type(exc).__name__}", field=what) from exc
+        raise ProtocolError(f"{article(what)} that is not msgpack: {type(exc).__name__}", field=what) from exc
     return decoded
 
 
@@ -150,34 +149,17 @@ def pack_json(form: object) -> bytes:
 def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
     """Decode JSON of bounded size, of the finite numbers that the standard has; a ProtocolError for anything else."""
     if len(raw) > max_bytes:
-        raise ProtocolError(f"a {what} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
+        raise ProtocolError(f"{article(what)} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
     try:
-        decoded: object = json.loads(raw, parse_constant=_finite, parse_float=_finite)
+        decoded: object = json.loads(raw)
     except (ValueError, RecursionError) as exc:
-        if isinstance(exc, _NotFiniteError) and (name := _where_not_finite(raw)) is not None:
-            field = name if is_plain_text(name, _QUOTED_CHARS) else describe(name)
-            raise ProtocolError(f"{field} of a {what} has {exc}; send null, or leave it out", field=field) from exc
-        raise ProtocolError(f"a {what} that is not JSON: {exc}", field=what) from exc
+        raise ProtocolError(f"{article(what)} that is not JSON: {exc}", field=what) from exc
+    for key, value in decoded.items() if isinstance(decoded, dict) else ((what, decoded),):
+        if not _is_finite(value):
+            name = key if is_plain_text(key, _QUOTED_CHARS) else describe(key)
+            text = f"{name} of {article(what)} has NaN or an infinity, which is no number of JSON"
+            raise ProtocolError(f"{text}; send null, or leave it out", field=name)
     return decoded
-
-
-class _NotFiniteError(ValueError):
-    pass
-
-
-def _finite(number: str) -> float:
-    if not isfinite(value := float(number)):
-        raise _NotFiniteError(f"{number[:20]}, which is no number of JSON")
-    return value
-
-
-def _where_not_finite(raw: bytes) -> str | None:
-    """The key of a JSON form that the first number that is not finite lies at or below."""
-    try:
-        form = json.loads(raw)
-        return next((key for key, value in form.items() if not _is_finite(value)), None)
-    except (ValueError, RecursionError, AttributeError):  # not JSON behind that number either, or no mapping
-        return None
 
 
 def _is_finite(value: object) -> bool:

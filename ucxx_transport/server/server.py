@@ -173,6 +173,7 @@ class UCXXServer(RingSource):
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
+        refuse_forked(self._pid, "UCXXServer")
         pids = tuple(one.pid for one in self._sidecars)
         return ServerStatistics(
             host=self.address,
@@ -187,6 +188,7 @@ class UCXXServer(RingSource):
         Args:
             within_s: seconds; a loop turns twice a second, later on a busy host.
         """
+        refuse_forked(self._pid, "UCXXServer")
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
         serves = bool(self.ports) and not self._ring.closed
         return serves and all(one.words[PORT] and one.words[BEAT] >= oldest_ns for one in self._counters)

@@ -33,6 +33,13 @@ class StreamedEpisode:
     arrays: ArrayTree
 
 
+class StreamSettings(FetchSettings, total=False):
+    """Settings of an `EpisodeStream`, for what makes one; see there."""
+
+    ahead: int
+    on_loss: Callable[[Loss], None] | None
+
+
 class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     """Iterates over the episodes of references as they come, once. Close it, or use `with`.
 

@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, nearest_remedy
 from ucxx_transport.gpu import DeviceArray, RuntimeFinder, on_host, runtime_of
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensor_spec import DTYPES, DType, casts_exactly
-from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, is_on_device, too_narrow
-from ucxx_transport.schema.tree import flatten
+from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, copy_fields, is_on_device, too_narrow
+from ucxx_transport.schema.tree import flatten, listed
+from ucxx_transport.schema.wire_form import describe, misfit
 
 if TYPE_CHECKING:
     from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
@@ -61,6 +62,7 @@ class WriterSettings(TypedDict, total=False):
 
     schema: Schema | None
     varlen: Iterable[str] | Mapping[str, int] | int
+    lengths: Literal["equal", "any"] | None
     ring: Mapping[str, object] | None
     server: ServerConfig | Mapping[str, Any] | None
     serve: bool
@@ -87,15 +89,9 @@ class WriteOptions(TypedDict, total=False):
 class TrajectoryPacker:
     """Writes trajectories of one schema into one ring. Thread-safe. Close it before the ring.
 
-    Args:
-        ring: where to.
-        schema: the ring's.
-        narrow: names of the fields whose values may lose precision.
-        reward: name of the field that `rewards_in` sums up, if any.
-        runtimes: what works with leaves on a GPU.
-
     Raises:
-        ConfigError: `narrow` or `reward` names no field of the schema.
+        ConfigError: `narrow`, the fields whose values may lose precision, or `reward`, the one that `rewards_in` sums
+            up, names no field of the schema.
     """
 
     def __init__(
@@ -112,9 +108,10 @@ class TrajectoryPacker:
         self._may_narrow = frozenset(narrow)
         self._reward = reward
         for keyword, names in (("narrow", sorted(self._may_narrow)), ("reward", [] if reward is None else [reward])):
-            for name in names:
-                if name not in schema.offsets:
-                    raise ConfigError(f"{keyword} must name fields of the schema, not {name!r}", field=keyword)
+            if unknown := [name for name in names if name not in schema.offsets]:
+                remedy = nearest_remedy(unknown[0], schema.offsets) or f"its fields are {listed([*schema.offsets])}"
+                text = f"{keyword} names {describe(unknown[0])}, which is no field of the schema; {remedy}"
+                raise ConfigError(text, field=keyword)
         self._warned: set[str] = set()
         self._runtimes = runtimes
         self._meets_devices = False
@@ -132,20 +129,18 @@ class TrajectoryPacker:
                 self._meets_devices = True
         schema = self._schema
         leaves = schema.gather(trajectory)
-        devices, wide = self._set_apart(leaves)
+        devices = self._set_apart(leaves)
         tree = schema.nest(leaves)
-        if not wide and not devices:
+        if not devices:
             return self._ring.write(tree, **options)
         arrays, placement = schema.arrange(tree)
-        if devices:
-            self._lock_pages(next(iter(devices.values())))
+        self._lock_pages(next(iter(devices.values())))
         lengths = dict(zip(schema.varlen, placement.lengths, strict=True))
         with self._ring.reserve(lengths=lengths, **options) as lease:
             targets = schema.gather(lease.arrays)
-            with self._copies(devices, targets) if devices else nullcontext():
-                for index, (target, fitted) in enumerate(zip(targets, arrays, strict=True)):
-                    if index not in devices:
-                        _fill(target, wide.get(index, fitted), schema.fields[index])
+            with self._copies(devices, targets):
+                rest = [index for index in range(len(arrays)) if index not in devices]
+                copy_fields([targets[index] for index in rest], [arrays[index] for index in rest])
         return lease.ref
 
     def rewards_in(self, trajectory: object) -> tuple[int | None, RewardSummary | None]:
@@ -176,14 +171,13 @@ class TrajectoryPacker:
             if self._unlock is not None:
                 self._unlock()
 
-    def _set_apart(self, leaves: list[Any]) -> tuple[dict[int, DeviceArray], dict[int, Array]]:
-        """Those of `leaves` on a GPU and those that lose precision, by position; stood in for until they have a place.
+    def _set_apart(self, leaves: list[Any]) -> dict[int, DeviceArray]:
+        """Those of `leaves` on a GPU, by position, stood in for until they have a place; others narrowed where need be.
 
         Raises:
             ConfigError: a leaf cannot be taken, or a value does not fit its field; the message names the field.
         """
         devices: dict[int, DeviceArray] = {}
-        wide: dict[int, Array] = {}
         for index, field in enumerate(self._schema.fields):
             leaf = leaves[index]
             if type(leaf) is not np.ndarray and is_on_device(leaf):
@@ -197,31 +191,29 @@ class TrajectoryPacker:
             if field.name in self._may_narrow:
                 given = as_array(leaf, field.name)
                 if given.dtype is not field.dtype and not casts_exactly(given.dtype, field.dtype):
-                    self._allow(given, field)
-                    wide[index] = given
-                    leaves[index] = _stand_in(given.shape, field.dtype)
-        return devices, wide
+                    leaves[index] = self._narrowed(given, field)
+        return devices
 
-    def _allow(self, values: Array, field: TensorSpec) -> None:
-        """Refuse values that would be others in the field's dtype, but for rounding; log the first that are rounded.
+    def _narrowed(self, values: Array, field: TensorSpec) -> Array:
+        """`values` in the field's dtype: integers as they are, floats rounded to the nearest; the first are logged.
 
         Raises:
-            ConfigError: another kind, or an integer that does not fit; the message names the field and the remedy.
+            ConfigError: another kind, or a value that does not fit; the message names the field and the remedy.
         """
         given, stored = values.dtype, field.dtype
-        if given.kind in "iu" and stored.kind in "iu":
-            limits = np.iinfo(stored)
-            if values.size and not (values.min() >= limits.min and values.max() <= limits.max):
-                raise ConfigError(
-                    f"field {field.name!r}: a value of {given.name} does not fit {stored.name}; "
-                    f"give the field {given.name} by schema=",
-                    field=field.name,
-                )
-        elif "float" not in given.name or "float" not in stored.name:
+        are_integers = given.kind in "iu" and stored.kind in "iu"
+        if not are_integers and not ("float" in given.name and "float" in stored.name):
             raise too_narrow(given, field)
+        with np.errstate(all="ignore"):
+            narrowed = values.astype(stored)
+        fits = narrowed == values if are_integers else np.isfinite(narrowed) | ~np.isfinite(values)
+        if not fits.all():
+            text = f"a value of {given.name} does not fit {stored.name}; give the field {given.name} by schema="
+            raise misfit(field.name, text)
         if field.name not in self._warned:
             self._warned.add(field.name)
             _log.warning("values_narrowed", field=field.name, given=given.name, stored=stored.name)
+        return narrowed
 
     def _lock_pages(self, array: DeviceArray) -> None:
         """Page-lock the ring's memory for copies from the device of `array`, unless it is, or raise a PageLockError."""
@@ -250,20 +242,3 @@ class TrajectoryPacker:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("the writer is closed; make another")
-
-
-def _fill(target: Any, source: Array, field: TensorSpec) -> None:
-    overflowed = False
-    try:
-        with np.errstate(all="ignore", over="raise"):
-            np.copyto(target, source, casting="unsafe")
-    except FloatingPointError:
-        overflowed = True
-    if target.dtype.kind not in "biufc" or target.dtype.name.startswith(("bfloat16", "float8")):
-        overflowed = not np.array_equal(np.isfinite(target), np.isfinite(source))  # those of ml_dtypes raise no flag
-    if overflowed:
-        raise ConfigError(
-            f"field {field.name!r}: a value of {source.dtype.name} is too large for {field.dtype.name}; "
-            f"scale it, or give the field {source.dtype.name} by schema=",
-            field=field.name,
-        )

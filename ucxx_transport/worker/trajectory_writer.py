@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Final, Literal, Never, Self, Unpack
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
@@ -18,13 +19,16 @@ from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.ucx_api import NOT_INSTALLED
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
+from ucxx_transport.membership.store_url import parse_store_url
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id
-from ucxx_transport.schema import Schema
-from ucxx_transport.schema.envelope import finite_meta
+from ucxx_transport.schema.envelope import checked_meta, finite_meta
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, as_policy_version, record_envelope
+from ucxx_transport.schema.schema import Schema, checked_varlen
+from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_keywords, gather, made_of
+from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
 _log = get_logger(__name__)
@@ -56,6 +60,8 @@ class TrajectoryWriter:
         schema: the fields of every trajectory; None takes them from the first one, and makes ring and server then.
         varlen: for `schema=None`: names of the fields whose leading dimension varies, with their maximum lengths, or
             without: then the first trajectory has the maximum. A number alone is that of every field with rows.
+        lengths: "equal": varlen fields of one maximum have as many rows as each other, or none, in every trajectory;
+            "any": as many as they like. None: "equal" for `schema=None`, else as the schema says.
         ring: settings of the ring (see `RingConfig`), all but its schema. `on_full` is "block" where no source of
             settings has another.
         server: settings of the server, a dict or a `ServerConfig`; None for the defaults.
@@ -84,6 +90,7 @@ class TrajectoryWriter:
         *,
         schema: Schema | None = None,
         varlen: Iterable[str] | Mapping[str, int] | int = (),
+        lengths: Literal["equal", "any"] | None = None,
         ring: Mapping[str, object] | None = None,
         server: ServerConfig | Mapping[str, Any] | None = None,
         serve: bool = True,
@@ -96,13 +103,16 @@ class TrajectoryWriter:
         store_config: StoreConfig | Mapping[str, Any] | None = None,
         store_meta: Mapping[str, object] | None = None,
         runtimes: RuntimeFinder = runtime_of,
+        **unknown: Never,
     ) -> None:
         # refused here rather than with the first episode
+        check_keywords(f"setting of {type(self).__name__}", unknown, WriterSettings)
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
-        if on_error not in ("raise", "drop"):
-            raise ConfigError(f"on_error must be 'raise' or 'drop', not {on_error!r}", field="on_error")
-        self._worker_id = worker_id
-        self._varlen = varlen if isinstance(varlen, (Mapping, str, int)) else tuple(varlen)
+        self._narrow = _checked_names(narrow, reward, on_error=on_error, nonfinite_meta=nonfinite_meta, lengths=lengths)
+        self._worker_id, self._reward = worker_id, reward
+        self._varlen, self._lengths = checked_varlen(varlen), lengths
+        if schema is not None and varlen != ():
+            refuse("varlen", varlen, "left out where there is a schema=, whose fields are varlen or not")
         self._ring_settings = _ring_settings(ring)
         self._server_config = made_of(ServerConfig, server, "server")
         if serve:
@@ -111,36 +121,22 @@ class TrajectoryWriter:
             choose_address(self._server_config.host)
         self._serve = serve
         self._on_error = on_error
-        self._narrow = tuple(narrow)
-        if nonfinite_meta not in ("refuse", "none"):
-            raise ConfigError(
-                f"nonfinite_meta must be 'refuse' or 'none', not {nonfinite_meta!r}", field="nonfinite_meta"
-            )
         self._nonfinite_meta = nonfinite_meta
-        self._reward = reward
-        self._publish: Callable[[RingSource], HeartbeatPublisher] | None = None
-        publishing = made_of(PublisherConfig, publisher, "publisher")
-        reached = made_of(StoreConfig, store_config, "store_config")
-        if store is not None:
-            reached = replace(reached, url=store)
-        if reached.url is not None:
-            self._publish = lambda source: HeartbeatPublisher(
-                str(reached.url), worker_id, source, publishing, store_config=reached, meta=store_meta
-            )
+        self._publish = _publication(worker_id, store, publisher, store_config, store_meta)
         self._runtimes = runtimes
         self._lock = threading.Lock()
         self._sequence = itertools.count()
-        self._written = 0
-        self._nbytes = 0
+        self._written = self._nbytes = 0
         self._dropped: dict[str, int] = {}
         self._open = ExitStack()
         self._closed = False
+        self._pid = os.getpid()
         self._packer: TrajectoryPacker | None = None
         self.ring: SharedRingBuffer | None = None
         self.server: UCXXServer | None = None
         self.publisher: HeartbeatPublisher | None = None
         if schema is not None:
-            self._packer = self._make(schema)
+            self._packer = self._make(schema if lengths is None else Schema(schema.fields, lengths))
 
     def write(
         self,
@@ -166,7 +162,7 @@ class TrajectoryWriter:
             Its record. Under `on_error="drop"` a failed write's record has no reference, but the reason.
 
         Raises:
-            ConfigError: the trajectory does not fit the schema, or the writer is closed.
+            ConfigError: the trajectory does not fit the schema, the writer is closed, or this is a forked child.
             DeadlineExceededError: no slot in time.
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
@@ -202,6 +198,7 @@ class TrajectoryWriter:
 
     def statistics(self) -> RolloutStatistics:
         """Counts since the writer was made."""
+        refuse_forked(self._pid, "TrajectoryWriter")
         with self._lock:
             return RolloutStatistics(written=self._written, nbytes=self._nbytes, dropped=dict(self._dropped))
 
@@ -215,6 +212,8 @@ class TrajectoryWriter:
             How many were left unread. Where it waited for them, that is logged too.
         """
         wait_s = checked_seconds(drain_s, "drain_s")
+        if os.getpid() != self._pid:
+            return 0  # a forked child's copy: ring and server are its parent's
         with self._lock:
             self._closed = True
             self._packer = None
@@ -239,12 +238,14 @@ class TrajectoryWriter:
         self.close()
 
     def _ready_for(self, trajectory: Mapping[str, object]) -> TrajectoryPacker:
+        if os.getpid() != self._pid:
+            refuse_forked(self._pid, "TrajectoryWriter")
         with self._lock:
             if self._closed:
                 raise ConfigError("the writer is closed; make another")
             if self._packer is None:
                 example = without_devices(trajectory, self._runtimes)
-                self._packer = self._make(Schema.from_example(example, self._varlen))
+                self._packer = self._make(Schema.from_example(example, self._varlen, self._lengths or "equal"))
             return self._packer
 
     def _make(self, schema: Schema) -> TrajectoryPacker:
@@ -289,7 +290,6 @@ class UCXXRolloutMixin:
         """
         if self.ucxx_writer is not None:
             raise ConfigError("this worker is set up already; cleanup_ucxx() first")
-        check_keywords("setting of setup_ucxx", settings, WriterSettings)
         self.ucxx_writer = TrajectoryWriter(worker_id, **settings)
 
     def write_to_buffer(self, trajectory: Mapping[str, object], **options: Unpack[WriteOptions]) -> dict[str, object]:
@@ -330,3 +330,34 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
         settings["on_full"] = "block"
     host_id(Path(RingConfig(slot_bytes=1, **settings).folder))
     return settings
+
+
+def _publication(
+    worker_id: str, store: str | None, publisher: Any, store_config: Any, meta: Mapping[str, object] | None
+) -> Callable[[RingSource], HeartbeatPublisher] | None:
+    """What makes the publisher of a ring, whose settings are checked; None where there is no store."""
+    config = made_of(PublisherConfig, publisher, "publisher")
+    reached = made_of(StoreConfig, store_config, "store_config")
+    checked_meta(meta or {}, "store_meta")
+    if store is not None:
+        reached = replace(reached, url=store)
+    if (url := reached.url) is None:
+        return None
+    parse_store_url(url)
+    return lambda source: HeartbeatPublisher(url, worker_id, source, config, store_config=reached, meta=meta)
+
+
+_WORDS: Final = {"on_error": ("raise", "drop"), "nonfinite_meta": ("refuse", "none"), "lengths": (None, "equal", "any")}
+
+
+def _checked_names(narrow: object, reward: object, **words: object) -> list[str]:
+    """The names in `narrow`, of which, as of `reward`, no more is known without a schema; `words` are checked."""
+    for name, word in words.items():
+        if word not in _WORDS[name]:
+            refuse(name, word, " or ".join(map(repr, _WORDS[name])))
+    if reward is not None and not isinstance(reward, str):
+        refuse("reward", reward, "the name of a field")
+    names: list[Any] = [*narrow] if isinstance(narrow, Iterable) and not isinstance(narrow, str) else [None]
+    if not all(isinstance(name, str) for name in names):
+        refuse("narrow", narrow, "a list of names of fields")
+    return names

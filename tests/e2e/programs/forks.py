@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr
@@ -29,10 +30,12 @@ from ucxx_transport import (
     SharedRingBuffer,
     SourceWatcher,
     SyncUCXXClient,
+    TrajectoryWriter,
     UCXXDataPackerMixin,
     UCXXServer,
     open_store,
 )
+from ucxx_transport.membership import ReplicaMonitor
 from ucxx_transport.trainer import Prefetcher
 from ucxx_transport.trainer.loss_policy import record_of
 
@@ -95,6 +98,7 @@ def main(url: str) -> None:
     store = open_store(url)
     group = RankGroup(store, "trainers", 0)
     group.join_group(60)
+    end_of_views = group.on_view(print)
     client = SyncUCXXClient(ClientConfig(local="off"), watcher=watcher)
     held = client.read(ring.write_raw(b"held"))
     prefetcher = Prefetcher(ClientConfig(local="off"))
@@ -111,6 +115,10 @@ def main(url: str) -> None:
             assert len(packer.collect_prefetch() or []) == 4
             batches[0] += 1
 
+    writer = TrajectoryWriter("w1", varlen=9, serve=False)
+    episode = {"obs": np.zeros((3, 2), "f4")}
+    writer.write(episode)
+    monitor = ReplicaMonitor(feed=watcher)
     ref = ring.write_raw(b"unread")
     uses: dict[str, Callable[[], object]] = {
         "client.read": lambda: client.read(ref),
@@ -128,8 +136,16 @@ def main(url: str) -> None:
         "watcher.wait_for": lambda: watcher.wait_for(1, 60),
         "watcher.sources": watcher.sources,
         "watcher.subscribe": lambda: watcher.subscribe(on_add=print),
+        "writer.write": lambda: writer.write(episode),
+        "writer.statistics": writer.statistics,
+        "monitor.alive": lambda: monitor.alive,
+        "monitor.added": lambda: monitor.added("w2"),
+        "monitor.removed": lambda: monitor.removed("w0"),
+        "publisher.statistics": publisher.statistics,
         "publisher.wait_published": lambda: publisher.wait_published(60),
         "server.start": server.start,
+        "server.statistics": server.statistics,
+        "server.is_healthy": lambda: server.is_healthy(60),
         "group.join_group": lambda: group.join_group(60),
         "group.wait_for_view": lambda: group.wait_for_view(1, 60),
         "group.deactivate_ranks": lambda: group.deactivate_ranks([0]),
@@ -137,6 +153,9 @@ def main(url: str) -> None:
     }
     ends: list[Callable[[], object]] = [
         packer.shutdown_ucxx_data_packer,
+        monitor.close,
+        end_of_views,
+        writer.close,
         prefetcher.close,
         client.close,
         watcher.stop,
@@ -167,6 +186,8 @@ def main(url: str) -> None:
         "sources": [source.worker_id for source in watcher.sources()],
         "active": list(group.state.active_ranks),
         "healthy": server.is_healthy(60),
+        "written": writer.write(episode).sequence,
+        "alive": list(monitor.alive),
     }
     held.release()
     for end in ends:

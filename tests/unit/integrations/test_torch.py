@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucxx_transport import ClientConfig, RingConfig, Schema, SharedRingBuffer, SlotState
+from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState
 
 torch: Any = pytest.importorskip("torch", exc_type=ImportError)
 
@@ -55,6 +55,13 @@ def test_an_item_is_what_the_caller_makes_of_an_episode(ring: SharedRingBuffer) 
         written(ring, 2), LOCAL, item_of=lambda episode: (episode.record.worker_id, episode.arrays["obs"].mean().item())
     )
     assert list(dataset) == [(ring.name, 0.0), (ring.name, 1.0)]
+
+
+def test_settings_are_checked_where_the_dataset_is_made() -> None:
+    with pytest.raises(ConfigError, match="setting of EpisodeDataset 'ahed'; did you mean 'ahead'"):
+        EpisodeDataset([], LOCAL, ahed=2)  # type: ignore[call-arg]  # what is tested
+    with pytest.raises(ConfigError, match="setting of ClientConfig 'locl'; did you mean 'local'"):
+        EpisodeDataset([], {"locl": "view"})
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,63 @@ def test_an_example_may_be_shorter_than_the_maximum() -> None:
 
 
 def test_varlen_that_does_not_fit_the_example_is_refused() -> None:
-    rows: list[Any] = ["x", ["nope"], {"x": 1}, {"x": -1}, {"x": "9"}, ["scalar"], {"scalar": 3}, ["empty"]]
-    for varlen in rows:
-        with row(varlen=varlen), pytest.raises(ConfigError):
+    form = r"varlen must be names of fields, or these with maxima from 1 on .*, not "
+    rows: list[tuple[Any, str]] = [
+        ("x", f"{form}'x'"),
+        (None, f"{form}None"),
+        (0, f"{form}0"),
+        (True, f"{form}True"),
+        (1.5, f"{form}1.5"),
+        ([["x"]], f"{form}a list of 1"),
+        ({"x": 0}, form + r"\{'x': 0\}"),
+        ({"x": -1}, form + r"\{'x': -1\}"),
+        ({"x": "9"}, form + r"\{'x': '9'\}"),
+        ({1: 9}, form + r"\{1: 9\}"),
+        (["nope"], r"'nope', which the example lacks; give it 0 rows"),
+        (["scalra"], r"'scalra', which the example lacks; did you mean 'scalar'\?"),
+        ({"x": 1}, "5 rows, at most 1"),
+        (["scalar"], "leading dimension"),
+        ({"scalar": 3}, "give 1 dimensions"),
+        (["empty"], "leading dimension"),
+    ]
+    for varlen, words in rows:
+        with row(varlen=varlen), pytest.raises(ConfigError, match=words) as caught:
             Schema.from_example({"x": np.zeros((5, 2)), "scalar": 1.0, "empty": np.zeros((0, 2))}, varlen)
+        assert "\n" not in str(caught.value)
+
+
+ONE_LENGTH = [TensorSpec(name, (9,), "u1", varlen=True) for name in ("obs", "reward", "next")]
+
+
+def test_varlen_fields_of_one_maximum_have_one_length_unless_any_is_chosen() -> None:
+    def rows(*counts: int) -> dict[str, Any]:
+        return {name: np.zeros(count, "u1") for name, count in zip(("obs", "reward", "next"), counts, strict=True)}
+
+    cases: list[tuple[Any, tuple[int, ...], str | None]] = [
+        (9, (3, 3, 3), None),
+        (9, (4, 3, 4), "'obs': 4 rows, but 'reward' has 3: give both as many, or lengths='any'"),
+        (9, (4, 4, 3), "'obs': 4 rows, but 'next' has 3"),
+        (9, (3, 0, 3), None),  # it has none in this episode
+        (9, (0, 3, 4), "'reward': 3 rows, but 'next' has 4"),
+        (["obs", "reward", "next"], (4, 3, 4), "'obs': 4 rows, but 'reward' has 3"),
+        ({"obs": 10, "reward": 9, "next": 10}, (4, 3, 4), None),  # of two kinds, by their maxima
+        ({"obs": 10, "reward": 9, "next": 10}, (4, 3, 5), "'obs': 4 rows, but 'next' has 5"),
+    ]
+    for varlen, counts, words in cases:
+        tree = rows(*counts)
+        for example in (tree, rows(9, 9, 9)):
+            with row(varlen=varlen, counts=counts, is_first=example is tree):
+                with pytest.raises(ConfigError, match=words) if words else nullcontext():
+                    assert Schema.from_example(example, varlen).arrange(tree)[1].lengths == counts
+                assert Schema.from_example(example, varlen, "any").arrange(tree)[1].lengths == counts
+
+
+def test_whether_lengths_are_equal_is_the_writer_s_own_and_no_part_of_what_readers_compare() -> None:
+    equal, anyhow = Schema(ONE_LENGTH, "equal"), Schema(ONE_LENGTH)
+    assert (equal.lengths, anyhow.lengths) == ("equal", "any")
+    assert equal == anyhow
+    assert equal.fingerprint == anyhow.fingerprint
+    assert copy.copy(equal).lengths == "equal"
+    assert Schema.from_bytes(equal.to_bytes()).lengths == "any"
+    with pytest.raises(ConfigError, match="lengths must be 'equal' or 'any', not 'same'"):
+        Schema(ONE_LENGTH, "same")  # type: ignore[arg-type]  # what is tested

@@ -89,7 +89,7 @@ def test_a_field_that_may_be_narrowed_and_need_not_be_is_not_warned_of(
         ({"act": {"id": np.array([0, -32769])}}, "does not fit int16"),
         ({"act": {"id": np.array([2**63], np.uint64)}}, "does not fit int16"),
         ({"act": {"id": np.array([1.0])}}, "give the field float64"),
-        ({"obs": np.full((1, 2), 1e300)}, "too large for float32"),
+        ({"obs": np.full((1, 2), 1e300)}, "does not fit float32"),
         ({"obs": np.ones((1, 2), np.int64)}, "give floats for a field of floats"),
         ({"obs": np.ones((9, 2))}, "shape"),
         ({"obs": np.ones((1, 3))}, "shape"),
@@ -101,6 +101,16 @@ def test_what_would_not_be_the_same_number_is_refused_and_leaves_nothing(other: 
             packer.write(trajectory(**other))
         assert ring.slot_states() == [SlotState.FREE] * 2
         assert ring.statistics().committed == 0
+
+
+def test_a_value_that_cannot_be_narrowed_costs_no_unread_payload() -> None:
+    with SharedRingBuffer.create(RingConfig(slots=2, schema=SCHEMA, on_full="overwrite")) as ring:
+        packer = TrajectoryPacker(ring, SCHEMA, ["obs"])
+        refs = [packer.write(trajectory()) for _ in range(2)]
+        with pytest.raises(ConfigError, match="does not fit float32"):
+            packer.write(trajectory(obs=np.full((1, 2), 1e300)))
+        assert ring.ready_refs() == refs
+        assert ring.statistics().overwritten == 0
 
 
 def test_an_infinite_value_stays_infinite() -> None:
@@ -124,6 +134,6 @@ def test_a_value_too_large_for_a_short_float_is_refused(dtype: str, largest: flo
         packer = TrajectoryPacker(ring, schema, narrow=["x"])
         found = ring.read(packer.write({"x": np.array([largest, -1.0], np.float32)}))
         assert np.isfinite(found["x"].astype(np.float32)).all()
-        with pytest.raises(ConfigError, match=f"too large for {dtype}"):
+        with pytest.raises(ConfigError, match=f"does not fit {dtype}"):
             packer.write({"x": np.array([1.0, too_large], np.float32)})
         assert ring.slot_states() == [SlotState.FREE] * 2

@@ -249,7 +249,19 @@ def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
         ({"publisher": {"interval": 1}}, "did you mean 'interval_s'"),
         ({"store_config": {"timeout": 1}}, "did you mean 'timeout_s'"),
         ({"store": "nowhere"}, "store.url"),
+        ({"store": "redis://host"}, "unknown scheme 'redis'"),
+        ({"store": "etcd://host:port"}, "which is not host:port"),
+        ({"store_meta": {"gpus": [float("nan")]}}, "store_meta['gpus'] must be a finite number"),
+        ({"store_meta": [1]}, "store_meta must be a mapping, not a list of 1"),
         ({"on_eror": "drop"}, "did you mean 'on_error'"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'drop', not 'ignore'"),
+        ({"nonfinite_meta": "null"}, "nonfinite_meta must be 'refuse' or 'none', not 'null'"),
+        ({"lengths": "same"}, "lengths must be None or 'equal' or 'any', not 'same'"),
+        ({"reward": 1}, "reward must be the name of a field, not 1"),
+        ({"narrow": "obs"}, "narrow must be a list of names of fields, not 'obs'"),
+        ({"varlen": "obs"}, "varlen must be names of fields"),
+        ({"varlen": {"obs": 0}}, "not {'obs': 0}"),
+        ({"varlen": 5, "schema": SCHEMA}, "varlen must be left out where there is a schema="),
     ):
         with row(settings=settings):
             worker = Worker()
@@ -258,6 +270,44 @@ def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
                 worker.setup_ucxx("w", **given)
             assert words in str(caught.value)
             assert worker.ucxx_writer is None
+
+
+def test_a_setting_that_names_no_field_says_so_with_the_first_trajectory() -> None:
+    for settings, words in (
+        ({"reward": "rewrad"}, "reward names 'rewrad', which is no field of the schema; did you mean 'reward'?"),
+        ({"reward": "loss"}, "reward names 'loss', which is no field of the schema; its fields are 'obs', 'reward'"),
+        ({"narrow": ["obs", "score"]}, "narrow names 'score', which is no field of the schema; its fields are 'obs'"),
+        ({"narrow": ["ops"]}, "narrow names 'ops', which is no field of the schema; did you mean 'obs'?"),
+        ({"varlen": ["rewards"]}, "varlen names 'rewards', which the example lacks; did you mean 'reward'?"),
+    ):
+        with row(settings=settings), writer(schema=None, on_error="drop", **settings) as end:
+            with pytest.raises(ConfigError) as caught:
+                end.write(episode())
+            assert words in str(caught.value)
+            assert end.ring is None
+
+
+def test_rows_of_one_step_each_are_as_many_in_every_field_unless_chosen_otherwise() -> None:
+    short: dict[str, Any] = episode(reward=np.zeros(3, np.float32))
+    for settings, refused in (
+        ({"schema": None, "varlen": 50}, True),
+        ({"schema": None, "varlen": 50, "lengths": "any"}, False),
+        ({}, False),  # a schema says itself what it takes
+        ({"lengths": "equal"}, True),
+        ({"schema": Schema(SCHEMA, "equal")}, True),
+        ({"schema": Schema(SCHEMA, "equal"), "lengths": "any"}, False),
+    ):
+        for narrow in ((), ("obs",)):
+            with row(settings=settings, narrow=narrow), writer(narrow=narrow, **settings) as end:
+                end.write(episode())
+                end.write(episode(reward=np.zeros(0, np.float32)))
+                assert end.ring is not None
+                end.ring.read(end.ring.ready_refs()[0])
+                if refused:
+                    with pytest.raises(ConfigError, match=r"'obs': 4 rows, but 'reward' has 3.*lengths='any'"):
+                        end.write(short)
+                else:
+                    end.write(short)
 
 
 def test_dicts_are_settings_like_those_that_were_made() -> None:
