@@ -57,8 +57,8 @@ def test_a_program_prints_what_its_page_says(program: str, output: str, tmp_path
     [
         exhaustive(
             STREAM,
-            "EpisodeStream((records.get() for _ in range(3)), {}",
-            "EpisodeStream(records.get() for _ in range(3)",
+            "EpisodeStream((records.get(timeout=60) for _ in range(3)), {}",
+            "EpisodeStream(records.get(timeout=60) for _ in range(3)",
         ),
         exhaustive(MIXINS, "setup_ucxx_data_packer(client={}", "setup_ucxx_data_packer("),
     ],

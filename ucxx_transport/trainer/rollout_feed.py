@@ -216,8 +216,8 @@ class RolloutFeed(Prefetcher):
             if self._pending:
                 self.check_usable()
                 raise ConfigError(
-                    "a batch is on its way or waits to be collected; collect_prefetch() first, or "
-                    "defer_prefetch(rollouts)",
+                    "a batch is on its way or waits to be collected; collect() first, or defer(rollouts); of a packer "
+                    "collect_prefetch, defer_prefetch",
                     rollouts=sum(len(each.rollouts) for each in self._pending),
                 )
             self._append(asked, policy_version)
@@ -258,7 +258,7 @@ class RolloutFeed(Prefetcher):
         with self._turn:
             if not self._pending:
                 self.check_usable()
-                raise ConfigError("nothing is on its way: start_prefetch(rollouts) first")
+                raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
             came = self._take_next(timeout_s)
         self._report()
         return came
@@ -285,7 +285,7 @@ class RolloutFeed(Prefetcher):
             in_use = self._in_use
         self._report()
         if in_use is None:
-            raise ConfigError("nothing is on its way or in use: start_prefetch(rollouts) first")
+            raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
