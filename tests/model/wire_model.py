@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.model.plain_ring import Key, ModelLease, ModelRing, Name
+from tests.support.numbered_session import NumberedSession
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle, Take
@@ -19,9 +20,7 @@ from ucxx_transport.wire.client_side import (
     CONFIRM_RECEIVE_BYTES,
     DESCRIBE_RECEIVE_BYTES,
     HANDSHAKE_RECEIVE_BYTES,
-    ClientSession,
 )
-from ucxx_transport.wire.client_side import Phase as ClientPhase
 from ucxx_transport.wire.codec import Named
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
@@ -72,7 +71,7 @@ class Connection:
     """
 
     client: Client
-    session: ClientSession
+    session: NumberedSession
     server: ServerSession
     frames: deque[bytes] = field(default_factory=deque)
     answers: dict[int, deque[Sending]] = field(default_factory=dict)
@@ -120,7 +119,7 @@ class Port:
     def connect(self, client: Client) -> Connection:
         self._nonces += 1
         nonce = self._nonces.to_bytes(32, "little")
-        session = ClientSession(reader=client.reader, nonce=nonce, token=self.settings.token_bytes)
+        session = NumberedSession(reader=client.reader, nonce=nonce, token=self.settings.token_bytes)
         server = ServerSession(self.source, self.settings, nonce=nonce, now=self.now, window=self.window)
         connection = Connection(client, session, server)
         client.connections.append(connection)
@@ -140,7 +139,7 @@ class Port:
 
     def fetch(self, connection: Connection, names: Sequence[Name], *, packed: bool) -> None:
         session = connection.session
-        fetch = session.fetch(names, packed=packed)
+        fetch = session.ask(names, packed=packed)
         connection.names.update(zip(fetch.attempts, names, strict=True))
         if packed:
             room = sum(message_bytes(name.nbytes) for name in names)
@@ -157,7 +156,7 @@ class Port:
         self._send(connection, fetch.frame)
 
     def fetch_one(self, connection: Connection, name: Name) -> None:
-        frame, attempt = connection.session.fetch_one(name)
+        frame, attempt = connection.session.ask_one(name)
         connection.names[attempt] = name
         self._post_payload(connection, attempt, name)
         self._send(connection, frame)
@@ -249,16 +248,16 @@ class Port:
         client = connection.client
         name = connection.names.pop(attempt)
         key = name.slot, name.generation
-        connection.session.verify(attempt, message)
+        connection.session.judge(attempt, message)
         for connection_of_another in (other.delivered.get(key) for other in self.clients if other is not client):
             assert connection_of_another is None or connection_of_another.is_cut, "two clients have one payload"
         if key in client.delivered:
-            connection.session.end(attempt, delivered=True)
+            connection.session.finish(attempt, delivered=True)
         elif attempt in connection.abandoned:
-            connection.session.end(attempt, delivered=False)
+            connection.session.finish(attempt, delivered=False)
         else:
             client.delivered[key] = connection
-            connection.session.end(attempt, delivered=True)
+            connection.session.finish(attempt, delivered=True)
             if name.generation % 3 == 0:
                 self._send(connection, connection.session.ends_frame())
 
@@ -438,7 +437,7 @@ class Port:
 
     def is_open(self, connection: Connection) -> bool:
         """Whether the client may ask for payloads on it."""
-        return not connection.client_knows and connection.session.phase is ClientPhase.OPEN
+        return not connection.client_knows and connection.session.is_open
 
     def is_quiet(self, connection: Connection) -> bool:
         """Whether nothing is on its way."""

@@ -163,7 +163,7 @@ class ExchangeRig:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
         values = {"local": "off", "spin_s": 0.0, **settings}
         core = ClientCore(ClientConfig(**values), self.client_link, watcher=watcher, clock=self.clock)  # type: ignore[arg-type]  # checked at run time
-        core.reads.dispatch.ports._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
+        core.reads.ports._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
         client = RigClient(self, core)
         self._clients.append(client)
         return client

@@ -160,7 +160,7 @@ class UCXXClient:
     ) -> list[Payload]:
         """Take payloads without knowing their references; arguments, result and errors as `SyncUCXXClient.take`."""
         core = self._core
-        take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
+        take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
             await self._run(take, partial(core.reads.begin, take))

@@ -31,7 +31,6 @@ _SMALLEST_BYTES = 4096
 _PAGE_BYTES: Final = 4096
 """What is page-locked is locked by whole pages, which two buffers must not share."""
 
-_Loan: TypeAlias = "weakref.ref[Bytes]"
 PageLocker: TypeAlias = Callable[[Bytes], object]
 """Page-locks the memory of an array for as long as the array lives; raises a `ConfigError` where that cannot be."""
 
@@ -43,6 +42,15 @@ def size_class(nbytes: int) -> int:
         return _SMALLEST_BYTES
     step = 1 << max(0, (nbytes - 1).bit_length() - 3)
     return -(-nbytes // step) * step
+
+
+class _Loan(weakref.ref[Bytes]):
+    """One buffer that is out; by itself, since a weak reference to an array has no hash."""
+
+    __slots__ = ("memory",)
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    memory: memoryview
 
 
 class BufferPoolStatistics(NamedTuple):
@@ -66,7 +74,7 @@ class BufferPool:
         self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
         self._allocations = 0
-        self._loans: dict[int, tuple[_Loan, memoryview]] = {}  # by id: a weak reference to an array has no hash
+        self._loans: set[_Loan] = set()
         # A loan may end in any thread, inside any lock: its callback only appends here, which is atomic.
         self._returned: deque[_Loan] = deque()
 
@@ -76,11 +84,12 @@ class BufferPool:
             wanted = size_class(nbytes)
             if self._page_locker is not None:
                 wanted = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
-            returned, memory = self._returned, None
+            returned, loans, memory = self._returned, self._loans, None
             if returned:
-                name = id(returned[0])
-                if name in self._loans and len(self._loans[name][1]) == wanted <= self._keep_bytes:
-                    memory = self._loans.pop(name)[1]  # the usual way: what was read before is used up
+                loan = returned[0]
+                if loan in loans and len(loan.memory) == wanted <= self._keep_bytes:
+                    memory = loan.memory  # the usual way: what was read before is used up
+                    loans.remove(loan)
                     returned.popleft()
                 else:
                     self._take_back()
@@ -88,8 +97,9 @@ class BufferPool:
                 memory = self._idle_or_new(wanted, nbytes)
             # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
             lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
-            loan = weakref.ref(lent, returned.append)
-            self._loans[id(loan)] = loan, memory
+            loan = _Loan(lent, returned.append)
+            loan.memory = memory
+            loans.add(loan)
         return lent
 
     def statistics(self) -> BufferPoolStatistics:
@@ -121,11 +131,13 @@ class BufferPool:
 
     def _take_back(self) -> None:
         while self._returned:
-            _, memory = self._loans.pop(id(self._returned[0]), (None, None))
+            loan = self._returned[0]
+            is_out = loan in self._loans
+            self._loans.discard(loan)
             self._returned.popleft()  # behind the other: an interrupt in between must not keep the loan for good
-            if memory is not None and self._make_room(len(memory)):
-                self._idle.setdefault(len(memory), []).append(memory)
-                self._idle_bytes += len(memory)
+            if is_out and self._make_room(len(loan.memory)):
+                self._idle.setdefault(len(loan.memory), []).append(loan.memory)
+                self._idle_bytes += len(loan.memory)
 
     def _make_room(self, nbytes: int) -> bool:
         """Drop idle buffers of other sizes, which the work no longer asks for, until `nbytes` more fit, if they can."""

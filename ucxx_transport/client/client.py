@@ -183,7 +183,7 @@ class SyncUCXXClient:
                 address, or the client is closed.
         """
         core = self._core
-        take = core.take_call(source, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector, wait_s=wait_s)
+        take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
             self._lead.perform(take, Reads.begin, take)

@@ -17,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.process import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
@@ -52,6 +52,9 @@ ENDS_DELAY_S: Final = 0.001
 
 GOODBYE_TIMEOUT_S: Final = 0.5
 
+Lend: TypeAlias = "Callable[[int], Bytes]"
+Connect: TypeAlias = "Callable[[PortKey], Carrier]"
+
 _log = get_logger(__name__)
 
 
@@ -59,30 +62,24 @@ class Connections:
     """See the module. Of the thread that runs the reactor.
 
     Attributes:
-        known: by port, least recently used first. waiting: those that have not been started.
+        known: by port. waiting: those that have not been started.
         ending: those with ends that wait for a request to go along with.
-        schemas: by fingerprint, all that were asked for.
+        schemas: by fingerprint, all that were asked for; raw bytes have none.
         unsettled: by ring, deliveries and discards that its servers may not know of.
     """
 
     def __init__(
-        self,
-        config: ClientConfig,
-        reactor: Reactor,
-        *,
-        counters: ClientCounters,
-        lend: Callable[[int], Bytes],
-        connect: Callable[[PortKey], Carrier],
+        self, config: ClientConfig, reactor: Reactor, counters: ClientCounters, lend: Lend, connect: Connect
     ) -> None:
         self.config = config
         self.reactor = reactor
         self.counters = counters
         self.lend = lend
         self.max_age_s = config.pool_endpoint_max_age_s
-        self.known: OrderedDict[PortKey, Carrier] = OrderedDict()
+        self.known: dict[PortKey, Carrier] = {}
         self.waiting: deque[Carrier] = deque()
         self.ending: set[Carrier] = set()
-        self.schemas: dict[int, Schema] = {}
+        self.schemas: dict[int, Schema | None] = {0: None}
         self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
         self.closed = False
         self._connect = connect
@@ -104,7 +101,6 @@ class Connections:
             connection = self.known[key] = self._connect(key)
             self.waiting.append(connection)
             self.reactor.call_at(now, self._start_waiting)  # in the next turn: who asked has not queued anything yet
-        self.known.move_to_end(key)
         connection.used_s = now
         return connection
 
@@ -163,9 +159,9 @@ class Connections:
         while self.waiting and not self.closed:
             if not self._has_room():
                 if self._closing < len(self.waiting):
-                    longest_idle = next((other for other in self.known.values() if other.idle), None)
-                    if longest_idle is not None:
-                        longest_idle.close()
+                    idle = [other for other in self.known.values() if other.idle]
+                    if idle:
+                        min(idle, key=lambda other: other.used_s).close()  # the longest unused
                 return
             if len(self._opening) >= CONNECTS_AT_ONCE:
                 if not self._is_queue_logged:
@@ -203,9 +199,7 @@ class Connections:
     def _close_aged(self, now: float) -> None:
         limit_s = now - self.max_age_s
         for connection in tuple(self.known.values()):
-            if connection.used_s >= limit_s:
-                return  # they are in the order of their use
-            if connection.idle:
+            if connection.used_s < limit_s and connection.idle:
                 self.counters.add("aged_out")
                 connection.close()
 
@@ -238,7 +232,7 @@ class Connections:
                 asked = connection.session.confirm(some)
                 connection.ask(asked, CONFIRM_RECEIVE_BYTES, partial(self._confirmed, connection, some))
 
-    def _confirmed(self, connection: Carrier, names: list[Named], asked: Asked, answer: bytearray) -> None:
+    def _confirmed(self, connection: Carrier, names: list[Named], asked: Asked, answer: memoryview) -> None:
         """A server has heard it; of what it could not look at, it hears again with the next read."""
         try:
             statuses = connection.session.confirmed(asked.attempt, answer)
@@ -254,7 +248,7 @@ class Connections:
         """Take leave of every server; done once all have handled everything, or in `GOODBYE_TIMEOUT_S`."""
         awaited = {connection for connection in self.known.values() if connection.is_open}
 
-        def said(connection: Carrier, asked: Asked, answer: bytearray) -> None:
+        def said(connection: Carrier, asked: Asked, answer: memoryview) -> None:
             connection.session.farewell(asked.attempt, answer)
             awaited.discard(connection)
             if not awaited:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
-from ucxx_transport.client.errands import Discard, RingDiscard, Take
+from ucxx_transport.client.errands import Discard, RingDiscard, SourceCall, Take
 from ucxx_transport.client.jobs import Call, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import Entry, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
@@ -103,15 +103,8 @@ class ClientCore:
     def _opened(self) -> tuple[Reactor, Reads]:
         """A reactor, and the reads that it runs."""
         reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self._clock)
-        reads = Reads(
-            self.config,
-            reactor,
-            reader=self.reader,
-            pool=self.pool,
-            counters=self.counters,
-            claim=self.delivered.claim,
-            membership=self._membership,
-        )
+        means = self.reader, self.counters, self.delivered.claim
+        reads = Reads(self.config, reactor, *means, pool=self.pool, membership=self._membership)
         if self._membership is not None:
             self._membership.bind(reactor, reads.hear)
         return reactor, reads
@@ -261,29 +254,14 @@ class ClientCore:
             self.reads.begin(RingDiscard(call, refs))
         self._until_free(call, call.here, call.part_over)
 
-    def take_call(
-        self,
-        source: Takeable | Referring,
-        *,
-        max_payloads: int,
-        max_bytes: int,
-        selector: str,
-        wait_s: float | str,
-    ) -> Take:
-        """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; errors as `SyncUCXXClient.take`."""
+    def take_call(self, source: Takeable | Referring, wait_s: float | str, **what: Any) -> Take:
+        """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
         self.require_usable()
         whose: Any = source
         if not isinstance(whose, SlotRef) and not hasattr(whose, "ring_name"):  # nor a source's record
             whose = slot_ref_of(whose)
         wait_until_s = self.reactor.now() + checked_seconds(wait_s, "wait_s")
-        return Take(
-            whose,
-            max_payloads=max_payloads,
-            max_bytes=max_bytes,
-            selector=selector,
-            wait_until_s=wait_until_s,
-            until_s=wait_until_s + self.config.deadline_s,
-        )
+        return Take(whose, wait_until_s + self.config.deadline_s, wait_until_s, **what)
 
     def abandon(self, call: Call) -> None:
         """A call is not wanted any more: what it has is released, what comes is not delivered; a discard goes on."""
@@ -319,8 +297,8 @@ class ClientCore:
             self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
         reads.jobs.clear()
         for errand in reads.errands:
-            if not errand.done:
-                errand.bind(self.reads.dispatch, self.reads.errands)
+            if isinstance(errand, SourceCall) and not errand.done:
+                errand.bind(self.reads)
                 if not (isinstance(errand, Take) and errand.job in begun_again):
                     errand.ask()
 

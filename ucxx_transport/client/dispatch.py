@@ -7,10 +7,13 @@ is due at some time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from ucxx_transport.client.jobs import copy_of, too_late
+from ucxx_transport import errors
+from ucxx_transport.client.jobs import Outcome, copy_of, too_late
+from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import (
     PROBE_S,
     PortKey,
@@ -22,62 +25,75 @@ from ucxx_transport.client.ports import (
     rotates,
     shares,
 )
-from ucxx_transport.errors import (
-    AuthenticationError,
-    BusyError,
-    ChecksumError,
-    DeadlineExceededError,
-    NotReadyError,
-    PeerLostError,
-    ProtocolError,
-    TransportError,
-)
+from ucxx_transport.errors import PeerLostError, TransportError
 from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Attempt, Carrier, Engine, Read
-    from ucxx_transport.link.reactor import Timer
+    from ucxx_transport.client.jobs import Carrier, Errand, Job, Read
+    from ucxx_transport.client.statistics import ClientCounters
+    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.reactor import Reactor, Timer
+    from ucxx_transport.schema import SlotRef
 
 LATE_GRACE_S: Final = 1.0
 """A connection on which everything in flight is late for so long is closed."""
 
 _REASONS: Final[dict[type[TransportError], str]] = {
     PeerLostError: "peers_lost",
-    DeadlineExceededError: "timeouts",
-    BusyError: "busy",
-    NotReadyError: "not_ready",
-    ProtocolError: "protocol_errors",
-    ChecksumError: "checksum_errors",
-    AuthenticationError: "unauthorized",
+    errors.DeadlineExceededError: "timeouts",
+    errors.BusyError: "busy",
+    errors.NotReadyError: "not_ready",
+    errors.ProtocolError: "protocol_errors",
+    errors.ChecksumError: "checksum_errors",
+    errors.AuthenticationError: "unauthorized",
 }
+
+Claim: TypeAlias = "Callable[[SlotRef], None]"
 
 _log = get_logger(__name__)
 
 
-class Dispatch:
+class Dispatch(ABC):
     """See the module.
 
     Attributes:
-        reads: whose. ports: of all sources. connections: to them. now, call_at: the reactor's.
+        reader: the client's id. claim: see `Deduplicator`. delivered: counts what was.
+        ports: of all sources. connections: to them. now, call_at: the reactor's.
+        jobs: those with reads that have no outcome.
+        finished: jobs that have all their outcomes, until `settle` reports them.
+        orphans: attempts in flight that no read waits for, and late ones.
+        errands: calls that take or discard, and are not done.
         wary: whether any port is in quarantine.
         again: reads that are to go on, until `run`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
 
-    def __init__(self, reads: Engine, connections: Connections) -> None:
-        config = connections.config
-        self.ports = Ports(config.port_quarantine_s, reads.reader)
-        self.connections = connections
-        self.now = connections.reactor.now
-        self.call_at = connections.reactor.call_at
+    def __init__(
+        self, config: ClientConfig, reactor: Reactor, reader: int, counters: ClientCounters, claim: Claim
+    ) -> None:
+        self.reader = reader
+        self.claim = claim
+        self.delivered = counters.ways["ucx"]
+        self.ports = Ports(config.port_quarantine_s, reader)
+        self.connections: Connections
+        self.now = reactor.now
+        self.call_at = reactor.call_at
+        self.jobs: set[Job] = set()
+        self.finished: list[Job] = []
+        self.orphans: set[Read] = set()
+        self.errands: set[Errand] = set()
         self.wary = False
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
         self.read_attempts = config.read_attempts
-        self.reads = reads
-        self._counters = connections.counters
+        self._counters = counters
         self._look: Timer | None = None
+        self._settling = False
+
+    @abstractmethod
+    def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
+        """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
 
     def run(self) -> None:
         """Give every read that waits for one a port."""
@@ -112,34 +128,39 @@ class Dispatch:
     def reassign(self, reads: Iterable[Read]) -> None:
         """Give reads that were not asked yet a port again."""
         for read in reads:
-            read.connection = None
             self._go_on(read)
 
-    def next_port(self, host: str, ports: tuple[int, ...]) -> PortKey:
-        """The port that is due for something else than a read."""
-        source = self.ports.source(host, ports)
-        keys = self.ports.healthy(source, self.now()) or source.keys
-        key = keys[source.first(keys, alone=True)]
-        source.advance()
-        return key
-
     def _go_on(self, read: Read, key: PortKey | None = None) -> None:
+        read.place = "over"  # until it is queued, nothing is due
+        read.due_s = read.limit_s
         self.again.setdefault((read.source, key), []).append(read)
 
     def _enqueue(self, key: PortKey, reads: list[Read], now: float) -> None:
         """Let reads wait for their turn on a connection, which may have come."""
         connection = self.connections.to(key, now)
-        is_open = connection.is_open
         for read in reads:
             read.place = "queued"
             read.connection = connection
-            limit_s = read.limit_s
-            is_last = is_open or (read.alternate is None and read.call >= self.read_attempts)
-            read.due_s = due_s = limit_s if is_last else (now + limit_s) / 2
-            self.look_at(due_s)
         connection.queue.extend(reads)
-        if is_open:
+        if connection.is_open:
             connection.pump()
+        for read in reads:
+            if read.place == "queued":
+                limit_s = read.limit_s
+                is_last = connection.is_open or (read.alternate is None and read.call >= self.read_attempts)
+                read.due_s = limit_s if is_last else (now + limit_s) / 2
+                self.look_at(read.due_s)
+
+    def asked(self, connection: Carrier, reads: Iterable[Read]) -> None:
+        """Reads are asked of a port now; when that will have taken too long, see `ports.attempt_budget_s`."""
+        now, soonest_s = self.now(), math.inf
+        for read in reads:
+            due_s = read.limit_s
+            if read.alternate is not None or read.call < self.read_attempts:
+                due_s = (now + due_s) / 2
+            read.connection, read.place, read.due_s = connection, "asked", due_s
+            soonest_s = min(soonest_s, due_s)
+        self.look_at(soonest_s)
 
     def quarantine(self, key: PortKey, error: TransportError) -> None:
         """Avoid a port; each further failure prolongs it, and is counted."""
@@ -166,8 +187,6 @@ class Dispatch:
         """
         key = connection.key
         reads = [read for read in (*asked, *queued) if read.job is not None]
-        for read in reads:
-            read.attempt = None
         if stale and isinstance(error, PeerLostError):
             for read in reads:
                 self._go_on(read, key)  # no reason to distrust the port
@@ -181,7 +200,7 @@ class Dispatch:
                 self.failed(read, copy_of(error))
             if connection.is_open:
                 self.reassign(queued)
-        self.reads.settle()
+        self.settle()
 
     def failed(self, read: Read, error: TransportError) -> None:
         """The port layer: go on at the next port, or give the call up."""
@@ -204,7 +223,7 @@ class Dispatch:
         """The slot layer: a fresh call, or the end of the read."""
         job, source = read.job, read.source
         assert job is not None
-        is_port, is_late = blames_port(error), isinstance(error, DeadlineExceededError)
+        is_port, is_late = blames_port(error), isinstance(error, errors.DeadlineExceededError)
         remaining_s = job.until_s - now
         hopeless = (
             is_port
@@ -220,7 +239,6 @@ class Dispatch:
             read.limit_s = job.until_s
             if pause_s:
                 read.place = "paused"
-                read.connection = None
                 read.due_s = now + pause_s
                 self.look_at(read.due_s)
             else:
@@ -228,18 +246,7 @@ class Dispatch:
             return
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
-        self.reads.fail(read, error)
-
-    def attempt_due_s(self, read: Read) -> float:
-        """A read is asked of its port now; when that will have taken too long."""
-        read.place = "asked"
-        limit_s = read.limit_s
-        if read.alternate is not None or read.call < self.read_attempts:
-            limit_s = (self.now() + limit_s) / 2  # see `ports.attempt_budget_s`
-        read.due_s = limit_s
-        if limit_s < self.look_s:
-            self.look_at(limit_s)
-        return limit_s
+        self.fail(read, error)
 
     def look_at(self, when_s: float) -> None:
         """See that `_look_round` is called by then."""
@@ -251,69 +258,136 @@ class Dispatch:
 
     def _look_round(self) -> None:
         """Take a step with everything that is due."""
-        reads = self.reads
         self._look = None
         self.look_s = math.inf
         now = self.now()
-        for job in tuple(reads.jobs):
-            for read in tuple(job.reads):
-                if read.job is not None and read.due_s <= now:
-                    self._due(read, now)
-        for attempt in tuple(reads.orphans):
+        for job, read in [(each, read) for each in self.jobs for read in each.reads.values()]:
+            if read.due_s <= now and read.job is not None:
+                self._due(read, job, now)
+        for attempt in tuple(self.orphans):
             if attempt.due_s <= now:
                 attempt.due_s = now + LATE_GRACE_S
-                if attempt.late:
-                    _close_if_all_is_late(attempt.connection)
-                else:
+                connection = attempt.connection
+                if attempt.late and connection.late == len(connection.attempts):  # there is nothing to wait for
+                    facts = {"host": connection.key[0], "port": connection.key[1], "reason": "aborted"}
+                    connection.fail(PeerLostError("the port has not answered in time", **facts))
+                elif not attempt.late:
                     attempt.late = True
-                    attempt.connection.late += 1
-        reads.settle()
-        due_s = [read.due_s for job in reads.jobs for read in job.reads if read.job is not None]
-        self.look_at(min([*due_s, *(attempt.due_s for attempt in reads.orphans)], default=math.inf))
+                    connection.late += 1
+        for errand in tuple(self.errands):
+            if errand.due_s <= now:
+                errand.due()
+        self.settle()
+        due_s = [read.due_s for job in self.jobs for read in job.reads.values()]
+        due_s += [attempt.due_s for attempt in self.orphans] + [errand.due_s for errand in self.errands]
+        self.look_at(min(due_s, default=math.inf))
 
-    def _due(self, read: Read, now: float) -> None:
-        job, place, connection = read.job, read.place, read.connection
-        assert job is not None
-        if place == "paused" and now < job.until_s:
-            self._go_on(read)
+    def _due(self, read: Read, job: Job, now: float) -> None:
+        connection = read.connection
+        if read.place == "paused":
+            if now < job.until_s:
+                self._go_on(read)
+            else:
+                self.fail(read, too_late(read.ref))
             return
-        if read.limit_s < job.until_s and connection is not None and not self.ports.avoids(connection.key, now):
+        if read.limit_s < job.until_s and not self.ports.avoids(connection.key, now):
             read.limit_s = read.due_s = job.until_s  # the port has answered another read meanwhile
             return
-        attempt = read.attempt
         error: TransportError = too_late(read.ref)
-        if place == "asked" and attempt is not None:
-            error = too_late(read.ref, port=attempt.connection.key[1])
-            self._late(attempt, error, now)
-            read.attempt = None
-        elif place == "queued" and connection is not None and read in connection.queue:
+        if read.place == "asked":
+            error = too_late(read.ref, port=connection.key[1])
+            self._late(read, error, now)
+            read = job.reads[read.index] = read.successor()
+        elif read in connection.queue:
             other = self.connections.known.get(read.alternate) if read.alternate is not None else None
             if now < read.limit_s and connection in self.connections.waiting and not (other and other.is_open):
                 read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
                 return
             connection.queue.remove(read)
-        if place == "paused":
-            self.reads.fail(read, error)
-        else:
-            read.source.advance()
-            self.failed(read, error)
+        read.source.advance()
+        self.failed(read, error)
 
-    def _late(self, attempt: Attempt, error: TransportError, now: float) -> None:
+    def _late(self, read: Read, error: TransportError, now: float) -> None:
         """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""
-        connection = attempt.connection
-        attempt.late = True
-        attempt.due_s = now + LATE_GRACE_S
-        self.reads.orphans.add(attempt)
+        connection = read.connection
+        read.late, read.place = True, "over"
+        read.due_s = now + LATE_GRACE_S
+        self.orphans.add(read)
         connection.late += 1
         self.quarantine(connection.key, error)
         if connection.late == 1:
-            queued = list(connection.queue)
+            self.reassign(connection.queue)
             connection.queue.clear()
-            self.reassign(queued)
 
+    # --- Outcomes ---
 
-def _close_if_all_is_late(connection: Carrier) -> None:
-    """There is nothing to wait for there."""
-    if connection.late and connection.late == len(connection.attempts):
-        host, port = connection.key
-        connection.fail(PeerLostError("the port has not answered in time", host=host, port=port, reason="aborted"))
+    def refused(self, read: Read, error: TransportError) -> None:
+        """The server has answered without a payload, or with something that is none."""
+        key = read.connection.key
+        if self.wary:
+            self.forgive(key)
+        read.place = "over"
+        if read.job is None or read.late:
+            self.orphans.discard(read)
+            return  # the read has gone on without it
+        if blames_port(error):
+            self.quarantine(key, error)
+        read.source.advance()
+        self.failed(read, error)
+
+    def fail(self, read: Read, error: TransportError) -> None:
+        """A read has its outcome: an error."""
+        error.__traceback__ = None  # its frames may hold a buffer
+        self._counters.failed(error)
+        self.over(read, error)
+
+    def over(self, read: Read, outcome: Outcome) -> None:
+        """A payload has its outcome, by this read, or by the late attempt of one before it."""
+        job, index = read.job, read.index
+        assert job is not None
+        current = job.reads.pop(index)
+        read.job = current.job = None
+        current.source.under_way -= 1
+        if current.place == "asked":  # its attempt goes on without it
+            self.orphans.add(current)
+            self.look_at(current.due_s)
+        job.outcomes[index] = outcome
+        job.left -= 1
+        if not job.left:
+            self.finished.append(job)
+
+    def abandon(self, job: Job) -> None:
+        """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
+        job.on_done = None
+        if job.held is not None:
+            job.held.connection.end_held(job.held, delivered=False)
+            job.held = None
+        for read in tuple(job.reads.values()):
+            self.over(read, PeerLostError("abandoned", reason="cancelled"))
+        for outcome in job.outcomes:
+            if isinstance(outcome, Payload):
+                outcome.release()
+        self.settle()
+        self.jobs.discard(job)
+        job.done = True
+
+    def settle(self) -> None:
+        """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""
+        if self._settling:
+            return
+        self._settling = True
+        try:
+            while self.again or self.finished:
+                if self.again:
+                    self.run()
+                    continue
+                if self.connections.ending:
+                    self.connections.send_ends()
+                job = self.finished.pop(0)
+                self.jobs.discard(job)
+                for attempt in self.orphans:
+                    if attempt.job is job:
+                        attempt.job = None
+                job.finish()
+        finally:
+            self._settling = False

@@ -34,12 +34,11 @@ if TYPE_CHECKING:
 
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Carrier
-    from ucxx_transport.link.reactor import Timer
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.wire.actions import Asked, Offered
 
 Selector = Literal["oldest", "newest"]
-TakeIn = Callable[["Carrier", int, bytearray], None]
+TakeIn = Callable[["Carrier", int, memoryview], None]
 
 DEFAULT_MAX_PAYLOADS: Final = 16
 DEFAULT_MAX_BYTES: Final = 256 << 20
@@ -62,14 +61,14 @@ class SourceCall(Call, ABC):
         self.source = source
         self.wait_until_s = wait_until_s
         self.error: TransportError | None = None
+        self.due_s = math.inf
         self._connection: Carrier | None = None
-        self._timer: Timer | None = None
         self._call = 0
 
-    def bind(self, dispatch: Dispatch, errands: set[SourceCall]) -> None:
-        """It goes on with these connections, and is one of `errands` until it is done."""
-        self._dispatch, self._errands = dispatch, errands
-        errands.add(self)
+    def bind(self, dispatch: Dispatch) -> None:
+        """It goes on with its connections, and is one of its `errands` until it is done."""
+        self._dispatch = dispatch
+        dispatch.errands.add(self)
 
     def ask(self) -> None:
         """Ask the port that is due."""
@@ -80,8 +79,11 @@ class SourceCall(Call, ABC):
         self._call += 1
         is_last = self._call >= dispatch.read_attempts and now >= self.wait_until_s
         self._asked_until_s = self.until_s if is_last else (now + self.until_s) / 2
-        self._set_timer(self._asked_until_s, self._too_late)
-        self._connection = connection = dispatch.connections.to(dispatch.next_port(source.host, source.ports), now)
+        self._look_at(self._asked_until_s)
+        whose = dispatch.ports.source(source.host, tuple(source.ports))
+        keys = dispatch.ports.healthy(whose, now) or whose.keys
+        self._connection = connection = dispatch.connections.to(keys[whose.first(keys, alone=True)], now)
+        whose.advance()
         connection.run(self)
 
     def start(self, connection: Carrier) -> None:
@@ -95,7 +97,7 @@ class SourceCall(Call, ABC):
 
     def send(self, connection: Carrier, asked: Asked, receive_bytes: int, take_in: TakeIn) -> None:
         """Send a frame; `take_in` is called with the connection, the frame's number and the answer."""
-        connection.running.append(self)
+        connection.errands.append(self)
         connection.ask(asked, receive_bytes, partial(self._answered, connection, take_in))
 
     def lost(self, connection: Carrier, error: TransportError) -> None:
@@ -109,7 +111,7 @@ class SourceCall(Call, ABC):
         now = dispatch.now()
         attempt, attempts = 0 if now < self.wait_until_s else call, dispatch.read_attempts
         if retries_slot(error, attempt=attempt, read_attempts=attempts, remaining_s=self.until_s - now):
-            self._set_timer(now + (backoff_s(error, call) if call < attempts else PAUSE_S), self.ask)
+            self._look_at(now + (backoff_s(error, call) if call < attempts else PAUSE_S))
         else:
             self.end(error)
 
@@ -121,47 +123,40 @@ class SourceCall(Call, ABC):
     def end(self, error: TransportError | None) -> None:
         """It is done."""
         self._connection = None
-        self._set_timer(None)
-        self._errands.discard(self)
+        self._dispatch.errands.discard(self)
         self.error = error
         self.finish()
 
-    def _answered(self, connection: Carrier, take_in: TakeIn, asked: Asked, answer: bytearray) -> None:
-        connection.running.remove(self)
+    def _answered(self, connection: Carrier, take_in: TakeIn, asked: Asked, answer: memoryview) -> None:
+        connection.errands.remove(self)
         try:
             take_in(connection, asked.attempt, answer)
         except TransportError as error:
             if connection.session.broken:
-                connection.running.append(self)  # it is lost with the connection
+                connection.errands.append(self)  # it is lost with the connection
                 raise
             self.lost(connection, error)
         connection.after_answers()
 
-    def _too_late(self) -> None:
-        host, ports = self.source.host, self.source.ports
-        if self._connection is not None:
-            error = DeadlineExceededError("the source did not answer in time", host=host, ports=ports)
-            self.lost(self._connection, error)
+    def due(self) -> None:
+        """See `Errand`: its port has not answered in time, or it has paused."""
+        connection, host, ports = self._connection, self.source.host, self.source.ports
+        self.due_s = math.inf
+        if connection is None:
+            self.ask()
+        else:
+            self.lost(connection, DeadlineExceededError("the source did not answer in time", host=host, ports=ports))
 
-    def _set_timer(self, when_s: float | None, action: Callable[[], None] | None = None) -> None:
-        """What is to happen next, if nothing comes before; None: nothing."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if when_s is None or action is None else self._dispatch.call_at(when_s, action)
+    def _look_at(self, when_s: float) -> None:
+        self.due_s = when_s
+        self._dispatch.look_at(when_s)
 
 
 class Take(SourceCall):
     """One call that takes payloads, as `SyncUCXXClient.take`. Its `job` reads what a server has picked."""
 
     def __init__(
-        self,
-        source: Takeable,
-        *,
-        max_payloads: int,
-        max_bytes: int,
-        selector: str,
-        wait_until_s: float,
-        until_s: float,
+        self, source: Takeable, until_s: float, wait_until_s: float, *, max_payloads: int, max_bytes: int, selector: str
     ) -> None:
         super().__init__(source, until_s, wait_until_s)
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
@@ -180,9 +175,8 @@ class Take(SourceCall):
         """See `SourceCall`."""
         now = self._dispatch.now()
         wait_s = max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (self._asked_until_s - now) / 2))
-        asked = connection.session.take(
-            self.max_payloads, self.max_bytes, newest=self.newest, wait_ms=math.ceil(wait_s * 1000)
-        )
+        wait_ms = math.ceil(wait_s * 1000)
+        asked = connection.session.take(self.max_payloads, self.max_bytes, newest=self.newest, wait_ms=wait_ms)
         self.send(connection, asked, offer_receive_bytes(self.max_payloads), self._offered)
 
     def result(self) -> list[Payload]:
@@ -196,18 +190,21 @@ class Take(SourceCall):
         self.on_done = None
         job, self.job = self.job, None
         if job is not None:
-            self._dispatch.reads.abandon(job)
+            self._dispatch.abandon(job)
         for payload in self.payloads:
             payload.release()
         self.fail(DeadlineExceededError("abandoned"))
 
-    def _offered(self, connection: Carrier, attempt: int, answer: bytearray) -> None:
+    def _offered(self, connection: Carrier, attempt: int, answer: memoryview) -> None:
         """A server has answered, with what it has picked or why it has picked nothing."""
         offer, is_wanted = connection.session.on_offer(attempt, answer), connection is self._connection
         if offer.payloads and is_wanted:
             self._receive(connection, offer.payloads)
         elif offer.payloads:
-            connection.receive(offer.payloads, [None] * len(offer.payloads))  # to be given back
+            refs = self._references(offer.payloads, [None] * len(offer.payloads))
+            source = self._dispatch.ports.source(connection.key[0], refs[0].ports)
+            reads = [Read(None, index, ref, source, self.until_s) for index, ref in enumerate(refs)]
+            connection.receive(offer.payloads, reads)  # to be given back
         elif offer.reason and is_wanted:
             self.end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
         elif is_wanted and self._dispatch.now() < self.wait_until_s:
@@ -218,8 +215,7 @@ class Take(SourceCall):
 
     def _receive(self, connection: Carrier, offered: Sequence[Offered]) -> None:
         """Payloads are on their way: they are the reads of a job."""
-        self._connection = None
-        self._set_timer(None)
+        self._connection, self.due_s = None, math.inf
         try:
             records = [unpack_envelope(each.envelope) for each in offered]
             refs = self._references(offered, records)
@@ -231,27 +227,29 @@ class Take(SourceCall):
         source = self._dispatch.ports.source(connection.key[0], refs[0].ports)
         others = [key for key in source.keys if key != connection.key]
         for index, ref in enumerate(refs):
-            read = Read(job, index, ref, source)
+            job.reads[index] = read = Read(job, index, ref, source, self.until_s)
             read.alternate = others[0] if others else None
-            job.reads.append(read)
         source.under_way += len(refs)
-        self._dispatch.reads.jobs.add(job)
-        connection.receive(offered, job.reads)
+        self._dispatch.jobs.add(job)
+        connection.receive(offered, [*job.reads.values()])
 
     def _references(self, offered: Sequence[Offered], records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
         """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
         source, (first, *_) = self.source, offered
-        template = SlotRef(
-            ring_id=first.ring_id,
-            ring_name=source.ring_name,
-            slot=0,
-            generation=0,
-            nbytes=0,
-            host_id=source.host_id,
-            host=source.host,
-            ports=tuple(source.ports),
-            fingerprint=first.fingerprint,
-        )
+        if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (first.ring_id, first.fingerprint):
+            template = source
+        else:
+            template = SlotRef(
+                ring_id=first.ring_id,
+                ring_name=source.ring_name,
+                slot=0,
+                generation=0,
+                nbytes=0,
+                host_id=source.host_id,
+                host=source.host,
+                ports=tuple(source.ports),
+                fingerprint=first.fingerprint,
+            )
         return [
             renumbered(
                 template, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0]
@@ -293,7 +291,7 @@ class RingDiscard(SourceCall):
         super().end(error)
         self._whole.part_over()
 
-    def _confirmed(self, names: Sequence[SlotRef], connection: Carrier, attempt: int, answer: bytearray) -> None:
+    def _confirmed(self, names: Sequence[SlotRef], connection: Carrier, attempt: int, answer: memoryview) -> None:
         """A server has heard of these; those that it could not look at come last."""
         statuses = connection.session.confirmed(attempt, answer)
         for ref, status in zip(names, statuses, strict=True):

@@ -72,9 +72,9 @@ class Line(ABC):
         """See `EndpointEvents`."""
         self.fail(error)
 
-    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, bytearray], None]) -> None:
+    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, memoryview], None]) -> None:
         """Send a frame whose answer is small, and of which nothing is reused."""
-        answer = bytearray(receive_bytes)
+        answer = memoryview(bytearray(receive_bytes))
 
         def arrived(operation: Operation) -> None:
             if self.closed:
@@ -132,16 +132,14 @@ class Line(ABC):
             words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
         self.fail(PeerLostError(words, host=host, port=port, reason="unreachable"))
 
-    def _welcomed(self, asked: Asked, answer: bytearray) -> None:
-        del asked
+    def _welcomed(self, _: Asked, answer: memoryview) -> None:
         challenge = self.session.on_welcome(answer)
         if challenge is None:
             self._greeted()
         else:
             self.ask(challenge, HANDSHAKE_RECEIVE_BYTES, self._authenticated)
 
-    def _authenticated(self, asked: Asked, answer: bytearray) -> None:
-        del asked
+    def _authenticated(self, _: Asked, answer: memoryview) -> None:
         self.session.on_authenticated(answer)
         self._greeted()
 

@@ -15,8 +15,6 @@ from ucxx_transport.client.jobs import removed
 
 if TYPE_CHECKING:
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.errands import SourceCall
-    from ucxx_transport.client.jobs import Engine
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceChange, SourceRecord
 
@@ -58,7 +56,7 @@ class Membership:
         if end is not None:
             end()
 
-    def apply(self, reads: Engine, dispatch: Dispatch, errands: set[SourceCall]) -> None:
+    def apply(self, reads: Dispatch) -> None:
         """Pass on what was reported; before a read begins, which a report from before it does not concern."""
         with self._lock:
             news, self.news = self.news, {}
@@ -66,16 +64,16 @@ class Membership:
             keys = [] if record.host is None else [(record.host, port) for port in record.ports]
             if is_there:
                 for key in keys:  # worth a try
-                    dispatch.forgive(key)
+                    reads.forgive(key)
                 continue
-            for read in [read for job in reads.jobs for read in job.reads]:
-                if read.job is not None and read.ref.ring_id == record.ring_id:
+            for read in [read for job in reads.jobs for read in job.reads.values()]:
+                if read.ref.ring_id == record.ring_id:
                     reads.fail(read, removed(read.ref))
-            for errand in tuple(errands):
+            for errand in tuple(reads.errands):
                 if errand.source.ring_id == record.ring_id:
                     errand.fail(removed(record))
             for key in keys:
-                dispatch.connections.evict(key)
+                reads.connections.evict(key)
         reads.settle()
 
     def _report(self, change: SourceChange) -> None:

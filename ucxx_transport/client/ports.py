@@ -1,6 +1,4 @@
-"""Ports of a source and the retry policy: which port a read is asked of, which are avoided, what a failure leads to.
-
-Decisions: `now` comes in, nothing waits, opens or closes.
+"""Ports of a source, the retry policy, and what one frame asks for. Decisions: `now` comes in, nothing waits or opens.
 
 | failure                                  | port layer            | slot layer          |
 |------------------------------------------|-----------------------|---------------------|
@@ -17,15 +15,24 @@ that port is still polling, and the others sleep (the p50 of a 64 KiB read over 
 staying, in one run on 2 cores).
 
 While all ports of a source are in quarantine, they are tried, for `PROBE_S` at most by a batch that reads from others.
+
+All names of a frame are of one ring; it takes as many of a queue as the windows have room for:
+
+| names that follow each other in the queue | asked for by                                                    |
+|-------------------------------------------|-----------------------------------------------------------------|
+| small ones, at least two                  | one frame whose answers share a message of at most `PACK_BYTES` |
+| others, up to `MAX_NAMES`                 | one frame, each answer a message of its own                     |
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Final
+from collections import OrderedDict, deque
+from typing import Final, Protocol, TypeVar
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
+from ucxx_transport.wire.codec import Named
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES, Window
 
 REMEMBERED_SOURCES: Final = 4096
 """Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
@@ -41,6 +48,14 @@ BACKOFF_BASE_S: Final = 0.01
 BACKOFF_LIMIT_S: Final = 0.5
 SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
+
+OWN_WINDOW_BYTES: Final = 2 << 20
+"""In flight on one connection, unless two payloads are more: large ones would only hinder each other."""
+
+SMALL_BYTES: Final = PACK_BYTES // 2
+"""Answers up to this size share a message."""
+
+FRAMING_BYTES: Final = HEADER_BYTES + TRAILER_BYTES
 
 PortKey = tuple[str, int]
 
@@ -82,25 +97,35 @@ def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
 
 
 class Source:
-    """One source's ports, at least one; at `position`, the one that is due, and how many reads are `under_way`."""
+    """One source's ports.
 
-    __slots__ = ("keys", "position", "under_way")
+    Attributes:
+        keys: all of them, at least one. position: of the one that is due, counted on for ever.
+        key: that one. alternate: the one that follows, None where there is no other.
+        under_way: how many reads are.
+    """
+
+    __slots__ = ("alternate", "key", "keys", "position", "under_way")
 
     def __init__(self, keys: tuple[PortKey, ...], position: int) -> None:
         self.keys = keys
-        self.position = position
+        self.position = position - 1
         self.under_way = 0
+        self.advance()
 
     def first(self, keys: tuple[PortKey, ...], *, alone: bool) -> int:
         """Which of `keys`, some of its ports, is due for what is to be read now, alone or beside other reads."""
         # In turn among the candidates themselves: stepping over a sick port would give its share to the next one.
         if not alone:
-            self.position += 1
+            self.advance()
         return self.position % len(keys)
 
     def advance(self) -> None:
-        """An attempt failed: the next port is due."""
-        self.position += 1
+        """An attempt failed, or there are others: the next port is due."""
+        self.position = position = self.position + 1
+        keys = self.keys
+        self.key = keys[position % len(keys)]
+        self.alternate = keys[(position + 1) % len(keys)] if len(keys) > 1 else None
 
 
 class Ports:
@@ -161,3 +186,73 @@ def shares(count: int, nbytes: int, ports: int) -> list[int]:
         return [count]
     parts = min(ports, count)
     return [count // parts + (part < count % parts) for part in range(parts)]
+
+
+class Queued(Protocol):
+    """A read in a connection's queue; without a job it is over. `whole_bytes`: of its answer, once it is asked for."""
+
+    whole_bytes: int
+
+    @property
+    def job(self) -> object | None: ...
+    @property
+    def ref(self) -> Named: ...
+
+
+class Windows(Protocol):
+    """What a session may have in flight, and has; see `ClientSession`."""
+
+    @property
+    def window(self) -> Window: ...
+    @property
+    def named(self) -> int: ...
+    @property
+    def named_bytes(self) -> int: ...
+
+
+ReadT = TypeVar("ReadT", bound=Queued)
+
+
+def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Windows) -> tuple[list[ReadT], int]:
+    """Take from the queue what the next frame asks for; no reads when there is no room.
+
+    Args:
+        queue: of one connection; reads that are over are dropped.
+        asked: attempts in flight there.
+        asked_bytes: their payloads.
+        session: the server's window. One name alone may exceed its bytes.
+
+    Returns:
+        The reads, in order, and the length of the message that all answers share; 0 when each has its own.
+    """
+    attempts, server_bytes = session.window
+    named = session.named
+    names, server_bytes = min(MAX_NAMES, attempts - named), server_bytes - session.named_bytes
+    own_bytes = OWN_WINDOW_BYTES - asked_bytes
+    reads: list[ReadT] = []
+    ring_id = b""
+    total = shared_bytes = count = 0
+    is_shared = False
+    while queue and count < names:
+        read = queue[0]
+        if read.job is None:
+            queue.popleft()
+            continue
+        ref = read.ref
+        nbytes = ref.nbytes
+        total += nbytes
+        read.whole_bytes = whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
+        is_small = whole <= SMALL_BYTES
+        if (
+            (count and (ref.ring_id != ring_id or is_small is not is_shared))  # it begins the next frame
+            or (is_small and shared_bytes + whole > PACK_BYTES)
+            or (total > own_bytes and asked + count > 1)
+            or (total > server_bytes and named + count)
+        ):
+            break
+        ring_id, is_shared = ref.ring_id, is_small
+        if is_small:
+            shared_bytes += whole
+        count += 1
+        reads.append(queue.popleft())
+    return reads, shared_bytes if count > 1 else 0

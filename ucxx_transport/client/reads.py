@@ -17,70 +17,167 @@ delivered. The policy is in `ports`, how a connection is used in `connection`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
-from ucxx_transport.client.dispatch import Dispatch
+from ucxx_transport.client.dispatch import Claim, Dispatch
 from ucxx_transport.client.jobs import Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import PortKey, Source, blames_port
-from ucxx_transport.errors import ChecksumError, ConfigError, PeerLostError, StaleSlotError, TransportError
-from ucxx_transport.wire.frames import HEADER_BYTES
+from ucxx_transport.client.ports import Source
+from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError, TransportError
+from ucxx_transport.wire.codec import clear_trailer, seal_of
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.buffer_pool import BufferPool
     from ucxx_transport.client.errands import SourceCall
-    from ucxx_transport.client.jobs import Attempt
+    from ucxx_transport.client.jobs import Carrier
     from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.base import Operation
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.schema import SlotRef
 
 
-class Reads:
+class LoneRead(Read):
+    """The one payload of a job, asked for while nothing else is under way on its connection, in few steps.
+
+    The request leaves before anything is made ready for its answer: the server works meanwhile, and nothing that comes
+    is taken in before the reactor's next turn. An answer that is the whole payload, while there still is nothing else
+    to do on the connection, needs no queue, no settling and no list of ends: what `Connection.came` and `Reads.arrived`
+    do of it is done here in one step. Whatever else comes, or was asked meanwhile, is theirs.
+
+    Attributes:
+        at: the connection that it was asked on first; `connection` is where it may have gone on since.
+    """
+
+    def __init__(self, job: Job, source: Source, at: Carrier, engine: Dispatch) -> None:
+        self.job = job
+        self.index = 0
+        self.ref = job.refs[0]
+        self.source = source
+        self.limit_s = job.until_s
+        self.connection = self.at = at
+        self._engine = engine
+
+    def ask(self, now: float) -> None:
+        """Ask for it, by a request that brings the ends along that wait."""
+        at, engine, due_s, unsent = self.at, self._engine, self.limit_s, None
+        endpoint = at.endpoint
+        assert endpoint is not None
+        try:
+            endpoint.post_send(at.session.fetch_one(self))
+        except TransportError as error:
+            unsent = error
+        self.alternate = alternate = self.source.alternate
+        if engine.read_attempts > 1 or alternate is not None:
+            due_s = (now + due_s) / 2  # as `Dispatch.asked`
+        self.place, self.due_s = "asked", due_s
+        if due_s < engine.look_s:
+            engine.look_at(due_s)
+        at.used_s = now
+        at.attempts.add(self)
+        at.asked_bytes += self.ref.nbytes
+        self.seal = seal_of(self.ref)
+        _, _, end, whole = self.seal
+        try:
+            self.message = message = at.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
+        except TransportError as error:
+            engine.fail(self, error)
+            at.fail(error)
+            return
+        self.view = view = message.data
+        clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
+        try:
+            if unsent is not None:
+                raise unsent
+            endpoint.post_receive(view, self.came, channel=self.number & MAX_CHANNEL)
+        except TransportError as error:
+            at.fail(error)
+
+    def came(self, operation: Operation) -> None:
+        """Its receive is over."""
+        at, engine, job, ref, view = self.at, self._engine, self.job, self.ref, self.view
+        assert self.seal is not None
+        header, trailer, end, whole = self.seal
+        if (
+            operation.error is not None
+            or at.closed
+            or self.place != "asked"
+            or ref.checksum is not None
+            or len(at.attempts) > 1
+            or at.queue
+            or engine.connections.waiting
+            or engine.wary
+            or view[:HEADER_BYTES] != header
+            or view[end:whole] != trailer
+            or job is None
+            or not (job.is_held or self._is_claimed(job))
+        ):
+            at.came((self,), operation)
+            return
+        content = self.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+        job.outcomes[0] = Payload(ref, content, engine.connections.schemas[ref.fingerprint], "ucx")
+        self.place, self.job = "over", None
+        self.source.under_way -= 1
+        at.rested = True
+        at.asked_bytes = 0
+        at.attempts.clear()
+        engine.jobs.discard(job)
+        job.reads.clear()
+        job.left = 0
+        if job.is_held:
+            job.held = self
+        else:
+            way = engine.delivered
+            way.reads += 1
+            way.nbytes += ref.nbytes
+            way.recent_s.append(time.perf_counter() - job.began_s)
+            at.end_one(self, delivered=True)
+        job.done = True
+        if job.on_done is not None:
+            job.finish()
+
+    def _is_claimed(self, job: Job) -> bool:
+        """Whether it is the caller's as it lies, and no duplicate."""
+        if job.into is not None or job.on_payload is not None:
+            return False
+        try:
+            self._engine.claim(self.ref)  # while the slot is held: no newer payload of it can have been delivered yet
+        except StaleSlotError:
+            return False
+        return True
+
+
+class Reads(Dispatch):
     """All jobs of a client that read over the link, and its connections.
 
     Attributes:
-        connections: to any port of any source. dispatch: gives reads their ports.
-        jobs: those with reads that have no outcome.
-        finished: jobs that have all their outcomes, until `settle` reports them.
-        orphans: attempts in flight that no read waits for, and late ones.
-        errands: calls that take or discard, and are not done.
+        connections: to any port of any source.
     """
 
     def __init__(
         self,
         config: ClientConfig,
         reactor: Reactor,
-        *,
         reader: int,
-        pool: BufferPool,
         counters: ClientCounters,
-        claim: Callable[[SlotRef], None],
-        membership: Membership | None = None,
+        claim: Claim,
+        *,
+        pool: BufferPool,
+        membership: Membership | None,
     ) -> None:
-        self.reader = reader
-        self.jobs: set[Job] = set()
-        self.finished: list[Job] = []
-        self.orphans: set[Attempt] = set()
-        self.errands: set[SourceCall] = set()
-        self.connections = Connections(config, reactor, counters=counters, lend=pool.lend, connect=self._connect)
-        self.dispatch = Dispatch(self, self.connections)
-        self.now = reactor.now
+        super().__init__(config, reactor, reader, counters, claim)
+        self.connections = Connections(
+            config, reactor, counters, pool.lend, lambda key: Connection(self.connections, self, key)
+        )
         self._schemas = self.connections.schemas
-        self._counters = counters
-        self._claim = claim
         self._membership = membership
         self._gone: Collection[bytes] = () if membership is None else membership.gone
         self._verify_checksum = config.verify_checksum
-        self._settling = False
-
-    def _connect(self, key: PortKey) -> Connection:
-        return Connection(self.connections, self.dispatch, self, key)
 
     @property
     def in_flight(self) -> int:
@@ -92,90 +189,71 @@ class Reads:
     def hear(self) -> None:
         """Take in what a watcher has reported."""
         if self._membership is not None and self._membership.news:
-            self._membership.apply(self, self.dispatch, self.errands)
+            self._membership.apply(self)
 
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
         now = self.now()
         self.hear()
-        groups: dict[Source, list[Read]] = {}
+        groups: dict[tuple[str, tuple[int, ...]], tuple[Source, list[Read]]] = {}
         self.jobs.add(job)
+        refs, until_s, gone = job.refs, job.until_s, self._gone
         for index in indices:
-            ref = job.refs[index]
-            host = ref.host
-            if host is None or not ref.ports:
+            ref = refs[index]
+            if ref.host is None or not ref.ports:
                 message = "this reference carries no address to read from; start the UCXXServer before writing"
                 self._fail_at(job, index, ConfigError(message, ring=ref.ring_name))
-                continue
-            source = self.dispatch.ports.source(host, ref.ports)
-            read = Read(job, index, ref, source)
-            if ref.ring_id in self._gone:
+            elif ref.ring_id in gone:
                 self._fail_at(job, index, removed(ref))
-                continue
-            if job.until_s <= now:
+            elif until_s <= now:
                 self._fail_at(job, index, too_late(ref))  # before any port is blamed for it
-                continue
-            source.under_way += 1
-            job.reads.append(read)
-            groups.setdefault(source, []).append(read)
+            else:
+                address = ref.host, ref.ports
+                source, group = groups.get(address) or groups.setdefault(address, (self.ports.source(*address), []))
+                job.reads[index] = read = Read(job, index, ref, source, until_s)
+                group.append(read)
         job.alone = len(groups) < 2
-        for source, reads in groups.items():
-            self.dispatch.assign(source, reads, now)
+        for source, group in groups.values():
+            source.under_way += len(group)
+        for source, group in groups.values():
+            self.assign(source, group, now)
         self.settle()
 
     def start_one(self, job: Job) -> None:
         """`start` for a job of one; what is usual in few steps, for a read of 4 KiB costs no more than they do."""
-        ref = job.refs[0]
-        now = self.now()
-        source = self.dispatch.ports.sources.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
-        membership = self._membership
-        has_news = membership is not None and (membership.news or ref.ring_id in membership.gone)
-        if not (source is None or source.under_way or self.dispatch.wary or job.until_s <= now or has_news):
-            connections = self.connections
-            key = source.keys[source.position % len(source.keys)]
-            connection = connections.known.get(key)
-            if (
-                connection is not None
-                and connection.is_open
-                and not (connection.attempts or connection.queue or ref.ring_id in connections.unsettled)
-                and now - connection.used_s <= connections.max_age_s
-                and (not ref.fingerprint or ref.fingerprint in self._schemas)
-            ):
-                connections.known.move_to_end(key)
-                source.under_way = 1
-                self.jobs.add(job)
-                connection.ask_one(job, source, now)
-                if self.dispatch.again or self.finished:
-                    self.settle()
-                return
-        self.start(job, (0,))
+        ref, membership = job.refs[0], self._membership
+        source = self.ports.sources.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
+        now, connections = self.now(), self.connections
+        if (
+            source is not None
+            and not source.under_way
+            and (connection := connections.known.get(source.key)) is not None
+            and connection.is_open
+            and not (connection.attempts or connection.queue or self.wary or ref.ring_id in connections.unsettled)
+            and now - connection.used_s <= connections.max_age_s
+            and now < job.until_s
+            and ref.fingerprint in self._schemas
+            and (membership is None or not (membership.news or ref.ring_id in membership.gone))
+        ):
+            source.under_way = 1
+            self.jobs.add(job)
+            job.reads[0] = read = LoneRead(job, source, connection, self)
+            read.ask(now)
+            if self.again or self.finished:
+                self.settle()
+        else:
+            self.start(job, (0,))
 
     def here_over(self, job: Job) -> None:
         """What a job reads on this host has its outcomes; where that was all, it is done."""
         if not (job.left or job.done or job in self.finished):
-            self._finish(job)
+            self.finished.append(job)
             self.settle()
-
-    def abandon(self, job: Job) -> None:
-        """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
-        job.on_done = None
-        if job.held is not None:
-            job.held.connection.end_held(job.held, delivered=False)
-            job.held = None
-        for read in tuple(job.reads):
-            if read.job is not None:
-                self._over(read, PeerLostError("abandoned", reason="cancelled"))
-        for outcome in job.outcomes:
-            if isinstance(outcome, Payload):
-                outcome.release()
-        self.settle()
-        self.jobs.discard(job)
-        job.done = True
 
     def begin(self, errand: SourceCall) -> None:
         """Have payloads taken, or discarded."""
         self.hear()
-        errand.bind(self.dispatch, self.errands)
+        errand.bind(self)
         if errand.source.ring_id in self._gone:
             errand.fail(removed(errand.source))
         else:
@@ -184,9 +262,8 @@ class Reads:
     def fail_all(self, error: TransportError) -> None:
         """Fail every job."""
         for job in tuple(self.jobs):
-            for read in tuple(job.reads):
-                if read.job is not None:
-                    self.fail(read, copy_of(error))
+            for read in tuple(job.reads.values()):
+                self.fail(read, copy_of(error))
             for index, outcome in enumerate(job.outcomes):
                 if outcome is None:  # it waits for the lock of a ring of this host
                     self._fail_at(job, index, copy_of(error))
@@ -194,45 +271,50 @@ class Reads:
             errand.fail(copy_of(error))
         self.settle()
 
-    def arrived(self, attempt: Attempt) -> bool | None:
-        """An attempt has brought its payload, and its schema is known.
+    def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
+        """See `Dispatch`."""
+        if self.wary:
+            self.forgive(connection.key)
+        end, schemas, now_s = connection.session.end, self._schemas, time.perf_counter()
+        way = self.delivered
+        for read in reads:
+            job, ref = read.job, read.ref
+            if job is None or read.place != "asked":  # it is late, or not wanted
+                self.orphans.discard(read)
+                if job is None or read.index not in job.reads:
+                    end(read, delivered=False)
+                    continue
+            read.place = "over"
+            content = read.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+            try:
+                if ref.checksum is not None and self._verify_checksum:
+                    # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
+                    verify_checksum(content, ref)
+                payload = Payload(ref, content, schemas[ref.fingerprint], "ucx")
+                if job.is_held:
+                    job.held = read
+                    self.over(read, payload)
+                    continue
+                self.claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+            except TransportError as error:
+                self._unusable(connection, read, error)
+                continue
+            way.reads += 1
+            way.nbytes += ref.nbytes
+            way.recent_s.append(now_s - job.began_s)
+            plain = job.into is None and job.on_payload is None
+            self.over(read, payload if plain else self._passed_on(job, read.index, payload))
+            end(read, delivered=True)
 
-        Returns:
-            Whether it is to be ended as delivered; None: it is not to be ended yet.
-        """
-        if self.dispatch.wary:
-            self.dispatch.forgive(attempt.connection.key)
-        read = attempt.read
-        self.orphans.discard(attempt)
-        job = None if read is None else read.job
-        if read is None or job is None:
-            return False
-        ref = read.ref
-        attempt.read = None
-        if read.attempt is attempt:
-            read.attempt = None  # else the payload would wait for the garbage collector
-        content = attempt.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
-        try:
-            if ref.checksum is not None and self._verify_checksum:
-                # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
-                verify_checksum(content, ref)
-            payload = Payload(ref, content, self._schemas[ref.fingerprint] if ref.fingerprint else None, "ucx")
-            if job.is_held:
-                job.held = attempt
-                self._over(read, payload)
-                return None
-            self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
-        except TransportError as error:
-            error.__traceback__ = None  # its frames hold the payload
-            if isinstance(error, ChecksumError):
-                self.dispatch.failed(read, error)
-                return False
+    def _unusable(self, connection: Carrier, read: Read, error: TransportError) -> None:
+        """A payload has come and is not delivered: its bytes have changed, or it has been delivered before."""
+        error.__traceback__ = None  # its frames hold the payload
+        has_changed = isinstance(error, ChecksumError)
+        connection.session.end(read, delivered=not has_changed)
+        if not has_changed:
             self.fail(read, error)
-            return True
-        self._counters.delivered("ucx", ref.nbytes, time.perf_counter() - job.began_s)
-        plain = job.into is None and job.on_payload is None
-        self._over(read, payload if plain else self._passed_on(job, read.index, payload))
-        return True
+        elif not read.late:  # else the read has gone on without it
+            self.failed(read, error)
 
     def _passed_on(self, job: Job, index: int, payload: Payload) -> Outcome:
         """A payload as its caller wants it."""
@@ -247,12 +329,12 @@ class Reads:
 
     def deliver(self, job: Job) -> None:
         """The caller has got this far: what was held for it is its own now, and the server hears so."""
-        attempt, job.held = job.held, None
+        read, job.held = job.held, None
         payload = job.outcomes[0]
-        if attempt is None or not isinstance(payload, Payload):
+        if read is None or not isinstance(payload, Payload):
             return
         try:
-            self._claim(payload.ref)
+            self.claim(payload.ref)
         except StaleSlotError as error:
             self._counters.failed(error)
             job.outcomes[0] = error
@@ -260,32 +342,7 @@ class Reads:
             self._counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
             if job.into is not None:
                 job.outcomes[0] = self._passed_on(job, 0, payload)
-        attempt.connection.end_held(attempt, delivered=True)
-
-    def refused(self, attempt: Attempt, error: TransportError) -> None:
-        """The server has answered without a payload, or with something that is none."""
-        if self.dispatch.wary:
-            self.dispatch.forgive(attempt.connection.key)
-        read = attempt.read
-        if attempt.late or read is None:
-            self.orphans.discard(attempt)
-        attempt.read = None
-        if read is None or read.job is None or read.attempt is not attempt:
-            return  # the read has gone on without it
-        read.attempt = None
-        if blames_port(error):
-            self.dispatch.quarantine(attempt.connection.key, error)
-        read.source.advance()
-        self.dispatch.failed(read, error)
-
-    def no_memory(self, read: Read, error: TransportError) -> None:
-        """There is no buffer for a read."""
-        error.__traceback__ = None
-        self.fail(read, error)
-
-    def fail(self, read: Read, error: TransportError) -> None:
-        self._counters.failed(error)
-        self._over(read, error)
+        read.connection.end_held(read, delivered=True)
 
     def _fail_at(self, job: Job, index: int, error: TransportError) -> None:
         """Fail what is no read yet."""
@@ -293,50 +350,4 @@ class Reads:
         job.outcomes[index] = error
         job.left -= 1
         if not job.left:
-            self._finish(job)
-
-    def _over(self, read: Read, outcome: Outcome) -> None:
-        job, source = read.job, read.source
-        assert job is not None
-        read.job = None
-        source.under_way -= 1
-        attempt = read.attempt
-        if attempt is not None:  # it goes on without this read
-            read.attempt = None
-            attempt.read = None
-            self.orphans.add(attempt)
-            self.dispatch.look_at(attempt.due_s)
-        job.outcomes[read.index] = outcome
-        job.left -= 1
-        if not job.left:  # as `_finish`
-            self.jobs.discard(job)
-            job.reads.clear()
             self.finished.append(job)
-
-    def _finish(self, job: Job) -> None:
-        self.jobs.discard(job)
-        job.reads.clear()
-        self.finished.append(job)
-
-    def settle(self) -> None:
-        """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""
-        dispatch = self.dispatch
-        if self._settling or not (dispatch.again or self.finished):
-            return
-        self._settling = True
-        try:
-            while True:
-                if dispatch.again:
-                    dispatch.run()
-                elif self.finished:
-                    if self.connections.ending:
-                        self.connections.send_ends()
-                    job = self.finished.pop(0)
-                    job.done = True
-                    on_done, job.on_done = job.on_done, None
-                    if on_done is not None:
-                        on_done(job)
-                else:
-                    return
-        finally:
-            self._settling = False

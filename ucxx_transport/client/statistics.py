@@ -110,8 +110,8 @@ _COUNTERS = tuple(spec.name for spec in fields(ClientStatistics) if spec.name no
 _COUNTED_AS: Final[dict[Transport, str]] = {"view": "views", "copy": "copies", "ucx": "ucx"}
 
 
-class _Way:
-    """What has been delivered one way."""
+class Way:
+    """Delivered payloads that came one way; of the last of them, how long each took."""
 
     __slots__ = ("nbytes", "reads", "recent_s")
 
@@ -121,13 +121,17 @@ class _Way:
 
 
 class ClientCounters:
-    """The running counts behind `ClientStatistics`."""
+    """The running counts behind `ClientStatistics`.
 
-    __slots__ = ("_counts", "_lock", "_ways")
+    Attributes:
+        ways: use `delivered`; but what comes over UCX is counted by the one thread that runs the reactor.
+    """
+
+    __slots__ = ("_counts", "_lock", "ways")
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(_COUNTERS, 0)
-        self._ways: dict[Transport, _Way] = {name: _Way() for name in _COUNTED_AS}
+        self.ways: dict[Transport, Way] = {name: Way() for name in _COUNTED_AS}
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1) -> None:
@@ -137,7 +141,7 @@ class ClientCounters:
 
     def delivered(self, transport: Transport, nbytes: int, took_s: float) -> None:
         """Count one delivered payload; `took_s` is seconds from the call."""
-        way = self._ways[transport]
+        way = self.ways[transport]
         # Without the lock, which takes as long as six calls: nothing is called in between, so no other thread runs.
         way.reads += 1
         way.nbytes += nbytes
@@ -156,7 +160,7 @@ class ClientCounters:
         ways: dict[str, WayStatistics] = {}
         with self._lock:
             counts = dict(self._counts)
-            for name, way in self._ways.items():
+            for name, way in self.ways.items():
                 recent_s = way.recent_s.copy()  # in one step: it may be appended to meanwhile
                 counts[_COUNTED_AS[name]] = way.reads
                 counts["reads"] += way.reads

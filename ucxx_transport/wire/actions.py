@@ -3,7 +3,6 @@
 | made by         | value     | the shell                                                                           |
 |-----------------|-----------|-------------------------------------------------------------------------------------|
 | `ClientSession` | `Asked`   | posts a receive on the attempt's channel, and sends the frame                       |
-| `ClientSession` | `Fetch`   | posts a receive for each attempt, or one for all, and sends the frame               |
 | `ClientSession` | `Offer`   | posts a receive for each payload                                                    |
 | `ServerSession` | `Attempt` | it has ended: finalises its lease, at once or when its message has left             |
 | `ServerSession` | `Serve`   | acquires the slots and sends them                                                   |
@@ -24,20 +23,6 @@ class Asked(NamedTuple):
 
     frame: bytes
     attempt: int
-
-
-class Fetch(NamedTuple):
-    """A FETCH to send.
-
-    Attributes:
-        frame: its bytes.
-        attempts: one a name, in order.
-        shared: the attempt whose channel brings one message for all names; 0: each comes on its own attempt's channel.
-    """
-
-    frame: bytes
-    attempts: list[int]
-    shared: int
 
 
 class Offered(NamedTuple):

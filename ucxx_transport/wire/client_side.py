@@ -18,45 +18,39 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire import codec, frames
-from ucxx_transport.wire.actions import Asked, Fetch, Offer, Offered
+from ucxx_transport.wire.actions import Asked, Offer, Offered
 from ucxx_transport.wire.codec import Message, Named, Seal, encode_fetch, pack_one_end, pack_one_name, seal_of
-from ucxx_transport.wire.frames import (
-    END_MARK,
-    HEADER_BYTES,
-    MAX_CHANNEL,
-    MAX_SCHEMA_BYTES,
-    Frame,
-    Kind,
-    ReplyHeader,
-    Status,
-    Window,
-)
+from ucxx_transport.wire.frames import END_MARK, HEADER_BYTES, MAX_CHANNEL, Frame, Kind, ReplyHeader, Status, Window
 from ucxx_transport.wire.handshake import WELCOME_BYTES, ClientHandshake
 
 HANDSHAKE_RECEIVE_BYTES: Final = frames.receive_bytes(WELCOME_BYTES)
 CONFIRM_RECEIVE_BYTES: Final = frames.receive_bytes(frames.MAX_NAMES)
-DESCRIBE_RECEIVE_BYTES: Final = frames.receive_bytes(MAX_SCHEMA_BYTES)
+DESCRIBE_RECEIVE_BYTES: Final = frames.receive_bytes(frames.MAX_SCHEMA_BYTES)
 BYE_RECEIVE_BYTES: Final = frames.receive_bytes(0)
 
 _CONFIRMED: Final = {int(status): status for status in (Status.OK, Status.STALE, Status.BUSY)}
 
-# An attempt in flight: its number, the sequence of its frame, what it names (None: no payload), the attempt of the
-# message that it shares (or 0), whether the server picked it. A plain tuple costs a third of a named one.
-_Record: TypeAlias = tuple[int, int, Named | None, int, bool]
 
+class Attempt:
+    """One payload under way to this client. The shell's own attempts extend it, so that there is one object for each.
 
-class Phase(Enum):
-    """Where a connection stands."""
+    Attributes:
+        ref: the payload. seal: what its answer has to look like, where there was time to work it out.
+        number: the session's, while it is under way. sequence: of the frame that named it.
+        shared: the attempt of the message that it shares, or 0.
+        is_taken: the server picked it. has_arrived: it was answered OK, and is to be ended.
+    """
 
-    GREETING = "greeting"
-    CHALLENGED = "challenged"
-    OPEN = "open"
-    CLOSED = "closed"
+    number = sequence = shared = 0
+    is_taken = has_arrived = False
+    seal: Seal | None = None
+
+    def __init__(self, ref: Named) -> None:
+        self.ref = ref
 
 
 class ClientSession:
@@ -68,10 +62,10 @@ class ClientSession:
         token: the secret, None when none is configured.
 
     Attributes:
-        broken: an answer was not as the protocol has it: close the connection.
-        window: what the server lets this connection have in flight.
+        is_open: the handshake is over. broken: an answer was not as the protocol has it: close the connection.
+        window: what the server lets this connection have in flight. named, named_bytes: of it, by name.
         ends: those that wait for a frame.
-        ring_id, fingerprint: of the ring behind it, once it is open.
+        ring_id: of the ring behind it, once it is open.
     """
 
     def __init__(self, *, reader: int, nonce: bytes, token: bytes | None) -> None:
@@ -79,21 +73,18 @@ class ClientSession:
         self._handshake = ClientHandshake(nonce=nonce, token=token)
         self._last = 0  # attempt
         self._sequence = 0
-        self._awaited: dict[int, _Record] = {}  # by channel: no answer has come yet
-        self._arrived: dict[int, _Record] = {}  # by attempt: answered OK, not ended
+        self._awaited: dict[int, Attempt | tuple[int, int]] = {}  # by channel; of what is no payload number, sequence
         self._takes: dict[int, tuple[int, int]] = {}  # by attempt: payloads and bytes at most
         self._confirms: dict[int, Sequence[Named]] = {}
-        self._named = 0  # attempts of FETCH that are named and not ended, and their bytes
-        self._named_bytes = 0
+        self.named = 0
+        self.named_bytes = 0
         self._taken = 0
         self.ends: list[int] = []
         self._delivered: list[Named] = []  # of the ends that wait
         self._unproved: deque[tuple[int, list[Named]]] = deque()  # by the sequence of the frame that brought the ends
-        self.broken = False
+        self.is_open = self.broken = False
         self.window = Window(0, 0)
         self.ring_id = bytes(frames.RING_ID_BYTES)
-        self.fingerprint = 0
-        self.phase = Phase.GREETING
 
     # --- Handshake ---
 
@@ -113,86 +104,74 @@ class ClientSession:
         """
         header, body = self._body_of(1, message)
         self.window, mac = self._handshake.welcome(header, body)
-        self.ring_id, self.fingerprint = header.ring_id, header.fingerprint
-        self.phase = Phase.OPEN if mac is None else Phase.CHALLENGED
+        self.ring_id = header.ring_id
+        self.is_open = mac is None
         return None if mac is None else self._ask(Frame(Kind.AUTH, secret=mac))
 
     def on_authenticated(self, message: Message) -> None:
         """Judge the answer to AUTH. An AuthenticationError: the server does not know the token, or refuses ours."""
         self._handshake.authenticated(self._body_of(2, message)[1])
-        self.phase = Phase.OPEN
+        self.is_open = True
 
     # --- Payloads by name ---
 
-    @property
-    def in_flight(self) -> int:
-        """Attempts that have not ended, named and taken."""
-        return self._named + self._taken
-
-    def room(self, nbytes: int, names: int = 1) -> bool:
-        """Whether so many more names, of so many bytes together, fit the window. A name alone always does."""
-        attempts, limit = self.window
-        named = self._named + names
-        return named <= attempts and (self._named_bytes + nbytes <= limit or named == 1)
-
-    def fetch(self, named: Sequence[Named], *, packed: bool = False) -> Fetch:
-        """Ask for payloads of one ring, for which there is `room()`.
+    def fetch(self, attempts: Sequence[Attempt], *, packed: bool = False) -> bytes:
+        """Ask for payloads of one ring, for which the window has room; each attempt has a `number` afterwards.
 
         Args:
-            named: 1 to 64 of them.
-            packed: one message brings all; they are at least two, of at most PACK_BYTES with their headers.
+            attempts: 1 to 64 of them, none of them under way.
+            packed: one message brings all, on the channel of their `shared`; they are at least two, of at most
+                PACK_BYTES with their headers.
 
         Returns:
             The frame. In the turn that sends it a receive is posted for each attempt (`receive_bytes(nbytes)`), or one
-            for the shared message, of exactly the sum of `message_bytes(nbytes)`; `clear_ends` goes before each.
+            for the shared message, of exactly the sum of `message_bytes(nbytes)`; `clear_trailer` goes before each.
         """
         self._sequence = sequence = self._sequence + 1
         awaited = self._awaited
-        attempt, shared = self._last, 0
+        number, shared, nbytes = self._last, 0, 0
         if packed:
-            shared = attempt = self._number()
-            awaited[shared & MAX_CHANNEL] = (shared, sequence, None, 0, False)
-        attempts: list[int] = []
+            shared = number = self._number()
+            awaited[shared & MAX_CHANNEL] = (shared, sequence)
         words: list[int] = []
-        for name in named:
-            attempt += 1
-            channel = attempt & MAX_CHANNEL
+        for attempt in attempts:
+            number += 1
+            channel = number & MAX_CHANNEL
             while not channel or channel in awaited:
-                attempt += 1
-                channel = attempt & MAX_CHANNEL
-            nbytes = name.nbytes
-            awaited[channel] = (attempt, sequence, name, shared, False)
-            attempts.append(attempt)
-            words += (name.slot, 0, name.generation, attempt, nbytes)
-            self._named_bytes += nbytes
-        self._last = attempt
-        self._named += len(attempts)
+                number += 1
+                channel = number & MAX_CHANNEL
+            awaited[channel] = attempt
+            attempt.number, attempt.sequence, attempt.shared = number, sequence, shared
+            attempt.is_taken = False
+            ref = attempt.ref
+            nbytes += ref.nbytes
+            words += (ref.slot, 0, ref.generation, number, ref.nbytes)
+        self._last = number
+        self.named += len(attempts)
+        self.named_bytes += nbytes
         ends = self.ends and self._pass_ends(sequence)
-        frame = encode_fetch(sequence, named[0].ring_id, 1 if packed else 0, shared, words, ends)
-        return Fetch(frame, attempts, shared)
+        return encode_fetch(sequence, attempts[0].ref.ring_id, 1 if packed else 0, shared, words, ends)
 
-    def fetch_one(self, named: Named) -> Asked:
-        """`fetch` of one payload, in fewer steps: a lone read of a few KiB takes no longer than they do."""
+    def fetch_one(self, attempt: Attempt) -> bytes:
+        """`fetch` of one that never was under way, in fewer steps: a read of a few KiB takes no longer than they do."""
         awaited = self._awaited
-        attempt = self._last + 1
-        channel = attempt & MAX_CHANNEL
+        number = self._last + 1
+        channel = number & MAX_CHANNEL
         if self.ends or not channel or channel in awaited:
-            frame, attempts, _ = self.fetch((named,))
-            return Asked(frame, attempts[0])
-        self._sequence = sequence = self._sequence + 1
-        nbytes = named.nbytes
-        awaited[channel] = (attempt, sequence, named, 0, False)
-        self._last = attempt
-        self._named += 1
-        self._named_bytes += nbytes
-        name = named.slot, named.generation, attempt, nbytes
-        return Asked(pack_one_name(sequence, named.ring_id, 1, 0, *name, END_MARK ^ sequence), attempt)
+            return self.fetch((attempt,))
+        self._sequence = attempt.sequence = sequence = self._sequence + 1
+        self._last = attempt.number = number
+        awaited[channel] = attempt
+        ref = attempt.ref
+        nbytes = ref.nbytes
+        self.named += 1
+        self.named_bytes += nbytes
+        return pack_one_name(sequence, ref.ring_id, 1, 0, ref.slot, ref.generation, number, nbytes, END_MARK ^ sequence)
 
-    def verify(self, attempt: int, message: Message, seal: Seal | None = None) -> None:
+    def verify(self, attempt: Attempt, message: Message) -> None:
         """Check that `message` carries exactly the payload of the attempt, whole: it is `message[64 : 64 + nbytes]`.
 
         Of a shared message, the part of this attempt. Afterwards the attempt is to be ended.
-        `seal` as `seal_of` gave it.
 
         Raises:
             StaleSlotError, BusyError, NotReadyError, PeerLostError, AuthenticationError: as the server says; the
@@ -200,40 +179,54 @@ class ClientSession:
             ProtocolError: likewise; or another name, another length, a missing trailer, not our protocol, and then
                 the session is `broken`.
         """
-        channel = attempt & MAX_CHANNEL
-        record = self._awaited[channel]
-        _, sequence, named, shared, _ = record
-        assert named is not None
+        channel = attempt.number & MAX_CHANNEL
+        awaited = self._awaited
+        if awaited[channel] is not attempt:
+            raise KeyError(attempt.number)
         refusal = None
-        header, trailer, end, whole = seal or seal_of(named)
+        header, trailer, end, whole = attempt.seal or seal_of(attempt.ref)
         if message[:HEADER_BYTES] != header or message[end:whole] != trailer:
             self.broken = True
-            refusal = codec.refusal_in(named, message)
+            refusal = codec.refusal_in(attempt.ref, message)
             self.broken = False
-        del self._awaited[channel]
-        if shared:
-            self._awaited.pop(shared & MAX_CHANNEL, None)  # it has come, and all its parts are judged together
+        del awaited[channel]
+        if attempt.shared:
+            awaited.pop(attempt.shared & MAX_CHANNEL, None)  # it has come, and all its parts are judged together
         unproved = self._unproved
-        while unproved and unproved[0][0] <= sequence:
+        while unproved and unproved[0][0] <= attempt.sequence:
             unproved.popleft()
-        self._arrived[attempt] = record
+        attempt.has_arrived = True
         if refusal is not None:
             self.end(attempt, delivered=False)
             self.ends.pop()  # the server has forgotten it
             raise refusal
 
-    def end(self, attempt: int, *, delivered: bool) -> None:
+    def end(self, attempt: Attempt, *, delivered: bool) -> None:
         """End an attempt that has arrived: consumed if `delivered`, otherwise the payload is READY again."""
-        _, _, named, _, is_taken = self._arrived.pop(attempt)
-        assert named is not None
-        if is_taken:
+        if not attempt.has_arrived:
+            raise KeyError(attempt.number)  # it has had its end, or cannot have one
+        attempt.has_arrived = False
+        if attempt.is_taken:
             self._taken -= 1
         else:
-            self._named -= 1
-            self._named_bytes -= named.nbytes
-        self.ends.append(attempt << 1 | delivered)
+            self.named -= 1
+            self.named_bytes -= attempt.ref.nbytes
+        self.ends.append(attempt.number << 1 | delivered)
         if delivered:
-            self._delivered.append(named)
+            self._delivered.append(attempt.ref)
+
+    def conclude(self, attempt: Attempt, *, delivered: bool) -> bytes:
+        """`verify` and `end` of one that was asked for by `fetch_one` and has come whole, and a frame with its end."""
+        del self._awaited[attempt.number & MAX_CHANNEL]
+        ref, unproved = attempt.ref, self._unproved
+        while unproved and unproved[0][0] <= attempt.sequence:
+            unproved.popleft()
+        self.named -= 1
+        self.named_bytes -= ref.nbytes
+        self._sequence = sequence = self._sequence + 1
+        if delivered:
+            unproved.append((sequence, [ref]))
+        return pack_one_end(sequence, self.ring_id, 0, 1, attempt.number << 1 | delivered, END_MARK ^ sequence)
 
     def ends_frame(self) -> bytes:
         """A frame that brings the ends that wait, and nothing else. It has no answer."""
@@ -254,19 +247,18 @@ class ClientSession:
         words = Frame(Kind.TAKE, 0, self.ring_id, int(newest), attempt, max_bytes, max_payloads, wait_ms)
         asked = self._ask(words)
         for number in range(attempt + 1, attempt + 1 + max_payloads):
-            self._awaited[number & MAX_CHANNEL] = (number, self._sequence, None, 0, True)
+            self._awaited[number & MAX_CHANNEL] = (number, self._sequence)
         self._last = attempt + max_payloads
         self._takes[attempt] = (max_payloads, max_bytes)
         return asked
 
     def on_offer(self, attempt: int, message: Message) -> Offer:
-        """What the server has picked; a receive is to be posted for each, which `verify` judges.
+        """What the server has picked; a receive is to be posted for each, for an attempt that it is given (`receive`).
 
         Raises:
             BusyError, NotReadyError, …: as the server says. ProtocolError: an offer that was not asked for.
         """
-        sequence = self._awaited[attempt & MAX_CHANNEL][1]
-        header, body = self._answer(attempt, message)
+        sequence, header, body = self._answer(attempt, message)
         max_payloads, max_bytes = self._takes.pop(attempt)
         numbers = range(attempt + 1, attempt + 1 + max_payloads)
         for number in numbers:
@@ -284,15 +276,22 @@ class ClientSession:
         ):
             raise ProtocolError("an offer is more than was asked for", payloads=len(picked))
         self.broken = False
+        self._taken += len(picked)
         payloads = []
         for number, (slot, generation, nbytes, checksum, time_ns, envelope) in zip(numbers, picked, strict=False):
-            offered = Offered(
-                number, header.ring_id, slot, generation, nbytes, checksum, header.fingerprint, time_ns, envelope
-            )
-            self._awaited[number & MAX_CHANNEL] = (number, sequence, offered, 0, True)
-            payloads.append(offered)
-        self._taken += len(payloads)
+            self._awaited[number & MAX_CHANNEL] = (number, sequence)
+            name = number, header.ring_id, slot, generation, nbytes, checksum
+            payloads.append(Offered(*name, header.fingerprint, time_ns, envelope))
         return Offer(payloads, "")
+
+    def receive(self, offered: Offered, attempt: Attempt) -> None:
+        """This attempt, none under way, is for a payload that the server has picked."""
+        channel = offered.attempt & MAX_CHANNEL
+        asked = self._awaited[channel]
+        assert isinstance(asked, tuple)
+        attempt.number, attempt.sequence = asked
+        attempt.shared, attempt.is_taken = 0, True
+        self._awaited[channel] = attempt
 
     # --- Everything else ---
 
@@ -319,9 +318,11 @@ class ClientSession:
     def described(self, attempt: int, message: Message) -> bytes:
         """The schema's msgpack. A StaleSlotError: the server stands before another ring."""
         body = self._body_of(attempt, message)[1]
-        if len(body) > MAX_SCHEMA_BYTES:
+        if len(body) > frames.MAX_SCHEMA_BYTES:
             self.broken = True
-            raise ProtocolError("a schema is larger than the wire allows", nbytes=len(body), limit=MAX_SCHEMA_BYTES)
+            raise ProtocolError(
+                "a schema is larger than the wire allows", nbytes=len(body), limit=frames.MAX_SCHEMA_BYTES
+            )
         return body
 
     def bye(self) -> Asked:
@@ -334,7 +335,7 @@ class ClientSession:
 
     def close(self) -> None:
         """The connection is lost or closed: nothing in flight will be answered any more."""
-        self.phase = Phase.CLOSED
+        self._awaited.clear()
 
     def owed(self) -> list[Named]:
         """Deliveries of which no answer has proved that the server knows, and what unanswered CONFIRMs name."""
@@ -359,7 +360,7 @@ class ClientSession:
         """Any frame but a FETCH; its sequence, its ends and, where it has none, its attempt are filled in."""
         attempt = frame.attempt or self._number()
         self._sequence = sequence = self._sequence + 1
-        self._awaited[attempt & MAX_CHANNEL] = (attempt, sequence, None, 0, False)
+        self._awaited[attempt & MAX_CHANNEL] = (attempt, sequence)
         ends = tuple(self._pass_ends(sequence))
         return Asked(codec.encode_frame(frame._replace(sequence=sequence, attempt=attempt, ends=ends)), attempt)
 
@@ -371,19 +372,20 @@ class ClientSession:
             self._delivered = []
         return ends
 
-    def _answer(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
-        """Header and body of an answer that is no payload; what its frame and those before it said has been heard."""
+    def _answer(self, attempt: int, message: Message) -> tuple[int, ReplyHeader, bytes]:
+        """Of an answer that is no payload: what it answers is the sequence of, header and body."""
         self.broken = True
         header, body = codec.body_of(message)
         self.broken = False
-        sequence = self._awaited.pop(attempt & MAX_CHANNEL)[1]
-        while self._unproved and self._unproved[0][0] <= sequence:
-            self._unproved.popleft()
-        return header, body
+        asked = self._awaited.pop(attempt & MAX_CHANNEL)
+        assert isinstance(asked, tuple)
+        while self._unproved and self._unproved[0][0] <= asked[1]:
+            self._unproved.popleft()  # what that frame and those before it said has been heard
+        return asked[1], header, body
 
     def _body_of(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
         """The same where only OK will do."""
-        header, body = self._answer(attempt, message)
+        _, header, body = self._answer(attempt, message)
         if header.status is not Status.OK:
             raise codec.error_of(header, message)
         return header, body

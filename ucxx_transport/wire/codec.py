@@ -54,9 +54,10 @@ glance: Final = _GLANCE.unpack_from
 or `FETCH_HEAD`, sequence, ring_id, `ONE_END`, end, end mark, and nothing."""
 FETCH_HEAD: Final = frames.REQUEST_MAGIC | VERSION << 32 | _FETCH << 48
 ONE_NAME, ONE_END = 1, 1 << 16
-clear_header: Final = struct.Struct(f"{HEADER_BYTES}x").pack_into
 clear_trailer: Final = struct.Struct(f"{TRAILER_BYTES}x").pack_into
-"""`clear_ends` in two calls that are none in Python."""
+"""Before a receive is posted: forget the trailer that an earlier answer left in a pooled buffer, at its offset.
+
+What is cut short does not bring another, whatever it finds in the header's place."""
 pack_header: Final = partial(_HEADER.pack, frames.REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
 pack_trailer: Final = _TRAILER.pack
@@ -244,15 +245,6 @@ def error_text(buffer: Message, header: ReplyHeader) -> str:
     raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + header.nbytes])
     text = raw.decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def clear_ends(buffer: memoryview, nbytes: int, offset: int = 0) -> None:
-    """Before a receive is posted: forget the header and trailer an earlier answer left in a pooled buffer.
-
-    Of a message that answers share, for each of them at its offset.
-    """
-    clear_header(buffer, offset)
-    clear_trailer(buffer, offset + HEADER_BYTES + ((nbytes + 7) & ~7))
 
 
 def check_trailer(buffer: Message, header: ReplyHeader) -> None:

@@ -80,6 +80,8 @@ END_BYTES = 8
 HEADER_BYTES = 64
 TRAILER_BYTES = 16
 ERROR_TEXT_BYTES = 1024
+# What is posted for an answer has room for an error's text.
+SHORTEST_BYTES = HEADER_BYTES + ERROR_TEXT_BYTES
 NONCE_BYTES = 32
 MAC_BYTES = 32
 RING_ID_BYTES = 16
@@ -214,7 +216,7 @@ def message_bytes(nbytes: int) -> int:
 
 def receive_bytes(nbytes: int) -> int:
     """What a client posts for an answer whose body has `nbytes` bytes: room for an error text too."""
-    return max(HEADER_BYTES + ((nbytes + 7) & ~7) + TRAILER_BYTES, HEADER_BYTES + ERROR_TEXT_BYTES)
+    return max(HEADER_BYTES + ((nbytes + 7) & ~7) + TRAILER_BYTES, SHORTEST_BYTES)
 
 
 def offer_receive_bytes(max_payloads: int) -> int:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.rows import row
-from ucxx_transport.client.ports import REMEMBERED_SOURCES, SPREAD_BYTES, SPREAD_READS, Ports, shares
+from ucxx_transport.client.ports import (
+    OWN_WINDOW_BYTES,
+    REMEMBERED_SOURCES,
+    SMALL_BYTES,
+    SPREAD_BYTES,
+    SPREAD_READS,
+    Ports,
+    next_request,
+    shares,
+)
+from ucxx_transport.wire.actions import Offered
+from ucxx_transport.wire.frames import PACK_BYTES, Window
 
 HOST = "10.0.0.1"
 PORTS = (5001, 5002, 5003, 5004)
@@ -146,3 +160,80 @@ def test_whether_any_port_is_avoided_is_known_until_the_last_one_is_not() -> Non
     assert ports.avoids_any(129.0)
     ports.forgive((HOST, 0))
     assert not ports.avoids_any(129.0)
+
+
+# --- What one frame asks for ---
+
+
+@dataclass
+class Windows:
+    """What a session may have in flight, and has."""
+
+    window: Window = field(default_factory=lambda: Window(64, 1 << 40))
+    named: int = 0
+    named_bytes: int = 0
+
+
+class Queued:
+    """A read that waits."""
+
+    whole_bytes = 0
+
+    def __init__(self, nbytes: int, ring_id: bytes = b"R" * 16, *, job: object = True) -> None:
+        self.job = job
+        self.ref = Offered(1, ring_id, 0, 1, nbytes, None, 0, 0, b"")
+
+
+def asked_for(sizes: list[int], session: Windows, asked: int = 0, asked_bytes: int = 0) -> tuple[list[int], int]:
+    """The sizes of what the next frame names, and the length of the message that its answers share."""
+    queue = deque(map(Queued, sizes))
+    reads, shared = next_request(queue, asked, asked_bytes, session)
+    assert [read.ref.nbytes for read in (*reads, *queue)] == sizes
+    return [read.ref.nbytes for read in reads], shared
+
+
+def test_the_server_s_window_bounds_attempts_and_bytes_but_never_one_alone() -> None:
+    rows: list[tuple[Windows, list[int], int]] = [
+        (Windows(Window(3, 1000)), [1000], 1),
+        (Windows(Window(3, 1000)), [1001], 1),
+        (Windows(Window(3, 1000)), [1 << 40], 1),
+        (Windows(Window(3, 1000)), [500, 300, 200], 3),
+        (Windows(Window(3, 1000)), [500, 501], 1),
+        (Windows(Window(3, 1000)), [0, 0, 0, 0], 3),
+        (Windows(Window(3, 1000), 1, 600), [400], 1),
+        (Windows(Window(3, 1000), 1, 600), [401], 0),
+        (Windows(Window(3, 1000), 1, 600), [200, 200], 2),
+        (Windows(Window(3, 1000), 1, 600), [0, 0, 0], 2),
+    ]
+    for session, sizes, fits in rows:
+        with row(session=session, sizes=sizes):
+            assert asked_for(sizes, session)[0] == sizes[:fits]
+
+
+def test_the_client_s_own_window_bounds_the_bytes_of_all_but_two() -> None:
+    half, more = OWN_WINDOW_BYTES // 2, OWN_WINDOW_BYTES + 1
+    rows = [
+        ([half, half, 1], 0, 0, 2), ([more, more, 1], 0, 0, 2), ([more], 1, more, 1), ([1], 2, OWN_WINDOW_BYTES, 0),
+        ([half, 1], 2, half, 1),
+    ]  # fmt: skip
+    for sizes, asked, asked_bytes, fits in rows:
+        with row(sizes=sizes, asked=asked, asked_bytes=asked_bytes):
+            assert asked_for(sizes, Windows(), asked, asked_bytes)[0] == sizes[:fits]
+
+
+def test_small_answers_share_a_message_and_others_have_each_its_own() -> None:
+    small, large, packed = 1000 - 80, SMALL_BYTES, min(PACK_BYTES // 1000, 64)
+    rows = [
+        ([small], 1, 0), ([small] * 5, 5, 5000), ([small] * 70, packed, 1000 * packed),
+        ([small, large], 1, 0), ([large, large, small], 2, 0), ([small, small, large], 2, 2000),
+        ([0] * 70, 64, 64 * 80),
+    ]  # fmt: skip
+    for sizes, count, shared in rows:
+        with row(sizes=sizes):
+            assert asked_for(sizes, Windows()) == (sizes[:count], shared)
+
+
+def test_a_frame_is_of_one_ring_and_names_nothing_that_is_over() -> None:
+    queue = deque([Queued(1, job=None), Queued(2), Queued(3, job=None), Queued(4), Queued(5, b"S" * 16)])
+    frames = [next_request(queue, 0, 0, Windows())[0] for _ in range(3)]
+    assert [[read.ref.nbytes for read in reads] for reads in frames] == [[2, 4], [5], []]

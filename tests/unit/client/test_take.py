@@ -25,7 +25,7 @@ RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 
 def begin(client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
-    take = client.core.take_call(source, wait_s=wait_s, **values)  # type: ignore[arg-type]
+    take = client.core.take_call(source, wait_s, **values)
     client.core.reads.begin(take)
     return take
 

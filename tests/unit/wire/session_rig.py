@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from tests.support.numbered_session import Fetch, NumberedSession
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Action, Asked, Attempt, Fetch, Reply, Serve
-from ucxx_transport.wire.client_side import ClientSession
+from ucxx_transport.wire.actions import Action, Asked, Attempt, Reply, Serve
 from ucxx_transport.wire.codec import Named, check_trailer, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
@@ -94,7 +94,7 @@ class Pair:
             window=window,
         )
         secret = token if client_token == b"the same" else client_token
-        self.client = ClientSession(reader=READER, nonce=CLIENT_NONCE, token=secret)
+        self.client = NumberedSession(reader=READER, nonce=CLIENT_NONCE, token=secret)
         self._posted = bytearray(FRAME_BYTES)  # used again for every frame, as a port does
 
     def actions(self, frame: bytes) -> list[Action]:
@@ -127,7 +127,7 @@ class Pair:
 
     def fetch(self, *names: SlotRef, packed: bool = False) -> tuple[list[int], list[Attempt]]:
         """Ask for payloads: the client's numbers and the server's attempts."""
-        fetch = self.client.fetch(names, packed=packed)
+        fetch = self.client.ask(names, packed=packed)
         served = self.action(fetch, Serve)
         assert served.shared == fetch.shared & 0xFFFF
         assert [attempt.number for attempt in served.attempts] == fetch.attempts
@@ -138,8 +138,8 @@ class Pair:
         numbers, attempts = self.fetch(*names)
         for number, attempt, name in zip(numbers, attempts, names, strict=True):
             self.server.sent(attempt, self.now)
-            self.client.verify(number, payload(name))
-            self.client.end(number, delivered=delivered)
+            self.client.judge(number, payload(name))
+            self.client.finish(number, delivered=delivered)
         return attempts
 
 

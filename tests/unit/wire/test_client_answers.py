@@ -19,7 +19,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Asked, Offer, Take
-from ucxx_transport.wire.codec import clear_ends, decode_frame, encode_error, encode_offer, encode_reply
+from ucxx_transport.wire.codec import clear_trailer, decode_frame, encode_error, encode_offer, encode_reply
 from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
     FLAG_PACKED,
@@ -59,7 +59,7 @@ def test_the_promised_payload_is_accepted_also_in_a_longer_buffer() -> None:
             for received in (message, bytearray(message).ljust(receive_bytes(named.nbytes), b"\xaa")):
                 pair, [number] = in_flight(named)
                 with row(named=named, checksum=checksum):
-                    pair.client.verify(number, memoryview(received))
+                    pair.client.judge(number, memoryview(received))
                     assert not pair.client.broken
 
 
@@ -76,7 +76,7 @@ def test_another_payload_than_the_one_asked_for_breaks_the_session() -> None:
     for message in rows:
         pair, [number] = in_flight(named)
         with row(message=message[:64]), pytest.raises(ProtocolError):
-            pair.client.verify(number, message.ljust(receive_bytes(128), b"\0"))
+            pair.client.judge(number, message.ljust(receive_bytes(128), b"\0"))
         assert pair.client.broken
 
 
@@ -85,13 +85,13 @@ def test_a_payload_cut_anywhere_breaks_the_session() -> None:
     message = payload(named)
     for length in range(len(message)):
         buffer = memoryview(bytearray(message).ljust(receive_bytes(40), b"\xaa"))  # an earlier answer of the same kind
-        clear_ends(buffer, 40)
+        clear_trailer(buffer, HEADER_BYTES + 40)
         buffer[:length] = message[:length]
         pair, [number] = in_flight(named)
         if buffer[: len(message)] == message:
             continue  # what was cut off is zeros, and zeros were put there
         with row(length=length), pytest.raises(ProtocolError):
-            pair.client.verify(number, buffer)
+            pair.client.judge(number, buffer)
         assert pair.client.broken
 
 
@@ -104,7 +104,7 @@ def test_a_mutated_answer_is_the_same_payload_or_a_transport_error(mask: int) ->
     for position, number in zip((*range(0, HEADER_BYTES, 2), *range(HEADER_BYTES + 16, len(message))), numbers):  # noqa: B905 - as many as there are
         message[position] ^= mask
         try:
-            pair.client.verify(number, message)
+            pair.client.judge(number, message)
         except TransportError:
             pass
         else:  # the checksum's flag and word: what a reference without a checksum does not promise
@@ -117,7 +117,7 @@ def test_a_mutated_answer_is_the_same_payload_or_a_transport_error(mask: int) ->
 def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
     pair, [number] = in_flight(ref(nbytes=16))
     with pytest.raises(ProtocolError):
-        pair.client.verify(number, garbage)
+        pair.client.judge(number, garbage)
     assert pair.client.broken
 
 
@@ -137,7 +137,7 @@ def test_every_status_is_its_error_brings_the_servers_words_and_ends_the_attempt
         message = encode_error(status, "because of this", slot=2, generation=6)
         with row(status=status):
             with pytest.raises(expected, match="because of this") as caught:
-                pair.client.verify(number, message)
+                pair.client.judge(number, message)
             assert type(caught.value) is expected
             assert caught.value.facts == {"status": status.name, "slot": 2, "generation": 6}
             assert not pair.client.broken, "the connection goes on"
@@ -150,7 +150,7 @@ def test_an_error_text_beyond_its_limit_is_refused_before_it_is_read() -> None:
         message[16:24] = nbytes.to_bytes(8, "little")
         pair, [number] = in_flight(ref(nbytes=4096))
         with row(nbytes=nbytes), pytest.raises(ProtocolError, match="more bytes than its kind"):
-            pair.client.verify(number, message)
+            pair.client.judge(number, message)
 
 
 # --- Shared messages ---
@@ -159,7 +159,7 @@ def test_an_error_text_beyond_its_limit_is_refused_before_it_is_read() -> None:
 def test_a_packed_fetch_has_one_channel_for_all_and_an_end_for_each() -> None:
     pair = Pair().open()
     names = [ref(slot, nbytes=slot * 10) for slot in range(4)]
-    fetch = pair.client.fetch(names, packed=True)
+    fetch = pair.client.ask(names, packed=True)
     decoded = decode_frame(fetch.frame)
     assert (decoded.flags, decoded.attempt) == (FLAG_PACKED, fetch.shared)
     assert fetch.shared < min(fetch.attempts)
@@ -173,10 +173,10 @@ def test_a_packed_fetch_has_one_channel_for_all_and_an_end_for_each() -> None:
         part = memoryview(message)[offset : offset + message_bytes(named.nbytes)]
         if named.slot == 3:
             with pytest.raises(StaleSlotError, match="x" * 48):
-                pair.client.verify(number, part)
+                pair.client.judge(number, part)
         else:
-            pair.client.verify(number, part)
-            pair.client.end(number, delivered=True)
+            pair.client.judge(number, part)
+            pair.client.finish(number, delivered=True)
         offset += len(part)
     assert pair.client.in_flight == 0
     assert decode_frame(pair.client.ends_frame()).ends == tuple(number << 1 | 1 for number in fetch.attempts[:3])
@@ -207,8 +207,8 @@ def test_a_take_brings_envelopes_and_attempts_that_end_like_any_other() -> None:
     ] * 2
     assert pair.client.in_flight == 2
     for one in offer.payloads:
-        pair.client.verify(one.attempt, payload(ref(one.slot, nbytes=one.nbytes)))
-        pair.client.end(one.attempt, delivered=True)
+        pair.client.judge(one.attempt, payload(ref(one.slot, nbytes=one.nbytes)))
+        pair.client.finish(one.attempt, delivered=True)
     assert slots(pair) == [0, 5]
     assert pair.client.in_flight == 0
     frame = decode_frame(pair.client.ends_frame())

@@ -42,7 +42,7 @@ def test_attempts_and_frames_are_counted_from_one() -> None:
     hello = frame_of(pair.client.hello())
     assert (hello.attempt, hello.sequence) == (1, 1)
     pair = Pair().open()
-    fetch = pair.client.fetch([ref(0), ref(1)])
+    fetch = pair.client.ask([ref(0), ref(1)])
     assert (fetch.attempts, decode_frame(fetch.frame).sequence) == ([2, 3], 2)
     assert (frame_of(pair.client.describe(RING_ID)).attempt, frame_of(pair.client.bye()).sequence) == (4, 4)
 
@@ -55,13 +55,13 @@ def test_channel_zero_and_channels_that_await_an_answer_are_skipped() -> None:
         numbers, attempts = pair.fetch(*names)
         for number, attempt in zip(numbers, attempts, strict=True):
             pair.server.sent(attempt, pair.now)
-            pair.client.verify(number, payload(ref(1)))
-            pair.client.end(number, delivered=False)
+            pair.client.judge(number, payload(ref(1)))
+            pair.client.finish(number, delivered=False)
         seen += numbers
     assert seen == sorted(set(seen))
     assert all(number & MAX_CHANNEL for number in seen)
     assert [number for number in seen if number & MAX_CHANNEL == late] == [late]
-    pair.client.verify(late, payload(ref(0)))
+    pair.client.judge(late, payload(ref(0)))
 
 
 def test_a_take_has_a_run_of_numbers_without_a_gap() -> None:
@@ -74,22 +74,7 @@ def test_a_take_has_a_run_of_numbers_without_a_gap() -> None:
     assert pair.client.describe(RING_ID).attempt == asked.attempt + 17
 
 
-# --- The window ---
-
-
-def test_a_window_bounds_attempts_and_bytes_but_never_one_alone() -> None:
-    pair = Pair(window=Window(3, 1000)).open()
-    rows: list[tuple[int, int, bool]] = [
-        (1000, 1, True), (1001, 1, True), (1 << 40, 1, True), (1000, 3, True), (1001, 2, False), (0, 4, False),
-    ]  # fmt: skip
-    for nbytes, names, fits in rows:
-        with row(nbytes=nbytes, names=names):
-            assert pair.client.room(nbytes, names) is fits
-    pair.fetch(ref(0, nbytes=600))
-    rows = [(400, 1, True), (401, 1, False), (400, 2, True), (0, 3, False)]
-    for nbytes, names, fits in rows:
-        with row(nbytes=nbytes, names=names):
-            assert pair.client.room(nbytes, names) is fits
+# --- The window; how much of it a frame uses, `tests/unit/client/test_ports.py` says ---
 
 
 def test_an_attempt_leaves_the_window_when_its_end_is_queued_or_it_is_refused() -> None:
@@ -97,12 +82,12 @@ def test_an_attempt_leaves_the_window_when_its_end_is_queued_or_it_is_refused() 
         pair = Pair(window=Window(2, 1000)).open()
         numbers, _ = pair.fetch(ref(0), ref(1))
         assert not pair.client.room(0)
-        pair.client.verify(numbers[0], payload(ref(0)))
+        pair.client.judge(numbers[0], payload(ref(0)))
         assert not pair.client.room(0)
-        pair.client.end(numbers[0], delivered=delivered)
+        pair.client.finish(numbers[0], delivered=delivered)
         assert pair.client.room(0)
         with pytest.raises(StaleSlotError):
-            pair.client.verify(numbers[1], encode_error(Status.STALE, ""))
+            pair.client.judge(numbers[1], encode_error(Status.STALE, ""))
         assert pair.client.room(1000, 2)
         assert pair.client.in_flight == 0
         assert pair.client.ends
@@ -113,8 +98,8 @@ def test_an_attempt_leaves_the_window_when_its_end_is_queued_or_it_is_refused() 
 
 def test_the_next_frame_of_any_kind_takes_all_ends_along() -> None:
     ask: list[Callable[[Pair], bytes]] = [
-        lambda pair: pair.client.fetch([ref(9)]).frame,
-        lambda pair: pair.client.fetch([ref(8), ref(9)], packed=True).frame,
+        lambda pair: pair.client.ask([ref(9)]).frame,
+        lambda pair: pair.client.ask([ref(8), ref(9)], packed=True).frame,
         lambda pair: pair.client.take(4, 1000).frame,
         lambda pair: pair.client.confirm([ref(9)]).frame,
         lambda pair: pair.client.describe(RING_ID).frame,
@@ -143,31 +128,31 @@ def test_ends_alone_are_a_fetch_without_names_and_await_nothing() -> None:
 def test_an_attempt_is_ended_once_and_only_after_it_has_arrived() -> None:
     pair, [number] = in_flight(ref(0))
     with pytest.raises(KeyError):
-        pair.client.end(number, delivered=True)
-    pair.client.verify(number, payload(ref(0)))
-    pair.client.end(number, delivered=True)
+        pair.client.finish(number, delivered=True)
+    pair.client.judge(number, payload(ref(0)))
+    pair.client.finish(number, delivered=True)
     with pytest.raises(KeyError):
-        pair.client.end(number, delivered=True)
+        pair.client.finish(number, delivered=True)
     with pytest.raises(KeyError):
-        pair.client.verify(number, payload(ref(0)))
+        pair.client.judge(number, payload(ref(0)))
     pair, [number] = in_flight(ref(0))
     with pytest.raises(BusyError):
-        pair.client.verify(number, encode_error(Status.BUSY, ""))
+        pair.client.judge(number, encode_error(Status.BUSY, ""))
     with pytest.raises(KeyError):
-        pair.client.end(number, delivered=False)
+        pair.client.finish(number, delivered=False)
 
 
 def test_a_lone_payload_is_asked_for_and_ended_by_the_same_bytes_as_several() -> None:
     one, several = Pair().open(), Pair().open()
     for _ in range(3):
-        asked, fetch = one.client.fetch_one(ref()), several.client.fetch([ref()])
+        asked, fetch = one.client.ask_one(ref()), several.client.ask([ref()])
         assert (asked.frame, [asked.attempt]) == (fetch.frame, fetch.attempts)
         for pair, number in ((one, asked.attempt), (several, fetch.attempts[0])):
             [attempt] = pair.action(asked.frame, Serve).attempts
             pair.server.sent(attempt, pair.now)
-            pair.client.verify(number, payload(ref()))
+            pair.client.judge(number, payload(ref()))
         for pair, number in ((one, asked.attempt), (several, fetch.attempts[0])):
-            pair.client.end(number, delivered=True)
+            pair.client.finish(number, delivered=True)
         frame = several.client.ends_frame()
         assert one.client.ends_frame() == frame
         assert (slots(one), slots(several)) == ([2], [2])
@@ -178,12 +163,12 @@ def test_a_lone_payload_is_asked_for_and_ended_by_the_same_bytes_as_several() ->
 def test_a_lone_payload_takes_the_ends_along_that_wait() -> None:
     pair = Pair().open()
     waiting = pair.deliver(ref(0), ref(1))
-    asked = pair.client.fetch_one(ref(2))
+    asked = pair.client.ask_one(ref(2))
     assert decode_frame(asked.frame).ends == tuple(attempt.number << 1 | 1 for attempt in waiting)
     pair.action(asked, Serve)
     pair.deliver(ref(3))
-    pair.client.verify(asked.attempt, payload(ref(2)))
-    pair.client.end(asked.attempt, delivered=False)
+    pair.client.judge(asked.attempt, payload(ref(2)))
+    pair.client.finish(asked.attempt, delivered=False)
     ends = decode_frame(pair.client.ends_frame()).ends
     assert ends == (asked.attempt + 1 << 1 | 1, asked.attempt << 1)
 
@@ -203,7 +188,7 @@ def test_a_delivery_is_owed_until_an_answer_to_its_frame_or_a_later_one() -> Non
     assert slots(pair) == [0], "its end has left, which proves nothing"
     numbers, _ = pair.fetch(ref(1))
     assert slots(pair) == [0]
-    pair.client.verify(numbers[0], payload(ref(1)))
+    pair.client.judge(numbers[0], payload(ref(1)))
     assert slots(pair) == [], "the server has answered a later frame"
 
 
@@ -212,7 +197,7 @@ def test_an_answer_to_an_earlier_frame_proves_nothing_of_a_later_one() -> None:
     early, _ = pair.fetch(ref(5))
     pair.deliver(ref(0))
     pair.actions(pair.client.ends_frame())
-    pair.client.verify(early[0], payload(ref(5)))
+    pair.client.judge(early[0], payload(ref(5)))
     assert slots(pair) == [0]
 
 
@@ -236,7 +221,7 @@ def test_any_kind_of_answer_proves_what_came_with_its_frame() -> None:
 
 def refuse(pair: Pair, numbers: list[int], _: list[Attempt]) -> None:
     with pytest.raises(StaleSlotError):
-        pair.client.verify(numbers[0], encode_error(Status.STALE, ""))
+        pair.client.judge(numbers[0], encode_error(Status.STALE, ""))
 
 
 def answered(judge: Callable[[int, bytes], object], asked: Asked, message: bytes) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 from tests.unit.wire.session_rig import Pair, payload, ref
 from ucxx_transport.wire import codec
 from ucxx_transport.wire.actions import Asked
+from ucxx_transport.wire.client_side import Attempt
 from ucxx_transport.wire.frames import FRAME_BYTES
 
 WIRE = codec.__file__.rpartition("/")[0]
@@ -39,14 +40,14 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_five_at_t
     server: list[str] = []
 
     fetched: list[Asked] = []
-    client += calls_of(lambda: fetched.append(pair.client.fetch_one(named)))
+    client += calls_of(lambda: fetched.append(pair.client.ask_one(named)))
     frame, number = fetched[0]
     server += calls_of(lambda: pair.server.receive(frame, 1.0))
     attempt = pair.server.in_flight[number]
     server += calls_of(lambda: pair.server.sent(attempt, 1.0))
-    client += calls_of(lambda: pair.client.verify(number, message))
+    client += calls_of(lambda: pair.client.judge(number, message))
     ends: list[bytes] = []
-    client += calls_of(lambda: pair.client.end(number, delivered=True))
+    client += calls_of(lambda: pair.client.finish(number, delivered=True))
     client += calls_of(lambda: ends.append(pair.client.ends_frame()))
     server += calls_of(lambda: pair.server.receive(ends[0].ljust(FRAME_BYTES, b"\0"), 1.0))
 
@@ -57,8 +58,9 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_five_at_t
 
 def test_names_of_a_batch_add_one_call_each_at_the_server_and_none_at_the_client() -> None:
     pair, names = Pair().open(), [ref(slot) for slot in range(40)]
-    assert len(calls_of(lambda: pair.client.fetch(names))) == 2
+    attempts = [Attempt(name) for name in names]
+    assert len(calls_of(lambda: pair.client.fetch(attempts))) == 2
     pair = Pair().open()
-    fetch = pair.client.fetch(names)
+    fetch = pair.client.ask(names)
     calls = calls_of(lambda: pair.server.receive(fetch.frame, 1.0))
     assert len(calls) <= 4 + len(names), calls

@@ -35,7 +35,7 @@ def test_every_frame_of_an_idle_connection_renews_its_limit() -> None:
         pair.client.ends_frame,
         lambda: pair.client.describe(RING_ID).frame,
         lambda: pair.client.confirm([ref()]).frame,
-        lambda: pair.client.fetch([ref(ring_id=b"F" * 16)]).frame,
+        lambda: pair.client.ask([ref(ring_id=b"F" * 16)]).frame,
     ]
     for number, frame in enumerate(frames):
         pair.now += 100.0

@@ -27,20 +27,20 @@ FOREIGN = b"F" * 16
 def test_another_ring_is_stale_and_the_connection_stays_usable() -> None:
     foreign = [ref(slot, ring_id=FOREIGN) for slot in (1, 2)]
     pair = Pair().open()
-    fetch = pair.client.fetch(foreign)
+    fetch = pair.client.ask(foreign)
     replies = pair.actions(fetch.frame)
     for number, reply in zip(fetch.attempts, replies, strict=True):
         assert isinstance(reply, Reply)
         assert (reply.channel, reply.status) == (number, Status.STALE)
         with pytest.raises(StaleSlotError, match="another ring"):
-            pair.client.verify(number, reply.message)
-    fetch = pair.client.fetch(foreign, packed=True)
+            pair.client.judge(number, reply.message)
+    fetch = pair.client.ask(foreign, packed=True)
     message = pair.reply(fetch)
     size = message_bytes(128)
     assert len(message) == 2 * size
     for index, number in enumerate(fetch.attempts):
         with pytest.raises(StaleSlotError, match="another ring"):
-            pair.client.verify(number, message[index * size : (index + 1) * size])
+            pair.client.judge(number, message[index * size : (index + 1) * size])
     confirm = pair.client.confirm(foreign)
     assert pair.client.confirmed(confirm.attempt, pair.reply(confirm)) == [Status.STALE] * 2
     assert header_of(pair.reply(pair.client.describe(FOREIGN))).status is Status.STALE

@@ -136,7 +136,7 @@ def test_no_end_comes_before_the_first_payload() -> None:
 
 def test_a_fetch_is_served_as_it_names_it() -> None:
     pair = Pair().open()
-    fetch = pair.client.fetch([ref(2, nbytes=128), ref(7, generation=9, nbytes=0)])
+    fetch = pair.client.ask([ref(2, nbytes=128), ref(7, generation=9, nbytes=0)])
     served = pair.action(fetch, Serve)
     assert [(one.slot, one.generation, one.nbytes, one.number) for one in served.attempts] == [
         (2, 6, 128, fetch.attempts[0]),
@@ -188,7 +188,7 @@ def test_more_than_the_window_closes() -> None:
     for first, second, fits in rows:
         pair = Pair(window=Window(3, 1000)).open()
         with row(first=first, second=second):
-            frames = [pair.client.fetch([ref(nbytes=nbytes) for nbytes in sizes]) for sizes in (first, second) if sizes]
+            frames = [pair.client.ask([ref(nbytes=nbytes) for nbytes in sizes]) for sizes in (first, second) if sizes]
             if fits:
                 for fetch in frames:
                     pair.action(fetch, Serve)
@@ -227,14 +227,14 @@ def test_an_attempt_is_over_when_it_has_ended_and_its_message_has_left_in_any_or
     pair = Pair().open()
     [number], [attempt] = pair.fetch(ref())
     assert not pair.server.sent(attempt, pair.now)
-    pair.client.verify(number, payload(ref()))
-    pair.client.end(number, delivered=delivered)
+    pair.client.judge(number, payload(ref()))
+    pair.client.finish(number, delivered=delivered)
     assert pair.actions(pair.client.ends_frame()) == [attempt]
     assert (attempt.delivered, attempt.sent_s) == (delivered, pair.now)
     assert pair.server.leaving == {}
     [number], [attempt] = pair.fetch(ref())
-    pair.client.verify(number, payload(ref()))
-    pair.client.end(number, delivered=delivered)
+    pair.client.judge(number, payload(ref()))
+    pair.client.finish(number, delivered=delivered)
     assert pair.actions(pair.client.ends_frame()) == [attempt]
     assert (attempt.delivered, attempt.sent_s) == (delivered, None)
     assert list(pair.server.leaving) == [number]
@@ -244,7 +244,7 @@ def test_an_attempt_is_over_when_it_has_ended_and_its_message_has_left_in_any_or
 
 def test_ends_are_done_before_what_their_frame_asks_for() -> None:
     ask: list[Callable[[Pair], bytes]] = [
-        lambda pair: pair.client.fetch([ref(9)]).frame,
+        lambda pair: pair.client.ask([ref(9)]).frame,
         lambda pair: pair.client.take(4, 1000).frame,
         lambda pair: pair.client.confirm([ref(9)]).frame,
         lambda pair: pair.client.describe(RING_ID).frame,
