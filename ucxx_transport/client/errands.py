@@ -25,7 +25,7 @@ from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.envelope import checked_meta, meta_of, unpack_envelope
-from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.schema.slot_ref import common_of, renumbered
 from ucxx_transport.wire.client_side import CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status, offer_receive_bytes
 
@@ -236,6 +236,7 @@ class Take(SourceCall):
     def _references(self, offered: Sequence[Offered], records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
         """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
         source, (first, *_) = self.source, offered
+<<<<<<< Updated upstream
         if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (first.ring_id, first.fingerprint):
             template = source
         else:
@@ -250,10 +251,22 @@ class Take(SourceCall):
                 ports=tuple(source.ports),
                 fingerprint=first.fingerprint,
             )
+=======
+        checked = SlotRef(
+            ring_id=first.ring_id,
+            ring_name=source.ring_name,
+            slot=0,
+            generation=0,
+            nbytes=0,
+            host_id=source.host_id,
+            host=source.host,
+            ports=tuple(source.ports),
+            fingerprint=first.fingerprint,
+        )
+        common = common_of(checked)
+>>>>>>> Stashed changes
         return [
-            renumbered(
-                template, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0]
-            )
+            renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0])
             for each, record in zip(offered, records, strict=True)
         ]
 

@@ -28,6 +28,7 @@ from ucxx_transport.ring.segment import Segment, create_segment, open_segment
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
+from ucxx_transport.schema.slot_ref import Common, common_of
 from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class RingHandle:
             host_id=host_id(self.folder),
             fingerprint=identity.fingerprint,
         )
-        self._addressed: tuple[int, SlotRef] = (0, template)
+        self._addressed = 0, template, common_of(template)
 
     @classmethod
     def create(cls, config: RingConfig, **seams: Any) -> Self:
@@ -181,8 +182,8 @@ class RingHandle:
     def address(self) -> tuple[str | None, tuple[int, ...]]:
         """Host and ports as published last; (None, ()) before, and after a withdrawal."""
         self._require_open()
-        template = self._template()
-        return template.host, template.ports
+        _, _, _, host, ports, _ = self._common()
+        return host, ports
 
     def statistics(self) -> RingStatistics:
         """What has happened since the ring was made, and what its slots hold now, of one moment."""
@@ -246,10 +247,10 @@ class RingHandle:
                 reclaimed += transitions.finalise(words, reason)
         return reclaimed
 
-    def _template(self) -> SlotRef:
+    def _common(self) -> Common:
         """What a reference made now has in common with the ring's others: its name, and where its server is."""
         words = self._words
-        known, template = self._addressed
+        known, template, common = self._addressed
         version = words[layout.ADDRESS_VERSION_WORD]
         while version != known:
             bank = layout.ADDRESS_WORD + (version & 1) * layout.ADDRESS_BANK_WORDS
@@ -260,8 +261,9 @@ class RingHandle:
                 count, length, *ports, name = _BANK.unpack(content)
                 host = name[: min(length, MAX_HOST_BYTES)].decode(errors="replace") if count else None
                 template = replace(template, host=host, ports=tuple(ports[:count]))
-                self._addressed = (version, template)
-        return template
+                common = common_of(template)
+                self._addressed = version, template, common
+        return common
 
 
 def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:

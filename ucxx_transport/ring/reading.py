@@ -295,7 +295,7 @@ class ReadableRing(RingHandle):
         """The reference of a hold's payload, without `meta`."""
         slot, generation, nbytes = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES]
         checksum = words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None
-        return renumbered(self._template(), slot, generation, nbytes, checksum)
+        return renumbered(self._common(), slot, generation, nbytes, checksum)
 
     def _prepare(self, reader: int) -> None:
         """Before leases are made: is the handle open, the reader's id one, and nothing dropped left to be ended?"""

@@ -274,7 +274,7 @@ class SharedRingBuffer(ReadableRing):
             words[layout.HOLD_HAS_CHECKSUM] = 1
         slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
         # made first: what can go wrong with it must not leave a payload that has no reference
-        ref = renumbered(self._template(), slot, generation, words[layout.HOLD_NBYTES], checksum, meta)
+        ref = renumbered(self._common(), slot, generation, words[layout.HOLD_NBYTES], checksum, meta)
         if envelope:
             self._write_envelope(hold, envelope)
         self._transitions.commit(words, readers)

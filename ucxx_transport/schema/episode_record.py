@@ -25,7 +25,10 @@ MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
+_FIELDS = len(_KEYS)
 _MAX_I64 = 1 << 63
+_SIGNS = (0, -1)
+"""What is left of an int of 64 bits but its sign."""
 _MAX_DOUBLE: Final = sys.float_info.max
 
 
@@ -53,14 +56,16 @@ class RewardSummary(NamedTuple):
     def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         try:
-            total, mean, least, most = values = _rewards_of(data)
+            total, mean, least, most = data["sum"], data["mean"], data["min"], data["max"]
             if (
-                len(data) == len(values)
-                and type(total) is type(mean) is type(least) is type(most) is float
+                type(total) is float
+                and type(mean) is float
+                and type(least) is float
+                and type(most) is float
                 and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
+                and len(data) == _SUMMARY_FIELDS
             ):
-                summary: RewardSummary = _make(cls, values)
-                return summary
+                return _make(cls, (total, mean, least, most))
         except (KeyError, TypeError, IndexError):
             pass
         form = wire_form.take_fields(data, "reward summary", required=_REWARDS)
@@ -70,8 +75,8 @@ class RewardSummary(NamedTuple):
 
 
 _REWARDS: Final = ("sum", "mean", "min", "max")
-_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_REWARDS)
-_make: Final[Any] = tuple.__new__
+_SUMMARY_FIELDS: Final = len(_REWARDS)
+_make: Final[Callable[..., RewardSummary]] = tuple.__new__
 
 
 def _is_finite(value: object) -> bool:
@@ -154,44 +159,55 @@ class EpisodeRecord:
             ProtocolError: it is malformed or of another version; the message and `facts["field"]` name the field.
         """
         try:
-            values = _values_of(data) if len(data) == len(_KEYS) else None
+            values = _values_of(data if len(data) == _FIELDS else ())
         except (KeyError, TypeError, IndexError):
-            values = None
-        if values is None:
             values = _values_of(wire_form.take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
-        if type(mark) is float:
-            mark, sequence, steps, version = map(whole, (mark, sequence, steps, version))
         if mark is not WIRE_VERSION:
+            mark, sequence, steps, version = map(whole, (mark, sequence, steps, version))
             check_version(mark, "episode record")
         if ref is not None and type(ref) is not SlotRef:
-            ref = SlotRef.from_dict(ref)
+            ref = _slot_ref_of(ref)
         if rewards is not None:
-            rewards = RewardSummary.from_dict(rewards)
+            rewards = _summary_of(rewards)
+        try:
+            is_known = worker_id in _workers
+        except TypeError:
+            is_known = False
         if (
-            type(worker_id) is str
-            and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
-            and worker_id.isprintable()
+            is_known
             and type(sequence) is int
             and not sequence >> 64  # of a negative number all bits are left
             and (steps is None or (type(steps) is int and not steps >> 64))
-            and (version is None or (type(version) is int and -_MAX_I64 <= version < _MAX_I64))
+            and (version is None or (type(version) is int and version >> 63 in _SIGNS))
             and ref is not None
             and dropped is None
         ):
             record = _Draft()
-            record.worker_id, record.sequence, record.ref, record.dropped = worker_id, sequence, ref, None
-            record.episode_length, record.rewards, record.policy_version = steps, rewards, version
+            record.worker_id, record.sequence, record.ref = worker_id, sequence, ref
+            record.dropped, record.episode_length = None, steps
+            record.rewards, record.policy_version = rewards, version
             record.__class__ = EpisodeRecord
             made: EpisodeRecord = record
             return made
         values = (worker_id, sequence, ref, dropped, steps, rewards, version)
         with wire_form.untrusted():  # takes it, or names what is wrong
-            return cls(**dict(zip(cls.__slots__, values, strict=True)))
+            rebuilt = cls(**dict(zip(cls.__slots__, values, strict=True)))
+        if len(_workers) >= _MOST_WORKERS:
+            _workers.clear()
+        _workers.add(worker_id)
+        return rebuilt
 
+
+_MOST_WORKERS: Final = 1024
+_workers: set[str] = set()
+"""Ids that have been checked."""
 
 # Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
 _Draft: Any = wire_form.draft_of(EpisodeRecord)
+# Bound once: that takes as long as a call.
+_slot_ref_of: Final[Callable[[Any], SlotRef]] = SlotRef.from_dict
+_summary_of: Final[Callable[[Any], RewardSummary]] = RewardSummary.from_dict
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_KEYS)
 
 

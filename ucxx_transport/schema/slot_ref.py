@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final
+from functools import lru_cache
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import wire_form
@@ -117,7 +118,7 @@ class SlotRef:
             "host_id": self.host_id,
             "host": self.host,
             "ports": list(self.ports),
-            "fingerprint": f"{self.fingerprint:016x}",
+            "fingerprint": _digits(self.fingerprint),
             "checksum": None if self.checksum is None else f"{self.checksum:016x}",
             "meta": plain(self.meta) if self.meta else {},
         }
@@ -140,14 +141,12 @@ class SlotRef:
             ProtocolError: the form is malformed or of another version; the message and `facts["field"]` name the field.
         """
         try:
-            values = _values_of(data) if len(data) == _FIELDS else None
+            values = _values_of(data if len(data) == _FIELDS else ())
         except (KeyError, TypeError, IndexError):
-            values = None
-        if values is None:
             values = _values_of(wire_form.take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
-        if type(values[0]) is float:
+        if values[0] is not WIRE_VERSION:
             values = (*map(whole, values[:-1]), values[-1])
-        return _rebuilt(values, digits=True)
+        return _rebuilt(values, True)  # noqa: FBT003
 
     @classmethod
     def from_bytes(cls, raw: Buffer) -> SlotRef:
@@ -168,38 +167,43 @@ class SlotRef:
 
 
 # References are made and rebuilt tens of thousands of times a second, and all of a ring differ in few fields. So what
-# they have in common is checked once, in a template, and a reference is one of its copies, made as a draft, which is
-# not frozen: the constructor takes 6 µs.
+# they have in common is checked once, by the constructor, which takes 6 µs. The next one is made as a draft, which is
+# not frozen.
 _REQUIRED: Final = ("version", "ring_id", "ring_name", "slot", "generation", "nbytes", "host_id")
 _DEFAULTS: Final = {"host": None, "ports": (), "fingerprint": f"{0:016x}", "checksum": None, "meta": NO_META}
 _values_of: Final[Callable[[Any], tuple[Any, ...]]] = itemgetter(*_REQUIRED, *_DEFAULTS)
 _Draft: Any = wire_form.draft_of(SlotRef)
 _FIELDS: Final = 1 + len(SlotRef.__slots__)
 
-_MOST_TEMPLATES: Final = 1024
-_templates: dict[object, SlotRef] = {}
-"""A reference to each ring that was heard of, by what all of its references have in common, as the form has it."""
+_digits: Final = lru_cache(maxsize=1024)("{:016x}".format)
+
+Common: TypeAlias = tuple[bytes, str, str, str | None, tuple[int, ...], int]
+"""What references to one ring have in common, checked."""
+common_of: Final[Callable[[SlotRef], Common]] = attrgetter(
+    "ring_id", "ring_name", "host_id", "host", "ports", "fingerprint"
+)
+
+_MOST_RINGS: Final = 1024
+_rings: dict[object, tuple[object, Common]] = {}
+"""Of each ring that was heard of, by its id as the form has it: what its references have in common, as the form has it
+and as it is."""
+_UNKNOWN: Final[tuple[None, Any]] = (None, None)
 
 
 def renumbered(  # noqa: PLR0917 - one is made at every write
-    template: SlotRef,
+    common: Common,
     slot: int,
     generation: int,
     nbytes: int,
     checksum: int | None,
     meta: Mapping[str, object] | None = None,
 ) -> SlotRef:
-    """A reference to another payload of the same ring, by numbers and a `meta` that are checked. Cannot fail."""
+    """A reference to a payload of a ring, by numbers and a `meta` that are checked. Cannot fail."""
     ref = _Draft()
-    ref.ring_id = template.ring_id
-    ref.ring_name = template.ring_name
+    ref.ring_id, ref.ring_name, ref.host_id, ref.host, ref.ports, ref.fingerprint = common
     ref.slot = slot
     ref.generation = generation
     ref.nbytes = nbytes
-    ref.host_id = template.host_id
-    ref.host = template.host
-    ref.ports = template.ports
-    ref.fingerprint = template.fingerprint
     ref.checksum = checksum
     ref.meta = meta or NO_META
     ref.__class__ = SlotRef
@@ -209,10 +213,10 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
 
 def with_meta(ref: SlotRef, meta: object) -> SlotRef:
     """A reference with this `meta`; a ConfigError where none can have it."""
-    return renumbered(ref, ref.slot, ref.generation, ref.nbytes, ref.checksum, checked_meta(meta)[0])
+    return renumbered(common_of(ref), ref.slot, ref.generation, ref.nbytes, ref.checksum, checked_meta(meta)[0])
 
 
-def _rebuilt(values: Sequence[Any], *, digits: bool = False) -> SlotRef:
+def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: FBT001, FBT002 - a keyword takes longer
     """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`.
 
     With `digits` its hashes are text.
@@ -220,35 +224,39 @@ def _rebuilt(values: Sequence[Any], *, digits: bool = False) -> SlotRef:
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         check_version(version, "slot reference")
-    ring = (ring_id, ring_name, host_id, host, fingerprint)
     try:
-        template = _templates.get(ring)
-    except TypeError:  # of no use as a name: the constructor says so
-        template = None
+        known, common = _rings.get(ring_id, _UNKNOWN)
+    except TypeError:  # of no use as an id: the constructor says so
+        known, common = _UNKNOWN
     try:
         if digits and checksum is not None:
             checksum = int.from_bytes(_of_digits("checksum", checksum, 8))
         if (
-            template is not None
-            and [*template.ports] == ports
-            and type(fingerprint) is (str if digits else int)
+            known == (ring_name, host_id, host, ports, fingerprint)
+            and (digits or type(fingerprint) is int)
             and type(slot) is type(generation) is type(nbytes) is int
             and not (slot >> 32 or generation >> 64 or nbytes >> 64)  # of a negative number all bits are left
             and (checksum is None or (type(checksum) is int and not checksum >> 64))
             and type(meta) is dict
         ):
-            return renumbered(template, slot, generation, nbytes, checksum, checked_meta(meta)[0] if meta else None)
+            draft = _Draft()  # as `renumbered`: its call takes as long as this
+            draft.ring_id, draft.ring_name, draft.host_id, draft.host, draft.ports, draft.fingerprint = common
+            draft.slot, draft.generation, draft.nbytes = slot, generation, nbytes
+            draft.checksum, draft.meta = checksum, checked_meta(meta)[0] if meta else NO_META
+            draft.__class__ = SlotRef
+            made: SlotRef = draft
+            return made
+        named, number = ring_id, fingerprint
         if digits:
-            ring_id = _of_digits("ring_id", ring_id, RING_ID_BYTES)
-            fingerprint = int.from_bytes(_of_digits("fingerprint", fingerprint, 8))
-        numbers = (slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta)
-        # takes it, or names what is wrong
-        ref = SlotRef(**dict(zip(SlotRef.__slots__, (ring_id, ring_name, *numbers), strict=True)))
+            named = _of_digits("ring_id", ring_id, RING_ID_BYTES)
+            number = int.from_bytes(_of_digits("fingerprint", fingerprint, 8))
+        fields = (named, ring_name, slot, generation, nbytes, host_id, host, ports, number, checksum, meta)
+        ref = SlotRef(**dict(zip(SlotRef.__slots__, fields, strict=True)))  # takes it, or names what is wrong
     except ConfigError as exc:
         raise ProtocolError(exc.message, **exc.facts) from exc
-    if len(_templates) >= _MOST_TEMPLATES:
-        _templates.clear()
-    _templates[ring] = renumbered(ref, 0, 0, 0, None)
+    if len(_rings) >= _MOST_RINGS:
+        _rings.clear()
+    _rings[ring_id] = (ring_name, host_id, host, [*ref.ports], fingerprint), common_of(ref)
     return ref
 
 
