@@ -236,7 +236,6 @@ class Take(SourceCall):
     def _references(self, offered: Sequence[Offered], records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
         """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
         source, (first, *_) = self.source, offered
-<<<<<<< Updated upstream
         if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (first.ring_id, first.fingerprint):
             template = source
         else:
@@ -251,20 +250,7 @@ class Take(SourceCall):
                 ports=tuple(source.ports),
                 fingerprint=first.fingerprint,
             )
-=======
-        checked = SlotRef(
-            ring_id=first.ring_id,
-            ring_name=source.ring_name,
-            slot=0,
-            generation=0,
-            nbytes=0,
-            host_id=source.host_id,
-            host=source.host,
-            ports=tuple(source.ports),
-            fingerprint=first.fingerprint,
-        )
-        common = common_of(checked)
->>>>>>> Stashed changes
+        common = common_of(template)
         return [
             renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0])
             for each, record in zip(offered, records, strict=True)
