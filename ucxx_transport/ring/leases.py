@@ -37,6 +37,7 @@ not wait: a thousand arrays that go while the lock's holder is stopped cost thei
 other rings nothing."""
 
 _fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
+_name: Final = struct.Struct("<2Q").pack_into
 _BYTE: Final = np.dtype(np.uint8)
 _next_lease_id = itertools.count(1).__next__
 live: dict[int, ref[Any]] = {}
@@ -69,9 +70,10 @@ class Hold:
         live[lease_id] = ref(self)
 
     def begin(self, slot: int, generation: int, reader: int) -> None:
-        """Make it another hold of that kind, once it has ended."""
-        pid, start = self.transitions.owner()
-        _fill(self.words, 0, slot, generation, self.lease_id, pid, start, reader, self.transitions.address)
+        """Make it another hold of this process, once it has ended."""
+        words = self.words
+        _name(words, 0, slot, generation)
+        words[layout.HOLD_READER] = reader
         live[self.lease_id] = ref(self)
 
     @property

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic, time_ns
 from typing import Any, Final
@@ -170,10 +169,11 @@ class Transitions:
 
     def _waited_for(self, code: int, wait_s: float | None, name: str, words: Words) -> int:
         """`_waited` for a call with a hold alone."""
+        function = getattr(self.sleeping, name)
 
         def call(wait_ns: int) -> int:
             words[layout.HOLD_WAIT_NS] = wait_ns
-            outcome: int = getattr(self.sleeping, name)(words)
+            outcome: int = function(words)
             words[layout.HOLD_WAIT_NS] = 0
             return outcome
 
@@ -232,82 +232,56 @@ def _refusal(code: int, words: Words) -> SlotError | BusyError:
     return kind(text, **facts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Occupation:
-    """What keeps the slots of a ring from being written.
+def why_full(segment: Segment, identity: Identity) -> tuple[str, dict[str, object]]:
+    """Why a write found no slot, in words that end with what helps, and the numbers behind them.
 
-    Attributes:
-        holders: of slots that are being read, by process and reader's id (0: no particular one), each with the number
-            of its slots and the age of the oldest payload in seconds; the one with the most comes first.
-        partly_read: slots that wait for a further reader, by the number of those that have had the payload.
-        unread: slots that wait for a first reader.
-        writing: slots that are being written.
+    It looks at all slots without the lock: one that changes meanwhile may be missing.
     """
-
-    holders: dict[tuple[int, int], tuple[int, float]]
-    partly_read: dict[int, int]
-    unread: int
-    writing: int
-
-
-def occupation(segment: Segment, identity: Identity) -> Occupation:
-    """Look at all slots, without the lock: one that changes meanwhile may be missing."""
     first, nbytes = identity.first_slot_word * layout.WORD_BYTES, identity.slot_words * layout.WORD_BYTES
     headers = segment.memory[first : first + identity.slots * nbytes].copy().view(np.uint64)
     headers = headers.reshape(identity.slots, identity.slot_words)
     entries = headers[:, layout.FIRST_ENTRY : layout.FIRST_ENTRY + identity.entries * layout.ENTRY_WORDS]
     entries = entries.reshape(identity.slots, identity.entries, layout.ENTRY_WORDS)
     states, leases = headers[:, layout.STATE] & STATE_MASK, entries[:, :, layout.ENTRY_LEASE]
-    reads = (leases & 1).sum(axis=1)
     in_flight = (leases != 0) & (leases & 1 == 0) & (states == SlotState.READING)[:, None]
-    written_ns: dict[tuple[int, int], dict[int, int]] = {}
+    written_ns: dict[tuple[int, int], dict[int, int]] = {}  # by process and reader: of each slot that it holds
     for slot, index in np.argwhere(in_flight).tolist():
         _, pid, _, reader = entries[slot, index].tolist()
         written_ns.setdefault((pid, reader), {})[slot] = int(headers[slot, layout.COMMIT_TIME])
-    now_ns = time_ns()
-    found = {who: (len(times), (now_ns - min(times.values())) / 1e9) for who, times in written_ns.items()}
-    had_by, numbers = np.unique(reads[states == SlotState.READY], return_counts=True)
-    waiting = dict(zip(had_by.tolist(), numbers.tolist(), strict=True))
-    return Occupation(
-        holders=dict(sorted(found.items(), key=lambda item: -item[1][0])),
-        unread=waiting.pop(0, 0),
-        partly_read=waiting,
-        writing=int((states == SlotState.WRITING).sum()),
-    )
-
-
-def why_full(segment: Segment, identity: Identity) -> tuple[str, dict[str, object]]:
-    """Why a write found no slot, in words that end with what helps, and the numbers behind them."""
-    found = occupation(segment, identity)
+    holders = sorted(written_ns.items(), key=lambda item: -len(item[1]))
+    had_by, numbers = np.unique((leases & 1).sum(axis=1)[states == SlotState.READY], return_counts=True)
+    partly_read = dict(zip(had_by.tolist(), numbers.tolist(), strict=True))
+    unread, writing, now_ns = partly_read.pop(0, 0), int((states == SlotState.WRITING).sum()), time_ns()
     parts, remedies = [], []
-    for (pid, reader), (slots, age_s) in [*found.holders.items()][:_NAMED]:
+    for (pid, reader), times in holders[:_NAMED]:
         name = process_name(pid, server_of=identity.creator_pid) + (f", reader {reader:x}," if reader else "")
-        parts.append(f"{name} holds {slots}, the oldest written {age_s:.1f} s ago")
-    if len(found.holders) > _NAMED:
-        parts.append(f"{len(found.holders) - _NAMED} other readers hold some")
-    if found.holders:
+        age_s = (now_ns - min(times.values())) / 1e9
+        parts.append(f"{name} holds {len(times)}, the oldest written {age_s:.1f} s ago")
+    if len(holders) > _NAMED:
+        parts.append(f"{len(holders) - _NAMED} other readers hold some")
+    if holders:
         remedies.append("a trainer that keeps arrays keeps their slots: clone them, or read with local='copy'")
-    for had, slots in found.partly_read.items():
+    for had, slots in partly_read.items():
         which = {1: "second", 2: "third"}.get(had, f"{had + 1}th")
         parts.append(f"{_wait(slots)} for a {which} reader")
-    if found.partly_read:
+    if partly_read:
         remedies.append(
             "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
             "has not read them"
         )
-    if found.unread:
-        parts.append(f"{_wait(found.unread)} for a first reader")
+    if unread:
+        parts.append(f"{_wait(unread)} for a first reader")
         remedies.append("start more readers")
-    if found.writing:
-        parts.append(f"{found.writing} {'is' if found.writing == 1 else 'are'} being written")
+    if writing:
+        parts.append(f"{writing} {'is' if writing == 1 else 'are'} being written")
     text = f"of {identity.slots}: {'; '.join(parts)}. What helps: {'; '.join([*remedies, 'more ring.slots'])}"
     facts: dict[str, object] = {
         "slots": identity.slots,
-        "reading": sum(slots for slots, _ in found.holders.values()),
-        "holders": tuple(dict.fromkeys(pid for pid, _ in found.holders)),
-        "unread": found.unread,
-        "partly_read": sum(found.partly_read.values()),
-        "writing": found.writing,
+        "reading": sum(len(times) for _, times in holders),
+        "holders": tuple(dict.fromkeys(pid for (pid, _), _ in holders)),
+        "unread": unread,
+        "partly_read": sum(partly_read.values()),
+        "writing": writing,
     }
     return text, facts
 

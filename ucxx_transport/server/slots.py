@@ -37,6 +37,9 @@ _log = get_logger(__name__)
 MAX_ANSWERS: Final = 4096
 """Slots, by length, whose memory is kept prepared for the link."""
 
+MAX_SPARE: Final = 128
+"""Leases that are kept for further attempts: making one costs 2 µs."""
+
 CLOGGED: Final = 8
 """The part of the ring that stuck sends may hold."""
 
@@ -77,7 +80,7 @@ class Slots:
         self.is_clogged = False
         self._locked_turn = -1
         self._kept: list[Attempt] = []
-        self._spare: list[ReadLease] = []  # of attempts that are over, for further ones: making one costs 2 µs
+        self._spare: list[ReadLease] = []
 
     @property
     def is_locked(self) -> bool:
@@ -165,7 +168,7 @@ class Slots:
             self._kept.append(attempt)
             return
         attempt.lease = None
-        if type(lease) is ReadLease:
+        if type(lease) is ReadLease and len(self._spare) < MAX_SPARE:
             self._spare.append(lease)
         words = self.words
         if attempt.delivered:

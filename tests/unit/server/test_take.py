@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
 from ucxx_transport.schema.envelope import unpack_envelope
 from ucxx_transport.server import RingSource
+from ucxx_transport.server.slots import MAX_SPARE
 from ucxx_transport.wire.codec import decode_offer
 from ucxx_transport.wire.frames import FLAG_NEWEST, Kind, Status, offer_receive_bytes
 
@@ -208,6 +210,28 @@ def test_a_payload_that_the_window_has_no_room_for_now_is_waited_for(rig: PortRi
     rig.advance(0.01)
     assert taken(peer, later) == [b"huge"]
     assert rig.states(first, second) == [SlotState.FREE, SlotState.READING]
+
+
+def test_leases_of_what_is_over_serve_further_attempts_and_do_not_pile_up(rig: PortRig) -> None:
+    peer, before = rig.peer(), leases()
+    for _ in range(MAX_SPARE // 8 + 8):
+        for number in range(8):
+            rig.write(bytes([number]))
+        answer = begin_take(peer, 8)
+        assert taken(peer, answer) == [bytes([number]) for number in range(8)]
+        peer.end(*[answer.channel + number for number in range(1, 9)])
+    assert leases() - before <= MAX_SPARE
+    ref = rig.write(b"by name")
+    [answer] = peer.fetch(ref)
+    assert answer.body == b"by name"
+    assert rig.states(ref) == [SlotState.READING]
+    assert rig.ring.statistics().late_finalise == 0
+
+
+def leases() -> int:
+    """Those that there are in this process."""
+    gc.collect()
+    return sum(isinstance(one, ReadLease) for one in gc.get_objects())
 
 
 class LockedRing:

@@ -279,3 +279,29 @@ def test_an_attempt_cannot_end_twice() -> None:
         assert number == 2
         with row(ends=ends):
             assert "not in flight" in closed_by(pair, Frame(Kind.FETCH, 3, ends=ends))
+
+
+def test_a_lone_name_and_a_lone_end_are_read_as_in_any_other_frame() -> None:
+    """They come on a straight path; where an earlier reply has not left, on the common one."""
+    name = Frame(Kind.FETCH, 4, RING_ID, names=((2, 0, 6, 20, 128),))
+    words = [(2, 0, 0, 20, 128), (2, 1, 6, 20, 128), (2, 0, 6, 3, 128), (2, 0, 6, 1 << 16, 1), (2, 0, 6, 1 << 63, 1)]
+    rows = [name._replace(names=(one,)) for one in (*words, (2, 0, 6, 20, 901), (2, 0, 6, 20, 99))]
+    rows += [name, name._replace(ring_id=b"F" * 16), name._replace(ends=(4,)), name._replace(sequence=5)]
+    rows += [Frame(Kind.FETCH, sequence, RING_ID, ends=(end,)) for sequence, end in ((4, 5), (4, 4), (4, 99), (3, 5))]
+    for frame in rows:
+        for cut in (None, -8):
+            outcomes = []
+            for has_unsent in (False, True):
+                pair = Pair(window=Window(2, 1000)).open()
+                pair.fetch(ref(nbytes=100))
+                describe = pair.action(pair.client.describe(RING_ID), Reply)
+                assert describe.status is Status.OK
+                if not has_unsent:
+                    pair.server.replied()
+                actions = pair.actions(encode_frame(frame)[:cut])
+                numbers = [(type(one), getattr(one, "number", 0), getattr(one, "delivered", None)) for one in actions]
+                served = [one.number for action in actions if isinstance(action, Serve) for one in action.attempts]
+                words = [text_of(action.message) for action in actions if isinstance(action, Reply)]
+                outcomes.append((numbers, served, words, pair.server.phase, list(pair.server.in_flight)))
+            with row(frame=frame, cut=cut):
+                assert outcomes[0] == outcomes[1]
