@@ -229,9 +229,7 @@ class _Calls:
         self._caller: int | None = None
         self._is_paused = False
         os.register_at_fork(
-            before=self._pause,
-            after_in_parent=self._resume,
-            after_in_child=partial(self._resume, in_child=True),
+            before=self._pause, after_in_parent=self._resume, after_in_child=partial(self._resume, in_child=True)
         )
 
     def begin(self, path: Path, until: float) -> None:

@@ -26,14 +26,7 @@ from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import CompactedError, StoreResetError
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
-from ucxx_transport.membership.store import (
-    Batch,
-    Entry,
-    Event,
-    Lease,
-    Snapshot,
-    Store,
-)
+from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store
 from ucxx_transport.membership.store_base import QueuedWatch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.ring import owner
 
@@ -100,11 +93,8 @@ class LocalStore(Store):
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         ttl_s = checked_ttl_s(ttl_s)
         lease_id = secrets.randbelow((1 << 63) - 1) + 1  # no lease of this or an earlier store has had it
-
-        def grant(db: sqlite3.Connection) -> None:
-            db.execute("INSERT INTO leases VALUES (?, ?, ?)", (lease_id, ttl_s, self._clock() + ttl_s))
-
-        self._write(grant, timeout_s)
+        new = "INSERT INTO leases VALUES (?, ?, ?)"
+        self._write(lambda db: db.execute(new, (lease_id, ttl_s, self._clock() + ttl_s)), timeout_s)
         return Lease(lease_id=lease_id, ttl_s=ttl_s)
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:

@@ -166,11 +166,7 @@ class SourceWatcher:
             self._store.close()
 
     def subscribe(
-        self,
-        *,
-        on_add: Listener | None = None,
-        on_update: Listener | None = None,
-        on_remove: Listener | None = None,
+        self, *, on_add: Listener | None = None, on_update: Listener | None = None, on_remove: Listener | None = None
     ) -> Callable[[], None]:
         """Call these on changes; `on_add` with the sources known already, in this thread, before this returns.
 

@@ -142,6 +142,7 @@ def main(url: str) -> None:
         "monitor.added": lambda: monitor.added("w2"),
         "monitor.removed": lambda: monitor.removed("w0"),
         "publisher.statistics": publisher.statistics,
+        "watcher.report_to": lambda: watcher.report_to(print),
         "publisher.wait_published": lambda: publisher.wait_published(60),
         "server.start": server.start,
         "server.statistics": server.statistics,
