@@ -301,7 +301,7 @@ def test_a_lone_name_and_a_lone_end_are_read_as_in_any_other_frame() -> None:
                 actions = pair.actions(encode_frame(frame)[:cut])
                 numbers = [(type(one), getattr(one, "number", 0), getattr(one, "delivered", None)) for one in actions]
                 served = [one.number for action in actions if isinstance(action, Serve) for one in action.attempts]
-                words = [text_of(action.message) for action in actions if isinstance(action, Reply)]
-                outcomes.append((numbers, served, words, pair.server.phase, list(pair.server.in_flight)))
+                texts = [text_of(action.message) for action in actions if isinstance(action, Reply)]
+                outcomes.append((numbers, served, texts, pair.server.phase, list(pair.server.in_flight)))
             with row(frame=frame, cut=cut):
                 assert outcomes[0] == outcomes[1]
