@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import BusyError, ConfigError, TransportError
+
+T = TypeVar("T")
 
 NO_PROC: Final = "this machine has no /proc, by which a ring knows its processes: mount it (mount -t proc proc /proc)"
 NO_SQLITE: Final = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
@@ -151,6 +155,48 @@ class Wakeup:
                 pass
         except BlockingIOError:  # it is already
             return
+
+
+def start_thread(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
+    """Start a daemon thread.
+
+    Raises:
+        ConfigError: the interpreter is exiting: since Python 3.12 it starts no thread then.
+        BusyError: this process may have no more threads.
+    """
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    if sys.is_finalizing():  # it would be waited for, and never run
+        raise _no_thread()
+    try:
+        thread.start()
+    except RuntimeError:
+        raise _no_thread() from None
+    return thread
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """Make a call beside the event loop, in a thread; in the loop's own where the interpreter is exiting.
+
+    A cancellation does not wait for it. A BusyError: this process may have no more threads.
+    """
+    from anyio import to_thread
+
+    try:
+        return await to_thread.run_sync(call, abandon_on_cancel=True)
+    except RuntimeError:  # the start of a thread: no call of ours raises it
+        if not isinstance(error := _no_thread(), ConfigError):
+            raise error from None
+    return call()
+
+
+def _no_thread() -> TransportError:
+    if sys.is_finalizing() or not threading.main_thread().is_alive():  # exit handlers run, or the last threads
+        return ConfigError(
+            "the interpreter is exiting, and starts no thread any more: start this before the program ends"
+        )
+    return BusyError(
+        "this process may have no more threads; end some, or raise its limit (ulimit -u, or its cgroup's pids.max)"
+    )
 
 
 _ONE: Final = (1).to_bytes(8, sys.byteorder)

@@ -1,11 +1,11 @@
 """Teardown: named steps in order, each with a deadline, so that a stop always returns.
 
-| a step                | outcome  | logged as                  | then                                              |
-|-----------------------|----------|----------------------------|---------------------------------------------------|
-| returns               | `DONE`   | `teardown_done`, DEBUG     | the next one                                      |
-| raises                | `FAILED` | `teardown_failed`, WARNING | the error is in the report; the next one          |
-| misses its deadline   | `HUNG`   | `teardown_hung`, ERROR     | all stacks are dumped, it stays in its daemon     |
-|                       |          |                            | thread; the next one                              |
+| a step                | is     | logged as                  | then                                              |
+|-----------------------|--------|----------------------------|---------------------------------------------------|
+| returns               | done   | `teardown_done`, DEBUG     | the next one                                      |
+| raises                | failed | `teardown_failed`, WARNING | the error is in the report; the next one          |
+| misses its deadline   | hung   | `teardown_hung`, ERROR     | all stacks are dumped, it stays in its daemon     |
+|                       |        |                            | thread; the next one                              |
 
 Before each there is `teardown_step` at INFO, so that the last line of a process that was killed in its teardown says
 where it was. The order is the caller's: stop taking work, join, notify the others, give back, close.
@@ -17,16 +17,13 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from types import FrameType
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
-from ucxx_transport.errors import ConfigError, article
+from ucxx_transport.errors import ConfigError, TransportError, article
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 
 _log = get_logger(__name__)
 
@@ -34,21 +31,10 @@ MARGIN_S: Final = 0.5
 """A call that keeps its deadline itself returns just after it, and is not hanging yet."""
 
 
-class Outcome(Enum):
-    """How a step ended."""
+class StepReport(NamedTuple):
+    """How a step ended, and what it raised."""
 
-    DONE = "done"
-    FAILED = "failed"
-    HUNG = "hung"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """How a step went: its name, how it ended, seconds that it took or was waited for, and what it raised."""
-
-    name: str
-    outcome: Outcome
-    elapsed_s: float
+    outcome: Literal["done", "failed", "hung"]
     error: BaseException | None = None
 
 
@@ -63,10 +49,19 @@ def refuse_forked(pid: int, what: str) -> None:
         )
 
 
+def may_end(pid: int) -> bool:
+    """Whether what the process `pid` made can be ended here.
+
+    Not a forked child's copy: it is its parent's. Nor in the interpreter's last moments, as in a `__del__` when modules
+    are torn down: daemon threads have stopped by then wherever they were, maybe with a lock, and end no more.
+    """
+    return os.getpid() == pid and not sys.is_finalizing()
+
+
 def not_in_forks(call: Callable[[], None]) -> Callable[[], None]:
     """The same call, for an end: nothing in a forked child, where it would wait for a lock that is held for ever."""
     pid = os.getpid()
-    return lambda: call() if os.getpid() == pid else None
+    return lambda: call() if may_end(pid) else None
 
 
 def dump_stacks() -> None:
@@ -79,7 +74,7 @@ def dump_stacks() -> None:
 
 
 class Teardown:
-    """The end of one object: `step` by step, and a report.
+    """The end of one object, `step` by step.
 
     Each step runs in a daemon thread, so its call must take no lock that the caller of `step` holds.
 
@@ -90,64 +85,54 @@ class Teardown:
         keys: further keys of every log event, such as `ring`.
 
     Attributes:
-        steps: the reports so far, in order.
+        is_clean: whether every step so far was done.
     """
+
+    is_clean = True
 
     def __init__(
         self, name: str, *, margin_s: float = MARGIN_S, dump: Callable[[], None] = dump_stacks, **keys: object
     ) -> None:
-        self.steps: list[StepReport] = []
         self._keys = {"teardown": name, **keys}
-        self._margin_s = margin_s
-        self._dump = dump
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether every step so far was done."""
-        return all(step.outcome is Outcome.DONE for step in self.steps)
+        self._margin_s, self._dump = margin_s, dump
 
     def step(self, name: str, call: Callable[[], object], until_s: float) -> StepReport:
         """Run one step and wait for it; what it raises is logged and reported, not raised.
 
         Args:
-            name: for the log and the report.
+            name: for the log.
             call: the work; what it returns is dropped.
             until_s: its deadline on `time.monotonic()`. One that has passed leaves the step the margin.
         """
         raised: list[BaseException | None] = []
 
         def run() -> None:
+            error: BaseException | None = None
             try:
                 call()
-            except BaseException as error:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
-                raised.append(error)
-            else:
-                raised.append(None)
+            except BaseException as caught:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
+                error = caught
+            raised.append(error)
 
         began_s = time.monotonic()
         _log.info("teardown_step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
-        thread = threading.Thread(target=run, name=f"teardown-{name}", daemon=True)
         try:
-            thread.start()
-        except RuntimeError:  # too many threads, or the interpreter is exiting (an atexit hook, since 3.12)
+            start_thread(run, name=f"teardown-{name}").join(max(0.0, until_s - began_s) + self._margin_s)
+        except TransportError:  # there can be no thread
             run()
-        else:
-            thread.join(max(0.0, until_s - began_s) + self._margin_s)
-        elapsed_s = time.monotonic() - began_s
-        error = raised[0] if raised else None
-        keys = {"step": name, "ms": round(elapsed_s * 1000), **self._keys}
+        keys = {"step": name, "ms": round((time.monotonic() - began_s) * 1000), **self._keys}
         if not raised:
-            outcome = Outcome.HUNG
             _log.error("teardown_hung", **keys)
             self._dump()
-        elif error is not None:
-            outcome = Outcome.FAILED
+            report = StepReport("hung")
+        elif (error := raised[0]) is not None:
             _log.warning("teardown_failed", reason=f"{type(error).__name__}: {error}", **keys)
+            report = StepReport("failed", error)
         else:
-            outcome = Outcome.DONE
             _log.debug("teardown_done", **keys)
-        self.steps.append(StepReport(name=name, outcome=outcome, elapsed_s=elapsed_s, error=error))
-        return self.steps[-1]
+            report = StepReport("done")
+        self.is_clean &= report.outcome == "done"
+        return report
 
 
 def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:
@@ -160,7 +145,7 @@ def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:
         ValueError: called in another thread.
     """
 
-    def leave(_number: int, _frame: FrameType | None) -> None:
+    def leave(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up is bounded; a second one must not cut it short
         sys.exit(code)
 

@@ -99,6 +99,24 @@ def test_a_reactor_is_woken_where_there_is_no_eventfd(monkeypatch: pytest.Monkey
         os.read(wakeup.fileno(), 1)
 
 
+def test_where_no_thread_can_be_had_any_more_the_reason_is_said() -> None:
+    """In exit handlers since Python 3.12; in its last moments any Python would wait for ever for the thread to run."""
+    program = """
+import sys
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.machine import start_thread
+class Last:
+    def __del__(self):
+        try:
+            start_thread(print, name="never")
+        except ConfigError as error:
+            report(str(error))
+sys.modules["last"] = Last()  # freed as modules are
+"""
+    said = "the interpreter is exiting, and starts no thread any more: start this before the program ends"
+    assert outcome(program) == said
+
+
 def test_a_name_that_the_encoding_of_files_has_not_is_refused_by_name() -> None:
     program = """
 from ucxx_transport import ConfigError, RingConfig, SharedRingBuffer, open_store

@@ -15,7 +15,6 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Final, Self
 
 import anyio
-from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
 from ucxx_transport.client.core import ClientCore
@@ -24,6 +23,7 @@ from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.local import LOCK_TURN_S
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.machine import in_thread
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
@@ -173,12 +173,12 @@ class UCXXClient:
                 if core.reactor.now() >= lock_until_s:
                     raise
                 # a thread waits for the lock: this call has no other effect
-                await to_thread.run_sync(ring.statistics, abandon_on_cancel=True)
+                await in_thread(ring.statistics)
                 continue
             left_s = min(take.wait_until_s - core.reactor.now(), LOOK_S)
             if payloads or left_s <= 0:
                 return payloads
-            await to_thread.run_sync(partial(ring.wait_for_ready, left_s, reader=core.reader), abandon_on_cancel=True)
+            await in_thread(partial(ring.wait_for_ready, left_s, reader=core.reader))
 
     def statistics(self) -> ClientStatistics:
         """Counts since this client was made."""
@@ -207,7 +207,7 @@ class UCXXClient:
     ) -> Payload:
         """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         core = self._core
-        begun = await to_thread.run_sync(core.local.begin, ring, ref, limit_s, abandon_on_cancel=True)
+        begun = await in_thread(partial(core.local.begin, ring, ref, limit_s))
         return core.local.deliver(ref, begun, into, began_s)
 
     async def _run(self, call: Call, start: Callable[[], None]) -> None:

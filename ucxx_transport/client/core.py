@@ -28,7 +28,7 @@ from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, Tr
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import may_end, refuse_forked
 
 if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
@@ -122,8 +122,8 @@ class ClientCore:
 
     @property
     def inherited(self) -> bool:
-        """Whether this is a forked child's copy: connections are its parent's."""
-        return self.process != self.pid
+        """Whether it is not to be ended here, as in a forked child: connections are its parent's."""
+        return not may_end(self.pid)
 
     def require_usable(self) -> None:
         """Refuse a closed client, and a forked copy of one, by a ConfigError."""

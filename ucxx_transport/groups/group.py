@@ -21,7 +21,7 @@ from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, ch
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
-from ucxx_transport.teardown import Teardown, refuse_forked
+from ucxx_transport.teardown import Teardown, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -187,8 +187,8 @@ class RankGroup:
         itself. `join_group` may be called again.
         Callbacks have a second for the news that they have not heard.
         """
-        if os.getpid() != self._pid:
-            return  # a forked child's copy: the rank is its parent's
+        if not may_end(self._pid):
+            return
         self._cancelled.set()
         is_callback = self._participant is not None and self._participant.is_own_thread
         has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)

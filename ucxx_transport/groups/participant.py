@@ -28,6 +28,7 @@ from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, RankEvent
 from ucxx_transport.groups.writes import CALL_S, RankContext
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
 from ucxx_transport.membership.renewal import Keeper, LeaseRenewer
 from ucxx_transport.membership.store import Watch
@@ -76,7 +77,7 @@ class Participant:
         self._renewer = LeaseRenewer(
             lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
         )
-        self._thread = threading.Thread(target=self._run, name=f"ucxx-group-{context.rank}", daemon=True)
+        self._thread: threading.Thread | None = None
         self.reset()
 
     @property
@@ -89,13 +90,13 @@ class Participant:
         self._keeper.start()
         self._keeper.keep(self._lease_id)
         self._renewer.start()
-        self._thread.start()
+        self._thread = start_thread(self._run, name=f"ucxx-group-{self._rank}")
 
     def stop(self, teardown: Teardown, until_s: float) -> None:
         """Take part no longer, and give the lease back, until `until_s` on `time.monotonic()`. Idempotent."""
         self._ending.set()
         self._interrupt()
-        if self._thread.ident is not None and not self.is_own_thread:
+        if self._thread is not None and not self.is_own_thread:
             teardown.step("thread", self._thread.join, until_s)
         teardown.step("lease", lambda: self._give_back(until_s), until_s)
 

@@ -28,16 +28,15 @@ import math
 import os
 import select
 import socket
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from ucxx_transport.errors import ConfigError, PeerLostError
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import FORKED, lost
-from ucxx_transport.machine import Wakeup
+from ucxx_transport.machine import Wakeup, start_thread
 
 if TYPE_CHECKING:
     from ucxx_transport.link.base import Link
@@ -172,14 +171,16 @@ class Reactor:
         Args:
             host: a numeric address, or a name.
             on_resolved: called with the address, at once where it is numeric, else in a later turn; or with the
-                error, reason `unreachable`.
+                error, reason `unreachable`, at once where no thread can be started.
         """
         try:
             address = str(ipaddress.ip_address(host))
         except ValueError:
             self.check_usable()
-            look = threading.Thread(target=self._look_up, args=(host, on_resolved), name="ucxx-resolve", daemon=True)
-            look.start()
+            try:
+                start_thread(self._look_up, host, on_resolved, name="ucxx-resolve")
+            except TransportError as error:
+                on_resolved(lost("unreachable", peer=host, resolver=str(error)))
         else:
             on_resolved(address)
 

@@ -23,8 +23,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.teardown import not_in_forks, refuse_forked
 
 _log = get_logger(__name__)
@@ -181,14 +182,13 @@ class Listeners(Generic[T]):
 
     def _start(self, subscription: _Subscription[T]) -> None:
         """Begin to call back, unless it has begun."""
-        thread = threading.Thread(target=self._run, args=(subscription,), name="ucxx-listener", daemon=True)
         with self._lock:
             if subscription.caller is not None or not subscription.queue:
                 return
             subscription.caller = 0  # until the thread has its identity
         try:
-            thread.start()
-        except RuntimeError:  # too many threads: the next news tries again; or the interpreter exits
+            start_thread(self._run, subscription, name="ucxx-listener")
+        except TransportError:  # too many threads: the next news tries again; or the interpreter exits
             with self._lock:
                 subscription.caller = None
             _log.debug("listener_waits", **self._keys)

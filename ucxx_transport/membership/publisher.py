@@ -17,6 +17,7 @@ from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.publication import (
     Publication,
@@ -29,7 +30,7 @@ from ucxx_transport.membership.renewal import Keeper, renew
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -102,7 +103,7 @@ class HeartbeatPublisher:
         self._now = PublisherStatistics()
         self.error: errors.TransportError | None = None
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="ucxx-publisher", daemon=True)
+        self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
     @property
@@ -119,15 +120,19 @@ class HeartbeatPublisher:
         """Hold back the source until it has its epoch, and publish it from a thread; returns at once.
 
         Raises:
-            ConfigError: it was started before.
+            ConfigError: it was started before, or the interpreter is exiting.
         """
         refuse_forked(self._pid, "HeartbeatPublisher")
         if self.state is not PublisherState.NEW:
             raise errors.ConfigError("this publisher was started before; make another")
-        self._keeper.start(self._source.sidecar)
-        self._source.hold()
-        self._change(PublisherState.PUBLISHING)
-        self._thread.start()
+        try:
+            self._keeper.start(self._source.sidecar)
+            self._source.hold()
+            self._change(PublisherState.PUBLISHING)
+            self._thread = start_thread(self._run, name="ucxx-publisher")
+        except BaseException:
+            self.stop()
+            raise
         atexit.register(self.stop)
 
     def wait_published(self, timeout_s: float) -> int:
@@ -159,8 +164,8 @@ class HeartbeatPublisher:
         First nothing is published any more, then the record is "stale", then it goes. Stop the server after this. While
         the store does not answer, the publisher's thread goes on with that; the lease ends it at the latest.
         """
-        if os.getpid() != self._pid:
-            return  # a forked child's copy: the record is its parent's
+        if not may_end(self._pid):
+            return
         with self._stop_lock:
             if self.state is PublisherState.STOPPED:
                 return
@@ -168,7 +173,7 @@ class HeartbeatPublisher:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
-            if self._thread.ident is None:
+            if self._thread is None:
                 self._close()
             else:
                 self._thread.join(self._config.stop_timeout_s)

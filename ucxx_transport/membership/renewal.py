@@ -13,6 +13,7 @@ from typing import Final
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.store import Store
 from ucxx_transport.sidecar.launch import Order, Sidecar
 
@@ -61,16 +62,16 @@ class LeaseRenewer:
         self._lease_id, self._interval_s = lease_id, interval_s
         self._on_renewed, self._on_lost, self._is_held = on_renewed, on_lost, is_held
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ucxx-lease", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, with a renewal; returns at once."""
-        self._thread.start()
+        self._thread = start_thread(self._run, name="ucxx-lease")
 
     def stop(self, wait_s: float) -> None:
         """End; the lease stays as it is. Waits for a call under way, at most so long. Idempotent."""
         self._stopping.set()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(wait_s)
 
     def _run(self) -> None:

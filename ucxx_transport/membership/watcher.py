@@ -31,12 +31,13 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import in_thread, start_thread
 from ucxx_transport.membership.keys import SOURCES
 from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -143,8 +144,7 @@ class SourceWatcher:
         with self._changed:
             if self._thread is not None:
                 raise ConfigError("this watcher was started before; make another")
-            self._thread = threading.Thread(target=self._run, name="ucxx-watcher", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._run, name="ucxx-watcher")
 
     def stop(self) -> None:
         """End. What is known stays readable. Idempotent, and bounded by the store's `timeout_s`.
@@ -152,8 +152,8 @@ class SourceWatcher:
         Listeners have a second for the news that they have not heard; one that blocks is left to its daemon thread, and
         called no more.
         """
-        if os.getpid() != self._pid:
-            return  # a forked child's copy: the thread and the store are its parent's
+        if not may_end(self._pid):
+            return
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -252,7 +252,7 @@ class SourceWatcher:
         return self.__enter__()
 
     async def __aexit__(self, *error: object) -> None:
-        await asyncio.shield(asyncio.to_thread(self.stop))
+        await asyncio.shield(in_thread(self.stop))
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -26,6 +26,7 @@ from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.server.connection import Connection
 from ucxx_transport.server.counters import BEAT, CONNECTIONS, PORT, PortCounters
 from ucxx_transport.server.slots import Slots
@@ -258,17 +259,17 @@ class PortThread:
         self._reactor = Reactor(link_factory or ucxx_links(settings), spin_s=settings.spin_s)
         self.up: Future[int] = Future()
         self._stop_by_s = math.inf
-        # A daemon: an embedding worker that forgets stop() must still be able to exit.
-        self._thread = Thread(target=self._run, name=f"ucxx-port-{index}", daemon=True)
+        self._thread: Thread | None = None
 
     def start(self) -> None:
         """Start, and return at once."""
-        self._thread.start()
+        # A daemon: an embedding worker that forgets stop() must still be able to exit.
+        self._thread = start_thread(self._run, name=f"ucxx-port-{self._index}")
 
     @property
     def alive(self) -> bool:
         """Whether its thread runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait."""
@@ -278,7 +279,7 @@ class PortThread:
     def stop(self, until_s: float) -> bool:
         """Close the port and its connections by `until_s` (monotonic); returns whether the thread has ended."""
         self.begin_stop(until_s)
-        if self._thread.ident is None:
+        if self._thread is None:
             self._reactor.close()
             return True
         # later than who waits for this does, so that a port that hangs is seen hanging, with all stacks
@@ -291,7 +292,7 @@ class PortThread:
             self._serve(Port(self._ring, settings, self._index, self._reactor))
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
             if self.up.done():
-                _log.exception("port_died", thread=self._thread.name)
+                _log.exception("port_died", thread=f"ucxx-port-{self._index}")
             else:
                 self.up.set_exception(error)
         finally:

@@ -6,19 +6,19 @@ import asyncio
 import atexit
 import os
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import in_thread
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.teardown import Teardown, refuse_forked
+from ucxx_transport.teardown import Teardown, may_end, refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,9 +122,7 @@ class UCXXServer(RingSource):
         self._config = config if config is not None else ServerConfig()
         self._link_factory = link_factory
         self._indices = range(self._config.ports if isinstance(self._config.ports, int) else len(self._config.ports))
-        self._sidecars: list[Sidecar] = []
-        if self._config.mode == "process":
-            self._sidecars = [self._sidecar_of(index) for index in self._indices]
+        self._sidecars = [self._sidecar_of(index) for index in self._indices if self._config.mode == "process"]
         self._counters = [PortCounters(ring.server_words, index) for index in self._indices]
         self._running: Sequence[Sidecar | PortThread] = ()
         self.address: str | None = None
@@ -160,8 +158,8 @@ class UCXXServer(RingSource):
 
     def stop(self) -> None:
         """Stop listening, end every connection, withdraw the address. Bounded by `stop_timeout_s`; idempotent."""
-        if os.getpid() != self._pid:
-            return  # a forked child's copy: the server is its parent's
+        if not may_end(self._pid):
+            return
         atexit.unregister(self.stop)
         until_s = time.monotonic() + self._config.stop_timeout_s
         teardown = Teardown("server", ring=self._ring.name)
@@ -202,7 +200,7 @@ class UCXXServer(RingSource):
 
     async def __aenter__(self) -> Self:
         """Start, without blocking the event loop; what came up under a cancellation does not stay."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        starting = asyncio.ensure_future(in_thread(self.start))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -213,7 +211,7 @@ class UCXXServer(RingSource):
 
     async def __aexit__(self, *error: object) -> None:
         """Stop, without blocking the event loop; a cancellation does not wait for the end of it, which is bounded."""
-        await asyncio.shield(asyncio.to_thread(self.stop))
+        await asyncio.shield(in_thread(self.stop))
 
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
@@ -255,11 +253,11 @@ class UCXXServer(RingSource):
     def _sidecar_of(self, index: int) -> Sidecar:
         return Sidecar(
             f"ucxx port {index}",
-            serve=partial(self._order, index),
+            serve=lambda: self._order(index),
             pauses_s=(0.1, 1.0),
             start_timeout_s=self._config.start_timeout_s,
-            on_death=partial(self._clean_up, index),
-            is_stalled=partial(self._is_stalled, index),
+            on_death=lambda: self._clean_up(index),
+            is_stalled=lambda: self._is_stalled(index),
         )
 
     def _order(self, index: int) -> dict[str, object]:

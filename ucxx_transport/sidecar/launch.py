@@ -43,7 +43,7 @@ from typing import IO, Any, Final
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
-from ucxx_transport.machine import Wakeup, open_standard_streams
+from ucxx_transport.machine import Wakeup, open_standard_streams, start_thread
 from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
@@ -118,8 +118,7 @@ class Sidecar:
         with self._lock:
             if self._thread is None:
                 self._stop_by_s, self.up, self._wake = math.inf, Future(), Wakeup()
-                self._thread = threading.Thread(target=self._run, name="ucxx-sidecar", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._run, name="ucxx-sidecar")
 
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait, so that several end side by side."""
@@ -148,14 +147,14 @@ class Sidecar:
 
     def keep(self, lease_id: int, store: Order | None) -> None:
         """Renew this lease too, there, in every process from now on; None: no longer."""
-        order = {"lease_id": lease_id, "store": store}
         with self._lock:
-            self._leases[lease_id] = order
             if store is None:
-                del self._leases[lease_id]
+                self._leases.pop(lease_id, None)
                 self.kept.discard(lease_id)
+            else:
+                self._leases[lease_id] = store
             if self._process is not None:
-                self._process.send(order)
+                self._process.order({lease_id: store})
 
     # the thread
 
@@ -174,9 +173,7 @@ class Sidecar:
             if self._is_stopping:
                 return
             young = 0 if up_s >= _HEALTHY * first_s else young + 1
-            pause_s = 0.0
-            if young > 1:
-                pause_s = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s)
+            pause_s = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s) if young > 1 else 0.0
             _log.warning(
                 "sidecar_died", role=self._role, reason=reason, restarts=self.restarts, pause_s=round(pause_s, 3)
             )
@@ -189,13 +186,12 @@ class Sidecar:
         """One process from its start to its end; returns how long it was up, and how it ended."""
         try:
             process = _Process(self._role, None if self._serve is None else self._serve())
-        except OSError as error:  # no memory, no descriptors
+        except (OSError, RuntimeError) as error:  # no memory, no descriptors; or the interpreter is exiting
             reason = f"{type(error).__name__}: {error}"
             raise TransportError("the sidecar could not be started", role=self._role, reason=reason) from error
         with self._lock:
             self._process = process
-            for order in self._leases.values():
-                process.send(order)
+            process.order(self._leases)
         try:
             self._follow(process)
         finally:
@@ -221,6 +217,8 @@ class Sidecar:
         judged_s = time.monotonic()
         start_by_s = judged_s + self._start_timeout_s
         while not self._wait(min(LOOK_S, self._start_timeout_s), process.fileno()):
+            with self._lock:
+                process.order({})
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
             report = process.receive()
             if report:
@@ -240,7 +238,8 @@ class Sidecar:
 
     def _take(self, report: dict[str, Any], process: _Process) -> None:
         if "up" in report:
-            process.came_up()
+            process.came_up_s = time.monotonic()
+            process.forward()
             self.pid = process.popen.pid
             if not self.up.done():
                 self.up.set_result(report["up"])
@@ -268,15 +267,16 @@ class _Process:
         self._role = role
         self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
         self.last_words = ""  # what it says that it died of
+        self._unsent: dict[int, Order | None] = {}
         open_standard_streams()  # else what it is handed could have a number that its own streams take
         descriptor = serve.get("descriptor") if serve is not None else None
         inherited = [descriptor] if isinstance(descriptor, int) else []
-        entries: list[object] = [*sys.path]  # imports skip what is no string, such as a Path
         with ExitStack() as handed, ExitStack() as kept:
             for number in inherited:
                 handed.callback(os.close, number)
             path = handed.enter_context(_scratch())
-            path.write(json.dumps([entry for entry in entries if isinstance(entry, str)]).encode())
+            # imports skip what is no string, such as a Path
+            path.write(json.dumps([entry for entry in sys.path if type(entry) is str]).encode())
             path.seek(0)
             self._first_words = kept.enter_context(_scratch())
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
@@ -299,10 +299,23 @@ class _Process:
         self.fileno = self._socket.fileno
         self.send({"worker_pid": os.getpid(), "log_level": effective_level(), "serve": serve})
 
-    def send(self, message: Order) -> None:
-        """Send it a message; one that has died loses it."""
-        with suppress(OSError):
+    def send(self, message: Order) -> bool:
+        """Send it a message; False when it takes none now, since it is stopped, say. One that has died loses it."""
+        try:
             self._socket.send(packed(message))
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def order(self, stores: Mapping[int, Order | None]) -> None:
+        """Send where these leases are to be renewed, and of what it did not take before the newest order of each."""
+        self._unsent.update(stores)
+        for lease_id, store in [*self._unsent.items()]:
+            if not self.send({"lease_id": lease_id, "store": store}):
+                return
+            del self._unsent[lease_id]
 
     def receive(self) -> dict[str, Any] | None:
         """The next report; an empty one where there is none, None at the end of file."""
@@ -328,7 +341,7 @@ class _Process:
         """Wait for its end, close what is left of it, and say how it ended."""
         code = self.popen.wait()
         self._socket.close()
-        said = self._forwarded() if self.came_up_s is None else ""
+        said = self.forward() if self.came_up_s is None else ""
         if self.last_words:
             return self.last_words
         how = f"exit status {code}"
@@ -336,13 +349,8 @@ class _Process:
             how = signal.Signals(-code).name
         return f"{how}: {said}" if said else how
 
-    def came_up(self) -> None:
-        """It serves, and writes to the worker's standard error from now on."""
-        self.came_up_s = time.monotonic()
-        self._forwarded()
-
-    def _forwarded(self) -> str:
-        """The last line of what it has written so far, all of which goes where it belongs."""
+    def forward(self) -> str:
+        """Write what it has written so far to the worker's standard error; returns the last line."""
         with self._first_words as words:
             words.seek(max(0, words.seek(0, os.SEEK_END) - _WORDS_BYTES))
             text = words.read()

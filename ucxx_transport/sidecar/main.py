@@ -25,7 +25,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -46,21 +46,15 @@ _log = get_logger(__name__)
 
 T = TypeVar("T")
 
-# Of the longest message.
-MESSAGE_BYTES: Final = 1 << 17
-# Of the reason of a failed start: a report is read whole.
-REASON_CHARS: Final = 4096
+MESSAGE_BYTES: Final = 1 << 17  # of the longest message
+REASON_CHARS: Final = 4096  # of the reason of a failed start: a report is read whole
 # How often the worker and the port are looked at; the worker's end shows at once by the end of file, unless a process
 # that it has forked keeps the pipe open.
 LOOK_S: Final = 0.5
-# How often the worker is looked at while its end is waited for.
-_POLL_S: Final = 0.01
-# From the end of the worker's descriptors to its own: the kernel frees some 10 GiB of its memory a second.
-DYING_S: Final = 60.0
-# How long a store that does not answer is waited for at the end.
-REVOKE_S: Final = 10.0
-# After a bounded stop the process is ended, with its stacks on standard error: one inside UCX may not answer.
-_KILL_MARGIN_S: Final = 2.0
+_POLL_S: Final = 0.01  # how often the worker is looked at while its end is waited for
+DYING_S: Final = 60.0  # from the end of its descriptors to its own: the kernel frees some 10 GiB of memory a second
+REVOKE_S: Final = 10.0  # how long a store that does not answer is waited for at the end
+_KILL_MARGIN_S: Final = 2.0  # after a bounded stop the process is ended with its stacks: one inside UCX may not answer
 
 
 def worker_of(pid: int) -> Owner:
@@ -94,7 +88,7 @@ class _Main:
     def run(self, errors: int) -> int:
         """Serve and renew until the close frame, or the worker's end; returns the exit status."""
         try:
-            port = None if self._serve is None else self._start_port(**self._serve)
+            port = None if self._serve is None else self._start_port(self._serve)
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error)[:REASON_CHARS])
             return 1
@@ -110,32 +104,24 @@ class _Main:
             self._stop_port(self._serve["settings"]["stop_timeout_s"])
         return int(end == "broken")
 
-    def _start_port(
-        self,
-        *,
-        ring_name: str,
-        ring_folder: str,
-        descriptor: int | None,
-        index: int,
-        candidates: Sequence[int],
-        settings: Mapping[str, Any],
-    ) -> int:
+    def _start_port(self, order: Mapping[str, Any]) -> int:
         """Serve one port of a ring, as `ucxx_transport.server.server` orders it; returns the port."""
         from ucxx_transport.ring import SharedRingBuffer
         from ucxx_transport.server.port import PortThread
 
-        self._ring = SharedRingBuffer.attach(ring_name, folder=Path(ring_folder), descriptor=descriptor)
+        folder, descriptor = Path(order["ring_folder"]), order["descriptor"]
+        self._ring = SharedRingBuffer.attach(order["ring_name"], folder=folder, descriptor=descriptor)
         if descriptor is not None:
             os.close(descriptor)
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
-        self._port = PortThread(self._ring, settings_of(ServerConfig, settings), index, candidates)
+        settings = settings_of(ServerConfig, order["settings"])
+        self._port = PortThread(self._ring, settings, order["index"], order["candidates"])
         self._port.start()
         return self._port.up.result()  # the worker knows when that takes too long
 
     def _stop_port(self, limit_s: float) -> None:
         """Close the port and unmap the ring, bounded."""
-        assert self._port is not None
-        assert self._ring is not None
+        assert self._port and self._ring  # noqa: PT018 - both are, or neither
         faulthandler.dump_traceback_later(limit_s + _KILL_MARGIN_S, exit=True)
         self._port.stop(time.monotonic() + limit_s)
         self._ring.close()

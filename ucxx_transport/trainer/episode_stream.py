@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.trainer.batch import FetchSettings
@@ -77,8 +78,11 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         self._begun: deque[PendingBatch] = deque()
         # the class, not an object of it: kept, that would keep the frames that it was raised through
         self._end: Exception | type[StopIteration] | None = None
-        # a daemon: it may wait for a reference that never comes
-        threading.Thread(target=self._take, args=(references,), name="ucxx-stream", daemon=True).start()
+        try:  # a daemon: it may wait for a reference that never comes
+            start_thread(self._take, references, name="ucxx-stream")
+        except TransportError:
+            self.close()
+            raise
 
     def __next__(self) -> StreamedEpisode:
         """The next episode.

@@ -26,6 +26,7 @@ from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 from ucxx_transport.settings import made_of, unknown_name
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
@@ -277,8 +278,7 @@ class Prefetcher:
         self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
         self._discard_lost = discard_lost
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ucxx-prefetch", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, name="ucxx-prefetch")
         atexit.register(self.close)
 
     def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:

@@ -33,10 +33,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ucxx_transport.client import Payload
-from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.errors import ConfigError, SlotError, TransportError
 from ucxx_transport.gpu import PageLockError, Receiver, Upload, receiver_for
 from ucxx_transport.gpu.torch import host_tensor, import_torch
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import start_thread
 
 if TYPE_CHECKING:
     from ucxx_transport.gpu.runtime import Bytes
@@ -168,9 +169,10 @@ class DeviceUploader:
         locked = self._rings.get(ring)
         if locked is None:
             self._rings[ring] = locked = False
-            thread = threading.Thread(target=self._lock_ring, args=(ring,), name="ucxx-page-lock", daemon=True)
-            self._locking.add(thread)
-            thread.start()
+            try:
+                self._locking.add(start_thread(self._lock_ring, ring, name="ucxx-page-lock"))
+            except TransportError as error:
+                self._not_locked(ring, error)
         return locked
 
     def upload(self, payload: Payload, timers: Reactor) -> DevicePayload:
@@ -226,12 +228,15 @@ class DeviceUploader:
             self._page_lock(ring.mapping, what="a ring", remedy="make the ring smaller")
             self._rings[ring] = True
         except PageLockError as error:
-            self.unlocked_rings += 1
-            _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
+            self._not_locked(ring, error)
         except SlotError:  # it was closed meanwhile
             pass
         finally:
             self._locking.discard(threading.current_thread())
+
+    def _not_locked(self, ring: SharedRingBuffer, error: TransportError) -> None:
+        self.unlocked_rings += 1
+        _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
 
 
 def _a_page() -> Any:

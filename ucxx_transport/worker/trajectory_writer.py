@@ -28,7 +28,7 @@ from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_keywords, gather, made_of
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
 _log = get_logger(__name__)
@@ -212,8 +212,8 @@ class TrajectoryWriter:
             How many were left unread. Where it waited for them, that is logged too.
         """
         wait_s = checked_seconds(drain_s, "drain_s")
-        if os.getpid() != self._pid:
-            return 0  # a forked child's copy: ring and server are its parent's
+        if not may_end(self._pid):
+            return 0
         with self._lock:
             self._closed = True
             self._packer = None

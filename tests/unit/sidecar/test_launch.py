@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.config import RingConfig, ServerConfig
+from ucxx_transport.config import RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.membership import open_store
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import segment_folder
 from ucxx_transport.sidecar.launch import Order, Sidecar
@@ -103,3 +105,28 @@ def test_one_that_does_not_answer_its_close_frame_is_killed() -> None:
     os.kill(pid, signal.SIGSTOP)
     sidecar.stop(time.monotonic())
     assert sidecar.pid is None
+
+
+def test_orders_to_one_that_is_stopped_are_carried_out_when_it_goes_on(tmp_path: Path) -> None:
+    """The newest of each lease, however many there were: its socket takes some hundred."""
+    with open_store(f"local://{tmp_path}/store.db") as store:
+        order: Order = {"url": store.url, "config": StoreConfig(), "interval_s": 0.2}
+        given_up, kept = store.grant(3.0).lease_id, store.grant(MINUTE).lease_id
+        store.put("given up", b"", lease_id=given_up)
+        sidecar = Sidecar("lease", pauses_s=AT_ONCE)
+        sidecar.start()
+        try:
+            sidecar.keep(given_up, order)
+            wait_until(lambda: given_up in sidecar.kept, MINUTE, what="it renews")
+            assert sidecar.pid is not None
+            os.kill(sidecar.pid, signal.SIGSTOP)
+            for other in range(10**9, 10**9 + 3000):
+                sidecar.keep(other, None)
+            sidecar.keep(given_up, None)
+            sidecar.keep(kept, None)
+            sidecar.keep(kept, order)
+            os.kill(sidecar.pid, signal.SIGCONT)
+            wait_until(lambda: kept in sidecar.kept, MINUTE, what="it renews what it was ordered last")
+            wait_until(lambda: store.get("given up") is None, MINUTE, what="nobody renews that any more")
+        finally:
+            sidecar.stop(soon())
