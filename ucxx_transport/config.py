@@ -49,8 +49,8 @@ def checked_seconds(value: float | str, field: str) -> float:
 
 
 @runtime_checkable
-class PayloadSchema(Protocol):
-    """What a ring's settings need of a `Schema`; `ucxx_transport.Schema` is one."""
+class Schema(Protocol):
+    """What a ring's settings need of a schema; `ucxx_transport.Schema` is one."""
 
     @property
     def nbytes(self) -> int: ...
@@ -64,7 +64,7 @@ class RingConfig:
     """How a `SharedRingBuffer` is made: exactly one of `schema` and `slot_bytes` says what a slot holds."""
 
     slots: units.Count = setting("number of slots", default=64, ge=1, le=MAX_SLOTS)
-    schema: PayloadSchema | None = setting("the fields of every payload (a Schema)", default=None, code_only=True)
+    schema: Schema | None = setting("the fields of every payload (a Schema)", default=None, code_only=True)
     slot_bytes: units.OptionalBytes = setting("largest raw payload of a slot", default=None, ge=1, le=1 << 46)
     name: units.OptionalName = setting("name of the segment; unset makes a random one", default=None)
     folder: units.Folder = setting(

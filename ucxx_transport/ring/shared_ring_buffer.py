@@ -254,7 +254,7 @@ class SharedRingBuffer(ReadableRing):
     ) -> tuple[int, Mapping[str, object] | None, bytes | None]:
         """The reads that free a payload, its reference's meta, and its envelope; a ConfigError where one cannot be."""
         most = self.readers
-        if readers is not None and not 1 <= readers <= most:
+        if readers is not None and not (hasattr(readers, "__index__") and 1 <= readers <= most):
             raise ConfigError(
                 f"readers must be 1 to the ring's own {most} (ring.readers), not {readers}",
                 field="readers",

@@ -1,6 +1,6 @@
 """TrajectoryPacker: trajectories into a ring's slots, each field straight to its place.
 
-A trajectory whose leaves are all in host memory, and of which nothing is narrowed, is written by the ring as it is.
+A trajectory whose leaves are all in host memory is written by the ring as it is, but for a copy of what is narrowed.
 
 | a leaf on a GPU           | is                                                                                       |
 |---------------------------|------------------------------------------------------------------------------------------|
@@ -83,7 +83,7 @@ class WriteOptions(TypedDict, total=False):
     policy_version: int | None
     readers: int | None
     meta: Mapping[str, object] | None
-    deadline_s: float | None
+    deadline_s: float | str | None
 
 
 class TrajectoryPacker:

@@ -108,9 +108,12 @@ class TrajectoryWriter:
         # refused here rather than with the first episode
         check_keywords(f"setting of {type(self).__name__}", unknown, WriterSettings)
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
-        self._narrow = _checked_names(narrow, reward, on_error=on_error, nonfinite_meta=nonfinite_meta, lengths=lengths)
+        words = {"serve": serve, "on_error": on_error, "nonfinite_meta": nonfinite_meta, "lengths": lengths}
+        self._narrow = _checked_names(narrow, reward, words)
         self._worker_id, self._reward = worker_id, reward
         self._varlen, self._lengths = checked_varlen(varlen), lengths
+        if schema is not None and not isinstance(schema, Schema):
+            refuse("schema", schema, "a Schema, such as Schema([TensorSpec('obs', (500, 4), 'float32', varlen=True)])")
         if schema is not None and varlen != ():
             refuse("varlen", varlen, "left out where there is a schema=, whose fields are varlen or not")
         self._ring_settings = _ring_settings(ring)
@@ -145,7 +148,7 @@ class TrajectoryWriter:
         policy_version: int | None = None,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
+        deadline_s: float | str | None = None,
     ) -> EpisodeRecord:
         """Write one trajectory and say where it is.
 
@@ -167,6 +170,8 @@ class TrajectoryWriter:
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
         policy_version = as_policy_version(policy_version)
+        if deadline_s is not None:
+            deadline_s = checked_seconds(deadline_s, "deadline_s")
         packer = self._ready_for(trajectory)
         sequence = next(self._sequence)
         facts: dict[str, Any] = {"worker_id": self._worker_id, "sequence": sequence, "policy_version": policy_version}
@@ -347,10 +352,15 @@ def _publication(
     return lambda source: HeartbeatPublisher(url, worker_id, source, config, store_config=reached, meta=meta)
 
 
-_WORDS: Final = {"on_error": ("raise", "drop"), "nonfinite_meta": ("refuse", "none"), "lengths": (None, "equal", "any")}
+_WORDS: Final = {
+    "serve": (True, False),
+    "on_error": ("raise", "drop"),
+    "nonfinite_meta": ("refuse", "none"),
+    "lengths": (None, "equal", "any"),
+}
 
 
-def _checked_names(narrow: object, reward: object, **words: object) -> list[str]:
+def _checked_names(narrow: object, reward: object, words: Mapping[str, object]) -> list[str]:
     """The names in `narrow`, of which, as of `reward`, no more is known without a schema; `words` are checked."""
     for name, word in words.items():
         if word not in _WORDS[name]:

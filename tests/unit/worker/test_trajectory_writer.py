@@ -261,6 +261,8 @@ def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
         ({"narrow": "obs"}, "narrow must be a list of names of fields, not 'obs'"),
         ({"varlen": "obs"}, "varlen must be names of fields"),
         ({"varlen": {"obs": 0}}, "not {'obs': 0}"),
+        ({"serve": "no"}, "serve must be True or False, not 'no'"),
+        ({"schema": [TensorSpec("obs", (4,), "f4")]}, "schema must be a Schema, such as Schema([TensorSpec("),
         ({"varlen": 5, "schema": SCHEMA}, "varlen must be left out where there is a schema="),
     ):
         with row(settings=settings):
@@ -331,6 +333,21 @@ def test_a_wrong_option_of_a_write_has_the_right_one_in_its_error() -> None:
     with pytest.raises(ConfigError, match="did you mean 'policy_version'"):
         worker.write_to_buffer(episode(), **given)
     worker.cleanup_ucxx()
+
+
+def test_what_a_write_is_given_beside_its_trajectory_is_checked_whether_the_ring_is_full_or_not() -> None:
+    for options, words in (
+        ({"deadline_s": "soon"}, "deadline_s = 'soon': expected a finite duration"),
+        ({"deadline_s": -1}, "deadline_s = -1: expected 0 seconds or more"),
+        ({"readers": "two"}, "readers must be 1 to the ring's own 1 .*, not two"),
+        ({"readers": 2}, "readers must be 1 to the ring's own 1"),
+        ({"meta": 5}, "meta must be a mapping, not 5"),
+    ):
+        with row(options=options), writer() as end:
+            given: Any = options
+            with pytest.raises(ConfigError, match=words):
+                end.write(episode(), **given)
+            assert end.write(episode(), deadline_s="250ms", readers=np.int64(1)).ref is not None  # type: ignore[arg-type]  # as good
 
 
 def test_the_mixin_s_keywords_are_the_writer_s() -> None:
