@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from typing import Annotated, Any, Final, Literal
 
 import typer
@@ -80,11 +81,10 @@ def doctor(
     looks = [_software_findings(), _machine_findings(), _ucx_findings(), _network_findings(), _host_findings()]
     looks += [_loopback_findings()] if loopback else []
     findings = []
-    for look in looks:
-        for finding in look:
-            findings.append(finding)
-            if not as_json:
-                _print(finding)
+    for finding in chain.from_iterable(looks):
+        findings.append(finding)
+        if not as_json:
+            _print(finding)
     failures = [finding for finding in findings if finding.verdict == "failure"]
     if as_json:
         print_json({"ok": not failures, "findings": findings})
@@ -137,17 +137,9 @@ def _ucx_findings() -> Iterator[Finding]:
     if find_spec("ucxx") is None or not has_proc():
         return
     probe = [sys.executable, "-c", _PROBE]
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, "UCX_LOG_FILE": "stderr"}}
     try:
-        environment = {**os.environ, "UCX_LOG_FILE": "stderr"}
-        done = subprocess.run(
-            probe,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_PROBE_LIMIT_S,
-            check=True,
-            env=environment,
-        )
+        done = subprocess.run(probe, capture_output=True, timeout=_PROBE_LIMIT_S, check=True, **how)
     except subprocess.SubprocessError as error:
         lines = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
         remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"

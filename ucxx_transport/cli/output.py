@@ -44,32 +44,24 @@ def logs_to_stderr(level: str = "warning") -> None:
 
     import structlog
 
+    std, dev = structlog.stdlib, structlog.dev
+    shown = dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=dev.plain_traceback)
+    first: list[structlog.typing.Processor] = [
+        std.add_log_level,
+        std.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=False),
+    ]
+    last: list[structlog.typing.Processor] = [std.ProcessorFormatter.remove_processors_meta, shown]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.ExtraAdder(),
-                structlog.processors.TimeStamper(fmt="iso", utc=False),
-            ],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.dev.ConsoleRenderer(
-                    colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-                ),
-            ],
-        )
-    )
+    handler.setFormatter(std.ProcessorFormatter(foreign_pre_chain=first, processors=last))
     logger = logging.getLogger("ucxx_transport")
     logger.addHandler(handler)
     logger.setLevel(level.upper())
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, bytes | Path):
+        return value.hex() if isinstance(value, bytes) else str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -56,15 +56,16 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host as they fill and empty, until interrupted."""
-    if as_json:
-        print_json({"segments": _described()})
-        while not once:
+    if as_json or once:
+        while True:
+            segments = _described()
+            if as_json:
+                print_json({"segments": segments})
+            else:
+                console().print(_table_of(segments))
+            if once:
+                return
             time.sleep(interval_s)
-            print_json({"segments": _described()})
-        return
-    if once:
-        console().print(_table_of(_described()))
-        return
     from rich.live import Live
 
     before: dict[str, dict[str, Any]] = {}
@@ -80,8 +81,10 @@ def top(
 def _rate(before: dict[str, Any] | None, now: dict[str, Any], interval_s: float) -> str:
     if before is None or "statistics" not in before or "statistics" not in now or before["ring_id"] != now["ring_id"]:
         return ""
-    payloads = (now["statistics"]["committed"] - before["statistics"]["committed"]) / interval_s
-    nbytes = (now["statistics"]["committed_bytes"] - before["statistics"]["committed_bytes"]) / interval_s
+    payloads, nbytes = (
+        (now["statistics"][count] - before["statistics"][count]) / interval_s
+        for count in ("committed", "committed_bytes")
+    )
     return f"{payloads:.3g}/s  {format_bytes(nbytes)}/s"
 
 
@@ -102,10 +105,8 @@ def clean(
     else:
         for name in removed:
             typer.echo(f"{'would remove' if dry_run else 'removed'} {name} ({format_bytes(orphans.get(name, 0))})")
-        in_use_count = len(before) - len(orphans)
-        typer.echo(
-            f"{len(removed)} {'to remove' if dry_run else 'removed'}, {format_bytes(freed)}; {in_use_count} in use"
-        )
+        done, used = "to remove" if dry_run else "removed", len(before) - len(orphans)
+        typer.echo(f"{len(removed)} {done}, {format_bytes(freed)}; {used} in use")
         for name in left:
             typer.echo(f"could not remove {name}: it belongs to another user", err=True)
     if left:
@@ -153,15 +154,9 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
     }
     if identity is None:
         return document
-    document |= {
-        "ring_id": identity.ring_id.hex(),
-        "slots": identity.slots,
-        "slot_bytes": identity.slot_bytes,
-        "readers": identity.readers,
-        "envelope_bytes": identity.envelope_bytes,
-        "on_full": identity.on_full,
-        "fingerprint": f"{identity.fingerprint:016x}",
-    }
+    document |= {"ring_id": identity.ring_id.hex(), "fingerprint": f"{identity.fingerprint:016x}"}
+    for name in ("slots", "slot_bytes", "readers", "envelope_bytes", "on_full"):
+        document[name] = getattr(identity, name)
     try:
         # Not populated: a look must not map gigabytes.
         with SharedRingBuffer.attach(info.name, populate=False) as ring:

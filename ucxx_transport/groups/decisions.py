@@ -44,9 +44,9 @@ def next_view(view: GroupView, members: Members, *, overdue: Collection[int] = (
     epoch = next_epoch(view, members)
     changed: dict[int, Seat] = {}
     for seat in view.seats:
-        ending = _ending(seat, members, overdue)
-        if ending is not None:
-            changed[seat.rank] = seat.after(ending, epoch=epoch)
+        is_lost = not _is_present(seat, members)
+        if seat.state.is_seated and (is_lost or seat.rank in overdue):
+            changed[seat.rank] = seat.after(RankEvent.LOSE if is_lost else RankEvent.DROP, epoch=epoch)
     for rank, record in members.items():
         before = changed.get(rank) or view.seat_of(rank)
         if before.incarnation != record.incarnation:
@@ -57,14 +57,6 @@ def next_view(view: GroupView, members: Members, *, overdue: Collection[int] = (
             changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
     is_behind = any(record.epoch > view.epoch for record in members.values())
     return view.with_seats(changed, epoch=epoch) if changed or is_behind else None
-
-
-def _ending(seat: Seat, members: Members, overdue: Collection[int]) -> RankEvent | None:
-    if not seat.state.is_seated:
-        return None
-    if not _is_present(seat, members):
-        return RankEvent.LOSE
-    return RankEvent.DROP if seat.rank in overdue else None
 
 
 def _is_present(seat: Seat, members: Members) -> bool:

@@ -82,8 +82,8 @@ class RankGroup:
             store=store,
             group=group,
             rank=rank,
-            config=PublisherConfig() if config is None else config,
-            store_config=StoreConfig() if store_config is None else store_config,
+            config=config or PublisherConfig(),
+            store_config=store_config or StoreConfig(),
             ack_timeout_s=ack_timeout_s,
             clock=clock,
         )
@@ -129,9 +129,8 @@ class RankGroup:
         if rank == self.rank:
             return now.state
         if now.view is None:
-            raise errors.NotReadyError(
-                "an isolated rank knows no others: join_group() first", group=now.group, rank=rank
-            )
+            text = "an isolated rank knows no others: join_group() first"
+            raise errors.NotReadyError(text, group=now.group, rank=rank)
         seat = now.view.seat_of(rank)
         record = None if now.snapshot is None else now.snapshot.members.get(rank)
         if seat.state.is_seated or record is None or record.incarnation == seat.incarnation:
@@ -161,9 +160,8 @@ class RankGroup:
         refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
-        if not self._joining.acquire(timeout=retrying.left_s):
-            text = "another join_group() of this rank is under way"
-            raise errors.DeadlineExceededError(text, waiting_for="the other join_group()", **self._context.keys)
+        while not self._joining.acquire(timeout=retrying.left_s):
+            retrying.check_deadline("another join_group() of this rank")
         try:
             self._cancelled.clear()
             if self._participant is not None:
@@ -251,12 +249,12 @@ class RankGroup:
         self._member()
         retrying = Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
-
-        def seen(now: GroupState) -> bool:
-            return now.snapshot is not None and now.snapshot.revision >= revision
-
         if not self._shared.listeners.is_calling_back():
-            self._shared.wait(seen, retrying, lambda now: _not_seen(now, now.epoch))
+            self._shared.wait(
+                lambda now: now.snapshot is not None and now.snapshot.revision >= revision,
+                retrying,
+                lambda _: f"revision {revision}",
+            )
 
     def wait_for_view(self, min_epoch: int, timeout_s: float) -> GroupView:
         """The group's view once it is of `min_epoch` or later, and the callbacks of `on_view` have had it.
@@ -271,9 +269,7 @@ class RankGroup:
         self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
-        return self._shared.wait(
-            lambda now: now.notified_view(min_epoch), retrying, lambda now: _not_seen(now, min_epoch)
-        )
+        return self._shared.wait(lambda now: now.notified_view(min_epoch), retrying, lambda _: f"epoch {min_epoch}")
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, also while joining; returns what ends that.
@@ -321,24 +317,18 @@ class RankGroup:
             is_in = view is not None and view.seats_incarnation(self.rank, incarnation)
             return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
+        def waiting_for(now: GroupState) -> str | tuple[int, ...]:
+            seen = now.snapshot
+            return "store" if seen is None else awaited_ranks(seen.view, seen.members, self.rank)
+
         try:
             participant.start()
-            return self._shared.wait(joined, retrying, self._not_joined)
+            return self._shared.wait(joined, retrying, waiting_for)
         except BaseException:
             self._stop(participant)
             self._shared.end(RankEvent.LEAVE, errors.RegistryError("joining was cancelled", **self._context.keys))
             self._participant = None
             raise
-
-    def _not_joined(self, now: GroupState) -> errors.DeadlineExceededError:
-        snapshot = now.snapshot
-        return errors.DeadlineExceededError(
-            f"rank {self.rank} did not become active in {now.group!r} in time",
-            waiting_for="store" if snapshot is None else awaited_ranks(snapshot.view, snapshot.members, self.rank),
-            epoch=now.epoch,
-            problems={} if snapshot is None else dict(snapshot.problems),
-            **self._context.keys,
-        )
 
     def _stop(self, participant: Participant, *, leaves: bool = False) -> None:
         timeout_s, incarnation = self._context.config.stop_timeout_s, participant.incarnation
@@ -372,26 +362,19 @@ class RankGroup:
             if view is None or event is not RankEvent.RECALL:
                 return view
             if gone := [rank for rank in ranks if not view.state_of(rank).is_seated]:
-                raise errors.NotReadyError(
-                    f"ranks {gone} have gone while they were waited for", group=now.group, ranks=gone
-                )
+                text = f"ranks {gone} have gone while they were waited for"
+                raise errors.NotReadyError(text, group=now.group, ranks=gone)
             return view if set(ranks) <= set(view.active_ranks) else None
 
-        def late(now: GroupState) -> errors.DeadlineExceededError:
-            if event is not RankEvent.RECALL:
-                return _not_seen(now, epoch)
-            waiting_for = tuple(sorted(set(ranks) - set(now.active_ranks)))
-            return errors.DeadlineExceededError(f"ranks {waiting_for} are not active yet", waiting_for=waiting_for)
+        def waiting_for(now: GroupState) -> str | tuple[int, ...]:
+            return (
+                tuple(sorted({*ranks}.difference(now.active_ranks))) if event is RankEvent.RECALL else f"epoch {epoch}"
+            )
 
-        return self._shared.wait(found, retrying, late)
+        return self._shared.wait(found, retrying, waiting_for)
 
     def _check_ranks(self, ranks: Collection[int]) -> None:
         end = MAX_RANKS if self._world_size is None else self._world_size
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank < end:
                 raise errors.ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
-
-
-def _not_seen(now: GroupState, epoch: int) -> errors.DeadlineExceededError:
-    text = f"no view of epoch {epoch} or later was seen in time"
-    return errors.DeadlineExceededError(text, group=now.group, waiting_for=f"epoch {epoch}", epoch=now.epoch)

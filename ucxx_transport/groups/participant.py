@@ -25,7 +25,7 @@ from typing import Final
 from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, ack_waits, next_view, overdue_ranks, turn_of
 from ucxx_transport.groups.state import SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, RankEvent
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEvent
 from ucxx_transport.groups.writes import CALL_S, RankContext
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
@@ -159,25 +159,20 @@ class Participant:
 
     def _write(self, snapshot: GroupSnapshot) -> float | None:
         """Write the view that should follow, at this rank's turn."""
-        view, members, now = snapshot.view, snapshot.members, self._context.clock()
+        now = self._context.clock()
         if view_key(self._group) in snapshot.problems or snapshot.view_revision == self._overtaken_revision:
             return None
-        self._waits = ack_waits(view, self._waits, now)
-        timeout_s = self._context.ack_timeout_s
-        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
-        wanted = next_view(view, members, overdue=overdue)
+        self._waits = ack_waits(snapshot.view, self._waits, now)
+        wanted, overdue = self._next(snapshot, now)
         if wanted is None or snapshot.revision < self._seen_revision:
             self._due = None
             return TICK_S if self._waits or wanted is not None else None
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
-        if now - self._due[1] >= TURN_S * min(turn_of(view, members, self._rank), LAST_TURN):
+        if now - self._due[1] >= TURN_S * min(turn_of(snapshot.view, snapshot.members, self._rank), LAST_TURN):
             if overdue:  # by a watch that may be behind: none is dropped who has acknowledged meanwhile
                 found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
-                latest = GroupSnapshot.of(self._group, found)
-                view, members = latest.view, latest.members
-                overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
-                wanted = next_view(view, members, overdue=overdue)
+                wanted, _ = self._next(GroupSnapshot.of(self._group, found), now)
                 if wanted is None:
                     return TICK_S
             try:
@@ -186,6 +181,12 @@ class Participant:
                 self._overtaken_revision = snapshot.view_revision
                 self._shared.count(conflicts=1)
         return TICK_S
+
+    def _next(self, snapshot: GroupSnapshot, now: float) -> tuple[GroupView | None, frozenset[int]]:
+        """The view that should follow, if one should, and the ranks that it drops."""
+        view, members, timeout_s = snapshot.view, snapshot.members, self._context.ack_timeout_s
+        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
+        return next_view(view, members, overdue=overdue), overdue
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
         store = self._context.store

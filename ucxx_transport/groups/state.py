@@ -7,7 +7,7 @@ a view without the counts of what it changed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -170,19 +170,21 @@ class SharedState:
         self.listeners = Listeners(_identity, self._count_callback, keys={"group": group, "rank": rank})
 
     def wait(
-        self, find: Callable[[GroupState], T | None], retrying: Retrying, late: Callable[[GroupState], TransportError]
+        self,
+        find: Callable[[GroupState], T | None],
+        retrying: Retrying,
+        waiting_for: Callable[[GroupState], str | Sequence[int]],
     ) -> T:
         """The first true answer of `find`, which is asked at each change, and must not block.
 
-        Raises why this rank is a member no longer, `late`'s error when the deadline has passed, or that of a cancelled
-        wait.
+        Raises why this rank is a member no longer, or that the deadline has passed, or that the wait was cancelled.
         """
         with self._changed:
             while not (answer := find(self.now)):
                 if self.now.ended is not None:
                     raise copy(self.now.ended)  # several may wait, and come back
-                if retrying.left_s <= 0:
-                    raise late(self.now)
+                problems = {} if self.now.snapshot is None else dict(self.now.snapshot.problems)
+                retrying.check_deadline(waiting_for(self.now), epoch=self.now.epoch, problems=problems)
                 retrying.check()
                 self._changed.wait(min(retrying.left_s, POLL_S))
             return answer

@@ -7,7 +7,7 @@ version are changed by compare-and-swap.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -76,18 +76,15 @@ class Retrying:
 
         A DeadlineExceededError: the store did not answer until the deadline. A RegistryError: it was cancelled.
         """
-        unanswered: errors.StoreUnavailableError | None = None
         config = self.context.config
+        self.check_deadline("store")
         for attempt in count(1):
-            if self.left_s <= 0:
-                break
             try:
                 return method(*args, **settings, timeout_s=min(self.left_s, CALL_S))
             except errors.StoreUnavailableError as error:
-                unanswered = error
-            self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
-        text = f"{self._purpose}: the deadline passed before the store answered"
-        raise errors.DeadlineExceededError(text, waiting_for="store", reason=str(unanswered)) from unanswered
+                self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
+                self.check_deadline("store", reason=str(error))
+        raise AssertionError
 
     def swap(self, key: str, value: bytes, expected: int) -> int | None:
         """The revision of the write; None: another came first, or it was this one, its answer lost: read again."""
@@ -102,6 +99,13 @@ class Retrying:
         self._cancelled.wait(min(seconds, self.left_s))
         self.check()
 
+    def check_deadline(self, waiting_for: str | Sequence[int], **facts: object) -> None:
+        """Raise a DeadlineExceededError, with what was waited for, a name or ranks, once the deadline has passed."""
+        if self.left_s <= 0:
+            what = waiting_for if isinstance(waiting_for, str) else f"ranks {list(waiting_for)}"
+            text = f"{self._purpose}: the deadline passed, waiting for {what}"
+            raise errors.DeadlineExceededError(text, waiting_for=waiting_for, **facts, **self.context.keys)
+
     def check(self) -> None:
         """Raise a RegistryError when the result is no longer wanted."""
         if self._cancelled.is_set():
@@ -115,8 +119,7 @@ def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
     DuplicateSourceError.
     """
     context, store = retrying.context, retrying.context.store
-    key, what = member_key(context.group, context.rank), f"rank {context.rank} of {context.group!r}"
-    began = context.clock()
+    key, began = member_key(context.group, context.rank), context.clock()
     first: MemberRecord | None = None
     lease: Lease | None = None
     for attempt in count():
@@ -133,14 +136,12 @@ def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
         elif lease is not None and holder.incarnation == wanted.incarnation:
             return lease
         elif is_alive(holder, first=first, waited_s=context.clock() - began):
-            text = f"{what} is a live member: give this process another rank, or end that one"
+            text = "a live member has this rank: give this process another one, or end that one"
             facts = {"incarnation": holder.incarnation, "address": holder.address}
             raise errors.DuplicateSourceError(text, **facts, **context.keys)
         else:
             retrying.pause(POLL_S)
-            if retrying.left_s <= 0:
-                text = f"{what} has a holder whose lease may still end; it was not waited out"
-                raise errors.DeadlineExceededError(text, waiting_for="the rank's holder", **context.keys)
+            retrying.check_deadline("the rank's holder")  # whose lease may still end
     raise AssertionError
 
 

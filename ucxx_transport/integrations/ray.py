@@ -158,14 +158,13 @@ class ActorRollouts(Iterator[Any]):
     def take(self, count: int) -> list[Any]:
         """The next `count` answers, or those before an error, which then comes with the next call; errors as `next`."""
         answers: list[Any] = []
-        while len(answers) < count:
-            try:
+        try:
+            while len(answers) < count:
                 answers.append(next(self))
-            except Exception as error:
-                if not answers:
-                    raise
-                self._kept = error
-                break
+        except Exception as error:
+            if not answers:
+                raise
+            self._kept = error
         return answers
 
     def stop(self) -> None:
@@ -188,11 +187,8 @@ class ActorRollouts(Iterator[Any]):
         self._pending.clear()
         actors, self._actors = self._actors, []
         until_s = time.monotonic() + drain_s + timeout_s
-        ends = [
-            actor.cleanup_ucxx.remote(drain_s=drain_s)
-            for actor in filter(None, actors)
-            if hasattr(actor, "cleanup_ucxx")
-        ]
+        cleaned = [actor for actor in filter(None, actors) if hasattr(actor, "cleanup_ucxx")]
+        ends = [actor.cleanup_ucxx.remote(drain_s=drain_s) for actor in cleaned]
         unread = 0
         for end in ends:
             try:
