@@ -19,8 +19,8 @@ class LocalWorker:
     def play(self, count: int, *, policy_version: int | None = None) -> list[EpisodeRecord]:
         return [self._episode(policy_version) for _ in range(count)]
 
-    def play_far_away(self, count: int) -> list[EpisodeRecord]:
-        records = self.play(count)
+    def play_far_away(self, count: int, *, policy_version: int | None = None) -> list[EpisodeRecord]:
+        records = self.play(count, policy_version=policy_version)
         return [
             replace(record, ref=replace(record.ref, host_id="elsewhere", host="192.0.2.1", ports=(1,)))
             for record in records

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger
@@ -22,6 +22,16 @@ LONGEST_PAUSE_S: Final = 600.0
 MOST_SEQUENCES: Final = 8
 """Of one log line."""
 
+MOST_LOST: Final = 1024
+"""Losses that are remembered."""
+
+
+class Alone(NamedTuple):
+    """An episode that is asked for by itself: by what it is found again, and its output, whose address that may be."""
+
+    key: Hashable
+    output: object
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchStatistics:
@@ -34,7 +44,7 @@ class PrefetchStatistics:
         fetch_s: seconds that fetching them took, added up; the trainer did not wait for what was fetched ahead.
         retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
-        given_up: batches that did not come in time; their episodes are lost by "timeout".
+        given_up: batches that did not come in time, or whose fetch failed; their episodes are lost.
         unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
     """
 
@@ -48,82 +58,11 @@ class PrefetchStatistics:
     unlocked_rings: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossLine:
-    """What is logged of a batch's losses of one reason.
-
-    Attributes:
-        lost: how many.
-        of: the batch's episodes.
-        reason: the word of the reason.
-        worker: of the first of them.
-        sequences: of that worker's, some of them.
-        workers: how many workers' episodes they are.
-        host: of the first.
-        error: of the first, in words.
-        hint: what may be in the way.
-        since: how many more were lost by this reason since the last line.
-    """
-
-    lost: int
-    of: int
-    reason: str
-    worker: str | None
-    sequences: tuple[int | None, ...]
-    workers: int
-    host: str | None
-    error: str | None
-    hint: str | None
-    since: int
-
-
 @dataclass(slots=True)
 class _Lasting:
     due_s: float
     pause_s: float = FIRST_PAUSE_S
     unsaid: int = 0
-
-
-class LossLines:
-    """What to log of batches' losses: one line a batch and reason, ever more seldom while it lasts."""
-
-    def __init__(self) -> None:
-        self._lasting: dict[LossReason, _Lasting] = {}
-
-    def of_batch(self, losses: Sequence[Loss], *, of: int, host_id: str, now: float) -> list[LossLine]:
-        """What is to be logged now."""
-        by_reason: dict[LossReason, list[Loss]] = {}
-        for loss in losses:
-            by_reason.setdefault(loss.reason, []).append(loss)
-        lines = []
-        for reason, lost in by_reason.items():
-            lasting = self._lasting.setdefault(reason, _Lasting(now))
-            if now < lasting.due_s:
-                lasting.unsaid += len(lost)
-                continue
-            if now - lasting.due_s > LONGEST_PAUSE_S:
-                lasting.pause_s = FIRST_PAUSE_S
-            lines.append(_line(lost, of, lasting.unsaid, host_id))
-            lasting.due_s, lasting.unsaid = now + lasting.pause_s, 0
-            lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
-        return lines
-
-
-def _line(lost: Sequence[Loss], of: int, since: int, host_id: str) -> LossLine:
-    first = lost[0]
-    sequences = [loss.sequence for loss in lost if loss.worker == first.worker]
-    return LossLine(
-        lost=len(lost),
-        of=of,
-        reason=first.reason.value,
-        worker=first.worker,
-        sequences=tuple(sequences[:MOST_SEQUENCES]),
-        workers=len({loss.worker for loss in lost}),
-        host=first.host,
-        error=None if first.error is None else str(first.error),
-        hint=hint_for(first, host_id),
-        since=since,
-    )
 
 
 class Accounts:
@@ -148,20 +87,30 @@ class Accounts:
         self._on_loss = on_loss
         self._host_id = host_id
         self._clock = clock
-        self._lock = threading.Lock()  # of what follows, and of `sources`
-        self._lines = LossLines()
+        self._lock = threading.RLock()  # of what follows, and of `sources`
+        self._lasting: dict[LossReason, _Lasting] = {}
         self._counts: defaultdict[str, Any] = defaultdict(int)  # of `PrefetchStatistics`, by its names
         self._losses: Counter[str] = Counter()
+        self._lost: dict[Hashable, tuple[LossReason, object]] = {}
 
     def statistics(self, unlocked_rings: int) -> PrefetchStatistics:
         """Counts since this was made."""
         with self._lock:
-            return PrefetchStatistics(**self._counts, losses=dict(self._losses), unlocked_rings=unlocked_rings)
+            return PrefetchStatistics(**self._counts, losses=dict(+self._losses), unlocked_rings=unlocked_rings)
 
-    def count(self, records: Sequence[AskedFor], batch: Batch, *, counts: bool) -> TransportError | None:
-        """Count a batch and log its losses; what is to be raised for them.
+    def count(
+        self, records: Sequence[AskedFor], batch: Batch, alone: Alone | None = None
+    ) -> tuple[Sequence[Loss], TransportError | None]:
+        """Count a batch and log its losses.
 
-        `counts`: whether a source that does not answer is held against it.
+        Args:
+            records: what was asked for.
+            batch: what became of it.
+            alone: of an episode that was asked for by itself. A source that does not answer is not held against it; and
+                where it is known to be lost that was counted, which holds if it is lost again, and not if it came.
+
+        Returns:
+            The losses to report, and what is to be raised for them.
         """
         losses, host_id, problem = batch.losses, self._host_id, None
         with self._lock:
@@ -171,25 +120,61 @@ class Accounts:
             found["nbytes"] += batch.nbytes
             found["fetch_s"] += batch.took_s
             found["retried"] += batch.retried
-            self._losses.update(loss.reason.value for loss in losses)
             if batch.in_time:
+                counts = alone is None
                 problem = self._sources.problem_in(records, batch.payloads, losses, host_id=host_id, counts=counts)
-            lines = self._lines.of_batch(losses, of=len(records), host_id=host_id, now=self._clock()) if losses else ()
-        for line in lines:
+            lost_by: LossReason | None = None
+            if alone is not None:
+                lost_by, _ = self._lost.pop(alone.key, (None, None))
+                for loss in losses:
+                    self.remember({alone.key: (lost_by or loss.reason, alone.output)})
+            if lost_by is not None:
+                losses = ()
+                self._losses[lost_by.value] -= len(batch.payloads)
+            self._losses.update(loss.reason.value for loss in losses)
+            due = self._due(losses)
+        for lost, since in due:
+            first = lost[0]
+            sequences = [loss.sequence for loss in lost if loss.worker == first.worker]
             _log.warning(
                 "episodes_lost",
-                lost=line.lost,
-                of=line.of,
-                reason=line.reason,
-                worker=line.worker,
-                sequences=line.sequences,
-                workers=line.workers,
-                host=line.host,
-                error=line.error,
-                hint=line.hint,
-                since=line.since,
+                lost=len(lost),
+                of=len(records),
+                reason=first.reason.value,
+                worker=first.worker,
+                sequences=tuple(sequences[:MOST_SEQUENCES]),
+                workers=len({loss.worker for loss in lost}),
+                host=first.host,
+                error=None if first.error is None else str(first.error),
+                hint=hint_for(first, host_id),
+                since=since,
             )
-        return problem
+        return losses, problem
+
+    def remember(self, lost: Mapping[Hashable, tuple[LossReason, object]]) -> None:
+        """Episodes that have been counted as lost: by what, and their outputs, by keys of `key_of`."""
+        with self._lock:
+            self._lost.update(lost)
+            while len(self._lost) > MOST_LOST:
+                del self._lost[next(iter(self._lost))]
+
+    def _due(self, losses: Sequence[Loss]) -> list[tuple[list[Loss], int]]:
+        """Losses of one reason that are to be logged now, and how many more there were since the last time."""
+        by_reason: dict[LossReason, list[Loss]] = {}
+        for loss in losses:
+            by_reason.setdefault(loss.reason, []).append(loss)
+        due, now = [], self._clock()
+        for reason, lost in by_reason.items():
+            lasting = self._lasting.setdefault(reason, _Lasting(now))
+            if now < lasting.due_s:
+                lasting.unsaid += len(lost)
+                continue
+            if now - lasting.due_s > LONGEST_PAUSE_S:
+                lasting.pause_s = FIRST_PAUSE_S
+            due.append((lost, lasting.unsaid))
+            lasting.due_s, lasting.unsaid = now + lasting.pause_s, 0
+            lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
+        return due
 
     def count_closed(self, episodes: int, losses: Sequence[Loss] = ()) -> int:
         """Count what was asked for and is not taken; how many there are by now."""
@@ -199,11 +184,11 @@ class Accounts:
             self._losses.update(loss.reason.value for loss in losses)
             return self._losses[closed]
 
-    def report(self, losses: Iterable[Loss], problem: TransportError | None = None) -> None:
-        """Call the hook with each loss, whatever it raises; then raise the problem, or what the hook raised first."""
-        failed: Exception | None = problem
-        hook = self._on_loss
-        for loss in losses:
+    def report(self, losses: deque[Loss], problem: Exception | None = None) -> None:
+        """Take each loss out and call the hook, whatever it raises; then raise the problem, or what it raised first."""
+        failed, hook = problem, self._on_loss
+        while losses:
+            loss = losses.popleft()
             try:
                 if hook is not None:
                     hook(loss)

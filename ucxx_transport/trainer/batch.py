@@ -48,7 +48,7 @@ class Batch:
         rounds: how many it took.
         retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
-        in_time: False: it was given up, and every episode is lost.
+        in_time: False: it was given up, or its fetch failed, and every episode is lost.
     """
 
     payloads: dict[int, Payload]

@@ -45,7 +45,9 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     """Iterates over the episodes of references as they come, once. Close it, or use `with`.
 
     A thread takes the references, so that an episode is handed out as soon as it is there, however long the next
-    reference takes to come. An episode that is lost is left out, logged, and reported to `on_loss`.
+    reference takes to come. An episode that is lost is left out, logged, and reported to `on_loss`. When it is closed
+    that thread cannot be called back from a reference that it waits for: it ends when that comes, and counts it, as all
+    that was not handed out, as lost by "closed".
 
     Args:
         references: records (as objects or dicts) and `SlotRef`s; may block, and may never end.
@@ -72,10 +74,10 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
             raise ConfigError(f"ahead must be at least 1, not {ahead}", field="ahead")
         batches = settings.get("unreachable_batches", DEFAULT_UNREACHABLE_BATCHES)
         settings["unreachable_batches"] = None if batches is None else batches * ahead
-        super().__init__(config, on_loss=on_loss, **settings)
         self._ahead = ahead
         self._moved = threading.Condition()  # of what follows
         self._begun: deque[PendingBatch] = deque()
+        super().__init__(config, on_loss=on_loss, **settings)
         # the class, not an object of it: kept, that would keep the frames that it was raised through
         self._end: Exception | type[StopIteration] | None = None
         try:  # a daemon: it may wait for a reference that never comes
@@ -109,18 +111,12 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                 with payload:
                     return StreamedEpisode(record, self.unpack(payload))
 
-    def close(self) -> None:
-        """Give up what is on its way and end the threads. Idempotent.
-
-        The thread that takes references cannot be called back from one that it waits for: it ends when that comes, and
-        does not hand it out. What was taken and not handed out is counted as lost by "closed".
-        """
-        if not self.core.inherited:
-            with self._moved:
-                self.closed = True
-                self._begun.clear()
-                self._moved.notify_all()
-        super().close()
+    def _leave_all(self) -> None:
+        with self._moved:
+            self.closed = True
+            self._begun.clear()
+            self._moved.notify_all()
+        super()._leave_all()
 
     def _take(self, references: Iterable[Any]) -> None:
         end: Exception | type[StopIteration] = StopIteration

@@ -43,7 +43,7 @@ from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRec
 from ucxx_transport.schema.wire_form import describe
 
 MOST_SOURCES: Final = 4096
-"""That are remembered to have answered."""
+"""That are remembered: those heard of, or missed, last."""
 
 AskedFor: TypeAlias = EpisodeRecord | TransportError
 """One episode of a batch, or why its record could not be read."""
@@ -239,7 +239,7 @@ class Sources:
             message = f"unreachable_batches must be at least 1, or None for never, not {unreachable_batches}"
             raise ConfigError(message, field="unreachable_batches")
         self._most = unreachable_batches
-        self._answered: dict[_Source, None] = {}
+        self._answered: dict[_Source, int] = {}
         self._silent: dict[_Source, int] = {}
 
     def problem_in(
@@ -270,9 +270,8 @@ class Sources:
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }
-        self._answered.update(dict.fromkeys(answered))
-        while len(self._answered) > MOST_SOURCES:
-            del self._answered[next(iter(self._answered))]
+        for source in answered:
+            _remember(self._answered, source, 0)
         silent: dict[_Source, Loss] = {}
         for loss in losses:
             if loss.record is not None and loss.error is not None and loss.reason is not LossReason.TOO_OLD:
@@ -292,12 +291,20 @@ class Sources:
         for source, loss in silent.items():
             if source in answered or (came and source in self._answered):
                 continue
-            count = self._silent[source] = self._silent.get(source, 0) + 1
+            count = self._silent.get(source, 0) + 1
+            _remember(self._silent, source, count)
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
                 words = f"nothing came in {count} batches in a row"
                 problem = _stop(loss, words, losses, hint_for(loss, host_id))
         return problem
+
+
+def _remember(sources: dict[_Source, int], source: _Source, count: int) -> None:
+    sources.pop(source, None)
+    sources[source] = count
+    while len(sources) > MOST_SOURCES:
+        del sources[next(iter(sources))]
 
 
 def _stop(loss: Loss, words: str, losses: Sequence[Loss], hint: str | None = None) -> TransportError:

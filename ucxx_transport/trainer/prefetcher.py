@@ -16,10 +16,12 @@ from __future__ import annotations
 import atexit
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Never, Self, TypeAlias
 
 from ucxx_transport.client.core import ClientCore
@@ -29,7 +31,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.settings import made_of, unknown_name
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
+from ucxx_transport.trainer.accounts import Accounts, Alone, PrefetchStatistics
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -97,18 +99,18 @@ class PendingBatch(BatchFetch):
         """
         batch, losses, problem = self.take(timeout_s)
         try:
-            self._prefetcher.accounts.report(losses, problem)
+            self._prefetcher.accounts.report(deque(losses), problem)
         except BaseException:
             self._put_back(batch)
             raise
         return batch
 
     def take(
-        self, timeout_s: float | str | None = None, *, counts: bool = True
-    ) -> tuple[Batch, tuple[Loss, ...], TransportError | None]:
+        self, timeout_s: float | str | None = None, alone: Alone | None = None
+    ) -> tuple[Batch, Sequence[Loss], Exception | None]:
         """As `result`, and report nothing: the batch, its losses that are to be reported, and what is to be raised.
 
-        `counts`: whether a source that does not answer is held against it.
+        `alone`: as for `Accounts.count`.
         """
         prefetcher = self._prefetcher
         prefetcher.check_usable()  # before a lock is taken, which a forked child may never get
@@ -116,20 +118,17 @@ class PendingBatch(BatchFetch):
         if timeout_s is not None:
             limit_s = checked_seconds(timeout_s, "timeout_s")
         try:
-            batch = self._taken(limit_s)
+            outcome = self._taken(limit_s)
         except BaseException as error:
             if not isinstance(error, ConfigError):  # interrupted
                 self.cancel()
             raise
-        if isinstance(batch, Exception):
-            raise batch
-        if batch is None:
-            batch = self._late()
+        batch = outcome if isinstance(outcome, Batch) else self._given_up(outcome)
         if self._is_counted:
             return batch, (), None
         self._is_counted = True
-        problem = prefetcher.accounts.count(self.records, batch, counts=counts)
-        return batch, batch.losses, problem
+        losses, problem = prefetcher.accounts.count(self.records, batch, alone)
+        return batch, losses, outcome if isinstance(outcome, Exception) else problem
 
     def cancel(self) -> None:
         """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
@@ -142,10 +141,9 @@ class PendingBatch(BatchFetch):
             prefetcher.untaken.discard(self)
             prefetcher.changed.notify_all()
             outcome = self._outcome
-        if isinstance(outcome, Batch) and self._is_counted:
-            outcome.release()
-        elif isinstance(outcome, Batch):
-            prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses)
+        if isinstance(outcome, Batch):
+            if not self._is_counted:
+                prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses)
             outcome.release()
         else:
             prefetcher.accounts.count_closed(len(self.records))
@@ -195,15 +193,23 @@ class PendingBatch(BatchFetch):
     def _sorted_out(self) -> SortedOut:
         return self._sorter(self.records)
 
-    def _late(self) -> Batch:
-        """What it is when it did not come: all that was to be fetched is lost, and discarded where it may lie."""
-        _log.warning("batch_abandoned", episodes=len(self.records))
-        error, (wanted, lost) = DeadlineExceededError("the batch did not come in time"), self._sorted_out()
-        late = [Loss(index=each.index, record=each.record, reason=LossReason.TIMEOUT, error=error) for each in wanted]
-        losses = tuple(sorted([*lost, *late], key=lambda loss: loss.index))
+    def _given_up(self, failure: Exception | None) -> Batch:
+        """What it is when its fetch failed, or did not end in time: lost, and discarded where it may lie."""
+        wanted, losses = self._sorted_out()
+        reason = LossReason.TIMEOUT if failure is None else LossReason.FAILED
+        if failure is None:
+            error: TransportError = DeadlineExceededError("the batch did not come in time")
+            _log.warning("batch_abandoned", episodes=len(self.records))
+        elif isinstance(failure, TransportError):
+            error = failure
+        else:
+            error = TransportError(f"the batch could not be fetched: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
+        losses += [Loss(index=each.index, record=each.record, reason=reason, error=error) for each in wanted]
+        losses.sort(key=attrgetter("index"))
         self._core.reactor.submit(self.abandon)
         self._core.reactor.submit(partial(self._prefetcher.discard, losses))
-        return Batch(payloads={}, losses=losses, nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
+        return Batch(payloads={}, losses=tuple(losses), nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
 
 
 class Prefetcher:
@@ -358,7 +364,7 @@ class Prefetcher:
         if refs:
             try:
                 self.core.discard(self.core.discard_call(refs, self.limits.deadline_s))
-            except TransportError as error:
+            except Exception as error:  # noqa: BLE001 - of what is lost already: it costs no other fetch
                 _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
 
     def _leave_all(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.trainer.accounts import Alone
 from ucxx_transport.trainer.batch import Batch, FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.schema.tree import ArrayTree
 
-OnMissing: TypeAlias = "Literal['shrink', 'refill'] | Callable[[list[object], tuple[Loss, ...]], Sequence[object]]"
+OnMissing: TypeAlias = "Literal['shrink', 'refill'] | Callable[[list[object], tuple[Loss, ...]], Iterable[object]]"
 """What to do about a batch of which episodes are lost: a word, or what makes rollouts of those left and the losses."""
 
 YIELD_S: Final = 1e-3
@@ -77,13 +78,16 @@ class _Rollouts:
         same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
-    def take(self, batch: Batch | None, losses: Iterable[Loss] = ()) -> None:
-        """Keep what came of them, and what did not; None when nothing did."""
+    def take(self, batch: Batch | None, losses: Sequence[Loss] = (), problem: Exception | None = None) -> None:
+        """Keep what came of them, what did not, and what is to be raised; no batch when nothing did."""
+        self.in_time, self.problem = batch is not None and batch.in_time, problem
         self._came = came = {} if batch is None else batch.payloads
+        places, outputs = list(self.ours), list(self.ours.values())
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(each): came[index] for index, each in enumerate(self.ours.values()) if index in came}
-        places = list(self.ours)
+        self.by_output = {id(outputs[index]): payload for index, payload in came.items()}
         self.missing = tuple(replace(loss, index=places[loss.index]) for loss in losses)
+        self.unreported = deque(self.missing)
+        self.lost_by = {self.keys[loss.index]: (loss.reason, outputs[loss.index]) for loss in losses}
         self.lost = {place for index, place in enumerate(places) if index not in came}
         self._filled: Sequence[object] | None = None
 
@@ -93,21 +97,16 @@ class _Rollouts:
             usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in self.lost]
             if not self.lost or on_missing == "shrink":
                 self._filled = usable
-            elif on_missing == "refill":
-                self._filled = self._refilled(usable)
+            elif on_missing != "refill":
+                self._filled = list(on_missing(usable, self.missing))
+            elif usable:
+                again = cycle(usable)
+                self._filled = [next(again) if place in self.lost else each for place, each in enumerate(self.rollouts)]
             else:
-                self._filled = on_missing(usable, self.missing)
+                lost, reasons = len(self.lost), ", ".join(sorted({loss.reason.value for loss in self.missing}))
+                message = f"none of the batch's {lost} episodes came: there is nothing to refill it with ({reasons})"
+                raise TransportError(message, lost=lost, of=len(self.rollouts))
         return list(self._filled)
-
-    def _refilled(self, usable: Sequence[object]) -> list[object]:
-        if not usable:
-            reasons = ", ".join(sorted({loss.reason.value for loss in self.missing}))
-            message = (
-                f"none of the batch's {len(self.lost)} episodes came: there is nothing to refill it with ({reasons})"
-            )
-            raise TransportError(message, lost=len(self.lost), of=len(self.rollouts))
-        again = cycle(usable)
-        return [next(again) if place in self.lost else rollout for place, rollout in enumerate(self.rollouts)]
 
     @cached_property
     def by_key(self) -> dict[Hashable, Payload | None]:
@@ -161,8 +160,6 @@ class RolloutFeed(Prefetcher):
             raise ConfigError(message, field="on_missing")
         self._output_of = output_of
         self._on_missing = on_missing
-        self._problem: TransportError | None = None
-        self._unreported: deque[Loss] = deque()
         self._state = threading.RLock()
         self._turn = threading.RLock()
         self._pending: deque[_Rollouts] = deque()  # of which the first is begun
@@ -174,15 +171,13 @@ class RolloutFeed(Prefetcher):
     @property
     def is_cold_start(self) -> bool:
         """Whether there is no batch in use, and none on its way."""
-        refuse_forked(self.core.pid, type(self).__name__)
-        with self._state:
+        with self._locked():
             return self._in_use is None and not self._pending
 
     @property
     def is_ready(self) -> bool:
         """Whether a batch has come, so that `collect` need not wait for it."""
-        refuse_forked(self.core.pid, type(self).__name__)
-        with self._state:
+        with self._locked():
             return bool(self._pending) and self._pending[0].pending.is_ready
 
     @property
@@ -210,9 +205,8 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
         """
-        refuse_forked(self.core.pid, type(self).__name__)
         asked = _Rollouts(rollouts, self._output_of)
-        with self._state:
+        with self._locked():
             if self._pending:
                 self.check_usable()
                 raise ConfigError(
@@ -231,9 +225,8 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: `policy_version` is missing, or the feed is closed.
         """
-        refuse_forked(self.core.pid, type(self).__name__)
         asked = _Rollouts(rollouts, self._output_of)
-        with self._state:
+        with self._locked():
             known = [*self._pending] if self._in_use is None else [*self._pending, self._in_use]
             if not any(asked.is_for(other) for other in known):
                 self._append(asked, policy_version)
@@ -254,14 +247,11 @@ class RolloutFeed(Prefetcher):
             TransportError: as `collect`.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        refuse_forked(self.core.pid, type(self).__name__)
-        with self._turn:
-            if not self._pending:
-                self.check_usable()
-                raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
-            came = self._take_next(timeout_s)
-        self._report()
-        return came
+        taken = self._take_next(timeout_s)
+        if taken is None:
+            raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
+        self._report(taken)
+        return taken.in_time
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
         """The rollouts to train on now: waits for the batch on its way, if one is.
@@ -277,15 +267,10 @@ class RolloutFeed(Prefetcher):
                 batch is on its way. Or nothing came that "refill" could repeat.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        refuse_forked(self.core.pid, type(self).__name__)
-        with self._turn:
-            self.check_usable()
-            if self._pending:
-                self._take_next(timeout_s)
-            in_use = self._in_use
-        self._report()
+        in_use = self._take_next(timeout_s) or self._in_use
         if in_use is None:
             raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
+        self._report(in_use)
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
@@ -318,8 +303,9 @@ class RolloutFeed(Prefetcher):
                     return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        batch, losses, problem = self.begin([record], policy_version=self._policy_version).take(counts=False)
-        self.accounts.report(losses, problem)
+        asked = self.begin([record], policy_version=self._policy_version)
+        batch, losses, problem = asked.take(alone=Alone(key, output))
+        self.accounts.report(deque(losses), problem)
         if not batch.payloads:
             return None
         with batch.payloads[0] as payload:
@@ -330,8 +316,7 @@ class RolloutFeed(Prefetcher):
 
         Arrays taken from it stay valid while they live. Its episodes cannot be resolved any more.
         """
-        refuse_forked(self.core.pid, type(self).__name__)
-        with self._state:
+        with self._locked():
             done, self._in_use = self._in_use, None
         if done is not None:
             done.release()
@@ -343,6 +328,11 @@ class RolloutFeed(Prefetcher):
             with self._state:
                 self._pending.clear()
             self.release()
+
+    def _locked(self) -> threading.RLock:
+        """The lock of the batches; refused to a forked child, which may never get it."""
+        refuse_forked(self.core.pid, type(self).__name__)
+        return self._state
 
     def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
         # what is given: a call that the thread makes which fetches
@@ -362,38 +352,38 @@ class RolloutFeed(Prefetcher):
         with self._turn:  # of several threads that look for one, the first takes the batch into use
             with self._state:
                 is_pending = any(key in asked.keys for asked in self._pending)
-            if is_pending:
-                self._take_next(None)
+            taken = self._take_next(None) if is_pending else None
             changed = self._in_use is not seen
-        self._report()
+        if taken is not None:
+            self._report(taken)
         return changed
 
-    def _take_next(self, timeout_s: float | str | None) -> bool:
-        """Take the batch on its way into use; see `wait`. Whatever ends the fetch, that batch is over."""
-        asked = self._pending[0]
-        self._is_awaited = not asked.pending.is_ready
-        batch: Batch | None = None
-        losses: tuple[Loss, ...] = ()
-        try:
-            batch, losses, self._problem = asked.pending.take(timeout_s)
-        finally:
-            asked.take(batch, losses)
-            self._unreported.extend(asked.missing)
-            done: _Rollouts | None = asked
+    def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:
+        """Take what is on its way into use, and give it; None when nothing is. Whatever ends its fetch, it is over."""
+        self.check_usable()
+        with self._turn:
             with self._state:
-                if self._pending:  # else it was closed meanwhile, and this one is not used at all
-                    self._pending.popleft()
-                    self._begin_next()
-                    done, self._in_use = self._in_use, asked
-            if done is not None:
-                done.release()
-        return batch.in_time
+                asked = self._pending[0] if self._pending else None
+            if asked is None:
+                return None
+            self._is_awaited = not asked.pending.is_ready
+            taken: tuple[Batch | None, Sequence[Loss], Exception | None] = None, (), None
+            try:
+                taken = asked.pending.take(timeout_s)
+            finally:
+                asked.take(*taken)
+                self.accounts.remember(asked.lost_by)
+                done: _Rollouts | None = asked
+                with self._state:
+                    if self._pending:  # else it was closed meanwhile, and this one is not used at all
+                        self._pending.popleft()
+                        self._begin_next()
+                        done, self._in_use = self._in_use, asked
+                if done is not None:
+                    done.release()
+            return asked
 
-    def _report(self) -> None:
+    def _report(self, taken: _Rollouts) -> None:
         """Report losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
-        problem, self._problem = self._problem, None
-        self.accounts.report(self._due(), problem)
-
-    def _due(self) -> Iterator[Loss]:
-        while self._unreported:
-            yield self._unreported.popleft()
+        problem, taken.problem = taken.problem, None
+        self.accounts.report(taken.unreported, problem)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ from ucxx_transport import (
     TransportError,
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, LossLine, LossLines
+from ucxx_transport.trainer import Batch
+from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Accounts
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
 
 HERE = "this host"
@@ -80,7 +82,7 @@ def test_a_record_of_another_release_stops_at_once_and_names_its_worker() -> Non
     record = record_of({**episode("worker-0", 7).to_dict(), "ucxx_transport": 99})
     problem = Trainer().batch((record, None))
     assert isinstance(problem, ProtocolError)
-    assert "worker 'worker-0': a episode record of format version 99" in problem.message
+    assert "worker 'worker-0': an episode record of format version 99" in problem.message
     assert problem.facts["sequence"] == 7
 
 
@@ -163,45 +165,65 @@ def test_the_error_says_what_may_be_in_the_way() -> None:
                 assert f"{UNREACHABLE.message}; {expected}" in problem.message
 
 
-def lines(log: LossLines, at_s: float, *lost: Loss, of: int = 8) -> list[LossLine]:
-    return log.of_batch(lost, of=of, host_id=HERE, now=at_s)
+class Log:
+    """What a trainer's log says of batches lost one after the other."""
+
+    def __init__(self, events: list[MutableMapping[str, Any]]) -> None:
+        self.now = 0.0
+        self.events = events
+        self.accounts = Accounts(Sources(None), on_loss=None, host_id=HERE, clock=lambda: self.now)
+
+    def lines(self, at_s: float, *losses: Loss, of: int = 8) -> list[MutableMapping[str, Any]]:
+        self.now = at_s
+        self.events.clear()
+        records = [loss.record or ProtocolError("malformed") for loss in losses]
+        records += [episode("w")] * (of - len(losses))
+        self.accounts.count(records, Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0))
+        return self.events
 
 
-def test_a_batch_has_one_line_a_reason_with_worker_host_and_sequences() -> None:
+@pytest.fixture
+def log(log_events: list[MutableMapping[str, Any]]) -> Log:
+    return Log(log_events)
+
+
+def test_a_batch_has_one_line_a_reason_with_worker_host_and_sequences(log: Log) -> None:
     unreachable = lost_of([(episode("worker-0", number), UNREACHABLE) for number in range(10)])
     (stale,) = lost_of([(episode("worker-1", 3), StaleSlotError("stale slot"))])
-    first, second = lines(LossLines(), 0.0, *unreachable, replace(unreachable[0], record=episode("w")), stale, of=20)
-    assert first == LossLine(
-        lost=11,
-        of=20,
-        reason="unreachable",
-        worker="worker-0",
-        sequences=tuple(range(8)),
-        workers=2,
-        host="10.77.0.1",
-        error=str(UNREACHABLE),
-        hint="a firewall? both directions must be open: docs/operations.md#firewalls",
-        since=0,
-    )
-    assert (second.lost, second.reason, second.worker, second.sequences) == (1, "stale", "worker-1", (3,))
-    assert second.hint is None
+    first, second = log.lines(0.0, *unreachable, replace(unreachable[0], record=episode("w")), stale, of=20)
+    expected = {
+        "event": "episodes_lost",
+        "log_level": "warning",
+        "lost": 11,
+        "of": 20,
+        "reason": "unreachable",
+        "worker": "worker-0",
+        "sequences": tuple(range(8)),
+        "workers": 2,
+        "host": "10.77.0.1",
+        "error": str(UNREACHABLE),
+        "hint": "a firewall? both directions must be open: docs/operations.md#firewalls",
+        "since": 0,
+    }
+    assert expected.items() <= first.items()
+    assert (second["lost"], second["reason"], second["worker"], second["sequences"]) == (1, "stale", "worker-1", (3,))
+    assert second["hint"] is None
 
 
-def test_a_reason_that_lasts_is_logged_ever_more_seldom_with_how_many_there_were_since() -> None:
-    log = LossLines()
+def test_a_reason_that_lasts_is_logged_ever_more_seldom_with_how_many_there_were_since(log: Log) -> None:
     (loss,) = lost_of([(episode("w"), UNREACHABLE)])
-    logged = [(at_s, line.since) for at_s in range(100) for line in lines(log, float(at_s), loss)]
+    logged = [(at_s, line["since"]) for at_s in range(100) for line in log.lines(float(at_s), loss)]
     assert logged == [(0, 0), (10, 9), (30, 19), (70, 39)]
     assert sum(since for _, since in logged) + len(logged) == 71  # and 29 to come
     (stale,) = lost_of([(episode("w"), StaleSlotError("stale"))])
-    assert [line.reason for line in lines(log, 100.0, loss, stale)] == ["stale"]  # another reason, at once
-    (again,) = lines(log, 151.0 + LONGEST_PAUSE_S, loss)
-    assert again.since == 30
+    assert [line["reason"] for line in log.lines(100.0, loss, stale)] == ["stale"]  # another reason, at once
+    (again,) = log.lines(151.0 + LONGEST_PAUSE_S, loss)
+    assert again["since"] == 30
     quiet_s = 152.0 + LONGEST_PAUSE_S + FIRST_PAUSE_S
-    assert [line.since for line in lines(log, quiet_s, loss)] == [0]  # the pauses begin again after a long quiet
+    assert [line["since"] for line in log.lines(quiet_s, loss)] == [0]  # the pauses begin again after a long quiet
 
 
-def test_what_can_be_read_of_a_malformed_record_says_whose_it_is() -> None:
+def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: list[MutableMapping[str, Any]]) -> None:
     for output, expected in (
         ({"ucxx_transport": 1, "worker_id": "worker-0", "sequence": 5}, ("worker-0", 5)),
         ({"ucxx_transport": 1, "worker_id": 3, "sequence": -1}, (None, None)),
@@ -209,5 +231,5 @@ def test_what_can_be_read_of_a_malformed_record_says_whose_it_is() -> None:
         ({"ucxx_transport": 1}, (None, None)),
     ):
         with row(output=output):
-            (line,) = lines(LossLines(), 0.0, *lost_of([(record_of(output), None)]))
-            assert (line.reason, line.worker, line.sequences[0]) == ("malformed", *expected)
+            (line,) = Log(log_events).lines(0.0, *lost_of([(record_of(output), None)]))
+            assert (line["reason"], line["worker"], line["sequences"][0]) == ("malformed", *expected)

@@ -166,6 +166,24 @@ def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> N
     never.set()
 
 
+def test_a_thread_that_fails_ends_who_waits(worker: LocalWorker) -> None:
+    never = threading.Event()
+
+    def references() -> Iterator[object]:
+        yield from worker.play(1)
+        never.wait()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with EpisodeStream(references(), LOCAL) as stream:
+        next(stream)
+        stream.core.reactor.submit(fail)
+        with pytest.raises(ConfigError, match="closed"):
+            next(stream)
+        never.set()
+
+
 def test_what_was_fetched_ahead_comes_back_when_it_is_closed(worker: LocalWorker) -> None:
     with EpisodeStream(worker.play(5), LOCAL, ahead=5) as stream:
         wait_until_held(worker, 5)

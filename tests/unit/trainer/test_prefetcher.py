@@ -13,7 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.waiting import wait_until
-from ucxx_transport import ClientConfig, ConfigError, ProtocolError, RingConfig, SharedRingBuffer, SlotState
+from ucxx_transport import (
+    ClientConfig,
+    ConfigError,
+    ProtocolError,
+    RingConfig,
+    SharedRingBuffer,
+    SlotState,
+    TransportError,
+)
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, Loss, LossReason, PendingBatch, Prefetcher
 
@@ -138,11 +146,20 @@ def test_what_ends_a_fetch_is_raised_to_who_takes_it_and_the_next_batch_is_fine(
     def broken(_: object) -> NoReturn:
         raise ZeroDivisionError
 
-    with Prefetcher(link_factory=broken) as prefetcher:
+    losses: list[Loss] = []
+    with Prefetcher(link_factory=broken, on_loss=losses.append) as prefetcher:
         pending = prefetcher.begin(worker.play_far_away(1))
         with pytest.raises(ZeroDivisionError):
             pending.result()
+        ((reason, error),) = [(loss.reason, loss.error) for loss in losses]
+        assert reason is LossReason.FAILED
+        assert isinstance(error, TransportError)
+        assert isinstance(error.__cause__, ZeroDivisionError)
+        assert prefetcher.statistics().losses == {"failed": 1}
         assert sequences(prefetcher.fetch(worker.play(1))) == [1]
+        with pytest.raises(ZeroDivisionError):
+            prefetcher.fetch(lambda: worker.play(1 // 0))
+        assert prefetcher.statistics().losses == {"failed": 1}, "who knows what was asked for"
 
 
 def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: LocalWorker) -> None:
@@ -228,10 +245,10 @@ def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged
     come = prefetcher.begin([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
     wait_until(lambda: come.is_ready)
     prefetcher.prepare(worker.play(3, policy_version=9), policy_version=9)
-    beside = prefetcher.begin(worker.play_far_away(1), policy_version=9)
+    beside = prefetcher.begin(worker.play_far_away(1, policy_version=9), policy_version=9)
     beside.cancel()
     beside.cancel()
-    prefetcher.begin(worker.play_far_away(1), policy_version=9)
+    prefetcher.begin(worker.play_far_away(1, policy_version=9), policy_version=9)
     prefetcher.close()
     assert prefetcher.statistics().losses == {"closed": 7, "too_old": 1}
     assert [

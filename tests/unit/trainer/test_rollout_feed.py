@@ -3,8 +3,10 @@ from __future__ import annotations
 import gc
 import threading
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import settings
@@ -139,6 +141,62 @@ def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) ->
         assert [feed.resolve(rollout) for rollout in (rollouts[0], rollouts[2], dropped, malformed)] == [None] * 4
         assert len(losses) == len(told)
         assert sum(feed.statistics().losses.values()) == len(told)
+
+
+def test_a_loss_that_is_asked_for_again_later_is_the_same_loss(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+    network = MemoryNetwork(faults=Faults(refuse=True))
+    with RolloutFeed(
+        max_staleness=1, max_fetch_rounds=1, discard_lost=False, on_loss=losses.append, link_factory=network.link
+    ) as feed:
+        old, gone, there = worker.play(1, policy_version=1) + worker.play(2, policy_version=5)
+        assert gone.ref is not None
+        assert there.ref is not None
+        worker.ring.discard(gone.ref)
+        dropped = EpisodeRecord(worker_id="w", sequence=9, dropped="why").to_dict()
+        malformed = {**there.to_dict(), "sequence": -1}
+        away = replace(there, ref=replace(there.ref, host_id="elsewhere", host="192.0.2.1", ports=(1,)))
+        lost = [old.to_dict(), gone.to_dict(), dropped, malformed, away]
+        feed.start(lost, policy_version=5)
+        assert feed.collect() == []
+        counted = feed.statistics().losses
+        assert counted == dict.fromkeys(("too_old", "stale", "dropped", "malformed", "unreachable"), 1)
+        (alone,) = worker.play(1, policy_version=1)
+        for _ in range(2):
+            feed.start(worker.play(1, policy_version=5), policy_version=5)
+            assert len(feed.collect()) == 1
+            for output in (*lost, alone):
+                with row(output=output):
+                    assert feed.resolve(output) is None
+        assert [loss.index for loss in losses] == [0, 1, 2, 3, 4, 0]
+        assert feed.statistics().losses == {**counted, "too_old": 2}
+        assert number_in(feed.resolve(there)) == there.sequence  # after all: it is in one of the two
+        assert feed.statistics().losses == {"too_old": 2, "stale": 1, "dropped": 1, "malformed": 1}
+        assert feed.statistics().episodes == 3
+
+
+def test_what_ends_a_fetch_is_raised_and_its_episodes_are_losses(worker: LocalWorker) -> None:
+    def broken(_: object) -> NoReturn:
+        raise ZeroDivisionError
+
+    losses: list[Loss] = []
+    with RolloutFeed(on_loss=losses.append, link_factory=broken) as feed:
+        for call in ("collect", "wait", "resolve"):
+            losses.clear()
+            away = worker.play_far_away(2)
+            feed.start([*away, "text"])
+            with row(call=call), pytest.raises(ZeroDivisionError):
+                getattr(feed, call)(*away[1:] if call == "resolve" else ())
+            assert feed.buffer == ["text"]
+            assert list(feed.missing) == losses
+            assert [(loss.index, loss.reason, loss.error is None) for loss in losses] == [
+                (0, LossReason.FAILED, False),
+                (1, LossReason.FAILED, False),
+            ]
+        with pytest.raises(ZeroDivisionError):
+            feed.resolve(worker.play_far_away(1)[0])
+        assert feed.statistics().losses == {"failed": 7}
+        assert numbers(feed, worker.play(1)) == [7]
 
 
 def test_what_is_too_old_makes_room_in_its_ring(worker: LocalWorker) -> None:
@@ -363,11 +421,11 @@ def test_a_batch_is_filled_up_with_what_came_in_the_places_of_what_did_not(worke
 def test_a_function_may_say_what_becomes_of_a_batch_with_losses(worker: LocalWorker) -> None:
     calls: list[tuple[list[object], list[int]]] = []
 
-    def in_pairs(rollouts: list[object], losses: tuple[Loss, ...]) -> list[object]:
+    def in_pairs(rollouts: list[object], losses: tuple[Loss, ...]) -> Iterator[object]:
         calls.append((rollouts, [loss.index for loss in losses]))
         if len(calls) == 2:
             raise ZeroDivisionError
-        return rollouts[: len(rollouts) // 2 * 2]
+        return iter(rollouts[: len(rollouts) // 2 * 2])
 
     with RolloutFeed(LOCAL, on_missing=in_pairs) as feed:
         whole = worker.play(3)
@@ -380,7 +438,10 @@ def test_a_function_may_say_what_becomes_of_a_batch_with_losses(worker: LocalWor
         with pytest.raises(ZeroDivisionError):
             feed.collect()
         assert feed.collect() == []
-        assert calls == [([first, second, "text"], [1]), (calls[1][0], [0]), (calls[1][0], [0])]
+        feed.start([first, "a", "b"])
+        feed.wait()
+        assert feed.buffer == feed.buffer == ["a", "b"]
+        assert calls[:3] == [([first, second, "text"], [1]), (calls[1][0], [0]), (calls[1][0], [0])]
 
 
 def test_a_batch_that_stops_the_trainer_is_in_use_and_the_next_one_on_its_way(worker: LocalWorker) -> None:
