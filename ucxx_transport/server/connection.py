@@ -81,9 +81,6 @@ class Host(Protocol):
     slots: Slots
     pack_buffers: list[bytearray]
 
-    def defer(self, connection: Connection) -> None:
-        """Call `serve_next` in the next turn."""
-
     def wait(self, connection: Connection, take: Take) -> None:
         """Call `answer_take` again and again until it has answered."""
 
@@ -102,12 +99,11 @@ class Connection:
 
     Attributes:
         is_closing: nothing is served any more.
-        is_deferred: the port comes to its next frame.
     """
 
     __slots__ = (
-        *("_arrived", "_copied_bytes", "_endpoint", "_late_frames", "_port", "_reactor", "_receives"),
-        *("_slots", "_turn", "is_admitted", "is_closing", "is_deferred", "session"),
+        *("_arrived", "_copied_bytes", "_endpoint", "_is_deferred", "_late_frames", "_port", "_reactor", "_receives"),
+        *("_slots", "_turn", "is_admitted", "is_closing", "session"),
     )
 
     def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
@@ -115,7 +111,7 @@ class Connection:
         self._slots, self._reactor = port.slots, port.reactor
         self.session = session
         self.is_admitted = is_admitted
-        self.is_closing = self.is_deferred = False
+        self.is_closing = self._is_deferred = False
         self._endpoint = endpoint
         endpoint.channels = 1
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
@@ -166,13 +162,13 @@ class Connection:
             self._take_in()
         if self.is_closing:
             self._hear_out()
-        elif not self.is_deferred:
+        elif not self._is_deferred:
             if self._turn == self._reactor.turns:
                 self._defer()
             else:
-                self.serve_next()
+                self._serve_next()
 
-    def serve_next(self) -> None:
+    def _serve_next(self) -> None:
         """Handle the next frame, if it has arrived; unless it brings ends alone, the one behind it has a later turn."""
         if self._copied_bytes >= MAX_COPIED_BYTES or self.is_closing or not self._arrived:
             return
@@ -222,9 +218,13 @@ class Connection:
                 self._port.wait(self, action)
 
     def _defer(self) -> None:
-        if not self.is_deferred:
-            self.is_deferred = True
-            self._port.defer(self)
+        if not self._is_deferred:
+            self._is_deferred = True
+            self._reactor.call_at(self._reactor.now(), self._serve_deferred)
+
+    def _serve_deferred(self) -> None:
+        self._is_deferred = False
+        self._serve_next()
 
     # --- Attempts ---
 

@@ -88,7 +88,6 @@ class Port:
         self._is_stopping = False
         self._connections: dict[Connection, None] = {}
         self._admitted = 0
-        self._deferred: list[Connection] = []
         self._waiting: list[tuple[Connection, Take]] = []
         self._pause_s = SOON_S
         self._sweeper: Timer | None = None
@@ -130,11 +129,6 @@ class Port:
         self.slots.retire()
 
     # --- For connections, see `connection.Host` ---
-
-    def defer(self, connection: Connection) -> None:
-        if not self._deferred:
-            self.reactor.call_at(self.reactor.now(), self._serve_deferred)
-        self._deferred.append(connection)
 
     def wait(self, connection: Connection, take: Take) -> None:
         if not self._waiting:
@@ -181,12 +175,6 @@ class Port:
         connection.open()
         return connection
 
-    def _serve_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for connection in deferred:
-            connection.is_deferred = False
-            connection.serve_next()
-
     def _look(self) -> None:
         waiting, self._waiting = self._waiting, []
         for connection, take in waiting:
@@ -210,7 +198,11 @@ class Port:
             before, self._accepts_failed = self._accepts_failed, self.reactor.link.counters.accepts_failed
             self._counters.add("accepts_failed", self._accepts_failed - before)
             for connection in list(self._connections):
-                self._close_if_overdue(connection, now)
+                when_s, counter = connection.session.limit()
+                if now >= when_s and not connection.is_closing:
+                    if counter:
+                        self._counters.add(counter)
+                    connection.close()
             self.slots.settle_kept()
             if self._reclaims and now >= self._reclaim_s:
                 self._reclaim_s = now + RECLAIM_INTERVAL_S
@@ -221,13 +213,6 @@ class Port:
     def _beat(self) -> None:
         self._counters.words[BEAT] = time.monotonic_ns()
         self._sweeper = self.reactor.call_at(self.reactor.now() + SWEEP_INTERVAL_S, self._sweep)
-
-    def _close_if_overdue(self, connection: Connection, now: float) -> None:
-        when_s, counter = connection.session.limit()
-        if now >= when_s and not connection.is_closing:
-            if counter:
-                self._counters.add(counter)
-            connection.close()
 
 
 class PortThread:
