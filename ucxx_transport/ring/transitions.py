@@ -97,8 +97,7 @@ class Transitions:
         code = self._brief.initialise(self.address)
         if code:
             raise ConfigError(
-                f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc",
-                errno=code,
+                f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc", errno=code
             )
 
     def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:

@@ -21,14 +21,7 @@ from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, Tra
 from ucxx_transport.logs import get_logger
 from ucxx_transport.server.slots import NO_EPOCH, status_of
 from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle
-from ucxx_transport.wire.frames import (
-    FRAME_BYTES,
-    MAX_CHANNEL,
-    PACK_BYTES,
-    OfferedPayload,
-    Status,
-    message_bytes,
-)
+from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase
 
 if TYPE_CHECKING:

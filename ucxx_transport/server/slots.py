@@ -8,15 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from ucxx_transport.errors import (
-    BusyError,
-    DeadlineExceededError,
-    NotReadyError,
-    ProtocolError,
-    SlotError,
-    StaleSlotError,
-    TransportError,
-)
+from ucxx_transport import errors
+from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.leases import ReadLease
@@ -91,9 +84,9 @@ class Slots:
         """Enter the attempt at its slot; the answer that this is, or a TransportError, see `status_of`."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
-            raise NotReadyError(NO_EPOCH)
+            raise errors.NotReadyError(NO_EPOCH)
         if self._locked_turn == self._reactor.turns:
-            raise BusyError(_LOCKED)
+            raise errors.BusyError(_LOCKED)
         slot, nbytes = attempt.slot, attempt.nbytes
         try:
             lease = self._ring.acquire_slot(slot, attempt.generation, reader=reader, again=self._spare)
@@ -104,7 +97,7 @@ class Slots:
         found = lease.words[HOLD_NBYTES]
         if found != nbytes:
             self.finish(attempt)
-            raise ProtocolError(f"the payload has {found} bytes, the reference says {nbytes}")
+            raise errors.ProtocolError(f"the payload has {found} bytes, the reference says {nbytes}")
         return self._answers.get((slot, nbytes)) or self.answer_of(attempt)
 
     def answer_of(self, attempt: Attempt) -> Answer:
@@ -127,7 +120,7 @@ class Slots:
             return []
         try:
             leases = self._ring.take(max_payloads, max_bytes=max_bytes, newest=newest, reader=reader)
-        except DeadlineExceededError as error:
+        except errors.DeadlineExceededError as error:
             self._note_lock(error)
             return []
         self.counters.add("takes", len(leases))
@@ -231,7 +224,7 @@ class Slots:
         _never_ended.extend(attempt for attempt in self._kept if not _is_over(attempt))
 
     def _note_lock(self, error: TransportError) -> None:
-        if isinstance(error, DeadlineExceededError):
+        if isinstance(error, errors.DeadlineExceededError):
             self._locked_turn = self._reactor.turns
 
 
@@ -242,10 +235,10 @@ def _is_over(attempt: Attempt) -> bool:
 
 def status_of(error: TransportError) -> Status:
     """What the ring's refusal is called on the wire."""
-    if isinstance(error, StaleSlotError):
+    if isinstance(error, errors.StaleSlotError):
         return Status.STALE
-    if isinstance(error, NotReadyError):
+    if isinstance(error, errors.NotReadyError):
         return Status.NOT_READY
-    if isinstance(error, (SlotError, ProtocolError)):
+    if isinstance(error, (errors.SlotError, errors.ProtocolError)):
         return Status.BAD_REQUEST
     return Status.BUSY if error.retryable else Status.INTERNAL

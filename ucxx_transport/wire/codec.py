@@ -106,14 +106,13 @@ def decode_frame(buffer: Message) -> Frame:
     if ends[-1] != frames.END_MARK ^ sequence:
         raise ProtocolError("a frame was cut short", kind=kind, sequence=sequence)
     names = tuple(_NAME.iter_unpack(memoryview(buffer)[frames.FRAME_HEAD_BYTES : tail]))
-    if kind != _FETCH or flags:
-        _check_words(kind, named, flags, attempt, word, count, wait_ms)
     for _, zero, generation, number, nbytes in names:
         if zero or generation == 0 or number > frames.MAX_ATTEMPT or nbytes > frames.MAX_BODY_BYTES:
             _refuse_name(zero, generation, number, nbytes)
-    if flags and kind == _FETCH:
-        _check_packed(names)
-    return Frame(kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1])
+    frame = Frame(kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1])
+    if kind != _FETCH or flags:
+        _check_words(frame)
+    return frame
 
 
 def answer_channel(buffer: Message) -> int:
@@ -141,32 +140,34 @@ def _refuse_stranger(magic: int, version: int) -> None:
 def _refuse_name(zero: int, generation: int, attempt: int, nbytes: int) -> None:
     if generation == 0:
         raise ProtocolError("a frame names generation 0, which no payload has; send a reference that a ring made")
-    if nbytes > frames.MAX_BODY_BYTES:
-        raise ProtocolError(
-            "a frame names more bytes than a payload can have", nbytes=nbytes, limit=frames.MAX_BODY_BYTES
-        )
+    limit = frames.MAX_BODY_BYTES
+    if nbytes > limit:
+        raise ProtocolError("a frame names more bytes than a payload can have", nbytes=nbytes, limit=limit)
     raise ProtocolError("a name's words are out of range", zero=zero, attempt=attempt)
 
 
-def _check_words(  # noqa: PLR0917 - the words of the head
-    kind: int, named: int, flags: int, attempt: int, word: int, count: int, wait_ms: int
-) -> None:
+def _check_words(frame: Frame) -> None:  # noqa: C901 - one branch a rule of the table
     """What is particular to a kind; a plain FETCH has nothing of it."""
+    kind, names, flags, attempt = frame.kind, frame.names, frame.flags, frame.attempt
     if not _HELLO <= kind <= _BYE:
         raise ProtocolError("unknown kind of frame", kind=kind)
     if flags > (frames.FLAG_PACKED if kind == _FETCH else frames.FLAG_NEWEST if kind == _TAKE else 0):
         raise ProtocolError("unknown flags in a frame", kind=kind, flags=flags)
     if not 0 < attempt <= frames.MAX_ATTEMPT or not attempt & frames.MAX_CHANNEL:
         raise ProtocolError("an attempt is out of range", attempt=attempt)
-    if kind == _HELLO:
-        if not 0 < word <= frames.MAX_READER:
-            raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=word)
+    if kind == _HELLO and not 0 < frame.word <= frames.MAX_READER:
+        raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=frame.word)
+    if kind == _FETCH:
+        if len(names) < 2 or sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
+            limit = frames.PACK_BYTES
+            raise ProtocolError(f"two answers or more of at most {limit} bytes share a message", names=len(names))
+    elif kind == _CONFIRM:
+        if not names:
+            raise ProtocolError("a CONFIRM names nothing")
+    elif names:
+        raise ProtocolError("a frame of this kind has no names", kind=kind, names=len(names))
     elif kind == _TAKE:
-        _check_take(attempt, word, count, wait_ms)
-    if kind not in (_FETCH, _CONFIRM) and named:
-        raise ProtocolError("a frame of this kind has no names", kind=kind, names=named)
-    if kind == _CONFIRM and not named:
-        raise ProtocolError("a CONFIRM names nothing")
+        _check_take(attempt, frame.word, frame.max_payloads, frame.wait_ms)
 
 
 def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
@@ -178,14 +179,6 @@ def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
         raise ProtocolError("a TAKE waits longer than it may", wait_ms=wait_ms, limit=frames.MAX_WAIT_MS)
     if attempt + count > frames.MAX_ATTEMPT or (attempt & frames.MAX_CHANNEL) + count > frames.MAX_CHANNEL:
         raise ProtocolError("the attempts of a TAKE leave their range", attempt=attempt, count=count)
-
-
-def _check_packed(names: Sequence[tuple[int, int, int, int, int]]) -> None:
-    """Verify that the answers to `names` may share a message."""
-    if len(names) < 2 or sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
-        raise ProtocolError(
-            f"two answers or more of at most {frames.PACK_BYTES} bytes share a message", names=len(names)
-        )
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
