@@ -1,4 +1,4 @@
-"""The build hook: compiles `ucxx_transport/native/ring.c` into the wheel, or in place for an editable installation."""
+"""The build hook: compiles the sources of `ucxx_transport/native/` into the wheel, or in place if it is editable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NATIVE = Path(__file__).resolve().parent / "ucxx_transport" / "native"
 
 def _build() -> ModuleType:
     # by path: the package's own imports are not there while it is being built
-    spec = importlib.util.spec_from_file_location("ring_build", NATIVE / "build.py")
+    spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,7 +22,7 @@ def _build() -> ModuleType:
     return module
 
 
-class RingBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hatchling is there while building only
+class NativeBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hatchling is there while building only
     """See the module."""
 
     PLUGIN_NAME = "custom"
@@ -36,7 +36,7 @@ class RingBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hatch
         if self.target_name != "wheel":
             return
         build = _build()
-        compiler = build.compile_ring(build.LIBRARY)
+        compiler = build.compile_library(build.LIBRARY)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{compiler.platform_tag}"
-        build_data["artifacts"].append("/ucxx_transport/native/libring.so")
+        build_data["artifacts"].append("/ucxx_transport/native/libnative.so")

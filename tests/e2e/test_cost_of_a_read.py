@@ -13,8 +13,8 @@ import ucxx_transport
 from ucxx_transport import ClientConfig, RingConfig, ServerConfig, SharedRingBuffer, SyncUCXXClient, UCXXServer
 
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
-A_READ = 53
-A_TURN = {"Reactor.run_once", "UCXXLink.progress", "Flight.search"}
+A_READ = 57
+A_TURN = {"Reactor.run_once", "UCXXLink.progress", "Flight.turn"}
 """Calls of each turn of a reactor. How many turns a read takes depends on what arrives together, and so on the machine;
 where nothing does, they are three: with the request, with the answer, and with its end."""
 TURNS = 3

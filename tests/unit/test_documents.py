@@ -30,7 +30,7 @@ PAGES = [
 ]
 ARGUMENTS = {"drain_s", "max_bytes", "max_fetch_rounds", "timeout_s", "wait_s"}
 OTHERS = {
-    "`ring.c cannot be compiled. Tried: …`": "native/build.py",
+    "`the sources cannot be compiled. Tried: …`": "native/build.py",
     "`this machine refuses what the command needs`": "cli/program.py",
     "`assignment destination is read-only`": "client/payload.py",
 }

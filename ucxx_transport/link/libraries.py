@@ -126,10 +126,6 @@ _MAX_LANES = 32
 _SOCKADDR_WORDS = 16
 _TCP_INFO_BYTES, _BYTES_RECEIVED = 136, 128  # struct tcp_info of linux/tcp.h, to the end of tcpi_bytes_received
 _FATAL = 0  # UCS_LOG_LEVEL_FATAL
-_OPTIONS_BYTES: Final = 512  # more than a ucp_request_param_t has; all zeros: plain bytes, and nobody is called back
-_ERRORS: Final = 1 << 64
-_FIRST_ERROR: Final = _ERRORS - 100  # UCS_PTR_IS_ERR
-IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
 _OnRequest = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -174,6 +170,19 @@ def _call(library: str, name: str, *pointers: object) -> int | None:
     return int(function(*pointers))
 
 
+def ucp_functions(*names: str) -> list[int]:
+    """The addresses of functions of UCX."""
+    library = loaded_library("libucp.so")
+    return [ctypes.cast(library[name], ctypes.c_void_p).value or 0 for name in names]
+
+
+def status_in_words(status: int) -> str:
+    """What UCX calls a status."""
+    word = loaded_library("libucs.so").ucs_status_string
+    word.argtypes, word.restype = (ctypes.c_int8,), ctypes.c_char_p
+    return f"{word(status).decode()} ({status})"
+
+
 def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
     """(transport, device) of each lane of a live `ucp_ep_h`, such as `("tcp", "lo")`; empty where it is unknown."""
     entries = (_TransportEntry * _MAX_LANES)()
@@ -214,57 +223,6 @@ def listener_has_answered(host: str, port: int) -> bool:
                     if probe.getpeername()[:2] == (host, port) and any(info[_BYTES_RECEIVED:]):
                         return True
     return False
-
-
-class PendingSend:
-    """A send that `TaggedSends` has begun: its status, until it is over; what it is of UCX's goes with that."""
-
-    __slots__ = ("_request", "_sends", "_status")
-
-    def __init__(self, sends: TaggedSends, request: int | None) -> None:
-        self._sends, self._request = sends, request or 0
-        self._status = 0 if request is None else IN_PROGRESS if request < _FIRST_ERROR else request - _ERRORS
-
-    @property
-    def status(self) -> int:
-        """As UCX has it: `IN_PROGRESS`, 0, or an error."""
-        if self._status == IN_PROGRESS:
-            self._status = self._sends.status_of(self._request)
-            if self._status != IN_PROGRESS:
-                self._sends.free(self._request)
-        return self._status
-
-
-class TaggedSends:
-    """`ucp_tag_send_nbx`, without what ucxx makes around each: that takes 2 µs, as long as UCX itself.
-
-    Attributes:
-        begin: of an endpoint's handle, address and size of a message, and its tag; then `options`. None: it has left;
-            else for a `PendingSend`. The endpoint must not have been closed.
-    """
-
-    def __init__(self) -> None:
-        library = loaded_library("libucp.so")
-        pointer = ctypes.c_void_p
-        self.begin, self.status_of, self.free = (
-            library.ucp_tag_send_nbx,
-            library.ucp_request_check_status,
-            library.ucp_request_free,
-        )
-        self.begin.argtypes, self.begin.restype = (pointer, pointer, ctypes.c_size_t, ctypes.c_uint64, pointer), pointer
-        self.status_of.argtypes, self.status_of.restype = (pointer,), ctypes.c_int8
-        self.free.argtypes, self.free.restype = (pointer,), None
-        self._options = ctypes.create_string_buffer(_OPTIONS_BYTES)
-        self.options = ctypes.addressof(self._options)
-
-
-def release_cancelled(pointer: int) -> None:
-    """Let a closed endpoint (`ucxx::Endpoint *`) forget its cancelled operations once they have ended.
-
-    ucxx keeps them in a list of the endpoint, and they keep the endpoint: neither would ever be freed, nor the worker.
-    Counting that list drops the ended ones.
-    """
-    _call("libucxx.so", "_ZNK4ucxx8Endpoint16getCancelingSizeEv", pointer)
 
 
 def quiet_ucxx_log() -> None:

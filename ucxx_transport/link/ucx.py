@@ -8,31 +8,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from os import sched_yield
 from threading import get_ident
-from time import perf_counter
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
 from ucxx_transport.link.base import EndpointEvents, OnEndpoint, checked_port
-from ucxx_transport.link.libraries import quiet_ucxx_log
-from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
+from ucxx_transport.link.libraries import quiet_ucxx_log, ucp_functions
+from ucxx_transport.link.process import check_not_forked, link_closed, link_opened, shortage
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
-from ucxx_transport.link.ucx_flight import LinkState
+from ucxx_transport.link.ucx_flight import AGAIN, FUNCTIONS, STRAYS_EVERY, Flight, LinkState
 from ucxx_transport.link.ucx_listener import UCXXListener
 
 BUSY: Final = 32
 """So many progress calls in a row that moved something put off the end of a broken connection's operations."""
 
-TURN_S: Final = 1e-3
-"""How long `progress` goes on while something moves that ends no operation. One call of UCX's takes in 512 KiB."""
-
 PAUSE_S: Final = 1e-3
-"""Pause after an error of UCX itself in a turn, and between two turns of a close, so as not to burn a core."""
+"""Pause between two turns of a close, so as not to burn a core."""
 
 
 class UCXXLink(LinkState):
@@ -84,10 +79,11 @@ class UCXXLink(LinkState):
                 environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
                 settings=settings,
             ) from exc
-        self._progress_once: Callable[[], bool] = self.worker.progress_once
+        self.flight = Flight(self.worker.handle, ucp_functions(*FUNCTIONS))
+        self._turn: Callable[[int], bool] = self.flight.turn
         self._descriptor: int = self.worker.epoll_file_descriptor
         self.thread = get_ident()
-        self._busy = 0
+        self._busy = self._moves = 0
         link_opened(self)
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> UCXXEndpoint:
@@ -121,40 +117,22 @@ class UCXXLink(LinkState):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.thread = get_ident()
-        progress_once, clock = self._progress_once, perf_counter
-        turn_end = 0.0
-        while True:
-            moved = False
-            looks = self.overlooked
-            try:
-                moved = progress_once()
-                if not moved and spin_s and not (looks or self.ready or self.cancel_due):
-                    end = clock() + spin_s
-                    while not moved and clock() < end:
-                        sched_yield()  # on a full machine the peer waits for this very core: 4 KiB in 280 us, not 433
-                        moved = progress_once()
-            except self.binding.root:
-                time.sleep(PAUSE_S)
-            self._busy = self._busy + 1 if moved else 0
-            if self.ready or self.cancel_due or self.ending or self.lost:
-                called = self._call_back(moved)
-            elif moved or looks:
-                called = self.search(everywhere=not moved)
-            else:
-                return False
-            if called:
-                return True
-            if not (moved or looks):
-                return False
-            now = clock()
-            turn_end = turn_end or now + TURN_S
-            if now > turn_end:
-                return True
+        moved = self._turn(0 if self.ready else int(spin_s * 1e9))
+        if moved:
+            self._busy += 1
+            self._moves += 1
+            if not self._moves % STRAYS_EVERY:
+                self.discard_unexpected()
+        else:
+            self._busy = 0
+        if self.ready or self.ending:
+            return self._call_back() or moved
+        return moved
 
     def arm(self) -> bool:
         if self.forked or self.closed:
             self.check_usable()
-        return not (self.ready or self.cancel_due or self.overlooked or self.lost or not self.worker.arm())
+        return not (self.ready or self.flight.has_ends() or not self.worker.arm())
 
     def fileno(self) -> int:
         return self._descriptor
@@ -180,52 +158,48 @@ class UCXXLink(LinkState):
                 failure = failure or exc
         self.closed = True
         self.closing = False
-        keep_for_good(*self.strays)
-        self.worker.cancel_inflight_requests()  # also releases those that it has cancelled before
         link_closed(self)
-        self._progress_once = self._refused
-        self.copies.clear()
+        self._turn = self._refused
         del self.worker, self.context
+        self.flight.release()
         if failure is not None:
             raise failure
 
     def forget(self) -> None:
         self.forked = True
-        self._progress_once = self._refused
+        self._turn = self._refused
         for endpoint in self.endpoints:
             endpoint.disown()
 
-    def _refused(self) -> bool:
+    def _refused(self, _: int) -> bool:
         self.check_usable()
         raise AssertionError
 
-    def _call_back(self, moved: bool) -> bool:  # noqa: FBT001  # positional is what it costs least
-        """Call what is ready, what has ended, who is lost and who is closed; whether anything was called."""
+    def _call_back(self) -> bool:
+        """Call what is ready, who is lost and who is closed; whether anything was called."""
         called = bool(self.ready)
         for _ in range(len(self.ready)):
             action, argument = self.ready.popleft()
             action(argument)
-        everywhere = self.overlooked and not moved
-        if self.cancel_due and self._busy % BUSY == 0:
+        if self.broken and self._busy % BUSY == 0:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
-            self.cancel_due = False
-            self.worker.cancel_inflight_requests()
-            everywhere = True
-        if everywhere or moved:
-            called = self.search(everywhere=everywhere) or called
+            self.flight.cancel(self.broken)
+            self.broken.clear()
+            called = self.flight.turn(0) or called
         for endpoint in tuple(self.ending):
-            called = self.search(endpoint, everywhere=True) or called
             if endpoint.ended():
                 called = True
                 endpoint.end_close()
-        while self.lost and not (self.ready or self.cancel_due):
+        while self.lost and not (self.ready or self.broken):
             called = True
             self.lost.popleft().lose()
+        if (self.lost or self.broken) and not self.ready:
+            self.ready.append(AGAIN)
         return called
 
     def _is_open(self) -> bool:
         self.discard_unexpected()
-        return bool(self.endpoints or self.listeners or self.ready or self.strays)
+        return bool(self.endpoints or self.listeners or self.ready or self.in_flight)
 
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self.listeners):

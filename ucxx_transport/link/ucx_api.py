@@ -21,19 +21,23 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.link.base import LostReason, lost
-from ucxx_transport.link.libraries import check_loaded, library_in_use
+from ucxx_transport.link.libraries import check_loaded, library_in_use, status_in_words
 from ucxx_transport.machine import check_proc, open_standard_streams
 
-_MEANINGS: Final[dict[LostReason | Literal["busy", "config"], str]] = {
-    "truncated": "MessageTruncated",
-    "cancelled": "Canceled",
-    "reset": "ConnectionReset EndpointTimeout TimedOut",
-    "refused": "NotConnected Rejected",  # `reset` once it was connected
-    "unreachable": "Unreachable InvalidAddr",
-    "busy": "NoMemory NoResource Busy ExceedsLimit",
-    "config": "Config InvalidParam Unsupported NotImplemented NoDevice",
+TRUNCATED: Final = -9  # UCS_ERR_MESSAGE_TRUNCATED
+
+Meaning: TypeAlias = LostReason | Literal["busy", "config"]
+
+_MEANINGS: Final[dict[Meaning, tuple[str, tuple[int, ...]]]] = {
+    "truncated": ("MessageTruncated", (TRUNCATED,)),
+    "cancelled": ("Canceled", (-16,)),
+    "reset": ("ConnectionReset EndpointTimeout TimedOut", (-25, -80, -20)),
+    "refused": ("NotConnected Rejected", (-24, -23)),  # `reset` once it was connected
+    "unreachable": ("Unreachable InvalidAddr", (-6, -7)),
+    "busy": ("NoMemory NoResource Busy ExceedsLimit", (-4, -2, -15, -21)),
+    "config": ("Config InvalidParam Unsupported NotImplemented NoDevice", (-5, -22, -8, -14)),
 }
-"""What UCX's errors mean, by class; any other is `aborted`."""
+"""What UCX's errors mean, by class of ucxx and by status (ucs/type/status.h); any other is `aborted`."""
 
 
 def _members(of: str, names: str) -> list[str]:
@@ -45,14 +49,11 @@ SYMBOLS = MappingProxyType(
         "ucxx._lib.arr": ("Array",),
         "ucxx._lib.libucxx": (
             *_members("Feature", "STREAM TAG WAKEUP"),
-            *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback ucxx_ptr"),
-            *_members("UCXEndpoint", "stream_recv stream_send tag_recv"),
+            *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback"),
             *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
-            *_members("UCXRequest", "check_error status"),
-            *_members("UCXWorker", "arm cancel_inflight_requests epoll_file_descriptor init_blocking_progress_mode"),
-            *_members("UCXWorker", "handle progress_once tag_probe tag_recv"),
-            *(f"UCX{name}Error" for names in _MEANINGS.values() for name in names.split()),
-            *("UCXContext", "UCXError", "UCXWorker", "UCXXTag", "UCXXTagMask"),
+            *_members("UCXWorker", "arm epoll_file_descriptor handle init_blocking_progress_mode"),
+            *(f"UCX{name}Error" for names, _ in _MEANINGS.values() for name in names.split()),
+            *("UCXContext", "UCXError", "UCXWorker"),
         ),
     }
 )
@@ -62,7 +63,6 @@ SYMBOLS = MappingProxyType(
 UcxArray: TypeAlias = Any  # `ucxx._lib.arr.Array`: address and size of a buffer, with a reference to it
 UcxEndpoint: TypeAlias = Any  # its `close()` is not used: see `UCXXEndpoint.close`
 UcxListener: TypeAlias = Any  # UCX keeps a raw pointer into it until every endpoint that it accepted is gone
-UcxRequest: TypeAlias = Any  # dropping one that is in progress cancels it; dropping its buffer then is a crash
 UcxWorker: TypeAlias = Any
 
 
@@ -75,19 +75,27 @@ class Binding:
         self.root: type[Exception] = lib.UCXError
         self._meanings = {
             meaning: tuple(getattr(lib, f"UCX{name}Error") for name in names.split())
-            for meaning, names in _MEANINGS.items()
+            for meaning, (names, _) in _MEANINGS.items()
         }
 
     def error(self, exc: Exception, *, peer: str, connected: bool) -> TransportError:
         """Our error for one of UCX's, of a connection that had been up or not; raise it `from exc`."""
-        words = f"{type(exc).__name__}: {exc}"
         meanings = (meaning for meaning, classes in self._meanings.items() if isinstance(exc, classes))
-        meaning: LostReason | Literal["busy", "config"] = next(meanings, "aborted")
-        if meaning == "busy":
-            return BusyError("UCX is out of a resource for now; try again", peer=peer, ucx=words)
-        if meaning == "config":
-            return ConfigError("UCX refuses this setting or operation", peer=peer, ucx=words)
-        return lost("reset" if connected and meaning == "refused" else meaning, peer=peer, ucx=words)
+        return _error(next(meanings, "aborted"), f"{type(exc).__name__}: {exc}", peer=peer, connected=connected)
+
+
+def status_error(status: int, *, peer: str, connected: bool) -> TransportError:
+    """Our error for a status with which an operation ended."""
+    meanings = (meaning for meaning, (_, statuses) in _MEANINGS.items() if status in statuses)
+    return _error(next(meanings, "aborted"), status_in_words(status), peer=peer, connected=connected)
+
+
+def _error(meaning: Meaning, words: str, *, peer: str, connected: bool) -> TransportError:
+    if meaning == "busy":
+        return BusyError("UCX is out of a resource for now; try again", peer=peer, ucx=words)
+    if meaning == "config":
+        return ConfigError("UCX refuses this setting or operation", peer=peer, ucx=words)
+    return lost("reset" if connected and meaning == "refused" else meaning, peer=peer, ucx=words)
 
 
 _lock = threading.Lock()
@@ -139,8 +147,6 @@ def _import_binding() -> Binding:
             missing=exc.name,
             ucxx=getattr(importlib.import_module("ucxx"), "__version__", "unknown"),
         ) from exc
-    # ucxx asks for `Feature.TAG.value` at every post, which Python's enum answers in two calls of 0.2 µs.
-    lib.Feature.value = property(attrgetter("_value_"))
     return Binding(lib, arr.Array)
 
 

@@ -7,28 +7,20 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import EndpointEvents, OnDone, byte_view, lost
-from ucxx_transport.link.libraries import (
-    IN_PROGRESS,
-    PendingSend,
-    endpoint_lanes,
-    listener_has_answered,
-    release_cancelled,
-)
-from ucxx_transport.link.ucx_api import UcxArray, UcxEndpoint, UcxRequest, raisable
-from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
+from ucxx_transport.link.base import EndpointEvents, OnDone, Operation, byte_view, lost
+from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered
+from ucxx_transport.link.ucx_api import TRUNCATED, UcxEndpoint, raisable, status_error
+from ucxx_transport.link.ucx_flight import IN_PROGRESS, LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
 CLOSE_TIMEOUT_S: Final = 2.0
 """How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
 
-COPIED_BYTES: Final = 4096
-"""Immutable bytes up to this size are sent from memory that UCX knows already: making it known takes 1.5 µs."""
-
-MAX_COPIES: Final = 256
+LARGE_BYTES: Final = 16 * 1024
+"""From here on a send releases the interpreter's lock (GIL): taking it again may cost its thread 5 ms."""
 
 GRACE_S: Final = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
@@ -57,7 +49,6 @@ class UCXXEndpoint(Posted):
         accepted_by: object = None,
         error: TransportError | None = None,
     ) -> None:
-        super().__init__()
         self.peer = peer
         self.events = events
         self.alive = True
@@ -65,14 +56,11 @@ class UCXXEndpoint(Posted):
         self._usable = ucx is not None
         self.base = secrets.randbits(BASE_BITS)
         self._link = link
-        self._make_tag = link.make_tag
-        self._order = link.order
         self._ucx = ucx
         self._address = address
         self._accepted_by = accepted_by
         self._receive_base = self.base << CHANNEL_BITS
-        self._receive_tag = self._make_tag(self._receive_base)  # of channel 0
-        self._tagged = link.sends
+        self._flight = link.flight
         self._send_base, self._handle = -1, 0  # not known before the hello
         self._deferred: deque[UCXXOperation] = deque()
         self._error = error
@@ -84,75 +72,55 @@ class UCXXEndpoint(Posted):
             return
         here = weakref.ref(self)
         ucx.set_close_callback(lambda: _note_loss(here))
-        out, into = link.make_array(encode_hello(self.base)), bytearray(HELLO_BYTES)
-        array = link.make_array(into)
-        self.sends.append(operation_of(out, HELLO_BYTES, None, ucx.stream_send(out)))
-        self.receives.append(
-            operation_of(array, HELLO_BYTES, lambda hello: self._greeted(hello.error, into), ucx.stream_recv(array))
-        )
+        hello, into, handle = encode_hello(self.base), bytearray(HELLO_BYTES), ucx.handle
+        place = link.message(into)
+
+        def greeted(done: Operation) -> None:
+            self._greeted(done.error, into)
+
+        flight = link.flight
+        flight.post(operation_of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
+        greeting = operation_of(self, place, HELLO_BYTES, greeted)
+        if flight.post(greeting, flight.stream_receive, handle, place.address, 0) != IN_PROGRESS:
+            link.ready.append((greeted, greeting))
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
+        operation, flight = UCXXOperation(), self._flight  # as `operation_of`
+        operation.owner, operation.on_done = self, on_done
         if type(buffer) is UCXXMessage:
             if not buffer.writable:
                 raise ConfigError("buffer is read-only; a receive needs a writable one")
-            array, nbytes = buffer.array, buffer.nbytes
+            operation.buffer, operation.nbytes, address = buffer, buffer.nbytes, buffer.address
         else:
             if type(buffer) is not memoryview or buffer.readonly or not buffer.c_contiguous:
                 buffer = byte_view(buffer, writable=True)
-            array, nbytes = self._link.make_array(buffer), buffer.nbytes
-        ucx = self._ucx
-        if not self._usable or ucx is None:
-            return self._refused(array, nbytes, on_done)
-        request = ucx.tag_recv(array, self._make_tag(self._receive_base | channel) if channel else self._receive_tag)
-        operation = UCXXOperation()  # as `operation_of`
-        operation.array, operation.nbytes, operation.on_done = array, nbytes, on_done
-        operation.request, operation.channel = request, channel
-        newest, before = self.newest, self.newest.get(channel)
-        if before is not None:
-            before.follower = operation
-        elif request.status == IN_PROGRESS:
-            self.receives.append(operation)
-        else:  # the message was there already
-            self._ended_at_once(operation, request)
-            return operation
-        newest[channel] = operation
-        order = self._order
-        order.pop(self, None)
-        order[self] = None
+            operation.buffer, operation.nbytes = array, _ = self._link.make_array(buffer), buffer.nbytes
+            address = array.ptr
+        if not self._usable:
+            self._defer(operation)
+        elif flight.post(operation, flight.receive, 0, address, self._receive_base | channel) != IN_PROGRESS:
+            self._link.ready.append((on_done, operation))  # the message was there already
         return operation
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
         """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
-        base, ucx, link = self._send_base, self._ucx, self._link
-        if type(buffer) is UCXXMessage:
-            message = buffer
-        elif type(buffer) is bytes and base >= 0 and 0 < len(buffer) <= COPIED_BYTES:
-            copy, message = link.copies.get(len(buffer)) or self._memory(len(buffer))
-            copy[:] = buffer
+        operation = UCXXOperation()  # as `operation_of`
+        operation.owner, operation.on_done = self, on_done
+        address: int | bytes
+        if type(buffer) is bytes:
+            operation.buffer, operation.nbytes = address, _ = buffer, len(buffer)
         else:
-            message = link.message(buffer)
-        if not self._usable or ucx is None:
-            return self._refused(message.array, message.nbytes, on_done)
-        if base < 0:
-            operation = operation_of(message.array, message.nbytes, on_done, None, channel)
-            self._deferred.append(operation)
+            message = buffer if type(buffer) is UCXXMessage else self._link.message(buffer)
+            operation.buffer, operation.nbytes, address = message, message.nbytes, message.address
+        base, flight = self._send_base, self._flight
+        if not self._usable or base < 0:
+            operation.channel = channel
+            self._defer(operation)
             return operation
-        sends = self._tagged
-        begun = sends.begin(self._handle, message.address, message.nbytes, base | channel, sends.options)
-        if begun is None:
-            if on_done is not None:
-                link.ready.append((on_done, message.sent))
-            return message.sent
-        if message is not buffer:
-            link.copies.pop(message.nbytes, None)  # UCX has not taken it
-        request = PendingSend(sends, begun)
-        operation = operation_of(message.array, message.nbytes, on_done, request)
-        if request.status == IN_PROGRESS:
-            self.sends.append(operation)
-            self._order.pop(self, None)
-            self._order[self] = None
-        else:
-            self._ended_at_once(operation, request)
+        begin = flight.send if operation.nbytes < LARGE_BYTES else flight.send_large
+        status = flight.post(operation, begin, self._handle, address, base | channel)
+        if status != IN_PROGRESS and on_done is not None:  # it has left
+            self._link.ready.append((on_done, operation))
         return operation
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
@@ -206,7 +174,7 @@ class UCXXEndpoint(Posted):
 
     def ended(self) -> bool:
         """Whether nothing is in flight any more."""
-        return not (self.receives or self.sends or self._deferred)
+        return not (self.in_flight or self._deferred)
 
     def end_close(self) -> None:
         """Release UCX's endpoint; buffers of what has not ended are leaked."""
@@ -215,14 +183,10 @@ class UCXXEndpoint(Posted):
             return
         timer.cancel()
         self.give_up()
-        left = self.in_flight()
+        left = self._flight.of(self)
         self._clean = not left
         for operation in left:
             self._link.leak(operation, self._ucx)
-        for flight in (*self.flights, self.newest):
-            flight.clear()
-        if self._ucx is not None and self._clean:
-            release_cancelled(self._ucx.ucxx_ptr)
         self._ucx = None
         self._link.forget_endpoint(self)
         self._accepted_by = None
@@ -253,49 +217,24 @@ class UCXXEndpoint(Posted):
             self._error = error
         self.note_loss()
 
-    def _memory(self, nbytes: int) -> tuple[bytearray, UCXXMessage]:
-        """What messages of a length are sent from, one after another."""
-        copies = self._link.copies
-        if len(copies) >= MAX_COPIES:
-            copies.clear()
-        memory = bytearray(nbytes)
-        copies[nbytes] = memory, self._link.message(memory)
-        return copies[nbytes]
+    def _defer(self, operation: UCXXOperation) -> None:
+        """A send waits for the hello; what is posted before the owner can know of a loss, or of a close, for its end.
 
-    def _refused(self, array: UcxArray, nbytes: int, on_done: OnDone | None) -> UCXXOperation:
-        """What is posted before the owner can know of a loss, or of the link's close, ends in a turn."""
-        if not (self.alive or self._link.closing):
-            raise self._why_lost()
-        operation = operation_of(array, nbytes, on_done, None)
+        Raises:
+            TransportError: the owner knows of it.
+        """
+        if not self._usable:
+            if not (self.alive or self._link.closing):
+                raise self._why_lost()
+            self._link.ready.append((UCXXEndpoint.fail_deferred, self))
         self._deferred.append(operation)
-        self._link.ready.append((UCXXEndpoint.fail_deferred, self))
-        return operation
 
-    def _end(self, operation: UCXXOperation, request: UcxRequest) -> None:
-        operation.request = operation.array = None
-        operation.completed = True
-        if request.status:
-            self.note_failure(operation, request)
-
-    def _ended_at_once(self, operation: UCXXOperation, request: UcxRequest) -> None:
-        """What was posted is over: its owner hears so in a turn."""
-        self._end(operation, request)
-        if operation.on_done is not None:
-            self._link.ready.append((operation.on_done, operation))
-
-    def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
-        if isinstance(request, PendingSend):
-            operation.error = self._why_lost()
-            return
-        binding = self._link.binding
-        try:
-            request.check_error()
-        except binding.root as exc:
-            truncated = operation.channel >= 0 and isinstance(exc, binding.lib.UCXMessageTruncatedError)
-            if truncated or self._usable:
-                operation.error = binding.error(exc, peer=self.peer, connected=self._send_base >= 0)
-            else:
-                operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
+    def note_failure(self, operation: UCXXOperation) -> None:
+        status = operation.status
+        if status == TRUNCATED or self._usable:
+            operation.error = status_error(status, peer=self.peer, connected=self._send_base >= 0)
+        else:
+            operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
 
     def _break(self) -> None:
         """Break the connection and cancel what is in flight, which ends in a later turn at the latest."""
@@ -305,29 +244,26 @@ class UCXXEndpoint(Posted):
             # it never ends a receive that nothing has matched.
             with suppress(self._link.binding.root):
                 ucx.close_blocking()
-        self._link.cancel_due = True
+        self._link.note_broken(self)
         if self._deferred:
             self._link.ready.append((UCXXEndpoint.fail_deferred, self))
 
     def fail_deferred(self) -> None:
         """End what waits for a hello that never comes."""
-        while self._deferred:
+        for _ in range(len(self._deferred)):  # those that callbacks post have the next turn
             operation = self._deferred.popleft()
-            operation.completed, operation.array, operation.error = True, None, self._why_lost()
+            operation.completed, operation.buffer, operation.error = True, None, self._why_lost()
             if operation.on_done is not None:
                 operation.on_done(operation)
 
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
-        self._link.search(self, everywhere=True)
-        for operation in self.in_flight():
-            request = operation.request
-            if request is not None and request.status != IN_PROGRESS:  # behind one that never ends
-                self._end(operation, request)
-            else:
-                operation.error = self._why_lost()
+        while self._flight.has_ends():
+            self._flight.turn(0)
+        for operation in self._flight.of(self):
             on_done, operation.on_done = operation.on_done, None
             if on_done is not None:
+                operation.error = self._why_lost()
                 on_done(operation)
 
     def _why_lost(self) -> TransportError:
@@ -346,18 +282,14 @@ class UCXXEndpoint(Posted):
         return lost("reset", peer=self.peer)
 
     def _send_deferred(self) -> None:
-        while self._deferred and self._ucx is not None:
+        flight = self._flight
+        while self._deferred:
             operation = self._deferred.popleft()
-            assert operation.array is not None  # not over
-            channel, operation.channel = operation.channel, -1
-            sends, tag = self._tagged, self._send_base | channel
-            begun = sends.begin(self._handle, operation.array.ptr, operation.nbytes, tag, sends.options)
-            operation.request = request = PendingSend(sends, begun)
-            if request.status == IN_PROGRESS:
-                self.sends.append(operation)
-                self._order[self] = None
-            else:
-                self._ended_at_once(operation, request)
+            buffer, tag = operation.buffer, self._send_base | operation.channel
+            address = buffer.address if isinstance(buffer, UCXXMessage) else cast("bytes", buffer)
+            status = flight.post(operation, flight.send_large, self._handle, address, tag)
+            if status != IN_PROGRESS and operation.on_done is not None:
+                self._link.ready.append((operation.on_done, operation))
 
 
 def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:

@@ -1,38 +1,30 @@
-"""What is in flight over one link, how its ends are found, and what else its endpoints and listeners share.
+"""What is in flight over one link, how it ends, and what else its endpoints and listeners share.
 
-UCX's requests say whether they are over when asked, so they are asked after progress moved something. That is bounded:
-
-- endpoints with something in flight, in the order of their last post; the search ends `IDLE_ENDPOINTS` after the last
-  find, and after `HOT_ENDPOINTS` without one;
-- of each endpoint the oldest receive of each channel and the sends, the oldest first, until `MISSES` of either are
-  still in progress; of those that follow on a channel, until `ENDS_AT_ONCE` have been called back: callbacks may post
-  what ends at once;
-- all of them every `FULL_EVERY` searches, and whenever progress moves nothing: so also before every sleep.
+UCX calls `native/flight.c` back, which queues what has ended; each turn takes what is queued, in the order of the ends.
+An operation is listed before UCX is asked, and until its end is taken: UCX points to its buffer, and an interrupt may
+come between any two steps.
 """
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link.base import LinkCounters, OnDone, Usable, byte_view
-from ucxx_transport.link.libraries import IN_PROGRESS, TaggedSends
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxEndpoint, UcxRequest, UcxWorker
+from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxEndpoint, UcxWorker
 from ucxx_transport.link.ucx_hello import CHANNEL_BITS
+from ucxx_transport.native import load
 
-IDLE_ENDPOINTS: Final = 4
-HOT_ENDPOINTS: Final = 64
-MISSES: Final = 4
-FULL_EVERY: Final = 16
 ENDS_AT_ONCE: Final = 64
-EVERYTHING: Final = 1 << 30
+"""Ends that are taken in one turn, so that callbacks which post what ends at once cannot hold the thread."""
 
 STRAYS_EVERY: Final = 8
 """Turns in which something moved between two looks for unexpected messages: at 64 KiB each some 16 MiB of them."""
@@ -40,34 +32,45 @@ STRAYS_EVERY: Final = 8
 UNEXPECTED_AT_ONCE: Final = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the thread."""
 
+_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HANDLED, _SPIN_NS, _FOUND_TAG, _ENDS = (*range(9, 17), 18)
+"""Words of `struct flight`, behind the worker and the functions."""
+
+IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
+
+FUNCTIONS: Final = (
+    *("ucp_tag_send_nbx", "ucp_tag_recv_nbx", "ucp_stream_send_nbx", "ucp_stream_recv_nbx", "ucp_tag_probe_nb"),
+    *("ucp_worker_progress", "ucp_request_cancel", "ucp_request_free"),
+)
+"""What `flight.c` calls of UCX, as its `struct ucp` has it."""
+
+
+AGAIN: Final[tuple[Callable[[object], object], object]] = (id, None)
+"""Something ready that does nothing: the next turn looks at what is lost and broken."""
+
 
 class UCXXOperation:
-    """Something that UCX was asked to do for an endpoint. See `base.Operation`.
+    """Something that UCX is asked to do for an endpoint. See `base.Operation`.
 
     Attributes:
-        request: UCX's; None before it was asked, and when it is over.
-        array: the buffer, pinned until UCX is done with it: dropping it sooner is a crash.
-        channel: of a receive; -1 else.
-        follower: the next receive of its channel.
+        owner: whose it is.
+        buffer: pinned until UCX is done with it: dropping it sooner is a crash.
+        channel: of one that is deferred.
+        status: UCX's, once it has ended.
     """
 
-    array: UcxArray | None = None
-    nbytes = 0
+    owner: Posted
+    buffer: object
+    nbytes: int
     on_done: OnDone | None = None
-    request: UcxRequest | None = None
-    channel = -1
+    channel = status = 0
     completed = False
     error: TransportError | None = None
-    follower: UCXXOperation | None = None
 
 
-def operation_of(
-    array: UcxArray, nbytes: int, on_done: OnDone | None, request: UcxRequest | None, channel: int = -1
-) -> UCXXOperation:
-    """One in flight."""
+def operation_of(owner: Posted, buffer: object, nbytes: int, on_done: OnDone | None = None) -> UCXXOperation:
+    """One to be posted."""
     operation = UCXXOperation()
-    operation.array, operation.nbytes, operation.on_done = array, nbytes, on_done
-    operation.request, operation.channel = request, channel
+    operation.owner, operation.buffer, operation.nbytes, operation.on_done = owner, buffer, nbytes, on_done
     return operation
 
 
@@ -76,185 +79,216 @@ class UCXXMessage:
 
     Attributes:
         array: UCX's. address: where it lies.
-        sent: what a send of it that has left at once is.
     """
 
-    __slots__ = ("address", "array", "nbytes", "sent", "writable")
+    __slots__ = ("address", "array", "nbytes", "writable")
 
     def __init__(self, view: memoryview, array: UcxArray) -> None:
         self.array = array
         self.address: int = array.ptr
         self.nbytes = view.nbytes
         self.writable = not view.readonly
-        self.sent = UCXXOperation()
-        self.sent.nbytes, self.sent.completed = view.nbytes, True
 
 
 class Posted:
-    """What is in flight of one endpoint.
+    """Something that operations are posted for.
 
     Attributes:
-        receives: the oldest of each channel, oldest first; the others are its followers, since they end in order.
-        sends: oldest first.
-        newest: of the receives of each channel.
-        flights: sends and receives: an answer shows that what it answers has left.
+        in_flight: how many have not ended.
     """
 
-    def __init__(self) -> None:
-        self.receives: list[UCXXOperation] = []
-        self.sends: list[UCXXOperation] = []
-        self.newest: dict[int, UCXXOperation] = {}
-        self.flights = (self.sends, self.receives)
+    in_flight = 0
 
-    def note_failure(self, operation: UCXXOperation, request: UcxRequest) -> None:
+    def note_failure(self, operation: UCXXOperation) -> None:
         """An operation has ended in an error."""
-        raise NotImplementedError
-
-    def in_flight(self) -> list[UCXXOperation]:
-        """All that has not ended."""
-        found = list(self.sends)
-        for head in self.receives:
-            operation: UCXXOperation | None = head
-            while operation is not None:
-                if not operation.completed:
-                    found.append(operation)
-                operation = operation.follower
-        return found
 
 
 class Flight:
-    """The open endpoints of one link.
+    """What is in flight with one UCX worker; the calls of `flight.c`, which says what each does.
+
+    Args:
+        worker: the `ucp_worker_h`.
+        functions: addresses of `FUNCTIONS`.
 
     Attributes:
-        endpoints: all of them.
-        order: those with something in flight, most recently used last; `pop` and set with every post.
-        overlooked: the last search did not look at all of them.
-        searches: so far.
+        operations: by index.
+        free: indices.
+        ended: taken, and not called back yet.
+        handled: how many ends have been taken, ever.
+        send, send_large, receive, stream_send, stream_receive: to `post` by. Large sends release the interpreter's
+            lock (GIL): UCX copies as much as the socket takes.
     """
 
-    def __init__(self) -> None:
-        self.endpoints: dict[Any, None] = {}
-        self.order: dict[Any, None] = {}
-        self.overlooked = False
-        self.searches = 0
+    def __init__(self, worker: int, functions: Sequence[int]) -> None:
+        brief, sleeping = load().brief.library, load().sleeping.library
+        words = brief.flight_words()
+        self._memory = memory = (ctypes.c_uint64 * words)(worker, *functions)
+        self._words = memoryview(memory).cast("B").cast("Q")
+        self._ends = self._words[_ENDS : _ENDS + ENDS_AT_ONCE].cast("B").cast("q")
+        # Without argument types an array is passed as it is: a call takes 0.1 us, and 0.1 more for each typed argument.
+        self.send, self.send_large, self.receive = brief.flight_send, sleeping.flight_send, brief.flight_receive
+        self.stream_send, self.stream_receive = brief.flight_stream_send, brief.flight_stream_receive
+        self._turn, self._has_ends = sleeping.flight_turn, brief.flight_has_ends
+        self._cancel, self._probe, self._close = brief.flight_cancel, brief.flight_probe, brief.flight_close
+        self.operations: dict[int, UCXXOperation] = {}
+        self.free: list[int] = []
+        self._made = 0
+        self._taken: list[int] = []
+        self.ended: deque[UCXXOperation] = deque()
+        self.handled = 0
 
-    def search(self, only: Posted | None = None, *, everywhere: bool) -> bool:  # noqa: C901, PLR0912, PLR0915 - a call more costs
-        """Call back what has ended; whether anything has. See the module.
+    def has_ends(self) -> bool:
+        """Whether something has ended that is not taken or not called back yet."""
+        self._words[_HANDLED] = self.handled
+        return bool(self.ended) or self._has_ends(self._memory) != 0
+
+    def post(
+        self, operation: UCXXOperation, begin: Callable[..., int], endpoint: int, address: int | bytes, tag: int
+    ) -> int:
+        """Ask UCX for something, by one of the calls; `IN_PROGRESS`, or the status with which it ended at once.
 
         Args:
-            only: of this endpoint alone.
-            everywhere: look at everything.
+            operation: of its buffer.
+            begin: one of the calls.
+            endpoint: UCX's; 0 for a receive, which matches by the tag alone.
+            address: of the buffer, or what it is.
+            tag: 0 for what goes by the stream.
         """
-        self.searches = searches = self.searches + 1
-        order, misses = self.order, MISSES
-        endpoints, overlooked = ([*reversed(order)], False) if only is None else ([only], self.overlooked)
-        if everywhere or not searches % FULL_EVERY:
-            misses = EVERYTHING
-        elif len(endpoints) > HOT_ENDPOINTS:
-            del endpoints[HOT_ENDPOINTS:]
-            overlooked = True
-        self.overlooked = True  # until it is through: a callback may raise
-        found = idle = 0
-        for endpoint in endpoints:
-            before = found
-            for flight in endpoint.flights:
-                missed = 0
-                for first in tuple(flight):
-                    operation = first
-                    while (status := (request := operation.request).status) != IN_PROGRESS:
-                        found += 1
-                        follower = operation.follower
-                        while follower is not None and follower.completed:
-                            follower = follower.follower
-                        if follower is None:
-                            flight.remove(operation)
-                            endpoint.newest.pop(operation.channel, None)
-                        else:
-                            flight[flight.index(operation)] = follower
-                        operation.request = operation.array = operation.follower = None
-                        operation.completed = True
-                        if status:
-                            endpoint.note_failure(operation, request)
-                        on_done, operation.on_done = operation.on_done, None
-                        if on_done is not None:
-                            on_done(operation)
-                        if follower is None or found - before >= ENDS_AT_ONCE:
-                            break
-                        operation = follower
-                    else:
-                        missed += 1
-                        if missed > misses:
-                            overlooked = True
-                            break
-            if found > before:
-                overlooked = overlooked or found - before >= ENDS_AT_ONCE
-                idle = 0
-                if not (endpoint.receives or endpoint.sends):
-                    order.pop(endpoint, None)
-            elif found and misses == MISSES:
-                idle += 1
-                if idle == IDLE_ENDPOINTS:
-                    overlooked = True
-                    break
-        self.overlooked = overlooked
-        if not searches % STRAYS_EVERY:
-            self.discard_unexpected()
-        return found > 0
+        free, words = self.free, self._words
+        if not free:
+            free.append(self._made)
+            self._made += 1
+        index = free.pop()
+        self.operations[index] = operation
+        operation.owner.in_flight += 1
+        words[_INDEX], words[_ENDPOINT], words[_TAG], words[_BYTES] = index, endpoint, tag, operation.nbytes
+        if type(address) is int:
+            words[_ADDRESS] = address
+            status = begin(self._memory, None)
+        else:
+            status = begin(self._memory, address)
+        if status != IN_PROGRESS:
+            del self.operations[index]
+            free.append(index)
+            operation.owner.in_flight -= 1
+            operation.completed, operation.buffer = True, None
+            if status:
+                operation.status = status
+                operation.owner.note_failure(operation)
+        return status
 
-    def discard_unexpected(self) -> None:
-        """Drop messages that no endpoint waits for."""
+    def turn(self, spin_ns: int) -> bool:
+        """Progress; take what has ended, and call it back. Whether anything moved.
+
+        Args:
+            spin_ns: how long to poll while nothing moves.
+        """
+        words = self._words
+        words[_HANDLED], words[_SPIN_NS] = self.handled, spin_ns
+        found = self._turn(self._memory)
+        if self._taken:  # the queue has them no more
+            self.free += self._taken
+            self._taken.clear()
+        operations, ended = self.operations, self.ended
+        for end in self._ends[: max(found, 0)]:
+            index = end >> 8
+            operation = operations.get(index)
+            if operation is not None:  # else an interrupt came after it had been taken
+                status = end & 0xFF
+                operation.status = status - 256 if status > 127 else status
+                ended.append(operation)
+                operations.pop(index)
+            self.handled += 1
+            self._taken.append(index)
+        moved: bool = found >= 0
+        while ended:  # some may be left of a turn that a callback's exception has ended
+            moved = True
+            operation = ended.popleft()
+            operation.completed, operation.buffer = True, None
+            owner = operation.owner
+            owner.in_flight -= 1
+            if operation.status:
+                owner.note_failure(operation)
+            on_done, operation.on_done = operation.on_done, None
+            if on_done is not None:
+                on_done(operation)
+        return moved
+
+    def of(self, owner: Posted) -> list[UCXXOperation]:
+        """What is in flight for one, in the order of the posts of each channel or not."""
+        if not owner.in_flight:
+            return []
+        return [operation for operation in [*self.operations.values(), *self.ended] if operation.owner is owner]
+
+    def cancel(self, owners: Mapping[Any, Any]) -> None:
+        """End what is in flight for these, as far as UCX ends it."""
+        for index, operation in list(self.operations.items()):
+            if operation.owner in owners:
+                self._words[_INDEX] = index
+                self._cancel(self._memory)
+
+    def unexpected_tag(self) -> int | None:
+        """The tag of a message that nothing has been posted for; None: there is none."""
+        return self._words[_FOUND_TAG] if self._probe(self._memory) else None
+
+    def release(self) -> None:
+        """Give back the memory, unless UCX may still refer to it."""
+        if self.operations:
+            keep_for_good(self)
+        else:
+            self._close(self._memory)
 
 
-class LinkState(Usable, Flight):
-    """A `UCXXLink`, as its endpoints and listeners see it.
+class LinkState(Usable, Posted):
+    """A `UCXXLink`, as its endpoints and listeners see it; the owner of what takes in unexpected messages.
 
     Attributes:
         ipv6: an address that listeners listen on, too.
-        make_array, make_tag: UCX's. sends: tagged ones.
-        copies: by length, memory that small messages are sent from: UCX has taken them when a post returns.
-        ready: what is to be called in the next turn, with its argument.
-        cancel_due: operations of a broken connection are to be ended in the next turn.
+        make_array: UCX's.
+        ready: what is to be called in the next turn, with its argument; never empty while something is broken or lost.
+        broken: endpoints whose operations are to be ended when what had arrived has been called back.
         lost: endpoints whose owners are to hear so. ending: those that are being closed, and when they end anyway.
-        listeners: that are open.
+        endpoints: that are open. listeners: likewise.
     """
 
     worker: UcxWorker
+    flight: Flight
     settings: Mapping[str, str]
     context: Any
 
     def __init__(self, timers: Reactor, binding: Binding, ipv6: str | None) -> None:
-        super().__init__()
         self.timers = timers
         self.ipv6 = ipv6
         self.binding = binding
         self.make_array = binding.make_array
-        self.make_tag = binding.lib.UCXXTag
-        self.sends = TaggedSends()
         self.counters = LinkCounters()
-        self.copies: dict[int, tuple[bytearray, UCXXMessage]] = {}
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
-        self.cancel_due = False
+        self.endpoints: dict[Any, None] = {}
+        self.broken: dict[Any, None] = {}
         self.lost: deque[Any] = deque()
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
-        self._any_tag, self._any_mask = binding.lib.UCXXTag(0), binding.lib.UCXXTagMask(0)
         self._by_base: dict[int, Any] = {}
-        self.strays: list[tuple[UcxRequest, UcxArray]] = []
 
-    def message(self, buffer: object) -> UCXXMessage:
+    def message(self, buffer: object, *, writable: bool = False) -> UCXXMessage:
         self.check_usable()
-        view = byte_view(buffer, writable=False)
+        view = byte_view(buffer, writable=writable)
         return UCXXMessage(view, self.make_array(view))
 
     def adopt(self, endpoint: Any) -> None:
         """Count an endpoint among the open ones."""
-        self.endpoints[endpoint] = self.order[endpoint] = None
+        self.endpoints[endpoint] = None
         self._by_base[endpoint.base] = endpoint
 
     def note_lost(self, endpoint: Any) -> None:
         """An endpoint's peer is gone: the next turn says so to its owner, when what had arrived is called back."""
         self.lost.append(endpoint)
-        self.cancel_due = True
+        self.note_broken(endpoint)
+
+    def note_broken(self, endpoint: Any) -> None:
+        """An endpoint's connection is broken: later turns end its operations, when what had arrived is called back."""
+        self.broken[endpoint] = None
+        self.ready.append(AGAIN)
 
     def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object) -> Timer:
         """Call this in a turn, after a while."""
@@ -264,7 +298,6 @@ class LinkState(Usable, Flight):
     def forget_endpoint(self, endpoint: Any) -> None:
         """An endpoint is closed."""
         del self.endpoints[endpoint]
-        self.order.pop(endpoint, None)
         del self._by_base[endpoint.base]
         self.discard_unexpected()
 
@@ -290,21 +323,13 @@ class LinkState(Usable, Flight):
         They are what came to an endpoint that has been closed, on a channel that it does not have, or under a tag that
         never was one's: tags are matched in the whole worker, so any peer may send such.
         """
-        if self.strays:
-            self.strays = [stray for stray in self.strays if stray[0].status == IN_PROGRESS]
-        found = self.worker.tag_probe(self._any_tag, self._any_mask)
-        if not found.matched:
-            return
-        nowhere = self.make_array(bytearray(1))
         for _ in range(UNEXPECTED_AT_ONCE):
-            tag = found.sender_tag
-            endpoint = self._by_base.get(tag.value >> CHANNEL_BITS)
-            if endpoint is not None and tag.value - (endpoint.base << CHANNEL_BITS) < endpoint.channels:
-                return  # its receive is about to be posted; what lies behind it is seen to next time
-            request = self.worker.tag_recv(nowhere, tag)
-            self.counters.unexpected_messages += 1
-            if request.status == IN_PROGRESS:  # UCX still refers to it: dropping it, or the array, could be a crash
-                self.strays.append((request, nowhere))
-            found = self.worker.tag_probe(self._any_tag, self._any_mask)
-            if not found.matched:
+            tag = self.flight.unexpected_tag()
+            if tag is None:
                 return
+            endpoint = self._by_base.get(tag >> CHANNEL_BITS)
+            if endpoint is not None and tag - (endpoint.base << CHANNEL_BITS) < endpoint.channels:
+                return  # its receive is about to be posted; what lies behind it is seen to next time
+            nowhere = self.message(bytearray(1))
+            self.counters.unexpected_messages += 1
+            self.flight.post(operation_of(self, nowhere, 1), self.flight.receive, 0, nowhere.address, tag)

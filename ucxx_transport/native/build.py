@@ -1,4 +1,4 @@
-"""Compilation of `ring.c`: with `$CC`, cc, gcc or clang, else with the C compiler of the PyPI package ziglang.
+"""Compilation of the sources into one library: by `$CC`, cc, gcc or clang, else by the compiler of ziglang (PyPI).
 
 Standard library only: the package's build hook loads this file by its path, before the package can be imported. What
 only a compilation needs is imported there: each process that uses a ring loads this module for the names.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUILD = Path(__file__)
-LIBRARY = Path(__file__).with_name("libring.so")
-SOURCE = Path(__file__).with_name("ring.c")
+LIBRARY = Path(__file__).with_name("libnative.so")
+SOURCES = (Path(__file__).with_name("ring.c"), Path(__file__).with_name("flight.c"))
 HEADER = Path(__file__).with_name("ring_layout.h")
 FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
@@ -26,7 +26,7 @@ ZIG_GLIBC = "2.28"
 
 
 class CompilationError(RuntimeError):
-    """Nothing on this machine compiles `ring.c`."""
+    """Nothing on this machine compiles the sources."""
 
 
 class Compiler(NamedTuple):
@@ -38,9 +38,9 @@ class Compiler(NamedTuple):
 
 
 def source_hash() -> int:
-    """64 bits that name the source; a library has those of its own."""
-    digest = hashlib.blake2b(SOURCE.read_bytes() + HEADER.read_bytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    """64 bits that name the sources; a library has those of its own."""
+    digest = hashlib.blake2b(b"".join(file.read_bytes() for file in (*SOURCES, HEADER)), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def compilers() -> list[Compiler]:
@@ -63,8 +63,8 @@ def compilers() -> list[Compiler]:
     return found
 
 
-def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
-    """Compile `ring.c` into a shared library; returns the compiler that did it.
+def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
+    """Compile the sources into a shared library; returns the compiler that did it.
 
     The target is replaced in one step, so that a process that has the old one mapped keeps it. There may be further
     flags, such as `-DRING_CUT`.
@@ -78,7 +78,7 @@ def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
     flags = (*FLAGS, f"-DRING_SOURCE={source_hash():#x}ULL", *flags)
     made = target.with_suffix(f".{os.getpid()}.tmp")
     for compiler in compilers():
-        command = [*compiler.command, *flags, str(SOURCE), "-o", str(made)]
+        command = [*compiler.command, *flags, *map(str, SOURCES), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as exc:
@@ -90,11 +90,11 @@ def compile_ring(target: Path, flags: Sequence[str] = ()) -> Compiler:
         tried.append(f"{compiler.name}: exit {done.returncode}: {done.stderr.strip()[-400:]}")
     made.unlink(missing_ok=True)
     raise CompilationError(
-        "ring.c cannot be compiled. Tried: "
+        "the sources cannot be compiled. Tried: "
         + ("; ".join(tried) or "nothing: there is no $CC, cc, gcc, clang or ziglang")
         + ". Install gcc, or `pip install ziglang`, and install ucxx_transport again"
     )
 
 
 if __name__ == "__main__":
-    sys.stderr.write(f"{LIBRARY}: compiled with {compile_ring(LIBRARY).name}\n")
+    sys.stderr.write(f"{LIBRARY}: compiled with {compile_library(LIBRARY).name}\n")

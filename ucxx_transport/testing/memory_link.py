@@ -126,9 +126,10 @@ class MemoryEndpoint:
             self._reset()
         self.link.call(self._finish_close)
 
-    def in_flight(self) -> list[MemoryOperation]:
-        """All that has not ended, oldest first."""
-        return list(self._in_flight)
+    @property
+    def in_flight(self) -> int:
+        """How many operations have not ended."""
+        return len(self._in_flight)
 
     def listener_has_answered(self) -> bool:
         """Never: there is nothing between a listener and its endpoints."""
@@ -140,7 +141,7 @@ class MemoryEndpoint:
             other.link.call(other.lose, "reset")
             return
         self.other = other
-        for operation in self.in_flight():
+        for operation in list(self._in_flight):
             if operation.sending and operation.nbytes <= EAGER_BYTES:
                 self.end(operation)
         self._deliver()
@@ -215,7 +216,7 @@ class MemoryEndpoint:
         del self._in_flight[operation]
 
     def _end_all(self, reason: base.LostReason) -> None:
-        for operation in self.in_flight():
+        for operation in list(self._in_flight):
             if operation.immortal:
                 operation.error = base.lost(reason, peer=self.peer)
                 operation.call_back()

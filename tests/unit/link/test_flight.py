@@ -1,183 +1,240 @@
-"""How the ends of operations are found: in order, all of them, and with a bounded search."""
+"""What is in flight with UCX: each end is handed over once, in order, whatever interrupts its taking."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import ctypes
+from collections import deque
 from typing import Any
 
 import pytest
 
-from ucxx_transport.link.libraries import IN_PROGRESS
 from ucxx_transport.link.ucx_flight import (
     ENDS_AT_ONCE,
-    FULL_EVERY,
-    HOT_ENDPOINTS,
-    MISSES,
+    FUNCTIONS,
+    IN_PROGRESS,
     Flight,
     Posted,
+    UCXXOperation,
     operation_of,
 )
 
+POINTER, SIZE, WORD, NUMBER = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_int
+WORKER = 0x1000
+TRUNCATED = -9
 
-class Side(Posted):
-    """An endpoint whose requests end when the test says so."""
 
-    def __init__(self, flight: Flight) -> None:
-        super().__init__()
-        self.flight = flight
-        self.ended: list[str] = []
-        self.asked = 0
-        flight.endpoints[self] = flight.order[self] = None
+class Parameters(ctypes.Structure):
+    """The beginning of `ucp_request_param_t`."""
 
-    def post(self, name: str, channel: int = 0) -> Any:
-        """Post a receive, or a send as channel -1; what UCX would know of it."""
-        request = Request(self)
-        array: Any = None
-        operation = operation_of(array, 1, lambda _: self.ended.append(name), request, channel)
-        if channel < 0:
-            self.sends.append(operation)
-        else:
-            before = self.newest.get(channel)
-            if before is None:
-                self.receives.append(operation)
+    _fields_ = (
+        *(("mask", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("request", POINTER), ("callback", POINTER)),
+        *(("datatype", WORD), ("user_data", POINTER)),
+    )
+
+
+class FakeUCX:
+    """UCX's functions: what is posted ends when the test says so, in a later progress."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[int, int]] = []  # callback, user_data
+        self.to_end: deque[tuple[int, int]] = deque()  # request, status
+        self.freed: list[int] = []
+        self.cancelled: list[int] = []
+        self.at_once: int | None = None
+        self.moves = 0
+        types: tuple[Any, ...] = (
+            ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE, WORD, ctypes.POINTER(Parameters)),
+            ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE, WORD, WORD, ctypes.POINTER(Parameters)),
+            ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE, ctypes.POINTER(Parameters)),
+            ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE, POINTER, ctypes.POINTER(Parameters)),
+            ctypes.CFUNCTYPE(POINTER, POINTER, WORD, WORD, NUMBER, ctypes.POINTER(WORD)),
+            ctypes.CFUNCTYPE(ctypes.c_uint, POINTER),
+            ctypes.CFUNCTYPE(None, POINTER, POINTER),
+            ctypes.CFUNCTYPE(None, POINTER),
+        )
+        calls = (
+            *(self._post, self._post, self._post, self._post),
+            *(self._probe, self._progress, lambda _, request: self.cancelled.append(request), self.freed.append),
+        )
+        self._kept: list[Any] = [make(call) for make, call in zip(types, calls, strict=True)]
+        assert len(self._kept) == len(FUNCTIONS)
+        self.functions = [ctypes.cast(function, POINTER).value or 0 for function in self._kept]
+        self.unexpected: int | None = None
+
+    def _post(self, *words: Any) -> int | None:
+        if self.at_once is not None:
+            return self.at_once % (1 << 64) or None
+        parameters = words[-1].contents
+        self.posted.append((parameters.callback, parameters.user_data))
+        return len(self.posted)
+
+    def _probe(self, worker: int, tag: int, mask: int, removes: int, info: Any) -> int | None:  # noqa: ARG002
+        if self.unexpected is None:
+            return None
+        info[0] = self.unexpected
+        return 1
+
+    def _progress(self, worker: int) -> int:
+        assert worker == WORKER
+        ends = len(self.to_end)
+        while self.to_end:
+            request, status = self.to_end.popleft()
+            callback, user_data = self.posted[request - 1]
+            if request % 2:  # sends and receives have other callbacks
+                ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int8, POINTER)(callback)(request, status, user_data)
             else:
-                before.follower = operation
-            self.newest[channel] = operation
-        self.flight.order.pop(self, None)
-        self.flight.order[self] = None
-        return request
+                ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int8, POINTER, POINTER)(callback)(
+                    request, status, None, user_data
+                )
+        moved, self.moves = ends + self.moves, 0
+        return moved
 
 
-class Request(SimpleNamespace):
-    """UCX's request, which counts how often it is asked."""
+class Owner(Posted):
+    """Notes what it hears."""
 
-    def __init__(self, side: Side) -> None:
-        super().__init__(side=side, value=IN_PROGRESS)
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
 
-    @property
-    def status(self) -> int:
-        self.side.asked += 1
-        return int(self.value)
-
-    def end(self) -> None:
-        """It is over, well."""
-        self.value = 0
+    def note_failure(self, operation: UCXXOperation) -> None:
+        self.heard.append(operation.status)
 
 
-def test_ends_of_a_channel_are_called_in_the_order_of_its_posts() -> None:
-    flight = Flight()
-    side = Side(flight)
-    requests = [side.post(str(number), channel=3) for number in range(5)]
-    for number in (1, 2, 4):
-        requests[number].end()
-    assert not flight.search(everywhere=True)
-    requests[0].end()
-    assert flight.search(everywhere=False)
-    assert side.ended == ["0", "1", "2"]
-    requests[3].end()
-    flight.search(everywhere=False)
-    assert side.ended == ["0", "1", "2", "3", "4"]
-    assert (side.receives, side.newest, list(flight.order)) == ([], {}, [])
+class Bench:
+    """A flight over a UCX of the test's."""
+
+    def __init__(self) -> None:
+        self.ucx = FakeUCX()
+        self.flight = Flight(WORKER, self.ucx.functions)
+        self.owner = Owner()
+
+    def post(self, name: object, on_done: Any = None) -> UCXXOperation:
+        """A send and a receive in turn."""
+        operation = operation_of(self.owner, b"", 0, on_done or (lambda _: self.owner.heard.append(name)))
+        is_send = len(self.ucx.posted) % 2 == 0
+        begin = self.flight.send if is_send else self.flight.receive
+        assert self.flight.post(operation, begin, 7, b"" if is_send else 0, 1 << 63) == IN_PROGRESS
+        return operation
+
+    def end(self, *requests: int, status: int = 0) -> None:
+        """In the next progress; the first request is 1."""
+        self.ucx.to_end.extend((request, status) for request in requests)
 
 
-def test_channels_and_directions_do_not_wait_for_each_other() -> None:
-    flight = Flight()
-    side = Side(flight)
-    requests = {name: side.post(name, channel=channel) for channel, name in enumerate("abc")}
-    requests["send"] = side.post("send", -1)
-    for name in ("c", "send"):
-        requests[name].end()
-        flight.search(everywhere=False)
-    assert side.ended == ["c", "send"]
-    assert flight.search(everywhere=True) is False
+def test_what_has_ended_is_called_back_in_the_order_of_its_ends() -> None:
+    bench = Bench()
+    operations = [bench.post(number) for number in range(5)]
+    assert (bench.owner.in_flight, bench.flight.of(bench.owner)) == (5, operations)
+    assert not bench.flight.turn(0)
+    bench.end(4, 1, 3)
+    assert bench.flight.turn(0)
+    assert bench.owner.heard == [3, 0, 2]
+    assert [operation.completed for operation in operations] == [True, False, True, True, False]
+    assert bench.ucx.freed == [4, 1, 3]
+    assert (bench.owner.in_flight, bench.flight.of(bench.owner)) == (2, [operations[1], operations[4]])
 
 
-def test_posts_of_a_callback_join_behind_what_is_posted_already() -> None:
-    flight = Flight()
-    side = Side(flight)
-    first, second = side.post("first"), side.post("second")
-    again: list[Any] = []
-    side.receives[0].on_done = lambda _: again.append(side.post("again"))
-    first.end()
-    flight.search(everywhere=False)
-    again[0].end()
-    assert not flight.search(everywhere=True)
-    second.end()
-    flight.search(everywhere=True)
-    assert side.ended == ["second", "again"]
+def test_a_status_is_known_before_the_owner_of_the_operation_hears_of_its_end() -> None:
+    bench = Bench()
+    bench.post("failed")
+    bench.end(1, status=TRUNCATED)
+    bench.flight.turn(0)
+    assert bench.owner.heard == [TRUNCATED, "failed"]
 
 
-def test_search_gives_up_after_a_few_in_progress_and_says_that_it_has_overlooked_some() -> None:
-    flight = Flight()
-    side = Side(flight)
-    requests = [side.post(str(number), channel=number) for number in range(200)]
-    requests[150].end()
-    assert not flight.search(everywhere=False)
-    assert side.asked <= MISSES + 1
-    assert flight.overlooked
-    assert flight.search(everywhere=True)
-    assert (side.ended, flight.overlooked) == (["150"], False)
+def test_what_ends_at_once_is_not_in_flight() -> None:
+    bench = Bench()
+    for status in (0, TRUNCATED):
+        bench.ucx.at_once = status
+        operation = operation_of(bench.owner, b"x", 1)
+        assert bench.flight.post(operation, bench.flight.send, 7, b"x", 1) == status
+        assert (operation.completed, operation.buffer, bench.owner.in_flight) == (True, None, 0)
+    assert (bench.owner.heard, bench.flight.operations) == ([TRUNCATED], {})
 
 
-def test_search_of_many_idle_endpoints_is_bounded_and_finds_the_latest_used_first() -> None:
-    flight = Flight()
-    sides = [Side(flight) for _ in range(10 * HOT_ENDPOINTS)]
-    requests = [side.post("x") for side in sides]
-    requests[-1].end()
-    assert flight.search(everywhere=False)
-    assert sum(side.asked for side in sides) < 10
-    assert flight.overlooked
-    requests[0].end()
-    assert not flight.search(everywhere=False)
-    assert sum(side.asked for side in sides) < 10 + HOT_ENDPOINTS
-    sides[0].post("y", channel=1)  # it is used now
-    assert flight.search(everywhere=False)
-    assert sides[0].ended == ["x"]
+def test_more_ends_than_a_turn_takes_are_left_for_the_next() -> None:
+    bench = Bench()
+    count = 2 * ENDS_AT_ONCE + 1
+    for number in range(count):
+        bench.post(number)
+    bench.end(*range(1, count + 1))
+    turns = 0
+    while bench.flight.has_ends() or not turns:
+        bench.flight.turn(0)
+        turns += 1
+    assert (turns, bench.owner.heard) == (3, list(range(count)))
 
 
-def test_what_lies_far_behind_is_found_even_while_others_are_busy() -> None:
-    flight = Flight()
-    quiet = Side(flight)
-    quiet.post("quiet").end()
-    busy = [Side(flight) for _ in range(2 * HOT_ENDPOINTS)]
-    for _ in range(FULL_EVERY):
-        for side in busy:
-            side.post("busy").end()
-        flight.search(everywhere=False)
-    assert quiet.ended == ["quiet"]
+def test_an_index_is_not_used_again_while_its_end_is_queued() -> None:
+    """UCX may end what a callback posts before the next turn, as when it closes an endpoint."""
+    bench = Bench()
+
+    def post_again(_: object) -> None:
+        bench.post("again")
+        bench.end(len(bench.ucx.posted))
+        bench.ucx._progress(WORKER)  # noqa: SLF001
+
+    bench.post("first", post_again)
+    bench.post("second")
+    bench.end(1, 2)
+    bench.flight.turn(0)
+    bench.flight.turn(0)
+    assert bench.owner.heard == ["second", "again"]
+    assert not bench.flight.has_ends()
 
 
-def test_search_ends_even_where_every_callback_posts_what_ends_at_once() -> None:
-    flight = Flight()
-    side = Side(flight)
+def test_a_callback_that_raises_takes_no_other_end_along() -> None:
+    bench = Bench()
 
-    def again(_operation: object) -> None:
-        side.ended.append("x")
-        side.post("x").end()
-        side.newest[0].on_done = again
+    def fail(_: object) -> None:
+        raise KeyboardInterrupt
 
-    side.post("x").end()
-    side.newest[0].on_done = again
-    side.post("last in the first search")
-    for turns in range(1, 4):
-        flight.search(everywhere=turns % 2 == 0)
-        assert len(side.ended) <= turns * ENDS_AT_ONCE
-    flight.search(side, everywhere=True)
+    bench.post("fails", fail)
+    bench.post("second")
+    bench.end(1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        bench.flight.turn(0)
+    assert bench.flight.has_ends()
+    assert bench.flight.turn(0)
+    assert bench.owner.heard == ["second"]
 
 
-def test_callback_that_raises_costs_no_other_its_turn() -> None:
-    flight = Flight()
-    side = Side(flight)
+def test_ends_that_an_interrupt_kept_from_being_taken_are_handed_over_again() -> None:
+    """The queue drops what is counted as handled, and nothing else."""
+    bench = Bench()
+    for name in "ab":
+        bench.post(name)
+    bench.end(1, 2)
+    assert bench.flight._turn(bench.flight._memory) == 2  # noqa: SLF001  # an interrupt came behind this call
+    assert bench.flight.has_ends()
+    bench.flight.turn(0)
+    assert bench.owner.heard == ["a", "b"]
 
-    def fail(_operation: object) -> None:
-        raise RuntimeError
 
-    requests = [side.post(str(number), channel=number) for number in range(3)]
-    side.receives[0].on_done = fail
-    for request in requests:
-        request.end()
-    with pytest.raises(RuntimeError):
-        flight.search(everywhere=False)
-    assert flight.overlooked
-    flight.search(everywhere=True)
-    assert side.ended == ["1", "2"]
+def test_owners_are_cancelled_alone() -> None:
+    bench = Bench()
+    other = Owner()
+    bench.post("ours")
+    mine = bench.owner
+    bench.owner = other
+    bench.post("other's")
+    bench.flight.cancel({mine: None})
+    assert bench.ucx.cancelled == [1]
+
+
+def test_a_message_that_nothing_waits_for_is_named_by_its_whole_tag() -> None:
+    bench = Bench()
+    assert bench.flight.unexpected_tag() is None
+    bench.ucx.unexpected = (1 << 64) - 1
+    assert bench.flight.unexpected_tag() == (1 << 64) - 1
+
+
+def test_a_turn_polls_while_nothing_moves_and_goes_on_while_something_does() -> None:
+    bench = Bench()
+    assert not bench.flight.turn(1000)
+    bench.ucx.moves = 1
+    assert bench.flight.turn(0)  # something moved, and ended nothing
+    bench.post("done")
+    bench.end(1)
+    assert bench.flight.turn(1_000_000)
+    assert bench.owner.heard == ["done"]

@@ -51,14 +51,14 @@ def test_the_header_is_generated_from_the_layout_and_the_table_of_states() -> No
 
 
 def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
-    build.compile_ring(tmp_path / "libring.so", ["-Werror"])
+    build.compile_library(tmp_path / "libnative.so", ["-Werror"])
 
 
 @pytest.fixture(scope="module")
 def cut_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A build that ends its process before the n-th store of a transition."""
-    library = tmp_path_factory.mktemp("cut") / "libring_cut.so"
-    build.compile_ring(library, ["-DRING_CUT"])
+    library = tmp_path_factory.mktemp("cut") / "libnative_cut.so"
+    build.compile_library(library, ["-DRING_CUT"])
     return str(library)
 
 
@@ -80,8 +80,8 @@ def test_random_transitions_are_clean_under_the_sanitizers(tmp_path: Path) -> No
     if gcc is None:
         pytest.skip("gcc, whose sanitizers' runtime is loaded first, is not installed")
     runtime = subprocess.run([gcc, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    library = tmp_path / "libring_sanitized.so"
-    build.compile_ring(library, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"])
+    library = tmp_path / "libnative_sanitized.so"
+    build.compile_library(library, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"])
     preload = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     assert run("random", str(library), str(STEPS), environment=preload) == {"steps": STEPS}
 
@@ -96,11 +96,11 @@ def test_without_any_compiler_the_error_names_what_was_tried(tmp_path: Path, mon
     if importlib.util.find_spec("ziglang") is not None:
         pytest.skip("ziglang is installed, so there is a compiler")
     with pytest.raises(build.CompilationError, match=r"no-such-compiler.*Install gcc, or `pip install ziglang`"):
-        build.compile_ring(tmp_path / "libring.so")
+        build.compile_library(tmp_path / "libnative.so")
 
 
 def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_to_build_it(tmp_path: Path) -> None:
-    broken = tmp_path / "libring.so"
+    broken = tmp_path / "libnative.so"
     broken.write_bytes(b"no shared library")
     for path in (broken, tmp_path / "missing.so", Path("libm.so.6")):  # the last: without the functions
         with row(path=path), pytest.raises(ConfigError, match="install the package again with pip"):
@@ -110,13 +110,13 @@ def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_
 def test_a_library_of_another_source_is_refused_and_built_again_by_the_command_that_the_error_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = tmp_path / "libring.so"
-    build.compile_ring(library)
+    library = tmp_path / "libnative.so"
+    build.compile_library(library)
     changed = tmp_path / "ring.c"
-    changed.write_text(build.SOURCE.read_text() + "/* changed */\n")
+    changed.write_text(build.SOURCES[0].read_text() + "/* changed */\n")
     shutil.copy(build.HEADER, tmp_path)
-    monkeypatch.setattr(build, "SOURCE", changed)
+    monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
     with pytest.raises(ConfigError, match=r"another source.*Build it with `python \S+/native/build\.py`"):
         native.load(library)
-    build.compile_ring(tmp_path / "again.so")
+    build.compile_library(tmp_path / "again.so")
     native.load(tmp_path / "again.so")
