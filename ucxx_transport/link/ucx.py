@@ -26,6 +26,9 @@ from ucxx_transport.link.ucx_listener import UCXXListener
 BUSY: Final = 32
 """So many progress calls in a row that moved something put off the end of a broken connection's operations."""
 
+SPIN_NS: Final = 5_000_000
+"""The longest poll in one call, which no signal interrupts."""
+
 PAUSE_S: Final = 1e-3
 """Pause between two turns of a close, so as not to burn a core."""
 
@@ -117,7 +120,11 @@ class UCXXLink(LinkState):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.thread = get_ident()
-        moved = self._turn(0 if self.ready else int(spin_s * 1e9))
+        left_ns = 0 if self.ready else int(spin_s * 1e9)
+        moved = self._turn(min(left_ns, SPIN_NS))
+        while not moved and left_ns > SPIN_NS and not self.ready:
+            left_ns -= SPIN_NS
+            moved = self._turn(min(left_ns, SPIN_NS))
         if moved:
             self._busy += 1
             self._moves += 1

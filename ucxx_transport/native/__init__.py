@@ -1,4 +1,7 @@
-"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words. `hatch_build.py` builds it with the package."""
+"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words, and `flight.c`, likewise `link/ucx_flight.py`.
+
+`hatch_build.py` builds it with the package.
+"""
 
 from __future__ import annotations
 
