@@ -79,7 +79,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         self._begun: deque[PendingBatch] = deque()
         super().__init__(config, on_loss=on_loss, **settings)
         # the class, not an object of it: kept, that would keep the frames that it was raised through
-        self._end: Exception | type[StopIteration] | None = None
+        self._end: BaseException | type[StopIteration] | None = None
         try:  # a daemon: it may wait for a reference that never comes
             start_thread(self._take, references, name="ucxx-stream")
         except TransportError:
@@ -119,7 +119,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         super()._leave_all()
 
     def _take(self, references: Iterable[Any]) -> None:
-        end: Exception | type[StopIteration] = StopIteration
+        end: BaseException | type[StopIteration] = StopIteration
         try:
             for reference in references:
                 if not is_ours(reference):
@@ -127,7 +127,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                     raise ConfigError(message, field="references")  # noqa: TRY301 - raised to who iterates
                 if not self._append(record_of(reference)):
                     return
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates, sys.exit() too
             end = error
         finally:
             with self._moved:

@@ -280,16 +280,12 @@ class Sources:
                     silent.setdefault(source, loss)
                 else:
                     answered.add(source)
-        if self._silent:
-            gone_on = self._answered if came else {}
-            self._silent = {
-                source: count
-                for source, count in self._silent.items()
-                if source not in answered and source not in gone_on
-            }
+        lives_on = self._answered if came else {}
+        for source in [each for each in self._silent if each in answered or each in lives_on]:
+            del self._silent[source]
         problem: TransportError | None = None
         for source, loss in silent.items():
-            if source in answered or (came and source in self._answered):
+            if source in answered or source in lives_on:
                 continue
             count = self._silent.get(source, 0) + 1
             _remember(self._silent, source, count)

@@ -280,6 +280,7 @@ class Prefetcher:
         )
         self.changed = threading.Condition()  # of what follows
         self.closed = False
+        self._failure: Exception | None = None  # that ended the thread
         self.untaken: set[PendingBatch] = set()
         self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
         self._discard_lost = discard_lost
@@ -322,7 +323,7 @@ class Prefetcher:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
         refuse_forked(self.core.pid, type(self).__name__)
         if self.closed:
-            raise ConfigError(f"the {type(self).__name__} is closed; make another")
+            raise ConfigError(f"the {type(self).__name__} is closed; make another") from self._failure
 
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
@@ -389,6 +390,7 @@ class Prefetcher:
                     for pending in running:
                         pending.fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
+            self._failure = error.with_traceback(None)  # which would keep frames, and payloads by them
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
         finally:

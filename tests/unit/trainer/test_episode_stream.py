@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from typing import Any
@@ -132,6 +133,8 @@ def test_what_the_references_raise_comes_after_the_episodes_before_it(worker: Lo
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 next(stream)
+    with EpisodeStream(map(sys.exit, [3]), LOCAL) as stream, pytest.raises(SystemExit):
+        list(stream)
     with (
         EpisodeStream([worker.play(1)[0], "text"], LOCAL) as stream,
         pytest.raises(ConfigError, match="'text' is no episode record"),
@@ -179,8 +182,9 @@ def test_a_thread_that_fails_ends_who_waits(worker: LocalWorker) -> None:
     with EpisodeStream(references(), LOCAL) as stream:
         next(stream)
         stream.core.reactor.submit(fail)
-        with pytest.raises(ConfigError, match="closed"):
+        with pytest.raises(ConfigError, match="closed") as caught:
             next(stream)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
         never.set()
 
 
