@@ -71,6 +71,10 @@ class Message:
         """Whether it has a remedy in its own words; of a setting or argument, what is permitted is one."""
         return bool(_REMEDY.search(self.text) or (self.cls == "ConfigError" and _PERMITTED.search(self.text)))
 
+    def reads(self, said: str) -> bool:
+        """Whether an error says this, maybe behind the words of what passes it on."""
+        return re.search(rf"(?:\A|: ){_pattern_of(self.text).pattern}\Z", said, re.DOTALL) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Heading:

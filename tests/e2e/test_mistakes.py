@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from scripts.messages import messages
 from tests.support.rows import row
 from tests.support.served_ring import client_of, served_ring
 from ucxx_transport import (
@@ -440,6 +441,9 @@ def test_a_mistake_is_one_line_with_field_value_and_remedy(mistakes: list[Mistak
 
 def assert_says(error: TransportError, *patterns: str) -> None:
     said = str(error)
+    assert any(one.cls == type(error).__name__ and one.reads(error.message) for one in messages()), (
+        "not in docs/errors.md"
+    )
     assert "\n" not in said
     assert "overwrite" not in said  # a remedy loses nothing
     assert "astype('int" not in said

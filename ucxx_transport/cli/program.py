@@ -124,8 +124,7 @@ def _print_version(asked: bool) -> None:  # noqa: FBT001 - the signature of an o
 def _options_of_all(
     *,
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """RL trajectories from rollout workers' shared memory to trainers, over UCX."""
@@ -210,17 +209,11 @@ def config(*, as_json: AsJson = False) -> None:
 
     for checked in (ServerConfig, ClientConfig, StoreConfig, PublisherConfig):
         checked()  # a ring's is often complete in code alone
-    settings: dict[str, dict[str, dict[str, object]]] = {
-        name: {
-            field: {
-                "value": "(set, hidden)" if isinstance(given.value, Secret) else given.value,
-                "source": given.source,
-                "description": SECTIONS[name][field].description,
-            }
-            for field, given in effective(name).items()
-        }
-        for name in SECTIONS
-    }
+    settings: dict[str, dict[str, dict[str, object]]] = {name: {} for name in SECTIONS}
+    for name, rules in SECTIONS.items():
+        for field, given in effective(name).items():
+            value = "(set, hidden)" if isinstance(given.value, Secret) else given.value
+            settings[name][field] = {"value": value, "source": given.source, "description": rules[field].description}
     file = os.path.abspath(TOML_NAME) if os.path.exists(TOML_NAME) else None
     if as_json:
         print_json({"file": file, **settings})

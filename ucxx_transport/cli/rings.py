@@ -183,8 +183,7 @@ def serve(
     *,
     slots: Annotated[int | None, typer.Option(min=1, max=65536, help="Slots of the ring; 16 unless set.")] = None,
     slot_bytes: Annotated[
-        int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set."),
+        int | None, typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set.")
     ] = None,
     ports: Annotated[int | None, typer.Option(min=1, max=64, help="Ports of the server.")] = None,
     base_port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,

@@ -1,17 +1,8 @@
 """cosmos-rl: this package as one of its payload transports. Needs cosmos-rl (0.4.7 is what it was written against).
 
-A job switches by its configuration, in a program of which one module imports this one (that registers it):
-
-```toml
-[custom]
-payload_transfer = "ucxx_transport"
-
-[custom.ucxx_transport]          # all optional
-device = "cpu"                   # as for RolloutFeed; the default is torch tensors on the CPU, "cuda:0" is a GPU
-deadline_s = 30.0                # of a batch
-max_fetch_rounds = 3
-client = { local = "auto" }      # as ClientConfig
-```
+A job switches by its configuration, `payload_transfer = "ucxx_transport"` in `[custom]`, in a program of which one
+module imports this one (that registers it). `[custom.ucxx_transport]` has the settings of a `RolloutFeed`, all
+optional: `device` ("cpu": torch tensors there; "cuda:0" is a GPU), `deadline_s`, `client = { local = "auto" }` …
 
 A rollout backend's class has `CosmosRolloutMixin`, and gets `write_to_buffer`, whose dict is the completion. A data
 packer's class has `CosmosDataPackerMixin` as its first base; its `setup_ucxx_data_packer` is called for it.
