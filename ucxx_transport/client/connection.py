@@ -119,7 +119,7 @@ class Connection(Line):
             view, start = whole.data, 0
             for read in reads:
                 end = start + read.whole_bytes
-                read.message, read.view = whole[start:end], view[start:end]
+                read.message, read.start, read.view = whole, start, view[start:end]
                 start = end
             frame = session.fetch(reads, packed=True)
             receives.append((view, reads, reads[0].shared))
@@ -145,6 +145,7 @@ class Connection(Line):
     def _lend_to(self, read: Read) -> None:
         """What an answer of its own arrives in; of an earlier one it has no trailer that could pass for its own."""
         whole = FRAMING_BYTES + ((read.ref.nbytes + 7) & ~7)
+        read.start = 0
         read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         read.view = view = message.data
         clear_trailer(view, whole - TRAILER_BYTES)

@@ -88,11 +88,6 @@ class Connections:
         self._budget: int | None = None
         self._is_queue_logged = False
 
-    @property
-    def idle_count(self) -> int:
-        """Open connections that nothing uses now."""
-        return sum(connection.idle for connection in tuple(self.known.values()))
-
     def to(self, key: PortKey, now: float) -> Carrier:
         """The connection to a port, opened if there is none."""
         connection = self.known.get(key)

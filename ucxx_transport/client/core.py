@@ -339,7 +339,7 @@ class ClientCore:
         pool = self.pool.statistics()
         link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
         return self.counters.snapshot(
-            pooled_endpoints=self.reads.connections.idle_count,
+            pooled_endpoints=sum(connection.idle for connection in tuple(self.reads.connections.known.values())),
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
             leaked_buffers=link.counters.leaked_buffers if link is not None else 0,

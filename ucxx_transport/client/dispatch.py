@@ -384,10 +384,10 @@ class Dispatch(ABC):
                 if self.connections.ending:
                     self.connections.send_ends()
                 job = self.finished.pop(0)
-                self.jobs.discard(job)
                 for attempt in self.orphans:
                     if attempt.job is job:
                         attempt.job = None
                 job.finish()
+                self.jobs.discard(job)  # not before: an interrupt must not lose it
         finally:
             self._settling = False

@@ -99,7 +99,7 @@ class Read(Attempt):
         job: whose; None once it has its outcome, and of an attempt that has no use.
         index: in the job. ref: the payload. source: where it is.
         place: see `reads`. connection: where it is queued or asked.
-        message: the buffer, or part of one, that its answer lies in; view: the same. whole_bytes: of the answer.
+        message: the buffer that its answer lies in, from `start` on. view: the answer. whole_bytes: how long it is.
         alternate: the port that this call may still rotate to.
         call: number of the slot layer's call, from 1.
         limit_s: when this call is over at the latest.
@@ -111,7 +111,7 @@ class Read(Attempt):
     alternate: PortKey | None = None
     call = 1
     late = False
-    whole_bytes = 0
+    start = whole_bytes = 0
     ref: SlotRef
     connection: Carrier
     message: Bytes

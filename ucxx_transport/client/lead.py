@@ -34,32 +34,13 @@ OVERDUE_S: Final = 5.0
 """One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
 
 
-class _Follower:
-    """A thread that waits while another one leads."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def wake(self, _: object = None) -> None:
-        """Let it look again."""
-        with suppress(RuntimeError):  # it has been woken already
-            self._lock.release()
-
-    def wait(self) -> None:
-        """Sleep until woken."""
-        self._lock.acquire(timeout=LOOK_S)
-
-
 class Lead:
     """See the module."""
 
     def __init__(self, core: ClientCore) -> None:
         self._core = core
         self._lock = threading.RLock()  # which tells, even after an interrupt at the worst moment, whose it is
-        self._followers: dict[_Follower, None] = {}
+        self._followers: dict[threading.Lock, None] = {}  # each waits for its own to be released
 
     def perform(self, call: Call, start: Callable[..., object], *arguments: object) -> None:
         """Start a call and run the reactor until it is done, or let the thread that leads do so.
@@ -101,7 +82,7 @@ class Lead:
         """Leave the lead, and let every thread that follows look."""
         self._lock.release()
         for follower in tuple(self._followers):
-            follower.wake()
+            _wake(follower)
 
     @property
     def is_led(self) -> bool:
@@ -118,8 +99,9 @@ class Lead:
 
     def _follow(self, call: Call, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
         """Let the thread that leads start a call, and lead when it has left."""
-        core, lock, follower = self._core, self._lock, _Follower()
-        call.on_done = follower.wake
+        core, lock, follower = self._core, self._lock, threading.Lock()
+        follower.acquire()
+        call.on_done = partial(_wake, follower)
         self._followers[follower] = None
         started: list[bool] = []
 
@@ -135,7 +117,7 @@ class Lead:
                     reactor = core.reactor
                     reactor.submit(begin)
                 if not lock.acquire(blocking=False):
-                    follower.wait()
+                    follower.acquire(timeout=LOOK_S)
                     _check_overdue(core.reactor.now() - call.until_s)
                     continue
                 try:
@@ -168,7 +150,7 @@ class Lead:
     def _wake_next(self) -> None:
         """Have one of those that follow take the lead, if it is free."""
         for follower in tuple(self._followers):
-            follower.wake()
+            _wake(follower)
             return
 
     def _recover(self) -> None:
@@ -183,6 +165,12 @@ class Lead:
 
 
 _LEADING: Final = frozenset({Lead.perform.__code__, Lead._follow.__code__})  # noqa: SLF001 - its own
+
+
+def _wake(follower: threading.Lock, _: object = None) -> None:
+    """Let a thread that follows look again."""
+    with suppress(RuntimeError):  # it has been woken already
+        follower.release()
 
 
 def _check_overdue(seconds: float) -> None:

@@ -32,7 +32,7 @@ from typing import Final, Protocol, TypeVar
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
 from ucxx_transport.wire.codec import Named
-from ucxx_transport.wire.frames import HEADER_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES, Window
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES, Window
 
 REMEMBERED_SOURCES: Final = 4096
 """Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
@@ -225,10 +225,11 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Win
     Returns:
         The reads, in order, and the length of the message that all answers share; 0 when each has its own.
     """
-    attempts, server_bytes = session.window
     named = session.named
-    names, server_bytes = min(MAX_NAMES, attempts - named), server_bytes - session.named_bytes
-    own_bytes = OWN_WINDOW_BYTES - asked_bytes
+    names = min(MAX_NAMES, session.window.attempts - named)
+    # One alone there may exceed the server's bytes, and two alone the client's.
+    server_bytes, own_bytes = session.window.nbytes - session.named_bytes, OWN_WINDOW_BYTES - asked_bytes
+    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if asked > 1 else MAX_BODY_BYTES)
     reads: list[ReadT] = []
     ring_id = b""
     total = shared_bytes = count = 0
@@ -243,16 +244,16 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Win
         total += nbytes
         read.whole_bytes = whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
         is_small = whole <= SMALL_BYTES
-        if (
-            (count and (ref.ring_id != ring_id or is_small is not is_shared))  # it begins the next frame
-            or (is_small and shared_bytes + whole > PACK_BYTES)
-            or (total > own_bytes and asked + count > 1)
-            or (total > server_bytes and named + count)
-        ):
+        if total > limit:
             break
-        ring_id, is_shared = ref.ring_id, is_small
-        if is_small:
-            shared_bytes += whole
+        if not count:
+            ring_id, is_shared = ref.ring_id, is_small
+            limit = min(server_bytes, own_bytes if asked else MAX_BODY_BYTES)
+        elif ref.ring_id != ring_id or is_small is not is_shared or shared_bytes + whole * is_small > PACK_BYTES:
+            break  # it begins the next frame
+        else:
+            limit = min(server_bytes, own_bytes)
+        shared_bytes += whole * is_small
         count += 1
         reads.append(queue.popleft())
     return reads, shared_bytes if count > 1 else 0

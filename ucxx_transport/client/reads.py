@@ -126,7 +126,6 @@ class LoneRead(Read):
         at.rested = True
         at.asked_bytes = 0
         at.attempts.clear()
-        engine.jobs.discard(job)
         job.reads.clear()
         job.left = 0
         if job.is_held:
@@ -138,6 +137,7 @@ class LoneRead(Read):
             way.recent_s.append(time.perf_counter() - job.began_s)
             at.end_one(self, delivered=True)
         job.done = True
+        engine.jobs.discard(job)  # not before: an interrupt must not lose it
         if job.on_done is not None:
             job.finish()
 
@@ -275,17 +275,18 @@ class Reads(Dispatch):
         """See `Dispatch`."""
         if self.wary:
             self.forgive(connection.key)
-        end, schemas, now_s = connection.session.end, self._schemas, time.perf_counter()
-        way = self.delivered
+        end, schemas, orphans, way = connection.session.end, self._schemas, self.orphans, self.delivered
+        now_s = time.perf_counter()
         for read in reads:
             job, ref = read.job, read.ref
             if job is None or read.place != "asked":  # it is late, or not wanted
-                self.orphans.discard(read)
+                orphans.discard(read)
                 if job is None or read.index not in job.reads:
                     end(read, delivered=False)
                     continue
             read.place = "over"
-            content = read.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+            start = read.start + HEADER_BYTES
+            content = read.message[start : start + ref.nbytes]
             try:
                 if ref.checksum is not None and self._verify_checksum:
                     # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
