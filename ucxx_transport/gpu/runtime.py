@@ -88,7 +88,7 @@ class Runtime(ABC):
         """Lock the pages of `memory`, for copies to and from `device`, for as long as this very array lives.
 
         Args:
-            memory: contiguous; not a view that is dropped before the memory is.
+            memory: contiguous, of a base that has the memory; not a view that is dropped before the memory is.
             device: the number of the GPU.
             what: what the memory is, for the error.
             remedy: what makes it smaller, for the error.
@@ -112,9 +112,10 @@ class Runtime(ABC):
                 status=status,
                 needed_bytes=memory.nbytes,
             )
-        return weakref.finalize(memory, self._unregister, device, address, os.getpid())
+        # its base as well, for as long: numpy 2.5 releases that, and so unmaps a ring, before it calls
+        return weakref.finalize(memory, self._unregister, device, address, os.getpid(), memory.base)
 
-    def _unregister(self, device: int, address: int, pid: int) -> None:
+    def _unregister(self, device: int, address: int, pid: int, _base: object) -> None:
         if os.getpid() != pid:
             return  # a forked child's copy: the registration is its parent's
         status = self.call(device, "HostUnregister", address)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ucxx_transport.errors import ProtocolError
+from ucxx_transport.machine import check_file_name
 from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_BYTES, WORD_BYTES, Identity
 from ucxx_transport.ring.owner import boot_id, owner_alive, pid_namespace, segment_folder
 
@@ -72,7 +73,9 @@ def remove_orphan(path: Path) -> bool:
 
 
 def _segment_paths(folder: Path | None) -> list[Path]:
-    return sorted((folder or segment_folder()).glob(NAME_PREFIX + "*"))
+    folder = folder or segment_folder()
+    check_file_name(str(folder))  # else an error of Python's, since 3.13
+    return sorted(folder.glob(NAME_PREFIX + "*"))
 
 
 def _opened(path: Path) -> FileIO:
