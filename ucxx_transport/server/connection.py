@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.ring import layout
 from ucxx_transport.server.slots import NO_EPOCH, status_of
 from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
@@ -378,6 +379,8 @@ class Connection:
 
 
 def _offered(lease: ReadLease) -> OfferedPayload:
-    return OfferedPayload(
-        lease.slot, lease.generation, lease.nbytes, lease.checksum, lease.commit_time_ns, lease.envelope
-    )
+    words = lease.words
+    checksum = words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None
+    slot, generation, nbytes = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES]
+    envelope = lease.envelope if words[layout.HOLD_ENVELOPE_BYTES] else b""
+    return OfferedPayload(slot, generation, nbytes, checksum, words[layout.HOLD_COMMIT_TIME], envelope)
