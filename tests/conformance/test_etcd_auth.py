@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import secrets
@@ -19,12 +20,14 @@ import pytest
 from tests.support.etcd_server import EtcdServer
 from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
+from tests.support.programs import program
 from tests.support.sidecars import sidecars_of
 from tests.support.waiting import wait_until
 from ucxx_transport import HeartbeatPublisher, PublisherConfig, RankGroup, SourceWatcher
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StorePermissionError, TransportError
 from ucxx_transport.membership import open_store
+from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.store import Store
 
 MINUTE = 60
@@ -124,6 +127,26 @@ def test_tokens_that_end_again_and_again_are_renewed_in_silence(
         assert watcher.statistics().failures == 0
         assert log_events == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [exhaustive("simple"), "jwt"])
+def test_the_sidecar_of_a_killed_worker_ends_its_lease_though_its_token_has_ended(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCXX_TRANSPORT_STORE__USER", "worker")
+    monkeypatch.setenv("UCXX_TRANSPORT_STORE__PASSWORD", PASSWORD)
+    seldom = json.dumps({"interval_s": 100.0})  # so that the lease does not end by itself
+    with server_of(kind, tmp_path) as server, open_store(server.url, CONFIG) as store:
+        with program("source_worker", server.url, "w", "0", seldom) as worker:
+            worker.hear()
+            assert worker.ask(published=MINUTE) == {"epoch": 1}
+            wait_until(
+                lambda: worker.ask(look=True)["statistics"]["keeper_keeps"], MINUTE, what="the sidecar has a token"
+            )
+            as_root(server, "auth/user/add", {"name": "new", "password": PASSWORD})
+            as_root(server, "auth/user/changepw", {"name": "worker", "password": PASSWORD})
+            assert store.get(source_key("w")) is not None
+        wait_until(lambda: store.get(source_key("w")) is None, MINUTE, what="the lease was revoked")
 
 
 @pytest.mark.parametrize("kind", [exhaustive("simple"), "jwt"])
