@@ -28,6 +28,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.link.process import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ Into = Buffer
 Entry: TypeAlias = tuple[int, SharedRingBuffer]
 """The index of a call's reference, and its ring, of this host."""
 
-Begun: TypeAlias = "tuple[ReadLease, Bytes | None]"
-"""A read attempt in flight, and the copy if the mode asks for one."""
+Begun: TypeAlias = "tuple[SharedRingBuffer, ReadLease, Bytes | None]"
+"""A ring, the read attempt in flight, and the copy if the mode asks for one."""
 
 LOCK_TURN_S: Final = 0.003
 """How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
@@ -194,7 +195,11 @@ class LocalReader:
     def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> Begun:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace."""
         try:
-            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+            lease = ring.acquire_slot(
+                ref.slot, ref.generation, reader=self._reader, deadline_s=limit_s, again=ring.again
+            )
+            if ref.fingerprint != ring.fingerprint or ref.nbytes != lease.words[HOLD_NBYTES]:
+                ring.refuse(lease, ref)
         except BusyError:
             if not ring.reclaim_dead():  # the one that holds it may be gone
                 raise
@@ -206,23 +211,22 @@ class LocalReader:
                 raise
             ring, lease = other, other.acquire(ref, reader=self._reader, deadline_s=limit_s)
         if self._in_place is True and not (self._verify and ref.checksum is not None):
-            return lease, None
-        return lease, self._copied(ring, ref, lease)
+            return ring, lease, None
+        return ring, lease, self._copied(ring, ref, lease)
 
     def deliver(self, ref: SlotRef, begun: Begun, into: Into | None, began_s: float) -> Payload:
         """Deliver what `begin` has read, counted from `began_s` (`perf_counter`); a StaleSlotError for a duplicate."""
-        lease, root = begun
+        ring, lease, root = begun
         try:
             self._claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
         except StaleSlotError:
             lease.mark_consumed()
             raise
-        schema = lease.transitions.schema
         if root is None:
-            payload = Payload(ref, lease.hand_over(), schema, "view")
+            payload = Payload(ref, lease.hand_over(ring.again), ring.schema, "view")
         else:
             lease.mark_consumed()
-            payload = Payload(ref, root, schema, "copy")
+            payload = Payload(ref, root, ring.schema, "copy")
         if into is not None:
             payload = payload.copied_into(into)
         self._counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
@@ -297,7 +301,7 @@ class LocalReader:
         except BaseException:
             lease.release_reading()
             raise
-        payload = self.deliver(ref, (lease, self._copied(ring, ref, lease)), None, began_s)
+        payload = self.deliver(ref, (ring, lease, self._copied(ring, ref, lease)), None, began_s)
         payload.record = record
         return payload
 

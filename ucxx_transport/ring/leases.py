@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import ref
 
@@ -237,15 +238,32 @@ class ReadLease(Hold):
             self.lease_id = 0
         return array
 
-    def hand_over(self) -> npt.NDArray[np.uint8]:
-        """`detach` for a lease that is in use and that no caller has: it is the array's from now on."""
+    def hand_over(self, again: list[ReadLease] | None = None) -> npt.NDArray[np.uint8]:
+        """`detach` for a lease that is in use and that no caller has: it is the array's from now on.
+
+        When the array and all that is derived from it are gone, the lease may serve again: it is appended to `again`.
+        """
         self.reason = CONSUMED
         words, transitions = self.words, self.transitions
         start = transitions.first_byte + words[layout.HOLD_SLOT] * transitions.stride
         # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
         array = np.frombuffer(transitions.readable, _BYTE, words[layout.HOLD_NBYTES], start)
-        live[self.lease_id] = ref(array, self.__del__)
+        live[self.lease_id] = ref(array, self.__del__ if again is None else partial(self.serve_again, again))
         return array
+
+    def serve_again(
+        self,
+        again: list[ReadLease],
+        _: object,
+        known: dict[int, ref[Any]] = live,
+        is_ending: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        """The array that it was handed over to is gone."""
+        if not is_ending():
+            self.settle(0.0 if unsettled else _LOST_WAIT_S)
+            if self.lease_id not in known:
+                self.reason = RELEASED
+                again.append(self)
 
     def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""

@@ -10,7 +10,7 @@ import ctypes
 import struct
 from operator import itemgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 import xxhash
@@ -51,6 +51,7 @@ class ReadableRing(RingHandle):
     def __init__(self, *parts: Any, **seams: Any) -> None:
         super().__init__(*parts, **seams)
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
+        self.again: list[ReadLease] = []  # that have ended, and that no caller has
 
     def acquire(self, ref: Referring, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
         """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
@@ -80,17 +81,20 @@ class ReadableRing(RingHandle):
                 found_ring_id=self.ring_id.hex(),
             )
         lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
-        nbytes = lease.words[layout.HOLD_NBYTES]
-        if ref.fingerprint != self.fingerprint or ref.nbytes != nbytes:
-            lease.release_reading()
-            raise ProtocolError(
-                "the payload is not what its reference promised",
-                promised_bytes=ref.nbytes,
-                nbytes=nbytes,
-                promised_fingerprint=ref.fingerprint,
-                fingerprint=self.fingerprint,
-            )
+        if ref.fingerprint != self.fingerprint or ref.nbytes != lease.words[layout.HOLD_NBYTES]:
+            self.refuse(lease, ref)
         return lease
+
+    def refuse(self, lease: ReadLease, ref: SlotRef) -> NoReturn:
+        """Release a payload of another length or schema than its reference says: a ProtocolError."""
+        lease.release_reading()
+        raise ProtocolError(
+            "the payload is not what its reference promised",
+            promised_bytes=ref.nbytes,
+            nbytes=lease.nbytes,
+            promised_fingerprint=ref.fingerprint,
+            fingerprint=self.fingerprint,
+        )
 
     def acquire_slot(
         self,
@@ -101,17 +105,17 @@ class ReadableRing(RingHandle):
         deadline_s: float | None = None,
         again: list[ReadLease] | None = None,
     ) -> ReadLease:
-        """`acquire` for the server: the ring's id has been checked, the numbers have not.
+        """`acquire` for a port and a client: the ring's id has been checked, the numbers have not.
 
-        `again` has leases that have ended, and nobody else has: the last of them is used, if there is one.
+        `again` has leases that have ended, and that no caller has: the last of them is used, if there is one.
         """
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
         try:
-            if again:
-                lease = again.pop()
+            try:
+                lease = (again or []).pop()  # another thread may be faster
                 lease.begin(slot, generation, reader)
-            else:
+            except IndexError:
                 lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
         except struct.error:  # not of 64 bits
             self._transitions.count("out_of_range")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -234,3 +235,18 @@ def test_a_failed_read_of_a_batch_keeps_none_of_its_payloads(ring: SharedRingBuf
             assert ring.slot_state(refs[0].slot) is SlotState.FREE
         finally:
             gc.enable()
+
+
+def test_views_that_go_in_any_order_free_their_own_slots_alone() -> None:
+    """A lease that has ended serves a later read."""
+    with SharedRingBuffer.create(RingConfig(slots=3, slot_bytes=64, prefault=False)) as ring, client_of() as client:
+        for order in itertools.permutations(range(3)):
+            held = {ref.slot: client.read(ref) for ref in [ring.write_raw(bytes([turn])) for turn in order]}
+            wanted = {slot: bytes(payload.buffer) for slot, payload in held.items()}
+            assert sorted(wanted.values()) == [b"\0", b"\1", b"\2"]
+            for slot in order:
+                assert bytes(held[slot].buffer) == wanted[slot]
+                held.pop(slot).release()
+                assert {each for each in range(3) if ring.slot_state(each) is SlotState.READING} == set(held)
+        found = ring.statistics()
+    assert (found.acquired, found.consumed, found.released, found.late_finalise) == (18, 18, 0, 0)
