@@ -25,7 +25,7 @@ __all__ = ["BareReader", "BareSource"]
 HOST: Final = "127.0.0.1"
 SPIN_S: Final = 50e-6
 SLEEP_S: Final = 1.0
-SETTINGS: Final = {"TLS": "tcp", "TCP_TX_SEG_SIZE": "256K", "TCP_RX_SEG_SIZE": "512K"}
+SETTINGS: Final = {"TLS": "tcp", "TCP_TX_SEG_SIZE": "256K", "TCP_RX_SEG_SIZE": "512K", "WARN_UNUSED_ENV_VARS": "n"}
 REQUEST_TAG: Final = 1
 ANSWER_TAG: Final = 2
 HEADER_BYTES: Final = 64
@@ -35,7 +35,6 @@ class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag

@@ -58,10 +58,7 @@ class RewardSummary(NamedTuple):
         try:
             total, mean, least, most = data["sum"], data["mean"], data["min"], data["max"]
             if (
-                type(total) is float
-                and type(mean) is float
-                and type(least) is float
-                and type(most) is float
+                type(total) is type(mean) is type(least) is type(most) is float
                 and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
                 and len(data) == _SUMMARY_FIELDS
             ):
