@@ -26,7 +26,6 @@ MAX_REASON_CHARS = 1000
 
 _KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
 _FIELDS = len(_KEYS)
-_MAX_I64 = 1 << 63
 _SIGNS = (0, -1)
 """What is left of an int of 64 bits but its sign."""
 _MAX_DOUBLE: Final = sys.float_info.max
@@ -229,7 +228,7 @@ def record_envelope(
 
 def _check_policy_version(version: object) -> None:
     """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
-    if version is not None and (type(version) is not int or not -_MAX_I64 <= version < _MAX_I64):
+    if version is not None and (type(version) is not int or version >> 63 not in _SIGNS):
         refuse("policy_version", version, "an i64")
 
 
