@@ -237,11 +237,7 @@ class LocalReader:
         began_s = time.perf_counter()
         payloads = []
         for lease in ring.take(
-            asked.max_payloads,
-            max_bytes=asked.max_bytes,
-            newest=asked.newest,
-            reader=self._reader,
-            deadline_s=limit_s,
+            asked.max_payloads, max_bytes=asked.max_bytes, newest=asked.newest, reader=self._reader, deadline_s=limit_s
         ):
             try:
                 payloads.append(self._taken(ring, lease, began_s))

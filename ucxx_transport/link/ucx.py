@@ -50,12 +50,7 @@ class UCXXLink(LinkState):
     """
 
     def __init__(
-        self,
-        timers: Reactor,
-        *,
-        shm_lanes: bool = False,
-        ucx: Mapping[str, str] | None = None,
-        ipv6: str | None = None,
+        self, timers: Reactor, *, shm_lanes: bool = False, ucx: Mapping[str, str] | None = None, ipv6: str | None = None
     ) -> None:
         check_not_forked()
         super().__init__(timers, load_binding(), ipv6)

@@ -76,12 +76,7 @@ class Accounts:
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        *,
-        on_loss: Callable[[Loss], None] | None,
-        host_id: str,
-        clock: Callable[[], float],
+        self, sources: Sources, *, on_loss: Callable[[Loss], None] | None, host_id: str, clock: Callable[[], float]
     ) -> None:
         self._sources = sources
         self._on_loss = on_loss

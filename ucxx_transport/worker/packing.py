@@ -221,10 +221,7 @@ class TrajectoryPacker:
             self._require_open()
             if self._unlock is None:
                 self._unlock = array.runtime.page_lock(
-                    self._ring.mapping,
-                    array.device,
-                    what="a ring",
-                    remedy="lower ring.slots or the size of a slot",
+                    self._ring.mapping, array.device, what="a ring", remedy="lower ring.slots or the size of a slot"
                 )
 
     @contextmanager

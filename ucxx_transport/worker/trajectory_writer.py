@@ -328,8 +328,7 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     for name in ("schema", "slot_bytes"):
         if name in settings:
             raise ConfigError(
-                f"leave {name!r} out of `ring`: how large a slot is follows from `schema`, or from `varlen`",
-                field=name,
+                f"leave {name!r} out of `ring`: how large a slot is follows from `schema`, or from `varlen`", field=name
             )
     if "on_full" not in gather("ring", settings):
         settings["on_full"] = "block"
