@@ -365,6 +365,101 @@ def test_callback_that_raises_ends_its_turn_and_the_next_one_goes_on(sides: Side
     exchange(sides, pair.near, pair.far, b"goes on")
 
 
+def test_a_message_that_was_there_is_called_back_before_those_that_came_later(sides: Sides) -> None:
+    pair = sides.connect()
+    order: list[int] = []
+    for first in range(0, 40, 2):
+        finish(sides, pair.near.post_send(b"x", channel=3))
+        for _ in range(10):
+            sides.turn()  # now it is there, most likely
+        for number in (first, first + 1):
+            pair.far.post_receive(bytearray(1), lambda _, number=number: order.append(number), channel=3)  # type: ignore[misc]
+        pair.near.post_send(b"y", channel=3)
+        sides.until(lambda first=first: len(order) == first + 2)  # type: ignore[misc]
+    assert order == list(range(40))
+
+
+def test_a_send_that_leaves_at_once_is_called_back_before_its_endpoint_is_said_to_be_closed(sides: Sides) -> None:
+    pair = sides.connect()
+    heard: list[object] = []
+
+    def send_and_close(_operation: Operation) -> None:
+        pair.near.post_send(b"x", lambda _: heard.append("sent"))
+        pair.near.close(heard.append)
+
+    pair.near.post_send(b"x", send_and_close)
+    sides.until(lambda: True in heard)
+    assert heard == ["sent", True]
+
+
+def test_a_loss_is_said_however_busy_other_connections_are(sides: Sides) -> None:
+    pump, lost = sides.connect(), sides.connect()
+    sent = 0
+
+    def send_on(_operation: Operation) -> None:
+        nonlocal sent
+        sent += 1
+        if sent < 1_000_000 and lost.near_owner.error is None:
+            pump.near.post_send(b"x", send_on)
+
+    pump.far.channels = 0  # messages to it are discarded
+    pump.near.post_send(b"x", send_on)
+    lost.far.close()
+    sides.until(lambda: lost.near_owner.error)
+
+
+def test_a_callback_that_raises_keeps_no_loss_and_no_end_from_being_said(sides: Sides) -> None:
+    rows: list[str] = ["send", "receive", "deferred"]
+    for kind in rows:
+        with row(kind=kind):
+            pair = sides.connect()
+            over, closed = Done(), list[bool]()
+
+            def fail(_operation: Operation) -> None:
+                raise RuntimeError("on purpose")
+
+            if kind == "send":
+                pair.near.post_send(b"x", fail)
+            elif kind == "receive":
+                pair.near.post_receive(bytearray(1), fail, channel=1)
+            for _ in range(3):
+                pair.near.post_receive(bytearray(1), over, channel=1)
+            pair.far.close()
+            if kind == "deferred":
+                sides.client.submit(lambda pair=pair: pair.near.post_send(bytes(1 << 24), fail))  # type: ignore[misc]
+            for _ in range(3):
+                with suppress(RuntimeError):
+                    sides.until(lambda pair=pair, over=over: pair.near_owner.error and len(over.operations) == 3)  # type: ignore[misc]
+            assert (len(over.operations), pair.near_owner.error is None) == (3, False)
+            pair.near.close(closed.append)
+            sides.until(lambda closed=closed: closed)  # type: ignore[misc]
+
+
+def test_all_that_had_arrived_is_called_back_before_the_loss_though_it_be_more_than_a_turn_takes(sides: Sides) -> None:
+    count = 300
+    busy, pair = sides.connect(), sides.connect()
+    events: list[str] = []
+    for _ in range(count):
+        pair.near.post_receive(bytearray(8), lambda _: events.append(str(pair.near_owner.error)))
+    for _ in range(count):
+        pair.far.post_send(bytes(8))
+    pair.far.close()
+    pumped = 0
+
+    def pump(_operation: Operation) -> None:
+        nonlocal pumped
+        pumped += 1
+        if pair.near_owner.error is None:
+            busy.near.post_receive(bytearray(8), pump)
+            busy.far.post_send(bytes(8))
+
+    busy.near.post_receive(bytearray(8), pump)
+    busy.far.post_send(bytes(8))
+    sides.until(lambda: pair.near_owner.error)
+    got = events.count("None")
+    assert events[:got] == ["None"] * got
+
+
 def test_owner_that_fails_costs_only_its_own_connection(sides: Sides) -> None:
     def refuse(_endpoint: Endpoint) -> None:
         raise RuntimeError("no thanks")

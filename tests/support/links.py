@@ -12,4 +12,4 @@ def endpoints_open(link: Any) -> int:
 
 def in_flight(link: Any) -> int:
     """How many operations are posted and not completed."""
-    return sum(endpoint.in_flight for endpoint in link.endpoints)
+    return sum(len(endpoint.posted) for endpoint in link.endpoints)

@@ -20,7 +20,7 @@ from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
-from ucxx_transport.link.ucx_flight import AGAIN, FUNCTIONS, STRAYS_EVERY, Flight, LinkState
+from ucxx_transport.link.ucx_flight import FUNCTIONS, STRAYS_EVERY, Flight, LinkState
 from ucxx_transport.link.ucx_listener import UCXXListener
 
 BUSY: Final = 32
@@ -56,8 +56,8 @@ class UCXXLink(LinkState):
         super().__init__(timers, load_binding(), ipv6)
         quiet_ucxx_log()
         lib = self.binding.lib
-        self._rdma = bool(rdma_devices())
-        settings = context_settings(shm_lanes=shm_lanes, rdma=self._rdma, ucx=ucx or {}, environment=os.environ)
+        self.rdma = bool(rdma_devices())
+        settings = context_settings(shm_lanes=shm_lanes, rdma=self.rdma, ucx=ucx or {}, environment=os.environ)
         if ipv6 is not None:
             settings.setdefault("TCP_AF_PRIO", "inet6,inet")
         port_range = os.environ.get("UCX_TCP_PORT_RANGE", settings.get("TCP_PORT_RANGE"))
@@ -89,7 +89,7 @@ class UCXXLink(LinkState):
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
         error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.endpoints))
-        if error is None and not self._rdma:
+        if error is None and not self.rdma:
             error = other_family(host, self.settings, os.environ)
         try:
             if error is None:
@@ -115,7 +115,7 @@ class UCXXLink(LinkState):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.thread = get_ident()
-        left_ns = 0 if self.ready else int(spin_s * 1e9)
+        left_ns = 0 if self.ready or self.broken or self.lost else int(spin_s * 1e9)
         moved = self._turn(min(left_ns, SPIN_NS))
         while not moved and left_ns > SPIN_NS and not self.ready:
             left_ns -= SPIN_NS
@@ -127,14 +127,15 @@ class UCXXLink(LinkState):
                 self.discard_unexpected()
         else:
             self._busy = 0
-        if self.ready or self.ending:
+        if self.ready or self.ending or self.broken or self.lost:
             return self._call_back() or moved
         return moved
 
     def arm(self) -> bool:
         if self.forked or self.closed:
             self.check_usable()
-        return not (self.ready or self.flight.has_ends() or not self.worker.arm())
+        waits = self.ready or self.broken or self.lost or self.flight.has_ends()
+        return not waits and bool(self.worker.arm())
 
     def fileno(self) -> int:
         return self._descriptor
@@ -185,23 +186,24 @@ class UCXXLink(LinkState):
             action(argument)
         if self.broken and self._busy % BUSY == 0:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
-            self.flight.cancel(self.broken)
+            handled = self.flight.cancel(self.broken)
+            self.lost.update((endpoint, handled) for endpoint in self.broken if endpoint in self.lost)
             self.broken.clear()
             called = self.flight.turn(0) or called
         for endpoint in tuple(self.ending):
             if endpoint.ended():
                 called = True
                 endpoint.end_close()
-        while self.lost and not (self.ready or self.broken):
-            called = True
-            self.lost.popleft().lose()
-        if (self.lost or self.broken) and not self.ready:
-            self.ready.append(AGAIN)
+        for endpoint, handled_then in tuple(self.lost.items()):
+            if handled_then is not None and self.flight.handled >= handled_then:
+                called = True
+                del self.lost[endpoint]
+                endpoint.lose()
         return called
 
     def _is_open(self) -> bool:
         self.discard_unexpected()
-        return bool(self.endpoints or self.listeners or self.ready or self.in_flight)
+        return bool(self.endpoints or self.listeners or self.ready or self.posted)
 
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self.listeners):

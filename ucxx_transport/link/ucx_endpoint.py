@@ -13,7 +13,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, Operation, byte_view, lost
 from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered
 from ucxx_transport.link.ucx_api import TRUNCATED, UcxEndpoint, raisable, status_error
-from ucxx_transport.link.ucx_flight import IN_PROGRESS, LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
+from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
 
 CLOSE_TIMEOUT_S: Final = 2.0
@@ -49,6 +49,7 @@ class UCXXEndpoint(Posted):
         accepted_by: object = None,
         error: TransportError | None = None,
     ) -> None:
+        super().__init__()
         self.peer = peer
         self.events = events
         self.alive = True
@@ -81,8 +82,7 @@ class UCXXEndpoint(Posted):
         flight = link.flight
         flight.post(operation_of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
         greeting = operation_of(self, place, HELLO_BYTES, greeted)
-        if flight.post(greeting, flight.stream_receive, handle, place.address, 0) != IN_PROGRESS:
-            link.ready.append((greeted, greeting))
+        flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
         operation, flight = UCXXOperation(), self._flight  # as `operation_of`
@@ -98,8 +98,9 @@ class UCXXEndpoint(Posted):
             address = array.ptr
         if not self._usable:
             self._defer(operation)
-        elif flight.post(operation, flight.receive, 0, address, self._receive_base | channel) != IN_PROGRESS:
-            self._link.ready.append((on_done, operation))  # the message was there already
+            return operation
+        begin = flight.receive_large if self._link.rdma and operation.nbytes >= LARGE_BYTES else flight.receive
+        flight.post(operation, begin, 0, address, self._receive_base | channel)
         return operation
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
@@ -118,9 +119,7 @@ class UCXXEndpoint(Posted):
             self._defer(operation)
             return operation
         begin = flight.send if operation.nbytes < LARGE_BYTES else flight.send_large
-        status = flight.post(operation, begin, self._handle, address, base | channel)
-        if status != IN_PROGRESS and on_done is not None:  # it has left
-            self._link.ready.append((on_done, operation))
+        flight.post(operation, begin, self._handle, address, base | channel)
         return operation
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
@@ -174,16 +173,19 @@ class UCXXEndpoint(Posted):
 
     def ended(self) -> bool:
         """Whether nothing is in flight any more."""
-        return not (self.in_flight or self._deferred)
+        return not (self.posted or self._deferred)
 
     def end_close(self) -> None:
         """Release UCX's endpoint; buffers of what has not ended are leaked."""
-        timer = self._link.ending.pop(self, None)
-        if timer is None:
+        if self not in self._link.ending:
             return
-        timer.cancel()
-        self.give_up()
-        left = self._flight.of(self)
+        try:
+            self.give_up()
+        except BaseException:  # of a callback, which has been called
+            self._link.ready.append((UCXXEndpoint.end_close, self))
+            raise
+        self._link.ending.pop(self).cancel()
+        left = list(self.posted)
         self._clean = not left
         for operation in left:
             self._link.leak(operation, self._ucx)
@@ -194,7 +196,8 @@ class UCXXEndpoint(Posted):
 
     def call_closed(self) -> None:
         """Say to those who closed it that it is over."""
-        while self._on_closed:
+        if self._on_closed:
+            self._link.ready.append((UCXXEndpoint.call_closed, self))  # for the next one, and if this one raises
             self._on_closed.pop(0)(self._clean is True)
 
     def _greeted(self, error: TransportError | None, hello: bytearray) -> None:
@@ -244,23 +247,25 @@ class UCXXEndpoint(Posted):
             # it never ends a receive that nothing has matched.
             with suppress(self._link.binding.root):
                 ucx.close_blocking()
-        self._link.note_broken(self)
+        self._link.broken[self] = None
         if self._deferred:
             self._link.ready.append((UCXXEndpoint.fail_deferred, self))
 
     def fail_deferred(self) -> None:
         """End what waits for a hello that never comes."""
-        for _ in range(len(self._deferred)):  # those that callbacks post have the next turn
-            operation = self._deferred.popleft()
-            operation.completed, operation.buffer, operation.error = True, None, self._why_lost()
-            if operation.on_done is not None:
-                operation.on_done(operation)
+        if not self._deferred:
+            return
+        self._link.ready.append((UCXXEndpoint.fail_deferred, self))  # for the next one, and if a callback raises
+        operation = self._deferred.popleft()
+        operation.completed, operation.buffer, operation.error = True, None, self._why_lost()
+        if operation.on_done is not None:
+            operation.on_done(operation)
 
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
         while self._flight.has_ends():
             self._flight.turn(0)
-        for operation in self._flight.of(self):
+        for operation in list(self.posted):
             on_done, operation.on_done = operation.on_done, None
             if on_done is not None:
                 operation.error = self._why_lost()
@@ -287,9 +292,7 @@ class UCXXEndpoint(Posted):
             operation = self._deferred.popleft()
             buffer, tag = operation.buffer, self._send_base | operation.channel
             address = buffer.address if isinstance(buffer, UCXXMessage) else cast("bytes", buffer)
-            status = flight.post(operation, flight.send_large, self._handle, address, tag)
-            if status != IN_PROGRESS and operation.on_done is not None:
-                self._link.ready.append((operation.on_done, operation))
+            flight.post(operation, flight.send_large, self._handle, address, tag)
 
 
 def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:

@@ -32,7 +32,7 @@ STRAYS_EVERY: Final = 8
 UNEXPECTED_AT_ONCE: Final = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the thread."""
 
-_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HANDLED, _SPIN_NS, _FOUND_TAG, _ENDS = (*range(9, 17), 18)
+_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HEARD, _HANDLED, _SPIN_NS, _FOUND_TAG, _, _ENDED, _ENDS = range(9, 21)
 """Words of `struct flight`, behind the worker and the functions."""
 
 IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
@@ -44,21 +44,19 @@ FUNCTIONS: Final = (
 """What `flight.c` calls of UCX, as its `struct ucp` has it."""
 
 
-AGAIN: Final[tuple[Callable[[object], object], object]] = (id, None)
-"""Something ready that does nothing: the next turn looks at what is lost and broken."""
-
-
 class UCXXOperation:
     """Something that UCX is asked to do for an endpoint. See `base.Operation`.
 
     Attributes:
         owner: whose it is.
+        index: in its flight.
         buffer: pinned until UCX is done with it: dropping it sooner is a crash.
         channel: of one that is deferred.
         status: UCX's, once it has ended.
     """
 
     owner: Posted
+    index: int
     buffer: object
     nbytes: int
     on_done: OnDone | None = None
@@ -94,10 +92,11 @@ class Posted:
     """Something that operations are posted for.
 
     Attributes:
-        in_flight: how many have not ended.
+        posted: those that have not ended, or whose end has not been called back.
     """
 
-    in_flight = 0
+    def __init__(self) -> None:
+        self.posted: dict[UCXXOperation, UCXXOperation] = {}
 
     def note_failure(self, operation: UCXXOperation) -> None:
         """An operation has ended in an error."""
@@ -115,8 +114,8 @@ class Flight:
         free: indices.
         ended: taken, and not called back yet.
         handled: how many ends have been taken, ever.
-        send, send_large, receive, stream_send, stream_receive: to `post` by. Large sends release the interpreter's
-            lock (GIL): UCX copies as much as the socket takes.
+        send, send_large, receive, receive_large, stream_send, stream_receive: to `post` by. The large ones release the
+            interpreter's lock (GIL): UCX copies as much as the socket takes, or registers memory with a device.
     """
 
     def __init__(self, worker: int, functions: Sequence[int]) -> None:
@@ -126,7 +125,8 @@ class Flight:
         self._words = memoryview(memory).cast("B").cast("Q")
         self._ends = self._words[_ENDS : _ENDS + ENDS_AT_ONCE].cast("B").cast("q")
         # Without argument types an array is passed as it is: a call takes 0.1 us, and 0.1 more for each typed argument.
-        self.send, self.send_large, self.receive = brief.flight_send, sleeping.flight_send, brief.flight_receive
+        self.send, self.send_large = brief.flight_send, sleeping.flight_send
+        self.receive, self.receive_large = brief.flight_receive, sleeping.flight_receive
         self.stream_send, self.stream_receive = brief.flight_stream_send, brief.flight_stream_receive
         self._turn, self._has_ends = sleeping.flight_turn, brief.flight_has_ends
         self._cancel, self._probe, self._close = brief.flight_cancel, brief.flight_probe, brief.flight_close
@@ -144,8 +144,8 @@ class Flight:
 
     def post(
         self, operation: UCXXOperation, begin: Callable[..., int], endpoint: int, address: int | bytes, tag: int
-    ) -> int:
-        """Ask UCX for something, by one of the calls; `IN_PROGRESS`, or the status with which it ended at once.
+    ) -> None:
+        """Ask UCX for something, by one of the calls. What ends at once is `completed`, and called back in a turn.
 
         Args:
             operation: of its buffer.
@@ -158,74 +158,74 @@ class Flight:
         if not free:
             free.append(self._made)
             self._made += 1
-        index = free.pop()
-        self.operations[index] = operation
-        operation.owner.in_flight += 1
+        operation.index = index = free.pop()
         words[_INDEX], words[_ENDPOINT], words[_TAG], words[_BYTES] = index, endpoint, tag, operation.nbytes
+        words[_HEARD] = heard = operation.on_done is not None
+        posted = operation.owner.posted
+        self.operations[index] = posted[operation] = operation
         if type(address) is int:
             words[_ADDRESS] = address
             status = begin(self._memory, None)
         else:
             status = begin(self._memory, address)
         if status != IN_PROGRESS:
-            del self.operations[index]
-            free.append(index)
-            operation.owner.in_flight -= 1
+            operation.status = status
+            if not heard:
+                del self.operations[index], posted[operation]
+                free.append(index)
             operation.completed, operation.buffer = True, None
             if status:
-                operation.status = status
                 operation.owner.note_failure(operation)
-        return status
 
     def turn(self, spin_ns: int) -> bool:
         """Progress; take what has ended, and call it back. Whether anything moved.
 
+        An interrupt may come between any two steps: what was not taken is handed over again, and each step may be
+        taken twice.
+
         Args:
             spin_ns: how long to poll while nothing moves.
         """
-        words = self._words
+        words, operations, ended = self._words, self.operations, self.ended
         words[_HANDLED], words[_SPIN_NS] = self.handled, spin_ns
         found = self._turn(self._memory)
         if self._taken:  # the queue has them no more
-            self.free += self._taken
-            self._taken.clear()
-        operations, ended = self.operations, self.ended
+            taken, self._taken = self._taken, []
+            self.free += taken
         for end in self._ends[: max(found, 0)]:
             index = end >> 8
             operation = operations.get(index)
-            if operation is not None:  # else an interrupt came after it had been taken
-                status = end & 0xFF
-                operation.status = status - 256 if status > 127 else status
-                ended.append(operation)
+            if operation is not None:
+                if not operation.completed:
+                    status = end & 0xFF
+                    operation.status = status - 256 if status > 127 else status
+                if not ended or ended[-1] is not operation:
+                    ended.append(operation)
                 operations.pop(index)
             self.handled += 1
             self._taken.append(index)
         moved: bool = found >= 0
         while ended:  # some may be left of a turn that a callback's exception has ended
             moved = True
-            operation = ended.popleft()
-            operation.completed, operation.buffer = True, None
-            owner = operation.owner
-            owner.in_flight -= 1
-            if operation.status:
-                owner.note_failure(operation)
+            operation = ended[0]
+            if not operation.completed:
+                if operation.status:
+                    operation.owner.note_failure(operation)
+                operation.completed, operation.buffer = True, None
+            operation.owner.posted.pop(operation, None)
             on_done, operation.on_done = operation.on_done, None
             if on_done is not None:
                 on_done(operation)
+            ended.popleft()
         return moved
 
-    def of(self, owner: Posted) -> list[UCXXOperation]:
-        """What is in flight for one, in the order of the posts of each channel or not."""
-        if not owner.in_flight:
-            return []
-        return [operation for operation in [*self.operations.values(), *self.ended] if operation.owner is owner]
-
-    def cancel(self, owners: Mapping[Any, Any]) -> None:
-        """End what is in flight for these, as far as UCX ends it."""
-        for index, operation in list(self.operations.items()):
-            if operation.owner in owners:
-                self._words[_INDEX] = index
+    def cancel(self, owners: Mapping[Any, Any]) -> int:
+        """End what is in flight for these, as far as UCX ends it; how many ends are `handled` when that is seen."""
+        for owner in owners:
+            for operation in owner.posted:
+                self._words[_INDEX] = operation.index
                 self._cancel(self._memory)
+        return self._words[_ENDED]
 
     def unexpected_tag(self) -> int | None:
         """The tag of a message that nothing has been posted for; None: there is none."""
@@ -245,18 +245,22 @@ class LinkState(Usable, Posted):
     Attributes:
         ipv6: an address that listeners listen on, too.
         make_array: UCX's.
-        ready: what is to be called in the next turn, with its argument; never empty while something is broken or lost.
+        ready: what is to be called in the next turn, with its argument.
         broken: endpoints whose operations are to be ended when what had arrived has been called back.
-        lost: endpoints whose owners are to hear so. ending: those that are being closed, and when they end anyway.
+        lost: endpoints whose owners are to hear so, when how many ends are handled; None: not known yet.
+        ending: those that are being closed, and when they end anyway.
         endpoints: that are open. listeners: likewise.
+        rdma: this host has a device for it.
     """
 
     worker: UcxWorker
     flight: Flight
+    rdma: bool
     settings: Mapping[str, str]
     context: Any
 
     def __init__(self, timers: Reactor, binding: Binding, ipv6: str | None) -> None:
+        super().__init__()
         self.timers = timers
         self.ipv6 = ipv6
         self.binding = binding
@@ -265,7 +269,7 @@ class LinkState(Usable, Posted):
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.endpoints: dict[Any, None] = {}
         self.broken: dict[Any, None] = {}
-        self.lost: deque[Any] = deque()
+        self.lost: dict[Any, int | None] = {}
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
         self._by_base: dict[int, Any] = {}
@@ -282,13 +286,7 @@ class LinkState(Usable, Posted):
 
     def note_lost(self, endpoint: Any) -> None:
         """An endpoint's peer is gone: the next turn says so to its owner, when what had arrived is called back."""
-        self.lost.append(endpoint)
-        self.note_broken(endpoint)
-
-    def note_broken(self, endpoint: Any) -> None:
-        """An endpoint's connection is broken: later turns end its operations, when what had arrived is called back."""
-        self.broken[endpoint] = None
-        self.ready.append(AGAIN)
+        self.lost[endpoint] = self.broken[endpoint] = None
 
     def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object) -> Timer:
         """Call this in a turn, after a while."""

@@ -72,10 +72,12 @@ struct flight {
     void *buffer;
     size_t nbytes;
     uint64_t tag;     /* not of what goes by the stream */
+    uint64_t heard;   /* whether its end is handed over, though it be at once */
     uint64_t handled; /* how many ends the caller has seen to, ever */
     int64_t spin_ns;
     /* what a call has found */
     uint64_t info[2]; /* ucp_tag_recv_info_t: tag, bytes */
+    uint64_t ended;   /* how many ends there have been, ever */
     int64_t ends[ENDS];
     /* private */
     struct operation **blocks;
@@ -86,7 +88,7 @@ struct flight {
 
 EXPORT int flight_words(void) { return sizeof(struct flight) / 8; }
 
-static void note_end(struct operation *operation, void *request, int status) {
+static void queue_end(struct operation *operation, int status) {
     struct flight *flight = operation->flight;
     operation->request = NULL;
     operation->status = status;
@@ -96,7 +98,12 @@ static void note_end(struct operation *operation, void *request, int status) {
     else
         flight->last->next = operation;
     flight->last = operation;
-    flight->ucp.free(request);
+    flight->ended++;
+}
+
+static void note_end(struct operation *operation, void *request, int status) {
+    queue_end(operation, status);
+    operation->flight->ucp.free(request);
 }
 
 /* ucs_status_t has one byte, whose extension callers and callees may see differently. */
@@ -133,14 +140,16 @@ static struct parameters asked(struct operation *operation, void *callback) {
         .mask = WITH_CALLBACK | WITH_USER_DATA | WITH_MEMORY_TYPE, .callback = callback, .user_data = operation};
 }
 
-/* IN_PROGRESS, or how it ended at once: nothing is queued then. */
+/* IN_PROGRESS, or how it ended at once: queued behind what ended before, if it is heard of. */
 static int begun(struct operation *operation, void *request) {
-    if (request == NULL)
-        return 0;
-    if ((uintptr_t)request >= FIRST_ERROR)
-        return (int)(intptr_t)request;
-    operation->request = request;
-    return IN_PROGRESS;
+    int status = request == NULL ? 0 : (int)(intptr_t)request;
+    if (request != NULL && (uintptr_t)request < FIRST_ERROR) {
+        operation->request = request;
+        return IN_PROGRESS;
+    }
+    if (operation->flight->heard)
+        queue_end(operation, status);
+    return status;
 }
 
 /* A send is of `bytes`, if there are any. */
@@ -250,5 +259,6 @@ EXPORT void flight_close(struct flight *flight) {
         free(flight->blocks[i]);
     free(flight->blocks);
     flight->blocks = NULL;
+    flight->first = NULL;
     flight->n_blocks = 0;
 }

@@ -81,7 +81,7 @@ class MemoryEndpoint:
         self.events: base.EndpointEvents | None = None
         self.alive = True
         self.channels = 1 << 16
-        self._in_flight: dict[MemoryOperation, None] = {}
+        self.posted: dict[MemoryOperation, None] = {}
         self._outbox: deque[tuple[Hold | None, bytes, MemoryOperation]] = deque()
         self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
         self._closed = False
@@ -126,11 +126,6 @@ class MemoryEndpoint:
             self._reset()
         self.link.call(self._finish_close)
 
-    @property
-    def in_flight(self) -> int:
-        """How many operations have not ended."""
-        return len(self._in_flight)
-
     def listener_has_answered(self) -> bool:
         """Never: there is nothing between a listener and its endpoints."""
         return False
@@ -141,7 +136,7 @@ class MemoryEndpoint:
             other.link.call(other.lose, "reset")
             return
         self.other = other
-        for operation in list(self._in_flight):
+        for operation in list(self.posted):
             if operation.sending and operation.nbytes <= EAGER_BYTES:
                 self.end(operation)
         self._deliver()
@@ -180,7 +175,7 @@ class MemoryEndpoint:
             raise base.lost("closed" if self._closed else "reset", peer=self.peer)
         content = view.cast("B") if view.nbytes else memoryview(b"")
         operation = MemoryOperation(content, view.nbytes, on_done, channel, sending)
-        self._in_flight[operation] = None
+        self.posted[operation] = None
         if not self.alive:
             self.link.call(self.end, operation, base.lost("closed", peer=self.peer))
         return operation
@@ -194,7 +189,7 @@ class MemoryEndpoint:
     def _match(self, channel: int) -> None:
         """Bring what has arrived and the receives posted for it together."""
         while arrived := self._arrived[channel]:
-            posted = (one for one in self._in_flight if one.channel == channel and not one.sending)
+            posted = (one for one in self.posted if one.channel == channel and not one.sending)
             receive = next(posted, None)
             if receive is None or receive.immortal:
                 return
@@ -213,15 +208,15 @@ class MemoryEndpoint:
 
     def _completed(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
         operation.completed, operation.error, operation.view = True, error, None
-        del self._in_flight[operation]
+        del self.posted[operation]
 
     def _end_all(self, reason: base.LostReason) -> None:
-        for operation in list(self._in_flight):
+        for operation in list(self.posted):
             if operation.immortal:
                 operation.error = base.lost(reason, peer=self.peer)
-                operation.call_back()
             else:
-                self.end(operation, base.lost(reason, peer=self.peer))
+                self._completed(operation, base.lost(reason, peer=self.peer))
+            self.link.call(operation.call_back)
 
     def _stop(self) -> None:
         self.alive = False
@@ -238,10 +233,12 @@ class MemoryEndpoint:
     def _finish_close(self) -> None:
         if self._clean is None:
             self._end_all("closed")
-            self.link.counters.leaked_buffers += len(self._in_flight)
-            self._clean = not self._in_flight
+            self.link.counters.leaked_buffers += len(self.posted)
+            self._clean = not self.posted
             self.link.endpoints.discard(self)
-        while self._on_closed:
+            self.link.call(self._finish_close)  # behind the callbacks
+        elif self._on_closed:
+            self.link.call(self._finish_close)
             self._on_closed.pop(0)(self._clean)
 
 

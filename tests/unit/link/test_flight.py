@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dis
+import sys
 from collections import deque
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,7 +14,6 @@ import pytest
 from ucxx_transport.link.ucx_flight import (
     ENDS_AT_ONCE,
     FUNCTIONS,
-    IN_PROGRESS,
     Flight,
     Posted,
     UCXXOperation,
@@ -21,6 +23,17 @@ from ucxx_transport.link.ucx_flight import (
 POINTER, SIZE, WORD, NUMBER = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_int
 WORKER = 0x1000
 TRUNCATED = -9
+
+
+def steps_of_a_callback() -> set[int]:
+    """The bytecodes of a turn between an `on_done` that is taken and its call: as if in the callback."""
+    steps = list(dis.get_instructions(Flight.turn))
+    taken = next(i for i, step in enumerate(steps) if (step.opname, step.argval) == ("STORE_ATTR", "on_done"))
+    called = next(i for i, step in enumerate(steps) if i > taken and step.opname == "CALL")
+    return {step.offset for step in steps[taken + 1 : called + 1]}
+
+
+STEPS_OF_A_CALLBACK = steps_of_a_callback()
 
 
 class Parameters(ctypes.Structure):
@@ -94,6 +107,7 @@ class Owner(Posted):
     """Notes what it hears."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.heard: list[Any] = []
 
     def note_failure(self, operation: UCXXOperation) -> None:
@@ -113,7 +127,7 @@ class Bench:
         operation = operation_of(self.owner, b"", 0, on_done or (lambda _: self.owner.heard.append(name)))
         is_send = len(self.ucx.posted) % 2 == 0
         begin = self.flight.send if is_send else self.flight.receive
-        assert self.flight.post(operation, begin, 7, b"" if is_send else 0, 1 << 63) == IN_PROGRESS
+        self.flight.post(operation, begin, 7, b"" if is_send else 0, 1 << 63)
         return operation
 
     def end(self, *requests: int, status: int = 0) -> None:
@@ -124,14 +138,14 @@ class Bench:
 def test_what_has_ended_is_called_back_in_the_order_of_its_ends() -> None:
     bench = Bench()
     operations = [bench.post(number) for number in range(5)]
-    assert (bench.owner.in_flight, bench.flight.of(bench.owner)) == (5, operations)
+    assert list(bench.owner.posted) == operations
     assert not bench.flight.turn(0)
     bench.end(4, 1, 3)
     assert bench.flight.turn(0)
     assert bench.owner.heard == [3, 0, 2]
     assert [operation.completed for operation in operations] == [True, False, True, True, False]
     assert bench.ucx.freed == [4, 1, 3]
-    assert (bench.owner.in_flight, bench.flight.of(bench.owner)) == (2, [operations[1], operations[4]])
+    assert list(bench.owner.posted) == [operations[1], operations[4]]
 
 
 def test_a_status_is_known_before_the_owner_of_the_operation_hears_of_its_end() -> None:
@@ -142,14 +156,27 @@ def test_a_status_is_known_before_the_owner_of_the_operation_hears_of_its_end() 
     assert bench.owner.heard == [TRUNCATED, "failed"]
 
 
-def test_what_ends_at_once_is_not_in_flight() -> None:
+def test_what_ends_at_once_and_is_not_asked_for_is_over_when_the_post_returns() -> None:
     bench = Bench()
     for status in (0, TRUNCATED):
         bench.ucx.at_once = status
         operation = operation_of(bench.owner, b"x", 1)
-        assert bench.flight.post(operation, bench.flight.send, 7, b"x", 1) == status
-        assert (operation.completed, operation.buffer, bench.owner.in_flight) == (True, None, 0)
-    assert (bench.owner.heard, bench.flight.operations) == ([TRUNCATED], {})
+        bench.flight.post(operation, bench.flight.send, 7, b"x", 1)
+        assert (operation.status, operation.completed, operation.buffer) == (status, True, None)
+    assert (bench.owner.heard, bench.flight.operations, bench.owner.posted) == ([TRUNCATED], {}, {})
+    assert not bench.flight.has_ends()
+
+
+def test_what_ends_at_once_is_called_back_behind_what_ended_before() -> None:
+    bench = Bench()
+    bench.post("first")
+    bench.end(1)
+    bench.ucx._progress(WORKER)  # noqa: SLF001  # as when UCX closes an endpoint
+    bench.ucx.at_once = TRUNCATED
+    at_once = bench.post("second")
+    assert (at_once.completed, bench.owner.heard, at_once in bench.owner.posted) == (True, [TRUNCATED], True)
+    bench.flight.turn(0)
+    assert (bench.owner.heard, bench.owner.posted) == ([TRUNCATED, "first", "second"], {})
 
 
 def test_more_ends_than_a_turn_takes_are_left_for_the_next() -> None:
@@ -199,16 +226,46 @@ def test_a_callback_that_raises_takes_no_other_end_along() -> None:
     assert bench.owner.heard == ["second"]
 
 
-def test_ends_that_an_interrupt_kept_from_being_taken_are_handed_over_again() -> None:
-    """The queue drops what is counted as handled, and nothing else."""
-    bench = Bench()
-    for name in "ab":
-        bench.post(name)
-    bench.end(1, 2)
-    assert bench.flight._turn(bench.flight._memory) == 2  # noqa: SLF001  # an interrupt came behind this call
-    assert bench.flight.has_ends()
-    bench.flight.turn(0)
-    assert bench.owner.heard == ["a", "b"]
+def test_an_interrupt_at_any_bytecode_of_a_turn_loses_and_doubles_no_end() -> None:
+    """Between the queue and the callback; what interrupts a callback itself is its own matter."""
+    code = Flight.turn.__code__
+    at = 0
+    while True:
+        bench = Bench()
+        for name in "ab":
+            bench.post(name)
+        bench.end(1, 2)
+        seen = 0
+
+        def interrupt(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal seen
+            if frame.f_code is not code:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                seen += 1
+                if seen == at + 1 and frame.f_lasti not in between:  # noqa: B023
+                    raise KeyboardInterrupt
+            return interrupt
+
+        between = STEPS_OF_A_CALLBACK
+        sys.settrace(interrupt)
+        try:
+            bench.flight.turn(0)
+        except KeyboardInterrupt:
+            pass
+        else:
+            if seen <= at:
+                break
+        finally:
+            sys.settrace(None)
+        bench.flight.turn(0)
+        bench.flight.turn(0)
+        assert (bench.owner.heard, bench.owner.posted) == (["a", "b"], {}), at
+        assert not bench.flight.has_ends()
+        assert len(set(bench.flight.free)) == len(bench.flight.free)
+        at += 1
+    assert at > 100
 
 
 def test_owners_are_cancelled_alone() -> None:
