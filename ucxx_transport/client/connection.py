@@ -62,7 +62,7 @@ class Connection(Line):
         self.lend = pool.lend
         self._schemas = pool.schemas
         self.asked_bytes = 0
-        self._undescribed: dict[int, list[Read] | TransportError] = {}
+        self._undescribed: dict[tuple[bytes, int], list[Read] | TransportError] = {}
 
     @property
     def idle(self) -> bool:
@@ -213,7 +213,7 @@ class Connection(Line):
                 self.asked_bytes -= ref.nbytes
                 self.late -= read.late
                 arrived.append(read)
-            elif isinstance(waiting := self._undescribed[ref.fingerprint], list):
+            elif isinstance(waiting := self._undescribed[ref.ring_id, ref.fingerprint], list):
                 waiting.append(read)  # its schema was asked for with it
             else:
                 self._answered(read)
@@ -281,18 +281,21 @@ class Connection(Line):
 
     def _describe(self, ring_id: bytes, fingerprint: int) -> None:
         """Ask for a ring's schema, if need be; payloads that come before it wait for it, or fail as it does."""
-        if fingerprint in self._schemas or fingerprint in self._undescribed:
+        key = ring_id, fingerprint
+        if fingerprint in self._schemas or isinstance(self._undescribed.get(key), list):
             return
         waiting: list[Read] = []
-        self._undescribed[fingerprint] = waiting
+        self._undescribed[key] = waiting
 
         def described(asked: Asked, answer: memoryview) -> None:
             error: TransportError | None = None
             try:
                 self._schemas[fingerprint] = _schema_in(self.session.described(asked.attempt, answer), fingerprint)
-                del self._undescribed[fingerprint]
+                del self._undescribed[key]
             except TransportError as caught:
-                error = self._undescribed[fingerprint] = caught
+                if self.session.broken:
+                    raise
+                error = self._undescribed[key] = caught
             for read in waiting:
                 self._answered(read)
                 if error is not None:

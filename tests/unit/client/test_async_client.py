@@ -208,6 +208,19 @@ def test_a_client_that_has_no_connection_any_more_closes_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_client_takes_leave_of_a_server_once() -> None:
+    async def main() -> None:
+        with port_beside() as rig:
+            client = rig.async_client()
+            (await client.read(rig.ring.write_raw(EPISODE))).release()
+            await until_free(rig.ring, 0)
+            rig.client_faults.spare = 100
+            await client.aclose()
+            assert rig.client_faults.spare == 99
+
+    asyncio.run(main())
+
+
 def test_closing_ends_reads_in_flight_and_is_idempotent() -> None:
     async def main() -> None:
         with port_beside() as rig:

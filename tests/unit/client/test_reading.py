@@ -211,6 +211,19 @@ def test_a_payload_of_an_earlier_ring_is_stale() -> None:
         assert rig.requests() == 0, "the ring was not even asked"
 
 
+def test_a_payload_of_an_earlier_ring_that_is_read_first_costs_no_other_payload_of_its_schema() -> None:
+    schema = Schema([TensorSpec("done", (3,), "bool")])
+    with open_rig(ring=RingConfig(slots=4, schema=schema, prefault=False)) as rig:
+        client = rig.client()
+        for _ in range(2):
+            ref = rig.ring.write({"done": np.array([True, False, True])})
+            old = replace(ref, ring_id=b"before".ljust(16, b"-"))
+            outcomes = client.read_many([old, ref])
+            assert isinstance(outcomes[0], StaleSlotError)
+            assert isinstance(outcomes[1], Payload)
+            outcomes[1].release()
+
+
 def test_a_slot_out_of_range_is_an_error_and_no_reason_to_distrust_a_port() -> None:
     rows: list[int] = [4, 5, 1 << 31, (1 << 32) - 1]
     for slot in rows:
