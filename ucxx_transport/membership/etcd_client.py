@@ -39,7 +39,7 @@ class Connection:
         self._http = HTTPConnection(endpoint) if tls is None else HTTPSConnection(endpoint, context=tls)
         self._socket: socket.socket | None = None
         self._response: HTTPResponse | None = None
-        self._sent = self._aborted = False
+        self._sent = self._aborted = self._has_come = False
         self._raw = self._text = b""
 
     def ask(
@@ -52,14 +52,17 @@ class Connection:
 
         def answer() -> Json:
             response = self._post(path, body, token, until, connect_s)
-            return {} if streams and response.status == 200 else self._answer(response, until)
+            if not streams or response.status != 200:
+                return self._answer(response, until)
+            self._has_come = self._came_with_headers(response)
+            return {}
 
         return self._tried(answer)
 
     def is_readable(self, until: float) -> bool:
         """Wait for more of a stream, or for its end."""
         assert self._socket is not None
-        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+        if self._has_come or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
         ready = select.poll()
         ready.register(self._socket, select.POLLIN)
@@ -103,6 +106,18 @@ class Connection:
         self._response = self._http.getresponse()
         return self._response
 
+    def _came_with_headers(self, response: HTTPResponse) -> bool:
+        """Whether the beginning of the body came with the headers: then the socket need not be readable any more."""
+        assert self._socket is not None
+        bound = self._socket.gettimeout()
+        self._socket.settimeout(0.0)
+        try:
+            return bool(response.fp.peek())
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self._socket.settimeout(bound)
+
     def _answer(self, response: HTTPResponse, until: float) -> Json:
         """The answer in the body, which must be whole by then: the socket bounds each of its pieces alone."""
         pieces: list[bytes] = []
@@ -122,6 +137,7 @@ class Connection:
         response = self._response
         assert response is not None
         piece = response.fp.read1(_PIECE_BYTES)
+        self._has_come = False
         if not piece:
             raise ConnectionResetError("the stream has ended")
         if not response.chunked:

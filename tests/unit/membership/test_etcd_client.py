@@ -1,0 +1,56 @@
+"""A connection to etcd: what a stream brings, however it is cut into pieces on its way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import closing
+
+from tests.support.rows import row
+from ucxx_transport.membership.etcd_client import NO_TOKEN, Connection
+
+HEADERS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+MESSAGES = 2
+
+
+def chunk(text: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(text), text)
+
+
+def serve(listening: socket.socket, pieces: list[bytes], go_on: threading.Event) -> None:
+    """Answer one request in these pieces, and keep the connection."""
+    peer, _ = listening.accept()
+    with peer:
+        peer.recv(1 << 16)
+        for piece in pieces:
+            peer.sendall(piece)
+        go_on.wait(30.0)
+
+
+def test_what_comes_of_a_stream_together_with_its_headers_is_there_without_more() -> None:
+    first, second = chunk(b'{"result":{"created":true}}\n'), chunk(b'{"result":{"header":{"revision":"7"}}}\n')
+    rows = [
+        [HEADERS + first + second],
+        [HEADERS, first + second],
+        [HEADERS + first, second],
+        [HEADERS + first[:9], first[9:] + second],
+    ]
+    for pieces in rows:
+        with row(pieces=pieces), closing(socket.create_server(("127.0.0.1", 0))) as listening:
+            go_on = threading.Event()
+
+            thread = threading.Thread(target=serve, args=(listening, pieces, go_on))
+            thread.start()
+            try:
+                with closing(Connection(f"127.0.0.1:{listening.getsockname()[1]}", None)) as connection:
+                    until = time.monotonic() + 30.0
+                    assert connection.ask("watch", {}, NO_TOKEN, until=until, streams=True) == {}
+                    found: list[object] = []
+                    while len(found) < MESSAGES:
+                        assert connection.is_readable(until)
+                        found += connection.read()
+                    assert not connection.is_readable(time.monotonic())
+            finally:
+                go_on.set()
+                thread.join(30.0)
