@@ -96,7 +96,7 @@ def _settings() -> str:
         "",
         "Every setting can stand in four places. The first that names it wins:",
         "",
-        "1. a keyword argument: `ServerConfig(ports=8)`;",
+        "1. a keyword argument: `ServerConfig(ports=8)`, or a dict in its place: `{'ports': 8}`;",
         "2. the environment: `UCXX_TRANSPORT_SERVER__PORTS=8`;",
         "3. `./ucxx_transport.toml`: `[server]`, `ports = 8`;",
         "4. the default.",

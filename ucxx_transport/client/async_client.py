@@ -28,7 +28,7 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.errands import Selector
@@ -58,19 +58,20 @@ class UCXXClient:
     Args and guarantees as `SyncUCXXClient`.
 
     Args:
-        config: settings; the default reads local rings in place and everything else over UCX.
+        config: settings, a dict or a `ClientConfig`; the default reads local rings in place and everything else over
+            UCX.
         watcher: as for `SyncUCXXClient`.
         link_factory: opens the link on the first read that needs one; the default is UCX.
         page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
             of this host are then copied out of too.
 
     Raises:
-        ConfigError: page-locked, and `local="view"`.
+        ConfigError: a setting is wrong, or page-locked, and `local="view"`.
     """
 
     def __init__(
         self,
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,

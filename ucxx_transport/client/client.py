@@ -22,7 +22,7 @@ from ucxx_transport.schema.episode_record import listed, slot_ref_of
 from ucxx_transport.teardown import refuse_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.local import Into
@@ -42,15 +42,19 @@ class SyncUCXXClient:
     payload it has delivered once is `StaleSlotError` ever after.
 
     Args:
-        config: settings; the default reads local rings in place and everything else over UCX.
+        config: settings, a dict or a `ClientConfig`; the default reads local rings in place and everything else over
+            UCX.
         watcher: a `SourceWatcher`: reads over UCX from a source that it says is gone fail at once, and the ports of one
             that it says is there are worth a try again. Its owner stops it.
         link_factory: opens the link on the first read that needs one; the default is UCX.
+
+    Raises:
+        ConfigError: a setting is wrong.
     """
 
     def __init__(
         self,
-        config: ClientConfig | None = None,
+        config: ClientConfig | Mapping[str, object] | None = None,
         *,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,

@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +28,7 @@ from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, Tr
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ClientCore:
 
     def __init__(
         self,
-        config: ClientConfig | None,
+        config: ClientConfig | Mapping[str, object] | None,
         link_factory: LinkFactory | None,
         *,
         watcher: Watcher | None = None,
@@ -72,7 +73,7 @@ class ClientCore:
         on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config = config if config is not None else ClientConfig()
+        self.config = config = made_of(ClientConfig, config, "config")
         if page_locker is not None and config.local == "view":
             raise ConfigError(
                 "local='view' reads in place, but a GPU takes payloads from page-locked buffers: leave local at "

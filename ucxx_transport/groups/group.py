@@ -21,6 +21,7 @@ from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, ch
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
+from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import Teardown, may_end, refuse_forked
 
 _log = get_logger(__name__)
@@ -45,11 +46,11 @@ class RankGroup:
         address: where this rank can be reached, for the others.
         meta: plain JSON values of this rank, for the others.
         config: what renews the lease and how often (it lives three times that), pauses between tries, the bound on
-            leaving; None: those of the environment and the file.
+            leaving: a dict or a `PublisherConfig`; None: those of the environment and the file.
         ack_timeout_s: how long a joining rank is kept waiting by one that does not acknowledge it, before that one is
             dropped. Longer than a lease lives, so that a dead one has gone by then.
-        store_config: the store's settings, for the process that renews the lease; None: those of the environment and
-            the file.
+        store_config: the store's settings, a dict or a `StoreConfig`, for the process that renews the lease; None:
+            those of the environment and the file.
         clock: seconds.
 
     Raises:
@@ -65,9 +66,9 @@ class RankGroup:
         world_size: int | None = None,
         address: str = "",
         meta: Mapping[str, object] | None = None,
-        config: PublisherConfig | None = None,
+        config: PublisherConfig | Mapping[str, object] | None = None,
         ack_timeout_s: float = 10.0,
-        store_config: StoreConfig | None = None,
+        store_config: StoreConfig | Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if world_size is not None and world_size < 1:
@@ -82,8 +83,8 @@ class RankGroup:
             store=store,
             group=group,
             rank=rank,
-            config=config or PublisherConfig(),
-            store_config=store_config or StoreConfig(),
+            config=made_of(PublisherConfig, config, "config"),
+            store_config=made_of(StoreConfig, store_config, "store_config"),
             ack_timeout_s=ack_timeout_s,
             clock=clock,
         )

@@ -25,6 +25,7 @@ from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu import on_host
 from ucxx_transport.logs import get_logger
+from ucxx_transport.settings import made_of
 from ucxx_transport.trainer.mixin import UCXXDataPackerMixin
 from ucxx_transport.worker import UCXXRolloutMixin
 
@@ -107,7 +108,7 @@ class CosmosPayloadTransport(PayloadTransport):  # type: ignore[misc]  # cosmos-
             return
         try:
             settings = dict((getattr(config, "custom", None) or {}).get(NAME, {}))
-            client = ClientConfig(**settings.pop("client", {}))
+            client = made_of(ClientConfig, settings.pop("client", None), "client")
             # the trainer's own device is a GPU; episodes go there if the job's settings say so, since they take room
             where = settings.pop("device", "cpu" if str(device).startswith("cuda") else device)
             packer.setup_ucxx_data_packer(where, client=client, **settings)

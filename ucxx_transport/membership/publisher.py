@@ -30,6 +30,7 @@ from ucxx_transport.membership.renewal import Keeper, renew
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
+from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 
 _log = get_logger(__name__)
@@ -59,8 +60,8 @@ class HeartbeatPublisher:
             publisher.
         worker_id: this worker's name in the job, 1 to 128 printable characters.
         source: what is published: a `UCXXServer`, or a `RingSource` without one.
-        config: settings.
-        store_config: settings of the store.
+        config: settings, a dict or a `PublisherConfig`.
+        store_config: settings of the store, a dict or a `StoreConfig`.
         meta: what else the record holds, JSON values.
         clock: monotonic seconds.
 
@@ -69,7 +70,7 @@ class HeartbeatPublisher:
         error: why it has FAILED, or the store's last answer while that cannot be published to.
 
     Raises:
-        ConfigError: the worker id, the URL or `meta` is wrong.
+        ConfigError: the worker id, the URL, a setting or `meta` is wrong.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class HeartbeatPublisher:
         store: Store | str | None,
         worker_id: str,
         source: Publishable,
-        config: PublisherConfig | None = None,
+        config: PublisherConfig | Mapping[str, object] | None = None,
         *,
-        store_config: StoreConfig | None = None,
+        store_config: StoreConfig | Mapping[str, object] | None = None,
         meta: Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config if config is not None else PublisherConfig()
-        self._store_config = store_config if store_config is not None else StoreConfig()
+        self._config = made_of(PublisherConfig, config, "config")
+        self._store_config = made_of(StoreConfig, store_config, "store_config")
         self.worker_id = worker_id
         self._source = source
         self._meta = dict(meta or {})

@@ -21,8 +21,11 @@ from urllib.parse import unquote
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.machine import NO_SQLITE, check_file_name
+from ucxx_transport.settings import made_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ucxx_transport.membership.store import Store
 
 ETCD_PORT: Final = 2379
@@ -31,20 +34,20 @@ _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?:
 _REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
-def open_store(url: str | None = None, config: StoreConfig | None = None) -> Store:
+def open_store(url: str | None = None, config: StoreConfig | Mapping[str, object] | None = None) -> Store:
     """The store that membership is kept in. Close it, or use `with`.
 
     Args:
         url: `local://` or `local:///abs/path` for the processes of one machine; `etcd://host:2379,…` (`etcds://` over
             TLS) for several machines; None: `store.url`.
-        config: its settings; None: those of the environment and the file.
+        config: its settings, a dict or a `StoreConfig`; None: those of the environment and the file.
 
     Raises:
         ConfigError: the URL or a setting is wrong, there is no URL, or a local store's interpreter has no sqlite3.
         StorePermissionError: the file of a local store is not this user's to use.
     """
-    config = config or StoreConfig()
-    named: object = config.url if url is None else url
+    settings = made_of(StoreConfig, config, "config")
+    named: object = settings.url if url is None else url
     if named is None:
         text = "no store is named: give its URL, or set store.url (UCXX_TRANSPORT_STORE__URL), such as etcd://host:2379"
         raise ConfigError(text, field="url")
@@ -52,14 +55,14 @@ def open_store(url: str | None = None, config: StoreConfig | None = None) -> Sto
     if scheme != "local":
         from ucxx_transport.membership.etcd_store import EtcdStore
 
-        return EtcdStore(place, config, tls=scheme == "etcds")
+        return EtcdStore(place, settings, tls=scheme == "etcds")
     try:
         from ucxx_transport.membership.local_store import LocalStore
     except ImportError as error:
         if "sqlite3" not in str(error):
             raise
         raise ConfigError(NO_SQLITE, python=sys.executable, reason=str(error)) from error
-    return LocalStore(place, config)
+    return LocalStore(place, settings)
 
 
 def parse_store_url(url: object) -> tuple[str, Any]:

@@ -11,14 +11,15 @@ import ctypes
 import os
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
+from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError, SlotError
 from ucxx_transport.ring import layout, leases
 from ucxx_transport.ring.layout import Identity, RingStatistics, round_up
@@ -29,10 +30,8 @@ from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.slot_ref import Common, common_of
+from ucxx_transport.settings import made_of
 from ucxx_transport.units import MAX_PORTS
-
-if TYPE_CHECKING:
-    from ucxx_transport.config import RingConfig
 
 MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
@@ -81,17 +80,17 @@ class RingHandle:
         self._addressed = 0, template, common_of(template)
 
     @classmethod
-    def create(cls, config: RingConfig, **seams: Any) -> Self:
+    def create(cls, config: RingConfig | Mapping[str, object], **seams: Any) -> Self:
         """Make a ring, after removing those of dead creators on this host.
 
         Args:
-            config: sizes and policies.
+            config: sizes and policies, a dict or a `RingConfig`.
             **seams: `owner` and `alive` of `RingHandle`.
 
         Raises:
-            ConfigError: the name is in use by a live creator, or the ring does not fit its folder.
+            ConfigError: a setting is wrong, the name is in use by a live creator, or the ring does not fit its folder.
         """
-        return cls(*create_ring(config), **seams)
+        return cls(*create_ring(made_of(RingConfig, config, "config")), **seams)
 
     @classmethod
     def attach(

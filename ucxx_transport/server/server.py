@@ -17,11 +17,12 @@ from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
+from ucxx_transport.settings import made_of
 from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.teardown import Teardown, may_end, refuse_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
@@ -107,19 +108,26 @@ class UCXXServer(RingSource):
 
     Args:
         ring: the ring to serve; its creator keeps and closes it.
-        config: settings; the default is 2 ports, each a supervised process.
+        config: settings, a dict or a `ServerConfig`; the default is 2 ports, each a supervised process.
         link_factory: opens one link a port, for `mode="thread"` only; the default is UCX.
 
     Attributes:
         address: as published; None while not serving.
         ports: that listen; empty while not serving.
+
+    Raises:
+        ConfigError: a setting is wrong.
     """
 
     def __init__(
-        self, ring: SharedRingBuffer, config: ServerConfig | None = None, *, link_factory: LinkFactory | None = None
+        self,
+        ring: SharedRingBuffer,
+        config: ServerConfig | Mapping[str, object] | None = None,
+        *,
+        link_factory: LinkFactory | None = None,
     ) -> None:
         super().__init__(ring)
-        self._config = config if config is not None else ServerConfig()
+        self._config = made_of(ServerConfig, config, "config")
         self._link_factory = link_factory
         self._indices = range(self._config.ports if isinstance(self._config.ports, int) else len(self._config.ports))
         self._sidecars = [self._sidecar_of(index) for index in self._indices if self._config.mode == "process"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
+from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.settings import made_of
 from ucxx_transport.trainer.batch import HostFetchSettings
 from ucxx_transport.trainer.loss_policy import Loss, is_ours
 from ucxx_transport.trainer.rollout_feed import OnMissing, RolloutFeed, completion_of
-
-if TYPE_CHECKING:
-    from ucxx_transport.config import ClientConfig
 
 
 class UCXXDataPackerMixin:
@@ -72,7 +71,7 @@ class UCXXDataPackerMixin:
             if word in settings:
                 raise ConfigError(f"{word} is no setting of a packer; override {method}", field=word)
         self.ucxx_feed = RolloutFeed(
-            client,
+            made_of(ClientConfig, client, "client"),
             device=device,
             on_loss=self.on_episode_lost,
             on_missing=on_missing,

@@ -29,7 +29,7 @@ from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.settings import made_of, unknown_name
+from ucxx_transport.settings import unknown_name
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Accounts, Alone, PrefetchStatistics
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
@@ -272,7 +272,7 @@ class Prefetcher:
         self.unpack, self.uploader, in_place = unpacker_for(device)
         uploader = self.uploader
         self.core = ClientCore(
-            made_of(ClientConfig, config, "client"),
+            config,
             link_factory,
             watcher=watcher,
             page_locker=None if uploader is None else uploader.page_locker,

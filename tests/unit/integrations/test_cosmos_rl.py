@@ -130,7 +130,7 @@ def test_a_wrong_setting_is_an_error_that_cosmos_rl_does_not_swallow(cosmos: Any
         ({"deadline_s": -1.0}, "deadline_s"),
         ({"deadlines": 1}, "deadlines"),
         ({"client": {"locl": "x"}}, "locl"),
-        ({"client": 3}, "mapping"),
+        ({"client": 3}, "client takes a ClientConfig, or a dict"),
     ):
         with row(table=table), pytest.raises(RuntimeError, match=rf"\[custom.ucxx_transport\].*{named}"):
             transport.attach_data_packer(packer_of(cosmos), config=config(**table))
