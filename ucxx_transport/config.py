@@ -78,7 +78,7 @@ class RingConfig:
     prefault: bool = setting("touch all pages at creation, so that the first lap is fast too", default=True)
     checksum: bool = setting("xxh3_64 of every payload, carried by its SlotRef", default=False)
     envelope_bytes: units.Bytes = setting(
-        "room beside each payload for what is said of it (its record, or meta), in steps of 64; 0: none",
+        "room beside each payload for what is noted of it (its record, or meta), in steps of 64; 0: none",
         default=1024,
         ge=0,
         le=1024,

@@ -168,7 +168,7 @@ class SyncUCXXClient:
         selector: Selector = "oldest",
         wait_s: float | str = 0.0,
     ) -> list[Payload]:
-        """Take payloads that nobody has had yet, without knowing their references.
+        """Take payloads that no reader has had yet, without knowing their references.
 
         Args:
             source: whose: a watcher's record, or any reference of the ring.

@@ -31,7 +31,7 @@ class Payload:
     Attributes:
         ref: the reference it was read by.
         transport: "view" (the slot, in place), "copy" (copied out of the slot), "ucx".
-        record: of a payload that was taken: what its writer said of it, a rollout worker's record or else the `meta`;
+        record: of a payload that was taken: what its writer noted of it, a rollout worker's record or else the `meta`;
             None when that was nothing, and for one that was read by its reference.
     """
 

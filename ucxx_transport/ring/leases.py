@@ -190,7 +190,7 @@ class ReadLease(Hold):
 
     @property
     def envelope(self) -> bytes:
-        """What the writer said of the payload, as msgpack; b"" when it said nothing, or too much."""
+        """What the writer noted of the payload, as msgpack; b"" when that was nothing, or too much."""
         return bytes(self._memory(self.transitions.first_envelope, self.words[layout.HOLD_ENVELOPE_BYTES]))
 
     @property

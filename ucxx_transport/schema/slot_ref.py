@@ -52,7 +52,7 @@ class SlotRef:
         ports: its ports.
         fingerprint: the schema's, 0 for a raw ring.
         checksum: xxh3_64 of the payload, None when the ring takes none.
-        meta: what the writer said about the payload. The mapping is read-only and its content the reference's own copy.
+        meta: what the writer noted of the payload. The mapping is read-only and its content the reference's own copy.
     """
 
     ring_id: bytes

@@ -188,7 +188,7 @@ class Connection:
             self._defer()
 
     def _perform(self, actions: Iterable[Action], now: float) -> None:
-        """Do what is to be done; once the connection is closing, what its client has said of ends alone."""
+        """Do what is to be done; once the connection is closing, only the ends that its client has sent."""
         slots, session = self._slots, self.session
         for action in actions:
             if isinstance(action, Attempt):

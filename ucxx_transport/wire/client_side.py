@@ -11,7 +11,7 @@
 ```
 An attempt lives from `fetch()` (or from the offer that brings it) until `end()`, or until `verify()` raises because the
 server refused it. Its end waits in a queue; the next frame of any kind takes all of them along. A delivery is *owed* as
-long as no later answer has proved that the server handled the frame that said so.
+long as no later answer has proved that the server handled the frame with its end.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ class ClientSession:
         asked = self._awaited.pop(attempt & MAX_CHANNEL)
         assert isinstance(asked, tuple)
         while self._unproved and self._unproved[0][0] <= asked[1]:
-            self._unproved.popleft()  # what that frame and those before it said has been heard
+            self._unproved.popleft()  # that frame and those before it have been handled
         return asked[1], header, body
 
     def _body_of(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
