@@ -226,6 +226,7 @@ class Participant:
             self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()
+                self._shared.listeners.retry()
                 step_in_s = self.step(snapshot)
                 batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
                 self._away = None
@@ -260,3 +261,5 @@ class Participant:
         except errors.RegistryError as failure:
             _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
         self._shared.end(event, error)
+        while self._shared.listeners.retry() and not self._ending.wait(PAUSE_S):
+            pass  # `on_gone` waits for a thread, and this one has nothing else to do

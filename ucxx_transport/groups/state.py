@@ -75,7 +75,8 @@ class GroupStatistics:
         conflicts: writes that another member's had overtaken.
         outages: times that the store could not be reached.
         callback_errors: exceptions of callbacks.
-        callback_overflows: full queues of callbacks that were slow, and got the difference instead.
+        callback_overflows: full queues of slow callbacks, shortened to the changes that last.
+        callback_waits: callbacks that had to wait, because no thread could be started for them.
     """
 
     views: int = 0
@@ -88,6 +89,7 @@ class GroupStatistics:
     outages: int = 0
     callback_errors: int = 0
     callback_overflows: int = 0
+    callback_waits: int = 0
 
     def plus(self, **more: int) -> GroupStatistics:
         """With these added."""

@@ -6,6 +6,7 @@
 | a queue is no longer empty | a daemon thread calls back, in order, one at a time, and ends when it is empty      |
 | a listener subscribes      | it is called for what is known, in the subscriber's thread, before it has returned  |
 | a callback raises          | logged and counted; the next one is called                                          |
+| a thread cannot be started | logged and counted; tried again with the next news, and at each `retry`             |
 | a queue is full            | what came and went meanwhile is left out of it, and each source's last news stay,   |
 |                            | so nothing that lasts is missed; logged and counted                                 |
 | a subscription is ended    | no further callback begins; one under way is not waited for                         |
@@ -23,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
-from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.teardown import not_in_forks, refuse_forked
@@ -55,6 +56,7 @@ class _Subscription(Generic[T]):
         self.kinds |= _STATE if self.kinds & _STATE else set()
         self.queue: deque[tuple[str, T]] = deque(news)
         self.caller: int | None = None  # the thread that calls back
+        self.is_waiting = False  # for a thread, which could not be started
 
 
 class Listeners(Generic[T]):
@@ -62,7 +64,7 @@ class Listeners(Generic[T]):
 
     Args:
         identify: of a record: its name, and its life, in which two records of that name may differ.
-        count: called with "errors" or "overflows" at each of them.
+        count: called with "errors", "overflows" or "waits" (for a thread) at each of them.
         keys: further keys of every log event.
         limit: news that one listener's queue takes.
     """
@@ -135,6 +137,12 @@ class Listeners(Generic[T]):
         for one in idle:
             self._start(one)
 
+    def retry(self) -> bool:
+        """Call back where no thread could be started before; to be called regularly. Whether a listener still waits."""
+        for one in (waiting := [one for one in self._subscriptions if one.is_waiting]):
+            self._start(one)
+        return any(one.is_waiting for one in waiting)
+
     @contextmanager
     def calling_back(self) -> Iterator[None]:
         """This thread is inside a callback."""
@@ -163,6 +171,7 @@ class Listeners(Generic[T]):
     def wait_idle(self, timeout_s: float = STOP_S) -> None:
         """Wait until all news have been heard; bounded, and not at all inside a callback. Logs what is not back."""
         until_s = time.monotonic() + timeout_s
+        self.retry()
         with self._lock:
             while busy := [one for one in self._subscriptions if one.caller is not None or one.queue]:
                 left_s = until_s - time.monotonic()
@@ -184,14 +193,21 @@ class Listeners(Generic[T]):
         """Begin to call back, unless it has begun."""
         with self._lock:
             if subscription.caller is not None or not subscription.queue:
+                subscription.is_waiting = False
                 return
             subscription.caller = 0  # until the thread has its identity
         try:
             start_thread(self._run, subscription, name="ucxx-listener")
-        except TransportError:  # too many threads: the next news tries again; or the interpreter exits
+        except TransportError as error:
             with self._lock:
                 subscription.caller = None
-            _log.debug("listener_waits", **self._keys)
+                is_new = isinstance(error, BusyError) and not subscription.is_waiting  # else the interpreter exits
+                subscription.is_waiting = True
+            if is_new:
+                self._count("waits")
+                _log.warning("listener_waits", reason=str(error), **self._keys)
+        else:
+            subscription.is_waiting = False
 
     def _run(self, subscription: _Subscription[T]) -> None:
         with self._lock:
@@ -221,10 +237,14 @@ class Listeners(Generic[T]):
                 with self.calling_back():
                     callback(record)
             except Exception:  # noqa: BLE001 - a listener's failure is the application's: the feed goes on
-                self._count("errors")
-                name = self._identify(record)[0] if kind in _STATE else None
-                _log.exception("listener_failed", event_kind=kind, source=name, **self._keys)
+                self.failed(kind, record)
         return True
+
+    def failed(self, kind: str, record: T) -> None:
+        """Count and log the exception under way, which a callback for these news has raised."""
+        self._count("errors")
+        name = self._identify(record)[0] if kind in _STATE else None
+        _log.exception("listener_failed", event_kind=kind, source=name, **self._keys)
 
     def _shortened(self, queue: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """News that end where these do: of each name a removal and an addition, or an update, at most."""
@@ -257,7 +277,7 @@ class ReplicaMonitor:
     again is alive again, and its next death is another one.
 
     The callbacks run one at a time, in order, under no lock. With a `feed` they run in a thread of their own, and a
-    slow one delays nobody else. Fed by hand they run in the thread that brings the news, or in that of another which is
+    slow one delays no other. Fed by hand they run in the thread that brings the news, or in that of another which is
     just calling back; a name that dies again before its death was reported is reported once. An exception is logged and
     goes no further.
 
@@ -317,19 +337,23 @@ class ReplicaMonitor:
         self._call_back()
 
     def _call_back(self) -> None:
-        while True:
-            with self._lock:
-                if not self._due:
-                    self._is_calling = False
-                    return
-                due, _ = self._due.popitem(last=False)
-            try:
-                if due:
-                    self._on_dead(due[0])
-                elif not self.alive:  # else one has come back before this could be reported
-                    self._on_all_gone()
-            except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
-                _log.exception("replica_callback_failed")
+        try:
+            while True:
+                with self._lock:
+                    if not self._due:
+                        self._is_calling = False
+                        return
+                    due, _ = self._due.popitem(last=False)
+                try:
+                    if due:
+                        self._on_dead(due[0])
+                    elif not self.alive:  # else one has come back before this could be reported
+                        self._on_all_gone()
+                except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
+                    _log.exception("replica_callback_failed")
+        except BaseException:  # `sys.exit` in a callback, or an interrupt: the rest that is due is reported first
+            self._call_back()
+            raise
 
     def close(self) -> None:
         """Follow the feed no longer. Idempotent."""

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Final, Self
 
 from ucxx_transport.backoff import random_pause_s
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -60,8 +61,9 @@ class WatcherStatistics:
         resets: stores found wiped.
         failures: calls and watches that the store did not answer.
         malformed: records that are none.
-        listener_errors: exceptions of listeners.
-        listener_overflows: full queues of listeners that were slow, and got the difference instead.
+        listener_errors: exceptions of listeners, and of reports.
+        listener_overflows: full queues of slow listeners, shortened to the changes that last.
+        listener_waits: listeners that had to wait, because no thread could be started for them.
         synced: whether what is known is up to date, as far as the store's last answer goes.
     """
 
@@ -75,6 +77,7 @@ class WatcherStatistics:
     malformed: int = 0
     listener_errors: int = 0
     listener_overflows: int = 0
+    listener_waits: int = 0
     synced: bool = False
 
 
@@ -112,12 +115,12 @@ class SourceWatcher:
         on_add: Listener | None = None,
         on_update: Listener | None = None,
         on_remove: Listener | None = None,
-        reset_grace_s: float = RESET_GRACE_S,
+        reset_grace_s: float | str = RESET_GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store) if store is None or isinstance(store, str) else store
-        self._reset_grace_s = reset_grace_s
+        self._reset_grace_s = checked_seconds(reset_grace_s, "reset_grace_s")
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
@@ -202,7 +205,7 @@ class SourceWatcher:
         with self._changed:
             return tuple(record for record in self._view.sources if status is None or record.status is status)
 
-    def wait_for(self, n: int, timeout_s: float) -> tuple[SourceRecord, ...]:
+    def wait_for(self, n: int, timeout_s: float | str) -> tuple[SourceRecord, ...]:
         """Wait until at least `n` sources are ready.
 
         Returns:
@@ -210,10 +213,12 @@ class SourceWatcher:
 
         Raises:
             DeadlineExceededError: fewer within `timeout_s`.
-            ConfigError: the watcher is stopped or was not started, or a listener calls this.
+            ConfigError: the watcher is stopped or was not started, or a listener calls this; or `timeout_s` is no
+                finite duration.
         """
         refuse_forked(self._pid, "SourceWatcher")
         self._listeners.refuse_in_callback("wait_for()")
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
         until_s = self._clock() + timeout_s
         with self._changed:
             if self._thread is None:
@@ -256,6 +261,7 @@ class SourceWatcher:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            self._listeners.retry()
             try:
                 self._follow()
             except (CompactedError, StoreResetError) as error:
@@ -288,6 +294,7 @@ class SourceWatcher:
                     self._apply(partial(self._view.take_batch, batch))
                     self._revision = batch.revision
                 self._failures = 0
+                self._listeners.retry()
 
     def _apply(self, change: Callable[[], list[SourceChange]], **counts: int) -> None:
         """Change what is known, its counts and what the listeners are to hear at once."""
@@ -297,10 +304,16 @@ class SourceWatcher:
             self._counts.update(f"{one.kind}s" for one in changes)
             self.error = None
             for one in changes:
-                for report in self._reports:
-                    report(one)
+                self._report(one)
             self._listeners.put(changes)
             self._changed.notify_all()
+
+    def _report(self, change: SourceChange) -> None:
+        for report in self._reports:
+            try:
+                report(change)
+            except Exception:  # noqa: BLE001 - what is known has changed: all others are to hear of it
+                self._listeners.failed(change.kind, change.record)
 
     def _count_listener(self, what: str) -> None:
         with self._changed:

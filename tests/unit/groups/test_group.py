@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.group_ranks import CONFIG, Ranks
 from tests.support.memory_store import MemoryStore
+from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import (
     ConfigError,
@@ -496,6 +497,20 @@ def test_a_new_rank_s_small_epoch_does_not_hold_after_a_wipe(ranks: Ranks) -> No
     assert newcomer.state.epoch < epoch, "it could not know"
     assert first.join_group(10).epoch > epoch
     wait_until(has_view(newcomer, active_ranks=(0, 5)))
+
+
+def test_callbacks_whose_thread_could_not_be_started_hear_what_they_missed_with_no_further_news(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    heard: list[object] = []
+    first.subscribe(on_remove=lambda member: heard.append(member.rank))
+    second.on_gone(lambda _: heard.append("gone"))
+    with no_more_threads():
+        ranks.data.kill(ranks.lease_of(second))
+        wait_until(lambda: first.statistics().callback_waits and second.statistics().callback_waits)
+        assert heard == []
+    wait_until(lambda: len(heard) == 2)
+    assert set(heard) == {1, "gone"}
+    assert (first.statistics().callback_waits, second.statistics().callback_waits) == (1, 1)
 
 
 def test_another_view_of_an_epoch_that_was_applied_ends_the_membership(ranks: Ranks) -> None:

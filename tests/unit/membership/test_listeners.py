@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.memory_store import MemoryData, MemoryStore
 from tests.support.source_records import record
+from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
 from ucxx_transport.client.membership import Membership
 from ucxx_transport.errors import ConfigError
@@ -252,3 +253,57 @@ def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[Mutable
     heard.free.set()
     wait_until(lambda: "ucxx-listener" not in {thread.name for thread in threading.enumerate()}, MINUTE)
     assert heard.calls == 1, "what was closed is called no more"
+
+
+def test_news_whose_thread_could_not_be_started_are_heard_with_no_further_news(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    field = Field()
+    field.watcher.subscribe(on_remove=field.note)
+    with field.watcher:
+        field.publish("a")
+        field.known("a")
+        with no_more_threads():
+            field.end("a")
+            wait_until(lambda: field.watcher.statistics().listener_waits, MINUTE)
+            assert field.notes == []
+        wait_until(lambda: field.notes == ["a"], MINUTE, what="the death is heard")
+        assert field.watcher.statistics().listener_waits == 1
+    assert [(event["event"], event["log_level"]) for event in log_events] == [("listener_waits", "warning")]
+
+
+def test_a_retry_says_whether_a_listener_still_waits_for_its_thread() -> None:
+    counts: list[str] = []
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), counts.append, keys={"store": "s"}
+    )
+    heard = Heard()
+    heard.free.set()
+    listeners.subscribe(heard.callbacks)
+    assert not listeners.retry()
+    with no_more_threads():
+        listeners.put([(ADD, record("a"))])
+        assert listeners.retry()
+    assert counts == ["waits"]
+    assert not listeners.retry()
+    wait_until(lambda: heard.calls == 1, MINUTE)
+    listeners.close()
+
+
+def test_a_report_that_raises_hides_no_change_from_listeners_or_other_reports() -> None:
+    field, reported = Field(), list[str]()
+
+    def fail(_: object) -> None:
+        raise LookupError
+
+    field.watcher.subscribe(on_add=field.note, on_remove=field.note)
+    field.watcher.report_to(fail)
+    field.watcher.report_to(lambda change: reported.append(change.kind))
+    with field.watcher:
+        field.publish("a")
+        wait_until(lambda: field.notes == ["a"], MINUTE)
+        field.end("a")
+        wait_until(lambda: field.notes == ["a", "a"], MINUTE)
+        assert reported == ["add", "remove"]
+        counts = field.watcher.statistics()
+        assert (counts.listener_errors, counts.resyncs, counts.failures) == (2, 1, 0)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.support.memory_store import MemoryStore
 from tests.support.source_records import record
 from tests.support.waiting import wait_until
@@ -187,3 +189,19 @@ def test_the_sources_of_a_watcher_are_replicas() -> None:
             wait_until(lambda: monitor.alive == {"w0", "w1"})
             store.put(source_key("w0"), record("w0", 3).to_bytes())
             wait_until(lambda: calls.words == ["w0", "w0"] and monitor.alive == {"w0", "w1"}, what="its next life")
+
+
+def test_a_callback_that_exits_its_thread_keeps_no_other_death_from_being_reported() -> None:
+    calls = Calls()
+
+    def die(name: Hashable) -> None:
+        calls.words.append(name)
+        raise SystemExit
+
+    monitor = ReplicaMonitor(on_dead=die, on_all_gone=lambda: calls.words.append("all"))
+    for name in "ab":
+        monitor.added(name)
+    for name in "ab":
+        with pytest.raises(SystemExit):
+            monitor.removed(name)
+    assert calls.words == ["a", "b", "all"]
